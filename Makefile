@@ -1,0 +1,46 @@
+# Make names claims, Hydra names values: no hyperparameter stands here.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Further overrides for any experiment: make reproduce-diversity ARGS="model=sdxl"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# One stamp an extra; a changed pyproject.toml installs again.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed-dev  ## everything but the training packages, into .venv
+
+.PHONY: reproduce-diversity
+reproduce-diversity: $(VENV)/.installed-experiments  ## images, scores, table and figures of the diversity claim
+	$(PY) -m experiments.generate experiment=diversity $(ARGS)
+	$(PY) -m experiments.evaluate experiment=diversity $(ARGS)
+	$(PY) -m experiments.tabulate experiment=diversity $(ARGS)
+	$(PY) -m experiments.plot experiment=diversity $(ARGS)
+
+.PHONY: mini-models
+mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
+	$(PY) -m experiments.mini.train $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.installed-dev  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .

@@ -1,0 +1,32 @@
+"""Does the image still show what the prompt asked for? The CLIPScore.
+
+Hessel et al. (EMNLP 2021) define 2.5 * max(cos, 0). Here, as in most later papers and in torchmetrics, the
+factor is 100; some papers print max(cos, 0) itself. Values depend on the CLIP model: compare within one model
+only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCALE = 100.0
+
+
+def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
+    """Score each image against its own text: 100 * max(cos, 0).
+
+    Args:
+        image_embeddings: [N, D].
+        text_embeddings: [N, D], row i the text of image i.
+
+    Returns:
+        float64 [N] in [0, 100]; higher is better.
+    """
+    if image_embeddings.ndim != 2 or image_embeddings.shape != text_embeddings.shape:
+        raise ValueError(
+            f"expected one text [D] an image [D], got images {list(image_embeddings.shape)} and texts "
+            f"{list(text_embeddings.shape)}; embed both with one model and repeat the text of a group"
+        )
+    # in float64: the scores of methods differ in the third digit
+    cosine = torch.nn.functional.cosine_similarity(image_embeddings.double(), text_embeddings.double(), dim=-1)
+    return SCALE * cosine.clamp(min=0)

@@ -1,0 +1,433 @@
+"""One interface for what is measured of a folder of images, and the JSON document each measurement becomes.
+
+A metric gives every group a value, or label counts, and names the aggregate that makes one number of them
+(see `eval.aggregates`). The document holds the groups' values, so that intervals, paired differences and
+tables need neither images nor encoder. The arithmetic is in `eval.diversity`, `eval.attributes` and
+`eval.alignment`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.aggregates import GroupValue, aggregate_named
+from eval.alignment import clip_score
+from eval.attributes import label_embeddings, zero_shot_labels
+from eval.diversity import mean_pairwise_distance, mean_pairwise_similarity, vendi_score
+from eval.encoders import EmbeddingCache, Encoder, embed_folder
+from eval.images import (
+    METRICS,
+    ManifestRow,
+    canonical_order,
+    manifest_hash,
+    read_manifest,
+    rows_hash,
+    write_json,
+)
+
+PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
+
+
+class ImageSet:
+    """The images of a folder with their groups and texts, embedded at most once by each encoder.
+
+    Args:
+        folder: what the rows' paths are relative to.
+        rows: the images; put into canonical order.
+        cache: where embeddings are kept between runs; None keeps them in this object only.
+        batch_size: images a call of an encoder; does not change any result.
+        progress: show a bar while images are embedded.
+
+    Attributes:
+        groups: for each group id the positions of its images in `rows`, in canonical order.
+        texts: the prompt of each row.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        rows: Sequence[ManifestRow],
+        cache: EmbeddingCache | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.rows = canonical_order(rows)
+        self.cache = cache
+        self.batch_size = batch_size
+        self.progress = progress
+        self.texts = [row.prompt for row in self.rows]
+        self.groups: dict[str, list[int]] = {}
+        for position, row in enumerate(self.rows):
+            self.groups.setdefault(row.group_id, []).append(position)
+        self._images: dict[str, torch.Tensor] = {}
+        self._texts: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        cache: EmbeddingCache | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> ImageSet:
+        """Read a run folder or a plain folder; see `eval.images.read_manifest`."""
+        return cls(folder, read_manifest(folder), cache, batch_size, progress)
+
+    @cached_property
+    def manifest_hash(self) -> str:
+        """Identity of the set of images; see `eval.images.rows_hash`."""
+        return rows_hash(self.folder, self.rows)
+
+    def embeddings(self, encoder: Encoder) -> torch.Tensor:
+        """Return the images' embeddings, float32 [N, D], in the order of `rows`."""
+        if encoder.id not in self._images:
+            self._images[encoder.id] = embed_folder(
+                self.rows, self.folder, encoder, self.cache, self.batch_size, self.progress
+            )
+        return self._images[encoder.id]
+
+    def text_embeddings(self, encoder: Encoder) -> torch.Tensor:
+        """Return the prompts' embeddings, float32 [N, D], in the order of `rows`."""
+        if encoder.id not in self._texts:
+            unique = list(dict.fromkeys(self.texts))
+            embedded = encoder.embed_texts(unique)
+            position = {text: index for index, text in enumerate(unique)}
+            self._texts[encoder.id] = embedded[[position[text] for text in self.texts]]
+        return self._texts[encoder.id]
+
+    def group_value(self, group_id: str, **found: Any) -> GroupValue:
+        """Describe a group for a result: id, category and number of images, and what was found in it."""
+        members = self.groups[group_id]
+        return {
+            "group": group_id,
+            "category": self.rows[members[0]].category,
+            "n_images": len(members),
+            **found,
+        }
+
+
+class Metric(ABC):
+    """Something measured of every group of images.
+
+    Attributes:
+        name: of the metric, as in tables.
+        version: raised whenever the same images could give another number.
+        higher_is_better: None where neither direction is.
+        unit: of the number, with its range.
+        description: what is computed, in a sentence.
+        aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
+        encoder: what embeds the images.
+    """
+
+    name: str
+    version: int
+    higher_is_better: bool | None
+    unit: str
+    description: str
+    aggregate: str = "mean"
+
+    def __init__(self, encoder: Encoder, name: str | None = None) -> None:
+        self.encoder = encoder
+        if name is not None:
+            self.name = name
+
+    def settings(self) -> dict[str, Any]:
+        """Return whatever else changes the number, as JSON values."""
+        return {}
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Return what a reader should know about this measurement, as JSON values."""
+        return {}
+
+    def prepare(self) -> None:
+        """Load the encoder now, so that missing weights are found before any work is done."""
+        self.encoder.prepare()
+
+    @abstractmethod
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """Measure every group, in canonical order."""
+
+
+class _OfEmbeddings(Metric):
+    """A metric that is a pure function of the embeddings [G, K, D] of groups of K images."""
+
+    minimum = 1
+
+    @abstractmethod
+    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """[G, K, D] -> [G]."""
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        small = [group for group, members in images.groups.items() if len(members) < self.minimum]
+        if small:
+            raise ValueError(
+                f"expected at least {self.minimum} images in every group for {self.name}, got fewer in "
+                f"{len(small)} groups: {', '.join(small[:10])}; generate more images a group"
+            )
+        embeddings = images.embeddings(self.encoder)
+        by_size: dict[int, list[str]] = {}
+        for group, members in images.groups.items():
+            by_size.setdefault(len(members), []).append(group)
+        values: dict[str, float] = {}
+        for groups in by_size.values():
+            stacked = torch.stack([embeddings[images.groups[group]] for group in groups])
+            values.update(zip(groups, self.measure_groups(stacked).tolist(), strict=True))
+        return [images.group_value(group, value=values[group]) for group in images.groups]
+
+
+class PairwiseSimilarity(_OfEmbeddings):
+    """Mean cosine similarity over the pairs of images of a group."""
+
+    name = "pairwise_similarity"
+    version = 1
+    higher_is_better = False
+    unit = "cosine, -1 to 1"
+    description = "mean cosine similarity of the embeddings over the pairs of different images of a group"
+    minimum = 2
+
+    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """See `eval.diversity.mean_pairwise_similarity`."""
+        return mean_pairwise_similarity(embeddings)
+
+
+class PairwiseDistance(_OfEmbeddings):
+    """Mean cosine distance over the pairs of images of a group."""
+
+    name = "pairwise_distance"
+    version = 1
+    higher_is_better = True
+    unit = "1 - cosine, 0 to 2"
+    description = "1 - mean cosine similarity of the embeddings over the pairs of different images of a group"
+    minimum = 2
+
+    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """See `eval.diversity.mean_pairwise_distance`."""
+        return mean_pairwise_distance(embeddings)
+
+
+class VendiScore(_OfEmbeddings):
+    """Effective number of different images in a group; only for groups of one size.
+
+    Args:
+        encoder: what embeds the images.
+        q: order of the entropy, > 0; 1 is the Vendi Score.
+        name: for tables.
+    """
+
+    name = "vendi_score"
+    version = 1
+    higher_is_better = True
+    unit = "images, 1 to the group's size"
+    description = "effective number of different images of a group: exp of the entropy of the eigenvalues of K / n"
+
+    def __init__(self, encoder: Encoder, q: float = 1.0, name: str | None = None) -> None:
+        super().__init__(encoder, name)
+        if not q > 0:
+            raise ValueError(f"expected an order q > 0, got {q}; 1 is the Vendi Score")
+        self.q = float(q)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {"q": "inf" if self.q == float("inf") else self.q}
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`; groups of several sizes are an error that lists them."""
+        sizes = Counter(len(members) for members in images.groups.values())
+        if len(sizes) > 1:
+            listing = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items()))
+            raise ValueError(
+                f"expected groups of one size, since a Vendi Score grows with it, got {listing}; "
+                "measure folders of one size each"
+            )
+        return super().per_group(images)
+
+    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """See `eval.diversity.vendi_score`."""
+        return vendi_score(embeddings, self.q)
+
+
+class ClipScore(Metric):
+    """Mean CLIPScore of the images of a group against their prompt."""
+
+    name = "clip_score"
+    version = 1
+    higher_is_better = True
+    unit = "100 max(cosine, 0), 0 to 100"
+    description = "mean over a group's images of 100 max(cos, 0) of image and prompt (Hessel et al. 2021 use 2.5)"
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        scores = clip_score(images.embeddings(self.encoder), images.text_embeddings(self.encoder))
+        return [
+            images.group_value(group, value=scores[members].mean().item()) for group, members in images.groups.items()
+        ]
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say how many different prompts there are and how many the text tower cannot read to the end."""
+        prompts = sorted(set(images.texts))
+        return {"n_prompts": len(prompts), "n_prompts_truncated": self.encoder.count_truncated(prompts)}
+
+
+class AttributeEntropy(Metric):
+    """Entropy of zero-shot labels, pooled over the groups of a category, mean over categories.
+
+    Args:
+        encoder: one with a text tower.
+        labels: the labels to choose among: for each category its own, or one list for all. Images of a
+            category that is not named are left out.
+        templates: texts with one `{}` for the label; their embeddings are averaged.
+        name: for tables, when there are several kinds of label.
+    """
+
+    name = "attribute_entropy"
+    version = 1
+    higher_is_better = True
+    unit = "nats"
+    description = "mean over categories of the entropy (Miller-Madow, nats) of the pooled zero-shot labels"
+    aggregate = "category_entropy"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        labels: Mapping[str, Sequence[str]] | Sequence[str],
+        templates: Sequence[str] = ("a photo of a {}",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(encoder, name)
+        # plain containers, whatever a configuration library hands over
+        self.labels = (
+            {str(category): [str(label) for label in labels[category]] for category in labels}
+            if isinstance(labels, Mapping)
+            else [str(label) for label in labels]
+        )
+        self.templates = [str(template) for template in templates]
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {"labels": self.labels, "templates": self.templates}
+
+    def _labels_of(self, category: str) -> list[str] | None:
+        return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`; groups of categories without labels are left out."""
+        embeddings = images.embeddings(self.encoder)
+        texts: dict[str, torch.Tensor] = {}
+        values = []
+        for group, members in images.groups.items():
+            category = images.rows[members[0]].category
+            labels = self._labels_of(category)
+            if labels is None:
+                continue
+            if category not in texts:
+                texts[category] = label_embeddings(self.encoder, labels, self.templates)
+            chosen = zero_shot_labels(embeddings[members], texts[category]).tolist()
+            counts = Counter(labels[index] for index in chosen)
+            values.append(images.group_value(group, counts=dict(sorted(counts.items()))))
+        if not values:
+            found = sorted({row.category for row in images.rows})
+            raise ValueError(
+                f"expected images of the categories {sorted(self.labels)} for {self.name}, got {found[:10]}; "
+                "give labels for the categories of the images"
+            )
+        return values
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say which categories were left out for want of labels."""
+        categories = sorted({row.category for row in images.rows})
+        return {"categories_left_out": [name for name in categories if self._labels_of(name) is None]}
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Read a metric's document."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected a metric's JSON in {path}, got a syntax error ({error}); delete it") from error
+    if not isinstance(document, dict) or "metric" not in document or "groups" not in document:
+        raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
+    return document
+
+
+def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
+    """Tell whether a document says what `metric` would find in `folder` now, without computing it.
+
+    Metric, version, settings, aggregate, the encoder's id and the folder's set of images must agree.
+    """
+    images_hash = folder.manifest_hash if isinstance(folder, ImageSet) else manifest_hash(folder)
+    expected = _identity(metric, images_hash)
+    return {key: document.get(key) for key in expected} == expected
+
+
+def measure(
+    metric: Metric,
+    folder: str | Path | ImageSet,
+    cache: EmbeddingCache | None = None,
+    path: str | Path | None = None,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a folder and write the metric's document, atomically.
+
+    Args:
+        metric: what to measure.
+        folder: a run folder, a plain folder, or an `ImageSet` to share embeddings among metrics (it brings
+            its own cache, batch size and progress).
+        cache: where embeddings are kept.
+        path: where the document goes; `metrics/<metric's name>.json` in the folder if not given.
+        batch_size: images a call of the encoder; does not change the result.
+        progress: show a bar while images are embedded.
+
+    Returns:
+        The document, as written.
+    """
+    images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder, cache, batch_size, progress)
+    groups = metric.per_group(images)
+    document = {
+        **_identity(metric, images.manifest_hash),
+        "description": metric.description,
+        "unit": metric.unit,
+        "higher_is_better": metric.higher_is_better,
+        "value": aggregate_named(metric.aggregate).value(groups),
+        "n_groups": len(groups),
+        "n_images": sum(group["n_images"] for group in groups),
+        "groups": groups,
+        "details": metric.details(images),
+        "environment": environment(),
+    }
+    write_json(path or images.folder / METRICS / f"{metric.name}.json", document)
+    return document
+
+
+def environment() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a value may depend on, where installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
+    return {
+        "metric": metric.name,
+        "version": metric.version,
+        "settings": metric.settings(),
+        "aggregate": metric.aggregate,
+        "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
+        "manifest_sha256": images_hash,
+    }

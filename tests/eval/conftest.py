@@ -1,0 +1,75 @@
+"""A folder of small images, and a CLIP model with random weights, both as the real ones lie on disk."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.images import ManifestRow, write_manifest
+
+
+def save_noise(path, seed, size=(16, 16)):
+    """Save an RGB image of noise, given by its seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Return a function that writes a run folder: categories x prompts x groups x images of noise."""
+
+    def make(name="run", categories=("bird", "fish"), seeds=(0, 1), images=4, offset=0):
+        folder = tmp_path / name
+        rows = []
+        for category in categories:
+            for seed in seeds:
+                for index in range(images):
+                    path = f"images/{category}/{seed:06d}/{index:02d}.png"
+                    save_noise(folder / path, offset + len(rows))
+                    rows.append(
+                        ManifestRow(
+                            path, category, f"a photo of a {category}", category, seed, index, 100 * seed + index
+                        )
+                    )
+        write_manifest(folder, rows)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A CLIP folder as transformers writes it: random weights, a byte-level tokenizer made here."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    characters = list(bytes_to_unicode().values())
+    pieces = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24)
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = {
+        "vocab_size": len(vocabulary),
+        "max_position_embeddings": 24,
+        "bos_token_id": len(vocabulary) - 2,
+        "eos_token_id": len(vocabulary) - 1,
+        "pad_token_id": len(vocabulary) - 1,
+    }
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, **text}, vision_config={**tower, "image_size": 16, "patch_size": 4}, projection_dim=16
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
+    return folder

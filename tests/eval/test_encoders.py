@@ -1,0 +1,372 @@
+"""Encoders on real loading code with random weights, and the cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from eval.encoders import EmbeddingCache, Encoder, HFClip, OpenClip, PixelEncoder, embed_folder
+from eval.images import load_image, read_manifest
+
+
+def noise(n, size=(16, 16), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(n)]
+
+
+class Counting(PixelEncoder):
+    """Counts what it is asked to embed."""
+
+    def __init__(self, identity="counting"):
+        super().__init__(4)
+        self.id = identity
+        self.images = 0
+
+    def embed_images(self, images):
+        self.images += len(images)
+        return super().embed_images(images)
+
+
+@pytest.fixture(scope="module")
+def tiny_open_clip(tmp_path_factory):
+    """An architecture of open_clip from a JSON file, and random weights for it; -> (architecture, weights file)."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("open-clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-for-tests.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-for-tests.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-for-tests").state_dict(), folder / "weights.pt")
+    return "tiny-for-tests", folder / "weights.pt"
+
+
+@pytest.fixture(scope="module", params=["pixels", "hf", "open_clip"])
+def encoder(request, tiny_clip):
+    if request.param == "pixels":
+        return PixelEncoder()
+    if request.param == "hf":
+        return HFClip(tiny_clip)
+    architecture, weights = request.getfixturevalue("tiny_open_clip")
+    return OpenClip(architecture, str(weights))
+
+
+@pytest.fixture(scope="module", params=["hf", "open_clip"])
+def clip(request, tiny_clip):
+    if request.param == "hf":
+        return HFClip(tiny_clip)
+    architecture, weights = request.getfixturevalue("tiny_open_clip")
+    return OpenClip(architecture, str(weights))
+
+
+def test_images_do_not_depend_on_their_batch(encoder):
+    images = [*noise(3), *noise(2, (20, 12), seed=1)]
+    together = encoder.embed_images(images)
+    assert together.dtype == torch.float32
+    assert len(together) == 5
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(5))
+    assert (together[0] - together[1]).abs().max() > 1e-4, "different images must differ"
+    alone = torch.cat([encoder.embed_images([image]) for image in images])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+
+
+def test_black_image_has_an_embedding(encoder):
+    assert torch.isfinite(encoder.embed_images([torch.zeros(3, 16, 16, dtype=torch.uint8)])).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.rand(3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8)]
+)
+def test_only_uint8_rgb_is_accepted(encoder, wrong):
+    with pytest.raises(ValueError, match=r"uint8 images \[3, H, W\]"):
+        encoder.embed_images([wrong])
+
+
+def test_texts_do_not_depend_on_their_batch(clip):
+    texts = ["a bird", "a much longer text", "x" * 200]
+    together = clip.embed_texts(texts)
+    assert together.shape == (3, 16)
+    torch.testing.assert_close(together.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(torch.cat([clip.embed_texts([text]) for text in texts]), together, atol=1e-5, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 1e-4, "different texts must differ"
+
+
+def test_long_texts_are_cut_and_counted(clip):
+    short, long = "a bird", "b c d e f g h i j k l m n o p q r s t u v w x y z"
+    assert clip.count_truncated([short, long, short]) == 1
+    # what is cut off has no effect; what is kept has
+    torch.testing.assert_close(clip.embed_texts([long]), clip.embed_texts([long + " and more"]), atol=1e-6, rtol=0)
+    assert (clip.embed_texts([long]) - clip.embed_texts([long.replace("f", "z")])).abs().max() > 1e-5
+
+
+def test_text_of_exactly_the_length_is_not_cut(clip):
+    length = {"HFClip": 24, "OpenClip": 16}[type(clip).__name__] - 2
+    assert clip.count_truncated([" ".join("a" * length)]) == 0
+    assert clip.count_truncated([" ".join("a" * (length + 1))]) == 1
+
+
+def test_pixels_have_no_texts():
+    with pytest.raises(TypeError, match="text tower"):
+        PixelEncoder().embed_texts(["a"])
+    with pytest.raises(TypeError, match="text tower"):
+        PixelEncoder().count_truncated(["a"])
+    with pytest.raises(ValueError, match="at least 1 pixel"):
+        PixelEncoder(0)
+
+
+def test_pixels_are_averages():
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    image[:, :, 2:] = 255
+    expected = torch.tensor([0, 1, 0, 1] * 3 + [1.0])
+    torch.testing.assert_close(PixelEncoder(2).embed_images([image])[0], expected / expected.norm())
+
+
+def test_hf_clip_is_the_model_in_the_folder(tiny_clip):
+    """Its embeddings are those of transformers' own model on the processor's pixels."""
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    image = noise(1, (16, 16))[0]
+    pixels = CLIPImageProcessor.from_pretrained(tiny_clip)(image, return_tensors="pt")["pixel_values"]
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    with torch.no_grad():
+        pooled = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    expected = pooled[0] / pooled[0].norm()
+    torch.testing.assert_close(HFClip(tiny_clip).embed_images([image])[0], expected, atol=1e-5, rtol=0)
+
+
+def test_hf_clip_loads_half_precision_weights_as_float32(tiny_clip, tmp_path):
+    from transformers import CLIPModel
+
+    shutil.copytree(tiny_clip, tmp_path / "half")
+    CLIPModel.from_pretrained(tiny_clip).half().save_pretrained(tmp_path / "half")
+    images = noise(2)
+    half = HFClip(tmp_path / "half")
+    assert half.embed_images(images).dtype == torch.float32
+    torch.testing.assert_close(half.embed_images(images), HFClip(tiny_clip).embed_images(images), atol=0.02, rtol=0)
+    assert half.id != HFClip(tiny_clip, name="half").id, "other weights, other id"
+
+
+def test_hf_clip_id_and_name(tiny_clip):
+    import hashlib
+
+    weights = hashlib.sha256((tiny_clip / "model.safetensors").read_bytes()).hexdigest()
+    encoder = HFClip(tiny_clip, name="mini-clip")
+    assert (encoder.name, encoder.id) == ("mini-clip", f"mini-clip-{weights[:12]}")
+    assert HFClip(tiny_clip).name == tiny_clip.name
+
+
+def test_hf_clip_names_what_is_missing(tiny_clip, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*config\.json, model\.safetensors"):
+        HFClip(tmp_path / "nowhere")
+    shutil.copytree(tiny_clip, tmp_path / "part")
+    (tmp_path / "part" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"without model\.safetensors"):
+        HFClip(tmp_path / "part")
+
+
+def test_open_clip_weights_file(tiny_open_clip, tmp_path):
+    architecture, weights = tiny_open_clip
+    named = tmp_path / f"{architecture}-mytag.pt"
+    shutil.copy(weights, named)
+    from_folder, from_file = OpenClip(architecture, "mytag", weights_dir=tmp_path), OpenClip(architecture, str(weights))
+    from_folder.prepare()
+    images = noise(2)
+    torch.testing.assert_close(from_folder.embed_images(images), from_file.embed_images(images), atol=1e-6, rtol=0)
+    assert from_folder.name == f"OpenCLIP {architecture} mytag"
+    digest = from_file.id.rsplit("-", 1)[1]
+    assert from_file.id == f"open_clip-{architecture}-{digest}"
+    assert from_folder.id == f"open_clip-{architecture}-mytag-{digest}"
+    assert len(digest) == 12
+
+
+def test_open_clip_tag_decides_activation_and_preprocessing(monkeypatch, tmp_path):
+    """Weights of the tag `openai` need QuickGELU, which open_clip's plain ViT-B-32 does not have."""
+    import open_clip
+
+    weights = tmp_path / "ViT-B-32-openai.pt"
+    weights.write_bytes(b"")
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def create_model(architecture, **arguments):
+        seen.update(arguments, architecture=architecture)
+        raise Stop
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(Stop):
+        OpenClip("ViT-B-32", "openai", weights_dir=tmp_path).prepare()
+    assert seen["pretrained"] == str(weights)
+    assert seen["force_quick_gelu"] is True
+    assert seen["force_preprocess_cfg"]["mean"] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert OpenClip("ViT-B-32", "openai").id == "open_clip-ViT-B-32-openai"
+
+
+def test_open_clip_names_an_unknown_architecture(tmp_path):
+    (tmp_path / "nothing-openai.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="architecture of open_clip"):
+        OpenClip("nothing", "openai", weights_dir=tmp_path).prepare()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_open_clip_without_weights_says_what_to_do(monkeypatch, tmp_path, offline):
+    """Switched off, or with a network that does not answer: no minute of retries."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+
+    def download(*_, **__):
+        raise AssertionError("a download was tried although nothing answers")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(
+        FileNotFoundError, match=r"ViT-B-32 \(openai\).*open_clip_model\.safetensors.*weights_dir.*https"
+    ):
+        OpenClip("ViT-B-32", "openai").prepare()
+    with pytest.raises(FileNotFoundError, match=r"ViT-B-32-openai\.safetensors.*https"):
+        OpenClip("ViT-B-32", "openai", weights_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+        OpenClip("ViT-B-32", str(tmp_path / "nowhere.pt"))
+    with pytest.raises(ValueError, match="openai"):
+        OpenClip("ViT-B-32", "no-such-tag").prepare()
+
+
+def test_open_clip_downloads_what_the_hub_has(monkeypatch):
+    """The safetensors file first, the older name if there is none, and the reason if there is neither."""
+    from eval.encoders import _find_cached
+
+    asked = []
+
+    def download(repository, name):
+        asked.append(name)
+        if name not in available:
+            raise OSError(f"no {name} in {repository}")
+        return f"/cache/{name}"
+
+    monkeypatch.setattr("eval.encoders._network_answers", lambda _: True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    facts = {"hf_hub": "someone/something/"}
+    available = ["open_clip_pytorch_model.bin"]
+    assert str(_find_cached("ViT-B-32", "openai", facts)) == "/cache/open_clip_pytorch_model.bin"
+    assert asked == ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    available = []
+    with pytest.raises(FileNotFoundError, match=r"no open_clip_pytorch_model\.bin in someone/something"):
+        _find_cached("ViT-B-32", "openai", facts)
+
+
+def test_cache_saves_the_encoder_work(make_run, tmp_path):
+    run = make_run()
+    rows = read_manifest(run)
+    encoder, cache = Counting(), EmbeddingCache(tmp_path / "cache")
+    first = embed_folder(rows, run, encoder, cache, batch_size=3)
+    assert encoder.images == len(rows) == 16
+    assert torch.equal(embed_folder(rows, run, encoder, cache), first)
+    assert torch.equal(embed_folder(rows[::-1], run, encoder, EmbeddingCache(tmp_path / "cache")), first.flip(0))
+    assert encoder.images == 16, "a cached image was embedded again"
+    other = Counting("other weights")
+    embed_folder(rows, run, other, cache)
+    assert other.images == 16, "another encoder's embeddings were taken"
+    direct = other.embed_images([load_image(run / row.path) for row in rows])
+    torch.testing.assert_close(direct, first)
+
+
+def test_cache_follows_content_not_names(make_run, tmp_path):
+    run, cache, encoder = make_run(), EmbeddingCache(tmp_path / "cache"), Counting()
+    rows = read_manifest(run)
+    before = embed_folder(rows, run, encoder, cache)
+    shutil.copy(run / rows[1].path, run / rows[0].path)
+    after = embed_folder(rows, run, encoder, cache)
+    assert encoder.images == 16
+    assert torch.equal(after[0], before[1])
+    embed_folder(read_manifest(make_run("elsewhere")), tmp_path / "elsewhere", encoder, cache)
+    assert encoder.images == 16, "the same content under another name was embedded again"
+
+
+def test_cache_is_shared_by_processes_and_survives_a_kill(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.encoders.IMAGES_PER_SHARD", 4)
+    run = make_run()
+    rows = read_manifest(run)
+    here, there = EmbeddingCache(tmp_path / "cache"), EmbeddingCache(tmp_path / "cache")
+    assert here.get("counting", ["unknown"]) == {}
+
+    class Dying(Counting):
+        def embed_images(self, images):
+            if self.images >= 10:
+                raise KeyboardInterrupt
+            return super().embed_images(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_folder(rows, run, Dying(), there, batch_size=2)
+    survivor = Counting()
+    embed_folder(rows, run, survivor, here)
+    assert survivor.images == 16 - 8, "what was written before the kill counts, by whatever process"
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_encoder_ids_with_slashes_stay_in_the_cache(tmp_path):
+    cache = EmbeddingCache(tmp_path / "cache")
+    cache.put("../a/b", {"x": torch.ones(3)})
+    assert torch.equal(cache.get("../a/b", ["x"])["x"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_damaged_cache_is_named(make_run, tmp_path):
+    run, encoder = make_run(), Counting()
+    embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    shard.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=rf"{shard.name}.*delete it"):
+        embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+
+
+def test_batch_size_does_not_matter_and_repeats_are_embedded_once(make_run):
+    run = make_run()
+    rows = read_manifest(run)
+    expected = embed_folder(rows, run, PixelEncoder())
+    for size in (1, 5, 100):
+        torch.testing.assert_close(embed_folder(rows, run, PixelEncoder(), batch_size=size), expected)
+    shutil.copy(run / rows[1].path, run / rows[0].path)
+    encoder = Counting()
+    embed_folder(rows, run, encoder)
+    assert encoder.images == 15
+
+
+def test_embed_folder_refuses(make_run):
+    run = make_run()
+    rows = read_manifest(run)
+
+    class Broken(Encoder):
+        name = id = "broken"
+
+        def embed_images(self, images):
+            return torch.full((len(images), 2), float("nan"))
+
+    with pytest.raises(ValueError, match=r"finite.*00\.png"):
+        embed_folder(rows, run, Broken())
+    with pytest.raises(ValueError, match="batch size"):
+        embed_folder(rows, run, PixelEncoder(), batch_size=0)
+    with pytest.raises(ValueError, match="at least one image"):
+        embed_folder([], run, PixelEncoder())
+    (run / rows[0].path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 missing.*00\.png"):
+        embed_folder(rows, run, PixelEncoder())
+
+
+def test_progress_is_shown_only_for_work(make_run, tmp_path, capsys):
+    run, cache = make_run(), EmbeddingCache(tmp_path / "cache")
+    rows = read_manifest(run)
+    embed_folder(rows, run, PixelEncoder(), cache, progress=True)
+    assert "16/16" in capsys.readouterr().err
+    embed_folder(rows, run, PixelEncoder(), cache, progress=True)
+    assert capsys.readouterr().err == ""

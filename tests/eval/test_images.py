@@ -1,0 +1,243 @@
+"""The folder format: round trips, plain folders, and every kind of image file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.images import (
+    UNKNOWN_SEED,
+    ManifestRow,
+    content_hash,
+    group_rows,
+    load_image,
+    manifest_hash,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+
+ROW = ManifestRow("images/bird/000003/01.png", "bird", 'a "photo" of a bird\n', "bird", 3, 1, 7)
+
+
+def save(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_manifest_round_trip_in_canonical_order(tmp_path):
+    rows = [
+        replace(ROW, path=f"{group}-{index}.png", group_seed=group, index=index)
+        for group in (2, 0, 10)
+        for index in (1, 0)
+    ]
+    path = write_manifest(tmp_path, rows)
+    read = read_manifest(tmp_path)
+    assert sorted(read, key=str) == sorted(rows, key=str)
+    assert [(row.group_seed, row.index) for row in read] == [(0, 0), (0, 1), (2, 0), (2, 1), (10, 0), (10, 1)]
+    first = path.read_bytes()
+    write_manifest(tmp_path, rows[::-1])
+    assert path.read_bytes() == first
+    assert list(tmp_path.iterdir()) == [path], "a temporary file stayed behind"
+
+
+def test_group_rows():
+    rows = [
+        replace(ROW, path=f"{group}-{index}.png", group_seed=group, index=index) for group in (4, 0) for index in (1, 0)
+    ]
+    groups = group_rows(rows)
+    assert list(groups) == ["bird/000000", "bird/000004"]
+    assert [row.index for row in groups["bird/000004"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "/etc/passwd"}, "relative"),
+        ({"path": "../01.png"}, "relative"),
+        ({"path": "a\\b.png"}, "forward slashes"),
+        ({"prompt_id": "a/b"}, "prompt_id"),
+        ({"index": -1}, "index"),
+        ({"group_seed": 1.0}, "group_seed"),
+    ],
+)
+def test_row_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(ROW, **change)
+
+
+def test_manifest_refuses_inconsistent_rows(tmp_path):
+    with pytest.raises(ValueError, match="twice"):
+        write_manifest(tmp_path, [ROW, ROW])
+    with pytest.raises(ValueError, match="twice"):
+        write_manifest(tmp_path, [ROW, replace(ROW, path="other.png")])
+    with pytest.raises(ValueError, match="one prompt and category"):
+        write_manifest(tmp_path, [ROW, replace(ROW, path="other.png", index=2, prompt="another")])
+    with pytest.raises(ValueError, match="at least one image"):
+        write_manifest(tmp_path, [])
+
+
+@pytest.mark.parametrize("line", ["{", '{"path": "a.png"}', "[]", json.dumps({**ROW.to_dict(), "more": 1})])
+def test_damaged_manifest_names_the_line(tmp_path, line):
+    path = write_manifest(tmp_path, [ROW])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*manifest\.jsonl"):
+        read_manifest(tmp_path)
+
+
+def test_plain_folder(tmp_path):
+    for name in ("a red fish", "zebra"):
+        for index in range(2):
+            save(tmp_path / name / f"{index}.png", index)
+    save(tmp_path / "zebra" / "2.JPG")
+    (tmp_path / "zebra" / "notes.txt").write_text("not an image")
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    rows = read_manifest(tmp_path)
+    assert [row.path for row in rows] == [
+        "a red fish/0.png",
+        "a red fish/1.png",
+        "zebra/0.png",
+        "zebra/1.png",
+        "zebra/2.JPG",
+    ]
+    assert rows[0] == ManifestRow("a red fish/0.png", "a red fish", "a red fish", "a red fish", 0, 0, UNKNOWN_SEED)
+    assert len(group_rows(rows)) == 2
+
+
+def test_plain_folder_with_prompts(tmp_path):
+    for name in ("p0", "p1", "p2"):
+        save(tmp_path / name / "0.png")
+    prompts = {"p0": "a bird", "p1": {"prompt": "a carp", "category": "fish"}}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    rows = read_manifest(tmp_path)
+    assert [(row.prompt, row.category) for row in rows] == [("a bird", "p0"), ("a carp", "fish"), ("p2", "p2")]
+    (tmp_path / "prompts.json").write_text(json.dumps({**prompts, "p9": "nothing"}))
+    with pytest.raises(ValueError, match="p9"):
+        read_manifest(tmp_path)
+    for wrong in ('["a"]', '{"p0": 3}', '{"p0": {"text": "a"}}', "{"):
+        (tmp_path / "prompts.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"prompts\.json"):
+            read_manifest(tmp_path)
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="one subfolder of images"):
+        read_manifest(tmp_path)
+    save(tmp_path / "images" / "bird" / "000000" / "00.png")
+    with pytest.raises(ValueError, match="finish the run"):
+        read_manifest(tmp_path)
+
+
+def test_load_image_modes(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png")
+    loaded = load_image(tmp_path / "rgb.png")
+    assert loaded.dtype == torch.uint8
+    assert torch.equal(loaded, torch.from_numpy(rgb).permute(2, 0, 1))
+
+    grey = rgb[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert torch.equal(load_image(tmp_path / "grey.png"), torch.from_numpy(grey).expand(3, 5, 7))
+
+    Image.fromarray(grey > 128).save(tmp_path / "bit.png")
+    assert set(load_image(tmp_path / "bit.png").unique().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_becomes_white(tmp_path, mode):
+    alpha = np.array([[0, 255, 128]], dtype=np.uint8)
+    colour = np.full((1, 3, 3), 100, dtype=np.uint8)
+    image = Image.fromarray(np.dstack([colour, alpha]))
+    if mode == "P":
+        indexed = Image.new("P", (2, 1))
+        indexed.putpalette([100, 100, 100, 0, 0, 0])
+        indexed.putdata([1, 0])
+        indexed.save(tmp_path / "image.png", transparency=1)
+        assert load_image(tmp_path / "image.png")[:, 0].T.tolist() == [[255] * 3, [100] * 3]
+        return
+    image.convert(mode).save(tmp_path / "image.png")
+    transparent, opaque, half = load_image(tmp_path / "image.png")[:, 0].T.tolist()
+    assert transparent == [255] * 3
+    assert opaque == [100] * 3
+    assert half == pytest.approx([177] * 3, abs=1)
+
+
+def test_orientation_tag_is_applied(tmp_path):
+    image = Image.fromarray(np.zeros((4, 9, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").shape == (3, 9, 4)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", "jpg"), ("I;16", "png")])
+def test_other_colour_spaces_are_refused(tmp_path, mode, suffix):
+    path = tmp_path / f"image.{suffix}"
+    Image.new(mode, (4, 4)).save(path)
+    with pytest.raises(ValueError, match=rf"mode {mode} in .*image\.{suffix}.*convert"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped"])
+def test_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "victim.png"
+    save(path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        {
+            "empty": b"",
+            "text": b"hello",
+            "truncated": content[:middle],
+            "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"victim\.png"):
+        load_image(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_image(tmp_path / "nowhere.png")
+
+
+def test_hashes(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    # the first test vector of FIPS 180-2
+    assert content_hash(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_manifest_hash_follows_the_images(tmp_path, make_run):
+    run = make_run(seeds=(0, 1))
+    assert manifest_hash(run) == manifest_hash(make_run("copy", seeds=(0, 1)))
+    assert manifest_hash(run) == content_hash(run / "manifest.jsonl")
+    assert manifest_hash(run) != manifest_hash(make_run("fewer", seeds=(0,)))
+    plain = tmp_path / "plain"
+    save(plain / "bird" / "0.png", seed=0)
+    before = manifest_hash(plain)
+    save(plain / "bird" / "0.png", seed=1)
+    assert manifest_hash(plain) != before
+
+
+def test_write_json_is_canonical_and_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "document.json"
+    write_json(path, {"b": 1, "a": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n "a": "é",\n "b": 1\n}\n'
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é", "b": 1}
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,265 @@
+"""The interface of metrics: groups, documents, and when a document may be used again."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from eval.aggregates import aggregate_named
+from eval.encoders import EmbeddingCache, Encoder, HFClip, PixelEncoder
+from eval.images import manifest_hash, read_manifest
+from eval.intervals import bootstrap_interval, paired_difference
+from eval.metrics import (
+    AttributeEntropy,
+    ClipScore,
+    ImageSet,
+    PairwiseDistance,
+    PairwiseSimilarity,
+    VendiScore,
+    is_current,
+    measure,
+    read_document,
+)
+
+
+class Scripted(Encoder):
+    """Gives the image whose red corner is i the i-th vector, and texts fixed vectors."""
+
+    name, id = "scripted", "scripted-1"
+
+    def __init__(self, vectors, texts=None):
+        self.vectors = torch.as_tensor(vectors, dtype=torch.float32)
+        self.texts = texts or {}
+
+    def embed_images(self, images):
+        return torch.nn.functional.normalize(self.vectors[[int(image[0, 0, 0]) for image in images]], dim=-1)
+
+    def embed_texts(self, texts):
+        return torch.tensor([self.texts[text] for text in texts], dtype=torch.float32)
+
+    def count_truncated(self, texts):
+        return sum(len(text) > 15 for text in texts)
+
+
+@pytest.fixture
+def numbered_run(make_run):
+    """Return a function that writes a run whose images are numbered by their red corner, in canonical order."""
+    from PIL import Image
+
+    def make(**arguments):
+        run = make_run(**arguments)
+        for number, row in enumerate(read_manifest(run)):
+            Image.fromarray(np.full((4, 4, 3), number, dtype=np.uint8)).save(run / row.path)
+        return run
+
+    return make
+
+
+ALL = [
+    (PairwiseSimilarity, {}),
+    (PairwiseDistance, {}),
+    (VendiScore, {}),
+    (ClipScore, {}),
+    (AttributeEntropy, {"labels": ["cat", "dog", "cow"], "templates": ["a {}"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments"), ALL)
+def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, arguments):
+    run = make_run()
+    metric = kind(HFClip(tiny_clip), **arguments)
+    document = measure(metric, run, path=run / "metrics" / "first.json")
+    assert document == read_document(run / "metrics" / "first.json")
+    assert document["metric"] == metric.name
+    assert document["version"] == metric.version
+    assert document["encoder"] == {"name": metric.encoder.name, "id": metric.encoder.id}
+    assert document["higher_is_better"] is metric.higher_is_better
+    assert document["unit"]
+    assert document["description"]
+    assert (document["n_groups"], document["n_images"]) == (4, 16)
+    assert document["manifest_sha256"] == manifest_hash(run)
+    assert "torch" in document["environment"]
+    assert [group["group"] for group in document["groups"]] == [
+        "bird/000000",
+        "bird/000001",
+        "fish/000000",
+        "fish/000001",
+    ]
+    assert all((group["n_images"], group["category"]) == (4, group["group"][:4]) for group in document["groups"])
+    assert document["value"] == pytest.approx(aggregate_named(document["aggregate"]).value(document["groups"]))
+    value, low, high = bootstrap_interval(document["groups"], document["aggregate"], n_resamples=200)
+    assert low <= value <= high
+    assert value == document["value"]
+
+    measure(metric, run)
+    assert (run / "metrics" / f"{metric.name}.json").read_bytes() == (run / "metrics" / "first.json").read_bytes()
+
+
+def test_pairwise_values_by_hand(numbered_run):
+    run = numbered_run(categories=("bird",), seeds=(0, 1), images=3)
+    # first group: all equal; second: mutually orthogonal
+    encoder = Scripted([[1, 0, 0]] * 3 + np.eye(3).tolist())
+    assert [group["value"] for group in measure(PairwiseSimilarity(encoder), run)["groups"]] == pytest.approx([1, 0])
+    assert measure(PairwiseSimilarity(encoder), run)["value"] == pytest.approx(0.5)
+    assert [group["value"] for group in measure(PairwiseDistance(encoder), run)["groups"]] == pytest.approx([0, 1])
+    assert [group["value"] for group in measure(VendiScore(encoder), run)["groups"]] == pytest.approx([1, 3], abs=1e-5)
+
+
+def test_pairwise_metrics_take_groups_of_several_sizes(numbered_run):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0,), images=3)
+    rows = read_manifest(run)[:5]  # 3 birds, 2 fish
+    encoder = Scripted([[1, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 1]])
+    images = ImageSet(run, rows[::-1])
+    groups = PairwiseSimilarity(encoder).per_group(images)
+    assert [(group["n_images"], group["value"]) for group in groups] == [(3, pytest.approx(1 / 3)), (2, 0)]
+    with pytest.raises(ValueError, match="1 groups of 2, 1 groups of 3"):
+        VendiScore(encoder).per_group(images)
+    with pytest.raises(ValueError, match=r"at least 2 images.*fish/000000"):
+        PairwiseDistance(encoder).per_group(ImageSet(run, rows[:4]))
+
+
+def test_vendi_order_is_a_setting(numbered_run):
+    run = numbered_run(categories=("bird",), seeds=(0,), images=4)
+    encoder = Scripted([[1, 0], [1, 0], [1, 0], [0, 1]])
+    values = [measure(VendiScore(encoder, q), run) for q in (1, 2, math.inf)]
+    assert [document["value"] for document in values] == pytest.approx([4 / 3**0.75, 1.6, 4 / 3])
+    assert [document["settings"] for document in values] == [{"q": 1.0}, {"q": 2.0}, {"q": "inf"}]
+    with pytest.raises(ValueError, match="q > 0"):
+        VendiScore(encoder, 0)
+
+
+def test_clip_score_by_hand(numbered_run):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0,), images=2)
+    texts = {"a photo of a bird": [1, 0], "a photo of a fish": [0, 1]}
+    document = measure(ClipScore(Scripted([[1, 0], [0, 1], [3, 4], [0, 2]], texts)), run)
+    assert [group["value"] for group in document["groups"]] == pytest.approx([50, 90])
+    assert document["details"] == {"n_prompts": 2, "n_prompts_truncated": 2}
+    with pytest.raises(TypeError, match="text tower"):
+        measure(ClipScore(PixelEncoder()), run)
+
+
+def test_attribute_entropy_by_hand(numbered_run):
+    run = numbered_run(categories=("bird", "fish", "person"), seeds=(0, 1), images=4)
+    texts = {"hen": [1, 0], "owl": [0, 1], "carp": [1, 0], "tuna": [0, 1]}
+    birds, fish = [[1, 0]] * 4 + [[0, 1]] * 4, [[1, 0]] * 8
+    metric = AttributeEntropy(
+        Scripted(birds + fish + [[1, 1]] * 8, texts), {"bird": ["hen", "owl"], "fish": ["carp", "tuna"]}, ["{}"]
+    )
+    document = measure(metric, run)
+    assert [group["counts"] for group in document["groups"]] == [{"hen": 4}, {"owl": 4}, {"carp": 4}, {"carp": 4}]
+    # birds: log 2 and Miller-Madow's 1 / 16; fish: 0
+    assert document["value"] == pytest.approx((math.log(2) + 1 / 16) / 2)
+    assert (document["n_groups"], document["n_images"]) == (4, 16)
+    assert document["details"] == {"categories_left_out": ["person"]}
+    with pytest.raises(ValueError, match=r"\['dragon'\].*got \['bird'"):
+        measure(AttributeEntropy(metric.encoder, {"dragon": ["hen", "owl"]}, ["{}"]), run)
+
+
+def test_attribute_entropy_refuses_few_images(numbered_run):
+    run = numbered_run(categories=("bird",), seeds=(0,), images=4)
+    texts = {"hen": [1, 0], "owl": [0, 1]}
+    metric = AttributeEntropy(Scripted([[1, 0]] * 4, texts), ["hen", "owl"], ["{}"], name="species_entropy")
+    assert metric.name == "species_entropy"
+    with pytest.raises(ValueError, match=r"'bird'.*at least 8 images"):
+        measure(metric, run)
+    assert not (run / "metrics").exists(), "a refused number must leave nothing behind"
+
+
+def test_documents_of_two_methods_are_paired(make_run):
+    a, b = make_run("a", seeds=range(5)), make_run("b", seeds=range(5), offset=1000)
+    documents = [measure(PairwiseDistance(PixelEncoder()), run) for run in (a, b)]
+    found = paired_difference(*(document["groups"] for document in documents), documents[0]["aggregate"])
+    assert found.n == 10
+    assert found.difference == pytest.approx(documents[0]["value"] - documents[1]["value"])
+
+
+def test_current_until_something_changes(make_run, tmp_path):
+    run = make_run()
+    document = measure(VendiScore(PixelEncoder()), run)
+    assert is_current(document, VendiScore(PixelEncoder()), run)
+    assert is_current(json.loads(json.dumps(document)), VendiScore(PixelEncoder()), ImageSet.open(run))
+    assert not is_current({}, VendiScore(PixelEncoder()), run)
+
+    assert not is_current(document, VendiScore(PixelEncoder(4)), run), "another encoder"
+    assert not is_current(document, VendiScore(PixelEncoder(), q=2), run), "another setting"
+    assert not is_current(document, PairwiseDistance(PixelEncoder()), run), "another metric"
+    newer = VendiScore(PixelEncoder())
+    newer.version = 2
+    assert not is_current(document, newer, run), "another version"
+    assert not is_current(document, VendiScore(PixelEncoder()), make_run("more", seeds=(0, 1, 2))), "other images"
+
+
+def test_current_depends_on_labels(numbered_run):
+    run = numbered_run(categories=("bird",), seeds=(0, 1))
+    encoder = Scripted([[1, 0]] * 8, {text: [1, 0] for text in ("hen", "owl", "jay", "a hen", "a owl")})
+    metric = AttributeEntropy(encoder, ["hen", "owl"], ["{}"])
+    document = measure(metric, run)
+    assert is_current(document, metric, run)
+    assert not is_current(document, AttributeEntropy(encoder, ["hen", "jay"], ["{}"]), run)
+    assert not is_current(document, AttributeEntropy(encoder, ["hen", "owl"], ["a {}"]), run)
+
+
+def test_image_set(make_run, tmp_path):
+    run = make_run()
+    images = ImageSet(run, read_manifest(run)[::-1], EmbeddingCache(tmp_path / "cache"))
+    assert [row.path for row in images.rows] == sorted(row.path for row in images.rows)
+    assert images.groups == {
+        "bird/000000": [0, 1, 2, 3],
+        "bird/000001": [4, 5, 6, 7],
+        "fish/000000": [8, 9, 10, 11],
+        "fish/000001": [12, 13, 14, 15],
+    }
+    assert images.texts == ["a photo of a bird"] * 8 + ["a photo of a fish"] * 8
+    encoder = PixelEncoder()
+    assert images.embeddings(encoder).shape == (16, 3 * 64 + 1)
+    assert images.embeddings(encoder) is images.embeddings(PixelEncoder()), "embedded twice"
+
+
+def test_texts_are_embedded_once_each(make_run):
+    class Counting(Scripted):
+        asked = 0
+
+        def embed_texts(self, texts):
+            self.asked += len(texts)
+            return super().embed_texts(texts)
+
+    encoder = Counting([], {"a photo of a bird": [1, 0], "a photo of a fish": [0, 1]})
+    images = ImageSet.open(make_run())
+    assert torch.equal(images.text_embeddings(encoder), torch.eye(2).repeat_interleave(8, dim=0))
+    images.text_embeddings(encoder)
+    assert encoder.asked == 2
+
+
+def test_plain_folder_can_be_measured(make_run, tmp_path):
+    from PIL import Image
+
+    for name in ("a bird", "a fish"):
+        (tmp_path / "plain" / name).mkdir(parents=True)
+        for index, level in enumerate((0, 128, 255)):
+            Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / "plain" / name / f"{index}.png")
+    first = measure(PairwiseDistance(PixelEncoder()), tmp_path / "plain")
+    assert first["n_groups"] == 2
+    assert is_current(first, PairwiseDistance(PixelEncoder()), tmp_path / "plain"), "its own result must not disturb"
+
+
+def test_prepare_loads_the_encoder(make_run):
+    class Recording(PixelEncoder):
+        prepared = False
+
+        def prepare(self):
+            self.prepared = True
+
+    encoder = Recording()
+    PairwiseDistance(encoder).prepare()
+    assert encoder.prepared
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"metric": "x"}'])
+def test_read_document_refuses(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x\.json.*delete it"):
+        read_document(tmp_path / "x.json")
