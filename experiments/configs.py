@@ -1,0 +1,35 @@
+"""The configurations that a command line stands for, sweeps expanded: what Hydra's own multirun would launch."""
+
+from __future__ import annotations
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from experiments import PROJECT
+
+
+def expand(overrides: list[str]) -> list[DictConfig]:
+    """Compose every configuration of `overrides`, the experiment's own sweep included.
+
+    Args:
+        overrides: as on the command line of `experiments.generate`, for example
+            `["experiment=diversity", "model=sdxl", "method.alpha=0.3,0.9"]`.
+
+    Returns:
+        One composed configuration a run, in the order of Hydra's basic sweeper (the last axis varies fastest).
+
+    Raises:
+        hydra.errors.HydraException: an unknown group, option or key.
+    """
+    parse = OverridesParser.create().parse_overrides
+    fixed = [
+        text for text, override in zip(overrides, parse(overrides), strict=True) if not override.is_sweep_override()
+    ]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        first = compose("config", fixed, return_hydra_config=True)
+        params = first.hydra.sweeper.get("params") or {}
+        axes = [f"{key}={value}" for key, value in params.items()] + list(overrides)
+        (batch,) = BasicSweeper.split_arguments(parse(axes), max_batch_size=None)
+        return [compose("config", list(job)) for job in batch]

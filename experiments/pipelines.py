@@ -1,0 +1,253 @@
+"""A configured model becomes a stock diffusers pipeline, or an error that says which files are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from omegaconf import DictConfig
+
+from experiments import project_path
+
+PIPELINES: dict[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
+
+#: The folders of the diffusers layout that each architecture's pipeline loads.
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "sdxl": ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
+    "flux": ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
+}
+#: How the configuration file is called where it is not config.json.
+CONFIG_FILES = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+}
+#: Stem of the weights' file, for the components that have weights: transformers' and diffusers' conventions.
+WEIGHTS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its folder, and a fingerprint of its content (independent of where it lies)."""
+
+    folder: Path
+    fingerprint: str
+
+
+def find_checkpoint(model: DictConfig) -> Checkpoint:
+    """Find the model's checkpoint: a local folder, the hub's cache, or (with a network) the hub.
+
+    Args:
+        model: a conf/model/ group with `source`, `architecture`, `revision`, `variant`.
+
+    Raises:
+        FileNotFoundError: something is missing; the message lists the files and the ways to get them.
+        ValueError: the architecture is unknown.
+    """
+    if model.architecture not in PIPELINES:
+        raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
+    local = project_path(model.source)
+    if local.exists() or Path(model.source).is_absolute() or model.source.startswith((".", "~", "models/")):
+        folder = local
+    else:
+        folder = _from_hub(model)
+    missing = missing_files(folder, model.architecture, model.variant)
+    if missing:
+        raise FileNotFoundError(
+            _advice(model, f"{folder} is not a complete {model.architecture} pipeline folder", missing)
+        )
+    return Checkpoint(folder, fingerprint(folder, model.architecture, model.variant))
+
+
+def missing_files(folder: Path, architecture: str, variant: str | None = None) -> list[str]:
+    """Return the files of the diffusers layout that `folder` lacks, as relative paths."""
+    missing = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
+    for component in COMPONENTS[architecture]:
+        config = CONFIG_FILES.get(component, "config.json")
+        if not (folder / component / config).is_file():
+            missing.append(f"{component}/{config}")
+        if component not in WEIGHTS:
+            continue
+        names, missing_shards = _weight_files(folder / component, variant)
+        if missing_shards:
+            missing += [f"{component}/{name}" for name in missing_shards]
+        elif not names:
+            missing.append(f"{component}/{WEIGHTS[component]}{f'.{variant}' if variant else ''}.safetensors")
+    return missing
+
+
+def fingerprint(folder: Path, architecture: str, variant: str | None = None) -> str:
+    """Return 16 hex digits of a SHA-256 over the configuration files and a sample of the weights.
+
+    Weights above 16 MiB are sampled: size and 64 blocks of 64 KiB evenly spread, so that 24 GB take a second; a
+    fine-tuned or otherwise exchanged checkpoint differs in any of them.
+    """
+    digest = hashlib.sha256()
+    files = [folder / "model_index.json"]
+    for component in COMPONENTS[architecture]:
+        files += sorted(path for path in (folder / component).iterdir() if path.suffix in (".json", ".txt", ".model"))
+        if component in WEIGHTS:
+            files += [folder / component / name for name in _weight_files(folder / component, variant)[0]]
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= 1 << 24:
+                digest.update(file.read())
+            else:
+                for block in range(64):
+                    file.seek(block * (size - (1 << 16)) // 63)
+                    digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def load(
+    model: DictConfig,
+    checkpoint: Checkpoint,
+    device: str,
+    *,
+    compile_denoiser: bool = False,
+    offload: bool = False,
+) -> DiffusionPipeline:
+    """Load the stock pipeline of `model` from `checkpoint`.
+
+    Args:
+        model: a conf/model/ group.
+        checkpoint: from `find_checkpoint`.
+        device: torch device.
+        compile_denoiser: `torch.compile` the denoiser in place.
+        offload: keep on `device` only the component that works (`enable_model_cpu_offload`).
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
+    dtype = getattr(torch, model.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"model.dtype must name a torch dtype such as float32, float16 or bfloat16, got {model.dtype!r}"
+        )
+    variant = model.variant if _has_variant(checkpoint.folder, model.architecture, model.variant) else None
+    # Their bars would tear the one of experiments.generate.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = PIPELINES[model.architecture].from_pretrained(
+        checkpoint.folder,
+        dtype=dtype,
+        variant=variant,
+        local_files_only=True,
+        **_without_watermark(model),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if compile_denoiser:
+        (pipe.unet if model.architecture == "sdxl" else pipe.transformer).compile()
+    return pipe
+
+
+def _without_watermark(model: DictConfig) -> dict[str, Any]:
+    # An installed invisible-watermark package would otherwise change SDXL's pixels.
+    return {"add_watermarker": False} if model.architecture == "sdxl" else {}
+
+
+def _weight_files(folder: Path, variant: str | None) -> tuple[list[str], list[str]]:
+    """Return (weight files present, shards that the index names but that are missing) of one component's folder.
+
+    The variant's files are preferred; a component without them falls back to the plain ones, as diffusers does.
+    """
+    stem = WEIGHTS[folder.name]
+    for suffix in [f".{variant}", ""] if variant else [""]:
+        single = f"{stem}{suffix}.safetensors"
+        if (folder / single).is_file():
+            return [single], []
+        for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json"):
+            if (folder / index).is_file():
+                shards = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+                missing = [name for name in shards if not (folder / name).is_file()]
+                return [name for name in shards if name not in missing], missing
+    return [], []
+
+
+def _has_variant(folder: Path, architecture: str, variant: str | None) -> bool:
+    if variant is None:
+        return False
+    return any(
+        any(f".{variant}" in name for name in _weight_files(folder / component, variant)[0])
+        for component in COMPONENTS[architecture]
+        if component in WEIGHTS
+    )
+
+
+def _from_hub(model: DictConfig) -> Path:
+    patterns = ["model_index.json"]
+    for component in COMPONENTS[model.architecture]:
+        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.model"]
+        if component in WEIGHTS:
+            patterns.append(f"{component}/{WEIGHTS[component]}*.safetensors")
+    arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": patterns}
+    try:
+        cached = Path(snapshot_download(**arguments, local_files_only=True))
+        if not missing_files(cached, model.architecture, model.variant):
+            return cached
+    except LocalEntryNotFoundError:
+        cached = None
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    problem = f"{model.source} is not in the hub's cache"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise FileNotFoundError(_advice(model, f"{problem} and HF_HUB_OFFLINE is set", _all_files(model)))
+    try:
+        # The hub's client retries for most of a minute; a refused connection is known at once.
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+    except OSError as error:
+        raise FileNotFoundError(
+            _advice(model, f"{problem} and {endpoint.hostname} cannot be reached ({error})", _all_files(model))
+        ) from error
+    try:
+        return Path(snapshot_download(**arguments))
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(
+            _advice(model, f"{problem} and the hub refused it ({error})", _all_files(model))
+        ) from error
+
+
+def _all_files(model: DictConfig) -> list[str]:
+    return missing_files(Path(os.devnull), model.architecture, model.variant)
+
+
+def _advice(model: DictConfig, problem: str, files: list[str]) -> str:
+    # A local folder tells nothing about where it came from: point at the configured repository only if it is one.
+    repository = (
+        model.source if model.source.count("/") == 1 and not project_path(model.source).exists() else "OWNER/NAME"
+    )
+    gated = (
+        " (a gated repository: accept its licence on its page and run `hf auth login` first)"
+        if repository.startswith("black-forest-labs/")
+        else ""
+    )
+    return (
+        f"model={model.name}: {problem}.\nMissing files:\n"
+        + "".join(f"  {name}\n" for name in files)
+        + f"To get them, on a machine with a network: hf download {repository}{gated}\n"
+        "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder\n"
+        "The embedded models need no download: model=mini-sdxl or model=mini-flux."
+    )

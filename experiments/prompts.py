@@ -1,0 +1,108 @@
+"""Which prompts, in which groups, from which seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images generated together: the unit of pairing, of resuming and of every interval.
+
+    Under NegToMe an image depends on the others of its group, so the group and not the image is what a seed names.
+    """
+
+    prompt_id: str
+    prompt: str
+    category: str
+    seed: int
+    size: int
+
+    @property
+    def id(self) -> str:
+        """`<prompt_id>/<seed, six digits>`: also the group's folder."""
+        return f"{self.prompt_id}/{self.seed:06d}"
+
+    def image_seeds(self) -> list[int]:
+        """Return one 32-bit seed an image, a hash of prompt, group seed and place.
+
+        They depend on nothing else, so all methods start a group from the same noises (paired differences), and no two
+        prompts share a noise (the released scripts reuse one seed for all prompts, which correlates them).
+        """
+        return [
+            int.from_bytes(hashlib.sha256(f"{self.id}/{index}".encode()).digest()[:4], "big")
+            for index in range(self.size)
+        ]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Categories x templates x seeds, or a seeded subset of them.
+
+    Args:
+        name: the set's name.
+        split: "test" (reported) or "development" (where settings are chosen).
+        categories: what is asked for.
+        templates: prefixes; the prompt is `"<template> <category>"`.
+        seeds: group seeds, each at least 0 and below 10**6.
+        images_per_prompt: images in a group, at least 2.
+        groups_per_category: None for all of templates x seeds, or how many of them to draw in each category.
+        subset_seed: seed of that draw; categories are drawn independently of each other and of their order.
+
+    Raises:
+        ValueError: a list is empty or has duplicates, or a number is out of range.
+    """
+
+    name: str
+    split: str
+    categories: tuple[str, ...]
+    templates: tuple[str, ...]
+    seeds: tuple[int, ...]
+    images_per_prompt: int
+    groups_per_category: int | None = None
+    subset_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("categories", "templates", "seeds"):
+            values = tuple(getattr(self, field))
+            if not values or len(set(values)) != len(values):
+                raise ValueError(
+                    f"prompts.{field} must be a list of distinct values with at least one, got {list(values)}"
+                )
+            object.__setattr__(self, field, values)
+        if self.split not in ("test", "development"):
+            raise ValueError(f"prompts.split must be 'test' or 'development', got {self.split!r}")
+        if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in self.seeds):
+            raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(self.seeds)}")
+        if self.images_per_prompt < 2:
+            raise ValueError(
+                f"prompts.images_per_prompt must be at least 2, got {self.images_per_prompt}: "
+                "the diversity of a single image is not defined"
+            )
+        most = len(self.templates) * len(self.seeds)
+        if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
+            raise ValueError(
+                f"prompts.groups_per_category must be null (all) or in [1, {most}] "
+                f"(templates x seeds), got {self.groups_per_category}"
+            )
+
+    def groups(self) -> list[Group]:
+        """Return the groups in canonical order: category, template, seed."""
+        result = []
+        for category in self.categories:
+            pairs = list(itertools.product(self.templates, self.seeds))
+            if self.groups_per_category is not None:
+                # A string seed hashes by SHA-512, equal on every platform and Python; order is restored after the draw.
+                drawn = random.Random(f"{self.subset_seed}/{category}").sample(
+                    range(len(pairs)), self.groups_per_category
+                )
+                pairs = [pairs[i] for i in sorted(drawn)]
+            for template, seed in pairs:
+                prompt = f"{template} {category}".strip()
+                prompt_id = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+                result.append(Group(prompt_id, prompt, category, seed, self.images_per_prompt))
+        return result

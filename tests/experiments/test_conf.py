@@ -1,0 +1,108 @@
+"""Every option of every group composes and instantiates; every experiment stands for the runs it names."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from experiments import PROJECT
+from experiments.configs import expand
+from experiments.methods import Baseline, NegToMe
+from experiments.prompts import PromptSet
+
+CONF = PROJECT / "conf"
+# Root-level groups; scorer and labels are placed into a model by that model's file.
+OPTIONS = [
+    (group, file.stem)
+    for group in ("model", "method", "prompts", "metric", "launcher", "experiment")
+    for file in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
+def test_every_option_composes_and_resolves(group, option):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"{group}={option}"])
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    method = instantiate(cfg.method)
+    assert method.name == cfg.method.name
+    assert isinstance(instantiate(cfg.prompts), PromptSet)
+    for spec in cfg.metric.values():
+        instantiate(spec)
+
+
+def test_every_group_of_the_folder_is_tested():
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert folders == {group for group, _ in OPTIONS} | {"scorer", "labels"}
+
+
+def test_the_diversity_experiment_is_both_mini_models_times_three_methods():
+    configs = expand(["experiment=diversity"])
+    assert [(cfg.model.name, cfg.method.name) for cfg in configs] == [
+        (model, method) for model in ("mini-sdxl", "mini-flux") for method in ("none", "negtome", "negtome_released")
+    ]
+
+
+def test_the_command_line_overrides_the_experiments_sweep():
+    configs = expand(["experiment=diversity", "model=sdxl", "method=negtome", "method.alpha=0.3,0.9"])
+    assert [(cfg.model.name, cfg.method.name, cfg.method.alpha) for cfg in configs] == [
+        ("sdxl", "negtome", 0.3),
+        ("sdxl", "negtome", 0.9),
+    ]
+
+
+def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset():
+    def groups(model):
+        return instantiate(expand([f"model={model}"])[0].prompts).groups()
+
+    for model in ("sdxl", "flux-dev", "flux-schnell"):
+        assert sum(group.size for group in groups(model)) == 5600
+    for model in ("mini-sdxl", "mini-flux"):
+        assert len({group.category for group in groups(model)}) == 20
+        assert len(groups(model)) < 100
+
+
+def test_no_category_is_both_tuned_and_reported():
+    test, development = (instantiate(expand([f"prompts={name}"])[0].prompts) for name in ("diversity", "development"))
+    assert (test.split, development.split) == ("test", "development")
+    assert not set(test.categories) & set(development.categories)
+
+
+def test_the_two_matchings_differ_in_the_matching_alone():
+    paper, released = (instantiate(expand([f"method={name}"])[0].method) for name in ("negtome", "negtome_released"))
+    assert isinstance(paper, NegToMe)
+    changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
+    assert changed == {"matching"}
+    assert (paper.config.matching, released.config.matching) == ("paper", "released")
+    assert isinstance(instantiate(expand(["method=none"])[0].method), Baseline)
+
+
+def test_a_misspelt_key_is_named():
+    with pytest.raises(HydraException, match="alpah"):
+        expand(["method=negtome", "method.alpah=1"])
+    with pytest.raises(Exception, match="alpah"):
+        instantiate(expand(["method=negtome", "+method.alpah=1"])[0].method)
+
+
+def test_every_key_of_the_models_is_the_same_set():
+    keys = {}
+    for option in (option for group, option in OPTIONS if group == "model"):
+        keys[option] = set(expand([f"model={option}"])[0].model)
+    assert len(set(map(frozenset, keys.values()))) == 1, keys
+
+
+def test_the_labels_cover_the_categories():
+    for model, prompts in [("mini-sdxl", "diversity"), ("mini-sdxl", "development"), ("sdxl", "diversity")]:
+        cfg = expand([f"model={model}", f"prompts={prompts}"])[0]
+        assert set(cfg.prompts.categories) <= set(cfg.model.labels)
+
+
+def test_paths_are_relative_to_the_checkout_not_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = expand([])[0]
+    assert Path(cfg.model.scorer.folder) == PROJECT / "models" / "mini-clip"
+    assert os.getcwd() == str(tmp_path)

@@ -1,0 +1,255 @@
+"""From a command line to a table, on tiny checkpoints laid out like the real ones: what a user does, for real."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from eval.images import read_manifest
+from experiments import PROJECT, plot, tabulate
+from experiments.configs import expand
+from experiments.evaluate import evaluate
+from experiments.generate import generate
+from experiments.runs import Run
+
+METHODS = "method=none,negtome,negtome_released"
+
+
+def overrides(tmp_path, source, kind="sdxl", name=None):
+    """The diversity experiment as small as it can be: two prompts, one seed, two images, two steps."""
+    size = {
+        "sdxl": ["model.call.height=64", "model.call.width=64"],
+        "flux": ["model.call.height=16", "model.call.width=16"],
+    }
+    return [
+        "experiment=diversity",
+        f"model={name or {'sdxl': 'sdxl', 'flux': 'flux-dev'}[kind]}",
+        f"model.source={source}",
+        "model.dtype=float32",
+        "model.call.num_inference_steps=2",
+        *size[kind],
+        *(["model.call.max_sequence_length=32"] if kind == "flux" else []),
+        "model.negtome.timestep_range=[0,1000]",
+        "model.negtome.threshold=-1",
+        *(["model.negtome.min_side=4"] if kind == "sdxl" else []),
+        "prompts.categories=[bird,fish]",
+        "prompts.templates=[a photo of a]",
+        "prompts.seeds=[0]",
+        "prompts.images_per_prompt=2",
+        "prompts.groups_per_category=null",
+        "scorer@model.scorer=pixel",
+        "~metric.attribute_entropy",
+        "~metric.clip_score",
+        "bootstrap.n_resamples=100",
+        f"outputs={tmp_path / 'outputs'}",
+        f"results={tmp_path / 'results'}",
+    ]
+
+
+def pngs(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_checkpoint):
+    """One whole experiment on a tiny SDXL checkpoint: overrides and the three run folders."""
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = [*overrides(folder, tiny_checkpoint("sdxl")), METHODS]
+    folders = []
+    for cfg in expand(arguments):
+        folders.append(generate(cfg))
+        evaluate(cfg)
+    return arguments, folders
+
+
+def test_the_first_image_of_a_group_is_the_baselines_and_the_second_is_pushed(finished):
+    _, (none, paper, released) = finished
+    for folder in (paper, released):
+        for row in read_manifest(folder):
+            same = (folder / row.path).read_bytes() == (none / row.path).read_bytes()
+            assert same == (row.index == 0), row.path
+
+
+def test_the_manifest_names_every_image_and_its_seed(finished):
+    _, folders = finished
+    manifests = [read_manifest(folder) for folder in folders]
+    assert manifests[0] == manifests[1] == manifests[2]
+    assert [(row.prompt, row.category, row.group_seed, row.index) for row in manifests[0]] == [
+        ("a photo of a bird", "bird", 0, 0),
+        ("a photo of a bird", "bird", 0, 1),
+        ("a photo of a fish", "fish", 0, 0),
+        ("a photo of a fish", "fish", 0, 1),
+    ]
+    for folder in folders:
+        assert set(pngs(folder)) == {read.relative_to(folder) for read in (folder / row.path for row in manifests[0])}
+
+
+def test_the_log_of_a_group_says_how_many_tokens_were_pushed(finished):
+    _, (none, paper, _) = finished
+    statistics = {
+        folder: json.loads(next(folder.glob("images/*/000000/group.json")).read_text())["stats"]
+        for folder in (none, paper)
+    }
+    assert set(statistics[none]) == {"seconds"}
+    assert 0 < statistics[paper]["tokens_pushed"] <= statistics[paper]["tokens_compared"]
+
+
+def test_a_complete_run_is_not_generated_again(finished, monkeypatch):
+    arguments, folders = finished
+    before = [pngs(folder) for folder in folders]
+    monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
+    for cfg in expand(arguments):
+        generate(cfg)
+    assert [pngs(folder) for folder in folders] == before
+
+
+def test_an_interrupted_run_finishes_the_rest_and_equals_an_undisturbed_one(finished, tmp_path):
+    arguments, (_, paper, _) = finished
+    arguments = [*arguments, "method=negtome", f"outputs={tmp_path}"]
+    folder = tmp_path / paper.relative_to(paper.parents[3])
+    shutil.copytree(paper, folder)
+    shutil.rmtree(next(folder.glob("images/*fish/000000")))
+    for name in ("complete", "manifest.jsonl"):
+        (folder / name).unlink()
+    (folder / "images" / "a-photo-of-a-fish" / ".000000.left-by-a-killed-process").mkdir()
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    (cfg,) = expand(arguments)
+    with pytest.raises(FileNotFoundError, match="only unfinished ones"):
+        Run.find(cfg)
+    assert generate(cfg) == folder
+    assert pngs(folder) == pngs(paper)
+    assert (folder / "manifest.jsonl").read_bytes() == (paper / "manifest.jsonl").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not list(folder.glob("images/*/.*"))
+
+
+def test_every_setting_that_affects_pixels_makes_a_run_of_its_own(finished, tmp_path, tiny_checkpoint):
+    arguments, folders = finished
+    other_weights = tmp_path / "weights"
+    shutil.copytree(tiny_checkpoint("sdxl"), other_weights)
+    weights = other_weights / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+
+    def identity(*changes):
+        from experiments.pipelines import find_checkpoint
+
+        (cfg,) = expand([*arguments, "method=negtome", f"outputs={tmp_path}", *changes])
+        return Run.start(cfg, find_checkpoint(cfg.model).fingerprint, "cpu").id
+
+    assert identity() == folders[1].name
+    ids = [
+        identity(change)
+        for change in (
+            "method.alpha=0.5",
+            "method.threshold=0.1",
+            "method.timestep_range=[500,1000]",
+            "method.reference=others",
+            "model.call.guidance_scale=2",
+            "model.call.num_inference_steps=3",
+            "prompts.seeds=[1]",
+            "prompts.images_per_prompt=3",
+            f"model.source={other_weights}",
+        )
+    ]
+    assert len({identity(), *ids}) == len(ids) + 1
+    # What does not affect pixels does not make another run.
+    assert identity("bootstrap.seed=1", "results=elsewhere") == folders[1].name
+
+
+def test_an_edited_run_folder_is_refused(finished, tmp_path):
+    arguments, (none, _, _) = finished
+    folder = tmp_path / none.relative_to(none.parents[3])
+    shutil.copytree(none, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("num_inference_steps: 2", "num_inference_steps: 50"))
+    with pytest.raises(ValueError, match="does not hash to its folder's name"):
+        Run.find(expand([*arguments, "method=none", f"outputs={tmp_path}"])[0])
+
+
+def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finished):
+    arguments, folders = finished
+    markdown = tabulate.tabulate(arguments)
+    cfg = expand(arguments)[0]
+    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype={"run_id": str})
+    assert list(frame.columns) == tabulate.COLUMNS
+    assert list(frame["run_id"].unique()) == [folder.name for folder in folders]
+    assert set(frame["metric"]) == {"pairwise_similarity", "pairwise_distance", "vendi_score"}
+    assert (frame["n_groups"] == 2).all() and (frame["n_images"] == 4).all()
+    assert set(frame["encoder"]) == {"pixels-8x8"}
+    paired = frame["method"] != "none"
+    assert frame.loc[paired, ["difference", "difference_low", "difference_high"]].notna().all(axis=None)
+    assert frame.loc[~paired, ["difference", "difference_low", "difference_high"]].isna().all(axis=None)
+    values = frame.set_index(["method", "metric"])
+    for method in ("negtome", "negtome_released"):
+        expected = values.loc[(method, "vendi_score"), "value"] - values.loc[("none", "vendi_score"), "value"]
+        assert values.loc[(method, "vendi_score"), "difference"] == pytest.approx(expected, abs=1e-5)
+    assert "0.812" in markdown and "sdxl" in markdown
+    # The table is what its CSV says, to the byte, however often it is made.
+    assert tabulate.tabulate(arguments) == markdown
+
+
+def test_tables_of_other_models_stay(finished):
+    arguments, _ = finished
+    path = tabulate.project_path(expand(arguments)[0].results) / "kept.csv"
+    row = dict.fromkeys(tabulate.COLUMNS, 1) | {"experiment": "kept", "run_id": "x"}
+    tabulate.merge_rows(path, [row | {"model": "a", "value": 1}, row | {"model": "b", "value": 2}])
+    frame = tabulate.merge_rows(path, [row | {"model": "b", "value": 3}])
+    assert frame[["model", "value"]].values.tolist() == [["a", 1], ["b", 3]]
+
+
+def test_random_weights_never_enter_a_table(finished):
+    arguments, _ = finished
+    with pytest.raises(FileNotFoundError, match="No complete run"):
+        tabulate.tabulate([*arguments, "model.kind=tiny"])
+    for cfg in expand([*arguments, "model.kind=tiny"]):
+        generate(cfg)
+        evaluate(cfg)
+    with pytest.raises(ValueError, match="random weights"):
+        tabulate.tabulate([*arguments, "model.kind=tiny"])
+
+
+def test_figures_are_made_from_the_table_and_the_images(finished):
+    arguments, _ = finished
+    tabulate.tabulate(arguments)
+    files = {file.name: file for file in plot.plot(expand(arguments))}
+    assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_grid_sdxl.png"}
+    with Image.open(files["diversity_grid_sdxl.png"]) as grid:
+        assert grid.width > 3 * 2 * 96 and grid.height > 2 * 96
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell"])
+def test_flux_runs_end_to_end(name, tmp_path, tiny_checkpoint):
+    arguments = [
+        *overrides(tmp_path, tiny_checkpoint("flux"), "flux", name),
+        "method=none,negtome",
+    ]
+    for cfg in expand(arguments):
+        generate(cfg)
+        evaluate(cfg)
+    assert f"| {name} " in tabulate.tabulate(arguments)
+
+
+def test_a_push_that_cannot_happen_stops_the_run(finished, tmp_path):
+    arguments, _ = finished
+    (cfg,) = expand([*arguments, "method=negtome", f"outputs={tmp_path}", "method.timestep_range=[999.5,1000]"])
+    with pytest.raises(RuntimeError, match="window"):
+        generate(cfg)
+
+
+def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
+    """The real command in a process of its own: a multirun over alpha and threshold."""
+    command = [sys.executable, "-m", "experiments.generate", "-m", *overrides(tmp_path, tiny_checkpoint("sdxl")),
+               "method=negtome", "method.alpha=0.3,0.9", "method.threshold=-1,-0.5"]  # fmt: skip
+    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, timeout=300)
+    runs = list((tmp_path / "outputs" / "diversity" / "sdxl" / "negtome").iterdir())
+    settings = {
+        tuple(Run(run).identity["request"]["method"]["settings"][key] for key in ("alpha", "threshold")) for run in runs
+    }
+    assert settings == {(0.3, -1), (0.3, -0.5), (0.9, -1), (0.9, -0.5)}
+    assert all((run / "complete").exists() for run in runs)

@@ -1,0 +1,88 @@
+"""Checkpoints are found, identified by content, and their absence is explained in seconds."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from experiments import pipelines
+from experiments.configs import expand
+
+
+def model(name, **changes):
+    return expand([f"model={name}", *(f"model.{key}={value}" for key, value in changes.items())])[0].model
+
+
+@pytest.mark.parametrize(("kind", "name"), [("sdxl", "sdxl"), ("flux", "flux-dev"), ("flux", "flux-schnell")])
+def test_a_folder_in_the_real_layout_loads_with_the_stock_pipeline(kind, name, tiny_checkpoint):
+    config = model(name, source=tiny_checkpoint(kind), dtype="float32")
+    checkpoint = pipelines.find_checkpoint(config)
+    pipe = pipelines.load(config, checkpoint, "cpu")
+    assert type(pipe) is pipelines.PIPELINES[kind]
+    assert next(pipe.vae.parameters()).dtype is torch.float32
+
+
+def test_every_missing_file_is_named(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint("sdxl"), folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "tokenizer_2" / "tokenizer_config.json").unlink()
+    (folder / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        pipelines.find_checkpoint(model("sdxl", source=folder))
+    lines = str(error.value).splitlines()
+    assert [line.strip() for line in lines if line.startswith("  ")] == [
+        "model_index.json",
+        "tokenizer_2/tokenizer_config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    assert "model.source=/path/to/folder" in str(error.value)
+
+
+def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint("flux"), folder)
+    transformer = folder / "transformer"
+    (transformer / "diffusion_pytorch_model.safetensors").rename(
+        transformer / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    )
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": dict(zip("ab", names, strict=True))}
+    (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert pipelines.missing_files(folder, "flux") == ["transformer/diffusion_pytorch_model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux-dev", "flux-schnell"])
+def test_without_weights_and_network_the_message_says_what_to_fetch(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = model(name)
+    with pytest.raises(FileNotFoundError) as error:
+        pipelines.find_checkpoint(config)
+    message = str(error.value)
+    assert f"hf download {config.source}" in message
+    assert "model_index.json" in message
+    assert "vae/" in message
+    assert ("gated" in message) == config.source.startswith("black-forest-labs/")
+
+
+def test_the_fingerprint_is_the_contents_and_not_the_places(tiny_checkpoint, tmp_path):
+    original = tiny_checkpoint("sdxl")
+    moved = tmp_path / "moved"
+    shutil.copytree(original, moved)
+    before = pipelines.fingerprint(original, "sdxl")
+    assert pipelines.fingerprint(moved, "sdxl") == before
+    weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert pipelines.fingerprint(moved, "sdxl") != before
+
+
+def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint):
+    config = model("sdxl", source=tiny_checkpoint("sdxl"), dtype="half_precision")
+    with pytest.raises(ValueError, match="half_precision"):
+        pipelines.load(config, pipelines.find_checkpoint(config), "cpu")
+    with pytest.raises(ValueError, match=r"architecture must be one of .*'pixart'"):
+        pipelines.find_checkpoint(model("sdxl", architecture="pixart"))
