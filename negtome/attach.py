@@ -1,0 +1,430 @@
+"""Attach NegToMe to a stock diffusers pipeline for the length of a `with` block.
+
+The pipeline, its denoiser and every site get, for that long, a subclass of their own class whose `__call__` does a
+little more; afterwards they get their class back. Python looks `__call__` up on the type, so this works beneath and
+above whatever replaces a module's `forward` (offloading), processor (fused projections) or parameters (dtype, device),
+and torch.compile guards on the types of modules, so code that was compiled before is compiled anew. A torch forward
+hook that is added after compilation would silently be ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from negtome.config import NegToMeConfig
+from negtome.merge import push_groups
+from negtome.sites import (
+    DenoiserCall,
+    Place,
+    feature_maps,
+    fewest_tokens,
+    find_architecture,
+    find_sites,
+    unwrap,
+)
+
+#: The one attribute that an attached object carries beside its own.
+_ATTRIBUTE = "_negtome"
+
+
+class Step(NamedTuple):
+    """One denoising step of a run: its training timestep, and whether the window contains it."""
+
+    timestep: float
+    active: bool
+
+
+class SiteCount(NamedTuple):
+    """Tokens compared with a reference at a site, and how many of them were pushed, all halves and steps together."""
+
+    compared: int
+    pushed: int
+
+
+def attach(pipe: Any, config: NegToMeConfig, group_size: int | None = None) -> Attachment:
+    """Push the images that a pipeline generates together apart, until the `with` block ends.
+
+        with negtome.attach(pipe, NegToMeConfig.preset("sdxl")) as attached:
+            images = pipe("a photo of a dog", num_images_per_prompt=4).images
+
+    Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
+    why, one in which no token was above the threshold warns.
+
+    Args:
+        pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
+        config: the method's settings.
+        group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
+            pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
+            images of a call are one group, and must share their prompt.
+
+    Returns:
+        A context manager. Used without `with`, `remove()` ends it.
+
+    Raises:
+        TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
+        ValueError: if a block named in the config holds no site, or for a bad `group_size`.
+        RuntimeError: if the pipeline is attached already.
+    """
+    return Attachment(pipe, config, group_size)
+
+
+class Attachment:
+    """NegToMe on a pipeline; made by `attach`.
+
+    Attributes:
+        config: the method's settings.
+        group_size: images in a group, or None for all images of a call.
+        steps: the denoising steps of the finished calls of the pipeline, in a row.
+    """
+
+    def __init__(self, pipe: Any, config: NegToMeConfig, group_size: int | None) -> None:
+        if not isinstance(config, NegToMeConfig):
+            raise TypeError(f"config must be a NegToMeConfig, got a {type(config).__name__}.")
+        if group_size is not None and (
+            isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2
+        ):
+            raise ValueError(
+                f"group_size must be a whole number of images, at least 2, or None, got {group_size!r}: an image "
+                "alone has nothing to be pushed from."
+            )
+        architecture = find_architecture(pipe)
+        denoiser = getattr(pipe, architecture.denoiser)
+        for owner in (pipe, denoiser, unwrap(denoiser)):
+            if _ATTRIBUTE in owner.__dict__:
+                raise RuntimeError(
+                    f"NegToMe is attached to this {type(owner).__name__} already; leave that `with` block, or call "
+                    "remove() on what attach returned, before attaching again."
+                )
+
+        self.config = config
+        self.group_size = group_size
+        self.steps: list[Step] = []
+        self._pipe = pipe
+        self._architecture = architecture
+        self._denoiser = unwrap(denoiser)
+        self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
+        self._now = _Now()
+        self._sites = [
+            _Site(name, module, place, config, self._now)
+            for name, module, place in find_sites(self._denoiser, architecture, config)
+        ]
+        self._run: _Run | None = None
+        self._finished_runs = 0
+
+        with contextlib.ExitStack() as stack:
+            for site in self._sites:
+                _retype(site.module, site, _PUSHES[site.place.where], stack)
+            # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this
+            # one is retyped, not the inner one.
+            _retype(denoiser, self, _begin_before, stack)
+            _retype(pipe, self, _run_around, stack)
+            self._restore = stack.pop_all()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the denoiser's modules that are touched."""
+        return tuple(site.name for site in self._sites)
+
+    def counts(self) -> dict[str, SiteCount]:
+        """Return the tokens compared and pushed at every site, in the finished calls of the pipeline."""
+        return {site.name: SiteCount(site.compared, site.pushed) for site in self._sites}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what happened in the finished calls of the pipeline, all sites together, as JSON values."""
+        return {
+            "sites": len(self._sites),
+            "timesteps": [step.timestep for step in self.steps],
+            "active_timesteps": [step.timestep for step in self.steps if step.active],
+            "tokens_compared": sum(site.compared for site in self._sites),
+            "tokens_pushed": sum(site.pushed for site in self._sites),
+        }
+
+    def remove(self) -> None:
+        """Give the pipeline back exactly as it was. Does nothing the second time."""
+        self._restore.close()
+        self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
+        for site in self._sites:
+            site.module = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        self.remove()
+        if kind is None and not self._finished_runs:
+            raise RuntimeError(
+                f"NegToMe was attached to a {self._architecture.pipeline}, but no call of it finished in the block: "
+                "expected at least one; call this very pipeline inside the `with` block."
+            )
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Surround one call of the pipeline, and check afterwards that something happened in it."""
+        self._run = run = _Run()
+        try:
+            yield
+        finally:
+            self._run = None
+            self._now.active = False
+        self._finished_runs += 1
+        self.steps += run.steps
+        if not run.steps:
+            raise RuntimeError(
+                f"NegToMe saw no call of the {self._architecture.denoiser_class} it is attached to: expected the "
+                f"pipeline to call it; if `pipe.{self._architecture.denoiser}` was replaced inside the block, or no "
+                "step was asked for, change that before attaching."
+            )
+        tallies = _read(self._sites)
+        for site, tally in zip(self._sites, tallies, strict=True):
+            site.compared += tally.compared
+            site.pushed += tally.pushed
+        self._check(run, tallies)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide, before one call of the denoiser, whether the sites act in it and how."""
+        run, now = self._run, self._now
+        if run is None:
+            raise RuntimeError(
+                f"NegToMe expects its {self._architecture.denoiser_class} to be called by the pipeline it is attached "
+                "to, but something else called it; attach to the pipeline that you call."
+            )
+        for site in self._sites:
+            if self._denoiser.get_submodule(site.name) is not site.module:
+                raise RuntimeError(
+                    f"NegToMe's site {site.name} was replaced by another module inside the `with` block; load or "
+                    "unload adapters, quantise and compile single layers before attaching."
+                )
+
+        call = self._architecture.read(self._pipe, dict(zip(self._parameters, args, strict=False)) | kwargs)
+        now.group_size = self._images_in_group(call)
+        if self.group_size is None and not any(call.prompts is known for known in run.prompts):
+            _check_one_prompt(call)
+            run.prompts.append(call.prompts)
+        if not run.steps:
+            for site in self._sites:
+                site.start(call.device)
+        now.active = self.config.is_active(call.timestep)
+        now.text_length = call.text_length
+        now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
+        run.latent = call.latent
+        step = Step(call.timestep, now.active)
+        if not run.steps or run.steps[-1] != step:  # true guidance calls Flux twice in a step
+            run.steps.append(step)
+
+    def _images_in_group(self, call: DenoiserCall) -> int:
+        """Return the size of the groups in this call of the denoiser."""
+        images = call.rows // call.halves
+        size = images if self.group_size is None else self.group_size
+        if size < 2:
+            raise ValueError(
+                "NegToMe pushes the images of a group apart, expected at least 2 images, got 1; pass "
+                "num_images_per_prompt=2 or more."
+            )
+        if call.rows % (call.halves * size):
+            raise ValueError(
+                f"NegToMe expected whole groups of {size} images, got {images} images in one call; make "
+                "num_images_per_prompt times the number of prompts a multiple of group_size."
+            )
+        return size
+
+    def _check(self, run: _Run, tallies: list[_Tally]) -> None:
+        """Refuse a finished call of the pipeline in which NegToMe did nothing."""
+        config = self.config
+        if not any(step.active for step in run.steps):
+            low, high = config.timestep_range
+            seen = ", ".join(f"{step.timestep:g}" for step in run.steps)
+            raise RuntimeError(
+                f"NegToMe did nothing: no step lies in the window, timestep_range=({low:g}, {high:g}); the timesteps "
+                f"of this call were {seen}; widen the window or take more steps."
+            )
+        if not any(tally.compared for tally in tallies):
+            largest = max(tally.skipped_tokens for tally in tallies)
+            if not largest:
+                raise RuntimeError(
+                    f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, "
+                    f"the first one being {tallies[0].name}; expected the denoiser to run them; switch off whatever "
+                    "skips or caches blocks."
+                )
+            height, width = next(size for size in feature_maps(run.latent) if size[0] * size[1] == largest)
+            raise RuntimeError(
+                f"NegToMe did nothing: its largest feature map was {height}x{width} tokens and min_side="
+                f"{config.min_side}; generate larger images or lower min_side to {min(height, width)}."
+            )
+        if config.alpha != 0 and config.threshold < 1 and not any(tally.pushed for tally in tallies):
+            closest = max(tally.highest_similarity for tally in tallies)
+            warnings.warn(
+                f"NegToMe pushed no token: the highest similarity was {closest:.3f}, not above threshold="
+                f"{config.threshold:g}; lower the threshold if this was not intended.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
+class _Now:
+    """What the sites have to know about the call of the denoiser that is running."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.group_size = 0
+        self.text_length = 0
+        self.fewest_tokens: int | None = 0  # None: no feature map is large enough
+
+
+class _Run:
+    """What is remembered during one call of the pipeline."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
+        self.latent: tuple[int, int] | None = None
+
+
+class _Tally(NamedTuple):
+    """What a site counted in one call of the pipeline."""
+
+    name: str
+    compared: int
+    pushed: int
+    skipped_tokens: int
+    highest_similarity: float
+
+
+class _Site:
+    """A module whose image tokens are pushed, and what was counted there.
+
+    The counters are tensors beside the tokens, so that counting neither waits for the device nor makes torch.compile
+    specialise on a number. Compiled code reads nothing else that differs between the sites of an architecture.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module, place: Place, config: NegToMeConfig, now: _Now) -> None:
+        self.name = name
+        self.module: torch.nn.Module | None = module
+        self.place = place
+        self.config = config
+        self.now = now
+        self.compared = 0
+        self.pushed = 0
+        self.tally: torch.Tensor | None = None  # [3] int64: compared, pushed, tokens per image where skipped
+        self.closest: torch.Tensor | None = None  # [] float32: highest similarity
+
+    def start(self, device: torch.device) -> None:
+        """Start to count for one call of the pipeline."""
+        self.tally = torch.zeros(3, dtype=torch.int64, device=device)
+        self.closest = torch.full((), -1.0, device=device)
+
+    def push(self, features: torch.Tensor) -> torch.Tensor:
+        """Push the image tokens among the features [rows, N, C] apart, group by group."""
+        config, now = self.config, self.now
+        text = now.text_length if self.place.text_first else 0
+        tokens = features[:, text:]
+        if now.fewest_tokens is None or tokens.shape[1] < now.fewest_tokens:
+            self.tally[2].fill_(tokens.shape[1])
+            return features
+        tokens, similarity, pushed = push_groups(
+            tokens,
+            now.group_size,
+            alpha=config.alpha,
+            threshold=config.threshold,
+            matching=config.matching,
+            reference=config.reference,
+        )
+        device = self.tally.device  # which a denoiser spread over several devices may have left
+        self.tally[0].add_(pushed.numel())
+        self.tally[1].add_(pushed.sum().to(device))
+        self.closest.copy_(torch.maximum(self.closest, similarity.amax().to(self.closest)))
+        return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
+
+
+def _read(sites: list[_Site]) -> list[_Tally]:
+    """Fetch all counters of one call of the pipeline from the device at once."""
+    counts = torch.stack([site.tally for site in sites]).tolist()
+    closest = torch.stack([site.closest for site in sites]).tolist()
+    return [_Tally(site.name, *count, value) for site, count, value in zip(sites, counts, closest, strict=True)]
+
+
+def _check_one_prompt(call: DenoiserCall) -> None:
+    """Refuse a batch of several prompts where all images of a call are to be one group."""
+    halves = call.prompts.unflatten(0, (call.halves, -1)).float()  # [halves, images, T, D]
+    # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
+    if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
+        raise ValueError(
+            "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
+            "group_size=num_images_per_prompt to attach, so that only images of a prompt are pushed apart."
+        )
+
+
+# Giving an object a subclass of its own class, and the class back
+
+
+def _retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable], stack: contextlib.ExitStack) -> None:
+    """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it."""
+    original = type(owner)
+
+    def restore() -> None:
+        object.__setattr__(owner, "__class__", original)
+        del owner.__dict__[_ATTRIBUTE]
+
+    owner.__dict__[_ATTRIBUTE] = state
+    # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
+    object.__setattr__(owner, "__class__", _subclass(original, make_call))
+    stack.callback(restore)
+
+
+@functools.cache
+def _subclass(cls: type, make_call: Callable[[Callable], Callable]) -> type:
+    """Make a subclass that differs in `__call__` only, and bears the same name: diffusers looks at names.
+
+    There is one for all modules of a class, so that compiled code is shared between them as before.
+    """
+    call = functools.wraps(cls.__call__)(make_call(cls.__call__))
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _push_output(original: Callable) -> Callable:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        site = self._negtome
+        return site.push(output) if site.now.active else output
+
+    return __call__
+
+
+def _push_input(original: Callable) -> Callable:
+    def __call__(self: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        site = self._negtome
+        return original(self, site.push(tokens) if site.now.active else tokens, *args, **kwargs)
+
+    return __call__
+
+
+def _begin_before(original: Callable) -> Callable:
+    # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
+    # frame, so that even fullgraph=True starts with the denoiser's own code.
+    begin = torch.compiler.disable(Attachment._begin)
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attachment = self.__dict__.get(_ATTRIBUTE)  # None where such compiled code outlives the block
+        if attachment is not None:
+            begin(attachment, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    return __call__
+
+
+def _run_around(original: Callable) -> Callable:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._negtome._running():
+            return original(self, *args, **kwargs)
+
+    return __call__
+
+
+_PUSHES = {"output": _push_output, "input": _push_input}

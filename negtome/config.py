@@ -1,0 +1,148 @@
+"""The settings of NegToMe: one frozen dataclass that refuses bad values itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from negtome.merge import MATCHINGS, REFERENCES
+
+
+@dataclass(frozen=True)
+class NegToMeConfig:
+    """Say how strongly, when, where and from what the images of a group are pushed apart.
+
+    The defaults are the paper's method with the numbers of the authors' SDXL release; `preset` gives the others.
+    Sources: [P] arXiv 2412.01339; [R] the authors' released pipelines (github.com/1jsingh/negtome, 2024-12-06);
+    [S] their evaluation scripts in the same repository.
+
+    Attributes:
+        alpha: strength of the push in x + alpha * (x - match), any finite number. Positive pushes apart, negative
+            pulls together, 0 leaves every image bit-identical. 0.9 in [R] and [S]; 1.9 for Flux in [S].
+        threshold: cosine similarity in [-1, 1] which the match must exceed for a token to move; tau in [P]. 1 is
+            off. 0.7 for SDXL and 0.65 for Flux in [R].
+        timestep_range: (low, high) in training timesteps, 0 to 1000 with 1000 = pure noise, both ends inclusive
+            (to 0.001, for the rounding of 1000 * sigma). [R]: SDXL (800, 1000), which is 10 of 50 steps, and Flux
+            (900, 1000), which is 6 of 25 steps at 768x768. [S]: SDXL (600, 1000), 20 of 50 steps.
+        matching: "paper": the nearest reference token of every token [P]. "released": the axis of the released
+            code [R], which is another method; see `negtome.negative_merge`. Only with reference="first".
+        reference: what an image is pushed from. "first": the first image of its group, which does not move [R].
+            "previous": all earlier images of its group together. "others": all other images of its group together.
+            References are always the features before the push.
+        sites: names of denoiser modules, such as "up_blocks" or "up_blocks.1", within which attentions are taken; None
+            for all blocks of the release: "up_blocks" of SDXL; "transformer_blocks" and
+            "single_transformer_blocks", which is every block, of Flux [R].
+        cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
+            an attention's image tokens, which we read as self-attention. Flux has none, so it has no effect there.
+        min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. SDXL only: Flux has a
+            single resolution, so it has no effect there.
+    """
+
+    alpha: float = 0.9
+    threshold: float = 0.7
+    timestep_range: tuple[float, float] = (800, 1000)
+    matching: str = "paper"
+    reference: str = "first"
+    sites: tuple[str, ...] | None = None
+    cross_attention: bool = False
+    min_side: int = 32
+
+    def __post_init__(self) -> None:
+        """Coerce sequences to tuples and refuse what is out of range."""
+        _check_number("alpha", self.alpha, -math.inf, math.inf)
+        _check_number("threshold", self.threshold, -1, 1)
+
+        if isinstance(self.timestep_range, (str, bytes)) or len(window := tuple(self.timestep_range)) != 2:
+            raise ValueError(f"timestep_range must be two numbers (low, high), got {self.timestep_range!r}.")
+        for end in window:
+            _check_number("each end of timestep_range", end, 0, 1000)
+        if window[0] > window[1]:
+            raise ValueError(
+                f"timestep_range must be (low, high) with low <= high, got {window}; 1000 is pure noise, so the "
+                f"window from {window[0]} down to {window[1]} is written ({window[1]}, {window[0]})."
+            )
+        object.__setattr__(self, "timestep_range", window)
+
+        if self.matching not in MATCHINGS:
+            raise ValueError(f"matching must be one of {MATCHINGS}, got {self.matching!r}.")
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {REFERENCES}, got {self.reference!r}.")
+        if self.matching == "released" and self.reference != "first":
+            raise ValueError(
+                'matching="released" is defined between two images only, so it needs reference="first", '
+                f'got reference={self.reference!r}; use matching="paper".'
+            )
+
+        if self.sites is not None:
+            if isinstance(self.sites, str):
+                raise ValueError(f"sites must be a list of module names or None, got the string {self.sites!r}.")
+            sites = tuple(self.sites)
+            if not sites or not all(isinstance(name, str) and name for name in sites):
+                raise ValueError(f"sites must be module names, at least one, or None for the default, got {sites}.")
+            object.__setattr__(self, "sites", sites)
+
+        if not isinstance(self.cross_attention, bool):
+            raise ValueError(f"cross_attention must be true or false, got {self.cross_attention!r}.")
+        if isinstance(self.min_side, bool) or not isinstance(self.min_side, int) or self.min_side < 1:
+            raise ValueError(f"min_side must be a whole number of tokens, at least 1, got {self.min_side!r}.")
+
+    @classmethod
+    def preset(cls, architecture: str, variant: str = "paper", **changes: object) -> NegToMeConfig:
+        """Make the settings published for an architecture.
+
+        | architecture | variant      | alpha | threshold | window    | matching | cross-attention | source |
+        |--------------|--------------|-------|-----------|-----------|----------|-----------------|--------|
+        | "sdxl"       | "paper"      | 0.9   | 0.7       | 800-1000  | paper    | no              | [P][R] |
+        | "sdxl"       | "released"   | 0.9   | 0.7       | 800-1000  | released | yes             | [R]    |
+        | "sdxl"       | "evaluation" | 0.9   | 0.7       | 600-1000  | released | yes             | [S]    |
+        | "flux"       | "paper"      | 0.9   | 0.65      | 900-1000  | paper    |                 | [P][R] |
+        | "flux"       | "released"   | 0.9   | 0.65      | 900-1000  | released |                 | [R]    |
+        | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
+
+        "paper" is the method as the paper describes it, with the numbers of the release.
+
+        Args:
+            architecture: "sdxl" or "flux".
+            variant: "paper", "released" (the class defaults of the released code) or "evaluation" (the settings of
+                the authors' evaluation scripts).
+            changes: fields that differ from the preset.
+
+        Raises:
+            ValueError: for an unknown architecture or variant.
+        """
+        try:
+            fields = _PRESETS[architecture, variant]
+        except KeyError:
+            known = ", ".join(f"{a}/{v}" for a, v in _PRESETS)
+            raise ValueError(f"there is no preset {architecture}/{variant}; the presets are {known}.") from None
+        return cls(**{**fields, **changes})
+
+    def replace(self, **changes: object) -> NegToMeConfig:
+        """Return a copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def is_active(self, timestep: float) -> bool:
+        """Tell whether a training timestep lies in the window."""
+        low, high = self.timestep_range
+        return low - 1e-3 <= timestep <= high + 1e-3
+
+
+_SDXL = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000), "min_side": 32}
+_FLUX = {"alpha": 0.9, "threshold": 0.65, "timestep_range": (900, 1000)}
+_PRESETS = {
+    ("sdxl", "paper"): _SDXL,
+    ("sdxl", "released"): _SDXL | {"matching": "released", "cross_attention": True},
+    ("sdxl", "evaluation"): _SDXL | {"matching": "released", "cross_attention": True, "timestep_range": (600, 1000)},
+    ("flux", "paper"): _FLUX,
+    ("flux", "released"): _FLUX | {"matching": "released"},
+    ("flux", "evaluation"): _FLUX | {"matching": "released", "alpha": 1.9},
+}
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse what is not a finite number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}.")

@@ -1,0 +1,214 @@
+"""The facts about diffusers: which modules carry image tokens, how a denoiser is called, in which units.
+
+This is the only file that knows diffusers' module names, argument names and units of time. Everything is matched by
+name, so nothing of diffusers is imported. A further architecture is a further row in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from negtome.config import NegToMeConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """A kind of site: where in a denoiser the image tokens of an attention can be had.
+
+    Attributes:
+        pattern: the modules' names in the denoiser, with * as a wildcard.
+        where: "output" or "input" (its first argument) of the module.
+        cross: whether these are outputs of attention to the text.
+        text_first: whether the tokens of the text stand before those of the image.
+    """
+
+    pattern: str
+    where: str
+    cross: bool = False
+    text_first: bool = False
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """What one call of the denoiser says about itself.
+
+    Attributes:
+        timestep: in training timesteps, 1000 = pure noise.
+        rows: images in the batch, all halves included.
+        halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and
+            conditional in one batch, else 1.
+        prompts: [rows, T, D] the text embedding of every row.
+        text_length: text tokens in front of the image tokens where a place has `text_first`.
+        latent: (height, width) of the latent where feature maps of several sizes exist, else None.
+        device: where the latent is.
+    """
+
+    timestep: float
+    rows: int
+    halves: int
+    prompts: torch.Tensor
+    text_length: int
+    latent: tuple[int, int] | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table: an architecture that NegToMe can be attached to.
+
+    Attributes:
+        name: for messages.
+        pipeline: name of the pipeline class (subclasses included).
+        denoiser: the pipeline's attribute that holds the denoiser.
+        denoiser_class: name of its class.
+        blocks: the blocks that the release touches, used where the config does not say.
+        places: the kinds of sites.
+        read: reads a call of the denoiser from the pipeline and the denoiser's arguments by name.
+    """
+
+    name: str
+    pipeline: str
+    denoiser: str
+    denoiser_class: str
+    blocks: tuple[str, ...]
+    places: tuple[Place, ...]
+    read: Callable[[Any, Mapping[str, Any]], DenoiserCall]
+
+
+def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
+    """Read a call of SDXL's UNet: time in training timesteps, guidance as one batch [unconditional, conditional]."""
+    sample = arguments["sample"]  # [rows, 4, height, width]
+    return DenoiserCall(
+        timestep=float(arguments["timestep"]),
+        rows=sample.shape[0],
+        halves=2 if pipe.do_classifier_free_guidance else 1,
+        prompts=arguments["encoder_hidden_states"],
+        text_length=0,
+        latent=(sample.shape[-2], sample.shape[-1]),
+        device=sample.device,
+    )
+
+
+def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
+    """Read a call of Flux's transformer: true guidance is a second call, so a batch is never halved."""
+    tokens, prompts = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    return DenoiserCall(
+        # The transformer gets t / 1000 in the dtype of the latents: in bfloat16 that is off by up to 4 timesteps, and
+        # 900 arrives as 898. The pipeline keeps the scheduler's own value.
+        timestep=float(pipe.current_timestep),
+        rows=tokens.shape[0],
+        halves=1,
+        prompts=prompts,
+        text_length=prompts.shape[1],
+        latent=None,
+        device=tokens.device,
+    )
+
+
+ARCHITECTURES = (
+    Architecture(
+        name="SDXL",
+        pipeline="StableDiffusionXLPipeline",
+        denoiser="unet",
+        denoiser_class="UNet2DConditionModel",
+        blocks=("up_blocks",),
+        places=(
+            # After the output projection, as in the release.
+            Place("*.attn1", "output"),
+            Place("*.attn2", "output", cross=True),
+        ),
+        read=_read_sdxl,
+    ),
+    Architecture(
+        name="Flux",
+        pipeline="FluxPipeline",
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        places=(
+            # Before the output projection, as in the release. Text and image have been separated here.
+            Place("transformer_blocks.*.attn.to_out.0", "input"),
+            # These attentions have no output projection: their output is text and image together.
+            Place("single_transformer_blocks.*.attn", "output", text_first=True),
+        ),
+        read=_read_flux,
+    ),
+)
+
+
+def find_architecture(pipe: Any) -> Architecture:
+    """Find the row for a pipeline.
+
+    Raises:
+        TypeError: if the pipeline is not supported.
+    """
+    names = {cls.__name__ for cls in type(pipe).__mro__}
+    for architecture in ARCHITECTURES:
+        denoiser = unwrap(getattr(pipe, architecture.denoiser, None))
+        classes = {cls.__name__ for cls in type(denoiser).__mro__}
+        if architecture.pipeline in names and architecture.denoiser_class in classes:
+            return architecture
+    supported = ", ".join(f"{a.pipeline} with a {a.denoiser_class}" for a in ARCHITECTURES)
+    raise TypeError(f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are {supported}.")
+
+
+def unwrap(denoiser: Any) -> Any:
+    """Return the module inside what torch.compile(module) returned, or the module itself."""
+    return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def find_sites(
+    denoiser: torch.nn.Module, architecture: Architecture, config: NegToMeConfig
+) -> list[tuple[str, torch.nn.Module, Place]]:
+    """Find the modules to touch in a denoiser, in its own order: (name, module, kind).
+
+    Raises:
+        ValueError: if a block holds no site.
+    """
+    blocks = architecture.blocks if config.sites is None else config.sites
+    places = [place for place in architecture.places if config.cross_attention or not place.cross]
+    found = [
+        (name, module, place)
+        for name, module in denoiser.named_modules()
+        for place in places
+        if fnmatchcase(name, place.pattern) and any(_within(name, block) for block in blocks)
+    ]
+    for block in blocks:
+        if not any(_within(name, block) for name, _, _ in found):
+            top = ", ".join(dict.fromkeys(name for name, _ in denoiser.named_children()))
+            raise ValueError(
+                f"NegToMe found no site under {block!r} of the {type(denoiser).__name__}: it looked for modules "
+                f"named {' or '.join(place.pattern for place in places)}; choose sites among {top}."
+            )
+    return found
+
+
+def _within(name: str, block: str) -> bool:
+    """Tell whether a dotted module name lies inside a block's."""
+    return name.startswith(block + ".")
+
+
+def feature_maps(latent: tuple[int, int]) -> list[tuple[int, int]]:
+    """List the sizes (height, width) of a UNet's feature maps, large to small: every level halves, rounding up."""
+    sizes = [latent]
+    while max(sizes[-1]) > 1:
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)))
+    return sizes
+
+
+def fewest_tokens(latent: tuple[int, int] | None, min_side: int) -> int | None:
+    """Count the tokens of the smallest feature map whose sides are both at least `min_side`; None if there is none.
+
+    Feature maps that have no levels (latent None) are all large enough: 0.
+    """
+    if latent is None:
+        return 0
+    return min(
+        (height * width for height, width in feature_maps(latent) if min(height, width) >= min_side), default=None
+    )

@@ -1,0 +1,596 @@
+"""NegToMe on tiny real pipelines: it does what an independent transcription does, only there, and leaves no trace."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import negtome
+from negtome import NegToMeConfig
+
+# The first two of four steps; at these thresholds some of the tokens of every site are pushed and others are not.
+CONFIGS = {
+    "sdxl": NegToMeConfig(alpha=0.9, threshold=0.85, timestep_range=(500, 1000), min_side=8),
+    "flux": NegToMeConfig(alpha=0.9, threshold=0.9, timestep_range=(600, 1000)),
+}
+KINDS = ("sdxl", "flux")
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(kind, request):
+    return request.getfixturevalue(f"tiny_{kind}")
+
+
+@pytest.fixture
+def config(kind):
+    return CONFIGS[kind]
+
+
+def generate(pipe, seeds=SEEDS, prompt="a dog", **options):
+    """Return the latents of one call, one generator an image; 4 steps, SDXL with guidance."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    options = {"num_inference_steps": 4, "height": 32, "width": 32} | options
+    if hasattr(pipe, "transformer"):
+        options["max_sequence_length"] = options.get("max_sequence_length", 12)
+    return pipe(
+        prompt,
+        num_images_per_prompt=len(seeds) // len(prompts),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        **options,
+    ).images
+
+
+def denoiser(pipe):
+    module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    return getattr(module, "_orig_mod", module)
+
+
+def state(pipe):
+    """Return the type and the attributes of the pipeline and of every module in it, and all hooks."""
+    modules = [m for part in pipe.components.values() if isinstance(part, torch.nn.Module) for m in part.modules()]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [(type(o), sorted(o.__dict__), [len(getattr(o, h, ())) for h in hooks]) for o in (pipe, *modules)]
+
+
+# An independent transcription, with torch's hooks
+
+
+def push(images, config):
+    """Push images 1.. of one group [K, N, C] from image 0, in float64."""
+    result = images.clone()
+    first = images[0].double()
+    for k in range(1, len(images)):
+        x = images[k].double()
+        similarity = normalize(x, dim=1) @ normalize(first, dim=1).T  # [source, reference]
+        if config.matching == "paper":
+            best, index = similarity.max(dim=1)
+        else:
+            best, index = similarity.max(dim=0)
+        moved = x + config.alpha * (x - first[index])
+        result[k] = torch.where((best > config.threshold)[:, None], moved, x)
+    return result
+
+
+def transcribed(pipe, config, **options):
+    """Generate one group of 3 images with hooks that do what NegToMe should."""
+    model, (low, high) = denoiser(pipe), config.timestep_range
+    text_length = options.get("max_sequence_length", 12)
+    handles, now = [], {}
+
+    def start(module, args, kwargs):
+        t = float(args[1]) if hasattr(pipe, "unet") else float(kwargs["timestep"][0]) * 1000
+        now["active"] = low <= t <= high + 0.01
+        now["size"] = args[0].shape[-2:] if hasattr(pipe, "unet") else None
+
+    def change(tokens, text=0):
+        if not now["active"]:
+            return tokens
+        if now["size"]:
+            height, width = now["size"]
+            if tokens.shape[1] != height * width:
+                height, width = (height + 1) // 2, (width + 1) // 2
+            assert tokens.shape[1] == height * width
+            if min(height, width) < config.min_side:
+                return tokens
+        image = torch.cat([push(group, config) for group in tokens[:, text:].split(3)])
+        return torch.cat([tokens[:, :text], image], dim=1)
+
+    handles.append(model.register_forward_pre_hook(start, with_kwargs=True))
+    for name, module in model.named_modules():
+        if hasattr(pipe, "unet"):
+            kinds = ("attn1", "attn2") if config.cross_attention else ("attn1",)
+            if name.startswith("up_blocks") and name.split(".")[-1] in kinds:
+                handles.append(module.register_forward_hook(lambda m, a, output: change(output)))
+        elif name.startswith("transformer_blocks") and name.endswith("attn.to_out.0"):
+            handles.append(module.register_forward_pre_hook(lambda m, args: (change(args[0]),)))
+        elif name.startswith("single_transformer_blocks") and name.endswith(".attn"):
+            handles.append(module.register_forward_hook(lambda m, a, output: change(output, text_length)))
+    result = generate(pipe, **options)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+ODD = torch.randn(3, 4, 9, 13, generator=torch.Generator().manual_seed(0))
+CASES = {
+    "sdxl": [
+        ("paper", {}, {}),
+        ("released", {"matching": "released", "cross_attention": True}, {}),
+        ("without guidance", {}, {"guidance_scale": 1.0}),
+        ("larger maps only", {"min_side": 16, "cross_attention": True}, {}),
+        ("not square", {"min_side": 6}, {"height": 24, "width": 40}),
+        ("odd sizes", {"min_side": 5}, {"latents": ODD}),
+    ],
+    "flux": [
+        ("paper", {}, {}),
+        ("released", {"matching": "released"}, {}),
+        ("true guidance", {}, {"true_cfg_scale": 3.0, "negative_prompt": "a cat"}),
+        ("longer text", {}, {"max_sequence_length": 30}),
+        ("not square", {}, {"height": 24, "width": 40}),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "options"),
+    [(kind, *case[1:]) for kind in KINDS for case in CASES[kind]],
+    ids=[f"{kind}, {case[0]}" for kind in KINDS for case in CASES[kind]],
+)
+def test_it_is_the_transcription(kind, changes, options, request):
+    # In float64, where no match hangs on rounding.
+    pipe, config = request.getfixturevalue(f"tiny_{kind}").to(torch.float64), CONFIGS[kind].replace(**changes)
+    options = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    base = generate(pipe, **options)
+    expected = transcribed(pipe, config, **options)
+    with negtome.attach(pipe, config) as attached:
+        result = generate(pipe, **options)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert (result - base).abs().amax() > 1e-2
+    summary = attached.summary()
+    assert 0.05 < summary["tokens_pushed"] / summary["tokens_compared"] < 0.95
+
+
+def test_schnell_has_no_guidance_and_works_alike(tiny_schnell):
+    tiny_schnell.to(torch.float64)
+    expected = transcribed(tiny_schnell, CONFIGS["flux"])
+    with negtome.attach(tiny_schnell, CONFIGS["flux"]):
+        torch.testing.assert_close(generate(tiny_schnell), expected, rtol=1e-6, atol=1e-6)
+
+
+# Which images change
+
+
+def test_the_first_image_is_the_baselines_and_the_others_are_not(pipe, config):
+    base = generate(pipe)
+    with negtome.attach(pipe, config):
+        result = generate(pipe)
+    assert torch.equal(result[0], base[0])
+    assert all(not torch.equal(result[k], base[k]) for k in (1, 2))
+
+
+def test_each_reference_moves_its_images(pipe, config):
+    results = {}
+    for reference in ("first", "previous", "others"):
+        with negtome.attach(pipe, config.replace(reference=reference)):
+            results[reference] = generate(pipe)
+    base = generate(pipe)
+    first, previous, others = results.values()
+    # Image 1 has the same references under "first" and "previous"; only under "others" does image 0 move.
+    assert torch.equal(previous[:2], first[:2])
+    assert not torch.equal(previous[2], first[2])
+    assert torch.equal(first[0], base[0])
+    assert not torch.equal(others[0], base[0])
+
+
+def test_alpha_zero_is_bit_identical(pipe, config):
+    base = generate(pipe)
+    with negtome.attach(pipe, config.replace(alpha=0)) as attached:
+        assert torch.equal(generate(pipe), base)
+    assert attached.summary()["tokens_compared"] > 0
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_no_group_touches_another(pipe, config, kind, guidance):
+    options = {"prompt": ["a dog", "a red bus"]}
+    if kind == "sdxl":
+        options["guidance_scale"] = 5.0 if guidance else 1.0
+    elif guidance:
+        options |= {"true_cfg_scale": 3.0, "negative_prompt": ["a cat", "a cat"]}
+    base = generate(pipe, (0, 1, 2, 3), **options)
+    with negtome.attach(pipe, config, group_size=2):
+        result = generate(pipe, (0, 1, 2, 3), **options)
+        other_last = generate(pipe, (0, 1, 8, 9), **options)
+        other_first = generate(pipe, (8, 9, 2, 3), **options)
+    assert torch.equal(result[:2], other_last[:2])
+    assert torch.equal(result[2:], other_first[2:])
+    assert torch.equal(result[[0, 2]], base[[0, 2]])
+    assert all(not torch.equal(result[k], base[k]) for k in (1, 3))
+    # And each group is what it is alone; in float64, where no match hangs on rounding.
+    pipe.to(torch.float64)
+    with negtome.attach(pipe, config, group_size=2):
+        result = generate(pipe, (0, 1, 2, 3), **options)
+    with negtome.attach(pipe, config):
+        for g, prompt in enumerate(options["prompt"]):
+            single = options | {"prompt": prompt}
+            if "negative_prompt" in single:
+                single["negative_prompt"] = "a cat"
+            alone = generate(pipe, (2 * g, 2 * g + 1), **single)
+            torch.testing.assert_close(result[2 * g : 2 * g + 2], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_outside_the_window_nothing_changes(pipe, config, kind):
+    attached_steps = []
+
+    def watch(p, index, timestep, tensors):
+        attached_steps.append(tensors["latents"].clone())
+        return tensors
+
+    generate(pipe, callback_on_step_end=watch)
+    base, attached_steps[:] = list(attached_steps), []
+    # The second of four steps only.
+    window = (500, 502) if kind == "sdxl" else (749, 751)
+    with negtome.attach(pipe, config.replace(timestep_range=window)) as attached:
+        generate(pipe, callback_on_step_end=watch)
+    assert [torch.equal(a, b) for a, b in zip(attached_steps, base, strict=True)] == [True, False, False, False]
+    timesteps = [751, 501, 251, 1] if kind == "sdxl" else [1000, 750, 500, 250]
+    assert attached.steps == [(t, i == 1) for i, t in enumerate(timesteps)]
+
+
+def test_the_window_is_read_exactly_in_bfloat16(tiny_flux):
+    # The transformer receives 0.8984 for 900 / 1000 there, which would be outside.
+    tiny_flux.to(torch.bfloat16)
+    with negtome.attach(tiny_flux, CONFIGS["flux"].replace(timestep_range=(900, 1000))) as attached:
+        generate(tiny_flux, sigmas=[1.0, 0.9, 0.899, 0.5], num_inference_steps=4)
+    assert [step.active for step in attached.steps] == [True, True, False, False]
+
+
+# What is counted
+
+
+def test_what_is_compared_is_counted_exactly(pipe, config, kind):
+    with negtome.attach(pipe, config, group_size=2) as attached:
+        generate(pipe, (0, 1, 2, 3))
+        once = attached.counts()
+        generate(pipe, (0, 1, 2, 3))
+    assert tuple(once) == attached.sites
+    for name, count in once.items():
+        # Two groups, one moving image each; SDXL has two halves, and its first up block works at half the resolution.
+        tokens = 64 if kind == "flux" or name.startswith("up_blocks.0") else 256
+        steps, halves = (2, 2) if kind == "sdxl" else (2, 1)
+        assert count.compared == 2 * steps * halves * tokens
+        assert 0 <= count.pushed <= count.compared
+        assert attached.counts()[name] == (2 * count.compared, 2 * count.pushed)
+    assert attached.summary()["tokens_pushed"] == sum(count.pushed for count in attached.counts().values())
+    assert len(attached.steps) == 8
+
+
+def test_calls_in_one_block_do_not_influence_each_other(pipe, config):
+    with negtome.attach(pipe, config):
+        first = generate(pipe)
+        with torch.inference_mode():
+            generate(pipe, (5, 6, 7, 8), prompt="a bus", height=40, num_inference_steps=3)
+        assert torch.equal(generate(pipe), first)
+
+
+# Nothing stays behind
+
+
+def test_the_pipeline_is_what_it_was(pipe, config):
+    base, before = generate(pipe), state(pipe)
+    with negtome.attach(pipe, config) as attached:
+        assert isinstance(pipe, before[0][0])
+        assert type(pipe).__name__ == before[0][0].__name__  # diffusers and save_pretrained go by it
+        assert state(pipe) != before
+        generate(pipe)
+    assert state(pipe) == before
+    assert torch.equal(generate(pipe), base)
+    attached.remove()  # once more does nothing
+    assert state(pipe) == before
+
+
+def test_the_handle_works_without_a_block(pipe, config):
+    base, before = generate(pipe), state(pipe)
+    attached = negtome.attach(pipe, config)
+    assert not torch.equal(generate(pipe), base)
+    attached.remove()
+    assert state(pipe) == before
+    assert torch.equal(generate(pipe), base)
+
+
+def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, config):
+    base, before = generate(pipe), state(pipe)
+
+    def fail(p, index, timestep, tensors):
+        if index == 1:
+            raise KeyError("mine")
+        return tensors
+
+    with pytest.raises(KeyError, match="mine"), negtome.attach(pipe, config):
+        generate(pipe, callback_on_step_end=fail)
+    assert state(pipe) == before
+    assert torch.equal(generate(pipe), base)
+    # A call that failed inside a block does not spoil the next one, and leaves the sites at rest.
+    with negtome.attach(pipe, config) as attached:
+        site = denoiser(pipe).get_submodule(attached.sites[0])
+        tokens = 1 + 0.1 * torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(KeyError):
+            generate(pipe, callback_on_step_end=fail)
+        assert torch.equal(site(tokens), site.forward(tokens))
+        result = generate(pipe)
+    with negtome.attach(pipe, config):
+        assert torch.equal(generate(pipe), result)
+
+
+def test_a_refused_attachment_changes_nothing(pipe, config):
+    generate(pipe)  # diffusers keeps attributes of the last call
+    before = state(pipe)
+    with pytest.raises(ValueError, match="no site under 'nowhere'"):
+        negtome.attach(pipe, config.replace(sites=["nowhere"]))
+    assert state(pipe) == before
+    with negtome.attach(pipe, config):
+        inside = state(pipe)
+        with pytest.raises(RuntimeError, match=r"attached to this .* already"):
+            negtome.attach(pipe, config)
+        assert state(pipe) == inside
+        sibling = before[0][0](**pipe.components)
+        with pytest.raises(RuntimeError, match=r"attached to this .* already"):
+            negtome.attach(sibling, config)
+        generate(pipe)
+    assert state(pipe) == before
+
+
+def test_the_weights_are_not_kept_alive(pipe, config):
+    with negtome.attach(pipe, config) as attached:
+        generate(pipe)
+    assert not any(isinstance(value, torch.nn.Module) for value in vars(attached).values())
+    assert pipe not in vars(attached).values()
+
+
+# Never in silence
+
+
+def test_a_block_without_a_call_is_an_error(pipe, config):
+    before = state(pipe)
+    with pytest.raises(RuntimeError, match="no call of it finished in the block"), negtome.attach(pipe, config):
+        pass
+    assert state(pipe) == before
+
+
+def test_a_window_without_a_step_is_an_error_that_names_both(pipe, config, kind):
+    seen = "751, 501, 251, 1" if kind == "sdxl" else "1000, 750, 500, 250"
+    with (
+        pytest.raises(RuntimeError, match=rf"timestep_range=\(800, 900\).*were {seen}; widen"),
+        negtome.attach(pipe, config.replace(timestep_range=(800, 900))),
+    ):
+        generate(pipe)
+
+
+def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tiny_sdxl):
+    config = CONFIGS["sdxl"].replace(min_side=32)
+    with (
+        pytest.raises(RuntimeError, match=r"12x20 tokens and min_side=32.*lower min_side to 12"),
+        negtome.attach(tiny_sdxl, config),
+    ):
+        generate(tiny_sdxl, height=24, width=40)
+    # The largest one that exists at a site, not that of the latent.
+    with (
+        pytest.raises(RuntimeError, match="8x8 tokens"),
+        negtome.attach(tiny_sdxl, config.replace(sites=["up_blocks.0"])),
+    ):
+        generate(tiny_sdxl)
+
+
+def test_sites_that_are_not_reached_are_an_error(pipe, config, monkeypatch):
+    for name in ("up_blocks", "transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(denoiser(pipe), name, ()):
+            for attention in (m for n, m in block.named_modules() if n.endswith(("attn", "attn1"))):
+                monkeypatch.setattr(type(attention), "forward", lambda self, hidden_states, *a, **k: hidden_states)
+    if hasattr(pipe, "unet"):
+        with negtome.attach(pipe, config):  # a module's output is pushed whatever made it
+            generate(pipe)
+    else:
+        monkeypatch.setattr(
+            type(denoiser(pipe).transformer_blocks[0]),
+            "forward",
+            lambda self, hidden_states, encoder_hidden_states, **k: (encoder_hidden_states, hidden_states),
+        )
+        config = config.replace(sites=["transformer_blocks"])
+        with (
+            pytest.raises(RuntimeError, match=r"none of its 2 sites was reached.*transformer_blocks.0.attn.to_out.0"),
+            negtome.attach(pipe, config),
+        ):
+            generate(pipe)
+
+
+def test_a_threshold_that_nothing_exceeds_is_a_warning_that_names_the_highest(pipe, config):
+    base = generate(pipe)
+    attachment = negtome.attach(pipe, config.replace(threshold=0.9999))
+    with pytest.warns(RuntimeWarning, match=r"highest similarity was 0\.\d+, not above threshold=0.9999"), attachment:
+        assert torch.equal(generate(pipe), base)
+    # 1 says "off", which needs no warning; neither does alpha=0.
+    for off in ({"threshold": 1}, {"threshold": 0.9999, "alpha": 0}):
+        attachment = negtome.attach(pipe, config.replace(**off))
+        with warnings.catch_warnings(action="error", category=RuntimeWarning), attachment:
+            assert torch.equal(generate(pipe), base)
+
+
+def test_a_group_of_one_is_refused(pipe, config):
+    with pytest.raises(ValueError, match="num_images_per_prompt=2 or more"), negtome.attach(pipe, config):
+        generate(pipe, (0,))
+    for size in (1, 0, True, 2.0):
+        with pytest.raises(ValueError, match="group_size must be a whole number of images, at least 2"):
+            negtome.attach(pipe, config, group_size=size)
+
+
+def test_groups_must_be_whole(pipe, config):
+    with (
+        pytest.raises(ValueError, match="whole groups of 2 images, got 3 images"),
+        negtome.attach(pipe, config, group_size=2),
+    ):
+        generate(pipe)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_several_prompts_need_a_group_size(pipe, config, guidance_scale):
+    pipe.to(torch.float64)
+    for prompt in (["a dog", "a cat"], ["a dog", "a dot"]):
+        with pytest.raises(ValueError, match="pass group_size=num_images_per_prompt"), negtome.attach(pipe, config):
+            generate(pipe, (0, 1, 2, 3), prompt=prompt, guidance_scale=guidance_scale)
+    with negtome.attach(pipe, config):  # one prompt written twice is one prompt
+        twice = generate(pipe, (0, 1, 2, 3), prompt=["a dog", "a dog"], guidance_scale=guidance_scale)
+        once = generate(pipe, (0, 1, 2, 3), guidance_scale=guidance_scale)
+    torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
+
+
+def test_a_replaced_site_is_noticed(pipe, config):
+    with negtome.attach(pipe, config) as attached, pytest.raises(RuntimeError, match="was replaced by another module"):
+        generate(pipe)
+        parent, _, name = attached.sites[0].rpartition(".")
+        parent = denoiser(pipe).get_submodule(parent)
+        setattr(parent, name, torch.nn.Sequential(getattr(parent, name)))
+        generate(pipe)
+
+
+def test_a_replaced_denoiser_is_noticed(pipe, config):
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    other = copy.deepcopy(getattr(pipe, name))
+    with pytest.raises(RuntimeError, match=f"`pipe.{name}` was replaced"), negtome.attach(pipe, config):
+        setattr(pipe, name, other)
+        generate(pipe)
+
+
+def test_a_denoiser_that_another_pipeline_calls_is_noticed(pipe, config):
+    sibling = type(pipe)(**pipe.components)
+    with pytest.raises(RuntimeError, match="attach to the pipeline that you call"), negtome.attach(pipe, config):
+        generate(sibling)
+
+
+def test_what_is_no_config_is_refused(pipe):
+    with pytest.raises(TypeError, match="must be a NegToMeConfig, got a dict"):
+        negtome.attach(pipe, {"alpha": 0.9})
+
+
+# Beside what else may be done to a pipeline
+
+
+def offload_pipeline(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_denoiser(pipe):
+    import accelerate
+
+    accelerate.cpu_offload(denoiser(pipe), execution_device=torch.device("cpu"))
+
+
+def offload_groups(pipe):
+    denoiser(pipe).enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+
+
+def fuse_projections(pipe):
+    if hasattr(pipe, "unet"):
+        pipe.fuse_qkv_projections(vae=False)
+    else:
+        pipe.transformer.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize("change", [offload_pipeline, offload_denoiser, offload_groups, fuse_projections])
+@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
+def test_offloading_and_fused_projections_keep_working(pipe, config, change, inside):
+    with negtome.attach(pipe, config) as plain:
+        expected = generate(pipe)
+    if not inside:
+        change(pipe)
+    with negtome.attach(pipe, config) as attached:
+        if inside:
+            change(pipe)
+        torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-3)
+    assert attached.summary()["tokens_compared"] == plain.summary()["tokens_compared"]
+    assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
+
+
+def test_a_pipeline_may_change_its_dtype_and_be_saved_inside(pipe, config, tmp_path):
+    with negtome.attach(pipe, config) as attached:
+        pipe.save_pretrained(tmp_path)
+        pipe.to(torch.bfloat16)
+        assert generate(pipe).dtype is torch.bfloat16
+    assert attached.summary()["tokens_compared"] > 0
+    again = type(pipe).from_pretrained(tmp_path)
+    assert type(denoiser(again)) is type(denoiser(pipe))
+
+
+def compile_in_place(pipe, **options):
+    denoiser(pipe).compile(**options)
+
+
+def compile_and_replace(pipe, **options):
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    setattr(pipe, name, torch.compile(getattr(pipe, name), **options))
+
+
+def compile_blocks(pipe, **options):
+    denoiser(pipe).compile_repeated_blocks(**options)
+
+
+# Flux has every way; SDXL, which takes longer to compile, those that compile it in place.
+COMPILED = [("flux", compile_in_place), ("flux", compile_and_replace), ("flux", compile_blocks)]
+COMPILED += [("sdxl", compile_in_place), ("sdxl", compile_blocks)]
+COMPILED += [pytest.param("sdxl", compile_and_replace, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("kind", "compiled"), COMPILED)
+@pytest.mark.parametrize("inside", [False, True], ids=["compile then attach", "attach then compile"])
+def test_compiled_denoisers_are_pushed_too(kind, compiled, inside, request):
+    pipe, config = request.getfixturevalue(f"tiny_{kind}"), CONFIGS[kind]
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    base = generate(pipe)
+    with negtome.attach(pipe, config) as eager:
+        expected = generate(pipe)
+    torch._dynamo.reset()
+    if not inside:
+        compiled(pipe, backend=backend, fullgraph=True)
+        torch.testing.assert_close(generate(pipe), base, rtol=1e-3, atol=1e-3)
+    with negtome.attach(pipe, config) as attached:
+        if inside:
+            compiled(pipe, backend=backend, fullgraph=True)
+        result = generate(pipe)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+    for count, eager_count in zip(attached.counts().values(), eager.counts().values(), strict=True):
+        assert count.compared == eager_count.compared
+        assert abs(count.pushed - eager_count.pushed) <= 3  # rounding, at the threshold
+    torch.testing.assert_close(generate(pipe), base, rtol=1e-3, atol=1e-3)
+    # Attaching again finds everything compiled, at the latest the second time.
+    assert graphs
+    for _ in range(2):
+        graphs.clear()
+        with negtome.attach(pipe, config):
+            torch.testing.assert_close(generate(pipe), result, rtol=1e-3, atol=1e-3)
+    assert graphs == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [compile_in_place, compile_blocks])
+def test_inductor_compiles_it(tiny_flux, compiled):
+    config = CONFIGS["flux"]
+    with negtome.attach(tiny_flux, config):
+        expected = generate(tiny_flux)
+    compiled(tiny_flux, fullgraph=True)
+    generate(tiny_flux)
+    with negtome.attach(tiny_flux, config):
+        torch.testing.assert_close(generate(tiny_flux), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,78 @@
+"""The settings refuse what is wrong and say what is right."""
+
+import dataclasses
+import math
+
+import pytest
+
+from negtome import NegToMeConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("alpha", math.nan, "alpha must be a finite number, got nan"),
+        ("alpha", math.inf, "finite"),
+        ("alpha", "0.9", "finite number, got '0.9'"),
+        ("alpha", True, "finite number, got True"),
+        ("threshold", 1.01, "between -1 and 1, got 1.01"),
+        ("threshold", math.nan, "finite"),
+        ("timestep_range", (1000, 800), r"is written \(800, 1000\)"),
+        ("timestep_range", (0, 1001), "between 0 and 1000, got 1001"),
+        ("timestep_range", (math.nan, 1000), "finite"),
+        ("timestep_range", (1, 2, 3), "two numbers"),
+        ("timestep_range", "ab", "two numbers"),
+        ("matching", "nearest", "one of"),
+        ("reference", "last", "one of"),
+        ("sites", "up_blocks", "list of module names"),
+        ("sites", (), "at least one"),
+        ("sites", ("up_blocks", 1), "module names"),
+        ("cross_attention", 1, "true or false"),
+        ("min_side", 0, "at least 1, got 0"),
+        ("min_side", 32.0, "whole number"),
+    ],
+)
+def test_bad_values_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        NegToMeConfig(**{field: value})
+
+
+@pytest.mark.parametrize("reference", ["previous", "others"])
+def test_released_matching_has_one_reference_image(reference):
+    with pytest.raises(ValueError, match='needs reference="first"'):
+        NegToMeConfig(matching="released", reference=reference)
+
+
+def test_lists_become_tuples_and_nothing_can_be_changed():
+    config = NegToMeConfig(timestep_range=[600, 1000], sites=["up_blocks.1"])
+    assert config.timestep_range == (600, 1000)
+    assert config.sites == ("up_blocks.1",)
+    assert hash(config) == hash(NegToMeConfig(timestep_range=(600, 1000), sites=("up_blocks.1",)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.alpha = 1.0
+    assert config.replace(alpha=1.5).alpha == 1.5
+    with pytest.raises(ValueError, match="threshold"):
+        config.replace(threshold=2)
+
+
+def test_the_window_is_inclusive():
+    config = NegToMeConfig(timestep_range=(800, 900))
+    assert [config.is_active(t) for t in (799.9, 799.9999, 800, 850, 900, 900.0001, 900.1)] == [
+        False, True, True, True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_presets_are_the_published_settings():
+    sdxl, flux = (NegToMeConfig.preset(name, "paper") for name in ("sdxl", "flux"))
+    assert (sdxl.alpha, sdxl.threshold, sdxl.timestep_range, sdxl.min_side) == (0.9, 0.7, (800, 1000), 32)
+    assert (flux.alpha, flux.threshold, flux.timestep_range) == (0.9, 0.65, (900, 1000))
+    for paper in (sdxl, flux):
+        assert (paper.matching, paper.reference, paper.cross_attention) == ("paper", "first", False)
+    released = NegToMeConfig.preset("sdxl", "released")
+    assert released == sdxl.replace(matching="released", cross_attention=True)
+    assert NegToMeConfig.preset("sdxl", "evaluation") == released.replace(timestep_range=(600, 1000))
+    assert NegToMeConfig.preset("flux", "released") == flux.replace(matching="released")
+    assert NegToMeConfig.preset("flux", "evaluation") == flux.replace(matching="released", alpha=1.9)
+    assert NegToMeConfig.preset("flux", alpha=1.5) == flux.replace(alpha=1.5)
+    with pytest.raises(ValueError, match="the presets are sdxl/paper"):
+        NegToMeConfig.preset("sd3")

@@ -1,0 +1,258 @@
+"""The arithmetic, against hand-worked numbers, a transcription in loops, and facts about permutations."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from negtome import merge, negative_merge
+from negtome.merge import push_groups
+
+PERMUTATION = [3, 0, 5, 1, 2, 4]
+INVERSE = [1, 3, 4, 0, 5, 2]
+
+
+def by_hand(tokens, reference, alpha, threshold, matching="paper", mask=None):
+    """Transcribe the algorithm in loops: [N, C] and [M, C] in float64; no vectorised line, nothing shared."""
+    N, M, C = len(tokens), len(reference), tokens.shape[1]
+    x, y = tokens.double().tolist(), reference.double().tolist()
+
+    def cosine(a, b):
+        dot = sum(p * q for p, q in zip(a, b, strict=True))
+        lengths = (sum(p * p for p in a) * sum(q * q for q in b)) ** 0.5
+        return dot / lengths if lengths else 0.0
+
+    result = [list(row) for row in x]
+    for n in range(N):
+        if matching == "paper":
+            candidates = [m for m in range(M) if mask is None or mask[m]]
+            if not candidates:
+                continue
+            match = max(candidates, key=lambda m: cosine(x[n], y[m]))
+            similarity = cosine(x[n], y[match])
+        else:  # the source token most like reference token n, its number read as a reference token's
+            match = max(range(N), key=lambda i: cosine(x[i], y[n]))
+            similarity = cosine(x[match], y[n])
+            if mask is not None and not mask[n]:
+                continue
+        if similarity > threshold:
+            for c in range(C):
+                result[n][c] = x[n][c] + alpha * (x[n][c] - y[match][c])
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_three_tokens_by_hand():
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]])
+    reference = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    # Token 0 matches reference 0 (similarity 1): [1, 0] + 0.5 ([1, 0] - [2, 0]) = [0.5, 0].
+    # Token 1 matches reference 1 (similarity 1): [0, 2] + 0.5 ([0, 2] - [0, 1]) = [0, 2.5].
+    # Token 2 has similarities 3/5 and 4/5, so reference 1: [3, 4] + 0.5 ([3, 4] - [0, 1]) = [4.5, 5.5].
+    pushed = negative_merge(tokens, reference, alpha=0.5, threshold=0.7)
+    torch.testing.assert_close(pushed, torch.tensor([[[0.5, 0.0], [0.0, 2.5], [4.5, 5.5]]]))
+    # 4/5 does not exceed 0.85: token 2 stays, bit for bit.
+    kept = negative_merge(tokens, reference, alpha=0.5, threshold=0.85)
+    torch.testing.assert_close(kept[:, :2], pushed[:, :2])
+    assert torch.equal(kept[:, 2], tokens[:, 2])
+    # A negative alpha pulls towards the match: [3, 4] - 0.5 [3, 3] = [1.5, 2.5].
+    pulled = negative_merge(tokens, reference, alpha=-0.5, threshold=0.7)
+    torch.testing.assert_close(pulled[0, 2], torch.tensor([1.5, 2.5]))
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 10**6),
+        "n": st.integers(1, 9),
+        "m": st.integers(1, 9),
+        "channels": st.integers(2, 6),
+        "alpha": st.floats(-2, 3),
+        "threshold": st.floats(-1, 1),
+        "dtype": st.sampled_from([torch.float32, torch.float64]),
+    }
+)
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+@pytest.mark.parametrize("masked", [False, True])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=shapes)
+def test_it_is_the_algorithm(case, matching, masked):
+    m = case["n"] if matching == "released" else case["m"]
+    tokens = random(2, case["n"], case["channels"], seed=case["seed"], dtype=case["dtype"])
+    reference = random(2, m, case["channels"], seed=case["seed"] + 1, dtype=case["dtype"])
+    mask = random(m, seed=case["seed"] + 2) > 0 if masked else None
+    options = {"alpha": case["alpha"], "threshold": case["threshold"], "matching": matching, "mask": mask}
+    result = negative_merge(tokens, reference, **options)
+    assert result.dtype == tokens.dtype
+    for row in range(2):
+        expected = by_hand(tokens[row], reference[row], **options)
+        torch.testing.assert_close(result[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("matching", ["paper", "released"])
+def test_half_precision_differs_by_rounding_only(dtype, matching):
+    tokens, reference = random(2, 24, 64, dtype=dtype), random(2, 24, 64, seed=1, dtype=dtype)
+    options = {"alpha": 0.9, "threshold": 0.2, "matching": matching}
+    result = negative_merge(tokens, reference, **options)
+    assert result.dtype is dtype
+    precise = negative_merge(tokens.float(), reference.float(), **options)
+    moved = (precise != tokens.float()).any(dim=-1)
+    assert 0 < moved.sum() < moved.numel()
+    torch.testing.assert_close(result.float(), precise, rtol=4 * torch.finfo(dtype).eps, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_permuted_copy_pushes_nothing_under_the_papers_matching(dtype):
+    tokens = random(2, 40, 32, dtype=dtype)
+    permuted = tokens[:, torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(negative_merge(tokens, permuted, alpha=0.9, threshold=0.5), tokens)
+
+
+def test_the_released_code_uses_the_inverse_of_a_known_permutation():
+    reference = random(6, 8)
+    tokens = reference[PERMUTATION].unsqueeze(0)  # so the nearest reference token of token n is PERMUTATION[n]
+    options = {"alpha": 1.0, "threshold": 0.5}
+    # The paper: every token finds its copy, and moves away from it by nothing.
+    assert torch.equal(negative_merge(tokens, reference, **options), tokens)
+    # The release: reference token j is best matched by token INVERSE[j], and that number indexes the reference.
+    released = negative_merge(tokens, reference, matching="released", **options)
+    torch.testing.assert_close(released[0], 2 * tokens[0] - reference[INVERSE])
+    assert (released != tokens).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+def test_chunks_change_nothing_and_keep_every_matrix_below_the_bound(matching, monkeypatch):
+    tokens, reference = random(3, 30, 16), random(3, 30, 16, seed=1)
+    reference[:, 7] = reference[:, 3]  # ties: the first one, in whichever chunk
+    tokens[:, 20] = tokens[:, 2]
+    mask = torch.arange(30) % 5 > 0
+    options = {"alpha": 0.9, "threshold": 0.3, "matching": matching, "mask": mask}
+    whole = negative_merge(tokens, reference, **options)
+
+    class Largest(TorchDispatchMode):
+        elements, products = 0, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
+                self.elements, self.products = max(self.elements, output.numel()), self.products + 1
+            return output
+
+    for bound in (3 * 30, 3 * 30 * 7, 3 * 30 * 29, 3 * 30 * 30):
+        monkeypatch.setattr(merge, "MAX_SIMILARITY_ELEMENTS", bound)
+        with Largest() as largest:
+            assert torch.equal(negative_merge(tokens, reference, **options), whole)
+        assert largest.elements <= bound
+        assert largest.products == -(-30 // (bound // 90))
+
+
+def test_a_masked_reference_token_is_never_matched():
+    tokens, reference = random(2, 12, 8), random(12, 8, seed=1)
+    mask = torch.arange(12) % 3 == 0
+    options = {"alpha": 0.9, "threshold": 0.0}
+    masked = negative_merge(tokens, reference, mask=mask, **options)
+    torch.testing.assert_close(masked, negative_merge(tokens, reference[mask], **options))
+    assert not torch.allclose(masked, negative_merge(tokens, reference, **options))
+    nothing = torch.zeros(12, dtype=torch.bool)
+    assert torch.equal(negative_merge(tokens, reference, alpha=0.9, threshold=-1, mask=nothing), tokens)
+
+
+def test_a_mask_under_released_matching_selects_outputs():
+    tokens, reference = random(2, 12, 8), random(12, 8, seed=1)
+    mask = torch.arange(12) % 3 == 0
+    options = {"alpha": 0.9, "threshold": -1.0, "matching": "released"}
+    free, masked = (negative_merge(tokens, reference, mask=m, **options) for m in (None, mask))
+    assert torch.equal(masked[:, mask], free[:, mask])
+    assert torch.equal(masked[:, ~mask], tokens[:, ~mask])
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+def test_alpha_zero_and_threshold_one_are_bit_identical(matching):
+    tokens = random(2, 9, 8)
+    tokens[0, 0, 0], tokens[0, 1, 1] = torch.inf, -0.0
+    reference = tokens.flip(1).clone()
+    for options in ({"alpha": 0.0, "threshold": -1}, {"alpha": 0.9, "threshold": 1}):
+        result = negative_merge(tokens, reference, matching=matching, **options)
+        assert torch.equal(result.view(torch.int32), tokens.view(torch.int32))
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tokens_of_length_zero_have_similarity_zero(matching, dtype):
+    tokens, reference = random(1, 6, 8, dtype=dtype), random(1, 6, 8, seed=1, dtype=dtype)
+    tokens[:, 2] = reference[:, 4] = 0
+    options = {"alpha": 0.9, "threshold": -0.5, "matching": matching}
+    result = negative_merge(tokens, reference, **options)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        result[0].double(), by_hand(tokens[0], reference[0], **options), rtol=tolerance, atol=tolerance
+    )
+    assert not torch.equal(result[0, 2], tokens[0, 2])  # 0 is above -0.5, and not above 0
+    kept = negative_merge(torch.zeros_like(tokens), reference, alpha=0.9, threshold=0, matching=matching)
+    assert torch.equal(kept, torch.zeros_like(tokens))
+
+
+def test_a_reference_may_be_shared_and_arguments_are_left_alone():
+    tokens, reference = random(3, 7, 8), random(5, 8, seed=1)
+    copies = tokens.clone(), reference.clone()
+    shared = negative_merge(tokens, reference, alpha=0.9, threshold=0)
+    assert torch.equal(shared, negative_merge(tokens, reference.repeat(3, 1, 1), alpha=0.9, threshold=0))
+    assert torch.equal(tokens, copies[0]) and torch.equal(reference, copies[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(4, 8)}, r"tokens must be floating point \[B, N, C\], got torch.float32 \[4, 8\]"),
+        ({"tokens": torch.zeros(1, 4, 8, dtype=torch.int64)}, "got torch.int64"),
+        ({"reference": torch.zeros(4, 7)}, r"reference must be \[M, 8\] or \[1, M, 8\]"),
+        ({"reference": torch.zeros(2, 4, 8)}, r"got \[2, 4, 8\]"),
+        ({"reference": torch.zeros(0, 8)}, "M >= 1"),
+        ({"reference": torch.zeros(4, 8, dtype=torch.float64)}, r"reference.to\(tokens\)"),
+        ({"matching": "nearest"}, r"matching must be one of \('paper', 'released'\), got 'nearest'"),
+        ({"matching": "released", "reference": torch.zeros(5, 8)}, "as many reference tokens as tokens, 4, got 5"),
+        ({"mask": torch.ones(4)}, r"mask must be bool \[4\]"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"got torch.bool \[5\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {"tokens": torch.zeros(1, 4, 8), "reference": torch.zeros(4, 8), "alpha": 0.9, "threshold": 0.7}
+    with pytest.raises(ValueError, match=message):
+        negative_merge(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("reference", "matching"), [("first", "paper"), ("first", "released"), ("previous", "paper"), ("others", "paper")]
+)
+def test_groups_are_the_algorithm_image_by_image(reference, matching):
+    G, K, N = 2, 3, 10
+    tokens = random(G * K, N, 16)
+    result, similarity, pushed = push_groups(
+        tokens, K, alpha=0.9, threshold=0.3, matching=matching, reference=reference
+    )
+    sources = K if reference == "others" else K - 1
+    assert similarity.shape == pushed.shape == (G, sources * N)
+    for g in range(G):
+        group = tokens[g * K : (g + 1) * K]
+        moved = 0
+        for k in range(K):
+            others = {"first": [0], "previous": range(k), "others": [i for i in range(K) if i != k]}[reference]
+            expected = group[k].double()
+            if k > 0 or reference == "others":
+                expected = by_hand(group[k], torch.cat([group[i] for i in others]), 0.9, 0.3, matching)
+            torch.testing.assert_close(result[g * K + k].double(), expected, rtol=1e-5, atol=1e-5)
+            moved += (expected != group[k].double()).any(dim=-1).sum()
+        assert 0 < moved < sources * N
+        if matching == "paper":  # the released index may hit a token's own copy
+            assert pushed[g].sum() == moved
+        assert torch.equal(pushed, similarity > 0.3)
+
+
+def test_an_unknown_reference_is_refused():
+    with pytest.raises(ValueError, match="reference must be one of"):
+        push_groups(random(2, 3, 4), 2, alpha=0.9, threshold=0.3, matching="paper", reference="last")

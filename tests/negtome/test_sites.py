@@ -1,0 +1,105 @@
+"""The table of sites, against the diffusers that is installed."""
+
+import inspect
+
+import pytest
+import torch
+
+from negtome import NegToMeConfig
+from negtome.sites import ARCHITECTURES, feature_maps, fewest_tokens, find_architecture, find_sites
+
+SDXL, FLUX = ARCHITECTURES
+
+
+@pytest.fixture(scope="module")
+def real_unet():
+    """SDXL's UNet at full size, without weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def test_sdxl_has_the_72_attentions_of_the_release(real_unet):
+    released = find_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "released"))
+    assert len(released) == 72
+    assert all(name.startswith("up_blocks.") and place.where == "output" for name, _, place in released)
+    paper = find_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "paper"))
+    assert [name for name, _, _ in paper] == [name for name, _, _ in released if name.endswith("attn1")]
+
+
+def test_flux_has_the_19_and_38_blocks_of_the_release():
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    sites = find_sites(transformer, FLUX, NegToMeConfig.preset("flux"))
+    assert [name for name, _, _ in sites] == [f"transformer_blocks.{i}.attn.to_out.0" for i in range(19)] + [
+        f"single_transformer_blocks.{i}.attn" for i in range(38)
+    ]
+    assert [(place.where, place.text_first) for _, _, place in sites] == [("input", False)] * 19 + [
+        ("output", True)
+    ] * 38
+    assert all(module is transformer.get_submodule(name) for name, module, _ in sites)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_the_names_of_the_table_exist_in_diffusers(architecture):
+    import diffusers
+
+    pipeline = getattr(diffusers, architecture.pipeline)
+    denoiser = getattr(diffusers, architecture.denoiser_class)
+    assert architecture.denoiser in inspect.signature(pipeline.__init__).parameters
+    arguments = {"SDXL": {"sample", "timestep"}, "Flux": {"hidden_states"}}[architecture.name]
+    assert arguments | {"encoder_hidden_states"} <= set(inspect.signature(denoiser.forward).parameters)
+    members = {"SDXL": "do_classifier_free_guidance", "Flux": "current_timestep"}
+    assert isinstance(inspect.getattr_static(pipeline, members[architecture.name]), property)
+
+
+def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
+    def names(pipe, architecture, **options):
+        denoiser = getattr(pipe, architecture.denoiser)
+        return [name for name, _, _ in find_sites(denoiser, architecture, NegToMeConfig(**options))]
+
+    assert names(tiny_sdxl, SDXL, sites=["mid_block"]) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    assert len(names(tiny_sdxl, SDXL, sites=["up_blocks.1", "mid_block"], cross_attention=True)) == 6
+    assert names(tiny_flux, FLUX, sites=["single_transformer_blocks.1"]) == ["single_transformer_blocks.1.attn"]
+    assert names(tiny_flux, FLUX, sites=["transformer_blocks"]) == [
+        f"transformer_blocks.{i}.attn.to_out.0" for i in range(2)
+    ]
+    with pytest.raises(ValueError, match=r"no site under 'up_block' of the UNet2DConditionModel.*attn1.*up_blocks"):
+        names(tiny_sdxl, SDXL, sites=["up_blocks", "up_block"])
+    with pytest.raises(ValueError, match=r"no site under 'single_transformer_blocks\.7'"):
+        names(tiny_flux, FLUX, sites=["single_transformer_blocks.7"])
+
+
+def test_other_pipelines_are_refused_by_name(tiny_sdxl):
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    assert find_architecture(tiny_sdxl) is SDXL
+    other = StableDiffusionXLImg2ImgPipeline(**tiny_sdxl.components)
+    for pipe, name in ((other, "StableDiffusionXLImg2ImgPipeline"), (object(), "object")):
+        with pytest.raises(TypeError, match=f"to a {name}; supported are StableDiffusionXLPipeline.*FluxPipeline"):
+            find_architecture(pipe)
+
+
+def test_feature_maps_halve_rounding_up():
+    assert feature_maps((128, 128))[:3] == [(128, 128), (64, 64), (32, 32)]
+    assert feature_maps((5, 12)) == [(5, 12), (3, 6), (2, 3), (1, 2), (1, 1)]
+    # 1024x1024: 32x32 is the smallest that takes part in the release; 1344x768: 42x24 does not.
+    assert fewest_tokens((128, 128), 32) == 32 * 32
+    assert fewest_tokens((96, 168), 32) == 48 * 84
+    assert fewest_tokens((16, 16), 32) is None
+    assert fewest_tokens(None, 32) == 0

@@ -1,0 +1,50 @@
+"""Who may import whom. negtome stands alone, eval knows no method, experiments know everything."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STANDARD = set(sys.stdlib_module_names)
+ALLOWED = {
+    "negtome": {"negtome", "torch", "diffusers"},
+    "eval": {
+        *("eval", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "PIL", "open_clip", "transformers"),
+        *("huggingface_hub", "safetensors", "tqdm"),
+    },
+}
+
+
+def imported(path):
+    """Return the top-level packages that a file imports, in functions too."""
+    packages = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively, which hides where from"
+            packages.add(node.module.split(".")[0])
+    return packages - STANDARD
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_it_may(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    found = {path.name: imported(path) - ALLOWED[package] for path in files}
+    assert {name: extra for name, extra in found.items() if extra} == {}
+
+
+def test_the_arithmetic_and_the_settings_know_no_diffusers():
+    assert imported(ROOT / "negtome" / "merge.py") == {"torch"}
+    assert imported(ROOT / "negtome" / "config.py") == {"negtome"}
+
+
+def test_importing_negtome_is_light():
+    heavy = ["hydra", "pandas", "matplotlib", "open_clip", "torchmetrics", "transformers", "diffusers"]
+    code = f"import sys, negtome; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
