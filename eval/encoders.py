@@ -114,8 +114,11 @@ class HFClip(Encoder):
 
     @cached_property
     def id(self) -> str:
-        """Name and the first 12 digits of the SHA-256 of the weights file."""
-        return f"{self.name}-{content_hash(self.folder / 'model.safetensors')[:12]}"
+        """Name and 12 digits of a SHA-256 of weights, tokenizer and preprocessing: each changes what is embedded."""
+        digest = hashlib.sha256()
+        for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt")):
+            digest.update(f"{file.name} {content_hash(file)}\n".encode())
+        return f"{self.name}-{digest.hexdigest()[:12]}"
 
     @cached_property
     def _parts(self) -> tuple[Any, Any, Any]:
@@ -305,7 +308,7 @@ def _find_cached(architecture: str, tag: str, facts: Mapping[str, Any]) -> Path:
         if found.is_file():
             return found
     reason = "the network is switched off or does not answer"
-    if _network_answers(None if repository else facts["url"]):
+    if network_answers(None if repository else facts["url"]):
         for name in names if repository else [""]:
             try:
                 return Path(hf_hub_download(repository, name) if name else open_clip.download_pretrained(dict(facts)))
@@ -329,7 +332,7 @@ def _where_from(architecture: str, tag: str | None) -> str:
     return f" (from https://huggingface.co/{repository})" if repository else f" (from {facts['url']})"
 
 
-def _network_answers(url: str | None, timeout: float = 5.0) -> bool:
+def network_answers(url: str | None, timeout: float = 5.0) -> bool:
     """Ask once, shortly: the download libraries themselves retry for most of a minute."""
     from huggingface_hub import constants, get_session
 

@@ -5,6 +5,7 @@ The only package that imports Hydra, pandas or matplotlib.
 
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 #: The checkout: relative paths of the configuration are relative to it, whatever the working directory.
@@ -18,3 +19,23 @@ def project_path(path: str | Path) -> Path:
 
 # `${project:models/mini-clip}` in conf/: a file of the checkout.
 OmegaConf.register_new_resolver("project", lambda path: str(project_path(path)), replace=True)
+
+
+def select_device(name: str) -> str:
+    """Return the torch device that `device=NAME` means; auto is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(kind, False):
+        there = [kind for kind, available in present.items() if available]
+        raise ValueError(f"device={name} is not available here: expected auto or one of {there}")
+    return name
+
+
+# `${torch_device:${device}}`: where an encoder runs.
+OmegaConf.register_new_resolver("torch_device", select_device, replace=True)

@@ -54,7 +54,10 @@ def document_path(run: Run, name: str, metric: Metric) -> Path:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    evaluate(cfg)
+    try:
+        evaluate(cfg)
+    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from experiments import pipelines
+from experiments import pipelines, select_device
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
-from experiments.runs import Run, select_device
+from experiments.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def generate(cfg: DictConfig) -> Path:
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
         ValueError: a setting is out of range.
-        RuntimeError: NegToMe was attached and pushed nothing.
+        RuntimeError: NegToMe was attached and compared nothing.
     """
     device = select_device(cfg.device)
     prompts: PromptSet = instantiate(cfg.prompts)
@@ -64,7 +64,7 @@ def count_workers(cfg: DictConfig, device: str) -> int:
     """Return how many processes generate at the same time.
 
     `workers=auto` is one a core for the mini models on a CPU: their operations are too small to share one between
-    threads, and a thread's worth of rounding is the same everywhere. Else it is one.
+    threads. Else it is one.
 
     Raises:
         ValueError: not "auto" or a number of at least 1.
@@ -142,7 +142,10 @@ def _die_with_parent() -> None:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    generate(cfg)
+    try:
+        generate(cfg)
+    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import diffusers
 import torch
@@ -19,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from omegaconf import DictConfig
 
+from eval.encoders import network_answers
 from experiments import project_path
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
@@ -75,6 +74,14 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
             _advice(model, f"{folder} is not a complete {model.architecture} pipeline folder", missing)
         )
     return Checkpoint(folder, fingerprint(folder, model.architecture, model.variant))
+
+
+def local_fingerprint(model: DictConfig) -> str | None:
+    """Return the fingerprint of a checkpoint that is a folder on this machine, or None: nothing is fetched."""
+    folder = project_path(model.source)
+    if not folder.is_dir() or missing_files(folder, model.architecture, model.variant):
+        return None
+    return fingerprint(folder, model.architecture, model.variant)
 
 
 def missing_files(folder: Path, architecture: str, variant: str | None = None) -> list[str]:
@@ -199,35 +206,36 @@ def _has_variant(folder: Path, architecture: str, variant: str | None) -> bool:
 
 
 def _from_hub(model: DictConfig) -> Path:
-    patterns = ["model_index.json"]
-    for component in COMPONENTS[model.architecture]:
-        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.model"]
-        if component in WEIGHTS:
-            patterns.append(f"{component}/{WEIGHTS[component]}*.safetensors")
-    arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": patterns}
+    arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": _patterns(model)}
     try:
         cached = Path(snapshot_download(**arguments, local_files_only=True))
         if not missing_files(cached, model.architecture, model.variant):
             return cached
     except LocalEntryNotFoundError:
         cached = None
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     problem = f"{model.source} is not in the hub's cache"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise FileNotFoundError(_advice(model, f"{problem} and HF_HUB_OFFLINE is set", _all_files(model)))
-    try:
-        # The hub's client retries for most of a minute; a refused connection is known at once.
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
-    except OSError as error:
+    if not network_answers(None):
         raise FileNotFoundError(
-            _advice(model, f"{problem} and {endpoint.hostname} cannot be reached ({error})", _all_files(model))
-        ) from error
+            _advice(model, f"{problem}, and the network is switched off or does not answer", _all_files(model))
+        )
     try:
         return Path(snapshot_download(**arguments))
     except HfHubHTTPError as error:
         raise FileNotFoundError(
             _advice(model, f"{problem} and the hub refused it ({error})", _all_files(model))
         ) from error
+
+
+def _patterns(model: DictConfig) -> list[str]:
+    """Return what to fetch of a repository: the pipeline's folders, and the variant's weights alone."""
+    patterns = ["model_index.json"]
+    for component in COMPONENTS[model.architecture]:
+        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.model"]
+        if component in WEIGHTS:
+            suffix = f".{model.variant}" if model.variant else ""
+            stem = f"{component}/{WEIGHTS[component]}"
+            patterns += [f"{stem}{suffix}.safetensors", f"{stem}-0*.safetensors"]
+    return patterns
 
 
 def _all_files(model: DictConfig) -> list[str]:
@@ -247,7 +255,9 @@ def _advice(model: DictConfig, problem: str, files: list[str]) -> str:
     return (
         f"model={model.name}: {problem}.\nMissing files:\n"
         + "".join(f"  {name}\n" for name in files)
-        + f"To get them, on a machine with a network: hf download {repository}{gated}\n"
+        + f"To get them, on a machine with a network: hf download {repository} "
+        + " ".join(f"--include '{pattern}'" for pattern in _patterns(model))
+        + f"{gated}\n"
         "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder\n"
         "The embedded models need no download: model=mini-sdxl or model=mini-flux."
     )

@@ -26,6 +26,7 @@ from eval.images import group_rows, read_manifest
 from experiments import project_path
 from experiments.configs import expand
 from experiments.runs import Run
+from experiments.tabulate import TEXT
 
 #: Okabe and Ito's palette, told apart with any colour vision; a method keeps its colour in every figure.
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
@@ -47,7 +48,7 @@ def tradeoff(frame: pd.DataFrame, diversity: str = "pairwise_distance", quality:
     for axis, model in zip(axes[0], models, strict=True):
         part = frame[frame["model"] == model]
         for _, rows in part.groupby("run_id", sort=False):
-            points = rows.set_index("metric")
+            points = rows.drop_duplicates("metric").set_index("metric")  # the first encoder's
             if diversity not in points.index or quality not in points.index:
                 continue
             x, y, method = points.loc[diversity], points.loc[quality], rows["method"].iloc[0]
@@ -66,7 +67,7 @@ def tradeoff(frame: pd.DataFrame, diversity: str = "pairwise_distance", quality:
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=len(unique))
     figure.suptitle(
-        f"Scored by {', '.join(frame['encoder'].dropna().unique())}; bars: 95 % intervals over groups",
+        f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals over groups",
         fontsize=9,
     )
     return figure
@@ -97,8 +98,12 @@ def image_grid(runs: list[Run], groups: int = 6, tile: int = 96) -> Image.Image:
     for column, (run, manifest) in enumerate(zip(runs, manifests, strict=True)):
         left = label_width + column * (size * tile + gap)
         request = run.identity["request"]
-        method = request["method"]["name"]
-        draw.text((left, 4), f"{request['model']['name']}: {TITLES.get(method, method)}", "black", font)
+        title = TITLES.get(request["method"]["name"], request["method"]["name"])
+        if [other.identity["request"]["method"]["name"] for other in runs].count(request["method"]["name"]) > 1:
+            values = request["method"]["settings"]
+            window = values["timestep_range"]
+            title = f"alpha {values['alpha']:g}, threshold {values['threshold']:g}, {window[1]:g} to {window[0]:g}"
+        draw.text((left, 4), f"{request['model']['name']}: {title}", "black", font)
         for line, group in enumerate(chosen):
             top = header + line * (tile + 4)
             if column == 0:
@@ -125,7 +130,7 @@ def plot(configs: list[DictConfig]) -> list[Path]:
     """Write the experiment's figures into the results folder and return their paths."""
     cfg = configs[0]
     results = project_path(cfg.results)
-    frame = pd.read_csv(results / f"{cfg.name}.csv", dtype={"run_id": str})
+    frame = pd.read_csv(results / f"{cfg.name}.csv", dtype=TEXT)
     files = []
     figure = tradeoff(frame)
     for suffix in ("png", "pdf"):
@@ -133,7 +138,8 @@ def plot(configs: list[DictConfig]) -> list[Path]:
         figure.savefig(files[-1], dpi=150)
     plt.close(figure)
     for model in dict.fromkeys(cfg.model.name for cfg in configs):
-        runs = [Run.find(cfg) for cfg in configs if cfg.model.name == model]
+        # A grid of settings names its baseline more than once.
+        runs = list(dict.fromkeys(Run.find(cfg) for cfg in configs if cfg.model.name == model))
         files.append(results / f"{cfg.name}_grid_{model}.png")
         image_grid(runs).quantize(256).save(files[-1], optimize=True)
     return files

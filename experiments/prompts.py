@@ -50,6 +50,7 @@ class PromptSet:
         templates: prefixes; the prompt is `"<template> <category>"`.
         seeds: group seeds, each at least 0 and below 10**6.
         images_per_prompt: images in a group, at least 2.
+        only_templates: None for all templates, or those of them that are used.
         groups_per_category: None for all of templates x seeds, or how many of them to draw in each category.
         subset_seed: seed of that draw; categories are drawn independently of each other and of their order.
 
@@ -63,6 +64,7 @@ class PromptSet:
     templates: tuple[str, ...]
     seeds: tuple[int, ...]
     images_per_prompt: int
+    only_templates: tuple[str, ...] | None = None
     groups_per_category: int | None = None
     subset_seed: int = 0
 
@@ -83,12 +85,29 @@ class PromptSet:
                 f"prompts.images_per_prompt must be at least 2, got {self.images_per_prompt}: "
                 "the diversity of a single image is not defined"
             )
+        if self.only_templates is not None:
+            if not self.only_templates or not set(self.only_templates) <= set(self.templates):
+                raise ValueError(
+                    f"prompts.only_templates must be null or some of {list(self.templates)}, "
+                    f"got {list(self.only_templates)}"
+                )
+            object.__setattr__(self, "templates", tuple(t for t in self.templates if t in self.only_templates))
+        names = [_prompt_id(prompt) for _, prompt in self.prompts()]
+        if not all(names) or len(set(names)) != len(names):
+            raise ValueError(
+                "prompts must differ in their letters a-z and digits, since folders are named after them, got "
+                f"{[prompt for _, prompt in self.prompts()]}"
+            )
         most = len(self.templates) * len(self.seeds)
         if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
             raise ValueError(
                 f"prompts.groups_per_category must be null (all) or in [1, {most}] "
                 f"(templates x seeds), got {self.groups_per_category}"
             )
+
+    def prompts(self) -> list[tuple[str, str]]:
+        """Return (category, prompt) in canonical order."""
+        return [(category, f"{template} {category}") for category in self.categories for template in self.templates]
 
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: category, template, seed."""
@@ -102,7 +121,10 @@ class PromptSet:
                 )
                 pairs = [pairs[i] for i in sorted(drawn)]
             for template, seed in pairs:
-                prompt = f"{template} {category}".strip()
-                prompt_id = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-                result.append(Group(prompt_id, prompt, category, seed, self.images_per_prompt))
+                prompt = f"{template} {category}"
+                result.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
         return result
+
+
+def _prompt_id(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")

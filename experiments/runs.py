@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from eval.images import ManifestRow, write_manifest, write_text
-from experiments import PROJECT, project_path
-from experiments.methods import Method
+from experiments import PROJECT, pipelines, project_path, select_device
+from experiments.methods import Baseline, Method
 from experiments.prompts import Group, PromptSet
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
@@ -42,22 +42,6 @@ def canonical(value: Any) -> str:
 def run_id(identity: dict[str, Any]) -> str:
     """Return the first 12 hex digits of the SHA-256 of `identity` in canonical JSON."""
     return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
-
-
-def select_device(name: str) -> str:
-    """Return the torch device that `device=NAME` means.
-
-    Raises:
-        ValueError: the device is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(kind, False):
-        there = [kind for kind, available in present.items() if available]
-        raise ValueError(f"device={name} is not available here: expected auto or one of {there}")
-    return name
 
 
 def request(cfg: DictConfig) -> dict[str, Any]:
@@ -82,11 +66,13 @@ def request(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def made_by(cfg: DictConfig, device: str) -> dict[str, Any]:
-    """Return what of the machine, its software and the method's code may change pixels."""
+def made_by(cfg: DictConfig, weights: str | None, device: str) -> dict[str, Any]:
+    """Return what may change pixels beside the request: weights, machine, software and the method's code."""
     return {
+        "weights": weights,
         "machine": {
-            "device": torch.device(device).type,
+            # The model of a GPU, since kernels differ; CPUs differ less, and have no name that is the same everywhere.
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type,
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
         "code": instantiate(cfg.method).code(),
@@ -131,7 +117,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions, commit, device and date, as recorded when the run began."""
+        """Commit, date and platform, as recorded when the run began."""
         return json.loads((self.folder / "environment.json").read_text())
 
     @classmethod
@@ -143,13 +129,13 @@ class Run:
             weights: fingerprint of the checkpoint's content (`pipelines.Checkpoint.fingerprint`).
             device: torch device.
         """
-        identity = {"request": request(cfg), "weights": weights, **made_by(cfg, device)}
-        run = cls(_method_folder(cfg) / run_id(identity))
+        identity = {"request": request(cfg), **made_by(cfg, weights, device)}
+        run = cls(_model_folder(cfg) / cfg.method.name / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / "environment.json").exists():
             write_text(
                 run.folder / "environment.json",
-                json.dumps(_environment(device), indent=2, sort_keys=True) + "\n",
+                json.dumps(_environment(), indent=2, sort_keys=True) + "\n",
             )
         if not (run.folder / "config.yaml").exists():
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
@@ -160,26 +146,55 @@ class Run:
     def find(cls, cfg: DictConfig) -> Run:
         """Return the complete run that `cfg` asks for, wherever and with whatever versions it was generated.
 
+        Where there are several, it is the one of this machine, these weights and this code.
+
         Raises:
             FileNotFoundError: there is none, or only unfinished ones.
-            ValueError: there are several and `run_id=` does not say which.
+            ValueError: there are several, none of them made here, and `run_id=` does not say which.
         """
-        folder = _method_folder(cfg)
-        wanted = request(cfg)
+        return cls._find(cfg, cfg.method.name, request(cfg))
+
+    @classmethod
+    def find_baseline(cls, cfg: DictConfig) -> Run:
+        """Return the complete run without any method that is otherwise as `cfg` asks; see `find`."""
+        nothing = Baseline()
+        wanted = request(cfg) | {"method": {"name": nothing.name, "settings": nothing.settings()}}
+        return cls._find(cfg, nothing.name, wanted)
+
+    @classmethod
+    def _find(cls, cfg: DictConfig, method: str, wanted: dict[str, Any]) -> Run:
+        folder = _model_folder(cfg) / method
         runs = [cls(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
-        runs = [run for run in runs if cfg.run_id in (None, run.id) and run.identity["request"] == wanted]
+        runs = [run for run in runs if run.identity["request"] == wanted]
         done = [run for run in runs if run.complete]
-        command = "python -m experiments.generate with the same overrides"
         if not done:
             state = "only unfinished ones" if runs else "none"
-            raise FileNotFoundError(f"No complete run with these settings under {folder} ({state}): run {command}")
+            raise FileNotFoundError(
+                f"No complete run with these settings under {folder} ({state}): "
+                f"run python -m experiments.generate with the same overrides and method={method}"
+            )
         if len(done) > 1:
-            here = made_by(cfg, select_device(cfg.device))
-            done = [run for run in done if here.items() <= run.identity.items()] or done
+            chosen = [run for run in done if run.id in str(cfg.run_id).split("+")]
+            if not chosen:
+                here = made_by(cfg, pipelines.local_fingerprint(cfg.model), select_device(cfg.device))
+                chosen = [run for run in done if here.items() <= run.identity.items()]
+            done = chosen or done
         if len(done) > 1:
-            listing = "; ".join(f"{run.id}: {run.identity['machine']}, code {run.identity['code']}" for run in done)
-            raise ValueError(f"Several runs have these settings; add run_id=ID to choose one of {listing}")
+            listing = "; ".join(
+                f"{run.id}: {run.identity['machine']}, weights {run.identity['weights']}, code {run.identity['code']}"
+                for run in done
+            )
+            raise ValueError(
+                f"Several runs have these settings and none was made here: {listing}. Name one with run_id=ID (for a "
+                "sweep run_id=ID+ID+...), or move the others away"
+            )
         return done[0]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Return what was recorded of every group while it was generated."""
+        return [
+            json.loads(path.read_text())["stats"] for path in sorted(self.folder.glob("images/*/[0-9]*/group.json"))
+        ]
 
     def group_folder(self, group: Group) -> Path:
         return self.folder / "images" / group.prompt_id / f"{group.seed:06d}"
@@ -215,7 +230,8 @@ class Run:
         if not all(self.has(group) for group in groups):
             return False
         for leftover in self.folder.glob("images/*/.*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # half-written groups of killed processes
+            # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
+            shutil.rmtree(leftover, ignore_errors=True)
         write_manifest(self.folder, [row for group in groups for row in self._rows(group)])
         write_text(self.folder / "complete", "")
         return True
@@ -236,8 +252,8 @@ class Run:
         ]
 
 
-def _method_folder(cfg: DictConfig) -> Path:
-    return project_path(cfg.outputs) / cfg.name / cfg.model.name / cfg.method.name
+def _model_folder(cfg: DictConfig) -> Path:
+    return project_path(cfg.outputs) / cfg.name / cfg.model.name
 
 
 def _plain(value: Any) -> Any:
@@ -245,17 +261,23 @@ def _plain(value: Any) -> Any:
     return json.loads(canonical(value))
 
 
-def _environment(device: str) -> dict[str, Any]:
+def current_commit() -> str:
+    """Return the checkout's commit, marked where code, configuration or models differ from it."""
     git = ["git", "-C", str(PROJECT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    code = ["--", "negtome", "eval", "experiments", "conf", "models"]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", *code]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
+        return "unknown"
+    return commit + ("+changes" if changed.strip() else "")
+
+
+def _environment() -> dict[str, Any]:
     return {
-        "commit": (commit or "unknown") + ("+changes" if commit and changed else ""),
+        "commit": current_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or device,
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

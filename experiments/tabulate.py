@@ -8,6 +8,7 @@ The overrides are those of `experiments.generate`. Rows of models that are not a
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,17 @@ from experiments.configs import expand
 from experiments.evaluate import document_path
 from experiments.runs import Run
 
-#: Columns that say which measured thing a row is; with the metric they are the row's key.
+#: Columns of a CSV that hold text also where they look like numbers.
+TEXT = {"run_id": str, "commit": str}
+#: Columns that say which measured thing a row is; with the metric and its encoder they are the row's key.
 SETTING = [
-    "model",
-    "method",
-    "matching",
-    "reference",
-    "alpha",
-    "threshold",
-    "t_low",
-    "t_high",
-    "guidance_scale",
-    "steps",
-]
+    "model", "guidance_scale", "true_cfg_scale", "steps", "method", "matching", "reference", "alpha", "threshold",
+    "t_low", "t_high",
+]  # fmt: skip
+KEY = ["experiment", *SETTING, "metric", "encoder"]
 COLUMNS = [
-    "experiment", *SETTING, "metric", "encoder", "higher_is_better", "value", "ci_low", "ci_high",
-    "difference", "difference_low", "difference_high", "n_groups", "n_images", "run_id", "commit", "device",
+    *KEY, "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low", "difference_high",
+    "n_groups", "n_images", "pushed_share", "run_id", "commit", "device",
 ]  # fmt: skip
 
 
@@ -46,35 +42,31 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
     """Return one row for every run and metric, each with its paired difference to the run without a method.
 
     Args:
-        configs: from `expand`; a run is paired with the one of method `none` that has the same model and prompts.
+        configs: from `expand`; a run is paired with the one of method `none` that is otherwise as configured.
 
     Raises:
-        FileNotFoundError: a run was not generated or not scored; the message names the command.
+        FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
         ValueError: random weights, which measure nothing, would enter a table.
     """
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
-    baselines = {_pairing(run): run for run in runs if run.identity["request"]["method"]["name"] == "none"}
     rows = []
     for run, cfg in runs.items():
         if cfg.model.kind == "tiny":
             raise ValueError(
                 f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
             )
-        baseline = baselines.get(_pairing(run))
+        baseline = Run.find_baseline(cfg)
         for name, spec in cfg.metric.items():
             metric = instantiate(spec)
-            reference = None if baseline in (None, run) else _document(baseline, name, metric)
-            rows.append(_row(cfg, run, _document(run, name, metric), reference))
+            reference = None if baseline == run else _document(baseline, name, metric)
+            rows.append(_row(cfg, run, name, _document(run, name, metric), reference))
     return rows
 
 
-def _pairing(run: Run) -> str:
-    request = run.identity["request"]
-    return repr((request["model"], request["prompts"], run.identity["weights"], run.identity["machine"]))
-
-
-def _row(cfg: DictConfig, run: Run, document: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
+def _row(
+    cfg: DictConfig, run: Run, name: str, document: dict[str, Any], reference: dict[str, Any] | None
+) -> dict[str, Any]:
     options = dict(cfg.bootstrap)
     value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
     difference = difference_low = difference_high = None
@@ -84,16 +76,19 @@ def _row(cfg: DictConfig, run: Run, document: dict[str, Any], reference: dict[st
         )
     settings = run.identity["request"]["method"]["settings"]
     window = settings.get("timestep_range") or (None, None)
+    statistics = run.statistics()
+    compared = sum(group.get("tokens_compared", 0) for group in statistics)
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
+        "guidance_scale": cfg.model.call.guidance_scale,
+        "true_cfg_scale": cfg.model.call.get("true_cfg_scale"),
+        "steps": cfg.model.call.num_inference_steps,
         "method": cfg.method.name,
         **{key: settings.get(key) for key in ("matching", "reference", "alpha", "threshold")},
         "t_low": window[0],
         "t_high": window[1],
-        "guidance_scale": cfg.model.call.guidance_scale,
-        "steps": cfg.model.call.num_inference_steps,
-        "metric": document["metric"],
+        "metric": name,
         "encoder": document["encoder"]["id"],
         "higher_is_better": document["higher_is_better"],
         "value": value,
@@ -104,9 +99,10 @@ def _row(cfg: DictConfig, run: Run, document: dict[str, Any], reference: dict[st
         "difference_high": difference_high,
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
+        "pushed_share": sum(group["tokens_pushed"] for group in statistics) / compared if compared else None,
         "run_id": run.id,
         "commit": run.environment["commit"],
-        "device": run.environment["device"],
+        "device": run.identity["machine"]["device"],
     }
 
 
@@ -120,29 +116,37 @@ def _document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
 
 
 def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Put `rows` into the CSV at `path`: they replace the rows of the same models, the others stay."""
+    """Put `rows` into the CSV at `path`: they replace the rows with their `KEY`, all others stay.
+
+    Returns:
+        The CSV's content, read back: a table made now and one made from the committed file are the same.
+    """
     new = pd.DataFrame(rows, columns=COLUMNS)
+    frame = pd.read_csv(io.StringIO(_csv(new)), dtype=TEXT)
     if path.exists():
-        old = pd.read_csv(path, dtype={"run_id": str})
-        kept = old[~old["model"].isin(new["model"].unique())].reindex(columns=COLUMNS)
+        old = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS)
+        replaced = set(map(repr, frame[KEY].values.tolist()))
+        kept = old[[repr(key) not in replaced for key in old[KEY].values.tolist()]]
         if len(kept):
-            new = pd.concat([kept.astype(object), new.astype(object)], ignore_index=True)
-    write_text(path, new.to_csv(index=False, float_format="%.6g"))
-    # Read back, so that a table made now and one made from the committed CSV are the same.
-    return pd.read_csv(path, dtype={"run_id": str})
+            frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True)
+    write_text(path, _csv(frame))
+    return pd.read_csv(path, dtype=TEXT)
 
 
-def _number(value: float, low: float, high: float, signed: bool = False) -> str:
+def _csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, float_format="%.6g")
+
+
+def _number(value: float, low: float, high: float, sign: str = "") -> str:
+    """Return `value [low, high]` with three decimals, one where the value is 10 or more."""
     digits = 1 if abs(value) >= 10 else 3
-    sign = "+" if signed else ""
-    if pd.isna(value):
-        return ""
     interval = "" if pd.isna(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
     return f"{value:{sign}.{digits}f}{interval}"
 
 
 def wide_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table people read: one row a run, one column a metric, `value (difference [interval])`."""
+    """Return the table people read: one row a run, one column a metric (and encoder, where it has several)."""
+    several = frame.groupby("metric")["encoder"].nunique() > 1
     table = []
     for _, group in frame.groupby([*SETTING, "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
@@ -152,25 +156,45 @@ def wide_table(frame: pd.DataFrame) -> pd.DataFrame:
             "alpha": "" if pd.isna(first["alpha"]) else f"{first['alpha']:g}",
             "threshold": "" if pd.isna(first["threshold"]) else f"{first['threshold']:g}",
             "window": "" if pd.isna(first["t_low"]) else f"{first['t_high']:g} to {first['t_low']:g}",
+            "pushed": "" if pd.isna(first["pushed_share"]) else f"{100 * first['pushed_share']:.0f} %",
         }
         for _, row in group.iterrows():
             arrow = {True: "up", False: "down"}.get(row["higher_is_better"], "-")
-            change = _number(row["difference"], row["difference_low"], row["difference_high"], signed=True)
-            cell = _number(row["value"], row["ci_low"], row["ci_high"]) if not change else f"{row['value']:.3f}"
-            if abs(row["value"]) >= 10 and change:
-                cell = f"{row['value']:.1f}"
-            entry[f"{row['metric'].replace('_', ' ')} ({arrow})"] = f"{cell}; {change}" if change else cell
+            by = f" by {row['encoder']}" if several[row["metric"]] else ""
+            cell = _number(row["value"], row["ci_low"], row["ci_high"])
+            if not pd.isna(row["difference"]):
+                digits = 1 if abs(row["value"]) >= 10 else 3
+                change = _number(row["difference"], row["difference_low"], row["difference_high"], "+")
+                cell = f"{row['value']:.{digits}f}; {change}"
+            entry[f"{row['metric'].replace('_', ' ')}{by} ({arrow})"] = cell
         entry["groups"] = int(first["n_groups"])
         entry["images"] = int(first["n_images"])
         table.append(entry)
     return pd.DataFrame(table).fillna("")
 
 
+def findings(frame: pd.DataFrame, metrics: tuple[str, ...] = ("pairwise_distance", "clip_score")) -> list[str]:
+    """Say in words, from the numbers alone, what each method did to each of `metrics` on each model."""
+    lines = []
+    for (model, method, *_), rows in frame.groupby(["model", "method", "run_id"], sort=False):
+        parts = []
+        for _, row in rows[rows["metric"].isin(metrics) & rows["difference"].notna()].iterrows():
+            low, high = row["difference_low"], row["difference_high"]
+            verb = "raised" if low > 0 else "lowered" if high < 0 else "did not measurably change"
+            change = _number(row["difference"], low, high, "+")
+            base = row["value"] - row["difference"]
+            parts.append(f"{verb} the {row['metric'].replace('_', ' ')} by {change} ({row['difference'] / base:+.1%})")
+        if parts:
+            lines.append(f"- {model}, {method}: " + "; ".join(parts) + f" (n = {rows['n_groups'].iloc[0]} groups).")
+    return lines
+
+
 def paper_table(experiment: str, paper_csv: Path) -> pd.DataFrame:
     """Return the paper's own numbers for `experiment`, one row a method, as transcribed in results/paper.csv."""
     paper = pd.read_csv(paper_csv)
     paper = paper[paper["experiment"] == experiment]
-    wide = paper.pivot_table(index=["model", "method"], columns="metric", values="value", sort=False).reset_index()
+    wide = paper.pivot_table(index=["table", "model", "method"], columns="metric", values="value", sort=False)
+    wide = wide.reset_index().rename(columns={"table": "source"})
     wide.columns.name = None
     return wide
 
@@ -185,9 +209,12 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     parts += [
         wide_table(frame).to_markdown(index=False, disable_numparse=True),
         "",
-        "Without a method: value [95 % interval over groups]. With one: value; paired difference to the run without "
-        f"[95 % bootstrap interval over the same groups]. Scored by {encoders}. Models named mini-* are this project's "
-        "small models: their numbers are not SDXL's or Flux's.",
+        "Without a method: value [95 % interval over groups]. With one: value; paired difference to the run without, "
+        "over the same groups [95 % centred bootstrap interval]. pushed: share of the compared tokens that moved. "
+        f"Scored by {encoders}. Models named mini-* are this project's small models: their numbers are not SDXL's or "
+        "Flux's.",
+        "",
+        *findings(frame),
         "",
     ]
     if len(paper):
@@ -219,7 +246,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for experiments.generate")
     arguments = parser.parse_args()
-    print(tabulate(arguments.overrides))
+    try:
+        print(tabulate(arguments.overrides))
+    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
+        raise SystemExit(str(error)) from None
     cfg = expand(arguments.overrides)[0]
     for suffix in ("csv", "md", "tex"):
         print(project_path(cfg.results) / f"{cfg.name}.{suffix}")

@@ -50,17 +50,16 @@ class NegToMeConfig:
 
     def __post_init__(self) -> None:
         """Coerce sequences to tuples and refuse what is out of range."""
-        _check_number("alpha", self.alpha, -math.inf, math.inf)
-        _check_number("threshold", self.threshold, -1, 1)
+        for name, low, high in (("alpha", -math.inf, math.inf), ("threshold", -1, 1)):
+            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
 
         if isinstance(self.timestep_range, (str, bytes)) or len(window := tuple(self.timestep_range)) != 2:
             raise ValueError(f"timestep_range must be two numbers (low, high), got {self.timestep_range!r}.")
-        for end in window:
-            _check_number("each end of timestep_range", end, 0, 1000)
+        window = tuple(_number("each end of timestep_range", end, 0, 1000) for end in window)
         if window[0] > window[1]:
             raise ValueError(
-                f"timestep_range must be (low, high) with low <= high, got {window}; 1000 is pure noise, so the "
-                f"window from {window[0]} down to {window[1]} is written ({window[1]}, {window[0]})."
+                f"timestep_range must be (low, high) with low <= high, got ({window[0]:g}, {window[1]:g}); 1000 is "
+                f"pure noise, so a window from {window[0]:g} down to {window[1]:g} is ({window[1]:g}, {window[0]:g})."
             )
         object.__setattr__(self, "timestep_range", window)
 
@@ -140,9 +139,10 @@ _PRESETS = {
 }
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    """Refuse what is not a finite number in [low, high]."""
+def _number(name: str, value: object, low: float, high: float) -> float:
+    """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}.")
+    return float(value)

@@ -1,6 +1,6 @@
 """The arithmetic of negative token merging: match each token to a reference token, then move away from it.
 
-Source: arXiv 2412.01339, Sec. 3. Pure torch; nothing here knows a model.
+Source: arXiv 2412.01339. Pure torch; nothing here knows a model.
 
 A token x whose nearest reference token (cosine similarity) is m, with a similarity above the threshold, becomes
 
@@ -33,7 +33,7 @@ def negative_merge(
     matching: str = "paper",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Push every token away from its most similar reference token (arXiv 2412.01339, Sec. 3).
+    """Push every token away from its most similar reference token (arXiv 2412.01339).
 
     Precision: tokens are normalised in float32; the matrix of similarities is computed in the tokens' dtype; the
     similarity of the match that was found is computed again in float32, and only this value meets the threshold.

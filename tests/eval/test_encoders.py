@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -153,13 +154,16 @@ def test_hf_clip_loads_half_precision_weights_as_float32(tiny_clip, tmp_path):
     assert half.id != HFClip(tiny_clip, name="half").id, "other weights, other id"
 
 
-def test_hf_clip_id_and_name(tiny_clip):
-    import hashlib
-
-    weights = hashlib.sha256((tiny_clip / "model.safetensors").read_bytes()).hexdigest()
+def test_hf_clip_id_and_name(tiny_clip, tmp_path):
     encoder = HFClip(tiny_clip, name="mini-clip")
-    assert (encoder.name, encoder.id) == ("mini-clip", f"mini-clip-{weights[:12]}")
+    assert encoder.name == "mini-clip" and re.fullmatch("mini-clip-[0-9a-f]{12}", encoder.id)
     assert HFClip(tiny_clip).name == tiny_clip.name
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_clip, moved)
+    assert HFClip(moved, name="mini-clip").id == encoder.id, "the content counts, not the place"
+    preprocessing = moved / "preprocessor_config.json"
+    preprocessing.write_text(preprocessing.read_text().replace("image_std", "image_std_"))
+    assert HFClip(moved, name="mini-clip").id != encoder.id, "other preprocessing, other embeddings"
 
 
 def test_hf_clip_names_what_is_missing(tiny_clip, tmp_path):
@@ -253,7 +257,7 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
             raise OSError(f"no {name} in {repository}")
         return f"/cache/{name}"
 
-    monkeypatch.setattr("eval.encoders._network_answers", lambda _: True)
+    monkeypatch.setattr("eval.encoders.network_answers", lambda _: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     facts = {"hf_hub": "someone/something/"}

@@ -1,6 +1,7 @@
 """Every option of every group composes and instantiates; every experiment stands for the runs it names."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from experiments import PROJECT
 from experiments.configs import expand
 from experiments.methods import Baseline, NegToMe
 from experiments.prompts import PromptSet
+from negtome import NegToMeConfig
 
 CONF = PROJECT / "conf"
 # Root-level groups; scorer and labels are placed into a model by that model's file.
@@ -79,6 +81,17 @@ def test_the_two_matchings_differ_in_the_matching_alone():
     assert changed == {"matching"}
     assert (paper.config.matching, released.config.matching) == ("paper", "released")
     assert isinstance(instantiate(expand(["method=none"])[0].method), Baseline)
+
+
+def test_the_real_models_strengths_are_the_librarys_presets():
+    for model, preset, differs in (
+        ("sdxl", ("sdxl", "evaluation"), {"matching", "cross_attention"}),
+        ("flux-dev", ("flux", "paper"), set()),
+    ):
+        configured = instantiate(expand([f"model={model}", "method=negtome"])[0].method).config
+        published = NegToMeConfig.preset(*preset)
+        changed = {f.name for f in fields(published) if getattr(published, f.name) != getattr(configured, f.name)}
+        assert changed == differs, model
 
 
 def test_a_misspelt_key_is_named():

@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 
@@ -176,7 +178,7 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     arguments, folders = finished
     markdown = tabulate.tabulate(arguments)
     cfg = expand(arguments)[0]
-    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype={"run_id": str})
+    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=tabulate.TEXT)
     assert list(frame.columns) == tabulate.COLUMNS
     assert list(frame["run_id"].unique()) == [folder.name for folder in folders]
     assert set(frame["metric"]) == {"pairwise_similarity", "pairwise_distance", "vendi_score"}
@@ -194,13 +196,44 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert tabulate.tabulate(arguments) == markdown
 
 
-def test_tables_of_other_models_stay(finished):
+def test_rows_of_other_settings_stay(finished):
     arguments, _ = finished
     path = tabulate.project_path(expand(arguments)[0].results) / "kept.csv"
-    row = dict.fromkeys(tabulate.COLUMNS, 1) | {"experiment": "kept", "run_id": "x"}
-    tabulate.merge_rows(path, [row | {"model": "a", "value": 1}, row | {"model": "b", "value": 2}])
-    frame = tabulate.merge_rows(path, [row | {"model": "b", "value": 3}])
-    assert frame[["model", "value"]].values.tolist() == [["a", 1], ["b", 3]]
+    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "kept", "run_id": "0123", "true_cfg_scale": None}
+    tabulate.merge_rows(path, [row | {"alpha": 0.3, "value": 1}, row | {"alpha": 0.9, "value": 2}])
+    frame = tabulate.merge_rows(path, [row | {"alpha": 0.9, "value": 3}])
+    assert frame[["alpha", "value", "run_id"]].values.tolist() == [[0.3, 1, "0123"], [0.9, 3, "0123"]]
+
+
+def test_a_part_of_a_sweep_finds_its_baseline(finished, tmp_path):
+    arguments, _ = finished
+    whole = tabulate.rows_of(expand(arguments))
+    part = tabulate.rows_of(expand([*arguments, "method=negtome"]))
+    assert part == [row for row in whole if row["method"] == "negtome"]
+
+
+def test_a_method_without_its_baseline_is_refused(finished, tmp_path):
+    arguments, (_, paper, _) = finished
+    shutil.copytree(paper, tmp_path / paper.relative_to(paper.parents[3]))
+    with pytest.raises(FileNotFoundError, match="method=none"):
+        tabulate.rows_of(expand([*arguments, "method=negtome", f"outputs={tmp_path}"]))
+
+
+def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
+    arguments, _ = finished
+    weights = tmp_path / "weights"
+    shutil.copytree(expand(arguments)[0].model.source, weights)
+    (cfg,) = expand([*arguments, "method=none", f"outputs={tmp_path}", f"model.source={weights}"])
+    first = generate(cfg)
+    file = weights / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    second = generate(cfg)
+    assert first != second
+    assert Run.find(cfg).folder == second
+    cfg.run_id = first.name
+    assert Run.find(cfg).folder == first
 
 
 def test_random_weights_never_enter_a_table(finished):
@@ -253,3 +286,33 @@ def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
     }
     assert settings == {(0.3, -1), (0.3, -0.5), (0.9, -1), (0.9, -0.5)}
     assert all((run / "complete").exists() for run in runs)
+
+
+def test_killed_in_the_middle_and_called_again(tmp_path):
+    """The shipped model in several processes, as make reproduce-diversity runs it, killed without a word."""
+    arguments = [
+        "experiment=diversity", "model=mini-flux", "method=negtome", "workers=2", "prompts.categories=[bird,fish,car]",
+        "model.groups_per_category=2", "model.call.num_inference_steps=2", "model.negtome.timestep_range=[0,1000]",
+        f"outputs={tmp_path}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "experiments.generate", *arguments]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("group.json")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    process.kill()
+    process.wait()
+    psutil.wait_procs([psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=60)
+    assert not [pid for pid in workers if psutil.pid_exists(pid)], "processes outlive the one that started them"
+
+    (folder,) = (path.parent for path in tmp_path.glob("diversity/*/*/*/config.yaml"))
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png") if not path.parent.name.startswith(".")}
+    assert not (folder / "complete").exists()
+    (cfg,) = expand([argument for argument in arguments if argument != "workers=2"] + ["workers=1"])
+    assert generate(cfg) == folder
+    assert len(read_manifest(folder)) == 6 * 4
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    documents = [json.loads(path.read_text()) for path in evaluate(cfg)]
+    assert {document["metric"] for document in documents} == set(cfg.metric)
+    assert {document["encoder"]["name"] for document in documents} == {"mini-clip"}

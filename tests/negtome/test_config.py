@@ -17,7 +17,7 @@ from negtome import NegToMeConfig
         ("alpha", True, "finite number, got True"),
         ("threshold", 1.01, "between -1 and 1, got 1.01"),
         ("threshold", math.nan, "finite"),
-        ("timestep_range", (1000, 800), r"is written \(800, 1000\)"),
+        ("timestep_range", (1000, 800), r"is \(800, 1000\)"),
         ("timestep_range", (0, 1001), "between 0 and 1000, got 1001"),
         ("timestep_range", (math.nan, 1000), "finite"),
         ("timestep_range", (1, 2, 3), "two numbers"),
