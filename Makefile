@@ -32,9 +32,15 @@ reproduce-diversity: $(VENV)/.installed-experiments  ## images, scores, table an
 	$(PY) -m experiments.tabulate experiment=diversity $(ARGS)
 	$(PY) -m experiments.plot experiment=diversity $(ARGS)
 
+.PHONY: doctor
+doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
+	@$(PY) -m experiments.doctor
+
 .PHONY: mini-models
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
-	$(PY) -m experiments.mini.train $(ARGS)
+	$(PY) -m experiments.mini.train --out outputs/mini --npm outputs/npm $(ARGS)
+	$(PY) -m experiments.mini.export --work outputs/mini --models models
+	$(PY) -m experiments.mini.reference --data outputs/mini/data --out models/mini-reference
 
 .PHONY: test
 test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU

@@ -1,36 +1,28 @@
-"""Image and text to embedding vectors, and a cache so that no image is embedded twice.
+"""Image and text to embedding vectors: what an encoder is, and the CLIP models.
 
 Every encoder takes uint8 RGB images [3, H, W] and owns what follows: resize, range, normalisation. Its
-embeddings are float32, of length 1, on the CPU, and do not depend on what else is in the batch (but for float
-rounding). Models are loaded at the first use, so that an encoder's `id` can be asked without loading
-anything.
+embeddings are float32, on the CPU, of length 1 unless it says otherwise, and do not depend on what else is in the
+batch (but for float rounding). Models are loaded at the first use, so that an encoder's `name` and `weights` can be
+asked without loading anything. Encoders of images alone are in `eval.features`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
-from eval.images import ManifestRow, content_hash, load_image
+from eval.weights import NO_NETWORK, WeightsFacts, first_file, hub_cache, network_answers
 
-# Images a file of the cache: what a killed run loses at most.
-IMAGES_PER_SHARD = 512
 TEXTS_PER_BATCH = 256
-# Part of the cache's path: raise it when load_image or the layout changes what is stored.
-CACHE_VERSION = "v1"
 
 
 class Encoder(ABC):
@@ -39,10 +31,13 @@ class Encoder(ABC):
     Attributes:
         name: for people, as printed in tables.
         id: identity for caches and result files: it changes when the weights do.
+        normalised: whether embeddings have length 1, as they have where cosines count; raw features, for
+            distances between distributions, have the length that the network gives them.
     """
 
     name: str
     id: str
+    normalised: bool = True
 
     @abstractmethod
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -52,8 +47,12 @@ class Encoder(ABC):
             images: N uint8 tensors [3, H, W], RGB in [0, 255]; sizes may differ.
 
         Returns:
-            float32 [N, D], each row of length 1.
+            float32 [N, D], each row of length 1 if `normalised`.
         """
+
+    def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Apply the classifier that belongs to the network: float32 [N, D] features to [N, classes] logits."""
+        raise TypeError(f"expected an encoder with a classifier, got {self.name}; use Inception or EfficientNet-lite0")
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Embed texts into the images' space: float32 [N, D], each row of length 1; too long ones are cut."""
@@ -65,6 +64,19 @@ class Encoder(ABC):
 
     def prepare(self) -> None:  # noqa: B027  (an encoder without weights has nothing to do)
         """Load the weights now, so that a missing file is found before any work is done."""
+
+    def weights(self) -> WeightsFacts:
+        """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
+        return WeightsFacts(
+            encoder=self.name,
+            source="no weights",
+            files=(),
+            looked_in=(),
+            resize="none",
+            input_range="uint8 in [0, 255]",
+            licence="none needed",
+            how_to_get="nothing to do",
+        )
 
 
 class PixelEncoder(Encoder):
@@ -83,55 +95,71 @@ class PixelEncoder(Encoder):
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Embed by area averaging; see `Encoder.embed_images`."""
-        small = [F.adaptive_avg_pool2d(_checked(image).float() / 255, self.size).flatten() for image in images]
+        small = [F.adaptive_avg_pool2d(checked(image).float() / 255, self.size).flatten() for image in images]
         # The constant gives a black image a direction, too.
         return F.normalize(torch.stack([torch.cat([pixels, torch.ones(1)]) for pixels in small]), dim=-1)
 
+    def weights(self) -> WeightsFacts:
+        """See `Encoder.weights`."""
+        return replace(
+            super().weights(), resize=f"averaged to {self.size}x{self.size}, aspect lost", input_range="[0, 1]"
+        )
+
 
 class HFClip(Encoder):
-    """A CLIP model of transformers in a local folder (config.json, model.safetensors, tokenizer, image
-    processor).
+    """A CLIP model of transformers in a local folder (config.json, model.safetensors, tokenizer, image processor).
 
-        Resize, crop and normalisation are those of the folder's `preprocessor_config.json`. Computed in float32.
+    Resize, crop and normalisation are those of the folder's `preprocessor_config.json`. Computed in float32.
 
-        Args:
-            folder: what `CLIPModel.save_pretrained`, the tokenizer's and the image processor's wrote.
-            name: for tables; the folder's name if not given.
-            device: where the model runs.
+    Args:
+        folder: what `CLIPModel.save_pretrained`, the tokenizer's and the image processor's wrote.
+        name: for tables; the folder's name if not given.
+        device: where the model runs.
     """
+
+    NEEDED = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json")
 
     def __init__(self, folder: str | Path, name: str | None = None, device: str = "cpu") -> None:
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.name = name or self.folder.name
-        needed = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json")
-        missing = [file for file in needed if not (self.folder / file).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"expected a CLIP model's folder at {self.folder}, got one without {', '.join(missing)}; "
-                "put the model there or give another folder"
-            )
 
     @cached_property
     def id(self) -> str:
         """Name and 12 digits of a SHA-256 of weights, tokenizer and preprocessing: each changes what is embedded."""
-        digest = hashlib.sha256()
-        for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt")):
-            digest.update(f"{file.name} {content_hash(file)}\n".encode())
-        return f"{self.name}-{digest.hexdigest()[:12]}"
+        return f"{self.name}-{self._found().sha256[:12]}"
+
+    def weights(self) -> WeightsFacts:
+        """See `Encoder.weights`."""
+        missing = self._missing()
+        kept = () if missing else (p for p in self.folder.iterdir() if p.suffix in (".json", ".safetensors", ".txt"))
+        return WeightsFacts(
+            encoder=self.name,
+            source=", ".join(missing or self.NEEDED),
+            files=tuple(sorted(kept)),
+            looked_in=(self.folder,),
+            resize="as the folder's preprocessor_config.json says",
+            input_range="as the folder's preprocessor_config.json says",
+            licence="as the folder's README.md says",
+            how_to_get=f"put a CLIP model as transformers saves it into {self.folder} or give another folder",
+        )
+
+    def _missing(self) -> list[str]:
+        return [file for file in self.NEEDED if not (self.folder / file).is_file()]
+
+    def _found(self) -> WeightsFacts:
+        facts = self.weights()
+        if not facts.present:
+            raise facts.missing()
+        return facts
 
     @cached_property
     def _parts(self) -> tuple[Any, Any, Any]:
+        self._found()
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
-        from transformers.utils import logging as hf_logging
 
-        shown = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()  # a bar for a model that loads in a moment only hides the real ones
-        try:
+        with quiet_transformers():
             model = CLIPModel.from_pretrained(self.folder, local_files_only=True)
-        finally:
-            if shown:
-                hf_logging.enable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(self.folder, local_files_only=True)
         return model.float().eval().to(self.device), tokenizer, processor
@@ -151,7 +179,7 @@ class HFClip(Encoder):
         """Embed images; see `Encoder.embed_images`."""
         model, _, processor = self._parts
         inputs = processor(
-            [_checked(image) for image in images], return_tensors="pt", input_data_format="channels_first"
+            [checked(image) for image in images], return_tensors="pt", input_data_format="channels_first"
         )
         return _normalised(model.get_image_features(pixel_values=inputs["pixel_values"].to(self.device)))
 
@@ -179,19 +207,18 @@ class HFClip(Encoder):
 
 
 class OpenClip(Encoder):
-    """A CLIP model of open_clip, with the resize and normalisation that belong to its weights. Computed in
-    float32.
+    """A CLIP model of open_clip, with the resize and normalisation that belong to its weights. Computed in float32.
 
-        Weights are looked for, in this order: the file `pretrained` itself, if it is a path; `weights_dir`; the
-        usual caches; the network. Without network it fails within seconds and says which file to put where.
+    Weights are looked for, in this order: the file `pretrained` itself, if it is a path; `weights_dir`; the
+    usual caches; the network. Without network it fails within seconds and says which file to put where.
 
-        Args:
-            architecture: open_clip's name of the model, e.g. "ViT-B-32".
-            pretrained: open_clip's tag of the weights, e.g. "openai", or the path of a weights file.
-            weights_dir: a folder with `<architecture>-<pretrained>.safetensors` (or .pt, .bin) or, as downloaded,
-                `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
-            name: for tables.
-            device: where the model runs.
+    Args:
+        architecture: open_clip's name of the model, e.g. "ViT-B-32".
+        pretrained: open_clip's tag of the weights, e.g. "openai", or the path of a weights file.
+        weights_dir: a folder with `<architecture>-<pretrained>.safetensors` (or .pt, .bin) or, as downloaded,
+            `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
+        name: for tables.
+        device: where the model runs.
     """
 
     def __init__(
@@ -204,49 +231,120 @@ class OpenClip(Encoder):
     ) -> None:
         self.architecture = architecture
         self.device = torch.device(device)
-        self._file: Path | None = None
-        self.tag: str | None = pretrained
-        if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            self._file, self.tag = Path(pretrained), None
-            if not self._file.is_file():
-                raise FileNotFoundError(
-                    f"expected weights of {architecture} at {self._file}, got no file; put them there or name a tag"
-                )
+        given = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
+        self.tag = None if given else pretrained
+        # Where a file has to be, for want of which nothing is downloaded.
+        self._places: list[Path] | None = None
+        if given:
+            self._places = [Path(pretrained)]
         elif weights_dir is not None:
-            self._file = self._find_in(Path(weights_dir))
+            names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
+            self._places = [Path(weights_dir) / file for file in (*names, *_HUB_NAMES)]
         self.name = name or f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}"
-
-    def _find_in(self, folder: Path) -> Path:
-        stem = f"{self.architecture}-{self.tag}"
-        names = [f"{stem}.safetensors", f"{stem}.pt", f"{stem}.bin", *_HUB_NAMES]
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-        raise FileNotFoundError(
-            f"expected weights of {self.architecture} ({self.tag}) in {folder}, got none of "
-            f"{', '.join(names)}; put one of them there{_where_from(self.architecture, self.tag)}"
-        )
 
     @cached_property
     def id(self) -> str:
-        """Architecture and tag; with a local file, also the first 12 digits of its SHA-256."""
-        parts = ["open_clip", self.architecture, self.tag, self._file and content_hash(self._file)[:12]]
+        """Architecture and tag; with a file of one's own, also the first 12 digits of its SHA-256."""
+        parts = ["open_clip", self.architecture, self.tag]
+        if self._places:
+            facts = self.weights()
+            if not facts.present:
+                raise facts.missing()
+            parts.append(facts.sha256[:12])
         return "-".join(part for part in parts if part)
+
+    def weights(self) -> WeightsFacts:
+        """See `Encoder.weights`; weights that only open_clip's cache or the hub's has count as present.
+
+        Raises:
+            ValueError: open_clip knows no such architecture, or no such tag of it.
+        """
+        published, repository, names = self._published()
+        if self._places:
+            places, found = self._places, first_file(self._places)
+        elif repository:
+            places, found = [hub_cache(repository)], _in_cache(repository, names)
+        else:
+            places = [Path("~/.cache/clip").expanduser() / names[0]]
+            found = first_file(places)
+        size = self._config["vision_cfg"]["image_size"]
+        source = f"https://huggingface.co/{repository}" if repository else published.get("url")
+        wanted = f"{self.architecture}-{self.tag}{os.path.splitext(names[0])[1]}" if self.tag else self._places[0].name
+        return WeightsFacts(
+            encoder=self.name,
+            source=" or ".join(names) + (f" of {repository}" if repository else ""),
+            files=(found,) if found else (),
+            looked_in=tuple(places),
+            resize=f"shortest side to {size}, bicubic, antialiased, centre crop {size}x{size}",
+            input_range=f"[0, 1], less the mean, over the deviation of {published.get('mean') or 'the architecture'}",
+            licence="MIT" if self.tag == "openai" else "as the repository says",
+            how_to_get=(f"get {names[0]} from {source}, " if source else "")
+            + (
+                f"put it there as {wanted}"
+                if self._places
+                else f"put it into a folder as {wanted} and give the folder as weights_dir"
+            ),
+        )
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        import open_clip
+
+        config = open_clip.get_model_config(self.architecture)
+        if config is None:
+            raise ValueError(
+                f"expected an architecture of open_clip, got {self.architecture!r}; open_clip.list_models() has them"
+            )
+        return config
+
+    def _published(self) -> tuple[dict[str, Any], str, list[str]]:
+        """Return open_clip's facts of the tag, its repository if there is one, and the names of its file."""
+        import open_clip
+
+        _ = self._config
+        facts = dict(open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}) if self.tag else {}
+        if not facts and not self._places:
+            raise ValueError(
+                f"expected a tag of weights for {self.architecture}, got {self.tag!r}; open_clip knows "
+                f"{', '.join(open_clip.list_pretrained_tags_by_model(self.architecture)) or 'none'}"
+            )
+        repository, name = os.path.split(facts.get("hf_hub", ""))
+        if repository:
+            return facts, repository, [name] if name else list(_HUB_NAMES)
+        return facts, "", [os.path.basename(facts["url"])] if facts else [self._places[0].name]
+
+    def _obtain(self) -> Path:
+        """Find the weights, or download them if the network answers quickly."""
+        import open_clip
+        from huggingface_hub import hf_hub_download
+
+        facts = self.weights()
+        if facts.files:
+            return facts.files[0]
+        if self._places:
+            raise facts.missing()
+        published, repository, names = self._published()
+        reason = NO_NETWORK
+        if network_answers(None if repository else published["url"]):
+            for name in names:
+                try:
+                    return Path(
+                        hf_hub_download(repository, name) if repository else open_clip.download_pretrained(published)
+                    )
+                except Exception as error:  # the kind of exception depends on the installed version's HTTP library
+                    reason = str(error)
+        raise facts.missing(reason)
 
     @cached_property
     def _parts(self) -> tuple[Any, Any, Any]:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        if open_clip.get_model_config(self.architecture) is None:
-            raise ValueError(
-                f"expected an architecture of open_clip, got {self.architecture!r}; open_clip.list_models() has them"
-            )
-        facts = dict(open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}) if self.tag else {}
+        facts = self._published()[0]
         preprocessing = ("mean", "std", "interpolation", "resize_mode")
         model = open_clip.create_model(
             self.architecture,
-            pretrained=str(self._file or _find_cached(self.architecture, self.tag, facts)),
+            pretrained=str(self._obtain()),
             # open_clip only warns when weights need QuickGELU and the architecture lacks it: wrong numbers.
             force_quick_gelu=bool(facts.get("quick_gelu", False)),
             force_preprocess_cfg={key: facts[key] for key in preprocessing if key in facts},
@@ -264,7 +362,7 @@ class OpenClip(Encoder):
         from torchvision.transforms.functional import to_pil_image
 
         model, _, transform = self._parts
-        pixels = torch.stack([transform(to_pil_image(_checked(image))) for image in images])
+        pixels = torch.stack([transform(to_pil_image(checked(image))) for image in images])
         return _normalised(model.encode_image(pixels.to(self.device)))
 
     @torch.inference_mode()
@@ -286,66 +384,29 @@ class OpenClip(Encoder):
 _HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
-def _find_cached(architecture: str, tag: str, facts: Mapping[str, Any]) -> Path:
-    """Find the weights of a tag in the usual caches, or download them if the network answers quickly."""
-    import open_clip
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def _in_cache(repository: str, names: Sequence[str]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
 
-    if not facts:
-        raise ValueError(
-            f"expected a tag of weights for {architecture}, got {tag!r}; "
-            f"open_clip knows {', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or 'none'}"
-        )
-    repository, name = os.path.split(facts.get("hf_hub", ""))
-    names = [name] if name else list(_HUB_NAMES)
-    if repository:
-        for name in names:
-            found = try_to_load_from_cache(repository, name)
-            if isinstance(found, str):
-                return Path(found)
-    else:
-        found = Path("~/.cache/clip").expanduser() / os.path.basename(facts["url"])
-        if found.is_file():
-            return found
-    reason = "the network is switched off or does not answer"
-    if network_answers(None if repository else facts["url"]):
-        for name in names if repository else [""]:
-            try:
-                return Path(hf_hub_download(repository, name) if name else open_clip.download_pretrained(dict(facts)))
-            except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
-                reason = str(error)
-    wanted = names[0] if repository else found.name
-    raise FileNotFoundError(
-        f"expected weights of {architecture} ({tag}), got none in the cache and no download ({reason}); "
-        f"put {wanted} into a folder as {architecture}-{tag}{os.path.splitext(wanted)[1]} and give the folder as "
-        f"weights_dir{_where_from(architecture, tag)}"
-    )
+    found = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
-def _where_from(architecture: str, tag: str | None) -> str:
-    import open_clip
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' bars: one for a model that loads in a moment only hides the real ones."""
+    from transformers.utils import logging
 
-    facts = open_clip.get_pretrained_cfg(architecture, tag) if tag else None
-    if not facts:
-        return ""
-    repository = os.path.split(facts.get("hf_hub", ""))[0]
-    return f" (from https://huggingface.co/{repository})" if repository else f" (from {facts['url']})"
-
-
-def network_answers(url: str | None, timeout: float = 5.0) -> bool:
-    """Ask once, shortly: the download libraries themselves retry for most of a minute."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        get_session().head(url or constants.ENDPOINT, timeout=timeout)
-    except Exception:  # the kind of exception depends on the HTTP library of the installed version
-        return False
-    return True
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
-def _checked(image: torch.Tensor) -> torch.Tensor:
+def checked(image: torch.Tensor) -> torch.Tensor:
+    """Return `image` if it is uint8 RGB [3, H, W], else raise ValueError."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
             f"expected uint8 images [3, H, W], got {image.dtype} {list(image.shape)}; read them with load_image"
@@ -361,143 +422,3 @@ def _normalised(features: Any) -> torch.Tensor:
 
 def _batches(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-class EmbeddingCache:
-    """Embeddings on disk, by content hash and encoder id: renamed and repeated images are embedded once.
-
-    Layout: `folder/v1/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
-    hash. Shards are written once, under a name made of their keys, by an atomic rename, so several processes
-    may share a cache.
-
-    Args:
-        folder: made when first needed; can be deleted at any time.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._shard_of: dict[str, dict[str, Path]] = {}
-        self._read: dict[str, set[Path]] = {}
-        self._hashes: dict[tuple[str, int, int], str] = {}
-
-    def hash_of(self, path: str | Path) -> str:
-        """Return `content_hash(path)`, remembered as long as the file's size and time of change stay."""
-        status = os.stat(path)
-        key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
-        if key not in self._hashes:
-            self._hashes[key] = content_hash(path)
-        return self._hashes[key]
-
-    def get(self, encoder_id: str, hashes: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the embeddings [D] that are there, by content hash; absent ones are left out."""
-        index = self._index(encoder_id)
-        wanted: dict[Path, list[str]] = {}
-        for key in dict.fromkeys(hashes):
-            if key in index:
-                wanted.setdefault(index[key], []).append(key)
-        found = {}
-        for shard, keys in wanted.items():
-            with _open_shard(shard) as file:
-                found.update({key: file.get_tensor(key) for key in keys})
-        return found
-
-    def put(self, encoder_id: str, embeddings: Mapping[str, torch.Tensor]) -> None:
-        """Store embeddings [D] by content hash."""
-        if not embeddings:
-            return
-        folder = self._folder_of(encoder_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        keys = sorted(embeddings)
-        shard = folder / f"{_digest(keys)}.safetensors"
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file({key: embeddings[key].float().contiguous().clone() for key in keys}, temporary)
-            os.replace(temporary, shard)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-    def _folder_of(self, encoder_id: str) -> Path:
-        return self.folder / CACHE_VERSION / quote(encoder_id, safe=" ")
-
-    def _index(self, encoder_id: str) -> dict[str, Path]:
-        index = self._shard_of.setdefault(encoder_id, {})
-        seen = self._read.setdefault(encoder_id, set())
-        for shard in sorted(self._folder_of(encoder_id).glob("*.safetensors")):
-            if shard not in seen:
-                with _open_shard(shard) as file:
-                    index.update(dict.fromkeys(file.keys(), shard))
-                seen.add(shard)
-        return index
-
-
-def _digest(keys: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
-
-
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"expected embeddings in {path}, got a damaged file ({error}); delete it") from error
-
-
-def embed_folder(
-    rows: Sequence[ManifestRow],
-    folder: str | Path,
-    encoder: Encoder,
-    cache: EmbeddingCache | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> torch.Tensor:
-    """Embed the images of a folder, taking from the cache what is there and adding what is not.
-
-    Args:
-        rows: which images, in which order.
-        folder: what their paths are relative to.
-        encoder: what embeds them.
-        cache: where embeddings are kept; None computes all of them.
-        batch_size: images a call of the encoder, >= 1; does not change the result.
-        progress: show a bar with the time left, if anything has to be computed.
-
-    Returns:
-        float32 [N, D] in the order of `rows`.
-
-    Raises:
-        ValueError: an image cannot be read or its embedding is not finite; the message names it.
-    """
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size of at least 1, got {batch_size}; 32 is usual")
-    if not rows:
-        raise ValueError("expected at least one image to embed, got none; the folder's manifest is empty")
-    paths = [Path(folder) / row.path for row in rows]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"expected {len(paths)} images in {folder}, got {len(missing)} missing, the first {missing[0]}; "
-            "generate the run again"
-        )
-    hashes = [cache.hash_of(path) if cache else content_hash(path) for path in paths]
-    found = cache.get(encoder.id, hashes) if cache else {}
-    todo = [(key, path) for key, path in dict(zip(hashes, paths, strict=True)).items() if key not in found]
-    fresh: dict[str, torch.Tensor] = {}
-    with tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=not (progress and todo)) as bar:
-        for batch in _batches(todo, batch_size):
-            embeddings = encoder.embed_images([load_image(path) for _, path in batch])
-            for (key, path), embedding in zip(batch, embeddings, strict=True):
-                if not torch.isfinite(embedding).all():
-                    raise ValueError(
-                        f"expected finite embeddings from {encoder.name}, got NaN or infinity for {path}; "
-                        "check the image and the weights"
-                    )
-                fresh[key] = embedding
-            if cache and len(fresh) >= IMAGES_PER_SHARD:
-                cache.put(encoder.id, fresh)
-                found.update(fresh)
-                fresh = {}
-            bar.update(len(batch))
-    if cache:
-        cache.put(encoder.id, fresh)
-    found.update(fresh)
-    return torch.stack([found[key] for key in hashes])

@@ -17,18 +17,30 @@ remains of an entropy's bias at small n is not in the interval: compare equal n.
 
 An interval needs two units in every stratum that is resampled. Where there is one, nothing is known about
 variation, and `low` and `high` are None: not estimable. It does not mean an interval of length 0.
+
+`interval_of` and `difference_of` take a metric's whole document and choose: the bootstrap where it holds
+values of groups, or, for a number of a whole set of images, the numbers of random halves of its groups. A half
+drawn without replacement varies about the whole as the whole does about its expectation (Politis, Romano and
+Wolf, "Subsampling", 1999: the finite-population factor (1 - share) / share is 1 at one half), so that the
+standard deviation among halves is the standard error of the whole, and differences between methods come from
+the same halves. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in every
+half and drops out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from eval.aggregates import Aggregate, CategoryEntropy, GroupValue, Weighted, aggregate_named
 
 Cluster = Literal["prompt", "category"]
+
+#: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metrics.SetMetric`.
+SUBSETS = "subsets"
 
 # Numbers of draws [R, G] are held in blocks of at most this many (32 MB), whatever the number of resamples.
 _BLOCK = 4_000_000
@@ -49,6 +61,90 @@ class Difference(NamedTuple):
     low: float | None
     high: float | None
     n: int
+
+
+def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
+    """Return the interval of a metric's document, in the way that its aggregate asks for.
+
+    Args:
+        document: as `eval.metrics.measure` writes it.
+        options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
+            when they were measured, by groups.
+
+    Returns:
+        Value, low, high.
+    """
+    if document["aggregate"] != SUBSETS:
+        return bootstrap_interval(document["groups"], document["aggregate"], **options)
+    values = np.array([subset["value"] for subset in document["subsets"]], dtype=float)
+    low, high = _around(document["value"], values, document, options.get("level", 0.95))
+    return Interval(float(document["value"]), low, high)
+
+
+def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], **options: Any) -> Difference:
+    """Return by how much one document's number exceeds another's, paired; see `interval_of`.
+
+    Args:
+        document_a: of the method.
+        document_b: of the baseline: the same metric on the same groups.
+        options: of `paired_difference`.
+
+    Returns:
+        a - b, low, high, number of paired groups.
+
+    Raises:
+        ValueError: two metrics, or groups that only one of them has.
+    """
+    for key in ("metric", "aggregate"):
+        if document_a[key] != document_b[key]:
+            raise ValueError(
+                f"expected two documents of one {key}, got {document_a[key]!r} and {document_b[key]!r}; "
+                "compare a metric with itself"
+            )
+    if document_a["aggregate"] != SUBSETS:
+        return paired_difference(document_a["groups"], document_b["groups"], document_a["aggregate"], **options)
+    drawn = [
+        (document["groups_sha256"], [(subset["seed"], subset["n_images"]) for subset in document["subsets"]])
+        for document in (document_a, document_b)
+    ]
+    if drawn[0] != drawn[1]:
+        raise ValueError(
+            f"expected {document_a['metric']} of the same groups and halves in both, got others; run both methods on "
+            "the same prompts and seeds and measure again"
+        )
+    value = document_a["value"] - document_b["value"]
+    pairs = zip(document_a["subsets"], document_b["subsets"], strict=True)
+    values = np.array([a["value"] - b["value"] for a, b in pairs], dtype=float)
+    low, high = _around(value, values, document_a, options.get("level", 0.95))
+    return Difference(float(value), low, high, document_a["n_groups"])
+
+
+def _around(
+    value: float, halves: np.ndarray, document: Mapping[str, Any], level: float
+) -> tuple[float | None, float | None]:
+    """Return the limits around a number of the whole set, from the numbers of halves of it."""
+    _check_level(level)
+    if len(halves) < 2:
+        return None, None
+    drawn, whole = document["subsets"][0]["n_groups"], document["n_groups"]
+    # 1 for an exact half; an odd number of groups has none
+    error = float(halves.std(ddof=1)) * (drawn / (whole - drawn)) ** 0.5
+    reach = error * _student(level, len(halves) - 1)
+    return float(value) - reach, float(value) + reach
+
+
+def _student(level: float, freedom: int) -> float:
+    """Return the two-sided quantile of Student's t by Fisher's expansion, good to 0.002 from 10 degrees on.
+
+    The halves are few, and so the error is not known exactly.
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level in (0, 1), got {level}; 0.95 is usual")
 
 
 def bootstrap_interval(
@@ -110,6 +206,25 @@ def paired_difference(
         ValueError: groups that only one of them has, or that differ; the message lists them.
     """
     aggregate = aggregate_named(aggregate)
+    a, b = paired_groups(groups_a, groups_b)
+    statistic_a, statistic_b = (aggregate.weighted(side) for side in (a, b))
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return statistic_a(weights) - statistic_b(weights)
+
+    value = float(difference(np.ones((1, len(a))))[0])
+    low, high = _interval(a, aggregate, difference, value, n_resamples, seed, level, cluster)
+    return Difference(value, low, high, len(a))
+
+
+def paired_groups(
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue]
+) -> tuple[list[GroupValue], list[GroupValue]]:
+    """Put the groups of two methods beside each other, in the order of their ids.
+
+    Raises:
+        ValueError: groups that only one of them has, or that differ in category or size; the message lists them.
+    """
     a, b = _by_id(groups_a), _by_id(groups_b)
     if a.keys() != b.keys():
         raise ValueError(
@@ -122,14 +237,16 @@ def paired_difference(
             f"expected the same category and number of images in both, got others in {_some(unequal)}; "
             "run both methods with the same settings"
         )
-    statistic_a, statistic_b = (aggregate.weighted(list(side.values())) for side in (a, b))
+    return list(a.values()), list(b.values())
 
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return statistic_a(weights) - statistic_b(weights)
 
-    value = float(difference(np.ones((1, len(a))))[0])
-    low, high = _interval(list(a.values()), aggregate, difference, value, n_resamples, seed, level, cluster)
-    return Difference(value, low, high, len(a))
+def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
+    """Return for each group the name of what is resampled or exchanged as one: itself, its prompt or category."""
+    if cluster not in (None, "prompt", "category"):
+        raise ValueError(f"expected cluster to be None, 'prompt' or 'category', got {cluster!r}; choose one")
+    if cluster == "prompt":
+        return [group["group"].rpartition("/")[0] for group in groups]
+    return [group["group" if cluster is None else "category"] for group in groups]
 
 
 def _by_id(groups: Sequence[GroupValue]) -> dict[str, GroupValue]:
@@ -158,10 +275,9 @@ def _interval(
     level: float,
     cluster: Cluster | None,
 ) -> tuple[float | None, float | None]:
-    if n_resamples < 1 or not 0 < level < 1:
-        raise ValueError(
-            f"expected n_resamples >= 1 and a level in (0, 1), got {n_resamples} and {level}; 10000 and 0.95 are usual"
-        )
+    _check_level(level)
+    if n_resamples < 1:
+        raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
     strata = _strata(groups, aggregate, cluster)
     if any(len(units) < 2 for units in strata):
         return None, None
@@ -179,19 +295,12 @@ def _interval(
 def _strata(groups: list[GroupValue], aggregate: Aggregate, cluster: Cluster | None) -> list[list[np.ndarray]]:
     """Return for each stratum its units, each the indices of its groups; a unit is one group, or a cluster of
     them."""
-    if cluster not in (None, "prompt", "category"):
-        raise ValueError(f"expected cluster to be None, 'prompt' or 'category', got {cluster!r}; choose one")
     if cluster == "category" and isinstance(aggregate, CategoryEntropy):
         raise ValueError(
             "expected cluster None or 'prompt' for a mean over categories, got 'category'; "
             "its categories are fixed and only what is in them is resampled"
         )
-    if cluster is None:
-        units = [group["group"] for group in groups]
-    elif cluster == "prompt":
-        units = [group["group"].rpartition("/")[0] for group in groups]
-    else:
-        units = [group["category"] for group in groups]
+    units = units_of(groups, cluster)
     strata: dict[int, dict[str, list[int]]] = {}
     for index, (stratum, unit) in enumerate(zip(aggregate.strata(groups), units, strict=True)):
         strata.setdefault(int(stratum), {}).setdefault(unit, []).append(index)

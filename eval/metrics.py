@@ -4,10 +4,14 @@ A metric gives every group a value, or label counts, and names the aggregate tha
 (see `eval.aggregates`). The document holds the groups' values, so that intervals, paired differences and
 tables need neither images nor encoder. The arithmetic is in `eval.diversity`, `eval.attributes` and
 `eval.alignment`.
+
+A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
+it on all images and again on seeded halves of the groups; the document holds those numbers instead.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from abc import ABC, abstractmethod
@@ -17,18 +21,21 @@ from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
 from eval.aggregates import GroupValue, aggregate_named
 from eval.alignment import clip_score
 from eval.attributes import label_embeddings, zero_shot_labels
+from eval.cache import EmbeddingCache, embed_folder
 from eval.diversity import mean_pairwise_distance, mean_pairwise_similarity, vendi_score
-from eval.encoders import EmbeddingCache, Encoder, embed_folder
+from eval.encoders import Encoder
 from eval.images import (
     METRICS,
     ManifestRow,
+    canonical_json,
     canonical_order,
     manifest_hash,
     read_manifest,
@@ -118,6 +125,18 @@ class ImageSet:
         }
 
 
+class Judge(Protocol):
+    """What a number depends on beside the images: an encoder, or whatever else compares or scores them.
+
+    Attributes:
+        name: for people, as printed in tables.
+        id: identity for caches and result files: it changes when the weights do.
+    """
+
+    name: str
+    id: str
+
+
 class Metric(ABC):
     """Something measured of every group of images.
 
@@ -128,7 +147,8 @@ class Metric(ABC):
         unit: of the number, with its range.
         description: what is computed, in a sentence.
         aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
-        encoder: what embeds the images.
+        encoder: what embeds the images; None for a metric that compares pixels itself, which then has a `judge`
+            of its own.
     """
 
     name: str
@@ -138,10 +158,19 @@ class Metric(ABC):
     description: str
     aggregate: str = "mean"
 
-    def __init__(self, encoder: Encoder, name: str | None = None) -> None:
+    def __init__(self, encoder: Encoder | None, name: str | None = None) -> None:
         self.encoder = encoder
         if name is not None:
             self.name = name
+
+    @property
+    def judge(self) -> Judge:
+        """What is named as the document's encoder; a metric without one says here what it compares with."""
+        if self.encoder is None:
+            raise TypeError(
+                f"expected an encoder for {self.name}, got None; give one, or define `judge` in {type(self).__name__}"
+            )
+        return self.encoder
 
     def settings(self) -> dict[str, Any]:
         """Return whatever else changes the number, as JSON values."""
@@ -153,11 +182,109 @@ class Metric(ABC):
 
     def prepare(self) -> None:
         """Load the encoder now, so that missing weights are found before any work is done."""
-        self.encoder.prepare()
+        if self.encoder is not None:
+            self.encoder.prepare()
 
     @abstractmethod
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """Measure every group, in canonical order."""
+
+    def results(self, images: ImageSet) -> dict[str, Any]:
+        """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
+        groups = self.per_group(images)
+        return {
+            "value": aggregate_named(self.aggregate).value(groups),
+            "n_groups": len(groups),
+            "n_images": sum(group["n_images"] for group in groups),
+            "groups": groups,
+        }
+
+
+class SetMetric(Metric):
+    """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
+
+    How sure it is cannot come from resampling groups with replacement: repeated images are no new images, and
+    such numbers are biased by their count. So it is measured on `SUBSETS` halves of the groups, drawn without
+    replacement: the variance among halves estimates that of the whole (see `eval.intervals.interval_of`). The
+    halves depend on the groups' ids alone, so two methods get the same ones and their differences are paired.
+
+    Attributes:
+        minimum: images below which the number is refused, for the set itself; where a half is smaller, there
+            are no subsets, and the interval is not estimable. A subclass says why it is what it is.
+    """
+
+    SUBSETS: ClassVar[int] = 20
+    SHARE: ClassVar[float] = 0.5
+    minimum: int = 2
+    aggregate = "subsets"
+
+    @abstractmethod
+    def value_of(self, images: ImageSet, positions: list[int]) -> float:
+        """Measure some of the images.
+
+        Args:
+            images: the set; features come from `images.embeddings`, which embeds all of it once.
+            positions: which rows to measure, ascending; at least `minimum`.
+
+        Returns:
+            The number, finite.
+        """
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """Return nothing: groups have no numbers of their own."""
+        return []
+
+    def results(self, images: ImageSet) -> dict[str, Any]:
+        """Measure all images and every half; see `Metric.results`.
+
+        Returns:
+            `value`, `n_groups`, `n_images`, an empty `groups`, `groups_sha256` (which groups and how large: two
+            documents are paired where it agrees), `subset_share` and `subsets`: `seed`, `n_groups`, `n_images`,
+            `value` of each.
+
+        Raises:
+            ValueError: fewer images than `minimum`.
+        """
+        n_images = len(images.rows)
+        if n_images < self.minimum:
+            raise ValueError(
+                f"expected at least {self.minimum} images for {self.name}, got {n_images}; generate more images, "
+                "or leave this metric out"
+            )
+        halves = self._halves(images)
+        # A number of half the images that may be refused is no measure of the whole's variation.
+        if any(len(positions) < self.minimum for _, positions in halves):
+            halves = []
+        sizes = {group: len(members) for group, members in images.groups.items()}
+        return {
+            "value": float(self.value_of(images, list(range(n_images)))),
+            "n_groups": len(sizes),
+            "n_images": n_images,
+            "groups": [],
+            "groups_sha256": hashlib.sha256(canonical_json(sizes).encode()).hexdigest(),
+            "subset_share": self.SHARE,
+            "subsets": [
+                {
+                    "seed": seed,
+                    "n_groups": n_groups,
+                    "n_images": len(positions),
+                    "value": float(self.value_of(images, positions)),
+                }
+                for seed, (n_groups, positions) in enumerate(halves)
+            ],
+        }
+
+    def _halves(self, images: ImageSet) -> list[tuple[int, list[int]]]:
+        """Return for each seed the number of groups drawn and the positions of their images, ascending."""
+        groups = sorted(images.groups)
+        n_groups = int(len(groups) * self.SHARE)
+        if n_groups < 1:
+            return []
+        drawn = (np.random.default_rng(seed).permutation(len(groups))[:n_groups] for seed in range(self.SUBSETS))
+        return [
+            (n_groups, sorted(position for index in chosen for position in images.groups[groups[index]]))
+            for chosen in drawn
+        ]
 
 
 class _OfEmbeddings(Metric):
@@ -257,6 +384,90 @@ class VendiScore(_OfEmbeddings):
     def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
         """See `eval.diversity.vendi_score`."""
         return vendi_score(embeddings, self.q)
+
+
+class CategoryPooledSimilarity(Metric):
+    """Mean cosine similarity over all pairs of all images of a category: what the paper's script reports.
+
+    Most of these pairs come from different groups, with other noises and other wordings, and say little about
+    images that were made together: report `PairwiseSimilarity`, within groups, beside it. An image occurs in
+    pairs with every other one of its category, so neither pairs nor groups are independent; categories are.
+    They are therefore the units of this document: its "groups" are whole categories, and intervals and tests
+    say how the number would vary with other categories.
+    """
+
+    name = "category_pooled_similarity"
+    version = 1
+    higher_is_better = False
+    unit = "cosine, -1 to 1"
+    description = (
+        "mean cosine similarity over the pairs of different images of a category, whatever their group; mean over "
+        "categories, which are the units"
+    )
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """Measure every category, in the order of their names; see `Metric.per_group`."""
+        members: dict[str, list[int]] = {}
+        for position, row in enumerate(images.rows):
+            members.setdefault(row.category, []).append(position)
+        single = sorted(category for category, positions in members.items() if len(positions) < 2)
+        if single:
+            raise ValueError(
+                f"expected at least 2 images in every category for {self.name}, got fewer in {len(single)}: "
+                f"{', '.join(single[:10])}; generate more images"
+            )
+        embeddings = images.embeddings(self.encoder)
+        return [
+            {
+                # as group ids are written, so that a category is a cluster of its own however units are formed
+                "group": f"{category}/all",
+                "category": category,
+                "n_images": len(members[category]),
+                "value": mean_pairwise_similarity(embeddings[members[category]][None]).item(),
+            }
+            for category in sorted(members)
+        ]
+
+
+class ReleasedMeanSimilarity(_OfEmbeddings):
+    """The mean similarity as the released script has it, each image's similarity 1 to itself included.
+
+    Only to match published numbers: it is (1 + (K - 1) s) / K of the similarity s of `PairwiseSimilarity`, and
+    so depends on the number K of images.
+    """
+
+    name = "released_mean_similarity"
+    version = 1
+    higher_is_better = False
+    unit = "cosine, -1 to 1"
+    description = "mean over a group's whole similarity matrix, its diagonal of ones included, as the released script"
+
+    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Average the whole matrix: [G, K, D] -> [G]."""
+        k = embeddings.shape[1]
+        return torch.ones(len(embeddings)) if k == 1 else (1 + (k - 1) * mean_pairwise_similarity(embeddings)) / k
+
+
+class ReleasedVendi(VendiScore):
+    """The "Vendi Score" as the released script has it: eigenvalues of K itself instead of K / n.
+
+    Only to match published numbers. With eigenvalues l of K / n (summing to 1) and the Vendi Score V, it is
+    (V / n)^n: 1 where all n images differ wholly, n^-n where all are the same, and no number of images at all.
+    """
+
+    name = "released_vendi"
+    version = 1
+    higher_is_better = True
+    unit = "no unit, 0 to 1"
+    description = "exp of -sum m log m over the eigenvalues m of a group's K, not K / n, as the released script"
+
+    def __init__(self, encoder: Encoder, name: str | None = None) -> None:
+        super().__init__(encoder, name=name)
+
+    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Score groups: [G, K, D] -> [G]; -sum (n l) log(n l) is n (log V - log n)."""
+        n = embeddings.shape[1]
+        return (vendi_score(embeddings) / n) ** n
 
 
 class ClipScore(Metric):
@@ -365,7 +576,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
     """Tell whether a document says what `metric` would find in `folder` now, without computing it.
 
-    Metric, version, settings, aggregate, the encoder's id and the folder's set of images must agree.
+    Metric, version, settings, aggregate, the encoder's (or other judge's) id and the folder's set of images must agree.
     """
     images_hash = folder.manifest_hash if isinstance(folder, ImageSet) else manifest_hash(folder)
     expected = _identity(metric, images_hash)
@@ -396,16 +607,12 @@ def measure(
         The document, as written.
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder, cache, batch_size, progress)
-    groups = metric.per_group(images)
     document = {
         **_identity(metric, images.manifest_hash),
         "description": metric.description,
         "unit": metric.unit,
         "higher_is_better": metric.higher_is_better,
-        "value": aggregate_named(metric.aggregate).value(groups),
-        "n_groups": len(groups),
-        "n_images": sum(group["n_images"] for group in groups),
-        "groups": groups,
+        **metric.results(images),
         "details": metric.details(images),
         "environment": environment(),
     }
@@ -428,6 +635,6 @@ def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
         "version": metric.version,
         "settings": metric.settings(),
         "aggregate": metric.aggregate,
-        "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
+        "encoder": {"name": metric.judge.name, "id": metric.judge.id},
         "manifest_sha256": images_hash,
     }

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from omegaconf import DictConfig
 
-from eval.encoders import network_answers
+from eval.weights import network_answers
 from experiments import project_path
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}

@@ -42,6 +42,8 @@ def tradeoff(frame: pd.DataFrame, diversity: str = "pairwise_distance", quality:
         diversity: metric on the x axis.
         quality: metric on the y axis.
     """
+    # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
+    frame = frame[frame["metric"].isin([diversity, quality])]
     models = list(frame["model"].unique())
     methods = list(frame["method"].unique())
     figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), squeeze=False, layout="constrained")
@@ -132,7 +134,7 @@ def plot(configs: list[DictConfig]) -> list[Path]:
     results = project_path(cfg.results)
     frame = pd.read_csv(results / f"{cfg.name}.csv", dtype=TEXT)
     files = []
-    figure = tradeoff(frame)
+    figure = tradeoff(frame, cfg.primary.diversity, cfg.primary.quality)
     for suffix in ("png", "pdf"):
         files.append(results / f"{cfg.name}_tradeoff.{suffix}")
         figure.savefig(files[-1], dpi=150)

@@ -3,6 +3,9 @@
     python -m experiments.tabulate experiment=diversity
 
 The overrides are those of `experiments.generate`. Rows of models that are not among them stay as they are in the CSV.
+
+An experiment declares one primary metric of diversity and one of quality: these two are tested, corrected for their
+number, and make the main table and the findings. All other metrics are described, with intervals, in a table below.
 """
 
 from __future__ import annotations
@@ -13,19 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from eval.images import write_text
-from eval.intervals import bootstrap_interval, paired_difference
+from eval.aggregates import AGGREGATES
+from eval.images import METRICS, write_text
+from eval.intervals import difference_of, interval_of
 from eval.metrics import Metric, is_current, read_document
+from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import project_path
 from experiments.configs import expand
-from experiments.evaluate import document_path
+from experiments.evaluate import configured_metrics, document_path, interval_options
 from experiments.runs import Run
 
 #: Columns of a CSV that hold text also where they look like numbers.
-TEXT = {"run_id": str, "commit": str}
+TEXT = {"run_id": str, "commit": str, "primary": str}
+#: What a row's metric may be primary for, in the order of the main table's columns.
+ROLES = ("diversity", "quality")
+#: A difference is called one where its corrected p-value is at most this.
+LEVEL = 0.05
 #: Columns that say which measured thing a row is; with the metric and its encoder they are the row's key.
 SETTING = [
     "model", "guidance_scale", "true_cfg_scale", "steps", "method", "matching", "reference", "alpha", "threshold",
@@ -33,8 +41,9 @@ SETTING = [
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric", "encoder"]
 COLUMNS = [
-    *KEY, "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low", "difference_high",
-    "n_groups", "n_images", "pushed_share", "run_id", "commit", "device",
+    *KEY, "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
+    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_groups", "n_images",
+    "pushed_share", "run_id", "commit", "device",
 ]  # fmt: skip
 
 
@@ -57,8 +66,7 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
                 f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
             )
         baseline = Run.find_baseline(cfg)
-        for name, spec in cfg.metric.items():
-            metric = instantiate(spec)
+        for name, metric in configured_metrics(cfg):
             reference = None if baseline == run else _document(baseline, name, metric)
             rows.append(_row(cfg, run, name, _document(run, name, metric), reference))
     return rows
@@ -67,13 +75,8 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
 def _row(
     cfg: DictConfig, run: Run, name: str, document: dict[str, Any], reference: dict[str, Any] | None
 ) -> dict[str, Any]:
-    options = dict(cfg.bootstrap)
-    value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
-    difference = difference_low = difference_high = None
-    if reference is not None:
-        difference, difference_low, difference_high, _ = paired_difference(
-            document["groups"], reference["groups"], document["aggregate"], **options
-        )
+    value, low, high = interval_of(document, **interval_options(cfg, document["aggregate"]))
+    role = next((role for role in ROLES if cfg.primary[role] == name), None)
     settings = run.identity["request"]["method"]["settings"]
     window = settings.get("timestep_range") or (None, None)
     statistics = run.statistics()
@@ -90,13 +93,12 @@ def _row(
         "t_high": window[1],
         "metric": name,
         "encoder": document["encoder"]["id"],
+        "primary": role,
         "higher_is_better": document["higher_is_better"],
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        "difference": difference,
-        "difference_low": difference_low,
-        "difference_high": difference_high,
+        **({} if reference is None else _comparison(cfg, role, document, reference)),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
         "pushed_share": sum(group["tokens_pushed"] for group in statistics) / compared if compared else None,
@@ -106,8 +108,34 @@ def _row(
     }
 
 
+def _comparison(
+    cfg: DictConfig, role: str | None, document: dict[str, Any], reference: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the columns that compare a run with the one without a method, group by group."""
+    aggregate, higher = document["aggregate"], document["higher_is_better"]
+    options = interval_options(cfg, aggregate)
+    difference = difference_of(document, reference, **options)
+    columns = {
+        "difference": difference.difference,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+    }
+    # A number of a whole set has no results of groups that could be exchanged.
+    if aggregate in AGGREGATES:
+        groups = (document["groups"], reference["groups"])
+        columns["p_value"] = sign_flip_p(
+            *groups, aggregate, n_flips=options["n_resamples"], seed=options["seed"], cluster=options["cluster"]
+        )
+        columns["effect_size"] = effect_size(*groups)
+        columns["win_rate"] = None if higher is None else win_rate(*groups, higher)
+    if role == "quality":
+        columns["margin"] = cfg.primary.quality_margin * abs(reference["value"])
+        columns["non_inferior"] = non_inferior(difference, columns["margin"], higher)
+    return columns
+
+
 def _document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
-    path = document_path(run, name, metric)
+    path = document_path(run.folder / METRICS, name, metric)
     document = read_document(path) if path.exists() else None
     if document is None or not is_current(document, metric, run.folder):
         state = "missing" if document is None else "of another version"
@@ -129,64 +157,161 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
         kept = old[[repr(key) not in replaced for key in old[KEY].values.tolist()]]
         if len(kept):
             frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True)
+    frame["p_holm"] = _corrected(frame)
     write_text(path, _csv(frame))
     return pd.read_csv(path, dtype=TEXT)
+
+
+def _corrected(frame: pd.DataFrame) -> pd.Series:
+    """Return the primary metrics' p-values after Holm's correction; a family is all of a model's tests in the table."""
+    corrected = pd.Series(float("nan"), index=frame.index)
+    tested = frame[frame["primary"].isin(ROLES) & frame["p_value"].notna()]
+    for _, family in tested.groupby("model", sort=False):
+        corrected[family.index] = holm(family["p_value"].astype(float).tolist())
+    return corrected
 
 
 def _csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, float_format="%.6g")
 
 
-def _number(value: float, low: float, high: float, sign: str = "") -> str:
-    """Return `value [low, high]` with three decimals, one where the value is 10 or more."""
-    digits = 1 if abs(value) >= 10 else 3
+def _number(value: float, low: float, high: float, sign: str = "", digits: int | None = None) -> str:
+    """Return `value [low, high]`, without the brackets where the interval is not estimable."""
+    digits = _digits(value) if digits is None else digits
     interval = "" if pd.isna(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
     return f"{value:{sign}.{digits}f}{interval}"
 
 
-def wide_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table people read: one row a run, one column a metric (and encoder, where it has several)."""
-    several = frame.groupby("metric")["encoder"].nunique() > 1
+def _digits(value: float) -> int:
+    """Return how many decimals a number of this size is printed with."""
+    return 1 if abs(value) >= 10 else 3 if abs(value) >= 0.1 else 5
+
+
+def _change(row: pd.Series) -> str:
+    """Return the paired difference with its interval; it is smaller than what it is a difference of."""
+    digits = {1: 2, 3: 3, 5: 5}[_digits(row["value"])]
+    return _number(row["difference"], row["difference_low"], row["difference_high"], "+", digits)
+
+
+def _cell(row: pd.Series) -> str:
+    """Return a run's number with its interval, or with its paired difference to the run without a method."""
+    digits = _digits(row["value"])
+    if pd.isna(row["difference"]):
+        return _number(row["value"], row["ci_low"], row["ci_high"], digits=digits)
+    return f"{row['value']:.{digits}f}; {_change(row)}"
+
+
+def _p(value: float) -> str:
+    return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _arrow(row: pd.Series) -> str:
+    return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
+
+
+def _setting(row: pd.Series) -> dict[str, str]:
+    """Return the settings of a run as they are printed, blank where it has none."""
+    return {
+        "alpha": "" if pd.isna(row["alpha"]) else f"{row['alpha']:g}",
+        "threshold": "" if pd.isna(row["threshold"]) else f"{row['threshold']:g}",
+        "window": "" if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}",
+    }
+
+
+def _labels(frame: pd.DataFrame) -> dict[str, str]:
+    """Name every run: its method; where a model has several runs of the method, its settings too; or even its id."""
+    runs = frame.drop_duplicates("run_id").set_index("run_id")
+    settings = [
+        " ".join(f"{key} {value}" for key, value in _setting(row).items() if value) for _, row in runs.iterrows()
+    ]
+    names = runs["method"]
+    for more in (settings, runs.index):
+        swept = names[pd.DataFrame({"model": runs["model"], "name": names}).duplicated()]
+        names = names.where(~names.isin(swept), (names + " " + pd.Series(more, runs.index)).str.strip())
+    return names.to_dict()
+
+
+def main_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table people read: one row a run, with the primary metrics and their tests."""
+    primary = frame[frame["primary"].isin(ROLES)]
+    several = primary.groupby("metric")["encoder"].nunique() > 1
     table = []
     for _, group in frame.groupby([*SETTING, "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
-        entry = {
-            "model": first["model"],
-            "method": first["method"],
-            "alpha": "" if pd.isna(first["alpha"]) else f"{first['alpha']:g}",
-            "threshold": "" if pd.isna(first["threshold"]) else f"{first['threshold']:g}",
-            "window": "" if pd.isna(first["t_low"]) else f"{first['t_high']:g} to {first['t_low']:g}",
-            "pushed": "" if pd.isna(first["pushed_share"]) else f"{100 * first['pushed_share']:.0f} %",
-        }
-        for _, row in group.iterrows():
-            arrow = {True: "up", False: "down"}.get(row["higher_is_better"], "-")
-            by = f" by {row['encoder']}" if several[row["metric"]] else ""
-            cell = _number(row["value"], row["ci_low"], row["ci_high"])
-            if not pd.isna(row["difference"]):
-                digits = 1 if abs(row["value"]) >= 10 else 3
-                change = _number(row["difference"], row["difference_low"], row["difference_high"], "+")
-                cell = f"{row['value']:.{digits}f}; {change}"
-            entry[f"{row['metric'].replace('_', ' ')}{by} ({arrow})"] = cell
-        entry["groups"] = int(first["n_groups"])
-        entry["images"] = int(first["n_images"])
+        entry = {"model": first["model"], "method": first["method"], **_setting(first)}
+        entry["pushed"] = "" if pd.isna(first["pushed_share"]) else _percent(first["pushed_share"])
+        tested = group[group["primary"].isin(ROLES)]
+        for role in ROLES:
+            for _, row in tested[tested["primary"] == role].iterrows():
+                by = f" by {row['encoder']}" if several[row["metric"]] else ""
+                metric = f"{row['metric'].replace('_', ' ')}{by}"
+                entry[f"{metric} ({_arrow(row)})"] = _cell(row)
+                entry[f"{metric}: p"] = _p(row["p_holm"])
+                if role == "quality":
+                    entry["quality kept"] = _kept(row)
+                else:
+                    entry["d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
+                    entry["wins"] = "" if pd.isna(row["win_rate"]) else _percent(row["win_rate"])
+        counted = first if tested.empty else tested.iloc[0]
+        entry["groups"], entry["images"] = int(counted["n_groups"]), int(counted["n_images"])
         table.append(entry)
     return pd.DataFrame(table).fillna("")
 
 
-def findings(frame: pd.DataFrame, metrics: tuple[str, ...] = ("pairwise_distance", "clip_score")) -> list[str]:
-    """Say in words, from the numbers alone, what each method did to each of `metrics` on each model."""
-    lines = []
-    for (model, method, *_), rows in frame.groupby(["model", "method", "run_id"], sort=False):
-        parts = []
-        for _, row in rows[rows["metric"].isin(metrics) & rows["difference"].notna()].iterrows():
-            low, high = row["difference_low"], row["difference_high"]
-            verb = "raised" if low > 0 else "lowered" if high < 0 else "did not measurably change"
-            change = _number(row["difference"], low, high, "+")
-            base = row["value"] - row["difference"]
-            parts.append(f"{verb} the {row['metric'].replace('_', ' ')} by {change} ({row['difference'] / base:+.1%})")
-        if parts:
-            lines.append(f"- {model}, {method}: " + "; ".join(parts) + f" (n = {rows['n_groups'].iloc[0]} groups).")
-    return lines
+def _kept(row: pd.Series) -> str:
+    if pd.isna(row["margin"]):
+        return ""
+    if pd.isna(row["non_inferior"]):
+        return "not estimable"
+    return f"{'yes' if row['non_inferior'] else 'not shown'} (margin {row['margin']:.2g})"
+
+
+def other_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return all metrics that are not primary: one row a model, metric and encoder, one column a method.
+
+    Where a model's runs of a method differ in their settings, each setting is a column.
+    """
+    labels = _labels(frame)
+    others = frame[~frame["primary"].isin(ROLES)]
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for _, row in others.iterrows():
+        key = (row["model"], row["metric"].replace("_", " "), _arrow(row), row["encoder"], f"{row['n_groups']:.0f}")
+        table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
+    heads = ("model", "metric", "better", "scored by", "units")
+    rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]
+    return pd.DataFrame(rows, columns=[*heads, *dict.fromkeys(labels.values())]).fillna("")
+
+
+def findings(frame: pd.DataFrame) -> list[str]:
+    """Say in words, from the numbers alone, what each method did to each primary metric on each model."""
+    labels = _labels(frame)
+    compared = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
+    return [
+        f"- {model}, {labels[run]}: {'; '.join(_finding(row) for _, row in rows.iterrows())} "
+        f"(n = {rows['n_groups'].iloc[0]:.0f} groups)."
+        for (model, run), rows in compared.groupby(["model", "run_id"], sort=False)
+    ]
+
+
+def _finding(row: pd.Series) -> str:
+    base = row["value"] - row["difference"]
+    direction = "raised" if row["difference"] > 0 else "lowered"
+    excluded = row["difference_low"] > 0 or row["difference_high"] < 0
+    verb = direction if row["p_holm"] <= LEVEL else f"may have {direction}" if excluded else "did not measurably change"
+    facts = [f"{row['difference'] / base:+.1%}"] if base else []
+    if not pd.isna(row["p_holm"]):
+        facts.append(f"p {_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {_p(row['p_holm'])}")
+    if not pd.isna(row["win_rate"]):
+        facts.append(f"better in {_percent(row['win_rate'])} of the groups")
+    text = f"{verb} the {row['metric'].replace('_', ' ')} by {_change(row)} ({', '.join(facts)})"
+    if not pd.isna(row["non_inferior"]):
+        loss = _percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
+        text += f", and a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
+    return text
 
 
 def paper_table(experiment: str, paper_csv: Path) -> pd.DataFrame:
@@ -202,21 +327,34 @@ def paper_table(experiment: str, paper_csv: Path) -> pd.DataFrame:
 def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.DataFrame) -> str:
     """Return the Markdown page of one experiment: ours, how it was measured, and the paper's beside it."""
     name = frame["experiment"].iloc[0]
-    encoders = ", ".join(sorted(frame["encoder"].dropna().unique()))
+    primary = frame[frame["primary"].isin(ROLES)]
+    others = other_table(frame)
     parts = [f"# {name}", ""]
     if description:
         parts += [description, ""]
     parts += [
-        wide_table(frame).to_markdown(index=False, disable_numparse=True),
+        main_table(frame).to_markdown(index=False, disable_numparse=True),
         "",
-        "Without a method: value [95 % interval over groups]. With one: value; paired difference to the run without, "
-        "over the same groups [95 % centred bootstrap interval]. pushed: share of the compared tokens that moved. "
-        f"Scored by {encoders}. Models named mini-* are this project's small models: their numbers are not SDXL's or "
-        "Flux's.",
+        "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
+        "groups [95 % interval]. pushed: share of the compared tokens that moved. p: sign-flip test of the difference, "
+        "after Holm's correction over a model's methods and primary metrics. d_z: mean difference in standard "
+        "deviations of the paired differences. wins: share of groups in which the method is better, ties halved. "
+        "quality kept: the interval excludes a loss of more than the margin. "
+        f"Scored by {', '.join(sorted(primary['encoder'].dropna().unique()))}. Models named mini-* are this project's "
+        "small models: their numbers are not SDXL's or Flux's.",
         "",
         *findings(frame),
         "",
     ]
+    if len(others):
+        parts += [
+            "All other metrics, described, not tested: value [95 % interval], with a method value; paired difference "
+            "[95 % interval]. units: how many groups or, where pooled over a category, categories were resampled. What "
+            "each metric is, and by what it is biased: docs/metrics.md.",
+            "",
+            others.to_markdown(index=False, disable_numparse=True),
+            "",
+        ]
     if len(paper):
         parts += [
             "The paper's own numbers (results/paper.csv; DreamSim similarity, other models, other images: not the same "
@@ -228,6 +366,12 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     return "\n".join(parts)
 
 
+def render_latex(frame: pd.DataFrame) -> str:
+    """Return the two tables of `render_markdown` as LaTeX."""
+    tables = [table for table in (main_table(frame), other_table(frame)) if len(table)]
+    return "\n".join(table.to_latex(index=False, escape=True) for table in tables)
+
+
 def tabulate(overrides: list[str]) -> str:
     """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `overrides`; return the Markdown."""
     configs = expand(overrides)
@@ -237,8 +381,7 @@ def tabulate(overrides: list[str]) -> str:
     frame = merge_rows(folder / f"{cfg.name}.csv", rows_of(configs))
     markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
     write_text(folder / f"{cfg.name}.md", markdown)
-    latex = wide_table(frame).map(lambda cell: str(cell).replace("_", r"\_")).to_latex(index=False)
-    write_text(folder / f"{cfg.name}.tex", latex)
+    write_text(folder / f"{cfg.name}.tex", render_latex(frame))
     return markdown
 
 

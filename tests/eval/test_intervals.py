@@ -7,7 +7,7 @@ import pytest
 
 from eval.aggregates import AGGREGATES, CategoryEntropy, aggregate_named
 from eval.attributes import entropy
-from eval.intervals import bootstrap_interval, paired_difference
+from eval.intervals import bootstrap_interval, difference_of, interval_of, paired_difference
 
 
 def valued(values, prompts=None, categories=None):
@@ -215,3 +215,75 @@ def test_aggregates_by_name():
     custom = CategoryEntropy()
     assert aggregate_named(custom) is custom
     assert aggregate_named("mean").value(valued([3, 1, 2])) == 2
+
+
+def halved(values, statistic=np.mean, groups=None):
+    """The document of a number of the whole set, with its halves, as a SetMetric writes it: one image a group."""
+    n = len(values)
+    halves = [np.random.default_rng(seed).permutation(n)[: n // 2] for seed in range(20)]
+    return {
+        "metric": "set",
+        "aggregate": "subsets",
+        "value": float(statistic(values)),
+        "n_groups": n,
+        "groups": [],
+        "groups_sha256": groups or f"{n} groups",
+        "subset_share": 0.5,
+        "subsets": [
+            {"seed": seed, "n_groups": n // 2, "n_images": n // 2, "value": float(statistic(values[half]))}
+            for seed, half in enumerate(halves)
+        ],
+    }
+
+
+@pytest.mark.parametrize("n", [7, 60])
+def test_coverage_from_halves(n):
+    rng = np.random.default_rng(11)
+    alone = paired = 0
+    for _ in range(500):
+        shared, a, b = rng.normal(size=n), rng.normal(1, 0.2, n), rng.normal(0, 0.2, n)
+        _, low, high = interval_of(halved(shared))
+        alone += low <= 0 <= high
+        _, low, high, count = difference_of(halved(shared + a), halved(shared + b))
+        paired += low <= 1 <= high
+        assert count == n
+        assert high - low < 1.6, "the shared part must cancel"
+    # binomial error of 500 trials: 1 point
+    least = 0.88 if n == 7 else 0.92
+    assert least <= alone / 500 <= 0.98
+    assert least <= paired / 500 <= 0.98
+
+
+def test_coverage_from_halves_of_a_number_biased_by_n():
+    """The variance's plug-in estimate: biased by (n - 1) / n, about twice as much in a half."""
+    rng = np.random.default_rng(12)
+    found = [interval_of(halved(rng.normal(size=40), np.var)) for _ in range(400)]
+    expectation = np.mean([interval.value for interval in found])
+    assert 0.90 <= np.mean([interval.low <= expectation <= interval.high for interval in found]) <= 0.98
+
+
+def test_the_level_of_halves_and_their_pairing():
+    values = np.random.default_rng(13).normal(size=20)
+    wide, narrow = (interval_of(halved(values), level=level, n_resamples=5) for level in (0.95, 0.5))
+    # quantiles of Student's t with 19 degrees of freedom
+    assert (wide.high - wide.value) / (narrow.high - narrow.value) == pytest.approx(2.0930 / 0.6876, rel=2e-3)
+    assert difference_of(halved(values + 1), halved(values))[:3] == pytest.approx((1, 1, 1))
+    for other in (halved(values[1:]), halved(values, groups="others")):
+        with pytest.raises(ValueError, match="same groups and halves"):
+            difference_of(halved(values), other)
+    with pytest.raises(ValueError, match=r"one metric, got 'set' and 'other'"):
+        difference_of(halved(values), halved(values) | {"metric": "other"})
+    with pytest.raises(ValueError, match="level"):
+        interval_of(halved(values), level=95)
+    none = halved(values) | {"subsets": []}
+    assert interval_of(none)[1:] == (None, None)
+    assert difference_of(none, none) == (0, None, None, 20)
+
+
+def test_documents_of_groups_are_bootstrapped():
+    values = np.random.default_rng(14).normal(size=20)
+    documents = [{"metric": "m", "aggregate": "mean", "groups": valued(v)} for v in (values, values**2)]
+    options = {"n_resamples": 300, "cluster": "prompt"}
+    assert interval_of(documents[0], **options) == bootstrap_interval(valued(values), **options)
+    expected = paired_difference(valued(values), valued(values**2), **options)
+    assert difference_of(*documents, **options) == expected

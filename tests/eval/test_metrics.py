@@ -10,15 +10,21 @@ import pytest
 import torch
 
 from eval.aggregates import aggregate_named
-from eval.encoders import EmbeddingCache, Encoder, HFClip, PixelEncoder
+from eval.cache import EmbeddingCache
+from eval.encoders import Encoder, HFClip, PixelEncoder
 from eval.images import manifest_hash, read_manifest
-from eval.intervals import bootstrap_interval, paired_difference
+from eval.intervals import bootstrap_interval, difference_of, interval_of, paired_difference
 from eval.metrics import (
     AttributeEntropy,
+    CategoryPooledSimilarity,
     ClipScore,
     ImageSet,
+    Metric,
     PairwiseDistance,
     PairwiseSimilarity,
+    ReleasedMeanSimilarity,
+    ReleasedVendi,
+    SetMetric,
     VendiScore,
     is_current,
     measure,
@@ -63,6 +69,8 @@ ALL = [
     (PairwiseSimilarity, {}),
     (PairwiseDistance, {}),
     (VendiScore, {}),
+    (ReleasedMeanSimilarity, {}),
+    (ReleasedVendi, {}),
     (ClipScore, {}),
     (AttributeEntropy, {"labels": ["cat", "dog", "cow"], "templates": ["a {}"]}),
 ]
@@ -116,10 +124,49 @@ def test_pairwise_metrics_take_groups_of_several_sizes(numbered_run):
     images = ImageSet(run, rows[::-1])
     groups = PairwiseSimilarity(encoder).per_group(images)
     assert [(group["n_images"], group["value"]) for group in groups] == [(3, pytest.approx(1 / 3)), (2, 0)]
-    with pytest.raises(ValueError, match="1 groups of 2, 1 groups of 3"):
-        VendiScore(encoder).per_group(images)
+    for kind in (VendiScore, ReleasedVendi):
+        with pytest.raises(ValueError, match="1 groups of 2, 1 groups of 3"):
+            kind(encoder).per_group(images)
     with pytest.raises(ValueError, match=r"at least 2 images.*fish/000000"):
         PairwiseDistance(encoder).per_group(ImageSet(run, rows[:4]))
+
+
+def test_pooled_similarity_takes_all_pairs_of_a_category(numbered_run):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0, 1), images=2)
+    vectors = np.random.default_rng(0).normal(size=(8, 3))
+    metric = CategoryPooledSimilarity(Scripted(vectors))
+    document = measure(metric, run)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    by_hand = [np.mean([unit[i] @ unit[j] for i in range(k, k + 4) for j in range(k, i)]) for k in (0, 4)]
+    assert [group["value"] for group in document["groups"]] == pytest.approx(by_hand, abs=1e-6)
+    assert [group["group"] for group in document["groups"]] == ["bird/all", "fish/all"]
+    assert document["value"] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert (document["n_groups"], document["n_images"]) == (2, 8)
+    # categories are the units, whatever is clustered
+    found = [interval_of(document, cluster=cluster, n_resamples=500) for cluster in (None, "prompt", "category")]
+    assert len(set(found)) == 1 and found[0].low is not None
+    with pytest.raises(ValueError, match=r"at least 2 images in every category.*fish"):
+        metric.per_group(ImageSet(run, read_manifest(run)[:5]))
+
+
+def test_where_a_category_is_one_group_pooled_is_within(make_run):
+    run = make_run(seeds=(0,))
+    values = [measure(kind(PixelEncoder()), run)["value"] for kind in (CategoryPooledSimilarity, PairwiseSimilarity)]
+    assert values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_released_scripts_choices_are_reproduced_from_their_formulas(numbered_run, n):
+    run = numbered_run(categories=("bird",), seeds=(0, 1, 2), images=n)
+    vectors = [[1, 0, 0, 0]] * n + np.eye(4)[:n].tolist() + np.random.default_rng(0).normal(size=(n, 4)).tolist()
+    unit = np.array(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    kernels = [unit[k : k + n] @ unit[k : k + n].T for k in (0, n, 2 * n)]
+    found = [group["value"] for group in measure(ReleasedMeanSimilarity(Scripted(vectors)), run)["groups"]]
+    assert found == pytest.approx([kernel.mean() for kernel in kernels], abs=1e-6)
+    found = [group["value"] for group in measure(ReleasedVendi(Scripted(vectors)), run)["groups"]]
+    eigenvalues = [np.linalg.eigvalsh(kernel).clip(1e-300) for kernel in kernels]
+    assert found == pytest.approx([np.exp(-(m * np.log(m)).sum()) for m in eigenvalues], abs=1e-5)
+    assert found[:2] == pytest.approx([n**-n, 1], abs=1e-4)
 
 
 def test_vendi_order_is_a_setting(numbered_run):
@@ -256,6 +303,85 @@ def test_prepare_loads_the_encoder(make_run):
     encoder = Recording()
     PairwiseDistance(encoder).prepare()
     assert encoder.prepared
+
+
+class MeanBrightness(SetMetric):
+    """The mean of the first coordinate: a mean over images, whose standard error is known."""
+
+    name, version, higher_is_better, unit, description = "brightness", 1, None, "0 to 1", "mean of a coordinate"
+
+    def value_of(self, images, positions):
+        assert positions == sorted(set(positions))
+        return images.embeddings(self.encoder)[positions, 0].mean().item()
+
+
+def test_a_set_metric_measures_the_whole_and_halves_of_the_groups(make_run):
+    a = make_run("a", seeds=range(3), images=2)
+    b = make_run("b", seeds=range(3), images=2, offset=500)
+    documents = [measure(MeanBrightness(PixelEncoder()), run) for run in (a, b)]
+    document = documents[0]
+    assert document == read_document(a / "metrics" / "brightness.json")
+    assert (document["n_groups"], document["n_images"], document["groups"]) == (6, 12, [])
+    assert (document["aggregate"], document["subset_share"]) == ("subsets", 0.5)
+    embeddings = ImageSet.open(a).embeddings(PixelEncoder())
+    assert document["value"] == pytest.approx(embeddings[:, 0].mean().item())
+    assert [subset["seed"] for subset in document["subsets"]] == list(range(20))
+    assert {(subset["n_groups"], subset["n_images"]) for subset in document["subsets"]} == {(3, 6)}
+    assert len({subset["value"] for subset in document["subsets"]}) > 5
+    assert is_current(document, MeanBrightness(PixelEncoder()), a)
+    found = difference_of(*documents)
+    assert found.difference == pytest.approx(documents[0]["value"] - documents[1]["value"])
+    assert found.low < found.difference < found.high and found.n == 6
+
+
+def test_the_halves_hold_whole_groups_and_are_the_same_for_every_method(make_run):
+    drawn = {}
+
+    class Recording(MeanBrightness):
+        def value_of(self, images, positions):
+            drawn.setdefault(images.folder.name, []).append(tuple(images.rows[place].path for place in positions))
+            return 0.5
+
+    for name, offset in (("a", 0), ("b", 500)):
+        measure(Recording(PixelEncoder()), make_run(name, seeds=range(2), images=3, offset=offset))
+    assert drawn["a"] == drawn["b"]
+    for paths in drawn["a"][1:]:
+        groups = {path.rsplit("/", 1)[0] for path in paths}
+        assert len(groups) == 2 and len(paths) == 6
+
+
+def test_a_set_metric_refuses_few_images_and_does_not_measure_small_halves(make_run):
+    run = make_run(seeds=(0, 1), images=2)
+    metric = MeanBrightness(PixelEncoder())
+    metric.minimum = 5
+    document = measure(metric, run)
+    assert document["subsets"] == []
+    assert interval_of(document) == (document["value"], None, None)
+    metric.minimum = 9
+    with pytest.raises(ValueError, match="at least 9 images for brightness, got 8"):
+        measure(metric, run)
+
+
+def test_a_metric_without_an_encoder_names_its_own_judge(make_run):
+    class Differ:
+        name, id = "pixel differences", "pixel-differences-1"
+
+    class Compares(Metric):
+        name, version, higher_is_better, unit, description = "compares", 1, None, "levels", "of nothing"
+        judge = Differ()
+
+        def per_group(self, images):
+            return [images.group_value(group, value=1.0) for group in images.groups]
+
+    run = make_run()
+    metric = Compares(None)
+    metric.prepare()
+    document = measure(metric, run)
+    assert document["encoder"] == {"name": "pixel differences", "id": "pixel-differences-1"}
+    assert is_current(document, metric, run)
+    with pytest.raises(TypeError, match="encoder for pairwise_distance, got None"):
+        _ = PairwiseDistance(None).judge
+    assert PairwiseDistance(metric).judge is metric
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"metric": "x"}'])

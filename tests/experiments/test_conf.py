@@ -1,7 +1,9 @@
 """Every option of every group composes and instantiates; every experiment stands for the runs it names."""
 
 import os
+import re
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -25,16 +27,22 @@ OPTIONS = [
 ]
 
 
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
 def test_every_option_composes_and_resolves(group, option):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"{group}={option}"])
+    cfg = composed(f"{group}={option}")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     method = instantiate(cfg.method)
     assert method.name == cfg.method.name
     assert isinstance(instantiate(cfg.prompts), PromptSet)
-    for spec in cfg.metric.values():
-        instantiate(spec)
+    assert cfg.metric
+    for name, spec in cfg.metric.items():
+        if spec.get("reference", "not needed") is not None:
+            assert instantiate(spec, name=name).name == name
 
 
 def test_every_group_of_the_folder_is_tested():
@@ -92,6 +100,51 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         published = NegToMeConfig.preset(*preset)
         changed = {f.name for f in fields(published) if getattr(published, f.name) != getattr(configured, f.name)}
         assert changed == differs, model
+
+
+def test_every_model_is_measured_by_the_suite_that_fits_it():
+    """In a sweep too; and a suite on the command line, or an experiment's, replaces it."""
+    models = [option for group, option in OPTIONS if group == "model"]
+    configs = expand(["experiment=diversity", f"model={','.join(models)}", "method=none"])
+    suites = {cfg.model.name: set(cfg.metric) for cfg in configs}
+    assert suites["mini-sdxl"] == suites["mini-flux"] and suites["sdxl"] == suites["flux-dev"] == suites["flux-schnell"]
+    assert "fid" in suites["sdxl"] and not {"fid", "kid", "lpips_alex"} & suites["mini-sdxl"]
+    core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "attribute_entropy", "clip_score"}
+    assert core < suites["sdxl"] and core < suites["mini-sdxl"]
+    assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
+    assert set(composed("experiment=tune").metric) == {"pairwise_distance", "clip_score"}
+
+
+@pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
+def test_every_experiment_declares_what_it_tests(experiment):
+    declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    assert declared.primary.keys() == {"diversity", "quality", "quality_margin"}
+    for model in declared.hydra.sweeper.params.model.split(","):
+        cfg = composed(f"experiment={experiment}", f"model={model}")
+        assert {cfg.primary.diversity, cfg.primary.quality} <= set(cfg.metric)
+        assert 0 < cfg.primary.quality_margin < 1
+
+
+def test_numbers_of_other_networks_are_not_called_fid_or_kid():
+    for suite in ("full", "released", "diversity"):
+        cfg = composed(f"metric={suite}")
+        for name, spec in cfg.metric.items():
+            if name.rpartition("_")[2] in ("fid", "kid", "inception_score"):
+                assert spec.encoder._target_ == "eval.features.Inception", name
+            if suite == "diversity" and spec._target_.startswith("eval.fidelity"):
+                assert name.endswith(("_efflite0", "_scorer")), name
+
+
+def test_the_documentation_names_every_metric():
+    text = (PROJECT / "docs" / "metrics.md").read_text()
+    named = re.findall(r"`([a-z_0-9*]+)`", text)
+    links = set(re.findall(r"\]\(#([a-z0-9-]+)\)", text))
+    titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert links <= headings
+    for suite in ("diversity", "released"):
+        for name, spec in composed(f"metric={suite}").metric.items():
+            assert any(fnmatch(name, pattern) for pattern in named), f"{name} ({spec._target_})"
 
 
 def test_a_misspelt_key_is_named():

@@ -1,6 +1,7 @@
 """From a command line to a table, on tiny checkpoints laid out like the real ones: what a user does, for real."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 from eval.images import read_manifest
 from experiments import PROJECT, plot, tabulate
 from experiments.configs import expand
-from experiments.evaluate import evaluate
+from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.runs import Run
 
@@ -43,6 +44,7 @@ def overrides(tmp_path, source, kind="sdxl", name=None):
         "prompts.seeds=[0]",
         "prompts.images_per_prompt=2",
         "prompts.groups_per_category=null",
+        "metric=core",
         "scorer@model.scorer=pixel",
         "~metric.attribute_entropy",
         "~metric.clip_score",
@@ -191,7 +193,17 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     for method in ("negtome", "negtome_released"):
         expected = values.loc[(method, "vendi_score"), "value"] - values.loc[("none", "vendi_score"), "value"]
         assert values.loc[(method, "vendi_score"), "difference"] == pytest.approx(expected, abs=1e-5)
+    # Two prompts: of the 4 exchanges, 2 are as large; the primary metric's two methods make a family of two tests.
+    diversity = frame["metric"] == "pairwise_distance"
+    assert set(frame.loc[diversity, "primary"]) == {"diversity"} and frame.loc[~diversity, "primary"].isna().all()
+    assert set(frame.loc[paired, "p_value"]) <= {0.5, 1.0}
+    tested = frame.loc[paired & diversity, "p_value"]
+    assert frame.loc[paired & diversity, "p_holm"].tolist() == [1.0] * len(tested)
+    assert frame.loc[~(paired & diversity), "p_holm"].isna().all()
+    assert frame.loc[paired, ["effect_size", "win_rate"]].notna().all(axis=None)
+    assert frame.loc[~paired, ["p_value", "effect_size", "win_rate", "margin", "non_inferior"]].isna().all(axis=None)
     assert "0.812" in markdown and "sdxl" in markdown
+    assert "- sdxl, negtome_released: " in markdown and "All other metrics" in markdown
     # The table is what its CSV says, to the byte, however often it is made.
     assert tabulate.tabulate(arguments) == markdown
 
@@ -203,6 +215,57 @@ def test_rows_of_other_settings_stay(finished):
     tabulate.merge_rows(path, [row | {"alpha": 0.3, "value": 1}, row | {"alpha": 0.9, "value": 2}])
     frame = tabulate.merge_rows(path, [row | {"alpha": 0.9, "value": 3}])
     assert frame[["alpha", "value", "run_id"]].values.tolist() == [[0.3, 1, "0123"], [0.9, 3, "0123"]]
+
+
+def test_quality_is_held_against_its_margin(finished):
+    """The similarity as a stand-in for quality: what is pushed apart loses it, so only a wide margin keeps it."""
+    arguments, _ = finished
+    for margin, kept in ((10, True), (1e-9, False)):
+        changes = ["primary.quality=pairwise_similarity", f"primary.quality_margin={margin}"]
+        rows = [row for row in tabulate.rows_of(expand([*arguments, *changes])) if row["method"] == "negtome"]
+        (row,) = (row for row in rows if row["primary"] == "quality")
+        base = row["value"] - row["difference"]
+        assert row["margin"] == pytest.approx(margin * base)
+        assert (row["difference_high"] < row["margin"]) == row["non_inferior"] == kept
+        assert all("margin" not in row for row in rows if row["primary"] != "quality")
+
+
+def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
+    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0123", "primary": "diversity"}
+    rows = [
+        row | {"model": model, "alpha": alpha, "p_value": p, "primary": primary}
+        for model, alpha, p, primary in (
+            ("a", 1, 0.01, "diversity"),
+            ("a", 2, 0.02, "quality"),
+            ("a", 3, 0.03, None),
+            ("b", 1, 0.04, "diversity"),
+            ("b", 2, None, "diversity"),
+        )
+    ]
+    expected = [0.02, 0.02, None, 0.04, None]
+    for first in ([], rows[:1], rows):
+        path = tmp_path / f"{len(first)}.csv"
+        tabulate.merge_rows(path, first) if first else None
+        frame = tabulate.merge_rows(path, rows)
+        found = dict(zip(zip(frame["model"], frame["alpha"], strict=True), frame["p_holm"], strict=True))
+        assert [found[row["model"], row["alpha"]] for row in rows] == pytest.approx(
+            [float("nan") if p is None else p for p in expected], nan_ok=True
+        )
+
+
+def test_settings_of_one_method_are_told_apart(finished):
+    arguments, _ = finished
+    tabulate.tabulate(arguments)
+    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=tabulate.TEXT)
+    other = frame[frame["method"] == "negtome"].assign(alpha=0.5, run_id="000000000000")
+    table = tabulate.other_table(pd.concat([frame, other]))
+    assert list(table.columns)[5:] == [
+        "none",
+        "negtome alpha 0.9 threshold -1 window 1000 to 0",
+        "negtome_released",
+        "negtome alpha 0.5 threshold -1 window 1000 to 0",
+    ]
+    assert table["metric"].tolist() == ["pairwise similarity", "vendi score"]
 
 
 def test_a_part_of_a_sweep_finds_its_baseline(finished, tmp_path):
@@ -293,6 +356,7 @@ def test_killed_in_the_middle_and_called_again(tmp_path):
     arguments = [
         "experiment=diversity", "model=mini-flux", "method=negtome", "workers=2", "prompts.categories=[bird,fish,car]",
         "model.groups_per_category=2", "model.call.num_inference_steps=2", "model.negtome.timestep_range=[0,1000]",
+        "metric=core",
         f"outputs={tmp_path}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "experiments.generate", *arguments]
@@ -316,3 +380,70 @@ def test_killed_in_the_middle_and_called_again(tmp_path):
     documents = [json.loads(path.read_text()) for path in evaluate(cfg)]
     assert {document["metric"] for document in documents} == set(cfg.metric)
     assert {document["encoder"]["name"] for document in documents} == {"mini-clip"}
+
+
+def plain_folder(folder, prompts=("bird", "fish"), images=3):
+    """Images of two prompts, as anybody's folder: numbered, no manifest."""
+    for number, prompt in enumerate(prompts):
+        (folder / prompt).mkdir(parents=True)
+        for index in range(images):
+            Image.new("RGB", (8, 8), (40 * number, 60 * index, 9)).save(folder / prompt / f"{index}.png")
+    return folder
+
+
+def test_any_folder_of_images_is_scored(tmp_path):
+    folder = plain_folder(tmp_path / "mine")
+    command = [sys.executable, "-m", "experiments.evaluate", "images=mine", "metric=core", "scorer@model.scorer=pixel",
+               f"outputs={tmp_path / 'outputs'}", "bootstrap.n_resamples=100"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True, timeout=300)
+    table = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("|")}
+    assert "pixels-8x8" in table["pairwise_distance"]
+    document = json.loads((folder / "metrics" / "pairwise_distance-pixels-8x8.json").read_text())
+    assert f"| {document['value']:.4g} " in table["pairwise_distance"]
+    assert document["n_groups"] == 2
+    # What cannot be measured says why, and keeps nothing else from being measured.
+    assert "clip_score" not in table
+    assert "Not measured: attribute_entropy, clip_score: expected an encoder with a text tower" in done.stdout
+
+
+def test_the_scores_of_a_folder_go_where_they_are_sent(tmp_path):
+    folder = plain_folder(tmp_path / "mine")
+    changes = ["metric=tune", "scorer@model.scorer=pixel", f"outputs={tmp_path / 'outputs'}"]
+    (cfg,) = expand([f"images={folder}", f"scores={tmp_path / 'scores'}", *changes])
+    table, refused = evaluate_folder(cfg)
+    assert (table["metric"].tolist(), list(refused)) == (["pairwise_distance"], ["clip_score"])
+    assert {path.name for path in folder.iterdir()} == {"bird", "fish"}
+    before = {path: path.read_bytes() for path in (tmp_path / "scores").iterdir()}
+    assert [path.name for path in before] == ["pairwise_distance-pixels-8x8.json"]
+    # Scored again: the same. With another image: anew.
+    assert evaluate_folder(cfg)[0].equals(table)
+    Image.new("RGB", (8, 8), "white").save(folder / "bird" / "new.png")
+    changed, _ = evaluate_folder(cfg)
+    assert changed["images"].tolist()[0] == "7" and changed["value"][0] != table["value"][0]
+
+
+def test_folders_that_cannot_be_scored_say_why(tmp_path):
+    def score(folder, **options):
+        changes = ["metric=tune", "scorer@model.scorer=pixel", f"outputs={tmp_path / 'outputs'}"]
+        return evaluate_folder(expand([f"images={folder}", *changes])[0])
+
+    with pytest.raises(FileNotFoundError, match=r"absent.*does not exist"):
+        score(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="one subfolder of images a prompt"):
+        score(tmp_path / "empty")
+    with pytest.raises(ValueError, match="at least 2 images in every group"):
+        score(plain_folder(tmp_path / "single", images=1))
+    damaged = plain_folder(tmp_path / "damaged")
+    (damaged / "bird" / "1.png").write_bytes((damaged / "bird" / "1.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"damaged or foreign file.*bird/1\.png"):
+        score(damaged)
+
+
+def test_without_real_images_what_compares_with_them_is_left_out(tmp_path, caplog):
+    changes = ["metric=full", "model=sdxl", f"outputs={tmp_path / 'outputs'}"]
+    (cfg,) = expand([f"images={tmp_path}", *changes])
+    names = [name for name, _ in configured_metrics(cfg)]
+    assert set(cfg.metric) - set(names) == {name for name, spec in cfg.metric.items() if "reference" in spec}
+    assert "fid is left out" in caplog.text and "model.reference_images=FOLDER" in caplog.text

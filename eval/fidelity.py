@@ -1,0 +1,687 @@
+"""How close is a set of images to a set of real ones? Pure functions on features [N, D], and the metrics.
+
+All of it is arithmetic on the features of some network, and a number means little without that network's name:
+"FID" is the Frechet distance of Inception's features, CMMD is of CLIP's. The metrics therefore carry the names of
+the functions, and the table's column says whose features they are. Preprocessing (aspect-preserving resize, centre
+crop, antialiasing) is the encoder's, and the same for real and generated images.
+
+Computed in float64. No number here can be compared between sets of different sizes, but for the unbiased kernel
+distance; every document states both sizes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval.encoders import Encoder
+from eval.images import (
+    IMAGE_SUFFIXES,
+    MANIFEST,
+    UNKNOWN_SEED,
+    ManifestRow,
+    read_manifest,
+    rows_hash,
+)
+from eval.metrics import ImageSet, SetMetric
+
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
+# Images a split of the Inception Score must have: a mean prediction of fewer says nothing about variety.
+IMAGES_A_SPLIT = 10
+EXTRAPOLATION_POINTS = 15
+# Rows of a matrix of kernel values or distances that are in memory at once.
+ROWS = 2048
+
+Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check that two sets of features belong together, and put them into float64."""
+    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"expected features [N, D] and reference features [M, D] of one encoder, got {list(features.shape)} and "
+            f"{list(reference.shape)}; embed both with the same encoder"
+        )
+    features, reference = features.double(), reference.double()
+    if not torch.isfinite(features).all() or not torch.isfinite(reference).all():
+        raise ValueError("expected finite features, got NaN or infinity; look at the images and the weights")
+    return features, reference
+
+
+def _require(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
+    if len(features) < minimum:
+        raise ValueError(
+            f"expected at least {minimum} {what}, got {len(features)}: {why}; give more images, or leave this "
+            "number out"
+        )
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The first two moments of a set of features.
+
+    Attributes:
+        mean: float64 [D].
+        covariance: float64 [D, D], unbiased (divided by n - 1).
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> Gaussian:
+        """Take the moments of features [N, D], N >= 2."""
+        _require(features, 2, "images", "one alone has no covariance")
+        mean = features.double().mean(dim=0)
+        centred = features.double() - mean
+        return cls(mean, centred.T @ centred / (len(features) - 1))
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """The symmetric square root of the covariance, float64 [D, D]."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def frechet_distance_of_gaussians(a: Gaussian, b: Gaussian) -> float:
+    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
+
+    The eigenvalues of A B are those of the symmetric B^(1/2) A B^(1/2), so that no complex square root of a
+    nearly singular product is needed, which the usual implementations patch up.
+    """
+    product = b.root @ a.covariance @ b.root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    means = (a.mean - b.mean).square().sum()
+    return (means + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
+
+
+def frechet_minimum(dimension: int, extrapolate: bool = False) -> int:
+    """Return how many images a Frechet distance of features of this dimension needs.
+
+    D + 1 give a covariance of full rank; with fewer, the distance measures what is missing rather than what
+    differs. Extrapolation needs D / 2: on Gaussians with flat and with decaying spectra (D = 128), the bias that
+    it left there was about that of the plain distance at D + 1, which is several times the distance. Up to 2 D the
+    extrapolated one may then overshoot, below 0 even, where the spectrum is flat. At 4 D it was 0.86 (flat) and
+    0.97 (decaying) of the truth, and the plain one 2.4 and 1.2 times it.
+    """
+    return (dimension + 1) // 2 if extrapolate else dimension + 1
+
+
+def frechet_distance(
+    features: torch.Tensor, reference: torch.Tensor | Gaussian, extrapolate: bool = False, seed: int = 0
+) -> float:
+    """Return the Frechet distance between the Gaussians fitted to two sets of features; FID where Inception's.
+
+    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS
+    2017). It is biased up by about a constant over N, the constant depending on what generated the images, so that
+    two methods may change places with N (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and
+    Where to Find Them", CVPR 2020).
+
+    Args:
+        features: [N, D].
+        reference: [M, D], or moments of such features; M > D in any case, for its bias is not extrapolated away.
+        extrapolate: fit a line in 1/N to the distances of `EXTRAPOLATION_POINTS` random parts of N/2 to N images
+            and return its value at 1/N = 0, as Chong and Forsyth do. They start at N/10, where N is 50,000; at
+            our N that is below D, where the distance is no line in 1/N.
+        seed: of the random parts.
+
+    Returns:
+        >= 0, lower is better; the extrapolated one may be negative where the distance is small.
+
+    Raises:
+        ValueError: fewer than `frechet_minimum` images.
+    """
+    if not isinstance(reference, Gaussian):
+        features, reference = _checked_pair(features, reference)
+        reference = _full_rank(reference)
+    features, _ = _checked_pair(features, reference.mean[None])
+    dimension = features.shape[1]
+    _require(
+        features,
+        frechet_minimum(dimension, extrapolate),
+        f"images for a Frechet distance of {dimension} features{' extrapolated' if extrapolate else ''}",
+        "what is left of the bias would hide any difference"
+        if extrapolate
+        else "with fewer, the covariance is singular (extrapolate=True needs half as many)",
+    )
+    n = len(features)
+    if not extrapolate:
+        return frechet_distance_of_gaussians(Gaussian.of(features), reference)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = np.linspace(max(n // 2, 2), n, EXTRAPOLATION_POINTS).astype(int)
+    distances = [
+        frechet_distance_of_gaussians(Gaussian.of(features[torch.randperm(n, generator=generator)[:size]]), reference)
+        for size in sizes
+    ]
+    return float(np.polyfit(1 / sizes, distances, 1)[1])
+
+
+def _full_rank(reference: torch.Tensor) -> Gaussian:
+    _require(
+        reference,
+        reference.shape[1] + 1,
+        f"reference images for a Frechet distance of {reference.shape[1]} features",
+        "with fewer, the covariance is singular",
+    )
+    return Gaussian.of(reference)
+
+
+def _kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) -> float:
+    """Average a kernel over all pairs of rows of x and y; without y, over the pairs of different rows of x."""
+    total = 0.0
+    for start in range(0, len(x), ROWS):
+        values = kernel(x[start : start + ROWS], x if y is None else y)
+        total += values.sum().item()
+        if y is None:
+            total -= values.diagonal(offset=start).sum().item()
+    return total / (len(x) * (len(x) - 1 if y is None else len(y)))
+
+
+def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _gaussian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    # of vectors of length 1, the squared distance is 2 - 2 cos
+    return ((x @ y.T - 1) / CMMD_SIGMA**2).exp()
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor, within_reference: float | None = None) -> float:
+    """Return the squared MMD under the kernel (x.y / D + 1)^3, unbiased; KID where Inception's features.
+
+    Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of
+    1,000, which has the same expectation and more variance. Many papers print it times 1000; this is times 1.
+
+    Args:
+        features: [N, D], N >= 2.
+        reference: [M, D], M >= 2; M and N may differ.
+        within_reference: the reference's own term, if it is known from an earlier call.
+
+    Returns:
+        Lower is better; 0 in expectation for equal distributions, hence sometimes negative.
+    """
+    features, reference = _checked_pair(features, reference)
+    _require(features, 2, "images", "the kernel is averaged over pairs")
+    _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+    if within_reference is None:
+        within_reference = _kernel_mean(_cubic, reference)
+    return _kernel_mean(_cubic, features) + within_reference - 2 * _kernel_mean(_cubic, features, reference)
+
+
+def cmmd(
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    unbiased: bool = False,
+    within_reference: float | None = None,
+) -> float:
+    """Return 1000 times the squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10.
+
+    Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
+    embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
+    calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
+    compared with theirs. It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
+
+    Args:
+        features: [N, D], N >= 2; brought to length 1 here.
+        reference: [M, D], M >= 2; likewise.
+        unbiased: leave the diagonals out.
+        within_reference: the reference's own term, if it is known from an earlier call.
+
+    Returns:
+        Lower is better; >= 0 if biased.
+    """
+    features, reference = (F.normalize(x, dim=-1) for x in _checked_pair(features, reference))
+    _require(features, 2, "images", "the kernel is averaged over pairs")
+    _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+    if within_reference is None:
+        within_reference = _gaussian_within(reference, unbiased)
+    within = _gaussian_within(features, unbiased)
+    return CMMD_SCALE * (within + within_reference - 2 * _kernel_mean(_gaussian, features, reference))
+
+
+def _gaussian_within(x: torch.Tensor, unbiased: bool) -> float:
+    return _kernel_mean(_gaussian, x, None if unbiased else x)
+
+
+def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> float:
+    """Return exp of the mean KL divergence of an image's predicted classes from the mean prediction.
+
+    Salimans et al., "Improved Techniques for Training GANs" (NeurIPS 2016). Biased down at small N, and by more
+    splits. Of one narrow category it is near 1, whatever the quality.
+
+    Args:
+        logits: [N, C] of a classifier, N >= 10 a split.
+        splits: the score is averaged over so many parts; papers use 10. 1 does not depend on the order.
+        seed: of the shuffle before splitting, as in torch-fidelity: images in the order of their categories would
+            leave few categories to a split.
+
+    Returns:
+        In [1, min(N / splits, C)]; higher is better.
+    """
+    if logits.ndim != 2 or splits < 1:
+        raise ValueError(
+            f"expected logits [N, C] and at least one split, got {list(logits.shape)} and {splits}; 1 or 10 is usual"
+        )
+    _require(logits, IMAGES_A_SPLIT * splits, f"images for {splits} splits", "the mean prediction needs 10 a split")
+    n = len(logits)
+    order = np.random.RandomState(seed).permutation(n) if splits > 1 else np.arange(n)
+    log_p = logits.double()[torch.from_numpy(order)].log_softmax(dim=1)
+    scores = []
+    for index in range(splits):
+        part = log_p[index * n // splits : (index + 1) * n // splits]
+        marginal = part.logsumexp(dim=0) - np.log(len(part))
+        # a probability of 0 contributes nothing, where 0 times infinity would be NaN
+        divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0).sum(dim=1)
+        scores.append(divergence.mean().exp().item())
+    return float(np.mean(scores))
+
+
+class _Neighbours:
+    """Squared distances around a reference set, shared by the four measures of its manifold.
+
+    Args:
+        reference: float64 [M, D].
+        k: which neighbour gives a ball its radius; M > k.
+    """
+
+    # Distances of the same two points, computed in two products, differ by rounding. Ties are common (the k-th
+    # neighbour lies on the ball), so what is within this of equal is equal.
+    TIE = 1e-9
+    # relative to the squared lengths: what differs by less than float32 resolves is one point
+    SAME = 1e-10
+
+    def __init__(self, reference: torch.Tensor, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
+        _require(reference, k + 1, "reference images", f"each needs a neighbour number {k}")
+        self.k = k
+        # distances from the centre are smaller than those from the origin, and so is the rounding
+        self.centre = reference.mean(dim=0)
+        self.reference = reference - self.centre
+        self.radii = self._radii(self.reference)
+
+    def _squared(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        lengths = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
+        distances = lengths - 2 * x @ y.T
+        return torch.where(distances < self.SAME * lengths, 0, distances)
+
+    def _radii(self, x: torch.Tensor) -> torch.Tensor:
+        # a point is its own nearest neighbour, hence k + 1
+        return torch.cat([self._squared(rows, x).kthvalue(self.k + 1, dim=1).values for rows in x.split(ROWS)])
+
+    def _covered(self, points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
+        """Share of points that lie in at least one ball, its surface included."""
+        inside = [
+            (self._squared(rows, centres) <= radii * (1 + self.TIE)).any(dim=1).double() for rows in points.split(ROWS)
+        ]
+        return torch.cat(inside).mean().item()
+
+    def precision(self, features: torch.Tensor) -> float:
+        return self._covered(features - self.centre, self.reference, self.radii)
+
+    def recall(self, features: torch.Tensor) -> float:
+        _require(features, self.k + 1, "images", f"each needs a neighbour number {self.k}")
+        centred = features - self.centre
+        return self._covered(self.reference, centred, self._radii(centred))
+
+    def density(self, features: torch.Tensor) -> float:
+        balls = [
+            (self._squared(rows, self.reference) < self.radii * (1 - self.TIE)).double().sum(dim=1)
+            for rows in (features - self.centre).split(ROWS)
+        ]
+        return torch.cat(balls).mean().item() / self.k
+
+    def coverage(self, features: torch.Tensor) -> float:
+        centred = features - self.centre
+        nearest = torch.cat([self._squared(rows, centred).amin(dim=1) for rows in self.reference.split(ROWS)])
+        return (nearest < self.radii * (1 - self.TIE)).double().mean().item()
+
+
+def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """Return which share of images is like a real one, and which share of real ones is like some image.
+
+    Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (NeurIPS 2019): a set
+    covers the balls around its points that reach to the k-th neighbour, surface included. One outlier makes a large
+    ball; both grow with the set whose balls they are.
+
+    Args:
+        features: [N, D], N > k.
+        reference: [M, D], M > k.
+        k: 3 in the paper.
+
+    Returns:
+        Precision and recall, both in [0, 1], higher is better.
+    """
+    features, reference = _checked_pair(features, reference)
+    neighbours = _Neighbours(reference, k)
+    return neighbours.precision(features), neighbours.recall(features)
+
+
+def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5) -> tuple[float, float]:
+    """Return how deep in the real images' balls the images lie, and which share of these balls they reach.
+
+    Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (ICML 2020). Balls only around real
+    images, surface excluded.
+
+    Args:
+        features: [N, D], N >= 1.
+        reference: [M, D], M > k.
+        k: 5 in the paper.
+
+    Returns:
+        Density, >= 0, 1 in expectation for equal distributions; coverage in [0, 1]. Higher is better for both.
+    """
+    features, reference = _checked_pair(features, reference)
+    _require(features, 1, "images", "there is nothing to measure")
+    neighbours = _Neighbours(reference, k)
+    return neighbours.density(features), neighbours.coverage(features)
+
+
+def reference_rows(folder: str | Path) -> list[ManifestRow]:
+    """List the images of a reference set: a run folder, one subfolder a category, or images without subfolders.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no images, or images both beside and in subfolders.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"expected a folder of reference images, got {folder}, which does not exist; check the path"
+        )
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    loose = [path.name for path in visible if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+    if (folder / MANIFEST).is_file() or not loose:
+        return read_manifest(folder)
+    subfolders = [path.name for path in visible if path.is_dir()]
+    if subfolders:
+        raise ValueError(
+            f"expected the reference images either in {folder} or in its subfolders, got {len(loose)} beside the "
+            f"subfolders {', '.join(subfolders[:10])}; move them"
+        )
+    return [ManifestRow(name, "reference", "", "reference", 0, index, UNKNOWN_SEED) for index, name in enumerate(loose)]
+
+
+class AgainstReference(SetMetric):
+    """A number of a set of images and a set of real ones.
+
+    Args:
+        encoder: what embeds both.
+        reference: folder of the real images; see `reference_rows`.
+        name: for tables.
+    """
+
+    def __init__(self, encoder: Encoder, reference: str | Path, name: str | None = None) -> None:
+        super().__init__(encoder, name)
+        self.reference = Path(reference)
+        self._summary: Any = None
+
+    @cached_property
+    def _rows(self) -> list[ManifestRow]:
+        return reference_rows(self.reference)
+
+    @cached_property
+    def _hash(self) -> str:
+        return rows_hash(self.reference, self._rows)
+
+    def settings(self) -> dict[str, Any]:
+        """Identify the reference by its content, wherever it lies."""
+        return {"reference_sha256": self._hash}
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say how many real images there are, and what the features are."""
+        return {
+            "reference": self.reference.name,
+            "n_reference": len(self._rows),
+            "feature_dimension": images.embeddings(self.encoder).shape[1],
+            "features": "length 1" if self.encoder.normalised else "raw",
+        }
+
+    def prepare(self) -> None:
+        """Read the reference's list and load the encoder; see `Metric.prepare`."""
+        _ = self._rows
+        super().prepare()
+
+    def value_of(self, images: ImageSet, positions: list[int]) -> float:
+        """See `SetMetric.value_of`."""
+        if self._summary is None:
+            # through the cache of the images, and once for all subsets
+            real = ImageSet(self.reference, self._rows, images.cache, images.batch_size, images.progress)
+            self._summary = self.summarise(real.embeddings(self.encoder).double())
+        return self.compare(images.embeddings(self.encoder)[positions].double(), self._summary)
+
+    @abstractmethod
+    def summarise(self, reference: torch.Tensor) -> Any:
+        """Compute from the reference's features, float64 [M, D], what every comparison needs."""
+
+    @abstractmethod
+    def compare(self, features: torch.Tensor, summary: Any) -> float:
+        """Measure features, float64 [N, D], against the summary of the reference."""
+
+
+class FrechetDistance(AgainstReference):
+    """Frechet distance; "FID" if the encoder is Inception.
+
+    `minimum` is that of `frechet_minimum`, known once features are there.
+
+    Args:
+        encoder: what embeds the images, raw features.
+        reference: folder of the real images, more than the features' dimension.
+        extrapolate: to infinitely many images; see `frechet_distance`. Fifteen times the work.
+        name: for tables.
+    """
+
+    name = "frechet_distance"
+    version = 1
+    higher_is_better = False
+    unit = "squared distance of features, >= 0"
+    description = "Frechet distance between Gaussians fitted to the features of the images and of the real ones"
+
+    def __init__(
+        self, encoder: Encoder, reference: str | Path, extrapolate: bool = False, name: str | None = None
+    ) -> None:
+        super().__init__(encoder, reference, name)
+        self.extrapolate = extrapolate
+        if extrapolate:
+            self.description = f"{self.description}, extrapolated to infinitely many images"
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {**super().settings(), "extrapolate": self.extrapolate}
+
+    def results(self, images: ImageSet) -> dict[str, Any]:
+        """See `SetMetric.results`."""
+        self.minimum = frechet_minimum(images.embeddings(self.encoder).shape[1], self.extrapolate)
+        return super().results(images)
+
+    def summarise(self, reference: torch.Tensor) -> Gaussian:
+        """See `AgainstReference.summarise`; too few real images are refused."""
+        return _full_rank(reference)
+
+    def compare(self, features: torch.Tensor, summary: Gaussian) -> float:
+        """See `frechet_distance`."""
+        return frechet_distance(features, summary, self.extrapolate)
+
+
+class KernelDistance(AgainstReference):
+    """Kernel distance; "KID" if the encoder is Inception. Unbiased at every n, hence the least `minimum` there is."""
+
+    name = "kernel_distance"
+    version = 1
+    higher_is_better = False
+    unit = "squared MMD, times 1"
+    description = "unbiased squared MMD under the kernel (x.y / D + 1)^3 of the features; times 1, not 1000"
+    minimum = 2
+
+    def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """See `AgainstReference.summarise`."""
+        _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+        return reference, _kernel_mean(_cubic, reference)
+
+    def compare(self, features: torch.Tensor, summary: tuple[torch.Tensor, float]) -> float:
+        """See `kernel_distance`."""
+        return kernel_distance(features, *summary)
+
+
+class Cmmd(AgainstReference):
+    """Maximum mean discrepancy of CLIP embeddings; see `cmmd`.
+
+    Args:
+        encoder: a CLIP model.
+        reference: folder of the real images.
+        unbiased: leave the diagonals out, unlike the paper's code.
+        name: for tables.
+    """
+
+    name = "cmmd"
+    version = 1
+    higher_is_better = False
+    unit = "1000 x squared MMD"
+    description = "1000 x squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10"
+    minimum = 2
+
+    def __init__(
+        self, encoder: Encoder, reference: str | Path, unbiased: bool = False, name: str | None = None
+    ) -> None:
+        super().__init__(encoder, reference, name)
+        self.unbiased = unbiased
+        self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {**super().settings(), "unbiased": self.unbiased}
+
+    def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """See `AgainstReference.summarise`."""
+        _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+        return reference, _gaussian_within(F.normalize(reference, dim=-1), self.unbiased)
+
+    def compare(self, features: torch.Tensor, summary: tuple[torch.Tensor, float]) -> float:
+        """See `cmmd`."""
+        reference, within = summary
+        return cmmd(features, reference, self.unbiased, within)
+
+
+class _OfNeighbours(AgainstReference):
+    """A measure of overlap of two sets by their nearest neighbours.
+
+    `minimum` leaves every image a k-th neighbour. That is arithmetic, not statistics: the numbers depend on both
+    sizes, so only sets of one size against one reference can be compared.
+    """
+
+    version = 1
+    higher_is_better = True
+    default_k: int
+
+    def __init__(self, encoder: Encoder, reference: str | Path, k: int | None = None, name: str | None = None) -> None:
+        super().__init__(encoder, reference, name)
+        self.k = self.default_k if k is None else k
+        self.minimum = self.k + 1
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {**super().settings(), "k": self.k}
+
+    def summarise(self, reference: torch.Tensor) -> _Neighbours:
+        """See `AgainstReference.summarise`."""
+        return _Neighbours(reference, self.k)
+
+
+class Precision(_OfNeighbours):
+    """Share of images that lie within the real ones' neighbourhoods; see `precision_recall`."""
+
+    name = "precision"
+    unit = "share of images, 0 to 1"
+    description = "share of images within a real image's distance to its k-th real neighbour"
+    default_k = 3
+
+    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+        """See `precision_recall`."""
+        return summary.precision(features)
+
+
+class Recall(_OfNeighbours):
+    """Share of real images that lie within the images' neighbourhoods; see `precision_recall`."""
+
+    name = "recall"
+    unit = "share of real images, 0 to 1"
+    description = "share of real images within an image's distance to its k-th neighbour among the images"
+    default_k = 3
+
+    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+        """See `precision_recall`."""
+        return summary.recall(features)
+
+
+class Density(_OfNeighbours):
+    """How many real images' neighbourhoods an image lies in; see `density_coverage`."""
+
+    name = "density"
+    unit = "1 for equal distributions, >= 0"
+    description = "mean over images of the real images within whose k-th neighbour they lie, over k"
+    default_k = 5
+
+    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+        """See `density_coverage`."""
+        return summary.density(features)
+
+
+class Coverage(_OfNeighbours):
+    """Share of real images that have an image within their neighbourhood; see `density_coverage`."""
+
+    name = "coverage"
+    unit = "share of real images, 0 to 1"
+    description = "share of real images with an image nearer than their k-th real neighbour"
+    default_k = 5
+
+    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+        """See `density_coverage`."""
+        return summary.coverage(features)
+
+
+class InceptionScore(SetMetric):
+    """How sure and how varied a classifier's predictions are; the Inception Score if the encoder is Inception.
+
+    `minimum` is `IMAGES_A_SPLIT` a split, for the mean prediction.
+
+    Args:
+        encoder: one with a classifier head, `logits_from_features`.
+        splits: the score is averaged over so many parts.
+        name: for tables.
+    """
+
+    name = "inception_score"
+    version = 1
+    higher_is_better = True
+    unit = "classes, 1 to the classifier's number of them"
+    description = "exp of the mean KL divergence of the images' predicted classes from their mean"
+
+    def __init__(self, encoder: Encoder, splits: int = 1, name: str | None = None) -> None:
+        super().__init__(encoder, name)
+        if type(encoder).logits_from_features is Encoder.logits_from_features:
+            raise TypeError(
+                f"expected an encoder with a classifier head for {self.name}, got {encoder.name}; "
+                "use Inception or EfficientNet-lite0"
+            )
+        if splits < 1:
+            raise ValueError(f"expected at least one split, got {splits}; 1 or 10 is usual")
+        self.splits = splits
+        self.minimum = IMAGES_A_SPLIT * splits
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {"splits": self.splits}
+
+    def value_of(self, images: ImageSet, positions: list[int]) -> float:
+        """See `inception_score`."""
+        logits = self.encoder.logits_from_features(images.embeddings(self.encoder)[positions])
+        return inception_score(logits, self.splits)

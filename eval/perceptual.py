@@ -1,0 +1,231 @@
+"""How different do the images of one group look, patch by patch? LPIPS.
+
+Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), version 0.1,
+by the `lpips` package. Images are compared position by position, so a shifted copy is "different": LPIPS rewards
+artefacts, noise and mere displacement. It is a second opinion on diversity, never the first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+from eval.aggregates import GroupValue
+from eval.images import load_image
+from eval.metrics import ImageSet, Metric
+from eval.weights import WeightsFacts, checkpoints_folder, download, first_file
+
+BACKBONES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+# The shortest side that leaves every network's last layer a pixel.
+SMALLEST = 32
+
+
+class Lpips:
+    """LPIPS with one of its three networks.
+
+    The linear heads are those that the `lpips` package ships; the network's ImageNet weights are torchvision's file,
+    looked for in `weights_dir`, or else in torch.hub's folder and then on the network. Without one it fails
+    within seconds and says which file to put where.
+
+    Args:
+        net: "alex" (the authors' choice for measuring), "vgg" or "squeeze". Their numbers cannot be compared.
+        weights_dir: folder with the network's weights file.
+        device: where the network runs.
+    """
+
+    def __init__(self, net: str = "alex", weights_dir: str | Path | None = None, device: str = "cpu") -> None:
+        if net not in BACKBONES:
+            raise ValueError(f"expected a network among {sorted(BACKBONES)}, got {net!r}; alex is usual")
+        self.net = net
+        self.name = f"LPIPS ({net})"
+        self.device = torch.device(device)
+        self._weights_dir = None if weights_dir is None else Path(weights_dir)
+
+    @property
+    def _url(self) -> str:
+        return f"https://download.pytorch.org/models/{BACKBONES[self.net]}"
+
+    def weights(self) -> WeightsFacts:
+        """State the weights; see `eval.encoders.Encoder.weights`."""
+        path = (self._weights_dir or checkpoints_folder()) / BACKBONES[self.net]
+        found = first_file([path])
+        return WeightsFacts(
+            encoder=self.name,
+            source=path.name,
+            files=(found,) if found else (),
+            looked_in=(path,),
+            resize="none here; the metric makes large images smaller",
+            input_range="[-1, 1], then LPIPS's own shift and scale",
+            licence="network: torchvision, BSD-3-Clause; heads: lpips package, BSD-2-Clause",
+            how_to_get=f"put {path.name} into {path.parent} (from {self._url})",
+        )
+
+    def _file(self) -> Path:
+        facts = self.weights()
+        if not facts.present:
+            if self._weights_dir is not None:
+                raise facts.missing()
+            download(self._url, facts.looked_in[0], facts)
+        return facts.looked_in[0]
+
+    @cached_property
+    def id(self) -> str:
+        """Network, version of the heads, and the first 12 digits of the SHA-256 of the network's weights."""
+        self._file()
+        return f"lpips-{self.net}-v0.1-{self.weights().sha256[:12]}"
+
+    @cached_property
+    def _model(self) -> Any:
+        file = self._file()
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the kind depends on what the file is instead; its text advises unsafe loading
+            raise ValueError(
+                f"expected torchvision's weights of {self.net} in {file}, got an unreadable file; "
+                f"download it again from {self._url}"
+            ) from error
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of arguments that torchvision has renamed since
+            model = lpips.LPIPS(net=self.net, pnet_rand=True, verbose=False)
+        wanted = dict(model.net.named_parameters())
+        # `slice2.3.weight` there is `features.3.weight` in torchvision's file
+        sources = {name: f"features.{name.partition('.')[2]}" for name in wanted}
+        wrong = [
+            source
+            for name, source in sources.items()
+            if source not in state or state[source].shape != wanted[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"expected torchvision's weights of {self.net} in {file}, got others: {', '.join(wrong[:5])} is "
+                f"missing or of another shape; download it again from {self._url}"
+            )
+        model.net.load_state_dict({name: state[source] for name, source in sources.items()})
+        return model.requires_grad_(False).eval().to(self.device)
+
+    def prepare(self) -> None:
+        """Load the network now, so that a missing file is found before any work is done."""
+        _ = self._model
+
+    @torch.inference_mode()
+    def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
+        """Return the distances among images.
+
+        Each image goes through the network once, and all pairs of an image with the later ones are compared at
+        once.
+
+        Args:
+            images: K uint8 tensors [3, H, W] of one size, H and W >= 32.
+            batch_size: images in the network at once; does not change the result.
+
+        Returns:
+            float64 [K, K], symmetric, zeros on the diagonal.
+        """
+        import lpips
+
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) != 1 or not all(image.dtype == torch.uint8 and image.ndim == 3 for image in images):
+            raise ValueError(
+                f"expected uint8 images [3, H, W] of one size, got {sorted(sizes)}; LPIPS compares position by position"
+            )
+        if min(images[0].shape[1:]) < SMALLEST:
+            raise ValueError(
+                f"expected images of at least {SMALLEST} pixels a side, got {list(images[0].shape)}; LPIPS's networks "
+                "need them: leave LPIPS out"
+            )
+        layers: list[list[torch.Tensor]] = []
+        for batch in torch.stack(list(images)).split(batch_size):
+            scaled = self._model.scaling_layer(batch.to(self.device).float() / 127.5 - 1)
+            layers.append([lpips.normalize_tensor(layer) for layer in self._model.net(scaled)])
+        features = [torch.cat(parts) for parts in zip(*layers, strict=True)]
+        distances = torch.zeros(len(images), len(images), dtype=torch.float64)
+        for i in range(len(images) - 1):
+            found = torch.zeros(len(images) - 1 - i, dtype=torch.float64)
+            for head, layer in zip(self._model.lins, features, strict=True):
+                found += head((layer[i + 1 :] - layer[i]).square()).mean(dim=(1, 2, 3)).double().cpu()
+            distances[i, i + 1 :] = distances[i + 1 :, i] = found
+        return distances
+
+
+class LpipsDistance(Metric):
+    """Mean LPIPS over the pairs of images of a group.
+
+    Args:
+        net: "alex", "vgg" or "squeeze".
+        size: images whose shorter side is longer are resized to it (bilinear, antialiased, aspect kept); None leaves
+            all as they are. LPIPS depends on it: it sees details of fixed size in pixels.
+        weights_dir: see `Lpips`.
+        name: for tables.
+        device: where the network runs.
+    """
+
+    name = "lpips"
+    version = 1
+    higher_is_better = True
+    unit = "LPIPS v0.1, >= 0"
+    description = "mean LPIPS over the pairs of different images of a group"
+
+    def __init__(
+        self,
+        net: str = "alex",
+        size: int | None = 256,
+        weights_dir: str | Path | None = None,
+        name: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(None, name)
+        if size is not None and size < SMALLEST:
+            raise ValueError(f"expected a size of at least {SMALLEST} pixels, got {size}; 256 is usual")
+        self.size = size
+        self._judge = Lpips(net, weights_dir, device)
+
+    @property
+    def judge(self) -> Lpips:
+        """The network that compares; see `Metric.judge`."""
+        return self._judge
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        return {"size": self.size}
+
+    def prepare(self) -> None:
+        """See `Metric.prepare`."""
+        self.judge.prepare()
+
+    def _load(self, path: Path) -> torch.Tensor:
+        image = load_image(path)
+        if self.size is None or min(image.shape[1:]) <= self.size:
+            return image
+        return resize(image, [self.size], InterpolationMode.BILINEAR, antialias=True)
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`; images are read anew at every call, since their features are too large to keep."""
+        single = [group for group, members in images.groups.items() if len(members) < 2]
+        if single:
+            raise ValueError(
+                f"expected at least 2 images in every group for {self.name}, got fewer in {len(single)} groups: "
+                f"{', '.join(single[:10])}; generate more images a group"
+            )
+        values = []
+        for group, members in images.groups.items():
+            loaded = [self._load(images.folder / images.rows[member].path) for member in members]
+            try:
+                distances = self.judge.pairwise(loaded, images.batch_size)
+            except ValueError as error:
+                raise ValueError(f"in group {group}: {error}") from error
+            i, j = torch.triu_indices(len(members), len(members), offset=1)
+            values.append(images.group_value(group, value=distances[i, j].mean().item()))
+        return values

@@ -1,0 +1,379 @@
+"""How much do images look like a set of protected references? Pure functions on embeddings, and the metrics.
+
+The references are a folder with one subfolder an asset (a character, a logo, an artist's picture), some images in
+each. Similarity is the cosine. The maximum over references says whether an image resembles any of them; the mean says
+how near it is to all of them, and moves with anything that images have in common.
+
+References that a method was given (as its negative, say) measure only whether it avoids those very images: keep
+some of each asset for measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from eval.aggregates import GroupValue
+from eval.encoders import Encoder
+from eval.images import ManifestRow, read_manifest, rows_hash
+from eval.metrics import ImageSet, Metric
+
+
+def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Return the cosine of every image and every reference.
+
+    Args:
+        embeddings: [N, D].
+        references: [R, D], R >= 1.
+
+    Returns:
+        float64 [N, R] in [-1, 1].
+    """
+    if (
+        embeddings.ndim != 2
+        or references.ndim != 2
+        or embeddings.shape[1] != references.shape[1]
+        or not len(references)
+    ):
+        raise ValueError(
+            f"expected embeddings [N, D] and at least one reference [R, D], got {list(embeddings.shape)} and "
+            f"{list(references.shape)}; embed both with one encoder"
+        )
+    x, y = embeddings.double(), references.double()
+    norms = torch.cat([x.norm(dim=-1), y.norm(dim=-1)])
+    if not torch.isfinite(norms).all() or (norms == 0).any():
+        raise ValueError("expected finite embeddings that are not zero, got others; cosine is undefined for them")
+    return (F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T).clamp(-1, 1)
+
+
+def maximum_similarity(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Return each image's largest cosine with a reference: float64 [N] in [-1, 1]; grows with the references."""
+    return similarities(embeddings, references).amax(dim=1)
+
+
+def mean_similarity(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Return each image's mean cosine with the references: float64 [N] in [-1, 1]."""
+    return similarities(embeddings, references).mean(dim=1)
+
+
+def nearest_asset(embeddings: torch.Tensor, references: torch.Tensor, assets: Sequence[str]) -> list[str]:
+    """Return which asset's reference each image resembles most.
+
+    Args:
+        embeddings: [N, D].
+        references: [R, D].
+        assets: R names, the asset of each reference.
+
+    Returns:
+        N names; the first of equally similar references decides.
+    """
+    if len(assets) != len(references):
+        raise ValueError(
+            f"expected one asset a reference, got {len(assets)} names for {len(references)} references; repeat names"
+        )
+    return [assets[index] for index in similarities(embeddings, references).argmax(dim=1).tolist()]
+
+
+def detection_rate(maxima: torch.Tensor, threshold: float) -> float:
+    """Return the share of images whose largest similarity [N] is above the threshold; see `calibrate_threshold`."""
+    if maxima.ndim != 1 or not len(maxima):
+        raise ValueError(f"expected the similarities [N] of at least one image, got {list(maxima.shape)}")
+    return (maxima.double() > threshold).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold and what it does to the pairs that it was calibrated on.
+
+    Attributes:
+        threshold: what is above it counts as detected.
+        false_positive_rate: what was asked for: the largest chance that a new negative is detected.
+        true_positive_rate: share of the positives detected; None if none were given.
+        n_positive: how many positives.
+        n_negative: how many negatives.
+    """
+
+    threshold: float
+    false_positive_rate: float
+    true_positive_rate: float | None
+    n_positive: int
+    n_negative: int
+
+
+def calibrate_threshold(
+    positive: torch.Tensor | Sequence[float],
+    negative: torch.Tensor | Sequence[float],
+    false_positive_rate: float = 0.05,
+) -> Calibration:
+    """Choose the lowest threshold that a new negative exceeds with at most the given probability.
+
+    It is the ceil((1 - rate) (n + 1))-th smallest of n negatives. If the new one is drawn like them, its rank among
+    n + 1 is uniform, so that the promise holds for new images and not only for these; the (1 - rate) quantile
+    promises less at small n.
+
+    Args:
+        positive: largest similarities [P] of held-out images of the assets; only for the true positive rate. May be
+            empty.
+        negative: largest similarities [N] of held-out images that show none of them.
+        false_positive_rate: in (0, 1).
+
+    Raises:
+        ValueError: too few negatives for the rate: 1 / rate - 1 are needed.
+    """
+    if not 0 < false_positive_rate < 1:
+        raise ValueError(f"expected a false positive rate between 0 and 1, got {false_positive_rate}; 0.05 is usual")
+    positive = torch.as_tensor(positive, dtype=torch.float64).flatten()
+    negative = torch.as_tensor(negative, dtype=torch.float64).flatten()
+    if not torch.isfinite(positive).all() or not torch.isfinite(negative).all():
+        raise ValueError("expected finite similarities, got NaN or infinity; look at the embeddings")
+    # rounded first: (1 - 0.05) * 20 is not quite 19
+    rank = math.ceil(round((1 - false_positive_rate) * (len(negative) + 1), 9))
+    if rank > len(negative):
+        needed = math.ceil(round(1 / false_positive_rate, 9)) - 1
+        raise ValueError(
+            f"expected at least {needed} negatives for a false positive rate of {false_positive_rate}, got "
+            f"{len(negative)}; give more held-out images that show no asset, or allow a larger rate"
+        )
+    threshold = negative.sort().values[rank - 1].item()
+    return Calibration(
+        threshold=threshold,
+        false_positive_rate=false_positive_rate,
+        true_positive_rate=detection_rate(positive, threshold) if len(positive) else None,
+        n_positive=len(positive),
+        n_negative=len(negative),
+    )
+
+
+class _OfReferences(Metric):
+    """A metric of images and a set of references.
+
+    Args:
+        encoder: what embeds both.
+        references: folder with one subfolder an asset.
+        name: for tables.
+    """
+
+    version = 1
+    # more resemblance is what protection is to prevent
+    higher_is_better: bool | None = False
+
+    def __init__(self, encoder: Encoder, references: str | Path, name: str | None = None) -> None:
+        super().__init__(encoder, name)
+        self.references = Path(references)
+        self._embeddings: torch.Tensor | None = None
+
+    @cached_property
+    def _rows(self) -> list[ManifestRow]:
+        return read_manifest(self.references)
+
+    @cached_property
+    def _hash(self) -> str:
+        return rows_hash(self.references, self._rows)
+
+    @property
+    def assets(self) -> list[str]:
+        """The asset of each reference, in the order of their embeddings: the name of its subfolder."""
+        return [row.category for row in self._rows]
+
+    def settings(self) -> dict[str, Any]:
+        """Identify the references by their content, wherever they lie."""
+        return {"references_sha256": self._hash}
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say how many assets and references there are."""
+        return {
+            "references": self.references.name,
+            "n_references": len(self._rows),
+            "n_assets": len(set(self.assets)),
+        }
+
+    def prepare(self) -> None:
+        """Read the references' list and load the encoder; see `Metric.prepare`."""
+        _ = self._rows
+        super().prepare()
+
+    def reference_embeddings(self, images: ImageSet) -> torch.Tensor:
+        """Embed the references, through the cache of `images`: float32 [R, D]."""
+        if self._embeddings is None:
+            self._embeddings = _embed(self.references, self._rows, self.encoder, images)
+        return self._embeddings
+
+
+def _embed(folder: Path, rows: list[ManifestRow], encoder: Encoder, images: ImageSet) -> torch.Tensor:
+    return ImageSet(folder, rows, images.cache, images.batch_size, images.progress).embeddings(encoder)
+
+
+class MaximumResemblance(_OfReferences):
+    """Mean over a group's images of the largest similarity with a reference."""
+
+    name = "maximum_resemblance"
+    unit = "cosine, -1 to 1"
+    description = "mean over a group's images of the largest cosine with a protected reference"
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        maxima = maximum_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
+        return [
+            images.group_value(group, value=maxima[members].mean().item()) for group, members in images.groups.items()
+        ]
+
+
+class MeanResemblance(_OfReferences):
+    """Mean over a group's images of the mean similarity with the references."""
+
+    name = "mean_resemblance"
+    unit = "cosine, -1 to 1"
+    description = "mean over a group's images of the mean cosine with the protected references"
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        means = mean_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
+        return [
+            images.group_value(group, value=means[members].mean().item()) for group, members in images.groups.items()
+        ]
+
+
+class Identification(_OfReferences):
+    """Share of a group's images whose most similar reference is of the asset that their prompt asks for.
+
+    The groups' categories are the assets' names; groups of other categories are left out. Chance is about one over
+    the number of assets.
+    """
+
+    name = "identification"
+    unit = "share of images, 0 to 1"
+    description = "share of a group's images whose nearest reference is of the asset named by their category"
+
+    def _nearest(self, images: ImageSet) -> list[str]:
+        return nearest_asset(images.embeddings(self.encoder), self.reference_embeddings(images), self.assets)
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        nearest, assets = self._nearest(images), set(self.assets)
+        values = []
+        for group, members in images.groups.items():
+            asset = images.rows[members[0]].category
+            if asset in assets:
+                share = sum(nearest[member] == asset for member in members) / len(members)
+                values.append(images.group_value(group, value=share))
+        if not values:
+            found = sorted({row.category for row in images.rows})
+            raise ValueError(
+                f"expected images of the assets {sorted(assets)[:10]} for {self.name}, got the categories "
+                f"{found[:10]}; name the references' subfolders as the prompts' categories"
+            )
+        return values
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say which assets the images resemble most, and which categories are no assets."""
+        categories = {row.category for row in images.rows}
+        return {
+            **super().details(images),
+            "nearest": dict(sorted(Counter(self._nearest(images)).items())),
+            "categories_left_out": sorted(categories - set(self.assets)),
+        }
+
+
+class DetectionRate(_OfReferences):
+    """Share of a group's images that resemble some reference more than images without the assets do.
+
+    Args:
+        encoder: what embeds the images.
+        references: folder with one subfolder an asset.
+        held_out: folder with one subfolder a kind of image, to calibrate the threshold on: subfolders named like an
+            asset show it, all others show none. No image of it may be among the references.
+        false_positive_rate: of `calibrate_threshold`.
+        threshold: a cosine to use instead of `held_out`.
+        name: for tables.
+    """
+
+    name = "detection_rate"
+    unit = "share of images, 0 to 1"
+    description = "share of a group's images whose largest cosine with a protected reference is above the threshold"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        references: str | Path,
+        held_out: str | Path | None = None,
+        false_positive_rate: float = 0.05,
+        threshold: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(encoder, references, name)
+        if (held_out is None) == (threshold is None):
+            raise ValueError(
+                f"expected either held-out images or a threshold for {self.name}, got "
+                f"{'neither' if held_out is None else 'both'}; held-out images are what makes the rate mean something"
+            )
+        self.held_out = None if held_out is None else Path(held_out)
+        self.false_positive_rate = false_positive_rate
+        self._threshold = threshold
+        self._calibration: Calibration | None = None
+
+    @cached_property
+    def _held_out_rows(self) -> list[ManifestRow]:
+        return read_manifest(self.held_out)
+
+    @cached_property
+    def _held_out_hash(self) -> str:
+        return rows_hash(self.held_out, self._held_out_rows)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Metric.settings`."""
+        if self.held_out is None:
+            return {**super().settings(), "threshold": self._threshold}
+        return {
+            **super().settings(),
+            "held_out_sha256": self._held_out_hash,
+            "false_positive_rate": self.false_positive_rate,
+        }
+
+    def prepare(self) -> None:
+        """See `Metric.prepare`."""
+        if self.held_out is not None:
+            _ = self._held_out_rows
+        super().prepare()
+
+    def calibration(self, images: ImageSet) -> Calibration | None:
+        """Return the threshold's calibration on the held-out images; None where the threshold was given."""
+        if self.held_out is None:
+            return None
+        if self._calibration is None:
+            embeddings = _embed(self.held_out, self._held_out_rows, self.encoder, images)
+            maxima = maximum_similarity(embeddings, self.reference_embeddings(images))
+            assets = set(self.assets)
+            shows = torch.tensor([row.category in assets for row in self._held_out_rows])
+            self._calibration = calibrate_threshold(maxima[shows], maxima[~shows], self.false_positive_rate)
+        return self._calibration
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        calibration = self.calibration(images)
+        threshold = self._threshold if calibration is None else calibration.threshold
+        maxima = maximum_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
+        return [
+            images.group_value(group, value=detection_rate(maxima[members], threshold))
+            for group, members in images.groups.items()
+        ]
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say how the threshold came about."""
+        calibration = self.calibration(images)
+        if calibration is None:
+            return {**super().details(images), "threshold": self._threshold}
+        return {
+            **super().details(images),
+            "threshold": calibration.threshold,
+            "true_positive_rate": calibration.true_positive_rate,
+            "n_positive": calibration.n_positive,
+            "n_negative": calibration.n_negative,
+        }

@@ -1,0 +1,151 @@
+"""Which encoders and models are ready to use on this machine, and what to do for the others.
+
+    python -m experiments.doctor
+
+Looks only: nothing is loaded and nothing fetched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import constants
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from eval.weights import WeightsFacts
+from experiments import PROJECT, project_path
+from experiments.pipelines import find_checkpoint
+
+#: Of the published checkpoints in conf/model, as far as known; their pages have the terms.
+LICENCES = {
+    "SG161222/RealVisXL_V4.0": "CreativeML Open RAIL++-M",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] non-commercial, gated",
+    "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one encoder or model of the configuration.
+
+    Attributes:
+        option: its name on the command line: `scorer` or `model` and its file's stem, or the metric that brings it.
+        state: `ready`, `missing` or `broken` (its configuration does not work).
+        facts: what to print of it, by label, in this order.
+    """
+
+    option: str
+    state: str
+    facts: dict[str, str]
+
+
+def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
+    """Look at every encoder of `conf/scorer`, every network that a metric brings itself, and every model.
+
+    Args:
+        conf: a folder of configuration with `config.yaml` and the groups `scorer`, `metric` and `model`.
+    """
+    findings = []
+    online = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True  # find_checkpoint would otherwise fetch what is missing
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            findings += [_finding(f"scorer={name}", partial(_scorer, name)) for name in _names(conf, "scorer")]
+            findings += [_finding(f"metric={name}", partial(_judge, spec)) for name, spec in _own_judges(conf)]
+            findings += [_finding(f"model={name}", partial(_model, name)) for name in _names(conf, "model")]
+    finally:
+        constants.HF_HUB_OFFLINE = online
+    return findings
+
+
+def _names(conf: Path, group: str) -> list[str]:
+    return sorted(file.stem for file in (conf / group).glob("*.yaml"))
+
+
+def _own_judges(conf: Path) -> list[tuple[str, DictConfig]]:
+    """Return the metrics that have no encoder as "suite: name"; one that several suites have, once."""
+    found: dict[str, tuple[str, DictConfig]] = {}
+    for suite in _names(conf, "metric"):
+        # Not composed: a suite may name what only some model has.
+        cfg = OmegaConf.create({"device": "cpu", "metric": OmegaConf.load(conf / "metric" / f"{suite}.yaml")})
+        for name in (name for name in cfg.metric if not OmegaConf.is_interpolation(cfg.metric, name)):
+            spec = cfg.metric[name]
+            if isinstance(spec, DictConfig) and "_target_" in spec and "encoder" not in spec:
+                found.setdefault(OmegaConf.to_yaml(spec), (f"{suite}: {name}", spec))
+    return list(found.values())
+
+
+def _finding(option: str, look: Callable[[], tuple[bool, dict[str, str]]]) -> Finding:
+    try:
+        present, facts = look()
+    except Exception as error:  # one broken option must not hide the others
+        return Finding(option, "broken", {"error": f"{type(error).__name__}: {error}"})
+    return Finding(option, "ready" if present else "missing", facts)
+
+
+def _scorer(name: str) -> tuple[bool, dict[str, str]]:
+    return _printed(instantiate(compose("config", [f"+scorer={name}", "device=cpu"]).scorer).weights())
+
+
+def _judge(spec: DictConfig) -> tuple[bool, dict[str, str]]:
+    return _printed(instantiate(spec).judge.weights())
+
+
+def _printed(facts: WeightsFacts) -> tuple[bool, dict[str, str]]:
+    printed = {"encoder": facts.encoder}
+    if not facts.looked_in:
+        printed["weights"] = "none needed"
+    elif facts.present:
+        one, several = facts.files[0], os.path.commonpath([file.parent for file in facts.files])
+        printed["weights"] = str(one) if len(facts.files) == 1 else f"{several} ({len(facts.files)} files)"
+        printed["sha256"] = facts.sha256[:12]
+    else:
+        printed["wanted"] = facts.source
+        printed["looked in"] = ", ".join(map(str, facts.looked_in))
+    printed |= {"resize": facts.resize, "input": facts.input_range, "licence": facts.licence}
+    if not facts.present:
+        printed["to do"] = facts.how_to_get
+    return facts.present, printed
+
+
+def _model(name: str) -> tuple[bool, dict[str, str]]:
+    model = compose("config", [f"model={name}", "device=cpu"]).model
+    default = "as the folder's README.md says" if project_path(model.source).is_dir() else "as its page says"
+    printed = {"checkpoint": model.source, "licence": LICENCES.get(model.source, default)}
+    try:
+        checkpoint = find_checkpoint(model)
+    except FileNotFoundError as error:
+        return False, printed | {"to do": str(error)}
+    return True, printed | {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint}
+
+
+def render(findings: list[Finding]) -> str:
+    """Return the findings as text: one block each, and at the end how many are ready."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state:8}{finding.option}")
+        for label, value in finding.facts.items():
+            first, *rest = value.splitlines() or [""]
+            lines.append(f"        {label + ':':13}{first}")
+            lines += [f"{'':21}{line}" for line in rest]
+    states = [finding.state for finding in findings]
+    lines += [
+        "",
+        f"{states.count('ready')} of {len(states)} are ready. The others are needed only where they are named; with a "
+        "network they are fetched then.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(render(examine()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Lay out the real images that the mini models' are compared with: `models/mini-reference/<category>/*.png`.
+
+    python -m experiments.mini.reference --data DIR/data
+
+A seeded draw from the artwork that the models were trained on, the same number from each evaluated category: what
+KID and CMMD need as the "real" side. Not a held-out set: it says how near the models come to their training artwork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from experiments.mini import data, taxonomy
+from experiments.mini.cards import data_section
+
+IMAGES_PER_CATEGORY = 16
+
+
+def draw(emoji: list[data.Emoji], category: str, count: int = IMAGES_PER_CATEGORY, seed: int = 0) -> list[int]:
+    """Draw images of a category without replacement, typical ones more often, all artwork sets alike.
+
+    Args:
+        emoji: the table of images.
+        category: a key of the taxonomy.
+        count: how many; fewer where the category has fewer.
+        seed: of the draw; categories are drawn independently.
+
+    Returns:
+        Positions in `emoji`, sorted.
+    """
+    generator = random.Random(f"{seed}/{category}")
+    weights = {index: item.categories[category] for index, item in enumerate(emoji) if category in item.categories}
+    # Efraimidis and Spirakis (2006): the largest u^(1/w) are a weighted sample without replacement.
+    keys = {index: generator.random() ** (1 / weight) for index, weight in weights.items()}
+    return sorted(sorted(keys, key=keys.get, reverse=True)[:count])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Lay out the mini models' real images")
+    parser.add_argument("--data", type=Path, required=True, help="the data folder of experiments.mini.train")
+    parser.add_argument("--out", type=Path, default=Path("models/mini-reference"))
+    arguments = parser.parse_args()
+    emoji, statistics = data.load_table(arguments.data)
+    images = np.load(arguments.data / "images.npy", mmap_mode="r")
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    total = 0
+    for category in taxonomy.EVALUATED:
+        (arguments.out / category).mkdir(parents=True)
+        for index in draw(emoji, category):
+            picture = Image.fromarray(np.asarray(images[index]), "RGBA")
+            white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            name = f"{emoji[index].style_set}-{emoji[index].icon}.png"
+            white.quantize(256).save(arguments.out / category / name, optimize=True)
+            total += 1
+    (arguments.out / "README.md").write_text(
+        f"# mini-reference\n\n{total} real emoji images, {IMAGES_PER_CATEGORY} of each evaluated category at most, "
+        "128 x 128 on white: the real side of the mini models' distribution metrics. Drawn by "
+        "`python -m experiments.mini.reference` from the artwork that the mini models learn from; file names say the "
+        "set and the emoji.\n\n" + data_section(statistics) + "\n"
+    )
+    print(f"{arguments.out}: {total} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Embeddings of a folder and the cache that keeps them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from eval.cache import EmbeddingCache, embed_folder
+from eval.encoders import Encoder, PixelEncoder
+from eval.images import load_image, read_manifest
+
+
+class Counting(PixelEncoder):
+    """Counts what it is asked to embed."""
+
+    def __init__(self, identity="counting"):
+        super().__init__(4)
+        self.id = identity
+        self.images = 0
+
+    def embed_images(self, images):
+        self.images += len(images)
+        return super().embed_images(images)
+
+
+def test_cache_saves_the_encoder_work(make_run, tmp_path):
+    run = make_run()
+    rows = read_manifest(run)
+    encoder, cache = Counting(), EmbeddingCache(tmp_path / "cache")
+    first = embed_folder(rows, run, encoder, cache, batch_size=3)
+    assert encoder.images == len(rows) == 16
+    assert torch.equal(embed_folder(rows, run, encoder, cache), first)
+    assert torch.equal(embed_folder(rows[::-1], run, encoder, EmbeddingCache(tmp_path / "cache")), first.flip(0))
+    assert encoder.images == 16, "a cached image was embedded again"
+    other = Counting("other weights")
+    embed_folder(rows, run, other, cache)
+    assert other.images == 16, "another encoder's embeddings were taken"
+    direct = other.embed_images([load_image(run / row.path) for row in rows])
+    torch.testing.assert_close(direct, first)
+
+
+def test_cache_follows_content_not_names(make_run, tmp_path):
+    run, cache, encoder = make_run(), EmbeddingCache(tmp_path / "cache"), Counting()
+    rows = read_manifest(run)
+    before = embed_folder(rows, run, encoder, cache)
+    shutil.copy(run / rows[1].path, run / rows[0].path)
+    after = embed_folder(rows, run, encoder, cache)
+    assert encoder.images == 16
+    assert torch.equal(after[0], before[1])
+    embed_folder(read_manifest(make_run("elsewhere")), tmp_path / "elsewhere", encoder, cache)
+    assert encoder.images == 16, "the same content under another name was embedded again"
+
+
+def test_cache_is_shared_by_processes_and_survives_a_kill(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.cache.IMAGES_PER_SHARD", 4)
+    run = make_run()
+    rows = read_manifest(run)
+    here, there = EmbeddingCache(tmp_path / "cache"), EmbeddingCache(tmp_path / "cache")
+    assert here.get("counting", ["unknown"]) == {}
+
+    class Dying(Counting):
+        def embed_images(self, images):
+            if self.images >= 10:
+                raise KeyboardInterrupt
+            return super().embed_images(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_folder(rows, run, Dying(), there, batch_size=2)
+    survivor = Counting()
+    embed_folder(rows, run, survivor, here)
+    assert survivor.images == 16 - 8, "what was written before the kill counts, by whatever process"
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_encoder_ids_with_slashes_stay_in_the_cache(tmp_path):
+    cache = EmbeddingCache(tmp_path / "cache")
+    cache.put("../a/b", {"x": torch.ones(3)})
+    assert torch.equal(cache.get("../a/b", ["x"])["x"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_damaged_cache_is_named(make_run, tmp_path):
+    run, encoder = make_run(), Counting()
+    embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    shard.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=rf"{shard.name}.*delete it"):
+        embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+
+
+def test_batch_size_does_not_matter_and_repeats_are_embedded_once(make_run):
+    run = make_run()
+    rows = read_manifest(run)
+    expected = embed_folder(rows, run, PixelEncoder())
+    for size in (1, 5, 100):
+        torch.testing.assert_close(embed_folder(rows, run, PixelEncoder(), batch_size=size), expected)
+    shutil.copy(run / rows[1].path, run / rows[0].path)
+    encoder = Counting()
+    embed_folder(rows, run, encoder)
+    assert encoder.images == 15
+
+
+def test_embed_folder_refuses(make_run):
+    run = make_run()
+    rows = read_manifest(run)
+
+    class Broken(Encoder):
+        name = id = "broken"
+
+        def embed_images(self, images):
+            return torch.full((len(images), 2), float("nan"))
+
+    with pytest.raises(ValueError, match=r"finite.*00\.png"):
+        embed_folder(rows, run, Broken())
+    with pytest.raises(ValueError, match="batch size"):
+        embed_folder(rows, run, PixelEncoder(), batch_size=0)
+    with pytest.raises(ValueError, match="at least one image"):
+        embed_folder([], run, PixelEncoder())
+    (run / rows[0].path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 missing.*00\.png"):
+        embed_folder(rows, run, PixelEncoder())
+
+
+def test_progress_is_shown_only_for_work(make_run, tmp_path, capsys):
+    run, cache = make_run(), EmbeddingCache(tmp_path / "cache")
+    rows = read_manifest(run)
+    embed_folder(rows, run, PixelEncoder(), cache, progress=True)
+    assert "16/16" in capsys.readouterr().err
+    embed_folder(rows, run, PixelEncoder(), cache, progress=True)
+    assert capsys.readouterr().err == ""

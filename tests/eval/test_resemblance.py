@@ -1,0 +1,245 @@
+"""Planted assets are found, and a calibrated threshold keeps its promise on new images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.cache import EmbeddingCache
+from eval.encoders import PixelEncoder
+from eval.images import ManifestRow
+from eval.metrics import ImageSet, is_current, measure
+from eval.resemblance import (
+    DetectionRate,
+    Identification,
+    MaximumResemblance,
+    MeanResemblance,
+    calibrate_threshold,
+    detection_rate,
+    maximum_similarity,
+    mean_similarity,
+    nearest_asset,
+    similarities,
+)
+
+ASSETS = ("cat", "robot", "star")
+
+
+def picture(path, asset, seed, noise=12):
+    """Save an image of an asset (a pattern of its own) with noise; of no asset if None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    if asset is None:
+        pattern = generator.integers(0, 2, (4, 4, 3)) * 200
+    else:
+        pattern = np.random.default_rng(1000 + ASSETS.index(asset)).integers(0, 2, (4, 4, 3)) * 200
+    pixels = pattern.repeat(4, 0).repeat(4, 1) + generator.integers(0, noise, (16, 16, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def references(tmp_path):
+    for number, asset in enumerate(ASSETS):
+        for index in range(2):
+            picture(tmp_path / "references" / asset / f"{index}.png", asset, 10 * number + index)
+    return tmp_path / "references"
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Groups of four: all cats; two robots and two stars for the prompt "robot"; none for the prompt "house"."""
+    contents = {"cat": ["cat"] * 4, "robot": ["robot", "robot", "star", "star"], "house": [None] * 4}
+    for number, (prompt, images) in enumerate(contents.items()):
+        for index, asset in enumerate(images):
+            picture(tmp_path / "made" / prompt / f"{index}.png", asset, 500 + 10 * number + index)
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    for index in range(39):
+        picture(tmp_path / "held out" / "other" / f"{index:02d}.png", None, 2000 + index)
+    for index in range(4):
+        picture(tmp_path / "held out" / "cat" / f"{index}.png", "cat", 3000 + index)
+    return tmp_path / "held out"
+
+
+def values(document):
+    return {group["category"]: group["value"] for group in document["groups"]}
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
+
+
+def test_similarities_by_hand():
+    references = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    embeddings = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    torch.testing.assert_close(
+        similarities(embeddings, references), torch.tensor([[0.6, 0.8, -0.6], [0, 1, 0]]).double()
+    )
+    assert maximum_similarity(embeddings, references).tolist() == pytest.approx([0.8, 1])
+    assert mean_similarity(embeddings, references).tolist() == pytest.approx([0.8 / 3, 1 / 3])
+    assert nearest_asset(embeddings, references, ["a", "b", "a"]) == ["b", "b"]
+    assert nearest_asset(embeddings, references[[0, 2]], ["a", "c"]) == ["a", "a"]  # of equals, the first
+
+
+def test_neither_order_nor_company_matters():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    expected = maximum_similarity(x, y)
+    torch.testing.assert_close(maximum_similarity(x, y.flip(0)), expected)
+    torch.testing.assert_close(torch.cat([maximum_similarity(row[None], y) for row in x]), expected)
+    torch.testing.assert_close(maximum_similarity(5 * x, 2 * y), expected)
+    assert (maximum_similarity(x, x) == pytest.approx(1)) and maximum_similarity(x, x).max() <= 1
+
+
+def test_what_is_refused():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="at least one reference"):
+        similarities(x, x[:0])
+    with pytest.raises(ValueError, match="one encoder"):
+        similarities(x, x[:, :2])
+    with pytest.raises(ValueError, match="not zero"):
+        similarities(x, 0 * x)
+    with pytest.raises(ValueError, match="finite"):
+        similarities(x * math.nan, x)
+    with pytest.raises(ValueError, match="2 names for 3 references"):
+        nearest_asset(x, x, ["a", "b"])
+    with pytest.raises(ValueError, match="at least one image"):
+        detection_rate(torch.zeros(0), 0.5)
+
+
+def test_detection_rate_is_strict():
+    assert detection_rate(torch.tensor([0.1, 0.5, 0.5, 0.9]), 0.5) == 0.25
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_by_hand():
+    negative = torch.arange(1, 20).double() / 100  # 19 of them: 5 % of 20 is one image
+    found = calibrate_threshold([0.5, 0.05, 0.3, 0.19], negative, 0.05)
+    assert found.threshold == pytest.approx(0.19) and found.true_positive_rate == 0.5
+    assert (found.n_positive, found.n_negative, found.false_positive_rate) == (4, 19, 0.05)
+    assert detection_rate(negative, found.threshold) == 0
+    assert calibrate_threshold([], negative, 0.1).threshold == pytest.approx(0.18)
+    assert calibrate_threshold([], negative.flip(0), 0.1).true_positive_rate is None
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2])
+@pytest.mark.parametrize("n", [19, 100])
+def test_new_negatives_are_detected_at_the_stated_rate(rate, n):
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(1500):
+        found = calibrate_threshold([], torch.randn(n, generator=generator), rate)
+        # the chance that a new standard normal number is above the threshold, exactly
+        rates.append(0.5 * math.erfc(found.threshold / math.sqrt(2)))
+    margin = 4 * np.std(rates) / math.sqrt(len(rates))
+    assert np.mean(rates) < rate + margin
+    assert np.mean(rates) > rate - 1 / (n + 1) - margin  # no more careful than the number of negatives asks for
+
+
+def test_too_few_negatives_are_refused():
+    assert calibrate_threshold([], torch.rand(19), 0.05)
+    with pytest.raises(ValueError, match=r"at least 19 negatives .* got 18"):
+        calibrate_threshold([], torch.rand(18), 0.05)
+    with pytest.raises(ValueError, match=r"at least 99 negatives"):
+        calibrate_threshold([1.0], [], 0.01)
+    for rate in (0, 1, math.nan):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            calibrate_threshold([], torch.rand(50), rate)
+    with pytest.raises(ValueError, match="finite"):
+        calibrate_threshold([math.nan], torch.rand(50))
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_planted_assets_are_found(made, references):
+    encoder = PixelEncoder(4)
+    nearest = values(measure(Identification(encoder, references), made))
+    assert nearest == {"cat": 1, "robot": 0.5}  # a house is no asset
+    details = measure(Identification(encoder, references), made)["details"]
+    assert details["categories_left_out"] == ["house"]
+    assert sum(details["nearest"].values()) == 12 and details["nearest"]["robot"] >= 2
+    assert (details["n_assets"], details["n_references"], details["references"]) == (3, 6, "references")
+    maxima = values(measure(MaximumResemblance(encoder, references), made))
+    assert min(maxima["cat"], maxima["robot"]) > 0.99 > maxima["house"]
+    means = values(measure(MeanResemblance(encoder, references), made))
+    assert all(means[category] < maxima[category] for category in means)
+
+
+def test_metrics_are_the_functions_of_the_embeddings(made, references):
+    encoder = PixelEncoder(4)
+    images = ImageSet.open(made)
+    x, y = images.embeddings(encoder), ImageSet.open(references).embeddings(encoder)
+    for kind, function in ((MaximumResemblance, maximum_similarity), (MeanResemblance, mean_similarity)):
+        found = measure(kind(encoder, references), images)
+        expected = function(x, y).reshape(3, 4).mean(dim=1).tolist()
+        assert [group["value"] for group in found["groups"]] == pytest.approx(expected)
+        assert found["value"] == pytest.approx(np.mean(expected))
+
+
+def test_detection_at_a_calibrated_threshold(made, references, held_out):
+    metric = DetectionRate(PixelEncoder(4), references, held_out, false_positive_rate=0.025)
+    document = measure(metric, made)
+    found = values(document)
+    assert found["cat"] == found["robot"] == 1 and found["house"] == 0
+    details = document["details"]
+    assert (details["true_positive_rate"], details["n_positive"], details["n_negative"]) == (1, 4, 39)
+    assert document["settings"]["false_positive_rate"] == 0.025
+    assert document["value"] == pytest.approx(2 / 3)
+    fixed = DetectionRate(PixelEncoder(4), references, threshold=details["threshold"])
+    assert values(measure(fixed, made)) == found
+    assert fixed.settings()["threshold"] == details["threshold"]
+    with pytest.raises(ValueError, match="at least 99 negatives"):
+        measure(DetectionRate(PixelEncoder(4), references, held_out, false_positive_rate=0.01), made)
+    for options in ({}, {"held_out": held_out, "threshold": 0.5}):
+        with pytest.raises(ValueError, match="either held-out images or a threshold"):
+            DetectionRate(PixelEncoder(4), references, **options)
+
+
+def test_documents_follow_references_and_held_out_images(made, references, held_out):
+    def metric():
+        return DetectionRate(PixelEncoder(4), references, held_out)
+
+    document = measure(metric(), made)
+    assert is_current(document, metric(), made)
+    picture(held_out / "other" / "00.png", None, 1)
+    assert not is_current(document, metric(), made)
+    document = measure(metric(), made)
+    picture(references / "cat" / "2.png", "cat", 1)
+    assert not is_current(document, metric(), made)
+
+
+def test_everything_is_embedded_once(made, references, held_out, tmp_path):
+    encoder = PixelEncoder(4)
+    embed, seen = encoder.embed_images, []
+    encoder.embed_images = lambda images: seen.extend(images) or embed(images)
+    cache = EmbeddingCache(tmp_path / "cache")
+    kinds = (MaximumResemblance, MeanResemblance, Identification)
+    for metric in [*(kind(encoder, references) for kind in kinds), DetectionRate(encoder, references, held_out)]:
+        measure(metric, made, cache)
+    assert len(seen) == 12 + 6 + 43
+
+
+def test_order_and_batch_size_do_not_matter(made, references):
+    rows = ImageSet.open(made).rows
+    metric = MaximumResemblance(PixelEncoder(4), references)
+    first = metric.per_group(ImageSet(made, rows))
+    assert metric.per_group(ImageSet(made, rows[::-1], batch_size=5)) == first
+
+
+def test_wrong_folders(made, references, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        MaximumResemblance(PixelEncoder(), tmp_path / "absent").prepare()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        DetectionRate(PixelEncoder(), references, tmp_path / "absent").prepare()
+    houses = [ManifestRow(f"house/{i}.png", "house", "a house", "house", 0, i, i) for i in range(4)]
+    with pytest.raises(ValueError, match=r"assets \['cat', 'robot', 'star'\].*got the categories \['house'\]"):
+        Identification(PixelEncoder(), references).per_group(ImageSet(made, houses))

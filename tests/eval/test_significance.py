@@ -1,0 +1,177 @@
+"""Tests of differences: closed forms, and how often they err in simulations."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from eval.attributes import entropy
+from eval.intervals import Difference, paired_difference
+from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
+
+
+def valued(values, prompts=None):
+    prompts = [f"p{index}" for index in range(len(values))] if prompts is None else prompts
+    return [
+        {"group": f"{prompt}/{index:06d}", "category": prompt, "n_images": 4, "value": float(value)}
+        for index, (value, prompt) in enumerate(zip(values, prompts, strict=True))
+    ]
+
+
+def counted(tables):
+    return [
+        {
+            "group": f"{category}/{index:06d}",
+            "category": category,
+            "n_images": sum(row),
+            "counts": dict(zip("xyz", row, strict=False)),
+        }
+        for category, table in tables.items()
+        for index, row in enumerate(table)
+    ]
+
+
+def test_all_differences_of_one_sign_have_the_smallest_p():
+    for n in (1, 3, 8):
+        assert sign_flip_p(valued(np.arange(1, n + 1)), valued(np.zeros(n))) == 2 / 2**n
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_p_is_that_of_an_enumeration_by_hand(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(0.5, 1, 7), rng.normal(0, 1, 7)
+    sums = np.array([np.abs(np.dot(signs, a - b)) for signs in product((1, -1), repeat=7)])
+    expected = (sums >= sums[0] - 1e-12).mean()
+    assert sign_flip_p(valued(a), valued(b)) == expected
+    assert sign_flip_p(valued(b), valued(a)) == expected
+
+
+def test_ties_and_rounding_count_as_as_large():
+    # 0.1 + 0.2 and 0.3 are the same number but for rounding
+    assert sign_flip_p(valued([0.1, 0.2, 0.3]), valued([0, 0, 0])) == 2 / 8
+    assert sign_flip_p(valued([0.1, 0.2, -0.3]), valued([0, 0, 0])) == 1
+    assert sign_flip_p(valued([1, 2, 3]), valued([1, 2, 3])) == 1
+
+
+def test_seeded_flips_come_near_the_exact_p_and_never_give_0():
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(0.6, 1, 12), rng.normal(0, 1, 12)
+    exact = sign_flip_p(valued(a), valued(b), n_flips=2**12)
+    sampled = sign_flip_p(valued(a), valued(b), n_flips=2**12 - 1)
+    assert sampled != exact
+    assert sampled == pytest.approx(exact, abs=4 * (exact / 4096) ** 0.5)
+    assert sign_flip_p(valued(np.ones(40)), valued(np.zeros(40)), n_flips=99) == 1 / 100
+
+
+def test_a_seed_gives_one_p_whatever_the_order_and_the_blocks(monkeypatch):
+    rng = np.random.default_rng(6)
+    a, b = valued(rng.normal(0.3, 1, 30)), valued(rng.normal(0, 1, 30))
+    expected = sign_flip_p(a, b, n_flips=500)
+    assert sign_flip_p(a[::-1], b, n_flips=500) == expected
+    assert sign_flip_p(a, b, n_flips=500, seed=1) != expected
+    exact = sign_flip_p(a[:8], b[:8])
+    monkeypatch.setattr("eval.significance._BLOCK", 700)
+    assert sign_flip_p(a, b, n_flips=500) == pytest.approx(expected, abs=0.1)
+    assert sign_flip_p(a[:8], b[:8]) == exact
+
+
+def test_groups_of_a_prompt_are_exchanged_together():
+    prompts = [f"p{index // 5}" for index in range(20)]
+    a, b = valued(np.ones(20), prompts), valued(np.zeros(20), prompts)
+    assert sign_flip_p(a, b, cluster="prompt") == 2 / 2**4
+    assert sign_flip_p(a, b, cluster="category") == 2 / 2**4
+    assert sign_flip_p(a, b) < 0.001
+    with pytest.raises(ValueError, match="cluster"):
+        sign_flip_p(a, b, cluster="image")
+
+
+def test_label_counts_are_exchanged_too():
+    a = {"bird": [[4, 4], [8, 0], [2, 6]], "fish": [[8, 0]]}
+    b = {"bird": [[8, 0], [7, 1], [8, 0]], "fish": [[4, 4]]}
+
+    def number(side):
+        return np.mean([entropy(np.sum(side[:3], axis=0)), entropy(side[3])])
+
+    pairs = [(x, y) for key in a for x, y in zip(a[key], b[key], strict=True)]
+    differences = []
+    for flips in product((False, True), repeat=4):
+        chosen = [pair[::-1] if flip else pair for pair, flip in zip(pairs, flips, strict=True)]
+        differences.append(abs(number([x for x, _ in chosen]) - number([y for _, y in chosen])))
+    expected = np.mean(np.array(differences) >= differences[0] - 1e-12)
+    assert sign_flip_p(counted(a), counted(b), "category_entropy") == expected
+    assert effect_size(counted(a), counted(b)) is None
+    assert win_rate(counted(a), counted(b)) is None
+
+
+@pytest.mark.parametrize(("n", "cluster"), [(8, None), (24, None), (24, "prompt")])
+def test_nominal_rate_of_false_findings(n, cluster):
+    rng = np.random.default_rng(7)
+    prompts = [f"p{index // 3}" for index in range(n)] if cluster else None
+    rejected = 0
+    for _ in range(600):
+        # skewed, of unequal spread, and (clustered) correlated within a prompt: symmetric under exchange alone
+        shift = np.repeat(rng.standard_t(3, n // 3), 3) if cluster else 0
+        a, b = rng.gamma(1, np.arange(1, n + 1)) + shift, rng.gamma(1, np.arange(1, n + 1))
+        rejected += sign_flip_p(valued(a, prompts), valued(b, prompts), n_flips=255, seed=3, cluster=cluster) <= 0.05
+    # binomial error of 600 trials: 0.9 points
+    assert 0.025 <= rejected / 600 <= 0.075
+
+
+def test_holms_known_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1, 1]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+    with pytest.raises(ValueError, match=r"p-values in \[0, 1\]"):
+        holm([0.1, float("nan")])
+
+
+def test_holm_keeps_the_familys_rate():
+    p = np.random.default_rng(8).uniform(size=(4000, 6))
+    assert np.mean([min(holm(row)) <= 0.05 for row in p]) == pytest.approx(0.05, abs=0.012)
+
+
+def test_effect_size_and_win_rate_by_hand():
+    a, b = valued([3, 5, 4, 2]), valued([2, 2, 2, 2])
+    assert effect_size(a, b) == pytest.approx(1.5 / np.std([1, 3, 2, 0], ddof=1))
+    assert effect_size(b, a) == -effect_size(a, b)
+    assert win_rate(a, b) == (3 + 0.5) / 4
+    assert win_rate(a, b, higher_is_better=False) == 0.5 / 4
+    assert effect_size(a[:1], b[:1]) is None
+    assert effect_size(valued([0.3, 0.6]), valued([0.2, 0.5])) is None, "all differences are the same"
+    # the order in which the groups come does not matter
+    assert effect_size(a[::-1], b) == effect_size(a, b)
+
+
+def test_non_inferiority_is_the_intervals_bound_against_the_margin():
+    loss = Difference(-0.2, -0.5, 0.1, 40)
+    assert non_inferior(loss, 0.6) is True
+    assert non_inferior(loss, 0.5) is False
+    assert non_inferior(Difference(0.2, -0.1, 0.5, 40), 0.4, higher_is_better=False) is False
+    assert non_inferior(Difference(0.2, -0.1, 0.5, 40), 0.6, higher_is_better=False) is True
+    assert non_inferior(Difference(0.2, None, None, 1), 0.6) is None
+    for margin in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="margin > 0"):
+            non_inferior(loss, margin)
+
+
+def test_non_inferiority_errs_as_rarely_as_its_interval():
+    """A loss of just the margin is called quality kept in about 2.5 % of the runs."""
+    rng = np.random.default_rng(9)
+    kept = 0
+    for _ in range(600):
+        shared = rng.normal(size=30)
+        a, b = valued(shared + rng.normal(-0.5, 0.4, 30)), valued(shared + rng.normal(0, 0.4, 30))
+        kept += non_inferior(paired_difference(a, b, n_resamples=300), 0.5)
+    assert kept / 600 <= 0.05
+
+
+def test_unpaired_groups_are_refused():
+    a = valued([1, 2, 3])
+    for measure in (sign_flip_p, effect_size, win_rate):
+        with pytest.raises(ValueError, match="only in the first"):
+            measure(a, a[:2])
+    with pytest.raises(ValueError, match="n_flips"):
+        sign_flip_p(a, a, n_flips=0)
