@@ -50,7 +50,6 @@ class PromptSet:
         templates: prefixes; the prompt is `"<template> <category>"`.
         seeds: group seeds, each at least 0 and below 10**6.
         images_per_prompt: images in a group, at least 2.
-        only_templates: None for all templates, or those of them that are used.
         groups_per_category: None for all of templates x seeds, or how many of them to draw in each category.
         subset_seed: seed of that draw; categories are drawn independently of each other and of their order.
 
@@ -64,7 +63,6 @@ class PromptSet:
     templates: tuple[str, ...]
     seeds: tuple[int, ...]
     images_per_prompt: int
-    only_templates: tuple[str, ...] | None = None
     groups_per_category: int | None = None
     subset_seed: int = 0
 
@@ -85,13 +83,6 @@ class PromptSet:
                 f"prompts.images_per_prompt must be at least 2, got {self.images_per_prompt}: "
                 "the diversity of a single image is not defined"
             )
-        if self.only_templates is not None:
-            if not self.only_templates or not set(self.only_templates) <= set(self.templates):
-                raise ValueError(
-                    f"prompts.only_templates must be null or some of {list(self.templates)}, "
-                    f"got {list(self.only_templates)}"
-                )
-            object.__setattr__(self, "templates", tuple(t for t in self.templates if t in self.only_templates))
         names = [_prompt_id(prompt) for _, prompt in self.prompts()]
         if not all(names) or len(set(names)) != len(names):
             raise ValueError(

@@ -200,9 +200,7 @@ def evaluate(model: CLIPModel, data: Images, setting: Setting) -> dict:
         index = torch.tensor(held[i : i + 256], device=setting.device)
         pixels = data.render(index, variant.expand(len(index)))
         pictures.append(
-            F.normalize(
-                model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1
-            )
+            F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
         )
     image = torch.cat(pictures)
 

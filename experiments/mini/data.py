@@ -54,37 +54,88 @@ class Source:
 
 SETS = {
     "noto": Source(
-        "@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "Apache-2.0", "Noto Emoji, Google Inc (github.com/googlefonts/noto-emoji)", "noto", 0.36),
+        "@iconify-json/noto",
+        "1.2.9",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "Apache-2.0",
+        "Noto Emoji, Google Inc (github.com/googlefonts/noto-emoji)",
+        "noto",
+        0.36,
+    ),
     "noto-v1": Source(
-        "@iconify-json/noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "Apache-2.0", "Noto Emoji, first version, Google Inc (github.com/googlefonts/noto-emoji)", "blob", 0.06),
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        "Apache-2.0",
+        "Noto Emoji, first version, Google Inc (github.com/googlefonts/noto-emoji)",
+        "blob",
+        0.06,
+    ),
     "twemoji": Source(
-        "@iconify-json/twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        "CC-BY-4.0", "Twemoji, Twitter Inc and contributors (github.com/jdecked/twemoji)", "twitter", 0.22),
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        "CC-BY-4.0",
+        "Twemoji, Twitter Inc and contributors (github.com/jdecked/twemoji)",
+        "twitter",
+        0.22,
+    ),
     "fluent-emoji-flat": Source(
-        "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "MIT", "Fluent Emoji, Microsoft Corporation (github.com/microsoft/fluentui-emoji)", "flat", 0.2),
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "MIT",
+        "Fluent Emoji, Microsoft Corporation (github.com/microsoft/fluentui-emoji)",
+        "flat",
+        0.2,
+    ),
     "fluent-emoji": Source(
-        "@iconify-json/fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        "MIT", "Fluent Emoji, Microsoft Corporation (github.com/microsoft/fluentui-emoji)", "glossy", 0.1),
+        "@iconify-json/fluent-emoji",
+        "1.2.7",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+        "MIT",
+        "Fluent Emoji, Microsoft Corporation (github.com/microsoft/fluentui-emoji)",
+        "glossy",
+        0.1,
+    ),
     "emojione": Source(
-        "@iconify-json/emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "CC-BY-4.0", "EmojiOne 2.3 / EmojiTwo (github.com/EmojiTwo/emojitwo)", "emojione", 0.04),
+        "@iconify-json/emojione",
+        "1.2.3",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        "CC-BY-4.0",
+        "EmojiOne 2.3 / EmojiTwo (github.com/EmojiTwo/emojitwo)",
+        "emojione",
+        0.04,
+    ),
     "fxemoji": Source(
-        "@iconify-json/fxemoji", "1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
-        "Apache-2.0", "FxEmoji, Mozilla (github.com/mozilla/fxemoji)", "firefox", 0.02),
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+        "Apache-2.0",
+        "FxEmoji, Mozilla (github.com/mozilla/fxemoji)",
+        "firefox",
+        0.02,
+    ),
 }
 NAMES = Source(
-    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    "MIT", "emojibase-data, Miles Johnson (emojibase.dev)")
+    "emojibase-data",
+    "17.0.0",
+    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    "MIT",
+    "emojibase-data, Miles Johnson (emojibase.dev)",
+)
 
 _DROPPED_GROUPS = {"component", "symbols", "flags"}
 _DROPPED_SUBGROUPS = {"family", "time", "skin-tone", "hair-style", "person-symbol"}
 # Share of the rows about the rest of the world, by group of emojibase.
 WORLD_SHARE = {
-    "people-body": 0.34, "animals-nature": 0.2, "food-drink": 0.12, "travel-places": 0.13, "smileys-emotion": 0.08,
-    "activities": 0.06, "objects": 0.07,
+    "people-body": 0.34,
+    "animals-nature": 0.2,
+    "food-drink": 0.12,
+    "travel-places": 0.13,
+    "smileys-emotion": 0.08,
+    "activities": 0.06,
+    "objects": 0.07,
 }
 ROW_SHARE = {"evaluated": 0.47, "development": 0.15, "world": 0.38}
 
@@ -178,8 +229,13 @@ def known_emoji(names: Path) -> tuple[dict[str, dict], dict[str, str]]:
             if group in _DROPPED_GROUPS or subgroup in _DROPPED_SUBGROUPS or isinstance(tone, list):
                 continue
             kept[code] = {
-                "label": label, "concept": taxonomy.concept_of(label), "group": group, "subgroup": subgroup,
-                "gender": gender, "tone": SKIN_TONES[tone - 1] if tone else None, "tags": entry.get("tags", []),
+                "label": label,
+                "concept": taxonomy.concept_of(label),
+                "group": group,
+                "subgroup": subgroup,
+                "gender": gender,
+                "tone": SKIN_TONES[tone - 1] if tone else None,
+                "tags": entry.get("tags", []),
                 "categories": taxonomy.categories_of(label, subgroup, gender),
             }
     return kept, by_name
@@ -209,7 +265,8 @@ def list_images(npm: Path) -> tuple[list[Emoji], list[str]]:
             width, height = (1 + 2 * MARGIN) * width, (1 + 2 * MARGIN) * height
             documents.append(
                 '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{left} {top} {width} {height}">{body["body"]}</svg>')
+                f'viewBox="{left} {top} {width} {height}">{body["body"]}</svg>'
+            )
             emoji.append(Emoji(style_set=name, icon=icon, **kept[code]))
     return emoji, documents
 
@@ -260,8 +317,11 @@ def hold_out(emoji: Sequence[Emoji], share: float = 0.06, seed: int = 0, smalles
     chosen: set[str] = set()
     for group in sorted(set(group_of.values())):  # the same share of every group, so that animals are represented
         concepts = [c for c in sorted(categories) if group_of[c] == group]
-        eligible = [c for c in concepts
-                    if c not in protected and all(len(members[n]) >= smallest_category for n in categories[c])]
+        eligible = [
+            c
+            for c in concepts
+            if c not in protected and all(len(members[n]) >= smallest_category for n in categories[c])
+        ]
         chosen.update(rng.sample(eligible, min(len(eligible), round(share * len(concepts)))))
     return [item.concept in chosen for item in emoji]
 
@@ -380,11 +440,23 @@ def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.nd
 
 def statistics(emoji: Sequence[Emoji]) -> dict:
     """Counts for the model cards: by set (with licence and credit), by group, and the split."""
-    sets = {name: {"package": s.package, "version": s.version, "licence": s.licence, "credit": s.credit,
-                   "style": s.style, "images": sum(e.style_set == name for e in emoji)} for name, s in SETS.items()}
+    sets = {
+        name: {
+            "package": s.package,
+            "version": s.version,
+            "licence": s.licence,
+            "credit": s.credit,
+            "style": s.style,
+            "images": sum(e.style_set == name for e in emoji),
+        }
+        for name, s in SETS.items()
+    }
     return {
-        "images": len(emoji), "sets": sets, "groups": dict(Counter(e.group for e in emoji)),
-        "concepts": len({e.concept for e in emoji}), "held_out_images": sum(e.held_out for e in emoji),
+        "images": len(emoji),
+        "sets": sets,
+        "groups": dict(Counter(e.group for e in emoji)),
+        "concepts": len({e.concept for e in emoji}),
+        "held_out_images": sum(e.held_out for e in emoji),
         "held_out_concepts": sorted({e.concept for e in emoji if e.held_out}),
         "names": f"{NAMES.package} {NAMES.version}",
     }

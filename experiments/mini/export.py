@@ -96,9 +96,7 @@ def export(work: Path, models: Path) -> None:
         _finish_config(folder / "config.json", _name_or_path=None)
     for path in models.rglob("tokenizer*.json"):
         if not path.is_symlink():
-            path.write_text(
-                json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n"
-            )
+            path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
     for path in score.glob("tokenizer*.json"):
         path.unlink()
         os.symlink(Path("..") / "mini-sdxl" / "tokenizer" / path.name, path)

@@ -93,11 +93,7 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def pack(latent: torch.Tensor) -> torch.Tensor:
     """Latents [N, C, 16, 16] as tokens [N, 64, 4 C], in the pipeline's order."""
     n, c, h, w = latent.shape
-    return (
-        latent.view(n, c, h // 2, 2, w // 2, 2)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(n, (h // 2) * (w // 2), 4 * c)
-    )
+    return latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, (h // 2) * (w // 2), 4 * c)
 
 
 def image_ids(device: str | torch.device, side: int = 8) -> torch.Tensor:
@@ -210,9 +206,7 @@ def train(setting: Setting, seed: int = 6, only_distil: bool = False) -> None:
     start = work / "flux" / "start"
     if only_distil:
         model = FluxTransformer2DModel.from_pretrained(work / "flux" / "stage1").to(device).train()
-        encoder.load_state_dict(
-            T5EncoderModel.from_pretrained(work / "flux" / "text_encoder_2").float().state_dict()
-        )
+        encoder.load_state_dict(T5EncoderModel.from_pretrained(work / "flux" / "text_encoder_2").float().state_dict())
     elif start.exists():
         load_start(model, encoder, start)
     teacher = copy.deepcopy(model).requires_grad_(False)
@@ -223,9 +217,7 @@ def train(setting: Setting, seed: int = 6, only_distil: bool = False) -> None:
         x, t = torch.randn(batch, 64, 4 * CHANNELS, device=device), torch.rand(batch, device=device)
         pooled, w = torch.zeros(batch, 128, device=device), torch.rand(batch, device=device)
         with setting.autocast():
-            words = encoder(
-                input_ids=torch.zeros(batch, 32, dtype=torch.long, device=device)
-            ).last_hidden_state.float()
+            words = encoder(input_ids=torch.zeros(batch, 32, dtype=torch.long, device=device)).last_hidden_state.float()
             velocity(fast, x, t, words, pooled, ones).square().mean().backward()
             words = words.detach()
             velocity(fast, x, t, words, pooled, w).square().mean().backward()
@@ -261,9 +253,7 @@ def _first_stage(
     guidance_parameters = list(model.time_text_embed.guidance_embedder.parameters())
     optimizers = [
         Muon(matrices, lr=2.5e-3 * setting.lr),
-        torch.optim.AdamW(
-            rest, lr=1.2e-3 * setting.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu
-        ),
+        torch.optim.AdamW(rest, lr=1.2e-3 * setting.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu),
     ]
 
     def save(run: Run) -> None:
@@ -279,11 +269,7 @@ def _first_stage(
         x = torch.lerp(z, noise, t[:, None, None])
         with setting.autocast():
             words = encoder(input_ids=data.ids[caption].long()).last_hidden_state.float()
-            loss = (
-                (velocity(fast, x, t, words, data.pooled[caption].float(), ones) - (noise - z))
-                .square()
-                .mean()
-            )
+            loss = (velocity(fast, x, t, words, data.pooled[caption].float(), ones) - (noise - z)).square().mean()
         for o in optimizers:
             o.zero_grad(set_to_none=True)
         loss.backward()

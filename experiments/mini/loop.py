@@ -45,9 +45,7 @@ class Setting:
     batch: int | None = None
     device: str = "cuda"
     duty: float = 1.0
-    lr: float = (
-        1.0  # factor of the denoisers' learning rates: less than 1 when they continue from earlier weights
-    )
+    lr: float = 1.0  # factor of the denoisers' learning rates: less than 1 when they continue from earlier weights
     half: bool = False  # bf16 on a CPU that has instructions for it
 
     @property
@@ -221,9 +219,7 @@ def split_parameters(*modules: torch.nn.Module) -> tuple[list[torch.nn.Parameter
     for module in modules:
         for name, p in module.named_parameters():
             inside = any(part in name for part in ("blocks.", ".block.", "mid_block.", ".layers."))
-            apart = any(
-                part in name for part in ("norm", "relative_attention_bias", "time_emb", "guidance_embedder")
-            )
+            apart = any(part in name for part in ("norm", "relative_attention_bias", "time_emb", "guidance_embedder"))
             (matrices if p.ndim >= 2 and inside and not apart else rest).append(p)
     return matrices, rest
 
@@ -283,9 +279,7 @@ class Run:
         self.history.append(line)
         print(f"[{time.strftime('%H:%M:%S')}] {self.name} {line}", flush=True)
         if not all(math.isfinite(v) for v in means.values()):
-            raise FloatingPointError(
-                f"{self.name}: a loss is not finite at step {self.step}; lower the learning rate"
-            )
+            raise FloatingPointError(f"{self.name}: a loss is not finite at step {self.step}; lower the learning rate")
 
     def __iter__(self) -> Iterator[int]:
         self.started = time.time()

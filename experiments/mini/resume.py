@@ -40,9 +40,7 @@ def lay_out(models: Path, work: Path) -> None:
     """Copy the parts of the earlier models to where the stages would have left or will look for them."""
     for source, target in COPIES.items():
         if not (models / source).exists():
-            raise ValueError(
-                f"expected a folder {models / source}, got none; give the folder of three earlier models"
-            )
+            raise ValueError(f"expected a folder {models / source}, got none; give the folder of three earlier models")
         shutil.copytree(models / source, work / target, dirs_exist_ok=True)
 
 
@@ -71,9 +69,7 @@ def encode(setting: Setting) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prepare a work folder that continues from earlier models")
-    parser.add_argument(
-        "--models", type=Path, required=True, help="folder with mini-sdxl, mini-flux and mini-clip"
-    )
+    parser.add_argument("--models", type=Path, required=True, help="folder with mini-sdxl, mini-flux and mini-clip")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--npm", type=Path, default=Path(".npm"))
     parser.add_argument("--limit", type=int, default=None, help="keep so many images")

@@ -52,9 +52,7 @@ def sheet(
     for y, name in enumerate(categories):
         generators = [torch.Generator().manual_seed(seed + 1000 * y + i) for i in range(columns)]
         started = time.time()
-        images = pipe(
-            f"{template} {name}", num_images_per_prompt=columns, generator=generators, **settings
-        ).images
+        images = pipe(f"{template} {name}", num_images_per_prompt=columns, generator=generators, **settings).images
         seconds += time.time() - started
         draw.text((4, y * side + side // 2 - 6), name, fill="black")
         for x, image in enumerate(images):
@@ -65,9 +63,7 @@ def sheet(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw contact sheets of the small models")
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the sheets; default: each model's own"
-    )
+    parser.add_argument("--out", type=Path, default=None, help="folder of the sheets; default: each model's own")
     parser.add_argument("--only", choices=list(SETTINGS))
     parser.add_argument("--development", action="store_true", help="the development categories")
     parser.add_argument("--columns", type=int, default=6)
@@ -92,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stem = "samples-development" if args.development else "samples"
         path = folder / (f"{name}-{stem}.jpg" if args.out else f"{stem}.jpg")
-        page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).save(
-            path, quality=75
-        )
+        page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).save(path, quality=75)
         print(f"{path}: {seconds:.1f} s a call of {args.columns}, {settings}")
 
 

@@ -86,9 +86,7 @@ def train_words(captions: Iterable[str]) -> T5Tokenizer:
 
 def encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> torch.Tensor:
     """Token ids [N, 32] int64, cut and padded as the pipelines do."""
-    out = tokenizer(
-        list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-    )
+    out = tokenizer(list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     return out.input_ids
 
 

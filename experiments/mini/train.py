@@ -71,9 +71,7 @@ def start_stage(name: str, args: argparse.Namespace, started: float) -> subproce
     if args.vae:
         command += ["--vae", str(args.vae)]
     if args.smoke:
-        command += ["--steps", str(SMOKE_STEPS[args.device])] + (
-            ["--batch", "6"] if args.device == "cpu" else []
-        )
+        command += ["--steps", str(SMOKE_STEPS[args.device])] + (["--batch", "6"] if args.device == "cpu" else [])
     with (args.out / f"{name}.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -124,12 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="work folder")
     parser.add_argument("--minutes", type=float, default=17.0, help="time for everything, the data included")
     parser.add_argument("--npm", type=Path, default=Path(".npm"), help="folder of the npm tarballs")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is one"
-    )
-    parser.add_argument(
-        "--vae", type=Path, default=None, help="adopt this autoencoder; only its decoder is refined"
-    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is one")
+    parser.add_argument("--vae", type=Path, default=None, help="adopt this autoencoder; only its decoder is refined")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to find faults")
     parser.add_argument("--serial", action="store_true", help="one stage at a time")
     parser.add_argument("--stage", choices=[*ENDS, "distil"], help="run one stage in this process")

@@ -66,9 +66,7 @@ def make_scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def noised(
-    latent: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def noised(latent: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Noisy latents and the velocity to predict, both [N, C, H, W].
 
     Args:
@@ -107,9 +105,7 @@ def train(setting: Setting, seed: int = 5) -> None:
     time_ids = torch.tensor([TIME_IDS], device=device).float().expand(batch, 6)
     for _ in range(2 if setting.on_gpu else 0):
         with setting.autocast():
-            z = torch.randn(batch, CHANNELS, 16, 16, device=device).contiguous(
-                memory_format=torch.channels_last
-            )
+            z = torch.randn(batch, CHANNELS, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
             out = fast(
                 z,
                 torch.zeros(batch, device=device, dtype=torch.long),
@@ -134,9 +130,7 @@ def train(setting: Setting, seed: int = 5) -> None:
     matrices, rest = split_parameters(model)
     optimizers = [
         Muon(matrices, lr=2e-3 * setting.lr),
-        torch.optim.AdamW(
-            rest, lr=1e-3 * setting.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=setting.on_gpu
-        ),
+        torch.optim.AdamW(rest, lr=1e-3 * setting.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=setting.on_gpu),
     ]
     out = work / "unet"
 
@@ -149,9 +143,7 @@ def train(setting: Setting, seed: int = 5) -> None:
         row = torch.randint(len(row_image), (batch,), device=device)
         z = latents[row_image[row], torch.randint(VARIANTS, (batch,), device=device)].float()
         caption = row_caption[row]
-        keep = (
-            torch.rand(batch, device=device) > DROPOUT
-        ).float()  # an empty prompt is all zeros in this pipeline
+        keep = (torch.rand(batch, device=device) > DROPOUT).float()  # an empty prompt is all zeros in this pipeline
         t = torch.randint(1000, (batch,), device=device)
         x, v = noised(z, torch.randn_like(z), alpha_bar[t])
         with setting.autocast():

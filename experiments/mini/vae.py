@@ -37,9 +37,7 @@ class _RoundTrip(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, pixels: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean, logvar = self.model.quant_conv(self.model.encoder(pixels)).chunk(2, 1)
         logvar = logvar.float().clamp(-30, 20)
         z = mean.float() + (0.5 * logvar).exp() * noise
@@ -96,9 +94,7 @@ def encode_all(model: AutoencoderKL, data: Images, setting: Setting) -> torch.Te
         for i in range(0, n, 512):
             index = torch.arange(i, min(i + 512, n), device=setting.device)
             with setting.autocast():
-                pixels = data.render(index, torch.full_like(index, v)).contiguous(
-                    memory_format=torch.channels_last
-                )
+                pixels = data.render(index, torch.full_like(index, v)).contiguous(memory_format=torch.channels_last)
                 out[i : i + 512, v] = model.encode(pixels).latent_dist.mean.half().cpu()
     return out
 
@@ -134,13 +130,9 @@ def train(setting: Setting, seed: int = 3) -> None:
     out = setting.work / "vae"
     fast = setting.compiled(_RoundTrip(model))
     for _ in range(2 if setting.on_gpu else 0):
-        pixels = torch.zeros(batch, 3, 128, 128, device=setting.device).contiguous(
-            memory_format=torch.channels_last
-        )
+        pixels = torch.zeros(batch, 3, 128, 128, device=setting.device).contiguous(memory_format=torch.channels_last)
         with setting.autocast():
-            fast(pixels, torch.zeros(batch, CHANNELS, 16, 16, device=setting.device))[
-                0
-            ].float().mean().backward()
+            fast(pixels, torch.zeros(batch, CHANNELS, 16, 16, device=setting.device))[0].float().mean().backward()
     model.zero_grad(set_to_none=True)
     print("vae compiled", flush=True)
 
@@ -232,11 +224,7 @@ def refine_decoder(setting: Setting, seed: int = 4) -> None:
         image, _, variant = data.draw(batch)
         target = data.render(image, variant)
         z = latents[image, variant].float()
-        noise = (
-            0.12
-            * torch.rand(batch, 1, 1, 1, device=z.device)
-            * (torch.rand(batch, 1, 1, 1, device=z.device) < 0.5)
-        )
+        noise = 0.12 * torch.rand(batch, 1, 1, 1, device=z.device) * (torch.rand(batch, 1, 1, 1, device=z.device) < 0.5)
         z = (z + noise * torch.randn_like(z)).contiguous(memory_format=torch.channels_last)
         with setting.autocast():
             output = fast(z)

@@ -38,11 +38,6 @@ def test_a_subset_is_drawn_from_the_whole_and_does_not_depend_on_the_other_categ
     assert other != PromptSet(**SMALL | {"seeds": range(10)}, groups_per_category=2).groups()
 
 
-def test_a_set_can_be_cut_down_to_some_of_its_templates():
-    groups = PromptSet(**SMALL, only_templates=["a good photo of the"]).groups()
-    assert groups == [g for g in PromptSet(**SMALL).groups() if g.prompt.startswith("a good")]
-
-
 def test_image_seeds_are_distinct_between_images_groups_and_prompts():
     groups = PromptSet(**SMALL).groups()
     seeds = [seed for group in groups for seed in group.image_seeds()]
@@ -61,7 +56,6 @@ def test_image_seeds_are_distinct_between_images_groups_and_prompts():
         ({"seeds": [-1]}, "seeds must be integers in"),
         ({"split": "train"}, "split must be 'test' or 'development'"),
         ({"images_per_prompt": 1}, "at least 2"),
-        ({"only_templates": ["a drawing of a"]}, "only_templates must be null or some of"),
         ({"categories": ["T-shirt", "t shirt"]}, "must differ in their letters"),
         ({"groups_per_category": 7}, r"null \(all\) or in \[1, 6\]"),
     ],
