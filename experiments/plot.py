@@ -69,7 +69,7 @@ def tradeoff(frame: pd.DataFrame, diversity: str = "pairwise_distance", quality:
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=len(unique))
     figure.suptitle(
-        f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals over groups",
+        f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals",
         fontsize=9,
     )
     return figure
@@ -80,7 +80,7 @@ def image_grid(runs: list[Run], groups: int = 6, tile: int = 96) -> Image.Image:
 
     Args:
         runs: complete runs of the same prompts, in the order of the columns.
-        groups: rows, spread evenly over the runs' groups.
+        groups: rows, each of another category, spread evenly over the groups' names.
         tile: side of an image in pixels.
 
     Raises:
@@ -90,7 +90,9 @@ def image_grid(runs: list[Run], groups: int = 6, tile: int = 96) -> Image.Image:
     shared = [group for group in manifests[0] if all(group in manifest for manifest in manifests)]
     if not shared:
         raise ValueError("The runs share no group: generate them with the same prompts")
-    chosen = [shared[round(i * (len(shared) - 1) / max(groups - 1, 1))] for i in range(min(groups, len(shared)))]
+    by_category = {manifests[0][group][0].category: group for group in reversed(shared)}
+    firsts = sorted(by_category.values())
+    chosen = [firsts[round(i * (len(firsts) - 1) / max(groups - 1, 1))] for i in range(min(groups, len(firsts)))]
     size = len(manifests[0][chosen[0]])
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
     label_width, header, gap = 190, 24, 12

@@ -29,6 +29,12 @@ def test_a_table_is_what_its_csv_renders_to(path):
     assert path.with_suffix(".md").read_text() == markdown
 
 
+def test_the_readme_shows_the_diversity_table_as_it_is():
+    readme = (PROJECT / "README.md").read_text()
+    table = [line for line in (RESULTS / "diversity.md").read_text().splitlines() if line.startswith("| ")][:7]
+    assert table[0].startswith("| model") and all(line in readme for line in table)
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_number_can_be_traced(path):
     frame = pd.read_csv(path, dtype=TEXT)
