@@ -12,5 +12,6 @@ from negtome.attach import Step as Step
 from negtome.attach import attach as attach
 from negtome.config import NegToMeConfig as NegToMeConfig
 from negtome.merge import negative_merge as negative_merge
+from negtome.reference import Reference as Reference
 
 __version__ = "0.1.0"

@@ -13,13 +13,15 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from negtome.config import NegToMeConfig
-from negtome.merge import push_groups
+from negtome.merge import push_from, push_groups
+from negtome.reference import Reference
+from negtome.rows import Layout, ReferenceRows, shrink
 from negtome.sites import (
     DenoiserCall,
     Place,
@@ -48,11 +50,19 @@ class SiteCount(NamedTuple):
     pushed: int
 
 
-def attach(pipe: Any, config: NegToMeConfig, group_size: int | None = None) -> Attachment:
-    """Push the images that a pipeline generates together apart, until the `with` block ends.
+def attach(
+    pipe: Any,
+    config: NegToMeConfig,
+    group_size: int | None = None,
+    reference: Reference | Sequence[Reference | None] | None = None,
+) -> Attachment:
+    """Push the images that a pipeline generates together apart, or away from given ones, until the `with` block ends.
 
         with negtome.attach(pipe, NegToMeConfig.preset("sdxl")) as attached:
             images = pipe("a photo of a dog", num_images_per_prompt=4).images
+
+        with negtome.attach(pipe, NegToMeConfig.preset("sdxl"), reference=negtome.Reference("protected.png")):
+            image = pipe("a photo of a cartoon mouse").images[0]
 
     Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
     why, one in which no token was above the threshold warns.
@@ -62,17 +72,21 @@ def attach(pipe: Any, config: NegToMeConfig, group_size: int | None = None) -> A
         config: the method's settings.
         group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
             pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
-            images of a call are one group, and must share their prompt.
+            images of a call are one group, and must share their prompt. Without meaning where there is a reference.
+        reference: given images to push away from, instead of the images of the group (`config.reference`): one
+            Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
+            reference image is a further row of the denoiser's batch in the steps of the window, and only there; the
+            pipeline, its generators and its output never see it.
 
     Returns:
         A context manager. Used without `with`, `remove()` ends it.
 
     Raises:
         TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
-        ValueError: if a block named in the config holds no site, or for a bad `group_size`.
+        ValueError: if a block named in the config holds no site, or for a bad `group_size` or `reference`.
         RuntimeError: if the pipeline is attached already.
     """
-    return Attachment(pipe, config, group_size)
+    return Attachment(pipe, config, group_size, reference)
 
 
 class Attachment:
@@ -84,7 +98,13 @@ class Attachment:
         steps: the denoising steps of the finished calls of the pipeline, in a row.
     """
 
-    def __init__(self, pipe: Any, config: NegToMeConfig, group_size: int | None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        config: NegToMeConfig,
+        group_size: int | None,
+        reference: Reference | Sequence[Reference | None] | None,
+    ) -> None:
         if not isinstance(config, NegToMeConfig):
             raise TypeError(f"config must be a NegToMeConfig, got a {type(config).__name__}.")
         if group_size is not None and (
@@ -94,6 +114,7 @@ class Attachment:
                 f"group_size must be a whole number of images, at least 2, or None, got {group_size!r}: an image "
                 "alone has nothing to be pushed from."
             )
+        _check_reference(config, reference)
         architecture = find_architecture(pipe)
         denoiser = getattr(pipe, architecture.denoiser)
         for owner in (pipe, denoiser, unwrap(denoiser)):
@@ -111,6 +132,7 @@ class Attachment:
         self._denoiser = unwrap(denoiser)
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
         self._now = _Now()
+        self._rows = None if reference is None else ReferenceRows(architecture, reference)
         self._sites = [
             _Site(name, module, place, config, self._now)
             for name, module, place in find_sites(self._denoiser, architecture, config)
@@ -168,6 +190,8 @@ class Attachment:
     def _running(self) -> Iterator[None]:
         """Surround one call of the pipeline, and check afterwards that something happened in it."""
         self._run = run = _Run()
+        if self._rows is not None:
+            self._rows.start()
         try:
             yield
         finally:
@@ -187,8 +211,12 @@ class Attachment:
             site.pushed += tally.pushed
         self._check(run, tallies)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decide, before one call of the denoiser, whether the sites act in it and how."""
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Decide, before one call of the denoiser, whether the sites act in it and how.
+
+        Returns:
+            The call's arguments by name, with the rows of outside references added if the sites act.
+        """
         run, now = self._run, self._now
         if run is None:
             raise RuntimeError(
@@ -202,21 +230,35 @@ class Attachment:
                     "unload adapters, quantise and compile single layers before attaching."
                 )
 
-        call = self._architecture.read(self._pipe, dict(zip(self._parameters, args, strict=False)) | kwargs)
-        now.group_size = self._images_in_group(call)
-        if self.group_size is None and not any(call.prompts is known for known in run.prompts):
-            _check_one_prompt(call)
-            run.prompts.append(call.prompts)
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        call = self._architecture.read(self._pipe, arguments)
+        if self._rows is None:
+            now.group_size = self._images_in_group(call)
+            if self.group_size is None and not any(call.prompts is known for known in run.prompts):
+                _check_one_prompt(call)
+                run.prompts.append(call.prompts)
         if not run.steps:
             for site in self._sites:
-                site.start(call.device)
+                site.start(call.sample.device)
         now.active = self.config.is_active(call.timestep)
         now.text_length = call.text_length
         now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
+        now.layout = None
         run.latent = call.latent
         step = Step(call.timestep, now.active)
-        if not run.steps or run.steps[-1] != step:  # true guidance calls Flux twice in a step
+        # True guidance calls Flux twice in a step, for the prompt and then for the negative prompt.
+        repeated = bool(run.steps) and run.steps[-1] == step
+        if not repeated:
             run.steps.append(step)
+        if self._rows is not None and now.active and now.fewest_tokens is not None:
+            arguments, now.layout = self._rows.extend(
+                self._pipe, call, arguments, conditional=not repeated, fewest_tokens=now.fewest_tokens
+            )
+        return arguments
+
+    def _end(self, output: Any) -> Any:
+        """Take the rows of outside references out of what the denoiser returned."""
+        return output if self._now.layout is None else shrink(output, self._now.layout)
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
@@ -275,6 +317,7 @@ class _Now:
         self.group_size = 0
         self.text_length = 0
         self.fewest_tokens: int | None = 0  # None: no feature map is large enough
+        self.layout: Layout | None = None  # of a batch with rows of outside references
 
 
 class _Run:
@@ -327,14 +370,11 @@ class _Site:
         if now.fewest_tokens is None or tokens.shape[1] < now.fewest_tokens:
             self.tally[2].fill_(tokens.shape[1])
             return features
-        tokens, similarity, pushed = push_groups(
-            tokens,
-            now.group_size,
-            alpha=config.alpha,
-            threshold=config.threshold,
-            matching=config.matching,
-            reference=config.reference,
-        )
+        strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
+        if now.layout is None:
+            tokens, similarity, pushed = push_groups(tokens, now.group_size, reference=config.reference, **strength)
+        else:
+            tokens, similarity, pushed = _push_from_rows(tokens, now.layout, strength)
         device = self.tally.device  # which a denoiser spread over several devices may have left
         self.tally[0].add_(pushed.numel())
         self.tally[1].add_(pushed.sum().to(device))
@@ -342,11 +382,47 @@ class _Site:
         return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
 
 
+def _push_from_rows(
+    tokens: torch.Tensor, layout: Layout, strength: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
+    batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
+    moved, similarities, pushes = list(batch.unbind(1)), [], []
+    for route in layout.routes:
+        sources, references = (torch.stack([batch[:, k] for k in places], 1) for places in (route.images, route.rows))
+        new, similarity, pushed = push_from(sources, references, mask=route.masks[tokens.shape[1]], **strength)
+        for place, image in zip(route.images, new.unbind(1), strict=True):
+            moved[place] = image
+        similarities.append(similarity)
+        pushes.append(pushed)
+    return torch.stack(moved, 1).flatten(0, 1), torch.cat(similarities, 1), torch.cat(pushes, 1)
+
+
 def _read(sites: list[_Site]) -> list[_Tally]:
     """Fetch all counters of one call of the pipeline from the device at once."""
     counts = torch.stack([site.tally for site in sites]).tolist()
     closest = torch.stack([site.closest for site in sites]).tolist()
     return [_Tally(site.name, *count, value) for site, count, value in zip(sites, counts, closest, strict=True)]
+
+
+def _check_reference(config: NegToMeConfig, reference: Reference | Sequence[Reference | None] | None) -> None:
+    """Refuse an outside reference that cannot be pushed from."""
+    if reference is None:
+        return
+    references = [reference] if isinstance(reference, Reference) else reference
+    if not isinstance(references, Sequence) or not all(isinstance(r, Reference | None) for r in references):
+        raise TypeError(
+            "reference must be a negtome.Reference, or a list with one or None for each image of a call, got "
+            f"{type(reference).__name__}; wrap images: negtome.Reference(image)."
+        )
+    given = [r for r in references if r is not None]
+    if not given:
+        raise ValueError("reference must hold at least one negtome.Reference, got none; leave it out instead.")
+    if config.matching == "released" and any(len(r.images) > 1 for r in given):
+        raise ValueError(
+            'matching="released" is defined between two images only, got a Reference of several images; use '
+            'matching="paper", or one image.'
+        )
 
 
 def _check_one_prompt(call: DenoiserCall) -> None:
@@ -407,14 +483,14 @@ def _push_input(original: Callable) -> Callable:
 def _begin_before(original: Callable) -> Callable:
     # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
     # frame, so that even fullgraph=True starts with the denoiser's own code.
-    begin = torch.compiler.disable(Attachment._begin)
+    begin, end = torch.compiler.disable(Attachment._begin), torch.compiler.disable(Attachment._end)
 
     @functools.partial(torch.compiler.disable, recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = self.__dict__.get(_ATTRIBUTE)  # None where such compiled code outlives the block
-        if attachment is not None:
-            begin(attachment, args, kwargs)
-        return original(self, *args, **kwargs)
+        if attachment is None:
+            return original(self, *args, **kwargs)
+        return end(attachment, original(self, **begin(attachment, args, kwargs)))
 
     return __call__
 

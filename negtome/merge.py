@@ -95,16 +95,40 @@ def push_groups(
     moved = [] if reference == "others" else [images[:, :1]]
     similarities, pushes = [], []
     for source, target in pairs:  # [G, k, N, C], [G, k', N, C]
-        if matching == "released":  # its matching is between two images, so every image gets its own copy
-            result = _merge(
-                source.flatten(0, 1), target.expand_as(source).flatten(0, 1), alpha, threshold, matching, None
-            )
-        else:  # nearest neighbours: the images of a side are one long list of tokens
-            result = _merge(source.flatten(1, 2), target.flatten(1, 2), alpha, threshold, matching, None)
-        moved.append(result[0].view_as(source))
-        similarities.append(result[1].view(len(source), -1))
-        pushes.append(result[2].view(len(source), -1))
+        result = push_from(source, target, alpha=alpha, threshold=threshold, matching=matching, mask=None)
+        for found, value in zip((moved, similarities, pushes), result, strict=True):
+            found.append(value)
     return torch.cat(moved, dim=1).flatten(0, 1), torch.cat(similarities, dim=1), torch.cat(pushes, dim=1)
+
+
+def push_from(
+    tokens: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    alpha: float,
+    threshold: float,
+    matching: str,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Push images away from given ones.
+
+    Args:
+        tokens: [H, K, N, C] the tokens of K images in each of H halves of a batch.
+        reference: [H, R, N, C] the tokens of R references in each half; all of them together are what an image is
+            matched to. "released" needs R = 1.
+        alpha, threshold, matching: as in `negative_merge`.
+        mask: [R * N] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
+
+    Returns:
+        The tokens after the push [H, K, N, C]; the float similarity of each match found [H, K * N]; and whether that
+        token was above the threshold, bool [H, K * N].
+    """
+    if matching == "released":  # its matching is between two images, so every image gets its own copy
+        source, target = tokens.flatten(0, 1), reference.expand_as(tokens).flatten(0, 1)
+    else:  # nearest neighbours: the images of a side are one long list of tokens
+        source, target = tokens.flatten(1, 2), reference.flatten(1, 2)
+    moved, similarity, pushed = _merge(source, target, alpha, threshold, matching, mask)
+    return moved.view_as(tokens), similarity.view(len(tokens), -1), pushed.view(len(tokens), -1)
 
 
 def _merge(

@@ -45,7 +45,7 @@ class DenoiserCall:
         prompts: [rows, T, D] the text embedding of every row.
         text_length: text tokens in front of the image tokens where a place has `text_first`.
         latent: (height, width) of the latent where feature maps of several sizes exist, else None.
-        device: where the latent is.
+        sample: the argument that holds the latents.
     """
 
     timestep: float
@@ -54,7 +54,7 @@ class DenoiserCall:
     prompts: torch.Tensor
     text_length: int
     latent: tuple[int, int] | None
-    device: torch.device
+    sample: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ class Architecture:
         blocks: the blocks that the release touches, used where the config does not say.
         places: the kinds of sites.
         read: reads a call of the denoiser from the pipeline and the denoiser's arguments by name.
+        sample: name of the argument that holds the latents.
+        shared: names of the arguments that have no row for each image.
+        latent_size: (height, width) of the latent, before any packing, from the denoiser's arguments.
+        grids: sizes (height, width) in tokens of the feature maps of a latent, large to small.
+        scale: the autoencoder's latents [R, c, h, w] -> as the pipeline denoises them.
+        pack: latents or noise [R, c, h, w] -> as the denoiser takes them.
+        noised: clean latents, noise and the denoiser's arguments -> what the denoiser gets at this step, float32.
+        embed: a prompt -> the denoiser's arguments that hold it, nested as there.
     """
 
     name: str
@@ -78,6 +86,14 @@ class Architecture:
     blocks: tuple[str, ...]
     places: tuple[Place, ...]
     read: Callable[[Any, Mapping[str, Any]], DenoiserCall]
+    sample: str
+    shared: tuple[str, ...]
+    latent_size: Callable[[Mapping[str, Any]], tuple[int, int]]
+    grids: Callable[[tuple[int, int]], list[tuple[int, int]]]
+    scale: Callable[[Any, torch.Tensor], torch.Tensor]
+    pack: Callable[[Any, torch.Tensor], torch.Tensor]
+    noised: Callable[[Any, torch.Tensor, torch.Tensor | None, Mapping[str, Any]], torch.Tensor]
+    embed: Callable[[Any, str, Mapping[str, Any]], dict[str, Any]]
 
 
 def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
@@ -90,8 +106,34 @@ def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         prompts=arguments["encoder_hidden_states"],
         text_length=0,
         latent=(sample.shape[-2], sample.shape[-1]),
-        device=sample.device,
+        sample=sample,
     )
+
+
+def _sdxl_scale(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Scale latents [R, 4, h, w] as SDXL's pipelines do."""
+    config = pipe.vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        mean, std = (latents.new_tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+        latents = (latents - mean) / std
+    return latents * config.scaling_factor
+
+
+def _sdxl_noised(
+    pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """Noise latents [R, 4, h, w] to the step's level by the pipeline's scheduler, and scale them as it does."""
+    timestep = arguments["timestep"].reshape(-1)[:1]
+    if noise is not None:
+        latents = pipe.scheduler.add_noise(latents, noise, timestep)
+    return pipe.scheduler.scale_model_input(latents, timestep[0])
+
+
+def _sdxl_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Embed a prompt as SDXL's UNet takes it: tokens [1, T, D] and pooled [1, P]."""
+    tokens, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": tokens, "added_cond_kwargs": {"text_embeds": pooled}}
 
 
 def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
@@ -106,7 +148,55 @@ def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         prompts=prompts,
         text_length=prompts.shape[1],
         latent=None,
-        device=tokens.device,
+        sample=tokens,
+    )
+
+
+def _flux_latent_size(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Read the latent's size from the positions of the image tokens, each of which is 2 x 2 of it."""
+    rows, columns = arguments["img_ids"].reshape(-1, 3)[:, 1:].amax(dim=0).tolist()  # from 0
+    return 2 * (int(rows) + 1), 2 * (int(columns) + 1)
+
+
+def _flux_scale(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Shift and scale latents [R, 16, h, w] as Flux's pipelines do."""
+    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+
+
+def _flux_noised(
+    pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """Noise packed latents [R, N, 64] to the step's level: (1 - sigma) latents + sigma noise."""
+    if noise is None:
+        return latents
+    return pipe.scheduler.scale_noise(latents, pipe.current_timestep.reshape(-1)[:1], noise)
+
+
+def _flux_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Embed a prompt as Flux's transformer takes it: tokens [1, T, D], as many as the call's, and pooled [1, P]."""
+    length = arguments["encoder_hidden_states"].shape[1]
+    tokens, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=length)
+    return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+
+def feature_maps(latent: tuple[int, int]) -> list[tuple[int, int]]:
+    """List the sizes (height, width) of a UNet's feature maps, large to small: every level halves, rounding up."""
+    sizes = [latent]
+    while max(sizes[-1]) > 1:
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)))
+    return sizes
+
+
+def fewest_tokens(latent: tuple[int, int] | None, min_side: int) -> int | None:
+    """Count the tokens of the smallest feature map whose sides are both at least `min_side`; None if there is none.
+
+    Feature maps that have no levels (latent None) are all large enough: 0.
+    """
+    if latent is None:
+        return 0
+    return min(
+        (height * width for height, width in feature_maps(latent) if min(height, width) >= min_side), default=None
     )
 
 
@@ -123,6 +213,14 @@ ARCHITECTURES = (
             Place("*.attn2", "output", cross=True),
         ),
         read=_read_sdxl,
+        sample="sample",
+        shared=("timestep",),
+        latent_size=lambda arguments: tuple(arguments["sample"].shape[-2:]),
+        grids=feature_maps,
+        scale=_sdxl_scale,
+        pack=lambda pipe, latents: latents,
+        noised=_sdxl_noised,
+        embed=_sdxl_embed,
     ),
     Architecture(
         name="Flux",
@@ -137,6 +235,14 @@ ARCHITECTURES = (
             Place("single_transformer_blocks.*.attn", "output", text_first=True),
         ),
         read=_read_flux,
+        sample="hidden_states",
+        shared=("img_ids", "txt_ids"),
+        latent_size=_flux_latent_size,
+        grids=lambda latent: [(latent[0] // 2, latent[1] // 2)],
+        scale=_flux_scale,
+        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+        noised=_flux_noised,
+        embed=_flux_embed,
     ),
 )
 
@@ -191,24 +297,3 @@ def find_sites(
 def _within(name: str, block: str) -> bool:
     """Tell whether a dotted module name lies inside a block's."""
     return name.startswith(block + ".")
-
-
-def feature_maps(latent: tuple[int, int]) -> list[tuple[int, int]]:
-    """List the sizes (height, width) of a UNet's feature maps, large to small: every level halves, rounding up."""
-    sizes = [latent]
-    while max(sizes[-1]) > 1:
-        height, width = sizes[-1]
-        sizes.append((-(-height // 2), -(-width // 2)))
-    return sizes
-
-
-def fewest_tokens(latent: tuple[int, int] | None, min_side: int) -> int | None:
-    """Count the tokens of the smallest feature map whose sides are both at least `min_side`; None if there is none.
-
-    Feature maps that have no levels (latent None) are all large enough: 0.
-    """
-    if latent is None:
-        return 0
-    return min(
-        (height * width for height, width in feature_maps(latent) if min(height, width) >= min_side), default=None
-    )

@@ -1,0 +1,210 @@
+"""A given image to push away from: what a user hands to `attach`, and how it is brought to the size of the output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+#: How an image becomes a latent; see `Reference`.
+POSTERIORS = ("mode", "sample")
+
+#: Share of a token's area that the mask must cover for the token to count as inside.
+COVERAGE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Images that generated images are pushed away from (or, with alpha < 0, pulled towards).
+
+    They pass through the same denoiser at the same timestep as the images being generated, as further rows of the
+    batch that the pipeline never sees (arXiv 2412.01339: the reference is a given image). Every image being generated
+    is matched to the tokens of all of them together.
+
+    An image of another shape than the output is scaled until it fits in, and its edges are repeated around it; tokens
+    of that margin are never matched, so nothing is cut off or distorted.
+
+    Attributes:
+        images: one image or a list of them: a path, a PIL image (RGB, RGBA, grey or palette; transparency is shown on
+            white), or a tensor [3, H, W], float in [0, 1] or uint8. Kept as a tuple of float32 tensors [3, H, W] in
+            [0, 1].
+        mask: which pixels may be matched: None for all, or for each image None, a path, a PIL image, or a tensor
+            [H, W] of the image's size, where what is true, or above half of full scale, is inside. One mask for one
+            image, a list for a list. A token is inside if more than half of its area is.
+        noise: whether the image is noised to the level of the current step, as the images being generated are. False
+            shows the denoiser a clean image at every step, the default of the released code.
+        prompt: what the image shows. None: each image being generated lends its own conditioning. With guidance, the
+            unconditional half always keeps that of the image being generated.
+        seed: of the reference's own noise, which the images' generators know nothing of.
+        posterior: "mode": the image is encoded once, to the mode of the autoencoder's posterior. "sample": a sample
+            of the posterior is drawn anew for every step, as in the released code, from the reference's own generator.
+
+    Raises:
+        ValueError: an image cannot be read, is animated or has a colour space that would have to be guessed; a mask is
+            empty or does not have its image's size; or a setting is out of range.
+        FileNotFoundError: there is no such file.
+    """
+
+    images: Any
+    mask: Any = None
+    noise: bool = True
+    prompt: str | None = None
+    seed: int = 0
+    posterior: str = "mode"
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.images, Sequence) and not isinstance(self.images, (str, bytes))
+        images = tuple(_image(image) for image in (self.images if several else [self.images]))
+        if not images:
+            raise ValueError("Reference expected at least one image, got an empty list; give the images to avoid.")
+        masks = list(self.mask) if several and isinstance(self.mask, (list, tuple)) else [self.mask] * (not several)
+        if several and self.mask is None:
+            masks = [None] * len(images)
+        if len(masks) != len(images):
+            raise ValueError(
+                f"Reference expected one mask for each of its {len(images)} images, got "
+                f"{len(masks) or 'a single one'}; give a list, with None for an image that counts as a whole."
+            )
+        masks = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
+        if not isinstance(self.noise, bool):
+            raise ValueError(f"noise must be true or false, got {self.noise!r}.")
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be one text or None, got {self.prompt!r}; it describes all images.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}.")
+        if self.posterior not in POSTERIORS:
+            raise ValueError(f"posterior must be one of {POSTERIORS}, got {self.posterior!r}.")
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "mask", masks)
+
+
+def fit(
+    image: torch.Tensor, mask: torch.Tensor | None, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Bring an image to the size of the output without cutting or distorting it.
+
+    Args:
+        image: [3, h, w] in [0, 1].
+        mask: bool [h, w] or None.
+        height, width: of the output, in pixels.
+
+    Returns:
+        The image [3, height, width] in [0, 1], its edges repeated where it does not reach; and the share of each pixel
+        that may be matched, [height, width] in [0, 1], or None where that is all.
+    """
+    h, w = image.shape[1:]
+    scale = min(height / h, width / w)
+    inner = (min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale))))
+    if inner != (h, w):
+        image = F.interpolate(image[None], inner, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if mask is None and inner == (height, width):
+        return image, None
+    share = torch.ones(inner) if mask is None else F.interpolate(mask[None, None].float(), inner, mode="area")[0, 0]
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    margin = (left, width - inner[1] - left, top, height - inner[0] - top)
+    return F.pad(image[None], margin, mode="replicate")[0], F.pad(share, margin)
+
+
+def token_mask(share: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tell which tokens of a feature map lie inside a mask.
+
+    Args:
+        share: [H, W], the share of each pixel that is inside, in [0, 1].
+        height, width: of the feature map, in tokens.
+
+    Returns:
+        bool [height * width], row by row: more than half of the token's area is inside.
+    """
+    return (F.adaptive_avg_pool2d(share[None, None], (height, width)) > COVERAGE).flatten()
+
+
+def _image(image: Any) -> torch.Tensor:
+    """Read an image as float32 [3, H, W] in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"Reference expected an image tensor [3, H, W], got {list(image.shape)}.")
+        if image.dtype == torch.uint8:
+            return image.float().cpu() / 255
+        if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"Reference expected an image tensor of floats in [0, 1] or of uint8, got {image.dtype} from "
+                f"{image.min():g} to {image.max():g}; rescale it."
+            )
+        return image.float().cpu()
+    from PIL import Image  # diffusers needs it too
+
+    picture, name = _open(image, "an image")
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    elif picture.mode not in ("RGB", "L", "P", "1"):
+        raise ValueError(
+            f"Reference expected an RGB, RGBA, grey or palette image, got mode {picture.mode}{name}; convert it to "
+            "8-bit RGB by its colour profile first."
+        )
+    return _pixels(picture.convert("RGB")).permute(2, 0, 1).float() / 255
+
+
+def _mask(mask: Any, image: torch.Tensor) -> torch.Tensor:
+    """Read the mask of an image [3, H, W] as bool [H, W]."""
+    if isinstance(mask, torch.Tensor):
+        name = ""
+        inside = mask.squeeze(0) if mask.dim() == 3 else mask
+        if inside.dtype != torch.bool:
+            inside = inside.float() > (127.5 if mask.dtype == torch.uint8 else 0.5)
+    else:
+        picture, name = _open(mask, "a mask")
+        inside = _pixels(picture.convert("L")) > 127
+    if inside.shape != image.shape[1:]:
+        raise ValueError(
+            f"Reference expected a mask of its image's size, {image.shape[2]}x{image.shape[1]} pixels, got "
+            f"{'x'.join(str(side) for side in reversed(inside.shape))}{name}; draw it on that very image."
+        )
+    if not inside.any():
+        raise ValueError(
+            f"Reference got an empty mask{name}: nothing could be matched; mark what is to be avoided, or pass "
+            "mask=None for the whole image."
+        )
+    return inside.cpu()
+
+
+def _open(source: Any, what: str) -> tuple[Any, str]:
+    """Open a path or take a PIL image; return it, loaded and upright, and how to name it in a message."""
+    from PIL import Image, ImageOps
+
+    name = ""
+    if isinstance(source, (str, os.PathLike)):
+        name = f" in {os.fspath(source)}"
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"Reference expected {what} at {os.fspath(source)}, got no file; check the path.")
+        try:
+            opened = Image.open(source)
+            opened.load()
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"Reference expected {what} that can be read, got a damaged or foreign file{name} ({error}); export it "
+                "again as PNG or JPEG."
+            ) from error
+    elif isinstance(source, Image.Image):
+        opened = source
+    else:
+        raise ValueError(
+            f"Reference expected {what} as a path, a PIL image or a tensor, got a {type(source).__name__}."
+        )
+    if getattr(opened, "n_frames", 1) > 1:
+        raise ValueError(
+            f"Reference expected a still image, got an animation of {opened.n_frames} frames{name}; export the frame "
+            "you mean."
+        )
+    return ImageOps.exif_transpose(opened), name
+
+
+def _pixels(picture: Any) -> torch.Tensor:
+    """Return a PIL image's bytes as uint8 [H, W] or [H, W, 3]."""
+    width, height = picture.size
+    shape = (height, width) if picture.mode == "L" else (height, width, 3)
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(shape)

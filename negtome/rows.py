@@ -1,0 +1,226 @@
+"""Outside references as further rows of the denoiser's batch, which the pipeline never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from negtome.reference import Reference, fit, token_mask
+from negtome.sites import Architecture, DenoiserCall
+
+
+class Route(NamedTuple):
+    """Which images are pushed from which rows.
+
+    Attributes:
+        images: places of the images in a half of the batch.
+        rows: places of the reference rows in a half of the batch, in which they follow the images.
+        masks: for each feature map, by its number N of tokens: bool [len(rows) * N], or None for all tokens.
+    """
+
+    images: tuple[int, ...]
+    rows: tuple[int, ...]
+    masks: Mapping[int, torch.Tensor | None]
+
+
+class Layout(NamedTuple):
+    """How a call's batch is made: `halves` times the `images` and after them the reference `rows`."""
+
+    halves: int
+    images: int
+    rows: int
+    routes: tuple[Route, ...]
+
+
+class _Encoded(NamedTuple):
+    """A reference at the size of the output: the autoencoder's posterior [R, c, h, w], and what may be matched."""
+
+    posterior: Any
+    shares: tuple[torch.Tensor | None, ...]
+
+
+class _Plan(NamedTuple):
+    """Who rides along in the calls with certain prompts."""
+
+    slots: tuple[tuple[Reference, int], ...]  # a reference, and the image that lends it its conditioning
+    layout: Layout
+    index: torch.Tensor  # [halves * (images + rows)] the original row that each new row copies
+
+
+class ReferenceRows:
+    """The references of an attachment: encoded once, noised to every step, added to and taken from the batch.
+
+    A row is added for every image of a reference; where images with different conditioning share a reference without
+    a prompt of its own, one for each conditioning, so that no image depends on what else is generated beside it.
+
+    Args:
+        architecture: of the pipeline.
+        references: one for all images of a call, or one or None for each.
+    """
+
+    def __init__(self, architecture: Architecture, references: Reference | Sequence[Reference | None]) -> None:
+        self._architecture = architecture
+        self._references = references
+        self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Begin a call of the pipeline: each one draws the same noise."""
+        self._plans: list[tuple[torch.Tensor, _Plan]] = []
+        self._noise: dict[Reference, tuple[torch.Tensor, torch.Generator]] = {}
+        self._embedded: dict[Reference, dict[str, Any]] = {}
+
+    def extend(
+        self, pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], conditional: bool, fewest_tokens: int
+    ) -> tuple[dict[str, Any], Layout]:
+        """Add the reference rows to the denoiser's arguments.
+
+        Args:
+            pipe: the pipeline.
+            call: what `arguments` say.
+            arguments: the denoiser's arguments by name.
+            conditional: whether the last half of the batch is conditioned on the prompt.
+            fewest_tokens: tokens of the smallest feature map that takes part.
+
+        Returns:
+            The new arguments, and how their batch is laid out.
+
+        Raises:
+            ValueError: there are more or fewer references than images, or a mask is too thin to hold a token.
+        """
+        architecture = self._architecture
+        size = architecture.latent_size(arguments)
+        plan = next((plan for prompts, plan in self._plans if prompts is call.prompts), None)
+        if plan is None:
+            plan = self._plan(pipe, call, conditional, size, fewest_tokens)
+            self._plans.append((call.prompts, plan))  # kept, so that no other tensor gets its identity
+        layout = plan.layout
+
+        extended = {
+            name: value if name in architecture.shared else _map(value, call.rows, lambda rows: rows[plan.index])
+            for name, value in arguments.items()
+        }
+        start = layout.images
+        for reference, _ in plan.slots:
+            stop = start + len(reference.images)
+            latents, noise = self._draw(pipe, reference, size)
+            noised = architecture.noised(pipe, latents, noise, arguments)
+            # The new tensors are ours: what was indexed is a copy.
+            _put(extended[architecture.sample], noised, layout, start, stop, range(layout.halves))
+            if conditional and reference.prompt is not None:
+                if reference not in self._embedded:
+                    self._embedded[reference] = architecture.embed(pipe, reference.prompt, arguments)
+                _put(extended, self._embedded[reference], layout, start, stop, [layout.halves - 1])
+            start = stop
+        return extended, layout
+
+    def _plan(
+        self, pipe: Any, call: DenoiserCall, conditional: bool, size: tuple[int, int], fewest_tokens: int
+    ) -> _Plan:
+        images = call.rows // call.halves
+        wanted = self._references
+        if isinstance(wanted, Reference):
+            wanted = [wanted] * images
+        if len(wanted) != images:
+            raise ValueError(
+                f"NegToMe expected one reference or None for each of the {images} images of the call, got "
+                f"{len(wanted)}; give a single Reference for all, or a list in the order of the images."
+            )
+        prompts = call.prompts.unflatten(0, (call.halves, images))  # [halves, images, T, D]
+        slots: dict[tuple[Reference, int], list[int]] = {}
+        for image, reference in enumerate(wanted):
+            if reference is None:
+                continue
+            # A prompt of its own takes the place of the image's in the conditional part.
+            lent = prompts[:-1] if conditional and reference.prompt is not None else prompts
+            lender = next((j for r, j in slots if r is reference and torch.equal(lent[:, j], lent[:, image])), image)
+            slots.setdefault((reference, lender), []).append(image)
+
+        routes, lenders = [], []
+        for (reference, lender), members in slots.items():
+            start = images + len(lenders)
+            lenders += [lender] * len(reference.images)
+            shares = self._encode(pipe, reference, size).shares
+            grids = [(h, w) for h, w in self._architecture.grids(size) if h * w >= fewest_tokens]
+            masks = {h * w: _mask(shares, h, w) for h, w in grids}
+            if masks and all(mask is not None and not mask.any() for mask in masks.values()):
+                raise ValueError(
+                    "NegToMe got a mask that covers more than half of no token: the largest feature map has "
+                    f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
+                )
+            masks = {n: None if mask is None else mask.to(call.sample.device) for n, mask in masks.items()}
+            routes.append(Route(tuple(members), tuple(range(start, images + len(lenders))), masks))
+        half = torch.tensor([*range(images), *lenders], device=call.sample.device)
+        index = torch.cat([half + images * k for k in range(call.halves)])
+        return _Plan(tuple(slots), Layout(call.halves, images, len(lenders), tuple(routes)), index)
+
+    def _encode(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> _Encoded:
+        """Encode a reference for a size of the latent, at most once."""
+        key = (reference, size)
+        if key not in self._encoded:
+            height, width = (side * pipe.vae_scale_factor for side in size)
+            fitted = [fit(i, m, height, width) for i, m in zip(reference.images, reference.mask, strict=True)]
+            vae = pipe.vae
+            # The autoencoder of SDXL overflows in float16; float16 survives the way there and back unchanged.
+            upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+            if upcast:
+                vae.to(dtype=torch.float32)
+            pixels = 2 * torch.stack([image for image, _ in fitted]) - 1
+            posterior = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist
+            if upcast:
+                vae.to(dtype=torch.float16)
+            self._encoded[key] = _Encoded(posterior, tuple(share for _, share in fitted))
+        return self._encoded[key]
+
+    def _draw(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a reference's latents and noise for this step, float32, packed as the denoiser takes them."""
+        posterior = self._encode(pipe, reference, size).posterior
+        if reference not in self._noise:
+            # On the CPU: the same on every device.
+            generator = torch.Generator().manual_seed(reference.seed)
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
+            self._noise[reference] = (noise, generator)
+        noise, generator = self._noise[reference]
+        latents = posterior.mode() if reference.posterior == "mode" else posterior.sample(generator)
+        pack, scale = self._architecture.pack, self._architecture.scale
+        return pack(pipe, scale(pipe, latents.float())), pack(pipe, noise) if reference.noise else None
+
+
+def shrink(output: Any, layout: Layout) -> Any:
+    """Take the reference rows out of what the denoiser returned."""
+    rows = layout.halves * (layout.images + layout.rows)
+    return _map(output, rows, lambda x: x.unflatten(0, (layout.halves, -1))[:, : layout.images].flatten(0, 1))
+
+
+def _mask(shares: Sequence[torch.Tensor | None], height: int, width: int) -> torch.Tensor | None:
+    """Return which tokens of the references' rows may be matched, bool [R * height * width], or None for all."""
+    if all(share is None for share in shares):
+        return None
+    everything = torch.ones(height * width, dtype=torch.bool)
+    masks = [everything if share is None else token_mask(share, height, width) for share in shares]
+    return torch.cat(masks)
+
+
+def _map(value: Any, rows: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Change every tensor with this many rows, in dicts, lists, tuples and the outputs of models."""
+    if isinstance(value, torch.Tensor):
+        return change(value) if value.dim() and value.shape[0] == rows else value
+    if isinstance(value, Mapping):
+        changed = {key: _map(item, rows, change) for key, item in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)  # a model's output takes its fields
+    if type(value) in (list, tuple):
+        return type(value)(_map(item, rows, change) for item in value)
+    return value
+
+
+def _put(target: Any, rows: Any, layout: Layout, start: int, stop: int, halves: Sequence[int]) -> None:
+    """Write rows into places start to stop of some halves of a batch, or of each tensor of a nest of batches."""
+    if isinstance(rows, Mapping):
+        for key, item in rows.items():
+            _put(target[key], item, layout, start, stop, halves)
+    else:
+        batch = target.unflatten(0, (layout.halves, -1))
+        for half in halves:
+            batch[half, start:stop] = rows.to(batch)
