@@ -1,0 +1,441 @@
+"""Outside references: what rides along is what an independent transcription adds, and the pipeline never notices."""
+
+import functools
+
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+import negtome
+from negtome import NegToMeConfig, Reference
+from negtome.merge import push_from
+from negtome.reference import fit, token_mask
+from negtome.sites import ARCHITECTURES
+
+# Two of four steps.
+CONFIGS = {
+    "sdxl": NegToMeConfig(alpha=0.9, threshold=0.5, timestep_range=(500, 1000), min_side=8),
+    "flux": NegToMeConfig(alpha=0.9, threshold=0.5, timestep_range=(600, 1000)),
+}
+KINDS = ("sdxl", "flux")
+SEEDS = (0, 1)
+PICTURE = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(7))
+OTHER = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(8))
+LEFT = torch.zeros(32, 32, dtype=torch.bool)
+LEFT[:, :12] = True
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(kind, request):
+    return request.getfixturevalue(f"tiny_{kind}")
+
+
+@pytest.fixture
+def config(kind):
+    return CONFIGS[kind]
+
+
+def generate(pipe, seeds=SEEDS, prompt="a dog", generators=None, **options):
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    options = {"num_inference_steps": 4, "height": 32, "width": 32} | options
+    if hasattr(pipe, "transformer"):
+        options["max_sequence_length"] = 12
+    return pipe(
+        prompt,
+        num_images_per_prompt=len(seeds) // len(prompts),
+        generator=generators or [torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        **options,
+    ).images
+
+
+def denoiser(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def push(x, reference, config, allowed):
+    """Push the tokens of one image [N, C] from those of references [M, C], by the definition."""
+    similarity = normalize(x, dim=1) @ normalize(reference, dim=1).T
+    if config.matching == "paper":
+        similarity[:, ~allowed] = -2
+        best, index = similarity.max(dim=1)
+        moves = best > config.threshold
+    else:
+        best, index = similarity.max(dim=0)
+        moves = (best > config.threshold) & allowed
+    return torch.where(moves[:, None], x + config.alpha * (x - reference[index]), x)
+
+
+def transcribed(pipe, config, pictures, masks, seed, own_prompt=None, noise=True, seeds=SEEDS, **options):
+    """Generate with torch's hooks, which append rows to the batch and take them away: all images, all references."""
+    sdxl, vae, dtype = hasattr(pipe, "unet"), pipe.vae, pipe.dtype
+    clean = vae.encode(2 * torch.stack(pictures).to(dtype) - 1).latent_dist.mean
+    epsilon = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    clean = (clean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    low, high = config.timestep_range
+    halves = 2 if sdxl and options.get("guidance_scale", 5.0) > 1 else 1
+    handles, now = [], {"calls": 0}
+
+    def pack(x):
+        r, c, h, w = x.shape
+        return x.view(r, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(r, h * w // 4, 4 * c)
+
+    def append(rows, value=None, last_only=False):
+        """For each half, the images' rows and then the first image's once a picture, or `value`."""
+        result = []
+        parts = rows.chunk(halves)
+        for half, part in enumerate(parts):
+            extra = part[:1].expand(len(pictures), *part.shape[1:])
+            if value is not None and (not last_only or half == halves - 1):
+                extra = value.to(part).expand(len(pictures), *part.shape[1:])
+            result.append(torch.cat([part, extra]))
+        return torch.cat(result)
+
+    def start(module, args, kwargs):
+        names = ("sample", "timestep", "encoder_hidden_states")
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        t = float(arguments["timestep"]) if sdxl else float(arguments["timestep"][0]) * 1000
+        now["active"] = low <= t <= high + 0.01
+        if not now["active"]:
+            return None
+        repeated, now["t"] = now.get("t") == t, t
+        embedded = {} if own_prompt is None or repeated else own_prompt
+        if sdxl:
+            beta = pipe.scheduler.alphas_cumprod[int(t)].double()
+            sigma = ((1 - beta) / beta).sqrt() if noise else 0.0
+            scale = float(((1 - beta) / beta + 1).sqrt())
+            rows = (clean + float(sigma) * epsilon) / scale
+            arguments["sample"] = append(arguments["sample"], rows)
+            added = arguments["added_cond_kwargs"]
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": append(added["text_embeds"], embedded.get("pooled"), last_only=True),
+                "time_ids": append(added["time_ids"]),
+            }
+            arguments["encoder_hidden_states"] = append(
+                arguments["encoder_hidden_states"], embedded.get("tokens"), last_only=True
+            )
+        else:
+            sigma = t / 1000 if noise else 0.0
+            arguments["hidden_states"] = append(arguments["hidden_states"], pack((1 - sigma) * clean + sigma * epsilon))
+            for name, value in (("encoder_hidden_states", "tokens"), ("pooled_projections", "pooled")):
+                arguments[name] = append(arguments[name], embedded.get(value))
+            for name in ("timestep", "guidance"):
+                if arguments.get(name) is not None:
+                    arguments[name] = append(arguments[name])
+        return (), arguments
+
+    def images(rows):
+        return torch.cat([half[: len(seeds)] for half in rows.chunk(halves)])
+
+    def finish(module, args, output):
+        return (images(output[0]),) if now["active"] else None
+
+    def change(features, text=0):
+        if not now["active"]:
+            return features
+        side = int((features.shape[1] - text) ** 0.5)
+        if sdxl and side < config.min_side:
+            return features
+        allowed = torch.cat(
+            [
+                torch.ones(side * side, dtype=torch.bool)
+                if mask is None
+                else (adaptive_avg_pool2d(mask[None].double(), side) > 0.5).flatten()
+                for mask in masks
+            ]
+        )
+        result = features.clone()
+        for half in result.chunk(halves):
+            reference = half[len(seeds) :, text:].flatten(0, 1)
+            for image in range(len(seeds)):
+                half[image, text:] = push(half[image, text:], reference, config, allowed)
+        return result
+
+    handles.append(denoiser(pipe).register_forward_pre_hook(start, with_kwargs=True))
+    handles.append(denoiser(pipe).register_forward_hook(finish))
+    for name, module in denoiser(pipe).named_modules():
+        if sdxl:
+            if name.startswith("up_blocks") and name.endswith("attn1"):
+                handles.append(module.register_forward_hook(lambda m, a, output: change(output)))
+        elif name.startswith("transformer_blocks") and name.endswith("attn.to_out.0"):
+            handles.append(module.register_forward_pre_hook(lambda m, args: (change(args[0]),)))
+        elif name.startswith("single_transformer_blocks") and name.endswith(".attn"):
+            handles.append(module.register_forward_hook(lambda m, a, output: change(output, 12)))
+    result = generate(pipe, seeds, **options)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+CASES = {
+    "one": ({}, {}, {}, {}),
+    "another seed": ({}, {"seed": 3}, {}, {}),
+    "masked": ({}, {"mask": LEFT}, {}, {}),
+    "two, one of them masked": ({}, {"images": [PICTURE, OTHER], "mask": [LEFT, None]}, {}, {}),
+    "its own prompt": ({}, {"prompt": "a mouse"}, {}, {}),
+    "released, clean and masked": ({"matching": "released"}, {"noise": False, "mask": LEFT}, {}, {}),
+    "without guidance": ({}, {}, {"guidance_scale": 1.0}, {}),
+    "true guidance": ({}, {"prompt": "a mouse"}, {}, {"true_cfg_scale": 3.0, "negative_prompt": "a cat"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_transcription(case, kind, pipe, config):
+    changes, of_reference, sdxl_options, flux_options = CASES[case]
+    options = sdxl_options if kind == "sdxl" else flux_options
+    if case in ("without guidance", "true guidance") and not options:
+        pytest.skip("the other architecture's way of guidance")
+    pipe.to(torch.float64)  # where no match hangs on rounding
+    config = config.replace(**changes)
+    reference = Reference(**({"images": PICTURE} | of_reference))
+    own_prompt = None
+    if reference.prompt is not None and kind == "sdxl":
+        tokens, _, pooled, _ = pipe.encode_prompt(reference.prompt, do_classifier_free_guidance=False)
+        own_prompt = {"tokens": tokens, "pooled": pooled}
+    elif reference.prompt is not None:
+        tokens, pooled, _ = pipe.encode_prompt(reference.prompt, None, max_sequence_length=12)
+        own_prompt = {"tokens": tokens, "pooled": pooled}
+    base = generate(pipe, **options)
+    with negtome.attach(pipe, config, reference=reference) as attached:
+        result = generate(pipe, **options)
+    expected = transcribed(
+        pipe,
+        config,
+        list(reference.images),
+        list(reference.mask),
+        reference.seed,
+        own_prompt,
+        reference.noise,
+        **options,
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)  # noise levels are float32
+    assert (result - base).abs().max() > 1e-2, "nothing was pushed"
+    summary = attached.summary()
+    assert 0 < summary["tokens_pushed"] <= summary["tokens_compared"]
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_the_images_random_numbers_are_untouched(pipe, kind, config, guidance_scale):
+    if kind == "sdxl":
+        from diffusers import EulerAncestralDiscreteScheduler
+
+        # which draws from the images' generators at every step
+        pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    options = {"guidance_scale": guidance_scale}
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    base = generate(pipe, generators=generators, **options)
+    after = [generator.get_state() for generator in generators]
+    everyone = torch.get_rng_state()
+    for posterior in ("mode", "sample"):
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        with negtome.attach(pipe, config.replace(alpha=0), reference=Reference(PICTURE, posterior=posterior)):
+            result = generate(pipe, generators=generators, **options)
+        assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, after, strict=True))
+        assert torch.equal(torch.get_rng_state(), everyone)
+        # up to the rounding that another batch size brings
+        torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reference_equal_to_the_image_changes_nothing(pipe, kind, config, monkeypatch):
+    def the_image_itself(pipe, latents, noise, arguments):
+        return arguments["sample" if kind == "sdxl" else "hidden_states"][:1]
+
+    for architecture in ARCHITECTURES:
+        monkeypatch.setitem(architecture.__dict__, "noised", the_image_itself)
+    pipe.to(torch.float64)  # where no match hangs on rounding
+    base = generate(pipe, (0,))
+    with negtome.attach(pipe, config, reference=Reference(PICTURE)) as attached:
+        result = generate(pipe, (0,))
+    torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
+    assert attached.summary()["tokens_pushed"] == attached.summary()["tokens_compared"]
+
+
+def test_several_references_equal_their_concatenation():
+    generator = torch.Generator().manual_seed(0)
+    tokens, first, second = (torch.randn(2, n, 8, generator=generator) for n in (20, 20, 20))
+    arguments = {"alpha": 0.9, "threshold": 0.6, "matching": "paper"}
+    mask = torch.rand(40, generator=generator) > 0.5
+    moved, _, pushed = push_from(tokens[:, None], torch.stack([first, second], 1), mask=mask, **arguments)
+    expected = negtome.negative_merge(tokens, torch.cat([first, second], 1), mask=mask, **arguments)
+    assert torch.equal(moved[:, 0], expected)
+    assert 0 < pushed.sum() < pushed.numel()
+
+
+def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
+    pipe.to(torch.float64)
+    one, two = Reference(PICTURE), Reference(OTHER, seed=1)
+    base = generate(pipe, (0, 1, 2))
+    with negtome.attach(pipe, config, reference=[one, None, two]):
+        result = generate(pipe, (0, 1, 2))
+    torch.testing.assert_close(result[1], base[1], rtol=1e-6, atol=1e-6)
+    for k, reference in ((0, one), (2, two)):
+        with negtome.attach(pipe, config, reference=reference):
+            alone = generate(pipe, (k,))
+        torch.testing.assert_close(result[k], alone[0], rtol=1e-4, atol=1e-4)
+        assert (result[k] - base[k]).abs().max() > 1e-2
+
+
+def test_images_of_several_prompts_do_not_share_their_conditioning(pipe, config):
+    pipe.to(torch.float64)
+    reference, prompts = Reference(PICTURE), ["a dog", "a red bus"]
+    with negtome.attach(pipe, config, reference=reference):
+        together = generate(pipe, (0, 1, 2, 3), prompt=prompts)
+        alone = [generate(pipe, seeds, prompt=p) for seeds, p in zip(((0, 1), (2, 3)), prompts, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_outside_the_window_no_row_is_added(pipe, config, monkeypatch):
+    rows = []
+    original = type(denoiser(pipe)).forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        rows.append(len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(denoiser(pipe)), "forward", forward)
+    with negtome.attach(pipe, config, reference=Reference([PICTURE, OTHER])) as attached:
+        generate(pipe)
+    halves = 2 if hasattr(pipe, "unet") else 1
+    assert rows == [halves * (4 if step.active else 2) for step in attached.steps]
+    assert len(set(rows)) == 2
+
+
+def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatch):
+    calls = []
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: calls.append(x.shape) or encode(x))
+    weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
+    base = generate(pipe)
+    before = (type(pipe), type(denoiser(pipe)), sorted(pipe.__dict__), [type(m) for m in denoiser(pipe).modules()])
+    with negtome.attach(pipe, config, reference=Reference(PICTURE)):
+        first, second = generate(pipe), generate(pipe)
+    assert torch.equal(first, second)
+    assert len(calls) == 1
+    after = (type(pipe), type(denoiser(pipe)), sorted(pipe.__dict__), [type(m) for m in denoiser(pipe).modules()])
+    assert before == after
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
+    assert torch.equal(generate(pipe), base)
+
+
+def test_half_precision_autoencoders_come_back_unchanged(pipe, config):
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.float16)
+    weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
+    with negtome.attach(pipe, config, reference=Reference(PICTURE)):
+        result = generate(pipe)
+    assert result.isfinite().all()
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
+
+
+def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
+    with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as attached:
+        expected = generate(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    torch._dynamo.reset()
+    denoiser(pipe).compile(backend="eager")
+    with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as compiled:
+        result = generate(pipe)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+    assert compiled.summary()["tokens_compared"] == attached.summary()["tokens_compared"]
+
+
+# What may be handed over
+
+
+def test_images_are_read_alike_from_files_pictures_and_tensors(tmp_path):
+    picture = Image.effect_noise((20, 10), 80).convert("RGB")
+    picture.save(tmp_path / "a.png")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(10, 20, 3).permute(2, 0, 1)
+    for source in (picture, tmp_path / "a.png", str(tmp_path / "a.png"), pixels, pixels / 255):
+        assert torch.equal(Reference(source).images[0], pixels / 255)
+    grey = Reference(picture.convert("L")).images[0]
+    assert torch.equal(grey[0], grey[1])
+    glass = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert torch.equal(Reference(glass).images[0], torch.ones(3, 2, 2))  # white behind
+
+
+def test_other_shapes_fit_in_and_their_margin_is_never_matched():
+    wide = torch.rand(3, 10, 40, generator=torch.Generator().manual_seed(0))
+    image, share = fit(wide, None, 32, 32)
+    assert image.shape == (3, 32, 32)
+    inside = slice(12, 20)  # 8 of 32 rows
+    assert torch.equal(share.nonzero()[:, 0].unique(), torch.arange(12, 20))
+    assert (share[inside] == 1).all()
+    assert torch.equal(image[:, 0], image[:, 12])  # the edge repeated
+    inner = token_mask(share, 8, 8).view(8, 8)
+    assert inner[3:5].all()
+    assert inner.sum() == 16
+    assert fit(torch.rand(3, 64, 64), None, 32, 32)[1] is None
+    # a mask moves with its image
+    mask = torch.zeros(10, 40, dtype=torch.bool)
+    mask[:, :20] = True
+    assert torch.equal(token_mask(fit(wide, mask, 32, 32)[1], 8, 8).view(8, 8)[3:5, :4], torch.ones(2, 4) > 0)
+    assert token_mask(fit(wide, mask, 32, 32)[1], 8, 8).sum() == 8
+
+
+def test_bad_input_is_refused(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (4, 4)).save(tmp_path / "print.jpg")
+    for name, message in (
+        ("broken.png", "damaged or foreign file in .*broken.png"),
+        ("moving.gif", "an animation of 2 frames in .*moving.gif"),
+        ("print.jpg", "mode CMYK in .*print.jpg"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Reference(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"got no file"):
+        Reference(tmp_path / "none.png")
+    for arguments, message in (
+        ((PICTURE, torch.zeros(32, 32, dtype=torch.bool)), "empty mask"),
+        ((PICTURE, torch.ones(8, 8, dtype=torch.bool)), "its image's size, 32x32 pixels, got 8x8"),
+        (([PICTURE, OTHER], LEFT), "one mask for each of its 2 images, got a single one"),
+        (([PICTURE, OTHER], [LEFT]), "one mask for each of its 2 images, got 1"),
+        (([],), "at least one image"),
+        ((2 * PICTURE,), r"floats in \[0, 1\]"),
+        ((PICTURE[0],), r"\[3, H, W\]"),
+        ((3,), "a path, a PIL image or a tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Reference(*arguments)
+    for setting in ({"noise": 1}, {"seed": -1}, {"prompt": ["a"]}, {"posterior": "mean"}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            Reference(PICTURE, **setting)
+
+
+def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
+    with pytest.raises(TypeError, match=r"negtome\.Reference\(image\)"):
+        negtome.attach(pipe, config, reference=PICTURE)
+    with pytest.raises(ValueError, match="at least one"):
+        negtome.attach(pipe, config, reference=[None, None])
+    with pytest.raises(ValueError, match="between two images only"):
+        negtome.attach(pipe, config.replace(matching="released"), reference=Reference([PICTURE, OTHER]))
+    with (
+        pytest.raises(ValueError, match="each of the 2 images of the call, got 3"),
+        negtome.attach(pipe, config, reference=[Reference(PICTURE)] * 3),
+    ):
+        generate(pipe)
+    dot = torch.zeros(32, 32, dtype=torch.bool)
+    dot[3, 3] = True
+    with (
+        pytest.raises(ValueError, match="more than half of no token"),
+        negtome.attach(pipe, config.replace(min_side=8), reference=Reference(PICTURE, mask=dot)),
+    ):
+        generate(pipe)
+
+
+def test_a_blurred_reference_is_another_reference(pipe, config):
+    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    results = []
+    for reference in (picture, picture.filter(ImageFilter.GaussianBlur(4))):
+        with negtome.attach(pipe, config, reference=Reference(reference)):
+            results.append(generate(pipe))
+    assert not torch.equal(*results)
