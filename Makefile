@@ -32,6 +32,13 @@ reproduce-diversity: $(VENV)/.installed-experiments  ## images, scores, table an
 	$(PY) -m experiments.tabulate experiment=diversity $(ARGS)
 	$(PY) -m experiments.plot experiment=diversity $(ARGS)
 
+.PHONY: reproduce-copyright
+reproduce-copyright: $(VENV)/.installed-experiments  ## the same for pushing away from protected assets
+	$(PY) -m experiments.generate experiment=copyright $(ARGS)
+	$(PY) -m experiments.evaluate experiment=copyright $(ARGS)
+	$(PY) -m experiments.tabulate experiment=copyright $(ARGS)
+	$(PY) -m experiments.plot experiment=copyright $(ARGS)
+
 .PHONY: doctor
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
 	@$(PY) -m experiments.doctor
@@ -41,6 +48,8 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.mini.train --out outputs/mini --npm outputs/npm $(ARGS)
 	$(PY) -m experiments.mini.export --work outputs/mini --models models
 	$(PY) -m experiments.mini.reference --data outputs/mini/data --out models/mini-reference
+	$(PY) -m experiments.mini.protected --npm outputs/npm --out models/mini-protected
+	$(PY) -m experiments.mini.memorised
 
 .PHONY: test
 test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (2 minutes on two cores)

@@ -1,18 +1,19 @@
 """How the values of groups become one number, by a name that a result file can carry.
 
-An aggregate is a function of how often each group counts: once each gives the reported value, and a bootstrap
-passes the numbers of draws instead. Both need only the groups' values, no images and no encoder.
+Every aggregate is a mean: of the groups' values, or of the categories' entropies. What it is a mean of is what can be
+resampled, exchanged and paired. All of it needs only what is in a result file, no images and no encoder.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from eval.attributes import MINIMUM_IMAGES, entropy
+from eval.attributes import entropy
 
 
 class GroupValue(TypedDict):
@@ -29,11 +30,8 @@ class GroupValue(TypedDict):
     counts: NotRequired[dict[str, int]]
 
 
-Weighted = Callable[[np.ndarray], np.ndarray]
-
-
 class Aggregate(ABC):
-    """From group values to one number.
+    """From groups to one number.
 
     Attributes:
         name: as written into result files; a key of `AGGREGATES`.
@@ -44,17 +42,12 @@ class Aggregate(ABC):
     description: str
 
     @abstractmethod
-    def weighted(self, groups: Sequence[GroupValue]) -> Weighted:
-        """Return a function from weights [R, G] (how often each group counts) to R numbers, float64 [R]."""
-
-    def strata(self, groups: Sequence[GroupValue]) -> np.ndarray:
-        """Return each group's stratum, within which a bootstrap may exchange it, int [G]."""
-        return np.zeros(len(groups), dtype=int)
+    def values(self, groups: Sequence[GroupValue]) -> list[GroupValue]:
+        """Return what the number is the mean of, each with a finite `value`, in the order of their ids."""
 
     def value(self, groups: Sequence[GroupValue]) -> float:
-        """Return the number, every group counted once, whatever their order."""
-        ordered = sorted(groups, key=lambda group: group["group"])
-        return float(self.weighted(ordered)(np.ones((1, len(ordered))))[0])
+        """Return the number, every value counted once."""
+        return float(np.mean([entry["value"] for entry in self.values(groups)]))
 
 
 class Mean(Aggregate):
@@ -63,44 +56,45 @@ class Mean(Aggregate):
     name = "mean"
     description = "mean over groups"
 
-    def weighted(self, groups: Sequence[GroupValue]) -> Weighted:
-        """See `Aggregate.weighted`."""
-        values = np.array([_entry(group, "value", self.name) for group in groups], dtype=np.float64)
-        _require_finite(groups, values)
-        return lambda weights: weights @ values / weights.sum(axis=1)
+    def values(self, groups: Sequence[GroupValue]) -> list[GroupValue]:
+        """See `Aggregate.values`."""
+        bad = [group["group"] for group in groups if not np.isfinite(_entry(group, "value", self.name))]
+        if bad:
+            raise ValueError(f"expected finite values, got others in {bad[:10]}; look at their images")
+        return _sorted(groups)
 
 
 class CategoryEntropy(Aggregate):
-    """The mean over categories of the entropy (nats, Miller-Madow) of the category's pooled label counts."""
+    """The mean over categories of the entropy (nats, Miller-Madow) of the category's pooled label counts.
+
+    Categories are what is resampled: labels within one say nothing of others, and an entropy of resampled groups is
+    lower than that of the groups themselves, since repeated groups show fewer labels.
+    """
 
     name = "category_entropy"
     description = "mean over categories of the Miller-Madow entropy (nats) of the category's pooled label counts"
 
-    def weighted(self, groups: Sequence[GroupValue]) -> Weighted:
-        """See `Aggregate.weighted`.
+    def values(self, groups: Sequence[GroupValue]) -> list[GroupValue]:
+        """Return one a category; see `Aggregate.values`.
 
         Raises:
             ValueError: a category has fewer images than an entropy can be estimated from.
         """
-        counts = [_entry(group, "counts", self.name) for group in groups]
-        tables = []
-        for category in sorted({group["category"] for group in groups}):
-            members = [index for index, group in enumerate(groups) if group["category"] == category]
-            labels = sorted(set().union(*(counts[index] for index in members)))
-            table = np.array([[counts[index].get(label, 0) for label in labels] for index in members], dtype=float)
-            try:
-                entropy(table.sum(axis=0), minimum=MINIMUM_IMAGES)
-            except ValueError as error:
-                raise ValueError(f"in category {category!r}: {error}") from error
-            tables.append((members, table))
-        # A resample keeps about the category's n, which was checked above.
-        return lambda weights: np.mean(
-            [entropy(weights[:, members] @ table, minimum=1) for members, table in tables], axis=0
-        )
-
-    def strata(self, groups: Sequence[GroupValue]) -> np.ndarray:
-        """Groups stand for their category: see `Aggregate.strata`."""
-        return np.unique([group["category"] for group in groups], return_inverse=True)[1]
+        pooled: dict[str, Counter[str]] = {}
+        images: Counter[str] = Counter()
+        for group in _sorted(groups):
+            pooled.setdefault(group["category"], Counter()).update(_entry(group, "counts", self.name))
+            images[group["category"]] += group["n_images"]
+        return [
+            # named as groups are, so that a category is a cluster of its own however clusters are formed
+            {
+                "group": f"{category}/all",
+                "category": category,
+                "n_images": images[category],
+                "value": _entropy(category, pooled[category]),
+            }
+            for category in sorted(pooled)
+        ]
 
 
 AGGREGATES: Mapping[str, Aggregate] = {aggregate.name: aggregate for aggregate in (Mean(), CategoryEntropy())}
@@ -121,9 +115,14 @@ def _entry(group: GroupValue, key: str, name: str) -> float | dict[str, int]:
     return group[key]
 
 
-def _require_finite(groups: Sequence[GroupValue], values: np.ndarray) -> None:
-    if not len(values):
+def _entropy(category: str, counts: Mapping[str, int]) -> float:
+    try:
+        return float(entropy(np.array([counts[label] for label in sorted(counts)])))
+    except ValueError as error:
+        raise ValueError(f"in category {category!r}: {error}") from error
+
+
+def _sorted(groups: Sequence[GroupValue]) -> list[GroupValue]:
+    if not groups:
         raise ValueError("expected at least one group, got none; measure a folder with images")
-    if not np.isfinite(values).all():
-        bad = [group["group"] for group, value in zip(groups, values, strict=True) if not np.isfinite(value)]
-        raise ValueError(f"expected finite values, got others in {bad[:10]}; look at their images")
+    return sorted(groups, key=lambda group: group["group"])

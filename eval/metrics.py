@@ -6,7 +6,7 @@ tables need neither images nor encoder. The arithmetic is in `eval.diversity`, `
 `eval.alignment`.
 
 A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
-it on all images and again on seeded halves of the groups; the document holds those numbers instead.
+it on all images and again on seeded halves of the categories; the document holds those numbers instead.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 
 from eval.aggregates import GroupValue, aggregate_named
 from eval.alignment import clip_score
-from eval.attributes import label_embeddings, zero_shot_labels
+from eval.attributes import MINIMUM_IMAGES, label_embeddings, minimum_images, zero_shot_labels
 from eval.cache import EmbeddingCache, embed_folder
 from eval.diversity import mean_pairwise_distance, mean_pairwise_similarity, vendi_score
 from eval.encoders import Encoder
@@ -37,11 +38,12 @@ from eval.images import (
     ManifestRow,
     canonical_json,
     canonical_order,
-    manifest_hash,
     read_manifest,
+    remembered_hash,
     rows_hash,
     write_json,
 )
+from eval.intervals import Cluster, units_of
 
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
 
@@ -92,10 +94,26 @@ class ImageSet:
         """Read a run folder or a plain folder; see `eval.images.read_manifest`."""
         return cls(folder, read_manifest(folder), cache, batch_size, progress)
 
+    def only(self, patterns: Sequence[str] | None) -> ImageSet:
+        """Return the images whose prompt_id fits a shell pattern, such as "direct-*"; all of them for None.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if patterns is None:
+            return self
+        rows = [row for row in self.rows if any(fnmatchcase(row.prompt_id, pattern) for pattern in patterns)]
+        if not rows:
+            raise ValueError(
+                f"expected prompts named {' or '.join(patterns)} in {self.folder}, got none, but for example "
+                f"{self.rows[0].prompt_id}; leave the metric out or change its `only`"
+            )
+        return ImageSet(self.folder, rows, self.cache, self.batch_size, self.progress)
+
     @cached_property
     def manifest_hash(self) -> str:
         """Identity of the set of images; see `eval.images.rows_hash`."""
-        return rows_hash(self.folder, self.rows)
+        return rows_hash(self.folder, self.rows, self.cache.hash_of if self.cache else remembered_hash)
 
     def embeddings(self, encoder: Encoder) -> torch.Tensor:
         """Return the images' embeddings, float32 [N, D], in the order of `rows`."""
@@ -113,6 +131,18 @@ class ImageSet:
             position = {text: index for index, text in enumerate(unique)}
             self._texts[encoder.id] = embedded[[position[text] for text in self.texts]]
         return self._texts[encoder.id]
+
+    def pools(self, shared: Literal["prompt_id", "category"] | None) -> dict[str, list[int]]:
+        """Return positions by what the images share, in canonical order; by group for None.
+
+        Pools of groups are named as groups are, `bird/all`, so that each is a cluster of its own.
+        """
+        if shared is None:
+            return self.groups
+        found: dict[str, list[int]] = {}
+        for position, row in enumerate(self.rows):
+            found.setdefault(f"{getattr(row, shared)}/all", []).append(position)
+        return dict(sorted(found.items()))
 
     def group_value(self, group_id: str, **found: Any) -> GroupValue:
         """Describe a group for a result: id, category and number of images, and what was found in it."""
@@ -146,9 +176,13 @@ class Metric(ABC):
         higher_is_better: None where neither direction is.
         unit: of the number, with its range.
         description: what is computed, in a sentence.
+        bounds: the least and the largest number there can be, None where there is no end to it: an unbiased estimate
+            of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
+            a share of it a margin.
         aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
         encoder: what embeds the images; None for a metric that compares pixels itself, which then has a `judge`
             of its own.
+        only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
     """
 
     name: str
@@ -156,7 +190,9 @@ class Metric(ABC):
     higher_is_better: bool | None
     unit: str
     description: str
+    bounds: tuple[float | None, float | None] = (None, None)
     aggregate: str = "mean"
+    only: tuple[str, ...] | None = None
 
     def __init__(self, encoder: Encoder | None, name: str | None = None) -> None:
         self.encoder = encoder
@@ -174,6 +210,10 @@ class Metric(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return whatever else changes the number, as JSON values."""
+        return {}
+
+    def design(self) -> dict[str, Any]:
+        """Return how parts of the images are drawn to tell how sure the number is, as JSON values."""
         return {}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
@@ -203,20 +243,29 @@ class Metric(ABC):
 class SetMetric(Metric):
     """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
 
-    How sure it is cannot come from resampling groups with replacement: repeated images are no new images, and
-    such numbers are biased by their count. So it is measured on `SUBSETS` halves of the groups, drawn without
-    replacement: the variance among halves estimates that of the whole (see `eval.intervals.interval_of`). The
-    halves depend on the groups' ids alone, so two methods get the same ones and their differences are paired.
+    How sure it is cannot come from resampling with replacement: repeated images are no new images, and such
+    numbers are biased by their count. So it is measured on `SUBSETS` halves, drawn without replacement: the
+    variance among halves estimates that of the whole (see `eval.intervals.interval_of`). What is drawn are
+    whole categories, since groups of one are not independent. The halves depend on the groups' ids and categories
+    alone, so two methods get the same ones and their differences are paired.
 
     Attributes:
-        minimum: images below which the number is refused, for the set itself; where a half is smaller, there
-            are no subsets, and the interval is not estimable. A subclass says why it is what it is.
+        cluster: what is drawn as one: "category", "prompt", or None for single groups.
+        minimum: images below which the number is refused, for the set itself; where a half is smaller, or there
+            are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval is not estimable.
+            A subclass says why it is what it is.
     """
 
     SUBSETS: ClassVar[int] = 20
     SHARE: ClassVar[float] = 0.5
+    FEWEST: ClassVar[int] = 6
+    cluster: Cluster | None = "category"
     minimum: int = 2
     aggregate = "subsets"
+
+    def design(self) -> dict[str, Any]:
+        """See `Metric.design`."""
+        return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
 
     @abstractmethod
     def value_of(self, images: ImageSet, positions: list[int]) -> float:
@@ -238,9 +287,9 @@ class SetMetric(Metric):
         """Measure all images and every half; see `Metric.results`.
 
         Returns:
-            `value`, `n_groups`, `n_images`, an empty `groups`, `groups_sha256` (which groups and how large: two
-            documents are paired where it agrees), `subset_share` and `subsets`: `seed`, `n_groups`, `n_images`,
-            `value` of each.
+            `value`, `n_groups`, `n_images`, an empty `groups`, `groups_sha256` (which groups, of which category and
+            how large: two documents are paired where it agrees), `n_units` (clusters to draw from) and `subsets`:
+            `seed`, `n_units`, `n_images`, `value` of each.
 
         Raises:
             ValueError: fewer images than `minimum`.
@@ -251,46 +300,52 @@ class SetMetric(Metric):
                 f"expected at least {self.minimum} images for {self.name}, got {n_images}; generate more images, "
                 "or leave this metric out"
             )
-        halves = self._halves(images)
+        groups = [images.group_value(group) for group in sorted(images.groups)]
+        clusters: dict[str, list[int]] = {}
+        for group, unit in zip(groups, units_of(groups, self.cluster), strict=True):
+            clusters.setdefault(unit, []).extend(images.groups[group["group"]])
+        halves = self._halves(clusters)
         # A number of half the images that may be refused is no measure of the whole's variation.
         if any(len(positions) < self.minimum for _, positions in halves):
             halves = []
-        sizes = {group: len(members) for group, members in images.groups.items()}
         return {
             "value": float(self.value_of(images, list(range(n_images)))),
-            "n_groups": len(sizes),
+            "n_groups": len(groups),
             "n_images": n_images,
             "groups": [],
-            "groups_sha256": hashlib.sha256(canonical_json(sizes).encode()).hexdigest(),
-            "subset_share": self.SHARE,
+            "groups_sha256": hashlib.sha256(canonical_json(groups).encode()).hexdigest(),
+            "n_units": len(clusters),
             "subsets": [
                 {
                     "seed": seed,
-                    "n_groups": n_groups,
+                    "n_units": n_units,
                     "n_images": len(positions),
                     "value": float(self.value_of(images, positions)),
                 }
-                for seed, (n_groups, positions) in enumerate(halves)
+                for seed, (n_units, positions) in enumerate(halves)
             ],
         }
 
-    def _halves(self, images: ImageSet) -> list[tuple[int, list[int]]]:
-        """Return for each seed the number of groups drawn and the positions of their images, ascending."""
-        groups = sorted(images.groups)
-        n_groups = int(len(groups) * self.SHARE)
-        if n_groups < 1:
+    def _halves(self, clusters: Mapping[str, list[int]]) -> list[tuple[int, list[int]]]:
+        """Return for each seed the number of clusters drawn and the positions of their images, ascending."""
+        if len(clusters) < self.FEWEST:
             return []
-        drawn = (np.random.default_rng(seed).permutation(len(groups))[:n_groups] for seed in range(self.SUBSETS))
-        return [
-            (n_groups, sorted(position for index in chosen for position in images.groups[groups[index]]))
-            for chosen in drawn
-        ]
+        members = [clusters[name] for name in sorted(clusters)]
+        n_units = int(len(members) * self.SHARE)
+        drawn = (np.random.default_rng(seed).permutation(len(members))[:n_units] for seed in range(self.SUBSETS))
+        return [(n_units, sorted(position for index in chosen for position in members[index])) for chosen in drawn]
 
 
 class _OfEmbeddings(Metric):
-    """A metric that is a pure function of the embeddings [G, K, D] of groups of K images."""
+    """A metric that is a pure function of the embeddings [G, K, D] of groups of K images.
+
+    Attributes:
+        minimum: images that each group must have.
+        pooled: what images must share to be measured together; None for those of a group.
+    """
 
     minimum = 1
+    pooled: Literal["prompt_id", "category"] | None = None
 
     @abstractmethod
     def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -298,21 +353,30 @@ class _OfEmbeddings(Metric):
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """See `Metric.per_group`."""
-        small = [group for group, members in images.groups.items() if len(members) < self.minimum]
+        pools = images.pools(self.pooled)
+        small = [pool for pool, members in pools.items() if len(members) < self.minimum]
         if small:
             raise ValueError(
-                f"expected at least {self.minimum} images in every group for {self.name}, got fewer in "
-                f"{len(small)} groups: {', '.join(small[:10])}; generate more images a group"
+                f"expected at least {self.minimum} images in every {(self.pooled or 'group').removesuffix('_id')} for "
+                f"{self.name}, got fewer in {len(small)}: {', '.join(small[:10])}; generate more images"
             )
         embeddings = images.embeddings(self.encoder)
         by_size: dict[int, list[str]] = {}
-        for group, members in images.groups.items():
-            by_size.setdefault(len(members), []).append(group)
+        for pool, members in pools.items():
+            by_size.setdefault(len(members), []).append(pool)
         values: dict[str, float] = {}
-        for groups in by_size.values():
-            stacked = torch.stack([embeddings[images.groups[group]] for group in groups])
-            values.update(zip(groups, self.measure_groups(stacked).tolist(), strict=True))
-        return [images.group_value(group, value=values[group]) for group in images.groups]
+        for names in by_size.values():
+            stacked = torch.stack([embeddings[pools[name]] for name in names])
+            values.update(zip(names, self.measure_groups(stacked).tolist(), strict=True))
+        return [
+            {
+                "group": pool,
+                "category": images.rows[members[0]].category,
+                "n_images": len(members),
+                "value": values[pool],
+            }
+            for pool, members in pools.items()
+        ]
 
 
 class PairwiseSimilarity(_OfEmbeddings):
@@ -322,6 +386,7 @@ class PairwiseSimilarity(_OfEmbeddings):
     version = 1
     higher_is_better = False
     unit = "cosine, -1 to 1"
+    bounds = (-1, 1)
     description = "mean cosine similarity of the embeddings over the pairs of different images of a group"
     minimum = 2
 
@@ -337,6 +402,7 @@ class PairwiseDistance(_OfEmbeddings):
     version = 1
     higher_is_better = True
     unit = "1 - cosine, 0 to 2"
+    bounds = (0, 2)
     description = "1 - mean cosine similarity of the embeddings over the pairs of different images of a group"
     minimum = 2
 
@@ -358,6 +424,7 @@ class VendiScore(_OfEmbeddings):
     version = 1
     higher_is_better = True
     unit = "images, 1 to the group's size"
+    bounds = (1, None)
     description = "effective number of different images of a group: exp of the entropy of the eigenvalues of K / n"
 
     def __init__(self, encoder: Encoder, q: float = 1.0, name: str | None = None) -> None:
@@ -372,7 +439,7 @@ class VendiScore(_OfEmbeddings):
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """See `Metric.per_group`; groups of several sizes are an error that lists them."""
-        sizes = Counter(len(members) for members in images.groups.values())
+        sizes = Counter(len(members) for members in images.pools(self.pooled).values())
         if len(sizes) > 1:
             listing = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items()))
             raise ValueError(
@@ -386,7 +453,7 @@ class VendiScore(_OfEmbeddings):
         return vendi_score(embeddings, self.q)
 
 
-class CategoryPooledSimilarity(Metric):
+class CategoryPooledSimilarity(PairwiseSimilarity):
     """Mean cosine similarity over all pairs of all images of a category: what the paper's script reports.
 
     Most of these pairs come from different groups, with other noises and other wordings, and say little about
@@ -397,50 +464,29 @@ class CategoryPooledSimilarity(Metric):
     """
 
     name = "category_pooled_similarity"
-    version = 1
-    higher_is_better = False
-    unit = "cosine, -1 to 1"
     description = (
         "mean cosine similarity over the pairs of different images of a category, whatever their group; mean over "
         "categories, which are the units"
     )
-
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """Measure every category, in the order of their names; see `Metric.per_group`."""
-        members: dict[str, list[int]] = {}
-        for position, row in enumerate(images.rows):
-            members.setdefault(row.category, []).append(position)
-        single = sorted(category for category, positions in members.items() if len(positions) < 2)
-        if single:
-            raise ValueError(
-                f"expected at least 2 images in every category for {self.name}, got fewer in {len(single)}: "
-                f"{', '.join(single[:10])}; generate more images"
-            )
-        embeddings = images.embeddings(self.encoder)
-        return [
-            {
-                # as group ids are written, so that a category is a cluster of its own however units are formed
-                "group": f"{category}/all",
-                "category": category,
-                "n_images": len(members[category]),
-                "value": mean_pairwise_similarity(embeddings[members[category]][None]).item(),
-            }
-            for category in sorted(members)
-        ]
+    pooled = "category"
 
 
 class ReleasedMeanSimilarity(_OfEmbeddings):
-    """The mean similarity as the released script has it, each image's similarity 1 to itself included.
+    """The mean similarity as the released script has it: of all images of a prompt, each one's 1 to itself included.
 
-    Only to match published numbers: it is (1 + (K - 1) s) / K of the similarity s of `PairwiseSimilarity`, and
-    so depends on the number K of images.
+    Only to match published numbers: the script's matrix is that of a prompt's images of all seeds, most pairs of which
+    were not made together. With the mean similarity s of the K images it is (1 + (K - 1) s) / K, and so depends on K.
     """
 
     name = "released_mean_similarity"
-    version = 1
+    version = 2
+    pooled = "prompt_id"
     higher_is_better = False
     unit = "cosine, -1 to 1"
-    description = "mean over a group's whole similarity matrix, its diagonal of ones included, as the released script"
+    description = (
+        "mean over the whole similarity matrix of a prompt's images of all seeds, its diagonal of ones included, as "
+        "the released script"
+    )
 
     def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Average the whole matrix: [G, K, D] -> [G]."""
@@ -451,15 +497,21 @@ class ReleasedMeanSimilarity(_OfEmbeddings):
 class ReleasedVendi(VendiScore):
     """The "Vendi Score" as the released script has it: eigenvalues of K itself instead of K / n.
 
-    Only to match published numbers. With eigenvalues l of K / n (summing to 1) and the Vendi Score V, it is
+    Only to match published numbers: the script's K is that of a prompt's n images of all seeds. With eigenvalues l of
+    K / n (summing to 1) and the Vendi Score V, it is
     (V / n)^n: 1 where all n images differ wholly, n^-n where all are the same, and no number of images at all.
     """
 
     name = "released_vendi"
-    version = 1
+    version = 2
+    pooled = "prompt_id"
     higher_is_better = True
     unit = "no unit, 0 to 1"
-    description = "exp of -sum m log m over the eigenvalues m of a group's K, not K / n, as the released script"
+    bounds = (0, 1)
+    description = (
+        "exp of -sum m log m over the eigenvalues m of the K of a prompt's images of all seeds, not K / n, as the "
+        "released script"
+    )
 
     def __init__(self, encoder: Encoder, name: str | None = None) -> None:
         super().__init__(encoder, name=name)
@@ -477,6 +529,7 @@ class ClipScore(Metric):
     version = 1
     higher_is_better = True
     unit = "100 max(cosine, 0), 0 to 100"
+    bounds = (0, 100)
     description = "mean over a group's images of 100 max(cos, 0) of image and prompt (Hessel et al. 2021 use 2.5)"
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
@@ -495,6 +548,9 @@ class ClipScore(Metric):
 class AttributeEntropy(Metric):
     """Entropy of zero-shot labels, pooled over the groups of a category, mean over categories.
 
+    A category with fewer images than `eval.attributes.minimum_images` of its labels is left out, by its number of
+    images alone and so the same for every method; the document lists it.
+
     Args:
         encoder: one with a text tower.
         labels: the labels to choose among: for each category its own, or one list for all. Images of a
@@ -504,9 +560,10 @@ class AttributeEntropy(Metric):
     """
 
     name = "attribute_entropy"
-    version = 1
+    version = 2
     higher_is_better = True
     unit = "nats"
+    bounds = (0, None)
     description = "mean over categories of the entropy (Miller-Madow, nats) of the pooled zero-shot labels"
     aggregate = "category_entropy"
 
@@ -533,21 +590,34 @@ class AttributeEntropy(Metric):
     def _labels_of(self, category: str) -> list[str] | None:
         return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
 
+    def _too_small(self, images: ImageSet) -> dict[str, str]:
+        """Say of categories that have labels but too few images for them: how many of how many."""
+        counts = Counter(row.category for row in images.rows)
+        needed = {name: minimum_images(len(labels)) for name in counts if (labels := self._labels_of(name))}
+        return {name: f"{counts[name]} of {n} images" for name, n in sorted(needed.items()) if counts[name] < n}
+
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`; groups of categories without labels are left out."""
+        """See `Metric.per_group`; groups of categories without labels, or with too few images, are left out."""
         embeddings = images.embeddings(self.encoder)
+        too_small = self._too_small(images)
         texts: dict[str, torch.Tensor] = {}
         values = []
         for group, members in images.groups.items():
             category = images.rows[members[0]].category
             labels = self._labels_of(category)
-            if labels is None:
+            if labels is None or category in too_small:
                 continue
             if category not in texts:
                 texts[category] = label_embeddings(self.encoder, labels, self.templates)
             chosen = zero_shot_labels(embeddings[members], texts[category]).tolist()
             counts = Counter(labels[index] for index in chosen)
             values.append(images.group_value(group, counts=dict(sorted(counts.items()))))
+        if not values and too_small:
+            raise ValueError(
+                f"expected at least two images a label, and {MINIMUM_IMAGES}, in a category for {self.name}, got "
+                f"{', '.join(f'{name}: {found}' for name, found in list(too_small.items())[:10])}; generate more "
+                "groups a category, give fewer labels, or leave this metric out"
+            )
         if not values:
             found = sorted({row.category for row in images.rows})
             raise ValueError(
@@ -557,9 +627,12 @@ class AttributeEntropy(Metric):
         return values
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say which categories were left out for want of labels."""
+        """Say which categories were left out for want of labels, and which for want of images."""
         categories = sorted({row.category for row in images.rows})
-        return {"categories_left_out": [name for name in categories if self._labels_of(name) is None]}
+        return {
+            "categories_left_out": [name for name in categories if self._labels_of(name) is None],
+            "categories_too_small": self._too_small(images),
+        }
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -576,10 +649,11 @@ def read_document(path: str | Path) -> dict[str, Any]:
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
     """Tell whether a document says what `metric` would find in `folder` now, without computing it.
 
-    Metric, version, settings, aggregate, the encoder's (or other judge's) id and the folder's set of images must agree.
+    Metric, version, settings, aggregate, bounds, how subsets are drawn, the encoder's (or other judge's) id and the
+    folder's set of images must agree.
     """
-    images_hash = folder.manifest_hash if isinstance(folder, ImageSet) else manifest_hash(folder)
-    expected = _identity(metric, images_hash)
+    images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
+    expected = _identity(metric, images.only(metric.only).manifest_hash)
     return {key: document.get(key) for key in expected} == expected
 
 
@@ -607,6 +681,7 @@ def measure(
         The document, as written.
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder, cache, batch_size, progress)
+    images = images.only(metric.only)
     document = {
         **_identity(metric, images.manifest_hash),
         "description": metric.description,
@@ -635,6 +710,9 @@ def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
         "version": metric.version,
         "settings": metric.settings(),
         "aggregate": metric.aggregate,
+        **metric.design(),
+        "bounds": list(metric.bounds),
+        **({} if metric.only is None else {"only": list(metric.only)}),
         "encoder": {"name": metric.judge.name, "id": metric.judge.id},
         "manifest_sha256": images_hash,
     }

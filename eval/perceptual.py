@@ -1,23 +1,29 @@
-"""How different do the images of one group look, patch by patch? LPIPS.
+"""How different do the images of one group look, patch by patch? LPIPS, and a distance of layers like it.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), version 0.1,
 by the `lpips` package. Images are compared position by position, so a shifted copy is "different": LPIPS rewards
 artefacts, noise and mere displacement. It is a second opinion on diversity, never the first.
+
+`LayerDistance` is what is left of it without the learned weights, on a network that a public package ships: it needs no
+download, and is not LPIPS.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from eval.aggregates import GroupValue
+from eval.features import EffNetLite0
 from eval.images import load_image
 from eval.metrics import ImageSet, Metric
 from eval.weights import WeightsFacts, checkpoints_folder, download, first_file
@@ -81,9 +87,9 @@ class Lpips:
 
     @cached_property
     def id(self) -> str:
-        """Network, version of the heads, and the first 12 digits of the SHA-256 of the network's weights."""
+        """Network, version of the heads, and fingerprint of the network's weights."""
         self._file()
-        return f"lpips-{self.net}-v0.1-{self.weights().sha256[:12]}"
+        return f"lpips-{self.net}-v0.1-{self.weights().fingerprint}"
 
     @cached_property
     def _model(self) -> Any:
@@ -160,7 +166,37 @@ class Lpips:
         return distances
 
 
-class LpipsDistance(Metric):
+class _OfPairs(Metric):
+    """A metric of the distances among the images of a group, as `judge.pairwise` finds them: their mean."""
+
+    def prepare(self) -> None:
+        """See `Metric.prepare`."""
+        self.judge.prepare()
+
+    def _load(self, path: Path) -> torch.Tensor:
+        return load_image(path)
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`; images are read anew at every call, since their features are too large to keep."""
+        single = [group for group, members in images.groups.items() if len(members) < 2]
+        if single:
+            raise ValueError(
+                f"expected at least 2 images in every group for {self.name}, got fewer in {len(single)} groups: "
+                f"{', '.join(single[:10])}; generate more images a group"
+            )
+        values = []
+        for group, members in images.groups.items():
+            loaded = [self._load(images.folder / images.rows[member].path) for member in members]
+            try:
+                distances = self.judge.pairwise(loaded, images.batch_size)
+            except ValueError as error:
+                raise ValueError(f"in group {group}: {error}") from error
+            i, j = torch.triu_indices(len(members), len(members), offset=1)
+            values.append(images.group_value(group, value=distances[i, j].mean().item()))
+        return values
+
+
+class LpipsDistance(_OfPairs):
     """Mean LPIPS over the pairs of images of a group.
 
     Args:
@@ -175,6 +211,7 @@ class LpipsDistance(Metric):
     name = "lpips"
     version = 1
     higher_is_better = True
+    bounds = (0.0, None)
     unit = "LPIPS v0.1, >= 0"
     description = "mean LPIPS over the pairs of different images of a group"
 
@@ -201,31 +238,80 @@ class LpipsDistance(Metric):
         """See `Metric.settings`."""
         return {"size": self.size}
 
-    def prepare(self) -> None:
-        """See `Metric.prepare`."""
-        self.judge.prepare()
-
     def _load(self, path: Path) -> torch.Tensor:
         image = load_image(path)
         if self.size is None or min(image.shape[1:]) <= self.size:
             return image
         return resize(image, [self.size], InterpolationMode.BILINEAR, antialias=True)
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`; images are read anew at every call, since their features are too large to keep."""
-        single = [group for group, members in images.groups.items() if len(members) < 2]
-        if single:
-            raise ValueError(
-                f"expected at least 2 images in every group for {self.name}, got fewer in {len(single)} groups: "
-                f"{', '.join(single[:10])}; generate more images a group"
-            )
-        values = []
-        for group, members in images.groups.items():
-            loaded = [self._load(images.folder / images.rows[member].path) for member in members]
-            try:
-                distances = self.judge.pairwise(loaded, images.batch_size)
-            except ValueError as error:
-                raise ValueError(f"in group {group}: {error}") from error
-            i, j = torch.triu_indices(len(members), len(members), offset=1)
-            values.append(images.group_value(group, value=distances[i, j].mean().item()))
-        return values
+
+class EffNetLayers:
+    """Compares images by the stages of EfficientNet-lite0: LPIPS's arithmetic without its learned weights.
+
+    At every position of every stage the channels are brought to length 1; the squared distance of two images there, 0
+    to 4, is averaged over positions and then over the seven stages. Preparation and weights are the encoder's.
+
+    Args:
+        device: where the network runs.
+    """
+
+    name = "layers of EfficientNet-lite0 (ImageNet)"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._encoder = EffNetLite0(device=device)
+
+    def weights(self) -> WeightsFacts:
+        """State the weights; see `eval.encoders.Encoder.weights`."""
+        return replace(self._encoder.weights(), encoder=self.name)
+
+    @property
+    def id(self) -> str:
+        """Number of layers, and the encoder's id."""
+        return f"layers{len(self._encoder.STAGES)}-{self._encoder.id}"
+
+    def prepare(self) -> None:
+        """Load the network now, so that a missing file is found before any work is done."""
+        self._encoder.prepare()
+
+    def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
+        """Return the distances among K uint8 images [3, H, W], which may differ in size; see `Lpips.pairwise`."""
+        batches = [
+            [F.normalize(layer, dim=1) for layer in self._encoder.layers(images[start : start + batch_size])]
+            for start in range(0, len(images), batch_size)
+        ]
+        distances = torch.zeros(len(images), len(images), dtype=torch.float64)
+        for parts in zip(*batches, strict=True):
+            layer = torch.cat(parts)
+            for i in range(len(images) - 1):
+                found = (layer[i + 1 :] - layer[i]).square().sum(dim=1).mean(dim=(1, 2)).double() / len(batches[0])
+                distances[i, i + 1 :] += found
+                distances[i + 1 :, i] += found
+        return distances
+
+
+class LayerDistance(_OfPairs):
+    """Mean distance of EfficientNet-lite0's layers over the pairs of images of a group; see `EffNetLayers`. Not LPIPS.
+
+    Args:
+        name: for tables.
+        device: where the network runs.
+    """
+
+    name = "layer_distance_efflite0"
+    version = 1
+    higher_is_better = True
+    unit = "squared distance of unit vectors, 0 to 4"
+    bounds = (0, 4)
+    description = (
+        "mean over the pairs of different images of a group of the squared distance of EfficientNet-lite0's channels "
+        "at the same place, averaged over places and stages"
+    )
+
+    def __init__(self, name: str | None = None, device: str = "cpu") -> None:
+        super().__init__(None, name)
+        self._judge = EffNetLayers(device)
+
+    @property
+    def judge(self) -> EffNetLayers:
+        """The network that compares; see `Metric.judge`."""
+        return self._judge

@@ -108,8 +108,8 @@ class AestheticPredictor:
 
     @cached_property
     def id(self) -> str:
-        """12 digits of the SHA-256 of the layers' file, and CLIP's own id."""
-        return f"laion-aesthetic-v2-{self._obtain().sha256[:12]}-{self.clip.id}"
+        """Fingerprint of the layers' file, and CLIP's own id."""
+        return f"laion-aesthetic-v2-{self._obtain().fingerprint}-{self.clip.id}"
 
     @cached_property
     def _layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -217,9 +217,9 @@ class HpsClip(OpenClip):
 
     @cached_property
     def id(self) -> str:
-        """12 digits of the checkpoint's SHA-256, which is fetched if it is missing."""
+        """Fingerprint of the checkpoint, which is fetched if it is missing."""
         self._obtain()
-        return f"hps-v2.1-{self.weights().sha256[:12]}"
+        return f"hps-v2.1-{self.weights().fingerprint}"
 
 
 class HpsScore(ClipScore):
@@ -311,8 +311,8 @@ class InstructBlip:
 
     @cached_property
     def id(self) -> str:
-        """The folder's or repository's name and 12 digits of a SHA-256 of weights, tokenizers and processor."""
-        return f"{self._slug}-{self._obtain().sha256[:12]}"
+        """The folder's or repository's name and a fingerprint of weights, tokenizers and processor."""
+        return f"{self._slug}-{self._obtain().fingerprint}"
 
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
@@ -405,6 +405,7 @@ class VqaScore(Metric):
     name = "vqa_score_instructblip"
     version = 1
     higher_is_better = True
+    bounds = (0.0, 1.0)
     unit = "probability, 0 to 1"
     description = 'mean over a group\'s images of P("yes" | image, does it show the prompt?) (Lin et al. 2024)'
 

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from eval.encoders import Encoder
 from eval.fidelity import AgainstReference, Gaussian, frechet_distance_of_gaussians
+from eval.images import ManifestRow
 from eval.weights import WeightsFacts
 
 SIDE = 256
@@ -91,6 +92,7 @@ class ReleasedFrechetDistance(AgainstReference):
     name = "released_frechet_distance"
     version = 1
     higher_is_better = False
+    bounds = (0.0, None)
     unit = "squared distance of features, >= 0"
     description = "Frechet distance of images squashed to 256 pixels on one side and cropped, at any n"
     minimum = 2
@@ -102,6 +104,6 @@ class ReleasedFrechetDistance(AgainstReference):
         """See `AgainstReference.summarise`."""
         return Gaussian.of(reference)
 
-    def compare(self, features: torch.Tensor, summary: Gaussian) -> float:
+    def compare(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow]) -> float:
         """See `eval.fidelity.frechet_distance_of_gaussians`."""
         return frechet_distance_of_gaussians(Gaussian.of(features), summary)

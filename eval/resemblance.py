@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from eval.aggregates import GroupValue
 from eval.encoders import Encoder
-from eval.images import ManifestRow, read_manifest, rows_hash
+from eval.images import ManifestRow, read_manifest, remembered_hash, rows_hash
 from eval.metrics import ImageSet, Metric
 
 
@@ -164,6 +164,7 @@ class _OfReferences(Metric):
     version = 1
     # more resemblance is what protection is to prevent
     higher_is_better: bool | None = False
+    bounds = (-1.0, 1.0)
 
     def __init__(self, encoder: Encoder, references: str | Path, name: str | None = None) -> None:
         super().__init__(encoder, name)
@@ -250,6 +251,7 @@ class Identification(_OfReferences):
 
     name = "identification"
     unit = "share of images, 0 to 1"
+    bounds = (0.0, 1.0)
     description = "share of a group's images whose nearest reference is of the asset named by their category"
 
     def _nearest(self, images: ImageSet) -> list[str]:
@@ -289,7 +291,7 @@ class DetectionRate(_OfReferences):
         encoder: what embeds the images.
         references: folder with one subfolder an asset.
         held_out: folder with one subfolder a kind of image, to calibrate the threshold on: subfolders named like an
-            asset show it, all others show none. No image of it may be among the references.
+            asset show it, all others show none. An image that is also among the references is an error.
         false_positive_rate: of `calibrate_threshold`.
         threshold: a cosine to use instead of `held_out`.
         name: for tables.
@@ -297,6 +299,7 @@ class DetectionRate(_OfReferences):
 
     name = "detection_rate"
     unit = "share of images, 0 to 1"
+    bounds = (0.0, 1.0)
     description = "share of a group's images whose largest cosine with a protected reference is above the threshold"
 
     def __init__(
@@ -321,7 +324,17 @@ class DetectionRate(_OfReferences):
 
     @cached_property
     def _held_out_rows(self) -> list[ManifestRow]:
-        return read_manifest(self.held_out)
+        rows = read_manifest(self.held_out)
+        known = {remembered_hash(self.references / row.path): row.path for row in self._rows}
+        pairs = ((row.path, known.get(remembered_hash(self.held_out / row.path))) for row in rows)
+        shared = [f"{path} is {reference}" for path, reference in pairs if reference]
+        if shared:
+            raise ValueError(
+                f"expected held-out images that are no references for {self.name}, got {len(shared)} that are in both "
+                f"folders: {', '.join(shared[:10])}; an image resembles itself wholly and moves the threshold: remove "
+                "it from one of them"
+            )
+        return rows
 
     @cached_property
     def _held_out_hash(self) -> str:

@@ -3,11 +3,11 @@
 All of it on the pairs of a metric's documents: the same group, made by either method from the same noises.
 
 * The sign-flip test asks how often a difference as large as the one found would come about if the method's
-  name meant nothing: then the two results of a group might as well be exchanged. Nothing is assumed of the
-  values' distribution, and exchanging results works for label counts as well as for values. With few groups all
-  2^n exchanges are tried; beyond, B seeded ones, and the p-value is (1 + b) / (1 + B), b the exchanges that
-  differ by as much (Phipson and Smyth 2010: never 0, and valid at any B). Groups of one prompt are no
-  independent witnesses for other prompts: `cluster="prompt"` exchanges them together.
+  name meant nothing: then the two results of a group might as well be exchanged, and its difference has either
+  sign. Nothing is assumed of the values' distribution. With few clusters all 2^k exchanges are tried; beyond, B
+  seeded ones, and the p-value is (1 + b) / (1 + B), b the exchanges that differ by as much (Phipson and Smyth
+  2010: never 0, and valid at any B). Groups of one category, asked for in nearly the same words, are no
+  independent witnesses for other categories: they are exchanged together unless told otherwise.
 * Holm's correction keeps the chance of any false finding in a family of tests below the level (Holm 1979).
 * d_z is the mean paired difference in units of the differences' standard deviation (Cohen 1988): it does not
   grow with n, as a p-value shrinks.
@@ -22,10 +22,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.aggregates import Aggregate, GroupValue, aggregate_named
-from eval.intervals import Cluster, Difference, paired_groups, units_of
+from eval.aggregates import Aggregate, GroupValue
+from eval.intervals import Cluster, Difference, cluster_sums, paired_differences
 
-# Exchanges [B, 2 G] are held in blocks of at most this many numbers (32 MB).
+# Signs [B, k] are held in blocks of at most this many numbers (32 MB).
 _BLOCK = 4_000_000
 
 
@@ -35,7 +35,7 @@ def sign_flip_p(
     aggregate: str | Aggregate = "mean",
     n_flips: int = 10_000,
     seed: int = 0,
-    cluster: Cluster | None = None,
+    cluster: Cluster | None = "category",
 ) -> float:
     """Test whether two methods differ, two-sided, by exchanging their results group by group.
 
@@ -46,35 +46,23 @@ def sign_flip_p(
         n_flips: random exchanges, >= 1. Where all of them together are no more than this, all are tried and the
             p-value is exact.
         seed: of the exchanges; equal seeds give equal p-values, whatever the order of the groups.
-        cluster: None exchanges each group by itself; "prompt" or "category" all groups of one together.
+        cluster: what is exchanged together: all groups of a category, of a prompt, or (None) each group by itself.
+            Where the aggregate is a mean of categories, it is categories always.
 
     Returns:
-        The p-value, in (0, 1]. With n units it cannot lie below 2 / 2^n.
+        The p-value, in (0, 1]. With k clusters it cannot lie below 2 / 2^k.
 
     Raises:
         ValueError: groups that only one method has, or that differ; the message lists them.
     """
     if n_flips < 1:
         raise ValueError(f"expected n_flips >= 1, got {n_flips}; 10000 is usual")
-    aggregate = aggregate_named(aggregate)
-    a, b = paired_groups(groups_a, groups_b)
-    # One table of both methods' groups: an exchange is a choice of which rows count for the first.
-    statistic = aggregate.weighted([*a, *b])
-    names = units_of(a, cluster)
-    order = list(dict.fromkeys(names))
-    unit = np.array([order.index(name) for name in names])
-    k = len(order)
-
-    def differences(flips: np.ndarray) -> np.ndarray:
-        exchanged = flips[:, unit].astype(float)
-        first, second = np.hstack([1 - exchanged, exchanged]), np.hstack([exchanged, 1 - exchanged])
-        return np.abs(statistic(first) - statistic(second))
-
-    found = differences(np.zeros((1, k), dtype=bool))[0]
+    sums, _ = cluster_sums(paired_differences(groups_a, groups_b, aggregate), cluster)
+    k, found = len(sums), abs(sums.sum())
     exact = k < 60 and 2**k <= n_flips
     total = 2**k if exact else n_flips
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // (2 * len(a)))
+    block = max(1, _BLOCK // k)
     count = 0
     for start in range(0, total, block):
         size = min(block, total - start)
@@ -82,8 +70,9 @@ def sign_flip_p(
             flips = (np.arange(start, start + size)[:, None] >> np.arange(k)) & 1 == 1
         else:
             flips = rng.integers(2, size=(size, k), dtype=np.uint8) == 1
+        sizes = np.abs((1 - 2.0 * flips) @ sums)
         # An exchange that only rounds to another number is as large.
-        count += int((differences(flips) >= found - 1e-12 * max(1.0, found)).sum())
+        count += int((sizes >= found - 1e-12 * np.abs(sums).sum()).sum())
     return count / total if exact else (1 + count) / (1 + total)
 
 
@@ -105,15 +94,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def effect_size(groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue]) -> float | None:
+def effect_size(
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate = "mean"
+) -> float | None:
     """Return d_z: the mean of the paired differences a - b over their standard deviation.
 
+    The differences are those of what the aggregate is a mean of: groups, or categories.
+
     Returns:
-        The effect, None where it has no meaning: groups without values of their own (label counts), fewer than
-        two groups, or differences that are all the same.
+        The effect, None where it has no meaning: fewer than two differences, or all of them the same.
     """
-    differences = _differences(groups_a, groups_b)
-    if differences is None or len(differences) < 2:
+    differences = _differences(groups_a, groups_b, aggregate)
+    if len(differences) < 2:
         return None
     spread = float(differences.std(ddof=1))
     # Rounding leaves about this much of a standard deviation of 0.
@@ -121,16 +113,13 @@ def effect_size(groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue]) 
 
 
 def win_rate(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], higher_is_better: bool = True
-) -> float | None:
-    """Return the share of groups in which a is better than b, ties counted as one half.
-
-    Returns:
-        In [0, 1]; None for groups without values of their own (label counts).
-    """
-    differences = _differences(groups_a, groups_b)
-    if differences is None:
-        return None
+    groups_a: Sequence[GroupValue],
+    groups_b: Sequence[GroupValue],
+    higher_is_better: bool = True,
+    aggregate: str | Aggregate = "mean",
+) -> float:
+    """Return the share of groups (or categories) in which a is better than b, ties counted as one half, in [0, 1]."""
+    differences = _differences(groups_a, groups_b, aggregate)
     better = np.sign(differences) if higher_is_better else -np.sign(differences)
     return float(((better + 1) / 2).mean())
 
@@ -156,8 +145,7 @@ def non_inferior(difference: Difference, margin: float, higher_is_better: bool =
     return difference.low > -margin if higher_is_better else difference.high < margin
 
 
-def _differences(groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue]) -> np.ndarray | None:
-    a, b = paired_groups(groups_a, groups_b)
-    if not all("value" in group for group in (*a, *b)):
-        return None
-    return np.array([x["value"] - y["value"] for x, y in zip(a, b, strict=True)], dtype=float)
+def _differences(
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate
+) -> np.ndarray:
+    return np.array([pair["value"] for pair in paired_differences(groups_a, groups_b, aggregate)], dtype=float)

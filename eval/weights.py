@@ -59,6 +59,20 @@ class WeightsFacts:
             digest.update(f"{file.name} {content_hash(file)}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what is embedded: 12 digits of `sha256`, and 4 of a hash of `resize` and `input_range`.
+
+        Whoever changes how images are prepared changes these texts, and no embedding of before is taken for a new one.
+
+        Raises:
+            FileNotFoundError: the weights are missing.
+        """
+        if not self.present:
+            raise self.missing()
+        preparation = hashlib.sha256(f"{self.resize}\n{self.input_range}".encode()).hexdigest()
+        return "-".join(part for part in ((self.sha256 or "")[:12], preparation[:4]) if part)
+
     def missing(self, reason: str | None = None) -> FileNotFoundError:
         """Return the error to raise for weights that are not there: what, where, from where.
 

@@ -7,7 +7,8 @@ The overrides are those of `experiments.generate`, hence the same runs. What is 
     python -m experiments.evaluate images=FOLDER metric=core model=sdxl
 
 scores any folder of images, one subfolder a prompt (see `eval.images.read_manifest`), and prints the numbers. Which
-CLIP model, labels and reference images are used follows from `model`, here as there.
+CLIP model, labels and reference images are used follows from `model`, here as there; those of a mini model, the
+default, are for emoji artwork alone, and the log says so.
 """
 
 from __future__ import annotations
@@ -25,12 +26,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.cache import EmbeddingCache
 from eval.images import METRICS
-from eval.intervals import interval_of
-from eval.metrics import ImageSet, Metric, is_current, measure, read_document
+from eval.intervals import interval_of, n_units
+from eval.metrics import ImageSet, Metric, SetMetric, is_current, measure, read_document
 from experiments import project_path
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
+
+#: Images that a metric may need and that a model's configuration may lack: how to give them.
+NEEDS = {
+    "reference": "it compares with real images; give a folder, one subfolder a category: model.reference_images=FOLDER",
+    "references": "it compares with protected assets; give a folder, one subfolder a character: "
+    "model.copyright.scoring=FOLDER",
+    "held_out": "its threshold is calibrated on pictures that show no protected asset; give a folder of them, one "
+    "subfolder a kind: model.copyright.held_out=FOLDER",
+}
 
 
 def evaluate(cfg: DictConfig) -> list[Path]:
@@ -66,6 +76,13 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         FileNotFoundError: there is no such folder.
         ValueError: there are no images in it, or no metric can measure them.
     """
+    if cfg.model.kind == "mini":
+        log.warning(
+            "model=%s: labels, reference images and the scorer %s are those of the mini models, which know emoji "
+            "artwork alone; for other images give model=sdxl",
+            cfg.model.name,
+            cfg.model.scorer.get("name", cfg.model.scorer._target_),
+        )
     images = _open(cfg, Path(cfg.images).expanduser().resolve())
     scores = images.folder / METRICS if cfg.scores is None else Path(cfg.scores).expanduser().resolve()
     rows, refused = [], {}
@@ -75,7 +92,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         except (ValueError, TypeError, FileNotFoundError) as error:
             refused[name] = str(error)
             continue
-        value, low, high = interval_of(document, **interval_options(cfg, document["aggregate"]))
+        value, low, high = interval_of(document, **interval_options(cfg))
         rows.append(
             {
                 "metric": name,
@@ -83,7 +100,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
                 f"{100 * cfg.bootstrap.level:g} % interval": "" if low is None else f"{low:.4g} to {high:.4g}",
                 "better": {True: "higher", False: "lower", None: "-"}[document["higher_is_better"]],
                 "scored by": document["encoder"]["id"],
-                "units": str(document["n_groups"]),
+                "units": str(n_units(document, cfg.bootstrap.cluster)),
                 "images": str(document["n_images"]),
             }
         )
@@ -103,29 +120,32 @@ def _reasons(refused: dict[str, str]) -> str:
 def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
     """Build the configured metrics one by one, so that no two encoders need to be held at a time.
 
-    A metric is called what the configuration calls it, in documents and tables. One that compares with real images,
-    of which the configuration has none (`reference: null`), is left out, and the log says so.
+    A metric is called what the configuration calls it, in documents and tables. One for which the configuration has no
+    images to compare with is left out, and the log says so.
     """
     for name, spec in cfg.metric.items():
-        if "reference" in spec and spec.reference is None:
-            log.warning(
-                "%s is left out: it compares with real images, and there are none for model=%s; give a folder, one "
-                "subfolder a category: model.reference_images=FOLDER",
-                name,
-                cfg.model.name,
-            )
-        else:
-            yield name, instantiate(spec, name=name)
+        lacking = [need for need in NEEDS if need in spec and spec[need] is None]
+        if lacking:
+            log.warning("%s is left out: %s (model=%s)", name, NEEDS[lacking[0]], cfg.model.name)
+            continue
+        arguments = {"name": name}
+        if "baseline" in spec:
+            if cfg.images is not None:
+                log.warning("%s is left out: it compares a run with the one without a method", name)
+                continue
+            arguments["baseline"] = str(Run.find_baseline(cfg).folder)
+        settings = OmegaConf.to_container(spec, resolve=True)
+        only = settings.pop("only", None)
+        metric = instantiate(settings | arguments)
+        metric.only = None if only is None else tuple(only)
+        if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
+            metric.cluster = cfg.bootstrap.cluster
+        yield name, metric
 
 
-def interval_options(cfg: DictConfig, aggregate: str) -> dict[str, Any]:
-    """Return the configured options of `eval.intervals.interval_of` for a kind of metric.
-
-    Only means are resampled by clusters: an entropy is one of fixed categories, and where a category has one prompt,
-    nothing could be said of others.
-    """
-    options = OmegaConf.to_container(cfg.bootstrap)
-    return options if aggregate == "mean" else options | {"cluster": None}
+def interval_options(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configured options of `eval.intervals.interval_of`."""
+    return OmegaConf.to_container(cfg.bootstrap)
 
 
 def document_path(folder: Path, name: str, metric: Metric) -> Path:
@@ -142,9 +162,17 @@ def _score(images: ImageSet, name: str, metric: Metric, folder: Path, label: str
     label = f"{label}: {name} by {metric.judge.name}"
     if file.exists() and is_current(read_document(file), metric, images):
         log.info("%s is there", label)
+        document = read_document(file)
     else:
         log.info("%s", label)
-        measure(metric, images, path=file)
+        document = measure(metric, images, path=file)
+    if cut := document["details"].get("n_prompts_truncated"):
+        log.warning(
+            "%s: %d of %d prompts are longer than it reads; their ends count nothing",
+            label,
+            cut,
+            document["details"]["n_prompts"],
+        )
     return file
 
 

@@ -105,14 +105,20 @@ def _generate_group(
 ) -> None:
     cfg = OmegaConf.create(config)
     pipe = _pipeline(OmegaConf.to_yaml(cfg.model), checkpoint, device, cfg.compile, cfg.offload)
-    method: Method = instantiate(cfg.method)
+    method = _method(OmegaConf.to_yaml(cfg.method))
     # Each image its own generator, on the CPU: the same noises for every method and on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
     start = time.perf_counter()
-    with method.attach(pipe, group_size=group.size) as attached:
-        images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **cfg.model.call).images
+    with method.apply(pipe, group, cfg.model.call) as applied:
+        images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **applied.call).images
     seconds = time.perf_counter() - start
-    run.save(group, images, {"seconds": round(seconds, 3), **method.statistics(attached)})
+    run.save(group, images, {"seconds": round(seconds, 3), **applied.statistics()}, applied.references)
+
+
+@functools.lru_cache(maxsize=1)
+def _method(spec: str) -> Method:
+    """Build a method, or return the last one: one that looks for assets holds an encoder."""
+    return instantiate(OmegaConf.create(spec))
 
 
 @functools.lru_cache(maxsize=1)

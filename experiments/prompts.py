@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import random
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -115,6 +116,83 @@ class PromptSet:
                 prompt = f"{template} {category}"
                 result.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
         return result
+
+
+#: Kinds of prompts about a protected character, see `CharacterPrompts`.
+KINDS = ("direct", "indirect", "benign")
+
+
+@dataclass(frozen=True)
+class CharacterPrompts:
+    """Prompts about protected characters, and neighbours that have to stay as they are.
+
+    Args:
+        name: the set's name.
+        split: "test" (reported) or "development" (where settings are chosen).
+        characters: for each character's name and each kind its prompts. "direct": the name is said. "indirect": the
+            character is described without it. "benign": something else that is near in meaning.
+        seeds: group seeds, each at least 0 and below 10**6.
+        images_per_prompt: images in a group, at least 1.
+        kinds: which kinds to take.
+
+    Raises:
+        ValueError: a list is empty, a kind is unknown, an indirect prompt says the name, or two prompts are one.
+    """
+
+    name: str
+    split: str
+    characters: Mapping[str, Mapping[str, Sequence[str]]]
+    seeds: tuple[int, ...]
+    images_per_prompt: int
+    kinds: tuple[str, ...] = KINDS
+
+    def __post_init__(self) -> None:
+        if self.split not in ("test", "development"):
+            raise ValueError(f"prompts.split must be 'test' or 'development', got {self.split!r}")
+        for field, allowed in (("seeds", None), ("kinds", KINDS)):
+            values = tuple(getattr(self, field))
+            if not values or len(set(values)) != len(values) or (allowed and not set(values) <= set(allowed)):
+                raise ValueError(
+                    f"prompts.{field} must be a list of distinct values"
+                    f"{f' among {list(allowed)}' if allowed else ''} with at least one, got {list(values)}"
+                )
+            object.__setattr__(self, field, values)
+        if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in self.seeds):
+            raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(self.seeds)}")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"prompts.images_per_prompt must be at least 1, got {self.images_per_prompt}")
+        for character, prompts in self.characters.items():
+            if unknown := set(prompts) - set(KINDS):
+                raise ValueError(f"prompts.characters.{character} has kinds {sorted(unknown)}, known are {KINDS}")
+            told = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
+            if told:
+                raise ValueError(f"prompts.characters.{character}.indirect must not say the name, got {told}")
+        names = [group.prompt_id for group in self.groups() if group.seed == self.seeds[0]]
+        if not names:
+            raise ValueError("prompts.characters must hold at least one prompt of the chosen kinds, got none")
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"prompts must differ in their letters a-z and digits, got twice: {twice}")
+
+    def groups(self) -> list[Group]:
+        """Return the groups in canonical order: character, kind, prompt, seed.
+
+        A group's category is its character, or "beside " and the character that it is a neighbour of; its prompt_id
+        starts with its kind.
+        """
+        return [
+            Group(
+                f"{kind}-{_prompt_id(prompt)}",
+                prompt,
+                f"beside {character}" if kind == "benign" else character,
+                seed,
+                self.images_per_prompt,
+            )
+            for character, prompts in self.characters.items()
+            for kind in self.kinds
+            for prompt in prompts.get(kind, ())
+            for seed in self.seeds
+        ]
 
 
 def _prompt_id(prompt: str) -> str:

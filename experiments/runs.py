@@ -14,7 +14,8 @@ import platform
 import shutil
 import subprocess
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -206,15 +207,28 @@ class Run:
             (folder / f"{index:02d}.png").exists() for index in range(group.size)
         )
 
-    def save(self, group: Group, images: list[Image.Image], statistics: dict[str, Any]) -> None:
-        """Write a group's images and record; they appear together, by one rename."""
+    def save(
+        self,
+        group: Group,
+        images: list[Image.Image],
+        statistics: dict[str, Any],
+        references: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write a group's images and record; they appear together, by one rename.
+
+        Args:
+            group: what was generated.
+            images: as many as the group's size.
+            statistics: what the log should keep, as JSON values.
+            references: pictures that the method was given, with the score by which each was found.
+        """
         folder = self.group_folder(group)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         temporary.mkdir()
         for index, image in enumerate(images):
             image.save(temporary / f"{index:02d}.png")
-        rows = [asdict(row) for row in self._rows(group)]
+        rows = [row.to_dict() for row in self._rows(group, references)]
         (temporary / "group.json").write_text(json.dumps({"rows": rows, "stats": statistics}, indent=1) + "\n")
         if folder.exists() and not self.has(group):
             shutil.rmtree(folder)  # files were taken out of it by hand
@@ -232,11 +246,12 @@ class Run:
         for leftover in self.folder.glob("images/*/.*"):
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
-        write_manifest(self.folder, [row for group in groups for row in self._rows(group)])
+        records = [json.loads((self.group_folder(group) / "group.json").read_text()) for group in groups]
+        write_manifest(self.folder, [ManifestRow.from_dict(row) for record in records for row in record["rows"]])
         write_text(self.folder / "complete", "")
         return True
 
-    def _rows(self, group: Group) -> list[ManifestRow]:
+    def _rows(self, group: Group, references: Mapping[str, float] | None) -> list[ManifestRow]:
         folder = self.group_folder(group).relative_to(self.folder).as_posix()
         return [
             ManifestRow(
@@ -247,6 +262,7 @@ class Run:
                 group_seed=group.seed,
                 index=index,
                 seed=seed,
+                references=None if references is None else dict(references),
             )
             for index, seed in enumerate(group.image_seeds())
         ]

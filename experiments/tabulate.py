@@ -13,37 +13,38 @@ from __future__ import annotations
 import argparse
 import io
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
-from eval.aggregates import AGGREGATES
 from eval.images import METRICS, write_text
-from eval.intervals import difference_of, interval_of
+from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.metrics import Metric, is_current, read_document
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import project_path
 from experiments.configs import expand
-from experiments.evaluate import configured_metrics, document_path, interval_options
+from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.runs import Run
 
 #: Columns of a CSV that hold text also where they look like numbers.
 TEXT = {"run_id": str, "commit": str, "primary": str}
 #: What a row's metric may be primary for, in the order of the main table's columns.
-ROLES = ("diversity", "quality")
+ROLES = ("diversity", "resemblance", "quality")
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
-#: Columns that say which measured thing a row is; with the metric and its encoder they are the row's key.
+#: Columns that say which measured thing a row is; with the metric they are the row's key. By which encoder it was
+#: measured is not in it: a metric has one, and a row by an earlier one is replaced, not kept beside the new.
 SETTING = [
     "model", "guidance_scale", "true_cfg_scale", "steps", "method", "matching", "reference", "alpha", "threshold",
     "t_low", "t_high",
 ]  # fmt: skip
-KEY = ["experiment", *SETTING, "metric", "encoder"]
+KEY = ["experiment", *SETTING, "metric"]
 COLUMNS = [
-    *KEY, "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
-    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_groups", "n_images",
-    "pushed_share", "run_id", "commit", "device",
+    *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
+    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
+    "n_images", "pushed_share", "run_id", "commit", "device",
 ]  # fmt: skip
 
 
@@ -55,8 +56,11 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
-        ValueError: random weights, which measure nothing, would enter a table.
+        ValueError: random weights, which measure nothing, would enter a table; or the primary metrics are not two of
+            the configured ones that can be tested.
     """
+    for cfg in configs:
+        _check_primary(cfg)
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
     rows = []
@@ -67,16 +71,42 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
             )
         baseline = Run.find_baseline(cfg)
         for name, metric in configured_metrics(cfg):
+            if name in primary_metrics(cfg).values() and metric.aggregate == SUBSETS:
+                raise ValueError(
+                    f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: "
+                    "there are no values of groups to exchange; choose a metric of groups, as clip_score, in `primary`"
+                )
             reference = None if baseline == run else _document(baseline, name, metric)
             rows.append(_row(cfg, run, name, _document(run, name, metric), reference))
     return rows
 
 
+def primary_metrics(cfg: DictConfig) -> dict[str, str]:
+    """Return the metrics that an experiment tests, by their roles."""
+    return {role: cfg.primary[role] for role in ROLES if cfg.primary[role] is not None}
+
+
+def _check_primary(cfg: DictConfig) -> None:
+    """Refuse an experiment whose primary metrics are not different ones of those that are measured."""
+    primary = primary_metrics(cfg)
+    if len(primary) < 2 or "quality" not in primary:
+        raise ValueError(f"expected primary.quality and one of {', '.join(ROLES[:-1])} to be given, got {primary}")
+    for role, name in primary.items():
+        spec = cfg.metric.get(name)
+        if spec is None or any(need in spec and spec[need] is None for need in NEEDS):
+            raise ValueError(
+                f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
+                f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"
+            )
+    if len(set(primary.values())) < len(primary):
+        raise ValueError(f"expected different primary metrics, got {primary}; see `primary`")
+
+
 def _row(
     cfg: DictConfig, run: Run, name: str, document: dict[str, Any], reference: dict[str, Any] | None
 ) -> dict[str, Any]:
-    value, low, high = interval_of(document, **interval_options(cfg, document["aggregate"]))
-    role = next((role for role in ROLES if cfg.primary[role] == name), None)
+    value, low, high = interval_of(document, **interval_options(cfg))
+    role = next((role for role, metric in primary_metrics(cfg).items() if metric == name), None)
     settings = run.identity["request"]["method"]["settings"]
     window = settings.get("timestep_range") or (None, None)
     statistics = run.statistics()
@@ -99,9 +129,16 @@ def _row(
         "ci_low": low,
         "ci_high": high,
         **({} if reference is None else _comparison(cfg, role, document, reference)),
+        "n_units": n_units(document, cfg.bootstrap.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
-        "pushed_share": sum(group["tokens_pushed"] for group in statistics) / compared if compared else None,
+        "pushed_share": sum(group.get("tokens_pushed", 0) for group in statistics) / compared if compared else None,
+        # Only where asked for: a rerun gives every other number again, to the last digit.
+        "seconds": (
+            median(group["seconds"] for group in statistics) / cfg.prompts.images_per_prompt
+            if cfg.report_seconds
+            else None
+        ),
         "run_id": run.id,
         "commit": run.environment["commit"],
         "device": run.identity["machine"]["device"],
@@ -113,7 +150,7 @@ def _comparison(
 ) -> dict[str, Any]:
     """Return the columns that compare a run with the one without a method, group by group."""
     aggregate, higher = document["aggregate"], document["higher_is_better"]
-    options = interval_options(cfg, aggregate)
+    options = interval_options(cfg)
     difference = difference_of(document, reference, **options)
     columns = {
         "difference": difference.difference,
@@ -121,15 +158,17 @@ def _comparison(
         "difference_high": difference.high,
     }
     # A number of a whole set has no results of groups that could be exchanged.
-    if aggregate in AGGREGATES:
+    if aggregate != SUBSETS:
         groups = (document["groups"], reference["groups"])
         columns["p_value"] = sign_flip_p(
             *groups, aggregate, n_flips=options["n_resamples"], seed=options["seed"], cluster=options["cluster"]
         )
-        columns["effect_size"] = effect_size(*groups)
-        columns["win_rate"] = None if higher is None else win_rate(*groups, higher)
-    if role == "quality":
-        columns["margin"] = cfg.primary.quality_margin * abs(reference["value"])
+        columns["effect_size"] = effect_size(*groups, aggregate)
+        columns["win_rate"] = None if higher is None else win_rate(*groups, higher, aggregate)
+    least, base = reference["bounds"][0], reference["value"]
+    # A share of a number that may be 0 or less is no margin.
+    if role == "quality" and least is not None and least >= 0 and base > 0:
+        columns["margin"] = cfg.primary.quality_margin * base
         columns["non_inferior"] = non_inferior(difference, columns["margin"], higher)
     return columns
 
@@ -153,13 +192,19 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.read_csv(io.StringIO(_csv(new)), dtype=TEXT)
     if path.exists():
         old = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS)
-        replaced = set(map(repr, frame[KEY].values.tolist()))
-        kept = old[[repr(key) not in replaced for key in old[KEY].values.tolist()]]
+        replaced = set(_keys(io.StringIO(_csv(new))))
+        kept = old[[key not in replaced for key in _keys(path)]]
         if len(kept):
             frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True)
     frame["p_holm"] = _corrected(frame)
     write_text(path, _csv(frame))
     return pd.read_csv(path, dtype=TEXT)
+
+
+def _keys(file: Path | io.StringIO) -> list[tuple[str, ...]]:
+    """Return each row's `KEY` as it is written; read as numbers, 1 would be an integer, and beside a 0.5 a float."""
+    text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=KEY, fill_value="")
+    return list(text.itertuples(index=False, name=None))
 
 
 def _corrected(frame: pd.DataFrame) -> pd.Series:
@@ -256,14 +301,16 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
                 else:
                     entry["d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
                     entry["wins"] = "" if pd.isna(row["win_rate"]) else _percent(row["win_rate"])
+        if not pd.isna(first["seconds"]):
+            entry["seconds"] = f"{first['seconds']:.2f}"
         counted = first if tested.empty else tested.iloc[0]
-        entry["groups"], entry["images"] = int(counted["n_groups"]), int(counted["n_images"])
+        entry |= {count: int(counted[f"n_{count}"]) for count in ("units", "groups", "images")}
         table.append(entry)
     return pd.DataFrame(table).fillna("")
 
 
 def _kept(row: pd.Series) -> str:
-    if pd.isna(row["margin"]):
+    if pd.isna(row["difference"]):
         return ""
     if pd.isna(row["non_inferior"]):
         return "not estimable"
@@ -279,11 +326,11 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     others = frame[~frame["primary"].isin(ROLES)]
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in others.iterrows():
-        key = (row["model"], row["metric"].replace("_", " "), _arrow(row), row["encoder"], f"{row['n_groups']:.0f}")
+        key = (row["model"], row["metric"].replace("_", " "), _arrow(row), row["encoder"], f"{row['n_units']:.0f}")
         table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
     heads = ("model", "metric", "better", "scored by", "units")
     rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]
-    return pd.DataFrame(rows, columns=[*heads, *dict.fromkeys(labels.values())]).fillna("")
+    return pd.DataFrame(rows, columns=[*heads, *dict.fromkeys(labels.values())], dtype=object).fillna("")
 
 
 def findings(frame: pd.DataFrame) -> list[str]:
@@ -292,7 +339,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
     compared = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
     return [
         f"- {model}, {labels[run]}: {'; '.join(_finding(row) for _, row in rows.iterrows())} "
-        f"(n = {rows['n_groups'].iloc[0]:.0f} groups)."
+        f"({rows['n_groups'].iloc[0]:.0f} groups in {rows['n_units'].iloc[0]:.0f} independent units)."
         for (model, run), rows in compared.groupby(["model", "run_id"], sort=False)
     ]
 
@@ -339,7 +386,10 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
         "groups [95 % interval]. pushed: share of the compared tokens that moved. p: sign-flip test of the difference, "
         "after Holm's correction over a model's methods and primary metrics. d_z: mean difference in standard "
         "deviations of the paired differences. wins: share of groups in which the method is better, ties halved. "
-        "quality kept: the interval excludes a loss of more than the margin. "
+        "quality kept: the interval excludes a loss of more than the margin; every method is judged by itself, so "
+        "that the chance to call quality kept by one that loses it grows with their number. "
+        "units: what intervals resample and tests exchange whole, categories unless configured otherwise; intervals of "
+        "fewer than four are not estimable. "
         f"Scored by {', '.join(sorted(primary['encoder'].dropna().unique()))}. Models named mini-* are this project's "
         "small models: their numbers are not SDXL's or Flux's.",
         "",
@@ -349,8 +399,8 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     if len(others):
         parts += [
             "All other metrics, described, not tested: value [95 % interval], with a method value; paired difference "
-            "[95 % interval]. units: how many groups or, where pooled over a category, categories were resampled. What "
-            "each metric is, and by what it is biased: docs/metrics.md.",
+            "[95 % interval]. units: how many were resampled; where no interval stands, they are too few or all alike. "
+            "What each metric is, and by what it is biased: docs/metrics.md.",
             "",
             others.to_markdown(index=False, disable_numparse=True),
             "",

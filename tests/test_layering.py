@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "negtome": {"negtome", "torch", "diffusers"},
+    "negtome": {"negtome", "torch", "diffusers", "PIL"},  # PIL comes with diffusers
     "eval": {
         *("eval", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "PIL", "open_clip", "transformers"),
         *("huggingface_hub", "safetensors", "tqdm", "torch_fidelity", "dreamsim", "lpips"),

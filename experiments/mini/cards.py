@@ -22,14 +22,27 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def data_section(statistics: dict) -> str:
-    """Sources with licences and credits, counts and the split."""
-    lines = ["## Data", "", "| set | package | images | licence | credit |", "|---|---|---|---|---|"]
-    for s in statistics["sets"].values():
+ATTRIBUTION = (
+    "The artwork of twitter (Twemoji) and emojione is licensed CC-BY 4.0; the credits above are the attribution."
+)
+
+
+def sources_table(sets: dict[str, dict]) -> list[str]:
+    """Lines of a table of the artwork sets, from `data.statistics(...)["sets"]`."""
+    lines = ["| set | package | images | licence | credit |", "|---|---|---|---|---|"]
+    for s in sets.values():
         lines.append(
             f"| {s['style']} | {s['package']} {s['version']} | {s['images']} | {s['licence']} | {s['credit']} |"
         )
-    lines += [
+    return lines
+
+
+def data_section(statistics: dict) -> str:
+    """Sources with licences and credits, counts and the split."""
+    lines = [
+        "## Data",
+        "",
+        *sources_table(statistics["sets"]),
         "",
         f"Names and tags: {statistics['names']} (MIT). {statistics['images']} images of {statistics['concepts']} "
         f"concepts were rasterised for this training; symbols, flags, clocks, families and couples are left out. "
@@ -38,7 +51,7 @@ def data_section(statistics: dict) -> str:
         f"{statistics['captions']} different captions: the evaluation's seven templates with category words, and "
         "captions with style, label, skin tone and tags.",
         "",
-        "The artwork of twitter (Twemoji) and emojione is licensed CC-BY 4.0; the credits above are the attribution.",
+        ATTRIBUTION,
         "",
     ]
     return "\n".join(lines)

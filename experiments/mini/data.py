@@ -204,8 +204,11 @@ def _compact(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "", text.lower())
 
 
-def known_emoji(names: Path) -> tuple[dict[str, dict], dict[str, str]]:
-    """Emoji that are kept, by code points, and a dictionary from written names to code points (emojibase)."""
+def known_emoji(names: Path, left_out: bool = False) -> tuple[dict[str, dict], dict[str, str]]:
+    """Emoji that are kept, by code points, and a dictionary from written names to code points (emojibase).
+
+    `left_out` returns the others instead: symbols, flags, clocks and the like, which no training data contain.
+    """
     data, groups, unicode_names = _json_of(names, "en/data.json", "meta/groups.json", "meta/unicode-names.json")
     group_of, subgroup_of = groups["groups"], groups["subgroups"]
     kept: dict[str, dict] = {}
@@ -226,7 +229,8 @@ def known_emoji(names: Path) -> tuple[dict[str, dict], dict[str, str]]:
                     by_name.setdefault(_slug(name), code)
                     by_name.setdefault(_compact(name), code)
             tone = item.get("tone")
-            if group in _DROPPED_GROUPS or subgroup in _DROPPED_SUBGROUPS or isinstance(tone, list):
+            dropped = group in _DROPPED_GROUPS or subgroup in _DROPPED_SUBGROUPS or isinstance(tone, list)
+            if dropped != left_out or isinstance(tone, list):
                 continue
             kept[code] = {
                 "label": label,
@@ -241,10 +245,13 @@ def known_emoji(names: Path) -> tuple[dict[str, dict], dict[str, str]]:
     return kept, by_name
 
 
-def list_images(npm: Path) -> tuple[list[Emoji], list[str]]:
-    """Every usable icon and its SVG document, in an order that does not depend on the machine."""
+def list_images(npm: Path, left_out: bool = False) -> tuple[list[Emoji], list[str]]:
+    """Every usable icon and its SVG document, in an order that does not depend on the machine.
+
+    `left_out` lists the icons that the training data leave out instead; see `known_emoji`.
+    """
     tarballs = {name: fetch(source, npm) for name, source in SETS.items()}
-    kept, by_name = known_emoji(fetch(NAMES, npm))
+    kept, by_name = known_emoji(fetch(NAMES, npm), left_out)
     packages = {name: _json_of(tarball, "icons.json", "chars.json") for name, tarball in tarballs.items()}
     chars: dict[str, dict[str, str]] = {}
     for name, (_, table) in packages.items():

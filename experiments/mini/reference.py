@@ -41,6 +41,15 @@ def draw(emoji: list[data.Emoji], category: str, count: int = IMAGES_PER_CATEGOR
     return sorted(sorted(keys, key=keys.get, reverse=True)[:count])
 
 
+def write_picture(pixels: np.ndarray, folder: Path, item: data.Emoji) -> Path:
+    """Write an image [128, 128, 4] on white, in 256 colours, named after its set and icon; return its path."""
+    picture = Image.fromarray(np.asarray(pixels), "RGBA")
+    white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    path = folder / f"{item.style_set}-{item.icon}.png"
+    white.quantize(256).save(path, optimize=True)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Lay out the mini models' real images")
     parser.add_argument("--data", type=Path, required=True, help="the data folder of experiments.mini.train")
@@ -53,10 +62,7 @@ def main() -> None:
     for category in taxonomy.EVALUATED:
         (arguments.out / category).mkdir(parents=True)
         for index in draw(emoji, category):
-            picture = Image.fromarray(np.asarray(images[index]), "RGBA")
-            white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            name = f"{emoji[index].style_set}-{emoji[index].icon}.png"
-            white.quantize(256).save(arguments.out / category / name, optimize=True)
+            write_picture(images[index], arguments.out / category, emoji[index])
             total += 1
     (arguments.out / "README.md").write_text(
         f"# mini-reference\n\n{total} real emoji images, {IMAGES_PER_CATEGORY} of each evaluated category at most, "

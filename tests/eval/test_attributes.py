@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.attributes import MINIMUM_IMAGES, entropy, label_embeddings, zero_shot_labels
+from eval.attributes import MINIMUM_IMAGES, entropy, label_embeddings, minimum_images, zero_shot_labels
 from eval.encoders import Encoder
 
 
@@ -49,6 +49,20 @@ def test_small_n_is_refused():
         entropy([MINIMUM_IMAGES - 1, 0])
     with pytest.raises(ValueError, match="got 0"):
         entropy([0, 0], minimum=0)
+
+
+@pytest.mark.parametrize("labels", [2, 3, 8, 20, 60])
+@pytest.mark.parametrize("even", [True, False])
+def test_at_the_minimum_little_bias_is_left(labels, even):
+    """0.13 nats at most, as stated; with half the images it would be more, but for the fewest labels."""
+    rng = np.random.default_rng(0)
+    p = np.ones(labels) if even else 1 / np.arange(1, labels + 1)
+    p /= p.sum()
+    n = minimum_images(labels)
+    truth = -(p * np.log(p)).sum()
+    assert truth - entropy(rng.multinomial(n, p, size=4000)).mean() < 0.13
+    if n > 2 * MINIMUM_IMAGES:
+        assert truth - entropy(rng.multinomial(n // 2, p, size=4000)).mean() > 0.2
 
 
 class Dictionary(Encoder):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,7 +144,7 @@ def test_hf_clip_loads_half_precision_weights_as_float32(tiny_clip, tmp_path):
 
 def test_hf_clip_id_and_name(tiny_clip, tmp_path):
     encoder = HFClip(tiny_clip, name="mini-clip")
-    assert encoder.name == "mini-clip" and re.fullmatch("mini-clip-[0-9a-f]{12}", encoder.id)
+    assert encoder.name == "mini-clip" and re.fullmatch("mini-clip-[0-9a-f]{12}-[0-9a-f]{4}", encoder.id)
     assert HFClip(tiny_clip).name == tiny_clip.name
     moved = tmp_path / "moved"
     shutil.copytree(tiny_clip, moved)
@@ -168,7 +170,20 @@ def test_hf_clip_states_its_weights(tiny_clip):
     encoder = HFClip(tiny_clip)
     facts = encoder.weights()
     assert facts.present and tiny_clip / "model.safetensors" in facts.files
-    assert encoder.id == f"{tiny_clip.name}-{facts.sha256[:12]}"
+    assert encoder.id == f"{tiny_clip.name}-{facts.fingerprint}"
+    assert facts.fingerprint.startswith(f"{facts.sha256[:12]}-")
+
+
+def test_an_encoder_that_prepares_images_in_another_way_is_another(tiny_clip, tiny_open_clip):
+    """The same weights and another resize or range: no cached embedding may be taken for one of now."""
+    for make in (lambda: HFClip(tiny_clip), lambda: OpenClip(tiny_open_clip[0], str(tiny_open_clip[1]))):
+        encoder, facts = make(), make().weights()
+        for change in ({"resize": "squashed"}, {"input_range": "[0, 255]"}):
+            other, changed = make(), replace(facts, **change)
+            other.weights = lambda changed=changed: changed
+            assert other.id != encoder.id and other.id.rsplit("-", 1)[0] == encoder.id.rsplit("-", 1)[0]
+        moved = replace(facts, licence="another", how_to_get="elsewhere")
+        assert moved.fingerprint == facts.fingerprint, "what does not change a number"
 
 
 def test_open_clip_weights_file(tiny_open_clip, tmp_path):
@@ -180,10 +195,10 @@ def test_open_clip_weights_file(tiny_open_clip, tmp_path):
     images = noise(2)
     torch.testing.assert_close(from_folder.embed_images(images), from_file.embed_images(images), atol=1e-6, rtol=0)
     assert from_folder.name == f"OpenCLIP {architecture} mytag"
-    digest = from_file.id.rsplit("-", 1)[1]
+    digest = from_file.weights().fingerprint
     assert from_file.id == f"open_clip-{architecture}-{digest}"
     assert from_folder.id == f"open_clip-{architecture}-mytag-{digest}"
-    assert len(digest) == 12
+    assert digest.startswith(hashlib.sha256(weights.read_bytes()).hexdigest()[:12])
 
 
 def test_open_clip_tag_decides_activation_and_preprocessing(monkeypatch, tmp_path):
@@ -207,7 +222,6 @@ def test_open_clip_tag_decides_activation_and_preprocessing(monkeypatch, tmp_pat
     assert seen["pretrained"] == str(weights)
     assert seen["force_quick_gelu"] is True
     assert seen["force_preprocess_cfg"]["mean"] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
-    assert OpenClip("ViT-B-32", "openai").id == "open_clip-ViT-B-32-openai"
 
 
 def test_open_clip_names_an_unknown_architecture(tmp_path):
@@ -236,6 +250,8 @@ def test_open_clip_without_weights_says_what_to_do(monkeypatch, tmp_path, offlin
         published.prepare()
     assert not published.weights().present
     in_folder = OpenClip("ViT-B-32", "openai", weights_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="ViT-B-32 openai"):
+        _ = published.id  # no identity without the weights that it is of
     for ask in (in_folder.prepare, lambda: in_folder.id):
         with pytest.raises(FileNotFoundError, match=r"ViT-B-32-openai\.safetensors; .*https"):
             ask()
@@ -283,6 +299,10 @@ def test_open_clip_states_its_weights(tiny_open_clip, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(cached))
     facts = OpenClip("ViT-B-32", "openai").weights()
     assert facts.files == (cached,) and facts.licence == "MIT" and "224x224" in facts.resize
+    before = OpenClip("ViT-B-32", "openai").id
+    assert before == f"open_clip-ViT-B-32-openai-{facts.fingerprint}"
+    cached.write_bytes(b"other weights under the same tag")
+    assert OpenClip("ViT-B-32", "openai").id != before
     assert PixelEncoder().weights().present and PixelEncoder().weights().sha256 is None
 
 

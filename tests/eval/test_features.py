@@ -140,7 +140,7 @@ def test_images_do_not_depend_on_their_batch(encoder):
 def test_weights_are_stated_without_loading(encoder):
     facts = encoder.weights()
     assert facts.present and len(facts.sha256) == 64
-    assert encoder.id.endswith(facts.sha256[:12])
+    assert encoder.id.endswith(f"{facts.sha256[:12]}-{facts.fingerprint[-4:]}")
     for text in (facts.source, facts.resize, facts.input_range, facts.licence, facts.how_to_get):
         assert text
 
@@ -312,6 +312,23 @@ def test_efficientnet_is_the_packages_network():
     cosine = torch.nn.functional.cosine_similarity
     mirrored = encoder.embed_images([images[0].flip(-1)])
     assert cosine(mirrored, features[:1]) > cosine(features[1:], features[:1])
+
+
+def test_efficientnets_stages():
+    images = pictures(2, (224, 224))
+    encoder = EffNetLite0(channels=40)
+    found = encoder.embed_images(images)
+    seen = []
+    encoder._network._blocks[5].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder._network((torch.stack(images).float() - 127) / 128)  # what its sixth block is given
+    assert found.shape == (2, 40) and not encoder.normalised
+    torch.testing.assert_close(found, seen[0].mean(dim=(2, 3)), atol=1e-4, rtol=1e-4)
+    assert encoder.id.startswith("efficientnet-lite0-40-") and "40 channels" in encoder.name
+    assert encoder.id.rsplit("-", 2)[1:] == EffNetLite0().id.rsplit("-", 2)[1:]
+    with pytest.raises(TypeError, match="leave channels out"):
+        encoder.logits_from_features(found)
+    with pytest.raises(ValueError, match=r"\[16, 24, 40, 80, 112, 192, 320\], or None, got 41"):
+        EffNetLite0(channels=41)
 
 
 def without_weights(kind, folder):

@@ -18,12 +18,16 @@ from eval.fidelity import (
     Cmmd,
     Coverage,
     Density,
+    Design,
     FrechetDistance,
     Gaussian,
     InceptionScore,
     KernelDistance,
     Precision,
     Recall,
+    _cubic,
+    _gaussian_within,
+    _kernel_within,
     cmmd,
     density_coverage,
     frechet_distance,
@@ -34,7 +38,7 @@ from eval.fidelity import (
     precision_recall,
     reference_rows,
 )
-from eval.images import read_manifest
+from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
 from eval.metrics import ImageSet, is_current, measure
 
 
@@ -177,17 +181,17 @@ class _Flat(torch.nn.Module):
 
 def test_frechet_distance_refuses_singular_covariances():
     d = 16
-    assert [frechet_minimum(d), frechet_minimum(d, extrapolate=True)] == [17, 8]
+    assert [frechet_minimum(d), frechet_minimum(d, extrapolate=True)] == [17, 68]
     real = sample(40, d)
     with pytest.raises(ValueError, match=r"at least 17 images .*got 16.*singular"):
         frechet_distance(sample(16, d), real)
-    with pytest.raises(ValueError, match=r"at least 8 images .*extrapolated.*got 7"):
-        frechet_distance(sample(7, d), real, extrapolate=True)
+    with pytest.raises(ValueError, match=r"at least 68 images .*extrapolated.*got 67"):
+        frechet_distance(sample(67, d), real, extrapolate=True)
     for extrapolate in (False, True):
         with pytest.raises(ValueError, match=r"at least 17 reference images.*got 16"):
-            frechet_distance(sample(40, d), real[:16], extrapolate)
+            frechet_distance(sample(68, d), real[:16], extrapolate)
     assert math.isfinite(frechet_distance(sample(17, d), real))
-    assert math.isfinite(frechet_distance(sample(8, d), real, extrapolate=True))
+    assert math.isfinite(frechet_distance(sample(68, d), real, extrapolate=True))
 
 
 def test_extrapolation_takes_the_bias_away():
@@ -202,6 +206,25 @@ def test_extrapolation_takes_the_bias_away():
     assert np.mean(plain) - truth > 0.5
     assert abs(np.mean(extrapolated) - truth) < (np.mean(plain) - truth) / 5
     assert EXTRAPOLATION_POINTS == 15
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_where_extrapolation_is_allowed_it_finds_the_distance(flat, monkeypatch):
+    """Within 30 % of it, with few images as with many; with half of what is asked for it would not."""
+    d = 32
+    variances = torch.ones(d).double() if flat else 1 / torch.arange(1, d + 1).double()
+    shift = (0.05 * variances).sqrt()
+    real = Gaussian(torch.zeros(d).double(), torch.diag(variances))
+    truth = shift.square().sum().item()
+
+    def found(n):
+        sets = (sample(n, d, seed) * variances.sqrt() + shift for seed in range(24))
+        return np.mean([frechet_distance(x, real, extrapolate=True, seed=seed) for seed, x in enumerate(sets)]) / truth
+
+    needed = frechet_minimum(d, extrapolate=True)
+    assert 0.7 < found(needed) < 1.3
+    monkeypatch.setattr("eval.fidelity.frechet_minimum", lambda *_: 2)
+    assert found(needed // 4) < 0.3
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -240,6 +263,70 @@ def test_kernel_distance_is_unbiased():
     values = [kernel_distance(sample(10, 4, 2 * seed), sample(15, 4, 2 * seed + 1)) for seed in range(400)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
     assert min(values) < 0
+
+
+def grouped(categories, groups, images, d, alike, seed, means=None):
+    """Draw categories x groups x images that share `alike` of their variance within a group: features and rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, d, generator=generator, dtype=torch.float64)
+
+    x = alike**0.5 * normal(categories, groups, 1) + (1 - alike) ** 0.5 * normal(categories, groups, images)
+    if means is not None:
+        x = x + means[:, None, None]
+    rows = [
+        ManifestRow(f"{c}/{g}/{i}.png", str(c), str(c), str(c), g, i, UNKNOWN_SEED)
+        for c in range(categories)
+        for g in range(groups)
+        for i in range(images)
+    ]
+    return x.reshape(-1, d), rows
+
+
+def mean_of_kernel_distances(alike, design_of, means=None, repeats=120):
+    """Average the kernel distance of grouped images to others of the very same distribution: mean and its error."""
+    found = []
+    for seed in range(repeats):
+        x, rows = grouped(10, 2, 4, 8, alike, 2 * seed, means)
+        y, real = grouped(10, 16, 1, 8, 0, 2 * seed + 1, means)
+        within = _kernel_within(_cubic, y, Design.of(real, together=False))
+        found.append(kernel_distance(x, y, design_of(rows), within))
+    return np.mean(found), np.std(found) / math.sqrt(repeats)
+
+
+@pytest.mark.parametrize("alike", [0, 0.8])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_images_made_together_do_not_move_the_kernel_distance(alike, fixed):
+    """0 in expectation, however alike the images of a group, and whether or not categories differ."""
+    means = 1.2 * sample(10, 8, 5) if fixed else None
+    mean, error = mean_of_kernel_distances(alike, Design.of, means)
+    assert abs(mean) < 4 * error
+    # taken for independent images, those of a group add to the distance just by being alike
+    naive = [mean_of_kernel_distances(a, lambda rows: Design.independent(len(rows)), means)[0] for a in (0, 0.8)]
+    assert naive[1] - naive[0] > 5 * error
+
+
+def test_a_design_weighs_pairs_by_hand():
+    _, rows = grouped(2, 2, 2, 3, 0, 0)
+    weights = Design.of(rows).weights(0, 8)
+    # 4 images a category: 8 ordered pairs of different groups stand for 16
+    assert weights[0].tolist() == [0, 0, 2, 2, 1, 1, 1, 1]
+    assert weights.sum() == 64 and torch.equal(weights, weights.T)
+    torch.testing.assert_close(Design.of(rows).weights(2, 5), weights[2:5])
+    # a category of one group has no pairs to stand for its own: the groups are all draws
+    single = Design.of(rows[:6]).weights(0, 6)
+    assert single[0, :2].tolist() == [0, 0] and len(single[0, 2:].unique()) == 1
+    assert single.sum().item() == pytest.approx(36)
+    real = Design.of(rows, together=False).weights(0, 8)
+    assert real.diagonal().tolist() == [0] * 8 and real.sum().item() == pytest.approx(64)
+    # independent images: the usual unbiased estimate
+    x = sample(9, 3)
+    values = _cubic(x, x)
+    usual = (values.sum() - values.trace()) / 72
+    assert _kernel_within(_cubic, x) == pytest.approx(usual.item())
+    with pytest.raises(ValueError, match="at least 2 groups, got 1"):
+        Design.of(rows[:2])
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -395,12 +482,14 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     found = {metric.name: measure(metric, images) for metric in metrics(real, encoder)}
     x = images.embeddings(encoder)
     y = ImageSet.open(real).embeddings(encoder)
+    design, reference_design = Design.of(images.rows), Design.of(reference_rows(real), together=False)
+    unit = torch.nn.functional.normalize(y.double(), dim=-1)
     expected = {
         "frechet_distance": frechet_distance(x, y),
         "frechet_distance_extrapolated": frechet_distance(x, y, extrapolate=True),
-        "kernel_distance": kernel_distance(x, y),
+        "kernel_distance": kernel_distance(x, y, design, _kernel_within(_cubic, y.double(), reference_design)),
         "cmmd": cmmd(x, y),
-        "cmmd_unbiased": cmmd(x, y, unbiased=True),
+        "cmmd_unbiased": cmmd(x, y, True, design, _gaussian_within(unit, True, reference_design)),
         "precision": precision_recall(x, y)[0],
         "recall": precision_recall(x, y)[1],
         "density": density_coverage(x, y)[0],
@@ -417,7 +506,9 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     groups = sorted(images.groups)
     drawn = np.random.default_rng(3).permutation(12)[:6]
     positions = sorted(position for index in drawn for position in images.groups[groups[index]])
-    assert seeded["value"] == pytest.approx(kernel_distance(x[positions], y))
+    half = Design.of([images.rows[position] for position in positions])
+    within = _kernel_within(_cubic, y.double(), reference_design)
+    assert seeded["value"] == pytest.approx(kernel_distance(x[positions], y, half, within))
 
 
 def test_a_document_states_its_reference(made, real):
@@ -480,7 +571,7 @@ def test_too_few_images_are_refused(tmp_path, real):
     # 64 dimensions and one constant: the covariance of 10 images is singular
     with pytest.raises(ValueError, match="at least 194 images for frechet_distance, got 10"):
         measure(FrechetDistance(PixelEncoder(8), real), one)
-    with pytest.raises(ValueError, match="at least 97 images"):
+    with pytest.raises(ValueError, match="at least 776 images"):
         measure(FrechetDistance(PixelEncoder(8), real, extrapolate=True), one)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from eval.images import (
     UNKNOWN_SEED,
+    ContentHashes,
     ManifestRow,
     content_hash,
     group_rows,
@@ -217,13 +218,62 @@ def test_hashes(tmp_path):
 def test_manifest_hash_follows_the_images(tmp_path, make_run):
     run = make_run(seeds=(0, 1))
     assert manifest_hash(run) == manifest_hash(make_run("copy", seeds=(0, 1)))
-    assert manifest_hash(run) == content_hash(run / "manifest.jsonl")
     assert manifest_hash(run) != manifest_hash(make_run("fewer", seeds=(0,)))
+    before = manifest_hash(run)
+    row = read_manifest(run)[3]
+    save(run / row.path, seed=99)  # the manifest says what should be there, not what is
+    assert manifest_hash(run) != before
+    (run / row.path).unlink()
+    with pytest.raises(FileNotFoundError, match=row.path):
+        manifest_hash(run)
     plain = tmp_path / "plain"
     save(plain / "bird" / "0.png", seed=0)
     before = manifest_hash(plain)
     save(plain / "bird" / "0.png", seed=1)
     assert manifest_hash(plain) != before
+
+
+def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("eval.images.content_hash", lambda path: read.append(path) or content_hash(path))
+    image, memory = tmp_path / "image.png", tmp_path / "cache" / "hashes.jsonl"
+    save(image)
+    digest = content_hash(image)
+    # just written: it may be written again within the same tick of the clock
+    hashes = ContentHashes(memory)
+    assert hashes(image) == hashes(image) == digest and len(read) == 2
+    monkeypatch.setattr(ContentHashes, "SETTLED", 0)
+    assert hashes(image) == hashes(image) == digest and len(read) == 3
+    assert ContentHashes(memory)(image) == digest and len(read) == 3, "another process reads it again"
+    # other content of the same size and with the same time
+    before = os.stat(image)
+    image.write_bytes(image.read_bytes()[::-1])
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ContentHashes(memory)(image) == content_hash(image) != digest
+    # a process was killed while it wrote
+    memory.write_text(memory.read_text()[:-20])
+    assert ContentHashes(memory)(image) == content_hash(image)
+
+
+def test_images_that_would_be_left_out_are_named(tmp_path):
+    plain = tmp_path / "plain"
+    for index in range(2):
+        save(plain / "bird" / f"{index}.png", index)
+    (plain / "bird" / "notes").mkdir()
+    (plain / "bird" / "notes" / "readme.txt").write_text("no image")
+    assert len(read_manifest(plain)) == 2
+    for path, message in (
+        ("stray.png", r"1 beside the subfolders bird: stray\.png"),
+        ("stray.tif", r"1 beside the subfolders bird: stray\.tif"),
+        ("bird/nested/0.png", r"a folder within 'bird': bird/nested/0\.png"),
+        ("bird/2.tiff", r"1 of others, the first 2\.tiff; convert"),
+        ("bird/2.GIF", r"1 of others, the first 2\.GIF; convert"),
+    ):
+        save(plain / path)
+        with pytest.raises(ValueError, match=message):
+            read_manifest(plain)
+        (plain / path).unlink()
+    assert len(read_manifest(plain)) == 2
 
 
 def test_write_json_is_canonical_and_atomic(tmp_path, monkeypatch):

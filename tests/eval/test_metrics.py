@@ -12,8 +12,8 @@ import torch
 from eval.aggregates import aggregate_named
 from eval.cache import EmbeddingCache
 from eval.encoders import Encoder, HFClip, PixelEncoder
-from eval.images import manifest_hash, read_manifest
-from eval.intervals import bootstrap_interval, difference_of, interval_of, paired_difference
+from eval.images import ManifestRow, manifest_hash, read_manifest
+from eval.intervals import bootstrap_interval, difference_of, interval_of, n_units, paired_difference
 from eval.metrics import (
     AttributeEntropy,
     CategoryPooledSimilarity,
@@ -69,8 +69,6 @@ ALL = [
     (PairwiseSimilarity, {}),
     (PairwiseDistance, {}),
     (VendiScore, {}),
-    (ReleasedMeanSimilarity, {}),
-    (ReleasedVendi, {}),
     (ClipScore, {}),
     (AttributeEntropy, {"labels": ["cat", "dog", "cow"], "templates": ["a {}"]}),
 ]
@@ -99,9 +97,11 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
     ]
     assert all((group["n_images"], group["category"]) == (4, group["group"][:4]) for group in document["groups"])
     assert document["value"] == pytest.approx(aggregate_named(document["aggregate"]).value(document["groups"]))
-    value, low, high = bootstrap_interval(document["groups"], document["aggregate"], n_resamples=200)
-    assert low <= value <= high
+    value, low, high = bootstrap_interval(document["groups"], document["aggregate"], n_resamples=200, cluster=None)
     assert value == document["value"]
+    assert low is None if n_units(document, None) < 4 else low <= value <= high
+    least, most = document["bounds"]
+    assert (least is None or least <= value) and (most is None or value <= most)
 
     measure(metric, run)
     assert (run / "metrics" / f"{metric.name}.json").read_bytes() == (run / "metrics" / "first.json").read_bytes()
@@ -131,7 +131,7 @@ def test_pairwise_metrics_take_groups_of_several_sizes(numbered_run):
         PairwiseDistance(encoder).per_group(ImageSet(run, rows[:4]))
 
 
-def test_pooled_similarity_takes_all_pairs_of_a_category(numbered_run):
+def test_pooled_similarity_takes_all_pairs_of_a_category(numbered_run, make_run):
     run = numbered_run(categories=("bird", "fish"), seeds=(0, 1), images=2)
     vectors = np.random.default_rng(0).normal(size=(8, 3))
     metric = CategoryPooledSimilarity(Scripted(vectors))
@@ -143,7 +143,8 @@ def test_pooled_similarity_takes_all_pairs_of_a_category(numbered_run):
     assert document["value"] == pytest.approx(np.mean(by_hand), abs=1e-6)
     assert (document["n_groups"], document["n_images"]) == (2, 8)
     # categories are the units, whatever is clustered
-    found = [interval_of(document, cluster=cluster, n_resamples=500) for cluster in (None, "prompt", "category")]
+    more = measure(CategoryPooledSimilarity(PixelEncoder()), make_run("more", categories="abcde"))
+    found = [interval_of(more, cluster=cluster, n_resamples=500) for cluster in (None, "prompt", "category")]
     assert len(set(found)) == 1 and found[0].low is not None
     with pytest.raises(ValueError, match=r"at least 2 images in every category.*fish"):
         metric.per_group(ImageSet(run, read_manifest(run)[:5]))
@@ -157,11 +158,15 @@ def test_where_a_category_is_one_group_pooled_is_within(make_run):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_released_scripts_choices_are_reproduced_from_their_formulas(numbered_run, n):
-    run = numbered_run(categories=("bird",), seeds=(0, 1, 2), images=n)
+    run = numbered_run(categories=("ant", "bird", "cat"), seeds=(0, 1), images=n // 2)
     vectors = [[1, 0, 0, 0]] * n + np.eye(4)[:n].tolist() + np.random.default_rng(0).normal(size=(n, 4)).tolist()
     unit = np.array(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
     kernels = [unit[k : k + n] @ unit[k : k + n].T for k in (0, n, 2 * n)]
-    found = [group["value"] for group in measure(ReleasedMeanSimilarity(Scripted(vectors)), run)["groups"]]
+    document = measure(ReleasedMeanSimilarity(Scripted(vectors)), run)
+    found = [group["value"] for group in document["groups"]]
+    # the images of all seeds of a prompt make one matrix
+    assert [group["group"] for group in document["groups"]] == ["ant/all", "bird/all", "cat/all"]
+    assert (document["n_groups"], document["n_images"]) == (3, 3 * n)
     assert found == pytest.approx([kernel.mean() for kernel in kernels], abs=1e-6)
     found = [group["value"] for group in measure(ReleasedVendi(Scripted(vectors)), run)["groups"]]
     eigenvalues = [np.linalg.eigvalsh(kernel).clip(1e-300) for kernel in kernels]
@@ -201,7 +206,7 @@ def test_attribute_entropy_by_hand(numbered_run):
     # birds: log 2 and Miller-Madow's 1 / 16; fish: 0
     assert document["value"] == pytest.approx((math.log(2) + 1 / 16) / 2)
     assert (document["n_groups"], document["n_images"]) == (4, 16)
-    assert document["details"] == {"categories_left_out": ["person"]}
+    assert document["details"] == {"categories_left_out": ["person"], "categories_too_small": {}}
     with pytest.raises(ValueError, match=r"\['dragon'\].*got \['bird'"):
         measure(AttributeEntropy(metric.encoder, {"dragon": ["hen", "owl"]}, ["{}"]), run)
 
@@ -211,9 +216,19 @@ def test_attribute_entropy_refuses_few_images(numbered_run):
     texts = {"hen": [1, 0], "owl": [0, 1]}
     metric = AttributeEntropy(Scripted([[1, 0]] * 4, texts), ["hen", "owl"], ["{}"], name="species_entropy")
     assert metric.name == "species_entropy"
-    with pytest.raises(ValueError, match=r"'bird'.*at least 8 images"):
+    with pytest.raises(ValueError, match=r"two images a label, and 8, .*species_entropy, got bird: 4 of 8 images"):
         measure(metric, run)
     assert not (run / "metrics").exists(), "a refused number must leave nothing behind"
+
+
+def test_a_category_with_too_few_images_for_its_labels_is_left_out_and_listed(numbered_run):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0, 1), images=4)
+    texts = {"hen": [1, 0], "owl": [0, 1], "carp": [1, 0], "tuna": [0, 1], "eel": [1, 1], "ray": [2, 1], "cod": [1, 2]}
+    # 8 images are enough for two labels, not for five, however few of the five are seen
+    labels = {"bird": ["hen", "owl"], "fish": ["carp", "tuna", "eel", "ray", "cod"]}
+    document = measure(AttributeEntropy(Scripted([[1, 0]] * 16, texts), labels, ["{}"]), run)
+    assert {group["category"] for group in document["groups"]} == {"bird"}
+    assert document["details"] == {"categories_left_out": [], "categories_too_small": {"fish": "8 of 10 images"}}
 
 
 def test_documents_of_two_methods_are_paired(make_run):
@@ -315,26 +330,43 @@ class MeanBrightness(SetMetric):
         return images.embeddings(self.encoder)[positions, 0].mean().item()
 
 
-def test_a_set_metric_measures_the_whole_and_halves_of_the_groups(make_run):
-    a = make_run("a", seeds=range(3), images=2)
-    b = make_run("b", seeds=range(3), images=2, offset=500)
+SIX = ("bird", "cat", "dog", "fish", "horse", "insect")
+
+
+def test_a_set_metric_measures_the_whole_and_halves_of_the_categories(make_run):
+    a = make_run("a", SIX, seeds=range(2), images=2)
+    b = make_run("b", SIX, seeds=range(2), images=2, offset=500)
     documents = [measure(MeanBrightness(PixelEncoder()), run) for run in (a, b)]
     document = documents[0]
     assert document == read_document(a / "metrics" / "brightness.json")
-    assert (document["n_groups"], document["n_images"], document["groups"]) == (6, 12, [])
-    assert (document["aggregate"], document["subset_share"]) == ("subsets", 0.5)
+    assert (document["n_units"], document["n_groups"], document["n_images"], document["groups"]) == (6, 12, 24, [])
+    design = {"subset_cluster": "category", "subset_count": 20, "subset_share": 0.5}
+    assert document["aggregate"] == "subsets" and design.items() <= document.items()
     embeddings = ImageSet.open(a).embeddings(PixelEncoder())
     assert document["value"] == pytest.approx(embeddings[:, 0].mean().item())
     assert [subset["seed"] for subset in document["subsets"]] == list(range(20))
-    assert {(subset["n_groups"], subset["n_images"]) for subset in document["subsets"]} == {(3, 6)}
+    assert {(subset["n_units"], subset["n_images"]) for subset in document["subsets"]} == {(3, 12)}
     assert len({subset["value"] for subset in document["subsets"]}) > 5
     assert is_current(document, MeanBrightness(PixelEncoder()), a)
     found = difference_of(*documents)
     assert found.difference == pytest.approx(documents[0]["value"] - documents[1]["value"])
-    assert found.low < found.difference < found.high and found.n == 6
+    assert found.low < found.difference < found.high and found.n == 12
 
 
-def test_the_halves_hold_whole_groups_and_are_the_same_for_every_method(make_run):
+@pytest.mark.parametrize(
+    ("change", "value"), [("cluster", "prompt"), ("SUBSETS", 10), ("SHARE", 0.4), ("bounds", (0, 1))]
+)
+def test_how_the_halves_are_drawn_is_part_of_what_a_document_is(make_run, change, value):
+    run = make_run(categories=SIX, seeds=(0,), images=2)
+    metric = MeanBrightness(PixelEncoder())
+    document = measure(metric, run)
+    setattr(metric, change, value)
+    assert not is_current(document, metric, run)
+    assert is_current(measure(metric, run), metric, run)
+
+
+@pytest.mark.parametrize("cluster", ["category", "prompt", None])
+def test_the_halves_hold_whole_clusters_and_are_the_same_for_every_method(make_run, cluster):
     drawn = {}
 
     class Recording(MeanBrightness):
@@ -343,22 +375,65 @@ def test_the_halves_hold_whole_groups_and_are_the_same_for_every_method(make_run
             return 0.5
 
     for name, offset in (("a", 0), ("b", 500)):
-        measure(Recording(PixelEncoder()), make_run(name, seeds=range(2), images=3, offset=offset))
-    assert drawn["a"] == drawn["b"]
+        metric = Recording(PixelEncoder())
+        metric.cluster = cluster
+        document = measure(metric, make_run(name, SIX, seeds=range(2), images=3, offset=offset))
+    assert document["n_units"] == (12 if cluster is None else 6)
+    assert drawn["a"] == drawn["b"] and len(drawn["a"]) == 21
+    split = 0
     for paths in drawn["a"][1:]:
         groups = {path.rsplit("/", 1)[0] for path in paths}
-        assert len(groups) == 2 and len(paths) == 6
+        assert len(groups) == 6 and len(paths) == 18
+        split += len({group.rsplit("/", 1)[0] for group in groups}) > 3
+    assert (split > 0) == (cluster is None), "a category was torn apart"
+
+
+def test_few_categories_have_a_number_and_no_halves(make_run):
+    run = make_run(categories=SIX[:5], seeds=range(3), images=2)
+    metric = MeanBrightness(PixelEncoder())
+    document = measure(metric, run)
+    assert (document["n_units"], document["subsets"]) == (5, [])
+    assert interval_of(document) == (document["value"], None, None)
+    metric.cluster = None
+    assert len(measure(metric, run)["subsets"]) == 20
+
+
+def test_the_halves_cover_where_images_of_a_category_are_alike():
+    """Halves of single groups take the images of one category for so many witnesses."""
+    rng = np.random.default_rng(0)
+    rows = [
+        ManifestRow(f"{category:02d}/{seed}.png", f"{category:02d}", "p", f"{category:02d}", seed, 0, seed)
+        for category in range(12)
+        for seed in range(4)
+    ]
+    drawn = {}
+
+    class Drawn(MeanBrightness):
+        def value_of(self, images, positions):
+            return drawn["values"][positions].mean()
+
+    hits = dict.fromkeys(("category", None), 0)
+    for cluster in hits:
+        metric = Drawn(PixelEncoder())
+        metric.cluster = cluster
+        for _ in range(150):
+            drawn["values"] = np.repeat(rng.normal(size=12), 4) + 0.3 * rng.normal(size=48)
+            document = {"aggregate": "subsets", **metric.results(ImageSet(".", rows))}
+            _, low, high = interval_of(document)
+            hits[cluster] += low <= 0 <= high
+    # binomial error of 150 trials: 1.8 points
+    assert hits["category"] / 150 >= 0.9 and hits[None] / 150 < 0.8
 
 
 def test_a_set_metric_refuses_few_images_and_does_not_measure_small_halves(make_run):
-    run = make_run(seeds=(0, 1), images=2)
+    run = make_run(categories=SIX, seeds=(0,), images=2)
     metric = MeanBrightness(PixelEncoder())
-    metric.minimum = 5
+    metric.minimum = 7
     document = measure(metric, run)
     assert document["subsets"] == []
     assert interval_of(document) == (document["value"], None, None)
-    metric.minimum = 9
-    with pytest.raises(ValueError, match="at least 9 images for brightness, got 8"):
+    metric.minimum = 13
+    with pytest.raises(ValueError, match="at least 13 images for brightness, got 12"):
         measure(metric, run)
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.features import EffNetLite0
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
 from eval.metrics import ImageSet, is_current, measure
-from eval.perceptual import BACKBONES, Lpips, LpipsDistance
+from eval.perceptual import BACKBONES, EffNetLayers, LayerDistance, Lpips, LpipsDistance
 
 NETS = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}
 
@@ -115,8 +116,8 @@ def test_weights_are_found_and_identified(weights, tmp_path):
     file = weights / BACKBONES["squeeze"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     judge = Lpips("squeeze")
-    assert judge.id == f"lpips-squeeze-v0.1-{digest[:12]}"
     facts = judge.weights()
+    assert judge.id == f"lpips-squeeze-v0.1-{facts.fingerprint}" and digest[:12] in judge.id
     assert facts.present and facts.sha256 == digest and facts.files == (file,)
     # weights_dir comes before torch.hub's folder, and other weights are another judge
     state = torch.load(file)
@@ -233,3 +234,46 @@ def test_groups_do_not_mix_and_order_does_not_matter(weights, tmp_path):
     assert [value["value"] for value in values] == pytest.approx([value["value"] for value in again], abs=1e-6)
     first = metric.per_group(ImageSet(run, rows[:3]))
     assert first[0]["value"] == pytest.approx(values[0]["value"])
+
+
+# --- layers of EfficientNet-lite0 ------------------------------------------------------------------------------------
+
+
+def test_layer_distance_by_hand():
+    images = noise(3, (60, 60))
+    found = EffNetLayers().pairwise(images)
+    layers = EffNetLite0().layers(images)
+    assert [layer.shape[1] for layer in layers] == list(EffNetLite0.STAGES)
+    for i in range(3):
+        for j in range(3):
+            # of unit vectors the squared distance is 2 - 2 cos
+            cosines = [torch.cosine_similarity(layer[i], layer[j], dim=0).mean().item() for layer in layers]
+            assert found[i, j].item() == pytest.approx(2 - 2 * np.mean(cosines), abs=1e-5)
+    assert 0.05 < found[0, 1] < 4
+
+
+def test_layer_distance_is_a_distance_of_what_is_seen():
+    judge = EffNetLayers()
+    a, b = noise(2, (64, 64))
+    slightly = (a.int() + 4).clamp(0, 255).byte()
+    found = judge.pairwise([a, b, a.clone(), slightly])
+    assert found[0, 2] == 0 and found.diagonal().tolist() == [0] * 4
+    torch.testing.assert_close(found, found.T)
+    assert 0 < found[0, 3] < 0.5 * found[0, 1], "a little brighter is less different than another picture"
+    order = [2, 3, 0, 1]
+    again = judge.pairwise([[a, b, a.clone(), slightly][i] for i in order], batch_size=3)
+    torch.testing.assert_close(again, found[order][:, order], atol=1e-5, rtol=0)
+    assert judge.pairwise([a, noise(1, (90, 64))[0]])[0, 1] > 0  # sizes may differ: all become 224 x 224
+
+
+def test_layer_distance_is_never_called_lpips(tmp_path):
+    save(tmp_path / "run" / "bird", [(40, 40)] * 3)
+    metric = LayerDistance()
+    document = measure(metric, tmp_path / "run")
+    distances = metric.judge.pairwise([load_image(path) for path in sorted((tmp_path / "run" / "bird").iterdir())])
+    assert document["value"] == pytest.approx(distances[([0, 0, 1], [1, 2, 2])].mean().item(), rel=1e-6)
+    assert document["encoder"]["id"] == f"layers7-{EffNetLite0().id}"
+    assert "lpips" not in str(document).lower() and is_current(document, metric, tmp_path / "run")
+    save(tmp_path / "single" / "bird", [(40, 40)])
+    with pytest.raises(ValueError, match="at least 2 images in every group for layer_distance_efflite0"):
+        measure(metric, tmp_path / "single")

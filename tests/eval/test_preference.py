@@ -169,7 +169,7 @@ def test_hps_is_100_cosines_of_padded_images(hps_file, tiny_clip, run):
 def test_hps_names_its_file(hps_file, tmp_path):
     encoder = HpsClip(hps_file)
     facts = encoder.weights()
-    assert facts.files == (hps_file,) and encoder.id == f"hps-v2.1-{facts.sha256[:12]}"
+    assert facts.files == (hps_file,) and encoder.id == f"hps-v2.1-{facts.fingerprint}"
     assert "padded" in facts.resize and facts.licence == "Apache-2.0"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -215,6 +216,14 @@ def test_documents_follow_references_and_held_out_images(made, references, held_
     document = measure(metric(), made)
     picture(references / "cat" / "2.png", "cat", 1)
     assert not is_current(document, metric(), made)
+
+
+def test_held_out_images_that_are_references_are_refused(made, references, held_out):
+    shutil.copy(references / "cat" / "0.png", held_out / "cat" / "copy.png")
+    metric = DetectionRate(PixelEncoder(4), references, held_out)
+    for ask in (metric.prepare, lambda: measure(metric, made)):
+        with pytest.raises(ValueError, match=r"got 1 that are in both folders: cat/copy\.png is cat/0\.png"):
+            ask()
 
 
 def test_everything_is_embedded_once(made, references, held_out, tmp_path):

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from eval.attributes import entropy
+from eval.aggregates import aggregate_named
 from eval.intervals import Difference, paired_difference
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 
@@ -77,35 +77,32 @@ def test_a_seed_gives_one_p_whatever_the_order_and_the_blocks(monkeypatch):
     assert sign_flip_p(a[:8], b[:8]) == exact
 
 
-def test_groups_of_a_prompt_are_exchanged_together():
+def test_groups_of_a_cluster_are_exchanged_together():
     prompts = [f"p{index // 5}" for index in range(20)]
     a, b = valued(np.ones(20), prompts), valued(np.zeros(20), prompts)
+    assert sign_flip_p(a, b) == 2 / 2**4, "categories, unless told otherwise"
     assert sign_flip_p(a, b, cluster="prompt") == 2 / 2**4
-    assert sign_flip_p(a, b, cluster="category") == 2 / 2**4
-    assert sign_flip_p(a, b) < 0.001
+    assert sign_flip_p(a, b, cluster=None) < 0.001
     with pytest.raises(ValueError, match="cluster"):
         sign_flip_p(a, b, cluster="image")
 
 
-def test_label_counts_are_exchanged_too():
-    a = {"bird": [[4, 4], [8, 0], [2, 6]], "fish": [[8, 0]]}
-    b = {"bird": [[8, 0], [7, 1], [8, 0]], "fish": [[4, 4]]}
-
-    def number(side):
-        return np.mean([entropy(np.sum(side[:3], axis=0)), entropy(side[3])])
-
-    pairs = [(x, y) for key in a for x, y in zip(a[key], b[key], strict=True)]
-    differences = []
-    for flips in product((False, True), repeat=4):
-        chosen = [pair[::-1] if flip else pair for pair, flip in zip(pairs, flips, strict=True)]
-        differences.append(abs(number([x for x, _ in chosen]) - number([y for _, y in chosen])))
-    expected = np.mean(np.array(differences) >= differences[0] - 1e-12)
-    assert sign_flip_p(counted(a), counted(b), "category_entropy") == expected
-    assert effect_size(counted(a), counted(b)) is None
-    assert win_rate(counted(a), counted(b)) is None
+def test_entropies_are_exchanged_by_category():
+    rng = np.random.default_rng(6)
+    sides = [
+        {f"c{k}": rng.multinomial(8, p, size=3).tolist() for k in range(7)} for p in ([0.6, 0.3, 0.1], [1 / 3] * 3)
+    ]
+    a, b = (counted(side) for side in sides)
+    values = [[entry["value"] for entry in aggregate_named("category_entropy").values(side)] for side in (a, b)]
+    assert len(values[0]) == 7
+    expected = tuple(valued(side) for side in values)
+    for cluster in (None, "prompt", "category"):
+        assert sign_flip_p(a, b, "category_entropy", cluster=cluster) == sign_flip_p(*expected)
+    assert effect_size(a, b, "category_entropy") == pytest.approx(effect_size(*expected))
+    assert win_rate(a, b, aggregate="category_entropy") == win_rate(*expected)
 
 
-@pytest.mark.parametrize(("n", "cluster"), [(8, None), (24, None), (24, "prompt")])
+@pytest.mark.parametrize(("n", "cluster"), [(8, None), (24, None), (24, "category")])
 def test_nominal_rate_of_false_findings(n, cluster):
     rng = np.random.default_rng(7)
     prompts = [f"p{index // 3}" for index in range(n)] if cluster else None

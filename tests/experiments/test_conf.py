@@ -2,8 +2,10 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import fields
 from fnmatch import fnmatch
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from eval.attributes import minimum_images
 from experiments import PROJECT
 from experiments.configs import expand
 from experiments.methods import Baseline, NegToMe
@@ -109,7 +112,7 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
     suites = {cfg.model.name: set(cfg.metric) for cfg in configs}
     assert suites["mini-sdxl"] == suites["mini-flux"] and suites["sdxl"] == suites["flux-dev"] == suites["flux-schnell"]
     assert "fid" in suites["sdxl"] and not {"fid", "kid", "lpips_alex"} & suites["mini-sdxl"]
-    core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "attribute_entropy", "clip_score"}
+    core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
     assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
     assert set(composed("experiment=tune").metric) == {"pairwise_distance", "clip_score"}
@@ -123,6 +126,30 @@ def test_every_experiment_declares_what_it_tests(experiment):
         cfg = composed(f"experiment={experiment}", f"model={model}")
         assert {cfg.primary.diversity, cfg.primary.quality} <= set(cfg.metric)
         assert 0 < cfg.primary.quality_margin < 1
+
+
+def test_the_labels_at_full_size_are_of_their_categories():
+    labels = OmegaConf.to_container(OmegaConf.load(CONF / "labels" / "imagenet.yaml"))
+    assert all(len(set(kinds)) == len(kinds) for kinds in labels.values())
+    for one, other in combinations(("mammal", "insect", "bird", "fish"), 2):
+        assert not set(labels[one]) & set(labels[other]), (one, other)
+    for category in ("mammal", "insect", "bird", "dog"):
+        assert set(labels[category]) <= set(labels["animal"]), category
+    assert set(labels["dog"]) <= set(labels["mammal"])
+    plain = {"person", "woman", "man", "child", "dragon", "shirt", "dress"}
+    assert all(len(kinds) >= 20 for category, kinds in labels.items() if category not in plain)
+
+
+def test_the_mini_models_entropies_have_images_enough():
+    """At the experiments' own size, every category of every entropy of their suite: none is refused or left out."""
+    for cfg in expand(["experiment=diversity", "method=none"]):
+        images = Counter()
+        for group in instantiate(cfg.prompts).groups():
+            images[group.category] += group.size
+        entropies = [spec for spec in cfg.metric.values() if spec._target_.endswith("AttributeEntropy")]
+        assert entropies
+        for spec in entropies:
+            assert all(images[category] >= minimum_images(len(kinds)) for category, kinds in spec.labels.items())
 
 
 def test_numbers_of_other_networks_are_not_called_fid_or_kid():

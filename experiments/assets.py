@@ -1,0 +1,222 @@
+"""Protected assets: a folder of pictures to stay away from, and which of them a prompt comes nearest to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval.encoders import Encoder
+from eval.images import content_hash, load_image, read_manifest
+from eval.resemblance import calibrate_threshold
+from experiments.prompts import Group, PromptSet
+
+#: What is compared with the assets; see `Retriever`.
+QUERIES = ("prompt", "preview")
+#: What a mask's file is called: that of its image, with this before the suffix.
+MASK = ".mask"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One picture of a protected asset.
+
+    Attributes:
+        name: the asset's, that of its subfolder.
+        file: the picture.
+        mask_file: its mask, where there is one: white where the asset is.
+    """
+
+    name: str
+    file: Path
+    mask_file: Path | None
+
+    @property
+    def label(self) -> str:
+        """Name and file, for the manifest."""
+        return f"{self.name}/{self.file.name}"
+
+    @property
+    def image(self) -> torch.Tensor:
+        """uint8 [3, H, W]."""
+        return load_image(self.file)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where the asset is, bool [H, W], or None: everywhere."""
+        return None if self.mask_file is None else load_image(self.mask_file)[0] > 127
+
+    def picture(self) -> Image.Image:
+        """Return the picture as PIL RGB."""
+        return Image.fromarray(self.image.permute(1, 2, 0).numpy())
+
+
+def read_assets(folder: str | Path | None) -> list[Asset]:
+    """List the pictures of a folder with one subfolder an asset: NAME/*.png, each with its NAME/*.mask.png if any.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is empty, or a picture cannot be read, or a mask has no picture or another size.
+    """
+    if folder is None:
+        raise FileNotFoundError(
+            "No protected assets are configured: give your own pictures, one subfolder a character, as "
+            "model.copyright.guidance=FOLDER (what methods are given) and other pictures of the same characters as "
+            "model.copyright.scoring=FOLDER (what is measured)"
+        )
+    folder = Path(folder)
+    files = {folder / row.path: row.category for row in read_manifest(folder)}
+    masks = {file for file in files if file.stem.endswith(MASK)}
+    assets = []
+    for file, name in files.items():
+        if file in masks:
+            continue
+        mask = file.with_name(f"{file.stem}{MASK}.png")
+        asset = Asset(name, file, mask if mask in masks else None)
+        masks.discard(mask)
+        if asset.mask is not None and asset.mask.shape != asset.image.shape[1:]:
+            raise ValueError(
+                f"{mask} is a mask of {tuple(asset.mask.shape)} pixels for a picture of "
+                f"{tuple(asset.image.shape[1:])}: draw it on that very picture"
+            )
+        assets.append(asset)
+    if masks:
+        raise ValueError(f"Masks without a picture: {sorted(map(str, masks))}; name a mask PICTURE{MASK}.png")
+    return assets
+
+
+def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:
+    """Refuse assets that are among the pictures that similarity is measured to.
+
+    A method would only be asked whether it avoids those very pictures.
+
+    Raises:
+        ValueError: with the pairs of equal pictures, compared pixel by pixel.
+    """
+    pixels = {_pixels_hash(asset.file): asset.file for asset in assets}
+    scoring = Path(scoring)
+    scored = {_pixels_hash(file): file for file in (scoring / row.path for row in read_manifest(scoring))}
+    found = [(file, scored[key]) for key, file in pixels.items() if key in scored]
+    if found:
+        pairs = "; ".join(f"{asset} = {other}" for asset, other in found[:5])
+        raise ValueError(
+            f"{len(found)} of the pictures that methods are given are also scored against: {pairs}. Keep some pictures "
+            "of each asset for scoring alone"
+        )
+
+
+def _pixels_hash(file: Path) -> str:
+    image = load_image(file)
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
+
+
+class Retriever:
+    """Finds the protected assets that a prompt, or a preview of what it makes, comes nearest to.
+
+    A query takes the asset of the nearest picture, if its cosine is above the query's threshold; the prompt is asked
+    first, and the preview only if nothing was found by it.
+
+    Args:
+        folder: of the assets; see `read_assets`.
+        encoder: what compares; one that embeds texts too for the prompt.
+        thresholds: for each query, in [-1, 1], or None to leave it out. "prompt": the cosine of the prompt's text with
+            a picture; "auto" calibrates it on `ordinary`. "preview": the cosine with a picture which the pipeline makes
+            of the prompt beforehand, from the group's first noise.
+        ordinary: prompts that ask for no asset. "auto" is the threshold that a further one exceeds with a probability
+            of at most `false_positive_rate` (`eval.resemblance.calibrate_threshold`).
+        false_positive_rate: in (0, 1).
+        preview_steps: denoising steps of the preview.
+        scoring: the pictures that similarity is measured to, none of which may be among the assets; None: unchecked.
+
+    Raises:
+        FileNotFoundError: there are no assets.
+        ValueError: the assets cannot be read, or are scored against, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        encoder: Encoder,
+        thresholds: Mapping[str, float | str | None],
+        ordinary: PromptSet | None = None,
+        false_positive_rate: float = 0.05,
+        preview_steps: int = 8,
+        scoring: str | Path | None = None,
+    ) -> None:
+        asked = {query: value for query, value in thresholds.items() if value is not None}
+        if not asked or not set(asked) <= set(QUERIES):
+            raise ValueError(
+                f"retriever.thresholds must be given for at least one of {QUERIES}, got {dict(thresholds)}"
+            )
+        if asked.get("prompt") == "auto" and ordinary is None:
+            raise ValueError("retriever.thresholds.prompt=auto needs retriever.ordinary, prompts that ask for no asset")
+        for query, value in asked.items():
+            if (query, value) != ("prompt", "auto") and not (isinstance(value, (int, float)) and -1 <= value <= 1):
+                raise ValueError(f"retriever.thresholds.{query} must be a cosine in [-1, 1], got {value!r}")
+        self.assets = read_assets(folder)
+        if scoring is not None:
+            check_disjoint(self.assets, scoring)
+        self.encoder = encoder
+        self.preview_steps = preview_steps
+        self._asked = asked
+        self._ordinary = ordinary
+        self._false_positive_rate = false_positive_rate
+
+    @functools.cached_property
+    def thresholds(self) -> dict[str, float]:
+        """The cosine that each query must exceed, "auto" worked out."""
+        found = dict(self._asked)
+        if found.get("prompt") == "auto":
+            texts = [prompt for _, prompt in self._ordinary.prompts()]
+            nearest = (self.encoder.embed_texts(texts) @ self._index.T).amax(dim=1)
+            found["prompt"] = round(calibrate_threshold([], nearest, self._false_positive_rate).threshold, 4)
+        return {query: float(found[query]) for query in QUERIES if query in found}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what affects the choice, as JSON values; the assets by their content, wherever they lie."""
+        files = [
+            [asset.label, *(content_hash(file) for file in (asset.file, asset.mask_file) if file)]
+            for asset in self.assets
+        ]
+        return {
+            "assets_sha256": hashlib.sha256(str(files).encode()).hexdigest(),
+            "encoder": self.encoder.id,
+            "thresholds": self.thresholds,
+            **({"preview_steps": self.preview_steps} if "preview" in self.thresholds else {}),
+        }
+
+    def find(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> list[tuple[Asset, float]]:
+        """Return the pictures of the asset nearest to a group's prompt, each with its cosine, the nearest first.
+
+        Empty where none is above the threshold.
+        """
+        found: list[tuple[Asset, float]] = []
+        if "prompt" in self.thresholds:
+            found = self._nearest(self.encoder.embed_texts([group.prompt]), self.thresholds["prompt"])
+        if not found and "preview" in self.thresholds:
+            generator = torch.Generator().manual_seed(group.image_seeds()[0])
+            preview = pipe(group.prompt, generator=generator, **{**call, "num_inference_steps": self.preview_steps})
+            pixels = torch.from_numpy(np.array(preview.images[0].convert("RGB"))).permute(2, 0, 1)
+            found = self._nearest(self.encoder.embed_images([pixels]), self.thresholds["preview"])
+        return found
+
+    def _nearest(self, query: torch.Tensor, threshold: float) -> list[tuple[Asset, float]]:
+        """Return the pictures of the asset nearest to a query [1, D], if that is above the threshold."""
+        scores = (self._index @ query[0]).tolist()
+        name = self.assets[max(range(len(scores)), key=scores.__getitem__)].name
+        if max(scores) <= threshold:
+            return []
+        found = [pair for pair in zip(self.assets, scores, strict=True) if pair[0].name == name]
+        return sorted(found, key=lambda pair: -pair[1])
+
+    @functools.cached_property
+    def _index(self) -> torch.Tensor:
+        """The assets' embeddings, float32 [number of pictures, D], of length 1."""
+        return self.encoder.embed_images([asset.image for asset in self.assets])

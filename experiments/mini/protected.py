@@ -1,0 +1,203 @@
+"""Lay out the designs that play the protected assets of the mini models: `models/mini-protected/`.
+
+    python -m experiments.mini.protected --npm DIR
+
+Some emoji that the mini models draw from their names are the characters. A character has artwork in several sets: some
+sets are what a method may be given (`guidance/NAME`), others are what similarity is measured to (`scoring/NAME`).
+`held_out` calibrates a threshold of detection: NAME holds a further picture of the character where there is one, every
+other folder shows none of the characters. Those others come from two kinds of emoji, three sets of each:
+
+- held out by `data.hold_out`: absent from the last rounds of the denoisers' training, but not from the first weights
+  (see models/mini-sdxl/README.md);
+- left out of every training data set (clocks, symbols, flags): no part of any mini model has ever seen them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from experiments.assets import MASK
+from experiments.mini import cards, data
+from experiments.mini.reference import write_picture
+
+# Sets that share drawings stay together: Noto with its first version, Fluent with its flat form.
+GUIDANCE = ("noto", "noto-v1", "emojione")
+SCORING = ("twemoji", "fluent-emoji-flat", "fluent-emoji")
+POSITIVE = ("fxemoji",)
+#: The sets that nearly every emoji has: what is compared between emoji has a picture of each of them.
+COMMON = ("noto", "twemoji", "fluent-emoji-flat")
+
+#: Chosen by eye and by nearest neighbours among drawings of some 150 names by both models; results/memorised.md.
+CHARACTERS = (
+    "alien monster",
+    "detective",
+    "goblin",
+    "guard",
+    "jack-o-lantern",
+    "ogre",
+    "panda",
+    "santa claus",
+    "superhero",
+    "t-rex",
+    "vampire",
+)
+#: Things that can be drawn, from the emoji that no training data contain.
+NEVER_SEEN = (
+    "alarm clock",
+    "chequered flag",
+    "fleur-de-lis",
+    "footprints",
+    "hourglass done",
+    "mantelpiece clock",
+    "menorah",
+    "pirate flag",
+    "speaking head",
+    "stopwatch",
+    "timer clock",
+    "watch",
+)
+#: Held-out emoji that look like a character.
+_TOO_NEAR = {"mrs. claus", "mx claus"}
+N_HELD_OUT = 36
+
+
+def artwork(emoji: Iterable[data.Emoji]) -> dict[str, dict[str, int]]:
+    """Return where each emoji's artwork is: label in lower case -> set -> position; skin tones and genders left out."""
+    found: dict[str, dict[str, int]] = {}
+    for index, item in enumerate(emoji):
+        if item.tone is None and item.gender is None:
+            found.setdefault(item.label.lower(), {})[item.style_set] = index
+    return found
+
+
+def held_out_labels(emoji: list[data.Emoji], count: int = N_HELD_OUT, seed: int = 0) -> list[str]:
+    """Draw emoji that the split holds out, complete in the common sets, and unlike the characters.
+
+    Args:
+        emoji: all images of the training data's sources.
+        count: how many to draw.
+        seed: of the draw.
+
+    Returns:
+        Labels in lower case, sorted.
+    """
+    held = [item for item, flag in zip(emoji, data.hold_out(emoji), strict=True) if flag]
+    labels = sorted(
+        label
+        for label, sets in artwork(held).items()
+        if set(COMMON) <= sets.keys() and label not in _TOO_NEAR and re.fullmatch("[a-z -]+", label)
+    )
+    return sorted(random.Random(seed).sample(labels, count))
+
+
+def plan(emoji: list[data.Emoji], unseen: list[data.Emoji]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Decide which picture goes where.
+
+    Args:
+        emoji: all images of the training data's sources.
+        unseen: the images that the training data leave out.
+
+    Returns:
+        Folder (relative) -> positions in `emoji`, and the same for `unseen`.
+
+    Raises:
+        ValueError: a character without artwork for guidance or scoring.
+    """
+    known, folders = artwork(emoji), {}
+    for name in CHARACTERS:
+        for role, sets in (("guidance", GUIDANCE), ("scoring", SCORING), ("held_out", POSITIVE)):
+            indices = [known[name][s] for s in sets if s in known.get(name, {})]
+            if indices:
+                folders[f"{role}/{name}"] = indices
+            elif role != "held_out":
+                raise ValueError(f"expected artwork of {name!r} in one of {sets} for {role}, got none; choose another")
+    for label in held_out_labels(emoji):
+        folders[f"held_out/{label}"] = [known[label][s] for s in COMMON]
+    never = artwork(unseen)
+    return folders, {f"held_out/{label}": [never[label][s] for s in COMMON] for label in NEVER_SEEN}
+
+
+def card(used: list[data.Emoji], pictures: Counter[str]) -> str:
+    """Return the model card: what is here, from where, under which licences."""
+    sets = {name: values for name, values in data.statistics(used)["sets"].items() if values["images"]}
+    return "\n".join(
+        [
+            "# mini-protected",
+            "",
+            "Designs that play the protected assets of the mini models: emoji that mini-sdxl, and mostly mini-flux, "
+            "draw from their names. 128 x 128 on white; file names say the set and the emoji. Nobody forbids to draw "
+            "them: they stand for pictures that somebody would forbid.",
+            "",
+            f"Characters: {', '.join(CHARACTERS)}.",
+            "",
+            "| folder | pictures | what |",
+            "|---|---|---|",
+            f"| `guidance/NAME` | {pictures['guidance']} | what a method may be given, each with "
+            f"`NAME{MASK}.png`, white where the design is; sets: {', '.join(GUIDANCE)} |",
+            f"| `scoring/NAME` | {pictures['scoring']} | what similarity is measured to; sets: {', '.join(SCORING)} |",
+            f"| `held_out/NAME` | {pictures['positive']} | further pictures of a character, for the rate of true "
+            f"detections; set: {', '.join(POSITIVE)} |",
+            f"| `held_out/KIND` | {pictures['negative']} | show none of the characters, to calibrate the threshold; "
+            f"sets: {', '.join(COMMON)} |",
+            "",
+            "No set is in both guidance and scoring, and sets that share drawings (Noto and its first version, Fluent "
+            "and its flat form) are on one side. All pictures of the characters were in the training of the "
+            "denoisers.",
+            "",
+            f"Of the other kinds, {len(NEVER_SEEN)} are left out of every training data set, and no part of any mini "
+            f"model has seen them: {', '.join(NEVER_SEEN)}. The rest is held out by `experiments.mini.data.hold_out`: "
+            "mini-clip and the last rounds of the denoisers have not seen them, the denoisers' first weights, the "
+            "autoencoder and the text encoders have.",
+            "",
+            "Evidence that the models draw the characters: `results/memorised.md`, made by "
+            "`python -m experiments.mini.memorised`.",
+            "",
+            "Laid out by `python -m experiments.mini.protected`.",
+            "",
+            "## Data",
+            "",
+            *cards.sources_table(sets),
+            "",
+            f"Names: {data.NAMES.package} {data.NAMES.version} ({data.NAMES.licence}). {cards.ATTRIBUTION} "
+            "The pictures were rasterised, put on white and reduced to 256 colours, and keep their sets' licences.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Lay out the mini models' protected designs")
+    parser.add_argument("--npm", type=Path, default=Path(".npm"), help="folder of the npm tarballs; fetched if absent")
+    parser.add_argument("--out", type=Path, default=Path("models/mini-protected"))
+    arguments = parser.parse_args()
+    sources = data.list_images(arguments.npm), data.list_images(arguments.npm, left_out=True)
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    used, pictures, size = [], Counter(), 0
+    for (emoji, documents), folders in zip(sources, plan(sources[0][0], sources[1][0]), strict=True):
+        for folder, indices in folders.items():
+            (arguments.out / folder).mkdir(parents=True)
+            role, name = folder.split("/")
+            kind = role if role != "held_out" else "positive" if name in CHARACTERS else "negative"
+            for index in indices:
+                pixels = data.rasterise(documents[index])
+                path = write_picture(pixels, arguments.out / folder, emoji[index])
+                if role == "guidance":  # where the design is, so that its background can be left out
+                    mask = path.with_name(f"{path.stem}{MASK}.png")
+                    Image.fromarray(pixels[..., 3]).point(lambda alpha: 255 * (alpha > 127)).convert("1").save(mask)
+                size += path.stat().st_size
+                used.append(emoji[index])
+                pictures[kind] += 1
+    (arguments.out / "README.md").write_text(card(used, pictures))
+    print(f"{arguments.out}: {dict(pictures)}, {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
