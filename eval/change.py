@@ -19,7 +19,7 @@ class _AgainstBaseline(Metric):
     """A metric of images and of those that another run made of the same prompts and noises.
 
     Args:
-        encoder: what embeds both.
+        encoder: what embeds both; None where their pixels are compared.
         baseline: the other run's folder.
         name: for tables.
     """
@@ -28,7 +28,7 @@ class _AgainstBaseline(Metric):
     higher_is_better = False
     bounds = (0.0, None)
 
-    def __init__(self, encoder: Encoder, baseline: str | Path, name: str | None = None) -> None:
+    def __init__(self, encoder: Encoder | None, baseline: str | Path, name: str | None = None) -> None:
         super().__init__(encoder, name)
         self.baseline = Path(baseline)
 
@@ -42,7 +42,8 @@ class _AgainstBaseline(Metric):
 
     def _pairs(self, images: ImageSet) -> tuple[ImageSet, dict[str, list[tuple[int, int]]]]:
         """Return the other run's images, with the cache of `images`; and every group's places in both."""
-        others = ImageSet(self.baseline, self._others.rows, images.cache, images.batch_size, images.progress)
+        rows = self._others.only(self.only).rows
+        others = ImageSet(self.baseline, rows, images.cache, images.batch_size, images.progress)
         missing = [group for group in images.groups if len(others.groups.get(group, ())) != len(images.groups[group])]
         if missing:
             raise ValueError(
@@ -60,6 +61,7 @@ class Change(_AgainstBaseline):
     name = "change"
     unit = "1 - cosine, 0 to 2"
     description = "mean over a group's images of 1 - cosine with the image of the same noise in the baseline's run"
+    bounds = (0.0, 2.0)
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """See `Metric.per_group`."""
@@ -68,18 +70,35 @@ class Change(_AgainstBaseline):
         values = []
         for group, pairs in groups.items():
             here, there = (torch.tensor(places) for places in zip(*pairs, strict=True))
-            distance = 1 - F.cosine_similarity(mine[here], theirs[there], dim=1)
-            values.append(images.group_value(group, value=distance.clamp_min(0).mean().item()))
+            # 1 - cosine as half the squared distance of unit vectors, which is exactly 0 for equal ones.
+            apart = F.normalize(mine[here], dim=1) - F.normalize(theirs[there], dim=1)
+            values.append(images.group_value(group, value=apart.square().sum(dim=1).div(2).mean().item()))
         return values
 
 
+class _Pixels:
+    """Compares images as they are; see `eval.metrics.Judge`."""
+
+    name = "pixels"
+    id = "pixels"
+
+
 class ChangedShare(_AgainstBaseline):
-    """Share of a group's images that differ from the other run's in any pixel."""
+    """Share of a group's images that differ from the other run's in any pixel.
+
+    Args:
+        baseline: the other run's folder.
+        name: for tables.
+    """
 
     name = "changed_share"
     unit = "share of images, 0 to 1"
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
+    judge = _Pixels()
+
+    def __init__(self, baseline: str | Path, name: str | None = None) -> None:
+        super().__init__(None, baseline, name)
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """See `Metric.per_group`."""

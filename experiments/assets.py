@@ -63,7 +63,8 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is empty, or a picture cannot be read, or a mask has no picture or another size.
+        ValueError: it is empty, or a picture cannot be read or is an animation, or a mask is empty, has no picture or
+            another size.
     """
     if folder is None:
         raise FileNotFoundError(
@@ -80,16 +81,33 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
             continue
         mask = file.with_name(f"{file.stem}{MASK}.png")
         asset = Asset(name, file, mask if mask in masks else None)
-        masks.discard(mask)
-        if asset.mask is not None and asset.mask.shape != asset.image.shape[1:]:
-            raise ValueError(
-                f"{mask} is a mask of {tuple(asset.mask.shape)} pixels for a picture of "
-                f"{tuple(asset.image.shape[1:])}: draw it on that very picture"
-            )
+        _check(asset)
         assets.append(asset)
-    if masks:
-        raise ValueError(f"Masks without a picture: {sorted(map(str, masks))}; name a mask PICTURE{MASK}.png")
+    unused = masks - {asset.mask_file for asset in assets}
+    if unused:
+        raise ValueError(f"Masks without a picture: {sorted(map(str, unused))}; name a mask PICTURE{MASK}.png")
     return assets
+
+
+def _check(asset: Asset) -> None:
+    """Read an asset's picture and mask once, so that a bad one is named before anything is generated."""
+    height, width = asset.image.shape[1:]
+    with Image.open(asset.file) as opened:
+        frames = getattr(opened, "n_frames", 1)
+    if frames > 1:
+        raise ValueError(f"{asset.file} is an animation of {frames} frames: export the one that you mean")
+    if asset.mask is None:
+        return
+    if asset.mask.shape != (height, width):
+        raise ValueError(
+            f"{asset.mask_file} is a mask of {tuple(asset.mask.shape)} pixels for a picture of {(height, width)}: draw "
+            "it on that very picture"
+        )
+    if not asset.mask.any():
+        raise ValueError(
+            f"{asset.mask_file} is an empty mask, so that nothing could be matched: paint white what is to be avoided, "
+            "or remove the file, and the whole picture counts"
+        )
 
 
 def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:

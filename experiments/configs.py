@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments import PROJECT
@@ -33,3 +37,17 @@ def expand(overrides: list[str]) -> list[DictConfig]:
         axes = [f"{key}={value}" for key, value in params.items()] + list(overrides)
         (batch,) = BasicSweeper.split_arguments(parse(axes), max_batch_size=None)
         return [compose("config", list(job)) for job in batch]
+
+
+def build(spec: DictConfig) -> Any:
+    """Instantiate what a configuration describes.
+
+    Raises:
+        FileNotFoundError, ValueError: those of the class itself, which say what to do, without Hydra's wrapping.
+    """
+    try:
+        return instantiate(spec)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, (FileNotFoundError, ValueError)):
+            raise error.__cause__ from None
+        raise

@@ -76,7 +76,8 @@ def _own_judges(conf: Path) -> list[tuple[str, DictConfig]]:
         cfg = OmegaConf.create({"device": "cpu", "metric": OmegaConf.load(conf / "metric" / f"{suite}.yaml")})
         for name in (name for name in cfg.metric if not OmegaConf.is_interpolation(cfg.metric, name)):
             spec = cfg.metric[name]
-            if isinstance(spec, DictConfig) and "_target_" in spec and "encoder" not in spec:
+            # One with a baseline compares two runs, and is told at the time which.
+            if isinstance(spec, DictConfig) and "_target_" in spec and not {"encoder", "baseline"} & spec.keys():
                 found.setdefault(OmegaConf.to_yaml(spec), (f"{suite}: {name}", spec))
     return list(found.values())
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from experiments import pipelines, select_device
+from experiments.configs import build
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run
@@ -42,7 +42,7 @@ def generate(cfg: DictConfig) -> Path:
         RuntimeError: NegToMe was attached and compared nothing.
     """
     device = select_device(cfg.device)
-    prompts: PromptSet = instantiate(cfg.prompts)
+    prompts: PromptSet = build(cfg.prompts)
     groups = prompts.groups()
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
@@ -118,7 +118,7 @@ def _generate_group(
 @functools.lru_cache(maxsize=1)
 def _method(spec: str) -> Method:
     """Build a method, or return the last one: one that looks for assets holds an encoder."""
-    return instantiate(OmegaConf.create(spec))
+    return build(OmegaConf.create(spec))
 
 
 @functools.lru_cache(maxsize=1)

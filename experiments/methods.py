@@ -20,6 +20,9 @@ import negtome
 from experiments.assets import Retriever
 from experiments.prompts import Group
 
+#: What chooses and uses the assets.
+_ASSETS_CODE = (Path(__file__), Path(__file__).with_name("assets.py"))
+
 
 @dataclass
 class Applied:
@@ -152,6 +155,9 @@ class NegToMeFromAssets(NegToMe):
             "retriever": self.retriever.settings(),
         }
 
+    def code(self) -> str:
+        return f"{super().code()}+{_digest(*_ASSETS_CODE)}"
+
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
         found = self.retriever.find(pipe, group, call)[: self.images]
@@ -196,8 +202,8 @@ class NegativePrompt:
             "retriever": self.retriever.settings(),
         }
 
-    def code(self) -> None:
-        return None
+    def code(self) -> str:
+        return _digest(*_ASSETS_CODE)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -214,8 +220,8 @@ class NegativePrompt:
 class NegativeIPAdapter:
     """The prompt's nearest protected assets as the image prompt of the unconditional half (IP-Adapter, SDXL).
 
-    The conditional half gets zeros. This is the like-for-like alternative to an image as negative: another network that
-    was trained to read images.
+    The conditional half gets what the adapter takes for no picture. This is the like-for-like alternative to an image
+    as negative: another network that was trained to read images.
 
     Args:
         name: the method's name in folders and tables.
@@ -225,6 +231,7 @@ class NegativeIPAdapter:
 
     Raises:
         FileNotFoundError: no weights are configured.
+        ValueError: when applied to a call without guidance, which has no unconditional half.
     """
 
     def __init__(self, name: str, retriever: Retriever, weights: Mapping[str, Any] | None, scale: float = 0.5) -> None:
@@ -243,11 +250,16 @@ class NegativeIPAdapter:
     def settings(self) -> dict[str, Any]:
         return {"ip_adapter": self.weights, "scale": self.scale, "retriever": self.retriever.settings()}
 
-    def code(self) -> None:
-        return None
+    def code(self) -> str:
+        return _digest(*_ASSETS_CODE)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        if call.get("guidance_scale", 5.0) <= 1:
+            raise ValueError(
+                f"method={self.name} needs guidance, got guidance_scale={call['guidance_scale']}: set "
+                "model.call.guidance_scale above 1, or leave the method out"
+            )
         found = self.retriever.find(pipe, group, call)
         references = {asset.label: score for asset, score in found}
         if not found:
@@ -257,11 +269,13 @@ class NegativeIPAdapter:
         try:
             pipe.set_ip_adapter_scale(self.scale)
             pictures = [asset.picture() for asset, _ in found]
-            (embedded,) = pipe.prepare_ip_adapter_image_embeds(
-                [pictures], None, pipe._execution_device, 1, do_classifier_free_guidance=False
-            )
-            # The adapter's layout: [unconditional, conditional], the images one after another.
-            halves = [torch.cat([embedded, embedded.new_zeros(embedded.shape)])]
+            # The adapter's layout: [unconditional, conditional], where the former shows nothing: zeros, or the
+            # embedding of a black picture, as the adapter was trained.
+            with torch.no_grad():
+                (embedded,) = pipe.prepare_ip_adapter_image_embeds(
+                    [pictures], None, pipe._execution_device, 1, do_classifier_free_guidance=True
+                )
+            halves = [torch.cat(embedded.chunk(2)[::-1])]
             yield Applied(dict(call) | {"ip_adapter_image_embeds": halves}, references=references)
         finally:
             pipe.unload_ip_adapter()
@@ -270,9 +284,12 @@ class NegativeIPAdapter:
 class Combined:
     """Several methods at once, the first outermost.
 
+    Each looks for assets as it does alone: in a preview of the model's own call, not of what the methods before it make
+    of that. Those that touch the pipeline itself therefore come last.
+
     Args:
         name: the method's name in folders and tables.
-        methods: by name; at most one of them may attach NegToMe.
+        methods: by name; at most one of them may attach NegToMe, and no two may change the same argument of the call.
     """
 
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
@@ -286,16 +303,24 @@ class Combined:
         return merged | {"methods": [{"name": method.name, **method.settings()} for method in self.methods]}
 
     def code(self) -> str | None:
-        codes = [code for method in self.methods if (code := method.code())]
-        return "+".join(codes) or None
+        codes = [part for method in self.methods if (code := method.code()) for part in code.split("+")]
+        return "+".join(dict.fromkeys(codes)) or None
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
         whole = Applied(dict(call))
+        changed: set[str] = set()
         with contextlib.ExitStack() as stack:
             for method in self.methods:
-                part = stack.enter_context(method.apply(pipe, group, whole.call))
-                whole.call = part.call
+                part = stack.enter_context(method.apply(pipe, group, call))
+                changes = {key: value for key, value in part.call.items() if key not in call or value is not call[key]}
+                if twice := changed & changes.keys():
+                    raise ValueError(
+                        f"method={self.name} combines methods that change the same arguments of the call, "
+                        f"{sorted(twice)}: leave one of them out"
+                    )
+                changed |= changes.keys()
+                whole.call |= changes
                 whole.attached = part.attached or whole.attached
                 if part.references is not None:
                     whole.references = {**(whole.references or {}), **part.references}

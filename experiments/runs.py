@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from eval.images import ManifestRow, write_manifest, write_text
 from experiments import PROJECT, pipelines, project_path, select_device
+from experiments.configs import build
 from experiments.methods import Baseline, Method
 from experiments.prompts import Group, PromptSet
 
@@ -47,8 +47,8 @@ def run_id(identity: dict[str, Any]) -> str:
 
 def request(cfg: DictConfig) -> dict[str, Any]:
     """Return what the configuration asks for, as far as it affects pixels: no weights or machine needed to know it."""
-    method: Method = instantiate(cfg.method)
-    prompts: PromptSet = instantiate(cfg.prompts)
+    method: Method = build(cfg.method)
+    prompts: PromptSet = build(cfg.prompts)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     return {
         "version": GENERATION_VERSION,
@@ -76,7 +76,7 @@ def made_by(cfg: DictConfig, weights: str | None, device: str) -> dict[str, Any]
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type,
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
-        "code": instantiate(cfg.method).code(),
+        "code": build(cfg.method).code(),
     }
 
 

@@ -44,7 +44,7 @@ KEY = ["experiment", *SETTING, "metric"]
 COLUMNS = [
     *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
-    "n_images", "pushed_share", "run_id", "commit", "device",
+    "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
 ]  # fmt: skip
 
 
@@ -188,23 +188,36 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     Returns:
         The CSV's content, read back: a table made now and one made from the committed file are the same.
     """
-    new = pd.DataFrame(rows, columns=COLUMNS)
-    frame = pd.read_csv(io.StringIO(_csv(new)), dtype=TEXT)
+    text = _csv(pd.DataFrame(rows, columns=COLUMNS))
+    frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
     if path.exists():
-        old = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS)
-        replaced = set(_keys(io.StringIO(_csv(new))))
-        kept = old[[key not in replaced for key in _keys(path)]]
-        if len(kept):
-            frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True)
+        old, was, keys = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS), _keys(path), _keys(io.StringIO(text))
+        kept = [key not in set(keys) for key in was]
+        # As objects, since an empty column has no type to agree on; then numbers are numbers again, and are written as
+        # such.
+        frame = pd.concat([old[kept].astype(object), frame.astype(object)], ignore_index=True).infer_objects()
+        # A row stays where its predecessor was: the table does not depend on what was measured again, and when.
+        place = {key: position for position, key in reversed(list(enumerate(was)))}
+        order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
+        frame = frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(
+            drop=True
+        )
     frame["p_holm"] = _corrected(frame)
     write_text(path, _csv(frame))
     return pd.read_csv(path, dtype=TEXT)
 
 
 def _keys(file: Path | io.StringIO) -> list[tuple[str, ...]]:
-    """Return each row's `KEY` as it is written; read as numbers, 1 would be an integer, and beside a 0.5 a float."""
+    """Return each row's `KEY` in one spelling: 1, 1.0 and 1.00 are one setting."""
     text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=KEY, fill_value="")
-    return list(text.itertuples(index=False, name=None))
+    return [tuple(_spelled(value) for value in row) for row in text.itertuples(index=False)]
+
+
+def _spelled(value: str) -> str:
+    try:
+        return f"{float(value):.6g}"
+    except ValueError:
+        return value
 
 
 def _corrected(frame: pd.DataFrame) -> pd.Series:
