@@ -25,6 +25,7 @@ from negtome.rows import Layout, ReferenceRows, shrink
 from negtome.sites import (
     DenoiserCall,
     Place,
+    Timesteps,
     feature_maps,
     fewest_tokens,
     find_architecture,
@@ -137,6 +138,7 @@ class Attachment:
             _Site(name, module, place, config, self._now)
             for name, module, place in find_sites(self._denoiser, architecture, config)
         ]
+        self._links = _links(self._denoiser, [site.name for site in self._sites])
         self._run: _Run | None = None
         self._finished_runs = 0
 
@@ -172,6 +174,7 @@ class Attachment:
         """Give the pipeline back exactly as it was. Does nothing the second time."""
         self._restore.close()
         self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
+        self._links = []
         for site in self._sites:
             site.module = None
 
@@ -197,6 +200,8 @@ class Attachment:
         finally:
             self._run = None
             self._now.active = False
+            for site in self._sites:
+                site.similarity = None
         self._finished_runs += 1
         self.steps += run.steps
         if not run.steps:
@@ -205,7 +210,7 @@ class Attachment:
                 f"pipeline to call it; if `pipe.{self._architecture.denoiser}` was replaced inside the block, or no "
                 "step was asked for, change that before attaching."
             )
-        tallies = _read(self._sites)
+        tallies = run.read(self._sites)
         for site, tally in zip(self._sites, tallies, strict=True):
             site.compared += tally.compared
             site.pushed += tally.pushed
@@ -223,10 +228,10 @@ class Attachment:
                 f"NegToMe expects its {self._architecture.denoiser_class} to be called by the pipeline it is attached "
                 "to, but something else called it; attach to the pipeline that you call."
             )
-        for site in self._sites:
-            if self._denoiser.get_submodule(site.name) is not site.module:
+        for children, key, child, name in self._links:
+            if children.get(key) is not child:
                 raise RuntimeError(
-                    f"NegToMe's site {site.name} was replaced by another module inside the `with` block; load or "
+                    f"NegToMe's site {name} was replaced by another module inside the `with` block; load or "
                     "unload adapters, quantise and compile single layers before attaching."
                 )
 
@@ -239,13 +244,15 @@ class Attachment:
                 run.prompts.append(call.prompts)
         if not run.steps:
             for site in self._sites:
-                site.start(call.sample.device)
-        now.active = self.config.is_active(call.timestep)
+                site.start(self._denoiser)
+        if not run.steps or call.latent != run.latent:
+            run.latent = call.latent
+            now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
+        timestep = run.timesteps.read(self._pipe, call.timestep)
+        now.active = self.config.is_active(timestep)
         now.text_length = call.text_length
-        now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
         now.layout = None
-        run.latent = call.latent
-        step = Step(call.timestep, now.active)
+        step = Step(timestep, now.active)
         # True guidance calls Flux twice in a step, for the prompt and then for the negative prompt.
         repeated = bool(run.steps) and run.steps[-1] == step
         if not repeated:
@@ -257,7 +264,9 @@ class Attachment:
         return arguments
 
     def _end(self, output: Any) -> Any:
-        """Take the rows of outside references out of what the denoiser returned."""
+        """Count, and take the rows of outside references out of what the denoiser returned."""
+        if self._now.active:
+            self._run.count(self._sites, self.config.threshold)
         return output if self._now.layout is None else shrink(output, self._now.layout)
 
     def _images_in_group(self, call: DenoiserCall) -> int:
@@ -320,15 +329,6 @@ class _Now:
         self.layout: Layout | None = None  # of a batch with rows of outside references
 
 
-class _Run:
-    """What is remembered during one call of the pipeline."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
-        self.latent: tuple[int, int] | None = None
-
-
 class _Tally(NamedTuple):
     """What a site counted in one call of the pipeline."""
 
@@ -339,10 +339,50 @@ class _Tally(NamedTuple):
     highest_similarity: float
 
 
-class _Site:
-    """A module whose image tokens are pushed, and what was counted there.
+class _Run:
+    """What is remembered during one call of the pipeline."""
 
-    The counters are tensors beside the tokens, so that counting neither waits for the device nor makes torch.compile
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.timesteps = Timesteps()
+        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
+        self.latent: tuple[int, int] | None = None
+        # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
+        self._counts: list[tuple[list[_Site], int, torch.Tensor, torch.Tensor]] = []
+
+    def count(self, sites: list[_Site], threshold: float) -> None:
+        """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
+        alike: dict[tuple[torch.Size, torch.device], list[_Site]] = {}
+        for site in sites:
+            if site.similarity is not None:
+                alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
+        for found in alike.values():
+            similarity = torch.stack([site.similarity for site in found]).flatten(1)
+            compared, pushed = similarity.shape[1], (similarity > threshold).sum(dim=1)
+            self._counts.append((found, compared, pushed, similarity.amax(dim=1)))
+            for site in found:
+                site.similarity = None
+
+    def read(self, sites: list[_Site]) -> list[_Tally]:
+        """Fetch what was counted from the device."""
+        compared, pushed = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
+        highest = dict.fromkeys(sites, -1.0)
+        if self._counts:
+            device = self._counts[0][2].device  # a denoiser may be spread over several
+            counts = iter(torch.cat([count[2].to(device) for count in self._counts]).tolist())
+            maxima = iter(torch.cat([count[3].to(device) for count in self._counts]).tolist())
+            for found, number, _, _ in self._counts:
+                for site in found:
+                    compared[site] += number
+                    pushed[site] += next(counts)
+                    highest[site] = max(highest[site], min(next(maxima), 1.0))  # rounded to more than 1, at times
+        return [_Tally(s.name, compared[s], pushed[s], s.skipped_tokens, highest[s]) for s in sites]
+
+
+class _Site:
+    """A module whose image tokens are pushed, and what was found there.
+
+    What is counted leaves here as a tensor, so that counting neither waits for the device nor makes torch.compile
     specialise on a number. Compiled code reads nothing else that differs between the sites of an architecture.
     """
 
@@ -354,55 +394,88 @@ class _Site:
         self.now = now
         self.compared = 0
         self.pushed = 0
-        self.tally: torch.Tensor | None = None  # [3] int64: compared, pushed, tokens per image where skipped
-        self.closest: torch.Tensor | None = None  # [] float32: highest similarity
+        self.ours = False  # whether nobody else holds the features, so that they may be written to
+        self.skipped_tokens = 0  # per image, in this call of the pipeline
+        self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
 
-    def start(self, device: torch.device) -> None:
-        """Start to count for one call of the pipeline."""
-        self.tally = torch.zeros(3, dtype=torch.int64, device=device)
-        self.closest = torch.full((), -1.0, device=device)
+    def start(self, denoiser: torch.nn.Module) -> None:
+        """Begin a call of the pipeline."""
+        self.skipped_tokens, self.similarity = 0, None
+        self.ours = _makes_its_own(denoiser, self.name)
 
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
         config, now = self.config, self.now
         text = now.text_length if self.place.text_first else 0
-        tokens = features[:, text:]
+        tokens = features[:, text:] if text else features
         if now.fewest_tokens is None or tokens.shape[1] < now.fewest_tokens:
-            self.tally[2].fill_(tokens.shape[1])
+            self.skipped_tokens = tokens.shape[1]
             return features
         strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
+        strength["inplace"] = inplace = self.ours and not torch.is_grad_enabled()
         if now.layout is None:
-            tokens, similarity, pushed = push_groups(tokens, now.group_size, reference=config.reference, **strength)
+            tokens, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
         else:
-            tokens, similarity, pushed = _push_from_rows(tokens, now.layout, strength)
-        device = self.tally.device  # which a denoiser spread over several devices may have left
-        self.tally[0].add_(pushed.numel())
-        self.tally[1].add_(pushed.sum().to(device))
-        self.closest.copy_(torch.maximum(self.closest, similarity.amax().to(self.closest)))
+            tokens, similarity = _push_from_rows(tokens, now.layout, strength)
+        if self.similarity is not None:  # a module that is called twice
+            similarity = torch.cat([self.similarity, similarity], dim=1)
+        self.similarity = similarity
+        if inplace:
+            return features
         return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
 
 
 def _push_from_rows(
     tokens: torch.Tensor, layout: Layout, strength: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
+    inplace = strength["inplace"]
     batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
-    moved, similarities, pushes = list(batch.unbind(1)), [], []
+    result, similarities = batch if inplace else batch.clone(), []
     for route in layout.routes:
-        sources, references = (torch.stack([batch[:, k] for k in places], 1) for places in (route.images, route.rows))
-        new, similarity, pushed = push_from(sources, references, mask=route.masks[tokens.shape[1]], **strength)
-        for place, image in zip(route.images, new.unbind(1), strict=True):
-            moved[place] = image
-        similarities.append(similarity)
-        pushes.append(pushed)
-    return torch.stack(moved, 1).flatten(0, 1), torch.cat(similarities, 1), torch.cat(pushes, 1)
+        reference = batch[:, slice(*route.rows)]
+        mask, allowed = route.masks[tokens.shape[1]], route.allowed[tokens.shape[1]]
+        if allowed is not None and strength["matching"] == "paper":
+            reference, mask = reference.flatten(1, 2).index_select(1, allowed).unsqueeze(1), None
+        for start, stop in route.images:
+            moved, similarity = push_from(batch[:, start:stop], reference, mask=mask, **strength)
+            if not inplace:
+                result[:, start:stop] = moved
+            similarities.append(similarity)
+    return result.flatten(0, 1), torch.cat(similarities, 1)
 
 
-def _read(sites: list[_Site]) -> list[_Tally]:
-    """Fetch all counters of one call of the pipeline from the device at once."""
-    counts = torch.stack([site.tally for site in sites]).tolist()
-    closest = torch.stack([site.closest for site in sites]).tolist()
-    return [_Tally(site.name, *count, value) for site, count, value in zip(sites, counts, closest, strict=True)]
+def _links(root: torch.nn.Module, names: list[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module, str]]:
+    """List what must stay as it is for modules to keep their names.
+
+    Returns:
+        For every module on the way to one of `names`: the dict it is in, its key there, itself, and a name that needs
+        it. Looking these up takes microseconds, walking down from the root to every module a step's fraction.
+    """
+    links = {}
+    for name in names:
+        module = root
+        for key in name.split("."):
+            children, module = module._modules, module._modules[key]
+            links.setdefault((id(children), key), (children, key, module, name))
+    return list(links.values())
+
+
+def _makes_its_own(denoiser: torch.nn.Module, name: str) -> bool:
+    """Tell whether the tokens at a site are a fresh tensor of which its attention keeps nothing.
+
+    So it is in diffusers' own attentions. Somebody else's processor, a hook or a replaced `forward` (caches, for one)
+    may hold on to what it returned.
+    """
+    while name:
+        attention = denoiser.get_submodule(name)
+        if hasattr(attention, "processor"):
+            if "forward" in attention.__dict__ or attention._forward_hooks:
+                return False
+            made_by = (type(attention).forward, type(attention.processor).__call__)
+            return all(getattr(function, "__module__", "").startswith("diffusers.") for function in made_by)
+        name = name.rpartition(".")[0]
+    return False
 
 
 def _check_reference(config: NegToMeConfig, reference: Reference | Sequence[Reference | None] | None) -> None:

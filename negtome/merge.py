@@ -7,6 +7,11 @@ A token x whose nearest reference token (cosine similarity) is m, with a similar
     x + alpha * (x - m)
 
 alpha > 0 pushes apart, alpha < 0 pulls together, alpha = 0 changes nothing.
+
+The cost is a matrix product and little else. A cosine is compared with others of the same token, so only one side of
+the product has to be normalised; its largest element, divided by the token's length, is the similarity that meets the
+threshold; and one interpolation with a weight of -alpha or 0 moves what has to move, in place where the caller says so.
+Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
 from __future__ import annotations
@@ -35,16 +40,18 @@ def negative_merge(
 ) -> torch.Tensor:
     """Push every token away from its most similar reference token (arXiv 2412.01339).
 
-    Precision: tokens are normalised in float32; the matrix of similarities is computed in the tokens' dtype; the
-    similarity of the match that was found is computed again in float32, and only this value meets the threshold.
-    Ties go to the first reference token. In half precision, candidates closer than the dtype's rounding (0.1 % in
-    float16, 0.8 % in bfloat16) are ties. The similarity of a token of length zero is 0.
+    Precision: lengths are float32 (float64 for float64). Cosines are computed in the tokens' dtype, with one side
+    rounded to it after normalisation, and the one that meets the threshold is rounded to it too: to 0.05 % in float16
+    and 0.4 % in bfloat16. Reference tokens closer than that to the most similar one are ties, and ties go to the
+    first. The push itself is computed in float32 or better and rounded once. In float16 the product of a token with
+    a unit vector must stay below 65504. The similarity of a token of length zero is 0.
 
     Args:
         tokens: [B, N, C] floating point, the tokens to move.
         reference: [M, C], or [B, M, C] for one reference per batch entry; dtype and device of `tokens`.
         alpha: strength and sign of the push, any finite number; at 0 the result is bit-identical to `tokens`.
-        threshold: cosine similarity in [-1, 1] that a match must exceed; other tokens stay bit-identical.
+        threshold: cosine similarity in [-1, 1] that a match must exceed; 1 is off, and then the result is
+            bit-identical. Otherwise, tokens that do not move keep their value exactly, as long as all are finite.
         matching: "paper": the nearest reference token of every token. "released": what the authors' released code
             computes, where the maximum runs over the source tokens: token j is pushed from the reference token with
             the number of the source token that best matches reference token j. It needs M = N.
@@ -57,13 +64,23 @@ def negative_merge(
     Raises:
         ValueError: if shapes, dtypes, devices or `matching` do not fit together.
     """
-    reference = _check(tokens, reference, matching, mask)
-    return _merge(tokens, reference, alpha, threshold, matching, mask)[0]
+    _check(tokens, reference, matching, mask)
+    strength = {"alpha": alpha, "threshold": threshold, "matching": matching}
+    if reference.dim() == 2:  # as several images with one reference
+        return push_from(tokens.unsqueeze(0), reference[None, None], mask=mask, **strength)[0].squeeze(0)
+    return push_from(tokens.unsqueeze(1), reference.unsqueeze(1), mask=mask, **strength)[0].squeeze(1)
 
 
 def push_groups(
-    tokens: torch.Tensor, group_size: int, *, alpha: float, threshold: float, matching: str, reference: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens: torch.Tensor,
+    group_size: int,
+    *,
+    alpha: float,
+    threshold: float,
+    matching: str,
+    reference: str,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of each group apart; groups never see each other.
 
     All references are the tokens as they came in, before any push: the images of a group move simultaneously.
@@ -74,31 +91,41 @@ def push_groups(
         alpha, threshold, matching: as in `negative_merge`; "released" needs reference="first".
         reference: what image k of a group is pushed from. "first": image 0, which itself stays as it is.
             "previous": the tokens of images 0 to k-1 together. "others": those of all other images together.
+        inplace: whether to write the result into `tokens`. Not where autograd records.
 
     Returns:
-        The tokens after the push [G * K, N, C]; the float similarity of each match found [G, S]; and whether that
-        token was above the threshold, bool [G, S]. S counts the source tokens of a group: K * N for "others",
+        The tokens after the push [G * K, N, C], which are `tokens` if `inplace`; and the similarity that met the
+        threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others",
         (K - 1) * N otherwise.
     """
     images = tokens.unflatten(0, (-1, group_size))  # [G, K, N, C]
     if reference == "first":
-        pairs = [(images[:, 1:], images[:, :1])]
-    elif reference == "previous":
-        pairs = [(images[:, k : k + 1], images[:, :k]) for k in range(1, group_size)]
-    elif reference == "others":
-        pairs = [
-            (images[:, k : k + 1], torch.cat([images[:, :k], images[:, k + 1 :]], dim=1)) for k in range(group_size)
-        ]
-    else:
-        raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
+        moved, similarity = push_from(
+            images[:, 1:],
+            images[:, :1],
+            alpha=alpha,
+            threshold=threshold,
+            matching=matching,
+            mask=None,
+            inplace=inplace,
+        )
+        if not inplace:
+            tokens = torch.cat([images[:, :1], moved], dim=1).flatten(0, 1)
+        return tokens, similarity
 
-    moved = [] if reference == "others" else [images[:, :1]]
-    similarities, pushes = [], []
-    for source, target in pairs:  # [G, k, N, C], [G, k', N, C]
-        result = push_from(source, target, alpha=alpha, threshold=threshold, matching=matching, mask=None)
-        for found, value in zip((moved, similarities, pushes), result, strict=True):
-            found.append(value)
-    return torch.cat(moved, dim=1).flatten(0, 1), torch.cat(similarities, dim=1), torch.cat(pushes, dim=1)
+    with torch.no_grad():
+        if reference == "previous":
+            start, found = 1, _nearest_among_previous(images)
+        elif reference == "others":
+            start, found = 0, _nearest_among_others(images)
+        else:
+            raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
+        value, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))  # [G, K - start, N]
+        similarity = value / _length(images[:, start:])
+    moved = _push(images[:, start:], images, index, similarity, alpha, threshold, inplace)
+    if not inplace:
+        tokens = (torch.cat([images[:, :1], moved], dim=1) if start else moved).flatten(0, 1)
+    return tokens, similarity.flatten(1)
 
 
 def push_from(
@@ -109,115 +136,166 @@ def push_from(
     threshold: float,
     matching: str,
     mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Push images away from given ones.
 
     Args:
         tokens: [H, K, N, C] the tokens of K images in each of H halves of a batch.
-        reference: [H, R, N, C] the tokens of R references in each half; all of them together are what an image is
-            matched to. "released" needs R = 1.
+        reference: [H, R, M, C] the tokens of R references in each half; all of them together are what an image is
+            matched to. "released" needs R = 1 and M = N.
         alpha, threshold, matching: as in `negative_merge`.
-        mask: [R * N] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
+        mask: [R * M] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
+        inplace: whether to write the result into `tokens`, which must not overlap `reference` then. Not where
+            autograd records.
 
     Returns:
-        The tokens after the push [H, K, N, C]; the float similarity of each match found [H, K * N]; and whether that
-        token was above the threshold, bool [H, K * N].
+        The tokens after the push [H, K, N, C], which are `tokens` if `inplace`; and the similarity that met the
+        threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
     """
-    if matching == "released":  # its matching is between two images, so every image gets its own copy
-        source, target = tokens.flatten(0, 1), reference.expand_as(tokens).flatten(0, 1)
-    else:  # nearest neighbours: the images of a side are one long list of tokens
-        source, target = tokens.flatten(1, 2), reference.flatten(1, 2)
-    moved, similarity, pushed = _merge(source, target, alpha, threshold, matching, mask)
-    return moved.view_as(tokens), similarity.view(len(tokens), -1), pushed.view(len(tokens), -1)
+    with torch.no_grad():
+        if matching == "paper":
+            value, index = _nearest_reference(tokens, _unit(reference).flatten(1, 2), mask)
+            similarity = value / _length(tokens)
+        else:
+            value, index = _nearest_source(_unit(tokens), reference.squeeze(1))
+            similarity = value / _length(reference)
+            if mask is not None:
+                similarity = similarity.masked_fill(~mask, -torch.inf)
+    return _push(tokens, reference, index, similarity, alpha, threshold, inplace), similarity.flatten(1)
 
 
-def _merge(
+def _push(
     tokens: torch.Tensor,
     reference: torch.Tensor,
+    index: torch.Tensor,
+    similarity: torch.Tensor,
     alpha: float,
     threshold: float,
-    matching: str,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do the work of `negative_merge` on [B, N, C] and [B, M, C], unchecked.
+    inplace: bool,
+) -> torch.Tensor:
+    """Move tokens [H, K, N, C] away from the reference tokens [H, R, M, C] at index [H, K, N] into R * M.
 
     Returns:
-        The moved tokens [B, N, C], the similarity [B, N] that met the threshold, and where it exceeded it, [B, N].
+        [H, K, N, C], `tokens` themselves if `inplace` or if nothing can move.
     """
-    unit, length = _normalise(tokens)
-    unit_reference, reference_length = _normalise(reference)
+    if alpha == 0 or threshold >= 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
+        return tokens
+    match = _take(reference, index)
+    weight = torch.where(similarity > threshold, -alpha, 0.0).to(tokens.dtype).unsqueeze(-1)
+    # x + weight (match - x) in one pass
+    return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight)
 
-    if matching == "paper":
-        index = _nearest_reference(unit, unit_reference, mask)  # [B, N] into M
-        match = _take(reference, index)
-        similarity = _cosine(tokens, match, length, _take(reference_length, index))
-        allowed = None if mask is None else mask[index]
+
+def _nearest_reference(
+    tokens: torch.Tensor, unit_reference: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find for every source token [H, K, N, C] the most similar reference token [H, M, C], which have length 1.
+
+    Returns:
+        The product with it, in the tokens' dtype, and its number in M; both [H, K, N].
+    """
+    H, K, N, _ = tokens.shape
+    if H > 1 or tokens.stride(1) == N * tokens.stride(2):
+        source = tokens.flatten(1, 2)  # a view; a copy where text stands between images and there are several halves
     else:
-        index = _nearest_source(unit, unit_reference)  # [B, M] into N, read as an index into M all the same
-        match = _take(reference, index)
-        similarity = _cosine(_take(tokens, index), reference, _take(length, index), reference_length)
-        allowed = mask
-
-    pushed = similarity > threshold
-    if allowed is not None:
-        pushed = pushed & allowed
-    if alpha != 0:  # 0 * inf is not 0, so 0 is not left to the arithmetic
-        tokens = torch.where(pushed.unsqueeze(-1), torch.add(tokens, tokens - match, alpha=alpha), tokens)
-    return tokens, similarity, pushed
+        source, unit_reference = tokens[0], unit_reference.expand(K, -1, -1)
+    value, index = _largest_products(source, unit_reference, None if mask is None else ~mask)
+    return value.view(H, K, N), index.view(H, K, N)
 
 
-def _nearest_reference(unit: torch.Tensor, unit_reference: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Find for every source token the most similar reference token: [B, N] indices into M."""
-    indices = []
-    for chunk in _chunks(unit, unit_reference):
-        similarity = chunk @ unit_reference.mT  # [B, n, M]
-        if mask is not None:
-            similarity = similarity.masked_fill(~mask, -torch.inf)
-        indices.append(similarity.argmax(dim=2))
-    return indices[0] if len(indices) == 1 else torch.cat(indices, dim=1)
+def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find for every reference token [H, M, C] the most similar token of each image [H, K, N, C] of unit tokens.
+
+    Returns:
+        The product with it, in the tokens' dtype, and its number in N; both [H, K, M].
+    """
+    values, indices = [], []
+    K, N = unit.shape[1:3]
+    for chunk in _chunks(reference, K * N):
+        value, index = (chunk @ unit.flatten(1, 2).mT).unflatten(-1, (K, N)).max(dim=-1)  # [H, m, K]
+        values.append(value)
+        indices.append(index)
+    return _join(values).mT, _join(indices).mT
 
 
-def _nearest_source(unit: torch.Tensor, unit_reference: torch.Tensor) -> torch.Tensor:
-    """Find for every reference token the most similar source token: [B, M] indices into N."""
-    best, index, start = None, None, 0
-    for chunk in _chunks(unit, unit_reference):
-        value, row = (chunk @ unit_reference.mT).max(dim=1)  # [B, M]
-        if best is None:
-            best, index = value, row
-        else:
-            better = value > best  # strictly, so that a tie stays with the earlier chunk
-            best, index = torch.where(better, value, best), torch.where(better, row + start, index)
-        start += chunk.shape[1]
-    return index
+def _nearest_among_previous(images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Find for the tokens of image k > 0 in [G, K, N, C] their match among images 0 to k-1: [G, N] each, into K * N."""
+    unit = _unit(images[:, :-1])
+    return [_largest_products(images[:, k], unit[:, :k].flatten(1, 2)) for k in range(1, images.shape[1])]
 
 
-def _chunks(unit: torch.Tensor, unit_reference: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split the source tokens [B, N, C] so that [B, n, M] stays within `MAX_SIMILARITY_ELEMENTS`."""
-    B, M, _ = unit_reference.shape
-    return unit.split(max(1, MAX_SIMILARITY_ELEMENTS // (B * M)), dim=1)
+def _nearest_among_others(images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Find for the tokens of each image in [G, K, N, C] their match among the other images: [G, N] each, into K * N."""
+    K, N = images.shape[1:3]
+    unit = _unit(images)
+    others, found = unit[:, 1:].clone(), []
+    for k in range(K):
+        value, index = _largest_products(images[:, k], others.flatten(1, 2))
+        found.append((value, index + (index >= k * N) * N))  # image k itself was left out
+        if k < K - 1:
+            others[:, k] = unit[:, k]  # in the place of image k + 1
+    return found
 
 
-def _normalise(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale tokens to length 1, in their own dtype; return their lengths [B, N, 1] in float32 or better too."""
+def _largest_products(
+    source: torch.Tensor, target: torch.Tensor, forbidden: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the largest product of every row of source [B, n, C] with a row of target [B, M, C]: value and index [B, n].
+
+    Args:
+        forbidden: [M] bool, rows of the target that are left out; where all are, the value is -inf.
+    """
+    values, indices = [], []
+    for chunk in _chunks(source, target.shape[1]):
+        product = chunk @ target.mT  # [B, n, M]
+        if forbidden is not None:
+            product.masked_fill_(forbidden, -torch.inf)
+        value, index = product.max(dim=-1)
+        values.append(value)
+        indices.append(index)
+    return _join(values), _join(indices)
+
+
+def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
+    """Split the rows of source [B, n, C] so that a matrix [B, n, columns] stays within `MAX_SIMILARITY_ELEMENTS`."""
+    rows = max(1, MAX_SIMILARITY_ELEMENTS // (source.shape[0] * columns))
+    return (source,) if rows >= source.shape[1] else source.split(rows, dim=1)
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _length(tokens: torch.Tensor) -> torch.Tensor:
+    """Measure tokens [..., C]: their lengths [...], of float32 or better, and never 0."""
     precise = torch.promote_types(tokens.dtype, torch.float32)
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=precise)
-    length = length.clamp_min(torch.finfo(precise).tiny)  # a token of length zero stays zero instead of NaN
-    return (tokens / length).to(tokens.dtype), length
+    length = torch.linalg.vector_norm(tokens, dim=-1, dtype=precise)
+    return length.clamp_min_(torch.finfo(precise).tiny)  # a token of length zero gets similarity 0 instead of NaN
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor, length_a: torch.Tensor, length_b: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of paired tokens [B, N, C], [B, N] in float32 or better, never above 1."""
-    cosine = (a * (b / length_b)).sum(dim=-1) / length_a.squeeze(-1)  # dividing by a tensor of float32 promotes
-    return cosine.clamp(-1, 1)  # so that a threshold of 1 is off, also for exact copies
+def _unit(tokens: torch.Tensor) -> torch.Tensor:
+    """Scale tokens [..., C] to length 1, in their own dtype."""
+    # With `out`, nothing of float32 is written in between.
+    return torch.div(tokens, _length(tokens).unsqueeze(-1), out=tokens.new_empty(tokens.shape))
 
 
 def _take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Read tokens [B, M, C] at index [B, N]: [B, N, C]."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """Read tokens [H, R, M, C] at index [H, K, N] into R * M: [H, K, N, C]."""
+    tokens, rows = tokens.flatten(1, 2), index.flatten(1)
+    H, M, C = tokens.shape
+    if H == 1:
+        match = tokens[0].index_select(0, rows[0])
+    elif tokens.device.type == "cpu":  # where gather reads element by element
+        start = torch.arange(0, H * M, M).unsqueeze(1)
+        match = tokens.flatten(0, 1).index_select(0, (rows + start).flatten())
+    else:  # one kernel
+        match = tokens.gather(1, rows.unsqueeze(-1).expand(-1, -1, C))
+    return match.view(*index.shape, C)
 
 
-def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: torch.Tensor | None) -> torch.Tensor:
-    """Refuse arguments that do not fit together; return the reference as [B, M, C]."""
+def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: torch.Tensor | None) -> None:
+    """Refuse arguments that do not fit together."""
     if matching not in MATCHINGS:
         raise ValueError(f"matching must be one of {MATCHINGS}, got {matching!r}.")
     if tokens.dim() != 3 or not tokens.is_floating_point():
@@ -226,9 +304,8 @@ def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: t
             "add a batch dimension with tokens[None] where it is missing."
         )
     B, N, C = tokens.shape
-    if reference.dim() == 2:
-        reference = reference.expand(B, -1, -1)
-    if reference.dim() != 3 or reference.shape[0] != B or reference.shape[2] != C or reference.shape[1] == 0:
+    M = reference.shape[-2] if reference.dim() in (2, 3) else 0
+    if M == 0 or reference.shape not in ((M, C), (B, M, C)):
         raise ValueError(
             f"reference must be [M, {C}] or [{B}, M, {C}] with M >= 1 to go with tokens {list(tokens.shape)}, "
             f"got {list(reference.shape)}."
@@ -238,7 +315,6 @@ def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: t
             f"reference must have the dtype and device of tokens, {tokens.dtype} on {tokens.device}, "
             f"got {reference.dtype} on {reference.device}; convert it with reference.to(tokens)."
         )
-    M = reference.shape[1]
     if matching == "released" and M != N:
         raise ValueError(
             f'matching="released" indexes the reference by source positions, so it needs as many reference tokens '
@@ -249,4 +325,3 @@ def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: t
             f"mask must be bool [{M}] on {tokens.device}, one value per reference token, "
             f"got {mask.dtype} {list(mask.shape)} on {mask.device}."
         )
-    return reference

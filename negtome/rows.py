@@ -15,14 +15,17 @@ class Route(NamedTuple):
     """Which images are pushed from which rows.
 
     Attributes:
-        images: places of the images in a half of the batch.
-        rows: places of the reference rows in a half of the batch, in which they follow the images.
-        masks: for each feature map, by its number N of tokens: bool [len(rows) * N], or None for all tokens.
+        images: runs (start, stop) of places of the images in a half of the batch.
+        rows: run of places of the R reference rows in a half of the batch, in which they follow the images.
+        masks: for each feature map, by its number N of tokens: bool [R * N], or None for all tokens.
+        allowed: the same as numbers of the tokens inside, so that the others need not be compared; None where the
+            mask is None or empty.
     """
 
-    images: tuple[int, ...]
-    rows: tuple[int, ...]
+    images: tuple[tuple[int, int], ...]
+    rows: tuple[int, int]
     masks: Mapping[int, torch.Tensor | None]
+    allowed: Mapping[int, torch.Tensor | None]
 
 
 class Layout(NamedTuple):
@@ -45,6 +48,7 @@ class _Plan(NamedTuple):
     """Who rides along in the calls with certain prompts."""
 
     slots: tuple[tuple[Reference, int], ...]  # a reference, and the image that lends it its conditioning
+    size: tuple[int, int]  # of the latent
     layout: Layout
     index: torch.Tensor  # [halves * (images + rows)] the original row that each new row copies
 
@@ -91,12 +95,11 @@ class ReferenceRows:
             ValueError: there are more or fewer references than images, or a mask is too thin to hold a token.
         """
         architecture = self._architecture
-        size = architecture.latent_size(arguments)
         plan = next((plan for prompts, plan in self._plans if prompts is call.prompts), None)
         if plan is None:
-            plan = self._plan(pipe, call, conditional, size, fewest_tokens)
+            plan = self._plan(pipe, call, conditional, architecture.latent_size(arguments), fewest_tokens)
             self._plans.append((call.prompts, plan))  # kept, so that no other tensor gets its identity
-        layout = plan.layout
+        layout, size = plan.layout, plan.size
 
         extended = {
             name: value if name in architecture.shared else _map(value, call.rows, lambda rows: rows[plan.index])
@@ -150,11 +153,16 @@ class ReferenceRows:
                     "NegToMe got a mask that covers more than half of no token: the largest feature map has "
                     f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
                 )
-            masks = {n: None if mask is None else mask.to(call.sample.device) for n, mask in masks.items()}
-            routes.append(Route(tuple(members), tuple(range(start, images + len(lenders))), masks))
+            device = call.sample.device
+            allowed = {
+                n: mask.nonzero().flatten().to(device) if mask is not None and mask.any() else None
+                for n, mask in masks.items()
+            }
+            masks = {n: None if mask is None else mask.to(device) for n, mask in masks.items()}
+            routes.append(Route(_runs(members), (start, images + len(lenders)), masks, allowed))
         half = torch.tensor([*range(images), *lenders], device=call.sample.device)
         index = torch.cat([half + images * k for k in range(call.halves)])
-        return _Plan(tuple(slots), Layout(call.halves, images, len(lenders), tuple(routes)), index)
+        return _Plan(tuple(slots), size, Layout(call.halves, images, len(lenders), tuple(routes)), index)
 
     def _encode(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> _Encoded:
         """Encode a reference for a size of the latent, at most once."""
@@ -192,6 +200,17 @@ def shrink(output: Any, layout: Layout) -> Any:
     """Take the reference rows out of what the denoiser returned."""
     rows = layout.halves * (layout.images + layout.rows)
     return _map(output, rows, lambda x: x.unflatten(0, (layout.halves, -1))[:, : layout.images].flatten(0, 1))
+
+
+def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Write rising places as runs (start, stop)."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        if runs and runs[-1][1] == place:
+            runs[-1] = (runs[-1][0], place + 1)
+        else:
+            runs.append((place, place + 1))
+    return tuple(runs)
 
 
 def _mask(shares: Sequence[torch.Tensor | None], height: int, width: int) -> torch.Tensor | None:

@@ -38,7 +38,7 @@ class DenoiserCall:
     """What one call of the denoiser says about itself.
 
     Attributes:
-        timestep: in training timesteps, 1000 = pure noise.
+        timestep: in training timesteps, 1000 = pure noise, as the pipeline holds it; see `Timesteps`.
         rows: images in the batch, all halves included.
         halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and
             conditional in one batch, else 1.
@@ -48,7 +48,7 @@ class DenoiserCall:
         sample: the argument that holds the latents.
     """
 
-    timestep: float
+    timestep: torch.Tensor | float
     rows: int
     halves: int
     prompts: torch.Tensor
@@ -96,11 +96,47 @@ class Architecture:
     embed: Callable[[Any, str, Mapping[str, Any]], dict[str, Any]]
 
 
+class Timesteps:
+    """Read the timestep of each call of the denoiser, without waiting for the device at every one.
+
+    A pipeline loops over the tensor `scheduler.timesteps`, so the timestep it hands on is a view of one element, and
+    where it lies in memory says which. The values are fetched once. Whatever is no such view is fetched itself.
+    """
+
+    def __init__(self) -> None:
+        self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
+        self._version: int | None = None
+        self._values: list[float] = []
+
+    def read(self, pipe: Any, timestep: torch.Tensor | float) -> float:
+        """Return a timestep that `pipe` handed on."""
+        known = getattr(pipe.scheduler, "timesteps", None)
+        if not isinstance(timestep, torch.Tensor) or not isinstance(known, torch.Tensor):
+            return float(timestep)
+        number = _number_in(known, timestep)
+        if number is None:
+            return float(timestep)
+        version = None if known.is_inference() else known._version  # which writing to it changes
+        if known is not self._known or version != self._version:
+            self._known, self._version, self._values = known, version, known.tolist()
+        return float(self._values[number])
+
+
+def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Tell which element of a list of values [n] a tensor of one element is a view of, if any."""
+    if values.dim() != 1 or value.numel() != 1 or value.dtype != values.dtype or values.stride(0) < 1:
+        return None
+    if value.device != values.device or value.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+        return None
+    number, between = divmod(value.storage_offset() - values.storage_offset(), values.stride(0))
+    return number if not between and 0 <= number < len(values) else None
+
+
 def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
     """Read a call of SDXL's UNet: time in training timesteps, guidance as one batch [unconditional, conditional]."""
     sample = arguments["sample"]  # [rows, 4, height, width]
     return DenoiserCall(
-        timestep=float(arguments["timestep"]),
+        timestep=arguments["timestep"],
         rows=sample.shape[0],
         halves=2 if pipe.do_classifier_free_guidance else 1,
         prompts=arguments["encoder_hidden_states"],
@@ -142,7 +178,7 @@ def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
     return DenoiserCall(
         # The transformer gets t / 1000 in the dtype of the latents: in bfloat16 that is off by up to 4 timesteps, and
         # 900 arrives as 898. The pipeline keeps the scheduler's own value.
-        timestep=float(pipe.current_timestep),
+        timestep=pipe.current_timestep,
         rows=tokens.shape[0],
         halves=1,
         prompts=prompts,
