@@ -28,7 +28,7 @@ from eval.cache import EmbeddingCache
 from eval.images import METRICS
 from eval.intervals import interval_of, n_units
 from eval.metrics import ImageSet, Metric, SetMetric, is_current, measure, read_document
-from experiments import project_path
+from experiments import PROJECT, project_path
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _score(images: ImageSet, name: str, metric: Metric, folder: Path, label: str
     return file
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
         if cfg.images is None:
@@ -195,4 +195,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Not the function of __main__, which a launcher's other processes have no module of.
+    from experiments.evaluate import main as importable
+
+    importable()

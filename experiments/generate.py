@@ -3,7 +3,13 @@
     python -m experiments.generate experiment=diversity
     python -m experiments.generate -m model=mini-sdxl method=negtome method.alpha=0.3,0.9
 
-Interrupt it at will: the same command goes on where it stopped, and does nothing where everything is there.
+Interrupt it at will: the same command goes on where it stopped, and does nothing where everything is there. Call it as
+often as you like at the same time, on one machine or on several with a shared disk: no group is generated twice.
+
+    python -m experiments.generate -m experiment=sweep launcher=joblib
+    python -m experiments.generate -m experiment=sweep launcher=slurm shard.count=4 shard.index=0,1,2,3
+
+A launcher sends the runs of a sweep to other processes or machines; shards divide the groups of every run among jobs.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +31,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from experiments import pipelines, select_device
+from experiments import PROJECT, pipelines, select_device
 from experiments.configs import build
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
@@ -36,28 +43,52 @@ log = logging.getLogger(__name__)
 def generate(cfg: DictConfig) -> Path:
     """Generate what is missing of the run that `cfg` asks for and return its folder.
 
+    With shards (`cfg.shard`), of this shard's groups; whichever shard is ready last completes the run.
+
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
         ValueError: a setting is out of range.
-        RuntimeError: NegToMe was attached and compared nothing.
+        RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
     """
     device = select_device(cfg.device)
     prompts: PromptSet = build(cfg.prompts)
     groups = prompts.groups()
+    mine = shard_of(groups, cfg)
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
-    missing = [group for group in groups if not run.has(group)]
+    missing = [group for group in mine if not run.has(group)]
     label = f"{cfg.model.name} {cfg.method.name}"
+    if missing and (taken := run.take_over(missing)):
+        log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
+        missing = [group for group in mine if not run.has(group)]
     if missing:
-        log.info("%s: %d of %d groups to generate: %s", label, len(missing), len(groups), run.folder)
+        log.info("%s: %d of %d groups to generate: %s", label, len(missing), len(mine), run.folder)
         done = _generate_groups(cfg, checkpoint, device, run, missing)
         for _ in tqdm(done, desc=label, total=len(missing), unit="group", dynamic_ncols=True):
             pass
     else:
-        log.info("%s: all %d groups are there, nothing to generate: %s", label, len(groups), run.folder)
-    if not run.finish(groups):
+        log.info("%s: all %d groups are there, nothing to generate: %s", label, len(mine), run.folder)
+    if run.finish(groups):
+        return run.folder
+    if not all(run.has(group) for group in mine):
         raise RuntimeError(f"Groups vanished from {run.folder} while it was being filled: run the same command again")
+    log.info("%s: shard %d of %d is there, other shards are not yet", label, cfg.shard.index, cfg.shard.count)
     return run.folder
+
+
+def shard_of(groups: list[Group], cfg: DictConfig) -> list[Group]:
+    """Return the groups that this process generates: every `cfg.shard.count`-th from number `cfg.shard.index` on.
+
+    Raises:
+        ValueError: the shards are not numbered from 0 to count - 1.
+    """
+    index, count = cfg.shard.index, cfg.shard.count
+    if not (isinstance(index, int) and isinstance(count, int) and 0 <= index < count):
+        raise ValueError(
+            f"shard.index must be a whole number from 0 to shard.count - 1, got index {index!r} of {count!r}: for two "
+            "jobs, shard.count=2 shard.index=0,1"
+        )
+    return groups[index::count]
 
 
 def count_workers(cfg: DictConfig, device: str) -> int:
@@ -80,39 +111,75 @@ def count_workers(cfg: DictConfig, device: str) -> int:
 def _generate_groups(
     cfg: DictConfig, checkpoint: pipelines.Checkpoint, device: str, run: Run, groups: list[Group]
 ) -> Iterator[Group]:
-    """Generate and save `groups`, yielding each when it is on disk."""
+    """See to it that `groups` are there, yielding each when it is on disk.
+
+    Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
+    """
     workers = count_workers(cfg, device)
     # All that is needed, resolved: a worker composes nothing.
     job = (OmegaConf.to_container(cfg, resolve=True), checkpoint, device, run)
-    if workers == 1:
-        for group in groups:
-            _generate_group(*job, group)
+    for wait in (False, True):
+        ready = _one_by_one(job, groups, wait) if workers == 1 else _side_by_side(job, groups, wait, workers)
+        done = set()
+        for group in ready:
+            done.add(group)
             yield group
-    else:
-        executor = _executor(workers)
-        futures = {executor.submit(_generate_group, *job, group): group for group in groups}
+        groups = [group for group in groups if group not in done]
+
+
+def _one_by_one(job: tuple[Any, ...], groups: list[Group], wait: bool) -> Iterator[Group]:
+    for group in groups:
+        if _generate_group(*job, group, wait):
+            yield group
+
+
+def _side_by_side(job: tuple[Any, ...], groups: list[Group], wait: bool, workers: int) -> Iterator[Group]:
+    """Generate in several processes; where one of them is lost, new ones go on."""
+    left = list(groups)
+    losses = 0  # in a row, without a group between them
+    while left:
+        futures, before = {}, len(left)
         try:
+            executor = _executor(workers)
+            futures = {executor.submit(_generate_group, *job, group, wait): group for group in left}
             for future in as_completed(futures):
-                future.result()
-                yield futures[future]
+                group = futures[future]
+                there = future.result()
+                left.remove(group)
+                if there:
+                    yield group
+        except BrokenProcessPool as error:
+            _executor.cache_clear()
+            losses = losses + 1 if len(left) == before else 0
+            if losses == 2:
+                raise RuntimeError(
+                    f"A process that generates was killed, most likely for want of memory, before any of the {workers} "
+                    "had finished a group, twice: what is done is kept, run the same command with fewer, as workers=1"
+                ) from error
+            log.warning("A process that generates was killed: new ones go on with the %d groups left", len(left))
         finally:
             for future in futures:
                 future.cancel()
 
 
 def _generate_group(
-    config: dict[str, Any], checkpoint: pipelines.Checkpoint, device: str, run: Run, group: Group
-) -> None:
-    cfg = OmegaConf.create(config)
-    pipe = _pipeline(OmegaConf.to_yaml(cfg.model), checkpoint, device, cfg.compile, cfg.offload)
-    method = _method(OmegaConf.to_yaml(cfg.method))
-    # Each image its own generator, on the CPU: the same noises for every method and on every device.
-    generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
-    start = time.perf_counter()
-    with method.apply(pipe, group, cfg.model.call) as applied:
-        images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **applied.call).images
-    seconds = time.perf_counter() - start
-    run.save(group, images, {"seconds": round(seconds, 3), **applied.statistics()}, applied.references)
+    config: dict[str, Any], checkpoint: pipelines.Checkpoint, device: str, run: Run, group: Group, wait: bool
+) -> bool:
+    """Generate and save a group, unless it is there; tell whether it is now, and no other process is at it."""
+    with run.claim(group, wait) as mine:
+        if not mine:
+            return run.has(group)
+        cfg = OmegaConf.create(config)
+        pipe = _pipeline(OmegaConf.to_yaml(cfg.model), checkpoint, device, cfg.compile, cfg.offload)
+        method = _method(OmegaConf.to_yaml(cfg.method))
+        # Each image its own generator, on the CPU: the same noises for every method and on every device.
+        generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
+        start = time.perf_counter()
+        with method.apply(pipe, group, cfg.model.call) as applied:
+            images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **applied.call).images
+        seconds = time.perf_counter() - start
+        run.save(group, images, {"seconds": round(seconds, 3), **applied.statistics()}, applied.references)
+        return True
 
 
 @functools.lru_cache(maxsize=1)
@@ -146,7 +213,8 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+# An absolute path: a job in another process finds no configuration beside its function.
+@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
         generate(cfg)
@@ -155,4 +223,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Not the function of __main__, which a launcher's other processes have no module of.
+    from experiments.generate import main as importable
+
+    importable()

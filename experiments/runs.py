@@ -7,6 +7,9 @@ an interruption at any moment leaves whole groups only, and several processes ma
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,11 +31,15 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest, write_text
 from experiments import PROJECT, pipelines, project_path, select_device
 from experiments.configs import build
+from experiments.locks import locked
 from experiments.methods import Baseline, Method
 from experiments.prompts import Group, PromptSet
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+
+#: Where the locks of a run lie while it is generated, a file a group.
+LOCKS = ".locks"
 
 
 def canonical(value: Any) -> str:
@@ -106,7 +113,8 @@ class Run:
         """
         path = self.folder / "config.yaml"
         try:
-            identity = OmegaConf.to_container(OmegaConf.load(path))
+            status = path.stat()
+            identity = _read_identity(path, status.st_size, status.st_mtime_ns)
         except Exception as error:
             raise ValueError(f"{path} cannot be read ({error}): restore it, or move the folder away") from error
         if run_id(identity) != self.id:
@@ -222,22 +230,69 @@ class Run:
             statistics: what the log should keep, as JSON values.
             references: pictures that the method was given, with the score by which each was found.
         """
+        with self._appearing(group) as temporary:
+            temporary.mkdir()
+            for index, image in enumerate(images):
+                image.save(temporary / f"{index:02d}.png")
+            rows = [row.to_dict() for row in self._rows(group, references)]
+            (temporary / "group.json").write_text(json.dumps({"rows": rows, "stats": statistics}, indent=1) + "\n")
+
+    def take_over(self, groups: list[Group]) -> int:
+        """Take over groups that runs of other experiments have, as far as this run lacks them; return how many.
+
+        A run of the same id has the same pixels, whatever it was made for: ablations share their baseline and the
+        model's own strengths. Files are linked where the disk can do that, else copied.
+        """
+        place, taken = self.folder.relative_to(self.folder.parents[2]), 0
+        for experiment in sorted(self.folder.parents[3].iterdir()):
+            other = Run(experiment / place)
+            if other == self or not (other.folder / "config.yaml").is_file():
+                continue
+            try:
+                _ = other.identity
+            except ValueError:  # edited: not what its name says
+                continue
+            for group in groups:
+                if self.has(group) or not other.has(group):
+                    continue
+                with self._appearing(group) as temporary:
+                    shutil.copytree(other.group_folder(group), temporary, copy_function=_link_or_copy)
+                taken += 1
+        return taken
+
+    @contextlib.contextmanager
+    def _appearing(self, group: Group) -> Iterator[Path]:
+        """Give a folder's name to fill that becomes the group's at the end of the `with` block, by one rename."""
         folder = self.group_folder(group)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        temporary.mkdir()
-        for index, image in enumerate(images):
-            image.save(temporary / f"{index:02d}.png")
-        rows = [row.to_dict() for row in self._rows(group, references)]
-        (temporary / "group.json").write_text(json.dumps({"rows": rows, "stats": statistics}, indent=1) + "\n")
-        if folder.exists() and not self.has(group):
-            shutil.rmtree(folder)  # files were taken out of it by hand
         try:
+            yield temporary
+            if folder.exists() and not self.has(group):
+                shutil.rmtree(folder)  # files were taken out of it by hand
             os.rename(temporary, folder)
-        except OSError:
-            if not self.has(group):
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk above all
+            # Another process may have been faster, and `finish` then swept up: its images are the same.
+            if not (isinstance(error, OSError) and self.has(group)):
                 raise
-            shutil.rmtree(temporary)  # another process was faster; its images are the same
+
+    @contextlib.contextmanager
+    def claim(self, group: Group, wait: bool) -> Iterator[bool]:
+        """Reserve a group for the length of a `with` block, so that no two processes generate it.
+
+        Args:
+            group: what is to be generated.
+            wait: whether to wait where another process has reserved it.
+
+        Yields:
+            Whether the group is this process's to generate: it is not there, and no other has reserved it.
+        """
+        if self.has(group):
+            yield False
+            return
+        with locked(self.folder / LOCKS / f"{group.prompt_id}.{group.seed:06d}", wait) as mine:
+            yield mine and not self.has(group)
 
     def finish(self, groups: list[Group]) -> bool:
         """Write the manifest and the mark of completeness if every group is there; tell whether it is complete."""
@@ -246,6 +301,7 @@ class Run:
         for leftover in self.folder.glob("images/*/.*"):
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
         records = [json.loads((self.group_folder(group) / "group.json").read_text()) for group in groups]
         write_manifest(self.folder, [ManifestRow.from_dict(row) for record in records for row in record["rows"]])
         write_text(self.folder / "complete", "")
@@ -270,6 +326,21 @@ class Run:
 
 def _model_folder(cfg: DictConfig) -> Path:
     return project_path(cfg.outputs) / cfg.name / cfg.model.name
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
+    """Read a run's identity, at most once: in a sweep each run is looked for among all others."""
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        shutil.copyfile(source, target)
 
 
 def _plain(value: Any) -> Any:

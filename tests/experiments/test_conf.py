@@ -16,18 +16,28 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.configs import expand
-from experiments.methods import Baseline, NegToMe
-from experiments.prompts import PromptSet
+from experiments.assets import Retriever, read_assets
+from experiments.configs import build, expand
+from experiments.evaluate import NEEDS
+from experiments.methods import Baseline, Combined, NegativeIPAdapter, NegativePrompt, NegToMe, NegToMeFromAssets
+from experiments.prompts import CharacterPrompts, PromptSet
+from experiments.tabulate import ROLES
 from negtome import NegToMeConfig
 
 CONF = PROJECT / "conf"
-# Root-level groups; scorer and labels are placed into a model by that model's file.
+# Root-level groups; scorer, labels and characters are placed into a model by that model's file.
 OPTIONS = [
     (group, file.stem)
-    for group in ("model", "method", "prompts", "metric", "launcher", "experiment")
+    for group in ("model", "method", "prompts", "metric", "launcher", "experiment", "applications")
     for file in sorted((CONF / group).glob("*.yaml"))
 ]
+#: Launchers that are packages of their own.
+PLUGINS = {
+    "joblib": "hydra_joblib_launcher",
+    "ray": "hydra_ray_launcher",
+    "slurm": "hydra_submitit_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+}
 
 
 def composed(*overrides):
@@ -37,20 +47,26 @@ def composed(*overrides):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
 def test_every_option_composes_and_resolves(group, option):
-    cfg = composed(f"{group}={option}")
+    if option in PLUGINS:
+        pytest.importorskip(f"hydra_plugins.{PLUGINS[option]}", reason=f"the plugin of launcher={option} is an extra")
+    weights = ["model.ip_adapter={subfolder: s, weight_name: w}"] if option == "negative_ip_adapter" else []
+    cfg = composed(f"{group}={option}", *weights)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    method = instantiate(cfg.method)
+    method = build(cfg.method)
     assert method.name == cfg.method.name
-    assert isinstance(instantiate(cfg.prompts), PromptSet)
+    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts))
     assert cfg.metric
     for name, spec in cfg.metric.items():
-        if spec.get("reference", "not needed") is not None:
-            assert instantiate(spec, name=name).name == name
+        if any(need in spec and spec[need] is None for need in NEEDS):
+            continue
+        settings = OmegaConf.to_container(spec, resolve=True) | ({"baseline": "run"} if "baseline" in spec else {})
+        settings.pop("only", None)
+        assert instantiate(settings, name=name).name == name
 
 
 def test_every_group_of_the_folder_is_tested():
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders == {group for group, _ in OPTIONS} | {"scorer", "labels"}
+    assert folders == {group for group, _ in OPTIONS} | {"scorer", "labels", "characters"}
 
 
 def test_the_diversity_experiment_is_both_mini_models_times_three_methods():
@@ -121,10 +137,12 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
 @pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
 def test_every_experiment_declares_what_it_tests(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
-    assert declared.primary.keys() == {"diversity", "quality", "quality_margin"}
+    assert {"diversity", "quality", "quality_margin"} <= declared.primary.keys() <= {*ROLES, "quality_margin"}
     for model in declared.hydra.sweeper.params.model.split(","):
         cfg = composed(f"experiment={experiment}", f"model={model}")
-        assert {cfg.primary.diversity, cfg.primary.quality} <= set(cfg.metric)
+        tested = [cfg.primary[role] for role in ROLES if cfg.primary[role] is not None]
+        assert cfg.primary.quality in tested and len(set(tested)) == len(tested) == 2
+        assert set(tested) <= set(cfg.metric)
         assert 0 < cfg.primary.quality_margin < 1
 
 
@@ -199,3 +217,91 @@ def test_paths_are_relative_to_the_checkout_not_to_the_working_directory(tmp_pat
     cfg = expand([])[0]
     assert Path(cfg.model.scorer.folder) == PROJECT / "models" / "mini-clip"
     assert os.getcwd() == str(tmp_path)
+
+
+# --- copyright --------------------------------------------------------------------------------------------------------
+
+ASSET_METHODS = ("negative_prompt", "negtome_reference", "negtome_and_negative_prompt", "negtome_reference_released")
+
+
+def test_the_copyright_experiment_is_both_mini_models_times_five_methods():
+    configs = expand(["experiment=copyright"])
+    assert [(cfg.model.name, cfg.method.name) for cfg in configs] == [
+        (model, method) for model in ("mini-sdxl", "mini-flux") for method in ("none", *ASSET_METHODS)
+    ]
+    assert all(cfg.report_seconds for cfg in configs)
+
+
+@pytest.mark.parametrize(("model", "n_characters"), [("mini-sdxl", 11), ("sdxl", 52)])
+def test_every_character_is_asked_for_in_every_way(model, n_characters):
+    cfg = composed("experiment=copyright", f"model={model}")
+    prompts = build(cfg.prompts)
+    assert (len(prompts.characters), prompts.split) == (n_characters, "test")
+    kinds = {character: set(asked) for character, asked in prompts.characters.items()}
+    assert all(asked == {"direct", "indirect", "benign"} for asked in kinds.values())
+    for character, asked in prompts.characters.items():
+        assert all(character.lower() in prompt.lower() for prompt in asked["direct"])
+        assert not any(character.lower() in prompt.lower() for prompt in asked["benign"])
+    images = sum(group.size for group in prompts.groups())
+    assert images <= 120 if model == "mini-sdxl" else images / 2 == 1248
+    # Every metric that is of some prompts alone finds some.
+    for name, spec in cfg.metric.items():
+        for pattern in spec.get("only") or []:
+            assert any(fnmatch(group.prompt_id, pattern) for group in prompts.groups()), name
+
+
+def test_the_mini_models_assets_are_the_characters_and_none_is_scored_against():
+    """The retriever refuses shared pictures itself; what is scored against shows the same characters."""
+    for model in ("mini-sdxl", "mini-flux"):
+        cfg = composed("experiment=copyright", f"model={model}")
+        retriever = build(cfg.retriever)
+        assert isinstance(retriever, Retriever)
+        characters = set(cfg.prompts.characters)
+        assert {asset.name for asset in retriever.assets} == characters
+        assert {asset.name for asset in read_assets(cfg.model.copyright.scoring)} == characters
+        assert all(asset.mask_file for asset in retriever.assets)
+
+
+def test_the_threshold_is_calibrated_on_prompts_that_are_not_reported():
+    cfg = composed("experiment=copyright")
+    ordinary, reported = build(cfg.retriever.ordinary), build(cfg.prompts)
+    assert ordinary.split == "development"
+    assert not {prompt for _, prompt in ordinary.prompts()} & {
+        prompt for asked in reported.characters.values() for kind in ("direct", "indirect") for prompt in asked[kind]
+    }
+    assert cfg.retriever.encoder == cfg.model.scorer
+
+
+def test_the_real_models_ask_for_the_users_pictures():
+    for model, method in zip(("sdxl", "flux-dev", "flux-schnell"), ASSET_METHODS[:3], strict=True):
+        with pytest.raises(FileNotFoundError, match=r"model\.copyright\.guidance=FOLDER"):
+            build(composed("experiment=copyright", f"model={model}", f"method={method}").method)
+    assert isinstance(build(composed("model=sdxl", "method=none").method), Baseline)
+
+
+def test_a_negative_ip_adapter_asks_for_weights():
+    with pytest.raises(FileNotFoundError, match=r"model\.ip_adapter=\{"):
+        build(composed("method=negative_ip_adapter").method)
+    method = build(composed("method=negative_ip_adapter", "model.ip_adapter={subfolder: s, weight_name: w}").method)
+    assert isinstance(method, NegativeIPAdapter) and method.weights == {"subfolder": "s", "weight_name": "w"}
+
+
+def test_the_methods_with_assets_differ_in_what_they_say():
+    fixed = "model.copyright.thresholds.prompt=0.5"  # nothing to calibrate
+    method = {name: build(composed(f"method={name}", "model=mini-flux", fixed).method) for name in ASSET_METHODS}
+    paper, released = method["negtome_reference"], method["negtome_reference_released"]
+    assert isinstance(paper, NegToMeFromAssets) and isinstance(method["negative_prompt"], NegativePrompt)
+    changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
+    assert changed == {"matching", "noise", "posterior", "images"}
+    assert method["negative_prompt"].true_cfg_scale == 2.0, "or Flux would not heed it"
+    assert build(composed("method=negative_prompt", "model=mini-sdxl").method).true_cfg_scale is None
+    both = method["negtome_and_negative_prompt"]
+    assert isinstance(both, Combined)
+    assert [part.settings() for part in both.methods] == [method["negative_prompt"].settings(), paper.settings()]
+
+
+def test_own_errors_are_not_buried_in_hydras():
+    with pytest.raises(ValueError, match=r"^method\.images must be at least 1"):
+        build(composed("method=negtome_reference", "method.images=0").method)
+    with pytest.raises(HydraException, match="bta"):
+        build(composed("method=none", "+method.bta=1").method)

@@ -17,19 +17,18 @@ from experiments import PROJECT, plot, tabulate
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
-from experiments.runs import Run
+from experiments.runs import Run, request
 
 METHODS = "method=none,negtome,negtome_released"
 
 
-def overrides(tmp_path, source, kind="sdxl", name=None):
-    """The diversity experiment as small as it can be: two prompts, one seed, two images, two steps."""
+def checkpoint(source, kind="sdxl", name=None):
+    """A real model's configuration, but with a tiny checkpoint in the real layout, two steps and a few pixels."""
     size = {
         "sdxl": ["model.call.height=64", "model.call.width=64"],
         "flux": ["model.call.height=16", "model.call.width=16"],
     }
     return [
-        "experiment=diversity",
         f"model={name or {'sdxl': 'sdxl', 'flux': 'flux-dev'}[kind]}",
         f"model.source={source}",
         "model.dtype=float32",
@@ -39,6 +38,14 @@ def overrides(tmp_path, source, kind="sdxl", name=None):
         "model.negtome.timestep_range=[0,1000]",
         "model.negtome.threshold=-1",
         *(["model.negtome.min_side=4"] if kind == "sdxl" else []),
+    ]
+
+
+def overrides(tmp_path, source, kind="sdxl", name=None):
+    """The diversity experiment as small as it can be: two prompts, one seed, two images, two steps."""
+    return [
+        "experiment=diversity",
+        *checkpoint(source, kind, name),
         "prompts.categories=[bird,fish]",
         "prompts.templates=[a photo of a]",
         "prompts.seeds=[0]",
@@ -450,3 +457,176 @@ def test_without_real_images_what_compares_with_them_is_left_out(tmp_path, caplo
     names = [name for name, _ in configured_metrics(cfg)]
     assert set(cfg.metric) - set(names) == {name for name, spec in cfg.metric.items() if "reference" in spec}
     assert "fid is left out" in caplog.text and "model.reference_images=FOLDER" in caplog.text
+
+
+# --- copyright --------------------------------------------------------------------------------------------------------
+
+CHARACTERS = (
+    "{panda: {direct: [a photo of a panda], indirect: [an emoji of bamboo], benign: [a photo of a bus]},"
+    " ogre: {direct: [a photo of a ogre], benign: [a photo of a shirt]}}"
+)
+PROTECTED = PROJECT / "models" / "mini-protected"
+
+
+def copyright_overrides(tmp_path, source, kind="sdxl"):
+    """The copyright experiment with two characters, two pictures of each to push away from and others to score."""
+    for use in ("guidance", "scoring"):
+        for character in ("panda", "ogre"):
+            files = sorted((PROTECTED / use / character).glob("*.png"))
+            chosen = [file for file in files if not file.stem.endswith(".mask")][:2]
+            (tmp_path / use / character).mkdir(parents=True, exist_ok=True)
+            for file in (file for file in files if any(file.name.startswith(picture.stem) for picture in chosen)):
+                shutil.copy(file, tmp_path / use / character)
+    return [
+        "experiment=copyright",
+        *checkpoint(source, kind),
+        f"model.copyright.guidance={tmp_path / 'guidance'}",
+        f"model.copyright.scoring={tmp_path / 'scoring'}",
+        f"model.copyright.held_out={PROTECTED / 'held_out'}",
+        "model.copyright.seeds=[0]",
+        "model.copyright.images_per_prompt=2",
+        "model.copyright.thresholds.prompt=0.6",
+        f"prompts.characters={CHARACTERS}",
+        "scorer@model.scorer=mini-clip",
+        "scorer@model.copyright.encoder=pixel",
+        "scorer@model.copyright.second=pixel",
+        "bootstrap.n_resamples=100",
+        f"outputs={tmp_path / 'outputs'}",
+        f"results={tmp_path / 'results'}",
+    ]
+
+
+@pytest.fixture(scope="module", params=["sdxl", "flux"])
+def protected(request, tmp_path_factory, tiny_checkpoint):
+    """The copyright experiment on a tiny checkpoint: overrides, and each method's run folder and documents."""
+    folder = tmp_path_factory.mktemp("protected")
+    arguments = copyright_overrides(folder, tiny_checkpoint(request.param), request.param)
+    runs = {}
+    for cfg in expand(arguments):
+        run = generate(cfg)
+        runs[cfg.method.name] = (run, {path.name: json.loads(path.read_text()) for path in evaluate(cfg)})
+    return arguments, runs
+
+
+def test_the_copyright_experiment_pushes_from_what_is_asked_for_and_leaves_neighbours_alone(protected):
+    _, runs = protected
+    assert list(runs) == ["none", "negative_prompt", "negtome_reference", "negtome_and_negative_prompt",
+                          "negtome_reference_released"]  # fmt: skip
+    none = runs["none"][0]
+    for method, (run, _) in runs.items():
+        for row in read_manifest(run):
+            kind, character = row.prompt_id.partition("-")[0], row.category
+            same = (run / row.path).read_bytes() == (none / row.path).read_bytes()
+            if method == "none":
+                assert row.references is None
+            elif kind == "benign":
+                assert row.references == {} and same, (method, row.path)
+            elif kind == "direct":
+                # Of the named asset, each with the cosine by which it was found.
+                scores = list(row.references.values())
+                assert {name.split("/")[0] for name in row.references} == {character}
+                assert len(scores) == (1 if method.endswith("released") else 2)
+                assert 1 > max(scores) > 0.6
+                # A pipeline of random weights takes little notice of a text, and of pictures some.
+                assert not same or method == "negative_prompt", (method, row.path)
+    pushed = [run for method, (run, _) in runs.items() if "negtome" in method]
+    logged = {run: [stats.get("tokens_pushed") for stats in Run(run).statistics()] for run in pushed}
+    assert all(any(counts) and None in counts for counts in logged.values()), "attached only where something was found"
+
+
+def test_every_configured_number_of_the_copyright_experiment_is_measured(protected):
+    arguments, runs = protected
+    (cfg,) = expand([*arguments, "method=none"])
+    for method, (_, documents) in runs.items():
+        found = {document["metric"]: document for document in documents.values()}
+        assert set(found) == set(cfg.metric) - {"kernel_distance"}, "for want of real images"
+        assert (found["maximum_resemblance"]["n_groups"], found["clip_score_benign"]["n_groups"]) == (3, 2)
+        assert found["identification"]["details"]["n_assets"] == 2
+        assert found["detection_rate"]["details"]["n_negative"] >= 19
+        assert found["changed_share_benign"]["value"] == found["change_benign"]["value"] == 0, method
+        assert found["changed_share_benign"]["encoder"]["id"] == "pixels"
+        assert found["maximum_resemblance"]["encoder"]["id"] == "pixels-8x8"
+        assert found["clip_score"]["encoder"]["name"] == "mini-clip"
+
+
+def test_the_copyright_table_and_figures(protected):
+    arguments, runs = protected
+    markdown = tabulate.tabulate(arguments)
+    (cfg, *_) = configs = expand(arguments)
+    frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=tabulate.TEXT)
+    assert list(frame.columns) == tabulate.COLUMNS
+    assert list(frame["run_id"].unique()) == [run.name for run, _ in runs.values()]
+    assert set(frame["primary"].dropna()) == {"resemblance", "quality"}
+    assert (frame["seconds"] > 0).all()
+    assert (frame["difference"].notna() == (frame["method"] != "none")).all()
+    references = frame[frame["method"] == "negtome_reference"]
+    assert set(references["reference"]) == {"assets"} and (references["pushed_share"] > 0).all()
+    table = tabulate.main_table(frame)
+    assert {"maximum resemblance (down)", "clip score (up)", "seconds"} <= set(table.columns)
+    assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
+    assert tabulate.tabulate(arguments) == markdown
+    files = {file.name: file for file in plot.plot(configs)}
+    with Image.open(files[f"copyright_grid_{cfg.model.name}.png"]) as grid:
+        assert grid.height > 2 * 96
+
+
+def test_the_copyright_experiment_goes_on_where_it_stopped(protected, tmp_path):
+    arguments, runs = protected
+    run, _ = runs["negtome_and_negative_prompt"]
+    arguments = [*arguments, "method=negtome_and_negative_prompt", f"outputs={tmp_path}"]
+    folder = tmp_path / run.relative_to(run.parents[3])
+    shutil.copytree(run, folder)
+    for name in ("complete", "manifest.jsonl"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "images" / "direct-a-photo-of-a-panda" / "000000")
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    (cfg,) = expand(arguments)
+    assert generate(cfg) == folder
+    assert pngs(folder) == pngs(run) and len(kept) == len(pngs(run)) - 2
+    assert (folder / "manifest.jsonl").read_bytes() == (run / "manifest.jsonl").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_other_assets_make_another_run_and_moved_ones_do_not(protected, tmp_path):
+    arguments, runs = protected
+    here = expand([*arguments, "method=negtome_reference"])[0].model.copyright.guidance
+
+    def request_of(folder):
+        return request(expand([*arguments, "method=negtome_reference", f"model.copyright.guidance={folder}"])[0])
+
+    shutil.copytree(here, tmp_path / "moved")
+    stored = Run(runs["negtome_reference"][0]).identity["request"]
+    assert request_of(tmp_path / "moved") == stored
+    next(path for path in (tmp_path / "moved" / "ogre").iterdir() if ".mask" in path.name).unlink()
+    assert request_of(tmp_path / "moved") != stored
+
+
+def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):
+    arguments, _ = protected
+
+    def configured(*changes):
+        (cfg,) = expand([*arguments, "method=negtome_reference", f"outputs={tmp_path}", *changes])
+        return cfg
+
+    with pytest.raises(FileNotFoundError, match=r"^No protected assets .*model\.copyright\.guidance=FOLDER"):
+        generate(configured("model.copyright.guidance=null"))
+    with pytest.raises(FileNotFoundError, match=r"absent, which does not exist"):
+        generate(configured(f"model.copyright.guidance={tmp_path / 'absent'}"))
+    same = f"model.copyright.scoring={configured().model.copyright.guidance}"
+    with pytest.raises(ValueError, match=r"^\d+ of the pictures that methods are given are also scored against"):
+        generate(configured(same))
+    # Without pictures to score, what compares with them is left out, and no table pretends to have the claim.
+    unscored = configured("model.copyright.scoring=null")
+    names = [name for name, _ in configured_metrics(configured("model.copyright.scoring=null", f"images={tmp_path}"))]
+    assert names == ["clip_score", "clip_score_indirect", "clip_score_benign"]
+    assert "maximum_resemblance is left out" in caplog.text and "model.copyright.scoring=FOLDER" in caplog.text
+    with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance'"):
+        tabulate.rows_of([unscored])
+
+
+def test_the_command_line_says_what_to_give_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "experiments.generate", "model=mini-sdxl", "method=negtome_reference",
+               "model.copyright.guidance=null", f"outputs={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("No protected assets are configured") and "Traceback" not in done.stderr
