@@ -14,8 +14,8 @@ from eval.encoders import Encoder
 from experiments.assets import Retriever, check_disjoint, read_assets
 from experiments.prompts import Group, PromptSet
 
-#: Colours that the encoder below tells apart; orange lies between red and yellow.
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "orange": (255, 128, 0)}
+#: Colours that the encoder below knows by name.
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
 GROUP = Group("p", "a red thing", "red", 0, 2)
 
 

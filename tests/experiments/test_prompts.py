@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.prompts import Group, PromptSet
+from experiments.prompts import CharacterPrompts, Group, PromptSet
 
 SMALL = {
     "name": "small",
@@ -63,3 +63,64 @@ def test_image_seeds_are_distinct_between_images_groups_and_prompts():
 def test_bad_sets_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         PromptSet(**SMALL | change)
+
+
+CHARACTERS = {
+    "name": "small",
+    "split": "test",
+    "characters": {
+        "Panda": {"direct": ["a photo of a Panda"], "indirect": ["a black and white bear"], "benign": ["a brown bear"]},
+        "Robot": {"indirect": ["a man of tin", "A metal man!"], "direct": ["a Robot"]},
+    },
+    "seeds": [3, 0],
+    "images_per_prompt": 1,
+}
+
+
+def test_characters_are_asked_for_by_name_by_description_and_beside():
+    groups = CharacterPrompts(**CHARACTERS).groups()
+    assert [(g.id, g.prompt, g.category, g.size) for g in groups[:6]] == [
+        ("direct-a-photo-of-a-panda/000003", "a photo of a Panda", "Panda", 1),
+        ("direct-a-photo-of-a-panda/000000", "a photo of a Panda", "Panda", 1),
+        ("indirect-a-black-and-white-bear/000003", "a black and white bear", "Panda", 1),
+        ("indirect-a-black-and-white-bear/000000", "a black and white bear", "Panda", 1),
+        ("benign-a-brown-bear/000003", "a brown bear", "beside Panda", 1),
+        ("benign-a-brown-bear/000000", "a brown bear", "beside Panda", 1),
+    ]
+    # A kind that a character does not have is none, and the kinds' order is not that of the file.
+    assert [g.prompt_id for g in groups[6::2]] == ["direct-a-robot", "indirect-a-man-of-tin", "indirect-a-metal-man"]
+    seeds = [seed for group in groups for seed in group.image_seeds()]
+    assert len(set(seeds)) == len(seeds) == 12
+
+
+def test_kinds_of_prompts_can_be_chosen():
+    whole = CharacterPrompts(**CHARACTERS).groups()
+    benign = CharacterPrompts(**CHARACTERS, kinds=["benign"]).groups()
+    assert benign == [group for group in whole if group.category.startswith("beside ")]
+    # The noises of a group do not depend on what else is asked for.
+    assert CharacterPrompts(**CHARACTERS | {"seeds": [0]}, kinds=["direct"]).groups()[0] == whole[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"characters": {}}, "at least one prompt of the chosen kinds, got none"),
+        ({"characters": {"Robot": {"direct": ["a Robot"]}}, "kinds": ["benign"]}, "at least one prompt of the chosen"),
+        ({"characters": {"Robot": {"Direct": ["a Robot"]}}}, r"Robot has kinds \['Direct'\]"),
+        ({"characters": {"Robot": {"indirect": ["the small robot"]}}}, r"must not say the name, got \['the small r"),
+        ({"characters": {"Robot": {"direct": ["a Robot", "a robot!"]}}}, r"twice: \['direct-a-robot'\]"),
+        (
+            {"characters": {name: {"benign": ["a bear"]} for name in ("Panda", "Robot")}},
+            r"got twice: \['benign-a-bear'\]",
+        ),
+        ({"seeds": []}, "seeds must be a list of distinct values with at least one"),
+        ({"seeds": [1, 1]}, "seeds must be a list of distinct values"),
+        ({"seeds": [10**6]}, r"seeds must be integers in \[0, 999999\]"),
+        ({"kinds": ["direct", "friendly"]}, r"kinds must be a list of distinct values among \['direct', 'indirect'"),
+        ({"split": "train"}, "split must be 'test' or 'development'"),
+        ({"images_per_prompt": 0}, "at least 1, got 0"),
+    ],
+)
+def test_bad_characters_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        CharacterPrompts(**CHARACTERS | change)

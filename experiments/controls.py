@@ -1,0 +1,153 @@
+"""Controls of NegToMe: the same tokens moved at the same sites and steps, without what the method says makes it work.
+
+`RandomMatch` keeps the push and takes away the matching; `NoiseControl` keeps the length of the push and takes away its
+direction. Whatever they do as well as NegToMe is owed to disturbing the features, not to pushing them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.methods import Applied, NegToMe
+from experiments.prompts import Group
+
+
+def push_from_random(
+    tokens: torch.Tensor, moved: torch.Tensor, group_size: int, alpha: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Push the tokens that NegToMe moved from random tokens of the group's first image instead of the nearest ones.
+
+    Args:
+        tokens: [G * K, N, C] the tokens of G groups of K = `group_size` images before the push.
+        moved: [G * K, N, C] the same after NegToMe's push.
+        group_size: K.
+        alpha: strength of the push.
+        generator: draws the reference tokens, once for all groups of the batch: guidance's two halves draw alike, as
+            they mostly match alike, so that guidance does not amplify the difference between draws.
+
+    Returns:
+        [G * K, N, C]: x + alpha * (x - r) with r random where NegToMe moved the token, else x.
+    """
+    images = tokens.unflatten(0, (-1, group_size))  # [G, K, N, C]
+    G, K, N, C = images.shape
+    index = torch.randint(N, (1, K * N, 1), generator=generator, device=tokens.device)
+    match = images[:, 0].gather(1, index.expand(G, -1, C)).view_as(images).flatten(0, 1)
+    return torch.where(changed(tokens, moved), torch.add(tokens, tokens - match, alpha=alpha), tokens)
+
+
+def push_at_random(
+    tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Move the tokens that NegToMe moved as far, each in a random direction.
+
+    Args:
+        tokens: [G * K, N, C] the tokens of G groups of K = `group_size` images before the push.
+        moved: [G * K, N, C] the same after NegToMe's push.
+        group_size: K.
+        generator: draws the directions, uniform on the sphere, once for all groups of the batch; see
+            `push_from_random`.
+
+    Returns:
+        [G * K, N, C]: x + |NegToMe's update| * u with u of length 1 where NegToMe moved the token, else x.
+    """
+    precise = torch.promote_types(tokens.dtype, torch.float32)
+    length = torch.linalg.vector_norm(moved.to(precise) - tokens.to(precise), dim=-1, keepdim=True)
+    shape = (group_size, *tokens.shape[1:])
+    direction = torch.randn(shape, generator=generator, device=tokens.device, dtype=precise)
+    direction = torch.nn.functional.normalize(direction, dim=-1).repeat(len(tokens) // group_size, 1, 1)
+    return torch.where(changed(tokens, moved), (tokens.to(precise) + length * direction).to(tokens.dtype), tokens)
+
+
+def changed(tokens: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Tell which tokens [B, N, C] were moved: bool [B, N, 1]."""
+    return (tokens != moved).any(dim=-1, keepdim=True)
+
+
+class Control(NegToMe):
+    """NegToMe with each site's push replaced; at every site it is asked first what it would move, and where to.
+
+    Args:
+        name: the method's name in folders and tables.
+        seed: of the draws, beside the group's identity and the site's name.
+        **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
+
+    Raises:
+        ValueError: references other than the first image, which the controls are not defined for.
+    """
+
+    #: Which control it is, in the run's identity.
+    control: str
+
+    def __init__(self, name: str, seed: int = 0, **config: Any) -> None:
+        super().__init__(name, **config)
+        if self.config.reference != "first" or self.config.matching != "paper":
+            raise ValueError(
+                f'method={name} controls for matching="paper" and reference="first", got '
+                f"{self.config.matching!r} and {self.config.reference!r}: leave them as they are"
+            )
+        self.seed = seed
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "matching": self.control, "seed": self.seed}
+
+    def code(self) -> str:
+        return f"{super().code()}+{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+
+    def replace(
+        self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return what the control makes of image tokens [B, N, C] that NegToMe would make `moved` of."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        with super().apply(pipe, group, call) as applied:
+            # The one place that knows the attachment from inside: what a site makes of the features, [B, N, C].
+            for site in applied.attached._sites:
+                site.push = self._controlled(site, f"{self.seed}/{group.id}/{site.name}")
+            yield applied
+
+    def _controlled(self, site: Any, seed: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        push, generators = site.push, {}
+
+        @torch.compiler.disable  # it draws
+        def controlled(features: torch.Tensor) -> torch.Tensor:
+            before = features.clone()  # NegToMe may write into what it is given
+            after = push(features)
+            text = site.now.text_length if site.place.text_first else 0
+            generator = generators.get(features.device)
+            if generator is None:
+                number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
+                generator = generators[features.device] = torch.Generator(features.device).manual_seed(number)
+            tokens = self.replace(before[:, text:], after[:, text:], site.now.group_size, generator)
+            return torch.cat([before[:, :text], tokens], dim=1) if text else tokens
+
+        return controlled
+
+
+class RandomMatch(Control):
+    """NegToMe with a random reference token in place of the nearest one: as many tokens move, each by alpha (x - r)."""
+
+    control = "random"
+
+    def replace(
+        self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        return push_from_random(tokens, moved, group_size, self.config.alpha, generator)
+
+
+class NoiseControl(Control):
+    """NegToMe's updates with a random direction in place of their own: as many tokens move, each as far."""
+
+    control = "noise"
+
+    def replace(
+        self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        return push_at_random(tokens, moved, group_size, generator)
