@@ -47,6 +47,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 def _open(path: Path) -> IO[str]:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # a run that was just completed has swept the folder away
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("a")
+        except (FileNotFoundError, FileExistsError):
+            # A run that is just completed sweeps the folder away: between these two lines, or within the first.
+            if path.parent.is_file():
+                raise

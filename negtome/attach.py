@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks
 
 from negtome.config import NegToMeConfig
 from negtome.merge import push_from, push_groups
@@ -66,7 +67,8 @@ def attach(
             image = pipe("a photo of a cartoon mouse").images[0]
 
     Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
-    why, one in which no token was above the threshold warns.
+    why, one in which no token was above the threshold warns. Copy or pickle the pipeline outside the block: a copy made
+    inside stays attached.
 
     Args:
         pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
@@ -176,7 +178,7 @@ class Attachment:
         self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
         self._links = []
         for site in self._sites:
-            site.module = None
+            site.module = site.attention = None
 
     def __enter__(self) -> Attachment:
         return self
@@ -253,13 +255,23 @@ class Attachment:
         now.text_length = call.text_length
         now.layout = None
         step = Step(timestep, now.active)
-        # True guidance calls Flux twice in a step, for the prompt and then for the negative prompt.
-        repeated = bool(run.steps) and run.steps[-1] == step
-        if not repeated:
+        # True guidance calls Flux a second time in a step, for the negative prompt. A timestep alone says nothing:
+        # schedulers of second order have each one twice.
+        conditional = not (
+            self._architecture.guided_apart
+            and run.steps
+            and run.steps[-1] == step
+            and call.prompts is not run.conditioned_on
+        )
+        if conditional:
             run.steps.append(step)
+            run.conditioned_on = call.prompts
+        if now.active:
+            for site in self._sites:
+                site.decide()
         if self._rows is not None and now.active and now.fewest_tokens is not None:
             arguments, now.layout = self._rows.extend(
-                self._pipe, call, arguments, conditional=not repeated, fewest_tokens=now.fewest_tokens
+                self._pipe, call, arguments, conditional=conditional, fewest_tokens=now.fewest_tokens
             )
         return arguments
 
@@ -346,6 +358,7 @@ class _Run:
         self.steps: list[Step] = []
         self.timesteps = Timesteps()
         self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
+        self.conditioned_on: torch.Tensor | None = None  # prompts of the first call of the last step
         self.latent: tuple[int, int] | None = None
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
         self._counts: list[tuple[list[_Site], int, torch.Tensor, torch.Tensor]] = []
@@ -358,7 +371,9 @@ class _Run:
                 alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
         for found in alike.values():
             similarity = torch.stack([site.similarity for site in found]).flatten(1)
-            compared, pushed = similarity.shape[1], (similarity > threshold).sum(dim=1)
+            # The cosine of a copy may be rounded to more than 1, but a threshold of 1 moves nothing.
+            pushed = (similarity > (threshold if threshold < 1 else torch.inf)).sum(dim=1)
+            compared = similarity.shape[1]
             self._counts.append((found, compared, pushed, similarity.amax(dim=1)))
             for site in found:
                 site.similarity = None
@@ -394,6 +409,7 @@ class _Site:
         self.now = now
         self.compared = 0
         self.pushed = 0
+        self.attention: torch.nn.Module | None = None  # in this call of the pipeline
         self.ours = False  # whether nobody else holds the features, so that they may be written to
         self.skipped_tokens = 0  # per image, in this call of the pipeline
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
@@ -401,7 +417,11 @@ class _Site:
     def start(self, denoiser: torch.nn.Module) -> None:
         """Begin a call of the pipeline."""
         self.skipped_tokens, self.similarity = 0, None
-        self.ours = _makes_its_own(denoiser, self.name)
+        self.attention = _attention_of(denoiser, self.name)
+
+    def decide(self) -> None:
+        """Decide, before each call of the denoiser, whether to write in place: a cache may be switched on meanwhile."""
+        self.ours = self.attention is not None and _makes_its_own(self.attention)
 
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
@@ -461,21 +481,26 @@ def _links(root: torch.nn.Module, names: list[str]) -> list[tuple[dict[str, Any]
     return list(links.values())
 
 
-def _makes_its_own(denoiser: torch.nn.Module, name: str) -> bool:
-    """Tell whether the tokens at a site are a fresh tensor of which its attention keeps nothing.
+def _attention_of(denoiser: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """Return the attention that a site is, or is in."""
+    while name:
+        module = denoiser.get_submodule(name)
+        if hasattr(module, "processor"):
+            return module
+        name = name.rpartition(".")[0]
+    return None
+
+
+def _makes_its_own(attention: torch.nn.Module) -> bool:
+    """Tell whether the tokens that an attention returns are a fresh tensor of which it keeps nothing.
 
     So it is in diffusers' own attentions. Somebody else's processor, a hook or a replaced `forward` (caches, for one)
     may hold on to what it returned.
     """
-    while name:
-        attention = denoiser.get_submodule(name)
-        if hasattr(attention, "processor"):
-            if "forward" in attention.__dict__ or attention._forward_hooks:
-                return False
-            made_by = (type(attention).forward, type(attention.processor).__call__)
-            return all(getattr(function, "__module__", "").startswith("diffusers.") for function in made_by)
-        name = name.rpartition(".")[0]
-    return False
+    if "forward" in attention.__dict__ or attention._forward_hooks or _global_forward_hooks:
+        return False
+    made_by = (type(attention).forward, type(attention.processor).__call__)
+    return all(getattr(function, "__module__", "").startswith("diffusers.") for function in made_by)
 
 
 def _check_reference(config: NegToMeConfig, reference: Reference | Sequence[Reference | None] | None) -> None:

@@ -43,13 +43,15 @@ def negative_merge(
     Precision: lengths are float32 (float64 for float64). Cosines are computed in the tokens' dtype, with one side
     rounded to it after normalisation, and the one that meets the threshold is rounded to it too: to 0.05 % in float16
     and 0.4 % in bfloat16. Reference tokens closer than that to the most similar one are ties, and ties go to the
-    first. The push itself is computed in float32 or better and rounded once. In float16 the product of a token with
-    a unit vector must stay below 65504. The similarity of a token of length zero is 0.
+    first. alpha is rounded to the tokens' dtype, 0.9 to 0.8984 in bfloat16; the push itself is computed in float32 or
+    better and rounded once. In float16 the product of a token with a unit vector must stay below 65504, and tokens
+    shorter than 1e-4 are compared less precisely. The similarity of a token of length zero is 0. A reference token
+    that is not finite is never the nearest one, and a token that is not finite does not move.
 
     Args:
         tokens: [B, N, C] floating point, the tokens to move.
         reference: [M, C], or [B, M, C] for one reference per batch entry; dtype and device of `tokens`.
-        alpha: strength and sign of the push, any finite number; at 0 the result is bit-identical to `tokens`.
+        alpha: strength and sign of the push, finite in the tokens' dtype; at 0 the result is bit-identical to `tokens`.
         threshold: cosine similarity in [-1, 1] that a match must exceed; 1 is off, and then the result is
             bit-identical. Otherwise, tokens that do not move keep their value exactly, as long as all are finite.
         matching: "paper": the nearest reference token of every token. "released": what the authors' released code
@@ -182,7 +184,7 @@ def _push(
     if alpha == 0 or threshold >= 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
         return tokens
     match = _take(reference, index)
-    weight = torch.where(similarity > threshold, -alpha, 0.0).to(tokens.dtype).unsqueeze(-1)
+    weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha).unsqueeze(-1)
     # x + weight (match - x) in one pass
     return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight)
 
@@ -271,13 +273,18 @@ def _length(tokens: torch.Tensor) -> torch.Tensor:
     """Measure tokens [..., C]: their lengths [...], of float32 or better, and never 0."""
     precise = torch.promote_types(tokens.dtype, torch.float32)
     length = torch.linalg.vector_norm(tokens, dim=-1, dtype=precise)
-    return length.clamp_min_(torch.finfo(precise).tiny)  # a token of length zero gets similarity 0 instead of NaN
+    # A token of length zero gets similarity 0 instead of NaN; and where squares underflow, no length is too small.
+    return length.clamp_min_(10 * torch.finfo(precise).tiny ** 0.5)
 
 
 def _unit(tokens: torch.Tensor) -> torch.Tensor:
-    """Scale tokens [..., C] to length 1, in their own dtype."""
+    """Scale tokens [..., C] to length 1, in their own dtype; what is not finite becomes 0, which nothing is similar to.
+
+    Else the maximum of every token's products would be the NaN of one, and the weight of 0 would not keep it away.
+    """
     # With `out`, nothing of float32 is written in between.
-    return torch.div(tokens, _length(tokens).unsqueeze(-1), out=tokens.new_empty(tokens.shape))
+    unit = torch.div(tokens, _length(tokens).unsqueeze(-1), out=tokens.new_empty(tokens.shape))
+    return unit.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

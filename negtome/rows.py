@@ -173,12 +173,14 @@ class ReferenceRows:
             vae = pipe.vae
             # The autoencoder of SDXL overflows in float16; float16 survives the way there and back unchanged.
             upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-            if upcast:
-                vae.to(dtype=torch.float32)
             pixels = 2 * torch.stack([image for image, _ in fitted]) - 1
-            posterior = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist
-            if upcast:
-                vae.to(dtype=torch.float16)
+            try:
+                if upcast:
+                    vae.to(dtype=torch.float32)
+                posterior = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist
+            finally:
+                if upcast:
+                    vae.to(dtype=torch.float16)
             self._encoded[key] = _Encoded(posterior, tuple(share for _, share in fitted))
         return self._encoded[key]
 

@@ -71,6 +71,7 @@ class Architecture:
         read: reads a call of the denoiser from the pipeline and the denoiser's arguments by name.
         sample: name of the argument that holds the latents.
         shared: names of the arguments that have no row for each image.
+        guided_apart: whether guidance is a second call of the denoiser in a step, for the negative prompt.
         latent_size: (height, width) of the latent, before any packing, from the denoiser's arguments.
         grids: sizes (height, width) in tokens of the feature maps of a latent, large to small.
         scale: the autoencoder's latents [R, c, h, w] -> as the pipeline denoises them.
@@ -88,6 +89,7 @@ class Architecture:
     read: Callable[[Any, Mapping[str, Any]], DenoiserCall]
     sample: str
     shared: tuple[str, ...]
+    guided_apart: bool
     latent_size: Callable[[Mapping[str, Any]], tuple[int, int]]
     grids: Callable[[tuple[int, int]], list[tuple[int, int]]]
     scale: Callable[[Any, torch.Tensor], torch.Tensor]
@@ -251,6 +253,7 @@ ARCHITECTURES = (
         read=_read_sdxl,
         sample="sample",
         shared=("timestep",),
+        guided_apart=False,
         latent_size=lambda arguments: tuple(arguments["sample"].shape[-2:]),
         grids=feature_maps,
         scale=_sdxl_scale,
@@ -273,6 +276,7 @@ ARCHITECTURES = (
         read=_read_flux,
         sample="hidden_states",
         shared=("img_ids", "txt_ids"),
+        guided_apart=True,
         latent_size=_flux_latent_size,
         grids=lambda latent: [(latent[0] // 2, latent[1] // 2)],
         scale=_flux_scale,

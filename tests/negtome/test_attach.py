@@ -227,6 +227,69 @@ def test_no_group_touches_another(pipe, config, kind, guidance):
             torch.testing.assert_close(result[2 * g : 2 * g + 2], alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("when", ["before", "inside", "global"])
+def test_features_that_somebody_holds_are_not_written_to(pipe, config, when):
+    """A hook, such as a cache's, that keeps what an attention returned keeps that."""
+    base = generate(pipe)
+    with negtome.attach(pipe, config):
+        expected = generate(pipe)
+    kept = []
+
+    def keep(module, args, output):
+        if hasattr(module, "processor"):
+            for tensor in output if isinstance(output, tuple) else (output,):
+                kept.append((tensor, tensor.clone()))
+
+    attentions = [module for module in denoiser(pipe).modules() if hasattr(module, "processor")]
+    handles = []
+
+    def hook():
+        if when == "global":
+            handles.append(torch.nn.modules.module.register_module_forward_hook(keep))
+        else:
+            handles.extend(attention.register_forward_hook(keep) for attention in attentions)
+
+    def at_end_of_step(_, index, timestep, tensors):
+        if index == 0 and when == "inside":
+            hook()
+        return tensors
+
+    if when != "inside":
+        hook()
+    try:
+        with negtome.attach(pipe, config):
+            result = generate(pipe, callback_on_step_end=at_end_of_step)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert kept and all(torch.equal(tensor, copy) for tensor, copy in kept)
+    torch.testing.assert_close(result, expected)
+    assert not torch.equal(result, base)
+
+
+def test_a_scheduler_of_second_order_has_every_step_twice(tiny_sdxl):
+    from diffusers import HeunDiscreteScheduler
+
+    tiny_sdxl.scheduler = HeunDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
+    calls = []
+
+    def note(module, args, kwargs):
+        calls.append(float(kwargs["timestep"]))
+
+    handle = tiny_sdxl.unet.register_forward_pre_hook(note, with_kwargs=True)
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"]) as attached:
+        generate(tiny_sdxl)
+    handle.remove()
+    assert [step.timestep for step in attached.steps] == calls
+    assert len(calls) == 7  # of 4 steps, all but the last twice
+
+
+def test_a_threshold_of_one_pushes_nothing_not_even_copies(pipe, config):
+    with negtome.attach(pipe, config.replace(threshold=1)) as attached:
+        generate(pipe, seeds=(0, 0, 0))  # cosines of copies are rounded to more than 1, at times
+    assert attached.summary()["tokens_pushed"] == 0
+
+
 def test_outside_the_window_nothing_changes(pipe, config, kind):
     attached_steps = []
 

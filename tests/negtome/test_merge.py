@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from negtome import merge, negative_merge
-from negtome.merge import push_groups
+from negtome.merge import push_from, push_groups
 
 PERMUTATION = [3, 0, 5, 1, 2, 4]
 INVERSE = [1, 3, 4, 0, 5, 2]
@@ -253,3 +253,83 @@ def test_groups_are_the_algorithm_image_by_image(reference, matching):
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match="reference must be one of"):
         push_groups(random(2, 3, 4), 2, alpha=0.9, threshold=0.3, matching="paper", reference="last")
+
+
+WAYS = [("first", "paper"), ("first", "released"), ("previous", "paper"), ("others", "paper")]
+batches = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 10**6),
+        "groups": st.integers(1, 3),
+        "size": st.integers(2, 4),
+        "n": st.integers(1, 9),
+        "text": st.integers(0, 3),
+        "channels": st.integers(4, 16),
+        "alpha": st.sampled_from([-0.9, -0.5, -0.3, 0.3, 0.5, 0.9, 1.8]),
+        "threshold": st.floats(-0.5, 0.8),
+        "bound": st.integers(1, 200),
+        "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+        "way": st.sampled_from(WAYS),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=batches)
+def test_in_place_and_in_chunks_groups_are_pushed_alike(case):
+    """Whatever the shape, the strides (text in front), the dtype and the bound on the matrices, to the last bit."""
+    reference, matching = case["way"]
+    options = {key: case[key] for key in ("alpha", "threshold")} | {"reference": reference, "matching": matching}
+    rows, text = case["groups"] * case["size"], case["text"]
+    features = random(rows, text + case["n"], case["channels"], seed=case["seed"], dtype=case["dtype"])
+    expected, similarity = push_groups(features[:, text:].clone(), case["size"], **options)
+    written = features.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "MAX_SIMILARITY_ELEMENTS", case["bound"])
+        result, chunked = push_groups(written[:, text:], case["size"], inplace=True, **options)
+    # The order of a product's sums may depend on its shape: where two reference tokens are that near, either may win.
+    close = {"rtol": 8 * torch.finfo(case["dtype"]).eps, "atol": 8 * torch.finfo(case["dtype"]).eps}
+    torch.testing.assert_close(chunked, similarity.to(chunked), **close)
+    differs = (result != expected).any(dim=-1).float().mean()
+    assert differs == 0 if case["dtype"] is torch.float32 else differs < 0.2
+    assert torch.equal(written[:, :text], features[:, :text])
+    assert result.data_ptr() == written[:, text:].data_ptr()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_halves_with_references_of_their_own_are_pushed_one_by_one(inplace):
+    tokens, reference = random(2, 3, 10, 8), random(2, 2, 7, 8, seed=1)
+    mask = torch.arange(14) % 4 > 0
+    options = {"alpha": 0.9, "threshold": 0.1, "matching": "paper", "mask": mask}
+    result, similarity = push_from(tokens.clone(), reference, inplace=inplace, **options)
+    assert similarity.shape == (2, 30)
+    for half in range(2):
+        for image in range(3):
+            expected = by_hand(tokens[half, image], reference[half].flatten(0, 1), 0.9, 0.1, mask=mask)
+            torch.testing.assert_close(result[half, image].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("reference", ["first", "previous", "others"])
+def test_a_token_that_is_not_finite_harms_no_other(bad, reference):
+    """As if it were not there: nothing is matched to it, and it does not move."""
+    tokens = random(6, 5, 8)
+    tokens[0, 2, 3] = bad
+    options = {"alpha": 0.9, "threshold": 0.1, "matching": "paper", "reference": reference}
+    result, similarity = push_groups(tokens.clone(), 3, **options)
+    sound = torch.ones(6, 5, dtype=torch.bool)
+    sound[0, 2] = False
+    assert torch.equal(result.isfinite().all(dim=-1), sound)
+    other = tokens.clone()
+    other[0, 2] = 0  # similar to nothing
+    expected, _ = push_groups(other, 3, **options)
+    assert torch.equal(result[sound], expected[sound])
+    assert (similarity[1] > 0.1).any()
+
+
+def test_tokens_too_short_to_be_squared_are_similar_to_nothing():
+    tokens, reference = random(1, 4, 8), random(3, 8, seed=1)
+    reference[1] = 1e-25 * tokens[0, 0]
+    assert torch.equal(
+        negative_merge(tokens, reference, alpha=0.9, threshold=0.01),
+        negative_merge(tokens, reference * torch.tensor([1.0, 0.0, 1.0])[:, None], alpha=0.9, threshold=0.01),
+    )

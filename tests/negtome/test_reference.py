@@ -334,6 +334,44 @@ def test_half_precision_autoencoders_come_back_unchanged(pipe, config):
     assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
 
 
+def test_an_autoencoder_that_fails_gets_its_precision_back(pipe, config, monkeypatch):
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.float16)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(type(pipe.vae), "encode", fail)
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        negtome.attach(pipe, config, reference=Reference(PICTURE)),
+    ):
+        generate(pipe)
+    assert pipe.vae.dtype is torch.float16
+
+
+def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl, monkeypatch):
+    from diffusers import HeunDiscreteScheduler
+
+    from negtome.rows import ReferenceRows
+
+    tiny_sdxl.scheduler = HeunDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
+    rows, extend = [], ReferenceRows.extend
+
+    def note(*args, **kwargs):
+        arguments, layout = extend(*args, **kwargs)
+        rows.append(arguments["encoder_hidden_states"].unflatten(0, (2, -1))[1, -1])
+        return arguments, layout
+
+    monkeypatch.setattr(ReferenceRows, "extend", note)
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], reference=Reference(PICTURE, prompt="a cat")):
+        generate(tiny_sdxl)
+    (own, _, _, _) = tiny_sdxl.encode_prompt("a cat", do_classifier_free_guidance=False)
+    assert len(rows) >= 3
+    for row in rows:
+        torch.testing.assert_close(row, own[0])
+
+
 def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
     with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as attached:
         expected = generate(pipe)
