@@ -92,9 +92,15 @@ class ReferenceRows:
             The new arguments, and how their batch is laid out.
 
         Raises:
-            ValueError: there are more or fewer references than images, or a mask is too thin to hold a token.
+            ValueError: there are more or fewer references, or rows of text, than images, or a mask is too thin to hold
+                a token.
         """
         architecture = self._architecture
+        if len(call.prompts) != call.rows:  # as Flux broadcasts embeddings that it is given
+            raise ValueError(
+                f"NegToMe expected text embeddings with a row for each of the {call.rows} images beside a reference, "
+                f"got {len(call.prompts)}; repeat prompt_embeds and pooled_prompt_embeds along their first dimension."
+            )
         plan = next((plan for prompts, plan in self._plans if prompts is call.prompts), None)
         if plan is None:
             plan = self._plan(pipe, call, conditional, architecture.latent_size(arguments), fewest_tokens)

@@ -470,6 +470,19 @@ def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
         generate(pipe)
 
 
+def test_embeddings_without_a_row_for_each_image_are_refused(tiny_flux):
+    tokens, pooled, _ = tiny_flux.encode_prompt("a dog", None, max_sequence_length=12)
+    embedded = {"prompt": None, "prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "num_inference_steps": 4}
+    options = embedded | {"height": 32, "width": 32, "num_images_per_prompt": 2, "output_type": "latent"}
+    with (
+        pytest.raises(
+            ValueError, match="a row for each of the 2 images beside a reference, got 1; repeat prompt_embeds"
+        ),
+        negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE)),
+    ):
+        tiny_flux(**options)
+
+
 def test_a_blurred_reference_is_another_reference(pipe, config):
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
     results = []
