@@ -1,0 +1,482 @@
+"""How the cost is measured and told: arithmetic by hand, measurements on tiny pipelines. No test asserts a time."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from scipy.stats import binom
+
+import negtome
+from experiments import PROJECT, latency, latency_report
+from experiments.configs import expand
+from experiments.latency import SiteShape, Timing
+
+RESULTS = PROJECT / "results"
+#: Columns of the comparison with the paper.
+COMPARED = ["without, s", "with, s", "increase", "device"]
+
+
+#: The suites as they are configured.
+MINI, FULL = (("experiment=latency", f"latency.suite={suite}") for suite in ("mini", "full"))
+
+
+def tiny(source, results, *more):
+    """The mini suite on a tiny checkpoint, few steps and rounds."""
+    return [
+        "experiment=latency", "device=cpu", "latency.suite=mini", f"model.source={source}", f"results={results}",
+        "model.call.num_inference_steps=6", "model.negtome.timestep_range=[500,1000]", "model.negtome.threshold=0",
+        *more,
+    ]  # fmt: skip
+
+
+def override(monkeypatch, *changes):
+    """Change what is composed from now on, without composing it again."""
+    composed = latency._composed
+    monkeypatch.setattr(
+        latency, "_composed", lambda overrides: OmegaConf.merge(composed(overrides), OmegaConf.from_dotlist(changes))
+    )
+
+
+@pytest.fixture(scope="module")
+def flux(tiny_checkpoint, tmp_path_factory):
+    """A whole run, with curves, on a tiny Flux checkpoint: overrides, results' folder and what was returned."""
+    folder = tmp_path_factory.mktemp("flux")
+    spec = "latency.mini.{}.mini-flux.{}".format
+    overrides = tiny(
+        tiny_checkpoint("flux"), folder, "latency.only=[mini-flux]", "latency.curve_windows=[900,500,0]",
+        spec("cases", "side=32"), spec("cases", "rounds=3"), "bootstrap.level=0.5", spec("cases", "batch=3"),
+        spec("cases", "steps={inside: 2, outside: 1}"), spec("curves", "rounds=1"), spec("curves", "side=32"),
+        spec("curves", "batches=[2,3]"), spec("curves", "sides=[16,32]"),
+    )  # fmt: skip
+    return overrides, folder, latency.run(overrides)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def test_a_drift_of_the_machine_falls_on_all_variants_alike():
+    """Each call a little slower than the last: the ratios know nothing of it."""
+    clock = iter(range(1000))
+
+    def run(name):
+        now = 1 + 0.01 * next(clock)
+        return Timing([now, now * (1.5 if name == "slow" else 1.0)], 2 * now, None, None)
+
+    timings = latency.take_rounds(["plain", "slow", "same"], 4, run)
+    assert {name: [len(calls) for calls in rounds] for name, rounds in timings.items()} == {
+        name: [2, 2, 2, 2] for name in ("plain", "slow", "same")
+    }
+    steps = {name: np.array([[t.steps for t in calls] for calls in rounds]) for name, rounds in timings.items()}
+    plain = latency.per_round(steps["plain"], [False, True])
+    assert latency.per_round(steps["slow"], [False, True]) / plain == pytest.approx(1.5)
+    assert latency.per_round(steps["same"], [True, False]) / plain == pytest.approx(1.0)
+
+
+def test_a_round_goes_there_and_back():
+    assert latency.turns(["a", "b", "c"]) == ["a", "b", "c", "c", "b", "a"]
+
+
+def test_a_rounds_duration_is_the_mean_of_its_calls_medians():
+    steps = np.array([[[1, 2, 9, 50], [3, 4, 5, 60]], [[1, 1, 1, 0], [7, 7, 7, 0]]], dtype=float)
+    assert latency.per_round(steps, [True, True, True, False]).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
+    assert latency.per_round(steps, [False, False, False, True]).tolist() == [55, 0]
+
+
+def test_a_whole_call_has_the_measured_one_in_it_once():
+    """Steps 10, 2, 4 inside the window and 1, 3 outside, of 25 seconds: 5 are spent before and after the loop."""
+    timing = Timing([10, 2, 4, 1, 3], 25, None, None)
+    mask = [True, True, True, False, False]
+    assert latency.compose([[timing]], mask, 3, 2).tolist() == [25]
+    assert latency.compose([[timing]], mask, 6, 20).tolist() == [25 + 3 * 4 + 18 * 2]
+    assert latency.compose([[timing]], mask, 1, 2).tolist() == [25 - 2 * 4]
+    slower = Timing([10, 2, 6, 1, 3], 27, None, None)
+    assert latency.compose([[timing, slower], [slower, slower]], mask, 4, 2).tolist() == [(29 + 33) / 2, 33]
+
+
+def test_a_median_and_its_interval_by_hand():
+    assert latency.median_interval([3, 1, 2, 5, 4], 0.95) == (3, None, None)
+    assert latency.median_interval([3, 1, 2, 5, 4, 6], 0.95) == (3.5, 1, 6)
+    assert latency.median_interval(range(9), 0.95) == (4, 1, 7)
+    assert latency.median_interval([*range(8), 1e9], 0.95) == (4, 1, 7)
+    assert latency.median_interval([1.0], 0.95) == (1, None, None)
+
+
+@given(st.integers(1, 60), st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.99]))
+def test_the_interval_is_the_shortest_that_holds_the_median_often_enough(rounds, level):
+    value, low, high = latency.median_interval(range(1, rounds + 1), level)
+    assert value == (rounds + 1) / 2
+    # That so many or fewer of the rounds lie on one side of the median.
+    beyond = 0 if low is None else int(low)
+    assert high is None or high == rounds + 1 - low
+    assert low is None or 1 - 2 * binom.cdf(beyond - 1, rounds, 0.5) >= level - 1e-12
+    assert 1 - 2 * binom.cdf(beyond, rounds, 0.5) < level + 1e-12
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_the_full_suite_is_the_published_settings_and_curves():
+    cases = latency.configured_cases(FULL)
+    table = {(case.model.name, case.side): case for case in cases if case.part == "table"}
+    assert set(table) == {("sdxl", 1024), ("flux-dev", 768), ("flux-dev", 1024)}
+    names = {variant.name for variant in table["sdxl", 1024].variants}
+    assert names == {name for name in latency_report.TITLES if name != latency.BOUND}
+    for (model, _), case in table.items():
+        assert case.batch == 4 and case.model.dtype == {"sdxl": "float16", "flux-dev": "bfloat16"}[model]
+        assert case.model.call.num_inference_steps == {"sdxl": 50, "flux-dev": 25}[model]
+        assert latency.median_interval(range(case.rounds), 0.95)[1] is not None
+    assert table["sdxl", 1024].windows == ((800, 1000), (600, 1000))
+    assert table["flux-dev", 768].windows == ((900, 1000),)
+    for model in ("sdxl", "flux-dev"):
+        curve = {
+            part: [c for c in cases if (c.model.name, c.part) == (model, part)] for part in ("batch", "resolution")
+        }
+        assert [case.batch for case in curve["batch"]] == [2, 4, 8, 16]
+        assert [case.side for case in curve["resolution"]] == [512, 768, 1024, 1536, 2048]
+    assert all(case.variants[0].name == latency.PLAIN for case in cases)
+
+
+def test_the_mini_suite_is_both_mini_models_and_has_intervals():
+    cases = latency.configured_cases(MINI)
+    assert [case.model.name for case in cases if case.part == "table"] == ["mini-sdxl", "mini-flux"]
+    assert all(latency.median_interval(range(case.rounds), 0.95)[1] is not None for case in cases)
+
+
+def test_every_target_is_of_a_configured_case_and_variant():
+    cases = [case for suite in (MINI, FULL) for case in latency.configured_cases(suite)]
+    for target in latency_report.TARGETS:
+        (case,) = [
+            case for case in cases if (case.part, case.model.name, case.side) == ("table", target.model, target.side)
+        ]
+        assert target.variant in {variant.name for variant in case.variants}
+        assert case.batch == latency_report.TARGET_BATCH
+        assert target.window is None or target.window in case.windows
+    for model, *sides in latency_report.GROWTH:
+        curve = {c.side for c in cases if (c.part, c.model.name, c.batch) == ("resolution", model, 4)}
+        assert set(sides) <= curve
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model=sdxl", "expected no model="),
+        ("latency.suite=half", "auto, mini or full, got 'half'"),
+        ("latency.only=[sdxl-1024]", r"the suite mini, \['mini-flux', 'mini-sdxl'\], got"),
+        ("latency.weights=good", "auto, random or checkpoint, got 'good'"),
+        ("offload=true", "offload=false"),
+        ("latency.variants.none.via=negtome", "must begin with none"),
+        ("latency.variants.naive.via=slow", "'slow' in variant naive"),
+        ("latency.mini.cases.mini-sdxl.rounds=0", "at least 1, got 0"),
+        ("latency.mini.cases.mini-sdxl.steps.outside=0", "at least 1, got 12 and"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(change, message, tmp_path, monkeypatch):
+    named = change.startswith("model=")
+    override(monkeypatch, f"results={tmp_path}", "device=cpu", *([] if named else [change]))
+    with pytest.raises(ValueError, match=message):
+        latency.run([*MINI, change] if named else MINI)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_experiment_is_refused():
+    with pytest.raises(ValueError, match="expected experiment=latency"):
+        latency.run(["name=other"])
+
+
+def test_nothing_to_measure_and_no_table_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"latency\.csv, got no file: let latency\.cases"):
+        latency.run(["experiment=latency", f"results={tmp_path}", "latency.cases=false", "latency.curves=false"])
+
+
+@pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
+def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
+    pipe = request.getfixturevalue(name)
+    call = {
+        "prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "num_images_per_prompt": 3,
+        "output_type": "latent",
+    }  # fmt: skip
+    timesteps = latency.timesteps_of(pipe, call)
+    assert "forward" not in vars(latency._denoiser(pipe))
+    config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(timesteps[1], 1000))
+    schedule = latency.Schedule(timesteps, timesteps, config.timestep_range)
+    assert latency.inside_of(timesteps, schedule.window) == [True, True, False, False]
+    shapes = latency.site_shapes(pipe, call, config, schedule)
+
+    with negtome.attach(pipe, config) as attached:
+        timing = latency.time_call(pipe, call, "cpu", attached)
+    assert [step.timestep for step in attached.steps] == timesteps
+    assert len(timing.steps) == 4 and min(timing.steps) > 0 and sum(timing.steps) < timing.seconds
+    assert (timing.peak, timing.pushed_share) == (None, 1.0)
+    # The floor moves the tokens that the method compares, and compares them with one image of each half.
+    moving = [latency.product_shapes(shape) for shape in shapes.elements()]
+    assert 2 * sum(math.prod(left[:2]) for left, _ in moving) == attached.summary()["tokens_compared"]
+    assert all(shape.halves == (2 if name == "tiny_sdxl" else 1) and shape.images == 3 for shape in shapes)
+
+
+def test_the_shapes_of_the_floor_by_hand():
+    assert latency.product_shapes(SiteShape(2, 4, 4096, 640)) == ((2, 3 * 4096, 640), (2, 640, 4096))
+    assert latency.lower_bound({SiteShape(1, 2, 8, 4): 3}, "cpu", torch.float32) > 0
+    assert latency.lower_bound({}, "cpu", torch.float32) == 0
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_a_row_for_every_variant_and_window(flux):
+    _, folder, _ = flux
+    frame = latency.read_rows(folder / "latency.csv")
+    assert list(frame.columns) == latency.COLUMNS
+    counts = frame.groupby("part", sort=False).size().to_dict()
+    assert counts == {"table": 9 + 1, "window": 3 * (3 + 1), "batch": 2 * (3 + 1), "resolution": 2 * (3 + 1)}
+    traced = ["weights", "device", "threads", "torch", "diffusers", "python", "setting", "rounds", "steps_inside"]
+    assert frame[traced].notna().all(axis=None)
+
+    table = frame[frame["part"] == "table"].set_index("variant")
+    assert table.index.tolist() == [*latency_report.TITLES]
+    assert (table["measured_steps"] == 3).all() and table.loc[["none", "first"], "measured_inside"].tolist() == [2, 2]
+    assert table.loc["outside", "measured_inside"] == 1 and pd.isna(table.loc["outside", "inside_ms"])
+    assert table.loc["none", ["inside_ratio", "outside_ratio", "call_ratio"]].isna().all()
+    compared = table.drop(["none", "outside"])
+    for quantity in ("inside", "call"):
+        value, low, high = (compared[f"{quantity}_ratio{end}"] for end in ("", "_low", "_high"))
+        assert ((low <= value) & (value <= high)).all(), quantity
+    assert table["peak_mib"].isna().all() and (table.drop("outside")["call_how"] == "composed").all()
+    assert table.loc["lower_bound", "inside_ratio"] > 1 and pd.isna(table.loc["lower_bound", "outside_ms"])
+    assert table.loc["first", ["matching", "reference"]].tolist() == ["paper", "first"]
+    assert table.loc["picture", "reference"] == "given image"
+    share = table["pushed_share"]
+    assert (share[["first", "previous", "others", "released", "picture"]] > 0).all()
+    assert share[["none", "naive", "naive_released", "lower_bound"]].isna().all()
+    # One round, as in the curves, has no interval.
+    assert frame.loc[frame["part"] == "batch", "inside_ratio_low"].isna().all()
+
+
+def test_more_steps_in_the_window_cost_more_in_the_composed_call(flux):
+    _, folder, _ = flux
+    frame = latency.read_rows(folder / "latency.csv")
+    curve = frame[(frame["part"] == "window") & (frame["variant"] == "lower_bound")]
+    assert curve["steps_inside"].is_monotonic_increasing and curve["call_ratio"].is_monotonic_increasing
+    assert curve["steps_inside"].iloc[-1] == 6
+
+
+def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
+    overrides, folder, markdown = flux
+    before = {path.name: path.read_bytes() for path in latency_report.files(folder, "latency")}
+    assert set(before) == {f"latency{name}" for name in (".csv", ".md", ".tex", "_mini-flux.png", "_mini-flux.pdf")}
+    monkeypatch.setattr(latency, "measure", lambda *arguments: pytest.fail("measured"))
+    assert latency.run(overrides) == markdown == (folder / "latency.md").read_text()
+    assert {path.name: path.read_bytes() for path in latency_report.files(folder, "latency")} == before
+
+
+@pytest.mark.parametrize("change", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "model.negtome.alpha=1"])
+def test_a_changed_setting_is_measured_anew(flux, monkeypatch, change):
+    class Measured(Exception):
+        pass
+
+    def measure(*arguments):
+        raise Measured
+
+    overrides, _, _ = flux
+    monkeypatch.setattr(latency, "measure", measure)
+    override(monkeypatch, change)
+    with pytest.raises(Measured):
+        latency.run(overrides)
+
+
+def test_changed_code_is_measured_anew(flux, monkeypatch, tmp_path):
+    overrides, _, _ = flux
+    (case, *_), cfg = latency.configured_cases(overrides), latency._settings(overrides)
+    before = latency.setting_id(case, cfg, "cpu", "0123")
+    assert latency.setting_id(case, cfg, "cpu", "0123") == before != latency.setting_id(case, cfg, "cpu", "random")
+    (tmp_path / "merge.py").write_text("another way")
+    monkeypatch.setattr(latency, "CODE", [*latency.CODE, tmp_path / "merge.py"])
+    assert latency.setting_id(case, cfg, "cpu", "0123") != before
+
+
+def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatch):
+    """A call of the model's own steps is measured, not composed; a variant that is too large is told, not fatal."""
+    attached = latency.attached
+
+    def too_large(pipe, variant, *arguments):
+        if variant.via == "naive":
+            raise torch.OutOfMemoryError
+        return attached(pipe, variant, *arguments)
+
+    monkeypatch.setattr(latency, "attached", too_large)
+    spec = "latency.mini.cases.mini-sdxl.{}".format
+    markdown = latency.run(
+        tiny(
+            tiny_checkpoint("sdxl"), tmp_path, "latency.only=[mini-sdxl]", "latency.curves=false", spec("side=32"),
+            spec("batch=2"), spec("rounds=1"), spec("steps=null"), "model.negtome.min_side=8",
+        )
+    )  # fmt: skip
+    table = latency.read_rows(tmp_path / "latency.csv").set_index("variant")
+    assert set(table["part"]) == {"table"}
+    assert table.loc[["none", "first", "others"], "call_how"].tolist() == ["measured"] * 3
+    assert table.loc[["naive", "naive_released"], "call_how"].tolist() == ["out of memory"] * 2
+    assert table.loc["lower_bound", "call_how"] == "composed"
+    assert table.loc["none", "measured_steps"] == 6
+    assert "out of memory" in markdown and "Whole calls were measured" in markdown
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_path):
+    def rows(value, **changes):
+        row = dict.fromkeys(latency.COLUMNS) | {
+            "experiment": "latency", "part": "table", "model": "sdxl", "weights": "random", "side": 1024, "batch": 4,
+            "steps": 50, "dtype": "float16", "compiled": False, "device": "H100", "setting": "123456789012",
+        }  # fmt: skip
+        return [row | {"variant": name, "inside_ms": value} | changes for name in ("none", "first")]
+
+    path = tmp_path / "latency.csv"
+    latency.merge_rows(path, rows(1.0))
+    others = [{"device": "H200"}, {"side": 768}, {"compiled": True}, {"part": "batch"}, {"device": "cpu", "threads": 1}]
+    for number, changes in enumerate(others):
+        latency.merge_rows(path, rows(2.0 + number, **changes))
+    before = latency.read_rows(path)
+    assert before["inside_ms"].tolist() == [value for value in (1, 2, 3, 4, 5, 6) for _ in range(2)]
+
+    frame = latency.merge_rows(path, rows(9.0, torch="3.0")[:1])
+    assert frame["inside_ms"].tolist() == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 9]
+    frame = latency.merge_rows(path, rows(7.0, device="cpu", threads=1))
+    assert frame["inside_ms"].tolist() == [2, 2, 3, 3, 4, 4, 5, 5, 9, 7, 7]
+    assert frame["setting"].eq("123456789012").all() and frame["variant"].isin(["none", "first"]).all()
+    assert path.read_text() == latency._csv(latency.read_rows(path))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def measured(model="flux-dev", side=768, part="table", device="H100", batch=4, window=(900, 1000), **variants):
+    """Rows of the table by hand: variant=(inside, outside, call, peak in MiB), ratios to 100 ms, 10 s."""
+    rows = []
+    for variant, (inside, outside, call, peak) in {"none": (1, 1, 1, 1000), **variants}.items():
+        row = dict.fromkeys(latency.COLUMNS) | {
+            "experiment": "latency", "part": part, "model": model, "weights": "random", "side": side, "batch": batch,
+            "steps": 25, "dtype": "bfloat16", "compiled": False, "device": device, "variant": variant,
+            "t_low": window[0], "t_high": window[1], "steps_inside": 6, "rounds": 6, "measured_steps": 5,
+            "measured_inside": 3, "torch": "2.9", "diffusers": "0.42", "cuda": "12.8", "call_how": "composed",
+            "call_s": 10 * call, "image_s": 2.5 * call, "peak_mib": peak, "peak_ratio": peak and peak / 1000,
+        }  # fmt: skip
+        for quantity, value in (("inside", inside), ("outside", outside)):
+            row |= {f"{quantity}_ms": 100 * value, f"{quantity}_q1_ms": 99 * value, f"{quantity}_q3_ms": 101 * value}
+            ends = {f"{quantity}_ratio_low": value - 0.005, f"{quantity}_ratio_high": value + 0.005}
+            row |= {} if variant == "none" else {f"{quantity}_ratio": value, **ends}
+        row |= (
+            {}
+            if variant == "none"
+            else {f"call_ratio{e}": call + d for e, d in (("", 0), ("_low", -0.001), ("_high", 0.001))}
+        )
+        rows.append(row)
+    return rows
+
+
+def table_of(*rows):
+    return pd.DataFrame([row for part in rows for row in part], columns=latency.COLUMNS)
+
+
+def test_targets_are_met_not_met_undecided_or_not_measured():
+    frame = table_of(
+        measured(first=(1.03, 1, 1.02, 1005), outside=(1, 1.001, 1, 1000)),
+        measured(device="H200", first=(1.036, 1, 1.005, 1005)),
+        measured(side=1024, first=(1.2, 1, 1.2, 1011)),
+        measured(part="resolution", side=1024, first=(1.2, 1, 1.2, 1010)),
+        measured(part="resolution", side=2048, first=(1.2, 1, 1.2, 1045)),
+    )
+    table = latency_report.target_table(frame)
+    found = {(row["what"], row["of"], row["on"]): (row["measured"], row["verdict"]) for _, row in table.iterrows()}
+    assert found["step in the window", "flux-dev 768", "H100"] == ("+3.0 % [+2.5 %, +3.5 %]", "met")
+    assert found["step in the window", "flux-dev 768", "H200"] == ("+3.6 % [+3.1 %, +4.1 %]", "undecided")
+    assert found["whole call, 1000 to 900", "flux-dev 768", "H100"] == ("+2.0 % [+1.9 %, +2.1 %]", "not met")
+    assert found["whole call, 1000 to 900", "flux-dev 768", "H200"] == ("+0.5 % [+0.4 %, +0.6 %]", "met")
+    assert found["attached, outside the window", "flux-dev 768", "H100"][1] == "undecided"
+    assert found["peak memory", "flux-dev 1024", "H100"] == ("+1.1 %", "not met")
+    assert found["peak memory", "sdxl 1024", ""] == ("", "not measured")
+    assert found["step in the window", "mini-sdxl 128", ""] == ("", "not measured")
+    growth = "extra peak memory, 2048 against 1024"
+    assert found[growth, "flux-dev", "H100"] == ("x 4.50 (10 to 45 MiB)", "not met")
+    assert found[growth, "sdxl", ""] == ("", "not measured")
+    assert set(table["verdict"]) <= {"met", "not met", "undecided", "not measured"}
+
+
+def test_a_case_is_one_table_with_two_columns_a_window():
+    frame = table_of(
+        measured(window=(800, 1000), first=(1.03, 1, 1.02, 1005)),
+        measured(window=(600, 1000), first=(1.03, 1, 1.04, 1005)),
+    )
+    ((first, rows),) = latency_report.measured_cases(frame)
+    table = latency_report.case_table(rows).set_index("variant")
+    assert table.columns.tolist() == [
+        "step in the window, ms", "ratio in the window", "ratio outside", "1000 to 800 (6 steps): call, s (an image)",
+        "1000 to 800 (6 steps): ratio", "1000 to 600 (6 steps): call, s (an image)", "1000 to 600 (6 steps): ratio",
+        "peak memory, MiB", "peak ratio",
+    ]  # fmt: skip
+    assert table.loc["NegToMe, from the first image"].tolist() == [
+        "103 [102, 104]", "1.030 [1.025, 1.035]", "1.000 [0.995, 1.005]", "10.2 (2.55)", "1.020 [1.019, 1.021]",
+        "10.4 (2.60)", "1.040 [1.039, 1.041]", "1005", "1.005",
+    ]  # fmt: skip
+    assert first["steps"] == 25
+
+
+def test_the_papers_statement_stands_beside_the_same_setting_here():
+    paper = pd.read_csv(RESULTS / "paper.csv")
+    paper = paper[paper["experiment"] == "latency"]
+    table = latency_report.paper_table(table_of(measured(side=1024)), paper).set_index("source")
+    assert table.loc["README of the released code", COMPARED].tolist() == [
+        "30.62", "31.71", "+3.6 %", "not available",
+    ]  # fmt: skip
+    assert table.loc["abstract", "increase"] == "4 %" and "upper bound" in table.loc["abstract", "note"]
+    assert table.loc["paper", "increase"] == "not available" and table.loc["here", "increase"] == "not measured"
+
+    frame = table_of(measured(first=(1.03, 1, 1.01, 1005), naive_released=(1.12, 1, 1.03, 1005)))
+    table = latency_report.paper_table(frame, paper).set_index("source")
+    assert "here" not in table.index
+    assert table.loc["here: NegToMe, from the first image", COMPARED].tolist() == [
+        "10.0", "10.1", "+1.0 % [+0.9 %, +1.1 %]", "H100",
+    ]  # fmt: skip
+    assert table.loc["here: naive transcription, released matching", "with, s"] == "10.3"
+
+
+def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path):
+    strengths = {"first": (1.03, 1, 1.02, 1005), "lower_bound": (1.01, 1, 1.005, None)}
+    frame = table_of(
+        *(measured(device=device, **strengths) for device in ("H100", "H200")),
+        *(
+            measured(device=device, part="batch", batch=batch, **strengths)
+            for device in ("H100", "H200")
+            for batch in (2, 4)
+        ),
+        *(measured(part="resolution", side=side, **strengths) for side in (768, 1024)),
+        *(measured(part="window", window=(low, 1000), **strengths) for low in (900, 800)),
+    )
+    assert latency_report.curve_models(frame) == ["flux-dev"]
+    panels = [panel[0] for panel in latency_report._curves(frame[frame["part"] != "table"])]
+    assert panels == ["batch", "resolution", "memory", "window"]
+    text = latency_report.write(frame, tmp_path, "latency", "A claim.")
+    assert text.count("## flux-dev, 768 x 768, 4 images, 25 steps") == 2 and "A claim." in text
+    assert "random weights of the published architecture" in text and "![" in text
+    assert {path.name for path in latency_report.files(tmp_path, "latency")} == {
+        "latency.md", "latency.tex", "latency_flux-dev.png", "latency_flux-dev.pdf",
+    }  # fmt: skip
+    figure = latency_report.scaling(frame, "flux-dev")
+    assert sum(axis.get_visible() for axis in figure.axes) == 4 + 1
+    with pytest.raises(ValueError, match=r"model with curves \(flux-dev\), got 'sdxl'"):
+        latency_report.scaling(frame, "sdxl")
+
+
+@pytest.mark.skipif(not (RESULTS / "latency.csv").exists(), reason="results/latency.csv was not made yet")
+def test_the_committed_page_is_what_its_csv_renders_to():
+    frame = latency.read_rows(RESULTS / "latency.csv")
+    assert list(frame.columns) == latency.COLUMNS
+    (cfg,) = expand(["experiment=latency"])
+    paper = pd.read_csv(RESULTS / "paper.csv")
+    markdown = latency_report.render_markdown(frame, cfg.description, paper[paper["experiment"] == "latency"])
+    assert (RESULTS / "latency.md").read_text() == markdown
+    assert (RESULTS / "latency.tex").read_text() == latency_report.render_latex(frame)
+    assert all((RESULTS / f"latency_{model}.png").exists() for model in latency_report.curve_models(frame))
+    assert frame[["device", "torch", "diffusers", "weights", "setting", "commit"]].notna().all(axis=None)
