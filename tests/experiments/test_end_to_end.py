@@ -312,7 +312,8 @@ def test_figures_are_made_from_the_table_and_the_images(finished):
     arguments, _ = finished
     tabulate.tabulate(arguments)
     files = {file.name: file for file in plot.plot(expand(arguments))}
-    assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_grid_sdxl.png"}
+    assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_forest_sdxl.png",
+                          "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.png"}  # fmt: skip
     with Image.open(files["diversity_grid_sdxl.png"]) as grid:
         assert grid.width > 3 * 2 * 96 and grid.height > 2 * 96
 

@@ -1,0 +1,367 @@
+"""Act 5: all tables, figures and images become one page, read in a browser without a server or a network.
+
+    python -m experiments.report
+
+It shows what lies in the results folder, and of each table's runs the images that are on this machine. Reduced copies
+of them lie beside the page, so that its folder can be moved or sent as it is. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import re
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+from hydra.errors import HydraException
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup, escape
+from omegaconf import OmegaConf
+from PIL import Image
+from tqdm import tqdm
+
+from eval.images import ManifestRow, group_rows, read_manifest
+from experiments import PROJECT, plot, project_path
+from experiments.assets import read_assets
+from experiments.configs import expand
+from experiments.runs import Run
+from experiments.tabulate import (
+    COLUMNS,
+    LEGEND,
+    OTHER_LEGEND,
+    PAPER_LEGEND,
+    TEXT,
+    commands,
+    findings,
+    main_table,
+    other_table,
+    paper_table,
+    run_labels,
+    scored_by,
+)
+
+log = logging.getLogger(__name__)
+
+#: Tables in the order of the page: the claims, all others by their names, what they rest on.
+FIRST, LAST = ("diversity", "copyright", "latency"), ("tune", "memorised")
+#: Of a reduced image, in pixels; smaller ones keep their size.
+SIDE = 256
+#: Shown of every model where no script chooses.
+STATIC_GROUPS = 3
+#: Marks a page as made here, and its folder as one that may be replaced.
+MARK = '<meta name="generator" content="experiments.report">'
+
+
+def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
+    """Write the page and what it shows into a folder, which is replaced as a whole.
+
+    Args:
+        results: folder of the tables.
+        outputs: folder of the runs.
+        into: the page's folder.
+        groups: of how many groups of a model the images are shown, evenly over the categories.
+
+    Returns:
+        The page, `into/index.html`.
+
+    Raises:
+        FileNotFoundError: there are no tables.
+        ValueError: `into` holds something else than an earlier page, `groups` is negative, or an image is damaged.
+    """
+    if groups < 0:
+        raise ValueError(f"expected a number of groups of at least 0, got {groups}: 0 shows no images")
+    page = into / "index.html"
+    if into.exists() and any(into.iterdir()) and not (page.is_file() and MARK in page.read_text(encoding="utf-8")):
+        raise ValueError(f"expected an earlier page, an empty folder or none, got {into}: choose another --into")
+    names = sorted((path.stem for path in results.glob("*.csv") if path.stem != "paper"), key=_place)
+    if not names:
+        raise FileNotFoundError(f"expected tables in {results}, got none: make one with {commands('diversity')[0]}")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    folder = into.with_name(f".{into.name}.{uuid.uuid4().hex}")
+    try:
+        (folder / "figures").mkdir(parents=True)
+        sections = [_section(name, results, outputs, folder, groups) for name in names]
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        )  # fmt: skip
+        sections = [section for section in sections if section]
+        text = environment.get_template("report.html").render(
+            sections=sections, mark=Markup(MARK), legend=LEGEND, other_legend=OTHER_LEGEND, paper_legend=PAPER_LEGEND
+        )
+        (folder / page.name).write_text(text, encoding="utf-8")
+        shutil.rmtree(into, ignore_errors=True)
+        folder.rename(into)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return page
+
+
+def _place(name: str) -> tuple[int, str]:
+    if name in FIRST:
+        return FIRST.index(name) - len(FIRST), name
+    return (LAST.index(name) + 1 if name in LAST else 0), name
+
+
+def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int) -> dict[str, Any] | None:
+    """Return what the page says of one table, its files written; None for a CSV that no page goes with."""
+    frame = pd.read_csv(results / f"{name}.csv", dtype=TEXT)
+    if not set(COLUMNS) <= set(frame.columns) or not (frame["experiment"] == name).all() or frame.empty:
+        return _foreign(name, results, folder)
+    runs = _runs(frame, outputs)
+    drawn = []
+    for figure_name, (figure, words) in plot.figures(frame).items():
+        file = f"figures/{name}_{figure_name}.svg"
+        (folder / file).write_bytes(plot.encode(figure, "svg"))
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        drawn.append({"file": quote(file), "alt": words, "width": width, "height": height})
+    others, paper = other_table(frame), paper_table(name)
+    return {
+        "name": name,
+        "claim": _description(name),
+        "models": list(frame["model"].unique()),
+        "runs_here": f"{sum(run['here'] for run in runs)} of {len(runs)}",
+        "findings": [finding.removeprefix("- ").split(": ", 1) for finding in findings(frame)],
+        "main": _table(main_table(frame)),
+        "scored_by": scored_by(frame),
+        "paper": _table(paper) if len(paper) else None,
+        "others": _table(others) if len(others) else None,
+        "figures": drawn,
+        "galleries": [
+            _gallery(name, model, [run for run in runs if run["model"] == model], results, folder, groups)
+            for model in frame["model"].unique()
+        ],
+        "settings": _table(pd.DataFrame([run["settings"] for run in runs]).fillna("")),
+        "commands": commands(name),
+        "page": None,
+    }
+
+
+def _description(name: str) -> str:
+    """Return the experiment's claim; empty where this checkout has no configuration of it."""
+    path = PROJECT / "conf" / "experiment" / f"{name}.yaml"
+    return (OmegaConf.load(path).get("description") or "") if path.exists() else ""
+
+
+def _foreign(name: str, results: Path, folder: Path) -> dict[str, Any] | None:
+    """Return a section of a table with columns of its own: the page that was rendered from it, its pictures copied."""
+    path = results / f"{name}.md"
+    if not path.exists():
+        log.warning("%s.csv is left out: it is no experiment's table, and has no %s", name, path.name)
+        return None
+    files = sorted(file for file in results.glob(f"{name}*.png") if file.stem == name or file.stem[len(name)] == "_")
+    for file in files:
+        shutil.copyfile(file, folder / "figures" / file.name)
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens, words = markdown.parse(path.read_text(encoding="utf-8")), {}
+    for token in tokens:
+        # What a page of the results folder links to is not here; what it shows is below it.
+        words |= {child.attrs["src"]: child.content for child in token.children or () if child.type == "image"}
+        token.children = [
+            child for child in token.children or () if child.type not in ("link_open", "link_close", "image")
+        ]
+        if token.tag in ("h1", "h2", "h3", "h4"):
+            token.tag = f"h{int(token.tag[1]) + 1}"
+    if tokens and tokens[0].tag == "h2":
+        tokens = tokens[3:]  # its name, which the section has
+    texts = [
+        "".join(" " if child.type == "softbreak" else child.content for child in token.children)
+        for token in tokens
+        if token.type == "inline"
+    ]
+    html = markdown.renderer.render(tokens, markdown.options, {})
+    html = re.sub("<th(?=[ >])", '<th scope="col"', html)
+    html = html.replace(
+        "<table>", f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}"><table>'
+    )
+    return {
+        "name": name,
+        "claim": _description(name) or re.match(r".*?[.?!](?=\s|$)|.*", texts[0] if texts else "")[0],
+        "models": [],
+        "runs_here": "",
+        "figures": [
+            _picture(file, words.get(file.name) or f"{file.stem}: a picture beside the table") for file in files
+        ],
+        "commands": commands(name) if (PROJECT / "conf" / "experiment" / f"{name}.yaml").exists() else [],
+        "page": Markup(html.replace("</table>", "</table></div>")),
+    }
+
+
+def _picture(file: Path, words: str) -> dict[str, Any]:
+    with Image.open(file) as image:
+        width, height = image.size
+    return {"file": quote(f"figures/{file.name}"), "alt": words, "width": width, "height": height}
+
+
+def _table(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return a table as the template takes it, a cell as its lines."""
+    rows = [[_lines(str(cell)) for cell in row] for row in frame.itertuples(index=False)]
+    return {"columns": [str(column) for column in frame.columns], "rows": rows}
+
+
+def _lines(cell: str) -> list[str]:
+    """Return `value; difference [interval]`, `value [interval]` and `words (margin)` as two lines, all else as one."""
+    parts = re.fullmatch(r"([^;]+); (.+)|(-?[\d.]+) (\[.+\])|([a-z ]+) (\(margin .+\))", cell)
+    return [part for part in parts.groups() if part] if parts else [cell]
+
+
+def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
+    """Return a table's runs, each with its settings in words and, where its folder is here, its images' rows."""
+    labels, found = run_labels(frame), []
+    for (run_id, _), of_run in frame.groupby(["run_id", "model"], sort=False):
+        first = of_run.iloc[0]
+        place = Path(first["experiment"]) / first["model"] / first["method"] / run_id
+        run, manifest, state = Run(outputs / place), None, "not on this machine"
+        made = {}
+        if run.complete:
+            try:
+                manifest, state = group_rows(read_manifest(run.folder)), place.as_posix()
+                gone = [row.path for rows in manifest.values() for row in rows if not (run.folder / row.path).is_file()]
+                if gone:
+                    raise FileNotFoundError(f"{len(gone)} images are gone, the first {gone[0]}")
+                made = {**run.identity["machine"], "python": run.environment["python"]}
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("The images of %s are left out: %s", run.folder, error)
+                manifest, state = None, "cannot be read"
+        title = plot.TITLES.get(labels[run_id], labels[run_id])
+        settings = {"model": first["model"], "method": title, "run": run_id}
+        shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold")
+        for column in shown:
+            settings[column.replace("_", " ")] = _printed(first[column])
+        settings["window"] = "" if pd.isna(first["t_low"]) else f"{first['t_high']:g} to {first['t_low']:g}"
+        settings |= {"blocks": _printed(first["sites"]), "images": _printed(of_run["n_images"].max())}
+        settings |= {"device": _printed(first["device"]), "commit": _printed(first["commit"])}
+        settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
+        settings["folder of its images"] = state
+        found.append(
+            {"model": first["model"], "title": title, "id": run_id, "folder": run.folder, "manifest": manifest,
+             "here": manifest is not None, "settings": settings}
+        )  # fmt: skip
+    filled = {key for run in found for key, value in run["settings"].items() if value}
+    for run in found:
+        run["settings"] = {key: value for key, value in run["settings"].items() if key in filled}
+    return found
+
+
+def _printed(value: Any) -> str:
+    return "" if pd.isna(value) else str(value) if isinstance(value, str) else f"{value:g}"
+
+
+def _gallery(
+    name: str, model: str, runs: list[dict[str, Any]], results: Path, folder: Path, limit: int
+) -> dict[str, Any]:
+    """Return what is needed to choose among a model's images, and write their reduced copies."""
+    absent = [run["title"] for run in runs if not run["here"]]
+    here = [run for run in runs if run["here"]]
+    everything = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
+    chosen = _spread(everything, limit)
+    pushed = any(row.references for run in here for rows in run["manifest"].values() for row in rows)
+    assets = _asset_files(model) if pushed else {}
+    base = Path("images") / name / model
+    groups = []
+    for number, group in enumerate(chosen):
+        row = everything[group][0]
+        asset = assets.get(row.category)
+        if asset is not None:
+            _reduce(asset, folder / base / "assets" / f"{number:03d}.webp")
+        groups.append(
+            {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "size": len(everything[group]),
+             "asset": quote(f"{base.as_posix()}/assets/{number:03d}.webp") if asset is not None else None}
+        )  # fmt: skip
+    shown = []
+    for run in here:
+        away = {}
+        for number, group in enumerate(tqdm(chosen, desc=f"{name} {model} {run['title']}", disable=None, leave=False)):
+            rows = run["manifest"].get(group, [])
+            for row in rows:
+                _reduce(run["folder"] / row.path, folder / base / run["id"] / f"{number:03d}-{row.index}.webp")
+            away[number] = _away(rows)
+        shown.append(
+            {"title": run["title"], "id": run["id"], "base": quote(f"{base.as_posix()}/{run['id']}/"),
+             "groups": [number for number, group in enumerate(chosen) if group in run["manifest"]],
+             "away": {number: text for number, text in away.items() if text}}
+        )  # fmt: skip
+    sheet = results / f"{name}_grid_{model}.png"
+    picture = None
+    if not here and sheet.exists():
+        shutil.copyfile(sheet, folder / "figures" / sheet.name)
+        picture = _picture(sheet, f"a choice of the images of {model}, one row a prompt, one block of columns a method")
+    return {
+        "id": f"{name}-{model}",
+        "model": model,
+        "absent": absent,
+        "n_runs": len(runs),
+        "n_groups": len(everything),
+        "sheet": picture,
+        "data": {"groups": groups, "runs": shown},
+        "static": list(enumerate(groups))[:STATIC_GROUPS],
+    }
+
+
+def _away(rows: Iterable[ManifestRow]) -> str:
+    """Say from which pictures a group was pushed; empty where the method takes none."""
+    row = next(iter(rows), None)
+    if row is None or row.references is None:
+        return ""
+    if not row.references:
+        return "found no asset to stay away from"
+    return "away from " + ", ".join(f"{label} ({score:.2f})" for label, score in row.references.items())
+
+
+def _spread(groups: dict[str, list[ManifestRow]], limit: int) -> list[str]:
+    """Return at most `limit` groups: the first of every category, then the second of every one, and so on."""
+    by_category: dict[str, list[str]] = {}
+    for group in sorted(groups):
+        by_category.setdefault(groups[group][0].category, []).append(group)
+    turns = itertools.zip_longest(*by_category.values())
+    chosen = [group for turn in turns for group in turn if group is not None][:limit]
+    return sorted(chosen, key=lambda group: (groups[group][0].category, group))
+
+
+def _asset_files(model: str) -> dict[str, Path]:
+    """Return one picture of every protected asset that is configured for a model, as `experiments.plot` shows them."""
+    try:
+        assets = read_assets(expand([f"model={model}"])[0].model.copyright.guidance)
+    except (HydraException, OSError, ValueError):
+        return {}  # of a model or a folder that is not here
+    return {asset.name: asset.file for asset in reversed(assets)}
+
+
+def _reduce(image: Path, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with Image.open(image) as opened:
+            reduced = opened.convert("RGB")
+    except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
+        raise ValueError(
+            f"expected a readable image, got {image} ({error}): move its run away, or make it again"
+        ) from None
+    reduced.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    reduced.save(file, quality=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default="results", help="folder of the tables (default: %(default)s)")
+    parser.add_argument("--outputs", default="outputs", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--into", default="outputs/report", help="folder of the page (default: %(default)s)")
+    parser.add_argument("--groups", type=int, default=40, help="groups of a model to show (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    folders = [project_path(path) for path in (arguments.results, arguments.outputs, arguments.into)]
+    try:
+        print(report(*folders, groups=arguments.groups))
+    except (FileNotFoundError, ValueError) as error:  # it says what to do; a traceback would bury that
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Figures: a table gets those it calls for, nothing is cut off or lies over data, choices equal a plain search."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from omegaconf import OmegaConf
+
+from experiments import PROJECT, plot, tabulate
+
+SETTINGS = {"model": "m", "guidance_scale": 5.0, "steps": 20.0, "method": "negtome", "matching": "paper",
+            "reference": "first", "alpha": 0.9, "threshold": 0.7, "t_low": 700.0, "t_high": 1000.0}  # fmt: skip
+NOTHING = {"method": "none", "matching": None, "reference": None, "alpha": None, "threshold": None, "t_low": None,
+           "t_high": None}  # fmt: skip
+METRICS = {"pairwise_distance": "diversity", "clip_score": "quality", "gender_entropy": None}
+
+
+def table(*runs, seed=0, directions=(True, True)):
+    """An experiment's table of runs, each given by what differs from `SETTINGS`; the numbers are random."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for number, changes in enumerate(runs):
+        for metric, role in METRICS.items():
+            value, difference = random.uniform(1, 2), random.normal(0, 1)
+            row = dict.fromkeys(tabulate.COLUMNS) | SETTINGS | changes
+            row |= {"experiment": "e", "metric": metric, "primary": role, "encoder": "clip-0", "value": value,
+                    "ci_low": value - 0.5, "ci_high": value + 0.5, "n_units": 8, "n_groups": 16, "n_images": 64,
+                    "run_id": f"{number:012d}", "commit": "c", "device": "cpu",
+                    "higher_is_better": directions[role == "quality"]}  # fmt: skip
+            if row["method"] != "none":
+                row |= {"difference": difference, "difference_low": difference - 0.3, "difference_high": difference + 1,
+                        "p_holm": 0.01, "effect_size": 1.0, "win_rate": 0.75}  # fmt: skip
+                if role == "quality":
+                    row |= {"margin": 0.4, "non_inferior": difference > 0.1}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=tabulate.COLUMNS).infer_objects()
+
+
+GRID = [
+    {"alpha": alpha, "threshold": threshold, "t_low": low}
+    for alpha, threshold, low in itertools.product((0.3, 0.9, 1.8), (0.5, 0.7), (900.0, 700.0))
+]
+TABLES = {
+    "methods": [NOTHING, {}, {"method": "negtome_released", "matching": "released"}, {"method": "my_own"}],
+    "assets": [NOTHING, *({"method": method} for method in (
+        "negative_prompt", "negtome_reference", "negtome_and_negative_prompt", "negtome_reference_released"))],
+    "grid": [NOTHING, *GRID],
+    "one window": [NOTHING, *GRID[::2]],
+    "alphas": [NOTHING, *({"alpha": alpha} for alpha in (0.3, 0.9, 1.8))],
+    "windows": [NOTHING, *({"t_low": low} for low in (900.0, 700.0, 0.0))],
+    "blocks": [NOTHING, *({"sites": sites} for sites in (
+        "transformer_blocks+single_transformer_blocks", "transformer_blocks", "single_transformer_blocks"))],
+    "guidance": [setting | {"guidance_scale": scale} for scale in (2.0, 5.0, 8.0) for setting in (NOTHING, {})],
+    "scattered": [NOTHING, *({"alpha": 0.1 + 0.1 * n, "threshold": 0.5 + 0.03 * n} for n in range(9))],
+}  # fmt: skip
+EXPECTED = {
+    "methods": {"tradeoff", "forest_m"},
+    "assets": {"tradeoff", "forest_m"},
+    "grid": {"heat_map_pairwise_distance_m", "heat_map_clip_score_m", "pareto_m"},
+    "one window": {"heat_map_pairwise_distance_m", "heat_map_clip_score_m", "pareto_m"},
+    "alphas": {"ablation_pairwise_distance_m", "ablation_clip_score_m"},
+    "windows": {"ablation_pairwise_distance_m", "ablation_clip_score_m"},
+    "blocks": {"ablation_pairwise_distance_m", "ablation_clip_score_m"},
+    "guidance": {"ablation_pairwise_distance_m", "ablation_clip_score_m", "values_pairwise_distance_m",
+                 "values_clip_score_m"},
+    "scattered": {"pareto_m"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(name):
+    drawn = plot.figures(table(*TABLES[name]))
+    assert set(drawn) == EXPECTED[name]
+    for figure_name, (figure, words) in drawn.items():
+        assert len(words) > 30 and "_" not in words.replace("my_own", ""), figure_name
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+        assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02 and box.y1 < height + 0.02, figure_name
+        for legend, axis in itertools.product(figure.legends, figure.axes):
+            assert not legend.get_window_extent().overlaps(axis.get_window_extent()), figure_name
+        for axis in figure.axes:
+            labels = [label.get_window_extent() for label in axis.get_xticklabels() if label.get_text()]
+            assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels)), figure_name
+
+
+def test_a_long_front_is_named_in_full():
+    frame = table(NOTHING, *({"alpha": 0.1 + 0.1 * n, "threshold": 0.5 + 0.01 * n} for n in range(30)))
+    for metric, sign in (("pairwise_distance", 1), ("clip_score", -1)):
+        rows = (frame["metric"] == metric) & frame["difference"].notna()
+        frame.loc[rows, "difference"] = sign * np.arange(1.0, 31)
+    figure = plot.pareto(frame, "pairwise_distance", "clip_score", "m")
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box, size = legend.get_window_extent(), figure.bbox
+    assert box.y0 > size.y0 and box.y1 <= size.y1 + 1 and box.x1 <= size.x1 + 1
+    assert "30  alpha 3 threshold 0.79" in " ".join(text.get_text() for text in legend.get_texts())
+
+
+def test_the_same_table_gives_the_same_bytes():
+    for kind in ("png", "pdf", "svg"):
+        first, second = (plot.encode(plot.pareto(table(*TABLES["grid"]), *tuple(METRICS)[:2], "m"), kind)
+                         for _ in range(2))  # fmt: skip
+        assert first == second
+        assert first.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[kind])
+
+
+@pytest.mark.parametrize("directions", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
+    claim, quality = tuple(METRICS)[:2]
+    chosen = 0
+    for seed in range(8):
+        frame = table(*TABLES["grid"], seed=seed, directions=directions)
+        # Ties too: whoever is equal in one metric and worse in the other is beaten.
+        compared = frame["difference"].notna()
+        frame.loc[compared, "difference"] = frame.loc[compared, "difference"].round(1)
+        signs = {claim: 1 if directions[0] else -1, quality: 1 if directions[1] else -1}
+        points = {
+            run: tuple(
+                float(rows.set_index("metric")["difference"].fillna(0)[metric]) * signs[metric] for metric in signs
+            )
+            for run, rows in frame.groupby("run_id")
+        }
+        best = {
+            point for point in points.values()
+            if not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values())
+        }  # fmt: skip
+        front = plot.pareto_front(frame, claim, quality, "m")
+        assert [points[run] for run in front] == sorted(best)
+        allowed = [point[0] for point in points.values() if point[0] > 0 and point[1] >= -0.4]
+        found = plot.chosen_run(frame, claim, quality, "m")
+        assert (points[found][0] if found else None) == max(allowed, default=None)
+        assert found is None or points[found][1] >= -0.4
+        chosen += found is not None
+    assert chosen
+
+
+def test_nothing_is_chosen_without_a_margin_or_a_gain():
+    frame = table(*TABLES["alphas"])
+    frame["margin"] = float("nan")
+    assert plot.chosen_run(frame, *tuple(METRICS)[:2], "m") is None
+    worse = table(*TABLES["alphas"])
+    worse.loc[worse["metric"] == "pairwise_distance", "difference"] *= 0
+    assert plot.chosen_run(worse, *tuple(METRICS)[:2], "m") is None
+
+
+@pytest.mark.parametrize("experiment", ["diversity", "copyright", "ablate_matching"])
+def test_methods_of_one_experiment_never_look_alike(experiment):
+    conf = OmegaConf.load(PROJECT / "conf" / "experiment" / f"{experiment}.yaml")
+    methods = conf.hydra.sweeper.params.method.split(",")
+    looks = [tuple(plot._look(method, [*methods, "my_own", "another"]).values()) for method in methods]
+    looks += [tuple(plot._look(method, [*methods, "my_own", "another"]).values()) for method in ("my_own", "another")]
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+    assert set(methods) <= set(plot.TITLES) and set(plot.TITLES) == set(plot.LOOKS)
+    assert looks[0] == tuple(plot._look("none", []).values())
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda frame: plot.forest(frame, "other"), r"expected a model of the table \(m\), got 'other'"),
+        (lambda frame: plot.heat_map(frame, "fid", "m"), r"expected a metric of m .*clip_score.*got 'fid'"),
+        (lambda frame: plot.ablation(frame, "clip_score", "beta", "m"), "expected a setting .*alpha.* got 'beta'"),
+        (lambda frame: plot.forest(frame[frame["method"] == "none"], "m"), "with method=none"),
+        (lambda frame: plot.pareto(frame[frame["method"] == "none"], *tuple(METRICS)[:2], "m"), "with method=none"),
+        (lambda frame: plot.ablation(frame[frame["method"] == "none"], "clip_score", "alpha", "m"), "with method=none"),
+        (lambda frame: plot.heat_map(frame.assign(alpha=1.0), "clip_score", "m"), "got several: choose one method"),
+        (lambda frame: plot.figures(frame.assign(primary=None)), "expected a primary metric of quality"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw(table(*TABLES["grid"]))
+
+
+def test_a_notebook_shows_a_table_or_what_makes_it(tmp_path):
+    frame = table(*TABLES["methods"]).assign(experiment="x", encoder="<clip>")
+    frame.loc[frame["method"] == "my_own", "method"] = "<b>mine</b>"
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    html = plot.Shown("x", tmp_path)._repr_html_()
+    assert html.count('src="data:image/png;base64,') == 2 and html.count("<table") == 1
+    assert "<b>" not in html and "&lt;b&gt;mine" in html
+    absent = plot.Shown("diversity", tmp_path)._repr_html_()
+    assert "no table diversity yet" in absent and "make reproduce-diversity" in absent

@@ -1,0 +1,269 @@
+"""The page: what it shows is there, beside it and escaped; nothing is fetched, invented or left over."""
+
+import itertools
+import json
+import shutil
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from eval.images import ManifestRow, write_manifest
+from experiments import PROJECT, report
+from experiments.runs import run_id
+from experiments.tabulate import TEXT, commands, findings, main_table
+
+PROMPTS = {
+    "a-cat": ("a cat", "cat"),
+    "odd": ("a <script>alert(\"1\")</script> & 'ogre'", "ogre"),
+    "bus": ("a bus", "bus"),
+}
+METHODS = ("none", "negtome", "negtome_released")
+
+
+class Page(HTMLParser):
+    """The elements of a page, in order, with their text."""
+
+    VOID = ("meta", "link", "img", "br", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(text)
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append({"tag": tag, "text": "", **dict(attributes)})
+        if tag not in self.VOID:
+            self._open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self._open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self._open:
+            element["text"] += data
+
+    def all(self, tag, **attributes):
+        return [e for e in self.elements if e["tag"] == tag and attributes.items() <= e.items()]
+
+
+def colour(model, method, prompt, seed, index):
+    """One that tells the image from every other."""
+    return (40 * index + 10 * seed, 80 * METHODS.index(method) + 20, 60 * list(PROMPTS).index(prompt) + 30)
+
+
+def write_run(outputs, model, method, size=32):
+    """Lay down a run of every prompt and two seeds, four one-coloured images a group, and return its id."""
+    identity = {"request": {"model": {"name": model}, "method": {"name": method, "settings": {}}},
+                "weights": "w", "machine": {"device": "cpu", "torch": "2.9.0", "diffusers": "0.42.1",
+                                            "transformers": "4.56.0"}, "code": "c"}  # fmt: skip
+    folder = outputs / "diversity" / model / method / run_id(identity)
+    rows = [
+        ManifestRow(f"images/{prompt_id}/{seed:06d}/{index:02d}.png", prompt_id, prompt, category, seed, index, index,
+                    {"ogre/a.png": 0.875} if method == "negtome_released" else None)
+        for prompt_id, (prompt, category) in PROMPTS.items() for seed in (0, 1) for index in range(4)
+    ]  # fmt: skip
+    for row in rows:
+        (folder / row.path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size), colour(model, method, row.prompt_id, row.group_seed, row.index)).save(
+            folder / row.path
+        )
+    write_manifest(folder, rows)
+    (folder / "config.yaml").write_text(json.dumps(identity))
+    (folder / "environment.json").write_text('{"commit": "abc", "python": "3.11.7", "date": "2020-01-01T00:00:00"}')
+    (folder / "complete").touch()
+    return folder.name
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The committed diversity table with runs of mini-sdxl laid down, and those of mini-flux absent or damaged."""
+    folder = tmp_path_factory.mktemp("made")
+    results, outputs = folder / "results", folder / "outputs"
+    results.mkdir()
+    frame = pd.read_csv(PROJECT / "results" / "diversity.csv", dtype=TEXT)
+    frame = frame[frame["model"].isin(["mini-sdxl", "mini-flux"]) & frame["method"].isin(METHODS)]
+    frame = frame[frame["metric"].isin(["pairwise_distance", "clip_score", "vendi_score"])]  # the rest takes time
+    frame["encoder"] = frame["encoder"] + "<b>&"
+    for method in METHODS:
+        mine = (frame["model"] == "mini-sdxl") & (frame["method"] == method)
+        frame.loc[mine, "run_id"] = write_run(outputs, "mini-sdxl", method)
+    damaged = (frame["model"] == "mini-flux") & (frame["method"] == "negtome")
+    frame.loc[damaged, "run_id"] = write_run(outputs, "mini-flux", "negtome")
+    for file in outputs.glob("diversity/mini-flux/negtome/*/manifest.jsonl"):
+        file.write_text(file.read_text()[:-40])
+    frame.to_csv(results / "diversity.csv", index=False)
+    for suffix in ("csv", "md", "png"):
+        shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
+    (results / "diversity_front.csv").write_text("a,b\n1,2\n")
+    Image.new("RGB", (64, 32)).save(results / "diversity_grid_mini-flux.png")
+    page = report.report(results, outputs, folder / "report")
+    return folder, frame, page, Page(page.read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_nothing_but_its_folder(made):
+    folder, _, path, page = made
+    for element in page.elements:
+        for attribute in ("src", "href"):
+            target = element.get(attribute)
+            if target is None or target == "data:,":
+                continue
+            if target.startswith("#"):
+                assert target[1:] in {e.get("id") for e in page.elements}
+            elif target.startswith("https://"):
+                assert element["tag"] == "a", "only what a reader may follow"
+            else:
+                assert (path.parent / unquote(target)).is_file() and not target.startswith(("/", "..", "file:"))
+    text = path.read_text()
+    assert str(folder) not in text and str(PROJECT) not in text and "2020-01-01" not in text
+    assert "@import" not in text and "url(" not in text and "fetch(" not in text
+
+
+def test_the_page_can_be_read_by_everyone(made):
+    page = made[3]
+    assert page.all("html")[0]["lang"] == "en" and page.all("meta", name="viewport") and page.all("main")
+    images = page.all("img")
+    assert images and all(len(image["alt"]) > 10 for image in images)
+    assert all(cell["scope"] in ("col", "row") for cell in page.all("th"))
+    ids = [element["id"] for element in page.elements if "id" in element]
+    assert len(set(ids)) == len(ids)
+    levels = [int(element["tag"][1]) for element in page.elements if element["tag"] in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
+    # What is wider than a phone scrolls in a box of its own, by keyboard too.
+    boxes = page.all("div", **{"class": "scroll"})
+    assert len(boxes) >= len(page.all("table")) and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
+    assert "prefers-color-scheme: dark" in page.all("style")[0]["text"]
+
+
+def test_tables_findings_and_commands_are_those_of_the_table(made):
+    _, frame, path, page = made
+    text = " ".join(page.all("main")[0]["text"].split())
+    for finding in findings(frame):
+        assert " ".join(finding.removeprefix("- ").split()) in text
+    cells = [cell["text"] for cell in page.all("td") + page.all("th")]
+    for row in main_table(frame).itertuples(index=False):
+        for cell in row:
+            assert str(cell).replace("; ", "").replace(" [", "[").replace(" (", "(") in [
+                found.replace(" [", "[").replace(" (", "(") for found in cells
+            ]
+    for command in commands("diversity"):
+        assert command in page.all("pre")[0]["text"]
+    assert "0.812" in cells, "the paper's number"
+    assert "Do the mini models reproduce the designs" in text and "links" not in text and "](" not in text
+    assert "0.81 [0.76, 0.87]" in cells, "of a table with columns of its own"
+    for version in ("2.9.0", "0.42.1", "3.11.7", *frame["commit"].unique(), "cpu"):
+        assert version in cells
+    assert (path.parent / "figures" / "memorised.png").is_file()
+    figures = {image["src"] for image in page.all("img") if image["src"].startswith("figures/")}
+    assert {"figures/diversity_tradeoff.svg", "figures/diversity_forest_mini-sdxl.svg"} <= figures
+
+
+def galleries(page):
+    return [json.loads(script["text"]) for script in page.all("script", type="application/json")]
+
+
+def test_paired_images_stand_below_each_other(made):
+    _, frame, path, page = made
+    (gallery,) = galleries(page)
+    labels = ["without NegToMe", "NegToMe", "NegToMe, released matching"]
+    assert [run["title"] for run in gallery["runs"]] == labels
+    assert [run["id"] for run in gallery["runs"]] == list(frame.loc[frame["model"] == "mini-sdxl", "run_id"].unique())
+    names = {prompt: prompt_id for prompt_id, (prompt, _) in PROMPTS.items()}
+    assert {(group["prompt"], group["seed"]) for group in gallery["groups"]} == {(p, s) for p in names for s in (0, 1)}
+    for method, run in zip(METHODS, gallery["runs"], strict=True):
+        assert run["groups"] == list(range(6))
+        for number, group in enumerate(gallery["groups"]):
+            for index in range(group["size"]):
+                with Image.open(path.parent / unquote(run["base"]) / f"{number:03d}-{index}.webp") as image:
+                    expected = colour("mini-sdxl", method, names[group["prompt"]], group["seed"], index)
+                    assert np.abs(np.array(image).reshape(-1, 3) - np.array(expected)).max() <= 6
+    assert gallery["runs"][2]["away"]["0"] == "away from ogre/a.png (0.88)" and not gallery["runs"][0]["away"]
+    # A picture of the asset stands with those who ask for it.
+    shown = {group["prompt"]: group["asset"] for group in gallery["groups"]}
+    assert [prompt for prompt, asset in shown.items() if asset] == [PROMPTS["odd"][0]]
+    assert (path.parent / unquote(shown[PROMPTS["odd"][0]])).is_file()
+    # Without scripts: some groups, every method, each image named.
+    alts = [image["alt"] for image in page.all("img") if image["src"].startswith("images/")]
+    alts = [alt for alt in alts if "noise" in alt]
+    assert len(alts) == report.STATIC_GROUPS * 3 * 4
+    assert "NegToMe, released matching: a cat, seed 0, noise 4" in alts
+
+
+def test_what_is_not_here_is_said(made):
+    text = " ".join(made[3].all("main")[0]["text"].split())
+    assert "Not on this machine: the images of all 3 runs" in text and "3 of 6" in text
+    assert {"not on this machine", "cannot be read"} <= {cell["text"] for cell in made[3].all("td")}
+    assert "figures/diversity_grid_mini-flux.png" in [image["src"] for image in made[3].all("img")], "the kept sheet"
+    assert "diversity front" not in text, "a table without a page"
+
+
+def test_everything_is_escaped(made):
+    _, _, path, page = made
+    assert len(page.all("script")) == 2 and not page.all("b"), "the gallery's data and the page's own"
+    assert "alert" not in page.all("script")[-1]["text"]
+    assert PROMPTS["odd"][0] in [group["prompt"] for group in galleries(page)[0]["groups"]]
+    assert "<b>&" in page.all("main")[0]["text"] and "<script>alert" not in path.read_text()
+
+
+def test_the_same_inputs_give_the_same_bytes_and_an_old_page_is_replaced(made):
+    folder, _, path, _ = made
+    files = {file.relative_to(path.parent): file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+    (path.parent / "images" / "left over.webp").touch()
+    report.report(folder / "results", folder / "outputs", path.parent)
+    again = {file.relative_to(path.parent): file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+    assert again == files
+    assert sorted(entry.name for entry in folder.iterdir()) == ["outputs", "report", "results"], "nothing half-written"
+
+
+def test_a_folder_of_something_else_is_never_replaced(made, tmp_path):
+    folder = made[0]
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"expected an earlier page.* choose another --into"):
+        report.report(folder / "results", folder / "outputs", tmp_path)
+    (tmp_path / "index.html").write_text("<html>")
+    with pytest.raises(ValueError, match="expected an earlier page"):
+        report.report(folder / "results", folder / "outputs", tmp_path)
+    assert (tmp_path / "mine.txt").exists()
+    with pytest.raises(FileNotFoundError, match="make reproduce-diversity"):
+        report.report(tmp_path, folder / "outputs", tmp_path / "new")
+
+
+def test_a_run_with_an_image_gone_is_not_shown_and_a_damaged_one_is_named(made, tmp_path):
+    folder = made[0]
+    shutil.copytree(folder / "outputs", tmp_path / "outputs")
+    images = sorted((tmp_path / "outputs" / "diversity" / "mini-sdxl" / "negtome").rglob("*.png"))
+    images[0].write_bytes(images[0].read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"expected a readable image, got .*00\.png"):
+        report.report(folder / "results", tmp_path / "outputs", tmp_path / "report")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["outputs"], "something half-written"
+    images[0].unlink()
+    text = report.report(folder / "results", tmp_path / "outputs", tmp_path / "report").read_text()
+    assert "the images of 1 of 3 runs (NegToMe)" in text
+    text = report.report(folder / "results", tmp_path / "outputs", tmp_path / "report", groups=0).read_text()
+    assert 'class="gallery"' not in text and not list((tmp_path / "report").rglob("*.webp"))
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        report.report(folder / "results", tmp_path / "outputs", tmp_path / "report", groups=-1)
+
+
+def test_few_groups_are_spread_over_the_categories():
+    rows = {
+        f"{category}-{number}/{seed:06d}": [ManifestRow("a.png", f"{category}-{number}", "p", category, seed, 0, 0)]
+        for category in "cab" for number in range(3) for seed in range(2)
+    }  # fmt: skip
+    for limit in (1, 3, 4, 7, 18, 100):
+        chosen = report._spread(rows, limit)
+        counts = [sum(group.startswith(category) for group in chosen) for category in "abc"]
+        assert len(chosen) == min(limit, 18) and max(counts) - min(counts) <= 1
+        assert chosen == sorted(chosen) == sorted(set(chosen))
+
+
+def test_large_images_are_reduced(tmp_path):
+    Image.new("RGBA", (1024, 512), (255, 0, 0, 255)).save(tmp_path / "large.png")
+    report._reduce(tmp_path / "large.png", tmp_path / "folder" / "small.webp")
+    with Image.open(tmp_path / "folder" / "small.webp") as image:
+        assert image.size == (256, 128)
