@@ -39,6 +39,21 @@ reproduce-copyright: $(VENV)/.installed-experiments  ## the same for pushing awa
 	$(PY) -m experiments.tabulate experiment=copyright $(ARGS)
 	$(PY) -m experiments.plot experiment=copyright $(ARGS)
 
+.PHONY: sweep
+sweep: $(VENV)/.installed-experiments  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
+	$(PY) -m experiments.generate experiment=sweep $(ARGS)
+	$(PY) -m experiments.evaluate experiment=sweep $(ARGS)
+	$(PY) -m experiments.tabulate experiment=sweep $(ARGS)
+	$(PY) -m experiments.plot experiment=sweep $(ARGS)
+
+.PHONY: latency
+latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (5 minutes on a CPU)
+	$(PY) -m experiments.latency experiment=latency $(ARGS)
+
+.PHONY: report
+report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
+	$(PY) -m experiments.report $(ARGS)
+
 .PHONY: doctor
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
 	@$(PY) -m experiments.doctor

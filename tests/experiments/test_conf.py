@@ -134,7 +134,15 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
     assert set(composed("experiment=tune").metric) == {"pairwise_distance", "clip_score"}
 
 
-@pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+TESTED = [name for name in EXPERIMENTS if "primary" in OmegaConf.load(CONF / "experiment" / f"{name}.yaml")]
+
+
+def test_latency_alone_tests_no_metric():
+    assert set(EXPERIMENTS) - set(TESTED) == {"latency"}
+
+
+@pytest.mark.parametrize("experiment", TESTED)
 def test_every_experiment_declares_what_it_tests(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
     assert {"diversity", "quality", "quality_margin"} <= declared.primary.keys() <= {*ROLES, "quality_margin"}
