@@ -283,8 +283,9 @@ def save_ip_adapter(folder, unet, plus):
     cross, width = unet.config.cross_attention_dim, 64
     if plus:
         tensors = {"latents": random(1, 4, width), "proj_in.weight": random(width, width),
-                   "proj_in.bias": random(width), "proj_out.weight": random(cross, width), "proj_out.bias": random(cross),
-                   "norm_out.weight": random(cross), "norm_out.bias": random(cross)}  # fmt: skip
+                   "proj_in.bias": random(width), "proj_out.weight": random(cross, width),
+                   "proj_out.bias": random(cross), "norm_out.weight": random(cross),
+                   "norm_out.bias": random(cross)}  # fmt: skip
         for layer in range(4):
             for name in ("0.norm1", "0.norm2", "1.0"):
                 tensors |= {f"layers.{layer}.{name}.{part}": random(width) for part in ("weight", "bias")}
