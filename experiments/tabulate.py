@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from eval.images import METRICS, write_text
 from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.metrics import Metric, is_current, read_document
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
-from experiments import project_path
+from experiments import PROJECT, project_path
 from experiments.configs import expand
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.runs import Run
@@ -32,13 +33,15 @@ from experiments.runs import Run
 TEXT = {"run_id": str, "commit": str, "primary": str}
 #: What a row's metric may be primary for, in the order of the main table's columns.
 ROLES = ("diversity", "resemblance", "quality")
+#: Settings that are printed only where a model's runs differ in them, and how they are headed.
+FURTHER = {"guidance_scale": "guidance", "sites": "blocks"}
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
 #: Columns that say which measured thing a row is; with the metric they are the row's key. By which encoder it was
 #: measured is not in it: a metric has one, and a row by an earlier one is replaced, not kept beside the new.
 SETTING = [
     "model", "guidance_scale", "true_cfg_scale", "steps", "method", "matching", "reference", "alpha", "threshold",
-    "t_low", "t_high",
+    "t_low", "t_high", "sites",
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
 COLUMNS = [
@@ -46,6 +49,55 @@ COLUMNS = [
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
     "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
 ]  # fmt: skip
+
+#: What the columns of the main table, of the other metrics' and of the paper's mean.
+LEGEND = (
+    "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
+    "groups [95 % interval]. pushed: share of the compared tokens that moved. p: sign-flip test of the difference, "
+    "after Holm's correction over a model's methods and primary metrics. d_z: mean difference in standard "
+    "deviations of the paired differences. wins: share of groups in which the method is better, ties halved. "
+    "quality kept: the interval excludes a loss of more than the margin; every method is judged by itself, so "
+    "that the chance to call quality kept by one that loses it grows with their number. "
+    "units: what intervals resample and tests exchange whole, categories unless configured otherwise; intervals of "
+    "fewer than four are not estimable."
+)
+OTHER_LEGEND = (
+    "All other metrics, described, not tested: value [95 % interval], with a method value; paired difference "
+    "[95 % interval]. units: how many were resampled; where no interval stands, they are too few or all alike. "
+    "What each metric is, and by what it is biased: docs/metrics.md."
+)
+PAPER_LEGEND = (
+    "The paper's own numbers (results/paper.csv; DreamSim similarity, other models, other images: not the same "
+    "scale as above):"
+)
+
+
+def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
+    """Read an experiment's table.
+
+    Args:
+        name: the experiment's.
+        folder: where its CSV lies; relative paths are taken from the checkout.
+
+    Raises:
+        FileNotFoundError: it was not made yet; the message says by which command it is.
+    """
+    path = project_path(folder) / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
+    return pd.read_csv(path, dtype=TEXT)
+
+
+def commands(name: str) -> list[str]:
+    """Return what makes an experiment's table and figures: the make target, where there is one, and its steps."""
+    # The Makefile is the one place that says which target makes what.
+    for target, recipe in re.findall(r"^([\w-]+):.*\n((?:\t.*\n)+)", (PROJECT / "Makefile").read_text(), re.MULTILINE):
+        steps = [line.strip().replace("$(PY)", "python").replace("$(ARGS)", "").strip() for line in recipe.splitlines()]
+        if any(f"experiment={name}" in step.split() for step in steps):
+            return [f"make {target}", *steps]
+    acts = ("generate", "evaluate", "tabulate", "plot")
+    steps = [f"python -m experiments.{act} experiment={name}" for act in acts]
+    return ["; ".join(steps), *steps]
 
 
 def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
@@ -121,6 +173,7 @@ def _row(
         **{key: settings.get(key) for key in ("matching", "reference", "alpha", "threshold")},
         "t_low": window[0],
         "t_high": window[1],
+        "sites": "+".join(settings.get("sites") or ()) or None,
         "metric": name,
         "encoder": document["encoder"]["id"],
         "primary": role,
@@ -245,7 +298,7 @@ def _digits(value: float) -> int:
     return 1 if abs(value) >= 10 else 3 if abs(value) >= 0.1 else 5
 
 
-def _change(row: pd.Series) -> str:
+def change(row: pd.Series) -> str:
     """Return the paired difference with its interval; it is smaller than what it is a difference of."""
     digits = {1: 2, 3: 3, 5: 5}[_digits(row["value"])]
     return _number(row["difference"], row["difference_low"], row["difference_high"], "+", digits)
@@ -256,7 +309,7 @@ def _cell(row: pd.Series) -> str:
     digits = _digits(row["value"])
     if pd.isna(row["difference"]):
         return _number(row["value"], row["ci_low"], row["ci_high"], digits=digits)
-    return f"{row['value']:.{digits}f}; {_change(row)}"
+    return f"{row['value']:.{digits}f}; {change(row)}"
 
 
 def _p(value: float) -> str:
@@ -271,20 +324,34 @@ def _arrow(row: pd.Series) -> str:
     return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
 
 
-def _setting(row: pd.Series) -> dict[str, str]:
-    """Return the settings of a run as they are printed, blank where it has none."""
-    return {
+def _setting(row: pd.Series, further: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the settings of a run as they are printed, blank where it has none; `further` ones are columns' names."""
+    printed = {
         "alpha": "" if pd.isna(row["alpha"]) else f"{row['alpha']:g}",
         "threshold": "" if pd.isna(row["threshold"]) else f"{row['threshold']:g}",
         "window": "" if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}",
     }
+    for column in further:
+        value = row[column]
+        printed[FURTHER[column]] = "" if pd.isna(value) else value if isinstance(value, str) else f"{value:g}"
+    return printed
 
 
-def _labels(frame: pd.DataFrame) -> dict[str, str]:
+def _further(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Return the columns of `FURTHER` that differ among the runs of a model, and so have to be told."""
+    counts = frame.groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
+    compared = frame[frame["method"] != "none"].groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
+    # The run without a method has no sites, which is no other choice of them.
+    return tuple(column for column in FURTHER if (compared if column == "sites" else counts)[column].max() > 1)
+
+
+def run_labels(frame: pd.DataFrame) -> dict[str, str]:
     """Name every run: its method; where a model has several runs of the method, its settings too; or even its id."""
     runs = frame.drop_duplicates("run_id").set_index("run_id")
+    further = _further(frame)
     settings = [
-        " ".join(f"{key} {value}" for key, value in _setting(row).items() if value) for _, row in runs.iterrows()
+        " ".join(f"{key} {value}" for key, value in _setting(row, further).items() if value)
+        for _, row in runs.iterrows()
     ]
     names = runs["method"]
     for more in (settings, runs.index):
@@ -297,10 +364,11 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table people read: one row a run, with the primary metrics and their tests."""
     primary = frame[frame["primary"].isin(ROLES)]
     several = primary.groupby("metric")["encoder"].nunique() > 1
+    further = _further(frame)
     table = []
     for _, group in frame.groupby([*SETTING, "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
-        entry = {"model": first["model"], "method": first["method"], **_setting(first)}
+        entry = {"model": first["model"], "method": first["method"], **_setting(first, further)}
         entry["pushed"] = "" if pd.isna(first["pushed_share"]) else _percent(first["pushed_share"])
         tested = group[group["primary"].isin(ROLES)]
         for role in ROLES:
@@ -335,7 +403,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     Where a model's runs of a method differ in their settings, each setting is a column.
     """
-    labels = _labels(frame)
+    labels = run_labels(frame)
     others = frame[~frame["primary"].isin(ROLES)]
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in others.iterrows():
@@ -348,7 +416,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def findings(frame: pd.DataFrame) -> list[str]:
     """Say in words, from the numbers alone, what each method did to each primary metric on each model."""
-    labels = _labels(frame)
+    labels = run_labels(frame)
     compared = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
     return [
         f"- {model}, {labels[run]}: {'; '.join(_finding(row) for _, row in rows.iterrows())} "
@@ -367,16 +435,16 @@ def _finding(row: pd.Series) -> str:
         facts.append(f"p {_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {_p(row['p_holm'])}")
     if not pd.isna(row["win_rate"]):
         facts.append(f"better in {_percent(row['win_rate'])} of the groups")
-    text = f"{verb} the {row['metric'].replace('_', ' ')} by {_change(row)} ({', '.join(facts)})"
+    text = f"{verb} the {row['metric'].replace('_', ' ')} by {change(row)} ({', '.join(facts)})"
     if not pd.isna(row["non_inferior"]):
         loss = _percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
         text += f", and a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
     return text
 
 
-def paper_table(experiment: str, paper_csv: Path) -> pd.DataFrame:
+def paper_table(experiment: str, paper_csv: str | Path = "results/paper.csv") -> pd.DataFrame:
     """Return the paper's own numbers for `experiment`, one row a method, as transcribed in results/paper.csv."""
-    paper = pd.read_csv(paper_csv)
+    paper = pd.read_csv(project_path(paper_csv))
     paper = paper[paper["experiment"] == experiment]
     wide = paper.pivot_table(index=["table", "model", "method"], columns="metric", values="value", sort=False)
     wide = wide.reset_index().rename(columns={"table": "source"})
@@ -384,10 +452,18 @@ def paper_table(experiment: str, paper_csv: Path) -> pd.DataFrame:
     return wide
 
 
+def scored_by(frame: pd.DataFrame) -> str:
+    """Say which networks measured the primary metrics, and what the models' names mean."""
+    primary = frame[frame["primary"].isin(ROLES)]
+    return (
+        f"Scored by {', '.join(sorted(primary['encoder'].dropna().unique()))}. Models named mini-* are this project's "
+        "small models: their numbers are not SDXL's or Flux's."
+    )
+
+
 def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.DataFrame) -> str:
     """Return the Markdown page of one experiment: ours, how it was measured, and the paper's beside it."""
     name = frame["experiment"].iloc[0]
-    primary = frame[frame["primary"].isin(ROLES)]
     others = other_table(frame)
     parts = [f"# {name}", ""]
     if description:
@@ -395,33 +471,21 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     parts += [
         main_table(frame).to_markdown(index=False, disable_numparse=True),
         "",
-        "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
-        "groups [95 % interval]. pushed: share of the compared tokens that moved. p: sign-flip test of the difference, "
-        "after Holm's correction over a model's methods and primary metrics. d_z: mean difference in standard "
-        "deviations of the paired differences. wins: share of groups in which the method is better, ties halved. "
-        "quality kept: the interval excludes a loss of more than the margin; every method is judged by itself, so "
-        "that the chance to call quality kept by one that loses it grows with their number. "
-        "units: what intervals resample and tests exchange whole, categories unless configured otherwise; intervals of "
-        "fewer than four are not estimable. "
-        f"Scored by {', '.join(sorted(primary['encoder'].dropna().unique()))}. Models named mini-* are this project's "
-        "small models: their numbers are not SDXL's or Flux's.",
+        f"{LEGEND} {scored_by(frame)}",
         "",
         *findings(frame),
         "",
     ]
     if len(others):
         parts += [
-            "All other metrics, described, not tested: value [95 % interval], with a method value; paired difference "
-            "[95 % interval]. units: how many were resampled; where no interval stands, they are too few or all alike. "
-            "What each metric is, and by what it is biased: docs/metrics.md.",
+            OTHER_LEGEND,
             "",
             others.to_markdown(index=False, disable_numparse=True),
             "",
         ]
     if len(paper):
         parts += [
-            "The paper's own numbers (results/paper.csv; DreamSim similarity, other models, other images: not the same "
-            "scale as above):",
+            PAPER_LEGEND,
             "",
             paper.to_markdown(index=False, disable_numparse=True),
             "",
@@ -437,7 +501,18 @@ def render_latex(frame: pd.DataFrame) -> str:
 
 def tabulate(overrides: list[str]) -> str:
     """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `overrides`; return the Markdown."""
-    configs = expand(overrides)
+    return write_table(expand(overrides))[1]
+
+
+def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
+    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `configs`.
+
+    Args:
+        configs: of one experiment, see `rows_of`.
+
+    Returns:
+        The table with all rows that were in it before, and the Markdown.
+    """
     cfg = configs[0]
     folder = project_path(cfg.results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -445,7 +520,7 @@ def tabulate(overrides: list[str]) -> str:
     markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
     write_text(folder / f"{cfg.name}.md", markdown)
     write_text(folder / f"{cfg.name}.tex", render_latex(frame))
-    return markdown
+    return frame, markdown
 
 
 def main() -> None:

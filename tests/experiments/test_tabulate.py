@@ -1,5 +1,7 @@
 """The table's rules, on documents made by hand: what may be tested, what replaces what, and when quality is kept."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,10 +37,13 @@ def document(values, bounds=(0, 100), **more):
     ("overrides", "message"),
     [
         (["primary.quality=clip_scoer"], r"primary.quality .*'clip_scoer'.*clip_score"),
-        (["primary.diversity=null"], r"primary.diversity .*None"),
+        (["primary.diversity=null"], r"primary.quality and one of diversity, resemblance to be given, .*clip_score"),
+        (["primary.quality=null"], r"primary.quality and one of diversity, resemblance .* got .*pairwise_distance"),
+        (["primary.resemblance=maximum_resemblance"], r"primary.resemblance .*'maximum_resemblance'"),
+        (["primary.resemblance=clip_score"], "different primary metrics, got .*'resemblance': 'clip_score'"),
         (["~metric.clip_score"], r"primary.quality .*'clip_score'"),
         (["metric=tune", "primary.diversity=vendi_score"], r"primary.diversity .*'vendi_score'"),
-        (["primary.quality=pairwise_distance"], "two different primary metrics, got 'pairwise_distance'"),
+        (["primary.quality=pairwise_distance"], "different primary metrics, got .*'quality': 'pairwise_distance'"),
         (
             ["primary.quality=kernel_distance_scorer", "model.reference_images=null"],
             "primary.quality .*one of the metrics",
@@ -142,3 +147,85 @@ def test_the_page_says_what_was_resampled_and_what_is_not_corrected():
     page = tabulate.render_markdown(frame, None, pd.DataFrame())
     assert "40 groups in 20 independent units" in page
     assert "every method is judged by itself" in page and "intervals of fewer than four are not estimable" in page
+
+
+def copyright_row(method, run, metric, role, **more):
+    higher = metric == "clip_score"
+    return ROW | {"experiment": "copyright", "method": method, "run_id": run, "metric": metric, "primary": role,
+                  "higher_is_better": higher, "seconds": None, "alpha": None, "threshold": None, "t_low": None,
+                  "t_high": None, "pushed_share": None, "n_units": 11, "n_groups": 24,
+                  "n_images": 48, **more}  # fmt: skip
+
+
+def copyright_rows(seconds):
+    """What a push away from assets did: less resemblance, as good."""
+    compared = {"difference": None, "difference_low": None, "difference_high": None, "p_value": None}
+    resemblance = {"value": 0.8, "ci_low": 0.7, "ci_high": 0.9}
+    quality = {"value": 40.0, "ci_low": 38.0, "ci_high": 42.0}
+    return [
+        copyright_row("none", "a", "maximum_resemblance", "resemblance", seconds=seconds and 2.0, effect_size=None,
+                      win_rate=None, **resemblance | compared),
+        copyright_row("none", "a", "clip_score", "quality", seconds=seconds and 2.0, effect_size=None,
+                      win_rate=None, **quality | compared),
+        copyright_row("negtome_reference", "b", "maximum_resemblance", "resemblance", seconds=seconds and 2.53125,
+                      value=0.6, difference=-0.2, difference_low=-0.25, difference_high=-0.15, p_value=0.001,
+                      effect_size=-1.5, win_rate=0.875),
+        copyright_row("negtome_reference", "b", "clip_score", "quality", seconds=seconds and 2.53125,
+                      value=39.5, difference=-0.5, difference_low=-1.5, difference_high=0.5, p_value=0.3,
+                      effect_size=-0.1, win_rate=0.5, margin=2.0, non_inferior=True),
+        copyright_row("negtome_reference", "b", "change_benign", None, seconds=seconds and 2.53125, value=0.01),
+    ]  # fmt: skip
+
+
+def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_reduction(tmp_path):
+    frame = tabulate.merge_rows(tmp_path / "copyright.csv", copyright_rows(True))
+    table = tabulate.main_table(frame)
+    assert list(table.columns) == [
+        "model", "method", "alpha", "threshold", "window", "pushed", "maximum resemblance (down)",
+        "maximum resemblance: p", "d_z", "wins", "clip score (up)", "clip score: p", "quality kept", "seconds", "units",
+        "groups", "images",
+    ]  # fmt: skip
+    none, pushed = table.to_dict("records")
+    assert pushed["maximum resemblance (down)"] == "0.600; -0.200 [-0.250, -0.150]"
+    assert (pushed["d_z"], pushed["wins"], pushed["quality kept"]) == ("-1.50", "88 %", "yes (margin 2)")
+    assert (none["maximum resemblance (down)"], none["d_z"], none["quality kept"]) == ("0.800 [0.700, 0.900]", "", "")
+    # One family of two tests, in which the smaller p-value counts double.
+    assert frame.set_index(["method", "metric"]).loc[
+        ("negtome_reference", "maximum_resemblance"), "p_holm"
+    ] == pytest.approx(0.002)
+    (finding,) = tabulate.findings(frame)
+    assert "negtome_reference: lowered the maximum resemblance by -0.200 [-0.250, -0.150] (-25.0%, p = 0.002" in finding
+    assert "24 groups in 11 independent units" in finding
+    assert tabulate.other_table(frame)["metric"].tolist() == ["change benign"]
+    page = tabulate.render_markdown(frame, "What it costs.", pd.DataFrame())
+    assert "maximum resemblance (down)" in page and "2.53" in page
+    assert "maximum resemblance" in tabulate.render_latex(frame)
+
+
+def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
+    """They survive the CSV; and a table without them has no column of blanks."""
+    asked, not_asked = (
+        tabulate.merge_rows(tmp_path / f"{seconds}.csv", copyright_rows(seconds)) for seconds in (True, None)
+    )
+    assert asked["seconds"].tolist() == [2.0, 2.0, 2.53125, 2.53125, 2.53125]
+    assert tabulate.main_table(asked)["seconds"].tolist() == ["2.00", "2.53"]
+    assert not_asked["seconds"].isna().all() and "seconds" not in tabulate.main_table(not_asked)
+    # Both in one CSV: a method that was not timed is blank.
+    other = [row | {"model": "untimed"} for row in copyright_rows(None)]
+    both = tabulate.main_table(tabulate.merge_rows(tmp_path / "True.csv", other))
+    assert both["seconds"].tolist() == ["2.00", "2.53", "", ""]
+
+
+def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
+    """The median over groups, so that the first one, which loads and compiles, is not the message."""
+    run = SimpleNamespace(
+        identity={"request": {"method": {"settings": {}}}, "machine": {"device": "cpu"}},
+        environment={"commit": "c"}, id="0123",
+        statistics=lambda: [{"seconds": seconds} for seconds in (90.0, 4.0, 5.0, 6.0, 4.0)],
+    )  # fmt: skip
+    measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
+    for report, seconds in ((True, 5.0 / 4), (False, None)):
+        (cfg,) = configured(f"report_seconds={report}")
+        assert cfg.prompts.images_per_prompt == 4
+        row = tabulate._row(cfg, run, "clip_score", measured, None)
+        assert row["seconds"] == seconds and set(row) <= set(tabulate.COLUMNS)

@@ -1,0 +1,212 @@
+"""Every experiment that sweeps, run from the command line's overrides to table and figures, at tiny size."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from experiments import PROJECT, plot, tabulate
+from experiments.configs import build, expand
+from experiments.evaluate import evaluate
+from experiments.generate import generate
+from experiments.runs import Run
+
+#: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
+SWEEPS = {
+    "ablate_alpha": ["method=none,negtome", "model.negtome.alpha=-0.9,0.9"],
+    "ablate_threshold": ["method=none,negtome", "model.negtome.threshold=-1,0.5"],
+    "ablate_window": ["method=none,negtome", "model.negtome.timestep_range=[0,1000],[400,1000]"],
+    "ablate_blocks": ["method=none,negtome", "blocks=early,late"],
+    "ablate_matching": ["method=none,negtome,random_match,noise_control"],
+    "cfg_scale": ["method=none,negtome", "model.call.guidance_scale=2,8"],
+    "cfg_scale_flux": ["method=none,negtome", "model.call.guidance_scale=1.5,3.5"],
+    "sweep": ["method=none,negtome", "model.negtome.alpha=0.9,1.8", "model.negtome.threshold=-1,0.5"],
+    "tune": ["method=none,negtome", "model.negtome.alpha=0.9"],
+}
+#: One of every kind of figures is drawn: for a grid, one numeric setting, and one that sweeps the baseline along.
+DRAWN = {"sweep", "ablate_alpha", "cfg_scale"}
+#: Those that choose nothing, and so may look at the reported prompts.
+REPORTED = {"ablate_matching", "cfg_scale", "cfg_scale_flux"}
+
+
+def tiny(experiment, folder, source):
+    """The experiment on a tiny checkpoint: two prompts, two images, two steps."""
+    flux = experiment.endswith("flux")
+    return [
+        f"experiment={experiment}",
+        f"model={'flux-dev' if flux else 'sdxl'}",
+        f"model.source={source}",
+        "model.dtype=float32",
+        "model.call.num_inference_steps=2",
+        *(f"model.call.{side}={16 if flux else 64}" for side in ("height", "width")),
+        *(["model.call.max_sequence_length=32"] if flux else ["model.negtome.min_side=4"]),
+        "model.negtome.timestep_range=[0,1000]",
+        "model.negtome.threshold=-1",
+        "model.groups_per_category=1",
+        "prompts.categories=[flower,fruit]",
+        "prompts.images_per_prompt=2",
+        "metric=core",
+        "scorer@model.scorer=pixel",
+        "~metric.clip_score",
+        "primary.quality=vendi_score",
+        "bootstrap.n_resamples=100",
+        f"outputs={folder / 'outputs'}",
+        f"results={folder / 'results'}",
+    ]
+
+
+def swept(experiment, folder, source):
+    changes = SWEEPS[experiment]
+    axes = {change.partition("=")[0] for change in changes}
+    return [one for one in tiny(experiment, folder, source) if one.partition("=")[0] not in axes] + changes
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tiny_checkpoint):
+    """Run an experiment to its table and figures, once: configurations, table, Markdown and files."""
+    folder, kept = tmp_path_factory.mktemp("sweeps"), {}
+
+    def run(experiment):
+        if experiment not in kept:
+            kind = "flux" if experiment.endswith("flux") else "sdxl"
+            configs = expand(swept(experiment, folder, tiny_checkpoint(kind)))
+            for cfg in configs:
+                generate(cfg)
+                evaluate(cfg)
+            _, markdown = tabulate.write_table(configs)
+            frame = tabulate.read_table(configs[0].name, configs[0].results)
+            frame = frame[frame["model"] == configs[0].model.name]  # two experiments make one table
+            kept[experiment] = configs, frame, markdown, plot.plot(configs) if experiment in DRAWN else []
+        return kept[experiment]
+
+    return run
+
+
+def test_every_experiment_that_sweeps_is_run_here():
+    """Apart from those whose own tests run them."""
+    elsewhere = {"diversity", "copyright", "latency", "search"}
+    assert {file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")} == {*SWEEPS, *elsewhere}
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
+    configs, frame, markdown, files = done(experiment)
+    labels = tabulate.run_labels(frame)
+    assert len(set(labels.values())) == len(labels), "two runs of one name"
+    compared = frame[frame["method"] != "none"]
+    assert compared["difference"].notna().all() and compared["pushed_share"].notna().all()
+    assert len(compared["run_id"].unique()) == len([cfg for cfg in configs if cfg.method.name != "none"])
+    assert all(labels[run] in markdown for run in compared["run_id"])
+    # Every method with its own baseline: same call, same prompts.
+    for cfg in configs:
+        ours, base = Run.find(cfg).identity["request"], Run.find_baseline(cfg).identity["request"]
+        assert base["method"] == {"name": "none", "settings": {}}
+        assert {key: ours[key] for key in ("model", "prompts")} == {key: base[key] for key in ("model", "prompts")}
+    if experiment in DRAWN:
+        assert [file for file in files if file.suffix == ".pdf"] and all(file.stat().st_size for file in files)
+        with Image.open(files[-1]) as grid:
+            assert grid.width > 2 * 2 * 96
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_what_is_swept_is_chosen_on_development_prompts_and_the_page_says_which(experiment):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"experiment={experiment}"])
+    split = build(cfg.prompts).split
+    assert split == ("test" if experiment in REPORTED else "development")
+    assert ("reported prompts" if experiment in REPORTED else "development prompts") in cfg.description
+
+
+def test_guidance_is_swept_as_in_the_papers_figure_and_each_scale_has_its_baseline():
+    for name, scales in (("cfg_scale", (2, 3, 4, 5, 6, 7, 8)), ("cfg_scale_flux", (1.5, 2.5, 3.5, 5))):
+        found = [(cfg.model.call.guidance_scale, cfg.method.name) for cfg in expand([f"experiment={name}"])]
+        assert found == [(scale, method) for scale in scales for method in ("none", "negtome")]
+
+
+def test_the_blocks_of_an_ablation_are_the_models_own():
+    found = {
+        (cfg.model.name, cfg.blocks): build(cfg.method).config.sites
+        for cfg in expand(["experiment=ablate_blocks", "model=mini-sdxl,flux-dev", "method=negtome"])
+    }
+    assert found["mini-sdxl", "early"] == ("up_blocks.0",) and found["mini-sdxl", "release"] is None
+    assert found["mini-sdxl", "all"] == ("down_blocks", "mid_block", "up_blocks")
+    assert found["flux-dev", "early"] == ("transformer_blocks",) and found["flux-dev", "all"] is None
+
+
+def test_a_family_of_tests_is_all_settings_of_a_model(done):
+    _, frame, _, _ = done("sweep")
+    tested = frame[frame["primary"].notna() & frame["p_value"].notna()]
+    assert len(tested) == 4 * 2 and (tested["p_holm"] == 1).all(), "of two categories nothing is significant"
+    assert (tested["p_holm"] >= tested["p_value"]).all()
+
+
+def test_a_grid_gives_heat_maps_and_a_front_one_setting_a_curve(done):
+    names = {experiment: {file.name for file in done(experiment)[3]} for experiment in ("sweep", "ablate_alpha")}
+    assert {"sweep_heat_map_pairwise_distance_sdxl.pdf", "sweep_pareto_sdxl.png"} <= names["sweep"]
+    assert {"ablate_alpha_ablation_vendi_score_sdxl.pdf"} <= names["ablate_alpha"]
+    assert not any("heat_map" in name or "pareto" in name for name in names["ablate_alpha"])
+
+
+def test_experiments_share_what_they_have_in_common(done, tiny_checkpoint, monkeypatch):
+    """The model's own strengths and the baseline are of every ablation: made once, linked."""
+    configs, *_ = done("ablate_alpha")
+    done("ablate_threshold")
+    shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none" or cfg.model.negtome.alpha == 0.9]
+    folders = [
+        folder for name in ("ablate_alpha", "ablate_threshold")
+        for folder in sorted(Path(configs[0].outputs, name).glob("*/*/*")) if folder.name in shared
+    ]  # fmt: skip
+    assert len({folder.name for folder in folders}) == 2 and len(folders) == 4
+    for folder in folders:
+        twins = [other for other in folders if other.name == folder.name and other != folder]
+        for image in folder.glob("images/*/*/*.png"):
+            assert all(image.samefile(twin / image.relative_to(folder)) for twin in twins)
+    # Nothing is loaded for what is there.
+    monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+    cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
+    cfg.name = "another"
+    run = Run(generate(cfg))
+    assert run.complete and run.folder.parents[2].name == "another"
+
+
+def test_groups_of_an_edited_run_are_not_taken_over(done, tmp_path, monkeypatch):
+    configs, *_ = done("ablate_alpha")
+    cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
+    run = Run.find(cfg)
+    cfg.outputs = str(tmp_path)
+    edited = tmp_path / run.folder.relative_to(run.folder.parents[3])
+    edited.mkdir(parents=True)
+    (edited / "config.yaml").write_text((run.folder / "config.yaml").read_text().replace("steps: 2", "steps: 3"))
+    (edited / "images").symlink_to(run.folder / "images")
+    cfg.name = "another"
+    made = []
+    monkeypatch.setattr("experiments.generate._generate_groups", lambda *a: made.extend(a[-1]) or iter(()))
+    with pytest.raises(RuntimeError, match="vanished"):
+        generate(cfg)
+    assert len(made) == 2
+
+
+def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
+    class Made:
+        def __init__(self, run, method, guidance=5):
+            self.id = run
+            model = {"name": "m", "call": {"guidance_scale": guidance}}
+            self.identity = {"request": {"model": model, "method": {"name": method}}}
+
+    rows = [
+        {"model": "m", "run_id": run, "method": "none" if run == "r0" else "negtome", "metric": metric, "primary": role,
+         "difference": None if run == "r0" else x, "difference_low": x, "difference_high": x, "margin": 3.5,
+         "higher_is_better": True}
+        for place, run in enumerate(f"r{number}" for number in range(20))
+        for metric, role, x in (("d", "diversity", place), ("q", "quality", -place))
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    runs = [Made(f"r{number}", "negtome" if number else "none") for number in range(20)]
+    shown = [run.id for run in plot._worth_showing(runs, frame)]
+    assert shown[0] == "r0" and "r3" in shown and "r19" in shown and len(shown) <= 6
+    assert plot._worth_showing(runs[:4], frame) == runs[:4]
+    scales = [Made(f"{method}{scale}", method, scale) for scale in range(2, 9) for method in ("none", "negtome")]
+    assert [run.id for run in plot._worth_showing(scales, frame)] == ["none2", "negtome2", "none8", "negtome8"]
