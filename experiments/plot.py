@@ -717,19 +717,24 @@ def image_grid(
     chosen = [firsts[round(i * (len(firsts) - 1) / max(groups - 1, 1))] for i in range(min(groups, len(firsts)))]
     size = len(manifests[0][chosen[0]])
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
-    header, gap = 24, 12
+    gap = 12
+    heads = []
+    for run in runs:
+        request = run.identity["request"]
+        method = request["method"]["name"]
+        title = (titles or {}).get(run.id, TITLES.get(method, method))
+        # 8 pixels hold a letter of this size.
+        heads.append(_wrapped(f"{request['model']['name']}: {title}", size * tile // 8))
+    header = 8 + 16 * max(head.count("\n") + 1 for head in heads)
     label_width = 190 + (tile + gap if leading is not None else 0)
     width = label_width + len(runs) * (size * tile + gap)
     sheet = Image.new("RGB", (width, header + len(chosen) * (tile + 4)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (run, manifest) in enumerate(zip(runs, manifests, strict=True)):
         left = label_width + column * (size * tile + gap)
-        request = run.identity["request"]
-        method = request["method"]["name"]
-        title = (titles or {}).get(run.id, TITLES.get(method, method))
         if column == 0 and leading is not None:
             draw.text((190, 4), "asset", "black", font)
-        draw.text((left, 4), f"{request['model']['name']}: {title}", "black", font)
+        draw.multiline_text((left, 4), heads[column], "black", font)
         for line, group in enumerate(chosen):
             top = header + line * (tile + 4)
             if column == 0:
