@@ -68,7 +68,7 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 
 .PHONY: test
 test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (2 minutes on two cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: rules and format

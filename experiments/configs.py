@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -27,16 +28,26 @@ def expand(overrides: list[str]) -> list[DictConfig]:
     Raises:
         hydra.errors.HydraException: an unknown group, option or key.
     """
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return [compose("config", job) for job in _jobs(overrides)]
+
+
+def _jobs(overrides: list[str]) -> Iterator[list[str]]:
+    """List each run's overrides; to be called where Hydra is initialised."""
     parse = OverridesParser.create().parse_overrides
     fixed = [
         text for text, override in zip(overrides, parse(overrides), strict=True) if not override.is_sweep_override()
     ]
+    params = compose("config", fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
+    axes = [f"{key}={value}" for key, value in params.items()] + list(overrides)
+    (batch,) = BasicSweeper.split_arguments(parse(axes), max_batch_size=None)
+    yield from (list(job) for job in batch)
+
+
+def first(overrides: list[str]) -> DictConfig:
+    """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        first = compose("config", fixed, return_hydra_config=True)
-        params = first.hydra.sweeper.get("params") or {}
-        axes = [f"{key}={value}" for key, value in params.items()] + list(overrides)
-        (batch,) = BasicSweeper.split_arguments(parse(axes), max_batch_size=None)
-        return [compose("config", list(job)) for job in batch]
+        return compose("config", next(_jobs(overrides)))
 
 
 def build(spec: DictConfig) -> Any:

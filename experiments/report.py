@@ -31,7 +31,7 @@ from tqdm import tqdm
 from eval.images import ManifestRow, group_rows, read_manifest
 from experiments import PROJECT, plot, project_path
 from experiments.assets import read_assets
-from experiments.configs import expand
+from experiments.configs import first
 from experiments.runs import Run
 from experiments.tabulate import (
     COLUMNS,
@@ -217,8 +217,8 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
     """Return a table's runs, each with its settings in words and, where its folder is here, its images' rows."""
     labels, found = run_labels(frame), []
     for (run_id, _), of_run in frame.groupby(["run_id", "model"], sort=False):
-        first = of_run.iloc[0]
-        place = Path(first["experiment"]) / first["model"] / first["method"] / run_id
+        common = of_run.iloc[0]
+        place = Path(common["experiment"]) / common["model"] / common["method"] / run_id
         run, manifest, state = Run(outputs / place), None, "not on this machine"
         made = {}
         if run.complete:
@@ -232,17 +232,17 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
                 log.warning("The images of %s are left out: %s", run.folder, error)
                 manifest, state = None, "cannot be read"
         title = plot.TITLES.get(labels[run_id], labels[run_id])
-        settings = {"model": first["model"], "method": title, "run": run_id}
+        settings = {"model": common["model"], "method": title, "run": run_id}
         shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold")
         for column in shown:
-            settings[column.replace("_", " ")] = _printed(first[column])
-        settings["window"] = "" if pd.isna(first["t_low"]) else f"{first['t_high']:g} to {first['t_low']:g}"
-        settings |= {"blocks": _printed(first["sites"]), "images": _printed(of_run["n_images"].max())}
-        settings |= {"device": _printed(first["device"]), "commit": _printed(first["commit"])}
+            settings[column.replace("_", " ")] = _printed(common[column])
+        settings["window"] = "" if pd.isna(common["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}"
+        settings |= {"blocks": _printed(common["sites"]), "images": _printed(of_run["n_images"].max())}
+        settings |= {"device": _printed(common["device"]), "commit": _printed(common["commit"])}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
         found.append(
-            {"model": first["model"], "title": title, "id": run_id, "folder": run.folder, "manifest": manifest,
+            {"model": common["model"], "title": title, "id": run_id, "folder": run.folder, "manifest": manifest,
              "here": manifest is not None, "settings": settings}
         )  # fmt: skip
     filled = {key for run in found for key, value in run["settings"].items() if value}
@@ -329,7 +329,7 @@ def _spread(groups: dict[str, list[ManifestRow]], limit: int) -> list[str]:
 def _asset_files(model: str) -> dict[str, Path]:
     """Return one picture of every protected asset that is configured for a model, as `experiments.plot` shows them."""
     try:
-        assets = read_assets(expand([f"model={model}"])[0].model.copyright.guidance)
+        assets = read_assets(first([f"model={model}"]).model.copyright.guidance)
     except (HydraException, OSError, ValueError):
         return {}  # of a model or a folder that is not here
     return {asset.name: asset.file for asset in reversed(assets)}

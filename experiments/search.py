@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from eval.images import write_text
 from eval.metrics import read_document
 from experiments import project_path
-from experiments.configs import build, expand
+from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.methods import Baseline
@@ -229,7 +229,7 @@ def main() -> None:
     except (FileNotFoundError, ImportError) as error:  # it says what to do; a traceback would bury that
         raise SystemExit(str(error)) from None
     print(front.dropna(axis="columns", how="all").to_markdown(index=False, floatfmt=".4g"))
-    print(front_file(expand(arguments.overrides)[0]))
+    print(front_file(first(arguments.overrides)))
 
 
 if __name__ == "__main__":

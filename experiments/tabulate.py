@@ -25,7 +25,7 @@ from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.metrics import Metric, is_current, read_document
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import PROJECT, project_path
-from experiments.configs import expand
+from experiments.configs import expand, first
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.runs import Run
 
@@ -531,7 +531,7 @@ def main() -> None:
         print(tabulate(arguments.overrides))
     except FileNotFoundError as error:  # it says what to do; a traceback would bury that
         raise SystemExit(str(error)) from None
-    cfg = expand(arguments.overrides)[0]
+    cfg = first(arguments.overrides)
     for suffix in ("csv", "md", "tex"):
         print(project_path(cfg.results) / f"{cfg.name}.{suffix}")
 

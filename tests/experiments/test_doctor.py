@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -80,7 +79,6 @@ def test_the_text_has_a_block_for_each_and_a_count(configuration):
 
 def test_the_command_reports_the_project_without_a_network():
     """As `make doctor` runs it: all options, exit status 0, and nothing is asked of the network."""
-    begin = time.monotonic()
     guard = (
         "import socket\ndef refuse(*a, **k): raise SystemExit('the network was used')\nsocket.getaddrinfo = refuse\n"
     )
@@ -92,7 +90,6 @@ def test_the_command_reports_the_project_without_a_network():
         text=True,
         check=True,
     )
-    assert time.monotonic() - begin < 60
     states = dict(reversed(line.split(maxsplit=1)) for line in done.stdout.splitlines() if re.match(r"\w", line[0:1]))
     names = {f"{group}={file.stem}" for group in ("scorer", "model") for file in (CONF / group).glob("*.yaml")}
     assert names <= set(states)

@@ -67,6 +67,7 @@ def test_two_processes_of_joblib_make_the_serial_table(serial, tmp_path, tiny_ch
     assert launched(tmp_path, tiny_checkpoint("sdxl"), "launcher=joblib", "hydra.launcher.n_jobs=2") == serial
 
 
+@pytest.mark.slow
 def test_submitits_local_executor_makes_the_serial_table(serial, tmp_path, tiny_checkpoint):
     """What goes to Slurm, without Slurm: jobs pickled, run in processes of their own, results awaited."""
     pytest.importorskip(PARTS["submitit_local"], reason='needs pip install -e ".[launchers]"')

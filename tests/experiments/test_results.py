@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from experiments import PROJECT
-from experiments.configs import expand
+from experiments.configs import first
 from experiments.tabulate import COLUMNS, TEXT, paper_table, render_markdown
 
 RESULTS = PROJECT / "results"
@@ -25,7 +25,7 @@ def test_the_diversity_table_compares_three_methods_on_both_mini_models():
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_a_table_is_what_its_csv_renders_to(path):
     frame = pd.read_csv(path, dtype=TEXT)
-    (cfg, *_) = expand([f"experiment={path.stem}"])
+    cfg = first([f"experiment={path.stem}"])
     markdown = render_markdown(frame, cfg.description, paper_table(path.stem, RESULTS / "paper.csv"))
     assert path.with_suffix(".md").read_text() == markdown
 
