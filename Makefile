@@ -46,6 +46,20 @@ sweep: $(VENV)/.installed-experiments  ## alpha x threshold x window on the deve
 	$(PY) -m experiments.tabulate experiment=sweep $(ARGS)
 	$(PY) -m experiments.plot experiment=sweep $(ARGS)
 
+.PHONY: cfg-scale
+cfg-scale: $(VENV)/.installed-experiments  ## without and with NegToMe at every scale of guidance (15 minutes)
+	$(PY) -m experiments.generate experiment=cfg_scale $(ARGS)
+	$(PY) -m experiments.generate experiment=cfg_scale_flux $(ARGS)
+	$(PY) -m experiments.evaluate experiment=cfg_scale $(ARGS)
+	$(PY) -m experiments.evaluate experiment=cfg_scale_flux $(ARGS)
+	$(PY) -m experiments.tabulate experiment=cfg_scale $(ARGS)
+	$(PY) -m experiments.tabulate experiment=cfg_scale_flux $(ARGS)
+	$(PY) -m experiments.plot experiment=cfg_scale $(ARGS)
+
+.PHONY: search
+search: $(VENV)/.installed-experiments,search  ## the most diversity within a loss of CLIPScore, by Optuna (16 minutes)
+	$(PY) -m experiments.search experiment=search $(ARGS)
+
 .PHONY: latency
 latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (5 minutes on a CPU)
 	$(PY) -m experiments.latency experiment=latency $(ARGS)
@@ -67,8 +81,12 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.mini.memorised
 
 .PHONY: test
-test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (2 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (4 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: inductor, Slurm's local executor, Ray where it is installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: rules and format

@@ -667,7 +667,7 @@ def _rows(
                 row |= _of_steps(name, variant, own, steps[PLAIN], np.array(masks[name]), level)
             if total is not None:
                 row |= _summary("call", "s", total)
-                row |= {} if name == PLAIN else _ratio("call", total / plain, level)
+                row |= {} if name == PLAIN else _ratio("call", total / plain, level, name)
                 row["image_s"] = float(np.median(total)) / case.batch
                 row["call_how"] = "measured" if schedule.measured == schedule.whole and counts == (
                     sum(masks[name]), len(schedule.measured) - sum(masks[name])
@@ -686,7 +686,7 @@ def _of_steps(
             continue
         row |= _summary(where, "ms", own[:, :, mask].ravel() * 1000)
         if name != PLAIN:
-            row |= _ratio(where, per_round(own, mask) / per_round(plain, mask), level)
+            row |= _ratio(where, per_round(own, mask) / per_round(plain, mask), level, name)
     return row
 
 
@@ -695,9 +695,11 @@ def _summary(name: str, unit: str, values: np.ndarray) -> dict[str, float]:
     return {f"{name}_{unit}": float(middle), f"{name}_q1_{unit}": float(low), f"{name}_q3_{unit}": float(high)}
 
 
-def _ratio(name: str, ratios: np.ndarray, level: float) -> dict[str, float | None]:
-    keys = (f"{name}_ratio", f"{name}_ratio_low", f"{name}_ratio_high")
-    return dict(zip(keys, median_interval(ratios, level), strict=True))
+def _ratio(what: str, ratios: np.ndarray, level: float, variant: str) -> dict[str, float | None]:
+    value, low, high = median_interval(ratios, level)
+    if variant == BOUND:  # added to every round alike: what varies over rounds is not what is uncertain of it
+        low = high = None
+    return {f"{what}_ratio": value, f"{what}_ratio_low": low, f"{what}_ratio_high": high}
 
 
 def _memory(timings: Mapping[str, list[list[Timing]]], name: str) -> dict[str, float | None]:
@@ -795,8 +797,12 @@ def read_rows(file: Path | io.StringIO) -> pd.DataFrame:
 
 
 def _configurations(frame: pd.DataFrame) -> list[str]:
-    return [canonical([f"{value:g}" if isinstance(value, float) else str(value) for value in row])
-            for row in frame[CONFIGURATION].astype(object).itertuples(index=False)]  # fmt: skip
+    """Return each row's `CONFIGURATION` as a text; a table's case makes the curve over the window too."""
+    told = frame[CONFIGURATION].replace({"part": {"window": "table"}}).astype(object)
+    return [
+        canonical([f"{value:g}" if isinstance(value, float) else str(value) for value in row])
+        for row in told.itertuples(index=False)
+    ]
 
 
 def _csv(frame: pd.DataFrame) -> str:
@@ -818,7 +824,8 @@ def run(overrides: Sequence[str]) -> str:
     path = folder / f"{cfg.name}.csv"
     for case in configured_cases(overrides):
         setting = setting_id(case, cfg, device, _weights(case.model, cfg.latency.weights))
-        if path.exists() and not cfg.force and setting in set(read_rows(path)["setting"]):
+        there = read_rows(path) if path.exists() else pd.DataFrame(columns=["setting", "part"])
+        if not cfg.force and ((there["setting"] == setting) & (there["part"] == case.part)).any():
             log.info("%s (%s): measured already", case.label, case.part)
             continue
         merge_rows(path, measure(case, cfg, device))

@@ -219,7 +219,12 @@ def paper_table(frame: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
                 entry = {"source": f"here: {TITLES[variant]}", "setting": "FLUX.1-dev 768x768 25 steps 4 images"}
                 entry |= {"device": _setup(row), "without, s": _digits(plain["call_s"])}
                 entry |= {"with, s": _digits(row["call_s"]), "increase": shown}
-                table.append(entry | {"note": f"{row['weights']} weights; without text encoders and decoding"})
+                note = f"{row['weights']} weights"
+                if row["weights"] == "random":
+                    note += "; without text encoders and decoding"
+                elif row["call_how"] == "composed":
+                    note += "; without decoding"
+                table.append(entry | {"note": note})
     if rows.empty:
         ours = {"source": "here", "setting": "FLUX.1-dev 768x768 25 steps 4 images"}
         table.append(ours | dict.fromkeys(unknown, "not measured") | {"note": ""})

@@ -34,7 +34,6 @@ from experiments.runs import Run, canonical
 from experiments.tabulate import (
     ROLES,
     SETTING,
-    TEXT,
     change,
     commands,
     findings,
@@ -803,7 +802,7 @@ def plot(configs: list[DictConfig]) -> list[Path]:
     """Write the experiment's figures into the results folder and return their paths."""
     cfg = configs[0]
     results = project_path(cfg.results)
-    frame = pd.read_csv(results / f"{cfg.name}.csv", dtype=TEXT)
+    frame = read_table(cfg.name, cfg.results)
     files = []
     for name, (figure, _) in figures(frame).items():
         files += save(figure, results / f"{cfg.name}_{name}")
@@ -821,8 +820,11 @@ def plot(configs: list[DictConfig]) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for experiments.generate")
-    for file in plot(expand(parser.parse_args().overrides)):
-        print(file)
+    try:
+        for file in plot(expand(parser.parse_args().overrides)):
+            print(file)
+    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

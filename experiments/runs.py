@@ -243,7 +243,8 @@ class Run:
         A run of the same id has the same pixels, whatever it was made for: ablations share their baseline and the
         model's own strengths. Files are linked where the disk can do that, else copied.
         """
-        place, taken = self.folder.relative_to(self.folder.parents[2]), 0
+        place, taken, sources = self.folder.relative_to(self.folder.parents[2]), 0, []
+        own = any(self.folder.glob("images/*/[0-9]*/group.json"))
         for experiment in sorted(self.folder.parents[3].iterdir()):
             other = Run(experiment / place)
             if other == self or not (other.folder / "config.yaml").is_file():
@@ -258,6 +259,10 @@ class Run:
                 with self._appearing(group) as temporary:
                     shutil.copytree(other.group_folder(group), temporary, copy_function=_link_or_copy)
                 taken += 1
+                sources.append(other)
+        if sources and not own and len(set(sources)) == 1:
+            # Where and when it was made is where and when its images were.
+            write_text(self.folder / "environment.json", (sources[0].folder / "environment.json").read_text())
         return taken
 
     @contextlib.contextmanager

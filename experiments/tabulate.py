@@ -34,7 +34,12 @@ TEXT = {"run_id": str, "commit": str, "primary": str}
 #: What a row's metric may be primary for, in the order of the main table's columns.
 ROLES = ("diversity", "resemblance", "quality")
 #: Settings that are printed only where a model's runs differ in them, and how they are headed.
-FURTHER = {"guidance_scale": "guidance", "sites": "blocks"}
+FURTHER = {
+    "guidance_scale": "guidance", "steps": "steps", "true_cfg_scale": "true guidance", "reference": "from",
+    "sites": "blocks",
+}  # fmt: skip
+#: Those of them that are of methods alone: that the run without one has none is no other choice of them.
+OF_METHODS = ("true_cfg_scale", "reference", "sites")
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
 #: Columns that say which measured thing a row is; with the metric they are the row's key. By which encoder it was
@@ -113,6 +118,9 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
     """
     for cfg in configs:
         _check_primary(cfg)
+    level = configs[0].bootstrap.level
+    if level != 0.95:
+        raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
     rows = []
@@ -128,8 +136,8 @@ def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
                     f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: "
                     "there are no values of groups to exchange; choose a metric of groups, as clip_score, in `primary`"
                 )
-            reference = None if baseline == run else _document(baseline, name, metric)
-            rows.append(_row(cfg, run, name, _document(run, name, metric), reference))
+            reference = None if baseline == run else find_document(baseline, name, metric)
+            rows.append(_row(cfg, run, name, find_document(run, name, metric), reference))
     return rows
 
 
@@ -167,7 +175,7 @@ def _row(
         "experiment": cfg.name,
         "model": cfg.model.name,
         "guidance_scale": cfg.model.call.guidance_scale,
-        "true_cfg_scale": cfg.model.call.get("true_cfg_scale"),
+        "true_cfg_scale": settings.get("true_cfg_scale", cfg.model.call.get("true_cfg_scale")),
         "steps": cfg.model.call.num_inference_steps,
         "method": cfg.method.name,
         **{key: settings.get(key) for key in ("matching", "reference", "alpha", "threshold")},
@@ -226,7 +234,12 @@ def _comparison(
     return columns
 
 
-def _document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
+def find_document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
+    """Read a run's score.
+
+    Raises:
+        FileNotFoundError: it was not measured, or by another version or of other images.
+    """
     path = document_path(run.folder / METRICS, name, metric)
     document = read_document(path) if path.exists() else None
     if document is None or not is_current(document, metric, run.folder):
@@ -240,9 +253,20 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
     Returns:
         The CSV's content, read back: a table made now and one made from the committed file are the same.
+
+    Raises:
+        ValueError: two of the runs have the same key, and are to be told apart.
     """
     text = _csv(pd.DataFrame(rows, columns=COLUMNS))
     frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
+    runs: dict[tuple[str, ...], str] = {}
+    for key, run in zip(_keys(io.StringIO(text)), frame["run_id"], strict=True):
+        if runs.setdefault(key, run) != run:
+            raise ValueError(
+                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(SETTING)}), so that one "
+                "would replace the other: give them names of their own (method.name=NAME), or tabulate them into other "
+                "folders (results=FOLDER)"
+            )
     if path.exists():
         old, was, keys = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS), _keys(path), _keys(io.StringIO(text))
         kept = [key not in set(keys) for key in was]
@@ -341,8 +365,7 @@ def _further(frame: pd.DataFrame) -> tuple[str, ...]:
     """Return the columns of `FURTHER` that differ among the runs of a model, and so have to be told."""
     counts = frame.groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
     compared = frame[frame["method"] != "none"].groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
-    # The run without a method has no sites, which is no other choice of them.
-    return tuple(column for column in FURTHER if (compared if column == "sites" else counts)[column].max() > 1)
+    return tuple(column for column in FURTHER if (compared if column in OF_METHODS else counts)[column].max() > 1)
 
 
 def run_labels(frame: pd.DataFrame) -> dict[str, str]:
@@ -430,7 +453,7 @@ def _finding(row: pd.Series) -> str:
     direction = "raised" if row["difference"] > 0 else "lowered"
     excluded = row["difference_low"] > 0 or row["difference_high"] < 0
     verb = direction if row["p_holm"] <= LEVEL else f"may have {direction}" if excluded else "did not measurably change"
-    facts = [f"{row['difference'] / base:+.1%}"] if base else []
+    facts = [f"{100 * row['difference'] / abs(base):+.1f} %"] if base else []
     if not pd.isna(row["p_holm"]):
         facts.append(f"p {_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {_p(row['p_holm'])}")
     if not pd.isna(row["win_rate"]):

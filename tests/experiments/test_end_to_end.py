@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eval.images import read_manifest
-from experiments import PROJECT, plot, tabulate
+from experiments import PROJECT, compare, plot, tabulate
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
@@ -304,6 +304,26 @@ def test_random_weights_never_enter_a_table(finished):
         evaluate(cfg)
     with pytest.raises(ValueError, match="random weights"):
         tabulate.tabulate([*arguments, "model.kind=tiny"])
+
+
+def test_methods_are_compared_with_each_other_too(finished):
+    arguments, _ = finished
+    configs = expand(arguments)
+    frame = compare.compare(configs, "none")
+    table, _ = tabulate.write_table(configs)
+    table = table[table["primary"].notna() & (table["method"] != "none")].sort_values(["method", "metric"])
+    frame = frame.sort_values(["method", "metric"])
+    # Against the run without a method it is the table's own comparison.
+    for column in ("difference", "p_value", "effect_size", "win_rate"):
+        assert frame[column].tolist() == pytest.approx(table[column].tolist(), rel=1e-5), column
+    # The other way round everything is the other way round.
+    turned = compare.compare(configs, "negtome").set_index(["method", "metric"])["difference"]
+    straight = frame.set_index(["method", "metric"])["difference"]
+    for metric in frame["metric"].unique():
+        assert turned["none", metric] == pytest.approx(-straight["negtome", metric])
+    assert "# diversity against none" in compare.render(frame, "diversity", "none")
+    with pytest.raises(ValueError, match=r"expected one of the experiment's methods \(none, negtome, .*got 'cads'"):
+        compare.compare(configs, "cads")
 
 
 def test_figures_are_made_from_the_table_and_the_images(finished):

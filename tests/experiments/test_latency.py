@@ -241,7 +241,8 @@ def test_a_run_writes_a_row_for_every_variant_and_window(flux):
     assert (table["measured_steps"] == 3).all() and table.loc[["none", "first"], "measured_inside"].tolist() == [2, 2]
     assert table.loc["outside", "measured_inside"] == 1 and pd.isna(table.loc["outside", "inside_ms"])
     assert table.loc["none", ["inside_ratio", "outside_ratio", "call_ratio"]].isna().all()
-    compared = table.drop(["none", "outside"])
+    compared = table.drop(["none", "outside", "lower_bound"])
+    assert table.loc["lower_bound", ["inside_ratio_low", "call_ratio_high"]].isna().all(), "rounds say nothing of it"
     for quantity in ("inside", "call"):
         value, low, high = (compared[f"{quantity}_ratio{end}"] for end in ("", "_low", "_high"))
         assert ((low <= value) & (value <= high)).all(), quantity

@@ -56,11 +56,31 @@ def test_primary_metrics_must_be_two_that_are_measured(overrides, message, tmp_p
         tabulate.rows_of(configured(f"outputs={tmp_path}", *overrides))
 
 
+def test_intervals_of_another_level_are_not_called_95_percent():
+    with pytest.raises(ValueError, match="expected bootstrap.level=0.95, got 0.9"):
+        tabulate.rows_of(configured("bootstrap.level=0.9"))
+
+
+def test_runs_that_a_table_cannot_tell_apart_are_refused(tmp_path):
+    path = tmp_path / "e.csv"
+    tabulate.merge_rows(path, [ROW])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"Runs 0123 and 4567 differ in nothing that a table tells .*results=FOLDER"):
+        tabulate.merge_rows(path, [ROW, ROW | {"run_id": "4567"}])
+    assert path.read_bytes() == before
+
+
+def test_what_makes_a_table_is_what_the_makefile_says():
+    assert tabulate.commands("search")[0] == "make search"
+    assert "python -m experiments.tabulate experiment=cfg_scale_flux" in tabulate.commands("cfg_scale")
+    assert tabulate.commands("ablate_alpha")[0].startswith("python -m experiments.generate experiment=ablate_alpha;")
+
+
 def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     (cfg,) = configured("primary.quality=kernel_distance_scorer")
     monkeypatch.setattr(tabulate.Run, "find", lambda cfg: "run")
     monkeypatch.setattr(tabulate.Run, "find_baseline", lambda cfg: "baseline")
-    monkeypatch.setattr(tabulate, "_document", lambda *arguments: {})
+    monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
     monkeypatch.setattr(tabulate, "_row", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
         tabulate.rows_of([cfg])
@@ -194,7 +214,7 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
         ("negtome_reference", "maximum_resemblance"), "p_holm"
     ] == pytest.approx(0.002)
     (finding,) = tabulate.findings(frame)
-    assert "negtome_reference: lowered the maximum resemblance by -0.200 [-0.250, -0.150] (-25.0%, p = 0.002" in finding
+    assert "negtome_reference: lowered the maximum resemblance by -0.200 [-0.250, -0.150] (-25.0 %, p = 0.002" in finding
     assert "24 groups in 11 independent units" in finding
     assert tabulate.other_table(frame)["metric"].tolist() == ["change benign"]
     page = tabulate.render_markdown(frame, "What it costs.", pd.DataFrame())
