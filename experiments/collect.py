@@ -9,7 +9,8 @@ what (group, prompt, category, seed, number of images), and the value. A metric 
 without a group, and so has one whose groups have no number of their own, as an entropy.
 
 What cannot be taken is in `<table>_problems.csv`, a line a file or folder with the reason: damaged, half-finished and
-foreign runs; scores of another version or of other images than there are now; runs that were not scored.
+foreign runs; scores of another version or of other images than there are now; runs that were not scored. Pages of
+experiments.report hold copies of images in folders of runs' names, and are left out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     """Read all runs below a folder.
 
     Args:
-        folder: where to look, at any depth; relative paths are relative to the project. Hidden folders are left out.
+        folder: where to look, at any depth, or a run's own; relative paths are relative to the project. Hidden folders
+            and reports are left out.
 
     Returns:
         The table, rows by run, metric and group; and the problems: `path` relative to the folder, and `problem`.
@@ -88,9 +90,19 @@ def run_folders(folder: Path) -> Iterator[Path]:
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         path = Path(place)
-        if path != folder and (re.fullmatch("[0-9a-f]{12}", path.name) or any(mark in files for mark in MARKS)):
+        signs = (re.fullmatch("[0-9a-f]{12}", path.name) is not None, any(mark in files for mark in MARKS))
+        # The folder that was asked for is rather one of runs, unless all speaks for a run.
+        if all(signs) if path == folder else any(signs):
             names.clear()
             yield path
+        elif "index.html" in files and _is_report(path / "index.html"):
+            names.clear()
+
+
+def _is_report(page: Path) -> bool:
+    from experiments.report import MARK  # loads all that draws, which nothing else here needs
+
+    return page.is_file() and MARK.encode() in page.read_bytes()
 
 
 def metric_versions() -> dict[str, set[int]]:
@@ -111,7 +123,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
             yield Problem("", "damaged or foreign: expected a run folder, got one without config.yaml")
             return
         about = _about(run)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         yield Problem("", f"damaged or foreign: {type(error).__name__}: {error}")
         return
     if not run.complete:
@@ -255,7 +267,7 @@ def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie (default: outputs)")
+    parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie, or a run (default: outputs)")
     parser.add_argument("--to", type=Path, help="the table, without a suffix (default: collected, in the folder)")
     arguments = parser.parse_args()
     try:

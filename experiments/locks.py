@@ -46,11 +46,13 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _open(path: Path) -> IO[str]:
-    while True:
+    for left in reversed(range(300)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("a")
         except (FileNotFoundError, FileExistsError):
-            # A run that is just completed sweeps the folder away: between these two lines, or within the first.
-            if path.parent.is_file():
+            # A run that is just completed sweeps the folder away: between these two lines, or within the first. What is
+            # no folder, as a file or a link to nothing, stays.
+            if path.parent.is_file() or not left:
                 raise
+    raise AssertionError("not reached: the last attempt returns or raises")

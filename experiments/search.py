@@ -53,11 +53,12 @@ class Trials:
 
     Attributes:
         baseline: the run without a method.
-        tried: run id -> configuration, in the order of the trials; a setting that was drawn twice stands once.
+        tried: run id -> number of the trial, from 1, and configuration, in the order of the trials; a setting that was
+            drawn twice stands once, with the first one's number.
     """
 
     baseline: DictConfig
-    tried: dict[str, DictConfig] = field(default_factory=dict)
+    tried: dict[str, tuple[int, DictConfig]] = field(default_factory=dict)
 
 
 def search(overrides: list[str]) -> pd.DataFrame:
@@ -73,19 +74,19 @@ def search(overrides: list[str]) -> pd.DataFrame:
 
     Raises:
         ImportError: Optuna is not installed.
-        ValueError: the search is not configured as above.
+        ValueError: the search is not configured as above, or its primary metrics can choose nothing.
     """
     configs = expand(overrides)
-    first = configs[0]
-    if "search" not in first:
+    common = configs[0]
+    if "search" not in common:
         raise ValueError(
-            f"expected an experiment with a `search`, got {first.name!r}: give experiment=search, or write one like it"
+            f"expected an experiment with a `search`, got {common.name!r}: give experiment=search, or write one like it"
         )
     found = [_search_model(baseline, method) for baseline, method in _pairs(configs)]
-    frame, _ = write_table([cfg for trials in found for cfg in (trials.baseline, *trials.tried.values())])
+    frame, _ = write_table([cfg for one in found for cfg in (one.baseline, *(cfg for _, cfg in one.tried.values()))])
     fronts = [_front(frame, trials) for trials in found]
     front = pd.concat(fronts, ignore_index=True)
-    write_text(front_file(first), front.to_csv(index=False, float_format="%.6g"))
+    write_text(front_file(common), front.to_csv(index=False, float_format="%.6g"))
     return front
 
 
@@ -123,6 +124,7 @@ def _search_model(baseline: DictConfig, method: DictConfig) -> Trials:
     up = {role: document["higher_is_better"] for role, document in base.items()}
     if None in up.values():
         raise ValueError(f"expected primary metrics of which more or less is better, got {primary_metrics(method)}")
+    _check_margin(base["quality"])
     roles = [role for role in base if role != "quality"] + ["quality"]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -134,21 +136,21 @@ def _search_model(baseline: DictConfig, method: DictConfig) -> Trials:
     # The model's own strengths first, where they may be drawn: the search then never ends below them.
     if all(_may_draw(axes[name], value) for name, value in usual.items()):
         study.enqueue_trial(usual)
-    margin = method.primary.quality_margin * abs(base["quality"]["value"])
-    for number in range(method.search.trials):
+    margin = method.primary.quality_margin * base["quality"]["value"]
+    for number in range(1, method.search.trials + 1):
         trial = study.ask(_space(method))
         cfg = copy.deepcopy(method)
         for name, value in trial.params.items():
             OmegaConf.update(cfg, axes[name].setting, round(value, 10))  # 0.30000000000000004 is 0.3
         run, documents = _measure(cfg)
-        trials.tried.setdefault(run.id, cfg)
+        trials.tried.setdefault(run.id, (number, cfg))
         values = {role: document["value"] for role, document in documents.items()}
         loss = (base["quality"]["value"] - values["quality"]) * (1 if up["quality"] else -1)
         trial.set_constraint("loss of quality", loss - margin)
         study.tell(trial, [values[role] for role in roles])
         drawn = ", ".join(f"{name} {value:g}" for name, value in trial.params.items())
         found = ", ".join(f"{role} {values[role]:.4g}" for role in roles)
-        log.info("%s: trial %d of %d: %s: %s", method.model.name, number + 1, method.search.trials, drawn, found)
+        log.info("%s: trial %d of %d: %s: %s", method.model.name, number, method.search.trials, drawn, found)
     return trials
 
 
@@ -186,6 +188,17 @@ def _check_space(cfg: DictConfig) -> None:
             )
 
 
+def _check_margin(quality: dict[str, Any]) -> None:
+    """Refuse a quality of which a share is no margin: the table then has none, and nothing could be chosen."""
+    least, value = quality["bounds"][0], quality["value"]
+    if least is None or least < 0 or value <= 0:
+        raise ValueError(
+            f"expected primary.quality to be a metric that is never below 0, and above it without a method, got "
+            f"{quality['metric']}, {value:.4g} of at least {'-inf' if least is None else least}: a share of that is no "
+            "margin, and nothing could be chosen; take another one, as clip_score"
+        )
+
+
 def _may_draw(axis: DictConfig, value: float) -> bool:
     steps = (value - axis.low) / axis.step
     return axis.low <= value <= axis.high and abs(steps - round(steps)) < 1e-6
@@ -196,14 +209,14 @@ def _front(frame: pd.DataFrame, trials: Trials) -> pd.DataFrame:
     cfg = trials.baseline
     metrics = primary_metrics(cfg)
     claim = next(name for role, name in metrics.items() if role != "quality")
-    model, ids = cfg.model.name, [Run.find(cfg).id, *trials.tried]
-    mine = frame[(frame["model"] == model) & frame["run_id"].isin(ids)]
+    model = cfg.model.name
+    mine = frame[(frame["model"] == model) & frame["run_id"].isin([Run.find(cfg).id, *trials.tried])]
     chosen = chosen_run(mine, claim, metrics["quality"], model)
     rows = []
     for run in pareto_front(mine, claim, metrics["quality"], model):
         measured = mine[mine["run_id"] == run].set_index("metric")
         row = {name: measured[name].iloc[0] for name in SETTING}
-        row |= {"trial": ids.index(run) or None, "chosen": run == chosen}
+        row |= {"trial": trials.tried[run][0] if run in trials.tried else None, "chosen": run == chosen}
         for metric in (claim, metrics["quality"]):
             columns = ("value", "difference", "difference_low", "difference_high")
             row |= {f"{metric}_{name}".removesuffix("_value"): measured.loc[metric, name] for name in columns}

