@@ -82,10 +82,10 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 
 .PHONY: test
 test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (4 minutes on two cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: inductor, Slurm's local executor, Ray where it is installed
+test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, joblib, Slurm's local executor, several processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
 .PHONY: lint

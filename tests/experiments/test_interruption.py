@@ -192,6 +192,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_two_commands_at_the_same_run_share_its_groups(undisturbed, asked, tmp_path, tabulated):
     """Whoever comes second takes what the first has not begun; nothing is made twice, and nobody waits for ever."""

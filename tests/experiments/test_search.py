@@ -86,6 +86,7 @@ def test_trials_are_ordinary_runs_and_the_models_own_strengths_the_first(found):
     assert set(tried["alpha"]) <= {0.3, 0.9} and set(tried["threshold"]) <= {0.0, 0.5}
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_ends_as_an_undisturbed_one(found, tmp_path, tiny_overrides, monkeypatch):
     arguments, front = found
     again = tiny_overrides("search", tmp_path, *SMALL)

@@ -607,8 +607,8 @@ def compile_blocks(pipe, **options):
 
 
 # Flux has every way; SDXL, which takes longer to compile, those that compile it in place.
-COMPILED = [("flux", compile_in_place), ("flux", compile_and_replace), ("flux", compile_blocks)]
-COMPILED += [("sdxl", compile_in_place), ("sdxl", compile_blocks)]
+COMPILED = [("flux", compile_in_place), ("flux", compile_and_replace), ("sdxl", compile_in_place)]
+COMPILED += [pytest.param(kind, compile_blocks, marks=pytest.mark.slow) for kind in KINDS]
 COMPILED += [pytest.param("sdxl", compile_and_replace, marks=pytest.mark.slow)]
 
 
