@@ -129,7 +129,14 @@ def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated
     assert not leftovers(tmp_path / "outputs")
 
 
-@pytest.mark.parametrize("what", ["an image", "the record", "the identity", "the manifest"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "an image",
+        "the manifest",
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("the record", "the identity")),
+    ],
+)
 def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, asked, tmp_path, tabulated, monkeypatch):
     """Real writes that fail half-way as on a full disk: part of the bytes are there, then ENOSPC."""
     configs = expand([*asked, "workers=1"])

@@ -299,6 +299,7 @@ def test_changed_code_is_measured_anew(flux, monkeypatch, tmp_path):
     assert latency.setting_id(case, cfg, "cpu", "0123") != before
 
 
+@pytest.mark.slow
 def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatch):
     """A call of the model's own steps is measured, not composed; a variant that is too large is told, not fatal."""
     attached = latency.attached

@@ -67,6 +67,7 @@ def test_a_local_ray_makes_the_serial_table(serial, launched):
     assert launched("launcher=ray", *cpus) == serial
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_make_the_serial_table(serial, tmp_path, tiny_overrides, tabulated):
     for index in (1, 0):
         for cfg in expand(tiny_overrides("sweep", tmp_path, SWEEP, "shard.count=2", f"shard.index={index}")):

@@ -607,9 +607,10 @@ def compile_blocks(pipe, **options):
 
 
 # Flux has every way; SDXL, which takes longer to compile, those that compile it in place.
-COMPILED = [("flux", compile_in_place), ("flux", compile_and_replace), ("sdxl", compile_in_place)]
-COMPILED += [pytest.param(kind, compile_blocks, marks=pytest.mark.slow) for kind in KINDS]
-COMPILED += [pytest.param("sdxl", compile_and_replace, marks=pytest.mark.slow)]
+COMPILED = [(kind, compile_in_place) for kind in KINDS]
+COMPILED += [
+    pytest.param(kind, way, marks=pytest.mark.slow) for kind in KINDS for way in (compile_and_replace, compile_blocks)
+]
 
 
 @pytest.mark.parametrize(("kind", "compiled"), COMPILED)
