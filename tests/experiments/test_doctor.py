@@ -77,6 +77,7 @@ def test_the_text_has_a_block_for_each_and_a_count(configuration):
     assert "2 of 6 are ready" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_reports_the_project_without_a_network():
     """As `make doctor` runs it: all options, exit status 0, and nothing is asked of the network."""
     guard = (
