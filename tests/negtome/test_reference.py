@@ -372,6 +372,7 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         torch.testing.assert_close(row, own[0])
 
 
+@pytest.mark.parametrize("kind", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
     with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as attached:
         expected = generate(pipe)
