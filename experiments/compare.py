@@ -20,7 +20,7 @@ from experiments import project_path
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics, interval_options
 from experiments.runs import Run, request
-from experiments.tabulate import change, find_document, primary_metrics
+from experiments.tabulate import change, find_document, primary_metrics, printed_p, printed_percent
 
 
 def compare(configs: list[DictConfig], against: str) -> pd.DataFrame:
@@ -96,9 +96,9 @@ def render(frame: pd.DataFrame, name: str, against: str) -> str:
             "value": f"{row['value']:.3f}",
             against: f"{row['against_value']:.3f}",
             "difference": change(row),
-            "p": "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}",
+            "p": printed_p(row["p_holm"]),
             "d_z": f"{row['effect_size']:+.2f}",
-            "wins": f"{100 * row['win_rate']:.0f} %",
+            "wins": printed_percent(row["win_rate"]),
             "units": f"{row['n_units']:.0f}",
             "groups": f"{row['n_groups']:.0f}",
         }

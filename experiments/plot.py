@@ -38,6 +38,7 @@ from experiments.tabulate import (
     commands,
     findings,
     main_table,
+    printed_window,
     read_table,
     run_labels,
 )
@@ -186,10 +187,6 @@ def _errors(row: pd.Series, value: str, low: str, high: str) -> list[list[float]
     return [[max(row[value] - row[low], 0.0)], [max(row[high] - row[value], 0.0)]]
 
 
-def _window(row: pd.Series) -> str:
-    return "as configured" if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}"
-
-
 def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str = "clip_score") -> Figure:
     """Draw what a method is for against quality, one panel a model, crosses for the 95 % intervals.
 
@@ -310,7 +307,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         ValueError: the table lacks the model, the metric or the setting, or nothing was compared.
     """
     part = _of_model(frame, model, metric)
-    part = part.assign(window=[_window(row) for _, row in part.iterrows()])
+    part = part.assign(window=[printed_window(row, "as configured") for _, row in part.iterrows()])
     part = part.sort_values(["t_high", "t_low"], ascending=False, kind="stable", na_position="first")
     if over not in part:
         raise ValueError(f"expected a setting of the table ({', '.join(SETTING)}) or window, got {over!r}")
@@ -448,7 +445,7 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str) -> Figure:
             axis.set_yticks(range(len(alphas)), [f"{number:g}" for number in alphas])
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
-            axis.set_title(f"timesteps {_window(window)}")
+            axis.set_title(f"timesteps {printed_window(window, 'as configured')}")
             axis.set_xlabel("threshold")
         axes[0][0].set_ylabel("alpha")
         bar = figure.colorbar(image, ax=axes[0], pad=0.02)
@@ -679,7 +676,7 @@ def _is_grid(part: pd.DataFrame) -> bool:
 def swept_settings(frame: pd.DataFrame, model: str) -> list[str]:
     """Return the settings that differ among a model's runs of one method; the bounds of the window count as one."""
     part = frame[(frame["model"] == model) & (frame["method"] != "none")]
-    part = part.assign(window=[_window(row) for _, row in part.iterrows()])
+    part = part.assign(window=[printed_window(row, "as configured") for _, row in part.iterrows()])
     names = [name for name in SETTING if name not in ("model", "method", "t_low", "t_high")] + ["window"]
     counts = part.groupby("method")[names].nunique(dropna=False).max()
     return [name for name in names if counts[name] > 1]

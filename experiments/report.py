@@ -44,6 +44,7 @@ from experiments.tabulate import (
     main_table,
     other_table,
     paper_table,
+    printed_window,
     run_labels,
     scored_by,
 )
@@ -236,7 +237,7 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
         shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold")
         for column in shown:
             settings[column.replace("_", " ")] = _printed(common[column])
-        settings["window"] = "" if pd.isna(common["t_low"]) else f"{common['t_high']:g} to {common['t_low']:g}"
+        settings["window"] = printed_window(common)
         settings |= {"blocks": _printed(common["sites"]), "images": _printed(of_run["n_images"].max())}
         settings |= {"device": _printed(common["device"]), "commit": _printed(common["commit"])}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}

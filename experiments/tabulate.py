@@ -336,11 +336,16 @@ def _cell(row: pd.Series) -> str:
     return f"{row['value']:.{digits}f}; {change(row)}"
 
 
-def _p(value: float) -> str:
+def printed_window(row: pd.Series, without: str = "") -> str:
+    """Return the window of a run in words, from noise down, or `without` where it has none."""
+    return without if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}"
+
+
+def printed_p(value: float) -> str:
     return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _percent(share: float) -> str:
+def printed_percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
@@ -353,7 +358,7 @@ def _setting(row: pd.Series, further: tuple[str, ...] = ()) -> dict[str, str]:
     printed = {
         "alpha": "" if pd.isna(row["alpha"]) else f"{row['alpha']:g}",
         "threshold": "" if pd.isna(row["threshold"]) else f"{row['threshold']:g}",
-        "window": "" if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}",
+        "window": printed_window(row),
     }
     for column in further:
         value = row[column]
@@ -392,19 +397,19 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     for _, group in frame.groupby([*SETTING, "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
         entry = {"model": first["model"], "method": first["method"], **_setting(first, further)}
-        entry["pushed"] = "" if pd.isna(first["pushed_share"]) else _percent(first["pushed_share"])
+        entry["pushed"] = "" if pd.isna(first["pushed_share"]) else printed_percent(first["pushed_share"])
         tested = group[group["primary"].isin(ROLES)]
         for role in ROLES:
             for _, row in tested[tested["primary"] == role].iterrows():
                 by = f" by {row['encoder']}" if several[row["metric"]] else ""
                 metric = f"{row['metric'].replace('_', ' ')}{by}"
                 entry[f"{metric} ({_arrow(row)})"] = _cell(row)
-                entry[f"{metric}: p"] = _p(row["p_holm"])
+                entry[f"{metric}: p"] = printed_p(row["p_holm"])
                 if role == "quality":
                     entry["quality kept"] = _kept(row)
                 else:
                     entry["d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
-                    entry["wins"] = "" if pd.isna(row["win_rate"]) else _percent(row["win_rate"])
+                    entry["wins"] = "" if pd.isna(row["win_rate"]) else printed_percent(row["win_rate"])
         if not pd.isna(first["seconds"]):
             entry["seconds"] = f"{first['seconds']:.2f}"
         counted = first if tested.empty else tested.iloc[0]
@@ -455,12 +460,12 @@ def _finding(row: pd.Series) -> str:
     verb = direction if row["p_holm"] <= LEVEL else f"may have {direction}" if excluded else "did not measurably change"
     facts = [f"{100 * row['difference'] / abs(base):+.1f} %"] if base else []
     if not pd.isna(row["p_holm"]):
-        facts.append(f"p {_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {_p(row['p_holm'])}")
+        facts.append(f"p {printed_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {printed_p(row['p_holm'])}")
     if not pd.isna(row["win_rate"]):
-        facts.append(f"better in {_percent(row['win_rate'])} of the groups")
+        facts.append(f"better in {printed_percent(row['win_rate'])} of the groups")
     text = f"{verb} the {row['metric'].replace('_', ' ')} by {change(row)} ({', '.join(facts)})"
     if not pd.isna(row["non_inferior"]):
-        loss = _percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
+        loss = printed_percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
         text += f", and a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
     return text
 
