@@ -16,6 +16,8 @@ Nothing waits for the device, and torch.compile takes all of it in one graph.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 #: How a token finds the reference token it is pushed from; see `negative_merge`.
@@ -23,6 +25,10 @@ MATCHINGS = ("paper", "released")
 
 #: Which images of a group an image is pushed from; see `push_groups`.
 REFERENCES = ("first", "previous", "others")
+
+#: Lengths are rounded up to this one: a token of length zero gets similarity 0 instead of NaN, and where squares
+#: underflow, no length is too small.
+_SHORTEST = {dtype: 10 * torch.finfo(dtype).tiny ** 0.5 for dtype in (torch.float32, torch.float64)}
 
 #: Most elements of a similarity matrix that exist at once. Source tokens are processed in chunks below it (and never
 #: fewer than one token per batch entry). 2**26 is 256 MiB in float32.
@@ -100,34 +106,25 @@ def push_groups(
         threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others",
         (K - 1) * N otherwise.
     """
-    images = tokens.unflatten(0, (-1, group_size))  # [G, K, N, C]
-    if reference == "first":
-        moved, similarity = push_from(
-            images[:, 1:],
-            images[:, :1],
-            alpha=alpha,
-            threshold=threshold,
-            matching=matching,
-            mask=None,
-            inplace=inplace,
-        )
-        if not inplace:
-            tokens = torch.cat([images[:, :1], moved], dim=1).flatten(0, 1)
-        return tokens, similarity
-
+    images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
+    start = 0 if reference == "others" else 1
+    moving, targets = images[:, start:], images
     with torch.no_grad():
-        if reference == "previous":
-            start, found = 1, _nearest_among_previous(images)
+        length = _length(images)  # [G, K, N, 1]
+        if reference == "first":
+            targets = images[:, :1]
+            found = _match(moving, targets, length[:, 1:], length[:, :1], matching)
+        elif reference == "previous":
+            found = _match_previous(images, length)
         elif reference == "others":
-            start, found = 0, _nearest_among_others(images)
+            found = _match_others(images, length)
         else:
             raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
-        value, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))  # [G, K - start, N]
-        similarity = value / _length(images[:, start:])
-    moved = _push(images[:, start:], images, index, similarity, alpha, threshold, inplace)
+        similarity, weight = _weigh(found, alpha, threshold)
+    moved = _push(moving, targets, found.index, weight, inplace)
     if not inplace:
         tokens = (torch.cat([images[:, :1], moved], dim=1) if start else moved).flatten(0, 1)
-    return tokens, similarity.flatten(1)
+    return tokens, similarity
 
 
 def push_from(
@@ -156,54 +153,93 @@ def push_from(
         threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
     """
     with torch.no_grad():
-        if matching == "paper":
-            value, index = _nearest_reference(tokens, _unit(reference).flatten(1, 2), mask)
-            similarity = value / _length(tokens)
-        else:
-            value, index = _nearest_source(_unit(tokens), reference.squeeze(1))
-            similarity = value / _length(reference)
-            if mask is not None:
-                similarity = similarity.masked_fill(~mask, -torch.inf)
-    return _push(tokens, reference, index, similarity, alpha, threshold, inplace), similarity.flatten(1)
+        found = _match(tokens, reference, _length(tokens), _length(reference), matching, mask)
+        similarity, weight = _weigh(found, alpha, threshold)
+    return _push(tokens, reference, found.index, weight, inplace), similarity
+
+
+class _Found(NamedTuple):
+    """What every token [H, K, N, C] of K images is pushed from, if at all.
+
+    Attributes:
+        product: what met the threshold, times a length; in the tokens' dtype [H, K, N, 1], and free to be overwritten.
+        length: this length, of float32 or better, [H, K, N, 1] or [H, 1, N, 1].
+        index: the reference tokens, their numbers among all of a half; H * K * N in the order of the tokens.
+    """
+
+    product: torch.Tensor
+    length: torch.Tensor
+    index: torch.Tensor
+
+
+def _weigh(found: _Found, alpha: float, threshold: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compare what was found with the threshold.
+
+    Returns:
+        The similarity [H, K * N]; and the weight of each token's match in the result, -alpha or 0, [H, K, N, 1], in the
+        place of `found.product`, or None if nothing can move.
+    """
+    similarity, weight = found.product / found.length, None
+    if alpha != 0 and threshold < 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
+        weight = torch.gt(similarity, threshold, out=found.product).mul_(-alpha)
+    return similarity.flatten(1), weight
 
 
 def _push(
-    tokens: torch.Tensor,
-    reference: torch.Tensor,
-    index: torch.Tensor,
-    similarity: torch.Tensor,
-    alpha: float,
-    threshold: float,
-    inplace: bool,
+    tokens: torch.Tensor, reference: torch.Tensor, index: torch.Tensor, weight: torch.Tensor | None, inplace: bool
 ) -> torch.Tensor:
-    """Move tokens [H, K, N, C] away from the reference tokens [H, R, M, C] at index [H, K, N] into R * M.
-
-    Returns:
-        [H, K, N, C], `tokens` themselves if `inplace` or if nothing can move.
-    """
-    if alpha == 0 or threshold >= 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
+    """Move tokens [H, K, N, C] to where the weight [H, K, N, 1] of their match among the reference tokens puts them."""
+    if weight is None:
         return tokens
-    match = _take(reference, index)
-    weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha).unsqueeze(-1)
+    match = _take(reference, index, tokens.shape)
     # x + weight (match - x) in one pass
     return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight)
 
 
-def _nearest_reference(
-    tokens: torch.Tensor, unit_reference: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find for every source token [H, K, N, C] the most similar reference token [H, M, C], which have length 1.
-
-    Returns:
-        The product with it, in the tokens' dtype, and its number in M; both [H, K, N].
-    """
+def _match(
+    tokens: torch.Tensor,
+    reference: torch.Tensor,
+    length: torch.Tensor,
+    reference_length: torch.Tensor,
+    matching: str,
+    mask: torch.Tensor | None = None,
+) -> _Found:
+    """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known."""
+    if matching == "released":
+        product, index = _nearest_source(_unit(tokens, length), reference.squeeze(1))
+        if mask is not None:
+            product = product.masked_fill(~mask, -torch.inf)
+        return _Found(product.unsqueeze(-1), reference_length, index)
     H, K, N, _ = tokens.shape
+    target, forbidden = _unit(reference, reference_length).flatten(1, 2), None if mask is None else ~mask
     if H > 1 or tokens.stride(1) == N * tokens.stride(2):
         source = tokens.flatten(1, 2)  # a view; a copy where text stands between images and there are several halves
     else:
-        source, unit_reference = tokens[0], unit_reference.expand(K, -1, -1)
-    value, index = _largest_products(source, unit_reference, None if mask is None else ~mask)
-    return value.view(H, K, N), index.view(H, K, N)
+        source, target = tokens[0], target.expand(K, -1, -1)
+    product, index = _largest_products(source, target, forbidden)
+    return _Found(product.view(H, K, N, 1), length, index)
+
+
+def _match_previous(images: torch.Tensor, length: torch.Tensor) -> _Found:
+    """Match the tokens of image k > 0 in [G, K, N, C] with those of images 0 to k-1."""
+    unit = _unit(images[:, :-1], length[:, :-1])
+    found = [_largest_products(images[:, k], unit[:, :k].flatten(1, 2)) for k in range(1, images.shape[1])]
+    product, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+    return _Found(product.unsqueeze(-1), length[:, 1:], index)
+
+
+def _match_others(images: torch.Tensor, length: torch.Tensor) -> _Found:
+    """Match the tokens of each image in [G, K, N, C] with those of all the others."""
+    K, N = images.shape[1:3]
+    unit = _unit(images, length)
+    others, found = unit[:, 1:].clone(), []
+    for k in range(K):
+        product, index = _largest_products(images[:, k], others.flatten(1, 2))
+        found.append((product, index + (index >= k * N) * N))  # image k itself was left out
+        if k < K - 1:
+            others[:, k] = unit[:, k]  # in the place of image k + 1
+    product, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+    return _Found(product.unsqueeze(-1), length, index)
 
 
 def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,48 +251,46 @@ def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.
     values, indices = [], []
     K, N = unit.shape[1:3]
     for chunk in _chunks(reference, K * N):
-        value, index = (chunk @ unit.flatten(1, 2).mT).unflatten(-1, (K, N)).max(dim=-1)  # [H, m, K]
-        values.append(value)
-        indices.append(index)
+        product = torch.bmm(chunk, unit.flatten(1, 2).mT)  # [H, m, K * N]
+        value, index = _row_maxima(product.view(chunk.shape[0], -1, N))
+        values.append(value.view(*chunk.shape[:2], K))
+        indices.append(index.view(*chunk.shape[:2], K))
     return _join(values).mT, _join(indices).mT
-
-
-def _nearest_among_previous(images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Find for the tokens of image k > 0 in [G, K, N, C] their match among images 0 to k-1: [G, N] each, into K * N."""
-    unit = _unit(images[:, :-1])
-    return [_largest_products(images[:, k], unit[:, :k].flatten(1, 2)) for k in range(1, images.shape[1])]
-
-
-def _nearest_among_others(images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Find for the tokens of each image in [G, K, N, C] their match among the other images: [G, N] each, into K * N."""
-    K, N = images.shape[1:3]
-    unit = _unit(images)
-    others, found = unit[:, 1:].clone(), []
-    for k in range(K):
-        value, index = _largest_products(images[:, k], others.flatten(1, 2))
-        found.append((value, index + (index >= k * N) * N))  # image k itself was left out
-        if k < K - 1:
-            others[:, k] = unit[:, k]  # in the place of image k + 1
-    return found
 
 
 def _largest_products(
     source: torch.Tensor, target: torch.Tensor, forbidden: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the largest product of every row of source [B, n, C] with a row of target [B, M, C]: value and index [B, n].
+    """Find the largest product of every row of source [B, n, C] with a row of target [B, M, C].
 
     Args:
-        forbidden: [M] bool, rows of the target that are left out; where all are, the value is -inf.
+        forbidden: [M] bool, rows of the target that are left out; where all are, the product is -inf.
+
+    Returns:
+        The product and the number of the row, both [B, n].
     """
     values, indices = [], []
     for chunk in _chunks(source, target.shape[1]):
-        product = chunk @ target.mT  # [B, n, M]
+        product = torch.bmm(chunk, target.mT)  # [B, n, M]
         if forbidden is not None:
             product.masked_fill_(forbidden, -torch.inf)
-        value, index = product.max(dim=-1)
+        value, index = _row_maxima(product)
         values.append(value)
         indices.append(index)
     return _join(values), _join(indices)
+
+
+def _row_maxima(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the largest element, and of equal ones the first, in every row of [B, n, M]: value and index [B, n]."""
+    (B, n, M), block = product.shape, 32
+    if product.device.type != "cpu" or M % block or product.numel() < 2**16:
+        return product.max(dim=-1)
+    # On a CPU a maximum with its index takes ten times as long as one without, so where that is more than a few further
+    # calls, this looks for the best block, and then inside it.
+    blocks = product.view(B * n, M // block, block)
+    value, best = blocks.amax(dim=-1).max(dim=-1)
+    inside = blocks.flatten(0, 1).index_select(0, best + torch.arange(0, B * n * (M // block), M // block)).argmax(-1)
+    return value.view(B, n), inside.add_(best, alpha=block).view(B, n)
 
 
 def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
@@ -270,35 +304,29 @@ def _join(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _length(tokens: torch.Tensor) -> torch.Tensor:
-    """Measure tokens [..., C]: their lengths [...], of float32 or better, and never 0."""
-    precise = torch.promote_types(tokens.dtype, torch.float32)
-    length = torch.linalg.vector_norm(tokens, dim=-1, dtype=precise)
-    # A token of length zero gets similarity 0 instead of NaN; and where squares underflow, no length is too small.
-    return length.clamp_min_(10 * torch.finfo(precise).tiny ** 0.5)
+    """Measure tokens [..., C]: their lengths [..., 1], of float32 or better, and never 0."""
+    precise = torch.float64 if tokens.dtype is torch.float64 else torch.float32
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=precise)
+    return length.clamp_min_(_SHORTEST[precise])
 
 
-def _unit(tokens: torch.Tensor) -> torch.Tensor:
+def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """Scale tokens [..., C] to length 1, in their own dtype; what is not finite becomes 0, which nothing is similar to.
 
     Else the maximum of every token's products would be the NaN of one, and the weight of 0 would not keep it away.
     """
     # With `out`, nothing of float32 is written in between.
-    unit = torch.div(tokens, _length(tokens).unsqueeze(-1), out=tokens.new_empty(tokens.shape))
-    return unit.nan_to_num_(0.0, 0.0, 0.0)
+    return torch.div(tokens, length, out=tokens.new_empty(tokens.shape)).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _take(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Read tokens [H, R, M, C] at index [H, K, N] into R * M: [H, K, N, C]."""
-    tokens, rows = tokens.flatten(1, 2), index.flatten(1)
-    H, M, C = tokens.shape
-    if H == 1:
-        match = tokens[0].index_select(0, rows[0])
-    elif tokens.device.type == "cpu":  # where gather reads element by element
-        start = torch.arange(0, H * M, M).unsqueeze(1)
-        match = tokens.flatten(0, 1).index_select(0, (rows + start).flatten())
-    else:  # one kernel
-        match = tokens.gather(1, rows.unsqueeze(-1).expand(-1, -1, C))
-    return match.view(*index.shape, C)
+def _take(tokens: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Read tokens [H, R, M, C] at an index of H * K * N numbers below R * M, in the `shape` [H, K, N, C]."""
+    H, R, M, C = tokens.shape
+    if H > 1 and tokens.device.type != "cpu":  # where index_select would need one kernel more
+        return tokens.flatten(1, 2).gather(1, index.reshape(H, -1, 1).expand(-1, -1, C)).view(shape)
+    if H > 1:  # and gather would read element by element
+        index = index.reshape(H, -1) + torch.arange(0, H * R * M, R * M).unsqueeze(1)
+    return tokens.flatten(0, 2).index_select(0, index.reshape(-1)).view(shape)
 
 
 def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: torch.Tensor | None) -> None:

@@ -151,6 +151,23 @@ def test_chunks_change_nothing_and_keep_every_matrix_below_the_bound(matching, m
         assert largest.products == -(-30 // (bound // 90))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [512, 500])
+def test_a_long_row_has_its_maximum_where_torch_finds_it(dtype, columns):
+    """Block by block or at once: the first of equal elements, rows of nothing but -inf, and NaN as in torch.max."""
+    product = random(2, 128, columns).mul(4).round().to(dtype)  # some 25 values in a row of hundreds: ties everywhere
+    product[0, 0], product[1, 3, :-1], product[0, 5, 300:303] = -torch.inf, -torch.inf, torch.nan
+    expected = product.max(dim=-1)
+    counted = (product == expected.values.unsqueeze(-1)).sum(dim=-1)
+    assert (counted > 1).sum() > 50
+    assert product.numel() >= 2**16
+    value, index = merge._row_maxima(product)
+    torch.testing.assert_close(value, expected.values, rtol=0, atol=0, equal_nan=True)
+    first = (product == expected.values.unsqueeze(-1)).to(torch.uint8).argmax(dim=-1)
+    first[0, 5] = 300
+    assert torch.equal(index, first)
+
+
 def test_a_masked_reference_token_is_never_matched():
     tokens, reference = random(2, 12, 8), random(12, 8, seed=1)
     mask = torch.arange(12) % 3 == 0
