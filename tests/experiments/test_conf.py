@@ -86,7 +86,7 @@ def test_the_command_line_overrides_the_experiments_sweep():
 
 def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset():
     def groups(model):
-        return instantiate(expand([f"model={model}"])[0].prompts).groups()
+        return instantiate(composed(f"model={model}").prompts).groups()
 
     for model in ("sdxl", "flux-dev", "flux-schnell"):
         assert sum(group.size for group in groups(model)) == 5600
@@ -96,18 +96,18 @@ def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset
 
 
 def test_no_category_is_both_tuned_and_reported():
-    test, development = (instantiate(expand([f"prompts={name}"])[0].prompts) for name in ("diversity", "development"))
+    test, development = (instantiate(composed(f"prompts={name}").prompts) for name in ("diversity", "development"))
     assert (test.split, development.split) == ("test", "development")
     assert not set(test.categories) & set(development.categories)
 
 
 def test_the_two_matchings_differ_in_the_matching_alone():
-    paper, released = (instantiate(expand([f"method={name}"])[0].method) for name in ("negtome", "negtome_released"))
+    paper, released = (instantiate(composed(f"method={name}").method) for name in ("negtome", "negtome_released"))
     assert isinstance(paper, NegToMe)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
     assert changed == {"matching"}
     assert (paper.config.matching, released.config.matching) == ("paper", "released")
-    assert isinstance(instantiate(expand(["method=none"])[0].method), Baseline)
+    assert isinstance(instantiate(composed("method=none").method), Baseline)
 
 
 def test_the_real_models_strengths_are_the_librarys_presets():
@@ -115,7 +115,7 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         ("sdxl", ("sdxl", "evaluation"), {"matching", "cross_attention"}),
         ("flux-dev", ("flux", "paper"), set()),
     ):
-        configured = instantiate(expand([f"model={model}", "method=negtome"])[0].method).config
+        configured = instantiate(composed(f"model={model}", "method=negtome").method).config
         published = NegToMeConfig.preset(*preset)
         changed = {f.name for f in fields(published) if getattr(published, f.name) != getattr(configured, f.name)}
         assert changed == differs, model
@@ -210,13 +210,13 @@ def test_a_misspelt_key_is_named():
 def test_every_key_of_the_models_is_the_same_set():
     keys = {}
     for option in (option for group, option in OPTIONS if group == "model"):
-        keys[option] = set(expand([f"model={option}"])[0].model)
+        keys[option] = set(composed(f"model={option}").model)
     assert len(set(map(frozenset, keys.values()))) == 1, keys
 
 
 def test_the_labels_cover_the_categories():
     for model, prompts in [("mini-sdxl", "diversity"), ("mini-sdxl", "development"), ("sdxl", "diversity")]:
-        cfg = expand([f"model={model}", f"prompts={prompts}"])[0]
+        cfg = composed(f"model={model}", f"prompts={prompts}")
         assert set(cfg.prompts.categories) <= set(cfg.model.labels)
 
 

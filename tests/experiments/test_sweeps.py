@@ -27,6 +27,11 @@ SWEEPS = {
 }
 #: One of every kind of figures is drawn: for a grid, one numeric setting, and one that sweeps the baseline along.
 DRAWN = {"sweep", "cfg_scale"}
+#: What differs from its neighbours by one line of configuration, which other tests read, is run among the slow tests.
+RUN = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in ("ablate_threshold", "ablate_window") else [])
+    for name in SWEEPS
+]
 #: Those that choose nothing, and so may look at the reported prompts.
 REPORTED = {"ablate_matching", "cfg_scale", "cfg_scale_flux"}
 
@@ -58,7 +63,7 @@ def test_every_experiment_that_sweeps_is_run_here():
     assert {file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")} == {*SWEEPS, *elsewhere}
 
 
-@pytest.mark.parametrize("experiment", SWEEPS)
+@pytest.mark.parametrize("experiment", RUN)
 def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
     configs, frame, markdown, files = done(experiment)
     labels = tabulate.run_labels(frame)
