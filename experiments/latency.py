@@ -45,9 +45,18 @@ from tqdm import tqdm
 
 import negtome
 from eval.images import write_text
-from experiments import PROJECT, latency_report, naive, pipelines, project_path, random_weights, select_device
+from experiments import (
+    PROJECT,
+    latency_profile,
+    latency_report,
+    naive,
+    pipelines,
+    project_path,
+    random_weights,
+    select_device,
+)
 from experiments.configs import expand
-from experiments.latency_report import BOUND, MEASURED, PLAIN
+from experiments.latency_report import BOUND, MEASURED, METHOD, PLAIN
 from experiments.runs import canonical, current_commit
 
 log = logging.getLogger(__name__)
@@ -57,7 +66,7 @@ LATENCY_VERSION = 1
 #: What the numbers depend on beside settings and versions: a case is measured anew when one of these files changes.
 CODE = [
     *sorted(Path(negtome.__file__).parent.glob("*.py")),
-    *(PROJECT / "experiments" / name for name in ("latency.py", "naive.py", "random_weights.py")),
+    *(PROJECT / "experiments" / name for name in ("latency.py", "latency_profile.py", "naive.py", "random_weights.py")),
 ]
 
 #: Columns that tell the measured configurations apart: a new measurement of one replaces all of its rows.
@@ -68,8 +77,8 @@ COLUMNS = [
     "inside_ms", "inside_q1_ms", "inside_q3_ms", "inside_ratio", "inside_ratio_low", "inside_ratio_high",
     "outside_ms", "outside_q1_ms", "outside_q3_ms", "outside_ratio", "outside_ratio_low", "outside_ratio_high",
     "call_s", "call_q1_s", "call_q3_s", "call_ratio", "call_ratio_low", "call_ratio_high", "call_how", "image_s",
-    "peak_mib", "peak_ratio", "rounds", "measured_steps", "measured_inside", "torch", "diffusers",
-    "cuda", "python", "setting", "commit",
+    "peak_mib", "peak_ratio", "operation", "operation_calls", "host_ms", "device_ms",
+    "rounds", "measured_steps", "measured_inside", "torch", "diffusers", "cuda", "python", "setting", "commit",
 ]  # fmt: skip
 #: Columns that hold text also where they look like numbers.
 TEXT = dict.fromkeys(("setting", "commit", "torch", "diffusers", "cuda", "python", "call_how"), str)
@@ -104,7 +113,7 @@ class Case:
 
     Attributes:
         part: "table", "batch" or "resolution": the table or the curve that its rows belong to. Those for
-            `curve_windows` belong to "window".
+            `curve_windows` belong to "window", and what a step of the table's method is made of to "profile".
         model: a conf/model/ group.
         side: height and width of the images in pixels.
         batch: images in a call, all of one prompt.
@@ -268,15 +277,23 @@ def measure(case: Case, cfg: DictConfig, device: str) -> list[dict[str, Any]]:
         with attached(pipe, variant, config, picture) as attachment:
             return time_call(pipe, call, device, attachment)
 
-    timings, bound = {}, None
+    def active_steps() -> list[bool]:
+        with attached(pipe, *plans[METHOD], picture) as attachment:
+            time_call(pipe, call, device, attachment)
+        return [step.active for step in attachment.steps]
+
+    timings, bound, parts = {}, None, []
     with _all_kept():
         names = _warm_up(case, run, plans)
         if PLAIN in names:
             shapes = site_shapes(pipe, call, negtome_config(case, case.variants[0], schedule.window), schedule)
             timings = take_rounds(names, case.rounds, run, case.label)
             bound = lower_bound(shapes, device, getattr(torch, case.model.dtype))
+        if case.part == "table" and timings and METHOD in names and not cfg.compile:
+            parts = latency_profile.parts(active_steps, case.rounds, device)
     common = _origin(case, cfg, device, weights)
-    return [common | row for row in _rows(case, schedule, plans, timings, bound, cfg.bootstrap.level)]
+    rows = _rows(case, schedule, plans, timings, bound, cfg.bootstrap.level)
+    return [common | row for row in [*rows, *(_profile_row(part, case.rounds, schedule) for part in parts)]]
 
 
 def inside_of(timesteps: Sequence[float], window: tuple[float, float]) -> list[bool]:
@@ -676,6 +693,20 @@ def _rows(
     return rows
 
 
+def _profile_row(part: latency_profile.Part, rounds: int, schedule: Schedule) -> dict[str, Any]:
+    return {
+        "part": "profile",
+        "variant": METHOD,
+        "operation": part.operation,
+        "operation_calls": part.calls,
+        "host_ms": part.host_ms,
+        "device_ms": part.device_ms,
+        "rounds": rounds,
+        "measured_steps": len(schedule.measured),
+        "measured_inside": sum(inside_of(schedule.measured, schedule.window)),
+    }
+
+
 def _of_steps(
     name: str, variant: Variant | None, own: np.ndarray, plain: np.ndarray, inside: np.ndarray, level: float
 ) -> dict[str, float | None]:
@@ -782,7 +813,7 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     frame = read_rows(io.StringIO(_csv(pd.DataFrame(rows, columns=COLUMNS))))
     if path.exists():
-        old = read_rows(path)
+        old = read_rows(path).reindex(columns=COLUMNS)  # a table of an earlier version lacks some
         fresh = set(_configurations(frame))
         kept = old[[key not in fresh for key in _configurations(old)]]
         frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True).infer_objects()
@@ -797,8 +828,8 @@ def read_rows(file: Path | io.StringIO) -> pd.DataFrame:
 
 
 def _configurations(frame: pd.DataFrame) -> list[str]:
-    """Return each row's `CONFIGURATION` as a text; a table's case makes the curve over the window too."""
-    told = frame[CONFIGURATION].replace({"part": {"window": "table"}}).astype(object)
+    """Return each row's `CONFIGURATION` as a text; a table's case makes the curve over the window and a profile too."""
+    told = frame[CONFIGURATION].replace({"part": {"window": "table", "profile": "table"}}).astype(object)
     return [
         canonical([f"{value:g}" if isinstance(value, float) else str(value) for value in row])
         for row in told.itertuples(index=False)

@@ -64,6 +64,12 @@ LEGEND = (
     "the first image and one pass over the tokens that move."
 )
 
+PROFILE = (
+    "Where it goes, of NegToMe from the first image: the method's own parts by the clock, in the median step; the push "
+    "by operation, in the shares that torch's profiler gives, which makes small ones look too long. The last "
+    "line is all that there is outside the window."
+)
+
 
 class Target(NamedTuple):
     """What the cost of the method is to be at most, as a ratio to the same without.
@@ -131,6 +137,26 @@ def case_table(rows: pd.DataFrame) -> pd.DataFrame:
         table.append(entry)
     frame = pd.DataFrame(table)
     return frame.loc[:, (frame != "").any()]
+
+
+def profile_table(rows: pd.DataFrame, step_ms: float) -> pd.DataFrame:
+    """Return what the method's part of a step is made of.
+
+    Args:
+        rows: those of one case's profile.
+        step_ms: a step without, in milliseconds.
+    """
+    cuda = rows["device_ms"].notna().any()
+    of_step = "on the device, of a step without" if cuda else "of a step without"
+    table = []
+    for _, row in rows.iterrows():
+        entry = {"what": row["operation"], "calls a step": f"{row['operation_calls']:.0f}"}
+        entry["host, ms"] = _digits(row["host_ms"])
+        entry |= {"device, ms": _digits(row["device_ms"])} if cuda else {}
+        table.append(
+            entry | {of_step: f"{(row['device_ms'] if cuda else row['host_ms']) / step_ms:.2%}".replace("%", " %")}
+        )
+    return pd.DataFrame(table)
 
 
 def scaling_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -208,7 +234,7 @@ def paper_table(frame: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 
     rows = _rows_of(frame, "table", "flux-dev", 768, PLAIN, (900, 1000))
     for _, plain in rows[rows["steps"] == 25].iterrows():
-        same = (frame[MEASURED].fillna("") == plain[MEASURED].fillna("")).all(axis=1)
+        same = _same_case(frame, plain)
         for variant in ("naive_released", "released", METHOD):
             found = frame[
                 same & (frame["part"] == "table") & (frame["variant"] == variant) & (frame["t_low"] == plain["t_low"])
@@ -280,7 +306,7 @@ def _spread(row: pd.Series, quantity: str, unit: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Write a positive number with three digits or, above 1000, as a whole one."""
+    """Write a positive number with three digits or, above 1000, as a whole one; others are noise around 0."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
 
 
@@ -322,6 +348,10 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     ]
     for first, rows in measured_cases(frame):
         parts += [f"## {_title(first)}", "", _how(first), "", _markdown(case_table(rows)), ""]
+        profile = _profile_of(frame, first)
+        if len(profile):
+            step = rows.loc[rows["variant"] == PLAIN, "inside_ms"].iloc[0]
+            parts += [PROFILE, "", _markdown(profile_table(profile, step)), ""]
     scaling = scaling_table(frame)
     if len(scaling):
         parts += [
@@ -341,6 +371,14 @@ def render_latex(frame: pd.DataFrame) -> str:
     """Return the tables of `render_markdown` that are ours as LaTeX."""
     tables = [target_table(frame), *(case_table(rows) for _, rows in measured_cases(frame)), scaling_table(frame)]
     return "\n".join(table.to_latex(index=False, escape=True) for table in tables if len(table))
+
+
+def _profile_of(frame: pd.DataFrame, case: pd.Series) -> pd.DataFrame:
+    return frame[_same_case(frame, case) & (frame["part"] == "profile")]
+
+
+def _same_case(frame: pd.DataFrame, case: pd.Series) -> pd.Series:
+    return (frame[MEASURED].fillna("") == case[MEASURED].fillna("")).all(axis=1)
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from scipy.stats import binom
 
 import negtome
-from experiments import PROJECT, latency, latency_report
+from experiments import PROJECT, latency, latency_profile, latency_report
 from experiments.configs import expand
 from experiments.latency import SiteShape, Timing
 
@@ -224,6 +224,40 @@ def test_the_shapes_of_the_floor_by_hand():
     assert latency.lower_bound({}, "cpu", torch.float32) == 0
 
 
+@pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
+def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(name, request):
+    pipe = request.getfixturevalue(name)
+    config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(600, 1000))
+    own = negtome.Attachment._begin
+    products, calls = [], []
+
+    def run():
+        with negtome.attach(pipe, config) as attached:
+            pipe(
+                "a dog", height=32, width=32, num_inference_steps=4, num_images_per_prompt=3, output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+        calls.append(attached.summary())
+        products[:] = [site for site, count in attached.counts().items() if count.compared]
+        return [step.active for step in attached.steps]
+
+    parts = {part.operation: part for part in latency_profile.parts(run, 2, "cpu")}
+    assert len(calls) == 2 + 2 and all(summary == calls[0] for summary in calls), "watching changes nothing"
+    assert negtome.Attachment._begin is own
+    operations = [part for operation, part in parts.items() if operation.startswith("push: ")]
+    assert list(parts) == [
+        "before the denoiser", "push", *(part.operation for part in operations), "after the denoiser",
+        "outside the window",
+    ]  # fmt: skip
+    assert all(part.host_ms > 0 and part.device_ms is None for part in parts.values())
+    assert math.isclose(sum(part.host_ms for part in operations), parts["push"].host_ms)
+    assert parts["before the denoiser"].calls == parts["after the denoiser"].calls == 1
+    # One product a site that is reached and large enough; the others come out again before.
+    assert parts["push: bmm"].calls == len(products) <= parts["push"].calls
+    told = [part.host_ms for part in operations[: latency_profile.TOLD]]
+    assert told == sorted(told, reverse=True)
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +266,14 @@ def test_a_run_writes_a_row_for_every_variant_and_window(flux):
     frame = latency.read_rows(folder / "latency.csv")
     assert list(frame.columns) == latency.COLUMNS
     counts = frame.groupby("part", sort=False).size().to_dict()
+    profile = counts.pop("profile")
     assert counts == {"table": 9 + 1, "window": 3 * (3 + 1), "batch": 2 * (3 + 1), "resolution": 2 * (3 + 1)}
+    parts = frame[frame["part"] == "profile"]
+    assert parts["operation"].iloc[[0, 1, -2, -1]].tolist() == [
+        "before the denoiser", "push", "after the denoiser", "outside the window",
+    ]  # fmt: skip
+    assert profile > 8 and parts["host_ms"].gt(0).all() and parts["device_ms"].isna().all()
+    frame = frame[frame["part"] != "profile"]
     traced = ["weights", "device", "threads", "torch", "diffusers", "python", "setting", "rounds", "steps_inside"]
     assert frame[traced].notna().all(axis=None)
 
@@ -350,6 +391,12 @@ def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_p
     assert frame["setting"].eq("123456789012").all() and frame["variant"].isin(["none", "first"]).all()
     assert path.read_text() == latency._csv(latency.read_rows(path))
 
+    # A table of an earlier version, which did not have some columns, goes on.
+    earlier = latency.read_rows(path).drop(columns=["operation", "host_ms"])
+    path.write_text(latency._csv(earlier))
+    frame = latency.merge_rows(path, rows(8.0, side=512))
+    assert list(frame.columns) == latency.COLUMNS and len(frame) == len(earlier) + 2
+
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
@@ -423,6 +470,29 @@ def test_a_case_is_one_table_with_two_columns_a_window():
         "10.4 (2.60)", "1.040 [1.039, 1.041]", "1005", "1.005",
     ]  # fmt: skip
     assert first["steps"] == 25
+
+
+def test_a_profile_says_what_share_of_a_step_each_part_has():
+    frame = table_of(measured(first=(1.03, 1, 1.02, 1005)), measured(device="H200", first=(1.03, 1, 1.02, 1005)))
+    rows = []
+    for operation, calls, host, device in (
+        ("push", 57, 5.0, 2.5),
+        ("push: bmm", 57, 1.0, 2.0),
+        ("push: view", 99, 1, 0),
+    ):
+        row = measured()[0] | {"part": "profile", "operation": operation, "operation_calls": calls}
+        rows.append(row | {"host_ms": host, "device_ms": device})
+    page = latency_report.render_markdown(
+        table_of(frame.to_dict("records"), rows), None, pd.read_csv(RESULTS / "paper.csv").iloc[:0]
+    )
+    assert page.count("Where it goes") == 1, "of the device that it was taken on"
+    (_, line) = page.split("Where it goes")
+    table = [[cell.strip() for cell in text.split("|")[1:-1]] for text in line.splitlines() if text.startswith("|")]
+    assert table[0] == ["what", "calls a step", "host, ms", "device, ms", "on the device, of a step without"]
+    assert table[2] == ["push", "57", "5.00", "2.50", "2.50 %"]
+    assert table[4] == ["push: view", "99", "1.00", "0", "0.00 %"]
+    on_a_cpu = pd.DataFrame(rows).assign(device_ms=None)
+    assert latency_report.profile_table(on_a_cpu, 100)["of a step without"].tolist() == ["5.00 %", "1.00 %", "1.00 %"]
 
 
 def test_the_papers_statement_stands_beside_the_same_setting_here():
