@@ -108,11 +108,10 @@ def push_groups(
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
     start = 0 if reference == "others" else 1
-    moving, targets = images[:, start:], images
+    moving, targets = images[:, start:], images[:, :1] if reference == "first" else images
     with torch.no_grad():
         length = _length(images)  # [G, K, N, 1]
         if reference == "first":
-            targets = images[:, :1]
             found = _match(moving, targets, length[:, 1:], length[:, :1], matching)
         elif reference == "previous":
             found = _match_previous(images, length)
@@ -120,7 +119,7 @@ def push_groups(
             found = _match_others(images, length)
         else:
             raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
-        similarity, weight = _weigh(found, alpha, threshold)
+        similarity, weight = _weigh(found, alpha, threshold, tokens.dtype)
     moved = _push(moving, targets, found.index, weight, inplace)
     if not inplace:
         tokens = (torch.cat([images[:, :1], moved], dim=1) if start else moved).flatten(0, 1)
@@ -154,7 +153,7 @@ def push_from(
     """
     with torch.no_grad():
         found = _match(tokens, reference, _length(tokens), _length(reference), matching, mask)
-        similarity, weight = _weigh(found, alpha, threshold)
+        similarity, weight = _weigh(found, alpha, threshold, tokens.dtype)
     return _push(tokens, reference, found.index, weight, inplace), similarity
 
 
@@ -162,26 +161,32 @@ class _Found(NamedTuple):
     """What every token [H, K, N, C] of K images is pushed from, if at all.
 
     Attributes:
-        product: what met the threshold, times a length; in the tokens' dtype [H, K, N, 1], and free to be overwritten.
+        product: what meets the threshold, times a length, [H, K, N, 1].
         length: this length, of float32 or better, [H, K, N, 1] or [H, 1, N, 1].
         index: the reference tokens, their numbers among all of a half; H * K * N in the order of the tokens.
+        still: [N, 1] bool, the tokens that may not move whatever was found; None if all may.
     """
 
     product: torch.Tensor
     length: torch.Tensor
     index: torch.Tensor
+    still: torch.Tensor | None = None
 
 
-def _weigh(found: _Found, alpha: float, threshold: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weigh(
+    found: _Found, alpha: float, threshold: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compare what was found with the threshold.
 
     Returns:
-        The similarity [H, K * N]; and the weight of each token's match in the result, -alpha or 0, [H, K, N, 1], in the
-        place of `found.product`, or None if nothing can move.
+        The similarity [H, K * N]; and the weight of each token's match in the result, -alpha or 0, of `dtype`
+        [H, K, N, 1], or None if nothing can move.
     """
     similarity, weight = found.product / found.length, None
+    if found.still is not None:
+        similarity = similarity.masked_fill(found.still, -torch.inf)
     if alpha != 0 and threshold < 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
-        weight = torch.gt(similarity, threshold, out=found.product).mul_(-alpha)
+        weight = (similarity > threshold).to(dtype).mul_(-alpha)
     return similarity.flatten(1), weight
 
 
@@ -207,9 +212,8 @@ def _match(
     """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known."""
     if matching == "released":
         product, index = _nearest_source(_unit(tokens, length), reference.squeeze(1))
-        if mask is not None:
-            product = product.masked_fill(~mask, -torch.inf)
-        return _Found(product.unsqueeze(-1), reference_length, index)
+        still = None if mask is None else ~mask.unsqueeze(-1)
+        return _Found(product.unsqueeze(-1), reference_length, index, still)
     H, K, N, _ = tokens.shape
     target, forbidden = _unit(reference, reference_length).flatten(1, 2), None if mask is None else ~mask
     if H > 1 or tokens.stride(1) == N * tokens.stride(2):
@@ -255,6 +259,7 @@ def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.
         value, index = _row_maxima(product.view(chunk.shape[0], -1, N))
         values.append(value.view(*chunk.shape[:2], K))
         indices.append(index.view(*chunk.shape[:2], K))
+        del product  # before there is another one
     return _join(values).mT, _join(indices).mT
 
 
@@ -277,19 +282,27 @@ def _largest_products(
         value, index = _row_maxima(product)
         values.append(value)
         indices.append(index)
+        del product  # before there is another one
     return _join(values), _join(indices)
 
 
 def _row_maxima(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the largest element, and of equal ones the first, in every row of [B, n, M]: value and index [B, n]."""
     (B, n, M), block = product.shape, 32
-    if product.device.type != "cpu" or M % block or product.numel() < 2**16:
+    if (
+        product.device.type != "cpu"
+        or product.dtype not in _SHORTEST
+        or M % block
+        or M < 128
+        or product.numel() < 2**16
+    ):
         return product.max(dim=-1)
-    # On a CPU a maximum with its index takes ten times as long as one without, so where that is more than a few further
-    # calls, this looks for the best block, and then inside it.
+    # On a CPU, and not of halves, a maximum with its index takes up to ten times as long as one without. Where that is
+    # more than a few further calls, this looks for the best block, and then inside it.
     blocks = product.view(B * n, M // block, block)
     value, best = blocks.amax(dim=-1).max(dim=-1)
-    inside = blocks.flatten(0, 1).index_select(0, best + torch.arange(0, B * n * (M // block), M // block)).argmax(-1)
+    start = torch.arange(0, B * n * (M // block), M // block, device=product.device)
+    inside = blocks.flatten(0, 1).index_select(0, best + start).argmax(dim=-1)
     return value.view(B, n), inside.add_(best, alpha=block).view(B, n)
 
 
@@ -325,7 +338,7 @@ def _take(tokens: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch
     if H > 1 and tokens.device.type != "cpu":  # where index_select would need one kernel more
         return tokens.flatten(1, 2).gather(1, index.reshape(H, -1, 1).expand(-1, -1, C)).view(shape)
     if H > 1:  # and gather would read element by element
-        index = index.reshape(H, -1) + torch.arange(0, H * R * M, R * M).unsqueeze(1)
+        index = index.reshape(H, -1) + torch.arange(0, H * R * M, R * M, device=index.device).unsqueeze(1)
     return tokens.flatten(0, 2).index_select(0, index.reshape(-1)).view(shape)
 
 

@@ -1,5 +1,7 @@
 """The arithmetic, against hand-worked numbers, a transcription in loops, and facts about permutations."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -186,6 +188,9 @@ def test_a_mask_under_released_matching_selects_outputs():
     free, masked = (negative_merge(tokens, reference, mask=m, **options) for m in (None, mask))
     assert torch.equal(masked[:, mask], free[:, mask])
     assert torch.equal(masked[:, ~mask], tokens[:, ~mask])
+    reference[1] = torch.inf  # which the mask leaves out
+    _, similarity = push_from(tokens[:, None], reference.expand(2, 1, -1, -1), mask=mask, **options)
+    assert torch.equal(similarity.isneginf(), ~mask.expand(2, -1))
 
 
 @pytest.mark.parametrize("matching", ["paper", "released"])
@@ -310,6 +315,73 @@ def test_in_place_and_in_chunks_groups_are_pushed_alike(case):
     assert differs == 0 if case["dtype"] is torch.float32 else differs < 0.2
     assert torch.equal(written[:, :text], features[:, :text])
     assert result.data_ptr() == written[:, text:].data_ptr()
+
+
+@pytest.mark.parametrize(("reference", "matching"), WAYS)
+def test_groups_are_differentiable_in_all_their_images(reference, matching):
+    """The match is a choice and has no gradient, but both the token and what it is pushed from have theirs."""
+    tokens = random(6, 4, 5, dtype=torch.float64).requires_grad_()
+    options = {"alpha": 0.9, "threshold": 0.1, "matching": matching, "reference": reference}
+    assert torch.autograd.gradcheck(lambda x: push_groups(x, 3, **options)[0], tokens)
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+def test_a_given_reference_is_differentiable_too(matching):
+    tokens, reference = (random(2, 5, 4, seed=s, dtype=torch.float64).requires_grad_() for s in (0, 1))
+    options = {"alpha": 0.9, "threshold": 0.1, "matching": matching}
+    assert torch.autograd.gradcheck(lambda x, y: negative_merge(x, y, **options), (tokens, reference))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("reference", "matching"), WAYS)
+def test_it_is_one_graph(reference, matching, inplace):
+    options = {"alpha": 0.9, "threshold": 0.1, "matching": matching, "reference": reference, "inplace": inplace}
+    tokens = random(8, 6, 5)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: push_groups(x, 4, **options), fullgraph=True, backend="eager")
+        result, similarity = compiled(tokens.clone())
+        expected = push_groups(tokens.clone(), 4, **options)
+    assert torch.equal(result, expected[0]) and torch.equal(similarity, expected[1])
+
+
+@pytest.mark.parametrize(("reference", "matching"), WAYS)
+def test_under_autocast_products_are_less_precise_and_tokens_keep_their_dtype(reference, matching):
+    tokens = random(4, 12, 32)
+    options = {"alpha": 0.9, "threshold": -1.0, "matching": matching, "reference": reference}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result, _ = push_groups(tokens.clone(), 4, **options)
+    expected, _ = push_groups(tokens.clone(), 4, **options)
+    assert result.dtype is torch.float32
+    assert ((result - expected).abs().amax(dim=-1) < 1e-5).float().mean() > 0.8, "another match, where two are as near"
+
+
+@pytest.mark.parametrize("bound", [1000, merge.MAX_SIMILARITY_ELEMENTS])
+def test_tensors_are_made_where_the_tokens_are(bound, monkeypatch):
+    """Not on the default device of whoever calls."""
+    monkeypatch.setattr(merge, "MAX_SIMILARITY_ELEMENTS", bound)
+    tokens = random(4, 256, 8)
+    options = {"alpha": 0.9, "threshold": 0.1, "matching": "paper", "reference": "first"}
+    with torch.device("meta"):
+        result, _ = push_groups(tokens.clone(), 2, **options)
+    assert torch.equal(result, push_groups(tokens.clone(), 2, **options)[0])
+
+
+@pytest.mark.parametrize("matching", ["paper", "released"])
+def test_of_many_chunks_one_matrix_is_there_at_a_time(matching, monkeypatch):
+    tokens, reference, made = random(1, 3, 64, 8), random(1, 1, 64, 8, seed=1), []
+    bmm = torch.bmm
+
+    def noting(*factors):
+        assert all(product() is None for product in made)
+        result = bmm(*factors)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(torch, "bmm", noting)
+    monkeypatch.setattr(merge, "MAX_SIMILARITY_ELEMENTS", 3 * 64 * 10)
+    push_from(tokens, reference, alpha=0.9, threshold=0.1, matching=matching, mask=None)
+    assert len(made) > 5
 
 
 @pytest.mark.parametrize("inplace", [False, True])
