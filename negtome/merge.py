@@ -16,8 +16,6 @@ Nothing waits for the device, and torch.compile takes all of it in one graph.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 #: How a token finds the reference token it is pushed from; see `negative_merge`.
@@ -107,22 +105,22 @@ def push_groups(
         (K - 1) * N otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
-    start = 0 if reference == "others" else 1
-    moving, targets = images[:, start:], images[:, :1] if reference == "first" else images
-    with torch.no_grad():
-        length = _length(images)  # [G, K, N, 1]
-        if reference == "first":
-            found = _match(moving, targets, length[:, 1:], length[:, :1], matching)
-        elif reference == "previous":
-            found = _match_previous(images, length)
-        elif reference == "others":
-            found = _match_others(images, length)
-        else:
-            raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
-        similarity, weight = _weigh(found, alpha, threshold, tokens.dtype)
-    moved = _push(moving, targets, found.index, weight, inplace)
+    seen = images.detach() if images.requires_grad else images
+    length = _length(seen)  # [G, K, N, 1]
+    if reference == "first":
+        moving, targets = images[:, 1:], images[:, :1]
+        product, scale, index = _match(seen[:, 1:], seen[:, :1], length[:, 1:], length[:, :1], matching)
+    elif reference == "previous":
+        moving, targets, scale = images[:, 1:], images, length[:, 1:]
+        product, index = _match_previous(seen, length)
+    elif reference == "others":
+        moving, targets, scale = images, images, length
+        product, index = _match_others(seen, length)
+    else:
+        raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
+    moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold, inplace)
     if not inplace:
-        tokens = (torch.cat([images[:, :1], moved], dim=1) if start else moved).flatten(0, 1)
+        tokens = (moved if reference == "others" else torch.cat([images[:, :1], moved], dim=1)).flatten(0, 1)
     return tokens, similarity
 
 
@@ -151,54 +149,43 @@ def push_from(
         The tokens after the push [H, K, N, C], which are `tokens` if `inplace`; and the similarity that met the
         threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
     """
-    with torch.no_grad():
-        found = _match(tokens, reference, _length(tokens), _length(reference), matching, mask)
-        similarity, weight = _weigh(found, alpha, threshold, tokens.dtype)
-    return _push(tokens, reference, found.index, weight, inplace), similarity
+    seen, known = tokens.detach(), reference.detach()
+    product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
+    still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
+    return _move(tokens, reference, product, scale, index, alpha, threshold, inplace, still)
 
 
-class _Found(NamedTuple):
-    """What every token [H, K, N, C] of K images is pushed from, if at all.
+def _move(
+    tokens: torch.Tensor,
+    reference: torch.Tensor,
+    product: torch.Tensor,
+    length: torch.Tensor,
+    index: torch.Tensor,
+    alpha: float,
+    threshold: float,
+    inplace: bool,
+    still: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move tokens [H, K, N, C] away from the reference tokens [H, R, M, C] that were found for them.
 
-    Attributes:
+    Args:
         product: what meets the threshold, times a length, [H, K, N, 1].
         length: this length, of float32 or better, [H, K, N, 1] or [H, 1, N, 1].
-        index: the reference tokens, their numbers among all of a half; H * K * N in the order of the tokens.
-        still: [N, 1] bool, the tokens that may not move whatever was found; None if all may.
-    """
-
-    product: torch.Tensor
-    length: torch.Tensor
-    index: torch.Tensor
-    still: torch.Tensor | None = None
-
-
-def _weigh(
-    found: _Found, alpha: float, threshold: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compare what was found with the threshold.
+        index: the reference tokens, their numbers among the R * M of a half; H * K * N in the order of the tokens.
+        still: [N, 1] bool, the tokens that do not move whatever was found; None if all may.
 
     Returns:
-        The similarity [H, K * N]; and the weight of each token's match in the result, -alpha or 0, of `dtype`
-        [H, K, N, 1], or None if nothing can move.
+        As of `push_from`.
     """
-    similarity, weight = found.product / found.length, None
-    if found.still is not None:
-        similarity = similarity.masked_fill(found.still, -torch.inf)
-    if alpha != 0 and threshold < 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
-        weight = (similarity > threshold).to(dtype).mul_(-alpha)
-    return similarity.flatten(1), weight
-
-
-def _push(
-    tokens: torch.Tensor, reference: torch.Tensor, index: torch.Tensor, weight: torch.Tensor | None, inplace: bool
-) -> torch.Tensor:
-    """Move tokens [H, K, N, C] to where the weight [H, K, N, 1] of their match among the reference tokens puts them."""
-    if weight is None:
-        return tokens
+    similarity = product / length
+    if still is not None:
+        similarity.masked_fill_(still, -torch.inf)
+    if alpha == 0 or threshold >= 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
+        return tokens, similarity.flatten(1)
     match = _take(reference, index, tokens.shape)
+    weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha)
     # x + weight (match - x) in one pass
-    return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight)
+    return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight), similarity.flatten(1)
 
 
 def _match(
@@ -208,12 +195,15 @@ def _match(
     reference_length: torch.Tensor,
     matching: str,
     mask: torch.Tensor | None = None,
-) -> _Found:
-    """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known.
+
+    Returns:
+        The product, the length in it and the index, as `_move` takes them.
+    """
     if matching == "released":
         product, index = _nearest_source(_unit(tokens, length), reference.squeeze(1))
-        still = None if mask is None else ~mask.unsqueeze(-1)
-        return _Found(product.unsqueeze(-1), reference_length, index, still)
+        return product.unsqueeze(-1), reference_length, index
     H, K, N, _ = tokens.shape
     target, forbidden = _unit(reference, reference_length).flatten(1, 2), None if mask is None else ~mask
     if H > 1 or tokens.stride(1) == N * tokens.stride(2):
@@ -221,19 +211,19 @@ def _match(
     else:
         source, target = tokens[0], target.expand(K, -1, -1)
     product, index = _largest_products(source, target, forbidden)
-    return _Found(product.view(H, K, N, 1), length, index)
+    return product.view(H, K, N, 1), length, index
 
 
-def _match_previous(images: torch.Tensor, length: torch.Tensor) -> _Found:
-    """Match the tokens of image k > 0 in [G, K, N, C] with those of images 0 to k-1."""
+def _match_previous(images: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Match the tokens of image k > 0 in [G, K, N, C] with those of images 0 to k-1: product and index for `_move`."""
     unit = _unit(images[:, :-1], length[:, :-1])
     found = [_largest_products(images[:, k], unit[:, :k].flatten(1, 2)) for k in range(1, images.shape[1])]
     product, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
-    return _Found(product.unsqueeze(-1), length[:, 1:], index)
+    return product.unsqueeze(-1), index
 
 
-def _match_others(images: torch.Tensor, length: torch.Tensor) -> _Found:
-    """Match the tokens of each image in [G, K, N, C] with those of all the others."""
+def _match_others(images: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Match the tokens of each image in [G, K, N, C] with those of all the others: product and index for `_move`."""
     K, N = images.shape[1:3]
     unit = _unit(images, length)
     others, found = unit[:, 1:].clone(), []
@@ -243,7 +233,7 @@ def _match_others(images: torch.Tensor, length: torch.Tensor) -> _Found:
         if k < K - 1:
             others[:, k] = unit[:, k]  # in the place of image k + 1
     product, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
-    return _Found(product.unsqueeze(-1), length, index)
+    return product.unsqueeze(-1), index
 
 
 def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,15 +242,12 @@ def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.
     Returns:
         The product with it, in the tokens' dtype, and its number in N; both [H, K, M].
     """
-    values, indices = [], []
-    K, N = unit.shape[1:3]
-    for chunk in _chunks(reference, K * N):
-        product = torch.bmm(chunk, unit.flatten(1, 2).mT)  # [H, m, K * N]
-        value, index = _row_maxima(product.view(chunk.shape[0], -1, N))
-        values.append(value.view(*chunk.shape[:2], K))
-        indices.append(index.view(*chunk.shape[:2], K))
-        del product  # before there is another one
-    return _join(values).mT, _join(indices).mT
+    (H, K, N, _), M = unit.shape, reference.shape[1]
+    if (chunks := _chunks(reference, K * N)) is not None:
+        return _join([_nearest_source(unit, chunk) for chunk in chunks], dim=2)
+    product = torch.bmm(reference, unit.flatten(1, 2).mT)  # [H, M, K * N]
+    value, index = _row_maxima(product.view(H, M * K, N))
+    return value.view(H, M, K).mT, index.view(H, M, K).mT
 
 
 def _largest_products(
@@ -274,28 +261,19 @@ def _largest_products(
     Returns:
         The product and the number of the row, both [B, n].
     """
-    values, indices = [], []
-    for chunk in _chunks(source, target.shape[1]):
-        product = torch.bmm(chunk, target.mT)  # [B, n, M]
-        if forbidden is not None:
-            product.masked_fill_(forbidden, -torch.inf)
-        value, index = _row_maxima(product)
-        values.append(value)
-        indices.append(index)
-        del product  # before there is another one
-    return _join(values), _join(indices)
+    if (chunks := _chunks(source, target.shape[1])) is not None:
+        return _join([_largest_products(chunk, target, forbidden) for chunk in chunks], dim=1)
+    product = torch.bmm(source, target.mT)  # [B, n, M]
+    if forbidden is not None:
+        product.masked_fill_(forbidden, -torch.inf)
+    return _row_maxima(product)
 
 
 def _row_maxima(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the largest element, and of equal ones the first, in every row of [B, n, M]: value and index [B, n]."""
     (B, n, M), block = product.shape, 32
-    if (
-        product.device.type != "cpu"
-        or product.dtype not in _SHORTEST
-        or M % block
-        or M < 128
-        or product.numel() < 2**16
-    ):
+    short = M // block < 4 or M % block or product.numel() < 2**16
+    if short or product.device.type != "cpu" or product.dtype not in _SHORTEST:
         return product.max(dim=-1)
     # On a CPU, and not of halves, a maximum with its index takes up to ten times as long as one without. Where that is
     # more than a few further calls, this looks for the best block, and then inside it.
@@ -306,14 +284,19 @@ def _row_maxima(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return value.view(B, n), inside.add_(best, alpha=block).view(B, n)
 
 
-def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
-    """Split the rows of source [B, n, C] so that a matrix [B, n, columns] stays within `MAX_SIMILARITY_ELEMENTS`."""
+def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...] | None:
+    """Split the rows of source [B, n, C] so that a matrix [B, n, columns] stays within `MAX_SIMILARITY_ELEMENTS`.
+
+    Returns:
+        The parts; None if there would be one.
+    """
     rows = max(1, MAX_SIMILARITY_ELEMENTS // (source.shape[0] * columns))
-    return (source,) if rows >= source.shape[1] else source.split(rows, dim=1)
+    return source.split(rows, dim=1) if rows < source.shape[1] else None
 
 
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _join(parts: list[tuple[torch.Tensor, torch.Tensor]], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, indices = zip(*parts, strict=True)
+    return torch.cat(values, dim=dim), torch.cat(indices, dim=dim)
 
 
 def _length(tokens: torch.Tensor) -> torch.Tensor:
@@ -328,8 +311,11 @@ def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
 
     Else the maximum of every token's products would be the NaN of one, and the weight of 0 would not keep it away.
     """
-    # With `out`, nothing of float32 is written in between.
-    return torch.div(tokens, length, out=tokens.new_empty(tokens.shape)).nan_to_num_(0.0, 0.0, 0.0)
+    if tokens.dtype is length.dtype:
+        unit = tokens / length
+    else:  # with `out`, nothing of float32 is written in between
+        unit = torch.div(tokens, length, out=tokens.new_empty(tokens.shape))
+    return unit.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _take(tokens: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
