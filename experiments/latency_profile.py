@@ -1,9 +1,9 @@
 """Where the time of the method goes: its parts by the clock, and the push operation by operation.
 
-The parts are measured in place, in calls like the measured ones, each on its own: what they add to a step is told to
-far less than the difference of two steps is, and says what there is outside the window too. What cannot be seen in this
-way is what they do to the rest, such as to its caches. The operations are taken from torch's profiler, which slows down
-small ones; their shares are of the push as the clock saw it.
+The parts are measured in place, in calls like the measured ones. That is far less noisy than the difference between two
+steps, and tells what there is outside the window too; it does not tell what the parts do to the rest of the step, such
+as to its caches. The operations come from torch's profiler, which slows down small ones: their shares are of the push as
+the clock saw it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from experiments.latency_report import OUTSIDE
 from negtome.attach import Attachment, _Site, _subclass
 
 BEFORE = "before the denoiser"
 PUSH = "push"
 AFTER = "after the denoiser"
-OUTSIDE = "outside the window"
 #: Operations of the push that are told one by one; the others are added up.
 TOLD = 8
 

@@ -23,6 +23,9 @@ BOUND = "lower_bound"
 #: The method as it is by default: what the targets and the paper's statements are of.
 METHOD = "first"
 
+#: The row of a profile that is of a step outside the window.
+OUTSIDE = "outside the window"
+
 #: Columns that say what was measured on what.
 MEASURED = ["model", "weights", "side", "batch", "steps", "dtype", "compiled", "device", "threads"]
 #: Columns that say on what: a figure has a row of panels for each.
@@ -195,6 +198,10 @@ def target_table(frame: pd.DataFrame) -> pd.DataFrame:
             table.append(
                 entry | {"measured": shown, "verdict": _verdict(value, low, high, target.limit), "on": _setup(row)}
             )
+            own = _own_share(frame, row) if target.quantity == "outside" else None
+            if own is not None:
+                what = {"what": f"{target.what}: its own parts", "measured": f"{own:+.2%}".replace("%", " %")}
+                table.append(entry | what | {"verdict": _verdict(1 + own, None, None, target.limit), "on": _setup(row)})
         if rows.empty:
             table.append(entry | {"measured": "", "verdict": "not measured", "on": ""})
     for model, small, large in GROWTH:
@@ -343,7 +350,8 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     parts += [LEGEND, "", "## Targets", "", _markdown(target_table(frame)), ""]
     parts += [
         "Of NegToMe from the first image, four images in a call. Undecided: the interval holds the limit; where there "
-        "is no interval, the median decides.",
+        "is no interval, the median decides. Its own parts: what the calling thread does for it in such a step, by the "
+        "clock.",
         "",
     ]
     for first, rows in measured_cases(frame):
@@ -375,6 +383,13 @@ def render_latex(frame: pd.DataFrame) -> str:
 
 def _profile_of(frame: pd.DataFrame, case: pd.Series) -> pd.DataFrame:
     return frame[_same_case(frame, case) & (frame["part"] == "profile")]
+
+
+def _own_share(frame: pd.DataFrame, case: pd.Series) -> float | None:
+    """Return what the host does for the method in a step outside the window, as a share of that step without."""
+    parts = _profile_of(frame, case).set_index("operation")["host_ms"]
+    plain = frame[_same_case(frame, case) & (frame["part"] == "table") & (frame["variant"] == PLAIN)]
+    return parts[OUTSIDE] / plain["outside_ms"].iloc[0] if OUTSIDE in parts.index and len(plain) else None
 
 
 def _same_case(frame: pd.DataFrame, case: pd.Series) -> pd.Series:

@@ -436,6 +436,7 @@ def test_targets_are_met_not_met_undecided_or_not_measured():
         measured(side=1024, first=(1.2, 1, 1.2, 1011)),
         measured(part="resolution", side=1024, first=(1.2, 1, 1.2, 1010)),
         measured(part="resolution", side=2048, first=(1.2, 1, 1.2, 1045)),
+        [measured()[0] | {"part": "profile", "operation": "outside the window", "host_ms": 0.12}],
     )
     table = latency_report.target_table(frame)
     found = {(row["what"], row["of"], row["on"]): (row["measured"], row["verdict"]) for _, row in table.iterrows()}
@@ -443,7 +444,10 @@ def test_targets_are_met_not_met_undecided_or_not_measured():
     assert found["step in the window", "flux-dev 768", "H200"] == ("+3.6 % [+3.1 %, +4.1 %]", "undecided")
     assert found["whole call, 1000 to 900", "flux-dev 768", "H100"] == ("+2.0 % [+1.9 %, +2.1 %]", "not met")
     assert found["whole call, 1000 to 900", "flux-dev 768", "H200"] == ("+0.5 % [+0.4 %, +0.6 %]", "met")
-    assert found["attached, outside the window", "flux-dev 768", "H100"][1] == "undecided"
+    outside = "attached, outside the window"
+    assert found[outside, "flux-dev 768", "H100"][1] == "undecided"
+    assert found[f"{outside}: its own parts", "flux-dev 768", "H100"] == ("+0.12 %", "met")
+    assert (f"{outside}: its own parts", "flux-dev 768", "H200") not in found, "no profile was taken there"
     assert found["peak memory", "flux-dev 1024", "H100"] == ("+1.1 %", "not met")
     assert found["peak memory", "sdxl 1024", ""] == ("", "not measured")
     assert found["step in the window", "mini-sdxl 128", ""] == ("", "not measured")

@@ -356,6 +356,21 @@ def test_under_autocast_products_are_less_precise_and_tokens_keep_their_dtype(re
     assert ((result - expected).abs().amax(dim=-1) < 1e-5).float().mean() > 0.8, "another match, where two are as near"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("reference", "matching"), WAYS)
+def test_nothing_is_read_back_from_the_device(reference, matching, dtype):
+    """On the device that has shapes and no values, whatever waits for a value fails; and nothing is made elsewhere."""
+    features = torch.empty(8, 3 + 256, 16, dtype=dtype, device="meta")
+    for rows in (4, 8):
+        for inplace in (False, True):
+            options = {"alpha": 0.9, "threshold": 0.1, "matching": matching, "reference": reference}
+            result, similarity = push_groups(features[:rows, 3:], 4, inplace=inplace, **options)
+            sources = 4 if reference == "others" else 3
+            assert (result.shape, result.dtype, result.device.type) == ((rows, 256, 16), dtype, "meta")
+            assert (similarity.shape, similarity.dtype) == ((rows // 4, sources * 256), torch.float32)
+            assert similarity.device.type == "meta"
+
+
 @pytest.mark.parametrize("bound", [1000, merge.MAX_SIMILARITY_ELEMENTS])
 def test_tensors_are_made_where_the_tokens_are(bound, monkeypatch):
     """Not on the default device of whoever calls."""
