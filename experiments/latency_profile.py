@@ -2,8 +2,8 @@
 
 The parts are measured in place, in calls like the measured ones. That is far less noisy than the difference between two
 steps, and tells what there is outside the window too; it does not tell what the parts do to the rest of the step, such
-as to its caches. The operations come from torch's profiler, which slows down small ones: their shares are of the push as
-the clock saw it.
+as to its caches. The operations come from torch's profiler, which slows down small ones: their shares are scaled to the
+push as the clock saw it.
 """
 
 from __future__ import annotations

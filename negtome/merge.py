@@ -105,17 +105,17 @@ def push_groups(
         (K - 1) * N otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
-    seen = images.detach() if images.requires_grad else images
-    length = _length(seen)  # [G, K, N, 1]
+    length = _length(_detached(images))  # [G, K, N, 1]
     if reference == "first":
         moving, targets = images[:, 1:], images[:, :1]
-        product, scale, index = _match(seen[:, 1:], seen[:, :1], length[:, 1:], length[:, :1], matching)
+        seen, known = _detached(moving), _detached(targets)
+        product, scale, index = _match(seen, known, length[:, 1:], length[:, :1], matching)
     elif reference == "previous":
         moving, targets, scale = images[:, 1:], images, length[:, 1:]
-        product, index = _match_previous(seen, length)
+        product, index = _match_previous(_detached(images), length)
     elif reference == "others":
         moving, targets, scale = images, images, length
-        product, index = _match_others(seen, length)
+        product, index = _match_others(_detached(images), length)
     else:
         raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
     moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold, inplace)
@@ -149,10 +149,15 @@ def push_from(
         The tokens after the push [H, K, N, C], which are `tokens` if `inplace`; and the similarity that met the
         threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
     """
-    seen, known = tokens.detach(), reference.detach()
+    seen, known = _detached(tokens), _detached(reference)
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
     return _move(tokens, reference, product, scale, index, alpha, threshold, inplace, still)
+
+
+def _detached(tokens: torch.Tensor) -> torch.Tensor:
+    """Return what a match is found with: it is a choice, and has no gradient."""
+    return tokens.detach() if tokens.requires_grad else tokens
 
 
 def _move(
