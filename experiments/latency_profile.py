@@ -153,7 +153,7 @@ def _operations(run: Callable[[], Sequence[bool]], push: Part, device: str) -> l
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with _Clock("cpu").watching():
-        run()  # the first one under a profiler is slow
+        run()  # so that nothing is done for the first time under the profiler
         with profile(activities=activities) as profiler:
             steps = sum(run())
             _synchronize(device)
@@ -169,7 +169,7 @@ def _operations(run: Callable[[], Sequence[bool]], push: Part, device: str) -> l
     found = [Part(name, count[name], scale * host[name], on_device[name] if cuda else None) for name in host]
     if cuda:
         own = own._replace(device_ms=push.device_ms - sum(part.device_ms for part in found))
-    found.sort(key=lambda part: -(part.device_ms if cuda else part.host_ms))
+    found.sort(key=lambda part: (-(part.device_ms or 0), -part.host_ms))
     few, many = found[:TOLD], found[TOLD:]
     if many:
         small = [sum(part[i] for part in many) for i in (1, 2)]

@@ -258,6 +258,83 @@ def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(n
     assert told == sorted(told, reverse=True)
 
 
+class Event:
+    """An event of a stream whose work is done when the host waits for it, and not before."""
+
+    pending, clock = [], iter(range(10**9))
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.time = None
+
+    def record(self):
+        self.pending.append(self)
+
+    def elapsed_time(self, other):
+        assert None not in (self.time, other.time), "read before the device was there"
+        return other.time - self.time
+
+    @classmethod
+    def wait(cls, device=None):
+        for event in cls.pending:
+            event.time = next(cls.clock)
+        cls.pending.clear()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What is asked of CUDA, answered here: every event is a millisecond after the last, and memory is 3 GiB."""
+    for name, answer in (
+        ("Event", Event), ("synchronize", Event.wait), ("reset_peak_memory_stats", lambda device: None),
+        ("max_memory_allocated", lambda device: 3 * 2**30),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_on_cuda_steps_lie_between_events_and_nobody_waits_in_between(cuda, tiny_flux, monkeypatch):
+    call = {"prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "output_type": "latent"}
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: (waits.append(device), Event.wait()))
+    timing = latency.time_call(tiny_flux, call, "cuda:0")
+    assert timing.steps == [0.001] * 4 and timing.peak == 3 * 2**30
+    assert waits == ["cuda:0"] * 2, "before and after the call"
+
+
+def test_on_cuda_the_parts_have_times_of_their_own_on_the_device(cuda, tiny_flux):
+    config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(600, 1000))
+    call = {"prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "output_type": "latent"}
+
+    def run():
+        with negtome.attach(tiny_flux, config) as attached:
+            tiny_flux(**call, num_images_per_prompt=3)
+        return [step.active for step in attached.steps]
+
+    parts = {part.operation: part for part in latency_profile.parts(run, 2, "cuda:0")}
+    sites = parts["push"].calls
+    assert parts["push"].device_ms == sites and parts["before the denoiser"].device_ms == 1, "two events each"
+    assert parts["outside the window"].device_ms == 2
+    # No kernel ran, so all of it lies between them; the host's time tells them apart.
+    assert parts["push: bmm"].device_ms == 0 and parts["push: between its operations"].device_ms == sites
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path):
+    spec = "latency.mini.cases.mini-sdxl.{}".format
+    overrides = tiny(
+        tiny_checkpoint("sdxl"), tmp_path, "latency.only=[mini-sdxl]", "latency.curves=false", spec("side=32"),
+        spec("rounds=6"), "model.negtome.min_side=8",
+    )  # fmt: skip
+    overrides[overrides.index("device=cpu")] = "device=cuda"
+    markdown = latency.run(overrides)
+    frame = latency.read_rows(tmp_path / "latency.csv")
+    assert frame["cuda"].notna().all() and frame["device"].eq(torch.cuda.get_device_name()).all()
+    table = frame[frame["part"] == "table"].set_index("variant")
+    assert table.drop("lower_bound")["peak_mib"].gt(0).all() and table.loc["first", "inside_ratio_low"] > 0
+    profile = frame[frame["part"] == "profile"].set_index("operation")
+    assert profile.loc[["push", "push: bmm"], "device_ms"].gt(0).all() and "device, ms" in markdown
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
