@@ -61,7 +61,7 @@ search: $(VENV)/.installed-experiments,search  ## the most diversity within a lo
 	$(PY) -m experiments.search experiment=search $(ARGS)
 
 .PHONY: latency
-latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (5 minutes on a CPU)
+latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (6 minutes on a CPU)
 	$(PY) -m experiments.latency experiment=latency $(ARGS)
 
 .PHONY: report
