@@ -88,6 +88,10 @@ test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (4 minutes o
 test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, joblib, Slurm's local executor, several processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: $(VENV)/.installed-dev  ## what only CUDA shows: kernels in halves, memory, that nothing waits for the device
+	$(PY) -m pytest -m gpu $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""What only a GPU shows: pytest -m gpu. Real kernels, halves, and a device that nobody waits for."""
+"""What only a GPU shows: make test-gpu. Real kernels, halves, and a device that nobody waits for."""
 
 import pytest
 import torch
