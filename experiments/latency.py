@@ -487,7 +487,9 @@ def _pipeline(model: str, weights: str, device: str, compiled: bool) -> Any:
         else:
             pipe = pipelines.load(spec, pipelines.find_checkpoint(spec), device)
         if compiled:
-            torch._dynamo.config.recompile_limit = 64  # every variant compiles its own
+            limits = torch._dynamo.config  # of torch 2.6 under its former name
+            name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+            setattr(limits, name, 64)  # every variant compiles its own
             _denoiser(pipe).compile()
         _last = (key, pipe)
     return _last[1]
@@ -813,7 +815,7 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     frame = read_rows(io.StringIO(_csv(pd.DataFrame(rows, columns=COLUMNS))))
     if path.exists():
-        old = read_rows(path).reindex(columns=COLUMNS)  # a table of an earlier version lacks some
+        old = read_rows(path)
         fresh = set(_configurations(frame))
         kept = old[[key not in fresh for key in _configurations(old)]]
         frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True).infer_objects()
@@ -823,8 +825,8 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def read_rows(file: Path | io.StringIO) -> pd.DataFrame:
-    """Read `latency.csv`."""
-    return pd.read_csv(file, dtype=TEXT, keep_default_na=False, na_values=[""])
+    """Read `latency.csv`; columns that a table of an earlier version does not have are empty."""
+    return pd.read_csv(file, dtype=TEXT, keep_default_na=False, na_values=[""]).reindex(columns=COLUMNS)
 
 
 def _configurations(frame: pd.DataFrame) -> list[str]:

@@ -35,8 +35,8 @@ class Part(NamedTuple):
     """What a part of the method takes in one step.
 
     Attributes:
-        operation: `BEFORE`, `PUSH`, "push: NAME" of each of its operations, `AFTER`; or `OUTSIDE`, which is all that
-            happens in a step outside the window.
+        operation: `BEFORE`, `PUSH`, "push: NAME" of each of its operations, `AFTER`; or `OUTSIDE`, `BEFORE` and `AFTER`
+            in a step outside the window.
         calls: how often it happens in a step.
         host_ms: the time of the thread that calls, in milliseconds; on a CPU that is all.
         device_ms: the time between two events in the stream, or of an operation's kernels; None on a CPU.
@@ -52,8 +52,8 @@ def parts(run: Callable[[], Sequence[bool]], calls: int, device: str) -> list[Pa
     """Take the method's part of a step apart.
 
     Args:
-        run: attaches NegToMe, calls the pipeline once, and returns for each call of the denoiser whether it was in the
-            window. Not compiled.
+        run: attaches NegToMe, calls the pipeline once, and returns for each step whether it was in the window. Not
+            compiled, and with one call of the denoiser a step, so without true guidance of Flux.
         calls: how often it is run for the parts; twice more for the operations.
         device: torch device.
 
@@ -123,19 +123,21 @@ class _Clock:
             if part == BEFORE:
                 self.steps.append(defaultdict(list))
             with record_function(part):
-                begun = self._now()
+                event = self._event()
+                begun = time.perf_counter()
                 result = function(*args, **kwargs)
-                self.steps[-1][part].append(_Span(begun, self._now()))
+                ended = time.perf_counter()  # before the event, which is not the method's
+                self.steps[-1][part].append(_Span((begun, event), (ended, self._event())))
             return result
 
         return watched
 
-    def _now(self) -> tuple[float, torch.cuda.Event | None]:
-        event = None
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return time.perf_counter(), event
+    def _event(self) -> torch.cuda.Event | None:
+        if not self.cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _median(operation: str, steps: Sequence[Sequence[_Span]]) -> Part:
@@ -168,7 +170,8 @@ def _operations(run: Callable[[], Sequence[bool]], push: Part, device: str) -> l
     own = Part(rest, push.calls, scale * host.pop(PUSH), None)
     found = [Part(name, count[name], scale * host[name], on_device[name] if cuda else None) for name in host]
     if cuda:
-        own = own._replace(device_ms=push.device_ms - sum(part.device_ms for part in found))
+        # Kernels may take a little longer under the profiler than all of the push without it.
+        own = own._replace(device_ms=max(0.0, push.device_ms - sum(part.device_ms for part in found)))
     found.sort(key=lambda part: (-(part.device_ms or 0), -part.host_ms))
     few, many = found[:TOLD], found[TOLD:]
     if many:

@@ -26,6 +26,9 @@ METHOD = "first"
 #: The row of a profile that is of a step outside the window.
 OUTSIDE = "outside the window"
 
+#: A part of the cost outside the window that is told beside its target, and no answer to it.
+CLOCKED = "of which hooks, by the clock"
+
 #: Columns that say what was measured on what.
 MEASURED = ["model", "weights", "side", "batch", "steps", "dtype", "compiled", "device", "threads"]
 #: Columns that say on what: a figure has a row of panels for each.
@@ -69,8 +72,8 @@ LEGEND = (
 
 PROFILE = (
     "Where it goes, of NegToMe from the first image: the method's own parts by the clock, in the median step; the push "
-    "by operation, in the shares that torch's profiler gives, which makes small ones look too long. The last "
-    "line is all that there is outside the window."
+    "by operation, in the shares that torch's profiler gives, which makes small ones look too long. What they "
+    "do to the rest of the step, such as to its caches, is in the ratio above and not here."
 )
 
 
@@ -142,23 +145,23 @@ def case_table(rows: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[:, (frame != "").any()]
 
 
-def profile_table(rows: pd.DataFrame, step_ms: float) -> pd.DataFrame:
+def profile_table(rows: pd.DataFrame, plain: pd.Series) -> pd.DataFrame:
     """Return what the method's part of a step is made of.
 
     Args:
         rows: those of one case's profile.
-        step_ms: a step without, in milliseconds.
+        plain: the row of the same case without.
     """
     cuda = rows["device_ms"].notna().any()
     of_step = "on the device, of a step without" if cuda else "of a step without"
     table = []
     for _, row in rows.iterrows():
+        step_ms = plain["outside_ms" if row["operation"] == OUTSIDE else "inside_ms"]
         entry = {"what": row["operation"], "calls a step": f"{row['operation_calls']:.0f}"}
         entry["host, ms"] = _digits(row["host_ms"])
         entry |= {"device, ms": _digits(row["device_ms"])} if cuda else {}
-        table.append(
-            entry | {of_step: f"{(row['device_ms'] if cuda else row['host_ms']) / step_ms:.2%}".replace("%", " %")}
-        )
+        share = (row["device_ms"] if cuda else row["host_ms"]) / step_ms
+        table.append(entry | {of_step: f"{share:.2%}".replace("%", " %")})
     return pd.DataFrame(table)
 
 
@@ -200,8 +203,8 @@ def target_table(frame: pd.DataFrame) -> pd.DataFrame:
             )
             own = _own_share(frame, row) if target.quantity == "outside" else None
             if own is not None:
-                what = {"what": f"{target.what}: its own parts", "measured": f"{own:+.2%}".replace("%", " %")}
-                table.append(entry | what | {"verdict": _verdict(1 + own, None, None, target.limit), "on": _setup(row)})
+                measured = f"{own:+.2%}".replace("%", " %")
+                table.append(entry | {"what": CLOCKED, "measured": measured, "verdict": "", "on": _setup(row)})
         if rows.empty:
             table.append(entry | {"measured": "", "verdict": "not measured", "on": ""})
     for model, small, large in GROWTH:
@@ -350,16 +353,16 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     parts += [LEGEND, "", "## Targets", "", _markdown(target_table(frame)), ""]
     parts += [
         "Of NegToMe from the first image, four images in a call. Undecided: the interval holds the limit; where there "
-        "is no interval, the median decides. Its own parts: what the calling thread does for it in such a step, by the "
-        "clock.",
+        "is no interval, the median decides. Hooks by the clock: what the calling thread does for it in such a step, "
+        "measured in place, which leaves out what that does to the rest of the step.",
         "",
     ]
     for first, rows in measured_cases(frame):
         parts += [f"## {_title(first)}", "", _how(first), "", _markdown(case_table(rows)), ""]
         profile = _profile_of(frame, first)
         if len(profile):
-            step = rows.loc[rows["variant"] == PLAIN, "inside_ms"].iloc[0]
-            parts += [PROFILE, "", _markdown(profile_table(profile, step)), ""]
+            plain = rows[rows["variant"] == PLAIN].iloc[0]
+            parts += [PROFILE, "", _markdown(profile_table(profile, plain)), ""]
     scaling = scaling_table(frame)
     if len(scaling):
         parts += [
@@ -393,7 +396,8 @@ def _own_share(frame: pd.DataFrame, case: pd.Series) -> float | None:
 
 
 def _same_case(frame: pd.DataFrame, case: pd.Series) -> pd.Series:
-    return (frame[MEASURED].fillna("") == case[MEASURED].fillna("")).all(axis=1)
+    values, wanted = frame[MEASURED], case[MEASURED]
+    return ((values == wanted) | (values.isna() & wanted.isna())).all(axis=1)
 
 
 def _markdown(table: pd.DataFrame) -> str:

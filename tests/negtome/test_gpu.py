@@ -27,7 +27,11 @@ def nobody_waits():
 
 
 def near(shape, dtype):
-    """Images that are noisy permutations of the same tokens: in each, one is clearly the nearest to any given one."""
+    """Images that are noisy permutations of the same tokens: in each, one is clearly the nearest to any given one.
+
+    Args:
+        shape: of the result [images, tokens, channels].
+    """
     generator = torch.Generator().manual_seed(0)
     images, tokens, channels = shape
     first = torch.randn(1, tokens, channels, generator=generator)
@@ -43,11 +47,15 @@ def near(shape, dtype):
 @pytest.mark.parametrize("text", [0, 77])
 @pytest.mark.parametrize("rows", [4, 8])
 def test_it_is_what_a_cpu_computes(reference, matching, dtype, text, rows, nobody_waits):
-    tokens = near((rows, text + 320, 64), dtype)[:, text:]
+    """Tokens behind text too, of which nothing is written to."""
+    tokens = near((rows, 320, 64), dtype)
+    features = torch.cat([torch.ones(rows, text, 64, dtype=dtype), tokens], dim=1)
     options = STRENGTH | {"matching": matching, "reference": reference}
     expected, similarity = push_groups(tokens.double(), 4, **options)
-    result, found = push_groups(tokens.pin_memory().cuda(non_blocking=True), 4, inplace=True, **options)
+    written = features.pin_memory().cuda(non_blocking=True)
+    result, found = push_groups(written[:, text:], 4, inplace=True, **options)
     torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(written[:, text:], result) and (written[:, :text] == 1).all()
     tolerance = 1e-3 if dtype is torch.float32 else 0.05
     torch.testing.assert_close(found.cpu().double(), similarity, rtol=tolerance, atol=tolerance)
     # Of several images, each with a token that is near, rounding may choose the other.
@@ -79,8 +87,7 @@ def test_the_matrices_stay_below_their_bound(reference, matching, monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     push_groups(tokens, 4, **options)
     size = tokens.numel() * tokens.element_size()
-    assert torch.cuda.max_memory_allocated() - before < 5 * size + 2 * bound
-    assert 5 * size + 2 * bound < 2 * 4 * 4096**2, "which the whole matrix is not"
+    assert torch.cuda.max_memory_allocated() - before < 2.5 * size, "whole matrices are 100 MB and more"
 
 
 @pytest.mark.parametrize(("kind", "pipeline"), [("sdxl", StableDiffusionXLPipeline), ("flux", FluxPipeline)])
@@ -88,6 +95,8 @@ def test_the_matrices_stay_below_their_bound(reference, matching, monkeypatch):
 def test_a_pipeline_in_half_precision(kind, pipeline, compiled, tiny_checkpoint):
     pipe = pipeline.from_pretrained(tiny_checkpoint(kind), torch_dtype=torch.bfloat16).to("cuda")
     pipe.set_progress_bar_config(disable=True)
+
+    torch._dynamo.reset()
 
     def images():
         return pipe(
@@ -101,7 +110,8 @@ def test_a_pipeline_in_half_precision(kind, pipeline, compiled, tiny_checkpoint)
             (pipe.transformer if kind == "flux" else pipe.unet).compile(fullgraph=True)
         pushed = images()
     assert attached.summary()["tokens_pushed"] == attached.summary()["tokens_compared"] > 0
-    assert pushed.isfinite().all() and not torch.equal(pushed[1:], base[1:])
-    if not compiled:  # the first image's own tokens do not move, and nothing else reaches it
+    assert pushed.isfinite().all()
+    if not compiled:  # which rounds otherwise. The first image's own tokens do not move, and nothing else reaches it
+        assert not torch.equal(pushed[1:], base[1:])
         torch.testing.assert_close(pushed[0], base[0], rtol=0.05, atol=0.05)
         assert torch.equal(images(), base)

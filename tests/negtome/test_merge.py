@@ -332,6 +332,20 @@ def test_a_given_reference_is_differentiable_too(matching):
     assert torch.autograd.gradcheck(lambda x, y: negative_merge(x, y, **options), (tokens, reference))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("reference", "matching"), WAYS)
+def test_halves_have_gradients_and_similarities_have_none(reference, matching, dtype):
+    tokens = random(6, 4, 5, dtype=dtype)
+    options = {"alpha": 0.5, "threshold": -1.0, "matching": matching, "reference": reference}
+    leaf = tokens.clone().requires_grad_()
+    result, similarity = push_groups(leaf, 3, **options)
+    result.sum().backward()
+    assert leaf.grad.dtype is dtype and not similarity.requires_grad
+    assert torch.equal(result.detach(), push_groups(tokens, 3, **options)[0])
+    # What a token gains in the sum, the token that it is pushed from loses.
+    torch.testing.assert_close(leaf.grad.float().sum(), torch.tensor(float(tokens.numel())), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("reference", "matching"), WAYS)
 def test_it_is_one_graph(reference, matching, inplace):
