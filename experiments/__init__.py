@@ -37,5 +37,13 @@ def select_device(name: str) -> str:
     return name
 
 
+def synchronize(device: str) -> None:
+    """Wait until a torch device has done what it was given; a CPU has."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
+
+
 # `${torch_device:${device}}`: where an encoder runs.
 OmegaConf.register_new_resolver("torch_device", select_device, replace=True)

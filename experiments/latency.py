@@ -54,6 +54,7 @@ from experiments import (
     project_path,
     random_weights,
     select_device,
+    synchronize,
 )
 from experiments.configs import expand
 from experiments.latency_report import BOUND, MEASURED, METHOD, PLAIN
@@ -328,7 +329,7 @@ def time_call(pipe: Any, call: Mapping[str, Any], device: str, attachment: negto
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
         else:
-            _synchronize(device)
+            synchronize(device)
             marks.append(time.perf_counter())
 
     def end_of_step(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -336,7 +337,7 @@ def time_call(pipe: Any, call: Mapping[str, Any], device: str, attachment: negto
         return tensors
 
     gc.collect()
-    _synchronize(device)
+    synchronize(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(0)
@@ -345,7 +346,7 @@ def time_call(pipe: Any, call: Mapping[str, Any], device: str, attachment: negto
         with _loop_begins(pipe, mark):
             start = time.perf_counter()
             pipe(**call, generator=generator, callback_on_step_end=end_of_step)
-            _synchronize(device)
+            synchronize(device)
             seconds = time.perf_counter() - start
     finally:
         gc.enable()
@@ -436,13 +437,6 @@ def _loop_begins(pipe: Any, begin: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         del pipe.progress_bar
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device.startswith("mps"):
-        torch.mps.synchronize()
 
 
 def _denoiser(pipe: Any) -> torch.nn.Module:
@@ -568,7 +562,7 @@ def _kernel_seconds(shape: SiteShape, device: str, dtype: torch.dtype, what: str
     repeats = 10
     times = []
     for _ in range(7):
-        _synchronize(device)
+        synchronize(device)
         if device.startswith("cuda"):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -581,7 +575,7 @@ def _kernel_seconds(shape: SiteShape, device: str, dtype: torch.dtype, what: str
             begun = time.perf_counter()
             for _ in range(repeats):
                 work()
-            _synchronize(device)
+            synchronize(device)
             times.append((time.perf_counter() - begun) / repeats)
     return float(np.median(times[1:]))  # the first one warms up
 

@@ -21,6 +21,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from experiments import synchronize
 from experiments.latency_report import OUTSIDE
 from negtome.attach import Attachment, _Site, _subclass
 
@@ -67,7 +68,7 @@ def parts(run: Callable[[], Sequence[bool]], calls: int, device: str) -> list[Pa
         for _ in range(calls):
             clock.steps.clear()
             active = run()
-            _synchronize(device)
+            synchronize(device)
             steps += zip(active, clock.steps, strict=True)
     inside = [step for active, step in steps if active]
     outside = [[span for spans in step.values() for span in spans] for active, step in steps if not active]
@@ -82,18 +83,14 @@ def parts(run: Callable[[], Sequence[bool]], calls: int, device: str) -> list[Pa
 
 
 class _Span(NamedTuple):
-    """When something began and ended, for the host and, on CUDA, in the stream."""
+    """How long something took the host and, on CUDA, between which events of the stream it lies."""
 
-    begun: tuple[float, torch.cuda.Event | None]
-    ended: tuple[float, torch.cuda.Event | None]
-
-    @property
-    def host_ms(self) -> float:
-        return 1000 * (self.ended[0] - self.begun[0])
+    host_ms: float
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None
 
     @property
     def device_ms(self) -> float | None:
-        return None if self.begun[1] is None else self.begun[1].elapsed_time(self.ended[1])
+        return None if self.events is None else self.events[0].elapsed_time(self.events[1])
 
 
 class _Clock:
@@ -123,21 +120,20 @@ class _Clock:
             if part == BEFORE:
                 self.steps.append(defaultdict(list))
             with record_function(part):
-                event = self._event()
+                first = _event() if self.cuda else None
                 begun = time.perf_counter()
                 result = function(*args, **kwargs)
-                ended = time.perf_counter()  # before the event, which is not the method's
-                self.steps[-1][part].append(_Span((begun, event), (ended, self._event())))
+                host_ms = 1000 * (time.perf_counter() - begun)  # without the events, which are not the method's
+                self.steps[-1][part].append(_Span(host_ms, (first, _event()) if self.cuda else None))
             return result
 
         return watched
 
-    def _event(self) -> torch.cuda.Event | None:
-        if not self.cuda:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _median(operation: str, steps: Sequence[Sequence[_Span]]) -> Part:
@@ -158,7 +154,7 @@ def _operations(run: Callable[[], Sequence[bool]], push: Part, device: str) -> l
         run()  # so that nothing is done for the first time under the profiler
         with profile(activities=activities) as profiler:
             steps = sum(run())
-            _synchronize(device)
+            synchronize(device)
     host, on_device, count = Counter(), Counter(), Counter()
     for event in profiler.events():
         if event.device_type == DeviceType.CPU and (name := _within_push(event)):
@@ -166,8 +162,7 @@ def _operations(run: Callable[[], Sequence[bool]], push: Part, device: str) -> l
             on_device[name] += event.self_device_time_total / 1000 / steps
             count[name] += 1 / steps
     scale = push.host_ms / sum(host.values())
-    rest = "between its operations"
-    own = Part(rest, push.calls, scale * host.pop(PUSH), None)
+    own = Part("between its operations", push.calls, scale * host.pop(PUSH), None)
     found = [Part(name, count[name], scale * host[name], on_device[name] if cuda else None) for name in host]
     if cuda:
         # Kernels may take a little longer under the profiler than all of the push without it.
@@ -188,8 +183,3 @@ def _within_push(event: Any) -> str | None:
             return name
         event = event.cpu_parent
     return None
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

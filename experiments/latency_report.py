@@ -203,8 +203,8 @@ def target_table(frame: pd.DataFrame) -> pd.DataFrame:
             )
             own = _own_share(frame, row) if target.quantity == "outside" else None
             if own is not None:
-                measured = f"{own:+.2%}".replace("%", " %")
-                table.append(entry | {"what": CLOCKED, "measured": measured, "verdict": "", "on": _setup(row)})
+                clocked = {"what": CLOCKED, "measured": _percent(1 + own, digits=2)}
+                table.append(entry | clocked | {"verdict": "", "on": _setup(row)})
         if rows.empty:
             table.append(entry | {"measured": "", "verdict": "not measured", "on": ""})
     for model, small, large in GROWTH:
@@ -320,8 +320,8 @@ def _digits(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
 
 
-def _percent(ratio: float) -> str:
-    return f"{ratio - 1:+.1%}".replace("%", " %")
+def _percent(ratio: float, digits: int = 1) -> str:
+    return f"{ratio - 1:+.{digits}%}".replace("%", " %")
 
 
 def _setup(row: pd.Series) -> str:
@@ -390,9 +390,10 @@ def _profile_of(frame: pd.DataFrame, case: pd.Series) -> pd.DataFrame:
 
 def _own_share(frame: pd.DataFrame, case: pd.Series) -> float | None:
     """Return what the host does for the method in a step outside the window, as a share of that step without."""
-    parts = _profile_of(frame, case).set_index("operation")["host_ms"]
-    plain = frame[_same_case(frame, case) & (frame["part"] == "table") & (frame["variant"] == PLAIN)]
-    return parts[OUTSIDE] / plain["outside_ms"].iloc[0] if OUTSIDE in parts.index and len(plain) else None
+    same = frame[_same_case(frame, case)]
+    hooks = same.loc[(same["part"] == "profile") & (same["operation"] == OUTSIDE), "host_ms"]
+    plain = same.loc[(same["part"] == "table") & (same["variant"] == PLAIN), "outside_ms"]
+    return hooks.iloc[0] / plain.iloc[0] if len(hooks) and len(plain) else None
 
 
 def _same_case(frame: pd.DataFrame, case: pd.Series) -> pd.Series:

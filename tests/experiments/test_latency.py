@@ -24,6 +24,12 @@ RESULTS = PROJECT / "results"
 COMPARED = ["without, s", "with, s", "increase", "device"]
 
 
+#: A call of a tiny pipeline.
+CALL = {
+    "prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "num_images_per_prompt": 3,
+    "output_type": "latent",
+}  # fmt: skip
+
 #: The suites as they are configured.
 MINI, FULL = (("experiment=latency", f"latency.suite={suite}") for suite in ("mini", "full"))
 
@@ -199,19 +205,15 @@ def test_nothing_to_measure_and_no_table_is_said(tmp_path):
 @pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
 def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
     pipe = request.getfixturevalue(name)
-    call = {
-        "prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "num_images_per_prompt": 3,
-        "output_type": "latent",
-    }  # fmt: skip
-    timesteps = latency.timesteps_of(pipe, call)
+    timesteps = latency.timesteps_of(pipe, CALL)
     assert "forward" not in vars(latency._denoiser(pipe))
     config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(timesteps[1], 1000))
     schedule = latency.Schedule(timesteps, timesteps, config.timestep_range)
     assert latency.inside_of(timesteps, schedule.window) == [True, True, False, False]
-    shapes = latency.site_shapes(pipe, call, config, schedule)
+    shapes = latency.site_shapes(pipe, CALL, config, schedule)
 
     with negtome.attach(pipe, config) as attached:
-        timing = latency.time_call(pipe, call, "cpu", attached)
+        timing = latency.time_call(pipe, CALL, "cpu", attached)
     assert [step.timestep for step in attached.steps] == timesteps
     assert len(timing.steps) == 4 and min(timing.steps) > 0 and sum(timing.steps) < timing.seconds
     assert (timing.peak, timing.pushed_share) == (None, 1.0)
@@ -236,10 +238,7 @@ def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(n
 
     def run():
         with negtome.attach(pipe, config) as attached:
-            pipe(
-                "a dog", height=32, width=32, num_inference_steps=4, num_images_per_prompt=3, output_type="latent",
-                generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
+            pipe(**CALL, generator=torch.Generator().manual_seed(0))
         calls.append(attached.summary())
         products[:] = [site for site, count in attached.counts().items() if count.compared]
         return [step.active for step in attached.steps]
@@ -295,21 +294,19 @@ def cuda(monkeypatch):
 
 
 def test_on_cuda_steps_lie_between_events_and_nobody_waits_in_between(cuda, tiny_flux, monkeypatch):
-    call = {"prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "output_type": "latent"}
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: (waits.append(device), Event.wait()))
-    timing = latency.time_call(tiny_flux, call, "cuda:0")
+    timing = latency.time_call(tiny_flux, CALL, "cuda:0")
     assert timing.steps == [0.001] * 4 and timing.peak == 3 * 2**30
     assert waits == ["cuda:0"] * 2, "before and after the call"
 
 
 def test_on_cuda_the_parts_have_times_of_their_own_on_the_device(cuda, tiny_flux):
     config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(600, 1000))
-    call = {"prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "output_type": "latent"}
 
     def run():
         with negtome.attach(tiny_flux, config) as attached:
-            tiny_flux(**call, num_images_per_prompt=3)
+            tiny_flux(**CALL)
         return [step.active for step in attached.steps]
 
     parts = {part.operation: part for part in latency_profile.parts(run, 2, "cuda:0")}

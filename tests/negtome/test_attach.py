@@ -607,7 +607,7 @@ def compile_blocks(pipe, **options):
 
 
 def order(kind, way, inside):
-    """One case: in place, and SDXL, which takes long, not when already attached; whatever else is slow."""
+    """One case. Not slow are those that compile in place, without the one that takes longest: SDXL, attached before."""
     marks = [] if way is compile_in_place and (kind == "flux" or not inside) else [pytest.mark.slow]
     name = f"{kind}-{way.__name__}-{'attach then compile' if inside else 'compile then attach'}"
     return pytest.param(kind, way, inside, marks=marks, id=name)
