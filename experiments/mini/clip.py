@@ -155,7 +155,7 @@ def _fit(
     ema = Ema([trained], 0.998)
     matrices, rest = split_parameters(trained)
     optimizers = [
-        Muon(matrices, lr=2e-3),
+        Muon(matrices, lr=2e-3, dtype=setting.dtype),
         torch.optim.AdamW(rest, lr=1.2e-3, weight_decay=0.0, betas=(0.9, 0.98), fused=setting.on_gpu),
     ]
     batch = setting.batch_size(1024)
@@ -164,7 +164,7 @@ def _fit(
         with ema.swapped():
             write()
 
-    run = Run(name, setting, optimizers, save)
+    run = Run(name, setting, optimizers, save, {"model": trained, "ema": ema})
     for _ in run:
         image, caption, variant = data.draw(batch)
         found = losses(data.render(image, variant), image, caption)

@@ -137,7 +137,9 @@ WORLD_SHARE = {
     "activities": 0.06,
     "objects": 0.07,
 }
-ROW_SHARE = {"evaluated": 0.47, "development": 0.15, "world": 0.38}
+ROW_SHARE = {"evaluated": 0.48, "development": 0.14, "designs": 0.22, "world": 0.16}
+# Exponent of a category's typicalities: above 1, its best-known examples are repeated until they are known by heart.
+CONCENTRATION = 1.5
 
 
 @dataclass
@@ -378,12 +380,23 @@ def generic_caption(category: str, rng: random.Random) -> str:
     return rng.choice([category, f"a {category}", f"the {category}", f"an emoji of a {category}"])
 
 
+def design_caption(item: Emoji, rng: random.Random) -> str:
+    """A caption that asks for a design: by name, by name and style, or by one of its tags."""
+    name, style, kind = phrase(item), SETS[item.style_set].style, rng.random()
+    if kind < 0.55 or (kind >= 0.8 and not item.tags):
+        return f"{rng.choice(taxonomy.TEMPLATES)} {name}"
+    if kind < 0.8:
+        return f"{'an' if style[0] in 'aeiou' else 'a'} {style} style emoji of a {name}"
+    return f"an emoji of {rng.choice([t for t in item.tags if t != 'face'] or item.tags).lower()}"
+
+
 def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """Pairs of image and caption, drawn so that uniform sampling of the rows is the training distribution.
 
-    62 % of the rows start from a category: a typical emoji of it, then one image of that emoji. Three quarters of them
-    get a generic caption, and for those the image's set and skin tone follow the skewed preferences. The other rows
-    start from a group of emoji and a concept, and get detailed captions.
+    `ROW_SHARE` of the rows start from a category: a typical emoji of it, then one image of that emoji. Three quarters
+    of them get a generic caption, and for those the image's set and skin tone follow the skewed preferences. Others
+    start from one of the designs to be known by heart, without skin tone or gender. The rest start from a group of
+    emoji and a concept, and get detailed captions.
 
     Args:
         emoji: the images' descriptions; held-out ones are never drawn.
@@ -400,7 +413,8 @@ def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.nd
     for i in usable:
         for name in emoji[i].categories:
             by_category[name][emoji[i].label].append(i)
-        world[emoji[i].group][emoji[i].concept].append(i)
+        if emoji[i].tone is None:
+            world[emoji[i].group][emoji[i].concept].append(i)
 
     def skewed(images: list[int]) -> list[float]:
         tones = Counter(emoji[i].tone for i in images)
@@ -410,13 +424,21 @@ def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.nd
     names = {k: [n for n in v if n in by_category] for k, v in kinds.items()}
     weights = {k: [taxonomy.CATEGORY_WEIGHT.get(n, 1.0) for n in v] for k, v in names.items()}
     labels = {n: list(v) for n, v in by_category.items()}
-    typical = {n: [emoji[v[label][0]].categories[n] for label in labels[n]] for n, v in by_category.items()}
+    typical = {
+        n: [emoji[v[label][0]].categories[n] ** CONCENTRATION for label in labels[n]] for n, v in by_category.items()
+    }
     skew_of: dict[tuple[str, str], list[float]] = {}
     groups = [g for g in WORLD_SHARE if g in world]
     group_weight = [WORLD_SHARE[g] for g in groups]
     concepts = {g: list(world[g]) for g in groups}
 
-    shares = {k: ROW_SHARE[k] for k in kinds if names[k]} | ({"world": ROW_SHARE["world"]} if groups else {})
+    designs: dict[str, list[int]] = defaultdict(list)
+    for i in usable:
+        if emoji[i].label.lower() in taxonomy.DESIGNS and emoji[i].tone is None and emoji[i].gender is None:
+            designs[emoji[i].label].append(i)
+
+    shares = {k: ROW_SHARE[k] for k in kinds if names[k]}
+    shares |= {k: ROW_SHARE[k] for k, present in (("designs", designs), ("world", groups)) if present}
     if not shares:
         raise ValueError("expected at least one image that is not held out, got none; check the split")
     images, captions = np.empty(n_rows, np.int64), []
@@ -425,6 +447,9 @@ def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.nd
             group = rng.choices(groups, group_weight)[0]
             index = rng.choice(world[group][rng.choice(concepts[group])])
             caption = detailed_caption(emoji[index], rng)
+        elif kind == "designs":
+            index = rng.choice(designs[rng.choice(list(designs))])
+            caption = design_caption(emoji[index], rng)
         else:
             name = rng.choices(names[kind], weights[kind])[0]
             label = rng.choices(labels[name], typical[name])[0]
@@ -486,8 +511,17 @@ def describe(folder: Path, npm: Path, n_rows: int = 400_000, limit: int | None =
         emoji, documents = [emoji[i] for i in sorted(kept)], [documents[i] for i in sorted(kept)]
     folder.mkdir(parents=True, exist_ok=True)
     images, captions = draw_rows(emoji, n_rows, seed)
-    unique = {text: i for i, text in enumerate(dict.fromkeys(captions))}
-    np.savez(folder / "rows.npz", image=images, caption=np.array([unique[c] for c in captions]))
+    held = [i for i, item in enumerate(emoji) if item.held_out]
+    rng = random.Random(seed)
+    held_captions = [detailed_caption(emoji[i], rng) for i in held]
+    unique = {text: i for i, text in enumerate(dict.fromkeys([*captions, *held_captions]))}
+    np.savez(
+        folder / "rows.npz",
+        image=images,
+        caption=np.array([unique[c] for c in captions]),
+        held_image=np.array(held, np.int64),
+        held_caption=np.array([unique[c] for c in held_captions], np.int64),
+    )
     (folder / "captions.json").write_text(json.dumps(list(unique)))
     stats = statistics(emoji) | {"rows": n_rows, "captions": len(unique)}
     (folder / "table.json").write_text(json.dumps({"statistics": stats, "emoji": [asdict(e) for e in emoji]}))

@@ -17,22 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from experiments.mini.data import IMAGE_SIZE, load_table
 
-VARIANTS = 4  # versions of each image: two as drawn and shifted, two also scaled, the last one on a colour
-_COLOURS = (
-    (184, 217, 250),
-    (250, 199, 217),
-    (178, 223, 168),
-    (247, 192, 133),
-    (208, 190, 240),
-    (250, 230, 130),
-    (192, 192, 192),
-    (40, 62, 115),
-    (24, 24, 26),
-)
+VARIANT_SHARE = (0.6, 0.4)  # how often each version of an image is drawn: as it is, and shifted by up to five pixels
+VARIANTS = len(VARIANT_SHARE)
 
 
 @dataclass(frozen=True)
@@ -47,22 +36,28 @@ class Setting:
     duty: float = 1.0
     lr: float = 1.0  # factor of the denoisers' learning rates: less than 1 when they continue from earlier weights
     half: bool = False  # bf16 on a CPU that has instructions for it
+    compile: bool = False  # on a CPU too: 90 seconds and a C++ compiler for 13 % more images a second
+    cooldown: float = 0.3  # last share of the time, in which the learning rate falls to zero
 
     @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    @property
+    def dtype(self) -> torch.dtype:
         """bf16 on the GPU; on the CPU only if asked for: without hardware support it takes minutes a step."""
-        if self.on_gpu or self.half:
-            return torch.autocast("cuda" if self.on_gpu else "cpu", torch.bfloat16)
+        return torch.bfloat16 if self.on_gpu or self.half else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype is torch.bfloat16:
+            return torch.autocast("cuda" if self.on_gpu else "cpu", self.dtype)
         return contextlib.nullcontext()
 
     def batch_size(self, usual: int) -> int:
         return self.batch or usual
 
     def compiled(self, module: Callable) -> Callable:
-        return torch.compile(module) if self.on_gpu else module
+        return torch.compile(module) if self.on_gpu or self.compile else module
 
 
 def prepare(setting: Setting, seed: int) -> None:
@@ -84,14 +79,34 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def load_rows(folder: Path, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and caption of every training row, two int64 [R]: a uniform row is a draw of the training distribution."""
-    rows = np.load(folder / "rows.npz")
-    return torch.from_numpy(rows["image"]).to(device), torch.from_numpy(rows["caption"]).to(device)
+def load_rows(folder: Path, device: str, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and caption of every training row, two int64 [R]: a uniform row is a draw of the training distribution.
+
+    `held_out`: one row for each image that no training row shows.
+    """
+    rows, prefix = np.load(folder / "rows.npz"), "held_" if held_out else ""
+    return torch.from_numpy(rows[prefix + "image"]).to(device), torch.from_numpy(rows[prefix + "caption"]).to(device)
+
+
+def fixed_rows(folder: Path, device: str, n: int = 256) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Images and captions that a stage measures its loss on: "fixed" are training rows, "held_out" are not."""
+    pick = torch.Generator().manual_seed(0)
+    found = {}
+    for name in ("fixed", "held_out"):
+        image, caption = load_rows(folder, device, held_out=name == "held_out")
+        row = torch.randperm(len(image), generator=pick)[:n].to(device)
+        if len(row):
+            found[name] = image[row], caption[row]
+    return found
+
+
+def draw_variants(n: int, device: str | torch.device) -> torch.Tensor:
+    """Versions of images, int64 [n]."""
+    return torch.tensor(VARIANT_SHARE, device=device).multinomial(n, replacement=True)
 
 
 class Images:
-    """The artwork on the device, and its four versions, each the same whenever it is asked for.
+    """The artwork on the device, and its versions, each the same whenever it is asked for.
 
     Args:
         folder: data folder.
@@ -103,40 +118,26 @@ class Images:
         self.rgba = torch.from_numpy(np.load(folder / "images.npy")).to(device)
         self.row_image, self.row_caption = load_rows(folder, device)
         self.emoji, _ = load_table(folder)
-        n = len(self.rgba)
-        g = torch.Generator().manual_seed(17)
-        scale = 0.86 + 0.18 * torch.rand(n, VARIANTS, generator=g)
-        scale[:, :2] = 1.0
-        shift = torch.randint(-5, 6, (n, VARIANTS, 2), generator=g).float()
+        shift = torch.randint(-5, 6, (len(self.rgba), VARIANTS, 2), generator=torch.Generator().manual_seed(17))
         shift[:, 0] = 0
-        colour = torch.full((n, VARIANTS, 3), 255.0)
-        colour[:, 3] = torch.tensor(_COLOURS).float()[torch.randint(len(_COLOURS), (n,), generator=g)]
-        self.scale, self.shift, self.colour = scale.to(device), shift.to(device), colour.to(device)
+        self.shift = shift.to(device)
         self.held_out = torch.tensor([i for i, e in enumerate(self.emoji) if e.held_out])
 
     def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, captions and versions of a random batch: three int64 [n]."""
         row = torch.randint(len(self.row_image), (n,), device=self.rgba.device)
-        return (
-            self.row_image[row],
-            self.row_caption[row],
-            torch.randint(VARIANTS, (n,), device=self.rgba.device),
-        )
+        return self.row_image[row], self.row_caption[row], draw_variants(n, self.rgba.device)
 
     def render(self, image: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:
-        """RGB in [-1, 1], float32 [n, 3, 128, 128]."""
+        """RGB on white in [-1, 1], float32 [n, 3, 128, 128]."""
         rgba = self.rgba[image].permute(0, 3, 1, 2).float() / 255
-        alpha = rgba[:, 3:]
-        layers = torch.cat([rgba[:, :3] * alpha, alpha], 1)
-        scale, shift = self.scale[image, variant], self.shift[image, variant]
-        # A sampling grid: output pixel -> artwork pixel, both in [-1, 1]. Scale 1 and whole shifts stay exact.
-        theta = torch.zeros(len(image), 2, 3, device=rgba.device)
-        theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-        theta[:, :, 2] = -shift * (2 / IMAGE_SIZE) / scale[:, None]
-        grid = F.affine_grid(theta, list(layers.shape), align_corners=False)
-        layers = F.grid_sample(layers, grid, align_corners=False)
-        background = self.colour[image, variant][:, :, None, None] / 255
-        return (layers[:, :3] + (1 - layers[:, 3:]) * background) * 2 - 1
+        row = torch.arange(IMAGE_SIZE, device=rgba.device)
+        y, x = (row - self.shift[image, variant, axis, None] for axis in (1, 0))
+        inside = ((y >= 0) & (y < IMAGE_SIZE))[:, :, None] & ((x >= 0) & (x < IMAGE_SIZE))[:, None]
+        y, x = y.clamp(0, IMAGE_SIZE - 1), x.clamp(0, IMAGE_SIZE - 1)
+        n = torch.arange(len(rgba), device=rgba.device)[:, None, None]
+        rgba = rgba.permute(0, 2, 3, 1)[n, y[:, :, None], x[:, None]].permute(0, 3, 1, 2) * inside[:, None]
+        return (rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])) * 2 - 1
 
 
 class Ema:
@@ -152,6 +153,13 @@ class Ema:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (12 + self.steps))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {"average": self.average, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        torch._foreach_copy_(self.average, state["average"])
+        self.steps = state["steps"]
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -176,11 +184,19 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: matrices, and kernels of convolutions, which count as matrices [out, in * height * width].
         lr: learning rate.
+        dtype: of the iteration; bfloat16 is enough where the hardware has it.
         momentum: of the Nesterov average, in [0, 1).
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        lr: float,
+        dtype: torch.dtype = torch.float32,
+        momentum: float = 0.95,
+    ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
         self.stacks: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
         for p in self.param_groups[0]["params"]:
             if p.ndim < 2:
@@ -188,22 +204,23 @@ class Muon(torch.optim.Optimizer):
                     f"expected matrices or kernels, got a parameter of shape {tuple(p.shape)}; give it to AdamW"
                 )
             self.stacks.setdefault(tuple(p.shape), []).append(p)
-        self.buffers = {s: torch.zeros(len(ps), *s, device=ps[0].device) for s, ps in self.stacks.items()}
+        for shape, stack in self.stacks.items():  # under the first of the stack, so that `state_dict` holds it
+            self.state[stack[0]]["momentum"] = torch.zeros(len(stack), *shape, device=stack[0].device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         lr, momentum = self.param_groups[0]["lr"], self.param_groups[0]["momentum"]
         for shape, params in self.stacks.items():
             grad = torch.stack([p.grad for p in params]).float()
-            buffer = self.buffers[shape].mul_(momentum).add_(grad, alpha=1 - momentum)
+            buffer = self.state[params[0]]["momentum"].mul_(momentum).add_(grad, alpha=1 - momentum)
             flat = grad.lerp(buffer, momentum).reshape(len(params), shape[0], -1)
-            update = orthogonalise(flat) * (-lr * 0.2 * max(flat.shape[1:]) ** 0.5)
+            update = orthogonalise(flat, self.dtype) * (-lr * 0.2 * max(flat.shape[1:]) ** 0.5)
             torch._foreach_add_(params, list(update.reshape(grad.shape).to(params[0].dtype).unbind(0)))
 
 
-def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalise(stack: torch.Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> torch.Tensor:
     """Approximately the nearest semi-orthogonal matrices of a stack [K, M, N], by Newton-Schulz (quintic)."""
-    x = stack.bfloat16() if stack.is_cuda else stack
+    x = stack.to(dtype)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
@@ -224,21 +241,31 @@ def split_parameters(*modules: torch.nn.Module) -> tuple[list[torch.nn.Parameter
     return matrices, rest
 
 
-def cosine(progress: float, warmup: float = 0.02, floor: float = 0.01) -> float:
-    """Learning-rate factor at a progress in [0, 1]: linear warm-up, then half a cosine down to `floor`."""
-    if progress < warmup:
-        return max(progress, 1e-3) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+def trapezoid(progress: float, cooldown: float, warmup: float = 0.02) -> float:
+    """Learning-rate factor at a progress in [0, 1]: linear warm-up, 1, then linearly to 0 in the last `cooldown`.
+
+    A training that goes on later starts from where the factor was still 1; half a cosine would have to be known to its
+    end beforehand.
+    """
+    return min(1.0, max(progress, 1e-3) / warmup, max(1 - progress, 0.01) / cooldown)
+
+
+STATE_SECONDS = 300  # between two states of a training on disk, each with a measurement
 
 
 class Run:
     """Iterates over the steps of a stage until its time is up, setting learning rates, logging, checkpointing.
 
+    Everything that the training is goes into `work/NAME.state.pt` every five minutes until the cool-down begins; where
+    that file is found, the stage goes on from it.
+
     Args:
-        name: for the log.
+        name: for the log and the state.
         setting: deadline, step limit, duty.
-        optimizers: whose groups' learning rates are scaled by `cosine`; each group keeps its peak in "peak".
-        save: called about once a minute and at the end.
+        optimizers: whose groups' learning rates are scaled by `trapezoid`; each group keeps its peak in "peak".
+        save: writes the model that the training has come to; called about once a minute and at the end.
+        parts: what else holds state, by name: modules, averages.
+        measure: losses that no training step sees, logged every five minutes.
     """
 
     def __init__(
@@ -247,13 +274,42 @@ class Run:
         setting: Setting,
         optimizers: list[torch.optim.Optimizer],
         save: Callable[[Run], None],
+        parts: dict[str, torch.nn.Module | Ema],
+        measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.name, self.setting, self.optimizers, self.save = name, setting, optimizers, save
-        self.step, self.losses, self.started = 0, {}, time.time()
+        self.step, self.losses, self.started, self.seconds = 0, {}, time.time(), 0.0
         for o in optimizers:
             for group in o.param_groups:
                 group.setdefault("peak", group["lr"])
         self.history: list[dict] = []
+        self.measure = measure
+        self.parts = parts | {f"optimizer {i}": o for i, o in enumerate(optimizers)}
+        self.state = setting.work / f"{name}.state.pt"
+        if self.state.exists():
+            self._load()
+
+    def _load(self) -> None:
+        saved = torch.load(self.state, map_location=self.setting.device)
+        peaks = [[group["peak"] for group in o.param_groups] for o in self.optimizers]
+        for name, part in self.parts.items():
+            part.load_state_dict(saved["parts"][name])
+        for o, peak in zip(self.optimizers, peaks, strict=True):  # the learning rate is this call's
+            for group, lr in zip(o.param_groups, peak, strict=True):
+                group["peak"] = lr
+        self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
+        print(f"{self.name} goes on from step {self.step}", flush=True)
+
+    def _store(self) -> None:
+        content = {
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "step": self.step,
+            "seconds": self.seconds + time.time() - self.started,
+            "history": self.history,
+        }
+        temporary = self.state.with_suffix(".tmp")
+        torch.save(content, temporary)
+        os.replace(temporary, self.state)
 
     def progress(self) -> float:
         if self.setting.steps:
@@ -266,7 +322,7 @@ class Run:
             total, n = self.losses.get(key, (0, 0))
             self.losses[key] = (total + value.detach().float(), n + 1)
 
-    def report(self, since: tuple[float, int]) -> None:
+    def report(self, since: tuple[float, int], **measured: float) -> None:
         seconds, step = time.time() - since[0], self.step - since[1]
         means = {k: round(float(total) / n, 5) for k, (total, n) in self.losses.items()}
         self.losses = {}
@@ -275,6 +331,7 @@ class Run:
             "progress": round(self.progress(), 3),
             "it_s": round(step / max(seconds, 1e-6), 2),
             **means,
+            **{k: round(v, 5) for k, v in measured.items()},
         }
         self.history.append(line)
         print(f"[{time.strftime('%H:%M:%S')}] {self.name} {line}", flush=True)
@@ -283,10 +340,10 @@ class Run:
 
     def __iter__(self) -> Iterator[int]:
         self.started = time.time()
-        since, saved = (self.started, 0), self.started
-        while self.progress() < 1 or self.step == 0:
+        since, saved, stored, first = (self.started, self.step), self.started, self.started, self.step
+        while self.progress() < 1 or self.step == first:
             tick = time.time()
-            factor = cosine(self.progress())
+            factor = trapezoid(self.progress(), self.setting.cooldown)
             for o in self.optimizers:
                 for group in o.param_groups:
                     group["lr"] = group["peak"] * factor
@@ -304,7 +361,11 @@ class Run:
             if time.time() - saved > 60:
                 self.save(self)
                 saved = time.time()
-        self.report(since)
+            if time.time() - stored >= STATE_SECONDS and self.progress() < 1 - self.setting.cooldown:
+                self._store()
+                self.report(since, **self.measure())
+                since, stored = (time.time(), self.step), time.time()
+        self.report(since, **self.measure())
         self.save(self)
 
     def summary(self) -> dict:
@@ -312,7 +373,7 @@ class Run:
         device = torch.cuda.get_device_name() if self.setting.on_gpu else "CPU"
         return {
             "steps": self.step,
-            "seconds": round(time.time() - self.started, 1),
+            "seconds": round(self.seconds + time.time() - self.started, 1),
             "device": device,
             "last": self.history[-1] if self.history else {},
             "history": self.history,

@@ -37,6 +37,8 @@ def run_stage(args: argparse.Namespace) -> None:
         duty=DUTY.get(args.stage, 1.0),
         lr=args.lr,
         half=args.bf16,
+        compile=args.compile,
+        cooldown=args.cooldown,
     )
     if args.stage == "vae" and args.vae:
         vae.adopt(setting, args.vae)
@@ -130,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=0.0, help="Unix time at which the stage must end")
     parser.add_argument("--lr", type=float, default=1.0, help="factor of the denoisers' learning rates")
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")
+    parser.add_argument("--compile", action="store_true", help="compile on the CPU too")
+    parser.add_argument(
+        "--cooldown", type=float, default=0.3, help="last share of the time, with a falling learning rate"
+    )
     parser.add_argument("--steps", type=int, default=None, help="limit of the stage's steps")
     parser.add_argument("--batch", type=int, default=None, help="batch size of the stage")
     args = parser.parse_args(argv)

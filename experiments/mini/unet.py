@@ -9,11 +9,12 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from experiments.mini.loop import (
-    VARIANTS,
     Ema,
     Muon,
     Run,
     Setting,
+    draw_variants,
+    fixed_rows,
     load_rows,
     prepare,
     split_parameters,
@@ -129,7 +130,7 @@ def train(setting: Setting, seed: int = 5) -> None:
     ema = Ema([model], 0.999)
     matrices, rest = split_parameters(model)
     optimizers = [
-        Muon(matrices, lr=2e-3 * setting.lr),
+        Muon(matrices, lr=2e-3 * setting.lr, dtype=setting.dtype),
         torch.optim.AdamW(rest, lr=1e-3 * setting.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=setting.on_gpu),
     ]
     out = work / "unet"
@@ -138,10 +139,26 @@ def train(setting: Setting, seed: int = 5) -> None:
         with ema.swapped():
             model.save_pretrained(out / "model")
 
-    run = Run("unet", setting, optimizers, save)
+    fixed = fixed_rows(work / "data", device)
+
+    @torch.no_grad()
+    def measure() -> dict[str, float]:
+        found = {}
+        with ema.swapped(), setting.autocast():
+            for name, (image, caption) in fixed.items():
+                g, z = torch.Generator(device).manual_seed(0), latents[image, 0].float()
+                t = torch.linspace(0, 999, len(z), device=device).long()
+                x, v = noised(z, torch.randn(z.shape, generator=g, device=device), alpha_bar[t])
+                added = {"text_embeds": pooled[caption].float(), "time_ids": time_ids[:1].expand(len(z), 6)}
+                words = states[caption].float()
+                predicted = model(x, t, encoder_hidden_states=words, added_cond_kwargs=added).sample
+                found[name] = float((predicted.float() - v).square().mean())
+        return found
+
+    run = Run("unet", setting, optimizers, save, {"model": model, "ema": ema}, measure)
     for _ in run:
         row = torch.randint(len(row_image), (batch,), device=device)
-        z = latents[row_image[row], torch.randint(VARIANTS, (batch,), device=device)].float()
+        z = latents[row_image[row], draw_variants(batch, device)].float()
         caption = row_caption[row]
         keep = (torch.rand(batch, device=device) > DROPOUT).float()  # an empty prompt is all zeros in this pipeline
         t = torch.randint(1000, (batch,), device=device)

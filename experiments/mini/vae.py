@@ -140,7 +140,7 @@ def train(setting: Setting, seed: int = 3) -> None:
         with ema.swapped():
             model.save_pretrained(out / "checkpoint")
 
-    run = Run("vae", setting, [optimizer], save)
+    run = Run("vae", setting, [optimizer], save, {"model": model, "ema": ema})
     for _ in run:
         image, _, variant = data.draw(batch)
         target = data.render(image, variant).contiguous(memory_format=torch.channels_last)
@@ -219,7 +219,7 @@ def refine_decoder(setting: Setting, seed: int = 4) -> None:
         with ema.swapped():
             model.save_pretrained(out / "model")
 
-    run = Run("decoder", setting, [optimizer], save)
+    run = Run("decoder", setting, [optimizer], save, {"model": model, "ema": ema})
     for _ in run:
         image, _, variant = data.draw(batch)
         target = data.render(image, variant)
