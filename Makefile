@@ -26,11 +26,12 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 install: $(VENV)/.installed-dev  ## everything but the training packages, into .venv
 
 .PHONY: reproduce-diversity
-reproduce-diversity: $(VENV)/.installed-experiments  ## images, scores, table and figures of the diversity claim
+reproduce-diversity: $(VENV)/.installed-experiments  ## the diversity claim: images, scores, table, figures, beside the published
 	$(PY) -m experiments.generate experiment=diversity $(ARGS)
 	$(PY) -m experiments.evaluate experiment=diversity $(ARGS)
 	$(PY) -m experiments.tabulate experiment=diversity $(ARGS)
 	$(PY) -m experiments.plot experiment=diversity $(ARGS)
+	$(PY) -m experiments.check experiment=diversity $(ARGS)
 
 .PHONY: reproduce-copyright
 reproduce-copyright: $(VENV)/.installed-experiments  ## the same for pushing away from protected assets
@@ -38,6 +39,7 @@ reproduce-copyright: $(VENV)/.installed-experiments  ## the same for pushing awa
 	$(PY) -m experiments.evaluate experiment=copyright $(ARGS)
 	$(PY) -m experiments.tabulate experiment=copyright $(ARGS)
 	$(PY) -m experiments.plot experiment=copyright $(ARGS)
+	$(PY) -m experiments.check experiment=copyright $(ARGS)
 
 .PHONY: sweep
 sweep: $(VENV)/.installed-experiments  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
@@ -45,6 +47,12 @@ sweep: $(VENV)/.installed-experiments  ## alpha x threshold x window on the deve
 	$(PY) -m experiments.evaluate experiment=sweep $(ARGS)
 	$(PY) -m experiments.tabulate experiment=sweep $(ARGS)
 	$(PY) -m experiments.plot experiment=sweep $(ARGS)
+	$(PY) -m experiments.check experiment=sweep $(ARGS)
+
+.PHONY: publish
+publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
+	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
+	$(PY) -m experiments.plot experiment=$(EXPERIMENT) results=results $(ARGS)
 
 .PHONY: cfg-scale
 cfg-scale: $(VENV)/.installed-experiments  ## without and with NegToMe at every scale of guidance (15 minutes)

@@ -5,7 +5,6 @@ The only package that imports Hydra, pandas or matplotlib.
 
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
 #: The checkout: relative paths of the configuration are relative to it, whatever the working directory.
@@ -27,6 +26,8 @@ def select_device(name: str) -> str:
     Raises:
         ValueError: the device is not there.
     """
+    import torch  # not with the package: a command's help must not wait for it
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.split(":")[0]
@@ -39,6 +40,8 @@ def select_device(name: str) -> str:
 
 def synchronize(device: str) -> None:
     """Wait until a torch device has done what it was given; a CPU has."""
+    import torch
+
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):

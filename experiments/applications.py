@@ -9,12 +9,16 @@ row is the same. Writes `<results>/applications_<name>_<model>.png`. These are p
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from matplotlib import font_manager
@@ -24,6 +28,7 @@ from tqdm import tqdm
 
 import negtome
 from experiments import pipelines, project_path, select_device
+from experiments.configs import expand
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -127,14 +132,7 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     return files
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    try:
+def main(argv: list[str]) -> None:
+    for cfg in expand(argv):
         for file in make_pictures(cfg):
             print(file)
-    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,11 @@ experiments.report hold copies of images in folders of runs' names, and are left
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import argparse
 import importlib.util
 import os
@@ -265,22 +270,15 @@ def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
     return files
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("collect", usage="python -m experiments collect [FOLDER] [--to TABLE] [--help]")
     parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie, or a run (default: outputs)")
     parser.add_argument("--to", type=Path, help="the table, without a suffix (default: collected, in the folder)")
-    arguments = parser.parse_args()
-    try:
-        table, problems = collect(arguments.folder)
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from None
+    arguments = parser.parse_args(argv)
+    table, problems = collect(arguments.folder)
     files = write(table, problems, arguments.to or project_path(arguments.folder) / "collected")
     print(f"{len(table)} rows of {table['run_id'].nunique()} runs, {len(problems)} problems")
     for problem in problems.itertuples():
         print(f"not taken: {problem.path}: {problem.problem}")
     for file in files:
         print(file)
-
-
-if __name__ == "__main__":
-    main()

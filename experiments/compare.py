@@ -8,7 +8,10 @@ The overrides are those of `experiments.generate`, whose runs must be generated 
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
 
 import pandas as pd
 from omegaconf import DictConfig
@@ -118,21 +121,13 @@ def render(frame: pd.DataFrame, name: str, against: str) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("against", help="the method to compare with")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for experiments.generate")
-    arguments = parser.parse_args()
-    configs = expand(arguments.overrides)
-    try:
-        text = render(compare(configs, arguments.against), configs[0].name, arguments.against)
-    except (FileNotFoundError, ValueError) as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-    path = project_path(configs[0].results) / f"{configs[0].name}_against_{arguments.against}.md"
+def main(argv: list[str]) -> None:
+    if not argv or "=" in argv[0]:
+        raise ValueError("expected the method to compare with first: python -m experiments.compare random_match ...")
+    against, *overrides = argv
+    configs = expand(overrides)
+    text = render(compare(configs, against), configs[0].name, against)
+    path = project_path(configs[0].results) / f"{configs[0].name}_against_{against}.md"
     write_text(path, text)
     print(text)
     print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import PROJECT
 
@@ -26,28 +31,114 @@ def expand(overrides: list[str]) -> list[DictConfig]:
         One composed configuration a run, in the order of Hydra's basic sweeper (the last axis varies fastest).
 
     Raises:
-        hydra.errors.HydraException: an unknown group, option or key.
+        ValueError: an unknown group, option or key, or something that is no override.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return [compose("config", job) for job in _jobs(overrides)]
+        return [_composed(job) for job in _jobs(overrides)]
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
     """List each run's overrides; to be called where Hydra is initialised."""
-    parse = OverridesParser.create().parse_overrides
-    fixed = [
-        text for text, override in zip(overrides, parse(overrides), strict=True) if not override.is_sweep_override()
-    ]
-    params = compose("config", fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
+    fixed = [text for text, override in _parsed(overrides) if not override.is_sweep_override()]
+    params = _composed(fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
     axes = [f"{key}={value}" for key, value in params.items()] + list(overrides)
-    (batch,) = BasicSweeper.split_arguments(parse(axes), max_batch_size=None)
+    parsed = [override for _, override in _parsed(axes)]
+    (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     yield from (list(job) for job in batch)
+
+
+def _parsed(overrides: list[str]) -> list[tuple[str, Override]]:
+    parse = OverridesParser.create().parse_override
+    found = []
+    for text in overrides:
+        try:
+            found.append((text, parse(text)))
+        except HydraException as error:
+            reason = str(error).partition("\nSee ")[0]
+            raise ValueError(
+                f"{text}: expected KEY=VALUE or GROUP=NAME, lists as [a,b] in quotes ({reason})"
+            ) from error
+    return found
+
+
+def _composed(overrides: list[str], **options: Any) -> DictConfig:
+    """Compose a configuration, saying of what is unknown in it what was probably meant."""
+    try:
+        return compose("config", overrides, **options)
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if not (group and error.options):
+            raise
+        hint = _hint(get_close_matches(name, error.options, 1))
+        raise ValueError(f"{group}={name}: expected one of {', '.join(error.options)}{hint}") from error
+    except ConfigCompositionException as error:
+        unknown = re.search("Could not override '(.+?)'", str(error))
+        if not unknown:
+            raise
+        key = unknown[1]
+        rest = [text for text, override in _parsed(overrides) if override.key_or_group != key]
+        hint = _similar(key, _composed(rest))
+        raise ValueError(f"{key}: expected a key of the configuration, got none of this name{hint}") from error
+
+
+def _similar(key: str, cfg: DictConfig) -> str:
+    """Say which key was probably meant by an unknown one: one spelled alike, or of the same name elsewhere."""
+    known = list(_keys(OmegaConf.to_container(cfg)))
+    elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
+    return _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))
+
+
+def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")
+
+
+def _hint(candidates: list[str]) -> str:
+    return f"; did you mean {candidates[0]}?" if candidates else ""
 
 
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return compose("config", next(_jobs(overrides)))
+        return _composed(next(_jobs(overrides)))
+
+
+def run_overrides(argv: list[str]) -> list[str]:
+    """Return the overrides of a command line; that they are a sweep need not be said."""
+    return [argument for argument in argv if argument not in ("-m", "--multirun")]
+
+
+def run_names(configs: list[DictConfig]) -> list[str]:
+    """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
+    settings = []
+    for cfg in configs:
+        parts = {"": OmegaConf.to_container(cfg.method, resolve=True), "call": OmegaConf.to_container(cfg.model.call)}
+        settings.append({key: value for part in parts.values() for key, value in part.items()})
+    names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
+    for name in dict.fromkeys(names):
+        alike = [i for i, other in enumerate(names) if other == name]
+        keys = [key for key in settings[alike[0]] if len({str(settings[i].get(key)) for i in alike}) > 1]
+        for i in alike:
+            names[i] = ", ".join([name, *(f"{key} {settings[i].get(key)}" for key in keys)])
+    return names
+
+
+def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> bool:
+    """Have the configured launcher call `task` with every run's configuration, in other processes or on other machines.
+
+    Returns:
+        False where no launcher but Hydra's basic one is configured: the runs are for the caller to go through.
+    """
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        fixed = [text for text, override in _parsed(overrides) if not override.is_sweep_override()]
+        target = _composed(fixed, return_hydra_config=True).hydra.launcher._target_
+    if target.endswith(".BasicLauncher"):
+        return False
+    sys.argv[1:] = ["--multirun", *overrides]
+    # An absolute path: a job in another process finds no configuration beside its function.
+    hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)()
+    return True
 
 
 def build(spec: DictConfig) -> Any:

@@ -7,6 +7,11 @@ Looks only: nothing is loaded and nothing fetched.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,9 +149,7 @@ def render(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    if argv:
+        raise ValueError(f"expected no arguments, got {' '.join(argv)}")
     print(render(examine()))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,13 +13,17 @@ default, are for emoji artwork alone, and the log says so.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +32,8 @@ from eval.cache import EmbeddingCache
 from eval.images import METRICS
 from eval.intervals import interval_of, n_units
 from eval.metrics import ImageSet, Metric, SetMetric, is_current, measure, read_document
-from experiments import PROJECT, project_path
+from experiments import project_path
+from experiments.configs import expand, launch, run_overrides
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -53,12 +58,15 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     run = Run.find(cfg)
     images = _open(cfg, run.folder)
     label = f"{cfg.model.name} {cfg.method.name}"
-    files = []
+    files, made = [], 0
     for name, metric in configured_metrics(cfg):
         try:
-            files.append(_score(images, name, metric, run.folder / METRICS, label))
+            file, new = _score(images, name, metric, run.folder / METRICS, label)
         except ValueError as error:
             raise ValueError(f"{label}: {name}: {error} (~metric.{name} leaves it out)") from error
+        files.append(file)
+        made += new
+    log.info("%s: %d metrics are there, %d of them measured now: %s", label, len(files), made, run.folder)
     return files
 
 
@@ -88,7 +96,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     rows, refused = [], {}
     for name, metric in configured_metrics(cfg):
         try:
-            document = read_document(_score(images, name, metric, scores, images.folder.name))
+            document = read_document(_score(images, name, metric, scores, images.folder.name)[0])
         except (ValueError, TypeError, FileNotFoundError) as error:
             refused[name] = str(error)
             continue
@@ -157,15 +165,13 @@ def _open(cfg: DictConfig, folder: Path) -> ImageSet:
     return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=True)
 
 
-def _score(images: ImageSet, name: str, metric: Metric, folder: Path, label: str) -> Path:
+def _score(images: ImageSet, name: str, metric: Metric, folder: Path, label: str) -> tuple[Path, bool]:
+    """Return the file of a metric's values, and whether they were measured now."""
     file = document_path(folder, name, metric)
-    label = f"{label}: {name} by {metric.judge.name}"
     if file.exists() and is_current(read_document(file), metric, images):
-        log.info("%s is there", label)
-        document = read_document(file)
-    else:
-        log.info("%s", label)
-        document = measure(metric, images, path=file)
+        return file, False
+    log.info("%s: %s by %s", label, name, metric.judge.name)
+    document = measure(metric, images, path=file)
     if cut := document["details"].get("n_prompts_truncated"):
         log.warning(
             "%s: %d of %d prompts are longer than it reads; their ends count nothing",
@@ -173,29 +179,18 @@ def _score(images: ImageSet, name: str, metric: Metric, folder: Path, label: str
             cut,
             document["details"]["n_prompts"],
         )
-    return file
+    return file, True
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
-def main(cfg: DictConfig) -> None:
-    try:
-        if cfg.images is None:
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    overrides = run_overrides(argv)
+    configs = expand(overrides)
+    if configs[0].images is not None:
+        table, refused = evaluate_folder(configs[0])
+        print(table.to_markdown(index=False, disable_numparse=True))
+        if refused:
+            print(_reasons(refused))
+    elif not launch(evaluate, overrides):
+        for cfg in configs:
             evaluate(cfg)
-        else:
-            table, refused = evaluate_folder(cfg)
-            print(table.to_markdown(index=False, disable_numparse=True))
-            if refused:
-                print(_reasons(refused))
-    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-    except ValueError as error:
-        if cfg.images is None:
-            raise
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    # Not the function of __main__, which a launcher's other processes have no module of.
-    from experiments.evaluate import main as importable
-
-    importable()

@@ -14,30 +14,72 @@ A launcher sends the runs of a sweep to other processes or machines; shards divi
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import functools
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from experiments import PROJECT, pipelines, select_device
-from experiments.configs import build
+from experiments import pipelines, select_device
+from experiments.configs import build, expand, launch, run_names, run_overrides
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and what this process has to generate of it."""
+
+    cfg: DictConfig
+    device: str
+    checkpoint: pipelines.Checkpoint
+    run: Run
+    groups: list[Group]
+    missing: list[Group]
+
+    @property
+    def mine(self) -> list[Group]:
+        return shard_of(self.groups, self.cfg)
+
+
+def prepare(cfg: DictConfig) -> Job:
+    """Open the run that `cfg` asks for and see what is missing of it.
+
+    Raises:
+        FileNotFoundError: the checkpoint is not there and cannot be fetched.
+        ValueError: a setting is out of range.
+    """
+    device = select_device(cfg.device)
+    prompts: PromptSet = build(cfg.prompts)
+    groups = prompts.groups()
+    checkpoint = pipelines.find_checkpoint(cfg.model)
+    run = Run.start(cfg, checkpoint.fingerprint, device)
+    missing = [group for group in shard_of(groups, cfg) if not run.has(group)]
+    if missing and (taken := run.take_over(missing)):
+        log.info("%s %s: %d groups taken over from another experiment", cfg.model.name, cfg.method.name, taken)
+        missing = [group for group in missing if not run.has(group)]
+    return Job(cfg, device, checkpoint, run, groups, missing)
 
 
 def generate(cfg: DictConfig) -> Path:
@@ -50,30 +92,46 @@ def generate(cfg: DictConfig) -> Path:
         ValueError: a setting is out of range.
         RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
     """
-    device = select_device(cfg.device)
-    prompts: PromptSet = build(cfg.prompts)
-    groups = prompts.groups()
-    mine = shard_of(groups, cfg)
-    checkpoint = pipelines.find_checkpoint(cfg.model)
-    run = Run.start(cfg, checkpoint.fingerprint, device)
-    missing = [group for group in mine if not run.has(group)]
-    label = f"{cfg.model.name} {cfg.method.name}"
-    if missing and (taken := run.take_over(missing)):
-        log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
-        missing = [group for group in mine if not run.has(group)]
-    if missing:
-        log.info("%s: %d of %d groups to generate: %s", label, len(missing), len(mine), run.folder)
-        done = _generate_groups(cfg, checkpoint, device, run, missing)
-        for _ in tqdm(done, desc=label, total=len(missing), unit="group", dynamic_ncols=True):
-            pass
-    else:
-        log.info("%s: all %d groups are there, nothing to generate: %s", label, len(mine), run.folder)
-    if run.finish(groups):
-        return run.folder
-    if not all(run.has(group) for group in mine):
-        raise RuntimeError(f"Groups vanished from {run.folder} while it was being filled: run the same command again")
-    log.info("%s: shard %d of %d is there, other shards are not yet", label, cfg.shard.index, cfg.shard.count)
-    return run.folder
+    job = prepare(cfg)
+    generate_all([job])
+    return job.run.folder
+
+
+def generate_all(jobs: list[Job]) -> None:
+    """Generate what is missing of all runs, one after the other; see `generate`.
+
+    Raises:
+        KeyboardInterrupt: saying what is kept.
+    """
+    names = run_names([job.cfg for job in jobs])
+    total = sum(len(job.missing) for job in jobs)
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=total, unit="group", dynamic_ncols=True, disable=not total) as bar,
+    ):
+        try:
+            for number, (job, name) in enumerate(zip(jobs, names, strict=True), 1):
+                bar.set_description(f"run {number} of {len(jobs)}: {name}")
+                there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
+                log.info("%s: %s %d groups: %s", name, there, len(job.mine), job.run.folder)
+                for _ in _generate_groups(job) if job.missing else ():
+                    bar.update()
+                _finish(job, name)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[1]}; the same "
+                "command goes on from there."
+            ) from None
+
+
+def _finish(job: Job, name: str) -> None:
+    if job.run.finish(job.groups):
+        return
+    if not all(job.run.has(group) for group in job.mine):
+        raise RuntimeError(
+            f"Groups vanished from {job.run.folder} while it was being filled: run the same command again"
+        )
+    log.info("%s: shard %d of %d is there, other shards are not yet", name, job.cfg.shard.index, job.cfg.shard.count)
 
 
 def shard_of(groups: list[Group], cfg: DictConfig) -> list[Group]:
@@ -108,18 +166,16 @@ def count_workers(cfg: DictConfig, device: str) -> int:
     return cfg.workers
 
 
-def _generate_groups(
-    cfg: DictConfig, checkpoint: pipelines.Checkpoint, device: str, run: Run, groups: list[Group]
-) -> Iterator[Group]:
-    """See to it that `groups` are there, yielding each when it is on disk.
+def _generate_groups(job: Job) -> Iterator[Group]:
+    """See to it that the missing groups are there, yielding each when it is on disk.
 
     Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
     """
-    workers = count_workers(cfg, device)
+    workers, groups = count_workers(job.cfg, job.device), job.missing
     # All that is needed, resolved: a worker composes nothing.
-    job = (OmegaConf.to_container(cfg, resolve=True), checkpoint, device, run)
+    what = (OmegaConf.to_container(job.cfg, resolve=True), job.checkpoint, job.device, job.run)
     for wait in (False, True):
-        ready = _one_by_one(job, groups, wait) if workers == 1 else _side_by_side(job, groups, wait, workers)
+        ready = _one_by_one(what, groups, wait) if workers == 1 else _side_by_side(what, groups, wait, workers)
         done = set()
         for group in ready:
             done.add(group)
@@ -127,13 +183,13 @@ def _generate_groups(
         groups = [group for group in groups if group not in done]
 
 
-def _one_by_one(job: tuple[Any, ...], groups: list[Group], wait: bool) -> Iterator[Group]:
+def _one_by_one(what: tuple[Any, ...], groups: list[Group], wait: bool) -> Iterator[Group]:
     for group in groups:
-        if _generate_group(*job, group, wait):
+        if _generate_group(*what, group, wait):
             yield group
 
 
-def _side_by_side(job: tuple[Any, ...], groups: list[Group], wait: bool, workers: int) -> Iterator[Group]:
+def _side_by_side(what: tuple[Any, ...], groups: list[Group], wait: bool, workers: int) -> Iterator[Group]:
     """Generate in several processes; where one of them is lost, new ones go on."""
     left = list(groups)
     losses = 0  # in a row, without a group between them
@@ -141,7 +197,7 @@ def _side_by_side(job: tuple[Any, ...], groups: list[Group], wait: bool, workers
         futures, before = {}, len(left)
         try:
             executor = _executor(workers)
-            futures = {executor.submit(_generate_group, *job, group, wait): group for group in left}
+            futures = {executor.submit(_generate_group, *what, group, wait): group for group in left}
             for future in as_completed(futures):
                 group = futures[future]
                 there = future.result()
@@ -199,12 +255,14 @@ def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compile
 @functools.cache
 def _executor(workers: int) -> ProcessPoolExecutor:
     """Return the processes that generate; they outlive a run, so that a sweep starts them once."""
+    log.info("Starting %d processes that generate side by side; each loads the model first", workers)
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
 
 
 def _die_with_parent() -> None:
-    """End this process when the one that started it is gone, killed without a word included."""
+    """End this process when the one that started it is gone, killed or interrupted, and only then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -213,17 +271,9 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# An absolute path: a job in another process finds no configuration beside its function.
-@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
-def main(cfg: DictConfig) -> None:
-    try:
-        generate(cfg)
-    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    # Not the function of __main__, which a launcher's other processes have no module of.
-    from experiments.generate import main as importable
-
-    importable()
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    overrides = run_overrides(argv)
+    jobs = [prepare(cfg) for cfg in expand(overrides)]  # what is wrong with any run of a sweep, before its first image
+    if not launch(generate, overrides):
+        generate_all(jobs)

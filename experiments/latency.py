@@ -7,18 +7,15 @@ The configuration says what is measured (conf/experiment/latency.yaml). Each cas
 `<results>/latency.csv`, written when the case is done; a case that is there already, of this device, these versions and
 this code, is skipped. Tables and figures are made of the CSV (experiments/latency_report.py); of the CSV as it is with
 latency.cases=false latency.curves=false.
-
-How: a round calls the pipeline once for every variant and then once more in the opposite order, so that a drift of the
-machine falls on all of them alike. A step is what lies between two of the pipeline's callbacks at the end of a step:
-denoiser, guidance, scheduler and whatever they wait for. On CUDA it is taken with events in the stream, without waiting
-for the device in between; elsewhere with the clock. Every ratio is of the same steps of the same round; stated is the
-median over rounds, and the interval that holds it whatever the distribution. Calls differ among each other by more than
-the steps within one, so rounds are many and calls short.
 """
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import contextlib
 import functools
 import gc
@@ -59,6 +56,13 @@ from experiments import (
 from experiments.configs import expand
 from experiments.latency_report import BOUND, MEASURED, METHOD, PLAIN
 from experiments.runs import canonical, current_commit
+
+# How: a round calls the pipeline once for every variant and then once more in the opposite order, so that a drift of
+# the machine falls on all of them alike. A step is what lies between two of the pipeline's callbacks at the end of a
+# step: denoiser, guidance, scheduler and whatever they wait for. On CUDA it is taken with events in the stream,
+# without waiting for the device in between; elsewhere with the clock. Every ratio is of the same steps of the same
+# round; stated is the median over rounds, and the interval that holds it whatever the distribution. Calls differ among
+# each other by more than the steps within one, so rounds are many and calls short.
 
 log = logging.getLogger(__name__)
 
@@ -861,19 +865,9 @@ def run(overrides: Sequence[str]) -> str:
     return latency_report.write(read_rows(path), folder, cfg.name, cfg.description)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as experiment=latency")
+def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    overrides = parser.parse_args().overrides
-    try:
-        print(run(overrides))
-    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-    cfg = _settings(overrides)
+    print(run(argv))
+    cfg = _settings(argv)
     for path in latency_report.files(project_path(cfg.results), cfg.name):
         print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,11 @@ from the same noises, side by side for every method. The notebooks and the repor
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import base64
 import io
 from collections.abc import Mapping
@@ -814,15 +818,6 @@ def plot(configs: list[DictConfig]) -> list[Path]:
     return files
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for experiments.generate")
-    try:
-        for file in plot(expand(parser.parse_args().overrides)):
-            print(file)
-    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    main()
+def main(argv: list[str]) -> None:
+    for file in plot(expand(argv)):
+        print(file)

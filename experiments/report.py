@@ -1,12 +1,19 @@
 """Act 5: all tables, figures and images become one page, read in a browser without a server or a network.
 
-    python -m experiments.report
+    python -m experiments.report [--results FOLDER] [--outputs FOLDER] [--into FOLDER] [--groups 40]
 
-It shows what lies in the results folder, and of each table's runs the images that are on this machine. Reduced copies
-of them lie beside the page, so that its folder can be moved or sent as it is. Equal inputs give equal bytes.
+It shows the tables of `--results` (default: those made here, outputs/results; where there are none, the published
+ones, results), and of each table's runs the images that are on this machine, at most `--groups` groups a model.
+Reduced copies of them lie beside the page, so that its folder (default: outputs/report) can be moved or sent as it
+is. Equal inputs give equal bytes.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
 
 import argparse
 import itertools
@@ -349,20 +356,15 @@ def _reduce(image: Path, file: Path) -> None:
     reduced.save(file, quality=90)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default="results", help="folder of the tables (default: %(default)s)")
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("report", usage="python -m experiments report [--help]")
+    parser.add_argument("--results", help="folder of the tables (default: outputs/results, else results)")
     parser.add_argument("--outputs", default="outputs", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--into", default="outputs/report", help="folder of the page (default: %(default)s)")
     parser.add_argument("--groups", type=int, default=40, help="groups of a model to show (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    folders = [project_path(path) for path in (arguments.results, arguments.outputs, arguments.into)]
-    try:
-        print(report(*folders, groups=arguments.groups))
-    except (FileNotFoundError, ValueError) as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    main()
+    made = Path(arguments.outputs) / "results"  # what was made here comes before what was published
+    results = arguments.results or (made if any(project_path(made).glob("*.csv")) else "results")
+    folders = [project_path(path) for path in (results, arguments.outputs, arguments.into)]
+    print(report(*folders, groups=arguments.groups))

@@ -7,11 +7,7 @@ Two objectives, the primary metrics of `primary`, and one constraint: quality ma
 the baseline's value. All settings that were tried make the experiment's table; those that no other one beats in both
 metrics, with the one that the rule chooses marked, `<results>/<experiment>_front.csv`.
 
-Interrupt it at will: the same command goes on where it stopped, and ends as if it had never been interrupted. There is
-no database of trials to that end. The sampler is seeded, a trial is an ordinary run folder, and what is there is not
-made again, so all earlier trials are asked for again in the same order and answered at once. With a database, a sampler
-that is started anew would draw other trials than one that went on. That, and that Hydra's plugin for Optuna needs a
-version below 3 whose database does not work with today's SQLAlchemy, is why Optuna is called directly.
+Interrupt it at will: the same command goes on where it stopped, and ends as if it had never been interrupted.
 
 Start the command several times, on as many GPUs or machines with a shared disk, and the processes divide the groups of
 each trial among them.
@@ -19,7 +15,11 @@ each trial among them.
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import copy
 import logging
 from collections.abc import Mapping
@@ -43,6 +43,12 @@ from experiments.tabulate import SETTING, primary_metrics, write_table
 
 if TYPE_CHECKING:
     import optuna
+
+# There is no database of trials to that end. The sampler is seeded, a trial is an ordinary run folder, and what is
+# there is not made again, so all earlier trials are asked for again in the same order and answered at once. With a
+# database, a sampler that is started anew would draw other trials than one that went on. That, and that Hydra's plugin
+# for Optuna needs a version below 3 whose database does not work with today's SQLAlchemy, is why Optuna is called
+# directly.
 
 log = logging.getLogger(__name__)
 
@@ -232,18 +238,8 @@ def _optuna() -> Any:
     return optuna
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for experiments.generate")
-    arguments = parser.parse_args()
+def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        front = search(arguments.overrides)
-    except (FileNotFoundError, ImportError) as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
+    front = search(argv)
     print(front.dropna(axis="columns", how="all").to_markdown(index=False, floatfmt=".4g"))
-    print(front_file(first(arguments.overrides)))
-
-
-if __name__ == "__main__":
-    main()
+    print(front_file(first(argv)))

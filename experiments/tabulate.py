@@ -10,7 +10,11 @@ number, and make the main table and the findings. All other metrics are describe
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
 import io
 import re
 from pathlib import Path
@@ -260,7 +264,7 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     text = _csv(pd.DataFrame(rows, columns=COLUMNS))
     frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
     runs: dict[tuple[str, ...], str] = {}
-    for key, run in zip(_keys(io.StringIO(text)), frame["run_id"], strict=True):
+    for key, run in zip(row_keys(io.StringIO(text)), frame["run_id"], strict=True):
         if runs.setdefault(key, run) != run:
             raise ValueError(
                 f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(SETTING)}), so that one "
@@ -268,7 +272,11 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
                 "folders (results=FOLDER)"
             )
     if path.exists():
-        old, was, keys = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS), _keys(path), _keys(io.StringIO(text))
+        old, was, keys = (
+            pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS),
+            row_keys(path),
+            row_keys(io.StringIO(text)),
+        )
         kept = [key not in set(keys) for key in was]
         # As objects, since an empty column has no type to agree on; then numbers are numbers again, and are written as
         # such.
@@ -284,7 +292,7 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.read_csv(path, dtype=TEXT)
 
 
-def _keys(file: Path | io.StringIO) -> list[tuple[str, ...]]:
+def row_keys(file: Path | io.StringIO) -> list[tuple[str, ...]]:
     """Return each row's `KEY` in one spelling: 1, 1.0 and 1.00 are one setting."""
     text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=KEY, fill_value="")
     return [tuple(_spelled(value) for value in row) for row in text.itertuples(index=False)]
@@ -551,18 +559,8 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     return frame, markdown
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for experiments.generate")
-    arguments = parser.parse_args()
-    try:
-        print(tabulate(arguments.overrides))
-    except FileNotFoundError as error:  # it says what to do; a traceback would bury that
-        raise SystemExit(str(error)) from None
-    cfg = first(arguments.overrides)
+def main(argv: list[str]) -> None:
+    print(tabulate(argv))
+    cfg = first(argv)
     for suffix in ("csv", "md", "tex"):
         print(project_path(cfg.results) / f"{cfg.name}.{suffix}")
-
-
-if __name__ == "__main__":
-    main()

@@ -84,7 +84,7 @@ def test_the_command_reports_the_project_without_a_network():
         "import socket\ndef refuse(*a, **k): raise SystemExit('the network was used')\nsocket.getaddrinfo = refuse\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", guard + "from experiments.doctor import main\nmain()"],
+        [sys.executable, "-c", guard + "from experiments.doctor import main\nmain([])"],
         cwd=PROJECT,
         env={key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
         capture_output=True,

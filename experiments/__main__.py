@@ -1,0 +1,93 @@
+"""The commands of the benchmark.
+
+    python -m experiments                       this list
+    python -m experiments generate --help       what a command does, with examples
+    python -m experiments.generate ...          the same command, spelled as a module
+
+Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows where it was raised. Ctrl-C ends a command with
+130, and a second one at once: what is complete is on disk, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+COMMANDS = (
+    "generate", "evaluate", "tabulate", "plot", "check", "report", "compare", "latency", "search", "collect",
+    "applications", "doctor",
+)  # fmt: skip
+
+
+def describe(command: str) -> str:
+    """Return a command's docstring, which is its help, without importing what it needs."""
+    return ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text())) or ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command.
+
+    Args:
+        argv: its name and its arguments.
+
+    Returns:
+        The exit code: 0, what the command returns, or 2 for input that it cannot use.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        for command in COMMANDS:
+            print(f"  {command:<13} {describe(command).splitlines()[0]}")
+        return 0
+    command, *arguments = argv
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "python -m experiments lists them"
+        return _refuse("experiments", f"expected one of {', '.join(COMMANDS)}, got {command}: {hint}")
+    if {"-h", "--help"} & set(arguments):
+        print(describe(command))
+        return 0
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        return importlib.import_module(f"experiments.{command}").main(arguments) or 0
+    except KeyboardInterrupt as interruption:
+        kept = str(interruption) or "What is complete is on disk: the same command goes on from there."
+        print(f"\n{command}: interrupted. {kept}", file=sys.stderr, flush=True)
+        os._exit(130)  # not waiting for other processes: they end with this one, and leave whole files only
+    except Exception as error:
+        if os.environ.get("NEGTOME_TRACEBACK") or not isinstance(error, _input_errors()):
+            raise
+        return _refuse(command, str(error))
+
+
+def run_module(file: str) -> None:
+    """Run the command whose module was started by its own name, and exit."""
+    sys.exit(main([Path(file).stem, *sys.argv[1:]]))
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised of input, files and machines, and not of a mistake in the code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return ValueError, OSError, RuntimeError, ImportError, HydraException, OmegaConfBaseException
+
+
+def _refuse(command: str, message: str) -> int:
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _interrupt(signum: int, frame: types.FrameType | None) -> None:
+    signal.signal(signum, lambda *_: os._exit(128 + signum))
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

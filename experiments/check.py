@@ -1,0 +1,90 @@
+"""Compare an experiment's table, as made on this machine, with the published one, a line a primary value.
+
+    python -m experiments.check experiment=diversity
+
+Made: outputs/results/<experiment>.csv, by generate, evaluate and tabulate. Published: results/<experiment>.csv, as
+committed. A value is confirmed where it lies inside the published 95 % interval, and its paired difference to the run
+without a method inside that of the difference: CPUs of other makes round differently, so that digits differ, findings
+must not. Exit code 1 where one does not; values that are not published are named and decide nothing.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import project_path
+from experiments.configs import first
+from experiments.tabulate import KEY, ROLES, TEXT, change, read_table, row_keys, run_labels
+
+PUBLISHED = "results"
+
+
+def compare_tables(made: Path, published: Path) -> pd.DataFrame:
+    """Return one row for each primary value that was made.
+
+    Args:
+        made: CSV of `experiments.tabulate`.
+        published: another one.
+
+    Returns:
+        Columns: `label` (model, method and metric), `made` and `published` (the numbers as printed, the latter blank
+        where there is none), `deviation` (share of the published value, NaN without one) and `inside` (missing without
+        one).
+    """
+    mine, theirs = (pd.read_csv(path, dtype=TEXT) for path in (made, published))
+    place = {key: row for key, (_, row) in zip(row_keys(published), theirs.iterrows(), strict=True)}
+    labels = run_labels(mine)
+    rows = []
+    for key, (_, row) in zip(row_keys(made), mine.iterrows(), strict=True):
+        if row["primary"] not in ROLES:
+            continue
+        found = {"label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}", "made": _printed(row)}
+        if (other := place.get(key)) is not None:
+            inside = other["ci_low"] <= row["value"] <= other["ci_high"] and (
+                pd.isna(other["difference"]) or other["difference_low"] <= row["difference"] <= other["difference_high"]
+            )
+            found |= {
+                "published": _printed(other),
+                "deviation": abs(row["value"] / other["value"] - 1),
+                "inside": bool(inside),
+            }
+        rows.append(found)
+    return pd.DataFrame(rows, columns=["label", "made", "published", "deviation", "inside"])
+
+
+def _printed(row: pd.Series) -> str:
+    text = f"{row['value']:.4g} [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
+    return text if pd.isna(row["difference"]) else f"{text}, difference {change(row)}"
+
+
+def main(argv: list[str]) -> int:
+    cfg = first(argv)
+    made, published = (project_path(folder) / f"{cfg.name}.csv" for folder in (cfg.results, PUBLISHED))
+    if made == published:
+        raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")
+    read_table(cfg.name, cfg.results)  # says what makes it where it is not there
+    if not published.exists():
+        print(f"{cfg.name} is not published: there is nothing to compare {made} with")
+        return 0
+    table = compare_tables(made, published)
+    for row in table.itertuples():
+        if row.published == row.published:
+            print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
+        else:
+            print(f"{row.label}: {row.made}; not published with these settings ({', '.join(KEY)})")
+    known = table.dropna(subset="inside")
+    confirmed = int(known["inside"].sum())
+    if len(known):
+        print(
+            f"inside the published intervals: {confirmed} of {len(known)}, "
+            f"largest deviation {100 * known['deviation'].max():.1f} %"
+        )
+    print(f"table: {made.with_suffix('.md')}; figures: {made.with_name(made.stem)}_*.png; one page of all: make report")
+    return int(confirmed < len(known))

@@ -1,0 +1,92 @@
+"""What was made here beside what is published: confirmed, contradicted, or not comparable; and nothing overwritten."""
+
+import hashlib
+import shutil
+
+import pandas as pd
+import pytest
+
+from experiments import PROJECT
+from experiments.__main__ import main
+from experiments.check import compare_tables
+from experiments.tabulate import ROLES, TEXT
+
+PUBLISHED = PROJECT / "results" / "diversity.csv"
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A copy of the published table to be perturbed: `made(change)` writes it where results go, and its overrides."""
+
+    def write(change):
+        frame = pd.read_csv(PUBLISHED, dtype=TEXT)
+        change(frame)
+        (tmp_path / "results").mkdir(exist_ok=True)
+        frame.to_csv(tmp_path / "results" / "diversity.csv", index=False)
+        return ["check", "experiment=diversity", f"results={tmp_path / 'results'}"]
+
+    return write
+
+
+def primary(frame, method="negtome", model="mini-sdxl", role="diversity"):
+    return (frame["primary"] == role) & (frame["method"] == method) & (frame["model"] == model)
+
+
+def test_rounding_of_another_cpu_is_confirmed(made, capsys):
+    def other_digits(frame):
+        frame.loc[frame["primary"].isin(ROLES), ["value", "difference"]] *= 1.002
+
+    assert main(made(other_digits)) == 0
+    frame = pd.read_csv(PUBLISHED, dtype=TEXT)
+    n = int(frame["primary"].isin(ROLES).sum())
+    out = capsys.readouterr().out
+    assert f"inside the published intervals: {n} of {n}, largest deviation 0.2 %" in out
+
+
+@pytest.mark.parametrize(
+    ("column", "bound"), [("value", "ci_high"), ("difference", "difference_high"), ("difference", "difference_low")]
+)
+def test_a_value_or_a_difference_outside_its_interval_fails(made, capsys, column, bound):
+    def outside(frame):
+        row = primary(frame)
+        frame.loc[row, column] = frame.loc[row, bound] + (0.01 if bound.endswith("high") else -0.01)
+
+    assert main(made(outside)) == 1
+    out = capsys.readouterr().out
+    assert out.count("OUTSIDE") == 1 and "mini-sdxl negtome" in out[: out.index("OUTSIDE")].splitlines()[-1]
+
+
+def test_other_settings_are_named_and_decide_nothing(made, capsys, tmp_path):
+    def stronger(frame):
+        frame.loc[frame["method"] == "negtome", "alpha"] = 123.0
+
+    assert main(made(stronger)) == 0
+    assert "not published with these settings" in capsys.readouterr().out
+    table = compare_tables(tmp_path / "results" / "diversity.csv", PUBLISHED)
+    assert table["inside"].isna().sum() == 4  # two models, two primary metrics
+
+
+def test_the_published_table_is_not_compared_with_itself(capsys):
+    assert main(["check", "experiment=diversity", "results=results"]) == 2
+    assert "leave out results=" in capsys.readouterr().err
+
+
+def test_without_a_table_it_is_said_what_makes_one(tmp_path, capsys):
+    assert main(["check", "experiment=diversity", f"results={tmp_path}"]) == 2
+    assert "make reproduce-diversity" in capsys.readouterr().err
+
+
+def test_reproducing_leaves_what_is_published_as_it_is(tiny_overrides, tmp_path):
+    """All acts in the order of the Makefile, without a word on where results go."""
+
+    def digest(folder):
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = digest(PROJECT / "results")
+    asked = [text for text in tiny_overrides("diversity", tmp_path, "method=none,negtome") if "results=" not in text]
+    for act in ("generate", "evaluate", "tabulate", "plot", "check"):
+        assert main([act, *asked]) == 0
+    assert {path.suffix for path in (tmp_path / "outputs" / "results").iterdir()} >= {".csv", ".md", ".tex", ".png"}
+    assert digest(PROJECT / "results") == before
+    shutil.rmtree(tmp_path / "outputs")

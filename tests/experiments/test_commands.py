@@ -1,0 +1,150 @@
+"""The one entry of all commands: help without waiting, one line for what is wrong, Ctrl-C that keeps what is done."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments import PROJECT
+from experiments.__main__ import COMMANDS, describe, main
+from experiments.configs import expand, run_names
+
+QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=PROJECT, env=QUIET, capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_short_and_shows_how_the_command_is_called(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 15 and f"python -m experiments.{command}" in text
+
+
+def test_help_imports_nothing_that_takes_time():
+    done = run("-X", "importtime", "-m", "experiments.generate", "--help")
+    assert done.returncode == 0 and "python -m experiments.generate" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "experiments" in imported and not imported & {"torch", "hydra", "pandas", "matplotlib", "diffusers"}
+
+
+def test_the_list_names_every_command_with_what_it_does(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    for command in COMMANDS:
+        assert describe(command).splitlines()[0] in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generat"], ["generat", "generate"]),
+        (["generate", "model=mini-sdx"], ["model=mini-sdx", "flux-dev", "did you mean mini-sdxl?"]),
+        (["generate", "experiment=diversty"], ["did you mean diversity?"]),
+        (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
+        (["tabulate", "method=none,negtome", "method.alpha=0.3"], ["method.alpha", "model.negtome.alpha?"]),
+        (["plot", "alpha"], ["alpha: expected KEY=VALUE"]),
+        (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
+        (["compare", "experiment=diversity"], ["compare with"]),
+        (["doctor", "now"], ["no arguments", "now"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, said, capsys, monkeypatch):
+    monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
+    assert main(arguments) == 2
+    out = capsys.readouterr()
+    assert len(out.err.splitlines()) == 1 and all(text in out.err for text in said), out.err
+
+
+def test_a_variable_shows_where_an_error_was_raised(monkeypatch):
+    monkeypatch.setenv("NEGTOME_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="expected one of"):
+        main(["generate", "model=nothing"])
+
+
+def test_a_mistake_in_the_code_is_no_bad_input(monkeypatch):
+    import experiments.doctor
+
+    monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
+    monkeypatch.setattr(experiments.doctor, "examine", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["doctor"])
+
+
+def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrides, tmp_path, capsys):
+    asked = tiny_overrides("sweep", tmp_path, "method=negtome", "model.negtome.alpha=0.9,nan")
+    assert main(["generate", *asked]) == 2
+    assert "alpha" in capsys.readouterr().err
+    assert not list((tmp_path / "outputs").rglob("*.png"))
+
+
+def test_runs_are_named_by_what_differs():
+    names = run_names(expand(["method=none,negtome", "model=mini-sdxl", "model.negtome.alpha=0.3,0.9"]))
+    assert names == [
+        "mini-sdxl none", "mini-sdxl none", "mini-sdxl negtome, alpha 0.3", "mini-sdxl negtome, alpha 0.9",
+    ]  # fmt: skip
+
+
+def test_a_repeated_command_says_one_line_a_run(tiny_overrides, tmp_path, caplog):
+    caplog.set_level("INFO", "experiments")
+    asked = tiny_overrides("sweep", tmp_path, "method=none,negtome")
+    for command in ("generate", "evaluate"):
+        assert main([command, *asked]) == 0
+        caplog.clear()
+        assert main([command, *asked]) == 0
+        assert len(caplog.records) == 2, [record.getMessage() for record in caplog.records]
+        caplog.clear()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_ctrl_c_says_what_is_kept_and_a_second_one_ends_at_once():
+    patient = (
+        "import os, signal, time, types\n"
+        "import experiments.__main__ as entry\n"
+        "def command(argv):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(600)\n"
+        "entry.importlib.import_module = lambda name: types.SimpleNamespace(main=command)\n"
+    )
+    done = run("-c", patient + "entry.main(['generate'])", timeout=120)
+    assert done.returncode == 130 and "interrupted" in done.stderr and "same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    stubborn = patient.replace(
+        "    time.sleep(600)\n",
+        "    try:\n        time.sleep(600)\n"
+        "    finally:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(600)\n",
+    )
+    assert run("-c", stubborn + "entry.main(['generate'])", timeout=120).returncode == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_path):
+    asked = tiny_overrides("sweep", tmp_path, "method=none", "prompts.categories=[flower,fruit,horse]", "workers=1")
+    # The first group that is ready sends the signal: no waiting for a moment that might not come.
+    script = (
+        "import os, signal, sys\n"
+        "from experiments.runs import Run\n"
+        "save = Run.save\n"
+        "def interrupted(*arguments):\n"
+        "    save(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "Run.save = interrupted\n"
+        "from experiments.__main__ import main\n"
+        "main(['generate', *sys.argv[1:]])\n"
+    )
+    done = run("-c", script, *asked, timeout=300)
+    assert done.returncode == 130, done.stderr
+    assert re.search(r"of 3 groups were generated and are kept in .*outputs", done.stderr), done.stderr
+    kept = list((tmp_path / "outputs").rglob("group.json"))
+    assert len(kept) == 1
+    before = kept[0].stat().st_mtime_ns
+    assert main(["generate", *asked]) == 0
+    assert len(list((tmp_path / "outputs").rglob("group.json"))) == 3 and kept[0].stat().st_mtime_ns == before
+    signal.signal(signal.SIGINT, signal.default_int_handler)
