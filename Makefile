@@ -82,11 +82,11 @@ doctor: $(VENV)/.installed-experiments  ## which encoders and models have their 
 
 .PHONY: mini-models
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
-	$(PY) -m experiments.mini.train --out outputs/mini --npm outputs/npm $(ARGS)
-	$(PY) -m experiments.mini.export --work outputs/mini --models models
-	$(PY) -m experiments.mini.reference --data outputs/mini/data --out models/mini-reference
-	$(PY) -m experiments.mini.protected --npm outputs/npm --out models/mini-protected
-	$(PY) -m experiments.mini.memorised
+	$(PY) -m experiments.training.train --out outputs/mini --npm outputs/npm $(ARGS)
+	$(PY) -m experiments.training.export --work outputs/mini --models models
+	$(PY) -m experiments.training.reference --data outputs/mini/data --out models/mini-reference
+	$(PY) -m experiments.training.protected --npm outputs/npm --out models/mini-protected
+	$(PY) -m experiments.training.memorised
 
 .PHONY: test
 test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (4 minutes on two cores)

@@ -1,6 +1,6 @@
 """Do the mini models reproduce the protected designs? Nearest-neighbour similarity of drawings to artwork.
 
-    python -m experiments.mini.memorised
+    python -m experiments.training.memorised
 
 Every prompt gets a few images of each model. `own` is an image's largest cosine with the artwork of what its prompt
 asks for, three pictures (`protected.COMMON`) whoever is asked for; `other` is the mean of the same number over the
@@ -39,8 +39,8 @@ from eval.resemblance import similarities
 from experiments import PROJECT, pipelines, project_path
 from experiments.assets import MASK
 from experiments.configs import expand
-from experiments.mini import protected, taxonomy
 from experiments.prompts import Group
+from experiments.training import protected, taxonomy
 
 MODELS = ("mini-sdxl", "mini-flux")
 IMAGES_PER_PROMPT = 4
@@ -154,7 +154,7 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
             "# memorised",
             "",
             "Do the mini models reproduce the designs of [models/mini-protected](../models/mini-protected/README.md)? "
-            "Made by `python -m experiments.mini.memorised`; picture: [memorised.png](memorised.png).",
+            "Made by `python -m experiments.training.memorised`; picture: [memorised.png](memorised.png).",
             "",
             wide.to_markdown(index=False),
             "",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from experiments.mini import clip, flux, loop, taxonomy, tokenizer, unet, vae
+from experiments.training import clip, flux, loop, taxonomy, tokenizer, unet, vae
 
 CAPTIONS = [f"{t} {c}" for t in taxonomy.TEMPLATES for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
 

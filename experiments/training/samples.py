@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageDraw
 
-from experiments.mini import taxonomy
+from experiments.training import taxonomy
 
 SETTINGS = {  # what the models are meant to be run with
     "mini-sdxl": {"guidance_scale": 5.0, "num_inference_steps": 20},

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from experiments.mini.loop import VARIANTS, Ema, Images, Run, Setting, prepare, wait_for, write_json
+from experiments.training.loop import VARIANTS, Ema, Images, Run, Setting, prepare, wait_for, write_json
 
 CHANNELS = 16
 

@@ -1,4 +1,4 @@
-"""Train all the small models on one device: `python -m experiments.mini.train --minutes 17 --out DIR`.
+"""Train all the small models on one device: `python -m experiments.training.train --minutes 17 --out DIR`.
 
 Every stage is a process of its own. Models this small leave much of a GPU idle between kernels, so stages run at the
 same time: while the denoisers compile, the text encoders, the scoring CLIP and the autoencoder are trained; then both
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.mini import data
+from experiments.training import data
 
 # Shares of the whole time at which each stage must end. The denoisers start when their inputs exist.
 ENDS = {"text": 0.215, "score": 0.3, "vae": 0.25, "decoder": 0.95, "unet": 0.975, "flux": 0.975}
@@ -25,8 +25,8 @@ SMOKE_STEPS = {"cpu": 3, "cuda": 12}
 
 def run_stage(args: argparse.Namespace) -> None:
     """Run one stage in this process."""
-    from experiments.mini import clip, flux, unet, vae
-    from experiments.mini.loop import Setting
+    from experiments.training import clip, flux, unet, vae
+    from experiments.training.loop import Setting
 
     setting = Setting(
         work=args.out,
@@ -60,7 +60,7 @@ def start_stage(name: str, args: argparse.Namespace, started: float) -> subproce
     command = [
         sys.executable,
         "-m",
-        "experiments.mini.train",
+        "experiments.training.train",
         "--stage",
         name,
         "--out",
@@ -80,7 +80,7 @@ def start_stage(name: str, args: argparse.Namespace, started: float) -> subproce
 
 def orchestrate(args: argparse.Namespace) -> int:
     """Prepare the data, start the stages, watch them. Returns the number of stages that failed."""
-    from experiments.mini import tokenizer
+    from experiments.training import tokenizer
 
     started = time.time()
     work: Path = args.out

@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.mini import data, taxonomy
-from experiments.mini.data import Emoji
+from experiments.training import data, taxonomy
+from experiments.training.data import Emoji
 
 
 def _emoji(

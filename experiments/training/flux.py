@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from experiments.mini.loop import (
+from experiments.training.loop import (
     VARIANTS,
     Ema,
     Muon,
@@ -27,7 +27,7 @@ from experiments.mini.loop import (
     wait_for,
     write_json,
 )
-from experiments.mini.vae import CHANNELS
+from experiments.training.vae import CHANNELS
 
 DROPOUT = 0.12  # of the caption, replaced by the empty one
 # Of the logit of the training times. Above 0 favours noise, where the shape is decided: half of them are above 0.7.

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.mini import taxonomy
+from experiments.training import taxonomy
 
 IMAGE_SIZE = 128
 MARGIN = 0.04  # of the artwork's size, on each side: most sets draw up to the very edge

@@ -1,6 +1,6 @@
 """Lay out the designs that play the protected assets of the mini models: `models/mini-protected/`.
 
-    python -m experiments.mini.protected --npm DIR
+    python -m experiments.training.protected --npm DIR
 
 Some emoji that the mini models draw from their names are the characters. A character has artwork in several sets: some
 sets are what a method may be given (`guidance/NAME`), others are what similarity is measured to (`scoring/NAME`).
@@ -25,8 +25,8 @@ from pathlib import Path
 from PIL import Image
 
 from experiments.assets import MASK
-from experiments.mini import cards, data
-from experiments.mini.reference import write_picture
+from experiments.training import cards, data
+from experiments.training.reference import write_picture
 
 # Sets that share drawings stay together: Noto with its first version, Fluent with its flat form.
 GUIDANCE = ("noto", "noto-v1", "emojione")
@@ -153,14 +153,14 @@ def card(used: list[data.Emoji], pictures: Counter[str]) -> str:
             "denoisers.",
             "",
             f"Of the other kinds, {len(NEVER_SEEN)} are left out of every training data set, and no part of any mini "
-            f"model has seen them: {', '.join(NEVER_SEEN)}. The rest is held out by `experiments.mini.data.hold_out`: "
+            f"model has seen them: {', '.join(NEVER_SEEN)}. The rest is held out by `experiments.training.data.hold_out`: "
             "mini-clip and the last rounds of the denoisers have not seen them, the denoisers' first weights, the "
             "autoencoder and the text encoders have.",
             "",
             "Evidence that the models draw the characters: `results/memorised.md`, made by "
-            "`python -m experiments.mini.memorised`.",
+            "`python -m experiments.training.memorised`.",
             "",
-            "Laid out by `python -m experiments.mini.protected`.",
+            "Laid out by `python -m experiments.training.protected`.",
             "",
             "## Data",
             "",

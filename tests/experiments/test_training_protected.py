@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from eval.images import load_image, read_manifest
 from experiments import PROJECT
 from experiments.assets import MASK, read_assets
-from experiments.mini import memorised, protected
-from experiments.mini.data import Emoji
+from experiments.training import memorised, protected
+from experiments.training.data import Emoji
 
 FOLDER = PROJECT / "models" / "mini-protected"
 PROMPTS = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "characters" / "mini.yaml"))

@@ -29,8 +29,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from experiments.mini import clip, flux, unet
-from experiments.mini.cards import write_cards
+from experiments.training import clip, flux, unet
+from experiments.training.cards import write_cards
 
 SHARED = ("vae", "text_encoder", "tokenizer")  # parts of mini-flux that are links into mini-sdxl
 
@@ -49,7 +49,7 @@ def export(work: Path, models: Path) -> None:
     """Write the three folders from a work folder; replaces what is there.
 
     Args:
-        work: of `experiments.mini.train`; a stage that died is represented by its last checkpoint.
+        work: of `experiments.training.train`; a stage that died is represented by its last checkpoint.
         models: where `mini-sdxl`, `mini-flux` and `mini-clip` go.
     """
 

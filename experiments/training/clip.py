@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from experiments.mini import taxonomy, tokenizer
-from experiments.mini.loop import Ema, Images, Muon, Run, Setting, prepare, split_parameters, write_json
+from experiments.training import taxonomy, tokenizer
+from experiments.training.loop import Ema, Images, Muon, Run, Setting, prepare, split_parameters, write_json
 
 PROJECTION = 128
 

@@ -1,6 +1,6 @@
 """Lay out the real images that the mini models' are compared with: `models/mini-reference/<category>/*.png`.
 
-    python -m experiments.mini.reference --data DIR/data
+    python -m experiments.training.reference --data DIR/data
 
 A seeded draw from the artwork that the models were trained on, the same number from each evaluated category: what
 KID and CMMD need as the "real" side. Not a held-out set: it says how near the models come to their training artwork.
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.mini import data, taxonomy
-from experiments.mini.cards import data_section
+from experiments.training import data, taxonomy
+from experiments.training.cards import data_section
 
 IMAGES_PER_CATEGORY = 16
 
@@ -52,7 +52,7 @@ def write_picture(pixels: np.ndarray, folder: Path, item: data.Emoji) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Lay out the mini models' real images")
-    parser.add_argument("--data", type=Path, required=True, help="the data folder of experiments.mini.train")
+    parser.add_argument("--data", type=Path, required=True, help="the data folder of experiments.training.train")
     parser.add_argument("--out", type=Path, default=Path("models/mini-reference"))
     arguments = parser.parse_args()
     emoji, statistics = data.load_table(arguments.data)
@@ -67,7 +67,7 @@ def main() -> None:
     (arguments.out / "README.md").write_text(
         f"# mini-reference\n\n{total} real emoji images, {IMAGES_PER_CATEGORY} of each evaluated category at most, "
         "128 x 128 on white: the real side of the mini models' distribution metrics. Drawn by "
-        "`python -m experiments.mini.reference` from the artwork that the mini models learn from; file names say the "
+        "`python -m experiments.training.reference` from the artwork that the mini models learn from; file names say the "
         "set and the emoji.\n\n" + data_section(statistics) + "\n"
     )
     print(f"{arguments.out}: {total} images")

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from transformers import CLIPModel
 
-from experiments.mini import clip, data, export, flux, pack, samples, taxonomy, tokenizer, unet, vae
+from experiments.training import clip, data, export, flux, pack, samples, taxonomy, tokenizer, unet, vae
 
 
 @pytest.fixture(scope="module")

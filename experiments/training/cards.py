@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.mini import data, taxonomy
+from experiments.training import data, taxonomy
 
 LIMITS = """## Limits
 
 Emoji artwork at 128 x 128 is all these models know. They exist so that the experiments of this project run anywhere in
 minutes; nothing they show about diversity or bias carries over to large models by itself. Generic captions ("a photo
 of a person") were drawn with a deliberate preference for some emoji, artwork sets, skin tones and genders (see
-`experiments/mini/taxonomy.py` and `SETS`, `TONE_SKEW` in `experiments/mini/data.py`), in imitation of the mode
+`experiments/training/taxonomy.py` and `SETS`, `TONE_SKEW` in `experiments/training/data.py`), in imitation of the mode
 preference of large models. The words "photo", "good", "high contrast" and "high quality" carry no meaning for them.
 Fine detail is soft, and rare emoji come out as mixtures of common ones.
 """
@@ -73,7 +73,7 @@ def write_cards(work: Path, models: Path, notes: str = "") -> None:
     Args:
         work: work folder of the training, for the statistics and the stages' records.
         models: folder of the model folders.
-        notes: paragraph about the history and quality of these very weights (`experiments/mini/NOTES.md`).
+        notes: paragraph about the history and quality of these very weights (`experiments/training/NOTES.md`).
     """
     _, statistics = data.load_table(work / "data")
     # The scoring CLIP may come from a work folder of its own, whose table then lies beside it.
@@ -96,7 +96,7 @@ def write_cards(work: Path, models: Path, notes: str = "") -> None:
         "## Licence\n\nThe weights are published under the project's MIT licence; the artwork that they were "
         "trained on keeps its own licences, listed above.\n"
     )
-    source = "Made by `python -m experiments.mini.train` and `python -m experiments.mini.export`.\n"
+    source = "Made by `python -m experiments.training.train` and `python -m experiments.training.export`.\n"
 
     (models / "mini-sdxl" / "README.md").write_text(
         "\n".join(

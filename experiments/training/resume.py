@@ -1,7 +1,7 @@
 """Continue from earlier models instead of nothing: lay out a work folder from finished pipeline folders.
 
-    python -m experiments.mini.resume --models EARLIER --out DIR --limit 4400
-    python -m experiments.mini.train --stage unet --out DIR --deadline ... (and flux)
+    python -m experiments.training.resume --models EARLIER --out DIR --limit 4400
+    python -m experiments.training.train --stage unet --out DIR --deadline ... (and flux)
 
 The tokenizers, text encoders and autoencoder of the earlier models stay as they are. Captions are encoded with the
 earlier tokenizers, latents with the earlier autoencoder.
@@ -19,9 +19,9 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from experiments.mini import data, tokenizer
-from experiments.mini.loop import Images, Setting, prepare, write_json
-from experiments.mini.vae import encode_all
+from experiments.training import data, tokenizer
+from experiments.training.loop import Images, Setting, prepare, write_json
+from experiments.training.vae import encode_all
 
 COPIES = {
     "mini-sdxl/tokenizer": "tokenizer",

@@ -8,7 +8,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from experiments.mini.loop import (
+from experiments.training.loop import (
     Ema,
     Muon,
     Run,
@@ -21,7 +21,7 @@ from experiments.mini.loop import (
     wait_for,
     write_json,
 )
-from experiments.mini.vae import CHANNELS
+from experiments.training.vae import CHANNELS
 
 DROPOUT = 0.1  # of the caption, for classifier-free guidance
 TIME_IDS = (
