@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from experiments.training import taxonomy, tokenizer
-from experiments.training.loop import Ema, Images, Muon, Run, Setting, prepare, split_parameters, write_json
+from experiments.training.loop import Ema, Images, Run, Setting, descend, make_optimizers, prepare, write_json
 
 PROJECTION = 128
 
@@ -153,11 +153,7 @@ def _fit(
     """The loop of both trainings: 1,024 random rows a step; averaged weights and a card at the end."""
     data = Images(setting.work / "data", setting.device)
     ema = Ema([trained], 0.998)
-    matrices, rest = split_parameters(trained)
-    optimizers = [
-        Muon(matrices, lr=2e-3, dtype=setting.dtype),
-        torch.optim.AdamW(rest, lr=1.2e-3, weight_decay=0.0, betas=(0.9, 0.98), fused=setting.on_gpu),
-    ]
+    optimizers = make_optimizers(setting, trained, muon=2e-3, adam=1.2e-3)
     batch = setting.batch_size(1024)
 
     def save(run: Run) -> None:
@@ -168,13 +164,7 @@ def _fit(
     for _ in run:
         image, caption, variant = data.draw(batch)
         found = losses(data.render(image, variant), image, caption)
-        for o in optimizers:
-            o.zero_grad(set_to_none=True)
-        sum(found).backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-        ema.update()
+        descend(sum(found), optimizers, ema)
         run.log(**{f"loss{i}": loss for i, loss in enumerate(found, 1)})
     with ema.swapped():
         quality = {key: evaluate(model.eval(), data, setting) for key, model in models.items()}

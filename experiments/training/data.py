@@ -142,6 +142,9 @@ ROW_SHARE = {"evaluated": 0.48, "development": 0.14, "designs": 0.22, "world": 0
 CONCENTRATION = 1.5
 
 
+LEAST = 4  # rows of an image, for it to be worth rasterising; half of all images, mostly skin tones, have fewer
+
+
 @dataclass
 class Emoji:
     """One image of the set."""
@@ -495,7 +498,14 @@ def statistics(emoji: Sequence[Emoji]) -> dict:
 
 
 def describe(folder: Path, npm: Path, n_rows: int = 400_000, limit: int | None = None, seed: int = 0) -> list[str]:
-    """Write everything but the pixels; `limit` keeps a part of the images, half of it with a category, if possible.
+    """Write everything but the pixels, of the images that are drawn at least `LEAST` times or are held out.
+
+    Args:
+        folder: to write to.
+        npm: folder of the npm tarballs; fetched if absent.
+        n_rows: how many pairs to draw.
+        limit: keep so many images, half of them of things with a category, if possible: for trying out.
+        seed: of every draw.
 
     Returns:
         The SVG documents, in the order of the table.
@@ -509,21 +519,24 @@ def describe(folder: Path, npm: Path, n_rows: int = 400_000, limit: int | None =
         kept = set(rng.sample(objects, min(len(objects), limit // 2)))
         kept.update(rng.sample([i for i in range(len(emoji)) if i not in kept], limit - len(kept)))
         emoji, documents = [emoji[i] for i in sorted(kept)], [documents[i] for i in sorted(kept)]
-    folder.mkdir(parents=True, exist_ok=True)
     images, captions = draw_rows(emoji, n_rows, seed)
-    held = [i for i, item in enumerate(emoji) if item.held_out]
+    times = np.bincount(images, minlength=len(emoji))
+    kept = [i for i, item in enumerate(emoji) if times[i] >= LEAST or item.held_out]
+    place = {old: new for new, old in enumerate(kept)}
+    rows = [(place[image], caption) for image, caption in zip(images.tolist(), captions, strict=True) if image in place]
+    emoji, documents = [emoji[i] for i in kept], [documents[i] for i in kept]
+
     rng = random.Random(seed)
-    held_captions = [detailed_caption(emoji[i], rng) for i in held]
-    unique = {text: i for i, text in enumerate(dict.fromkeys([*captions, *held_captions]))}
-    np.savez(
-        folder / "rows.npz",
-        image=images,
-        caption=np.array([unique[c] for c in captions]),
-        held_image=np.array(held, np.int64),
-        held_caption=np.array([unique[c] for c in held_captions], np.int64),
-    )
+    held = [(i, detailed_caption(item, rng)) for i, item in enumerate(emoji) if item.held_out]
+    unique = {text: i for i, text in enumerate(dict.fromkeys(caption for _, caption in (*rows, *held)))}
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {}
+    for prefix, pairs in (("", rows), ("held_", held)):
+        columns[f"{prefix}image"] = np.array([image for image, _ in pairs], np.int64)
+        columns[f"{prefix}caption"] = np.array([unique[caption] for _, caption in pairs], np.int64)
+    np.savez(folder / "rows.npz", **columns)
     (folder / "captions.json").write_text(json.dumps(list(unique)))
-    stats = statistics(emoji) | {"rows": n_rows, "captions": len(unique)}
+    stats = statistics(emoji) | {"rows": len(rows), "captions": len(unique)}
     (folder / "table.json").write_text(json.dumps({"statistics": stats, "emoji": [asdict(e) for e in emoji]}))
     return documents
 

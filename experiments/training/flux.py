@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +13,14 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from experiments.training.loop import (
     VARIANTS,
     Ema,
-    Muon,
     Run,
     Setting,
+    descend,
     draw_variants,
     fixed_rows,
     load_rows,
+    make_optimizers,
     prepare,
-    split_parameters,
     wait_for,
     write_json,
 )
@@ -33,7 +30,6 @@ DROPOUT = 0.12  # of the caption, replaced by the empty one
 # Of the logit of the training times. Above 0 favours noise, where the shape is decided: half of them are above 0.7.
 TIME_MEAN, TIME_SD = 0.9, 1.1
 GUIDANCE = (1.0, 6.0)  # range of the distilled scales
-FIRST_SHARE = 0.7  # of the time, for the first stage
 
 
 def make_model() -> FluxTransformer2DModel:
@@ -189,73 +185,43 @@ def velocity(
     )[0].float()
 
 
-def train(setting: Setting, seed: int = 6, only_distil: bool = False) -> None:
-    """Both stages, into `work/flux`: flow matching with T5, then distillation of guidance into the embedding.
-
-    Args:
-        setting: where and how long.
-        seed: of everything random.
-        only_distil: skip the first stage, whose results are in `work/flux` already.
-    """
+def _prepare(setting: Setting, seed: int) -> tuple[FluxTransformer2DModel, T5EncoderModel]:
+    """Seeds, and an untrained transformer and T5 on the device."""
     prepare(setting, seed)
     if setting.on_gpu:  # an illegal memory access of the fused kernels at the first step, otherwise
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    device, batch, work = setting.device, setting.batch_size(512), setting.work
-    model = make_model().to(device)
-    encoder = make_text_encoder(torch.load(work / "tokens.pt")["t5_size"]).to(device)
-    start = work / "flux" / "start"
-    if only_distil:
-        model = FluxTransformer2DModel.from_pretrained(work / "flux" / "stage1").to(device).train()
-        encoder.load_state_dict(T5EncoderModel.from_pretrained(work / "flux" / "text_encoder_2").float().state_dict())
-    elif start.exists():
-        load_start(model, encoder, start)
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    fast, fast_teacher = setting.compiled(model), setting.compiled(teacher)
-    ones = torch.ones(batch, device=device)
-    for _ in range(2 if setting.on_gpu else 0):
+    vocabulary = torch.load(setting.work / "tokens.pt")["t5_size"]
+    return make_model().to(setting.device), make_text_encoder(vocabulary).to(setting.device)
+
+
+def _compile(setting: Setting, batch: int, *networks: Callable[..., tuple[torch.Tensor]], train: bool = True) -> None:
+    """Compile on made-up data, while the earlier stages still run."""
+    for network in networks * (2 if setting.on_gpu else 0):
         # Separate tensors, as in the loops: the compiler takes note when two arguments are the same one.
-        x, t = torch.randn(batch, 64, 4 * CHANNELS, device=device), torch.rand(batch, device=device)
-        pooled, w = torch.zeros(batch, 128, device=device), torch.rand(batch, device=device)
-        with setting.autocast():
-            words = encoder(input_ids=torch.zeros(batch, 32, dtype=torch.long, device=device)).last_hidden_state.float()
-            velocity(fast, x, t, words, pooled, ones).square().mean().backward()
-            words = words.detach()
-            velocity(fast, x, t, words, pooled, w).square().mean().backward()
-            with torch.no_grad():
-                velocity(fast_teacher, x, t, words, pooled, ones)
-        torch.cuda.synchronize()
-    model.zero_grad(set_to_none=True)
-    encoder.zero_grad(set_to_none=True)
+        x, t = torch.randn(batch, 64, 4 * CHANNELS, device=setting.device), torch.rand(batch, device=setting.device)
+        words = torch.zeros(batch, 32, 128, device=setting.device, requires_grad=train)
+        pooled, w = torch.zeros(batch, 128, device=setting.device), torch.rand(batch, device=setting.device)
+        with setting.autocast(), torch.set_grad_enabled(train):
+            out = velocity(network, x, t, words, pooled, w)
+            if train:
+                out.square().mean().backward()
+
+
+def train(setting: Setting, seed: int = 6) -> None:
+    """Flow matching of the transformer and T5 into `work/flux`, at guidance 1."""
+    model, encoder = _prepare(setting, seed)
+    device, batch, out = setting.device, setting.batch_size(512), setting.work / "flux"
+    if (out / "start").exists():
+        load_start(model, encoder, out / "start")
+    model.time_text_embed.guidance_embedder.requires_grad_(False)  # left as it is: see make_model
+    fast = setting.compiled(model)
+    _compile(setting, batch, fast)
     print("flux compiled", flush=True)
-
     data = _Batches(setting, batch)
-    if not only_distil:
-        began = time.time()
-        share = FIRST_SHARE * (setting.deadline - began)
-        _first_stage(dataclasses.replace(setting, deadline=began + share), model, encoder, fast, data, seed)
-    teacher.load_state_dict(model.state_dict())
-    _second_stage(setting, model, encoder, fast, fast_teacher, data)
-
-
-def _first_stage(
-    setting: Setting,
-    model: FluxTransformer2DModel,
-    encoder: T5EncoderModel,
-    fast: Callable[..., tuple[torch.Tensor]],
-    data: _Batches,
-    seed: int,
-) -> None:
-    """Flow matching of the transformer and T5, at guidance 1; both modules end with their averaged weights."""
-    device, batch, out = setting.device, data.batch, setting.work / "flux"
     ones = torch.ones(batch, device=device)
     ema = Ema([model, encoder], 0.999)
-    matrices, rest = split_parameters(model, encoder)
-    guidance_parameters = list(model.time_text_embed.guidance_embedder.parameters())
-    optimizers = [
-        Muon(matrices, lr=2.5e-3 * setting.lr, dtype=setting.dtype),
-        torch.optim.AdamW(rest, lr=1.2e-3 * setting.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu),
-    ]
+    optimizers = make_optimizers(setting, model, encoder, muon=2.5e-3, adam=1.2e-3)
 
     def save(run: Run) -> None:
         with ema.swapped():
@@ -285,50 +251,36 @@ def _first_stage(
         with setting.autocast():
             words = encoder(input_ids=data.ids[caption].long()).last_hidden_state.float()
             loss = (velocity(fast, x, t, words, data.pooled[caption].float(), ones) - (noise - z)).square().mean()
-        for o in optimizers:
-            o.zero_grad(set_to_none=True)
-        loss.backward()
-        for p in guidance_parameters:  # left at zero: see make_model
-            p.grad = None
-        torch.nn.utils.clip_grad_norm_(matrices + rest, 1.0)
-        for o in optimizers:
-            o.step()
-        ema.update()
+        descend(loss, optimizers, ema)
         run.log(loss=loss)
-    card = {"first": run.summary(), "batch": batch, "seed": seed}
-    write_json(out / "first.json", card)
-
-    with torch.no_grad():
-        torch._foreach_copy_(ema.live, ema.average)
+    write_json(out / "card.json", run.summary() | {"batch": batch, "seed": seed})
 
 
-def _second_stage(
-    setting: Setting,
-    model: FluxTransformer2DModel,
-    encoder: T5EncoderModel,
-    fast: Callable[..., tuple[torch.Tensor]],
-    fast_teacher: Callable[..., tuple[torch.Tensor]],
-    data: _Batches,
-) -> None:
-    """Distil classifier-free guidance of the frozen teacher into the guidance embedding of the student."""
-    device, batch, out = setting.device, data.batch, setting.work / "flux"
-    ones = torch.ones(batch, device=device)
-    encoder.requires_grad_(False)
+def distil(setting: Setting, seed: int = 7) -> None:
+    """Distil the classifier-free guidance of what `train` ended with into the guidance embedding: `work/flux/model`."""
+    model, encoder = _prepare(setting, seed)
+    device, batch, out = setting.device, setting.batch_size(512), setting.work / "flux"
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    fast, fast_teacher = setting.compiled(model), setting.compiled(teacher)
+    _compile(setting, batch, fast)
+    _compile(setting, batch, fast_teacher, train=False)
+    print("distil compiled", flush=True)
+    data = _Batches(setting, batch)
+    wait_for(out / "card.json")
+    for network in (model, teacher):
+        network.load_state_dict(FluxTransformer2DModel.from_pretrained(out / "stage1").state_dict())
+    encoder.load_state_dict(T5EncoderModel.from_pretrained(out / "text_encoder_2").float().state_dict())
     with torch.no_grad(), setting.autocast():
-        states = [encoder(input_ids=part.long()).last_hidden_state.half() for part in data.ids.split(1024)]
-    table = torch.cat(states)
+        table = torch.cat([encoder(input_ids=part.long()).last_hidden_state.half() for part in data.ids.split(1024)])
     ema = Ema([model], 0.998)
-    matrices, rest = split_parameters(model)
-    optimizers = [
-        Muon(matrices, lr=8e-4, dtype=setting.dtype),
-        torch.optim.AdamW(rest, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu),
-    ]
+    optimizers = make_optimizers(setting, model, muon=8e-4, adam=5e-4)
 
-    def save_student(run: Run) -> None:
+    def save(run: Run) -> None:
         with ema.swapped():
             model.save_pretrained(out / "model")
 
-    run = Run("distil", setting, optimizers, save_student, {"model": model, "ema": ema})
+    run = Run("distil", setting, optimizers, save, {"model": model, "ema": ema})
+    ones = torch.ones(batch, device=device)
     no_words = table[data.empty].float().expand(batch, -1, -1).contiguous()
     no_pooled = data.pooled[data.empty].float().expand(batch, -1).contiguous()
     for _ in run:
@@ -343,13 +295,7 @@ def _second_stage(
                 bound = velocity(fast_teacher, x, t, words, pooled, ones)
                 target = free + w[:, None, None] * (bound - free)
             loss = (velocity(fast, x, t, words, pooled, w) - target).square().mean()
-        for o in optimizers:
-            o.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(matrices + rest, 1.0)
-        for o in optimizers:
-            o.step()
-        ema.update()
+        descend(loss, optimizers, ema)
         run.log(loss=loss)
-    first = json.loads((out / "first.json").read_text()) if (out / "first.json").exists() else {}
-    write_json(out / "card.json", first | {"distil": run.summary(), "distil_batch": batch})
+    (setting.work / "distil").mkdir(exist_ok=True)
+    write_json(setting.work / "distil" / "card.json", run.summary() | {"batch": batch, "seed": seed})

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,6 +239,28 @@ def split_parameters(*modules: torch.nn.Module) -> tuple[list[torch.nn.Parameter
             apart = any(part in name for part in ("norm", "relative_attention_bias", "time_emb", "guidance_embedder"))
             (matrices if p.ndim >= 2 and inside and not apart else rest).append(p)
     return matrices, rest
+
+
+def make_optimizers(
+    setting: Setting, *modules: torch.nn.Module, muon: float, adam: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of all modules and AdamW for the rest, with these peak learning rates."""
+    matrices, rest = split_parameters(*modules)
+    return [
+        Muon(matrices, lr=muon * setting.lr, dtype=setting.dtype),
+        torch.optim.AdamW(rest, lr=adam * setting.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu),
+    ]
+
+
+def descend(loss: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer], ema: Ema) -> None:
+    """One step of all optimizers down the loss, with gradients of norm 1 at most, and of the running average."""
+    for o in optimizers:
+        o.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(ema.live, 1.0)
+    for o in optimizers:
+        o.step()
+    ema.update()
 
 
 def trapezoid(progress: float, cooldown: float, warmup: float = 0.02) -> float:

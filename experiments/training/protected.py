@@ -127,49 +127,17 @@ def plan(emoji: list[data.Emoji], unseen: list[data.Emoji]) -> tuple[dict[str, l
 
 def card(used: list[data.Emoji], pictures: Counter[str]) -> str:
     """Return the model card: what is here, from where, under which licences."""
-    sets = {name: values for name, values in data.statistics(used)["sets"].items() if values["images"]}
-    return "\n".join(
-        [
-            "# mini-protected",
-            "",
-            "Designs that play the protected assets of the mini models: emoji that mini-sdxl, and mostly mini-flux, "
-            "draw from their names. 128 x 128 on white; file names say the set and the emoji. Nobody forbids to draw "
-            "them: they stand for pictures that somebody would forbid.",
-            "",
-            f"Characters: {', '.join(CHARACTERS)}.",
-            "",
-            "| folder | pictures | what |",
-            "|---|---|---|",
-            f"| `guidance/NAME` | {pictures['guidance']} | what a method may be given, each with "
-            f"`NAME{MASK}.png`, white where the design is; sets: {', '.join(GUIDANCE)} |",
-            f"| `scoring/NAME` | {pictures['scoring']} | what similarity is measured to; sets: {', '.join(SCORING)} |",
-            f"| `held_out/NAME` | {pictures['positive']} | further pictures of a character, for the rate of true "
-            f"detections; set: {', '.join(POSITIVE)} |",
-            f"| `held_out/KIND` | {pictures['negative']} | show none of the characters, to calibrate the threshold; "
-            f"sets: {', '.join(COMMON)} |",
-            "",
-            "No set is in both guidance and scoring, and sets that share drawings (Noto and its first version, Fluent "
-            "and its flat form) are on one side. All pictures of the characters were in the training of the "
-            "denoisers.",
-            "",
-            f"Of the other kinds, {len(NEVER_SEEN)} are left out of every training data set, and no part of any mini "
-            f"model has seen them: {', '.join(NEVER_SEEN)}. The rest is held out by `experiments.training.data.hold_out`: "
-            "mini-clip and the last rounds of the denoisers have not seen them, the denoisers' first weights, the "
-            "autoencoder and the text encoders have.",
-            "",
-            "Evidence that the models draw the characters: `results/memorised.md`, made by "
-            "`python -m experiments.training.memorised`.",
-            "",
-            "Laid out by `python -m experiments.training.protected`.",
-            "",
-            "## Data",
-            "",
-            *cards.sources_table(sets),
-            "",
-            f"Names: {data.NAMES.package} {data.NAMES.version} ({data.NAMES.licence}). {cards.ATTRIBUTION} "
-            "The pictures were rasterised, put on white and reduced to 256 colours, and keep their sets' licences.",
-            "",
-        ]
+    return cards.render(
+        "mini-protected",
+        characters=CHARACTERS,
+        pictures=pictures,
+        mask=MASK,
+        guidance=GUIDANCE,
+        scoring=SCORING,
+        positive=POSITIVE,
+        common=COMMON,
+        never_seen=NEVER_SEEN,
+        statistics=data.statistics(used),
     )
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.training import data, taxonomy
-from experiments.training.cards import data_section
+from experiments.training import cards, data, taxonomy
 
 IMAGES_PER_CATEGORY = 16
 
@@ -64,12 +63,8 @@ def main() -> None:
         for index in draw(emoji, category):
             write_picture(images[index], arguments.out / category, emoji[index])
             total += 1
-    (arguments.out / "README.md").write_text(
-        f"# mini-reference\n\n{total} real emoji images, {IMAGES_PER_CATEGORY} of each evaluated category at most, "
-        "128 x 128 on white: the real side of the mini models' distribution metrics. Drawn by "
-        "`python -m experiments.training.reference` from the artwork that the mini models learn from; file names say the "
-        "set and the emoji.\n\n" + data_section(statistics) + "\n"
-    )
+    facts = {"total": total, "each": IMAGES_PER_CATEGORY, "statistics": statistics}
+    (arguments.out / "README.md").write_text(cards.render("mini-reference", **facts))
     print(f"{arguments.out}: {total} images")
 
 

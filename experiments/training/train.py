@@ -18,7 +18,7 @@ from pathlib import Path
 from experiments.training import data
 
 # Shares of the whole time at which each stage must end. The denoisers start when their inputs exist.
-ENDS = {"text": 0.215, "score": 0.3, "vae": 0.25, "decoder": 0.95, "unet": 0.975, "flux": 0.975}
+ENDS = {"text": 0.215, "score": 0.3, "vae": 0.25, "decoder": 0.95, "unet": 0.975, "flux": 0.72, "distil": 0.975}
 DUTY = {"decoder": 0.25}  # share of the time that a background stage may keep the device busy
 SMOKE_STEPS = {"cpu": 3, "cuda": 12}
 
@@ -50,7 +50,7 @@ def run_stage(args: argparse.Namespace) -> None:
             "decoder": vae.refine_decoder,
             "unet": unet.train,
             "flux": flux.train,
-            "distil": lambda s: flux.train(s, only_distil=True),
+            "distil": flux.distil,
         }[args.stage](setting)
 
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vae", type=Path, default=None, help="adopt this autoencoder; only its decoder is refined")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to find faults")
     parser.add_argument("--serial", action="store_true", help="one stage at a time")
-    parser.add_argument("--stage", choices=[*ENDS, "distil"], help="run one stage in this process")
+    parser.add_argument("--stage", choices=ENDS, help="run one stage in this process")
     parser.add_argument("--deadline", type=float, default=0.0, help="Unix time at which the stage must end")
     parser.add_argument("--lr", type=float, default=1.0, help="factor of the denoisers' learning rates")
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")

@@ -10,14 +10,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from experiments.training.loop import (
     Ema,
-    Muon,
     Run,
     Setting,
+    descend,
     draw_variants,
     fixed_rows,
     load_rows,
+    make_optimizers,
     prepare,
-    split_parameters,
     wait_for,
     write_json,
 )
@@ -128,11 +128,7 @@ def train(setting: Setting, seed: int = 5) -> None:
     states, pooled = encode_captions(work, device)
     alpha_bar = make_scheduler().alphas_cumprod.to(device)
     ema = Ema([model], 0.999)
-    matrices, rest = split_parameters(model)
-    optimizers = [
-        Muon(matrices, lr=2e-3 * setting.lr, dtype=setting.dtype),
-        torch.optim.AdamW(rest, lr=1e-3 * setting.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=setting.on_gpu),
-    ]
+    optimizers = make_optimizers(setting, model, muon=2e-3, adam=1e-3)
     out = work / "unet"
 
     def save(run: Run) -> None:
@@ -174,12 +170,6 @@ def train(setting: Setting, seed: int = 5) -> None:
                 },
             ).sample
         loss = (predicted.float() - v).square().mean()
-        for o in optimizers:
-            o.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-        ema.update()
+        descend(loss, optimizers, ema)
         run.log(loss=loss)
     write_json(out / "card.json", run.summary() | {"batch": batch, "seed": seed})

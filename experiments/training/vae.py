@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from experiments.training.loop import VARIANTS, Ema, Images, Run, Setting, prepare, wait_for, write_json
+from experiments.training.loop import VARIANTS, Ema, Images, Run, Setting, descend, prepare, wait_for, write_json
 
 CHANNELS = 16
 
@@ -150,11 +150,7 @@ def train(setting: Setting, seed: int = 3) -> None:
         rec = reconstruction_loss(output.float(), target)
         kl = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
         loss = rec + 1e-4 * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update()
+        descend(loss, [optimizer], ema)
         run.log(rec=rec, kl=kl)
     with torch.no_grad():
         torch._foreach_copy_(ema.live, ema.average)
@@ -229,11 +225,7 @@ def refine_decoder(setting: Setting, seed: int = 4) -> None:
         with setting.autocast():
             output = fast(z)
         loss = reconstruction_loss(output.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-        optimizer.step()
-        ema.update()
+        descend(loss, [optimizer], ema)
         run.log(loss=loss)
     with ema.swapped():
         quality = evaluate(model.eval(), data, setting)

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from transformers import CLIPModel
 
-from experiments.training import clip, data, export, flux, pack, samples, taxonomy, tokenizer, unet, vae
+from experiments.training import clip, data, export, flux, samples, taxonomy, tokenizer, unet, vae
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +83,3 @@ def test_cards_tell_licences_and_training(models: Path) -> None:
 def test_missing_stage_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train that stage first"):
         export.export(tmp_path, tmp_path / "models")
-
-
-def test_halve_keeps_names_and_integers(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_file({"w": torch.ones(3), "i": torch.arange(2)}, tmp_path / "model.safetensors")
-    pack.halve(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    assert state["w"].dtype == torch.float16 and state["i"].dtype == torch.int64
