@@ -135,17 +135,9 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
 
 
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
-TESTED = [name for name in EXPERIMENTS if "primary" in OmegaConf.load(CONF / "experiment" / f"{name}.yaml")]
-
-
-def test_latency_alone_tests_no_metric():
-    assert set(EXPERIMENTS) - set(TESTED) == {"latency"}
-
-
-@pytest.mark.parametrize("experiment", TESTED)
-def test_every_experiment_declares_what_it_tests(experiment):
+@pytest.mark.parametrize("experiment", sorted(set(EXPERIMENTS) - {"latency"}))
+def test_what_an_experiment_tests_is_one_claim_and_one_quality_that_it_measures(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
-    assert {"diversity", "quality", "quality_margin"} <= declared.primary.keys() <= {*ROLES, "quality_margin"}
     for model in declared.hydra.sweeper.params.model.split(","):
         cfg = composed(f"experiment={experiment}", f"model={model}")
         tested = [cfg.primary[role] for role in ROLES if cfg.primary[role] is not None]
@@ -201,7 +193,7 @@ def test_the_documentation_names_every_metric():
 
 
 def test_a_misspelt_key_is_named():
-    with pytest.raises(HydraException, match="alpah"):
+    with pytest.raises(ValueError, match="alpah.*did you mean method.alpha"):
         expand(["method=negtome", "method.alpah=1"])
     with pytest.raises(Exception, match="alpah"):
         instantiate(expand(["method=negtome", "+method.alpah=1"])[0].method)
