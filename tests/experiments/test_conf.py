@@ -193,7 +193,7 @@ def test_the_documentation_names_every_metric():
 
 
 def test_a_misspelt_key_is_named():
-    with pytest.raises(ValueError, match="alpah.*did you mean method.alpha"):
+    with pytest.raises(ValueError, match=r"alpah.*did you mean method\.alpha"):
         expand(["method=negtome", "method.alpah=1"])
     with pytest.raises(Exception, match="alpah"):
         instantiate(expand(["method=negtome", "+method.alpah=1"])[0].method)
