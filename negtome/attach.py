@@ -27,6 +27,7 @@ from negtome.sites import (
     DenoiserCall,
     Place,
     Timesteps,
+    check_denoiser,
     feature_maps,
     fewest_tokens,
     find_architecture,
@@ -87,7 +88,7 @@ def attach(
     Raises:
         TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
         ValueError: if a block named in the config holds no site, or for a bad `group_size` or `reference`.
-        RuntimeError: if the pipeline is attached already.
+        RuntimeError: if the pipeline is attached already, or has a cache on its denoiser beside a reference.
     """
     return Attachment(pipe, config, group_size, reference)
 
@@ -133,6 +134,7 @@ class Attachment:
         self._pipe = pipe
         self._architecture = architecture
         self._denoiser = unwrap(denoiser)
+        check_denoiser(self._denoiser, adds_rows=reference is not None)
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
         self._now = _Now()
         self._rows = None if reference is None else ReferenceRows(architecture, reference)
@@ -245,6 +247,7 @@ class Attachment:
                 _check_one_prompt(call)
                 run.prompts.append(call.prompts)
         if not run.steps:
+            check_denoiser(self._denoiser, adds_rows=self._rows is not None)
             for site in self._sites:
                 site.start(self._denoiser)
         if not run.steps or call.latent != run.latent:
@@ -252,8 +255,7 @@ class Attachment:
             now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
         timestep = run.timesteps.read(self._pipe, call.timestep)
         now.active = self.config.is_active(timestep)
-        now.text_length = call.text_length
-        now.layout = None
+        now.rows, now.text_length, now.layout = call.rows, call.text_length, None
         step = Step(timestep, now.active)
         # True guidance calls Flux a second time in a step, for the negative prompt. A timestep alone says nothing:
         # schedulers of second order have each one twice.
@@ -277,9 +279,16 @@ class Attachment:
 
     def _end(self, output: Any) -> Any:
         """Count, and take the rows of outside references out of what the denoiser returned."""
-        if self._now.active:
+        now = self._now
+        if now.active:
             self._run.count(self._sites, self.config.threshold)
-        return output if self._now.layout is None else shrink(output, self._now.layout)
+        output = output if now.layout is None else shrink(output, now.layout)
+        if len(output[0]) != now.rows:
+            raise RuntimeError(
+                f"NegToMe expected the {self._architecture.denoiser_class} to return the {now.rows} rows that the "
+                f"pipeline asked for, got {len(output[0])}; switch off what keeps features between its calls (caches)."
+            )
+        return output
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
@@ -336,6 +345,7 @@ class _Now:
     def __init__(self) -> None:
         self.active = False
         self.group_size = 0
+        self.rows = 0  # that the pipeline asked for
         self.text_length = 0
         self.fewest_tokens: int | None = 0  # None: no feature map is large enough
         self.layout: Layout | None = None  # of a batch with rows of outside references

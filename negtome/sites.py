@@ -308,6 +308,26 @@ def unwrap(denoiser: Any) -> Any:
     return getattr(denoiser, "_orig_mod", denoiser)
 
 
+def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
+    """Refuse a denoiser in which NegToMe would silently do something else.
+
+    Args:
+        denoiser: the module itself.
+        adds_rows: whether its batch has more rows in some steps than in others.
+
+    Raises:
+        RuntimeError: a hook of diffusers carries features from one step to the next (a cache), and the rows change.
+    """
+    for name, module in denoiser.named_modules() if adds_rows else ():
+        for hook in getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values():
+            if hook._is_stateful:
+                raise RuntimeError(
+                    "NegToMe adds the rows of a Reference in the steps of its window only, but a cache, the "
+                    f"{type(hook).__name__} on {name or 'the denoiser'}, keeps features from one step to the next; "
+                    f"call disable_cache() on the {type(denoiser).__name__}, or leave the Reference out."
+                )
+
+
 def find_sites(
     denoiser: torch.nn.Module, architecture: Architecture, config: NegToMeConfig
 ) -> list[tuple[str, torch.nn.Module, Place]]:

@@ -372,6 +372,50 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         torch.testing.assert_close(row, own[0])
 
 
+@pytest.mark.parametrize("name", ["FirstBlockCache", "TaylorSeerCache", "PyramidAttentionBroadcast"])
+def test_a_cache_is_refused_before_and_inside_the_block(tiny_flux, name):
+    """It would bring a row of the window back in the steps after it: one prompt, two images."""
+    import diffusers
+
+    options = {
+        "FirstBlockCache": {"threshold": 0.5},
+        "PyramidAttentionBroadcast": {
+            "spatial_attention_block_skip_range": 2,
+            "current_timestep_callback": lambda: tiny_flux.current_timestep,
+        },
+    }
+    cache = getattr(diffusers, f"{name}Config")(**options.get(name, {}))
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE))
+    with pytest.raises(RuntimeError, match=r"a cache, the \w+ on .*; call disable_cache\(\)"), attachment:
+        tiny_flux.transformer.enable_cache(cache)
+        generate(tiny_flux, (0,))
+    with pytest.raises(RuntimeError, match="or leave the Reference out"):
+        negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE))
+    with negtome.attach(tiny_flux, CONFIGS["flux"]):
+        assert generate(tiny_flux).isfinite().all()
+    tiny_flux.transformer.disable_cache()
+    with negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE)):
+        assert len(generate(tiny_flux, (0,))) == 1
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_denoiser_that_returns_other_rows_than_asked_for_is_an_error(pipe, config, with_reference):
+    """As one does that keeps features between its calls in a way nobody knows of."""
+
+    def one_more(module, args, output):
+        return (torch.cat([output[0], output[0][-1:]]), *output[1:])
+
+    attachment = negtome.attach(pipe, config, reference=Reference(PICTURE) if with_reference else None)
+    handle = denoiser(pipe).register_forward_hook(one_more)
+    halves = 2 if hasattr(pipe, "unet") else 1
+    with (
+        pytest.raises(RuntimeError, match=rf"the {2 * halves} rows that the pipeline asked for, got"),
+        attachment,
+    ):
+        generate(pipe)
+    handle.remove()
+
+
 @pytest.mark.parametrize("kind", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
     with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as attached:
