@@ -88,7 +88,8 @@ def attach(
     Raises:
         TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
         ValueError: if a block named in the config holds no site, or for a bad `group_size` or `reference`.
-        RuntimeError: if the pipeline is attached already, or has a cache on its denoiser beside a reference.
+        RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
+            beside a reference.
     """
     return Attachment(pipe, config, group_size, reference)
 

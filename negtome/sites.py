@@ -316,8 +316,16 @@ def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
         adds_rows: whether its batch has more rows in some steps than in others.
 
     Raises:
-        RuntimeError: a hook of diffusers carries features from one step to the next (a cache), and the rows change.
+        RuntimeError: it is split over several processes, so that each has a part of the tokens or channels; or a hook
+            of diffusers carries features from one step to the next (a cache), and the rows change.
     """
+    split = any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters())
+    if split or getattr(denoiser, "_parallel_config", None) is not None:
+        raise RuntimeError(
+            f"NegToMe compares whole tokens, but this {type(denoiser).__name__} is split over processes "
+            "(context or tensor parallelism, or sharded parameters); load it whole in each process, and give each "
+            "process groups of its own."
+        )
     for name, module in denoiser.named_modules() if adds_rows else ():
         for hook in getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values():
             if hook._is_stateful:

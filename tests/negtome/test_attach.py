@@ -537,6 +537,36 @@ def test_a_denoiser_that_another_pipeline_calls_is_noticed(pipe, config):
         generate(sibling)
 
 
+def split_tokens(module):
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    # What enable_parallelism notes down: it needs two processes with a device each.
+    module._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+
+
+def split_weights(module):
+    from torch import distributed
+    from torch.distributed.tensor import distribute_module
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        distribute_module(next(m.to_q for m in module.modules() if hasattr(m, "to_q")), mesh)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("split", [split_tokens, split_weights])
+def test_a_denoiser_split_over_processes_is_refused_before_and_inside_the_block(tiny_flux, split):
+    with pytest.raises(RuntimeError, match="split over processes"), negtome.attach(tiny_flux, CONFIGS["flux"]):
+        split(tiny_flux.transformer)
+        generate(tiny_flux)
+    before = state(tiny_flux)
+    with pytest.raises(RuntimeError, match=r"split over processes.*load it whole in each process"):
+        negtome.attach(tiny_flux, CONFIGS["flux"])
+    assert state(tiny_flux) == before
+
+
 def test_what_is_no_config_is_refused(pipe):
     with pytest.raises(TypeError, match="must be a NegToMeConfig, got a dict"):
         negtome.attach(pipe, {"alpha": 0.9})
