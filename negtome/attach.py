@@ -27,6 +27,7 @@ from negtome.sites import (
     DenoiserCall,
     Place,
     Timesteps,
+    calling_pipeline,
     check_denoiser,
     feature_maps,
     fewest_tokens,
@@ -197,6 +198,11 @@ class Attachment:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Surround one call of the pipeline, and check afterwards that something happened in it."""
+        if self._run is not None:
+            raise RuntimeError(
+                f"NegToMe expects one call of its {self._architecture.pipeline} at a time, but it was called again "
+                "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
+            )
         self._run = run = _Run()
         if self._rows is not None:
             self._rows.start()
@@ -228,10 +234,11 @@ class Attachment:
             The call's arguments by name, with the rows of outside references added if the sites act.
         """
         run, now = self._run, self._now
-        if run is None:
+        if run is None or calling_pipeline() is not self._pipe:
             raise RuntimeError(
                 f"NegToMe expects its {self._architecture.denoiser_class} to be called by the pipeline it is attached "
-                "to, but something else called it; attach to the pipeline that you call."
+                "to, but something else called it; attach to the pipeline that you call, and give any other that is "
+                "called meanwhile a denoiser of its own."
             )
         for children, key, child, name in self._links:
             if children.get(key) is not child:

@@ -6,6 +6,7 @@ name, so nothing of diffusers is imported. A further architecture is a further r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -301,6 +302,21 @@ def find_architecture(pipe: Any) -> Architecture:
             return architecture
     supported = ", ".join(f"{a.pipeline} with a {a.denoiser_class}" for a in ARCHITECTURES)
     raise TypeError(f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are {supported}.")
+
+
+def calling_pipeline() -> Any:
+    """Return the pipeline that the caller is called by, the innermost one on the stack, or None.
+
+    Several pipelines may share a denoiser, and a callback of one may call another.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if any(cls.__name__ == "DiffusionPipeline" for cls in type(owner).__mro__):
+                return owner
+        frame = frame.f_back
+    return None
 
 
 def unwrap(denoiser: Any) -> Any:

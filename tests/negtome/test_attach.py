@@ -1,6 +1,7 @@
 """NegToMe on tiny real pipelines: it does what an independent transcription does, only there, and leaves no trace."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -535,6 +536,47 @@ def test_a_denoiser_that_another_pipeline_calls_is_noticed(pipe, config):
     sibling = type(pipe)(**pipe.components)
     with pytest.raises(RuntimeError, match="attach to the pipeline that you call"), negtome.attach(pipe, config):
         generate(sibling)
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["callback", "thread"])
+def test_another_pipeline_that_is_called_meanwhile_is_refused(pipe, config, in_thread):
+    """Nothing of it is pushed, and none of its steps is counted: the attached one's call stays what it was."""
+    before = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    with negtome.attach(pipe, config) as attached:
+        expected = generate(pipe)
+        counts = attached.counts(), attached.steps[:]
+    refused = []
+
+    def call(other):
+        with pytest.raises(RuntimeError, match="something else called it; attach to the pipeline that you call, and"):
+            generate(other, num_inference_steps=2)
+        refused.append(other)
+
+    def meanwhile(p, index, timestep, tensors):
+        if index == 0:
+            inside = type(before)(**p.components | {"scheduler": copy.deepcopy(p.scheduler)})
+            for other in (before, inside):
+                if in_thread:
+                    thread = threading.Thread(target=call, args=[other])
+                    thread.start()
+                    thread.join()
+                else:
+                    call(other)
+        return tensors
+
+    with negtome.attach(pipe, config) as attached:
+        result = generate(pipe, callback_on_step_end=meanwhile)
+    assert len(refused) == 2
+    assert torch.equal(result, expected)
+    assert (attached.counts(), attached.steps) == counts
+
+
+def test_an_attached_pipeline_is_not_called_within_its_own_call(pipe, config):
+    def again(p, index, timestep, tensors):
+        generate(p)
+
+    with pytest.raises(RuntimeError, match=r"one call of its \w+ at a time"), negtome.attach(pipe, config):
+        generate(pipe, callback_on_step_end=again)
 
 
 def split_tokens(module):
