@@ -84,7 +84,7 @@ def attach(
             pipeline, its generators and its output never see it.
 
     Returns:
-        A context manager. Used without `with`, `remove()` ends it.
+        A context manager, for one block. Used without `with`, `remove()` ends it.
 
     Raises:
         TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
@@ -147,6 +147,7 @@ class Attachment:
         self._links = _links(self._denoiser, [site.name for site in self._sites])
         self._run: _Run | None = None
         self._finished_runs = 0
+        self._entered = False
 
         with contextlib.ExitStack() as stack:
             for site in self._sites:
@@ -185,6 +186,12 @@ class Attachment:
             site.module = site.attention = None
 
     def __enter__(self) -> Attachment:
+        if self._entered or self._pipe is None:
+            past = "entered" if self._entered else "removed"
+            raise RuntimeError(
+                f"NegToMe is attached for one `with` block, but this one was {past} before; attach again."
+            )
+        self._entered = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:

@@ -370,6 +370,22 @@ def test_the_handle_works_without_a_block(pipe, config):
     assert torch.equal(generate(pipe), base)
 
 
+def test_a_handle_is_entered_once(pipe, config):
+    """The second time it would do nothing, and so would the outer of two blocks after the inner one."""
+    base = generate(pipe)
+    with negtome.attach(pipe, config) as attached:
+        generate(pipe)
+        with pytest.raises(RuntimeError, match="was entered before; attach again"), attached:
+            pass
+        assert not torch.equal(generate(pipe), base)  # still attached
+    with pytest.raises(RuntimeError, match="was entered before"), attached:
+        generate(pipe)
+    attached = negtome.attach(pipe, config)
+    attached.remove()
+    with pytest.raises(RuntimeError, match="was removed before; attach again"), attached:
+        generate(pipe)
+
+
 def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, config):
     base, before = generate(pipe), state(pipe)
 
