@@ -163,10 +163,17 @@ def _sdxl_noised(
     pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, arguments: Mapping[str, Any]
 ) -> torch.Tensor:
     """Noise latents [R, 4, h, w] to the step's level by the pipeline's scheduler, and scale them as it does."""
-    timestep = arguments["timestep"].reshape(-1)[:1]
+    scheduler, timestep = pipe.scheduler, arguments["timestep"].reshape(-1)[:1]
     if noise is not None:
-        latents = pipe.scheduler.add_noise(latents, noise, timestep)
-    return pipe.scheduler.scale_model_input(latents, timestep[0])
+        between = any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma"))
+        if between and not scheduler.state_in_first_order:
+            # A step of KDPM2 or DPM-Solver-SDE between two of the schedule, whose level add_noise does not know: the
+            # one that 1 is scaled by, 1 / sqrt(sigma^2 + 1).
+            scale = scheduler.scale_model_input(latents.new_ones((), dtype=torch.float64), timestep[0])
+            latents = latents + (1 / scale**2 - 1).sqrt().to(latents) * noise
+        else:
+            latents = scheduler.add_noise(latents, noise, timestep)
+    return scheduler.scale_model_input(latents, timestep[0])
 
 
 def _sdxl_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

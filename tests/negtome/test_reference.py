@@ -372,6 +372,46 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         torch.testing.assert_close(row, own[0])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DDIM"),
+        *("DPMSolverMultistep", "DPMSolverSDE"),
+    ],
+)
+def test_a_reference_is_as_noisy_as_the_images_at_every_step(tiny_sdxl, name, monkeypatch):
+    """Its row is x + sigma n, scaled as the images' rows are, at the steps between two of the schedule too."""
+    import diffusers
+
+    try:
+        tiny_sdxl.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(tiny_sdxl.scheduler.config)
+        tiny_sdxl.scheduler.set_timesteps(4)
+    except ImportError:
+        pytest.skip(f"{name} needs a package that is not installed")
+    rows = []
+    original = type(tiny_sdxl.unet).forward
+
+    @functools.wraps(original)
+    def forward(self, sample, timestep, *args, **kwargs):
+        scheduler = tiny_sdxl.scheduler
+        scale = float(scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep))
+        if scale == 1:  # DDIM and its like hold the variance; training timesteps tell it
+            scale = float(scheduler.alphas_cumprod[int(timestep)]) ** 0.5
+        rows.append((sample[-1].double(), scale))
+        return original(self, sample, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny_sdxl.unet), "forward", forward)
+    config = CONFIGS["sdxl"].replace(timestep_range=(0, 1000))
+    with negtome.attach(tiny_sdxl, config, reference=Reference(PICTURE, seed=3)) as attached:
+        generate(tiny_sdxl)
+    assert len(rows) == len(attached.steps) >= 4
+    clean = tiny_sdxl.vae.encode(2 * PICTURE[None] - 1).latent_dist.mean[0] * tiny_sdxl.vae.config.scaling_factor
+    noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(3))[0].double()
+    for row, scale in rows:
+        sigma = (1 / scale**2 - 1) ** 0.5
+        torch.testing.assert_close(row, scale * (clean.double() + sigma * noise), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["FirstBlockCache", "TaylorSeerCache", "PyramidAttentionBroadcast"])
 def test_a_cache_is_refused_before_and_inside_the_block(tiny_flux, name):
     """It would bring a row of the window back in the steps after it: one prompt, two images."""
