@@ -30,9 +30,9 @@ class NegToMeConfig:
         reference: what an image is pushed from. "first": the first image of its group, which does not move [R].
             "previous": all earlier images of its group together. "others": all other images of its group together.
             References are always the features before the push.
-        sites: names of denoiser modules, such as "up_blocks" or "up_blocks.1", within which attentions are taken; None
-            for all blocks of the release: "up_blocks" of SDXL; "transformer_blocks" and
-            "single_transformer_blocks", which is every block, of Flux [R].
+        sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", within which attentions are
+            taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL;
+            "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R].
         cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
             an attention's image tokens, which we read as self-attention. Flux has none, so it has no effect there.
         min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. SDXL only: Flux has a

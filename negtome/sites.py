@@ -386,5 +386,5 @@ def find_sites(
 
 
 def _within(name: str, block: str) -> bool:
-    """Tell whether a dotted module name lies inside a block's."""
-    return name.startswith(block + ".")
+    """Tell whether a dotted module name is a block's, or lies inside it."""
+    return name == block or name.startswith(block + ".")

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+import negtome
 from negtome import NegToMeConfig
 from negtome.sites import ARCHITECTURES, feature_maps, fewest_tokens, find_architecture, find_sites
 
@@ -83,6 +84,15 @@ def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
         names(tiny_sdxl, SDXL, sites=["up_blocks", "up_block"])
     with pytest.raises(ValueError, match=r"no site under 'single_transformer_blocks\.7'"):
         names(tiny_flux, FLUX, sites=["single_transformer_blocks.7"])
+
+
+def test_the_sites_of_an_attachment_may_be_chosen_one_by_one(tiny_sdxl, tiny_flux):
+    for pipe in (tiny_sdxl, tiny_flux):
+        attached = negtome.attach(pipe, NegToMeConfig())
+        attached.remove()
+        one = negtome.attach(pipe, NegToMeConfig(sites=attached.sites[1:]))
+        one.remove()
+        assert one.sites == attached.sites[1:]
 
 
 def test_other_pipelines_are_refused_by_name(tiny_sdxl):
