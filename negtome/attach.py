@@ -20,7 +20,7 @@ import torch
 from torch.nn.modules.module import _global_forward_hooks
 
 from negtome.config import NegToMeConfig
-from negtome.merge import push_from, push_groups
+from negtome.merge import plain, push_from, push_groups
 from negtome.reference import Reference
 from negtome.rows import Layout, ReferenceRows, shrink
 from negtome.sites import (
@@ -113,6 +113,7 @@ class Attachment:
     ) -> None:
         if not isinstance(config, NegToMeConfig):
             raise TypeError(f"config must be a NegToMeConfig, got a {type(config).__name__}.")
+        group_size = plain(group_size)
         if group_size is not None and (
             isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2
         ):

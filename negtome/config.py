@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from negtome.merge import MATCHINGS, REFERENCES
+from negtome.merge import MATCHINGS, REFERENCES, number, plain
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ class NegToMeConfig:
 
     def __post_init__(self) -> None:
         """Coerce sequences to tuples and refuse what is out of range."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name, low, high in (("alpha", -math.inf, math.inf), ("threshold", -1, 1)):
-            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
+            object.__setattr__(self, name, number(name, getattr(self, name), low, high))
 
-        if isinstance(self.timestep_range, (str, bytes)) or len(window := tuple(self.timestep_range)) != 2:
+        window = self.timestep_range
+        if isinstance(window, (str, bytes)) or not isinstance(window, Iterable) or len(window := tuple(window)) != 2:
             raise ValueError(f"timestep_range must be two numbers (low, high), got {self.timestep_range!r}.")
-        window = tuple(_number("each end of timestep_range", end, 0, 1000) for end in window)
+        window = tuple(number("each end of timestep_range", end, 0, 1000) for end in window)
         if window[0] > window[1]:
             raise ValueError(
                 f"timestep_range must be (low, high) with low <= high, got ({window[0]:g}, {window[1]:g}); 1000 is "
@@ -137,12 +141,3 @@ _PRESETS = {
     ("flux", "released"): _FLUX | {"matching": "released"},
     ("flux", "evaluation"): _FLUX | {"matching": "released", "alpha": 1.9},
 }
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {value}.")
-    return float(value)

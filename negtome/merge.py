@@ -16,6 +16,8 @@ Nothing waits for the device, and torch.compile takes all of it in one graph.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 #: How a token finds the reference token it is pushed from; see `negative_merge`.
@@ -68,9 +70,11 @@ def negative_merge(
         [B, N, C], the moved tokens; shape, dtype and device of `tokens`. The arguments are not modified.
 
     Raises:
-        ValueError: if shapes, dtypes, devices or `matching` do not fit together.
+        ValueError: if shapes, dtypes, devices or `matching` do not fit together, or a number is out of range.
     """
     _check(tokens, reference, matching, mask)
+    largest = torch.finfo(tokens.dtype).max
+    alpha, threshold = number("alpha", alpha, -largest, largest), number("threshold", threshold, -1, 1)
     strength = {"alpha": alpha, "threshold": threshold, "matching": matching}
     if reference.dim() == 2:  # as several images with one reference
         return push_from(tokens.unsqueeze(0), reference[None, None], mask=mask, **strength)[0].squeeze(0)
@@ -153,6 +157,25 @@ def push_from(
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
     return _move(tokens, reference, product, scale, index, alpha, threshold, inplace, still)
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it.
+
+    Raises:
+        ValueError: for what is no number, not finite, or out of range.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}.")
+    return float(value)
+
+
+def plain(value: object) -> object:
+    """Return a number of NumPy's or of a tensor as Python's, and anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _detached(tokens: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from negtome.merge import plain
+
 #: How an image becomes a latent; see `Reference`.
 POSTERIORS = ("mode", "sample")
 
@@ -70,6 +72,8 @@ class Reference:
                 f"{len(masks) or 'a single one'}; give a list, with None for an image that counts as a whole."
             )
         masks = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
+        for name in ("noise", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.noise, bool):
             raise ValueError(f"noise must be true or false, got {self.noise!r}.")
         if self.prompt is not None and not isinstance(self.prompt, str):

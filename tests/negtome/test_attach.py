@@ -4,6 +4,7 @@ import copy
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -509,6 +510,12 @@ def test_a_group_of_one_is_refused(pipe, config):
     for size in (1, 0, True, 2.0):
         with pytest.raises(ValueError, match="group_size must be a whole number of images, at least 2"):
             negtome.attach(pipe, config, group_size=size)
+
+
+def test_a_group_size_may_be_numpys(tiny_flux):
+    attached = negtome.attach(tiny_flux, CONFIGS["flux"], group_size=np.int64(2))
+    attached.remove()
+    assert attached.group_size == 2 and type(attached.group_size) is int
 
 
 def test_groups_must_be_whole(pipe, config):

@@ -1,5 +1,6 @@
 """The arithmetic, against hand-worked numbers, a transcription in loops, and facts about permutations."""
 
+import math
 import weakref
 
 import pytest
@@ -236,6 +237,11 @@ def test_a_reference_may_be_shared_and_arguments_are_left_alone():
         ({"reference": torch.zeros(2, 4, 8)}, r"got \[2, 4, 8\]"),
         ({"reference": torch.zeros(0, 8)}, "M >= 1"),
         ({"reference": torch.zeros(4, 8, dtype=torch.float64)}, r"reference.to\(tokens\)"),
+        ({"alpha": math.nan}, "alpha must be a finite number, got nan"),
+        ({"alpha": "0.9"}, "alpha must be a finite number, got '0.9'"),
+        ({"alpha": 1e5, "tokens": torch.zeros(1, 4, 8).half(), "reference": torch.zeros(4, 8).half()}, "65504, got"),
+        ({"threshold": 5}, "threshold must be between -1 and 1, got 5"),
+        ({"threshold": torch.tensor(-1.5)}, "between -1 and 1, got -1.5"),
         ({"matching": "nearest"}, r"matching must be one of \('paper', 'released'\), got 'nearest'"),
         ({"matching": "released", "reference": torch.zeros(5, 8)}, "as many reference tokens as tokens, 4, got 5"),
         ({"mask": torch.ones(4)}, r"mask must be bool \[4\]"),

@@ -529,6 +529,7 @@ def test_bad_input_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Reference(*arguments)
+    assert Reference(PICTURE, seed=torch.tensor(3)).seed == 3
     for setting in ({"noise": 1}, {"seed": -1}, {"prompt": ["a"]}, {"posterior": "mean"}):
         with pytest.raises(ValueError, match=next(iter(setting))):
             Reference(PICTURE, **setting)
