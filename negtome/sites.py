@@ -112,17 +112,32 @@ class Timesteps:
         self._values: list[float] = []
 
     def read(self, pipe: Any, timestep: torch.Tensor | float) -> float:
-        """Return a timestep that `pipe` handed on."""
+        """Return a timestep that `pipe` handed on.
+
+        Raises:
+            ValueError: it, or another of the schedule, is no training timestep.
+        """
         known = getattr(pipe.scheduler, "timesteps", None)
-        if not isinstance(timestep, torch.Tensor) or not isinstance(known, torch.Tensor):
-            return float(timestep)
-        number = _number_in(known, timestep)
+        tensors = isinstance(timestep, torch.Tensor) and isinstance(known, torch.Tensor)
+        number = _number_in(known, timestep) if tensors else None
         if number is None:
-            return float(timestep)
+            _check_unit(pipe.scheduler, value := float(timestep))
+            return value
         version = None if known.is_inference() else known._version  # which writing to it changes
         if known is not self._known or version != self._version:
             self._known, self._version, self._values = known, version, known.tolist()
+            _check_unit(pipe.scheduler, *self._values)
         return float(self._values[number])
+
+
+def _check_unit(scheduler: Any, *timesteps: float) -> None:
+    """Refuse what cannot be training timesteps, of which a window is made."""
+    if not all(-1e-3 <= timestep <= 1000 + 1e-3 for timestep in timesteps):
+        raise ValueError(
+            f"NegToMe's window is in training timesteps, from 0 to 1000, but the timesteps of this "
+            f"{type(scheduler).__name__} go from {min(timesteps):g} to {max(timesteps):g} (EDM's are logarithms of the "
+            "noise level); choose a scheduler in training timesteps, such as EulerDiscreteScheduler."
+        )
 
 
 def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:

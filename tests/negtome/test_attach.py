@@ -4,6 +4,7 @@ import copy
 import threading
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -267,6 +268,23 @@ def test_features_that_somebody_holds_are_not_written_to(pipe, config, when):
     assert kept and all(torch.equal(tensor, copy) for tensor, copy in kept)
     torch.testing.assert_close(result, expected)
     assert not torch.equal(result, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EDMEuler", {}),
+        ("EDMDPMSolverMultistep", {}),
+        ("EulerDiscrete", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+    ],
+)
+def test_timesteps_in_another_unit_are_refused(tiny_sdxl, name, options):
+    """EDM's are quarters of logarithms of the noise level, from 1 down to -2: a window up to 1000 would hold a few."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")
+    tiny_sdxl.scheduler = scheduler.from_config(tiny_sdxl.scheduler.config, **options)
+    config = CONFIGS["sdxl"].replace(timestep_range=(0, 1000))
+    with pytest.raises(ValueError, match=rf"of this {name}Scheduler go from -\d"), negtome.attach(tiny_sdxl, config):
+        generate(tiny_sdxl)
 
 
 def test_a_scheduler_of_second_order_has_every_step_twice(tiny_sdxl):
