@@ -29,10 +29,10 @@ from negtome.sites import (
     Timesteps,
     calling_pipeline,
     check_denoiser,
-    feature_maps,
     fewest_tokens,
     find_architecture,
     find_sites,
+    largest_map,
     unwrap,
 )
 
@@ -266,10 +266,13 @@ class Attachment:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
             for site in self._sites:
                 site.start(self._denoiser)
-        if not run.steps or call.latent != run.latent:
-            run.latent = call.latent
-            now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
         timestep = run.timesteps.read(self._pipe, call.timestep)
+        if not run.steps and run.timesteps.schedule:
+            self._check_window(run.timesteps.schedule)
+        if call.latent is not None and call.latent != run.latent:
+            run.latent = call.latent
+            self._check_side(call.latent)
+            now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
         now.active = self.config.is_active(timestep)
         now.rows, now.text_length, now.layout = call.rows, call.text_length, None
         step = Step(timestep, now.active)
@@ -287,7 +290,7 @@ class Attachment:
         if now.active:
             for site in self._sites:
                 site.decide()
-        if self._rows is not None and now.active and now.fewest_tokens is not None:
+        if self._rows is not None and now.active:
             arguments, now.layout = self._rows.extend(
                 self._pipe, call, arguments, conditional=conditional, fewest_tokens=now.fewest_tokens
             )
@@ -322,28 +325,34 @@ class Attachment:
             )
         return size
 
+    def _check_window(self, timesteps: Sequence[float]) -> None:
+        """Refuse a call of the pipeline none of whose timesteps is in the window."""
+        if not any(map(self.config.is_active, timesteps)):
+            low, high = self.config.timestep_range
+            raise RuntimeError(
+                f"NegToMe has nothing to do: no step lies in the window, timestep_range=({low:g}, {high:g}); the "
+                f"timesteps of this call are {', '.join(f'{t:g}' for t in timesteps)}; widen the window or take more "
+                "steps."
+            )
+
+    def _check_side(self, latent: tuple[int, int]) -> None:
+        """Refuse a latent whose feature maps are all too small to take part."""
+        height, width = largest_map(self._denoiser, self.sites, latent)
+        if min(height, width) < self.config.min_side:
+            raise RuntimeError(
+                f"NegToMe has nothing to do: its largest feature map is {height}x{width} tokens and min_side="
+                f"{self.config.min_side}; generate larger images or lower min_side to {min(height, width)}."
+            )
+
     def _check(self, run: _Run, tallies: list[_Tally]) -> None:
         """Refuse a finished call of the pipeline in which NegToMe did nothing."""
         config = self.config
-        if not any(step.active for step in run.steps):
-            low, high = config.timestep_range
-            seen = ", ".join(f"{step.timestep:g}" for step in run.steps)
-            raise RuntimeError(
-                f"NegToMe did nothing: no step lies in the window, timestep_range=({low:g}, {high:g}); the timesteps "
-                f"of this call were {seen}; widen the window or take more steps."
-            )
+        self._check_window([step.timestep for step in run.steps])  # the pipeline may have left some out
         if not any(tally.compared for tally in tallies):
-            largest = max(tally.skipped_tokens for tally in tallies)
-            if not largest:
-                raise RuntimeError(
-                    f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, "
-                    f"the first one being {tallies[0].name}; expected the denoiser to run them; switch off whatever "
-                    "skips or caches blocks."
-                )
-            height, width = next(size for size in feature_maps(run.latent) if size[0] * size[1] == largest)
             raise RuntimeError(
-                f"NegToMe did nothing: its largest feature map was {height}x{width} tokens and min_side="
-                f"{config.min_side}; generate larger images or lower min_side to {min(height, width)}."
+                f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, the "
+                f"first one being {tallies[0].name}; expected the denoiser to run them; switch off whatever skips or "
+                "caches blocks."
             )
         if config.alpha != 0 and config.threshold < 1 and not any(tally.pushed for tally in tallies):
             closest = max(tally.highest_similarity for tally in tallies)
@@ -363,7 +372,7 @@ class _Now:
         self.group_size = 0
         self.rows = 0  # that the pipeline asked for
         self.text_length = 0
-        self.fewest_tokens: int | None = 0  # None: no feature map is large enough
+        self.fewest_tokens = 0  # of a feature map that takes part
         self.layout: Layout | None = None  # of a batch with rows of outside references
 
 
@@ -373,7 +382,6 @@ class _Tally(NamedTuple):
     name: str
     compared: int
     pushed: int
-    skipped_tokens: int
     highest_similarity: float
 
 
@@ -417,7 +425,7 @@ class _Run:
                     compared[site] += number
                     pushed[site] += next(counts)
                     highest[site] = max(highest[site], min(next(maxima), 1.0))  # rounded to more than 1, at times
-        return [_Tally(s.name, compared[s], pushed[s], s.skipped_tokens, highest[s]) for s in sites]
+        return [_Tally(site.name, compared[site], pushed[site], highest[site]) for site in sites]
 
 
 class _Site:
@@ -437,12 +445,11 @@ class _Site:
         self.pushed = 0
         self.attention: torch.nn.Module | None = None  # in this call of the pipeline
         self.ours = False  # whether nobody else holds the features, so that they may be written to
-        self.skipped_tokens = 0  # per image, in this call of the pipeline
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
 
     def start(self, denoiser: torch.nn.Module) -> None:
         """Begin a call of the pipeline."""
-        self.skipped_tokens, self.similarity = 0, None
+        self.similarity = None
         self.attention = _attention_of(denoiser, self.name)
 
     def decide(self) -> None:
@@ -454,8 +461,7 @@ class _Site:
         config, now = self.config, self.now
         text = now.text_length if self.place.text_first else 0
         tokens = features[:, text:] if text else features
-        if now.fewest_tokens is None or tokens.shape[1] < now.fewest_tokens:
-            self.skipped_tokens = tokens.shape[1]
+        if tokens.shape[1] < now.fewest_tokens:
             return features
         strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
         strength["inplace"] = inplace = self.ours and not torch.is_grad_enabled()

@@ -7,7 +7,7 @@ name, so nothing of diffusers is imported. A further architecture is a further r
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -109,7 +109,7 @@ class Timesteps:
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
         self._version: int | None = None
-        self._values: list[float] = []
+        self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
     def read(self, pipe: Any, timestep: torch.Tensor | float) -> float:
         """Return a timestep that `pipe` handed on.
@@ -125,9 +125,9 @@ class Timesteps:
             return value
         version = None if known.is_inference() else known._version  # which writing to it changes
         if known is not self._known or version != self._version:
-            self._known, self._version, self._values = known, version, known.tolist()
-            _check_unit(pipe.scheduler, *self._values)
-        return float(self._values[number])
+            self._known, self._version, self.schedule = known, version, known.tolist()
+            _check_unit(pipe.scheduler, *self.schedule)
+        return float(self.schedule[number])
 
 
 def _check_unit(scheduler: Any, *timesteps: float) -> None:
@@ -249,16 +249,21 @@ def feature_maps(latent: tuple[int, int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def fewest_tokens(latent: tuple[int, int] | None, min_side: int) -> int | None:
-    """Count the tokens of the smallest feature map whose sides are both at least `min_side`; None if there is none.
+def largest_map(denoiser: torch.nn.Module, names: Sequence[str], latent: tuple[int, int]) -> tuple[int, int]:
+    """Return the size (height, width) of the largest feature map that any of these modules of a UNet works on."""
+    lowest = len(denoiser.down_blocks) - 1
 
-    Feature maps that have no levels (latent None) are all large enough: 0.
-    """
-    if latent is None:
-        return 0
-    return min(
-        (height * width for height, width in feature_maps(latent) if min(height, width) >= min_side), default=None
-    )
+    def level(name: str) -> int:
+        part, number, *_ = name.split(".")
+        return lowest if part == "mid_block" else int(number) if part == "down_blocks" else lowest - int(number)
+
+    maps = feature_maps(latent)
+    return maps[min(*map(level, names), len(maps) - 1)]
+
+
+def fewest_tokens(latent: tuple[int, int], min_side: int) -> int:
+    """Count the tokens of the smallest feature map whose sides are both at least `min_side`."""
+    return min(height * width for height, width in feature_maps(latent) if min(height, width) >= min_side)
 
 
 ARCHITECTURES = (

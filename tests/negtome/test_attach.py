@@ -464,17 +464,35 @@ def test_a_block_without_a_call_is_an_error(pipe, config):
     assert state(pipe) == before
 
 
+def counted_calls(pipe):
+    """Return a list that grows at every step that the denoiser really takes."""
+    calls = []
+    first = next(module for module in denoiser(pipe).modules() if isinstance(module, torch.nn.Linear))
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
 def test_a_window_without_a_step_is_an_error_that_names_both(pipe, config, kind):
     seen = "751, 501, 251, 1" if kind == "sdxl" else "1000, 750, 500, 250"
+    calls = counted_calls(pipe)
     with (
-        pytest.raises(RuntimeError, match=rf"timestep_range=\(800, 900\).*were {seen}; widen"),
+        pytest.raises(RuntimeError, match=rf"timestep_range=\(800, 900\).*are {seen}; widen"),
         negtome.attach(pipe, config.replace(timestep_range=(800, 900))),
     ):
         generate(pipe)
+    assert calls == []
+
+
+def test_a_window_whose_steps_are_left_out_is_an_error_at_the_end(tiny_sdxl):
+    config = CONFIGS["sdxl"].replace(timestep_range=(0, 300))
+    with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
+        generate(tiny_sdxl, denoising_end=0.5)
 
 
 def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tiny_sdxl):
-    config = CONFIGS["sdxl"].replace(min_side=32)
+    calls = counted_calls(tiny_sdxl)
+    # Late in the run, too, it is known before the first step.
+    config = CONFIGS["sdxl"].replace(min_side=32, timestep_range=(0, 300))
     with (
         pytest.raises(RuntimeError, match=r"12x20 tokens and min_side=32.*lower min_side to 12"),
         negtome.attach(tiny_sdxl, config),
@@ -486,6 +504,7 @@ def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tin
         negtome.attach(tiny_sdxl, config.replace(sites=["up_blocks.0"])),
     ):
         generate(tiny_sdxl)
+    assert calls == []
 
 
 def test_sites_that_are_not_reached_are_an_error(pipe, config, monkeypatch):
