@@ -557,13 +557,14 @@ def _check_reference(config: NegToMeConfig, reference: Reference | Sequence[Refe
 
 def _check_one_prompt(call: DenoiserCall) -> None:
     """Refuse a batch of several prompts where all images of a call are to be one group."""
-    halves = call.prompts.unflatten(0, (call.halves, -1)).float()  # [halves, images, T, D]
-    # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
-    if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
-        raise ValueError(
-            "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
-            "group_size=num_images_per_prompt to attach, so that only images of a prompt are pushed apart."
-        )
+    for embedding in (call.prompts, call.pooled):
+        halves = embedding.unflatten(0, (call.halves, -1)).float()  # [halves, images, ...]
+        # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
+        if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
+            raise ValueError(
+                "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
+                "group_size=num_images_per_prompt to attach, so that only images of a prompt are pushed apart."
+            )
 
 
 # Giving an object a subclass of its own class, and the class back

@@ -137,14 +137,23 @@ class ReferenceRows:
                 f"NegToMe expected one reference or None for each of the {images} images of the call, got "
                 f"{len(wanted)}; give a single Reference for all, or a list in the order of the images."
             )
-        prompts = call.prompts.unflatten(0, (call.halves, images))  # [halves, images, T, D]
+        conditions = [
+            embedding.unflatten(0, (call.halves, images)) for embedding in (call.prompts, call.pooled)
+        ]  # [halves, images, ...]
         slots: dict[tuple[Reference, int], list[int]] = {}
         for image, reference in enumerate(wanted):
             if reference is None:
                 continue
             # A prompt of its own takes the place of the image's in the conditional part.
-            lent = prompts[:-1] if conditional and reference.prompt is not None else prompts
-            lender = next((j for r, j in slots if r is reference and torch.equal(lent[:, j], lent[:, image])), image)
+            lent = slice(-1) if conditional and reference.prompt is not None else slice(None)
+            lender = next(
+                (
+                    other
+                    for known, other in slots
+                    if known is reference and all(torch.equal(c[lent, other], c[lent, image]) for c in conditions)
+                ),
+                image,
+            )
             slots.setdefault((reference, lender), []).append(image)
 
         routes, lenders = [], []

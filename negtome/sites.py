@@ -43,7 +43,8 @@ class DenoiserCall:
         rows: images in the batch, all halves included.
         halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and
             conditional in one batch, else 1.
-        prompts: [rows, T, D] the text embedding of every row.
+        prompts: [rows, T, D] the text embedding of every row, or [1, T, D] of all.
+        pooled: [rows, P] the pooled text embedding, or [1, P]. Flux's is of `prompt`, the other of `prompt_2`.
         text_length: text tokens in front of the image tokens where a place has `text_first`.
         latent: (height, width) of the latent where feature maps of several sizes exist, else None.
         sample: the argument that holds the latents.
@@ -53,6 +54,7 @@ class DenoiserCall:
     rows: int
     halves: int
     prompts: torch.Tensor
+    pooled: torch.Tensor
     text_length: int
     latent: tuple[int, int] | None
     sample: torch.Tensor
@@ -158,6 +160,7 @@ def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         rows=sample.shape[0],
         halves=2 if pipe.do_classifier_free_guidance else 1,
         prompts=arguments["encoder_hidden_states"],
+        pooled=arguments["added_cond_kwargs"]["text_embeds"],
         text_length=0,
         latent=(sample.shape[-2], sample.shape[-1]),
         sample=sample,
@@ -207,6 +210,7 @@ def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         rows=tokens.shape[0],
         halves=1,
         prompts=prompts,
+        pooled=arguments["pooled_projections"],
         text_length=prompts.shape[1],
         latent=None,
         sample=tokens,

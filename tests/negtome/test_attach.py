@@ -575,6 +575,16 @@ def test_several_prompts_need_a_group_size(pipe, config, guidance_scale):
     torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
 
 
+def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_several(tiny_flux):
+    """`prompt` is in the pooled embedding, `prompt_2` in the others."""
+    options = {"prompt": ["a dog", "a cat"], "prompt_2": ["a photo", "a photo"]}
+    with (
+        pytest.raises(ValueError, match="pass group_size=num_images_per_prompt"),
+        negtome.attach(tiny_flux, CONFIGS["flux"]),
+    ):
+        generate(tiny_flux, (0, 1), **options)
+
+
 def test_a_replaced_site_is_noticed(pipe, config):
     with negtome.attach(pipe, config) as attached, pytest.raises(RuntimeError, match="was replaced by another module"):
         generate(pipe)

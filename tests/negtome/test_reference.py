@@ -290,6 +290,15 @@ def test_images_of_several_prompts_do_not_share_their_conditioning(pipe, config)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_lent_one_by_one(tiny_flux):
+    tiny_flux.to(torch.float64)
+    prompts = ["a dog", "a red bus"]
+    with negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE)):
+        together = generate(tiny_flux, (0, 1), prompt=prompts, prompt_2=["a photo"] * 2)
+        alone = [generate(tiny_flux, (k,), prompt=p, prompt_2="a photo") for k, p in enumerate(prompts)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
 def test_outside_the_window_no_row_is_added(pipe, config, monkeypatch):
     rows = []
     original = type(denoiser(pipe)).forward
