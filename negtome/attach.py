@@ -141,6 +141,8 @@ class Attachment:
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
         self._now = _Now()
         self._rows = None if reference is None else ReferenceRows(architecture, reference)
+        if self._rows is not None:
+            self._rows.start(pipe)  # for what it refuses
         self._sites = [
             _Site(name, module, place, config, self._now)
             for name, module, place in find_sites(self._denoiser, architecture, config)
@@ -213,7 +215,7 @@ class Attachment:
             )
         self._run = run = _Run()
         if self._rows is not None:
-            self._rows.start()
+            self._rows.start(self._pipe)
         try:
             yield
         finally:

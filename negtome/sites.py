@@ -74,6 +74,7 @@ class Architecture:
         read: reads a call of the denoiser from the pipeline and the denoiser's arguments by name.
         sample: name of the argument that holds the latents.
         shared: names of the arguments that have no row for each image.
+        broadcast: names of the arguments that may have a single row for all images, as the caller gave it.
         guided_apart: whether guidance is a second call of the denoiser in a step, for the negative prompt.
         latent_size: (height, width) of the latent, before any packing, from the denoiser's arguments.
         grids: sizes (height, width) in tokens of the feature maps of a latent, large to small.
@@ -92,6 +93,7 @@ class Architecture:
     read: Callable[[Any, Mapping[str, Any]], DenoiserCall]
     sample: str
     shared: tuple[str, ...]
+    broadcast: tuple[str, ...]
     guided_apart: bool
     latent_size: Callable[[Mapping[str, Any]], tuple[int, int]]
     grids: Callable[[tuple[int, int]], list[tuple[int, int]]]
@@ -234,7 +236,10 @@ def _flux_noised(
     """Noise packed latents [R, N, 64] to the step's level: (1 - sigma) latents + sigma noise."""
     if noise is None:
         return latents
-    return pipe.scheduler.scale_noise(latents, pipe.current_timestep.reshape(-1)[:1], noise)
+    scheduler, timestep = pipe.scheduler, pipe.current_timestep.reshape(-1)[:1]
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(latents, timestep, noise)
+    return scheduler.add_noise(latents, noise, timestep)  # as of UniPC with flow sigmas
 
 
 def _flux_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +290,7 @@ ARCHITECTURES = (
         read=_read_sdxl,
         sample="sample",
         shared=("timestep",),
+        broadcast=(),
         guided_apart=False,
         latent_size=lambda arguments: tuple(arguments["sample"].shape[-2:]),
         grids=feature_maps,
@@ -308,6 +314,7 @@ ARCHITECTURES = (
         read=_read_flux,
         sample="hidden_states",
         shared=("img_ids", "txt_ids"),
+        broadcast=("encoder_hidden_states", "pooled_projections"),
         guided_apart=True,
         latent_size=_flux_latent_size,
         grids=lambda latent: [(latent[0] // 2, latent[1] // 2)],

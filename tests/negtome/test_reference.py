@@ -41,14 +41,14 @@ def config(kind):
     return CONFIGS[kind]
 
 
-def generate(pipe, seeds=SEEDS, prompt="a dog", generators=None, **options):
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+def generate(pipe, seeds=SEEDS, prompt="a dog", generators=None, per_prompt=None, **options):
+    prompts = prompt if isinstance(prompt, list) else [prompt]
     options = {"num_inference_steps": 4, "height": 32, "width": 32} | options
     if hasattr(pipe, "transformer"):
         options["max_sequence_length"] = 12
     return pipe(
         prompt,
-        num_images_per_prompt=len(seeds) // len(prompts),
+        num_images_per_prompt=per_prompt or len(seeds) // len(prompts),
         generator=generators or [torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
         **options,
@@ -565,17 +565,89 @@ def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
         generate(pipe)
 
 
-def test_embeddings_without_a_row_for_each_image_are_refused(tiny_flux):
-    tokens, pooled, _ = tiny_flux.encode_prompt("a dog", None, max_sequence_length=12)
-    embedded = {"prompt": None, "prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "num_inference_steps": 4}
-    options = embedded | {"height": 32, "width": 32, "num_images_per_prompt": 2, "output_type": "latent"}
+def embedded(pipe, rows):
+    """Embed a prompt for a call with two images and no text encoders; Flux is given so many rows, and SDXL one."""
+    if hasattr(pipe, "unet"):
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        return dict(zip(names, pipe.encode_prompt("a dog"), strict=True)) | {"prompt": None, "per_prompt": 2}
+    tokens, pooled, _ = pipe.encode_prompt("a dog", None, num_images_per_prompt=rows, max_sequence_length=12)
+    return {"prompt": None, "prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "per_prompt": 2 // rows}
+
+
+@pytest.mark.parametrize("prompt", [None, "a mouse"])
+def test_one_row_of_embeddings_is_of_all_images(tiny_flux, prompt):
+    """Flux broadcasts what it is given; a reference, with a prompt of its own even, needs a row of its own."""
+    results = []
+    for rows in (2, 1):
+        with negtome.attach(tiny_flux, CONFIGS["flux"], reference=[Reference(PICTURE, prompt=prompt), None]):
+            results.append(generate(tiny_flux, **embedded(tiny_flux, rows)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_with_other_rows_are_refused(tiny_flux):
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE))
+    with pytest.raises(ValueError, match="one for each of the 3 images, beside a reference, got 2"), attachment:
+        generate(tiny_flux, (0, 1, 2), **embedded(tiny_flux, 2) | {"latents": torch.zeros(3, 64, 4)})
+
+
+def test_what_encodes_may_not_be_missing(pipe, config):
+    options = embedded(pipe, 1)
+    pipe.text_encoder = pipe.text_encoder_2 = None
+    with negtome.attach(pipe, config, reference=Reference(PICTURE)):
+        assert len(generate(pipe, **options)) == 2
+    with pytest.raises(ValueError, match=r"expected both text encoders.*leave the prompt out"):
+        negtome.attach(pipe, config, reference=[None, Reference(PICTURE, prompt="a mouse")])
+    pipe.vae, vae = None, pipe.vae
+    with pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"):
+        negtome.attach(pipe, config, reference=Reference(PICTURE))
+    pipe.vae = vae
     with (
-        pytest.raises(
-            ValueError, match="a row for each of the 2 images beside a reference, got 1; repeat prompt_embeds"
-        ),
-        negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE)),
+        pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"),
+        negtome.attach(pipe, config, reference=Reference(PICTURE)),
     ):
-        tiny_flux(**options)
+        pipe.vae = None
+        generate(pipe, **options)
+
+
+def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
+    from diffusers import AutoencoderTiny
+
+    blocks = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    blocks |= {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
+    pipe.vae = AutoencoderTiny(latent_channels=4 if kind == "sdxl" else 1, **blocks).eval()
+    results = []
+    for reference in (Reference(PICTURE), Reference(OTHER)):
+        with negtome.attach(pipe, config, reference=reference):
+            results.append(generate(pipe))
+    assert not torch.equal(*results)
+    attachment = negtome.attach(pipe, config, reference=Reference(PICTURE, posterior="sample"))
+    with pytest.raises(ValueError, match='got a AutoencoderTiny; use "mode"'), attachment:
+        generate(pipe)
+
+
+def test_flux_references_are_noised_by_unipc_too(tiny_flux, monkeypatch):
+    from diffusers import UniPCMultistepScheduler
+
+    tiny_flux.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    rows = []
+    original = type(tiny_flux.transformer).forward
+
+    @functools.wraps(original)
+    def forward(self, **kwargs):
+        rows.append((kwargs["hidden_states"][-1], float(tiny_flux.scheduler.sigmas[len(rows)])))
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(type(tiny_flux.transformer), "forward", forward)
+    config = CONFIGS["flux"].replace(timestep_range=(0, 1000))
+    with negtome.attach(tiny_flux, config, reference=Reference(PICTURE, seed=3)):
+        generate(tiny_flux)
+    vae = tiny_flux.vae
+    clean = (vae.encode(2 * PICTURE[None] - 1).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
+    assert len(rows) == 4
+    for row, sigma in rows:
+        expected = (1 - sigma) * clean + sigma * noise
+        torch.testing.assert_close(row, tiny_flux._pack_latents(expected, *expected.shape)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_blurred_reference_is_another_reference(pipe, config):
