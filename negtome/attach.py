@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.modules.module import _global_forward_hooks
 
 from negtome.config import NegToMeConfig
 from negtome.merge import plain, push_from, push_groups
@@ -186,7 +185,7 @@ class Attachment:
         self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
         self._links = []
         for site in self._sites:
-            site.module = site.attention = None
+            site.module = None
 
     def __enter__(self) -> Attachment:
         if self._entered or self._pipe is None:
@@ -266,8 +265,6 @@ class Attachment:
                 run.prompts.append(call.prompts)
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
-            for site in self._sites:
-                site.start(self._denoiser)
         timestep = run.timesteps.read(self._pipe, call.timestep)
         if not run.steps and run.timesteps.schedule:
             self._check_window(run.timesteps.schedule)
@@ -289,9 +286,6 @@ class Attachment:
         if conditional:
             run.steps.append(step)
             run.conditioned_on = call.prompts
-        if now.active:
-            for site in self._sites:
-                site.decide()
         if self._rows is not None and now.active:
             arguments, now.layout = self._rows.extend(
                 self._pipe, call, arguments, conditional=conditional, fewest_tokens=now.fewest_tokens
@@ -445,18 +439,7 @@ class _Site:
         self.now = now
         self.compared = 0
         self.pushed = 0
-        self.attention: torch.nn.Module | None = None  # in this call of the pipeline
-        self.ours = False  # whether nobody else holds the features, so that they may be written to
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
-
-    def start(self, denoiser: torch.nn.Module) -> None:
-        """Begin a call of the pipeline."""
-        self.similarity = None
-        self.attention = _attention_of(denoiser, self.name)
-
-    def decide(self) -> None:
-        """Decide, before each call of the denoiser, whether to write in place: a cache may be switched on meanwhile."""
-        self.ours = self.attention is not None and _makes_its_own(self.attention)
 
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
@@ -466,7 +449,6 @@ class _Site:
         if tokens.shape[1] < now.fewest_tokens:
             return features
         strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
-        strength["inplace"] = inplace = self.ours and not torch.is_grad_enabled()
         if now.layout is None:
             tokens, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
         else:
@@ -474,8 +456,6 @@ class _Site:
         if self.similarity is not None:  # a module that is called twice
             similarity = torch.cat([self.similarity, similarity], dim=1)
         self.similarity = similarity
-        if inplace:
-            return features
         return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
 
 
@@ -483,18 +463,15 @@ def _push_from_rows(
     tokens: torch.Tensor, layout: Layout, strength: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
-    inplace = strength["inplace"]
     batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
-    result, similarities = batch if inplace else batch.clone(), []
+    result, similarities = batch.clone(), []
     for route in layout.routes:
         reference = batch[:, slice(*route.rows)]
         mask, allowed = route.masks[tokens.shape[1]], route.allowed[tokens.shape[1]]
         if allowed is not None and strength["matching"] == "paper":
             reference, mask = reference.flatten(1, 2).index_select(1, allowed).unsqueeze(1), None
         for start, stop in route.images:
-            moved, similarity = push_from(batch[:, start:stop], reference, mask=mask, **strength)
-            if not inplace:
-                result[:, start:stop] = moved
+            result[:, start:stop], similarity = push_from(batch[:, start:stop], reference, mask=mask, **strength)
             similarities.append(similarity)
     return result.flatten(0, 1), torch.cat(similarities, 1)
 
@@ -513,28 +490,6 @@ def _links(root: torch.nn.Module, names: list[str]) -> list[tuple[dict[str, Any]
             children, module = module._modules, module._modules[key]
             links.setdefault((id(children), key), (children, key, module, name))
     return list(links.values())
-
-
-def _attention_of(denoiser: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    """Return the attention that a site is, or is in."""
-    while name:
-        module = denoiser.get_submodule(name)
-        if hasattr(module, "processor"):
-            return module
-        name = name.rpartition(".")[0]
-    return None
-
-
-def _makes_its_own(attention: torch.nn.Module) -> bool:
-    """Tell whether the tokens that an attention returns are a fresh tensor of which it keeps nothing.
-
-    So it is in diffusers' own attentions. Somebody else's processor, a hook or a replaced `forward` (caches, for one)
-    may hold on to what it returned.
-    """
-    if "forward" in attention.__dict__ or attention._forward_hooks or _global_forward_hooks:
-        return False
-    made_by = (type(attention).forward, type(attention.processor).__call__)
-    return all(getattr(function, "__module__", "").startswith("diffusers.") for function in made_by)
 
 
 def _check_reference(config: NegToMeConfig, reference: Reference | Sequence[Reference | None] | None) -> None:

@@ -10,7 +10,7 @@ alpha > 0 pushes apart, alpha < 0 pulls together, alpha = 0 changes nothing.
 
 The cost is a matrix product and little else. A cosine is compared with others of the same token, so only one side of
 the product has to be normalised; its largest element, divided by the token's length, is the similarity that meets the
-threshold; and one interpolation with a weight of -alpha or 0 moves what has to move, in place where the caller says so.
+threshold; and one interpolation with a weight of -alpha or 0 moves what has to move.
 Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
@@ -89,7 +89,6 @@ def push_groups(
     threshold: float,
     matching: str,
     reference: str,
-    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of each group apart; groups never see each other.
 
@@ -101,12 +100,10 @@ def push_groups(
         alpha, threshold, matching: as in `negative_merge`; "released" needs reference="first".
         reference: what image k of a group is pushed from. "first": image 0, which itself stays as it is.
             "previous": the tokens of images 0 to k-1 together. "others": those of all other images together.
-        inplace: whether to write the result into `tokens`. Not where autograd records.
 
     Returns:
-        The tokens after the push [G * K, N, C], which are `tokens` if `inplace`; and the similarity that met the
-        threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others",
-        (K - 1) * N otherwise.
+        The tokens after the push [G * K, N, C]; and the similarity that met the threshold [G, S], of float32 or
+        better. S counts the source tokens of a group: K * N for "others", (K - 1) * N otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
     length = _length(_detached(images))  # [G, K, N, 1]
@@ -122,10 +119,10 @@ def push_groups(
         product, index = _match_others(_detached(images), length)
     else:
         raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
-    moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold, inplace)
-    if not inplace:
-        tokens = (moved if reference == "others" else torch.cat([images[:, :1], moved], dim=1)).flatten(0, 1)
-    return tokens, similarity
+    moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold)
+    if reference != "others":
+        moved = torch.cat([images[:, :1], moved], dim=1)
+    return moved.flatten(0, 1), similarity
 
 
 def push_from(
@@ -136,7 +133,6 @@ def push_from(
     threshold: float,
     matching: str,
     mask: torch.Tensor | None,
-    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push images away from given ones.
 
@@ -146,17 +142,15 @@ def push_from(
             matched to. "released" needs R = 1 and M = N.
         alpha, threshold, matching: as in `negative_merge`.
         mask: [R * M] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
-        inplace: whether to write the result into `tokens`, which must not overlap `reference` then. Not where
-            autograd records.
 
     Returns:
-        The tokens after the push [H, K, N, C], which are `tokens` if `inplace`; and the similarity that met the
-        threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
+        The tokens after the push [H, K, N, C]; and the similarity that met the threshold [H, K * N], of float32 or
+        better, -inf where the mask allows no match.
     """
     seen, known = _detached(tokens), _detached(reference)
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
-    return _move(tokens, reference, product, scale, index, alpha, threshold, inplace, still)
+    return _move(tokens, reference, product, scale, index, alpha, threshold, still)
 
 
 def number(name: str, value: object, low: float, high: float) -> float:
@@ -191,7 +185,6 @@ def _move(
     index: torch.Tensor,
     alpha: float,
     threshold: float,
-    inplace: bool,
     still: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move tokens [H, K, N, C] away from the reference tokens [H, R, M, C] that were found for them.
@@ -212,8 +205,7 @@ def _move(
         return tokens, similarity.flatten(1)
     match = _take(reference, index, tokens.shape)
     weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha)
-    # x + weight (match - x) in one pass
-    return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight), similarity.flatten(1)
+    return tokens.lerp(match, weight), similarity.flatten(1)  # x + weight (match - x) in one pass
 
 
 def _match(
@@ -274,7 +266,7 @@ def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.
     if (chunks := _chunks(reference, K * N)) is not None:
         return _join([_nearest_source(unit, chunk) for chunk in chunks], dim=2)
     product = torch.bmm(reference, unit.flatten(1, 2).mT)  # [H, M, K * N]
-    value, index = _row_maxima(product.view(H, M * K, N))
+    value, index = product.view(H, M * K, N).max(dim=-1)
     return value.view(H, M, K).mT, index.view(H, M, K).mT
 
 
@@ -294,22 +286,7 @@ def _largest_products(
     product = torch.bmm(source, target.mT)  # [B, n, M]
     if forbidden is not None:
         product.masked_fill_(forbidden, -torch.inf)
-    return _row_maxima(product)
-
-
-def _row_maxima(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the largest element, and of equal ones the first, in every row of [B, n, M]: value and index [B, n]."""
-    (B, n, M), block = product.shape, 32
-    short = M // block < 4 or M % block or product.numel() < 2**16
-    if short or product.device.type != "cpu" or product.dtype not in _SHORTEST:
-        return product.max(dim=-1)
-    # On a CPU, and not of halves, a maximum with its index takes up to ten times as long as one without. Where that is
-    # more than a few further calls, this looks for the best block, and then inside it.
-    blocks = product.view(B * n, M // block, block)
-    value, best = blocks.amax(dim=-1).max(dim=-1)
-    start = torch.arange(0, B * n * (M // block), M // block, device=product.device)
-    inside = blocks.flatten(0, 1).index_select(0, best + start).argmax(dim=-1)
-    return value.view(B, n), inside.add_(best, alpha=block).view(B, n)
+    return product.max(dim=-1)
 
 
 def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...] | None:
@@ -348,11 +325,9 @@ def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
 
 def _take(tokens: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Read tokens [H, R, M, C] at an index of H * K * N numbers below R * M, in the `shape` [H, K, N, C]."""
-    H, R, M, C = tokens.shape
-    if H > 1 and tokens.device.type != "cpu":  # where index_select would need one kernel more
+    H, C = len(tokens), tokens.shape[-1]
+    if H > 1:
         return tokens.flatten(1, 2).gather(1, index.reshape(H, -1, 1).expand(-1, -1, C)).view(shape)
-    if H > 1:  # and gather would read element by element
-        index = index.reshape(H, -1) + torch.arange(0, H * R * M, R * M, device=index.device).unsqueeze(1)
     return tokens.flatten(0, 2).index_select(0, index.reshape(-1)).view(shape)
 
 
