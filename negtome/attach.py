@@ -79,8 +79,8 @@ def attach(
             images of a call are one group, and must share their prompt. Without meaning where there is a reference.
         reference: given images to push away from, instead of the images of the group (`config.reference`): one
             Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
-            reference image is a further row of the denoiser's batch in the steps of the window, and only there; the
-            pipeline, its generators and its output never see it.
+            reference image is a further row of the denoiser's batch in the steps of the window, and only there. The
+            pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
 
     Returns:
         A context manager, for one block. Used without `with`, `remove()` ends it.

@@ -103,7 +103,9 @@ class NegToMeConfig:
         | "flux"       | "released"   | 0.9   | 0.65      | 900-1000  | released |                 | [R]    |
         | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
 
-        "paper" is the method as the paper describes it, with the numbers of the release.
+        "paper" is the method as the paper describes it, with the numbers of the release. "released" differs from the
+        release where a call is not guided (SDXL with guidance_scale <= 1): that takes the batch for two halves all the
+        same and pushes them apart one by one, while here all images of the call stay one group.
 
         Args:
             architecture: "sdxl" or "flux".

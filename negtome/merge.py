@@ -51,8 +51,11 @@ def negative_merge(
     and 0.4 % in bfloat16. Reference tokens closer than that to the most similar one are ties, and ties go to the
     first. alpha is rounded to the tokens' dtype, 0.9 to 0.8984 in bfloat16; the push itself is computed in float32 or
     better and rounded once. In float16 the product of a token with a unit vector must stay below 65504, and tokens
-    shorter than 1e-4 are compared less precisely. The similarity of a token of length zero is 0. A reference token
-    that is not finite is never the nearest one, and a token that is not finite does not move.
+    shorter than 1e-4 are compared less precisely. The similarity of a token of length zero is 0.
+
+    Not finite: a token stays not finite. With matching="paper" such a reference token has a similarity of 0 to all:
+    tokens that are more similar to another are pushed from that one, and the rest, whose match it is, come out as not
+    finite, whatever the threshold. With "released" so may those whose position leads to it.
 
     Args:
         tokens: [B, N, C] floating point, the tokens to move.
@@ -312,9 +315,9 @@ def _length(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Scale tokens [..., C] to length 1, in their own dtype; what is not finite becomes 0, which nothing is similar to.
+    """Scale tokens [..., C] to length 1, in their own dtype; one that is not finite becomes 0, of similarity 0 to all.
 
-    Else the maximum of every token's products would be the NaN of one, and the weight of 0 would not keep it away.
+    Else the maximum of every token's products would be the NaN of one.
     """
     if tokens.dtype is length.dtype:
         unit = tokens / length

@@ -23,9 +23,9 @@ COVERAGE = 0.5
 class Reference:
     """Images that generated images are pushed away from (or, with alpha < 0, pulled towards).
 
-    They pass through the same denoiser at the same timestep as the images being generated, as further rows of the
-    batch that the pipeline never sees (arXiv 2412.01339: the reference is a given image). Every image being generated
-    is matched to the tokens of all of them together.
+    They pass through the same denoiser at the same timestep as the images being generated, as further rows of its
+    batch (arXiv 2412.01339: the reference is a given image): added when the pipeline calls it, and taken out of what it
+    returns. Every image being generated is matched to the tokens of all of them together.
 
     An image of another shape than the output is scaled until it fits in, and its edges are repeated around it; tokens
     of that margin are never matched, so nothing is cut off or distorted.

@@ -1,4 +1,4 @@
-"""Outside references as further rows of the denoiser's batch, which the pipeline never sees."""
+"""Outside references as further rows of the denoiser's batch: neither what calls it nor what it returns has them."""
 
 from __future__ import annotations
 

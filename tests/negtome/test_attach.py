@@ -194,6 +194,14 @@ def test_each_reference_moves_its_images(pipe, config):
     assert not torch.equal(others[0], base[0])
 
 
+def test_released_without_guidance_is_one_group_not_two_halves(tiny_sdxl):
+    config = NegToMeConfig.preset("sdxl", "released", threshold=-1, timestep_range=(0, 1000), min_side=8)
+    base = generate(tiny_sdxl, (0, 1, 2, 3), guidance_scale=1.0)
+    with negtome.attach(tiny_sdxl, config):
+        result = generate(tiny_sdxl, (0, 1, 2, 3), guidance_scale=1.0)
+    assert [torch.equal(a, b) for a, b in zip(result, base, strict=True)] == [True, False, False, False]
+
+
 def test_alpha_zero_is_bit_identical(pipe, config):
     base = generate(pipe)
     with negtome.attach(pipe, config.replace(alpha=0)) as attached:

@@ -429,6 +429,17 @@ def test_a_token_that_is_not_finite_harms_no_other(bad, reference):
     assert (similarity[1] > 0.1).any()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_reference_token_that_is_not_finite_is_the_match_of_those_unlike_all_others(bad):
+    reference = torch.tensor([[1.0, 0.1], [bad, 1.0], [1.0, -0.1]])
+    tokens = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.1, 1.0], [0.0, bad]]])
+    for threshold in (-1.0, 0.0, 0.5):
+        result = negative_merge(tokens, reference, alpha=0.5, threshold=threshold)
+        sound = negative_merge(tokens[:, [0, 2]], reference[[0, 2]], alpha=0.5, threshold=threshold)
+        assert torch.equal(result[:, [0, 2]], sound)
+        assert not result[0, 1].isfinite().all() and not result[0, 3].isfinite().all()
+
+
 def test_tokens_too_short_to_be_squared_are_similar_to_nothing():
     tokens, reference = random(1, 4, 8), random(3, 8, seed=1)
     reference[1] = 1e-25 * tokens[0, 0]
