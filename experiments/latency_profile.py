@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments import synchronize
 from experiments.latency_report import OUTSIDE
-from negtome.attach import Attachment, _Site, _subclass
+from negtome.attachment import Attachment, _Site, _subclass
 
 BEFORE = "before the denoiser"
 PUSH = "push"

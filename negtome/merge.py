@@ -17,14 +17,17 @@ Nothing waits for the device, and torch.compile takes all of it in one graph.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 
 #: How a token finds the reference token it is pushed from; see `negative_merge`.
-MATCHINGS = ("paper", "released")
+Matching = Literal["paper", "released"]
+MATCHINGS = get_args(Matching)
 
 #: Which images of a group an image is pushed from; see `push_groups`.
-REFERENCES = ("first", "previous", "others")
+GroupReference = Literal["first", "previous", "others"]
+REFERENCES = get_args(GroupReference)
 
 #: Lengths are rounded up to this one: a token of length zero gets similarity 0 instead of NaN, and where squares
 #: underflow, no length is too small.
@@ -41,7 +44,7 @@ def negative_merge(
     *,
     alpha: float,
     threshold: float,
-    matching: str = "paper",
+    matching: Matching = "paper",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Push every token away from its most similar reference token (arXiv 2412.01339).
@@ -90,8 +93,8 @@ def push_groups(
     *,
     alpha: float,
     threshold: float,
-    matching: str,
-    reference: str,
+    matching: Matching,
+    reference: GroupReference,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of each group apart; groups never see each other.
 
@@ -134,7 +137,7 @@ def push_from(
     *,
     alpha: float,
     threshold: float,
-    matching: str,
+    matching: Matching,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push images away from given ones.
@@ -216,7 +219,7 @@ def _match(
     reference: torch.Tensor,
     length: torch.Tensor,
     reference_length: torch.Tensor,
-    matching: str,
+    matching: Matching,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known.
@@ -334,7 +337,7 @@ def _take(tokens: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch
     return tokens.flatten(0, 2).index_select(0, index.reshape(-1)).view(shape)
 
 
-def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: torch.Tensor | None) -> None:
+def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: Matching, mask: torch.Tensor | None) -> None:
     """Refuse arguments that do not fit together."""
     if matching not in MATCHINGS:
         raise ValueError(f"matching must be one of {MATCHINGS}, got {matching!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from negtome.merge import plain
 
 #: How an image becomes a latent; see `Reference`.
-POSTERIORS = ("mode", "sample")
+Posterior = Literal["mode", "sample"]
+POSTERIORS = get_args(Posterior)
 
 #: Share of a token's area that the mask must cover for the token to count as inside.
 COVERAGE = 0.5
@@ -56,7 +57,7 @@ class Reference:
     noise: bool = True
     prompt: str | None = None
     seed: int = 0
-    posterior: str = "mode"
+    posterior: Posterior = "mode"
 
     def __post_init__(self) -> None:
         several = isinstance(self.images, Sequence) and not isinstance(self.images, (str, bytes))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ class Place:
     """
 
     pattern: str
-    where: str
+    where: Literal["output", "input"]
     cross: bool = False
     text_first: bool = False
 

@@ -437,6 +437,18 @@ def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, conf
         assert torch.equal(generate(pipe), result)
 
 
+def test_what_is_not_said_is_as_published_for_the_architecture(pipe, kind):
+    def settled(*config):
+        attached = negtome.attach(pipe, *config)
+        attached.remove()
+        return attached.config
+
+    assert settled() == settled(None) == NegToMeConfig.preset(kind)
+    assert settled(NegToMeConfig(alpha=1.5, min_side=8)) == NegToMeConfig.preset(kind, alpha=1.5, min_side=8)
+    assert settled(NegToMeConfig(threshold=0.1)).threshold == 0.1
+    assert settled(NegToMeConfig(timestep_range=(0, 1))).timestep_range == (0, 1)
+
+
 def test_a_refused_attachment_changes_nothing(pipe, config):
     generate(pipe)  # diffusers keeps attributes of the last call
     before = state(pipe)
@@ -688,7 +700,7 @@ def test_a_denoiser_split_over_processes_is_refused_before_and_inside_the_block(
 
 
 def test_what_is_no_config_is_refused(pipe):
-    with pytest.raises(TypeError, match="must be a NegToMeConfig, got a dict"):
+    with pytest.raises(TypeError, match="must be a NegToMeConfig, or None, got a dict"):
         negtome.attach(pipe, {"alpha": 0.9})
 
 

@@ -55,16 +55,16 @@ class SiteCount(NamedTuple):
 
 def attach(
     pipe: Any,
-    config: NegToMeConfig,
+    config: NegToMeConfig | None = None,
     group_size: int | None = None,
-    reference: Reference | Sequence[Reference | None] | None = None,
+    given: Reference | Sequence[Reference | None] | None = None,
 ) -> Attachment:
     """Push the images that a pipeline generates together apart, or away from given ones, until the `with` block ends.
 
-        with negtome.attach(pipe, NegToMeConfig.preset("sdxl")) as attached:
+        with negtome.attach(pipe) as attached:
             images = pipe("a photo of a dog", num_images_per_prompt=4).images
 
-        with negtome.attach(pipe, NegToMeConfig.preset("sdxl"), reference=negtome.Reference("protected.png")):
+        with negtome.attach(pipe, NegToMeConfig(alpha=1.5), given=negtome.Reference("protected.png")):
             image = pipe("a photo of a cartoon mouse").images[0]
 
     Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
@@ -73,11 +73,11 @@ def attach(
 
     Args:
         pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
-        config: the method's settings.
+        config: the method's settings. None: those published for the pipeline's architecture.
         group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
             pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
-            images of a call are one group, and must share their prompt. Without meaning where there is a reference.
-        reference: given images to push away from, instead of the images of the group (`config.reference`): one
+            images of a call are one group, and must share their prompt. Without meaning where images are given.
+        given: images from outside to push away from, instead of the images of the group (`config.reference`): one
             Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
             reference image is a further row of the denoiser's batch in the steps of the window, and only there. The
             pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
@@ -87,18 +87,18 @@ def attach(
 
     Raises:
         TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
-        ValueError: if a block named in the config holds no site, or for a bad `group_size` or `reference`.
+        ValueError: if a block named in the config holds no site, or for a bad `group_size` or `given`.
         RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
-            beside a reference.
+            beside a given image.
     """
-    return Attachment(pipe, config, group_size, reference)
+    return Attachment(pipe, config, group_size, given)
 
 
 class Attachment:
     """NegToMe on a pipeline; made by `attach`.
 
     Attributes:
-        config: the method's settings.
+        config: the method's settings, with the published numbers in the place of None.
         group_size: images in a group, or None for all images of a call.
         steps: the denoising steps of the finished calls of the pipeline, in a row.
     """
@@ -106,12 +106,12 @@ class Attachment:
     def __init__(
         self,
         pipe: Any,
-        config: NegToMeConfig,
+        config: NegToMeConfig | None,
         group_size: int | None,
-        reference: Reference | Sequence[Reference | None] | None,
+        given: Reference | Sequence[Reference | None] | None,
     ) -> None:
-        if not isinstance(config, NegToMeConfig):
-            raise TypeError(f"config must be a NegToMeConfig, got a {type(config).__name__}.")
+        if not isinstance(config, NegToMeConfig | None):
+            raise TypeError(f"config must be a NegToMeConfig, or None, got a {type(config).__name__}.")
         group_size = plain(group_size)
         if group_size is not None and (
             isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2
@@ -120,8 +120,9 @@ class Attachment:
                 f"group_size must be a whole number of images, at least 2, or None, got {group_size!r}: an image "
                 "alone has nothing to be pushed from."
             )
-        _check_reference(config, reference)
         architecture = find_architecture(pipe)
+        config = (config or NegToMeConfig()).published_for(architecture.name.lower())
+        _check_given(config, given)
         denoiser = getattr(pipe, architecture.denoiser)
         for owner in (pipe, denoiser, unwrap(denoiser)):
             if _ATTRIBUTE in owner.__dict__:
@@ -136,10 +137,10 @@ class Attachment:
         self._pipe = pipe
         self._architecture = architecture
         self._denoiser = unwrap(denoiser)
-        check_denoiser(self._denoiser, adds_rows=reference is not None)
+        check_denoiser(self._denoiser, adds_rows=given is not None)
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
         self._now = _Now()
-        self._rows = None if reference is None else ReferenceRows(architecture, reference)
+        self._rows = None if given is None else ReferenceRows(architecture, given)
         if self._rows is not None:
             self._rows.start(pipe)  # for what it refuses
         self._sites = [
@@ -492,20 +493,20 @@ def _links(root: torch.nn.Module, names: list[str]) -> list[tuple[dict[str, Any]
     return list(links.values())
 
 
-def _check_reference(config: NegToMeConfig, reference: Reference | Sequence[Reference | None] | None) -> None:
-    """Refuse an outside reference that cannot be pushed from."""
-    if reference is None:
+def _check_given(config: NegToMeConfig, given: Reference | Sequence[Reference | None] | None) -> None:
+    """Refuse given images that cannot be pushed from."""
+    if given is None:
         return
-    references = [reference] if isinstance(reference, Reference) else reference
+    references = [given] if isinstance(given, Reference) else given
     if not isinstance(references, Sequence) or not all(isinstance(r, Reference | None) for r in references):
         raise TypeError(
-            "reference must be a negtome.Reference, or a list with one or None for each image of a call, got "
-            f"{type(reference).__name__}; wrap images: negtome.Reference(image)."
+            "given must be a negtome.Reference, or a list with one or None for each image of a call, got "
+            f"{type(given).__name__}; wrap images: negtome.Reference(image)."
         )
-    given = [r for r in references if r is not None]
-    if not given:
-        raise ValueError("reference must hold at least one negtome.Reference, got none; leave it out instead.")
-    if config.matching == "released" and any(len(r.images) > 1 for r in given):
+    references = [r for r in references if r is not None]
+    if not references:
+        raise ValueError("given must hold at least one negtome.Reference, got none; leave it out instead.")
+    if config.matching == "released" and any(len(r.images) > 1 for r in references):
         raise ValueError(
             'matching="released" is defined between two images only, got a Reference of several images; use '
             'matching="paper", or one image.'
