@@ -23,6 +23,7 @@ from negtome.merge import plain, push_from, push_groups
 from negtome.reference import Reference
 from negtome.rows import Layout, ReferenceRows, shrink
 from negtome.sites import (
+    Architecture,
     DenoiserCall,
     Place,
     Timesteps,
@@ -83,7 +84,7 @@ def attach(
             pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
 
     Returns:
-        A context manager, for one block. Used without `with`, `remove()` ends it.
+        A context manager, for one block. Used without `with`, `remove()` ends it, or `detach` where it was lost.
 
     Raises:
         TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
@@ -94,8 +95,23 @@ def attach(
     return Attachment(pipe, config, group_size, given)
 
 
+def detach(pipe: Any) -> None:
+    """Take NegToMe off a pipeline, as `remove()` of what `attach` returned does.
+
+    Raises:
+        TypeError: if the pipeline is not supported.
+        RuntimeError: if nothing is attached to it.
+    """
+    attachment = next(filter(None, map(_attachment_of, _owners(pipe, find_architecture(pipe)))), None)
+    if attachment is None:
+        raise RuntimeError(f"NegToMe is not attached to this {type(pipe).__name__}, nor to its denoiser.")
+    attachment.remove()
+
+
 class Attachment:
     """NegToMe on a pipeline; made by `attach`.
+
+    Adapters (LoRA) may be loaded and unloaded meanwhile: the sites follow to the modules that then bear their names.
 
     Attributes:
         config: the method's settings, with the published numbers in the place of None.
@@ -124,11 +140,11 @@ class Attachment:
         config = (config or NegToMeConfig()).published_for(architecture.name.lower())
         _check_given(config, given)
         denoiser = getattr(pipe, architecture.denoiser)
-        for owner in (pipe, denoiser, unwrap(denoiser)):
-            if _ATTRIBUTE in owner.__dict__:
+        for owner in _owners(pipe, architecture):
+            if _attachment_of(owner) is not None:
                 raise RuntimeError(
                     f"NegToMe is attached to this {type(owner).__name__} already; leave that `with` block, or call "
-                    "remove() on what attach returned, before attaching again."
+                    "negtome.detach(pipe), before attaching again."
                 )
 
         self.config = config
@@ -143,22 +159,21 @@ class Attachment:
         self._rows = None if given is None else ReferenceRows(architecture, given)
         if self._rows is not None:
             self._rows.start(pipe)  # for what it refuses
-        self._sites = [
-            _Site(name, module, place, config, self._now)
-            for name, module, place in find_sites(self._denoiser, architecture, config)
-        ]
+        found = find_sites(self._denoiser, architecture, config)
+        self._sites = [_Site(name, place, config, self._now) for name, _, place in found]
         self._links = _links(self._denoiser, [site.name for site in self._sites])
         self._run: _Run | None = None
         self._finished_runs = 0
         self._entered = False
 
         with contextlib.ExitStack() as stack:
-            for site in self._sites:
-                _retype(site.module, site, _PUSHES[site.place.where], stack)
+            for site, (_, module, _) in zip(self._sites, found, strict=True):
+                site.enter(module)
+                stack.callback(site.leave)
             # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this
             # one is retyped, not the inner one.
-            _retype(denoiser, self, _begin_before, stack)
-            _retype(pipe, self, _run_around, stack)
+            stack.callback(_retype(denoiser, self, _begin_before))
+            stack.callback(_retype(pipe, self, _run_around))
             self._restore = stack.pop_all()
 
     @property
@@ -185,8 +200,6 @@ class Attachment:
         self._restore.close()
         self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
         self._links = []
-        for site in self._sites:
-            site.module = None
 
     def __enter__(self) -> Attachment:
         if self._entered or self._pipe is None:
@@ -250,13 +263,8 @@ class Attachment:
                 "to, but something else called it; attach to the pipeline that you call, and give any other that is "
                 "called meanwhile a denoiser of its own."
             )
-        for children, key, child, name in self._links:
-            if children.get(key) is not child:
-                raise RuntimeError(
-                    f"NegToMe's site {name} was replaced by another module inside the `with` block; load or "
-                    "unload adapters, quantise and compile single layers before attaching."
-                )
-
+        if any(children.get(key) is not child for children, key, child in self._links):
+            self._follow()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
         call = self._architecture.read(self._pipe, arguments)
         if self._rows is None:
@@ -305,6 +313,21 @@ class Attachment:
                 f"pipeline asked for, got {len(output[0])}; switch off what keeps features between its calls (caches)."
             )
         return output
+
+    def _follow(self) -> None:
+        """Move the sites to the modules that bear their names now."""
+        for site in self._sites:
+            try:
+                module = self._denoiser.get_submodule(site.name)
+            except AttributeError:
+                raise RuntimeError(
+                    f"NegToMe's site {site.name} is gone from the {self._architecture.denoiser_class}; call "
+                    "negtome.detach(pipe) before taking modules away, and attach again afterwards."
+                ) from None
+            if module is not site.module:
+                site.leave()
+                site.enter(module)
+        self._links = _links(self._denoiser, self.sites)
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
@@ -432,15 +455,24 @@ class _Site:
     specialise on a number. Compiled code reads nothing else that differs between the sites of an architecture.
     """
 
-    def __init__(self, name: str, module: torch.nn.Module, place: Place, config: NegToMeConfig, now: _Now) -> None:
+    def __init__(self, name: str, place: Place, config: NegToMeConfig, now: _Now) -> None:
         self.name = name
-        self.module: torch.nn.Module | None = module
+        self.module: torch.nn.Module | None = None
         self.place = place
         self.config = config
         self.now = now
         self.compared = 0
         self.pushed = 0
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
+
+    def enter(self, module: torch.nn.Module) -> None:
+        """Push what passes through a module from now on."""
+        self.module, self._restore = module, _retype(module, self, _PUSHES[self.place.where])
+
+    def leave(self) -> None:
+        """Give the module back as it was."""
+        self._restore()
+        self.module = self._restore = None
 
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
@@ -477,19 +509,19 @@ def _push_from_rows(
     return result.flatten(0, 1), torch.cat(similarities, 1)
 
 
-def _links(root: torch.nn.Module, names: list[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module, str]]:
+def _links(root: torch.nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
     """List what must stay as it is for modules to keep their names.
 
     Returns:
-        For every module on the way to one of `names`: the dict it is in, its key there, itself, and a name that needs
-        it. Looking these up takes microseconds, walking down from the root to every module a step's fraction.
+        For every module on the way to one of `names`: the dict it is in, its key there, and itself. Looking these up
+        takes microseconds, walking down from the root to every module a step's fraction.
     """
     links = {}
     for name in names:
         module = root
         for key in name.split("."):
             children, module = module._modules, module._modules[key]
-            links.setdefault((id(children), key), (children, key, module, name))
+            links[id(children), key] = children, key, module
     return list(links.values())
 
 
@@ -528,8 +560,22 @@ def _check_one_prompt(call: DenoiserCall) -> None:
 # Giving an object a subclass of its own class, and the class back
 
 
-def _retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable], stack: contextlib.ExitStack) -> None:
-    """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it."""
+def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
+    """Return what may carry an attachment: the pipeline and its denoiser, compiled or not."""
+    denoiser = getattr(pipe, architecture.denoiser)
+    return pipe, denoiser, unwrap(denoiser)
+
+
+def _attachment_of(owner: Any) -> Attachment | None:
+    return owner.__dict__.get(_ATTRIBUTE)
+
+
+def _retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> Callable[[], None]:
+    """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it.
+
+    Returns:
+        What gives it its class back.
+    """
     original = type(owner)
 
     def restore() -> None:
@@ -539,7 +585,7 @@ def _retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable], s
     owner.__dict__[_ATTRIBUTE] = state
     # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
     object.__setattr__(owner, "__class__", _subclass(original, make_call))
-    stack.callback(restore)
+    return restore
 
 
 @functools.cache
@@ -576,7 +622,7 @@ def _begin_before(original: Callable) -> Callable:
 
     @functools.partial(torch.compiler.disable, recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attachment = self.__dict__.get(_ATTRIBUTE)  # None where such compiled code outlives the block
+        attachment = _attachment_of(self)  # None where such compiled code outlives the block
         if attachment is None:
             return original(self, *args, **kwargs)
         return end(attachment, original(self, **begin(attachment, args, kwargs)))
