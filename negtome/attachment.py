@@ -1,11 +1,4 @@
-"""Attach NegToMe to a stock diffusers pipeline for the length of a `with` block.
-
-The pipeline, its denoiser and every site get, for that long, a subclass of their own class whose `__call__` does a
-little more; afterwards they get their class back. Python looks `__call__` up on the type, so this works beneath and
-above whatever replaces a module's `forward` (offloading), processor (fused projections) or parameters (dtype, device),
-and torch.compile guards on the types of modules, so code that was compiled before is compiled anew. A torch forward
-hook that is added after compilation would silently be ignored.
-"""
+"""Attach NegToMe to a stock diffusers pipeline for the length of a `with` block."""
 
 from __future__ import annotations
 
@@ -13,19 +6,19 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from negtome.config import NegToMeConfig
-from negtome.merge import plain, push_from, push_groups
+from negtome.merge import plain
+from negtome.pushing import ATTRIBUTE, Now, Site, links, retype
 from negtome.reference import Reference
-from negtome.rows import Layout, ReferenceRows, shrink
+from negtome.rows import ReferenceRows, shrink
 from negtome.sites import (
     Architecture,
     DenoiserCall,
-    Place,
     Timesteps,
     calling_pipeline,
     check_denoiser,
@@ -35,9 +28,6 @@ from negtome.sites import (
     largest_map,
     unwrap,
 )
-
-#: The one attribute that an attached object carries beside its own.
-_ATTRIBUTE = "_negtome"
 
 
 class Step(NamedTuple):
@@ -155,13 +145,13 @@ class Attachment:
         self._denoiser = unwrap(denoiser)
         check_denoiser(self._denoiser, adds_rows=given is not None)
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
-        self._now = _Now()
+        self._now = Now()
         self._rows = None if given is None else ReferenceRows(architecture, given)
         if self._rows is not None:
             self._rows.start(pipe)  # for what it refuses
         found = find_sites(self._denoiser, architecture, config)
-        self._sites = [_Site(name, place, config, self._now) for name, _, place in found]
-        self._links = _links(self._denoiser, [site.name for site in self._sites])
+        self._sites = [Site(name, place, config, self._now) for name, _, place in found]
+        self._links = links(self._denoiser, [site.name for site in self._sites])
         self._run: _Run | None = None
         self._finished_runs = 0
         self._entered = False
@@ -172,8 +162,8 @@ class Attachment:
                 stack.callback(site.leave)
             # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this
             # one is retyped, not the inner one.
-            stack.callback(_retype(denoiser, self, _begin_before))
-            stack.callback(_retype(pipe, self, _run_around))
+            stack.callback(retype(denoiser, self, _begin_before))
+            stack.callback(retype(pipe, self, _run_around))
             self._restore = stack.pop_all()
 
     @property
@@ -327,7 +317,7 @@ class Attachment:
             if module is not site.module:
                 site.leave()
                 site.enter(module)
-        self._links = _links(self._denoiser, self.sites)
+        self._links = links(self._denoiser, self.sites)
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
@@ -384,18 +374,6 @@ class Attachment:
             )
 
 
-class _Now:
-    """What the sites have to know about the call of the denoiser that is running."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.group_size = 0
-        self.rows = 0  # that the pipeline asked for
-        self.text_length = 0
-        self.fewest_tokens = 0  # of a feature map that takes part
-        self.layout: Layout | None = None  # of a batch with rows of outside references
-
-
 class _Tally(NamedTuple):
     """What a site counted in one call of the pipeline."""
 
@@ -415,11 +393,11 @@ class _Run:
         self.conditioned_on: torch.Tensor | None = None  # prompts of the first call of the last step
         self.latent: tuple[int, int] | None = None
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
-        self._counts: list[tuple[list[_Site], int, torch.Tensor, torch.Tensor]] = []
+        self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
 
-    def count(self, sites: list[_Site], threshold: float) -> None:
+    def count(self, sites: list[Site], threshold: float) -> None:
         """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
-        alike: dict[tuple[torch.Size, torch.device], list[_Site]] = {}
+        alike: dict[tuple[torch.Size, torch.device], list[Site]] = {}
         for site in sites:
             if site.similarity is not None:
                 alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
@@ -432,7 +410,7 @@ class _Run:
             for site in found:
                 site.similarity = None
 
-    def read(self, sites: list[_Site]) -> list[_Tally]:
+    def read(self, sites: list[Site]) -> list[_Tally]:
         """Fetch what was counted from the device."""
         compared, pushed = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
         highest = dict.fromkeys(sites, -1.0)
@@ -446,83 +424,6 @@ class _Run:
                     pushed[site] += next(counts)
                     highest[site] = max(highest[site], min(next(maxima), 1.0))  # rounded to more than 1, at times
         return [_Tally(site.name, compared[site], pushed[site], highest[site]) for site in sites]
-
-
-class _Site:
-    """A module whose image tokens are pushed, and what was found there.
-
-    What is counted leaves here as a tensor, so that counting neither waits for the device nor makes torch.compile
-    specialise on a number. Compiled code reads nothing else that differs between the sites of an architecture.
-    """
-
-    def __init__(self, name: str, place: Place, config: NegToMeConfig, now: _Now) -> None:
-        self.name = name
-        self.module: torch.nn.Module | None = None
-        self.place = place
-        self.config = config
-        self.now = now
-        self.compared = 0
-        self.pushed = 0
-        self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
-
-    def enter(self, module: torch.nn.Module) -> None:
-        """Push what passes through a module from now on."""
-        self.module, self._restore = module, _retype(module, self, _PUSHES[self.place.where])
-
-    def leave(self) -> None:
-        """Give the module back as it was."""
-        self._restore()
-        self.module = self._restore = None
-
-    def push(self, features: torch.Tensor) -> torch.Tensor:
-        """Push the image tokens among the features [rows, N, C] apart, group by group."""
-        config, now = self.config, self.now
-        text = now.text_length if self.place.text_first else 0
-        tokens = features[:, text:] if text else features
-        if tokens.shape[1] < now.fewest_tokens:
-            return features
-        strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
-        if now.layout is None:
-            tokens, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
-        else:
-            tokens, similarity = _push_from_rows(tokens, now.layout, strength)
-        if self.similarity is not None:  # a module that is called twice
-            similarity = torch.cat([self.similarity, similarity], dim=1)
-        self.similarity = similarity
-        return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
-
-
-def _push_from_rows(
-    tokens: torch.Tensor, layout: Layout, strength: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
-    batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
-    result, similarities = batch.clone(), []
-    for route in layout.routes:
-        reference = batch[:, slice(*route.rows)]
-        mask, allowed = route.masks[tokens.shape[1]], route.allowed[tokens.shape[1]]
-        if allowed is not None and strength["matching"] == "paper":
-            reference, mask = reference.flatten(1, 2).index_select(1, allowed).unsqueeze(1), None
-        for start, stop in route.images:
-            result[:, start:stop], similarity = push_from(batch[:, start:stop], reference, mask=mask, **strength)
-            similarities.append(similarity)
-    return result.flatten(0, 1), torch.cat(similarities, 1)
-
-
-def _links(root: torch.nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
-    """List what must stay as it is for modules to keep their names.
-
-    Returns:
-        For every module on the way to one of `names`: the dict it is in, its key there, and itself. Looking these up
-        takes microseconds, walking down from the root to every module a step's fraction.
-    """
-    links = {}
-    for name in names:
-        module = root
-        for key in name.split("."):
-            children, module = module._modules, module._modules[key]
-            links[id(children), key] = children, key, module
-    return list(links.values())
 
 
 def _check_given(config: NegToMeConfig, given: Reference | Sequence[Reference | None] | None) -> None:
@@ -557,9 +458,6 @@ def _check_one_prompt(call: DenoiserCall) -> None:
             )
 
 
-# Giving an object a subclass of its own class, and the class back
-
-
 def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
     """Return what may carry an attachment: the pipeline and its denoiser, compiled or not."""
     denoiser = getattr(pipe, architecture.denoiser)
@@ -567,52 +465,7 @@ def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
 
 
 def _attachment_of(owner: Any) -> Attachment | None:
-    return owner.__dict__.get(_ATTRIBUTE)
-
-
-def _retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> Callable[[], None]:
-    """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it.
-
-    Returns:
-        What gives it its class back.
-    """
-    original = type(owner)
-
-    def restore() -> None:
-        object.__setattr__(owner, "__class__", original)
-        del owner.__dict__[_ATTRIBUTE]
-
-    owner.__dict__[_ATTRIBUTE] = state
-    # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
-    object.__setattr__(owner, "__class__", _subclass(original, make_call))
-    return restore
-
-
-@functools.cache
-def _subclass(cls: type, make_call: Callable[[Callable], Callable]) -> type:
-    """Make a subclass that differs in `__call__` only, and bears the same name: diffusers looks at names.
-
-    There is one for all modules of a class, so that compiled code is shared between them as before.
-    """
-    call = functools.wraps(cls.__call__)(make_call(cls.__call__))
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-def _push_output(original: Callable) -> Callable:
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        site = self._negtome
-        return site.push(output) if site.now.active else output
-
-    return __call__
-
-
-def _push_input(original: Callable) -> Callable:
-    def __call__(self: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        site = self._negtome
-        return original(self, site.push(tokens) if site.now.active else tokens, *args, **kwargs)
-
-    return __call__
+    return owner.__dict__.get(ATTRIBUTE)
 
 
 def _begin_before(original: Callable) -> Callable:
@@ -636,6 +489,3 @@ def _run_around(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
 
     return __call__
-
-
-_PUSHES = {"output": _push_output, "input": _push_input}

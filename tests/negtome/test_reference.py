@@ -628,7 +628,9 @@ def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
 def test_flux_references_are_noised_by_unipc_too(tiny_flux, monkeypatch):
     from diffusers import UniPCMultistepScheduler
 
-    tiny_flux.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    tiny_flux.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
+    )
     rows = []
     original = type(tiny_flux.transformer).forward
 
