@@ -381,6 +381,7 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         torch.testing.assert_close(row, own[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
 @pytest.mark.parametrize(
     "name",
     [
