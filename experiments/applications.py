@@ -82,7 +82,7 @@ class Application:
             for alpha in self.alphas:
                 settings = {key: value for key, value in self.config.items() if value is not None}
                 config = negtome.NegToMeConfig(alpha=alpha, **settings)
-                with negtome.attach(pipe, config, reference=reference):
+                with negtome.attach(pipe, config, given=reference):
                     row.append(self._generate(pipe, call, seed))
             rows.append(row)
         return rows

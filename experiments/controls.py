@@ -118,15 +118,14 @@ class Control(NegToMe):
 
         @torch.compiler.disable  # it draws
         def controlled(features: torch.Tensor) -> torch.Tensor:
-            before = features.clone()  # NegToMe may write into what it is given
             after = push(features)
             text = site.now.text_length if site.place.text_first else 0
             generator = generators.get(features.device)
             if generator is None:
                 number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
                 generator = generators[features.device] = torch.Generator(features.device).manual_seed(number)
-            tokens = self.replace(before[:, text:], after[:, text:], site.now.group_size, generator)
-            return torch.cat([before[:, :text], tokens], dim=1) if text else tokens
+            tokens = self.replace(features[:, text:], after[:, text:], site.now.group_size, generator)
+            return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
 
         return controlled
 

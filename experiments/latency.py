@@ -377,8 +377,8 @@ def attached(
             stack.enter_context(naive.attach(pipe, config))
             yield None
         else:
-            reference = picture if variant.picture else None
-            yield stack.enter_context(negtome.attach(pipe, config, reference=reference))
+            given = picture if variant.picture else None
+            yield stack.enter_context(negtome.attach(pipe, config, given=given))
 
 
 def timesteps_of(pipe: Any, call: Mapping[str, Any]) -> list[float]:

@@ -23,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments import synchronize
 from experiments.latency_report import OUTSIDE
-from negtome.attach import Attachment, _Site, _subclass
+from negtome.attachment import Attachment
+from negtome.pushing import Site, subclass
 
 BEFORE = "before the denoiser"
 PUSH = "push"
@@ -106,12 +107,12 @@ class _Clock:
         with contextlib.ExitStack() as stack:
             for owner, name, part in (
                 (Attachment, "_begin", BEFORE),
-                (_Site, "push", PUSH),
+                (Site, "push", PUSH),
                 (Attachment, "_end", AFTER),
             ):
                 stack.enter_context(mock.patch.object(owner, name, self._watch(part, getattr(owner, name))))
-            _subclass.cache_clear()  # its classes hold the functions as they were
-            stack.callback(_subclass.cache_clear)
+            subclass.cache_clear()  # its classes hold the functions as they were
+            stack.callback(subclass.cache_clear)
             yield
 
     def _watch(self, part: str, function: Callable) -> Callable:

@@ -171,7 +171,7 @@ class NegToMeFromAssets(NegToMe):
             prompt=None if self.prompt is None else self.prompt.format(found[0][0].name),
             **self.reference,
         )
-        with negtome.attach(pipe, self.config, reference=reference) as attached:
+        with negtome.attach(pipe, self.config, given=reference) as attached:
             yield Applied(dict(call), attached, references)
 
 

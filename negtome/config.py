@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-from negtome.merge import MATCHINGS, REFERENCES
+from negtome.merge import MATCHINGS, REFERENCES, GroupReference, Matching, number, plain
 
 
 @dataclass(frozen=True)
 class NegToMeConfig:
     """Say how strongly, when, where and from what the images of a group are pushed apart.
 
-    The defaults are the paper's method with the numbers of the authors' SDXL release; `preset` gives the others.
+    The defaults are the paper's method; where one is None, it becomes the number of the authors' release for the
+    architecture that the settings are attached to. `preset` gives the published settings themselves.
     Sources: [P] arXiv 2412.01339; [R] the authors' released pipelines (github.com/1jsingh/negtome, 2024-12-06);
     [S] their evaluation scripts in the same repository.
 
@@ -21,18 +24,18 @@ class NegToMeConfig:
         alpha: strength of the push in x + alpha * (x - match), any finite number. Positive pushes apart, negative
             pulls together, 0 leaves every image bit-identical. 0.9 in [R] and [S]; 1.9 for Flux in [S].
         threshold: cosine similarity in [-1, 1] which the match must exceed for a token to move; tau in [P]. 1 is
-            off. 0.7 for SDXL and 0.65 for Flux in [R].
+            off. None: 0.7 for SDXL and 0.65 for Flux [R].
         timestep_range: (low, high) in training timesteps, 0 to 1000 with 1000 = pure noise, both ends inclusive
-            (to 0.001, for the rounding of 1000 * sigma). [R]: SDXL (800, 1000), which is 10 of 50 steps, and Flux
-            (900, 1000), which is 6 of 25 steps at 768x768. [S]: SDXL (600, 1000), 20 of 50 steps.
+            (to 0.001, for the rounding of 1000 * sigma). None: SDXL (800, 1000), which is 10 of 50 steps, and Flux
+            (900, 1000), which is 6 of 25 steps at 768x768 [R]. [S]: SDXL (600, 1000), 20 of 50 steps.
         matching: "paper": the nearest reference token of every token [P]. "released": the axis of the released
             code [R], which is another method; see `negtome.negative_merge`. Only with reference="first".
-        reference: what an image is pushed from. "first": the first image of its group, which does not move [R].
-            "previous": all earlier images of its group together. "others": all other images of its group together.
-            References are always the features before the push.
-        sites: names of denoiser modules, such as "up_blocks" or "up_blocks.1", within which attentions are taken; None
-            for all blocks of the release: "up_blocks" of SDXL; "transformer_blocks" and
-            "single_transformer_blocks", which is every block, of Flux [R].
+        reference: which images of its group an image is pushed from, where `attach` is given none from outside.
+            "first": the first one, which does not move [R]. "previous": all earlier ones together. "others": all
+            others together. References are always the features before the push.
+        sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", within which attentions are
+            taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL;
+            "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R].
         cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
             an attention's image tokens, which we read as self-attention. Flux has none, so it has no effect there.
         min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. SDXL only: Flux has a
@@ -40,28 +43,23 @@ class NegToMeConfig:
     """
 
     alpha: float = 0.9
-    threshold: float = 0.7
-    timestep_range: tuple[float, float] = (800, 1000)
-    matching: str = "paper"
-    reference: str = "first"
+    threshold: float | None = None
+    timestep_range: tuple[float, float] | None = None
+    matching: Matching = "paper"
+    reference: GroupReference = "first"
     sites: tuple[str, ...] | None = None
     cross_attention: bool = False
     min_side: int = 32
 
     def __post_init__(self) -> None:
         """Coerce sequences to tuples and refuse what is out of range."""
-        for name, low, high in (("alpha", -math.inf, math.inf), ("threshold", -1, 1)):
-            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
-
-        if isinstance(self.timestep_range, (str, bytes)) or len(window := tuple(self.timestep_range)) != 2:
-            raise ValueError(f"timestep_range must be two numbers (low, high), got {self.timestep_range!r}.")
-        window = tuple(_number("each end of timestep_range", end, 0, 1000) for end in window)
-        if window[0] > window[1]:
-            raise ValueError(
-                f"timestep_range must be (low, high) with low <= high, got ({window[0]:g}, {window[1]:g}); 1000 is "
-                f"pure noise, so a window from {window[0]:g} down to {window[1]:g} is ({window[1]:g}, {window[0]:g})."
-            )
-        object.__setattr__(self, "timestep_range", window)
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        object.__setattr__(self, "alpha", number("alpha", self.alpha, -math.inf, math.inf))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", number("threshold", self.threshold, -1, 1))
+        if self.timestep_range is not None:
+            object.__setattr__(self, "timestep_range", self._window())
 
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {MATCHINGS}, got {self.matching!r}.")
@@ -86,8 +84,26 @@ class NegToMeConfig:
         if isinstance(self.min_side, bool) or not isinstance(self.min_side, int) or self.min_side < 1:
             raise ValueError(f"min_side must be a whole number of tokens, at least 1, got {self.min_side!r}.")
 
+    def _window(self) -> tuple[float, float]:
+        """Return `timestep_range` as two numbers, or refuse it."""
+        window = self.timestep_range
+        if isinstance(window, (str, bytes)) or not isinstance(window, Iterable) or len(window := tuple(window)) != 2:
+            raise ValueError(f"timestep_range must be two numbers (low, high), got {self.timestep_range!r}.")
+        window = tuple(number("each end of timestep_range", end, 0, 1000) for end in window)
+        if window[0] > window[1]:
+            raise ValueError(
+                f"timestep_range must be (low, high) with low <= high, got ({window[0]:g}, {window[1]:g}); 1000 is "
+                f"pure noise, so a window from {window[0]:g} down to {window[1]:g} is ({window[1]:g}, {window[0]:g})."
+            )
+        return window
+
     @classmethod
-    def preset(cls, architecture: str, variant: str = "paper", **changes: object) -> NegToMeConfig:
+    def preset(
+        cls,
+        architecture: Literal["sdxl", "flux"],
+        variant: Literal["paper", "released", "evaluation"] = "paper",
+        **changes: object,
+    ) -> NegToMeConfig:
         """Make the settings published for an architecture.
 
         | architecture | variant      | alpha | threshold | window    | matching | cross-attention | source |
@@ -99,7 +115,9 @@ class NegToMeConfig:
         | "flux"       | "released"   | 0.9   | 0.65      | 900-1000  | released |                 | [R]    |
         | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
 
-        "paper" is the method as the paper describes it, with the numbers of the release.
+        "paper" is the method as the paper describes it, with the numbers of the release. "released" differs from the
+        release where a call is not guided (SDXL with guidance_scale <= 1): that takes the batch for two halves all the
+        same and pushes them apart one by one, while here all images of the call stay one group.
 
         Args:
             architecture: "sdxl" or "flux".
@@ -121,8 +139,14 @@ class NegToMeConfig:
         """Return a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
+    def published_for(self, architecture: Literal["sdxl", "flux"]) -> NegToMeConfig:
+        """Return a copy with the numbers published for an architecture in the place of None."""
+        published = _PRESETS[architecture, "paper"]
+        absent = [name for name in ("threshold", "timestep_range") if getattr(self, name) is None]
+        return self.replace(**{name: published[name] for name in absent})
+
     def is_active(self, timestep: float) -> bool:
-        """Tell whether a training timestep lies in the window."""
+        """Tell whether a training timestep lies in the window, which must not be None."""
         low, high = self.timestep_range
         return low - 1e-3 <= timestep <= high + 1e-3
 
@@ -137,12 +161,3 @@ _PRESETS = {
     ("flux", "released"): _FLUX | {"matching": "released"},
     ("flux", "evaluation"): _FLUX | {"matching": "released", "alpha": 1.9},
 }
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, got {value}.")
-    return float(value)

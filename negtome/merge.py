@@ -10,19 +10,24 @@ alpha > 0 pushes apart, alpha < 0 pulls together, alpha = 0 changes nothing.
 
 The cost is a matrix product and little else. A cosine is compared with others of the same token, so only one side of
 the product has to be normalised; its largest element, divided by the token's length, is the similarity that meets the
-threshold; and one interpolation with a weight of -alpha or 0 moves what has to move, in place where the caller says so.
+threshold; and one interpolation with a weight of -alpha or 0 moves what has to move.
 Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
 import torch
 
 #: How a token finds the reference token it is pushed from; see `negative_merge`.
-MATCHINGS = ("paper", "released")
+Matching = Literal["paper", "released"]
+MATCHINGS = get_args(Matching)
 
 #: Which images of a group an image is pushed from; see `push_groups`.
-REFERENCES = ("first", "previous", "others")
+GroupReference = Literal["first", "previous", "others"]
+REFERENCES = get_args(GroupReference)
 
 #: Lengths are rounded up to this one: a token of length zero gets similarity 0 instead of NaN, and where squares
 #: underflow, no length is too small.
@@ -39,7 +44,7 @@ def negative_merge(
     *,
     alpha: float,
     threshold: float,
-    matching: str = "paper",
+    matching: Matching = "paper",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Push every token away from its most similar reference token (arXiv 2412.01339).
@@ -49,8 +54,11 @@ def negative_merge(
     and 0.4 % in bfloat16. Reference tokens closer than that to the most similar one are ties, and ties go to the
     first. alpha is rounded to the tokens' dtype, 0.9 to 0.8984 in bfloat16; the push itself is computed in float32 or
     better and rounded once. In float16 the product of a token with a unit vector must stay below 65504, and tokens
-    shorter than 1e-4 are compared less precisely. The similarity of a token of length zero is 0. A reference token
-    that is not finite is never the nearest one, and a token that is not finite does not move.
+    shorter than 1e-4 are compared less precisely. The similarity of a token of length zero is 0.
+
+    Not finite: a token stays not finite. With matching="paper" such a reference token has a similarity of 0 to all:
+    tokens that are more similar to another are pushed from that one, and the rest, whose match it is, come out as not
+    finite, whatever the threshold. With "released" so may those whose position leads to it.
 
     Args:
         tokens: [B, N, C] floating point, the tokens to move.
@@ -68,9 +76,11 @@ def negative_merge(
         [B, N, C], the moved tokens; shape, dtype and device of `tokens`. The arguments are not modified.
 
     Raises:
-        ValueError: if shapes, dtypes, devices or `matching` do not fit together.
+        ValueError: if shapes, dtypes, devices or `matching` do not fit together, or a number is out of range.
     """
     _check(tokens, reference, matching, mask)
+    largest = torch.finfo(tokens.dtype).max
+    alpha, threshold = number("alpha", alpha, -largest, largest), number("threshold", threshold, -1, 1)
     strength = {"alpha": alpha, "threshold": threshold, "matching": matching}
     if reference.dim() == 2:  # as several images with one reference
         return push_from(tokens.unsqueeze(0), reference[None, None], mask=mask, **strength)[0].squeeze(0)
@@ -83,9 +93,8 @@ def push_groups(
     *,
     alpha: float,
     threshold: float,
-    matching: str,
-    reference: str,
-    inplace: bool = False,
+    matching: Matching,
+    reference: GroupReference,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of each group apart; groups never see each other.
 
@@ -97,12 +106,10 @@ def push_groups(
         alpha, threshold, matching: as in `negative_merge`; "released" needs reference="first".
         reference: what image k of a group is pushed from. "first": image 0, which itself stays as it is.
             "previous": the tokens of images 0 to k-1 together. "others": those of all other images together.
-        inplace: whether to write the result into `tokens`. Not where autograd records.
 
     Returns:
-        The tokens after the push [G * K, N, C], which are `tokens` if `inplace`; and the similarity that met the
-        threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others",
-        (K - 1) * N otherwise.
+        The tokens after the push [G * K, N, C]; and the similarity that met the threshold [G, S], of float32 or
+        better. S counts the source tokens of a group: K * N for "others", (K - 1) * N otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
     length = _length(_detached(images))  # [G, K, N, 1]
@@ -118,10 +125,10 @@ def push_groups(
         product, index = _match_others(_detached(images), length)
     else:
         raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
-    moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold, inplace)
-    if not inplace:
-        tokens = (moved if reference == "others" else torch.cat([images[:, :1], moved], dim=1)).flatten(0, 1)
-    return tokens, similarity
+    moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold)
+    if reference != "others":
+        moved = torch.cat([images[:, :1], moved], dim=1)
+    return moved.flatten(0, 1), similarity
 
 
 def push_from(
@@ -130,9 +137,8 @@ def push_from(
     *,
     alpha: float,
     threshold: float,
-    matching: str,
+    matching: Matching,
     mask: torch.Tensor | None,
-    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Push images away from given ones.
 
@@ -142,17 +148,34 @@ def push_from(
             matched to. "released" needs R = 1 and M = N.
         alpha, threshold, matching: as in `negative_merge`.
         mask: [R * M] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
-        inplace: whether to write the result into `tokens`, which must not overlap `reference` then. Not where
-            autograd records.
 
     Returns:
-        The tokens after the push [H, K, N, C], which are `tokens` if `inplace`; and the similarity that met the
-        threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
+        The tokens after the push [H, K, N, C]; and the similarity that met the threshold [H, K * N], of float32 or
+        better, -inf where the mask allows no match.
     """
     seen, known = _detached(tokens), _detached(reference)
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
-    return _move(tokens, reference, product, scale, index, alpha, threshold, inplace, still)
+    return _move(tokens, reference, product, scale, index, alpha, threshold, still)
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it.
+
+    Raises:
+        ValueError: for what is no number, not finite, or out of range.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}.")
+    return float(value)
+
+
+def plain(value: object) -> object:
+    """Return a number of NumPy's or of a tensor as Python's, and anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _detached(tokens: torch.Tensor) -> torch.Tensor:
@@ -168,7 +191,6 @@ def _move(
     index: torch.Tensor,
     alpha: float,
     threshold: float,
-    inplace: bool,
     still: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move tokens [H, K, N, C] away from the reference tokens [H, R, M, C] that were found for them.
@@ -189,8 +211,7 @@ def _move(
         return tokens, similarity.flatten(1)
     match = _take(reference, index, tokens.shape)
     weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha)
-    # x + weight (match - x) in one pass
-    return tokens.lerp_(match, weight) if inplace else tokens.lerp(match, weight), similarity.flatten(1)
+    return tokens.lerp(match, weight), similarity.flatten(1)  # x + weight (match - x) in one pass
 
 
 def _match(
@@ -198,7 +219,7 @@ def _match(
     reference: torch.Tensor,
     length: torch.Tensor,
     reference_length: torch.Tensor,
-    matching: str,
+    matching: Matching,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known.
@@ -251,7 +272,7 @@ def _nearest_source(unit: torch.Tensor, reference: torch.Tensor) -> tuple[torch.
     if (chunks := _chunks(reference, K * N)) is not None:
         return _join([_nearest_source(unit, chunk) for chunk in chunks], dim=2)
     product = torch.bmm(reference, unit.flatten(1, 2).mT)  # [H, M, K * N]
-    value, index = _row_maxima(product.view(H, M * K, N))
+    value, index = product.view(H, M * K, N).max(dim=-1)
     return value.view(H, M, K).mT, index.view(H, M, K).mT
 
 
@@ -271,22 +292,7 @@ def _largest_products(
     product = torch.bmm(source, target.mT)  # [B, n, M]
     if forbidden is not None:
         product.masked_fill_(forbidden, -torch.inf)
-    return _row_maxima(product)
-
-
-def _row_maxima(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the largest element, and of equal ones the first, in every row of [B, n, M]: value and index [B, n]."""
-    (B, n, M), block = product.shape, 32
-    short = M // block < 4 or M % block or product.numel() < 2**16
-    if short or product.device.type != "cpu" or product.dtype not in _SHORTEST:
-        return product.max(dim=-1)
-    # On a CPU, and not of halves, a maximum with its index takes up to ten times as long as one without. Where that is
-    # more than a few further calls, this looks for the best block, and then inside it.
-    blocks = product.view(B * n, M // block, block)
-    value, best = blocks.amax(dim=-1).max(dim=-1)
-    start = torch.arange(0, B * n * (M // block), M // block, device=product.device)
-    inside = blocks.flatten(0, 1).index_select(0, best + start).argmax(dim=-1)
-    return value.view(B, n), inside.add_(best, alpha=block).view(B, n)
+    return product.max(dim=-1)
 
 
 def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...] | None:
@@ -312,9 +318,9 @@ def _length(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Scale tokens [..., C] to length 1, in their own dtype; what is not finite becomes 0, which nothing is similar to.
+    """Scale tokens [..., C] to length 1, in their own dtype; one that is not finite becomes 0, of similarity 0 to all.
 
-    Else the maximum of every token's products would be the NaN of one, and the weight of 0 would not keep it away.
+    Else the maximum of every token's products would be the NaN of one.
     """
     if tokens.dtype is length.dtype:
         unit = tokens / length
@@ -325,15 +331,13 @@ def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
 
 def _take(tokens: torch.Tensor, index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Read tokens [H, R, M, C] at an index of H * K * N numbers below R * M, in the `shape` [H, K, N, C]."""
-    H, R, M, C = tokens.shape
-    if H > 1 and tokens.device.type != "cpu":  # where index_select would need one kernel more
+    H, C = len(tokens), tokens.shape[-1]
+    if H > 1:
         return tokens.flatten(1, 2).gather(1, index.reshape(H, -1, 1).expand(-1, -1, C)).view(shape)
-    if H > 1:  # and gather would read element by element
-        index = index.reshape(H, -1) + torch.arange(0, H * R * M, R * M, device=index.device).unsqueeze(1)
     return tokens.flatten(0, 2).index_select(0, index.reshape(-1)).view(shape)
 
 
-def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: str, mask: torch.Tensor | None) -> None:
+def _check(tokens: torch.Tensor, reference: torch.Tensor, matching: Matching, mask: torch.Tensor | None) -> None:
     """Refuse arguments that do not fit together."""
     if matching not in MATCHINGS:
         raise ValueError(f"matching must be one of {MATCHINGS}, got {matching!r}.")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
+from negtome.merge import plain
+
 #: How an image becomes a latent; see `Reference`.
-POSTERIORS = ("mode", "sample")
+Posterior = Literal["mode", "sample"]
+POSTERIORS = get_args(Posterior)
 
 #: Share of a token's area that the mask must cover for the token to count as inside.
 COVERAGE = 0.5
@@ -21,9 +24,9 @@ COVERAGE = 0.5
 class Reference:
     """Images that generated images are pushed away from (or, with alpha < 0, pulled towards).
 
-    They pass through the same denoiser at the same timestep as the images being generated, as further rows of the
-    batch that the pipeline never sees (arXiv 2412.01339: the reference is a given image). Every image being generated
-    is matched to the tokens of all of them together.
+    They pass through the same denoiser at the same timestep as the images being generated, as further rows of its
+    batch (arXiv 2412.01339: the reference is a given image): added when the pipeline calls it, and taken out of what it
+    returns. Every image being generated is matched to the tokens of all of them together.
 
     An image of another shape than the output is scaled until it fits in, and its edges are repeated around it; tokens
     of that margin are never matched, so nothing is cut off or distorted.
@@ -54,7 +57,7 @@ class Reference:
     noise: bool = True
     prompt: str | None = None
     seed: int = 0
-    posterior: str = "mode"
+    posterior: Posterior = "mode"
 
     def __post_init__(self) -> None:
         several = isinstance(self.images, Sequence) and not isinstance(self.images, (str, bytes))
@@ -70,6 +73,8 @@ class Reference:
                 f"{len(masks) or 'a single one'}; give a list, with None for an image that counts as a whole."
             )
         masks = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
+        for name in ("noise", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.noise, bool):
             raise ValueError(f"noise must be true or false, got {self.noise!r}.")
         if self.prompt is not None and not isinstance(self.prompt, str):

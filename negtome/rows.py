@@ -1,4 +1,4 @@
-"""Outside references as further rows of the denoiser's batch, which the pipeline never sees."""
+"""Outside references as further rows of the denoiser's batch: neither what calls it nor what it returns has them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class Layout(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """A reference at the size of the output: the autoencoder's posterior [R, c, h, w], and what may be matched."""
+    """A reference at the size of the output: latents [R, c, h, w], what they are the mode of, what may be matched."""
 
+    latents: torch.Tensor
     posterior: Any
     shares: tuple[torch.Tensor | None, ...]
 
@@ -68,10 +69,22 @@ class ReferenceRows:
         self._architecture = architecture
         self._references = references
         self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
-        self.start()
 
-    def start(self) -> None:
-        """Begin a call of the pipeline: each one draws the same noise."""
+    def start(self, pipe: Any) -> None:
+        """Begin a call of the pipeline: each one draws the same noise.
+
+        Raises:
+            ValueError: the pipeline lacks what encodes the references or their prompts.
+        """
+        if pipe.vae is None:
+            raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
+        references = [self._references] if isinstance(self._references, Reference) else self._references
+        prompts = [reference.prompt for reference in references if reference is not None]
+        if any(prompt is not None for prompt in prompts) and None in (pipe.text_encoder, pipe.text_encoder_2):
+            raise ValueError(
+                "NegToMe expected both text encoders, to embed a Reference's prompt, got None; load them too, or leave "
+                "the prompt out, and each image lends its own."
+            )
         self._plans: list[tuple[torch.Tensor, _Plan]] = []
         self._noise: dict[Reference, tuple[torch.Tensor, torch.Generator]] = {}
         self._embedded: dict[Reference, dict[str, Any]] = {}
@@ -96,11 +109,17 @@ class ReferenceRows:
                 a token.
         """
         architecture = self._architecture
-        if len(call.prompts) != call.rows:  # as Flux broadcasts embeddings that it is given
-            raise ValueError(
-                f"NegToMe expected text embeddings with a row for each of the {call.rows} images beside a reference, "
-                f"got {len(call.prompts)}; repeat prompt_embeds and pooled_prompt_embeds along their first dimension."
-            )
+        for name in architecture.broadcast:
+            if len(arguments[name]) not in (1, call.rows):
+                raise ValueError(
+                    f"NegToMe expected text embeddings with one row, or one for each of the {call.rows} images, beside "
+                    f"a reference, got {len(arguments[name])}; repeat prompt_embeds and pooled_prompt_embeds along "
+                    "their first dimension."
+                )
+        arguments = {
+            name: value.expand(call.rows, *value.shape[1:]) if name in architecture.broadcast else value
+            for name, value in arguments.items()
+        }
         plan = next((plan for prompts, plan in self._plans if prompts is call.prompts), None)
         if plan is None:
             plan = self._plan(pipe, call, conditional, architecture.latent_size(arguments), fewest_tokens)
@@ -137,14 +156,24 @@ class ReferenceRows:
                 f"NegToMe expected one reference or None for each of the {images} images of the call, got "
                 f"{len(wanted)}; give a single Reference for all, or a list in the order of the images."
             )
-        prompts = call.prompts.unflatten(0, (call.halves, images))  # [halves, images, T, D]
+        conditions = [
+            embedding.expand(call.rows, *embedding.shape[1:]).unflatten(0, (call.halves, images))
+            for embedding in (call.prompts, call.pooled)
+        ]  # [halves, images, ...]
         slots: dict[tuple[Reference, int], list[int]] = {}
         for image, reference in enumerate(wanted):
             if reference is None:
                 continue
             # A prompt of its own takes the place of the image's in the conditional part.
-            lent = prompts[:-1] if conditional and reference.prompt is not None else prompts
-            lender = next((j for r, j in slots if r is reference and torch.equal(lent[:, j], lent[:, image])), image)
+            lent = slice(-1) if conditional and reference.prompt is not None else slice(None)
+            lender = next(
+                (
+                    other
+                    for known, other in slots
+                    if known is reference and all(torch.equal(c[lent, other], c[lent, image]) for c in conditions)
+                ),
+                image,
+            )
             slots.setdefault((reference, lender), []).append(image)
 
         routes, lenders = [], []
@@ -183,23 +212,29 @@ class ReferenceRows:
             try:
                 if upcast:
                     vae.to(dtype=torch.float32)
-                posterior = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist
+                encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
             finally:
                 if upcast:
                     vae.to(dtype=torch.float16)
-            self._encoded[key] = _Encoded(posterior, tuple(share for _, share in fitted))
+            posterior = getattr(encoded, "latent_dist", None)  # AutoencoderTiny returns the latents alone
+            if posterior is None and reference.posterior == "sample":
+                raise ValueError(
+                    f'posterior="sample" needs an autoencoder that has one, got a {type(vae).__name__}; use "mode".'
+                )
+            latents = encoded.latents if posterior is None else posterior.mode()
+            self._encoded[key] = _Encoded(latents, posterior, tuple(share for _, share in fitted))
         return self._encoded[key]
 
     def _draw(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a reference's latents and noise for this step, float32, packed as the denoiser takes them."""
-        posterior = self._encode(pipe, reference, size).posterior
+        encoded = self._encode(pipe, reference, size)
         if reference not in self._noise:
             # On the CPU: the same on every device.
             generator = torch.Generator().manual_seed(reference.seed)
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
+            noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents.device)
             self._noise[reference] = (noise, generator)
         noise, generator = self._noise[reference]
-        latents = posterior.mode() if reference.posterior == "mode" else posterior.sample(generator)
+        latents = encoded.latents if reference.posterior == "mode" else encoded.posterior.sample(generator)
         pack, scale = self._architecture.pack, self._architecture.scale
         return pack(pipe, scale(pipe, latents.float())), pack(pipe, noise) if reference.noise else None
 

@@ -6,10 +6,11 @@ name, so nothing of diffusers is imported. A further architecture is a further r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +29,7 @@ class Place:
     """
 
     pattern: str
-    where: str
+    where: Literal["output", "input"]
     cross: bool = False
     text_first: bool = False
 
@@ -42,7 +43,8 @@ class DenoiserCall:
         rows: images in the batch, all halves included.
         halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and
             conditional in one batch, else 1.
-        prompts: [rows, T, D] the text embedding of every row.
+        prompts: [rows, T, D] the text embedding of every row, or [1, T, D] of all.
+        pooled: [rows, P] the pooled text embedding, or [1, P]. Flux's is of `prompt`, the other of `prompt_2`.
         text_length: text tokens in front of the image tokens where a place has `text_first`.
         latent: (height, width) of the latent where feature maps of several sizes exist, else None.
         sample: the argument that holds the latents.
@@ -52,6 +54,7 @@ class DenoiserCall:
     rows: int
     halves: int
     prompts: torch.Tensor
+    pooled: torch.Tensor
     text_length: int
     latent: tuple[int, int] | None
     sample: torch.Tensor
@@ -71,6 +74,7 @@ class Architecture:
         read: reads a call of the denoiser from the pipeline and the denoiser's arguments by name.
         sample: name of the argument that holds the latents.
         shared: names of the arguments that have no row for each image.
+        broadcast: names of the arguments that may have a single row for all images, as the caller gave it.
         guided_apart: whether guidance is a second call of the denoiser in a step, for the negative prompt.
         latent_size: (height, width) of the latent, before any packing, from the denoiser's arguments.
         grids: sizes (height, width) in tokens of the feature maps of a latent, large to small.
@@ -89,6 +93,7 @@ class Architecture:
     read: Callable[[Any, Mapping[str, Any]], DenoiserCall]
     sample: str
     shared: tuple[str, ...]
+    broadcast: tuple[str, ...]
     guided_apart: bool
     latent_size: Callable[[Mapping[str, Any]], tuple[int, int]]
     grids: Callable[[tuple[int, int]], list[tuple[int, int]]]
@@ -108,20 +113,35 @@ class Timesteps:
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
         self._version: int | None = None
-        self._values: list[float] = []
+        self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
     def read(self, pipe: Any, timestep: torch.Tensor | float) -> float:
-        """Return a timestep that `pipe` handed on."""
+        """Return a timestep that `pipe` handed on.
+
+        Raises:
+            ValueError: it, or another of the schedule, is no training timestep.
+        """
         known = getattr(pipe.scheduler, "timesteps", None)
-        if not isinstance(timestep, torch.Tensor) or not isinstance(known, torch.Tensor):
-            return float(timestep)
-        number = _number_in(known, timestep)
+        tensors = isinstance(timestep, torch.Tensor) and isinstance(known, torch.Tensor)
+        number = _number_in(known, timestep) if tensors else None
         if number is None:
-            return float(timestep)
+            _check_unit(pipe.scheduler, value := float(timestep))
+            return value
         version = None if known.is_inference() else known._version  # which writing to it changes
         if known is not self._known or version != self._version:
-            self._known, self._version, self._values = known, version, known.tolist()
-        return float(self._values[number])
+            self._known, self._version, self.schedule = known, version, known.tolist()
+            _check_unit(pipe.scheduler, *self.schedule)
+        return float(self.schedule[number])
+
+
+def _check_unit(scheduler: Any, *timesteps: float) -> None:
+    """Refuse what cannot be training timesteps, of which a window is made."""
+    if not all(-1e-3 <= timestep <= 1000 + 1e-3 for timestep in timesteps):
+        raise ValueError(
+            f"NegToMe's window is in training timesteps, from 0 to 1000, but the timesteps of this "
+            f"{type(scheduler).__name__} go from {min(timesteps):g} to {max(timesteps):g} (EDM's are logarithms of the "
+            "noise level); choose a scheduler in training timesteps, such as EulerDiscreteScheduler."
+        )
 
 
 def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
@@ -142,6 +162,7 @@ def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         rows=sample.shape[0],
         halves=2 if pipe.do_classifier_free_guidance else 1,
         prompts=arguments["encoder_hidden_states"],
+        pooled=arguments["added_cond_kwargs"]["text_embeds"],
         text_length=0,
         latent=(sample.shape[-2], sample.shape[-1]),
         sample=sample,
@@ -162,10 +183,17 @@ def _sdxl_noised(
     pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, arguments: Mapping[str, Any]
 ) -> torch.Tensor:
     """Noise latents [R, 4, h, w] to the step's level by the pipeline's scheduler, and scale them as it does."""
-    timestep = arguments["timestep"].reshape(-1)[:1]
+    scheduler, timestep = pipe.scheduler, arguments["timestep"].reshape(-1)[:1]
     if noise is not None:
-        latents = pipe.scheduler.add_noise(latents, noise, timestep)
-    return pipe.scheduler.scale_model_input(latents, timestep[0])
+        between = any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma"))
+        if between and not scheduler.state_in_first_order:
+            # A step of KDPM2 or DPM-Solver-SDE between two of the schedule, whose level add_noise does not know: the
+            # one that 1 is scaled by, 1 / sqrt(sigma^2 + 1).
+            scale = scheduler.scale_model_input(latents.new_ones((), dtype=torch.float64), timestep[0])
+            latents = latents + (1 / scale**2 - 1).sqrt().to(latents) * noise
+        else:
+            latents = scheduler.add_noise(latents, noise, timestep)
+    return scheduler.scale_model_input(latents, timestep[0])
 
 
 def _sdxl_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,6 +212,7 @@ def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         rows=tokens.shape[0],
         halves=1,
         prompts=prompts,
+        pooled=arguments["pooled_projections"],
         text_length=prompts.shape[1],
         latent=None,
         sample=tokens,
@@ -207,7 +236,10 @@ def _flux_noised(
     """Noise packed latents [R, N, 64] to the step's level: (1 - sigma) latents + sigma noise."""
     if noise is None:
         return latents
-    return pipe.scheduler.scale_noise(latents, pipe.current_timestep.reshape(-1)[:1], noise)
+    scheduler, timestep = pipe.scheduler, pipe.current_timestep.reshape(-1)[:1]
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(latents, timestep, noise)
+    return scheduler.add_noise(latents, noise, timestep)  # as of UniPC with flow sigmas
 
 
 def _flux_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,16 +258,21 @@ def feature_maps(latent: tuple[int, int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def fewest_tokens(latent: tuple[int, int] | None, min_side: int) -> int | None:
-    """Count the tokens of the smallest feature map whose sides are both at least `min_side`; None if there is none.
+def largest_map(denoiser: torch.nn.Module, names: Sequence[str], latent: tuple[int, int]) -> tuple[int, int]:
+    """Return the size (height, width) of the largest feature map that any of these modules of a UNet works on."""
+    lowest = len(denoiser.down_blocks) - 1
 
-    Feature maps that have no levels (latent None) are all large enough: 0.
-    """
-    if latent is None:
-        return 0
-    return min(
-        (height * width for height, width in feature_maps(latent) if min(height, width) >= min_side), default=None
-    )
+    def level(name: str) -> int:
+        part, number, *_ = name.split(".")
+        return lowest if part == "mid_block" else int(number) if part == "down_blocks" else lowest - int(number)
+
+    maps = feature_maps(latent)
+    return maps[min(*map(level, names), len(maps) - 1)]
+
+
+def fewest_tokens(latent: tuple[int, int], min_side: int) -> int:
+    """Count the tokens of the smallest feature map whose sides are both at least `min_side`."""
+    return min(height * width for height, width in feature_maps(latent) if min(height, width) >= min_side)
 
 
 ARCHITECTURES = (
@@ -253,6 +290,7 @@ ARCHITECTURES = (
         read=_read_sdxl,
         sample="sample",
         shared=("timestep",),
+        broadcast=(),
         guided_apart=False,
         latent_size=lambda arguments: tuple(arguments["sample"].shape[-2:]),
         grids=feature_maps,
@@ -276,6 +314,7 @@ ARCHITECTURES = (
         read=_read_flux,
         sample="hidden_states",
         shared=("img_ids", "txt_ids"),
+        broadcast=("encoder_hidden_states", "pooled_projections"),
         guided_apart=True,
         latent_size=_flux_latent_size,
         grids=lambda latent: [(latent[0] // 2, latent[1] // 2)],
@@ -303,9 +342,52 @@ def find_architecture(pipe: Any) -> Architecture:
     raise TypeError(f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are {supported}.")
 
 
+def calling_pipeline() -> Any:
+    """Return the pipeline that the caller is called by, the innermost one on the stack, or None.
+
+    Several pipelines may share a denoiser, and a callback of one may call another.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if any(cls.__name__ == "DiffusionPipeline" for cls in type(owner).__mro__):
+                return owner
+        frame = frame.f_back
+    return None
+
+
 def unwrap(denoiser: Any) -> Any:
     """Return the module inside what torch.compile(module) returned, or the module itself."""
     return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
+    """Refuse a denoiser in which NegToMe would silently do something else.
+
+    Args:
+        denoiser: the module itself.
+        adds_rows: whether its batch has more rows in some steps than in others.
+
+    Raises:
+        RuntimeError: it is split over several processes, so that each has a part of the tokens or channels; or a hook
+            of diffusers carries features from one step to the next (a cache), and the rows change.
+    """
+    split = any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters())
+    if split or getattr(denoiser, "_parallel_config", None) is not None:
+        raise RuntimeError(
+            f"NegToMe compares whole tokens, but this {type(denoiser).__name__} is split over processes "
+            "(context or tensor parallelism, or sharded parameters); load it whole in each process, and give each "
+            "process groups of its own."
+        )
+    for name, module in denoiser.named_modules() if adds_rows else ():
+        for hook in getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values():
+            if hook._is_stateful:
+                raise RuntimeError(
+                    "NegToMe adds the rows of a Reference in the steps of its window only, but a cache, the "
+                    f"{type(hook).__name__} on {name or 'the denoiser'}, keeps features from one step to the next; "
+                    f"call disable_cache() on the {type(denoiser).__name__}, or leave the Reference out."
+                )
 
 
 def find_sites(
@@ -335,5 +417,5 @@ def find_sites(
 
 
 def _within(name: str, block: str) -> bool:
-    """Tell whether a dotted module name lies inside a block's."""
-    return name.startswith(block + ".")
+    """Tell whether a dotted module name is a block's, or lies inside it."""
+    return name == block or name.startswith(block + ".")

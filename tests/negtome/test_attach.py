@@ -1,10 +1,14 @@
 """NegToMe on tiny real pipelines: it does what an independent transcription does, only there, and leaves no trace."""
 
 import copy
+import threading
 import warnings
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn.functional import normalize
 
 import negtome
@@ -191,6 +195,14 @@ def test_each_reference_moves_its_images(pipe, config):
     assert not torch.equal(others[0], base[0])
 
 
+def test_released_without_guidance_is_one_group_not_two_halves(tiny_sdxl):
+    config = NegToMeConfig.preset("sdxl", "released", threshold=-1, timestep_range=(0, 1000), min_side=8)
+    base = generate(tiny_sdxl, (0, 1, 2, 3), guidance_scale=1.0)
+    with negtome.attach(tiny_sdxl, config):
+        result = generate(tiny_sdxl, (0, 1, 2, 3), guidance_scale=1.0)
+    assert [torch.equal(a, b) for a, b in zip(result, base, strict=True)] == [True, False, False, False]
+
+
 def test_alpha_zero_is_bit_identical(pipe, config):
     base = generate(pipe)
     with negtome.attach(pipe, config.replace(alpha=0)) as attached:
@@ -265,6 +277,23 @@ def test_features_that_somebody_holds_are_not_written_to(pipe, config, when):
     assert kept and all(torch.equal(tensor, copy) for tensor, copy in kept)
     torch.testing.assert_close(result, expected)
     assert not torch.equal(result, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EDMEuler", {}),
+        ("EDMDPMSolverMultistep", {}),
+        ("EulerDiscrete", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+    ],
+)
+def test_timesteps_in_another_unit_are_refused(tiny_sdxl, name, options):
+    """EDM's are quarters of logarithms of the noise level, from 1 down to -2: a window up to 1000 would hold a few."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")
+    tiny_sdxl.scheduler = scheduler.from_config(tiny_sdxl.scheduler.config, **options)
+    config = CONFIGS["sdxl"].replace(timestep_range=(0, 1000))
+    with pytest.raises(ValueError, match=rf"of this {name}Scheduler go from -\d"), negtome.attach(tiny_sdxl, config):
+        generate(tiny_sdxl)
 
 
 def test_a_scheduler_of_second_order_has_every_step_twice(tiny_sdxl):
@@ -369,6 +398,63 @@ def test_the_handle_works_without_a_block(pipe, config):
     assert torch.equal(generate(pipe), base)
 
 
+def test_a_handle_is_entered_once(pipe, config):
+    """The second time it would do nothing, and so would the outer of two blocks after the inner one."""
+    base = generate(pipe)
+    with negtome.attach(pipe, config) as attached:
+        generate(pipe)
+        with pytest.raises(RuntimeError, match="was entered before; attach again"), attached:
+            pass
+        assert not torch.equal(generate(pipe), base)  # still attached
+    with pytest.raises(RuntimeError, match="was entered before"), attached:
+        generate(pipe)
+    attached = negtome.attach(pipe, config)
+    attached.remove()
+    with pytest.raises(RuntimeError, match="was removed before; attach again"), attached:
+        generate(pipe)
+
+
+def test_a_lost_handle_is_detached(pipe, config):
+    base, before = generate(pipe), state(pipe)
+    sibling = type(pipe)(**pipe.components)
+    for attached_to in (pipe, sibling):  # or by a pipeline that shares the denoiser
+        negtome.attach(pipe, config)
+        negtome.detach(attached_to)
+        assert state(pipe) == before
+    assert torch.equal(generate(pipe), base)
+    with pytest.raises(RuntimeError, match="not attached to this"):
+        negtome.detach(pipe)
+    with pytest.raises(TypeError, match="supported are"):
+        negtome.detach(object())
+
+
+def load_adapter(pipe):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_out.0"]
+    denoiser(pipe).add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+def test_a_handle_outlives_adapters(pipe, config):
+    """LoRA puts modules in the place of others: the sites follow, so that it is as if attached afterwards."""
+    before = state(pipe)
+    handle = negtome.attach(pipe, config)
+    plain = generate(pipe)
+    load_adapter(pipe)
+    adapted = generate(pipe)
+    pipe.unload_lora_weights()
+    assert torch.equal(generate(pipe), plain)
+    load_adapter(pipe)
+    assert torch.equal(generate(pipe), adapted)
+    handle.remove()
+    assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
+    with negtome.attach(pipe, config):
+        assert torch.equal(generate(pipe), adapted)
+    assert not torch.equal(generate(pipe), adapted) and not torch.equal(adapted, plain)
+    pipe.unload_lora_weights()
+    assert [kind for kind, *_ in state(pipe)] == [kind for kind, *_ in before]
+
+
 def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, config):
     base, before = generate(pipe), state(pipe)
 
@@ -391,6 +477,18 @@ def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, conf
         result = generate(pipe)
     with negtome.attach(pipe, config):
         assert torch.equal(generate(pipe), result)
+
+
+def test_what_is_not_said_is_as_published_for_the_architecture(pipe, kind):
+    def settled(*config):
+        attached = negtome.attach(pipe, *config)
+        attached.remove()
+        return attached.config
+
+    assert settled() == settled(None) == NegToMeConfig.preset(kind)
+    assert settled(NegToMeConfig(alpha=1.5, min_side=8)) == NegToMeConfig.preset(kind, alpha=1.5, min_side=8)
+    assert settled(NegToMeConfig(threshold=0.1)).threshold == 0.1
+    assert settled(NegToMeConfig(timestep_range=(0, 1))).timestep_range == (0, 1)
 
 
 def test_a_refused_attachment_changes_nothing(pipe, config):
@@ -428,17 +526,35 @@ def test_a_block_without_a_call_is_an_error(pipe, config):
     assert state(pipe) == before
 
 
+def counted_calls(pipe):
+    """Return a list that grows at every step that the denoiser really takes."""
+    calls = []
+    first = next(module for module in denoiser(pipe).modules() if isinstance(module, torch.nn.Linear))
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
 def test_a_window_without_a_step_is_an_error_that_names_both(pipe, config, kind):
     seen = "751, 501, 251, 1" if kind == "sdxl" else "1000, 750, 500, 250"
+    calls = counted_calls(pipe)
     with (
-        pytest.raises(RuntimeError, match=rf"timestep_range=\(800, 900\).*were {seen}; widen"),
+        pytest.raises(RuntimeError, match=rf"timestep_range=\(800, 900\).*are {seen}; widen"),
         negtome.attach(pipe, config.replace(timestep_range=(800, 900))),
     ):
         generate(pipe)
+    assert calls == []
+
+
+def test_a_window_whose_steps_are_left_out_is_an_error_at_the_end(tiny_sdxl):
+    config = CONFIGS["sdxl"].replace(timestep_range=(0, 300))
+    with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
+        generate(tiny_sdxl, denoising_end=0.5)
 
 
 def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tiny_sdxl):
-    config = CONFIGS["sdxl"].replace(min_side=32)
+    calls = counted_calls(tiny_sdxl)
+    # Late in the run, too, it is known before the first step.
+    config = CONFIGS["sdxl"].replace(min_side=32, timestep_range=(0, 300))
     with (
         pytest.raises(RuntimeError, match=r"12x20 tokens and min_side=32.*lower min_side to 12"),
         negtome.attach(tiny_sdxl, config),
@@ -450,6 +566,7 @@ def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tin
         negtome.attach(tiny_sdxl, config.replace(sites=["up_blocks.0"])),
     ):
         generate(tiny_sdxl)
+    assert calls == []
 
 
 def test_sites_that_are_not_reached_are_an_error(pipe, config, monkeypatch):
@@ -494,6 +611,12 @@ def test_a_group_of_one_is_refused(pipe, config):
             negtome.attach(pipe, config, group_size=size)
 
 
+def test_a_group_size_may_be_numpys(tiny_flux):
+    attached = negtome.attach(tiny_flux, CONFIGS["flux"], group_size=np.int64(2))
+    attached.remove()
+    assert attached.group_size == 2 and type(attached.group_size) is int
+
+
 def test_groups_must_be_whole(pipe, config):
     with (
         pytest.raises(ValueError, match="whole groups of 2 images, got 3 images"),
@@ -514,12 +637,22 @@ def test_several_prompts_need_a_group_size(pipe, config, guidance_scale):
     torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
 
 
-def test_a_replaced_site_is_noticed(pipe, config):
-    with negtome.attach(pipe, config) as attached, pytest.raises(RuntimeError, match="was replaced by another module"):
+def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_several(tiny_flux):
+    """`prompt` is in the pooled embedding, `prompt_2` in the others."""
+    options = {"prompt": ["a dog", "a cat"], "prompt_2": ["a photo", "a photo"]}
+    with (
+        pytest.raises(ValueError, match="pass group_size=num_images_per_prompt"),
+        negtome.attach(tiny_flux, CONFIGS["flux"]),
+    ):
+        generate(tiny_flux, (0, 1), **options)
+
+
+def test_a_site_that_is_gone_is_noticed(pipe, config):
+    with negtome.attach(pipe, config) as attached, pytest.raises(RuntimeError, match="is gone from the"):
         generate(pipe)
-        parent, _, name = attached.sites[0].rpartition(".")
-        parent = denoiser(pipe).get_submodule(parent)
-        setattr(parent, name, torch.nn.Sequential(getattr(parent, name)))
+        block = denoiser(pipe).get_submodule(attached.sites[0].rpartition(".attn")[0])
+        block.__class__ = torch.nn.Identity
+        block._modules.clear()
         generate(pipe)
 
 
@@ -537,8 +670,79 @@ def test_a_denoiser_that_another_pipeline_calls_is_noticed(pipe, config):
         generate(sibling)
 
 
+@pytest.mark.parametrize("in_thread", [False, True], ids=["callback", "thread"])
+def test_another_pipeline_that_is_called_meanwhile_is_refused(pipe, config, in_thread):
+    """Nothing of it is pushed, and none of its steps is counted: the attached one's call stays what it was."""
+    before = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    with negtome.attach(pipe, config) as attached:
+        expected = generate(pipe)
+        counts = attached.counts(), attached.steps[:]
+    refused = []
+
+    def call(other):
+        with pytest.raises(RuntimeError, match="something else called it; attach to the pipeline that you call, and"):
+            generate(other, num_inference_steps=2)
+        refused.append(other)
+
+    def meanwhile(p, index, timestep, tensors):
+        if index == 0:
+            inside = type(before)(**p.components | {"scheduler": copy.deepcopy(p.scheduler)})
+            for other in (before, inside):
+                if in_thread:
+                    thread = threading.Thread(target=call, args=[other])
+                    thread.start()
+                    thread.join()
+                else:
+                    call(other)
+        return tensors
+
+    with negtome.attach(pipe, config) as attached:
+        result = generate(pipe, callback_on_step_end=meanwhile)
+    assert len(refused) == 2
+    assert torch.equal(result, expected)
+    assert (attached.counts(), attached.steps) == counts
+
+
+def test_an_attached_pipeline_is_not_called_within_its_own_call(pipe, config):
+    def again(p, index, timestep, tensors):
+        generate(p)
+
+    with pytest.raises(RuntimeError, match=r"one call of its \w+ at a time"), negtome.attach(pipe, config):
+        generate(pipe, callback_on_step_end=again)
+
+
+def split_tokens(module):
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    # What enable_parallelism notes down: it needs two processes with a device each.
+    module._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+
+
+def split_weights(module):
+    from torch import distributed
+    from torch.distributed.tensor import distribute_module
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        distribute_module(next(m.to_q for m in module.modules() if hasattr(m, "to_q")), mesh)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("split", [split_tokens, split_weights])
+def test_a_denoiser_split_over_processes_is_refused_before_and_inside_the_block(tiny_flux, split):
+    with pytest.raises(RuntimeError, match="split over processes"), negtome.attach(tiny_flux, CONFIGS["flux"]):
+        split(tiny_flux.transformer)
+        generate(tiny_flux)
+    before = state(tiny_flux)
+    with pytest.raises(RuntimeError, match=r"split over processes.*load it whole in each process"):
+        negtome.attach(tiny_flux, CONFIGS["flux"])
+    assert state(tiny_flux) == before
+
+
 def test_what_is_no_config_is_refused(pipe):
-    with pytest.raises(TypeError, match="must be a NegToMeConfig, got a dict"):
+    with pytest.raises(TypeError, match="must be a NegToMeConfig, or None, got a dict"):
         negtome.attach(pipe, {"alpha": 0.9})
 
 
@@ -556,6 +760,8 @@ def offload_denoiser(pipe):
 
 
 def offload_groups(pipe):
+    if Version(diffusers.__version__) < Version("0.42") and torch.accelerator.current_accelerator() is None:
+        pytest.skip("this diffusers offloads groups where there is an accelerator only")
     denoiser(pipe).enable_group_offload(
         onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
     )

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from negtome import NegToMeConfig
 
@@ -22,6 +24,10 @@ from negtome import NegToMeConfig
         ("timestep_range", (math.nan, 1000), "finite"),
         ("timestep_range", (1, 2, 3), "two numbers"),
         ("timestep_range", "ab", "two numbers"),
+        ("timestep_range", 800, r"two numbers \(low, high\), got 800"),
+        ("threshold", np.float32(1.5), "between -1 and 1, got 1.5"),
+        ("alpha", torch.tensor([0.9]), "finite number, got tensor"),
+        ("alpha", np.True_, "finite number, got True"),
         ("matching", "nearest", "one of"),
         ("reference", "last", "one of"),
         ("sites", "up_blocks", "list of module names"),
@@ -53,6 +59,16 @@ def test_lists_become_tuples_and_nothing_can_be_changed():
     assert config.replace(alpha=1.5).alpha == 1.5
     with pytest.raises(ValueError, match="threshold"):
         config.replace(threshold=2)
+
+
+@pytest.mark.parametrize("of", [np.array, torch.tensor])
+def test_numbers_of_numpy_and_tensors_are_numbers(of):
+    ours = NegToMeConfig(alpha=0.5, threshold=0.75, timestep_range=(600, 900), cross_attention=True, min_side=8)
+    theirs = NegToMeConfig(
+        alpha=of(0.5), threshold=of(0.75), timestep_range=of([600, 900]), cross_attention=of(True), min_side=of(8)
+    )
+    assert theirs == ours and hash(theirs) == hash(ours) and repr(theirs) == repr(ours)
+    assert NegToMeConfig(alpha=np.float64(0.5), min_side=np.int64(8)) == NegToMeConfig(alpha=0.5, min_side=8)
 
 
 def test_the_window_is_inclusive():

@@ -47,15 +47,13 @@ def near(shape, dtype):
 @pytest.mark.parametrize("text", [0, 77])
 @pytest.mark.parametrize("rows", [4, 8])
 def test_it_is_what_a_cpu_computes(reference, matching, dtype, text, rows, nobody_waits):
-    """Tokens behind text too, of which nothing is written to."""
+    """Tokens behind text too."""
     tokens = near((rows, 320, 64), dtype)
     features = torch.cat([torch.ones(rows, text, 64, dtype=dtype), tokens], dim=1)
     options = STRENGTH | {"matching": matching, "reference": reference}
     expected, similarity = push_groups(tokens.double(), 4, **options)
-    written = features.pin_memory().cuda(non_blocking=True)
-    result, found = push_groups(written[:, text:], 4, inplace=True, **options)
+    result, found = push_groups(features.pin_memory().cuda(non_blocking=True)[:, text:], 4, **options)
     torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(written[:, text:], result) and (written[:, :text] == 1).all()
     tolerance = 1e-3 if dtype is torch.float32 else 0.05
     torch.testing.assert_close(found.cpu().double(), similarity, rtol=tolerance, atol=tolerance)
     # Of several images, each with a token that is near, rounding may choose the other.
@@ -81,7 +79,7 @@ def test_the_matrices_stay_below_their_bound(reference, matching, monkeypatch):
     tokens = torch.randn(4, 4096, 640, device="cuda", dtype=torch.bfloat16)
     bound = 2**20
     monkeypatch.setattr(merge, "MAX_SIMILARITY_ELEMENTS", bound)
-    options = STRENGTH | {"matching": matching, "reference": reference, "inplace": True}
+    options = STRENGTH | {"matching": matching, "reference": reference}
     push_groups(tokens, 4, **options)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -41,14 +41,14 @@ def config(kind):
     return CONFIGS[kind]
 
 
-def generate(pipe, seeds=SEEDS, prompt="a dog", generators=None, **options):
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+def generate(pipe, seeds=SEEDS, prompt="a dog", generators=None, per_prompt=None, **options):
+    prompts = prompt if isinstance(prompt, list) else [prompt]
     options = {"num_inference_steps": 4, "height": 32, "width": 32} | options
     if hasattr(pipe, "transformer"):
         options["max_sequence_length"] = 12
     return pipe(
         prompt,
-        num_images_per_prompt=len(seeds) // len(prompts),
+        num_images_per_prompt=per_prompt or len(seeds) // len(prompts),
         generator=generators or [torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
         **options,
@@ -202,7 +202,7 @@ def test_it_is_the_transcription(case, kind, pipe, config):
         tokens, pooled, _ = pipe.encode_prompt(reference.prompt, None, max_sequence_length=12)
         own_prompt = {"tokens": tokens, "pooled": pooled}
     base = generate(pipe, **options)
-    with negtome.attach(pipe, config, reference=reference) as attached:
+    with negtome.attach(pipe, config, given=reference) as attached:
         result = generate(pipe, **options)
     expected = transcribed(
         pipe,
@@ -234,7 +234,7 @@ def test_the_images_random_numbers_are_untouched(pipe, kind, config, guidance_sc
     everyone = torch.get_rng_state()
     for posterior in ("mode", "sample"):
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        with negtome.attach(pipe, config.replace(alpha=0), reference=Reference(PICTURE, posterior=posterior)):
+        with negtome.attach(pipe, config.replace(alpha=0), given=Reference(PICTURE, posterior=posterior)):
             result = generate(pipe, generators=generators, **options)
         assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, after, strict=True))
         assert torch.equal(torch.get_rng_state(), everyone)
@@ -250,7 +250,7 @@ def test_a_reference_equal_to_the_image_changes_nothing(pipe, kind, config, monk
         monkeypatch.setitem(architecture.__dict__, "noised", the_image_itself)
     pipe.to(torch.float64)  # where no match hangs on rounding
     base = generate(pipe, (0,))
-    with negtome.attach(pipe, config, reference=Reference(PICTURE)) as attached:
+    with negtome.attach(pipe, config, given=Reference(PICTURE)) as attached:
         result = generate(pipe, (0,))
     torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
     assert attached.summary()["tokens_pushed"] == attached.summary()["tokens_compared"]
@@ -271,11 +271,11 @@ def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
     pipe.to(torch.float64)
     one, two = Reference(PICTURE), Reference(OTHER, seed=1)
     base = generate(pipe, (0, 1, 2))
-    with negtome.attach(pipe, config, reference=[one, None, two]):
+    with negtome.attach(pipe, config, given=[one, None, two]):
         result = generate(pipe, (0, 1, 2))
     torch.testing.assert_close(result[1], base[1], rtol=1e-6, atol=1e-6)
     for k, reference in ((0, one), (2, two)):
-        with negtome.attach(pipe, config, reference=reference):
+        with negtome.attach(pipe, config, given=reference):
             alone = generate(pipe, (k,))
         torch.testing.assert_close(result[k], alone[0], rtol=1e-4, atol=1e-4)
         assert (result[k] - base[k]).abs().max() > 1e-2
@@ -284,9 +284,18 @@ def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
 def test_images_of_several_prompts_do_not_share_their_conditioning(pipe, config):
     pipe.to(torch.float64)
     reference, prompts = Reference(PICTURE), ["a dog", "a red bus"]
-    with negtome.attach(pipe, config, reference=reference):
+    with negtome.attach(pipe, config, given=reference):
         together = generate(pipe, (0, 1, 2, 3), prompt=prompts)
         alone = [generate(pipe, seeds, prompt=p) for seeds, p in zip(((0, 1), (2, 3)), prompts, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_lent_one_by_one(tiny_flux):
+    tiny_flux.to(torch.float64)
+    prompts = ["a dog", "a red bus"]
+    with negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE)):
+        together = generate(tiny_flux, (0, 1), prompt=prompts, prompt_2=["a photo"] * 2)
+        alone = [generate(tiny_flux, (k,), prompt=p, prompt_2="a photo") for k, p in enumerate(prompts)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -300,7 +309,7 @@ def test_outside_the_window_no_row_is_added(pipe, config, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(denoiser(pipe)), "forward", forward)
-    with negtome.attach(pipe, config, reference=Reference([PICTURE, OTHER])) as attached:
+    with negtome.attach(pipe, config, given=Reference([PICTURE, OTHER])) as attached:
         generate(pipe)
     halves = 2 if hasattr(pipe, "unet") else 1
     assert rows == [halves * (4 if step.active else 2) for step in attached.steps]
@@ -314,7 +323,7 @@ def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatc
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     base = generate(pipe)
     before = (type(pipe), type(denoiser(pipe)), sorted(pipe.__dict__), [type(m) for m in denoiser(pipe).modules()])
-    with negtome.attach(pipe, config, reference=Reference(PICTURE)):
+    with negtome.attach(pipe, config, given=Reference(PICTURE)):
         first, second = generate(pipe), generate(pipe)
     assert torch.equal(first, second)
     assert len(calls) == 1
@@ -328,7 +337,7 @@ def test_half_precision_autoencoders_come_back_unchanged(pipe, config):
     pipe.vae.register_to_config(force_upcast=True)
     pipe.vae.to(torch.float16)
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
-    with negtome.attach(pipe, config, reference=Reference(PICTURE)):
+    with negtome.attach(pipe, config, given=Reference(PICTURE)):
         result = generate(pipe)
     assert result.isfinite().all()
     assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
@@ -344,7 +353,7 @@ def test_an_autoencoder_that_fails_gets_its_precision_back(pipe, config, monkeyp
     monkeypatch.setattr(type(pipe.vae), "encode", fail)
     with (
         pytest.raises(torch.OutOfMemoryError),
-        negtome.attach(pipe, config, reference=Reference(PICTURE)),
+        negtome.attach(pipe, config, given=Reference(PICTURE)),
     ):
         generate(pipe)
     assert pipe.vae.dtype is torch.float16
@@ -364,7 +373,7 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         return arguments, layout
 
     monkeypatch.setattr(ReferenceRows, "extend", note)
-    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], reference=Reference(PICTURE, prompt="a cat")):
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE, prompt="a cat")):
         generate(tiny_sdxl)
     (own, _, _, _) = tiny_sdxl.encode_prompt("a cat", do_classifier_free_guidance=False)
     assert len(rows) >= 3
@@ -372,14 +381,99 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         torch.testing.assert_close(row, own[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DDIM"),
+        *("DPMSolverMultistep", "DPMSolverSDE"),
+    ],
+)
+def test_a_reference_is_as_noisy_as_the_images_at_every_step(tiny_sdxl, name, monkeypatch):
+    """Its row is x + sigma n, scaled as the images' rows are, at the steps between two of the schedule too."""
+    import diffusers
+
+    try:
+        tiny_sdxl.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(tiny_sdxl.scheduler.config)
+        tiny_sdxl.scheduler.set_timesteps(4)
+    except ImportError:
+        pytest.skip(f"{name} needs a package that is not installed")
+    rows = []
+    original = type(tiny_sdxl.unet).forward
+
+    @functools.wraps(original)
+    def forward(self, sample, timestep, *args, **kwargs):
+        scheduler = tiny_sdxl.scheduler
+        scale = float(scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep))
+        if scale == 1:  # DDIM and its like hold the variance; training timesteps tell it
+            scale = float(scheduler.alphas_cumprod[int(timestep)]) ** 0.5
+        rows.append((sample[-1].double(), scale))
+        return original(self, sample, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny_sdxl.unet), "forward", forward)
+    config = CONFIGS["sdxl"].replace(timestep_range=(0, 1000))
+    with negtome.attach(tiny_sdxl, config, given=Reference(PICTURE, seed=3)) as attached:
+        generate(tiny_sdxl)
+    assert len(rows) == len(attached.steps) >= 4
+    clean = tiny_sdxl.vae.encode(2 * PICTURE[None] - 1).latent_dist.mean[0] * tiny_sdxl.vae.config.scaling_factor
+    noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(3))[0].double()
+    for row, scale in rows:
+        sigma = (1 / scale**2 - 1) ** 0.5
+        torch.testing.assert_close(row, scale * (clean.double() + sigma * noise), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCache", "TaylorSeerCache", "PyramidAttentionBroadcast"])
+def test_a_cache_is_refused_before_and_inside_the_block(tiny_flux, name):
+    """It would bring a row of the window back in the steps after it: one prompt, two images."""
+    import diffusers
+
+    options = {
+        "FirstBlockCache": {"threshold": 0.5},
+        "PyramidAttentionBroadcast": {
+            "spatial_attention_block_skip_range": 2,
+            "current_timestep_callback": lambda: tiny_flux.current_timestep,
+        },
+    }
+    cache = getattr(diffusers, f"{name}Config")(**options.get(name, {}))
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE))
+    with pytest.raises(RuntimeError, match=r"a cache, the \w+ on .*; call disable_cache\(\)"), attachment:
+        tiny_flux.transformer.enable_cache(cache)
+        generate(tiny_flux, (0,))
+    with pytest.raises(RuntimeError, match="or leave the Reference out"):
+        negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE))
+    with negtome.attach(tiny_flux, CONFIGS["flux"]):
+        assert generate(tiny_flux).isfinite().all()
+    tiny_flux.transformer.disable_cache()
+    with negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE)):
+        assert len(generate(tiny_flux, (0,))) == 1
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_denoiser_that_returns_other_rows_than_asked_for_is_an_error(pipe, config, with_reference):
+    """As one does that keeps features between its calls in a way nobody knows of."""
+
+    def one_more(module, args, output):
+        return (torch.cat([output[0], output[0][-1:]]), *output[1:])
+
+    attachment = negtome.attach(pipe, config, given=Reference(PICTURE) if with_reference else None)
+    handle = denoiser(pipe).register_forward_hook(one_more)
+    halves = 2 if hasattr(pipe, "unet") else 1
+    with (
+        pytest.raises(RuntimeError, match=rf"the {2 * halves} rows that the pipeline asked for, got"),
+        attachment,
+    ):
+        generate(pipe)
+    handle.remove()
+
+
 @pytest.mark.parametrize("kind", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
-    with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as attached:
+    with negtome.attach(pipe, config, given=Reference(PICTURE, mask=LEFT)) as attached:
         expected = generate(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     torch._dynamo.reset()
     denoiser(pipe).compile(backend="eager")
-    with negtome.attach(pipe, config, reference=Reference(PICTURE, mask=LEFT)) as compiled:
+    with negtome.attach(pipe, config, given=Reference(PICTURE, mask=LEFT)) as compiled:
         result = generate(pipe)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
     assert compiled.summary()["tokens_compared"] == attached.summary()["tokens_compared"]
@@ -445,6 +539,7 @@ def test_bad_input_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Reference(*arguments)
+    assert Reference(PICTURE, seed=torch.tensor(3)).seed == 3
     for setting in ({"noise": 1}, {"seed": -1}, {"prompt": ["a"]}, {"posterior": "mean"}):
         with pytest.raises(ValueError, match=next(iter(setting))):
             Reference(PICTURE, **setting)
@@ -452,42 +547,116 @@ def test_bad_input_is_refused(tmp_path):
 
 def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
     with pytest.raises(TypeError, match=r"negtome\.Reference\(image\)"):
-        negtome.attach(pipe, config, reference=PICTURE)
+        negtome.attach(pipe, config, given=PICTURE)
     with pytest.raises(ValueError, match="at least one"):
-        negtome.attach(pipe, config, reference=[None, None])
+        negtome.attach(pipe, config, given=[None, None])
     with pytest.raises(ValueError, match="between two images only"):
-        negtome.attach(pipe, config.replace(matching="released"), reference=Reference([PICTURE, OTHER]))
+        negtome.attach(pipe, config.replace(matching="released"), given=Reference([PICTURE, OTHER]))
     with (
         pytest.raises(ValueError, match="each of the 2 images of the call, got 3"),
-        negtome.attach(pipe, config, reference=[Reference(PICTURE)] * 3),
+        negtome.attach(pipe, config, given=[Reference(PICTURE)] * 3),
     ):
         generate(pipe)
     dot = torch.zeros(32, 32, dtype=torch.bool)
     dot[3, 3] = True
     with (
         pytest.raises(ValueError, match="more than half of no token"),
-        negtome.attach(pipe, config.replace(min_side=8), reference=Reference(PICTURE, mask=dot)),
+        negtome.attach(pipe, config.replace(min_side=8), given=Reference(PICTURE, mask=dot)),
     ):
         generate(pipe)
 
 
-def test_embeddings_without_a_row_for_each_image_are_refused(tiny_flux):
-    tokens, pooled, _ = tiny_flux.encode_prompt("a dog", None, max_sequence_length=12)
-    embedded = {"prompt": None, "prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "num_inference_steps": 4}
-    options = embedded | {"height": 32, "width": 32, "num_images_per_prompt": 2, "output_type": "latent"}
+def embedded(pipe, rows):
+    """Embed a prompt for a call with two images and no text encoders; Flux is given so many rows, and SDXL one."""
+    if hasattr(pipe, "unet"):
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        return dict(zip(names, pipe.encode_prompt("a dog"), strict=True)) | {"prompt": None, "per_prompt": 2}
+    tokens, pooled, _ = pipe.encode_prompt("a dog", None, num_images_per_prompt=rows, max_sequence_length=12)
+    return {"prompt": None, "prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "per_prompt": 2 // rows}
+
+
+@pytest.mark.parametrize("prompt", [None, "a mouse"])
+def test_one_row_of_embeddings_is_of_all_images(tiny_flux, prompt):
+    """Flux broadcasts what it is given; a reference, with a prompt of its own even, needs a row of its own."""
+    results = []
+    for rows in (2, 1):
+        with negtome.attach(tiny_flux, CONFIGS["flux"], given=[Reference(PICTURE, prompt=prompt), None]):
+            results.append(generate(tiny_flux, **embedded(tiny_flux, rows)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_with_other_rows_are_refused(tiny_flux):
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE))
+    with pytest.raises(ValueError, match="one for each of the 3 images, beside a reference, got 2"), attachment:
+        generate(tiny_flux, (0, 1, 2), **embedded(tiny_flux, 2) | {"latents": torch.zeros(3, 64, 4)})
+
+
+def test_what_encodes_may_not_be_missing(pipe, config):
+    options = embedded(pipe, 1)
+    pipe.text_encoder = pipe.text_encoder_2 = None
+    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+        assert len(generate(pipe, **options)) == 2
+    with pytest.raises(ValueError, match=r"expected both text encoders.*leave the prompt out"):
+        negtome.attach(pipe, config, given=[None, Reference(PICTURE, prompt="a mouse")])
+    pipe.vae, vae = None, pipe.vae
+    with pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"):
+        negtome.attach(pipe, config, given=Reference(PICTURE))
+    pipe.vae = vae
     with (
-        pytest.raises(
-            ValueError, match="a row for each of the 2 images beside a reference, got 1; repeat prompt_embeds"
-        ),
-        negtome.attach(tiny_flux, CONFIGS["flux"], reference=Reference(PICTURE)),
+        pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"),
+        negtome.attach(pipe, config, given=Reference(PICTURE)),
     ):
-        tiny_flux(**options)
+        pipe.vae = None
+        generate(pipe, **options)
+
+
+def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
+    from diffusers import AutoencoderTiny
+
+    blocks = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    blocks |= {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
+    pipe.vae = AutoencoderTiny(latent_channels=4 if kind == "sdxl" else 1, **blocks).eval()
+    results = []
+    for reference in (Reference(PICTURE), Reference(OTHER)):
+        with negtome.attach(pipe, config, given=reference):
+            results.append(generate(pipe))
+    assert not torch.equal(*results)
+    attachment = negtome.attach(pipe, config, given=Reference(PICTURE, posterior="sample"))
+    with pytest.raises(ValueError, match='got a AutoencoderTiny; use "mode"'), attachment:
+        generate(pipe)
+
+
+def test_flux_references_are_noised_by_unipc_too(tiny_flux, monkeypatch):
+    from diffusers import UniPCMultistepScheduler
+
+    tiny_flux.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
+    )
+    rows = []
+    original = type(tiny_flux.transformer).forward
+
+    @functools.wraps(original)
+    def forward(self, **kwargs):
+        rows.append((kwargs["hidden_states"][-1], float(tiny_flux.scheduler.sigmas[len(rows)])))
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(type(tiny_flux.transformer), "forward", forward)
+    config = CONFIGS["flux"].replace(timestep_range=(0, 1000))
+    with negtome.attach(tiny_flux, config, given=Reference(PICTURE, seed=3)):
+        generate(tiny_flux)
+    vae = tiny_flux.vae
+    clean = (vae.encode(2 * PICTURE[None] - 1).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
+    assert len(rows) == 4
+    for row, sigma in rows:
+        expected = (1 - sigma) * clean + sigma * noise
+        torch.testing.assert_close(row, tiny_flux._pack_latents(expected, *expected.shape)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_blurred_reference_is_another_reference(pipe, config):
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
     results = []
     for reference in (picture, picture.filter(ImageFilter.GaussianBlur(4))):
-        with negtome.attach(pipe, config, reference=Reference(reference)):
+        with negtome.attach(pipe, config, given=Reference(reference)):
             results.append(generate(pipe))
     assert not torch.equal(*results)

@@ -5,8 +5,9 @@ import inspect
 import pytest
 import torch
 
+import negtome
 from negtome import NegToMeConfig
-from negtome.sites import ARCHITECTURES, feature_maps, fewest_tokens, find_architecture, find_sites
+from negtome.sites import ARCHITECTURES, feature_maps, fewest_tokens, find_architecture, find_sites, largest_map
 
 SDXL, FLUX = ARCHITECTURES
 
@@ -85,6 +86,15 @@ def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
         names(tiny_flux, FLUX, sites=["single_transformer_blocks.7"])
 
 
+def test_the_sites_of_an_attachment_may_be_chosen_one_by_one(tiny_sdxl, tiny_flux):
+    for pipe in (tiny_sdxl, tiny_flux):
+        attached = negtome.attach(pipe, NegToMeConfig())
+        attached.remove()
+        one = negtome.attach(pipe, NegToMeConfig(sites=attached.sites[1:]))
+        one.remove()
+        assert one.sites == attached.sites[1:]
+
+
 def test_other_pipelines_are_refused_by_name(tiny_sdxl):
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
@@ -95,11 +105,21 @@ def test_other_pipelines_are_refused_by_name(tiny_sdxl):
             find_architecture(pipe)
 
 
+def test_the_largest_map_of_modules_is_where_they_are_in_the_unet(real_unet):
+    for names, size in (
+        (["mid_block.attentions.0.transformer_blocks.0.attn1"], (32, 32)),
+        (["mid_block.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.attentions.0"], (64, 64)),
+        (["up_blocks.0.attentions.0", "up_blocks.1.attentions.0"], (64, 64)),
+        (["down_blocks.1.attentions.0", "down_blocks.2.attentions.0"], (64, 64)),
+        (["down_blocks.2.attentions.0"], (32, 32)),
+    ):
+        assert largest_map(real_unet, names, (128, 128)) == size
+    assert largest_map(real_unet, ["mid_block.attentions.0"], (1, 1)) == (1, 1)
+
+
 def test_feature_maps_halve_rounding_up():
     assert feature_maps((128, 128))[:3] == [(128, 128), (64, 64), (32, 32)]
     assert feature_maps((5, 12)) == [(5, 12), (3, 6), (2, 3), (1, 2), (1, 1)]
     # 1024x1024: 32x32 is the smallest that takes part in the release; 1344x768: 42x24 does not.
     assert fewest_tokens((128, 128), 32) == 32 * 32
     assert fewest_tokens((96, 168), 32) == 48 * 84
-    assert fewest_tokens((16, 16), 32) is None
-    assert fewest_tokens(None, 32) == 0

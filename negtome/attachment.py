@@ -1,0 +1,491 @@
+"""Attach NegToMe to a stock diffusers pipeline for the length of a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from negtome.config import NegToMeConfig
+from negtome.merge import plain
+from negtome.pushing import ATTRIBUTE, Now, Site, links, retype
+from negtome.reference import Reference
+from negtome.rows import ReferenceRows, shrink
+from negtome.sites import (
+    Architecture,
+    DenoiserCall,
+    Timesteps,
+    calling_pipeline,
+    check_denoiser,
+    fewest_tokens,
+    find_architecture,
+    find_sites,
+    largest_map,
+    unwrap,
+)
+
+
+class Step(NamedTuple):
+    """One denoising step of a run: its training timestep, and whether the window contains it."""
+
+    timestep: float
+    active: bool
+
+
+class SiteCount(NamedTuple):
+    """Tokens compared with a reference at a site, and how many of them were pushed, all halves and steps together."""
+
+    compared: int
+    pushed: int
+
+
+def attach(
+    pipe: Any,
+    config: NegToMeConfig | None = None,
+    group_size: int | None = None,
+    given: Reference | Sequence[Reference | None] | None = None,
+) -> Attachment:
+    """Push the images that a pipeline generates together apart, or away from given ones, until the `with` block ends.
+
+        with negtome.attach(pipe) as attached:
+            images = pipe("a photo of a dog", num_images_per_prompt=4).images
+
+        with negtome.attach(pipe, NegToMeConfig(alpha=1.5), given=negtome.Reference("protected.png")):
+            image = pipe("a photo of a cartoon mouse").images[0]
+
+    Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
+    why, one in which no token was above the threshold warns. Copy or pickle the pipeline outside the block: a copy made
+    inside stays attached.
+
+    Args:
+        pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
+        config: the method's settings. None: those published for the pipeline's architecture.
+        group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
+            pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
+            images of a call are one group, and must share their prompt. Without meaning where images are given.
+        given: images from outside to push away from, instead of the images of the group (`config.reference`): one
+            Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
+            reference image is a further row of the denoiser's batch in the steps of the window, and only there. The
+            pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
+
+    Returns:
+        A context manager, for one block. Used without `with`, `remove()` ends it, or `detach` where it was lost.
+
+    Raises:
+        TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
+        ValueError: if a block named in the config holds no site, or for a bad `group_size` or `given`.
+        RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
+            beside a given image.
+    """
+    return Attachment(pipe, config, group_size, given)
+
+
+def detach(pipe: Any) -> None:
+    """Take NegToMe off a pipeline, as `remove()` of what `attach` returned does.
+
+    Raises:
+        TypeError: if the pipeline is not supported.
+        RuntimeError: if nothing is attached to it.
+    """
+    attachment = next(filter(None, map(_attachment_of, _owners(pipe, find_architecture(pipe)))), None)
+    if attachment is None:
+        raise RuntimeError(f"NegToMe is not attached to this {type(pipe).__name__}, nor to its denoiser.")
+    attachment.remove()
+
+
+class Attachment:
+    """NegToMe on a pipeline; made by `attach`.
+
+    Adapters (LoRA) may be loaded and unloaded meanwhile: the sites follow to the modules that then bear their names.
+
+    Attributes:
+        config: the method's settings, with the published numbers in the place of None.
+        group_size: images in a group, or None for all images of a call.
+        steps: the denoising steps of the finished calls of the pipeline, in a row.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: NegToMeConfig | None,
+        group_size: int | None,
+        given: Reference | Sequence[Reference | None] | None,
+    ) -> None:
+        if not isinstance(config, NegToMeConfig | None):
+            raise TypeError(f"config must be a NegToMeConfig, or None, got a {type(config).__name__}.")
+        group_size = plain(group_size)
+        if group_size is not None and (
+            isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2
+        ):
+            raise ValueError(
+                f"group_size must be a whole number of images, at least 2, or None, got {group_size!r}: an image "
+                "alone has nothing to be pushed from."
+            )
+        architecture = find_architecture(pipe)
+        config = (config or NegToMeConfig()).published_for(architecture.name.lower())
+        _check_given(config, given)
+        denoiser = getattr(pipe, architecture.denoiser)
+        for owner in _owners(pipe, architecture):
+            if _attachment_of(owner) is not None:
+                raise RuntimeError(
+                    f"NegToMe is attached to this {type(owner).__name__} already; leave that `with` block, or call "
+                    "negtome.detach(pipe), before attaching again."
+                )
+
+        self.config = config
+        self.group_size = group_size
+        self.steps: list[Step] = []
+        self._pipe = pipe
+        self._architecture = architecture
+        self._denoiser = unwrap(denoiser)
+        check_denoiser(self._denoiser, adds_rows=given is not None)
+        self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
+        self._now = Now()
+        self._rows = None if given is None else ReferenceRows(architecture, given)
+        if self._rows is not None:
+            self._rows.start(pipe)  # for what it refuses
+        found = find_sites(self._denoiser, architecture, config)
+        self._sites = [Site(name, place, config, self._now) for name, _, place in found]
+        self._links = links(self._denoiser, [site.name for site in self._sites])
+        self._run: _Run | None = None
+        self._finished_runs = 0
+        self._entered = False
+
+        with contextlib.ExitStack() as stack:
+            for site, (_, module, _) in zip(self._sites, found, strict=True):
+                site.enter(module)
+                stack.callback(site.leave)
+            # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this
+            # one is retyped, not the inner one.
+            stack.callback(retype(denoiser, self, _begin_before))
+            stack.callback(retype(pipe, self, _run_around))
+            self._restore = stack.pop_all()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the denoiser's modules that are touched."""
+        return tuple(site.name for site in self._sites)
+
+    def counts(self) -> dict[str, SiteCount]:
+        """Return the tokens compared and pushed at every site, in the finished calls of the pipeline."""
+        return {site.name: SiteCount(site.compared, site.pushed) for site in self._sites}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what happened in the finished calls of the pipeline, all sites together, as JSON values."""
+        return {
+            "sites": len(self._sites),
+            "timesteps": [step.timestep for step in self.steps],
+            "active_timesteps": [step.timestep for step in self.steps if step.active],
+            "tokens_compared": sum(site.compared for site in self._sites),
+            "tokens_pushed": sum(site.pushed for site in self._sites),
+        }
+
+    def remove(self) -> None:
+        """Give the pipeline back exactly as it was. Does nothing the second time."""
+        self._restore.close()
+        self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
+        self._links = []
+
+    def __enter__(self) -> Attachment:
+        if self._entered or self._pipe is None:
+            past = "entered" if self._entered else "removed"
+            raise RuntimeError(
+                f"NegToMe is attached for one `with` block, but this one was {past} before; attach again."
+            )
+        self._entered = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        self.remove()
+        if kind is None and not self._finished_runs:
+            raise RuntimeError(
+                f"NegToMe was attached to a {self._architecture.pipeline}, but no call of it finished in the block: "
+                "expected at least one; call this very pipeline inside the `with` block."
+            )
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Surround one call of the pipeline, and check afterwards that something happened in it."""
+        if self._run is not None:
+            raise RuntimeError(
+                f"NegToMe expects one call of its {self._architecture.pipeline} at a time, but it was called again "
+                "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
+            )
+        self._run = run = _Run()
+        if self._rows is not None:
+            self._rows.start(self._pipe)
+        try:
+            yield
+        finally:
+            self._run = None
+            self._now.active = False
+            for site in self._sites:
+                site.similarity = None
+        self._finished_runs += 1
+        self.steps += run.steps
+        if not run.steps:
+            raise RuntimeError(
+                f"NegToMe saw no call of the {self._architecture.denoiser_class} it is attached to: expected the "
+                f"pipeline to call it; if `pipe.{self._architecture.denoiser}` was replaced inside the block, or no "
+                "step was asked for, change that before attaching."
+            )
+        tallies = run.read(self._sites)
+        for site, tally in zip(self._sites, tallies, strict=True):
+            site.compared += tally.compared
+            site.pushed += tally.pushed
+        self._check(run, tallies)
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Decide, before one call of the denoiser, whether the sites act in it and how.
+
+        Returns:
+            The call's arguments by name, with the rows of outside references added if the sites act.
+        """
+        run, now = self._run, self._now
+        if run is None or calling_pipeline() is not self._pipe:
+            raise RuntimeError(
+                f"NegToMe expects its {self._architecture.denoiser_class} to be called by the pipeline it is attached "
+                "to, but something else called it; attach to the pipeline that you call, and give any other that is "
+                "called meanwhile a denoiser of its own."
+            )
+        if any(children.get(key) is not child for children, key, child in self._links):
+            self._follow()
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        call = self._architecture.read(self._pipe, arguments)
+        if self._rows is None:
+            now.group_size = self._images_in_group(call)
+            if self.group_size is None and not any(call.prompts is known for known in run.prompts):
+                _check_one_prompt(call)
+                run.prompts.append(call.prompts)
+        if not run.steps:
+            check_denoiser(self._denoiser, adds_rows=self._rows is not None)
+        timestep = run.timesteps.read(self._pipe, call.timestep)
+        if not run.steps and run.timesteps.schedule:
+            self._check_window(run.timesteps.schedule)
+        if call.latent is not None and call.latent != run.latent:
+            run.latent = call.latent
+            self._check_side(call.latent)
+            now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
+        now.active = self.config.is_active(timestep)
+        now.rows, now.text_length, now.layout = call.rows, call.text_length, None
+        step = Step(timestep, now.active)
+        # True guidance calls Flux a second time in a step, for the negative prompt. A timestep alone says nothing:
+        # schedulers of second order have each one twice.
+        conditional = not (
+            self._architecture.guided_apart
+            and run.steps
+            and run.steps[-1] == step
+            and call.prompts is not run.conditioned_on
+        )
+        if conditional:
+            run.steps.append(step)
+            run.conditioned_on = call.prompts
+        if self._rows is not None and now.active:
+            arguments, now.layout = self._rows.extend(
+                self._pipe, call, arguments, conditional=conditional, fewest_tokens=now.fewest_tokens
+            )
+        return arguments
+
+    def _end(self, output: Any) -> Any:
+        """Count, and take the rows of outside references out of what the denoiser returned."""
+        now = self._now
+        if now.active:
+            self._run.count(self._sites, self.config.threshold)
+        output = output if now.layout is None else shrink(output, now.layout)
+        if len(output[0]) != now.rows:
+            raise RuntimeError(
+                f"NegToMe expected the {self._architecture.denoiser_class} to return the {now.rows} rows that the "
+                f"pipeline asked for, got {len(output[0])}; switch off what keeps features between its calls (caches)."
+            )
+        return output
+
+    def _follow(self) -> None:
+        """Move the sites to the modules that bear their names now."""
+        for site in self._sites:
+            try:
+                module = self._denoiser.get_submodule(site.name)
+            except AttributeError:
+                raise RuntimeError(
+                    f"NegToMe's site {site.name} is gone from the {self._architecture.denoiser_class}; call "
+                    "negtome.detach(pipe) before taking modules away, and attach again afterwards."
+                ) from None
+            if module is not site.module:
+                site.leave()
+                site.enter(module)
+        self._links = links(self._denoiser, self.sites)
+
+    def _images_in_group(self, call: DenoiserCall) -> int:
+        """Return the size of the groups in this call of the denoiser."""
+        images = call.rows // call.halves
+        size = images if self.group_size is None else self.group_size
+        if size < 2:
+            raise ValueError(
+                "NegToMe pushes the images of a group apart, expected at least 2 images, got 1; pass "
+                "num_images_per_prompt=2 or more."
+            )
+        if call.rows % (call.halves * size):
+            raise ValueError(
+                f"NegToMe expected whole groups of {size} images, got {images} images in one call; make "
+                "num_images_per_prompt times the number of prompts a multiple of group_size."
+            )
+        return size
+
+    def _check_window(self, timesteps: Sequence[float]) -> None:
+        """Refuse a call of the pipeline none of whose timesteps is in the window."""
+        if not any(map(self.config.is_active, timesteps)):
+            low, high = self.config.timestep_range
+            raise RuntimeError(
+                f"NegToMe has nothing to do: no step lies in the window, timestep_range=({low:g}, {high:g}); the "
+                f"timesteps of this call are {', '.join(f'{t:g}' for t in timesteps)}; widen the window or take more "
+                "steps."
+            )
+
+    def _check_side(self, latent: tuple[int, int]) -> None:
+        """Refuse a latent whose feature maps are all too small to take part."""
+        height, width = largest_map(self._denoiser, self.sites, latent)
+        if min(height, width) < self.config.min_side:
+            raise RuntimeError(
+                f"NegToMe has nothing to do: its largest feature map is {height}x{width} tokens and min_side="
+                f"{self.config.min_side}; generate larger images or lower min_side to {min(height, width)}."
+            )
+
+    def _check(self, run: _Run, tallies: list[_Tally]) -> None:
+        """Refuse a finished call of the pipeline in which NegToMe did nothing."""
+        config = self.config
+        self._check_window([step.timestep for step in run.steps])  # the pipeline may have left some out
+        if not any(tally.compared for tally in tallies):
+            raise RuntimeError(
+                f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, the "
+                f"first one being {tallies[0].name}; expected the denoiser to run them; switch off whatever skips or "
+                "caches blocks."
+            )
+        if config.alpha != 0 and config.threshold < 1 and not any(tally.pushed for tally in tallies):
+            closest = max(tally.highest_similarity for tally in tallies)
+            warnings.warn(
+                f"NegToMe pushed no token: the highest similarity was {closest:.3f}, not above threshold="
+                f"{config.threshold:g}; lower the threshold if this was not intended.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
+class _Tally(NamedTuple):
+    """What a site counted in one call of the pipeline."""
+
+    name: str
+    compared: int
+    pushed: int
+    highest_similarity: float
+
+
+class _Run:
+    """What is remembered during one call of the pipeline."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.timesteps = Timesteps()
+        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
+        self.conditioned_on: torch.Tensor | None = None  # prompts of the first call of the last step
+        self.latent: tuple[int, int] | None = None
+        # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
+        self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
+
+    def count(self, sites: list[Site], threshold: float) -> None:
+        """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
+        alike: dict[tuple[torch.Size, torch.device], list[Site]] = {}
+        for site in sites:
+            if site.similarity is not None:
+                alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
+        for found in alike.values():
+            similarity = torch.stack([site.similarity for site in found]).flatten(1)
+            # The cosine of a copy may be rounded to more than 1, but a threshold of 1 moves nothing.
+            pushed = (similarity > (threshold if threshold < 1 else torch.inf)).sum(dim=1)
+            compared = similarity.shape[1]
+            self._counts.append((found, compared, pushed, similarity.amax(dim=1)))
+            for site in found:
+                site.similarity = None
+
+    def read(self, sites: list[Site]) -> list[_Tally]:
+        """Fetch what was counted from the device."""
+        compared, pushed = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
+        highest = dict.fromkeys(sites, -1.0)
+        if self._counts:
+            device = self._counts[0][2].device  # a denoiser may be spread over several
+            counts = iter(torch.cat([count[2].to(device) for count in self._counts]).tolist())
+            maxima = iter(torch.cat([count[3].to(device) for count in self._counts]).tolist())
+            for found, number, _, _ in self._counts:
+                for site in found:
+                    compared[site] += number
+                    pushed[site] += next(counts)
+                    highest[site] = max(highest[site], min(next(maxima), 1.0))  # rounded to more than 1, at times
+        return [_Tally(site.name, compared[site], pushed[site], highest[site]) for site in sites]
+
+
+def _check_given(config: NegToMeConfig, given: Reference | Sequence[Reference | None] | None) -> None:
+    """Refuse given images that cannot be pushed from."""
+    if given is None:
+        return
+    references = [given] if isinstance(given, Reference) else given
+    if not isinstance(references, Sequence) or not all(isinstance(r, Reference | None) for r in references):
+        raise TypeError(
+            "given must be a negtome.Reference, or a list with one or None for each image of a call, got "
+            f"{type(given).__name__}; wrap images: negtome.Reference(image)."
+        )
+    references = [r for r in references if r is not None]
+    if not references:
+        raise ValueError("given must hold at least one negtome.Reference, got none; leave it out instead.")
+    if config.matching == "released" and any(len(r.images) > 1 for r in references):
+        raise ValueError(
+            'matching="released" is defined between two images only, got a Reference of several images; use '
+            'matching="paper", or one image.'
+        )
+
+
+def _check_one_prompt(call: DenoiserCall) -> None:
+    """Refuse a batch of several prompts where all images of a call are to be one group."""
+    for embedding in (call.prompts, call.pooled):
+        halves = embedding.unflatten(0, (call.halves, -1)).float()  # [halves, images, ...]
+        # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
+        if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
+            raise ValueError(
+                "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
+                "group_size=num_images_per_prompt to attach, so that only images of a prompt are pushed apart."
+            )
+
+
+def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
+    """Return what may carry an attachment: the pipeline and its denoiser, compiled or not."""
+    denoiser = getattr(pipe, architecture.denoiser)
+    return pipe, denoiser, unwrap(denoiser)
+
+
+def _attachment_of(owner: Any) -> Attachment | None:
+    return owner.__dict__.get(ATTRIBUTE)
+
+
+def _begin_before(original: Callable) -> Callable:
+    # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
+    # frame, so that even fullgraph=True starts with the denoiser's own code.
+    begin, end = torch.compiler.disable(Attachment._begin), torch.compiler.disable(Attachment._end)
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attachment = _attachment_of(self)  # None where such compiled code outlives the block
+        if attachment is None:
+            return original(self, *args, **kwargs)
+        return end(attachment, original(self, **begin(attachment, args, kwargs)))
+
+    return __call__
+
+
+def _run_around(original: Callable) -> Callable:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._negtome._running():
+            return original(self, *args, **kwargs)
+
+    return __call__

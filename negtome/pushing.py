@@ -1,0 +1,161 @@
+"""The sites at work, and how an object's `__call__` is changed for a while.
+
+The pipeline, its denoiser and every site get a subclass of their own class whose `__call__` does a little more;
+afterwards they get their class back. Python looks `__call__` up on the type, so this works beneath and above whatever
+replaces a module's `forward` (offloading), processor (fused projections) or parameters (dtype, device), and
+torch.compile guards on the types of modules, so code that was compiled before is compiled anew. A torch forward hook
+that is added after compilation would silently be ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from negtome.config import NegToMeConfig
+from negtome.merge import push_from, push_groups
+from negtome.rows import Layout
+from negtome.sites import Place
+
+#: The one attribute that an attached object carries beside its own.
+ATTRIBUTE = "_negtome"
+
+
+class Now:
+    """What the sites have to know about the call of the denoiser that is running."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.group_size = 0
+        self.rows = 0  # that the pipeline asked for
+        self.text_length = 0
+        self.fewest_tokens = 0  # of a feature map that takes part
+        self.layout: Layout | None = None  # of a batch with rows of outside references
+
+
+class Site:
+    """A module whose image tokens are pushed, and what was found there.
+
+    What is counted leaves here as a tensor, so that counting neither waits for the device nor makes torch.compile
+    specialise on a number. Compiled code reads nothing else that differs between the sites of an architecture.
+    """
+
+    def __init__(self, name: str, place: Place, config: NegToMeConfig, now: Now) -> None:
+        self.name = name
+        self.module: torch.nn.Module | None = None
+        self.place = place
+        self.config = config
+        self.now = now
+        self.compared = 0
+        self.pushed = 0
+        self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
+
+    def enter(self, module: torch.nn.Module) -> None:
+        """Push what passes through a module from now on."""
+        self.module, self._restore = module, retype(module, self, _PUSHES[self.place.where])
+
+    def leave(self) -> None:
+        """Give the module back as it was."""
+        self._restore()
+        self.module = self._restore = None
+
+    def push(self, features: torch.Tensor) -> torch.Tensor:
+        """Push the image tokens among the features [rows, N, C] apart, group by group."""
+        config, now = self.config, self.now
+        text = now.text_length if self.place.text_first else 0
+        tokens = features[:, text:] if text else features
+        if tokens.shape[1] < now.fewest_tokens:
+            return features
+        strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
+        if now.layout is None:
+            tokens, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
+        else:
+            tokens, similarity = _push_from_rows(tokens, now.layout, strength)
+        if self.similarity is not None:  # a module that is called twice
+            similarity = torch.cat([self.similarity, similarity], dim=1)
+        self.similarity = similarity
+        return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
+
+
+def _push_from_rows(
+    tokens: torch.Tensor, layout: Layout, strength: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
+    batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
+    result, similarities = batch.clone(), []
+    for route in layout.routes:
+        reference = batch[:, slice(*route.rows)]
+        mask, allowed = route.masks[tokens.shape[1]], route.allowed[tokens.shape[1]]
+        if allowed is not None and strength["matching"] == "paper":
+            reference, mask = reference.flatten(1, 2).index_select(1, allowed).unsqueeze(1), None
+        for start, stop in route.images:
+            result[:, start:stop], similarity = push_from(batch[:, start:stop], reference, mask=mask, **strength)
+            similarities.append(similarity)
+    return result.flatten(0, 1), torch.cat(similarities, 1)
+
+
+def links(root: torch.nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
+    """List what must stay as it is for modules to keep their names.
+
+    Returns:
+        For every module on the way to one of `names`: the dict it is in, its key there, and itself. Looking these up
+        takes microseconds, walking down from the root to every module a step's fraction.
+    """
+    found = {}
+    for name in names:
+        module = root
+        for key in name.split("."):
+            children, module = module._modules, module._modules[key]
+            found[id(children), key] = children, key, module
+    return list(found.values())
+
+
+def retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> Callable[[], None]:
+    """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it.
+
+    Returns:
+        What gives it its class back.
+    """
+    original = type(owner)
+
+    def restore() -> None:
+        object.__setattr__(owner, "__class__", original)
+        del owner.__dict__[ATTRIBUTE]
+
+    owner.__dict__[ATTRIBUTE] = state
+    # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
+    object.__setattr__(owner, "__class__", subclass(original, make_call))
+    return restore
+
+
+@functools.cache
+def subclass(cls: type, make_call: Callable[[Callable], Callable]) -> type:
+    """Make a subclass that differs in `__call__` only, and bears the same name: diffusers looks at names.
+
+    There is one for all modules of a class, so that compiled code is shared between them as before.
+    """
+    call = functools.wraps(cls.__call__)(make_call(cls.__call__))
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _push_output(original: Callable) -> Callable:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        site = self._negtome
+        return site.push(output) if site.now.active else output
+
+    return __call__
+
+
+def _push_input(original: Callable) -> Callable:
+    def __call__(self: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        site = self._negtome
+        return original(self, site.push(tokens) if site.now.active else tokens, *args, **kwargs)
+
+    return __call__
+
+
+_PUSHES = {"output": _push_output, "input": _push_input}
