@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.jsonl"
 PROMPTS = "prompts.json"
 METRICS = "metrics"
@@ -35,6 +37,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
+# Fields of a manifest's row that not every row has.
+OPTIONAL = {"references", "sha256"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class ManifestRow:
         seed: seed of this image's own random generator; `UNKNOWN_SEED` (-1) where nobody knows it.
         references: pictures that the method was given to stay away from, each with the score by which it was chosen;
             None where the method takes none.
+        sha256: of the file's bytes, 64 digits, as it was generated; None where nobody recorded it.
     """
 
     path: str
@@ -61,6 +66,7 @@ class ManifestRow:
     index: int
     seed: int
     references: Mapping[str, float] | None = None
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.path).parts
@@ -82,17 +88,14 @@ class ManifestRow:
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values; without references, where there are none to speak of."""
-        values = asdict(self)
-        if self.references is None:
-            del values["references"]
-        return values
+        """Return the row as plain JSON values; without references and hash, where there are none to speak of."""
+        return {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ManifestRow:
         """Build a row from JSON values; missing or unknown fields are an error."""
-        expected = {field.name for field in fields(cls)} - {"references"}
-        if set(values) - {"references"} != expected:
+        expected = {field.name for field in fields(cls)} - OPTIONAL
+        if set(values) - OPTIONAL != expected:
             raise ValueError(
                 f"expected a manifest row with the fields {sorted(expected)}, got {sorted(values)}; "
                 "the manifest was written by another version: generate the run again"
@@ -103,6 +106,25 @@ class ManifestRow:
 def canonical_json(document: Any) -> str:
     """Write JSON in the one form this package uses: sorted keys, real characters, no NaN or infinity."""
     return json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with `sha256`, a digest of all else that it holds; see `check_seal`."""
+    values = {key: value for key, value in document.items() if key != "sha256"}
+    return {**values, "sha256": hashlib.sha256(canonical_json(values).encode()).hexdigest()}
+
+
+def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError, which names the file, where a document no longer holds what was `sealed`."""
+    if "sha256" not in document:
+        raise ValueError(
+            f"expected a document with a digest of what it holds, got none in {path}: it is of an earlier "
+            "version; make it again"
+        )
+    if sealed(document)["sha256"] != document["sha256"]:
+        raise ValueError(
+            f"expected what was written into {path}, got other values: it was edited or is damaged; make it again"
+        )
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -361,8 +383,9 @@ class ContentHashes:
     the file system's clock.
 
     Args:
-        file: where they are kept between processes, a line each; it is appended to, and can be deleted at any time.
-            None remembers them in this object alone.
+        file: where they are kept between processes, a line each with a digest of its own; it is appended to, and can be
+            deleted at any time. Lines that are damaged are left out with a warning. None remembers them in this object
+            alone.
     """
 
     SETTLED = 1e9  # nanoseconds
@@ -372,12 +395,17 @@ class ContentHashes:
 
     @cached_property
     def _known(self) -> dict[tuple[str | int, ...], str]:
-        known = {}
+        known, damaged = {}, 0
         if self._file and self._file.is_file():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the end of a line is missing where a process was killed
-                    *key, digest = json.loads(line)
+            for line in self._file.read_bytes().split(b"\n"):
+                values, _, check = line.rpartition(b" ")
+                if check.decode("ascii", "replace") == _check(values):
+                    *key, digest = json.loads(values)
                     known[tuple(key)] = digest
+                else:
+                    damaged += bool(line)
+        if damaged:
+            log.warning("%s: %d damaged lines are left out: those files are hashed again", self._file, damaged)
         return known
 
     def __call__(self, path: str | Path) -> str:
@@ -392,9 +420,14 @@ class ContentHashes:
             self._known[key] = digest
             if self._file:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([*key, digest]) + "\n")
+                values = json.dumps([*key, digest]).encode()
+                with open(self._file, "ab") as file:
+                    file.write(values + b" " + _check(values).encode() + b"\n")
         return self._known[key]
+
+
+def _check(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
 
 
 # For folders that are asked about without a cache: hashed once a process.
@@ -416,11 +449,18 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable
 
     Raises:
         FileNotFoundError: an image is missing.
+        ValueError: an image is not the one that its row was written for.
     """
     folder = Path(folder)
     digest = hashlib.sha256()
     for row in canonical_order(rows):
         if not (folder / row.path).is_file():
             raise FileNotFoundError(f"expected an image at {folder / row.path}, got no file; generate the run again")
-        digest.update(f"{canonical_json(row.to_dict())}\n{hash_of(folder / row.path)}\n".encode())
+        found = hash_of(folder / row.path)
+        if row.sha256 not in (None, found):
+            raise ValueError(
+                f"expected the image that was generated, got another file at {folder / row.path}: it was replaced or "
+                "is damaged; run experiments.generate again, which makes its group anew"
+            )
+        digest.update(f"{canonical_json(row.to_dict())}\n{found}\n".encode())
     return digest.hexdigest()

@@ -38,9 +38,11 @@ from eval.images import (
     ManifestRow,
     canonical_json,
     canonical_order,
+    check_seal,
     read_manifest,
     remembered_hash,
     rows_hash,
+    sealed,
     write_json,
 )
 from eval.intervals import Cluster, units_of
@@ -636,13 +638,18 @@ class AttributeEntropy(Metric):
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """Read a metric's document."""
+    """Read a metric's document.
+
+    Raises:
+        ValueError: it is none, or holds other values than were written; the message names it.
+    """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected a metric's JSON in {path}, got a syntax error ({error}); delete it") from error
     if not isinstance(document, dict) or "metric" not in document or "groups" not in document:
         raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
+    check_seal(document, path)
     return document
 
 
@@ -682,15 +689,17 @@ def measure(
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder, cache, batch_size, progress)
     images = images.only(metric.only)
-    document = {
-        **_identity(metric, images.manifest_hash),
-        "description": metric.description,
-        "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better,
-        **metric.results(images),
-        "details": metric.details(images),
-        "environment": environment(),
-    }
+    document = sealed(
+        {
+            **_identity(metric, images.manifest_hash),
+            "description": metric.description,
+            "unit": metric.unit,
+            "higher_is_better": metric.higher_is_better,
+            **metric.results(images),
+            "details": metric.details(images),
+            "environment": environment(),
+        }
+    )
     write_json(path or images.folder / METRICS / f"{metric.name}.json", document)
     return document
 

@@ -137,6 +137,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
         yield Problem("", f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
         return
     try:
+        run.check_manifest()
         manifest = read_manifest(folder)
         rows_hash(folder, manifest)
     except (ValueError, OSError) as error:

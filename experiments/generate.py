@@ -61,6 +61,8 @@ def generate(cfg: DictConfig) -> Path:
     if missing and (taken := run.take_over(missing)):
         log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
         missing = [group for group in mine if not run.has(group)]
+    if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
+        log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
     if missing:
         log.info("%s: %d of %d groups to generate: %s", label, len(missing), len(mine), run.folder)
         done = _generate_groups(cfg, checkpoint, device, run, missing)

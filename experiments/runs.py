@@ -17,8 +17,8 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from eval.images import ManifestRow, write_manifest, write_text
+from eval.images import (
+    MANIFEST,
+    ManifestRow,
+    check_seal,
+    content_hash,
+    remembered_hash,
+    sealed,
+    write_manifest,
+    write_text,
+)
 from experiments import PROJECT, pipelines, project_path, select_device
 from experiments.configs import build
 from experiments.locks import locked
@@ -37,6 +46,9 @@ from experiments.prompts import Group, PromptSet
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+
+#: What was generated in a group's folder: the manifest's rows, and the log's numbers.
+RECORD = "group.json"
 
 #: Where the locks of a run lie while it is generated, a file a group.
 LOCKS = ".locks"
@@ -159,7 +171,8 @@ class Run:
 
         Raises:
             FileNotFoundError: there is none, or only unfinished ones.
-            ValueError: there are several, none of them made here, and `run_id=` does not say which.
+            ValueError: there are several, none of them made here, and `run_id=` does not say which; or its manifest was
+                changed.
         """
         return cls._find(cfg, cfg.method.name, request(cfg))
 
@@ -197,23 +210,47 @@ class Run:
                 f"Several runs have these settings and none was made here: {listing}. Name one with run_id=ID (for a "
                 "sweep run_id=ID+ID+...), or move the others away"
             )
+        done[0].check_manifest()
         return done[0]
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return what was recorded of every group while it was generated."""
-        return [
-            json.loads(path.read_text())["stats"] for path in sorted(self.folder.glob("images/*/[0-9]*/group.json"))
-        ]
+        """Return what was recorded of every group while it was generated.
+
+        Raises:
+            ValueError: a record holds other values than were written.
+        """
+        return [_read_record(path)["stats"] for path in sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))]
+
+    def check_manifest(self) -> None:
+        """Raise ValueError where the manifest of a complete run is not the one that the run was completed with."""
+        if (self.folder / "complete").read_text() != content_hash(self.folder / MANIFEST):
+            raise ValueError(
+                f"expected the manifest that the run was completed with, got another {self.folder / MANIFEST}: it was "
+                "edited, is damaged or of an earlier version; run experiments.generate with the run's settings again"
+            )
 
     def group_folder(self, group: Group) -> Path:
         return self.folder / "images" / group.prompt_id / f"{group.seed:06d}"
 
     def has(self, group: Group) -> bool:
-        """Tell whether the group's images are all there."""
-        folder = self.group_folder(group)
-        return (folder / "group.json").exists() and all(
-            (folder / f"{index:02d}.png").exists() for index in range(group.size)
-        )
+        """Tell whether the group's images are all there, as they were generated."""
+        return self.fault(group) is None
+
+    def fault(self, group: Group) -> str | None:
+        """Say in words why the group's images cannot be taken, naming the file; None where they are as generated."""
+        path = self.group_folder(group) / RECORD
+        try:
+            record = _read_record(path)
+            rows = [ManifestRow.from_dict(row) for row in record["rows"]]
+            wanted = self._rows(group, None, [row.sha256 for row in rows])
+            if record["run"] != self.id or [replace(row, references=None) for row in rows] != wanted:
+                return f"{path} is of another run or group"
+            for row in rows:
+                if remembered_hash(self.folder / row.path) != row.sha256:
+                    return f"{self.folder / row.path} is not the image that was generated"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return str(error)
+        return None
 
     def save(
         self,
@@ -232,10 +269,12 @@ class Run:
         """
         with self._appearing(group) as temporary:
             temporary.mkdir()
-            for index, image in enumerate(images):
-                image.save(temporary / f"{index:02d}.png")
-            rows = [row.to_dict() for row in self._rows(group, references)]
-            (temporary / "group.json").write_text(json.dumps({"rows": rows, "stats": statistics}, indent=1) + "\n")
+            files = [temporary / f"{index:02d}.png" for index in range(len(images))]
+            for file, image in zip(files, images, strict=True):
+                image.save(file)
+            rows = [row.to_dict() for row in self._rows(group, references, map(content_hash, files))]
+            record = sealed({"run": self.id, "rows": rows, "stats": statistics})
+            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     def take_over(self, groups: list[Group]) -> int:
         """Take over groups that runs of other experiments have, as far as this run lacks them; return how many.
@@ -244,7 +283,7 @@ class Run:
         model's own strengths. Files are linked where the disk can do that, else copied.
         """
         place, taken, sources = self.folder.relative_to(self.folder.parents[2]), 0, []
-        own = any(self.folder.glob("images/*/[0-9]*/group.json"))
+        own = any(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))
         for experiment in sorted(self.folder.parents[3].iterdir()):
             other = Run(experiment / place)
             if other == self or not (other.folder / "config.yaml").is_file():
@@ -274,7 +313,7 @@ class Run:
         try:
             yield temporary
             if folder.exists() and not self.has(group):
-                shutil.rmtree(folder)  # files were taken out of it by hand
+                shutil.rmtree(folder)  # see `fault`
             os.rename(temporary, folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk above all
@@ -307,12 +346,14 @@ class Run:
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
-        records = [json.loads((self.group_folder(group) / "group.json").read_text()) for group in groups]
-        write_manifest(self.folder, [ManifestRow.from_dict(row) for record in records for row in record["rows"]])
-        write_text(self.folder / "complete", "")
+        records = [_read_record(self.group_folder(group) / RECORD) for group in groups]
+        rows = [ManifestRow.from_dict(row) for record in records for row in record["rows"]]
+        write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
         return True
 
-    def _rows(self, group: Group, references: Mapping[str, float] | None) -> list[ManifestRow]:
+    def _rows(
+        self, group: Group, references: Mapping[str, float] | None, hashes: Iterable[str | None]
+    ) -> list[ManifestRow]:
         folder = self.group_folder(group).relative_to(self.folder).as_posix()
         return [
             ManifestRow(
@@ -324,8 +365,9 @@ class Run:
                 index=index,
                 seed=seed,
                 references=None if references is None else dict(references),
+                sha256=sha256,
             )
-            for index, seed in enumerate(group.image_seeds())
+            for index, (seed, sha256) in enumerate(zip(group.image_seeds(), hashes, strict=True))
         ]
 
 
@@ -337,6 +379,16 @@ def _model_folder(cfg: DictConfig) -> Path:
 def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
     """Read a run's identity, at most once: in a sweep each run is looked for among all others."""
     return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Read what a group's folder says of its images, as it was written."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"expected a group's record in {path}, got no JSON ({error})") from error
+    check_seal(record, path)
+    return record
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -239,6 +239,7 @@ def find_document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it was not measured, or by another version or of other images.
+        ValueError: the file, or an image, is not as it was written; the message names it.
     """
     path = document_path(run.folder / METRICS, name, metric)
     document = read_document(path) if path.exists() else None

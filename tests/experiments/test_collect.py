@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
+from eval.images import sealed
 from eval.metrics import read_document
 from experiments import collect as module
 from experiments import report
@@ -116,10 +117,10 @@ def test_scores_that_do_not_belong_to_the_images_are_stale(copy):
     one, two, three = sorted((none / "metrics").iterdir())
     one.write_text(one.read_text()[:40])
     document = json.loads(two.read_text())
-    two.write_text(json.dumps(document | {"version": document["version"] - 1}))
-    three.write_text(json.dumps({"metric": "mine", "groups": []}))
-    image = next(pushed.glob("images/*/*/00.png"))
-    image.write_bytes((next(pushed.glob("images/*/*/01.png"))).read_bytes())
+    two.write_text(json.dumps(sealed(document | {"version": document["version"] - 1})))
+    three.write_text(json.dumps(sealed({"metric": "mine", "groups": []})))
+    for file in (pushed / "metrics").iterdir():
+        file.write_text(json.dumps(sealed(read_document(file) | {"manifest_sha256": "of other images"})))
     table, problems = reasons(outputs)
     assert len(table) == 0 and whole == 12
     assert len(problems) == 6
@@ -152,7 +153,7 @@ def test_a_number_of_the_whole_set_has_no_group(copy):
     outputs, (none, _) = copy
     file = next((none / "metrics").glob("vendi_score*"))
     document = json.loads(file.read_text()) | {"metric": "set_metric", "groups": [], "value": 3.5}
-    file.write_text(json.dumps(document))
+    file.write_text(json.dumps(sealed(document)))
     table, problems = collect(outputs)
     (row,) = table[table["metric"] == "set_metric"].to_dict("records")
     assert (row["value"], row["n_images"]) == (3.5, 4)
