@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from eval.encoders import Encoder
-from eval.images import ContentHashes, ManifestRow, content_hash, load_image
+from eval.images import ContentHashes, ManifestRow, content_hash, load_image, sweep
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class EmbeddingCache:
         folder.mkdir(parents=True, exist_ok=True)
         keys = sorted(embeddings)
         shard = folder / f"{_digest(keys)}.safetensors"
+        sweep(folder, "*.tmp")
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         os.close(handle)
         try:

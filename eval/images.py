@@ -9,15 +9,18 @@ package.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import os
+import shutil
 import struct
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -37,6 +40,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
+# Seconds after which a temporary file has lost the process that wrote it.
+LEFT_OVER = 86400
 # Fields of a manifest's row that not every row has.
 OPTIONAL = {"references", "sha256"}
 
@@ -129,16 +134,34 @@ def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file so that readers see the old content or the new, never a part."""
+    return write_bytes(path, text.encode())
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left in a folder: the files and folders of a name, a day after their last change."""
+    for left in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if time.time() - left.lstat().st_mtime < LEFT_OVER:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file so that readers see the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         # mkstemp makes the file private; a result should have the permissions of any new file
         mask = os.umask(0)
         os.umask(mask)
         os.fchmod(handle, 0o666 & ~mask)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

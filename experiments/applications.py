@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import negtome
 from experiments import pipelines, project_path, select_device
+from experiments.plot import save_sheet
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -122,8 +123,8 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     for name, spec in cfg.applications.items():
         application: Application = instantiate(spec, _convert_="all")
         rows = application.run(pipe, dict(cfg.model.call))
-        files.append(results / f"applications_{name}_{cfg.model.name}.png")
-        sheet(application, rows, cfg.model.name).quantize(256).save(files[-1], optimize=True)
+        picture = sheet(application, rows, cfg.model.name)
+        files.append(save_sheet(picture, results / f"applications_{name}_{cfg.model.name}.png"))
     return files
 
 

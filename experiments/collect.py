@@ -28,7 +28,7 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash, write_text
+from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash, write_bytes, write_text
 from eval.metrics import read_document
 from experiments import PROJECT, project_path
 from experiments.runs import GENERATION_VERSION, Run, canonical
@@ -255,14 +255,7 @@ def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
         write_text(to.with_name(f"{to.name}_problems.csv"), problems.to_csv(index=False)),
     ]
     if importlib.util.find_spec("pyarrow"):
-        file = to.with_name(f"{to.name}.parquet")
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            table.to_parquet(temporary, index=False)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        files.insert(1, file)
+        files.insert(1, write_bytes(to.with_name(f"{to.name}.parquet"), table.to_parquet(index=False)))
     return files
 
 

@@ -55,6 +55,13 @@ COLUMNS = [
     "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
 ]  # fmt: skip
 
+#: Columns that hold numbers alone.
+NUMBERS = {
+    "alpha", "threshold", "t_low", "t_high", "value", "ci_low", "ci_high", "difference", "difference_low",
+    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "pushed_share", "seconds",
+}  # fmt: skip
+#: Columns that name folders and files, and what they may hold.
+NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
 #: What the columns of the main table, of the other metrics' and of the paper's mean.
 LEGEND = (
     "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
@@ -86,11 +93,51 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: it was not made yet; the message says by which command it is.
+        ValueError: it is damaged, or names something by what could be a path.
     """
     path = project_path(folder) / f"{name}.csv"
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
-    return pd.read_csv(path, dtype=TEXT)
+    frame = read_csv(path)
+    if missing := set(COLUMNS) - set(frame.columns):
+        raise ValueError(
+            f"expected an experiment's table in {path}, got none of the columns {sorted(missing)[:5]}: "
+            f"make it again with {commands(name)[0]}"
+        )
+    check_names(frame, path)
+    return frame
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table of the results folder.
+
+    Raises:
+        ValueError: it is no table, or has text where numbers belong; the message names the file.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=TEXT)
+        frame.astype(dict.fromkeys(NUMBERS & set(frame.columns), float))
+    except (ValueError, OSError) as error:  # of pandas' own errors, most are ValueErrors
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"expected a table in {path}, got a damaged file ({reason}): restore it, or move it away and make it again"
+        ) from None
+    return frame
+
+
+def check_names(frame: pd.DataFrame, path: Path) -> None:
+    """Refuse a table whose runs could lie outside of the folders that they are looked for in.
+
+    Raises:
+        ValueError: an experiment, model, method or run id is no name of a folder; the message names the file.
+    """
+    for column, pattern in NAMES.items():
+        for value in frame[column].unique():
+            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise ValueError(
+                    f"expected the name of a folder for {column} in {path}, got {value!r}: correct the table, or make "
+                    "it again"
+                )
 
 
 def commands(name: str) -> list[str]:
