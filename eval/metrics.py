@@ -577,6 +577,9 @@ class AttributeEntropy(Metric):
         name: str | None = None,
     ) -> None:
         super().__init__(encoder, name)
+        for given in (templates, labels, *(labels.values() if isinstance(labels, Mapping) else ())):
+            if isinstance(given, str):
+                raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
         # plain containers, whatever a configuration library hands over
         self.labels = (
             {str(category): [str(label) for label in labels[category]] for category in labels}

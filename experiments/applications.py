@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import negtome
 from experiments import pipelines, project_path, select_device
+from experiments.configs import flag
 from experiments.plot import save_sheet
 
 #: Sides of an image from which a mask may take its half.
@@ -115,8 +116,9 @@ def sheet(application: Application, rows: list[list[Image.Image]], model: str, t
 def make_pictures(cfg: DictConfig) -> list[Path]:
     """Write the picture of every configured application and return the files."""
     device = select_device(cfg.device)
+    compiled, offload = flag(cfg, "compile"), flag(cfg, "offload")
     checkpoint = pipelines.find_checkpoint(cfg.model)
-    pipe = pipelines.load(cfg.model, checkpoint, device, compile_denoiser=cfg.compile, offload=cfg.offload)
+    pipe = pipelines.load(cfg.model, checkpoint, device, compile_denoiser=compiled, offload=offload)
     results = project_path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     files = []

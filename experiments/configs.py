@@ -50,6 +50,17 @@ def first(overrides: list[str]) -> DictConfig:
         return compose("config", next(_jobs(overrides)))
 
 
+def flag(cfg: DictConfig, name: str) -> bool:
+    """Return a setting that is either true or false.
+
+    Raises:
+        ValueError: it is anything else, as the text "no", which Python takes for true.
+    """
+    if not isinstance(cfg[name], bool):
+        raise ValueError(f"{name} must be true or false, got {cfg[name]!r}: give {name}=true or {name}=false")
+    return cfg[name]
+
+
 def build(spec: DictConfig) -> Any:
     """Instantiate what a configuration describes.
 

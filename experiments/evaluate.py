@@ -138,6 +138,8 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
             arguments["baseline"] = str(Run.find_baseline(cfg).folder)
         settings = OmegaConf.to_container(spec, resolve=True)
         only = settings.pop("only", None)
+        if isinstance(only, str):
+            raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
         metric = instantiate(settings | arguments)
         metric.only = None if only is None else tuple(only)
         if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured

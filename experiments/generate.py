@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from tqdm import tqdm
 
 from experiments import PROJECT, pipelines, select_device
-from experiments.configs import build
+from experiments.configs import build, flag
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run
@@ -47,10 +49,11 @@ def generate(cfg: DictConfig) -> Path:
 
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or an image is not finite.
         RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
     """
     device = select_device(cfg.device)
+    flag(cfg, "offload")  # before anything is generated
     prompts: PromptSet = build(cfg.prompts)
     groups = prompts.groups()
     mine = shard_of(groups, cfg)
@@ -178,10 +181,26 @@ def _generate_group(
         generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
         start = time.perf_counter()
         with method.apply(pipe, group, cfg.model.call) as applied:
-            images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **applied.call).images
+            call = {"num_images_per_prompt": group.size, "generator": generators, **applied.call, "output_type": "np"}
+            images = _pictures(pipe, pipe(group.prompt, **call).images, cfg.model)
         seconds = time.perf_counter() - start
         run.save(group, images, {"seconds": round(seconds, 3), **applied.statistics()}, applied.references)
         return True
+
+
+def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:
+    """Return decoded images, float [N, H, W, 3] in [0, 1], as the pipeline itself would have.
+
+    Raises:
+        ValueError: they are not numbers, which a PNG would show as black.
+    """
+    if not np.isfinite(images).all():
+        half = "SDXL's own autoencoder overflows in float16: give model.dtype=float32, or a checkpoint whose does not"
+        cure = half if model.dtype == "float16" else "check the checkpoint's weights and the method's settings"
+        raise ValueError(
+            f"expected finite images of model={model.name} in {model.dtype}, got NaN, which would show black: {cure}"
+        )
+    return pipe.image_processor.numpy_to_pil(images)
 
 
 @functools.lru_cache(maxsize=1)

@@ -137,6 +137,9 @@ class NegToMeFromAssets(NegToMe):
     ) -> None:
         super().__init__(name, **config)
         self.retriever = retriever
+        for setting, value in (("noise", noise), ("masks", masks)):
+            if not isinstance(value, bool):
+                raise ValueError(f"method.{setting} must be true or false, got {value!r}")
         self.reference = {"noise": noise, "posterior": posterior}
         if images is not None and images < 1:
             raise ValueError(f"method.images must be at least 1, or null for all of an asset, got {images}")

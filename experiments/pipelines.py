@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from omegaconf import DictConfig
 
-from eval.weights import network_answers
+from eval.weights import missing_vocabulary, network_answers
 from experiments import project_path
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
@@ -59,7 +59,7 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
 
     Raises:
         FileNotFoundError: something is missing; the message lists the files and the ways to get them.
-        ValueError: the architecture is unknown.
+        ValueError: the architecture is unknown, or the model takes no images of the size that is asked for.
     """
     if model.architecture not in PIPELINES:
         raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
@@ -73,7 +73,21 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
         raise FileNotFoundError(
             _advice(model, f"{folder} is not a complete {model.architecture} pipeline folder", missing)
         )
+    _check_size(model, folder)
     return Checkpoint(folder, fingerprint(folder, model.architecture, model.variant))
+
+
+def _check_size(model: DictConfig, folder: Path) -> None:
+    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+    levels = len(json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", ()))
+    # Pixels an image token: of the autoencoder's halvings, and of Flux's patches of 2 x 2 latents.
+    multiple = 2 ** max(levels - 1, 0) * (2 if model.architecture == "flux" else 1)
+    for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
+        value = model.get("call", {}).get(name)
+        if value is not None and (type(value) not in (int, float) or not value > 0 or value % step):
+            raise ValueError(
+                f"model.call.{name} must be a positive multiple of {step} for model={model.name}, got {value!r}"
+            )
 
 
 def local_fingerprint(model: DictConfig) -> str | None:
@@ -91,6 +105,8 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
         config = CONFIG_FILES.get(component, "config.json")
         if not (folder / component / config).is_file():
             missing.append(f"{component}/{config}")
+        if component.startswith("tokenizer"):
+            missing += [f"{component}/{name}" for name in missing_vocabulary(folder / component)]
         if component not in WEIGHTS:
             continue
         names, missing_shards = _weight_files(folder / component, variant)

@@ -39,7 +39,7 @@ from eval.images import (
     write_text,
 )
 from experiments import PROJECT, pipelines, project_path, select_device
-from experiments.configs import build
+from experiments.configs import build, flag
 from experiments.locks import locked
 from experiments.methods import Baseline, Method
 from experiments.prompts import Group, PromptSet
@@ -82,7 +82,7 @@ def request(cfg: DictConfig) -> dict[str, Any]:
             "images_per_prompt": prompts.images_per_prompt,
             "groups": [[group.category, group.prompt, group.seed] for group in prompts.groups()],
         },
-        "compile": bool(cfg.compile),
+        "compile": flag(cfg, "compile"),
     }
 
 

@@ -25,7 +25,7 @@ from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.metrics import Metric, is_current, read_document
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import PROJECT, project_path
-from experiments.configs import expand, first
+from experiments.configs import expand, first, flag
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.runs import Run
 
@@ -244,7 +244,7 @@ def _row(
         # Only where asked for: a rerun gives every other number again, to the last digit.
         "seconds": (
             median(group["seconds"] for group in statistics) / cfg.prompts.images_per_prompt
-            if cfg.report_seconds
+            if flag(cfg, "report_seconds")
             else None
         ),
         "run_id": run.id,
