@@ -38,9 +38,9 @@ MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")
 #: Columns of the table; settings of the call and the method stand between, as `call.NAME` and `method.NAME`.
 HEAD = ["experiment", "model", "kind", "architecture", "source", "dtype", "compile"]
 TAIL = [
-    "prompts", "split", "run_id", "weights", "code", "device", "torch", "diffusers", "transformers", "commit", "date",
-    "metric", "metric_version", "encoder", "encoder_id", "unit", "higher_is_better", "aggregate", "group", "prompt_id",
-    "prompt", "category", "seed", "n_images", "value",
+    "prompts", "split", "run_id", "weights", "code", "device", "torch", "diffusers", "transformers", "cpu", "commit",
+    "date", "metric", "metric_version", "encoder", "encoder_id", "unit", "higher_is_better", "aggregate", "group",
+    "prompt_id", "prompt", "category", "seed", "n_images", "value",
 ]  # fmt: skip
 PROBLEMS = ["path", "problem"]
 
@@ -172,6 +172,7 @@ def _about(run: Run) -> dict[str, Any]:
         **{name: identity["machine"][name] for name in ("device", "torch", "diffusers", "transformers")},
         "commit": environment["commit"],
         "date": environment["date"],
+        "cpu": environment.get("cpu"),
         "version": asked["version"],
         "n_groups": len(prompts["groups"]),
     }

@@ -37,7 +37,7 @@ from experiments import PROJECT, pipelines, select_device
 from experiments.configs import build, flag
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
-from experiments.runs import Run
+from experiments.runs import Run, maker
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,13 @@ def generate(cfg: DictConfig) -> Path:
     run = Run.start(cfg, checkpoint.fingerprint, device)
     missing = [group for group in mine if not run.has(group)]
     label = f"{cfg.model.name} {cfg.method.name}"
-    if missing and (taken := run.take_over(missing)):
+    if missing and (taken := run.take_over(missing, device)):
         log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
         missing = [group for group in mine if not run.has(group)]
     if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
     if missing:
+        run.check_makers(groups, device, mixed=flag(cfg, "resume_any"))
         log.info("%s: %d of %d groups to generate: %s", label, len(missing), len(mine), run.folder)
         done = _generate_groups(cfg, checkpoint, device, run, missing)
         for _ in tqdm(done, desc=label, total=len(missing), unit="group", dynamic_ncols=True):
@@ -180,11 +181,12 @@ def _generate_group(
         # Each image its own generator, on the CPU: the same noises for every method and on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
         start = time.perf_counter()
-        with method.apply(pipe, group, cfg.model.call) as applied:
+        with method.apply(pipe, group, pipelines.call_arguments(cfg.model)) as applied:
             call = {"num_images_per_prompt": group.size, "generator": generators, **applied.call, "output_type": "np"}
             images = _pictures(pipe, pipe(group.prompt, **call).images, cfg.model)
         seconds = time.perf_counter() - start
-        run.save(group, images, {"seconds": round(seconds, 3), **applied.statistics()}, applied.references)
+        statistics = {"seconds": round(seconds, 3), **applied.statistics()}
+        run.save(group, images, statistics, applied.references, maker(device))
         return True
 
 

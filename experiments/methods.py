@@ -196,7 +196,7 @@ class NegativePrompt:
         self.name = name
         self.retriever = retriever
         self.prompt = prompt
-        self.true_cfg_scale = true_cfg_scale
+        self.true_cfg_scale = None if true_cfg_scale is None else float(true_cfg_scale)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -248,7 +248,7 @@ class NegativeIPAdapter:
         self.name = name
         self.retriever = retriever
         self.weights = dict(weights)
-        self.scale = scale
+        self.scale = float(scale)
 
     def settings(self) -> dict[str, Any]:
         return {"ip_adapter": self.weights, "scale": self.scale, "retriever": self.retriever.settings()}

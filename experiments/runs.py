@@ -7,11 +7,13 @@ an interruption at any moment leaves whole groups only, and several processes ma
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -28,6 +30,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+import negtome
 from eval.images import (
     MANIFEST,
     ManifestRow,
@@ -43,6 +46,8 @@ from experiments.configs import build, flag
 from experiments.locks import locked
 from experiments.methods import Baseline, Method
 from experiments.prompts import Group, PromptSet
+
+log = logging.getLogger(__name__)
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
@@ -69,6 +74,12 @@ def request(cfg: DictConfig) -> dict[str, Any]:
     method: Method = build(cfg.method)
     prompts: PromptSet = build(cfg.prompts)
     model = OmegaConf.to_container(cfg.model, resolve=True)
+    # What means the same is spelled the same.
+    model |= {
+        "source": pipelines.canonical_source(cfg.model.source),
+        "dtype": str(pipelines.torch_dtype(cfg.model)).removeprefix("torch."),
+        "call": pipelines.call_arguments(cfg.model),
+    }
     return {
         "version": GENERATION_VERSION,
         "model": {
@@ -97,6 +108,29 @@ def made_by(cfg: DictConfig, weights: str | None, device: str) -> dict[str, Any]
         },
         "code": build(cfg.method).code(),
     }
+
+
+#: What makes the images, beside the run's settings and the software installed: other code may make others.
+CODE = (
+    *sorted(Path(negtome.__file__).parent.glob("*.py")),
+    *(
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("generate", "pipelines", "prompts", "methods", "assets", "controls")
+    ),
+)
+
+
+@functools.cache
+def maker(device: str) -> dict[str, str | None]:
+    """Return what made a group and is in no run id: the CPU's instructions, where it computes, and a digest of `CODE`.
+
+    Comments and layout of the code do not count.
+    """
+    digest = hashlib.sha256()
+    for file in CODE:
+        digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
+    capability = torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else None
+    return {"cpu": capability, "generation_code": digest.hexdigest()[:12]}
 
 
 @dataclass(frozen=True)
@@ -138,8 +172,14 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date and platform, as recorded when the run began."""
-        return json.loads((self.folder / "environment.json").read_text())
+        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost."""
+        path = self.folder / "environment.json"
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return dict.fromkeys(_environment("cpu"), "unknown")
+        except ValueError as error:
+            raise ValueError(f"expected JSON in {path}, got a damaged file ({error}): restore or remove it") from error
 
     @classmethod
     def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:
@@ -154,10 +194,12 @@ class Run:
         run = cls(_model_folder(cfg) / cfg.method.name / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / "environment.json").exists():
-            write_text(
-                run.folder / "environment.json",
-                json.dumps(_environment(), indent=2, sort_keys=True) + "\n",
-            )
+            if run._begun():  # not here and now
+                log.warning(
+                    "%s/environment.json is lost: when and by which commit its images were made is unknown", run.folder
+                )
+            else:
+                run._write_environment(_environment(device))
         if not (run.folder / "config.yaml").exists():
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
         _ = run.identity  # fails here and not after hours, should the file be damaged
@@ -258,6 +300,7 @@ class Run:
         images: list[Image.Image],
         statistics: dict[str, Any],
         references: Mapping[str, float] | None = None,
+        made: Mapping[str, str | None] | None = None,
     ) -> None:
         """Write a group's images and record; they appear together, by one rename.
 
@@ -266,6 +309,7 @@ class Run:
             images: as many as the group's size.
             statistics: what the log should keep, as JSON values.
             references: pictures that the method was given, with the score by which each was found.
+            made: see `maker`.
         """
         with self._appearing(group) as temporary:
             temporary.mkdir()
@@ -273,17 +317,53 @@ class Run:
             for file, image in zip(files, images, strict=True):
                 image.save(file)
             rows = [row.to_dict() for row in self._rows(group, references, map(content_hash, files))]
-            record = sealed({"run": self.id, "rows": rows, "stats": statistics})
+            record = sealed({"run": self.id, "made": made, "rows": rows, "stats": statistics})
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def take_over(self, groups: list[Group]) -> int:
+    def _write_environment(self, environment: dict[str, Any]) -> None:
+        write_text(self.folder / "environment.json", json.dumps(environment, indent=2, sort_keys=True) + "\n")
+
+    def _begun(self) -> bool:
+        return any(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))
+
+    def _made(self, group: Group) -> dict[str, str | None] | None:
+        return _read_record(self.group_folder(group) / RECORD)["made"]
+
+    def check_makers(self, groups: list[Group], device: str, mixed: bool) -> None:
+        """Refuse to go on with a run whose images other code made, or another kind of CPU.
+
+        Args:
+            groups: all of the run.
+            device: that generates.
+            mixed: go on, and only say so.
+
+        Raises:
+            ValueError: with what made them and what would go on.
+        """
+        now = maker(device)
+        sound = [group for group in groups if self.has(group)]
+        if not sound:
+            self._write_environment(_environment(device))
+        others = {canonical(made) for group in sound if (made := self._made(group)) != now}
+        if not others:
+            return
+        said = f"{self.folder} was begun by {' and '.join(sorted(others))}, and here is {canonical(now)}"
+        if not mixed:
+            raise ValueError(
+                f"{said}: its images would be of several makes. Finish it there, move it away to make all of it here, "
+                "or go on nevertheless with resume_any=true"
+            )
+        log.warning("%s: its images are of several makes", said)
+
+    def take_over(self, groups: list[Group], device: str) -> int:
         """Take over groups that runs of other experiments have, as far as this run lacks them; return how many.
 
         A run of the same id has the same pixels, whatever it was made for: ablations share their baseline and the
-        model's own strengths. Files are linked where the disk can do that, else copied.
+        model's own strengths. What another `maker` made is taken over as a whole or not at all. Files are linked where
+        the disk can do that, else copied.
         """
         place, taken, sources = self.folder.relative_to(self.folder.parents[2]), 0, []
-        own = any(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))
+        own = self._begun()
         for experiment in sorted(self.folder.parents[3].iterdir()):
             other = Run(experiment / place)
             if other == self or not (other.folder / "config.yaml").is_file():
@@ -292,16 +372,17 @@ class Run:
                 _ = other.identity
             except ValueError:  # edited: not what its name says
                 continue
-            for group in groups:
-                if self.has(group) or not other.has(group):
-                    continue
+            offered = [group for group in groups if not self.has(group) and other.has(group)]
+            if own or taken or len(offered) < len(groups):
+                offered = [group for group in offered if other._made(group) == maker(device)]
+            for group in offered:
                 with self._appearing(group) as temporary:
                     shutil.copytree(other.group_folder(group), temporary, copy_function=_link_or_copy)
                 taken += 1
                 sources.append(other)
         if sources and not own and len(set(sources)) == 1:
             # Where and when it was made is where and when its images were.
-            write_text(self.folder / "environment.json", (sources[0].folder / "environment.json").read_text())
+            self._write_environment(sources[0].environment)
         return taken
 
     @contextlib.contextmanager
@@ -418,10 +499,11 @@ def current_commit() -> str:
     return commit + ("+changes" if changed.strip() else "")
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: str) -> dict[str, Any]:
     return {
         "commit": current_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **maker(device),
     }
