@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -24,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
+# Bytes of the largest image or file of text that is read, and levels within levels of JSON.
+LARGEST = 1 << 28
+DEEPEST = 32
 # Seconds after which a temporary file has lost the process that wrote it.
 LEFT_OVER = 86400
 # Fields of a manifest's row that not every row has.
@@ -74,6 +78,9 @@ class ManifestRow:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("path", "prompt_id", "prompt", "category"):
+            if not isinstance(text := getattr(self, name), str):
+                raise ValueError(f"expected {name} to be a text, got {text!r}; give it in quotes")
         parts = PurePosixPath(self.path).parts
         if not parts or "\\" in self.path or ".." in parts or PurePosixPath(self.path).is_absolute():
             raise ValueError(
@@ -106,6 +113,53 @@ class ManifestRow:
                 "the manifest was written by another version: generate the run again"
             )
         return cls(**values)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file that anybody may have written, to read its bytes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no file but a pipe, a device or a folder, which might never end.
+    """
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+    handle = os.open(path, sum(flags, os.O_RDONLY))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"expected a file at {path}, got a pipe, a device or a folder; move it away")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: str | Path, most: int = LARGEST) -> bytes:
+    """Read a file of at most `most` bytes; see `open_regular`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"expected at most {most} bytes in {path}, got {size}; move it away")
+        return file.read(most)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON that anybody may have written; see `read_regular`.
+
+    Raises:
+        ValueError: also where it is none, or nested more deeply than anything that is written here.
+    """
+    try:
+        document = json.loads(read_regular(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {path}, got what cannot be read ({error})") from error
+    within = [document]
+    for _ in range(DEEPEST):
+        within = [
+            inner
+            for value in within
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if within:
+        raise ValueError(f"expected JSON in {path} of at most {DEEPEST} levels, got more; move it away")
+    return document
 
 
 def canonical_json(document: Any) -> str:
@@ -235,10 +289,10 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
     if not manifest.is_file():
         return _read_plain_folder(folder)
     rows = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
         try:
             rows.append(ManifestRow.from_dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"expected one manifest row a line, got line {number} of {manifest}: {error}") from error
     if not rows:
         raise ValueError(f"expected at least one image in {manifest}, got an empty file; generate the run again")
@@ -302,10 +356,7 @@ def _read_prompt_names(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / PROMPTS
     if not path.is_file():
         return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got a syntax error: {error}") from error
+    document = read_json(path)
     names: dict[str, dict[str, str]] = {}
     for subfolder, entry in document.items() if isinstance(document, dict) else [("the document", document)]:
         values = {"prompt": entry} if isinstance(entry, str) else entry
@@ -395,7 +446,7 @@ def load_image(path: str | Path) -> torch.Tensor:
 
 def content_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -479,6 +530,10 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable
     for row in canonical_order(rows):
         if not (folder / row.path).is_file():
             raise FileNotFoundError(f"expected an image at {folder / row.path}, got no file; generate the run again")
+        if (size := (folder / row.path).stat().st_size) > LARGEST:
+            raise ValueError(
+                f"expected an image of at most {LARGEST} bytes, got {size} in {folder / row.path}; remove it"
+            )
         found = hash_of(folder / row.path)
         if row.sha256 not in (None, found):
             raise ValueError(

@@ -12,7 +12,6 @@ it on all images and again on seeded halves of the categories; the document hold
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -39,6 +38,7 @@ from eval.images import (
     canonical_json,
     canonical_order,
     check_seal,
+    read_json,
     read_manifest,
     remembered_hash,
     rows_hash,
@@ -647,9 +647,9 @@ def read_document(path: str | Path) -> dict[str, Any]:
         ValueError: it is none, or holds other values than were written; the message names it.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = read_json(path)
     except ValueError as error:
-        raise ValueError(f"expected a metric's JSON in {path}, got a syntax error ({error}); delete it") from error
+        raise ValueError(f"expected a metric's JSON in {path}, got another file ({error}); delete it") from error
     if not isinstance(document, dict) or "metric" not in document or "groups" not in document:
         raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
     check_seal(document, path)

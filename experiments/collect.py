@@ -65,6 +65,10 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
     for place in run_folders(folder):
+        if place != folder and place.is_symlink():
+            reason = "a link, which is not followed: collect the folder that it links to"
+            problems.append({"path": place.relative_to(folder).as_posix(), "problem": reason})
+            continue
         for found in _rows(place, versions):
             if isinstance(found, Problem):
                 path = (place / found.file).relative_to(folder).as_posix()
@@ -86,7 +90,7 @@ class Problem:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield what is a run folder or was meant to be one, in the order of the paths."""
+    """Yield what is a run folder or was meant to be one, and links to folders, in the order of the paths."""
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         path = Path(place)
@@ -97,12 +101,16 @@ def run_folders(folder: Path) -> Iterator[Path]:
             yield path
         elif "index.html" in files and _is_report(path / "index.html"):
             names.clear()
+        yield from (path / name for name in names if (path / name).is_symlink())
 
 
 def _is_report(page: Path) -> bool:
     from experiments.report import MARK  # loads all that draws, which nothing else here needs
 
-    return page.is_file() and MARK.encode() in page.read_bytes()
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        return MARK.encode() in file.read(1 << 16)
 
 
 def metric_versions() -> dict[str, set[int]]:
@@ -123,7 +131,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
             yield Problem("", "damaged or foreign: expected a run folder, got one without config.yaml")
             return
         about = _about(run)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # a foreign folder may hold anything
         yield Problem("", f"damaged or foreign: {type(error).__name__}: {error}")
         return
     if not run.complete:
@@ -140,7 +148,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
         run.check_manifest()
         manifest = read_manifest(folder)
         rows_hash(folder, manifest)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         yield Problem("", f"damaged: {error}")
         return
     files = sorted((folder / METRICS).glob("*.json"))
@@ -149,7 +157,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
     for file in files:
         try:
             yield from _rows_of_document(file, manifest, about, versions)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:
             yield Problem(f"{METRICS}/{file.name}", f"damaged: {type(error).__name__}: {error}")
 
 

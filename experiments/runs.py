@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
@@ -36,6 +38,8 @@ from eval.images import (
     ManifestRow,
     check_seal,
     content_hash,
+    read_json,
+    read_regular,
     remembered_hash,
     sealed,
     write_manifest,
@@ -54,6 +58,9 @@ GENERATION_VERSION = 1
 
 #: What was generated in a group's folder: the manifest's rows, and the log's numbers.
 RECORD = "group.json"
+
+#: Bytes of the largest config.yaml that is read: some hundred thousand groups.
+LARGEST_IDENTITY = 1 << 24
 
 #: Where the locks of a run lie while it is generated, a file a group.
 LOCKS = ".locks"
@@ -161,9 +168,12 @@ class Run:
         try:
             status = path.stat()
             identity = _read_identity(path, status.st_size, status.st_mtime_ns)
+            found = run_id(identity)
+            _ = identity["request"], identity["machine"]
         except Exception as error:
-            raise ValueError(f"{path} cannot be read ({error}): restore it, or move the folder away") from error
-        if run_id(identity) != self.id:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{path} cannot be read ({reason}): restore it, or move the folder away") from error
+        if found != self.id:
             raise ValueError(
                 f"{path} does not hash to its folder's name {self.id}: it was edited. "
                 "Restore it, or move the folder away and generate again"
@@ -175,11 +185,9 @@ class Run:
         """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost."""
         path = self.folder / "environment.json"
         try:
-            return json.loads(path.read_text())
+            return read_json(path)
         except FileNotFoundError:
             return dict.fromkeys(_environment("cpu"), "unknown")
-        except ValueError as error:
-            raise ValueError(f"expected JSON in {path}, got a damaged file ({error}): restore or remove it") from error
 
     @classmethod
     def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:
@@ -228,9 +236,18 @@ class Run:
     @classmethod
     def _find(cls, cfg: DictConfig, method: str, wanted: dict[str, Any]) -> Run:
         folder = _model_folder(cfg) / method
-        runs = [cls(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
-        runs = [run for run in runs if run.identity["request"] == wanted]
+        runs, damaged = [], []
+        for path in sorted(folder.glob("*/config.yaml")):
+            try:
+                if (run := cls(path.parent)).identity["request"] == wanted:
+                    runs.append(run)
+            except ValueError as error:
+                damaged.append(error)
         done = [run for run in runs if run.complete]
+        if damaged and not done:
+            raise damaged[0]
+        for error in damaged:
+            log.warning("left out: %s", error)
         if not done:
             state = "only unfinished ones" if runs else "none"
             raise FileNotFoundError(
@@ -265,7 +282,8 @@ class Run:
 
     def check_manifest(self) -> None:
         """Raise ValueError where the manifest of a complete run is not the one that the run was completed with."""
-        if (self.folder / "complete").read_text() != content_hash(self.folder / MANIFEST):
+        manifest = hashlib.sha256(read_regular(self.folder / MANIFEST)).hexdigest()
+        if read_regular(self.folder / "complete").decode() != manifest:
             raise ValueError(
                 f"expected the manifest that the run was completed with, got another {self.folder / MANIFEST}: it was "
                 "edited, is damaged or of an earlier version; run experiments.generate with the run's settings again"
@@ -459,15 +477,16 @@ def _model_folder(cfg: DictConfig) -> Path:
 @functools.lru_cache(maxsize=4096)
 def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
     """Read a run's identity, at most once: in a sweep each run is looked for among all others."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+    text = read_regular(path, LARGEST_IDENTITY)
+    # Aliases of aliases are a small file and an endless configuration; what is written here has none.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, getattr(yaml, "CLoader", yaml.Loader))):
+        raise ValueError("it has aliases")
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text.decode())))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     """Read what a group's folder says of its images, as it was written."""
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"expected a group's record in {path}, got no JSON ({error})") from error
+    record = read_json(path)
     check_seal(record, path)
     return record
 
