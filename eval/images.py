@@ -402,14 +402,16 @@ def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
 
 
 def load_image(path: str | Path) -> torch.Tensor:
-    """Read an image as 8-bit RGB.
+    """Read an image as 8-bit RGB: uint8 tensor [3, H, W] in [0, 255]; see `load_picture`."""
+    return torch.from_numpy(np.array(load_picture(path))).permute(2, 0, 1).contiguous()
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Read an image as Pillow's 8-bit RGB.
 
     Transparency is composited on white, grey is repeated over the channels, a palette is looked up and a
     camera's orientation tag is applied. Colour spaces that would have to be guessed (CMYK, 16-bit grey, ...)
     are refused.
-
-    Returns:
-        uint8 tensor [3, H, W] in [0, 255].
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -441,7 +443,7 @@ def load_image(path: str | Path) -> torch.Tensor:
         raise ValueError(
             f"expected an RGB, RGBA, grey or palette image, got mode {image.mode} in {path}; convert it to 8-bit RGB"
         )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return image.convert("RGB")
 
 
 def content_hash(path: str | Path) -> str:

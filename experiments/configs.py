@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -29,7 +31,29 @@ def expand(overrides: list[str]) -> list[DictConfig]:
         hydra.errors.HydraException: an unknown group, option or key.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return [compose("config", job) for job in _jobs(overrides)]
+        return list(_composed(_jobs(overrides)))
+
+
+def _composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
+    """Compose each job; those that name the same files once, since reading and merging them takes nearly all the time.
+
+    Hydra itself applies values to what the files make, and nothing of the files depends on a value.
+    """
+    loader, bases = GlobalHydra.instance().config_loader(), {}
+    for job in jobs:
+        files, values = [], []
+        for text, override in zip(job, OverridesParser.create().parse_overrides(job), strict=True):
+            names = loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+            # What is for Hydra's own node, which a composed configuration no longer has, is its affair.
+            if names or override.is_hydra_override():
+                files.append(text)
+            else:
+                values.append(override)
+        if (key := tuple(files)) not in bases:
+            bases[key] = compose("config", files)
+        cfg = copy.deepcopy(bases[key])
+        loader._apply_overrides_to_config(values, cfg)
+        yield cfg
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:

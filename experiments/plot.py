@@ -26,7 +26,7 @@ from matplotlib.patheffects import withStroke
 from omegaconf import DictConfig
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.images import group_rows, read_manifest, write_bytes
+from eval.images import group_rows, load_picture, read_manifest, write_bytes
 from experiments import project_path
 from experiments.assets import read_assets
 from experiments.configs import expand
@@ -749,8 +749,7 @@ def image_grid(
 
 
 def _tile(file: Path, side: int) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    return load_picture(file).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, length: int = 24) -> str:

@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
-from eval.images import ManifestRow, content_hash, group_rows, read_manifest, sweep, write_text
+from eval.images import ManifestRow, content_hash, group_rows, load_picture, read_manifest, sweep, write_text
 from experiments import PROJECT, plot, project_path
 from experiments.assets import read_assets
 from experiments.configs import first
@@ -228,8 +228,7 @@ def _foreign(name: str, results: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _picture(file: Path, words: str) -> dict[str, Any]:
-    with Image.open(file) as image:
-        width, height = image.size
+    width, height = load_picture(file).size
     return {"file": quote(f"{PICTURES}/figures/{file.name}"), "alt": words, "width": width, "height": height}
 
 
@@ -380,13 +379,7 @@ def _asset_files(model: str) -> dict[str, Path]:
 
 def _reduce(image: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with Image.open(image) as opened:
-            reduced = opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
-        raise ValueError(
-            f"expected a readable image, got {image} ({error}): move its run away, or make it again"
-        ) from None
+    reduced = load_picture(image)
     reduced.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     reduced.save(file, quality=90)
 

@@ -42,6 +42,7 @@ from eval.images import (
     read_regular,
     remembered_hash,
     sealed,
+    sweep,
     write_manifest,
     write_text,
 )
@@ -201,6 +202,8 @@ class Run:
         identity = {"request": request(cfg), **made_by(cfg, weights, device)}
         run = cls(_model_folder(cfg) / cfg.method.name / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in (".*.tmp", "images/*/.*"):
+            sweep(run.folder, pattern)
         if not (run.folder / "environment.json").exists():
             if run._begun():  # not here and now
                 log.warning(

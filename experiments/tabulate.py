@@ -11,6 +11,7 @@ number, and make the main table and the findings. All other metrics are describe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_
 from experiments import PROJECT, project_path
 from experiments.configs import expand, first, flag
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
+from experiments.locks import locked
 from experiments.runs import Run
 
 #: Columns of a CSV that hold text also where they look like numbers.
@@ -49,6 +51,7 @@ SETTING = [
     "t_low", "t_high", "sites",
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
+Key = tuple[str, ...]
 COLUMNS = [
     *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
@@ -307,7 +310,7 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     text = _csv(pd.DataFrame(rows, columns=COLUMNS))
     frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
-    runs: dict[tuple[str, ...], str] = {}
+    runs: dict[Key, str] = {}
     for key, run in zip(_keys(io.StringIO(text)), frame["run_id"], strict=True):
         if runs.setdefault(key, run) != run:
             raise ValueError(
@@ -315,24 +318,32 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
                 "would replace the other: give them names of their own (method.name=NAME), or tabulate them into other "
                 "folders (results=FOLDER)"
             )
-    if path.exists():
-        old, was, keys = pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS), _keys(path), _keys(io.StringIO(text))
-        kept = [key not in set(keys) for key in was]
-        # As objects, since an empty column has no type to agree on; then numbers are numbers again, and are written as
-        # such.
-        frame = pd.concat([old[kept].astype(object), frame.astype(object)], ignore_index=True).infer_objects()
-        # A row stays where its predecessor was: the table does not depend on what was measured again, and when.
-        place = {key: position for position, key in reversed(list(enumerate(was)))}
-        order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
-        frame = frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(
-            drop=True
-        )
-    frame["p_holm"] = _corrected(frame)
-    write_text(path, _csv(frame))
-    return pd.read_csv(path, dtype=TEXT)
+    # Between reading and writing, another process would have its rows lost.
+    with _lock(path):
+        if path.exists():
+            frame = _merged(read_csv(path).reindex(columns=COLUMNS), _keys(path), frame, _keys(io.StringIO(text)))
+        frame["p_holm"] = _corrected(frame)
+        write_text(path, _csv(frame))
+        return read_csv(path)
 
 
-def _keys(file: Path | io.StringIO) -> list[tuple[str, ...]]:
+def _lock(path: Path) -> contextlib.AbstractContextManager[bool]:
+    return locked(path.with_name(f".{path.name}.lock"))
+
+
+def _merged(old: pd.DataFrame, was: list[Key], new: pd.DataFrame, keys: list[Key]) -> pd.DataFrame:
+    """Return the rows of two tables, given with their `_keys`; a new row stands where its predecessor stood."""
+    fresh = set(keys)
+    kept = [key not in fresh for key in was]
+    # As objects, since an empty column has no type to agree on; then numbers are numbers again, and written as such.
+    frame = pd.concat([old[kept].astype(object), new.astype(object)], ignore_index=True).infer_objects()
+    # So the table does not depend on what was measured again, and when.
+    place = {key: position for position, key in reversed(list(enumerate(was)))}
+    order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
+    return frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(drop=True)
+
+
+def _keys(file: Path | io.StringIO) -> list[Key]:
     """Return each row's `KEY` in one spelling: 1, 1.0 and 1.00 are one setting."""
     text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=KEY, fill_value="")
     return [tuple(_spelled(value) for value in row) for row in text.itertuples(index=False)]
@@ -592,10 +603,13 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     cfg = configs[0]
     folder = project_path(cfg.results)
     folder.mkdir(parents=True, exist_ok=True)
-    frame = merge_rows(folder / f"{cfg.name}.csv", rows_of(configs))
-    markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
-    write_text(folder / f"{cfg.name}.md", markdown)
-    write_text(folder / f"{cfg.name}.tex", render_latex(frame))
+    path = folder / f"{cfg.name}.csv"
+    merge_rows(path, rows_of(configs))
+    with _lock(path):
+        frame = read_csv(path)  # another process may have merged its rows meanwhile
+        markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
+        write_text(folder / f"{cfg.name}.md", markdown)
+        write_text(folder / f"{cfg.name}.tex", render_latex(frame))
     return frame, markdown
 
 

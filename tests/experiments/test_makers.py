@@ -1,6 +1,7 @@
 """One id, one maker; one setting, one id: what was begun elsewhere is not mixed, what is equal is one run."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -120,6 +121,20 @@ def test_a_lost_environment_is_not_made_up(half, caplog):
     (folder / "environment.json").write_text("{")
     with pytest.raises(ValueError, match=f"expected JSON in {folder}/environment.json"):
         _ = Run(folder).environment
+
+
+def test_what_killed_processes_left_in_a_half_finished_run_is_swept(half):
+    cfg, folder = half
+    left = [folder / ".config.yaml.abc.tmp", next(folder.glob("images/*")) / ".000000.abc"]
+    left[0].touch()
+    left[1].mkdir()
+    start = (cfg, pipelines.find_checkpoint(cfg.model).fingerprint, "cpu")
+    Run.start(*start)
+    assert all(path.exists() for path in left), "they may be another process's"
+    for path in left:
+        os.utime(path, (0, 0))
+    Run.start(*start)
+    assert not any(path.exists() for path in left)
 
 
 # --- equal settings ---------------------------------------------------------------------------------------------------

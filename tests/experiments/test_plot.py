@@ -215,3 +215,11 @@ def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch
     plot.save(figure, tmp_path / "figure")
     plot.save_sheet(sheet, files[2])
     assert set(tmp_path.iterdir()) == set(files)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
+    (tmp_path / "00.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"got a damaged or foreign file: {tmp_path}/00\.png") as error:
+        plot._tile(tmp_path / "00.png", 8)
+    assert "\n" not in str(error.value)
