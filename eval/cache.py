@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -16,20 +17,23 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from eval.encoders import Encoder
-from eval.images import ContentHashes, ManifestRow, content_hash, load_image
+from eval.images import ContentHashes, ManifestRow, content_hash, load_image, sweep
+
+log = logging.getLogger(__name__)
 
 # Images a file of the cache: what a killed run loses at most.
 IMAGES_PER_SHARD = 512
 # Part of the cache's path: raise it when load_image or the layout changes what is stored.
-CACHE_VERSION = "v1"
+CACHE_VERSION = "v2"
 
 
 class EmbeddingCache:
     """Embeddings on disk, by content hash and encoder id: renamed and repeated images are embedded once.
 
-    Layout: `folder/v1/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
-    hash. Shards are written once, under a name made of their keys, by an atomic rename, so several processes
-    may share a cache. `folder/hashes.jsonl` has the hashes of files that were read before.
+    Layout: `folder/v2/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
+    hash, and a digest of all of them. Shards are written once, under a name made of their keys, by an atomic rename, so
+    several processes may share a cache. A damaged one is removed, with a warning, and its images are embedded again.
+    `folder/hashes.jsonl` has the hashes of files that were read before.
 
     Args:
         folder: made when first needed; can be deleted at any time.
@@ -53,8 +57,8 @@ class EmbeddingCache:
                 wanted.setdefault(index[key], []).append(key)
         found = {}
         for shard, keys in wanted.items():
-            with _open_shard(shard) as file:
-                found.update({key: file.get_tensor(key) for key in keys})
+            stored = _read_shard(shard)
+            found.update({key: stored[key] for key in keys if key in stored})
         return found
 
     def put(self, encoder_id: str, embeddings: Mapping[str, torch.Tensor]) -> None:
@@ -65,10 +69,12 @@ class EmbeddingCache:
         folder.mkdir(parents=True, exist_ok=True)
         keys = sorted(embeddings)
         shard = folder / f"{_digest(keys)}.safetensors"
+        sweep(folder, "*.tmp")
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         os.close(handle)
         try:
-            save_file({key: embeddings[key].float().contiguous().clone() for key in keys}, temporary)
+            tensors = {key: embeddings[key].float().contiguous().clone() for key in keys}
+            save_file(tensors, temporary, {"sha256": _content(tensors)})
             os.replace(temporary, shard)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -82,9 +88,11 @@ class EmbeddingCache:
         seen = self._read.setdefault(encoder_id, set())
         for shard in sorted(self._folder_of(encoder_id).glob("*.safetensors")):
             if shard not in seen:
-                with _open_shard(shard) as file:
+                with contextlib.suppress(SafetensorError, OSError), safe_open(shard, framework="pt") as file:
                     index.update(dict.fromkeys(file.keys(), shard))
-                seen.add(shard)
+                    seen.add(shard)
+                    continue
+                _discard(shard)
         return index
 
 
@@ -92,11 +100,27 @@ def _digest(keys: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
 
 
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"expected embeddings in {path}, got a damaged file ({error}); delete it") from error
+def _content(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of embeddings and their keys, whatever the order."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode() + tensors[key].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_shard(path: Path) -> dict[str, torch.Tensor]:
+    """Return all of a shard's embeddings; none, and a warning, where they are not those that were written."""
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+        if (file.metadata() or {}).get("sha256") == _content(stored):
+            return stored
+    _discard(path)
+    return {}
+
+
+def _discard(path: Path) -> None:
+    log.warning("%s is damaged, and removed: its images are embedded again", path)
+    path.unlink(missing_ok=True)
 
 
 def embed_folder(

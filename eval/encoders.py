@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eval.weights import NO_NETWORK, WeightsFacts, first_file, hub_cache, network_answers
+from eval.weights import NO_NETWORK, WeightsFacts, first_file, hub_cache, missing_vocabulary, network_answers
 
 TEXTS_PER_BATCH = 256
 
@@ -145,7 +145,7 @@ class HFClip(Encoder):
         )
 
     def _missing(self) -> list[str]:
-        return [file for file in self.NEEDED if not (self.folder / file).is_file()]
+        return [file for file in self.NEEDED if not (self.folder / file).is_file()] + missing_vocabulary(self.folder)
 
     def _found(self) -> WeightsFacts:
         facts = self.weights()

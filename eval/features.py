@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import pickle
 import sysconfig
 import warnings
@@ -125,7 +126,8 @@ class DreamSim(_Network):
 
     Images are squashed to 224 x 224, bicubic, as the package does; embeddings are centred over their components and
     of length 1, so that 1 - cosine is the package's own distance. Published checkpoints are one folder's worth of
-    files; those built on DINO also need torch.hub's copy of facebookresearch/dino in the same folder.
+    files; those built on DINO also need DINO's own weights in the same folder. The folder's files are read as tensors
+    alone: the package would run the code of a copy of facebookresearch/dino in it.
 
     Args:
         dreamsim_type: "ensemble" (the published metric), or one of its cheaper single networks.
@@ -142,6 +144,8 @@ class DreamSim(_Network):
         "clip_vitb32": ("clip_vitb32",),
         "open_clip_vitb32": ("open_clip_vitb32",),
     }
+    DINO = "checkpoints/dino_vitbase16_pretrain.pth"
+    DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
 
     def __init__(
         self,
@@ -166,7 +170,7 @@ class DreamSim(_Network):
         if not (folder / names[-1]).is_file() and (folder / adapter / "adapter_model.bin").is_file():
             names[-1] = f"{adapter}/adapter_model.bin"
         if "dino_vitb16" in self._parts:
-            names += ["facebookresearch_dino_main/hubconf.py", "checkpoints/dino_vitbase16_pretrain.pth"]
+            names.append(self.DINO)
         missing = [name for name in names if not (folder / name).is_file()]
         return WeightsFacts(
             encoder=self.name,
@@ -177,14 +181,7 @@ class DreamSim(_Network):
             input_range="[0, 1], less the mean, over the deviation of each backbone (ImageNet's for DINO, else CLIP's)",
             licence="MIT",
             how_to_get=f"unpack {self.URL.format(self.dreamsim_type)} into {folder} or give its folder as weights_dir"
-            + (
-                "; besides, unpack https://github.com/facebookresearch/dino/archive/main.zip there as "
-                "facebookresearch_dino_main, and put "
-                "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth into its "
-                "folder checkpoints"
-                if "dino_vitb16" in self._parts
-                else ""
-            ),
+            + (f"; besides, put {self.DINO_URL} into its folder checkpoints" if "dino_vitb16" in self._parts else ""),
         )
 
     @property
@@ -198,6 +195,8 @@ class DreamSim(_Network):
         if not network_answers(self.URL.format(self.dreamsim_type)):
             raise facts.missing(NO_NETWORK)
         self._folder().parent.mkdir(parents=True, exist_ok=True)
+        if "dino_vitb16" in self._parts and not (self._folder() / self.DINO).is_file():
+            download(self.DINO_URL, self._folder() / self.DINO, facts)
         try:
             self._load(facts)  # the package downloads while it loads
         except (OSError, zipfile.BadZipFile) as error:
@@ -206,8 +205,13 @@ class DreamSim(_Network):
     def _load(self, facts: WeightsFacts) -> Any:
         from dreamsim import dreamsim
 
-        before = torch.hub.get_dir()
+        for file in facts.files:
+            # peft imports whatever module is named there.
+            if file.name == "adapter_config.json" and json.loads(file.read_text()).get("megatron_config"):
+                raise ValueError(f"{file} asks for other software than DreamSim's")
+        before, load = torch.hub.get_dir(), torch.hub.load
         try:
+            torch.hub.load = self._dino  # the package's call would run code of the folder
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 # The package wraps its network twice in peft, which finds that odd.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -215,9 +219,18 @@ class DreamSim(_Network):
                     device=str(self.device), cache_dir=str(self._folder()), dreamsim_type=self.dreamsim_type
                 )
         finally:
+            torch.hub.load = load
             # DINO's loader sets it for the whole process, and LPIPS and Inception would look for theirs there.
             if torch.hub.get_dir() != before:
                 torch.hub.set_dir(before)
+
+    def _dino(self, *_: str) -> torch.nn.Module:
+        """Return DINO's ViT-B/16, of the package's own copy of its code."""
+        from dreamsim.feature_extraction.vision_transformer import vit_base
+
+        network = vit_base(patch_size=16)
+        network.load_state_dict(torch.load(self._folder() / self.DINO, map_location="cpu", weights_only=True))
+        return network
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
         from torchvision.transforms.functional import to_pil_image

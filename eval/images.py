@@ -9,9 +9,13 @@ package.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
+import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -21,11 +25,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl"
 PROMPTS = "prompts.json"
@@ -35,6 +41,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
+# Bytes of the largest image or file of text that is read, and levels within levels of JSON.
+LARGEST = 1 << 28
+DEEPEST = 32
+# Seconds after which a temporary file has lost the process that wrote it.
+LEFT_OVER = 86400
+# Fields of a manifest's row that not every row has.
+OPTIONAL = {"references", "sha256"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,7 @@ class ManifestRow:
         seed: seed of this image's own random generator; `UNKNOWN_SEED` (-1) where nobody knows it.
         references: pictures that the method was given to stay away from, each with the score by which it was chosen;
             None where the method takes none.
+        sha256: of the file's bytes, 64 digits, as it was generated; None where nobody recorded it.
     """
 
     path: str
@@ -61,8 +75,12 @@ class ManifestRow:
     index: int
     seed: int
     references: Mapping[str, float] | None = None
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("path", "prompt_id", "prompt", "category"):
+            if not isinstance(text := getattr(self, name), str):
+                raise ValueError(f"expected {name} to be a text, got {text!r}; give it in quotes")
         parts = PurePosixPath(self.path).parts
         if not parts or "\\" in self.path or ".." in parts or PurePosixPath(self.path).is_absolute():
             raise ValueError(
@@ -82,17 +100,14 @@ class ManifestRow:
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values; without references, where there are none to speak of."""
-        values = asdict(self)
-        if self.references is None:
-            del values["references"]
-        return values
+        """Return the row as plain JSON values; without references and hash, where there are none to speak of."""
+        return {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ManifestRow:
         """Build a row from JSON values; missing or unknown fields are an error."""
-        expected = {field.name for field in fields(cls)} - {"references"}
-        if set(values) - {"references"} != expected:
+        expected = {field.name for field in fields(cls)} - OPTIONAL
+        if set(values) - OPTIONAL != expected:
             raise ValueError(
                 f"expected a manifest row with the fields {sorted(expected)}, got {sorted(values)}; "
                 "the manifest was written by another version: generate the run again"
@@ -100,23 +115,107 @@ class ManifestRow:
         return cls(**values)
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file that anybody may have written, to read its bytes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no file but a pipe, a device or a folder, which might never end.
+    """
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+    handle = os.open(path, sum(flags, os.O_RDONLY))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"expected a file at {path}, got a pipe, a device or a folder; move it away")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: str | Path, most: int = LARGEST) -> bytes:
+    """Read a file of at most `most` bytes; see `open_regular`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"expected at most {most} bytes in {path}, got {size}; move it away")
+        return file.read(most)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON that anybody may have written; see `read_regular`.
+
+    Raises:
+        ValueError: also where it is none, or nested more deeply than anything that is written here.
+    """
+    try:
+        document = json.loads(read_regular(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {path}, got what cannot be read ({error})") from error
+    within = [document]
+    for _ in range(DEEPEST):
+        within = [
+            inner
+            for value in within
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if within:
+        raise ValueError(f"expected JSON in {path} of at most {DEEPEST} levels, got more; move it away")
+    return document
+
+
 def canonical_json(document: Any) -> str:
     """Write JSON in the one form this package uses: sorted keys, real characters, no NaN or infinity."""
     return json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with `sha256`, a digest of all else that it holds; see `check_seal`."""
+    values = {key: value for key, value in document.items() if key != "sha256"}
+    return {**values, "sha256": hashlib.sha256(canonical_json(values).encode()).hexdigest()}
+
+
+def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError, which names the file, where a document no longer holds what was `sealed`."""
+    if "sha256" not in document:
+        raise ValueError(
+            f"expected a document with a digest of what it holds, got none in {path}: it is of an earlier "
+            "version; make it again"
+        )
+    if sealed(document)["sha256"] != document["sha256"]:
+        raise ValueError(
+            f"expected what was written into {path}, got other values: it was edited or is damaged; make it again"
+        )
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file so that readers see the old content or the new, never a part."""
+    return write_bytes(path, text.encode())
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left in a folder: the files and folders of a name, a day after their last change."""
+    for left in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if time.time() - left.lstat().st_mtime < LEFT_OVER:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file so that readers see the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         # mkstemp makes the file private; a result should have the permissions of any new file
         mask = os.umask(0)
         os.umask(mask)
         os.fchmod(handle, 0o666 & ~mask)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -190,10 +289,10 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
     if not manifest.is_file():
         return _read_plain_folder(folder)
     rows = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
         try:
             rows.append(ManifestRow.from_dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"expected one manifest row a line, got line {number} of {manifest}: {error}") from error
     if not rows:
         raise ValueError(f"expected at least one image in {manifest}, got an empty file; generate the run again")
@@ -257,10 +356,7 @@ def _read_prompt_names(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / PROMPTS
     if not path.is_file():
         return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {path}, got a syntax error: {error}") from error
+    document = read_json(path)
     names: dict[str, dict[str, str]] = {}
     for subfolder, entry in document.items() if isinstance(document, dict) else [("the document", document)]:
         values = {"prompt": entry} if isinstance(entry, str) else entry
@@ -306,14 +402,16 @@ def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
 
 
 def load_image(path: str | Path) -> torch.Tensor:
-    """Read an image as 8-bit RGB.
+    """Read an image as 8-bit RGB: uint8 tensor [3, H, W] in [0, 255]; see `load_picture`."""
+    return torch.from_numpy(np.array(load_picture(path))).permute(2, 0, 1).contiguous()
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Read an image as Pillow's 8-bit RGB.
 
     Transparency is composited on white, grey is repeated over the channels, a palette is looked up and a
     camera's orientation tag is applied. Colour spaces that would have to be guessed (CMYK, 16-bit grey, ...)
     are refused.
-
-    Returns:
-        uint8 tensor [3, H, W] in [0, 255].
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -345,12 +443,12 @@ def load_image(path: str | Path) -> torch.Tensor:
         raise ValueError(
             f"expected an RGB, RGBA, grey or palette image, got mode {image.mode} in {path}; convert it to 8-bit RGB"
         )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return image.convert("RGB")
 
 
 def content_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -361,8 +459,9 @@ class ContentHashes:
     the file system's clock.
 
     Args:
-        file: where they are kept between processes, a line each; it is appended to, and can be deleted at any time.
-            None remembers them in this object alone.
+        file: where they are kept between processes, a line each with a digest of its own; it is appended to, and can be
+            deleted at any time. Lines that are damaged are left out with a warning. None remembers them in this object
+            alone.
     """
 
     SETTLED = 1e9  # nanoseconds
@@ -372,12 +471,17 @@ class ContentHashes:
 
     @cached_property
     def _known(self) -> dict[tuple[str | int, ...], str]:
-        known = {}
+        known, damaged = {}, 0
         if self._file and self._file.is_file():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the end of a line is missing where a process was killed
-                    *key, digest = json.loads(line)
+            for line in self._file.read_bytes().split(b"\n"):
+                values, _, check = line.rpartition(b" ")
+                if check.decode("ascii", "replace") == _check(values):
+                    *key, digest = json.loads(values)
                     known[tuple(key)] = digest
+                else:
+                    damaged += bool(line)
+        if damaged:
+            log.warning("%s: %d damaged lines are left out: those files are hashed again", self._file, damaged)
         return known
 
     def __call__(self, path: str | Path) -> str:
@@ -392,9 +496,14 @@ class ContentHashes:
             self._known[key] = digest
             if self._file:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self._file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([*key, digest]) + "\n")
+                values = json.dumps([*key, digest]).encode()
+                with open(self._file, "ab") as file:
+                    file.write(values + b" " + _check(values).encode() + b"\n")
         return self._known[key]
+
+
+def _check(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
 
 
 # For folders that are asked about without a cache: hashed once a process.
@@ -416,11 +525,22 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable
 
     Raises:
         FileNotFoundError: an image is missing.
+        ValueError: an image is not the one that its row was written for.
     """
     folder = Path(folder)
     digest = hashlib.sha256()
     for row in canonical_order(rows):
         if not (folder / row.path).is_file():
             raise FileNotFoundError(f"expected an image at {folder / row.path}, got no file; generate the run again")
-        digest.update(f"{canonical_json(row.to_dict())}\n{hash_of(folder / row.path)}\n".encode())
+        if (size := (folder / row.path).stat().st_size) > LARGEST:
+            raise ValueError(
+                f"expected an image of at most {LARGEST} bytes, got {size} in {folder / row.path}; remove it"
+            )
+        found = hash_of(folder / row.path)
+        if row.sha256 not in (None, found):
+            raise ValueError(
+                f"expected the image that was generated, got another file at {folder / row.path}: it was replaced or "
+                "is damaged; run experiments.generate again, which makes its group anew"
+            )
+        digest.update(f"{canonical_json(row.to_dict())}\n{found}\n".encode())
     return digest.hexdigest()

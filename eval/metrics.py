@@ -12,7 +12,6 @@ it on all images and again on seeded halves of the categories; the document hold
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -38,9 +37,12 @@ from eval.images import (
     ManifestRow,
     canonical_json,
     canonical_order,
+    check_seal,
+    read_json,
     read_manifest,
     remembered_hash,
     rows_hash,
+    sealed,
     write_json,
 )
 from eval.intervals import Cluster, units_of
@@ -575,6 +577,9 @@ class AttributeEntropy(Metric):
         name: str | None = None,
     ) -> None:
         super().__init__(encoder, name)
+        for given in (templates, labels, *(labels.values() if isinstance(labels, Mapping) else ())):
+            if isinstance(given, str):
+                raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
         # plain containers, whatever a configuration library hands over
         self.labels = (
             {str(category): [str(label) for label in labels[category]] for category in labels}
@@ -636,13 +641,18 @@ class AttributeEntropy(Metric):
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """Read a metric's document."""
+    """Read a metric's document.
+
+    Raises:
+        ValueError: it is none, or holds other values than were written; the message names it.
+    """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = read_json(path)
     except ValueError as error:
-        raise ValueError(f"expected a metric's JSON in {path}, got a syntax error ({error}); delete it") from error
+        raise ValueError(f"expected a metric's JSON in {path}, got another file ({error}); delete it") from error
     if not isinstance(document, dict) or "metric" not in document or "groups" not in document:
         raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
+    check_seal(document, path)
     return document
 
 
@@ -682,15 +692,17 @@ def measure(
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder, cache, batch_size, progress)
     images = images.only(metric.only)
-    document = {
-        **_identity(metric, images.manifest_hash),
-        "description": metric.description,
-        "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better,
-        **metric.results(images),
-        "details": metric.details(images),
-        "environment": environment(),
-    }
+    document = sealed(
+        {
+            **_identity(metric, images.manifest_hash),
+            "description": metric.description,
+            "unit": metric.unit,
+            "higher_is_better": metric.higher_is_better,
+            **metric.results(images),
+            "details": metric.details(images),
+            "environment": environment(),
+        }
+    )
     write_json(path or images.folder / METRICS / f"{metric.name}.json", document)
     return document
 

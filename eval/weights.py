@@ -86,6 +86,9 @@ class WeightsFacts:
         )
 
 
+# What a tokenizer of transformers may be stored as, each enough by itself.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+
 NO_NETWORK = "the network is switched off or does not answer"
 
 
@@ -102,6 +105,12 @@ def checkpoints_folder() -> Path:
 def first_file(candidates: Iterable[Path]) -> Path | None:
     """Return the first of `candidates` that is a file."""
     return next((path for path in candidates if path.is_file()), None)
+
+
+def missing_vocabulary(folder: Path) -> list[str]:
+    """Return the file that a tokenizer's folder lacks: without a vocabulary transformers makes one up in silence."""
+    found = [names for names in VOCABULARIES if all((folder / name).is_file() for name in names)]
+    return [] if found else [VOCABULARIES[0][0]]
 
 
 def in_hub_cache(repository: str, names: Sequence[str], revision: str | None = None) -> Path | None:

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import negtome
 from experiments import pipelines, project_path, select_device
-from experiments.configs import expand
+from experiments.configs import expand, flag
+from experiments.plot import save_sheet
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -119,16 +120,17 @@ def sheet(application: Application, rows: list[list[Image.Image]], model: str, t
 def make_pictures(cfg: DictConfig) -> list[Path]:
     """Write the picture of every configured application and return the files."""
     device = select_device(cfg.device)
+    compiled, offload = flag(cfg, "compile"), flag(cfg, "offload")
     checkpoint = pipelines.find_checkpoint(cfg.model)
-    pipe = pipelines.load(cfg.model, checkpoint, device, compile_denoiser=cfg.compile, offload=cfg.offload)
+    pipe = pipelines.load(cfg.model, checkpoint, device, compile_denoiser=compiled, offload=offload)
     results = project_path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     files = []
     for name, spec in cfg.applications.items():
         application: Application = instantiate(spec, _convert_="all")
         rows = application.run(pipe, dict(cfg.model.call))
-        files.append(results / f"applications_{name}_{cfg.model.name}.png")
-        sheet(application, rows, cfg.model.name).quantize(256).save(files[-1], optimize=True)
+        picture = sheet(application, rows, cfg.model.name)
+        files.append(save_sheet(picture, results / f"applications_{name}_{cfg.model.name}.png"))
     return files
 
 

@@ -33,7 +33,7 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash, write_text
+from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash, write_bytes, write_text
 from eval.metrics import read_document
 from experiments import PROJECT, project_path
 from experiments.runs import GENERATION_VERSION, Run, canonical
@@ -43,9 +43,9 @@ MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")
 #: Columns of the table; settings of the call and the method stand between, as `call.NAME` and `method.NAME`.
 HEAD = ["experiment", "model", "kind", "architecture", "source", "dtype", "compile"]
 TAIL = [
-    "prompts", "split", "run_id", "weights", "code", "device", "torch", "diffusers", "transformers", "commit", "date",
-    "metric", "metric_version", "encoder", "encoder_id", "unit", "higher_is_better", "aggregate", "group", "prompt_id",
-    "prompt", "category", "seed", "n_images", "value",
+    "prompts", "split", "run_id", "weights", "code", "device", "torch", "diffusers", "transformers", "cpu", "commit",
+    "date", "metric", "metric_version", "encoder", "encoder_id", "unit", "higher_is_better", "aggregate", "group",
+    "prompt_id", "prompt", "category", "seed", "n_images", "value",
 ]  # fmt: skip
 PROBLEMS = ["path", "problem"]
 
@@ -70,6 +70,10 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
     for place in run_folders(folder):
+        if place != folder and place.is_symlink():
+            reason = "a link, which is not followed: collect the folder that it links to"
+            problems.append({"path": place.relative_to(folder).as_posix(), "problem": reason})
+            continue
         for found in _rows(place, versions):
             if isinstance(found, Problem):
                 path = (place / found.file).relative_to(folder).as_posix()
@@ -91,7 +95,7 @@ class Problem:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield what is a run folder or was meant to be one, in the order of the paths."""
+    """Yield what is a run folder or was meant to be one, and links to folders, in the order of the paths."""
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
         path = Path(place)
@@ -102,12 +106,16 @@ def run_folders(folder: Path) -> Iterator[Path]:
             yield path
         elif "index.html" in files and _is_report(path / "index.html"):
             names.clear()
+        yield from (path / name for name in names if (path / name).is_symlink())
 
 
 def _is_report(page: Path) -> bool:
     from experiments.report import MARK  # loads all that draws, which nothing else here needs
 
-    return page.is_file() and MARK.encode() in page.read_bytes()
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        return MARK.encode() in file.read(1 << 16)
 
 
 def metric_versions() -> dict[str, set[int]]:
@@ -128,7 +136,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
             yield Problem("", "damaged or foreign: expected a run folder, got one without config.yaml")
             return
         about = _about(run)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # a foreign folder may hold anything
         yield Problem("", f"damaged or foreign: {type(error).__name__}: {error}")
         return
     if not run.complete:
@@ -142,9 +150,10 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
         yield Problem("", f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
         return
     try:
+        run.check_manifest()
         manifest = read_manifest(folder)
         rows_hash(folder, manifest)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         yield Problem("", f"damaged: {error}")
         return
     files = sorted((folder / METRICS).glob("*.json"))
@@ -153,7 +162,7 @@ def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any
     for file in files:
         try:
             yield from _rows_of_document(file, manifest, about, versions)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:
             yield Problem(f"{METRICS}/{file.name}", f"damaged: {type(error).__name__}: {error}")
 
 
@@ -176,6 +185,7 @@ def _about(run: Run) -> dict[str, Any]:
         **{name: identity["machine"][name] for name in ("device", "torch", "diffusers", "transformers")},
         "commit": environment["commit"],
         "date": environment["date"],
+        "cpu": environment.get("cpu"),
         "version": asked["version"],
         "n_groups": len(prompts["groups"]),
     }
@@ -259,14 +269,7 @@ def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
         write_text(to.with_name(f"{to.name}_problems.csv"), problems.to_csv(index=False)),
     ]
     if importlib.util.find_spec("pyarrow"):
-        file = to.with_name(f"{to.name}.parquet")
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            table.to_parquet(temporary, index=False)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        files.insert(1, file)
+        files.insert(1, write_bytes(to.with_name(f"{to.name}.parquet"), table.to_parquet(index=False)))
     return files
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
@@ -34,7 +37,30 @@ def expand(overrides: list[str]) -> list[DictConfig]:
         ValueError: an unknown group, option or key, or something that is no override.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return [_composed(job) for job in _jobs(overrides)]
+        return list(_all_composed(_jobs(overrides)))
+
+
+def _all_composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
+    """Compose each job; those that name the same files once, since reading and merging them takes nearly all the time.
+
+    Hydra itself applies values to what the files make, and nothing of the files depends on a value.
+    """
+    loader, bases = GlobalHydra.instance().config_loader(), {}
+    for job in jobs:
+        files, values = [], []
+        for text, override in _parsed(job):
+            names = loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+            # What is for Hydra's own node, which a composed configuration no longer has, is its affair.
+            if names or override.is_hydra_override():
+                files.append(text)
+            else:
+                values.append(override)
+        if (key := tuple(files)) not in bases:
+            bases[key] = _composed(files)
+        cfg = copy.deepcopy(bases[key])
+        with _explained(job):
+            loader._apply_overrides_to_config(values, cfg)
+        yield cfg
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
@@ -62,9 +88,15 @@ def _parsed(overrides: list[str]) -> list[tuple[str, Override]]:
 
 
 def _composed(overrides: list[str], **options: Any) -> DictConfig:
-    """Compose a configuration, saying of what is unknown in it what was probably meant."""
-    try:
+    with _explained(overrides):
         return compose("config", overrides, **options)
+
+
+@contextlib.contextmanager
+def _explained(overrides: list[str]) -> Iterator[None]:
+    """Say of what is unknown in `overrides` what was probably meant."""
+    try:
+        yield
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         if not (group and error.options):
@@ -139,6 +171,17 @@ def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> bool:
     # An absolute path: a job in another process finds no configuration beside its function.
     hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)()
     return True
+
+
+def flag(cfg: DictConfig, name: str) -> bool:
+    """Return a setting that is either true or false.
+
+    Raises:
+        ValueError: it is anything else, as the text "no", which Python takes for true.
+    """
+    if not isinstance(cfg[name], bool):
+        raise ValueError(f"{name} must be true or false, got {cfg[name]!r}: give {name}=true or {name}=false")
+    return cfg[name]
 
 
 def build(spec: DictConfig) -> Any:

@@ -74,7 +74,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     """Score the folder `cfg.images` with every configured metric.
 
     A metric that cannot measure this folder (too few images, no weights) does not keep the others from it. The JSONs go
-    into `cfg.scores`, or `metrics` in the folder.
+    into `cfg.scores`, or `metrics` in the folder, where those that are there are replaced and never read.
 
     Returns:
         A table, one row a metric: value, interval, direction, what it was scored by, how many units and images; and for
@@ -93,10 +93,12 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         )
     images = _open(cfg, Path(cfg.images).expanduser().resolve())
     scores = images.folder / METRICS if cfg.scores is None else Path(cfg.scores).expanduser().resolve()
+    # Whoever made the images may have made the numbers beside them, too.
+    trusted = not scores.is_relative_to(images.folder)
     rows, refused = [], {}
     for name, metric in configured_metrics(cfg):
         try:
-            document = read_document(_score(images, name, metric, scores, images.folder.name)[0])
+            document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
         except (ValueError, TypeError, FileNotFoundError) as error:
             refused[name] = str(error)
             continue
@@ -144,6 +146,8 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
             arguments["baseline"] = str(Run.find_baseline(cfg).folder)
         settings = OmegaConf.to_container(spec, resolve=True)
         only = settings.pop("only", None)
+        if isinstance(only, str):
+            raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
         metric = instantiate(settings | arguments)
         metric.only = None if only is None else tuple(only)
         if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
@@ -165,10 +169,22 @@ def _open(cfg: DictConfig, folder: Path) -> ImageSet:
     return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=True)
 
 
-def _score(images: ImageSet, name: str, metric: Metric, folder: Path, label: str) -> tuple[Path, bool]:
-    """Return the file of a metric's values, and whether they were measured now."""
+def _stored(file: Path) -> dict[str, Any] | None:
+    """Return what was measured before; None where there is nothing, or a file that cannot be relied on."""
+    try:
+        return read_document(file) if file.exists() else None
+    except ValueError as error:
+        log.warning("measured anew: %s", error)
+        return None
+
+
+def _score(
+    images: ImageSet, name: str, metric: Metric, folder: Path, label: str, trusted: bool = True
+) -> tuple[Path, bool]:
+    """Return the file of a metric's values, and whether they were measured now; what is not trusted is not read."""
     file = document_path(folder, name, metric)
-    if file.exists() and is_current(read_document(file), metric, images):
+    document = _stored(file) if trusted else None
+    if document is not None and is_current(document, metric, images):
         return file, False
     log.info("%s: %s by %s", label, name, metric.judge.name)
     document = measure(metric, images, path=file)

@@ -33,16 +33,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.configs import build, expand, launch, run_names, run_overrides
+from experiments.configs import build, expand, flag, launch, run_names, run_overrides
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
-from experiments.runs import Run
+from experiments.runs import Run, maker
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +70,23 @@ def prepare(cfg: DictConfig) -> Job:
 
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or other code or another kind of CPU began the run.
     """
     device = select_device(cfg.device)
+    flag(cfg, "offload")  # before anything is generated
     prompts: PromptSet = build(cfg.prompts)
     groups = prompts.groups()
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
+    label = f"{cfg.model.name} {cfg.method.name}"
     missing = [group for group in shard_of(groups, cfg) if not run.has(group)]
-    if missing and (taken := run.take_over(missing)):
-        log.info("%s %s: %d groups taken over from another experiment", cfg.model.name, cfg.method.name, taken)
+    if missing and (taken := run.take_over(missing, device)):
+        log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
         missing = [group for group in missing if not run.has(group)]
+    if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
+        log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
+    if missing:
+        run.check_makers(groups, device, mixed=flag(cfg, "resume_any"))
     return Job(cfg, device, checkpoint, run, groups, missing)
 
 
@@ -89,7 +97,7 @@ def generate(cfg: DictConfig) -> Path:
 
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: a setting is out of range.
+        ValueError: as `prepare`, or an image is not finite.
         RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
     """
     job = prepare(cfg)
@@ -231,11 +239,28 @@ def _generate_group(
         # Each image its own generator, on the CPU: the same noises for every method and on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
         start = time.perf_counter()
-        with method.apply(pipe, group, cfg.model.call) as applied:
-            images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **applied.call).images
+        with method.apply(pipe, group, pipelines.call_arguments(cfg.model)) as applied:
+            call = {"num_images_per_prompt": group.size, "generator": generators, **applied.call, "output_type": "np"}
+            images = _pictures(pipe, pipe(group.prompt, **call).images, cfg.model)
         seconds = time.perf_counter() - start
-        run.save(group, images, {"seconds": round(seconds, 3), **applied.statistics()}, applied.references)
+        statistics = {"seconds": round(seconds, 3), **applied.statistics()}
+        run.save(group, images, statistics, applied.references, maker(device))
         return True
+
+
+def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:
+    """Return decoded images, float [N, H, W, 3] in [0, 1], as the pipeline itself would have.
+
+    Raises:
+        ValueError: they are not numbers, which a PNG would show as black.
+    """
+    if not np.isfinite(images).all():
+        half = "SDXL's own autoencoder overflows in float16: give model.dtype=float32, or a checkpoint whose does not"
+        cure = half if model.dtype == "float16" else "check the checkpoint's weights and the method's settings"
+        raise ValueError(
+            f"expected finite images of model={model.name} in {model.dtype}, got NaN, which would show black: {cure}"
+        )
+    return pipe.image_processor.numpy_to_pil(images)
 
 
 @functools.lru_cache(maxsize=1)

@@ -53,8 +53,9 @@ from experiments import (
     select_device,
     synchronize,
 )
-from experiments.configs import expand
+from experiments.configs import expand, flag
 from experiments.latency_report import BOUND, MEASURED, METHOD, PLAIN
+from experiments.locks import locked
 from experiments.runs import canonical, current_commit
 
 # How: a round calls the pipeline once for every variant and then once more in the opposite order, so that a drift of
@@ -756,7 +757,7 @@ def _origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str,
         "batch": case.batch,
         "steps": case.model.call.num_inference_steps,
         "dtype": case.model.dtype,
-        "compiled": bool(cfg.compile),
+        "compiled": flag(cfg, "compile"),
         **_machine(cfg, device),
         "setting": setting_id(case, cfg, device, weights),
         "commit": current_commit(),
@@ -798,7 +799,7 @@ def setting_id(case: Case, cfg: DictConfig, device: str, weights: str) -> str:
         "case": [case.side, case.batch, case.rounds, case.steps, case.windows],
         "curve": [case.curve_windows, case.curve_variants],
         "variants": [[v.name, v.via, dict(v.config), v.picture, v.outside] for v in case.variants],
-        "compiled": bool(cfg.compile),
+        "compiled": flag(cfg, "compile"),
         "level": cfg.bootstrap.level,
         **_machine(cfg, device),
     }
@@ -812,19 +813,25 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
         The CSV's content, read back.
     """
     frame = read_rows(io.StringIO(_csv(pd.DataFrame(rows, columns=COLUMNS))))
-    if path.exists():
-        old = read_rows(path)
-        fresh = set(_configurations(frame))
-        kept = old[[key not in fresh for key in _configurations(old)]]
-        frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True).infer_objects()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, _csv(frame))
-    return read_rows(path)
+    with locked(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            old = read_rows(path)
+            fresh = set(_configurations(frame))
+            kept = old[[key not in fresh for key in _configurations(old)]]
+            frame = pd.concat([kept.astype(object), frame.astype(object)], ignore_index=True).infer_objects()
+        write_text(path, _csv(frame))
+        return read_rows(path)
 
 
 def read_rows(file: Path | io.StringIO) -> pd.DataFrame:
     """Read `latency.csv`; columns that a table of an earlier version does not have are empty."""
-    return pd.read_csv(file, dtype=TEXT, keep_default_na=False, na_values=[""]).reindex(columns=COLUMNS)
+    try:
+        return pd.read_csv(file, dtype=TEXT, keep_default_na=False, na_values=[""]).reindex(columns=COLUMNS)
+    except ValueError as error:  # pandas' own are ValueErrors
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"expected a table in {file}, got a damaged file ({reason}): restore it, or move it away"
+        ) from None
 
 
 def _configurations(frame: pd.DataFrame) -> list[str]:

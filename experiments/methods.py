@@ -137,6 +137,9 @@ class NegToMeFromAssets(NegToMe):
     ) -> None:
         super().__init__(name, **config)
         self.retriever = retriever
+        for setting, value in (("noise", noise), ("masks", masks)):
+            if not isinstance(value, bool):
+                raise ValueError(f"method.{setting} must be true or false, got {value!r}")
         self.reference = {"noise": noise, "posterior": posterior}
         if images is not None and images < 1:
             raise ValueError(f"method.images must be at least 1, or null for all of an asset, got {images}")
@@ -193,7 +196,7 @@ class NegativePrompt:
         self.name = name
         self.retriever = retriever
         self.prompt = prompt
-        self.true_cfg_scale = true_cfg_scale
+        self.true_cfg_scale = None if true_cfg_scale is None else float(true_cfg_scale)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -245,7 +248,7 @@ class NegativeIPAdapter:
         self.name = name
         self.retriever = retriever
         self.weights = dict(weights)
-        self.scale = scale
+        self.scale = float(scale)
 
     def settings(self) -> dict[str, Any]:
         return {"ip_adapter": self.weights, "scale": self.scale, "retriever": self.retriever.settings()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ import transformers
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from eval.weights import network_answers
-from experiments import project_path
+from eval.weights import missing_vocabulary, network_answers
+from experiments import PROJECT, project_path
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
 
@@ -59,21 +60,80 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
 
     Raises:
         FileNotFoundError: something is missing; the message lists the files and the ways to get them.
-        ValueError: the architecture is unknown.
+        ValueError: the architecture is unknown, or the model takes no images of the size that is asked for.
     """
     if model.architecture not in PIPELINES:
         raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
-    local = project_path(model.source)
-    if local.exists() or Path(model.source).is_absolute() or model.source.startswith((".", "~", "models/")):
-        folder = local
-    else:
-        folder = _from_hub(model)
+    folder = _local(model.source) or _from_hub(model)
     missing = missing_files(folder, model.architecture, model.variant)
     if missing:
         raise FileNotFoundError(
             _advice(model, f"{folder} is not a complete {model.architecture} pipeline folder", missing)
         )
+    _check_size(model, folder)
     return Checkpoint(folder, fingerprint(folder, model.architecture, model.variant))
+
+
+def _local(source: str) -> Path | None:
+    """Return the folder that a source means; None for a repository of the hub."""
+    local = project_path(source)
+    means_folder = local.exists() or Path(source).is_absolute() or source.startswith((".", "~", "models/"))
+    return Path(os.path.normpath(local)) if means_folder else None
+
+
+def canonical_source(source: str) -> str:
+    """Return a source in its one spelling: a folder within the project relative to it, any other one absolute."""
+    folder = _local(source)
+    if folder is None:
+        return source
+    return (folder.relative_to(PROJECT) if folder.is_relative_to(PROJECT) else folder).as_posix()
+
+
+def torch_dtype(model: DictConfig) -> torch.dtype:
+    """Return the dtype that `model.dtype` names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    dtype = getattr(torch, str(model.dtype), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"model.dtype must name a torch dtype such as float32, float16 or bfloat16, got {model.dtype!r}"
+        )
+    return dtype
+
+
+def call_arguments(model: DictConfig) -> dict[str, Any]:
+    """Return `model.call` with numbers as the pipeline declares them: 5 is 5.0 for a scale, 128.0 is 128 for a side."""
+    declared = inspect.signature(PIPELINES[model.architecture].__call__).parameters
+    call = OmegaConf.to_container(model.call, resolve=True)
+    return {
+        name: _as_declared(value, str(declared[name].annotation)) if name in declared else value
+        for name, value in call.items()
+    }
+
+
+def _as_declared(value: Any, kind: str) -> Any:
+    if isinstance(value, list):
+        return [_as_declared(item, kind) for item in value]
+    if type(value) is int and "float" in kind:
+        return float(value)
+    if type(value) is float and "float" not in kind and "int" in kind and value.is_integer():
+        return int(value)
+    return value
+
+
+def _check_size(model: DictConfig, folder: Path) -> None:
+    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+    levels = len(json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", ()))
+    # Pixels an image token: of the autoencoder's halvings, and of Flux's patches of 2 x 2 latents.
+    multiple = 2 ** max(levels - 1, 0) * (2 if model.architecture == "flux" else 1)
+    for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
+        value = model.get("call", {}).get(name)
+        if value is not None and (type(value) not in (int, float) or not value > 0 or value % step):
+            raise ValueError(
+                f"model.call.{name} must be a positive multiple of {step} for model={model.name}, got {value!r}"
+            )
 
 
 def local_fingerprint(model: DictConfig) -> str | None:
@@ -91,6 +151,8 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
         config = CONFIG_FILES.get(component, "config.json")
         if not (folder / component / config).is_file():
             missing.append(f"{component}/{config}")
+        if component.startswith("tokenizer"):
+            missing += [f"{component}/{name}" for name in missing_vocabulary(folder / component)]
         if component not in WEIGHTS:
             continue
         names, missing_shards = _weight_files(folder / component, variant)
@@ -146,11 +208,7 @@ def load(
     Raises:
         ValueError: an unknown dtype.
     """
-    dtype = getattr(torch, model.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"model.dtype must name a torch dtype such as float32, float16 or bfloat16, got {model.dtype!r}"
-        )
+    dtype = torch_dtype(model)
     variant = model.variant if _has_variant(checkpoint.folder, model.architecture, model.variant) else None
     # Their bars would tear the one of experiments.generate.
     diffusers.utils.logging.disable_progress_bar()

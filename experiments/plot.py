@@ -30,7 +30,7 @@ from matplotlib.patheffects import withStroke
 from omegaconf import DictConfig
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.images import group_rows, read_manifest
+from eval.images import group_rows, load_picture, read_manifest, write_bytes
 from experiments import project_path
 from experiments.assets import read_assets
 from experiments.configs import expand
@@ -121,9 +121,15 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """Write the figure as a vector PDF and as a PNG; `path` has no suffix. Returns the two files."""
     files = []
     for kind in ("png", "pdf"):
-        files.append(path.with_name(f"{path.name}.{kind}"))
-        files[-1].write_bytes(encode(figure, kind))
+        files.append(write_bytes(path.with_name(f"{path.name}.{kind}"), encode(figure, kind)))
     return files
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> Path:
+    """Write a sheet of images as a PNG of 256 colours; returns the file."""
+    file = io.BytesIO()
+    sheet.quantize(256).save(file, format="png", optimize=True)
+    return write_bytes(path, file.getvalue())
 
 
 def _panels(columns: int, width: float, height: float, rows: int = 1) -> tuple[Drawing, Any]:
@@ -747,8 +753,7 @@ def image_grid(
 
 
 def _tile(file: Path, side: int) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    return load_picture(file).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, length: int = 24) -> str:
@@ -813,8 +818,8 @@ def plot(configs: list[DictConfig]) -> list[Path]:
         runs = _worth_showing(list(dict.fromkeys(Run.find(cfg) for cfg in chosen)), frame)
         assets = read_assets(chosen[0].model.copyright.guidance) if cfg.primary.resemblance else None
         leading = None if assets is None else {asset.name: asset.file for asset in reversed(assets)}
-        files.append(results / f"{cfg.name}_grid_{model}.png")
-        image_grid(runs, leading=leading, titles=_titles(runs, frame)).quantize(256).save(files[-1], optimize=True)
+        sheet = image_grid(runs, leading=leading, titles=_titles(runs, frame))
+        files.append(save_sheet(sheet, results / f"{cfg.name}_grid_{model}.png"))
     return files
 
 

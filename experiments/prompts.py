@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         for field in ("categories", "templates", "seeds"):
-            values = tuple(getattr(self, field))
+            values = _listed(f"prompts.{field}", getattr(self, field))
             if not values or len(set(values)) != len(values):
                 raise ValueError(
                     f"prompts.{field} must be a list of distinct values with at least one, got {list(values)}"
@@ -79,6 +80,7 @@ class PromptSet:
             raise ValueError(f"prompts.split must be 'test' or 'development', got {self.split!r}")
         if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in self.seeds):
             raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(self.seeds)}")
+        _check_count(self.images_per_prompt)
         if self.images_per_prompt < 2:
             raise ValueError(
                 f"prompts.images_per_prompt must be at least 2, got {self.images_per_prompt}: "
@@ -150,7 +152,7 @@ class CharacterPrompts:
         if self.split not in ("test", "development"):
             raise ValueError(f"prompts.split must be 'test' or 'development', got {self.split!r}")
         for field, allowed in (("seeds", None), ("kinds", KINDS)):
-            values = tuple(getattr(self, field))
+            values = _listed(f"prompts.{field}", getattr(self, field))
             if not values or len(set(values)) != len(values) or (allowed and not set(values) <= set(allowed)):
                 raise ValueError(
                     f"prompts.{field} must be a list of distinct values"
@@ -159,11 +161,14 @@ class CharacterPrompts:
             object.__setattr__(self, field, values)
         if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in self.seeds):
             raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(self.seeds)}")
+        _check_count(self.images_per_prompt)
         if self.images_per_prompt < 1:
             raise ValueError(f"prompts.images_per_prompt must be at least 1, got {self.images_per_prompt}")
         for character, prompts in self.characters.items():
             if unknown := set(prompts) - set(KINDS):
                 raise ValueError(f"prompts.characters.{character} has kinds {sorted(unknown)}, known are {KINDS}")
+            for kind, texts in prompts.items():
+                _listed(f"prompts.characters.{character}.{kind}", texts)
             told = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
             if told:
                 raise ValueError(f"prompts.characters.{character}.indirect must not say the name, got {told}")
@@ -193,6 +198,18 @@ class CharacterPrompts:
             for prompt in prompts.get(kind, ())
             for seed in self.seeds
         ]
+
+
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    """Return the values of a list; a text, which is a sequence of letters too, is refused."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a list, got {values!r}: give {name}=[{values}]")
+    return tuple(values)
+
+
+def _check_count(images: Any) -> None:
+    if isinstance(images, bool) or not isinstance(images, int):
+        raise ValueError(f"prompts.images_per_prompt must be a whole number, got {images!r}")
 
 
 def _prompt_id(prompt: str) -> str:

@@ -16,6 +16,8 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
+import glob
+import hashlib
 import itertools
 import logging
 import re
@@ -35,23 +37,25 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
-from eval.images import ManifestRow, group_rows, read_manifest
+from eval.images import ManifestRow, content_hash, group_rows, load_picture, read_manifest, sweep, write_text
 from experiments import PROJECT, plot, project_path
 from experiments.assets import read_assets
 from experiments.configs import first
+from experiments.locks import locked
 from experiments.runs import Run
 from experiments.tabulate import (
     COLUMNS,
     LEGEND,
     OTHER_LEGEND,
     PAPER_LEGEND,
-    TEXT,
+    check_names,
     commands,
     findings,
     main_table,
     other_table,
     paper_table,
     printed_window,
+    read_csv,
     run_labels,
     scored_by,
 )
@@ -64,12 +68,21 @@ FIRST, LAST = ("diversity", "copyright", "latency"), ("tune", "memorised")
 SIDE = 256
 #: Shown of every model where no script chooses.
 STATIC_GROUPS = 3
-#: Marks a page as made here, and its folder as one that may be replaced.
+#: Marks a page as made here, which may be replaced.
 MARK = '<meta name="generator" content="experiments.report">'
+#: What the folder of a page's pictures is called while its content, and so its name, is not known.
+PICTURES = "pictures-of-a-page-that-is-being-made"
+#: What it is called then.
+NAMED = re.compile("pictures-[0-9a-f]{12}")
+#: Held while a page is put in the place of another; in the page's folder.
+LOCK = ".lock"
 
 
 def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
-    """Write the page and what it shows into a folder, which is replaced as a whole.
+    """Write the page and what it shows into a folder; nothing else in it is touched.
+
+    All pictures lie in one folder that is named after their content, so that a page of before stays whole until the new
+    one takes its place, by one rename, and whoever is killed or comes second leaves a whole page.
 
     Args:
         results: folder of the tables.
@@ -82,17 +95,19 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
 
     Raises:
         FileNotFoundError: there are no tables.
-        ValueError: `into` holds something else than an earlier page, `groups` is negative, or an image is damaged.
+        ValueError: `into` holds something else than an earlier page, `groups` is negative, or an image or a table is
+            damaged.
     """
     if groups < 0:
         raise ValueError(f"expected a number of groups of at least 0, got {groups}: 0 shows no images")
     page = into / "index.html"
-    if into.exists() and any(into.iterdir()) and not (page.is_file() and MARK in page.read_text(encoding="utf-8")):
+    others = into.exists() and any(entry.name != LOCK and not NAMED.fullmatch(entry.name) for entry in into.iterdir())
+    if others and not (page.is_file() and MARK.encode() in page.read_bytes()):
         raise ValueError(f"expected an earlier page, an empty folder or none, got {into}: choose another --into")
     names = sorted((path.stem for path in results.glob("*.csv") if path.stem != "paper"), key=_place)
     if not names:
         raise FileNotFoundError(f"expected tables in {results}, got none: make one with {commands('diversity')[0]}")
-    into.parent.mkdir(parents=True, exist_ok=True)
+    sweep(into.parent, f".{glob.escape(into.name)}.*")
     folder = into.with_name(f".{into.name}.{uuid.uuid4().hex}")
     try:
         (folder / "figures").mkdir(parents=True)
@@ -105,12 +120,25 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
         text = environment.get_template("report.html").render(
             sections=sections, mark=Markup(MARK), legend=LEGEND, other_legend=OTHER_LEGEND, paper_legend=PAPER_LEGEND
         )
-        (folder / page.name).write_text(text, encoding="utf-8")
-        shutil.rmtree(into, ignore_errors=True)
-        folder.rename(into)
+        _put(folder, text, page)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return page
+
+
+def _put(pictures: Path, text: str, page: Path) -> None:
+    """Put a page and its pictures in the place of the one before."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in pictures.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(pictures).as_posix()}\n{content_hash(file)}\n".encode())
+    name = f"pictures-{digest.hexdigest()[:12]}"
+    with locked(page.parent / LOCK):
+        if not (page.parent / name).exists():
+            pictures.rename(page.parent / name)
+        write_text(page, text.replace(PICTURES, name))
+        for entry in page.parent.iterdir():
+            if NAMED.fullmatch(entry.name) and entry.name != name and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -121,16 +149,18 @@ def _place(name: str) -> tuple[int, str]:
 
 def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int) -> dict[str, Any] | None:
     """Return what the page says of one table, its files written; None for a CSV that no page goes with."""
-    frame = pd.read_csv(results / f"{name}.csv", dtype=TEXT)
+    path = results / f"{name}.csv"
+    frame = read_csv(path)
     if not set(COLUMNS) <= set(frame.columns) or not (frame["experiment"] == name).all() or frame.empty:
         return _foreign(name, results, folder)
+    check_names(frame, path)
     runs = _runs(frame, outputs)
     drawn = []
     for figure_name, (figure, words) in plot.figures(frame).items():
         file = f"figures/{name}_{figure_name}.svg"
         (folder / file).write_bytes(plot.encode(figure, "svg"))
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        drawn.append({"file": quote(file), "alt": words, "width": width, "height": height})
+        drawn.append({"file": quote(f"{PICTURES}/{file}"), "alt": words, "width": width, "height": height})
     others, paper = other_table(frame), paper_table(name)
     return {
         "name": name,
@@ -166,6 +196,7 @@ def _foreign(name: str, results: Path, folder: Path) -> dict[str, Any] | None:
         log.warning("%s.csv is left out: it is no experiment's table, and has no %s", name, path.name)
         return None
     files = sorted(file for file in results.glob(f"{name}*.png") if file.stem == name or file.stem[len(name)] == "_")
+    files = [file for file in files if not _is_elsewhere(file, results)]
     for file in files:
         shutil.copyfile(file, folder / "figures" / file.name)
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -204,9 +235,8 @@ def _foreign(name: str, results: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _picture(file: Path, words: str) -> dict[str, Any]:
-    with Image.open(file) as image:
-        width, height = image.size
-    return {"file": quote(f"figures/{file.name}"), "alt": words, "width": width, "height": height}
+    width, height = load_picture(file).size
+    return {"file": quote(f"{PICTURES}/figures/{file.name}"), "alt": words, "width": width, "height": height}
 
 
 def _table(frame: pd.DataFrame) -> dict[str, Any]:
@@ -232,9 +262,12 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
         if run.complete:
             try:
                 manifest, state = group_rows(read_manifest(run.folder)), place.as_posix()
-                gone = [row.path for rows in manifest.values() for row in rows if not (run.folder / row.path).is_file()]
+                paths = [row.path for rows in manifest.values() for row in rows]
+                gone = [path for path in paths if not (run.folder / path).is_file()]
                 if gone:
                     raise FileNotFoundError(f"{len(gone)} images are gone, the first {gone[0]}")
+                if any(_is_elsewhere(run.folder / path, run.folder) for path in paths):
+                    raise ValueError("expected images of its own, got links")
                 made = {**run.identity["machine"], "python": run.environment["python"]}
             except (OSError, ValueError, KeyError) as error:
                 log.warning("The images of %s are left out: %s", run.folder, error)
@@ -257,6 +290,14 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
     for run in found:
         run["settings"] = {key: value for key, value in run["settings"].items() if key in filled}
     return found
+
+
+def _is_elsewhere(file: Path, folder: Path) -> bool:
+    """Tell whether a file within a folder is a link, or in a linked folder, and so may be anybody's; then log it."""
+    linked = file.resolve() != folder.resolve() / file.relative_to(folder)
+    if linked:
+        log.warning("%s is left out: it is a link, and what it links to may not be meant for others", file)
+    return linked
 
 
 def _printed(value: Any) -> str:
@@ -282,7 +323,7 @@ def _gallery(
             _reduce(asset, folder / base / "assets" / f"{number:03d}.webp")
         groups.append(
             {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "size": len(everything[group]),
-             "asset": quote(f"{base.as_posix()}/assets/{number:03d}.webp") if asset is not None else None}
+             "asset": quote(f"{PICTURES}/{base.as_posix()}/assets/{number:03d}.webp") if asset is not None else None}
         )  # fmt: skip
     shown = []
     for run in here:
@@ -293,13 +334,13 @@ def _gallery(
                 _reduce(run["folder"] / row.path, folder / base / run["id"] / f"{number:03d}-{row.index}.webp")
             away[number] = _away(rows)
         shown.append(
-            {"title": run["title"], "id": run["id"], "base": quote(f"{base.as_posix()}/{run['id']}/"),
+            {"title": run["title"], "id": run["id"], "base": quote(f"{PICTURES}/{base.as_posix()}/{run['id']}/"),
              "groups": [number for number, group in enumerate(chosen) if group in run["manifest"]],
              "away": {number: text for number, text in away.items() if text}}
         )  # fmt: skip
     sheet = results / f"{name}_grid_{model}.png"
     picture = None
-    if not here and sheet.exists():
+    if not here and sheet.exists() and not _is_elsewhere(sheet, results):
         shutil.copyfile(sheet, folder / "figures" / sheet.name)
         picture = _picture(sheet, f"a choice of the images of {model}, one row a prompt, one block of columns a method")
     return {
@@ -345,13 +386,7 @@ def _asset_files(model: str) -> dict[str, Path]:
 
 def _reduce(image: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with Image.open(image) as opened:
-            reduced = opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
-        raise ValueError(
-            f"expected a readable image, got {image} ({error}): move its run away, or make it again"
-        ) from None
+    reduced = load_picture(image)
     reduced.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     reduced.save(file, quality=90)
 

@@ -7,36 +7,61 @@ an interruption at any moment leaves whole groups only, and several processes ma
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from eval.images import ManifestRow, write_manifest, write_text
+import negtome
+from eval.images import (
+    MANIFEST,
+    ManifestRow,
+    check_seal,
+    content_hash,
+    read_json,
+    read_regular,
+    remembered_hash,
+    sealed,
+    sweep,
+    write_manifest,
+    write_text,
+)
 from experiments import PROJECT, pipelines, project_path, select_device
-from experiments.configs import build
+from experiments.configs import build, flag
 from experiments.locks import locked
 from experiments.methods import Baseline, Method
 from experiments.prompts import Group, PromptSet
 
+log = logging.getLogger(__name__)
+
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+
+#: What was generated in a group's folder: the manifest's rows, and the log's numbers.
+RECORD = "group.json"
+
+#: Bytes of the largest config.yaml that is read: some hundred thousand groups.
+LARGEST_IDENTITY = 1 << 24
 
 #: Where the locks of a run lie while it is generated, a file a group.
 LOCKS = ".locks"
@@ -57,6 +82,12 @@ def request(cfg: DictConfig) -> dict[str, Any]:
     method: Method = build(cfg.method)
     prompts: PromptSet = build(cfg.prompts)
     model = OmegaConf.to_container(cfg.model, resolve=True)
+    # What means the same is spelled the same.
+    model |= {
+        "source": pipelines.canonical_source(cfg.model.source),
+        "dtype": str(pipelines.torch_dtype(cfg.model)).removeprefix("torch."),
+        "call": pipelines.call_arguments(cfg.model),
+    }
     return {
         "version": GENERATION_VERSION,
         "model": {
@@ -70,7 +101,7 @@ def request(cfg: DictConfig) -> dict[str, Any]:
             "images_per_prompt": prompts.images_per_prompt,
             "groups": [[group.category, group.prompt, group.seed] for group in prompts.groups()],
         },
-        "compile": bool(cfg.compile),
+        "compile": flag(cfg, "compile"),
     }
 
 
@@ -85,6 +116,29 @@ def made_by(cfg: DictConfig, weights: str | None, device: str) -> dict[str, Any]
         },
         "code": build(cfg.method).code(),
     }
+
+
+#: What makes the images, beside the run's settings and the software installed: other code may make others.
+CODE = (
+    *sorted(Path(negtome.__file__).parent.glob("*.py")),
+    *(
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("generate", "pipelines", "prompts", "methods", "assets", "controls")
+    ),
+)
+
+
+@functools.cache
+def maker(device: str) -> dict[str, str | None]:
+    """Return what made a group and is in no run id: the CPU's instructions, where it computes, and a digest of `CODE`.
+
+    Comments and layout of the code do not count.
+    """
+    digest = hashlib.sha256()
+    for file in CODE:
+        digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
+    capability = torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else None
+    return {"cpu": capability, "generation_code": digest.hexdigest()[:12]}
 
 
 @dataclass(frozen=True)
@@ -115,9 +169,12 @@ class Run:
         try:
             status = path.stat()
             identity = _read_identity(path, status.st_size, status.st_mtime_ns)
+            found = run_id(identity)
+            _ = identity["request"], identity["machine"]
         except Exception as error:
-            raise ValueError(f"{path} cannot be read ({error}): restore it, or move the folder away") from error
-        if run_id(identity) != self.id:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{path} cannot be read ({reason}): restore it, or move the folder away") from error
+        if found != self.id:
             raise ValueError(
                 f"{path} does not hash to its folder's name {self.id}: it was edited. "
                 "Restore it, or move the folder away and generate again"
@@ -126,8 +183,12 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date and platform, as recorded when the run began."""
-        return json.loads((self.folder / "environment.json").read_text())
+        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost."""
+        path = self.folder / "environment.json"
+        try:
+            return read_json(path)
+        except FileNotFoundError:
+            return dict.fromkeys(_environment("cpu"), "unknown")
 
     @classmethod
     def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:
@@ -141,11 +202,15 @@ class Run:
         identity = {"request": request(cfg), **made_by(cfg, weights, device)}
         run = cls(_model_folder(cfg) / cfg.method.name / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in (".*.tmp", "images/*/.*"):
+            sweep(run.folder, pattern)
         if not (run.folder / "environment.json").exists():
-            write_text(
-                run.folder / "environment.json",
-                json.dumps(_environment(), indent=2, sort_keys=True) + "\n",
-            )
+            if run._begun():  # not here and now
+                log.warning(
+                    "%s/environment.json is lost: when and by which commit its images were made is unknown", run.folder
+                )
+            else:
+                run._write_environment(_environment(device))
         if not (run.folder / "config.yaml").exists():
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
         _ = run.identity  # fails here and not after hours, should the file be damaged
@@ -159,7 +224,8 @@ class Run:
 
         Raises:
             FileNotFoundError: there is none, or only unfinished ones.
-            ValueError: there are several, none of them made here, and `run_id=` does not say which.
+            ValueError: there are several, none of them made here, and `run_id=` does not say which; or its manifest was
+                changed.
         """
         return cls._find(cfg, cfg.method.name, request(cfg))
 
@@ -173,9 +239,18 @@ class Run:
     @classmethod
     def _find(cls, cfg: DictConfig, method: str, wanted: dict[str, Any]) -> Run:
         folder = _model_folder(cfg) / method
-        runs = [cls(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
-        runs = [run for run in runs if run.identity["request"] == wanted]
+        runs, damaged = [], []
+        for path in sorted(folder.glob("*/config.yaml")):
+            try:
+                if (run := cls(path.parent)).identity["request"] == wanted:
+                    runs.append(run)
+            except ValueError as error:
+                damaged.append(error)
         done = [run for run in runs if run.complete]
+        if damaged and not done:
+            raise damaged[0]
+        for error in damaged:
+            log.warning("left out: %s", error)
         if not done:
             state = "only unfinished ones" if runs else "none"
             raise FileNotFoundError(
@@ -197,23 +272,48 @@ class Run:
                 f"Several runs have these settings and none was made here: {listing}. Name one with run_id=ID (for a "
                 "sweep run_id=ID+ID+...), or move the others away"
             )
+        done[0].check_manifest()
         return done[0]
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return what was recorded of every group while it was generated."""
-        return [
-            json.loads(path.read_text())["stats"] for path in sorted(self.folder.glob("images/*/[0-9]*/group.json"))
-        ]
+        """Return what was recorded of every group while it was generated.
+
+        Raises:
+            ValueError: a record holds other values than were written.
+        """
+        return [_read_record(path)["stats"] for path in sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))]
+
+    def check_manifest(self) -> None:
+        """Raise ValueError where the manifest of a complete run is not the one that the run was completed with."""
+        manifest = hashlib.sha256(read_regular(self.folder / MANIFEST)).hexdigest()
+        if read_regular(self.folder / "complete").decode() != manifest:
+            raise ValueError(
+                f"expected the manifest that the run was completed with, got another {self.folder / MANIFEST}: it was "
+                "edited, is damaged or of an earlier version; run experiments.generate with the run's settings again"
+            )
 
     def group_folder(self, group: Group) -> Path:
         return self.folder / "images" / group.prompt_id / f"{group.seed:06d}"
 
     def has(self, group: Group) -> bool:
-        """Tell whether the group's images are all there."""
-        folder = self.group_folder(group)
-        return (folder / "group.json").exists() and all(
-            (folder / f"{index:02d}.png").exists() for index in range(group.size)
-        )
+        """Tell whether the group's images are all there, as they were generated."""
+        return self.fault(group) is None
+
+    def fault(self, group: Group) -> str | None:
+        """Say in words why the group's images cannot be taken, naming the file; None where they are as generated."""
+        path = self.group_folder(group) / RECORD
+        try:
+            record = _read_record(path)
+            rows = [ManifestRow.from_dict(row) for row in record["rows"]]
+            wanted = self._rows(group, None, [row.sha256 for row in rows])
+            if record["run"] != self.id or [replace(row, references=None) for row in rows] != wanted:
+                return f"{path} is of another run or group"
+            for row in rows:
+                if remembered_hash(self.folder / row.path) != row.sha256:
+                    return f"{self.folder / row.path} is not the image that was generated"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return str(error)
+        return None
 
     def save(
         self,
@@ -221,6 +321,7 @@ class Run:
         images: list[Image.Image],
         statistics: dict[str, Any],
         references: Mapping[str, float] | None = None,
+        made: Mapping[str, str | None] | None = None,
     ) -> None:
         """Write a group's images and record; they appear together, by one rename.
 
@@ -229,22 +330,61 @@ class Run:
             images: as many as the group's size.
             statistics: what the log should keep, as JSON values.
             references: pictures that the method was given, with the score by which each was found.
+            made: see `maker`.
         """
         with self._appearing(group) as temporary:
             temporary.mkdir()
-            for index, image in enumerate(images):
-                image.save(temporary / f"{index:02d}.png")
-            rows = [row.to_dict() for row in self._rows(group, references)]
-            (temporary / "group.json").write_text(json.dumps({"rows": rows, "stats": statistics}, indent=1) + "\n")
+            files = [temporary / f"{index:02d}.png" for index in range(len(images))]
+            for file, image in zip(files, images, strict=True):
+                image.save(file)
+            rows = [row.to_dict() for row in self._rows(group, references, map(content_hash, files))]
+            record = sealed({"run": self.id, "made": made, "rows": rows, "stats": statistics})
+            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def take_over(self, groups: list[Group]) -> int:
+    def _write_environment(self, environment: dict[str, Any]) -> None:
+        write_text(self.folder / "environment.json", json.dumps(environment, indent=2, sort_keys=True) + "\n")
+
+    def _begun(self) -> bool:
+        return any(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))
+
+    def _made(self, group: Group) -> dict[str, str | None] | None:
+        return _read_record(self.group_folder(group) / RECORD)["made"]
+
+    def check_makers(self, groups: list[Group], device: str, mixed: bool) -> None:
+        """Refuse to go on with a run whose images other code made, or another kind of CPU.
+
+        Args:
+            groups: all of the run.
+            device: that generates.
+            mixed: go on, and only say so.
+
+        Raises:
+            ValueError: with what made them and what would go on.
+        """
+        now = maker(device)
+        sound = [group for group in groups if self.has(group)]
+        if not sound:
+            self._write_environment(_environment(device))
+        others = {canonical(made) for group in sound if (made := self._made(group)) != now}
+        if not others:
+            return
+        said = f"{self.folder} was begun by {' and '.join(sorted(others))}, and here is {canonical(now)}"
+        if not mixed:
+            raise ValueError(
+                f"{said}: its images would be of several makes. Finish it there, move it away to make all of it here, "
+                "or go on nevertheless with resume_any=true"
+            )
+        log.warning("%s: its images are of several makes", said)
+
+    def take_over(self, groups: list[Group], device: str) -> int:
         """Take over groups that runs of other experiments have, as far as this run lacks them; return how many.
 
         A run of the same id has the same pixels, whatever it was made for: ablations share their baseline and the
-        model's own strengths. Files are linked where the disk can do that, else copied.
+        model's own strengths. What another `maker` made is taken over as a whole or not at all. Files are linked where
+        the disk can do that, else copied.
         """
         place, taken, sources = self.folder.relative_to(self.folder.parents[2]), 0, []
-        own = any(self.folder.glob("images/*/[0-9]*/group.json"))
+        own = self._begun()
         for experiment in sorted(self.folder.parents[3].iterdir()):
             other = Run(experiment / place)
             if other == self or not (other.folder / "config.yaml").is_file():
@@ -253,16 +393,17 @@ class Run:
                 _ = other.identity
             except ValueError:  # edited: not what its name says
                 continue
-            for group in groups:
-                if self.has(group) or not other.has(group):
-                    continue
+            offered = [group for group in groups if not self.has(group) and other.has(group)]
+            if own or taken or len(offered) < len(groups):
+                offered = [group for group in offered if other._made(group) == maker(device)]
+            for group in offered:
                 with self._appearing(group) as temporary:
                     shutil.copytree(other.group_folder(group), temporary, copy_function=_link_or_copy)
                 taken += 1
                 sources.append(other)
         if sources and not own and len(set(sources)) == 1:
             # Where and when it was made is where and when its images were.
-            write_text(self.folder / "environment.json", (sources[0].folder / "environment.json").read_text())
+            self._write_environment(sources[0].environment)
         return taken
 
     @contextlib.contextmanager
@@ -274,7 +415,7 @@ class Run:
         try:
             yield temporary
             if folder.exists() and not self.has(group):
-                shutil.rmtree(folder)  # files were taken out of it by hand
+                shutil.rmtree(folder)  # see `fault`
             os.rename(temporary, folder)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk above all
@@ -307,12 +448,14 @@ class Run:
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
-        records = [json.loads((self.group_folder(group) / "group.json").read_text()) for group in groups]
-        write_manifest(self.folder, [ManifestRow.from_dict(row) for record in records for row in record["rows"]])
-        write_text(self.folder / "complete", "")
+        records = [_read_record(self.group_folder(group) / RECORD) for group in groups]
+        rows = [ManifestRow.from_dict(row) for record in records for row in record["rows"]]
+        write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
         return True
 
-    def _rows(self, group: Group, references: Mapping[str, float] | None) -> list[ManifestRow]:
+    def _rows(
+        self, group: Group, references: Mapping[str, float] | None, hashes: Iterable[str | None]
+    ) -> list[ManifestRow]:
         folder = self.group_folder(group).relative_to(self.folder).as_posix()
         return [
             ManifestRow(
@@ -324,8 +467,9 @@ class Run:
                 index=index,
                 seed=seed,
                 references=None if references is None else dict(references),
+                sha256=sha256,
             )
-            for index, seed in enumerate(group.image_seeds())
+            for index, (seed, sha256) in enumerate(zip(group.image_seeds(), hashes, strict=True))
         ]
 
 
@@ -336,7 +480,18 @@ def _model_folder(cfg: DictConfig) -> Path:
 @functools.lru_cache(maxsize=4096)
 def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
     """Read a run's identity, at most once: in a sweep each run is looked for among all others."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+    text = read_regular(path, LARGEST_IDENTITY)
+    # Aliases of aliases are a small file and an endless configuration; what is written here has none.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, getattr(yaml, "CLoader", yaml.Loader))):
+        raise ValueError("it has aliases")
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text.decode())))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Read what a group's folder says of its images, as it was written."""
+    record = read_json(path)
+    check_seal(record, path)
+    return record
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -366,10 +521,11 @@ def current_commit() -> str:
     return commit + ("+changes" if changed.strip() else "")
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: str) -> dict[str, Any]:
     return {
         "commit": current_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **maker(device),
     }

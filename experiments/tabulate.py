@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import contextlib
 import io
 import re
 from pathlib import Path
@@ -29,8 +30,9 @@ from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.metrics import Metric, is_current, read_document
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import PROJECT, project_path
-from experiments.configs import expand, first
+from experiments.configs import expand, first, flag
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
+from experiments.locks import locked
 from experiments.runs import Run
 
 #: Columns of a CSV that hold text also where they look like numbers.
@@ -53,12 +55,20 @@ SETTING = [
     "t_low", "t_high", "sites",
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
+Key = tuple[str, ...]
 COLUMNS = [
     *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
     "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
 ]  # fmt: skip
 
+#: Columns that hold numbers alone.
+NUMBERS = {
+    "alpha", "threshold", "t_low", "t_high", "value", "ci_low", "ci_high", "difference", "difference_low",
+    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "pushed_share", "seconds",
+}  # fmt: skip
+#: Columns that name folders and files, and what they may hold.
+NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
 #: What the columns of the main table, of the other metrics' and of the paper's mean.
 LEGEND = (
     "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
@@ -90,11 +100,51 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: it was not made yet; the message says by which command it is.
+        ValueError: it is damaged, or names something by what could be a path.
     """
     path = project_path(folder) / f"{name}.csv"
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
-    return pd.read_csv(path, dtype=TEXT)
+    frame = read_csv(path)
+    if missing := set(COLUMNS) - set(frame.columns):
+        raise ValueError(
+            f"expected an experiment's table in {path}, got none of the columns {sorted(missing)[:5]}: "
+            f"make it again with {commands(name)[0]}"
+        )
+    check_names(frame, path)
+    return frame
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table of the results folder.
+
+    Raises:
+        ValueError: it is no table, or has text where numbers belong; the message names the file.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=TEXT)
+        frame.astype(dict.fromkeys(NUMBERS & set(frame.columns), float))
+    except (ValueError, OSError) as error:  # of pandas' own errors, most are ValueErrors
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"expected a table in {path}, got a damaged file ({reason}): restore it, or move it away and make it again"
+        ) from None
+    return frame
+
+
+def check_names(frame: pd.DataFrame, path: Path) -> None:
+    """Refuse a table whose runs could lie outside of the folders that they are looked for in.
+
+    Raises:
+        ValueError: an experiment, model, method or run id is no name of a folder; the message names the file.
+    """
+    for column, pattern in NAMES.items():
+        for value in frame[column].unique():
+            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise ValueError(
+                    f"expected the name of a folder for {column} in {path}, got {value!r}: correct the table, or make "
+                    "it again"
+                )
 
 
 def commands(name: str) -> list[str]:
@@ -201,7 +251,7 @@ def _row(
         # Only where asked for: a rerun gives every other number again, to the last digit.
         "seconds": (
             median(group["seconds"] for group in statistics) / cfg.prompts.images_per_prompt
-            if cfg.report_seconds
+            if flag(cfg, "report_seconds")
             else None
         ),
         "run_id": run.id,
@@ -243,6 +293,7 @@ def find_document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: it was not measured, or by another version or of other images.
+        ValueError: the file, or an image, is not as it was written; the message names it.
     """
     path = document_path(run.folder / METRICS, name, metric)
     document = read_document(path) if path.exists() else None
@@ -263,7 +314,7 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     text = _csv(pd.DataFrame(rows, columns=COLUMNS))
     frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
-    runs: dict[tuple[str, ...], str] = {}
+    runs: dict[Key, str] = {}
     for key, run in zip(row_keys(io.StringIO(text)), frame["run_id"], strict=True):
         if runs.setdefault(key, run) != run:
             raise ValueError(
@@ -271,28 +322,32 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
                 "would replace the other: give them names of their own (method.name=NAME), or tabulate them into other "
                 "folders (results=FOLDER)"
             )
-    if path.exists():
-        old, was, keys = (
-            pd.read_csv(path, dtype=TEXT).reindex(columns=COLUMNS),
-            row_keys(path),
-            row_keys(io.StringIO(text)),
-        )
-        kept = [key not in set(keys) for key in was]
-        # As objects, since an empty column has no type to agree on; then numbers are numbers again, and are written as
-        # such.
-        frame = pd.concat([old[kept].astype(object), frame.astype(object)], ignore_index=True).infer_objects()
-        # A row stays where its predecessor was: the table does not depend on what was measured again, and when.
-        place = {key: position for position, key in reversed(list(enumerate(was)))}
-        order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
-        frame = frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(
-            drop=True
-        )
-    frame["p_holm"] = _corrected(frame)
-    write_text(path, _csv(frame))
-    return pd.read_csv(path, dtype=TEXT)
+    # Between reading and writing, another process would have its rows lost.
+    with _lock(path):
+        if path.exists():
+            frame = _merged(read_csv(path).reindex(columns=COLUMNS), row_keys(path), frame, row_keys(io.StringIO(text)))
+        frame["p_holm"] = _corrected(frame)
+        write_text(path, _csv(frame))
+        return read_csv(path)
 
 
-def row_keys(file: Path | io.StringIO) -> list[tuple[str, ...]]:
+def _lock(path: Path) -> contextlib.AbstractContextManager[bool]:
+    return locked(path.with_name(f".{path.name}.lock"))
+
+
+def _merged(old: pd.DataFrame, was: list[Key], new: pd.DataFrame, keys: list[Key]) -> pd.DataFrame:
+    """Return the rows of two tables, given with their `row_keys`; a new row stands where its predecessor stood."""
+    fresh = set(keys)
+    kept = [key not in fresh for key in was]
+    # As objects, since an empty column has no type to agree on; then numbers are numbers again, and written as such.
+    frame = pd.concat([old[kept].astype(object), new.astype(object)], ignore_index=True).infer_objects()
+    # So the table does not depend on what was measured again, and when.
+    place = {key: position for position, key in reversed(list(enumerate(was)))}
+    order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
+    return frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(drop=True)
+
+
+def row_keys(file: Path | io.StringIO) -> list[Key]:
     """Return each row's `KEY` in one spelling: 1, 1.0 and 1.00 are one setting."""
     text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=KEY, fill_value="")
     return [tuple(_spelled(value) for value in row) for row in text.itertuples(index=False)]
@@ -559,10 +614,13 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     cfg = configs[0]
     folder = project_path(cfg.results)
     folder.mkdir(parents=True, exist_ok=True)
-    frame = merge_rows(folder / f"{cfg.name}.csv", rows_of(configs))
-    markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
-    write_text(folder / f"{cfg.name}.md", markdown)
-    write_text(folder / f"{cfg.name}.tex", render_latex(frame))
+    path = folder / f"{cfg.name}.csv"
+    merge_rows(path, rows_of(configs))
+    with _lock(path):
+        frame = read_csv(path)  # another process may have merged its rows meanwhile
+        markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
+        write_text(folder / f"{cfg.name}.md", markdown)
+        write_text(folder / f"{cfg.name}.tex", render_latex(frame))
     return frame, markdown
 
 

@@ -81,13 +81,30 @@ def test_encoder_ids_with_slashes_stay_in_the_cache(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
-def test_damaged_cache_is_named(make_run, tmp_path):
+@pytest.mark.parametrize("damage", [lambda content: b"garbage", lambda content: content[:-3] + b"abc"])
+def test_a_damaged_cache_is_named_and_made_again(damage, make_run, tmp_path, caplog):
     run, encoder = make_run(), Counting()
-    embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+    expected = embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
     (shard,) = (tmp_path / "cache").rglob("*.safetensors")
-    shard.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=rf"{shard.name}.*delete it"):
-        embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+    shard.write_bytes(damage(shard.read_bytes()))
+    for embedded in (32, 32):
+        found = embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+        assert torch.equal(found, expected) and encoder.images == embedded
+    assert caplog.text.count(str(shard)) == 1
+
+
+def test_a_damaged_list_of_hashes_is_named_and_goes_on(make_run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("eval.images.ContentHashes.SETTLED", 0)
+    run, encoder = make_run(), Counting()
+    rows = read_manifest(run)
+    expected = embed_folder(rows, run, encoder, EmbeddingCache(tmp_path / "cache"))
+    hashes = tmp_path / "cache" / "hashes.jsonl"
+    content = bytearray(hashes.read_bytes())
+    content[5] = 0xFF  # no text at all
+    content[-30] ^= 1  # another digest, or another check of it
+    hashes.write_bytes(content)
+    assert torch.equal(embed_folder(rows, run, encoder, EmbeddingCache(tmp_path / "cache")), expected)
+    assert encoder.images == 16 and f"{hashes}: 2 damaged lines" in caplog.text
 
 
 def test_batch_size_does_not_matter_and_repeats_are_embedded_once(make_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
@@ -157,38 +158,57 @@ def test_dreamsim_is_the_packages_own_distance(dreamsim_folder):
     torch.testing.assert_close(1 - (a @ b)[None], expected, atol=1e-5, rtol=0)
 
 
-def test_dreamsim_leaves_torch_hub_as_it_was(tmp_path, torch_home):
-    """DINO comes by torch.hub, out of DreamSim's folder: the real path, with a small stand-in for the repository."""
-    from dreamsim.model import PerceptualModel
+@pytest.fixture
+def dino_folder(tmp_path, torch_home):
+    """The unpacked checkpoint of dino_vitb16 at its full size, and code beside it as torch.hub would run it."""
+    from dreamsim.feature_extraction.vision_transformer import vit_base
 
     folder = tmp_path / "checkpoint"
-    (folder / "facebookresearch_dino_main").mkdir(parents=True)
-    (folder / "facebookresearch_dino_main" / "hubconf.py").write_text(
-        "import torch\n"
-        "from dreamsim.feature_extraction.vision_transformer import VisionTransformer\n"
-        "def dino_vitb16():\n"
-        "    torch.manual_seed(0)\n"
-        "    return VisionTransformer(patch_size=16, embed_dim=12, depth=12, num_heads=2)\n"
-    )
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "dino_vitbase16_pretrain.pth").write_bytes(b"the stand-in reads none")
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(vit_base(patch_size=16).state_dict(), folder / "checkpoints" / "dino_vitbase16_pretrain.pth")
     head = {f"module.head.mlp.{layer}.{kind}": torch.ones(1) for layer in (0, 2, 4) for kind in ("weight", "bias")}
     head["module.head.last_layer.weight"] = torch.ones(1)
     torch.save({"student": head}, folder / "dino_vitb16_pretrain.pth")
-    before = torch.hub.get_dir()
-    model = PerceptualModel("dino_vitb16", stride="16", lora=True, load_dir=str(folder), device="cpu")
-    save_adapter(model, folder / "dino_vitb16_single_lora")
-    torch.hub.set_dir(before)
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    for place in (folder, folder / "facebookresearch_dino_main"):
+        place.mkdir(exist_ok=True)
+        (place / "hubconf.py").write_text(code)
+    yield folder
+    shutil.rmtree(folder)
 
-    encoder = DreamSim("dino_vitb16", folder)
-    images = pictures(2)
-    together = encoder.embed_images(images)
-    assert together.shape == (2, 12)
-    torch.testing.assert_close(encoder.embed_images(images[:1]), together[:1])
-    assert torch.hub.get_dir() == before == str(torch_home / "hub")
-    (folder / "facebookresearch_dino_main" / "hubconf.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"\(facebookresearch_dino_main/hubconf\.py\).*archive/main\.zip"):
-        DreamSim("dino_vitb16", folder).prepare()
+
+def test_dreamsim_runs_no_code_of_its_weights_folder(dino_folder, tmp_path, monkeypatch):
+    """The package's own network, but with DINO built from tensors alone, and torch.hub left as it was."""
+    from dreamsim import dreamsim
+    from dreamsim.feature_extraction.vision_transformer import vit_base
+    from dreamsim.model import PerceptualModel
+
+    before = torch.hub.get_dir()
+    backbone = vit_base(patch_size=16)
+    backbone.load_state_dict(torch.load(dino_folder / "checkpoints" / "dino_vitbase16_pretrain.pth"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.hub, "load", lambda *_: copy.deepcopy(backbone))
+        model = PerceptualModel("dino_vitb16", stride="16", lora=True, load_dir=str(dino_folder), device="cpu")
+        save_adapter(model, dino_folder / "dino_vitb16_single_lora")
+        model, preprocess = dreamsim(device="cpu", cache_dir=str(dino_folder), dreamsim_type="dino_vitb16")
+    torch.hub.set_dir(before)
+    image = pictures(1)[0]
+    with torch.no_grad():
+        expected = model.embed(preprocess(TF.to_pil_image(image)))
+    encoder, load = DreamSim("dino_vitb16", dino_folder), torch.hub.load
+    torch.testing.assert_close(encoder.embed_images([image]), expected)
+    assert not (tmp_path / "ran").exists()
+    assert torch.hub.get_dir() == before and torch.hub.load is load
+    config = dino_folder / "dino_vitb16_single_lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"megatron_config": {}, "megatron_core": "this"}))
+    DreamSim("dino_vitb16", dino_folder).prepare()
+    config.write_text(config.read_text().replace('"megatron_config": {}', '"megatron_config": {"a": 1}'))
+    with pytest.raises(ValueError, match=r"adapter_config\.json asks for other software"):
+        DreamSim("dino_vitb16", dino_folder).prepare()
+    (dino_folder / "checkpoints" / "dino_vitbase16_pretrain.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\(checkpoints/dino_vitbase16_pretrain\.pth\).*dl\.fbaipublicfiles"):
+        DreamSim("dino_vitb16", dino_folder).prepare()
 
 
 def test_dinov2_is_the_class_token_on_the_published_preprocessing(dinov2_folder):

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from eval.encoders import Encoder
+from experiments import PROJECT
 from experiments.assets import Retriever, check_disjoint, read_assets
 from experiments.prompts import Group, PromptSet
 
@@ -164,6 +165,37 @@ def test_a_picture_that_is_scored_against_is_refused_whatever_its_file_format(fo
     # The same bytes in another shape are another picture.
     paint(scoring / "red" / "same.bmp", (200, 0, 0), size=(8, 12))
     check_disjoint(read_assets(folder), scoring)
+
+
+COPIES = {
+    "the same": lambda image: image,
+    "half as large": lambda image: image.resize((64, 64)),
+    "enlarged": lambda image: image.resize((300, 300)),
+    "mirrored": ImageOps.mirror,
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "paler": lambda image: ImageEnhance.Color(image).enhance(0.5),
+    "turned": lambda image: image.rotate(3, fillcolor="white"),
+    "noisy": lambda image: Image.blend(image, Image.effect_noise((128, 128), 60).convert("RGB"), 0.1),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_of_a_picture_that_is_scored_against_is_refused(copy, tmp_path):
+    protected = PROJECT / "models" / "mini-protected"
+    (tmp_path / "scoring" / "panda").mkdir(parents=True)
+    for file in (protected / "guidance" / "panda").glob("*.png"):
+        if not file.stem.endswith(".mask"):
+            break
+    with Image.open(file) as image:
+        COPIES[copy](image.convert("RGB")).save(tmp_path / "scoring" / "panda" / "other.jpg", quality=40)
+    with pytest.raises(ValueError, match=rf"1 of the pictures .*also scored against: {file} = .*other\.jpg"):
+        check_disjoint(read_assets(protected / "guidance"), tmp_path / "scoring")
+
+
+def test_drawings_of_one_thing_by_several_artists_are_no_copies():
+    protected = PROJECT / "models" / "mini-protected"
+    check_disjoint(read_assets(protected / "guidance"), protected / "scoring")
+    check_disjoint(read_assets(protected / "guidance"), protected / "held_out")
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

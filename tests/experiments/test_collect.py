@@ -1,11 +1,13 @@
 """One table of everything: every group and metric of every sound run, and a reason for all that is not in it."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
 import pytest
 
+from eval.images import sealed
 from eval.metrics import read_document
 from experiments import collect as module
 from experiments import report
@@ -116,10 +118,10 @@ def test_scores_that_do_not_belong_to_the_images_are_stale(copy):
     one, two, three = sorted((none / "metrics").iterdir())
     one.write_text(one.read_text()[:40])
     document = json.loads(two.read_text())
-    two.write_text(json.dumps(document | {"version": document["version"] - 1}))
-    three.write_text(json.dumps({"metric": "mine", "groups": []}))
-    image = next(pushed.glob("images/*/*/00.png"))
-    image.write_bytes((next(pushed.glob("images/*/*/01.png"))).read_bytes())
+    two.write_text(json.dumps(sealed(document | {"version": document["version"] - 1})))
+    three.write_text(json.dumps(sealed({"metric": "mine", "groups": []})))
+    for file in (pushed / "metrics").iterdir():
+        file.write_text(json.dumps(sealed(read_document(file) | {"manifest_sha256": "of other images"})))
     table, problems = reasons(outputs)
     assert len(table) == 0 and whole == 12
     assert len(problems) == 6
@@ -140,6 +142,78 @@ def test_missing_images_scores_and_older_generators_are_told_apart(copy):
     assert "got no file" in found[none.name] and found[pushed.name].startswith("not scored")
 
 
+#: A YAML of 400 bytes that stands for a configuration of 10**9 nodes.
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+def _pipe(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+def _zeros(file):
+    file.unlink(missing_ok=True)
+    file.symlink_to("/dev/zero")
+
+
+def _huge(file):
+    with file.open("r+b") as opened:
+        opened.truncate(1 << 40)  # no byte of it on the disk
+
+
+WAYS = {
+    "nested": lambda file: file.write_text('{"metric": ' + "[" * 100_000),
+    "nested and whole": lambda file: file.write_text('{"metric": 1, "groups": ' + "[" * 90 + "]" * 90 + "}"),
+    "bomb": lambda file: file.write_text(BOMB),
+    "pipe": _pipe,
+    "zeros": _zeros,
+    "huge": _huge,
+    "number": lambda file: file.write_text("1"),
+    "infinite": lambda file: file.write_text('{"metric": NaN, "groups": Infinity}'),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "manifest.jsonl", "metrics/*.json"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_foreign_run_of_any_kind_is_listed_and_keeps_nothing_else_out(way, name, copy):
+    outputs, (_, pushed) = copy
+    (file, *_) = sorted(pushed.glob(name))
+    WAYS[way](file)
+    table, problems = reasons(outputs)
+    whole = name.startswith("metrics")
+    assert len(table) == (10 if whole else 6)
+    assert list(problems) == [(file if whole else pushed).relative_to(outputs).as_posix()]
+    assert "damaged" in next(iter(problems.values())) or "config.yaml" in next(iter(problems.values()))
+
+
+@pytest.mark.parametrize("way", ["bomb", "nested", "number", "huge"])
+def test_a_foreign_run_beside_stops_no_evaluation(way, copy, caplog, tiny_overrides, tmp_path):
+    outputs, (none, _) = copy
+    foreign = shutil.copytree(none, none.with_name("0" * 12)) / "config.yaml"
+    WAYS[way](foreign)
+    (cfg,) = expand([*tiny_overrides("sweep", tmp_path, "method=none"), f"outputs={outputs}"])
+    evaluate(cfg)
+    assert f"left out: {foreign} cannot be read" in caplog.text
+    shutil.rmtree(none)
+    with pytest.raises(ValueError, match=f"{foreign} cannot be read"):
+        evaluate(cfg)
+
+
+def test_folders_that_are_links_are_said(copy, tmp_path):
+    outputs, (none, pushed) = copy
+    shutil.move(pushed, tmp_path / pushed.name)
+    pushed.symlink_to(tmp_path / pushed.name)
+    (outputs / "other").symlink_to(tmp_path)
+    table, problems = reasons(outputs)
+    assert set(table["run_id"]) == {none.name}
+    assert set(problems) == {pushed.relative_to(outputs).as_posix(), "other"}
+    assert all(text.startswith("a link, which is not followed") for text in problems.values())
+    assert len(collect(pushed)[0]) == 6, "a link that is asked for itself"
+
+
 def test_images_of_an_earlier_generator_are_of_another_version(copy, monkeypatch):
     outputs, _ = copy
     monkeypatch.setattr(module, "GENERATION_VERSION", module.GENERATION_VERSION + 1)
@@ -152,7 +226,7 @@ def test_a_number_of_the_whole_set_has_no_group(copy):
     outputs, (none, _) = copy
     file = next((none / "metrics").glob("vendi_score*"))
     document = json.loads(file.read_text()) | {"metric": "set_metric", "groups": [], "value": 3.5}
-    file.write_text(json.dumps(document))
+    file.write_text(json.dumps(sealed(document)))
     table, problems = collect(outputs)
     (row,) = table[table["metric"] == "set_metric"].to_dict("records")
     assert (row["value"], row["n_images"]) == (3.5, 4)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from eval.attributes import minimum_images
 from experiments import PROJECT
 from experiments.assets import Retriever, read_assets
-from experiments.configs import build, expand
+from experiments.configs import _jobs, build, expand
 from experiments.evaluate import NEEDS
 from experiments.methods import Baseline, Combined, NegativeIPAdapter, NegativePrompt, NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PromptSet
@@ -135,6 +135,8 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
 
 
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+
+
 @pytest.mark.parametrize("experiment", sorted(set(EXPERIMENTS) - {"latency"}))
 def test_what_an_experiment_tests_is_one_claim_and_one_quality_that_it_measures(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
@@ -305,3 +307,31 @@ def test_own_errors_are_not_buried_in_hydras():
         build(composed("method=negtome_reference", "method.images=0").method)
     with pytest.raises(HydraException, match="bta"):
         build(composed("method=none", "+method.bta=1").method)
+
+
+SWEPT = [
+    ["experiment=sweep", "model=mini-sdxl", "model.negtome.alpha=0.9", "model.groups_per_category=3",
+     "prompts.categories=[a,b]", "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
+    ["experiment=copyright", "hydra.job.name=mine"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", SWEPT)
+def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monkeypatch):
+    composed = []
+
+    def counted(name, files=(), **options):
+        composed.append(tuple(files))
+        return compose(name, files, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.configs.compose", counted)
+        found = expand(overrides)
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        expected = [compose("config", job) for job in _jobs(overrides)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
+        assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
+        assert OmegaConf.is_struct(ours)
+    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
+    assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -86,7 +87,7 @@ def test_the_first_image_of_a_group_is_the_baselines_and_the_second_is_pushed(fi
 def test_the_manifest_names_every_image_and_its_seed(finished):
     _, folders = finished
     manifests = [read_manifest(folder) for folder in folders]
-    assert manifests[0] == manifests[1] == manifests[2]
+    assert len({str([replace(row, sha256=None) for row in manifest]) for manifest in manifests}) == 1
     assert [(row.prompt, row.category, row.group_seed, row.index) for row in manifests[0]] == [
         ("a photo of a bird", "bird", 0, 0),
         ("a photo of a bird", "bird", 0, 1),

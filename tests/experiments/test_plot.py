@@ -1,12 +1,15 @@
 """Figures: a table gets those it calls for, nothing is cut off or lies over data, choices equal a plain search."""
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
+from PIL import Image
 
 from experiments import PROJECT, plot, tabulate
 
@@ -184,3 +187,39 @@ def test_a_notebook_shows_a_table_or_what_makes_it(tmp_path):
     assert "<b>" not in html and "&lt;b&gt;mine" in html
     absent = plot.Shown("diversity", tmp_path)._repr_html_()
     assert "no table diversity yet" in absent and "make reproduce-diversity" in absent
+
+
+def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch):
+    """Killed at any moment, a figure is the old one or the new one; what a killed process left is swept a day later."""
+    figure, sheet = plot.Drawing(), Image.new("RGB", (8, 8))
+    files = [*plot.save(figure, tmp_path / "figure"), plot.save_sheet(sheet, tmp_path / "sheet.png")]
+    before = {file: file.read_bytes() for file in files}
+    assert {file.name for file in files} == {"figure.png", "figure.pdf", "sheet.png"} and all(before.values())
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process sweeps nothing
+        for write in (lambda: plot.save(figure, tmp_path / "figure"), lambda: plot.save_sheet(sheet, files[2])):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    assert {file: file.read_bytes() for file in files} == before
+    left = set(tmp_path.iterdir()) - set(files)
+    assert len(left) == 2
+    plot.save(figure, tmp_path / "figure")
+    assert set(tmp_path.iterdir()) - set(files) == left, "it may be another process's"
+    for file in left:
+        os.utime(file, (0, 0))
+    plot.save(figure, tmp_path / "figure")
+    plot.save_sheet(sheet, files[2])
+    assert set(tmp_path.iterdir()) == set(files)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
+    (tmp_path / "00.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"got a damaged or foreign file: {tmp_path}/00\.png") as error:
+        plot._tile(tmp_path / "00.png", 8)
+    assert "\n" not in str(error.value)

@@ -1,9 +1,14 @@
 """The page: what it shows is there, beside it and escaped; nothing is fetched, invented or left over."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -14,7 +19,7 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, report
 from experiments.runs import run_id
-from experiments.tabulate import TEXT, commands, findings, main_table
+from experiments.tabulate import TEXT, commands, findings, main_table, read_table
 
 PROMPTS = {
     "a-cat": ("a cat", "cat"),
@@ -106,6 +111,12 @@ def made(tmp_path_factory):
     return folder, frame, page, Page(page.read_text(encoding="utf-8"))
 
 
+def pictures(page):
+    """The one folder of a page's pictures."""
+    (folder,) = page.parent.glob("pictures-*")
+    return folder
+
+
 def test_the_page_needs_nothing_but_its_folder(made):
     folder, _, path, page = made
     for element in page.elements:
@@ -158,9 +169,10 @@ def test_tables_findings_and_commands_are_those_of_the_table(made):
     assert "0.81 [0.76, 0.87]" in cells, "of a table with columns of its own"
     for version in ("2.9.0", "0.42.1", "3.11.7", *frame["commit"].unique(), "cpu"):
         assert version in cells
-    assert (path.parent / "figures" / "memorised.png").is_file()
-    figures = {image["src"] for image in page.all("img") if image["src"].startswith("figures/")}
-    assert {"figures/diversity_tradeoff.svg", "figures/diversity_forest_mini-sdxl.svg"} <= figures
+    assert (pictures(path) / "figures" / "memorised.png").is_file()
+    figures = {image["src"] for image in page.all("img")}
+    expected = {pictures(path) / "figures" / f"diversity_{name}.svg" for name in ("tradeoff", "forest_mini-sdxl")}
+    assert expected <= {path.parent / figure for figure in figures}
 
 
 def galleries(page):
@@ -188,7 +200,7 @@ def test_paired_images_stand_below_each_other(made):
     assert [prompt for prompt, asset in shown.items() if asset] == [PROMPTS["odd"][0]]
     assert (path.parent / unquote(shown[PROMPTS["odd"][0]])).is_file()
     # Without scripts: some groups, every method, each image named.
-    alts = [image["alt"] for image in page.all("img") if image["src"].startswith("images/")]
+    alts = [image["alt"] for image in page.all("img") if "/images/" in image["src"]]
     alts = [alt for alt in alts if "noise" in alt]
     assert len(alts) == report.STATIC_GROUPS * 3 * 4
     assert "NegToMe, released matching: a cat, seed 0, noise 4" in alts
@@ -198,7 +210,8 @@ def test_what_is_not_here_is_said(made):
     text = " ".join(made[3].all("main")[0]["text"].split())
     assert "Not on this machine: the images of all 3 runs" in text and "3 of 6" in text
     assert {"not on this machine", "cannot be read"} <= {cell["text"] for cell in made[3].all("td")}
-    assert "figures/diversity_grid_mini-flux.png" in [image["src"] for image in made[3].all("img")], "the kept sheet"
+    sheet = pictures(made[2]) / "figures" / "diversity_grid_mini-flux.png"
+    assert sheet in [made[2].parent / image["src"] for image in made[3].all("img")], "the kept sheet"
     assert "diversity front" not in text, "a table without a page"
 
 
@@ -210,14 +223,146 @@ def test_everything_is_escaped(made):
     assert "<b>&" in page.all("main")[0]["text"] and "<script>alert" not in path.read_text()
 
 
-def test_the_same_inputs_give_the_same_bytes_and_an_old_page_is_replaced(made):
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_same_inputs_give_the_same_bytes(made):
     folder, _, path, _ = made
-    files = {file.relative_to(path.parent): file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
-    (path.parent / "images" / "left over.webp").touch()
+    files = contents(path.parent)
     report.report(folder / "results", folder / "outputs", path.parent)
-    again = {file.relative_to(path.parent): file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
-    assert again == files
+    assert contents(path.parent) == files
     assert sorted(entry.name for entry in folder.iterdir()) == ["outputs", "report", "results"], "nothing half-written"
+
+
+@pytest.fixture
+def small(made, tmp_path):
+    """A table, a run and a picture of it, to be changed: results and outputs, in the test's folder."""
+    results, outputs = tmp_path / "results", tmp_path / "outputs"
+    results.mkdir()
+    frame = made[1][(made[1]["model"] == "mini-sdxl") & (made[1]["method"] != "negtome_released")]
+    frame.to_csv(results / "diversity.csv", index=False)
+    shutil.copytree(made[0] / "outputs", outputs)
+    return results, outputs, frame
+
+
+def test_an_earlier_page_is_replaced_and_what_lies_beside_it_stays(small, tmp_path):
+    results, outputs, frame = small
+    page = report.report(results, outputs, tmp_path / "report", groups=1)
+    before = contents(page.parent)
+    (page.parent / "notes.txt").write_text("mine")
+    (page.parent / "figures").mkdir()
+    (page.parent / "figures" / "mine.png").write_text("mine")
+    frame.assign(value=0.5).to_csv(results / "diversity.csv", index=False)
+    report.report(results, outputs, page.parent, groups=2)
+    after = contents(page.parent)
+    assert {file for file in after if after[file] == b"mine"} == {Path("notes.txt"), Path("figures/mine.png")}
+    assert len({file.parts[0] for file in after if file.parts[0].startswith("pictures-")}) == 1
+    (page.parent / "notes.txt").unlink()
+    shutil.rmtree(page.parent / "figures")
+    frame.to_csv(results / "diversity.csv", index=False)
+    report.report(results, outputs, page.parent, groups=1)
+    assert contents(page.parent) == before
+
+
+def test_killed_anywhere_there_is_a_whole_page_and_the_next_one_is_made(small, tmp_path, monkeypatch):
+    """Stopped before every change of a folder in turn, of the first page and of one in another's place."""
+    results, outputs, frame = small
+    for number in (1, 2):
+        frame.assign(value=number / 10).to_csv(results / "diversity.csv", index=False)
+        for steps in range(4):
+            left = iter(range(steps))
+
+            def killing(function, left=left):
+                def killed(*arguments, **options):
+                    if next(left, None) is None:
+                        raise KeyboardInterrupt
+                    return function(*arguments, **options)
+
+                return killed
+
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(os, "rename", killing(os.rename))
+                patch.setattr(os, "replace", killing(os.replace))
+                patch.setattr(shutil, "rmtree", killing(shutil.rmtree))
+                report.report(results, outputs, tmp_path / "report", groups=1)
+            page = tmp_path / "report" / "index.html"
+            assert number == 1 or page.is_file()
+            for image in Page(page.read_text()).all("img") if page.is_file() else ():
+                assert (page.parent / unquote(image["src"])).is_file()
+    assert f"{0.2}" in report.report(results, outputs, tmp_path / "report", groups=1).read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks")
+def test_several_at_once_leave_a_whole_page(small, tmp_path):
+    results, outputs, _ = small
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=report.report, args=(results, outputs, tmp_path / "report", groups)
+        )
+        for groups in (1, 1, 2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert all((tmp_path / "report" / unquote(image["src"])).is_file() for image in page.all("img"))
+    assert len(list((tmp_path / "report").glob("pictures-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("run_id", "../../../private"), ("run_id", "/etc"), ("method", ".."), ("model", "../out"), ("model", "/tmp/out")],
+)
+def test_a_table_cannot_name_other_folders(column, value, small, tmp_path):
+    results, outputs, frame = small
+    frame.assign(**{column: value}).to_csv(results / "diversity.csv", index=False)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"name of a folder for {column} in .*diversity\.csv, got '{value}'"):
+        report.report(results, outputs, tmp_path / "report")
+    with pytest.raises(ValueError, match=f"name of a folder for {column}"):
+        read_table("diversity", results)
+    assert contents(tmp_path) == before
+
+
+def test_links_are_left_out(small, tmp_path, caplog):
+    results, outputs, _ = small
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "private.png")
+    image = sorted((outputs / "diversity" / "mini-sdxl" / "negtome").rglob("*.png"))[0]
+    image.unlink()
+    image.symlink_to(tmp_path / "private.png")
+    for suffix in ("csv", "md"):
+        shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
+    (results / "memorised.png").symlink_to(tmp_path / "private.png")
+    page = report.report(results, outputs, tmp_path / "report", groups=9)
+    assert "the images of 1 of 2 runs (NegToMe)" in page.read_text()
+    assert f"{image} is left out: it is a link" in caplog.text and "memorised.png is left out" in caplog.text
+    for file in page.parent.rglob("*.[pw]*"):
+        with Image.open(file) as opened:
+            assert np.abs(np.array(opened.convert("RGB"))[0, 0].astype(int) - (1, 2, 3)).max() > 8, file
+
+
+@pytest.mark.parametrize("damage", ["empty", "bytes", "words", "ragged"])
+def test_a_damaged_table_is_named_in_one_line(damage, small, tmp_path):
+    results, outputs, frame = small
+    table = results / "diversity.csv"
+    if damage == "words":
+        frame.assign(value="a lot").to_csv(table, index=False)
+    else:
+        table.write_bytes(
+            {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b"a,b\n1,2,3,4\n1\n"}[damage]
+        )
+    if damage == "ragged":
+        table.write_text(table.read_text() + '"no end')
+    for read in (
+        lambda: report.report(results, outputs, tmp_path / "report"),
+        lambda: read_table("diversity", results),
+    ):
+        with pytest.raises(ValueError, match=r"expected a table in .*diversity\.csv, got a damaged file") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_a_folder_of_something_else_is_never_replaced(made, tmp_path):

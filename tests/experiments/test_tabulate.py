@@ -1,5 +1,7 @@
 """The table's rules, on documents made by hand: what may be tested, what replaces what, and when quality is kept."""
 
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -249,3 +251,34 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
         assert cfg.prompts.images_per_prompt == 4
         row = tabulate._row(cfg, run, "clip_score", measured, None)
         assert row["seconds"] == seconds and set(row) <= set(tabulate.COLUMNS)
+
+
+def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
+    """Each reads the table, and writes it slowly: whoever comes second reads what the first wrote."""
+    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
+    write = tabulate.write_text
+
+    def slow(path, text):
+        time.sleep(0.3)
+        return write(path, text)
+
+    monkeypatch.setattr(tabulate, "write_text", slow)
+    threads = [
+        threading.Thread(target=tabulate.merge_rows, args=(tmp_path / "e.csv", [row | {"model": model}]))
+        for model in "abc"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert set(pd.read_csv(tmp_path / "e.csv")["model"]) == set("abc")
+
+
+def test_a_damaged_table_is_neither_merged_nor_lost(tmp_path):
+    path = tmp_path / "e.csv"
+    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
+    for damage in (b"", b"a,b\n\xff,1\n", b'a,b\n"1,2'):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"expected a table in {path}, got a damaged file") as error:
+            tabulate.merge_rows(path, [row])
+        assert path.read_bytes() == damage and "\n" not in str(error.value)

@@ -1,0 +1,179 @@
+"""Images, records, scores and embeddings that are not as they were written: each is named, and none is counted."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from eval.images import read_manifest, sealed
+from eval.metrics import read_document
+from experiments import tabulate
+from experiments.collect import collect
+from experiments.configs import expand
+from experiments.evaluate import evaluate, evaluate_folder
+from experiments.generate import generate
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_overrides):
+    """Two scored runs of one experiment: overrides without the folder, outputs, and the folders of none and negtome."""
+    folder = tmp_path_factory.mktemp("integrity")
+    arguments = tiny_overrides("sweep", folder, "method=none,negtome")
+    folders = []
+    for cfg in expand(arguments):
+        folders.append(generate(cfg))
+        evaluate(cfg)
+    return arguments, folder / "outputs", folders
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """The same, to be changed: configurations, outputs and the two run folders."""
+    arguments, outputs, folders = made
+    shutil.copytree(outputs, tmp_path / "outputs")
+    configs = expand([*arguments, f"outputs={tmp_path / 'outputs'}", f"results={tmp_path / 'results'}"])
+    return configs, tmp_path / "outputs", [tmp_path / "outputs" / folder.relative_to(outputs) for folder in folders]
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def other_images(none, pushed):
+    image = pushed / read_manifest(pushed)[1].path
+    shutil.copy(none / image.relative_to(pushed), image)
+    return image
+
+
+def other_group(none, pushed):
+    """With its record, which then tells of the other run's images."""
+    image = pushed / read_manifest(pushed)[1].path
+    shutil.rmtree(image.parent)
+    shutil.copytree(none / image.parent.relative_to(pushed), image.parent)
+    return image
+
+
+def empty(none, pushed):
+    image = pushed / read_manifest(pushed)[1].path
+    image.write_bytes(b"")
+    return image
+
+
+def flipped(none, pushed):
+    image = pushed / read_manifest(pushed)[1].path
+    flip(image, len(image.read_bytes()) // 2)
+    return image
+
+
+@pytest.mark.parametrize("damage", [other_images, other_group, empty, flipped])
+def test_an_image_that_was_not_generated_is_named_and_its_group_alone_is_made_again(damage, copy, caplog):
+    configs, outputs, (none, pushed) = copy
+    before = files(pushed)
+    image = damage(none, pushed)
+    with pytest.raises(ValueError, match=f"got another file at {image}.*generate again"):
+        evaluate(configs[1])
+    with pytest.raises(ValueError, match=str(image)):
+        tabulate.rows_of(configs)
+    table, problems = collect(outputs)
+    assert set(table["run_id"]) == {none.name}
+    assert problems["path"].tolist() == [pushed.relative_to(outputs).as_posix()]
+    assert str(image) in problems["problem"][0]
+    kept = {path: path.stat().st_mtime_ns for path in pushed.rglob("*.png") if path.parent != image.parent}
+    generate(configs[1])
+    assert "1 groups are made again" in caplog.text and str(image.parent) in caplog.text
+    assert files(pushed) == before and {path: path.stat().st_mtime_ns for path in kept} == kept
+    evaluate(configs[1])
+    assert collect(outputs)[1].empty
+
+
+def test_a_damaged_image_is_not_taken_over_by_another_experiment(copy):
+    configs, outputs, (none, _) = copy
+    before = files(none)
+    (image, *_) = none.rglob("01.png")
+    image.write_bytes(image.read_bytes()[:-40])
+    shutil.move(outputs / "sweep", outputs / "earlier")
+    assert generate(configs[0]) == none and files(none) == before
+
+
+def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(copy, caplog):
+    configs, _, (none, _) = copy
+    before = files(none)
+    for path in none.glob("images/*/*/group.json"):
+        record = json.loads(path.read_text())
+        rows = [{key: value for key, value in row.items() if key != "sha256"} for row in record["rows"]]
+        path.write_text(json.dumps({"rows": rows, "stats": record["stats"]}))
+    (none / "complete").write_text("")
+    with pytest.raises(ValueError, match="of an earlier version; run experiments"):
+        evaluate(configs[0])
+    generate(configs[0])
+    assert "2 groups are made again" in caplog.text and files(none) == before
+    evaluate(configs[0])
+
+
+def test_an_edited_manifest_is_refused_and_restored(copy):
+    configs, outputs, (none, _) = copy
+    manifest = none / "manifest.jsonl"
+    before = manifest.read_text()
+    manifest.write_text(before.replace(" flower", " gun"))
+    with pytest.raises(ValueError, match=f"got another {manifest}"):
+        evaluate(configs[0])
+    assert str(manifest) in collect(outputs)[1]["problem"][0]
+    generate(configs[0])
+    assert manifest.read_text() == before
+
+
+def test_an_edited_score_is_never_printed(copy, caplog):
+    configs, outputs, (none, _) = copy
+    file = next((none / "metrics").glob("pairwise_distance*"))
+    document = read_document(file)
+    groups = [group | {"value": 0.123456} for group in document["groups"]]
+    file.write_text(json.dumps(document | {"groups": groups, "value": 0.123456}))
+    with pytest.raises(ValueError, match=f"{file}, got other values"):
+        tabulate.rows_of(configs)
+    table, problems = collect(outputs)
+    assert 0.123456 not in set(table["value"]) and str(file) in problems["problem"][0]
+    evaluate(configs[0])
+    assert str(file) in caplog.text and read_document(file)["value"] == document["value"]
+
+
+def test_an_edited_count_is_never_printed(copy):
+    configs, _, (_, pushed) = copy
+    file = next(pushed.glob("images/*/*/group.json"))
+    file.write_text(file.read_text().replace('"tokens_pushed": ', '"tokens_pushed": 1'))
+    with pytest.raises(ValueError, match=f"{file}, got other values"):
+        tabulate.rows_of(configs)
+
+
+def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(copy, caplog):
+    configs, outputs, (none, _) = copy
+    cache = outputs / ".embeddings"
+    for shard in (shards := list(cache.rglob("*.safetensors"))):
+        flip(shard, len(shard.read_bytes()) - 3)
+    with (cache / "hashes.jsonl").open("ab") as file:
+        file.write(b"\xff\x00 no line of it\n")
+    before = {file: read_document(file) for file in (none / "metrics").iterdir()}
+    shutil.rmtree(none / "metrics")
+    evaluate(configs[0])
+    assert {file: read_document(file) for file in before} == before
+    assert str(cache / "hashes.jsonl") in caplog.text and any(str(shard) in caplog.text for shard in shards)
+
+
+def test_a_score_that_came_with_the_images_is_not_taken(tmp_path):
+    for index in range(2):
+        (tmp_path / "theirs" / "bird").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (0, 99 * index, 0)).save(tmp_path / "theirs" / "bird" / f"{index}.png")
+    changes = ["metric=tune", "scorer@model.scorer=pixel", "~metric.clip_score", f"outputs={tmp_path / 'outputs'}"]
+    (cfg,) = expand([f"images={tmp_path / 'theirs'}", *changes])
+    table, _ = evaluate_folder(cfg)
+    (file,) = (tmp_path / "theirs" / "metrics").iterdir()
+    document = read_document(file)
+    file.write_text(json.dumps(sealed(document | {"value": 0.99, "groups": [document["groups"][0] | {"value": 0.99}]})))
+    assert evaluate_folder(cfg)[0].equals(table)
+    assert read_document(file) == document

@@ -1,0 +1,187 @@
+"""One id, one maker; one setting, one id: what was begun elsewhere is not mixed, what is equal is one run."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from experiments import PROJECT, collect, pipelines, runs
+from experiments.configs import build, expand
+from experiments.evaluate import evaluate
+from experiments.generate import generate
+from experiments.runs import Run, request, run_id
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_overrides):
+    folder = tmp_path_factory.mktemp("makers")
+    (cfg,) = expand(tiny_overrides("sweep", folder, "method=none"))
+    generate(cfg)
+    return cfg, folder / "outputs"
+
+
+@pytest.fixture
+def half(finished, tmp_path):
+    """A configuration, and its run folder with one of its two groups."""
+    cfg, outputs = finished
+    shutil.copytree(outputs, tmp_path / "outputs")
+    cfg = cfg.copy()
+    cfg.outputs = str(tmp_path / "outputs")
+    folder = Run.find(cfg).folder
+    for name in ("complete", "manifest.jsonl"):
+        (folder / name).unlink()
+    shutil.rmtree(next(folder.glob("images/*fruit/*")))
+    return cfg, folder
+
+
+def pngs(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.glob("images/**/*.png"))}
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Be on a CPU with other instructions, or have other code, from here on: `elsewhere("a CPU")`."""
+
+    def move(to, path):
+        if to == "a CPU":
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+        else:
+            code = shutil.copy(PROJECT / "experiments" / "prompts.py", path / "prompts.py")
+            code.write_text(code.read_text().replace('digest()[:4], "big"', 'digest()[:4], "little"'))
+            others = tuple(file for file in runs.CODE if file.name != "prompts.py")
+            monkeypatch.setattr(runs, "CODE", (*others, code))
+        runs.maker.cache_clear()
+
+    yield move
+    monkeypatch.undo()
+    runs.maker.cache_clear()
+
+
+def test_the_maker_is_recorded(finished):
+    cfg, _ = finished
+    run = Run.find(cfg)
+    assert run.environment["cpu"] == torch.backends.cpu.get_cpu_capability()
+    records = [json.loads(path.read_text()) for path in run.folder.glob("images/*/*/group.json")]
+    made = {"cpu": run.environment["cpu"], "generation_code": run.environment["generation_code"]}
+    assert [record["made"] for record in records] == [made, made]
+    assert "cpu" not in run.identity["machine"], "ids stay"
+
+
+@pytest.mark.parametrize("what", ["a CPU", "code"])
+def test_a_half_finished_run_is_not_gone_on_with_elsewhere_unless_told_to(what, half, elsewhere, tmp_path, caplog):
+    cfg, folder = half
+    before = pngs(folder)
+    elsewhere(what, tmp_path)
+    with pytest.raises(ValueError, match=r"was begun by .*, and here is .*resume_any=true") as error:
+        generate(cfg)
+    assert "\n" not in str(error.value) and pngs(folder) == before
+    cfg.resume_any = True
+    generate(cfg)
+    assert len(pngs(folder)) == 4 and "its images are of several makes" in caplog.text
+    evaluate(cfg)
+    cfg.resume_any = False
+    assert generate(cfg) == folder, "there is nothing to go on with"
+
+
+def test_comments_are_no_other_code(tmp_path, monkeypatch, half):
+    cfg, folder = half
+    code = shutil.copy(PROJECT / "experiments" / "prompts.py", tmp_path / "prompts.py")
+    code.write_text("# Said better.\n\n" + code.read_text())
+    monkeypatch.setattr(runs, "CODE", tuple(code if file.name == code.name else file for file in runs.CODE))
+    runs.maker.cache_clear()
+    assert generate(cfg) == folder and len(pngs(folder)) == 4
+
+
+def test_what_was_made_elsewhere_is_taken_over_whole_or_not_at_all(half, finished, elsewhere, tmp_path):
+    cfg, folder = half
+    elsewhere("a CPU", tmp_path)
+    cfg.name = "another"
+    run = Run(generate(cfg))
+    assert {run._made(group)["cpu"] for group in build(cfg.prompts).groups()} == {"SVE256"}
+    assert run.environment["cpu"] == "SVE256"
+    shutil.rmtree(run.folder)
+    whole = finished[1] / folder.relative_to(cfg.outputs)
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    run = Run(generate(cfg))
+    assert run.environment == Run(whole).environment and run.environment["cpu"] != "SVE256"
+    assert pngs(run.folder) == pngs(whole)
+
+
+def test_a_lost_environment_is_not_made_up(half, caplog):
+    cfg, folder = half
+    (folder / "environment.json").unlink()
+    generate(cfg)
+    assert "environment.json is lost" in caplog.text and not (folder / "environment.json").exists()
+    assert Run.find(cfg).environment["commit"] == "unknown"
+    evaluate(cfg)
+    table, problems = collect.collect(cfg.outputs)
+    assert problems.empty and set(table["commit"]) == set(table["cpu"]) == {"unknown"}
+    (folder / "environment.json").write_text("{")
+    with pytest.raises(ValueError, match=f"expected JSON in {folder}/environment.json"):
+        _ = Run(folder).environment
+
+
+def test_what_killed_processes_left_in_a_half_finished_run_is_swept(half):
+    cfg, folder = half
+    left = [folder / ".config.yaml.abc.tmp", next(folder.glob("images/*")) / ".000000.abc"]
+    left[0].touch()
+    left[1].mkdir()
+    start = (cfg, pipelines.find_checkpoint(cfg.model).fingerprint, "cpu")
+    Run.start(*start)
+    assert all(path.exists() for path in left), "they may be another process's"
+    for path in left:
+        os.utime(path, (0, 0))
+    Run.start(*start)
+    assert not any(path.exists() for path in left)
+
+
+# --- equal settings ---------------------------------------------------------------------------------------------------
+
+EQUAL = [
+    ("guidance_scale", ["model.call.guidance_scale=5"], ["model.call.guidance_scale=5.0"]),
+    ("side", ["model.call.height=64", "model.call.width=64.0"], ["model.call.height=64.0", "model.call.width=64"]),
+    ("list", ["+model.call.sigmas=[1, 0.5]"], ["+model.call.sigmas=[1.0, 0.5]"]),
+    ("dtype", ["model.dtype=float"], ["model.dtype=float32"]),
+    ("half", ["model.dtype=half"], ["model.dtype=float16"]),
+    ("source", ["model.source=models/mini-sdxl"], ["model.source=./models/mini-sdxl"]),
+    ("absolute", ["model.source=models/mini-sdxl"], [f"model.source={PROJECT}/models/../models/mini-sdxl/"]),
+    ("alpha", ["method=negtome", "method.alpha=1"], ["method=negtome", "method.alpha=1.0"]),
+    ("threshold", ["method=negtome", "method.threshold=0"], ["method=negtome", "method.threshold=0.0"]),
+    ("window", ["method=negtome", "method.timestep_range=[0,9]"], ["method=negtome", "method.timestep_range=[0.0,9]"]),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [two for _, *two in EQUAL], ids=[name for name, *_ in EQUAL])
+def test_what_means_the_same_is_one_run(ours, theirs, tiny_overrides, tmp_path):
+    ids = set()
+    for changes in (ours, theirs):
+        (cfg,) = expand([*tiny_overrides("sweep", tmp_path, "method=none"), *changes])
+        ids.add(run_id(request(cfg)))
+    assert len(ids) == 1
+
+
+def test_the_committed_spelling_keeps_its_ids():
+    """As far as they do not depend on weights, machine and code: the committed tables name runs by them."""
+    configs = expand(["experiment=diversity", "model=mini-sdxl,mini-flux,flux-dev", "method=none"])
+    assert {cfg.model.name: run_id(request(cfg)) for cfg in configs} == {
+        "mini-sdxl": "abc876671e10", "mini-flux": "73617d507637", "flux-dev": "875f905ae089",
+    }  # fmt: skip
+
+
+def test_numbers_that_mean_the_same_make_the_same_images(finished, tmp_path):
+    cfg, _ = finished
+    before = pngs(Run.find(cfg).folder)
+    other = cfg.copy()
+    other.outputs = str(tmp_path)
+    other.model.call.guidance_scale, other.model.call.height, other.model.dtype = 5, 64.0, "float"
+    assert pngs(generate(other)) == before and Run.find(other).id == Run.find(cfg).id
+
+
+def test_an_unknown_dtype_is_refused_before_anything_else(finished):
+    cfg = finished[0].copy()
+    cfg.model.dtype = "float31"
+    with pytest.raises(ValueError, match=r"model\.dtype must name a torch dtype"):
+        request(cfg)
+    assert pipelines.canonical_source("SG161222/RealVisXL_V4.0") == "SG161222/RealVisXL_V4.0"
