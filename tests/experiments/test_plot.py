@@ -180,7 +180,7 @@ def test_what_cannot_be_drawn_is_said(draw, message):
 
 def test_a_notebook_shows_a_table_or_what_makes_it(tmp_path):
     frame = table(*TABLES["methods"]).assign(experiment="x", encoder="<clip>")
-    frame.loc[frame["method"] == "my_own", "method"] = "<b>mine</b>"
+    frame.loc[frame["method"] == "my_own", "method"] = "<b>mine"
     frame.to_csv(tmp_path / "x.csv", index=False)
     html = plot.Shown("x", tmp_path)._repr_html_()
     assert html.count('src="data:image/png;base64,') == 2 and html.count("<table") == 1
