@@ -186,7 +186,8 @@ def _score(
     document = _stored(file) if trusted else None
     if document is not None and is_current(document, metric, images):
         return file, False
-    log.info("%s: %s by %s", label, name, metric.judge.name)
+    label = f"{label}: {name} by {metric.judge.name}"
+    log.info("%s", label)
     document = measure(metric, images, path=file)
     if cut := document["details"].get("n_prompts_truncated"):
         log.warning(

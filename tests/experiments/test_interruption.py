@@ -69,6 +69,7 @@ def spawned(process):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_path, tabulated):
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""

@@ -147,7 +147,7 @@ def test_groups_of_an_edited_run_are_not_taken_over(done, tmp_path, monkeypatch)
     (edited / "images").symlink_to(run.folder / "images")
     cfg.name = "another"
     made = []
-    monkeypatch.setattr("experiments.generate._generate_groups", lambda *a: made.extend(a[-1]) or iter(()))
+    monkeypatch.setattr("experiments.generate._generate_groups", lambda job: made.extend(job.missing) or iter(()))
     with pytest.raises(RuntimeError, match="vanished"):
         generate(cfg)
     assert len(made) == 2

@@ -812,22 +812,10 @@ def compile_blocks(pipe, **options):
     denoiser(pipe).compile_repeated_blocks(**options)
 
 
-def order(kind, way, inside):
-    """One case. Not slow are those that compile in place, without the one that takes longest: SDXL, attached before."""
-    marks = [] if way is compile_in_place and (kind == "flux" or not inside) else [pytest.mark.slow]
-    name = f"{kind}-{way.__name__}-{'attach then compile' if inside else 'compile then attach'}"
-    return pytest.param(kind, way, inside, marks=marks, id=name)
-
-
-@pytest.mark.parametrize(
-    ("kind", "compiled", "inside"),
-    [
-        order(kind, way, inside)
-        for kind in KINDS
-        for way in (compile_in_place, compile_and_replace, compile_blocks)
-        for inside in (False, True)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", [False, True], ids=["compile then attach", "attach then compile"])
+@pytest.mark.parametrize("compiled", [compile_in_place, compile_and_replace, compile_blocks])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_denoisers_are_pushed_too(kind, compiled, inside, request):
     pipe, config = request.getfixturevalue(f"tiny_{kind}"), CONFIGS[kind]
     graphs = []

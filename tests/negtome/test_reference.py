@@ -466,7 +466,7 @@ def test_a_denoiser_that_returns_other_rows_than_asked_for_is_an_error(pipe, con
     handle.remove()
 
 
-@pytest.mark.parametrize("kind", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
     with negtome.attach(pipe, config, given=Reference(PICTURE, mask=LEFT)) as attached:
         expected = generate(pipe)
