@@ -7,9 +7,9 @@ Interrupt it at will: the same command goes on where it stopped, and does nothin
 often as you like at the same time, on one machine or on several with a shared disk: no group is generated twice.
 
     python -m experiments.generate -m experiment=sweep launcher=joblib
-    python -m experiments.generate -m experiment=sweep launcher=slurm shard.count=4 shard.index=0,1,2,3
+    python -m experiments.generate -m experiment=sweep launcher=slurm
 
-A launcher sends the runs of a sweep to other processes or machines; shards divide the groups of every run among jobs.
+A launcher sends the runs of a sweep to other processes or machines.
 """
 
 from __future__ import annotations
@@ -60,10 +60,6 @@ class Job:
     groups: list[Group]
     missing: list[Group]
 
-    @property
-    def mine(self) -> list[Group]:
-        return shard_of(self.groups, self.cfg)
-
 
 def prepare(cfg: DictConfig) -> Job:
     """Open the run that `cfg` asks for and see what is missing of it.
@@ -79,7 +75,7 @@ def prepare(cfg: DictConfig) -> Job:
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
     label = f"{cfg.model.name} {cfg.method.name}"
-    missing = [group for group in shard_of(groups, cfg) if not run.has(group)]
+    missing = [group for group in groups if not run.has(group)]
     if missing and (taken := run.take_over(missing, device)):
         log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
         missing = [group for group in missing if not run.has(group)]
@@ -92,8 +88,6 @@ def prepare(cfg: DictConfig) -> Job:
 
 def generate(cfg: DictConfig) -> Path:
     """Generate what is missing of the run that `cfg` asks for and return its folder.
-
-    With shards (`cfg.shard`), of this shard's groups; whichever shard is ready last completes the run.
 
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
@@ -121,40 +115,16 @@ def generate_all(jobs: list[Job]) -> None:
             for number, (job, name) in enumerate(zip(jobs, names, strict=True), 1):
                 bar.set_description(f"run {number} of {len(jobs)}: {name}")
                 there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
-                log.info("%s: %s %d groups: %s", name, there, len(job.mine), job.run.folder)
+                log.info("%s: %s %d groups: %s", name, there, len(job.groups), job.run.folder)
                 for _ in _generate_groups(job) if job.missing else ():
                     bar.update()
-                _finish(job, name)
+                if not job.run.finish(job.groups):
+                    raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[1]}; the same "
                 "command goes on from there."
             ) from None
-
-
-def _finish(job: Job, name: str) -> None:
-    if job.run.finish(job.groups):
-        return
-    if not all(job.run.has(group) for group in job.mine):
-        raise RuntimeError(
-            f"Groups vanished from {job.run.folder} while it was being filled: run the same command again"
-        )
-    log.info("%s: shard %d of %d is there, other shards are not yet", name, job.cfg.shard.index, job.cfg.shard.count)
-
-
-def shard_of(groups: list[Group], cfg: DictConfig) -> list[Group]:
-    """Return the groups that this process generates: every `cfg.shard.count`-th from number `cfg.shard.index` on.
-
-    Raises:
-        ValueError: the shards are not numbered from 0 to count - 1.
-    """
-    index, count = cfg.shard.index, cfg.shard.count
-    if not (isinstance(index, int) and isinstance(count, int) and 0 <= index < count):
-        raise ValueError(
-            f"shard.index must be a whole number from 0 to shard.count - 1, got index {index!r} of {count!r}: for two "
-            "jobs, shard.count=2 shard.index=0,1"
-        )
-    return groups[index::count]
 
 
 def count_workers(cfg: DictConfig, device: str) -> int:

@@ -115,11 +115,6 @@ def _pairs(configs: list[DictConfig]) -> list[tuple[DictConfig, DictConfig]]:
             )
         _check_space(methods[0])
         pairs.append((baselines[0], methods[0]))
-    if any(cfg.shard.count != 1 for cfg in configs):
-        raise ValueError(
-            "expected no shards, got shard.count above 1: start the same command as often as you like, the processes "
-            "divide the groups of each trial among them"
-        )
     return pairs
 
 

@@ -34,7 +34,6 @@ OPTIONS = [
 #: Launchers that are packages of their own.
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
-    "ray": "hydra_ray_launcher",
     "slurm": "hydra_submitit_launcher",
     "submitit_local": "hydra_submitit_launcher",
 }

@@ -127,7 +127,6 @@ def test_a_quality_without_a_margin_is_refused_before_the_first_trial(found, mon
     [
         (["experiment=tune"], "expected an experiment with a `search`, got 'tune'"),
         (["method=negtome"], "expected the methods none and one to be searched"),
-        (["shard.count=2"], "expected no shards"),
         (["search.space.alpha.setting=model.negtome.alpah"], r"search\.space\.alpha\.setting .* model\.negtome\.alpah"),
         (["search.space.alpha.high=0"], r"expected search\.space\.alpha to have a setting, low <= high"),
         (["~search.space.alpha", "~search.space.threshold"], "expected axes in search.space"),
