@@ -9,7 +9,7 @@ ARGS ?=
 
 .PHONY: help
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # One stamp an extra; a changed pyproject.toml installs again.
 $(VENV)/bin/python:
@@ -25,44 +25,25 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 .PHONY: install
 install: $(VENV)/.installed-dev  ## everything but the training packages, into .venv
 
-.PHONY: reproduce-diversity
-reproduce-diversity: $(VENV)/.installed-experiments  ## the diversity claim: images, scores, table, figures, beside the published
-	$(PY) -m experiments.generate experiment=diversity $(ARGS)
-	$(PY) -m experiments.evaluate experiment=diversity $(ARGS)
-	$(PY) -m experiments.tabulate experiment=diversity $(ARGS)
-	$(PY) -m experiments.plot experiment=diversity $(ARGS)
-	$(PY) -m experiments.check experiment=diversity $(ARGS)
-
-.PHONY: reproduce-copyright
-reproduce-copyright: $(VENV)/.installed-experiments  ## the same for pushing away from protected assets
-	$(PY) -m experiments.generate experiment=copyright $(ARGS)
-	$(PY) -m experiments.evaluate experiment=copyright $(ARGS)
-	$(PY) -m experiments.tabulate experiment=copyright $(ARGS)
-	$(PY) -m experiments.plot experiment=copyright $(ARGS)
-	$(PY) -m experiments.check experiment=copyright $(ARGS)
+# reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
+reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduce-diversity, reproduce-copyright, reproduce-sweep
+	$(PY) -m experiments.generate experiment=$* $(ARGS)
+	$(PY) -m experiments.evaluate experiment=$* $(ARGS)
+	$(PY) -m experiments.tabulate experiment=$* $(ARGS)
+	$(PY) -m experiments.plot experiment=$* $(ARGS)
+	$(PY) -m experiments.check experiment=$* $(ARGS)
+FORCE:
 
 .PHONY: sweep
-sweep: $(VENV)/.installed-experiments  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
-	$(PY) -m experiments.generate experiment=sweep $(ARGS)
-	$(PY) -m experiments.evaluate experiment=sweep $(ARGS)
-	$(PY) -m experiments.tabulate experiment=sweep $(ARGS)
-	$(PY) -m experiments.plot experiment=sweep $(ARGS)
-	$(PY) -m experiments.check experiment=sweep $(ARGS)
+sweep: reproduce-sweep  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
+
+.PHONY: cfg-scale
+cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## without and with NegToMe at every scale of guidance (15 minutes)
 
 .PHONY: publish
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
 	$(PY) -m experiments.plot experiment=$(EXPERIMENT) results=results $(ARGS)
-
-.PHONY: cfg-scale
-cfg-scale: $(VENV)/.installed-experiments  ## without and with NegToMe at every scale of guidance (15 minutes)
-	$(PY) -m experiments.generate experiment=cfg_scale $(ARGS)
-	$(PY) -m experiments.generate experiment=cfg_scale_flux $(ARGS)
-	$(PY) -m experiments.evaluate experiment=cfg_scale $(ARGS)
-	$(PY) -m experiments.evaluate experiment=cfg_scale_flux $(ARGS)
-	$(PY) -m experiments.tabulate experiment=cfg_scale $(ARGS)
-	$(PY) -m experiments.tabulate experiment=cfg_scale_flux $(ARGS)
-	$(PY) -m experiments.plot experiment=cfg_scale $(ARGS)
 
 .PHONY: search
 search: $(VENV)/.installed-experiments,search  ## the most diversity within a loss of CLIPScore, by Optuna (16 minutes)

@@ -29,7 +29,7 @@ from eval.images import METRICS, write_text
 from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.metrics import Metric, is_current, read_document
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
-from experiments import PROJECT, project_path
+from experiments import project_path
 from experiments.configs import expand, first, flag
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.locks import locked
@@ -148,15 +148,11 @@ def check_names(frame: pd.DataFrame, path: Path) -> None:
 
 
 def commands(name: str) -> list[str]:
-    """Return what makes an experiment's table and figures: the make target, where there is one, and its steps."""
-    # The Makefile is the one place that says which target makes what.
-    for target, recipe in re.findall(r"^([\w-]+):.*\n((?:\t.*\n)+)", (PROJECT / "Makefile").read_text(), re.MULTILINE):
-        steps = [line.strip().replace("$(PY)", "python").replace("$(ARGS)", "").strip() for line in recipe.splitlines()]
-        if any(f"experiment={name}" in step.split() for step in steps):
-            return [f"make {target}", *steps]
-    acts = ("generate", "evaluate", "tabulate", "plot")
-    steps = [f"python -m experiments.{act} experiment={name}" for act in acts]
-    return ["; ".join(steps), *steps]
+    """Return what makes an experiment's table and figures: the make target, and the steps that it takes."""
+    if name in ("latency", "search"):  # acts of their own
+        return [f"make {name}", f"python -m experiments.{name} experiment={name}"]
+    acts = ("generate", "evaluate", "tabulate", "plot", "check")
+    return [f"make reproduce-{name}", *(f"python -m experiments.{act} experiment={name}" for act in acts)]
 
 
 def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:
