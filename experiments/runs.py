@@ -183,12 +183,19 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost."""
+        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         path = self.folder / "environment.json"
         try:
-            return read_json(path)
+            recorded = read_json(path)
         except FileNotFoundError:
             return dict.fromkeys(_environment("cpu"), "unknown")
+        if not isinstance(recorded, dict) or not {"commit", "date", "python"} <= recorded.keys():
+            raise ValueError(f"expected when and by what a run was made in {path}, got other JSON: restore or delete it")
+        return recorded
 
     @classmethod
     def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:

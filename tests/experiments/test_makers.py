@@ -121,6 +121,10 @@ def test_a_lost_environment_is_not_made_up(half, caplog):
     (folder / "environment.json").write_text("{")
     with pytest.raises(ValueError, match=f"expected JSON in {folder}/environment.json"):
         _ = Run(folder).environment
+    for other in ("1", "[]", '{"commit": "c"}'):
+        (folder / "environment.json").write_text(other)
+        with pytest.raises(ValueError, match=f"made in {folder}/environment.json, got other JSON"):
+            _ = Run(folder).environment
 
 
 def test_what_killed_processes_left_in_a_half_finished_run_is_swept(half):
