@@ -76,14 +76,25 @@ def prepare(cfg: DictConfig) -> Job:
     run = Run.start(cfg, checkpoint.fingerprint, device)
     label = f"{cfg.model.name} {cfg.method.name}"
     missing = [group for group in groups if not run.has(group)]
+    mixed = flag(cfg, "resume_any")
+    if missing:
+        run.check_makers(groups, device, mixed)  # before anything made here is put beside what is there
     if missing and (taken := run.take_over(missing, device)):
         log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
         missing = [group for group in missing if not run.has(group)]
     if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
-    if missing:
-        run.check_makers(groups, device, mixed=flag(cfg, "resume_any"))
     return Job(cfg, device, checkpoint, run, groups, missing)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise what `prepare` would of any machine: a run's own may be another, with another device than this one's."""
+    cfg = cfg.copy()
+    cfg.device = "cpu"
+    for name in ("offload", "resume_any"):
+        flag(cfg, name)
+    request(cfg)
+    pipelines.find_checkpoint(cfg.model)
 
 
 def generate(cfg: DictConfig) -> Path:
@@ -116,6 +127,8 @@ def generate_all(jobs: list[Job]) -> None:
                 bar.set_description(f"run {number} of {len(jobs)}: {name}")
                 there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
                 log.info("%s: %s %d groups: %s", name, there, len(job.groups), job.run.folder)
+                if job.missing:  # others may have begun it since
+                    job.run.check_makers(job.groups, job.device, job.cfg.resume_any)
                 for _ in _generate_groups(job) if job.missing else ():
                     bar.update()
                 if not job.run.finish(job.groups):
