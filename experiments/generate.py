@@ -111,11 +111,13 @@ def generate(cfg: DictConfig) -> Path:
 
 
 def generate_all(jobs: list[Job]) -> None:
-    """Generate what is missing of all runs, one after the other; see `generate`.
+    """Generate what is missing of all runs, one after the other; see `generate`. A run that is named twice is one.
 
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
+    # A grid of the method's settings names its baseline over and over.
+    jobs = list({job.run: job for job in jobs}.values())
     names = run_names([job.cfg for job in jobs])
     total = sum(len(job.missing) for job in jobs)
     with (
@@ -135,7 +137,7 @@ def generate_all(jobs: list[Job]) -> None:
                     raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[1]}; the same "
+                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[2]}; the same "
                 "command goes on from there."
             ) from None
 

@@ -141,7 +141,7 @@ def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_
     )
     done = run("-c", script, *asked, timeout=300)
     assert done.returncode == 130, done.stderr
-    assert re.search(r"of 3 groups were generated and are kept in .*outputs", done.stderr), done.stderr
+    assert re.search(r"of 3 groups were generated and are kept in .*outputs/sweep;", done.stderr), done.stderr
     kept = list((tmp_path / "outputs").rglob("group.json"))
     assert len(kept) == 1
     before = kept[0].stat().st_mtime_ns

@@ -134,6 +134,13 @@ def test_a_run_that_others_began_since_it_was_prepared_is_refused(half, elsewher
     assert pngs(folder) == before
 
 
+def test_a_run_that_is_named_twice_is_one(finished, caplog):
+    caplog.set_level("INFO", "experiments")
+    job = prepare(finished[0])
+    generate_all([job, job])
+    assert len(caplog.records) == 1
+
+
 def test_the_code_is_the_same_to_every_python():
     """Python 3.12 shows an empty list more than 3.11, and 3.13 shows none."""
     arguments = "arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])"
