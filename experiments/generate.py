@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -190,7 +191,8 @@ def _side_by_side(what: tuple[Any, ...], groups: list[Group], wait: bool, worker
         futures, before = {}, len(left)
         try:
             executor = _executor(workers)
-            futures = {executor.submit(_generate_group, *what, group, wait): group for group in left}
+            with _quiet_children():
+                futures = {executor.submit(_generate_group, *what, group, wait): group for group in left}
             for future in as_completed(futures):
                 group = futures[future]
                 there = future.result()
@@ -267,7 +269,30 @@ def _executor(workers: int) -> ProcessPoolExecutor:
     """Return the processes that generate; they outlive a run, so that a sweep starts them once."""
     log.info("Starting %d processes that generate side by side; each loads the model first", workers)
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    with _quiet_children():
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+
+
+@contextlib.contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Start processes in the block that leave Ctrl-C to this one from their first instruction on.
+
+    Else each shows a traceback of its imports; and the one that frees their semaphores would warn that it did.
+    """
+    listens = threading.current_thread() is threading.main_thread()
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if listens else None
+    before = os.environ.get("PYTHONWARNINGS")
+    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = f"{before},{silent}" if before else silent
+    try:
+        yield
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, answer)
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _die_with_parent() -> None:

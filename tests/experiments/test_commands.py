@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
 from experiments.configs import expand, run_names
+from experiments.generate import _side_by_side
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -83,6 +85,25 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
     assert main(["generate", *asked]) == 2
     assert "alpha" in capsys.readouterr().err
     assert not list((tmp_path / "outputs").rglob("*.png"))
+
+
+def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
+    """Not while they import, either: they are started so, and this process listens again."""
+    heard, before = [], signal.getsignal(signal.SIGINT)
+
+    class Executor:
+        def submit(self, *_):
+            heard.append((signal.getsignal(signal.SIGINT), os.environ["PYTHONWARNINGS"]))
+            future = Future()
+            future.set_result(True)
+            return future
+
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
+    assert set(_side_by_side((), ["a", "b"], True, 2)) == {"a", "b"}
+    quiet = "default,ignore::UserWarning:multiprocessing.resource_tracker"
+    assert heard == [(signal.SIG_IGN, quiet)] * 2
+    assert signal.getsignal(signal.SIGINT) is before and os.environ["PYTHONWARNINGS"] == "default"
 
 
 def test_runs_are_named_by_what_differs():
