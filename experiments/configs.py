@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -76,7 +77,7 @@ def _jobs(overrides: list[str]) -> Iterator[list[str]]:
 def _parsed(overrides: list[str]) -> list[tuple[str, Override]]:
     parse = OverridesParser.create().parse_override
     found = []
-    for text in overrides:
+    for text in _without_flags(overrides):
         try:
             found.append((text, parse(text)))
         except HydraException as error:
@@ -136,9 +137,9 @@ def first(overrides: list[str]) -> DictConfig:
         return _composed(next(_jobs(overrides)))
 
 
-def run_overrides(argv: list[str]) -> list[str]:
+def _without_flags(overrides: Iterable[str]) -> list[str]:
     """Return the overrides of a command line; that they are a sweep need not be said."""
-    return [argument for argument in argv if argument not in ("-m", "--multirun")]
+    return [text for text in overrides if text not in ("-m", "--multirun")]
 
 
 def run_names(configs: list[DictConfig]) -> list[str]:
@@ -156,21 +157,20 @@ def run_names(configs: list[DictConfig]) -> list[str]:
     return names
 
 
-def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> bool:
-    """Have the configured launcher call `task` with every run's configuration, in other processes or on other machines.
-
-    Returns:
-        False where no launcher but Hydra's basic one is configured: the runs are for the caller to go through.
-    """
+def has_launcher(overrides: list[str]) -> bool:
+    """Tell whether a launcher but Hydra's basic one is configured, which sends runs to other processes or machines."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         fixed = [text for text, override in _parsed(overrides) if not override.is_sweep_override()]
         target = _composed(fixed, return_hydra_config=True).hydra.launcher._target_
-    if target.endswith(".BasicLauncher"):
-        return False
-    sys.argv[1:] = ["--multirun", *overrides]
+    return not target.endswith(".BasicLauncher")
+
+
+def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
+    """Have the configured launcher call `task` with every run's configuration; the first job's error is raised here."""
+    sys.argv[1:] = ["--multirun", *_without_flags(overrides)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
     # An absolute path: a job in another process finds no configuration beside its function.
     hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)()
-    return True
 
 
 def flag(cfg: DictConfig, name: str) -> bool:

@@ -42,10 +42,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.configs import build, expand, flag, launch, run_names, run_overrides
+from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
-from experiments.runs import Run, maker
+from experiments.runs import Run, maker, request
 
 log = logging.getLogger(__name__)
 
@@ -308,7 +308,10 @@ def _die_with_parent() -> None:
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    overrides = run_overrides(argv)
-    jobs = [prepare(cfg) for cfg in expand(overrides)]  # what is wrong with any run of a sweep, before its first image
-    if not launch(generate, overrides):
-        generate_all(jobs)
+    configs = expand(argv)
+    if has_launcher(argv):
+        for cfg in configs:
+            check(cfg)
+        launch(generate, argv)
+    else:
+        generate_all([prepare(cfg) for cfg in configs])  # what is wrong with any run of a sweep, before its first image

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
-from experiments.configs import expand, run_names
+from experiments.configs import expand, launch, run_names
 from experiments.generate import _side_by_side
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
@@ -85,6 +85,30 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
     assert main(["generate", *asked]) == 2
     assert "alpha" in capsys.readouterr().err
     assert not list((tmp_path / "outputs").rglob("*.png"))
+
+
+def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overrides, tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr("experiments.generate.has_launcher", lambda _: True)
+    monkeypatch.setattr("experiments.generate.launch", lambda _, argv: sent.append(argv))
+    asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77")
+    assert main(["generate", *asked]) == 0 and sent == [asked]
+    assert not (tmp_path / "outputs").exists(), "no folder of a run that this machine would make"
+    assert main(["generate", *asked, "prompts.categories=bird"]) == 2 and len(sent) == 1
+    assert "must be a list" in capsys.readouterr().err
+
+
+def test_the_error_of_a_launched_job_is_raised_here(tmp_path, monkeypatch):
+    """And not printed by Hydra with its traceback: it becomes one line as any other."""
+
+    def failing(cfg):
+        raise ValueError(f"no {cfg.name}")
+
+    monkeypatch.setattr(sys, "argv", ["generate"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", f"hydra.sweep.dir={tmp_path}"]
+    with pytest.raises(ValueError, match="no diversity"):
+        launch(failing, ["-m", "experiment=diversity", "model=mini-sdxl", "method=none", *quiet])
 
 
 def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
