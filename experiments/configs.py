@@ -61,7 +61,7 @@ def _all_composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
         cfg = copy.deepcopy(bases[key])
         with _explained(job):
             loader._apply_overrides_to_config(values, cfg)
-        yield cfg
+        yield _with_names(cfg)
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
@@ -127,6 +127,14 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
         yield from _keys(value, f"{prefix}{key}.")
 
 
+def _with_names(cfg: DictConfig) -> DictConfig:
+    """Return a configuration if what names folders and devices is text; null and numbers are nobody's names."""
+    for key in ("name", "outputs", "results", "device", "model.name", "model.source", "method.name"):
+        if not isinstance(value := OmegaConf.select(cfg, key), str):
+            raise ValueError(f"expected a text for {key}, got {value!r}: give {key}=NAME")
+    return cfg
+
+
 def _hint(candidates: list[str]) -> str:
     return f"; did you mean {candidates[0]}?" if candidates else ""
 
@@ -134,7 +142,7 @@ def _hint(candidates: list[str]) -> str:
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return _composed(next(_jobs(overrides)))
+        return _with_names(_composed(next(_jobs(overrides))))
 
 
 def _without_flags(overrides: Iterable[str]) -> list[str]:
@@ -146,8 +154,8 @@ def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
     settings = []
     for cfg in configs:
-        parts = {"": OmegaConf.to_container(cfg.method, resolve=True), "call": OmegaConf.to_container(cfg.model.call)}
-        settings.append({key: value for part in parts.values() for key, value in part.items()})
+        parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)]
+        settings.append({key: value for part in parts for key, value in part.items()})
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
         alike = [i for i, other in enumerate(names) if other == name]
@@ -179,9 +187,9 @@ def flag(cfg: DictConfig, name: str) -> bool:
     Raises:
         ValueError: it is anything else, as the text "no", which Python takes for true.
     """
-    if not isinstance(cfg[name], bool):
-        raise ValueError(f"{name} must be true or false, got {cfg[name]!r}: give {name}=true or {name}=false")
-    return cfg[name]
+    if not isinstance(value := OmegaConf.select(cfg, name), bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}: give {name}=true or {name}=false")
+    return value
 
 
 def build(spec: DictConfig) -> Any:
