@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -88,11 +87,14 @@ class EmbeddingCache:
         seen = self._read.setdefault(encoder_id, set())
         for shard in sorted(self._folder_of(encoder_id).glob("*.safetensors")):
             if shard not in seen:
-                with contextlib.suppress(SafetensorError, OSError), safe_open(shard, framework="pt") as file:
-                    index.update(dict.fromkeys(file.keys(), shard))
-                    seen.add(shard)
-                    continue
-                _discard(shard)
+                try:
+                    with safe_open(shard, framework="pt") as file:
+                        index.update(dict.fromkeys(file.keys(), shard))
+                        seen.add(shard)
+                except SafetensorError:
+                    _discard(shard)
+                except OSError as error:
+                    _leave(shard, error)
         return index
 
 
@@ -110,10 +112,16 @@ def _content(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _read_shard(path: Path) -> dict[str, torch.Tensor]:
     """Return all of a shard's embeddings; none, and a warning, where they are not those that were written."""
-    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
-        if (file.metadata() or {}).get("sha256") == _content(stored):
-            return stored
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+            if (file.metadata() or {}).get("sha256") == _content(stored):
+                return stored
+    except SafetensorError:
+        pass
+    except OSError as error:
+        _leave(path, error)
+        return {}
     _discard(path)
     return {}
 
@@ -121,6 +129,12 @@ def _read_shard(path: Path) -> dict[str, torch.Tensor]:
 def _discard(path: Path) -> None:
     log.warning("%s is damaged, and removed: its images are embedded again", path)
     path.unlink(missing_ok=True)
+
+
+def _leave(path: Path, error: OSError) -> None:
+    """Say of a shard that cannot be read, and may well be whole; one that another process has just removed is gone."""
+    if not isinstance(error, FileNotFoundError):
+        log.warning("%s cannot be read (%s): its images are embedded again", path, error)
 
 
 def embed_folder(

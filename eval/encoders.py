@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from eval.weights import NO_NETWORK, WeightsFacts, first_file, hub_cache, missing_vocabulary, network_answers
 
@@ -158,8 +159,13 @@ class HFClip(Encoder):
         self._found()
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-        with quiet_transformers():
-            model = CLIPModel.from_pretrained(self.folder, local_files_only=True)
+        try:
+            with quiet_transformers():
+                model = CLIPModel.from_pretrained(self.folder, local_files_only=True)
+        except SafetensorError as error:
+            raise ValueError(
+                f"expected the weights of {self.name}, got a damaged file ({error}): fetch {self.folder} again"
+            ) from error
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(self.folder, local_files_only=True)
         return model.float().eval().to(self.device), tokenizer, processor

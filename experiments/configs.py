@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +61,7 @@ def _all_composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
         cfg = copy.deepcopy(bases[key])
         with _explained(job):
             loader._apply_overrides_to_config(values, cfg)
-        yield cfg
+        yield _with_names(cfg)
 
 
 def _jobs(overrides: list[str]) -> Iterator[list[str]]:
@@ -76,7 +77,7 @@ def _jobs(overrides: list[str]) -> Iterator[list[str]]:
 def _parsed(overrides: list[str]) -> list[tuple[str, Override]]:
     parse = OverridesParser.create().parse_override
     found = []
-    for text in overrides:
+    for text in _without_flags(overrides):
         try:
             found.append((text, parse(text)))
         except HydraException as error:
@@ -126,6 +127,14 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
         yield from _keys(value, f"{prefix}{key}.")
 
 
+def _with_names(cfg: DictConfig) -> DictConfig:
+    """Return a configuration if what names folders and devices is text; null and numbers are nobody's names."""
+    for key in ("name", "outputs", "results", "device", "model.name", "model.source", "method.name"):
+        if not isinstance(value := OmegaConf.select(cfg, key), str):
+            raise ValueError(f"expected a text for {key}, got {value!r}: give {key}=NAME")
+    return cfg
+
+
 def _hint(candidates: list[str]) -> str:
     return f"; did you mean {candidates[0]}?" if candidates else ""
 
@@ -133,20 +142,20 @@ def _hint(candidates: list[str]) -> str:
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return _composed(next(_jobs(overrides)))
+        return _with_names(_composed(next(_jobs(overrides))))
 
 
-def run_overrides(argv: list[str]) -> list[str]:
+def _without_flags(overrides: Iterable[str]) -> list[str]:
     """Return the overrides of a command line; that they are a sweep need not be said."""
-    return [argument for argument in argv if argument not in ("-m", "--multirun")]
+    return [text for text in overrides if text not in ("-m", "--multirun")]
 
 
 def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
     settings = []
     for cfg in configs:
-        parts = {"": OmegaConf.to_container(cfg.method, resolve=True), "call": OmegaConf.to_container(cfg.model.call)}
-        settings.append({key: value for part in parts.values() for key, value in part.items()})
+        parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)]
+        settings.append({key: value for part in parts for key, value in part.items()})
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
         alike = [i for i, other in enumerate(names) if other == name]
@@ -156,21 +165,20 @@ def run_names(configs: list[DictConfig]) -> list[str]:
     return names
 
 
-def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> bool:
-    """Have the configured launcher call `task` with every run's configuration, in other processes or on other machines.
-
-    Returns:
-        False where no launcher but Hydra's basic one is configured: the runs are for the caller to go through.
-    """
+def has_launcher(overrides: list[str]) -> bool:
+    """Tell whether a launcher but Hydra's basic one is configured, which sends runs to other processes or machines."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         fixed = [text for text, override in _parsed(overrides) if not override.is_sweep_override()]
         target = _composed(fixed, return_hydra_config=True).hydra.launcher._target_
-    if target.endswith(".BasicLauncher"):
-        return False
-    sys.argv[1:] = ["--multirun", *overrides]
+    return not target.endswith(".BasicLauncher")
+
+
+def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
+    """Have the configured launcher call `task` with every run's configuration; the first job's error is raised here."""
+    sys.argv[1:] = ["--multirun", *_without_flags(overrides)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
     # An absolute path: a job in another process finds no configuration beside its function.
     hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)()
-    return True
 
 
 def flag(cfg: DictConfig, name: str) -> bool:
@@ -179,9 +187,9 @@ def flag(cfg: DictConfig, name: str) -> bool:
     Raises:
         ValueError: it is anything else, as the text "no", which Python takes for true.
     """
-    if not isinstance(cfg[name], bool):
-        raise ValueError(f"{name} must be true or false, got {cfg[name]!r}: give {name}=true or {name}=false")
-    return cfg[name]
+    if not isinstance(value := OmegaConf.select(cfg, name), bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}: give {name}=true or {name}=false")
+    return value
 
 
 def build(spec: DictConfig) -> Any:

@@ -33,7 +33,7 @@ from eval.images import METRICS
 from eval.intervals import interval_of, n_units
 from eval.metrics import ImageSet, Metric, SetMetric, is_current, measure, read_document
 from experiments import project_path
-from experiments.configs import expand, launch, run_overrides
+from experiments.configs import expand, has_launcher, launch
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -201,13 +201,14 @@ def _score(
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    overrides = run_overrides(argv)
-    configs = expand(overrides)
+    configs = expand(argv)
     if configs[0].images is not None:
         table, refused = evaluate_folder(configs[0])
         print(table.to_markdown(index=False, disable_numparse=True))
         if refused:
             print(_reasons(refused))
-    elif not launch(evaluate, overrides):
+    elif has_launcher(argv):
+        launch(evaluate, argv)
+    else:
         for cfg in configs:
             evaluate(cfg)

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -41,10 +42,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.configs import build, expand, flag, launch, run_names, run_overrides
+from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.methods import Method
 from experiments.prompts import Group, PromptSet
-from experiments.runs import Run, maker
+from experiments.runs import Run, maker, request
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +77,25 @@ def prepare(cfg: DictConfig) -> Job:
     run = Run.start(cfg, checkpoint.fingerprint, device)
     label = f"{cfg.model.name} {cfg.method.name}"
     missing = [group for group in groups if not run.has(group)]
+    mixed = flag(cfg, "resume_any")
+    if missing:
+        run.check_makers(groups, device, mixed)  # before anything made here is put beside what is there
     if missing and (taken := run.take_over(missing, device)):
         log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
         missing = [group for group in missing if not run.has(group)]
     if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
-    if missing:
-        run.check_makers(groups, device, mixed=flag(cfg, "resume_any"))
     return Job(cfg, device, checkpoint, run, groups, missing)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise what `prepare` would of any machine: a run's own may be another, with another device than this one's."""
+    cfg = cfg.copy()
+    cfg.device = "cpu"
+    for name in ("offload", "resume_any"):
+        flag(cfg, name)
+    request(cfg)
+    pipelines.find_checkpoint(cfg.model)
 
 
 def generate(cfg: DictConfig) -> Path:
@@ -100,11 +112,13 @@ def generate(cfg: DictConfig) -> Path:
 
 
 def generate_all(jobs: list[Job]) -> None:
-    """Generate what is missing of all runs, one after the other; see `generate`.
+    """Generate what is missing of all runs, one after the other; see `generate`. A run that is named twice is one.
 
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
+    # A grid of the method's settings names its baseline over and over.
+    jobs = list({job.run: job for job in jobs}.values())
     names = run_names([job.cfg for job in jobs])
     total = sum(len(job.missing) for job in jobs)
     with (
@@ -116,13 +130,15 @@ def generate_all(jobs: list[Job]) -> None:
                 bar.set_description(f"run {number} of {len(jobs)}: {name}")
                 there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
                 log.info("%s: %s %d groups: %s", name, there, len(job.groups), job.run.folder)
+                if job.missing:  # others may have begun it since
+                    job.run.check_makers(job.groups, job.device, job.cfg.resume_any)
                 for _ in _generate_groups(job) if job.missing else ():
                     bar.update()
                 if not job.run.finish(job.groups):
                     raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[1]}; the same "
+                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[2]}; the same "
                 "command goes on from there."
             ) from None
 
@@ -175,7 +191,8 @@ def _side_by_side(what: tuple[Any, ...], groups: list[Group], wait: bool, worker
         futures, before = {}, len(left)
         try:
             executor = _executor(workers)
-            futures = {executor.submit(_generate_group, *what, group, wait): group for group in left}
+            with _quiet_children():
+                futures = {executor.submit(_generate_group, *what, group, wait): group for group in left}
             for future in as_completed(futures):
                 group = futures[future]
                 there = future.result()
@@ -252,7 +269,30 @@ def _executor(workers: int) -> ProcessPoolExecutor:
     """Return the processes that generate; they outlive a run, so that a sweep starts them once."""
     log.info("Starting %d processes that generate side by side; each loads the model first", workers)
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    with _quiet_children():
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+
+
+@contextlib.contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Start processes in the block that leave Ctrl-C to this one from their first instruction on.
+
+    Else each shows a traceback of its imports; and the one that frees their semaphores would warn that it did.
+    """
+    listens = threading.current_thread() is threading.main_thread()
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if listens else None
+    before = os.environ.get("PYTHONWARNINGS")
+    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = f"{before},{silent}" if before else silent
+    try:
+        yield
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, answer)
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _die_with_parent() -> None:
@@ -268,7 +308,10 @@ def _die_with_parent() -> None:
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    overrides = run_overrides(argv)
-    jobs = [prepare(cfg) for cfg in expand(overrides)]  # what is wrong with any run of a sweep, before its first image
-    if not launch(generate, overrides):
-        generate_all(jobs)
+    configs = expand(argv)
+    if has_launcher(argv):
+        for cfg in configs:
+            check(cfg)
+        launch(generate, argv)
+    else:
+        generate_all([prepare(cfg) for cfg in configs])  # what is wrong with any run of a sweep, before its first image

@@ -189,9 +189,10 @@ def configured_cases(overrides: Sequence[str]) -> list[Case]:
         suite = "full" if select_device(cfg.device).startswith("cuda") else "mini"
     if suite not in ("mini", "full"):
         raise ValueError(f"latency.suite must be auto, mini or full, got {suite!r}.")
+    cases, curves = flag(cfg, "latency.cases"), flag(cfg, "latency.curves")
     chosen = settings[suite]
     names = {*chosen.cases, *chosen.curves}
-    if settings.only is not None and not set(settings.only) <= names:
+    if settings.only is not None and not (OmegaConf.is_list(settings.only) and set(settings.only) <= names):
         raise ValueError(f"latency.only must name cases of the suite {suite}, {sorted(names)}, got {settings.only}.")
     variants = [Variant(name, **OmegaConf.to_container(spec, resolve=True)) for name, spec in settings.variants.items()]
 
@@ -216,10 +217,10 @@ def configured_cases(overrides: Sequence[str]) -> list[Case]:
         return Case(part, **(options | changes))
 
     found = []
-    if settings.cases:
-        lows = tuple((float(low), 1000.0) for low in settings.curve_windows) if settings.curves else ()
+    if cases:
+        lows = tuple((float(low), 1000.0) for low in settings.curve_windows) if curves else ()
         found += [make(spec, "table", curve_windows=lows) for name, spec in chosen.cases.items() if wanted(name)]
-    if settings.curves:
+    if curves:
         compared = tuple(variant for variant in variants if variant.name in settings.curve_variants)
         for name, spec in chosen.curves.items():
             if wanted(name):
@@ -855,7 +856,8 @@ def run(overrides: Sequence[str]) -> str:
         FileNotFoundError: a checkpoint is not there, or there is nothing to make tables of.
     """
     cfg = _settings(overrides)
-    if cfg.offload:
+    force = flag(cfg, "force")
+    if flag(cfg, "offload"):
         raise ValueError("expected offload=false: transfers would be measured, not the method; choose a smaller batch.")
     device = select_device(cfg.device)
     folder = project_path(cfg.results)
@@ -863,7 +865,7 @@ def run(overrides: Sequence[str]) -> str:
     for case in configured_cases(overrides):
         setting = setting_id(case, cfg, device, _weights(case.model, cfg.latency.weights))
         there = read_rows(path) if path.exists() else pd.DataFrame(columns=["setting", "part"])
-        if not cfg.force and ((there["setting"] == setting) & (there["part"] == case.part)).any():
+        if not force and ((there["setting"] == setting) & (there["part"] == case.part)).any():
             log.info("%s (%s): measured already", case.label, case.part)
             continue
         merge_rows(path, measure(case, cfg, device))

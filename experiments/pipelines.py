@@ -62,8 +62,7 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
         FileNotFoundError: something is missing; the message lists the files and the ways to get them.
         ValueError: the architecture is unknown, or the model takes no images of the size that is asked for.
     """
-    if model.architecture not in PIPELINES:
-        raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
+    _check_architecture(model)
     folder = _local(model.source) or _from_hub(model)
     missing = missing_files(folder, model.architecture, model.variant)
     if missing:
@@ -104,18 +103,30 @@ def torch_dtype(model: DictConfig) -> torch.dtype:
 
 
 def call_arguments(model: DictConfig) -> dict[str, Any]:
-    """Return `model.call` with numbers as the pipeline declares them: 5 is 5.0 for a scale, 128.0 is 128 for a side."""
+    """Return `model.call` with numbers as the pipeline declares them: 5 is 5.0 for a scale, 128.0 is 128 for a side.
+
+    Raises:
+        ValueError: the architecture is unknown, or a text stands where the pipeline takes a number.
+    """
+    _check_architecture(model)
     declared = inspect.signature(PIPELINES[model.architecture].__call__).parameters
     call = OmegaConf.to_container(model.call, resolve=True)
     return {
-        name: _as_declared(value, str(declared[name].annotation)) if name in declared else value
+        name: _as_declared(name, value, str(declared[name].annotation)) if name in declared else value
         for name, value in call.items()
     }
 
 
-def _as_declared(value: Any, kind: str) -> Any:
+def _check_architecture(model: DictConfig) -> None:
+    if model.architecture not in PIPELINES:
+        raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
+
+
+def _as_declared(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list):
-        return [_as_declared(item, kind) for item in value]
+        return [_as_declared(name, item, kind) for item in value]
+    if "float" in kind and isinstance(value, (str, bool)):
+        raise ValueError(f"model.call.{name} must be a number, got {value!r}")
     if type(value) is int and "float" in kind:
         return float(value)
     if type(value) is float and "float" not in kind and "int" in kind and value.is_integer():

@@ -128,17 +128,25 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
 
 def _put(pictures: Path, text: str, page: Path) -> None:
     """Put a page and its pictures in the place of the one before."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in pictures.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(pictures).as_posix()}\n{content_hash(file)}\n".encode())
-    name = f"pictures-{digest.hexdigest()[:12]}"
+    name = f"pictures-{_digest(pictures)}"
     with locked(page.parent / LOCK):
-        if not (page.parent / name).exists():
-            pictures.rename(page.parent / name)
+        there = page.parent / name
+        if there.exists() and not name.endswith(_digest(there)):  # killed while it was removed, or changed by hand
+            shutil.rmtree(there)
+        if not there.exists():
+            pictures.rename(there)
         write_text(page, text.replace(PICTURES, name))
         for entry in page.parent.iterdir():
             if NAMED.fullmatch(entry.name) and entry.name != name and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
+
+
+def _digest(folder: Path) -> str:
+    """Return 12 hexadecimal digits of what a folder holds."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\n{content_hash(file)}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def _place(name: str) -> tuple[int, str]:

@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -132,13 +133,19 @@ CODE = (
 def maker(device: str) -> dict[str, str | None]:
     """Return what made a group and is in no run id: the CPU's instructions, where it computes, and a digest of `CODE`.
 
-    Comments and layout of the code do not count.
+    Comments and layout of the code do not count, nor does the version of Python that reads it.
     """
     digest = hashlib.sha256()
     for file in CODE:
-        digest.update(ast.dump(ast.parse(file.read_text(encoding="utf-8"))).encode())
+        digest.update(_tree(file.read_text(encoding="utf-8")).encode())
     capability = torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else None
     return {"cpu": capability, "generation_code": digest.hexdigest()[:12]}
+
+
+def _tree(code: str) -> str:
+    """Return the syntax tree of code in words, as Python 3.11 has it: 3.12 adds an empty list, 3.13 leaves all out."""
+    shown = {"show_empty": True} if sys.version_info >= (3, 13) else {}
+    return ast.dump(ast.parse(code), **shown).replace(", type_params=[]", "")
 
 
 @dataclass(frozen=True)
@@ -183,12 +190,19 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost."""
+        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         path = self.folder / "environment.json"
         try:
-            return read_json(path)
+            recorded = read_json(path)
         except FileNotFoundError:
             return dict.fromkeys(_environment("cpu"), "unknown")
+        if not isinstance(recorded, dict) or not {"commit", "date", "python"} <= recorded.keys():
+            raise ValueError(f"expected when and by what a run was made in {path}, got other JSON: delete it")
+        return recorded
 
     @classmethod
     def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:
@@ -356,7 +370,7 @@ class Run:
         Args:
             groups: all of the run.
             device: that generates.
-            mixed: go on, and only say so.
+            mixed: go on all the same; `finish` says so.
 
         Raises:
             ValueError: with what made them and what would go on.
@@ -366,15 +380,13 @@ class Run:
         if not sound:
             self._write_environment(_environment(device))
         others = {canonical(made) for group in sound if (made := self._made(group)) != now}
-        if not others:
+        if not others or mixed:
             return
-        said = f"{self.folder} was begun by {' and '.join(sorted(others))}, and here is {canonical(now)}"
-        if not mixed:
-            raise ValueError(
-                f"{said}: its images would be of several makes. Finish it there, move it away to make all of it here, "
-                "or go on nevertheless with resume_any=true"
-            )
-        log.warning("%s: its images are of several makes", said)
+        raise ValueError(
+            f"{self.folder} was begun by {' and '.join(sorted(others))}, and here is {canonical(now)}: its images "
+            "would be of several makes. Finish it there, move it away to make all of it here, or go on nevertheless "
+            "with resume_any=true"
+        )
 
     def take_over(self, groups: list[Group], device: str) -> int:
         """Take over groups that runs of other experiments have, as far as this run lacks them; return how many.
@@ -449,6 +461,9 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
         records = [_read_record(self.group_folder(group) / RECORD) for group in groups]
+        makers = sorted({canonical(record["made"]) for record in records})
+        if len(makers) > 1:
+            log.warning("%s: its images are of several makes: %s", self.folder, " and ".join(makers))
         rows = [ManifestRow.from_dict(row) for record in records for row in record["rows"]]
         write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
         return True

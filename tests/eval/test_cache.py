@@ -9,7 +9,7 @@ import torch
 
 from eval.cache import EmbeddingCache, embed_folder
 from eval.encoders import Encoder, PixelEncoder
-from eval.images import load_image, read_manifest
+from eval.images import content_hash, load_image, read_manifest
 
 
 class Counting(PixelEncoder):
@@ -91,6 +91,36 @@ def test_a_damaged_cache_is_named_and_made_again(damage, make_run, tmp_path, cap
         found = embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
         assert torch.equal(found, expected) and encoder.images == embedded
     assert caplog.text.count(str(shard)) == 1
+
+
+@pytest.mark.parametrize("reason", [PermissionError("not yours"), OSError(24, "Too many open files")])
+def test_a_shard_that_cannot_be_read_is_not_removed(reason, make_run, tmp_path, caplog, monkeypatch):
+    run, encoder = make_run(), Counting()
+    expected = embed_folder(read_manifest(run), run, encoder, EmbeddingCache(tmp_path / "cache"))
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    cache = EmbeddingCache(tmp_path / "cache")
+    keys = [content_hash(run / row.path) for row in read_manifest(run)]
+    assert len(cache.get(encoder.id, keys)) == len(set(keys))
+
+    def refused(*_, **__):
+        raise reason
+
+    monkeypatch.setattr("eval.cache.safe_open", refused)
+    for other in (cache, EmbeddingCache(tmp_path / "cache")):  # one that knows what is in it, and one that does not
+        assert other.get(encoder.id, keys) == {} and shard.is_file()
+    assert f"{shard} cannot be read ({reason})" in caplog.text and "damaged" not in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(embed_folder(read_manifest(run), run, encoder, cache), expected) and encoder.images == 16
+
+
+def test_a_shard_that_another_process_has_removed_is_no_damage(make_run, tmp_path, caplog):
+    run, encoder = make_run(), Counting()
+    cache = EmbeddingCache(tmp_path / "cache")
+    expected = embed_folder(read_manifest(run), run, encoder, cache)
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    shard.unlink()
+    assert torch.equal(embed_folder(read_manifest(run), run, encoder, cache), expected)
+    assert shard.is_file() and not caplog.text
 
 
 def test_a_damaged_list_of_hashes_is_named_and_goes_on(make_run, tmp_path, caplog, monkeypatch):

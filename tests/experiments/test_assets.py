@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from eval.encoders import Encoder
+from eval.images import load_image
 from experiments import PROJECT
 from experiments.assets import Retriever, check_disjoint, read_assets
 from experiments.prompts import Group, PromptSet
@@ -190,6 +192,22 @@ def test_a_copy_of_a_picture_that_is_scored_against_is_refused(copy, tmp_path):
         COPIES[copy](image.convert("RGB")).save(tmp_path / "scoring" / "panda" / "other.jpg", quality=40)
     with pytest.raises(ValueError, match=rf"1 of the pictures .*also scored against: {file} = .*other\.jpg"):
         check_disjoint(read_assets(protected / "guidance"), tmp_path / "scoring")
+
+
+def test_pictures_are_looked_for_copies_one_at_a_time(monkeypatch):
+    """Folders of full-size pictures do not fit into memory."""
+    protected, seen = PROJECT / "models" / "mini-protected", []
+    given = read_assets(protected / "guidance")
+
+    def load(file):
+        assert sum(picture() is not None for picture in seen) <= 1
+        image = load_image(file)
+        seen.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr("experiments.assets.load_image", load)
+    check_disjoint(given, protected / "scoring")
+    assert len(seen) > len(given)
 
 
 def test_drawings_of_one_thing_by_several_artists_are_no_copies():

@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
-from experiments.configs import expand, run_names
+from experiments.configs import expand, launch, run_names
+from experiments.generate import _side_by_side
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -50,7 +52,13 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["generate", "experiment=diversty"], ["did you mean diversity?"]),
         (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
         (["tabulate", "method=none,negtome", "method.alpha=0.3"], ["method.alpha", "model.negtome.alpha?"]),
-        (["plot", "alpha"], ["alpha: expected KEY=VALUE"]),
+        (["plot", "-m", "alpha"], ["alpha: expected KEY=VALUE"]),
+        (["generate", "device=null"], ["a text for device, got None"]),
+        (["evaluate", "name=5"], ["a text for name, got 5"]),
+        (["evaluate", "model=mini-sdxl", "model.architecture=dit"], ["one of ['flux', 'sdxl'], got 'dit'"]),
+        (["evaluate", "model=mini-sdxl", "model.call.guidance_scale=high"], ["must be a number, got 'high'"]),
+        (["latency", "experiment=latency", "latency.cases=no"], ["latency.cases must be true or false, got 'no'"]),
+        (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
         (["compare", "experiment=diversity"], ["compare with"]),
         (["doctor", "now"], ["no arguments", "now"]),
@@ -83,6 +91,49 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
     assert main(["generate", *asked]) == 2
     assert "alpha" in capsys.readouterr().err
     assert not list((tmp_path / "outputs").rglob("*.png"))
+
+
+def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overrides, tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr("experiments.generate.has_launcher", lambda _: True)
+    monkeypatch.setattr("experiments.generate.launch", lambda _, argv: sent.append(argv))
+    asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77")
+    assert main(["generate", *asked]) == 0 and sent == [asked]
+    assert not (tmp_path / "outputs").exists(), "no folder of a run that this machine would make"
+    assert main(["generate", *asked, "prompts.categories=bird"]) == 2 and len(sent) == 1
+    assert "must be a list" in capsys.readouterr().err
+
+
+def test_the_error_of_a_launched_job_is_raised_here(tmp_path, monkeypatch):
+    """And not printed by Hydra with its traceback: it becomes one line as any other."""
+
+    def failing(cfg):
+        raise ValueError(f"no {cfg.name}")
+
+    monkeypatch.setattr(sys, "argv", ["generate"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", f"hydra.sweep.dir={tmp_path}"]
+    with pytest.raises(ValueError, match="no diversity"):
+        launch(failing, ["-m", "experiment=diversity", "model=mini-sdxl", "method=none", *quiet])
+
+
+def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
+    """Not while they import, either: they are started so, and this process listens again."""
+    heard, before = [], signal.getsignal(signal.SIGINT)
+
+    class Executor:
+        def submit(self, *_):
+            heard.append((signal.getsignal(signal.SIGINT), os.environ["PYTHONWARNINGS"]))
+            future = Future()
+            future.set_result(True)
+            return future
+
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
+    assert set(_side_by_side((), ["a", "b"], True, 2)) == {"a", "b"}
+    quiet = "default,ignore::UserWarning:multiprocessing.resource_tracker"
+    assert heard == [(signal.SIG_IGN, quiet)] * 2
+    assert signal.getsignal(signal.SIGINT) is before and os.environ["PYTHONWARNINGS"] == "default"
 
 
 def test_runs_are_named_by_what_differs():
@@ -141,7 +192,7 @@ def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_
     )
     done = run("-c", script, *asked, timeout=300)
     assert done.returncode == 130, done.stderr
-    assert re.search(r"of 3 groups were generated and are kept in .*outputs", done.stderr), done.stderr
+    assert re.search(r"of 3 groups were generated and are kept in .*outputs/sweep;", done.stderr), done.stderr
     kept = list((tmp_path / "outputs").rglob("group.json"))
     assert len(kept) == 1
     before = kept[0].stat().st_mtime_ns

@@ -143,6 +143,14 @@ def test_an_edited_score_is_never_printed(copy, caplog):
     assert str(file) in caplog.text and read_document(file)["value"] == document["value"]
 
 
+@pytest.mark.parametrize("other", ["NaN", '"\\ud800"'])
+def test_what_is_no_document_at_all_is_named_too(other, tmp_path):
+    file = tmp_path / "score.json"
+    file.write_text(f'{{"metric": "a", "groups": [], "value": {other}, "sha256": "0"}}')
+    with pytest.raises(ValueError, match=f"{file}, got other values"):
+        read_document(file)
+
+
 def test_an_edited_count_is_never_printed(copy):
     configs, _, (_, pushed) = copy
     file = next(pushed.glob("images/*/*/group.json"))

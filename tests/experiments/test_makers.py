@@ -10,7 +10,7 @@ import torch
 from experiments import PROJECT, collect, pipelines, runs
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
-from experiments.generate import generate
+from experiments.generate import generate, generate_all, prepare
 from experiments.runs import Run, request, run_id
 
 
@@ -109,6 +109,46 @@ def test_what_was_made_elsewhere_is_taken_over_whole_or_not_at_all(half, finishe
     assert pngs(run.folder) == pngs(whole)
 
 
+def test_a_run_that_is_refused_takes_nothing_over_before(half, elsewhere, tmp_path):
+    """It would be of two makes for good: refused where it was begun, too."""
+    cfg, folder = half
+    elsewhere("a CPU", tmp_path)
+    other = cfg.copy()
+    other.name = "another"
+    generate(other)
+    before = pngs(folder)
+    with pytest.raises(ValueError, match="resume_any=true"):
+        generate(cfg)
+    assert pngs(folder) == before
+
+
+def test_a_run_that_others_began_since_it_was_prepared_is_refused(half, elsewhere, tmp_path):
+    cfg, folder = half
+    shutil.move(folder / "images", tmp_path / "images")
+    elsewhere("a CPU", tmp_path)
+    job = prepare(cfg)
+    shutil.move(tmp_path / "images", folder / "images")
+    before = pngs(folder)
+    with pytest.raises(ValueError, match="resume_any=true"):
+        generate_all([job])
+    assert pngs(folder) == before
+
+
+def test_a_run_that_is_named_twice_is_one(finished, caplog):
+    caplog.set_level("INFO", "experiments")
+    job = prepare(finished[0])
+    generate_all([job, job])
+    assert len(caplog.records) == 1
+
+
+def test_the_code_is_the_same_to_every_python():
+    """Python 3.12 shows an empty list more than 3.11, and 3.13 shows none."""
+    arguments = "arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])"
+    function = f"FunctionDef(name='f', args={arguments}, body=[Pass()], decorator_list=[])"
+    expected = f"Module(body=[{function}, Expr(value=List(elts=[], ctx=Load()))], type_ignores=[])"
+    assert runs._tree("def f():  # nothing\n    pass\n[]\n") == expected
+
+
 def test_a_lost_environment_is_not_made_up(half, caplog):
     cfg, folder = half
     (folder / "environment.json").unlink()
@@ -121,6 +161,10 @@ def test_a_lost_environment_is_not_made_up(half, caplog):
     (folder / "environment.json").write_text("{")
     with pytest.raises(ValueError, match=f"expected JSON in {folder}/environment.json"):
         _ = Run(folder).environment
+    for other in ("1", "[]", '{"commit": "c"}'):
+        (folder / "environment.json").write_text(other)
+        with pytest.raises(ValueError, match=f"made in {folder}/environment.json, got other JSON"):
+            _ = Run(folder).environment
 
 
 def test_what_killed_processes_left_in_a_half_finished_run_is_swept(half):

@@ -265,6 +265,16 @@ def test_an_earlier_page_is_replaced_and_what_lies_beside_it_stays(small, tmp_pa
     assert contents(page.parent) == before
 
 
+def test_a_picture_that_is_gone_from_the_page_is_put_there_again(small, tmp_path):
+    """Killed while it removed the pictures of a page, a command leaves some of them under their name."""
+    results, outputs, _ = small
+    page = report.report(results, outputs, tmp_path / "report", groups=1)
+    before = contents(page.parent)
+    next(pictures(page).rglob("*.webp")).unlink()
+    report.report(results, outputs, page.parent, groups=1)
+    assert contents(page.parent) == before
+
+
 def test_killed_anywhere_there_is_a_whole_page_and_the_next_one_is_made(small, tmp_path, monkeypatch):
     """Stopped before every change of a folder in turn, of the first page and of one in another's place."""
     results, outputs, frame = small
