@@ -217,9 +217,9 @@ class Attachment:
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
         self._run = run = _Run()
-        if self._rows is not None:
-            self._rows.start(self._pipe)
         try:
+            if self._rows is not None:
+                self._rows.start(self._pipe)
             yield
         finally:
             self._run = None

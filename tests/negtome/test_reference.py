@@ -602,12 +602,13 @@ def test_what_encodes_may_not_be_missing(pipe, config):
     with pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"):
         negtome.attach(pipe, config, given=Reference(PICTURE))
     pipe.vae = vae
-    with (
-        pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"),
-        negtome.attach(pipe, config, given=Reference(PICTURE)),
-    ):
+    with negtome.attach(pipe, config, given=Reference(PICTURE)):
         pipe.vae = None
-        generate(pipe, **options)
+        for _ in range(2):  # the refused call is over
+            with pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"):
+                generate(pipe, **options)
+        pipe.vae = vae
+        assert len(generate(pipe, **options)) == 2
 
 
 def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
