@@ -296,6 +296,7 @@ class Attachment:
         now = self._now
         if now.active:
             self._run.count(self._sites, self.config.threshold)
+            now.active = False  # whoever calls the modules next may be another pipeline, past the compiled denoiser
         output = output if now.layout is None else shrink(output, now.layout)
         if len(output[0]) != now.rows:
             raise RuntimeError(

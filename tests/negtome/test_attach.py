@@ -703,6 +703,36 @@ def test_another_pipeline_that_is_called_meanwhile_is_refused(pipe, config, in_t
     assert (attached.counts(), attached.steps) == counts
 
 
+def test_sites_are_at_rest_between_the_steps(pipe, config):
+    """Whoever has the modules and passes by the attached denoiser gets them as they are."""
+    results = []
+
+    def meanwhile(p, index, timestep, tensors):
+        site = denoiser(p).get_submodule(attached.sites[0])
+        tokens = 1 + 0.1 * torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0))
+        results.append(torch.equal(site(tokens), site.forward(tokens)))
+        return tensors
+
+    with negtome.attach(pipe, config) as attached:
+        generate(pipe, callback_on_step_end=meanwhile)
+    assert attached.steps[0].active and results == [True] * 4
+
+
+@pytest.mark.slow
+def test_another_pipeline_with_the_module_inside_a_compiled_denoiser_is_left_alone(tiny_sdxl):
+    other = type(tiny_sdxl)(**tiny_sdxl.components | {"scheduler": copy.deepcopy(tiny_sdxl.scheduler)})
+    expected, results = generate(other), []
+
+    def meanwhile(p, index, timestep, tensors):
+        results.append(generate(other))
+        return tensors
+
+    compile_and_replace(tiny_sdxl, backend="eager")
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"]) as attached:
+        generate(tiny_sdxl, callback_on_step_end=meanwhile)
+    assert len(attached.steps) == len(results) == 4 and all(torch.equal(result, expected) for result in results)
+
+
 def test_an_attached_pipeline_is_not_called_within_its_own_call(pipe, config):
     def again(p, index, timestep, tensors):
         generate(p)
