@@ -13,7 +13,7 @@ import torch
 
 from negtome.config import NegToMeConfig
 from negtome.merge import plain
-from negtome.pushing import ATTRIBUTE, Now, Site, links, retype
+from negtome.pushing import ATTRIBUTE, Now, Site, links, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import (
@@ -60,7 +60,7 @@ def attach(
 
     Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
     why, one in which no token was above the threshold warns. Copy or pickle the pipeline outside the block: a copy made
-    inside stays attached.
+    inside stays attached until `detach`.
 
     Args:
         pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
@@ -156,15 +156,16 @@ class Attachment:
         self._finished_runs = 0
         self._entered = False
 
+        # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this one is
+        # retyped, not the inner one.
+        self._owners = (denoiser, pipe)
         with contextlib.ExitStack() as stack:
+            stack.callback(self.remove)
             for site, (_, module, _) in zip(self._sites, found, strict=True):
                 site.enter(module)
-                stack.callback(site.leave)
-            # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this
-            # one is retyped, not the inner one.
-            stack.callback(retype(denoiser, self, _begin_before))
-            stack.callback(retype(pipe, self, _run_around))
-            self._restore = stack.pop_all()
+            retype(denoiser, self, _begin_before)
+            retype(pipe, self, _run_around)
+            stack.pop_all()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -187,9 +188,12 @@ class Attachment:
 
     def remove(self) -> None:
         """Give the pipeline back exactly as it was. Does nothing the second time."""
-        self._restore.close()
+        for site in self._sites:
+            site.leave()
+        for owner in self._owners:
+            restore(owner)
         self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
-        self._links = []
+        self._owners, self._links = (), []
 
     def __enter__(self) -> Attachment:
         if self._entered or self._pipe is None:

@@ -428,6 +428,31 @@ def test_a_lost_handle_is_detached(pipe, config):
         negtome.detach(object())
 
 
+def test_a_copy_made_inside_is_attached_and_detached_on_its_own(pipe, config):
+    base, before = generate(pipe), state(pipe)
+    with negtome.attach(pipe, config):
+        pushed = generate(pipe)
+        inner = copy.deepcopy(pipe)
+        negtome.detach(inner)
+        assert torch.equal(generate(pipe), pushed)
+        outer = copy.deepcopy(pipe)
+    assert state(pipe) == state(inner) == before
+    assert torch.equal(generate(inner), base) and torch.equal(generate(outer), pushed)
+    negtome.detach(outer)
+    assert state(outer) == before
+    assert torch.equal(generate(outer), base)
+
+
+def test_copies_of_modules_in_the_place_of_their_originals_are_pushed_once(pipe, config):
+    with negtome.attach(pipe, config) as attached:
+        expected = generate(pipe)
+        for name in attached.sites:
+            parent, _, last = name.rpartition(".")
+            setattr(denoiser(pipe).get_submodule(parent), last, copy.deepcopy(denoiser(pipe).get_submodule(name)))
+        assert torch.equal(generate(pipe), expected)
+    assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
+
+
 def load_adapter(pipe):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
