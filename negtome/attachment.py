@@ -13,7 +13,7 @@ import torch
 
 from negtome.config import NegToMeConfig
 from negtome.merge import plain
-from negtome.pushing import ATTRIBUTE, Now, Site, links, restore, retype
+from negtome.pushing import ATTRIBUTE, Now, Site, path, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import (
@@ -151,7 +151,7 @@ class Attachment:
             self._rows.start(pipe)  # for what it refuses
         found = find_sites(self._denoiser, architecture, config)
         self._sites = [Site(name, place, config, self._now) for name, _, place in found]
-        self._links = links(self._denoiser, [site.name for site in self._sites])
+        self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
         self._run: _Run | None = None
         self._finished_runs = 0
         self._entered = False
@@ -161,8 +161,7 @@ class Attachment:
         self._owners = (denoiser, pipe)
         with contextlib.ExitStack() as stack:
             stack.callback(self.remove)
-            for site, (_, module, _) in zip(self._sites, found, strict=True):
-                site.enter(module)
+            self._follow()
             retype(denoiser, self, _begin_before)
             retype(pipe, self, _run_around)
             stack.pop_all()
@@ -311,18 +310,21 @@ class Attachment:
 
     def _follow(self) -> None:
         """Move the sites to the modules that bear their names now."""
+        links = {}
         for site in self._sites:
             try:
-                module = self._denoiser.get_submodule(site.name)
-            except AttributeError:
+                way = path(self._denoiser, site.name)
+            except KeyError:
                 raise RuntimeError(
                     f"NegToMe's site {site.name} is gone from the {self._architecture.denoiser_class}; call "
                     "negtome.detach(pipe) before taking modules away, and attach again afterwards."
                 ) from None
+            module = way[-1][-1]
             if module is not site.module:
                 site.leave()
                 site.enter(module)
-        self._links = links(self._denoiser, self.sites)
+            links |= {(id(children), key): (children, key, child) for children, key, child in way}
+        self._links = list(links.values())
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""

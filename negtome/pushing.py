@@ -10,7 +10,7 @@ that is added after compilation would silently be ignored.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from negtome.config import NegToMeConfig
 from negtome.merge import push_from, push_groups
 from negtome.rows import Layout
-from negtome.sites import Place
+from negtome.sites import Place, unwrap
 
 #: The one attribute that an attached object carries beside its own.
 ATTRIBUTE = "_negtome"
@@ -99,20 +99,24 @@ def _push_from_rows(
     return result.flatten(0, 1), torch.cat(similarities, 1)
 
 
-def links(root: torch.nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
-    """List what must stay as it is for modules to keep their names.
+def path(root: torch.nn.Module, name: str) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
+    """List what must stay as it is for a module to keep its name; blocks on the way may be compiled.
 
     Returns:
-        For every module on the way to one of `names`: the dict it is in, its key there, and itself. Looking these up
-        takes microseconds, walking down from the root to every module a step's fraction.
+        For every module on the way to `name`, itself last: the dict it is in, its key there, and itself. Looking these
+        up again takes microseconds, walking down from the root to every site a step's fraction.
+
+    Raises:
+        KeyError: there is no such module.
     """
-    found = {}
-    for name in names:
-        module = root
-        for key in name.split("."):
-            children, module = module._modules, module._modules[key]
-            found[id(children), key] = children, key, module
-    return list(found.values())
+    found, module = [], root
+    for key in name.split("."):
+        parent = module if key in module._modules else unwrap(module)
+        children, module = parent._modules, parent._modules[key]
+        if module is None:
+            raise KeyError(key)
+        found.append((children, key, module))
+    return found
 
 
 def retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> None:

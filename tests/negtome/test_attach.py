@@ -453,6 +453,43 @@ def test_copies_of_modules_in_the_place_of_their_originals_are_pushed_once(pipe,
     assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
 
 
+class Doubled(torch.nn.Module):
+    """As LoRA's layers do: bears the name of the module inside it, and returns something else."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *args, **kwargs):
+        return 2 * self.inner(*args, **kwargs)
+
+
+def test_a_site_follows_to_a_module_around_the_old_one_and_back(pipe, config, kind):
+    handle = negtome.attach(pipe, config)
+    plain = generate(pipe)
+    name = next(name for name in handle.sites if name.endswith("to_out.0" if kind == "flux" else "attn1"))
+    parent, _, last = name.rpartition(".")
+    parent = denoiser(pipe).get_submodule(parent)
+    inner = parent._modules[last]
+    setattr(parent, last, Doubled(inner))
+    doubled = generate(pipe)
+    assert not hasattr(inner, "_negtome") and hasattr(parent._modules[last], "_negtome")
+    setattr(parent, last, inner)
+    assert torch.equal(generate(pipe), plain)
+    setattr(parent, last, Doubled(inner))
+    handle.remove()
+    assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
+    with negtome.attach(pipe, config):
+        assert torch.equal(generate(pipe), doubled)
+    assert not torch.equal(doubled, plain)
+
+
 def load_adapter(pipe):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -902,6 +939,21 @@ def test_compiled_denoisers_are_pushed_too(kind, compiled, inside, request):
         with negtome.attach(pipe, config):
             torch.testing.assert_close(generate(pipe), result, rtol=1e-3, atol=1e-3)
     assert graphs == []
+
+
+@pytest.mark.slow
+def test_a_block_may_be_compiled_inside(tiny_flux):
+    """Its modules are one level further down then."""
+    blocks = tiny_flux.transformer.single_transformer_blocks
+    with negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
+        expected = generate(tiny_flux)
+        blocks[0] = torch.compile(blocks[0], backend="eager")
+        torch.testing.assert_close(generate(tiny_flux), expected, rtol=1e-3, atol=1e-3)
+    compared = {name: count.compared for name, count in attached.counts().items()}
+    assert compared["single_transformer_blocks.0.attn"] == compared["single_transformer_blocks.1.attn"] > 0
+    with negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
+        torch.testing.assert_close(generate(tiny_flux), expected, rtol=1e-3, atol=1e-3)
+    assert "single_transformer_blocks.0._orig_mod.attn" in attached.sites
 
 
 @pytest.mark.slow
