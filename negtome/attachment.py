@@ -492,7 +492,10 @@ def _begin_before(original: Callable) -> Callable:
 
 def _run_around(original: Callable) -> Callable:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._negtome._running():
+        attachment = _attachment_of(self)
+        if attachment is None or attachment._pipe is not self:  # made as type(pipe)(...) or copy.copy(pipe) inside
+            return original(self, *args, **kwargs)
+        with attachment._running():
             return original(self, *args, **kwargs)
 
     return __call__

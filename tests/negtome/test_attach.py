@@ -443,6 +443,20 @@ def test_a_copy_made_inside_is_attached_and_detached_on_its_own(pipe, config):
     assert torch.equal(generate(outer), base)
 
 
+def test_a_pipeline_made_of_an_attached_one_is_not_attached(pipe, config):
+    base, name = generate(pipe), "unet" if hasattr(pipe, "unet") else "transformer"
+    own = copy.deepcopy(denoiser(pipe))
+    with negtome.attach(pipe, config):
+        generate(pipe)
+        other = type(pipe)(**pipe.components | {name: own})
+        shallow = copy.copy(pipe)
+        assert torch.equal(generate(other), base)
+        for shared in (type(pipe)(**pipe.components), shallow):
+            with pytest.raises(RuntimeError, match="something else called it"):
+                generate(shared)
+    assert torch.equal(generate(shallow), base)
+
+
 def test_copies_of_modules_in_the_place_of_their_originals_are_pushed_once(pipe, config):
     with negtome.attach(pipe, config) as attached:
         expected = generate(pipe)
