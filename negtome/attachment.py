@@ -191,7 +191,7 @@ class Attachment:
             site.leave()
         for owner in self._owners:
             restore(owner)
-        self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
+        self._pipe = self._denoiser = self._rows = None  # the counts may be kept for long, the weights should not
         self._owners, self._links = (), []
 
     def __enter__(self) -> Attachment:

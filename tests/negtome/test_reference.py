@@ -1,5 +1,6 @@
 """Outside references: what rides along is what an independent transcription adds, and the pipeline never notices."""
 
+import copy
 import functools
 
 import pytest
@@ -331,6 +332,18 @@ def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatc
     assert before == after
     assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
     assert torch.equal(generate(pipe), base)
+
+
+def test_another_autoencoder_encodes_anew(pipe, config):
+    other = copy.deepcopy(pipe.vae)
+    for parameter in other.encoder.parameters():
+        parameter.data *= 1.5
+    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+        generate(pipe)
+        pipe.vae = other
+        swapped = generate(pipe)
+    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+        assert torch.equal(generate(pipe), swapped)
 
 
 def test_half_precision_autoencoders_come_back_unchanged(pipe, config):
