@@ -364,7 +364,7 @@ class Attachment:
     def _check(self, run: _Run, tallies: list[_Tally]) -> None:
         """Refuse a finished call of the pipeline in which NegToMe did nothing."""
         config = self.config
-        self._check_window([step.timestep for step in run.steps])  # the pipeline may have left some out
+        self._check_window([step.timestep for step in run.steps])  # the schedule may be unknown, or interrupted
         if not any(tally.compared for tally in tallies):
             raise RuntimeError(
                 f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, the "

@@ -113,6 +113,7 @@ class Timesteps:
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
         self._version: int | None = None
+        self._values: list[float] = []
         self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
     def read(self, pipe: Any, timestep: torch.Tensor | float) -> float:
@@ -129,9 +130,10 @@ class Timesteps:
             return value
         version = None if known.is_inference() else known._version  # which writing to it changes
         if known is not self._known or version != self._version:
-            self._known, self._version, self.schedule = known, version, known.tolist()
-            _check_unit(pipe.scheduler, *self.schedule)
-        return float(self.schedule[number])
+            self._known, self._version, self._values = known, version, known.tolist()
+            self.schedule = self._values[: pipe.num_timesteps]  # denoising_end leaves the last ones out
+            _check_unit(pipe.scheduler, *self._values)
+        return float(self._values[number])
 
 
 def _check_unit(scheduler: Any, *timesteps: float) -> None:

@@ -621,10 +621,19 @@ def test_a_window_without_a_step_is_an_error_that_names_both(pipe, config, kind)
     assert calls == []
 
 
-def test_a_window_whose_steps_are_left_out_is_an_error_at_the_end(tiny_sdxl):
-    config = CONFIGS["sdxl"].replace(timestep_range=(0, 300))
+def test_a_window_whose_steps_are_left_out_is_an_error_too(tiny_sdxl):
+    config, calls = CONFIGS["sdxl"].replace(timestep_range=(0, 300)), counted_calls(tiny_sdxl)
     with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
         generate(tiny_sdxl, denoising_end=0.5)
+    assert calls == []
+
+    def interrupt(p, index, timestep, tensors):
+        p._interrupt = index == 1
+        return tensors
+
+    with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
+        generate(tiny_sdxl, callback_on_step_end=interrupt)
+    assert calls
 
 
 def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tiny_sdxl):
