@@ -199,8 +199,18 @@ def _sdxl_noised(
 
 
 def _sdxl_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Embed a prompt as SDXL's UNet takes it: tokens [1, T, D] and pooled [1, P]."""
-    tokens, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    """Embed a prompt as SDXL's UNet takes it, with the call's clip_skip: tokens [1, T, D] and pooled [1, P].
+
+    Raises:
+        ValueError: the call's embeddings have more or fewer tokens, which the pipeline cannot make of a prompt.
+    """
+    tokens, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, clip_skip=pipe.clip_skip)
+    expected = arguments["encoder_hidden_states"].shape[1]
+    if tokens.shape[1] != expected:
+        raise ValueError(
+            f"NegToMe expected text embeddings of {tokens.shape[1]} tokens, as those of a Reference's prompt, got "
+            f"{expected}; shorten the prompts, or leave that prompt out, and each image lends its own."
+        )
     return {"encoder_hidden_states": tokens, "added_cond_kwargs": {"text_embeds": pooled}}
 
 

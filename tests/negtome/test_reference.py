@@ -394,6 +394,27 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         torch.testing.assert_close(row, own[0])
 
 
+def test_a_references_prompt_is_embedded_as_the_images_are(tiny_sdxl):
+    """With the call's clip_skip: then a reference of the same prompt is as if each image lent its own."""
+    results = []
+    for prompt in ("a dog", None):
+        with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE, prompt=prompt)):
+            results += [generate(tiny_sdxl, clip_skip=skip) for skip in (None, 1)]
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0], results[1])
+
+
+def test_embeddings_of_another_length_than_a_references_prompt_are_refused(tiny_sdxl):
+    options = embedded(tiny_sdxl, 1)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        options[name] = options[name].repeat(1, 2, 1)
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE)):
+        assert len(generate(tiny_sdxl, **options)) == 2
+    attachment = negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE, prompt="a mouse"))
+    with pytest.raises(ValueError, match=r"of 77 tokens, as those of a Reference's prompt, got 154"), attachment:
+        generate(tiny_sdxl, **options)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
 @pytest.mark.parametrize(
     "name",
