@@ -77,8 +77,9 @@ def attach(
         A context manager, for one block. Used without `with`, `remove()` ends it, or `detach` where it was lost.
 
     Raises:
-        TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
-        ValueError: if a block named in the config holds no site, or for a bad `group_size` or `given`.
+        TypeError: if the pipeline is not supported, the config is no NegToMeConfig, or what is given no Reference.
+        ValueError: if a block named in the config holds no site, for a bad `group_size`, or where no Reference is
+            given, or what encodes it is missing.
         RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
             beside a given image.
     """

@@ -65,7 +65,7 @@ class Architecture:
     """One row of the table: an architecture that NegToMe can be attached to.
 
     Attributes:
-        name: for messages.
+        name: as in `NegToMeConfig.preset`, which has it in lower case.
         pipeline: name of the pipeline class (subclasses included).
         denoiser: the pipeline's attribute that holds the denoiser.
         denoiser_class: name of its class.
