@@ -803,7 +803,6 @@ def test_sites_are_at_rest_between_the_steps(pipe, config):
     assert attached.steps[0].active and results == [True] * 4
 
 
-@pytest.mark.slow
 def test_another_pipeline_with_the_module_inside_a_compiled_denoiser_is_left_alone(tiny_sdxl):
     other = type(tiny_sdxl)(**tiny_sdxl.components | {"scheduler": copy.deepcopy(tiny_sdxl.scheduler)})
     expected, results = generate(other), []
@@ -812,8 +811,9 @@ def test_another_pipeline_with_the_module_inside_a_compiled_denoiser_is_left_alo
         results.append(generate(other))
         return tensors
 
-    compile_and_replace(tiny_sdxl, backend="eager")
-    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"]) as attached:
+    compile_and_replace(tiny_sdxl)
+    # What is compiled makes no difference to who calls whom.
+    with torch.compiler.set_stance("force_eager"), negtome.attach(tiny_sdxl, CONFIGS["sdxl"]) as attached:
         generate(tiny_sdxl, callback_on_step_end=meanwhile)
     assert len(attached.steps) == len(results) == 4 and all(torch.equal(result, expected) for result in results)
 
@@ -964,18 +964,18 @@ def test_compiled_denoisers_are_pushed_too(kind, compiled, inside, request):
     assert graphs == []
 
 
-@pytest.mark.slow
 def test_a_block_may_be_compiled_inside(tiny_flux):
-    """Its modules are one level further down then."""
+    """Its modules are one level further down then; what is compiled makes no difference to that."""
     blocks = tiny_flux.transformer.single_transformer_blocks
     with negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
         expected = generate(tiny_flux)
-        blocks[0] = torch.compile(blocks[0], backend="eager")
-        torch.testing.assert_close(generate(tiny_flux), expected, rtol=1e-3, atol=1e-3)
+        blocks[0] = torch.compile(blocks[0])
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(generate(tiny_flux), expected)
     compared = {name: count.compared for name, count in attached.counts().items()}
     assert compared["single_transformer_blocks.0.attn"] == compared["single_transformer_blocks.1.attn"] > 0
-    with negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
-        torch.testing.assert_close(generate(tiny_flux), expected, rtol=1e-3, atol=1e-3)
+    with torch.compiler.set_stance("force_eager"), negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
+        assert torch.equal(generate(tiny_flux), expected)
     assert "single_transformer_blocks.0._orig_mod.attn" in attached.sites
 
 
