@@ -13,7 +13,7 @@ import torch
 
 from negtome.config import NegToMeConfig
 from negtome.merge import plain
-from negtome.pushing import ATTRIBUTE, Now, Site, links, retype
+from negtome.pushing import ATTRIBUTE, Now, Site, path, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import (
@@ -60,7 +60,7 @@ def attach(
 
     Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
     why, one in which no token was above the threshold warns. Copy or pickle the pipeline outside the block: a copy made
-    inside stays attached.
+    inside stays attached until `detach`.
 
     Args:
         pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
@@ -77,8 +77,9 @@ def attach(
         A context manager, for one block. Used without `with`, `remove()` ends it, or `detach` where it was lost.
 
     Raises:
-        TypeError: if the pipeline is not supported, or the config is no NegToMeConfig.
-        ValueError: if a block named in the config holds no site, or for a bad `group_size` or `given`.
+        TypeError: if the pipeline is not supported, the config is no NegToMeConfig, or what is given no Reference.
+        ValueError: if a block named in the config holds no site, for a bad `group_size`, or where no Reference is
+            given, or what encodes it is missing.
         RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
             beside a given image.
     """
@@ -151,20 +152,20 @@ class Attachment:
             self._rows.start(pipe)  # for what it refuses
         found = find_sites(self._denoiser, architecture, config)
         self._sites = [Site(name, place, config, self._now) for name, _, place in found]
-        self._links = links(self._denoiser, [site.name for site in self._sites])
+        self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
         self._run: _Run | None = None
         self._finished_runs = 0
         self._entered = False
 
+        # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this one is
+        # retyped, not the inner one.
+        self._owners = (denoiser, pipe)
         with contextlib.ExitStack() as stack:
-            for site, (_, module, _) in zip(self._sites, found, strict=True):
-                site.enter(module)
-                stack.callback(site.leave)
-            # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this
-            # one is retyped, not the inner one.
-            stack.callback(retype(denoiser, self, _begin_before))
-            stack.callback(retype(pipe, self, _run_around))
-            self._restore = stack.pop_all()
+            stack.callback(self.remove)
+            self._follow()
+            retype(denoiser, self, _begin_before)
+            retype(pipe, self, _run_around)
+            stack.pop_all()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -187,9 +188,12 @@ class Attachment:
 
     def remove(self) -> None:
         """Give the pipeline back exactly as it was. Does nothing the second time."""
-        self._restore.close()
-        self._pipe = self._denoiser = None  # the counts may be kept for long, the weights should not
-        self._links = []
+        for site in self._sites:
+            site.leave()
+        for owner in self._owners:
+            restore(owner)
+        self._pipe = self._denoiser = self._rows = None  # the counts may be kept for long, the weights should not
+        self._owners, self._links = (), []
 
     def __enter__(self) -> Attachment:
         if self._entered or self._pipe is None:
@@ -217,9 +221,9 @@ class Attachment:
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
         self._run = run = _Run()
-        if self._rows is not None:
-            self._rows.start(self._pipe)
         try:
+            if self._rows is not None:
+                self._rows.start(self._pipe)
             yield
         finally:
             self._run = None
@@ -296,6 +300,7 @@ class Attachment:
         now = self._now
         if now.active:
             self._run.count(self._sites, self.config.threshold)
+            now.active = False  # whoever calls the modules next may be another pipeline, past the compiled denoiser
         output = output if now.layout is None else shrink(output, now.layout)
         if len(output[0]) != now.rows:
             raise RuntimeError(
@@ -306,18 +311,21 @@ class Attachment:
 
     def _follow(self) -> None:
         """Move the sites to the modules that bear their names now."""
+        links = {}
         for site in self._sites:
             try:
-                module = self._denoiser.get_submodule(site.name)
-            except AttributeError:
+                way = path(self._denoiser, site.name)
+            except KeyError:
                 raise RuntimeError(
                     f"NegToMe's site {site.name} is gone from the {self._architecture.denoiser_class}; call "
                     "negtome.detach(pipe) before taking modules away, and attach again afterwards."
                 ) from None
+            module = way[-1][-1]
             if module is not site.module:
                 site.leave()
                 site.enter(module)
-        self._links = links(self._denoiser, self.sites)
+            links |= {(id(children), key): (children, key, child) for children, key, child in way}
+        self._links = list(links.values())
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
@@ -357,7 +365,7 @@ class Attachment:
     def _check(self, run: _Run, tallies: list[_Tally]) -> None:
         """Refuse a finished call of the pipeline in which NegToMe did nothing."""
         config = self.config
-        self._check_window([step.timestep for step in run.steps])  # the pipeline may have left some out
+        self._check_window([step.timestep for step in run.steps])  # the schedule may be unknown, or interrupted
         if not any(tally.compared for tally in tallies):
             raise RuntimeError(
                 f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, the "
@@ -485,7 +493,10 @@ def _begin_before(original: Callable) -> Callable:
 
 def _run_around(original: Callable) -> Callable:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._negtome._running():
+        attachment = _attachment_of(self)
+        if attachment is None or attachment._pipe is not self:  # made as type(pipe)(...) or copy.copy(pipe) inside
+            return original(self, *args, **kwargs)
+        with attachment._running():
             return original(self, *args, **kwargs)
 
     return __call__

@@ -72,8 +72,8 @@ class NegToMeConfig:
             )
 
         if self.sites is not None:
-            if isinstance(self.sites, str):
-                raise ValueError(f"sites must be a list of module names or None, got the string {self.sites!r}.")
+            if isinstance(self.sites, str) or not isinstance(self.sites, Iterable):
+                raise ValueError(f"sites must be a list of module names or None, got {self.sites!r}.")
             sites = tuple(self.sites)
             if not sites or not all(isinstance(name, str) and name for name in sites):
                 raise ValueError(f"sites must be module names, at least one, or None for the default, got {sites}.")
@@ -140,10 +140,14 @@ class NegToMeConfig:
         return dataclasses.replace(self, **changes)
 
     def published_for(self, architecture: Literal["sdxl", "flux"]) -> NegToMeConfig:
-        """Return a copy with the numbers published for an architecture in the place of None."""
-        published = _PRESETS[architecture, "paper"]
+        """Return a copy with the numbers published for an architecture in the place of None.
+
+        Raises:
+            ValueError: for an unknown architecture.
+        """
+        published = self.preset(architecture)
         absent = [name for name in ("threshold", "timestep_range") if getattr(self, name) is None]
-        return self.replace(**{name: published[name] for name in absent})
+        return self.replace(**{name: getattr(published, name) for name in absent})
 
     def is_active(self, timestep: float) -> bool:
         """Tell whether a training timestep lies in the window, which must not be None."""

@@ -10,7 +10,7 @@ that is added after compilation would silently be ignored.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from negtome.config import NegToMeConfig
 from negtome.merge import push_from, push_groups
 from negtome.rows import Layout
-from negtome.sites import Place
+from negtome.sites import Place, unwrap
 
 #: The one attribute that an attached object carries beside its own.
 ATTRIBUTE = "_negtome"
@@ -55,12 +55,14 @@ class Site:
 
     def enter(self, module: torch.nn.Module) -> None:
         """Push what passes through a module from now on."""
-        self.module, self._restore = module, retype(module, self, _PUSHES[self.place.where])
+        self.module = module
+        retype(module, self, _PUSHES[self.place.where])
 
     def leave(self) -> None:
-        """Give the module back as it was."""
-        self._restore()
-        self.module = self._restore = None
+        """Give the module back as it was, if there is one."""
+        if self.module is not None:
+            restore(self.module)
+        self.module = None
 
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
@@ -97,38 +99,41 @@ def _push_from_rows(
     return result.flatten(0, 1), torch.cat(similarities, 1)
 
 
-def links(root: torch.nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
-    """List what must stay as it is for modules to keep their names.
+def path(root: torch.nn.Module, name: str) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
+    """List what must stay as it is for a module to keep its name; blocks on the way may be compiled.
 
     Returns:
-        For every module on the way to one of `names`: the dict it is in, its key there, and itself. Looking these up
-        takes microseconds, walking down from the root to every module a step's fraction.
+        For every module on the way to `name`, itself last: the dict it is in, its key there, and itself. Looking these
+        up again takes microseconds, walking down from the root to every site a step's fraction.
+
+    Raises:
+        KeyError: there is no such module.
     """
-    found = {}
-    for name in names:
-        module = root
-        for key in name.split("."):
-            children, module = module._modules, module._modules[key]
-            found[id(children), key] = children, key, module
-    return list(found.values())
+    found, module = [], root
+    for key in name.split("."):
+        parent = module if key in module._modules else unwrap(module)
+        children, module = parent._modules, parent._modules[key]
+        if module is None:
+            raise KeyError(key)
+        found.append((children, key, module))
+    return found
 
 
-def retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> Callable[[], None]:
+def retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> None:
     """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it.
 
-    Returns:
-        What gives it its class back.
+    Nothing here refers to `owner`, so that a copy of it can be restored too.
     """
-    original = type(owner)
-
-    def restore() -> None:
-        object.__setattr__(owner, "__class__", original)
-        del owner.__dict__[ATTRIBUTE]
-
+    restore(owner)  # a copy that was made of an attached module
     owner.__dict__[ATTRIBUTE] = state
     # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
-    object.__setattr__(owner, "__class__", subclass(original, make_call))
-    return restore
+    object.__setattr__(owner, "__class__", subclass(type(owner), make_call))
+
+
+def restore(owner: Any) -> None:
+    """Give what `retype` changed its class back; whatever else remains as it is."""
+    if owner.__dict__.pop(ATTRIBUTE, None) is not None:
+        object.__setattr__(owner, "__class__", type(owner)._negtome_original)
 
 
 @functools.cache
@@ -138,7 +143,8 @@ def subclass(cls: type, make_call: Callable[[Callable], Callable]) -> type:
     There is one for all modules of a class, so that compiled code is shared between them as before.
     """
     call = functools.wraps(cls.__call__)(make_call(cls.__call__))
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    members = {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__, "_negtome_original": cls}
+    return type(cls.__name__, (cls,), members)
 
 
 def _push_output(original: Callable) -> Callable:

@@ -69,6 +69,7 @@ class ReferenceRows:
         self._architecture = architecture
         self._references = references
         self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
+        self._vae: Any = None  # that encoded them; another one encodes anew
 
     def start(self, pipe: Any) -> None:
         """Begin a call of the pipeline: each one draws the same noise.
@@ -85,6 +86,9 @@ class ReferenceRows:
                 "NegToMe expected both text encoders, to embed a Reference's prompt, got None; load them too, or leave "
                 "the prompt out, and each image lends its own."
             )
+        if pipe.vae is not self._vae:
+            self._encoded.clear()
+            self._vae = pipe.vae
         self._plans: list[tuple[torch.Tensor, _Plan]] = []
         self._noise: dict[Reference, tuple[torch.Tensor, torch.Generator]] = {}
         self._embedded: dict[Reference, dict[str, Any]] = {}

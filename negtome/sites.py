@@ -65,7 +65,7 @@ class Architecture:
     """One row of the table: an architecture that NegToMe can be attached to.
 
     Attributes:
-        name: for messages.
+        name: as in `NegToMeConfig.preset`, which has it in lower case.
         pipeline: name of the pipeline class (subclasses included).
         denoiser: the pipeline's attribute that holds the denoiser.
         denoiser_class: name of its class.
@@ -113,6 +113,7 @@ class Timesteps:
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
         self._version: int | None = None
+        self._values: list[float] = []
         self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
     def read(self, pipe: Any, timestep: torch.Tensor | float) -> float:
@@ -129,9 +130,10 @@ class Timesteps:
             return value
         version = None if known.is_inference() else known._version  # which writing to it changes
         if known is not self._known or version != self._version:
-            self._known, self._version, self.schedule = known, version, known.tolist()
-            _check_unit(pipe.scheduler, *self.schedule)
-        return float(self.schedule[number])
+            self._known, self._version, self._values = known, version, known.tolist()
+            self.schedule = self._values[: pipe.num_timesteps]  # denoising_end leaves the last ones out
+            _check_unit(pipe.scheduler, *self._values)
+        return float(self._values[number])
 
 
 def _check_unit(scheduler: Any, *timesteps: float) -> None:
@@ -197,8 +199,18 @@ def _sdxl_noised(
 
 
 def _sdxl_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Embed a prompt as SDXL's UNet takes it: tokens [1, T, D] and pooled [1, P]."""
-    tokens, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    """Embed a prompt as SDXL's UNet takes it, with the call's clip_skip: tokens [1, T, D] and pooled [1, P].
+
+    Raises:
+        ValueError: the call's embeddings have more or fewer tokens, which the pipeline cannot make of a prompt.
+    """
+    tokens, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, clip_skip=pipe.clip_skip)
+    expected = arguments["encoder_hidden_states"].shape[1]
+    if tokens.shape[1] != expected:
+        raise ValueError(
+            f"NegToMe expected text embeddings of {tokens.shape[1]} tokens, as those of a Reference's prompt, got "
+            f"{expected}; shorten the prompts, or leave that prompt out, and each image lends its own."
+        )
     return {"encoder_hidden_states": tokens, "added_cond_kwargs": {"text_embeds": pooled}}
 
 

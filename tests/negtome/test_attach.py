@@ -428,6 +428,82 @@ def test_a_lost_handle_is_detached(pipe, config):
         negtome.detach(object())
 
 
+def test_a_copy_made_inside_is_attached_and_detached_on_its_own(pipe, config):
+    base, before = generate(pipe), state(pipe)
+    with negtome.attach(pipe, config):
+        pushed = generate(pipe)
+        inner = copy.deepcopy(pipe)
+        negtome.detach(inner)
+        assert torch.equal(generate(pipe), pushed)
+        outer = copy.deepcopy(pipe)
+    assert state(pipe) == state(inner) == before
+    assert torch.equal(generate(inner), base) and torch.equal(generate(outer), pushed)
+    negtome.detach(outer)
+    assert state(outer) == before
+    assert torch.equal(generate(outer), base)
+
+
+def test_a_pipeline_made_of_an_attached_one_is_not_attached(pipe, config):
+    base, name = generate(pipe), "unet" if hasattr(pipe, "unet") else "transformer"
+    own = copy.deepcopy(denoiser(pipe))
+    with negtome.attach(pipe, config):
+        generate(pipe)
+        other = type(pipe)(**pipe.components | {name: own})
+        shallow = copy.copy(pipe)
+        assert torch.equal(generate(other), base)
+        for shared in (type(pipe)(**pipe.components), shallow):
+            with pytest.raises(RuntimeError, match="something else called it"):
+                generate(shared)
+    assert torch.equal(generate(shallow), base)
+
+
+def test_copies_of_modules_in_the_place_of_their_originals_are_pushed_once(pipe, config):
+    with negtome.attach(pipe, config) as attached:
+        expected = generate(pipe)
+        for name in attached.sites:
+            parent, _, last = name.rpartition(".")
+            setattr(denoiser(pipe).get_submodule(parent), last, copy.deepcopy(denoiser(pipe).get_submodule(name)))
+        assert torch.equal(generate(pipe), expected)
+    assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
+
+
+class Doubled(torch.nn.Module):
+    """As LoRA's layers do: bears the name of the module inside it, and returns something else."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *args, **kwargs):
+        return 2 * self.inner(*args, **kwargs)
+
+
+def test_a_site_follows_to_a_module_around_the_old_one_and_back(pipe, config, kind):
+    handle = negtome.attach(pipe, config)
+    plain = generate(pipe)
+    name = next(name for name in handle.sites if name.endswith("to_out.0" if kind == "flux" else "attn1"))
+    parent, _, last = name.rpartition(".")
+    parent = denoiser(pipe).get_submodule(parent)
+    inner = parent._modules[last]
+    setattr(parent, last, Doubled(inner))
+    doubled = generate(pipe)
+    assert not hasattr(inner, "_negtome") and hasattr(parent._modules[last], "_negtome")
+    setattr(parent, last, inner)
+    assert torch.equal(generate(pipe), plain)
+    setattr(parent, last, Doubled(inner))
+    handle.remove()
+    assert not any(hasattr(module, "_negtome") for module in denoiser(pipe).modules())
+    with negtome.attach(pipe, config):
+        assert torch.equal(generate(pipe), doubled)
+    assert not torch.equal(doubled, plain)
+
+
 def load_adapter(pipe):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -545,10 +621,19 @@ def test_a_window_without_a_step_is_an_error_that_names_both(pipe, config, kind)
     assert calls == []
 
 
-def test_a_window_whose_steps_are_left_out_is_an_error_at_the_end(tiny_sdxl):
-    config = CONFIGS["sdxl"].replace(timestep_range=(0, 300))
+def test_a_window_whose_steps_are_left_out_is_an_error_too(tiny_sdxl):
+    config, calls = CONFIGS["sdxl"].replace(timestep_range=(0, 300)), counted_calls(tiny_sdxl)
     with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
         generate(tiny_sdxl, denoising_end=0.5)
+    assert calls == []
+
+    def interrupt(p, index, timestep, tensors):
+        p._interrupt = index == 1
+        return tensors
+
+    with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
+        generate(tiny_sdxl, callback_on_step_end=interrupt)
+    assert calls
 
 
 def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tiny_sdxl):
@@ -703,6 +788,36 @@ def test_another_pipeline_that_is_called_meanwhile_is_refused(pipe, config, in_t
     assert (attached.counts(), attached.steps) == counts
 
 
+def test_sites_are_at_rest_between_the_steps(pipe, config):
+    """Whoever has the modules and passes by the attached denoiser gets them as they are."""
+    results = []
+
+    def meanwhile(p, index, timestep, tensors):
+        site = denoiser(p).get_submodule(attached.sites[0])
+        tokens = 1 + 0.1 * torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0))
+        results.append(torch.equal(site(tokens), site.forward(tokens)))
+        return tensors
+
+    with negtome.attach(pipe, config) as attached:
+        generate(pipe, callback_on_step_end=meanwhile)
+    assert attached.steps[0].active and results == [True] * 4
+
+
+def test_another_pipeline_with_the_module_inside_a_compiled_denoiser_is_left_alone(tiny_sdxl):
+    other = type(tiny_sdxl)(**tiny_sdxl.components | {"scheduler": copy.deepcopy(tiny_sdxl.scheduler)})
+    expected, results = generate(other), []
+
+    def meanwhile(p, index, timestep, tensors):
+        results.append(generate(other))
+        return tensors
+
+    compile_and_replace(tiny_sdxl)
+    # What is compiled makes no difference to who calls whom.
+    with torch.compiler.set_stance("force_eager"), negtome.attach(tiny_sdxl, CONFIGS["sdxl"]) as attached:
+        generate(tiny_sdxl, callback_on_step_end=meanwhile)
+    assert len(attached.steps) == len(results) == 4 and all(torch.equal(result, expected) for result in results)
+
+
 def test_an_attached_pipeline_is_not_called_within_its_own_call(pipe, config):
     def again(p, index, timestep, tensors):
         generate(p)
@@ -847,6 +962,21 @@ def test_compiled_denoisers_are_pushed_too(kind, compiled, inside, request):
         with negtome.attach(pipe, config):
             torch.testing.assert_close(generate(pipe), result, rtol=1e-3, atol=1e-3)
     assert graphs == []
+
+
+def test_a_block_may_be_compiled_inside(tiny_flux):
+    """Its modules are one level further down then; what is compiled makes no difference to that."""
+    blocks = tiny_flux.transformer.single_transformer_blocks
+    with negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
+        expected = generate(tiny_flux)
+        blocks[0] = torch.compile(blocks[0])
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(generate(tiny_flux), expected)
+    compared = {name: count.compared for name, count in attached.counts().items()}
+    assert compared["single_transformer_blocks.0.attn"] == compared["single_transformer_blocks.1.attn"] > 0
+    with torch.compiler.set_stance("force_eager"), negtome.attach(tiny_flux, CONFIGS["flux"]) as attached:
+        assert torch.equal(generate(tiny_flux), expected)
+    assert "single_transformer_blocks.0._orig_mod.attn" in attached.sites
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from negtome import NegToMeConfig
         ("matching", "nearest", "one of"),
         ("reference", "last", "one of"),
         ("sites", "up_blocks", "list of module names"),
+        ("sites", 1, "list of module names or None, got 1"),
         ("sites", (), "at least one"),
         ("sites", ("up_blocks", 1), "module names"),
         ("cross_attention", 1, "true or false"),
@@ -92,3 +93,5 @@ def test_presets_are_the_published_settings():
     assert NegToMeConfig.preset("flux", alpha=1.5) == flux.replace(alpha=1.5)
     with pytest.raises(ValueError, match="the presets are sdxl/paper"):
         NegToMeConfig.preset("sd3")
+    with pytest.raises(ValueError, match="the presets are sdxl/paper"):
+        NegToMeConfig().published_for("sd3")

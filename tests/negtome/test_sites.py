@@ -65,8 +65,9 @@ def test_the_names_of_the_table_exist_in_diffusers(architecture):
     assert architecture.denoiser in inspect.signature(pipeline.__init__).parameters
     arguments = {"SDXL": {"sample", "timestep"}, "Flux": {"hidden_states"}}[architecture.name]
     assert arguments | {"encoder_hidden_states"} <= set(inspect.signature(denoiser.forward).parameters)
-    members = {"SDXL": "do_classifier_free_guidance", "Flux": "current_timestep"}
-    assert isinstance(inspect.getattr_static(pipeline, members[architecture.name]), property)
+    members = {"SDXL": ("do_classifier_free_guidance", "clip_skip"), "Flux": ("current_timestep",)}
+    for name in (*members[architecture.name], "num_timesteps"):
+        assert isinstance(inspect.getattr_static(pipeline, name), property)
 
 
 def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
