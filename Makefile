@@ -27,11 +27,7 @@ install: $(VENV)/.installed-dev  ## everything but the training packages, into .
 
 # reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
 reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduce-diversity, reproduce-copyright, reproduce-sweep
-	$(PY) -m experiments.generate experiment=$* $(ARGS)
-	$(PY) -m experiments.evaluate experiment=$* $(ARGS)
-	$(PY) -m experiments.tabulate experiment=$* $(ARGS)
-	$(PY) -m experiments.plot experiment=$* $(ARGS)
-	$(PY) -m experiments.check experiment=$* $(ARGS)
+	$(PY) -m experiments.reproduce experiment=$* $(ARGS)
 FORCE:
 
 .PHONY: sweep

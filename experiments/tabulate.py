@@ -148,11 +148,10 @@ def check_names(frame: pd.DataFrame, path: Path) -> None:
 
 
 def commands(name: str) -> list[str]:
-    """Return what makes an experiment's table and figures: the make target, and the steps that it takes."""
+    """Return what makes an experiment's table and figures: the make target, and the command that it calls."""
     if name in ("latency", "search"):  # acts of their own
         return [f"make {name}", f"python -m experiments.{name} experiment={name}"]
-    acts = ("generate", "evaluate", "tabulate", "plot", "check")
-    return [f"make reproduce-{name}", *(f"python -m experiments.{act} experiment={name}" for act in acts)]
+    return [f"make reproduce-{name}", f"python -m experiments.reproduce experiment={name}"]
 
 
 def rows_of(configs: list[DictConfig]) -> list[dict[str, Any]]:

@@ -1,0 +1,23 @@
+"""All acts of an experiment, one after the other: images, scores, table, figures, comparison with the published values.
+
+    python -m experiments.reproduce experiment=diversity
+    python -m experiments.reproduce experiment=sweep launcher=joblib
+
+`make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the same
+overrides; in one process, that imports and composes what they share once. What is there already is not made again.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
+
+from experiments import check, evaluate, generate, plot, tabulate
+
+
+def main(argv: list[str]) -> int:
+    for act in (generate, evaluate, tabulate, plot):
+        act.main(argv)
+    return check.main(argv)
