@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from eval.encoders import Encoder
-from eval.images import ContentHashes, ManifestRow, content_hash, load_image, sweep
+from eval.files import ContentHashes, content_hash, sweep
+from eval.images import ManifestRow, load_image
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class EmbeddingCache:
         folder: made when first needed; can be deleted at any time.
 
     Attributes:
-        hash_of: gives a file's content hash; see `eval.images.ContentHashes`.
+        hash_of: gives a file's content hash; see `eval.files.ContentHashes`.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -32,19 +32,8 @@ from eval.attributes import MINIMUM_IMAGES, label_embeddings, minimum_images, ze
 from eval.cache import EmbeddingCache, embed_folder
 from eval.diversity import mean_pairwise_distance, mean_pairwise_similarity, vendi_score
 from eval.encoders import Encoder
-from eval.images import (
-    METRICS,
-    ManifestRow,
-    canonical_json,
-    canonical_order,
-    check_seal,
-    read_json,
-    read_manifest,
-    remembered_hash,
-    rows_hash,
-    sealed,
-    write_json,
-)
+from eval.files import canonical_json, check_seal, read_json, remembered_hash, sealed, write_json
+from eval.images import METRICS, ManifestRow, canonical_order, read_manifest, rows_hash
 from eval.intervals import Cluster, units_of
 
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from eval.aggregates import GroupValue
 from eval.encoders import Encoder
-from eval.images import ManifestRow, read_manifest, remembered_hash, rows_hash
+from eval.files import remembered_hash
+from eval.images import ManifestRow, read_manifest, rows_hash
 from eval.metrics import ImageSet, Metric
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from eval.images import content_hash
+from eval.files import content_hash
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     def create_model(_, pretrained, **__):
         raise Stop(pretrained)
 
-    monkeypatch.setattr("eval.encoders.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("open_clip.create_model", create_model)

@@ -425,7 +425,7 @@ def test_a_refused_download_is_reported(torch_home, monkeypatch):
 
 def test_dinov2_is_downloaded(dinov2_folder, monkeypatch):
     there = []
-    monkeypatch.setattr("eval.features.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, revision: there.append(name))
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache",

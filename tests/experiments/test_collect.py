@@ -7,7 +7,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from eval.images import sealed
+from eval.files import sealed
 from eval.metrics import read_document
 from experiments import collect as module
 from experiments import report

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from eval.images import read_manifest, sealed
+from eval.files import sealed
+from eval.images import read_manifest
 from eval.metrics import read_document
 from experiments import tabulate
 from experiments.collect import collect
