@@ -7,7 +7,13 @@ only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from eval.aggregates import GroupValue
+from eval.imageset import ImageSet
+from eval.metric import Metric
 
 SCALE = 100.0
 
@@ -30,3 +36,26 @@ def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) ->
     # in float64: the scores of methods differ in the third digit
     cosine = torch.nn.functional.cosine_similarity(image_embeddings.double(), text_embeddings.double(), dim=-1)
     return SCALE * cosine.clamp(min=0)
+
+
+class ClipScore(Metric):
+    """Mean CLIPScore of the images of a group against their prompt."""
+
+    name = "clip_score"
+    version = 1
+    higher_is_better = True
+    unit = "100 max(cosine, 0), 0 to 100"
+    bounds = (0, 100)
+    description = "mean over a group's images of 100 max(cos, 0) of image and prompt (Hessel et al. 2021 use 2.5)"
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """See `Metric.per_group`."""
+        scores = clip_score(images.embeddings(self.encoder), images.text_embeddings(self.encoder))
+        return [
+            images.group_value(group, value=scores[members].mean().item()) for group, members in images.groups.items()
+        ]
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say how many different prompts there are and how many the text tower cannot read to the end."""
+        prompts = sorted(set(images.texts))
+        return {"n_prompts": len(prompts), "n_prompts_truncated": self.encoder.count_truncated(prompts)}

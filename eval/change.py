@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from eval.aggregates import GroupValue
 from eval.encoders import Encoder
 from eval.images import load_image
-from eval.metrics import ImageSet, Metric
+from eval.imageset import ImageSet
+from eval.metric import Metric
 
 
 class _AgainstBaseline(Metric):
@@ -77,7 +78,7 @@ class Change(_AgainstBaseline):
 
 
 class _Pixels:
-    """Compares images as they are; see `eval.metrics.Judge`."""
+    """Compares images as they are; see `eval.metric.Judge`."""
 
     name = "pixels"
     id = "pixels"

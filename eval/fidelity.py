@@ -32,7 +32,8 @@ from eval.images import (
     rows_hash,
     visible,
 )
-from eval.metrics import ImageSet, SetMetric
+from eval.imageset import ImageSet
+from eval.metric import SetMetric
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0

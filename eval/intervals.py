@@ -40,7 +40,7 @@ from eval.aggregates import Aggregate, GroupValue, aggregate_named
 
 Cluster = Literal["prompt", "category"]
 
-#: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metrics.SetMetric`.
+#: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metric.SetMetric`.
 SUBSETS = "subsets"
 #: Clusters below which a bootstrap says nothing.
 FEWEST = 4
@@ -72,7 +72,7 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
     """Return the interval of a metric's document, in the way that its aggregate asks for.
 
     Args:
-        document: as `eval.metrics.measure` writes it.
+        document: as `eval.measure.measure` writes it.
         options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
             when they were measured, by the clusters that the document names.
 

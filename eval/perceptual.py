@@ -25,7 +25,8 @@ from torchvision.transforms.functional import resize
 from eval.aggregates import GroupValue
 from eval.features import EffNetLite0
 from eval.images import load_image
-from eval.metrics import ImageSet, Metric
+from eval.imageset import ImageSet
+from eval.metric import Metric
 from eval.weights import WeightsFacts, checkpoints_folder, download, first_file
 
 BACKBONES = {

@@ -29,9 +29,11 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from eval.aggregates import GroupValue
+from eval.alignment import ClipScore
 from eval.encoders import OpenClip, checked, quiet_transformers
 from eval.images import load_image
-from eval.metrics import ClipScore, ImageSet, Metric
+from eval.imageset import ImageSet
+from eval.metric import Metric
 from eval.weights import (
     NO_NETWORK,
     WeightsFacts,

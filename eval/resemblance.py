@@ -25,7 +25,8 @@ from eval.aggregates import GroupValue
 from eval.encoders import Encoder
 from eval.files import remembered_hash
 from eval.images import ManifestRow, read_manifest, rows_hash
-from eval.metrics import ImageSet, Metric
+from eval.imageset import ImageSet
+from eval.metric import Metric
 
 
 def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:

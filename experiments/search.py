@@ -31,7 +31,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import write_text
-from eval.metrics import read_document
+from eval.measure import read_document
 from experiments import project_path
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate

@@ -39,7 +39,8 @@ from eval.fidelity import (
     reference_rows,
 )
 from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
-from eval.metrics import ImageSet, is_current, measure
+from eval.imageset import ImageSet
+from eval.measure import is_current, measure
 
 
 class RawPixels(Encoder):

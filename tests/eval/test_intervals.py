@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.aggregates import AGGREGATES, CategoryEntropy, aggregate_named
-from eval.attributes import entropy
+from eval.aggregates import AGGREGATES, CategoryEntropy, aggregate_named, entropy
 from eval.intervals import bootstrap_interval, difference_of, interval_of, n_units, paired_difference
 
 

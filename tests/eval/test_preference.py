@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
-from eval.metrics import is_current, measure
+from eval.measure import is_current, measure
 from eval.preference import AestheticPredictor, AestheticScore, HpsClip, HpsScore, InstructBlip, VqaScore
 
 PROMPTS = {"bird": "a photo of a bird", "fish": "a {red} fish"}
