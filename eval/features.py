@@ -11,24 +11,19 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import pickle
 import sysconfig
 import warnings
 import zipfile
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 
-from eval.encoders import Encoder, checked, quiet_transformers
+from eval.encoders import Network, checked, quiet_transformers
 from eval.weights import (
     NO_NETWORK,
     WeightsFacts,
@@ -44,84 +39,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_RANGE = "[0, 1], less ImageNet's mean, over its deviation"
 
-# What loaders raise for a file that is cut off, damaged or of another network.
-_UNREADABLE = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
-
-class _Network(Encoder):
-    """What the encoders here share: weights found or fetched, loaded once; one forward pass for equal sizes.
-
-    Subclasses give `_slug`, `weights`, `_load`, `_preprocess` and `_features`.
-    """
-
-    _slug: str
-
-    def __init__(self, name: str, device: str) -> None:
-        self.name = name
-        self.device = torch.device(device)
-
-    @cached_property
-    def id(self) -> str:
-        """What the encoder is and the fingerprint of its weights, which are fetched if they are missing."""
-        return f"{self._slug}-{self._obtain().fingerprint}"
-
-    def prepare(self) -> None:
-        """Load the network; see `Encoder.prepare`."""
-        _ = self._network
-
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed images; see `Encoder.embed_images`."""
-        self.prepare()
-        pixels = [self._preprocess(checked(image)) for image in images]
-        rows: dict[int, torch.Tensor] = {}
-        for shape in dict.fromkeys(tensor.shape for tensor in pixels):
-            places = [place for place, tensor in enumerate(pixels) if tensor.shape == shape]
-            batch = torch.stack([pixels[place] for place in places])
-            rows.update(zip(places, self._features(batch.to(self.device)).float().cpu(), strict=True))
-        stacked = torch.stack([rows[place] for place in range(len(pixels))])
-        return F.normalize(stacked, dim=-1) if self.normalised else stacked
-
-    @cached_property
-    def _network(self) -> Any:
-        facts = self._obtain()
-        try:
-            return self._load(facts)
-        except _UNREADABLE as error:
-            files = ", ".join(str(file) for file in facts.files)
-            # torch's own text on a file that is more than tensors advises to run whatever is in it
-            unsafe = isinstance(error, pickle.UnpicklingError)
-            reason = "not a file of tensors alone" if unsafe else str(error).partition("\n")[0]
-            raise ValueError(
-                f"expected the weights of {self.name} in {files}, got what cannot be loaded on {self.device} "
-                f"({reason}); {facts.how_to_get}"
-            ) from error
-
-    def _obtain(self) -> WeightsFacts:
-        facts = self.weights()
-        if facts.present:
-            return facts
-        self._fetch(facts)
-        return self.weights()
-
-    def _fetch(self, facts: WeightsFacts) -> None:
-        """Download what is missing or raise `facts.missing`."""
-        raise facts.missing()
-
-    @abstractmethod
-    def _load(self, facts: WeightsFacts) -> Any:
-        """Return the network in float32 on the device, ready for inference."""
-
-    @abstractmethod
-    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the network's input [3, h, w], float32, on the CPU, for uint8 [3, H, W]."""
-
-    @abstractmethod
-    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return [N, D] for [N, 3, h, w] on the device."""
-
-
-class DreamSim(_Network):
+class DreamSim(Network):
     """DreamSim (Fu et al. 2023): embeddings whose cosine distance was trained on human judgements of similarity.
 
     Images are squashed to 224 x 224, bicubic, as the package does; embeddings are centred over their components and
@@ -241,7 +160,7 @@ class DreamSim(_Network):
         return self._network[0].embed(pixels)
 
 
-class DinoV2(_Network):
+class DinoV2(Network):
     """DINOv2 (Oquab et al. 2023) of transformers: the class token after the last layer norm.
 
     Preprocessing is fixed, that of the published repositories: shortest side to 256, bicubic, antialiased, centre
@@ -324,7 +243,7 @@ class DinoV2(_Network):
         return self._network(pixel_values=pixels).last_hidden_state[:, 0]
 
 
-class Sscd(_Network):
+class Sscd(Network):
     """SSCD (Pizzi et al. 2022), the descriptor of image copies: the published TorchScript file.
 
     Shortest side to 288, aspect kept and nothing cropped, as its authors recommend. For `sscd_disc_mixup` they give
@@ -374,7 +293,7 @@ class Sscd(_Network):
         return self._network(pixels)
 
 
-class Inception(_Network):
+class Inception(Network):
     """The Inception-v3 of FID, KID and Inception Score: TensorFlow's weights of 2015 in torch-fidelity's port.
 
     Features are the 2048 pooled activations, raw. The resize changes every number, so it is part of name and id:
@@ -472,7 +391,7 @@ class Inception(_Network):
         return (features.to(self.device) @ self._network.fc.weight.T).cpu()
 
 
-class EffNetLite0(_Network):
+class EffNetLite0(Network):
     """EfficientNet-lite0, trained on ImageNet, from a PyPI package: an extractor that needs no download.
 
     Features are the 1280 pooled activations, raw. Numbers made with it resemble FID or the Inception Score in form

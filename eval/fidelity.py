@@ -46,7 +46,7 @@ ROWS = 2048
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Check that two sets of features belong together, and put them into float64."""
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(
@@ -59,7 +59,7 @@ def _checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torc
     return features, reference
 
 
-def _require(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
+def require_images(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
     if len(features) < minimum:
         raise ValueError(
             f"expected at least {minimum} {what}, got {len(features)}: {why}; give more images, or leave this "
@@ -82,7 +82,7 @@ class Gaussian:
     @classmethod
     def of(cls, features: torch.Tensor) -> Gaussian:
         """Take the moments of features [N, D], N >= 2."""
-        _require(features, 2, "images", "one alone has no covariance")
+        require_images(features, 2, "images", "one alone has no covariance")
         mean = features.double().mean(dim=0)
         centred = features.double() - mean
         return cls(mean, centred.T @ centred / (len(features) - 1))
@@ -145,11 +145,11 @@ def frechet_distance(
         ValueError: fewer than `frechet_minimum` images.
     """
     if not isinstance(reference, Gaussian):
-        features, reference = _checked_pair(features, reference)
+        features, reference = checked_pair(features, reference)
         reference = _full_rank(reference)
-    features, _ = _checked_pair(features, reference.mean[None])
+    features, _ = checked_pair(features, reference.mean[None])
     dimension = features.shape[1]
-    _require(
+    require_images(
         features,
         frechet_minimum(dimension, extrapolate),
         f"images for a Frechet distance of {dimension} features{' extrapolated' if extrapolate else ''}",
@@ -170,7 +170,7 @@ def frechet_distance(
 
 
 def _full_rank(reference: torch.Tensor) -> Gaussian:
-    _require(
+    require_images(
         reference,
         reference.shape[1] + 1,
         f"reference images for a Frechet distance of {reference.shape[1]} features",
@@ -290,9 +290,9 @@ def kernel_distance(
     Returns:
         Lower is better; 0 in expectation for equal distributions, hence sometimes negative.
     """
-    features, reference = _checked_pair(features, reference)
-    _require(features, 2, "images", "the kernel is averaged over pairs")
-    _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+    features, reference = checked_pair(features, reference)
+    require_images(features, 2, "images", "the kernel is averaged over pairs")
+    require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
     if within_reference is None:
         within_reference = _kernel_within(_cubic, reference)
     within = _kernel_within(_cubic, features, design)
@@ -311,7 +311,7 @@ def cmmd(
     Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
     embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
     calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
-    compared with theirs, for square images: they squash others to 336 x 336, where `eval.encoders.OpenClip` crops.
+    compared with theirs, for square images: they squash others to 336 x 336, where `eval.clip.OpenClip` crops.
     It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
 
     Args:
@@ -324,9 +324,9 @@ def cmmd(
     Returns:
         Lower is better; >= 0 if biased.
     """
-    features, reference = (F.normalize(x, dim=-1) for x in _checked_pair(features, reference))
-    _require(features, 2, "images", "the kernel is averaged over pairs")
-    _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+    features, reference = (F.normalize(x, dim=-1) for x in checked_pair(features, reference))
+    require_images(features, 2, "images", "the kernel is averaged over pairs")
+    require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
     if within_reference is None:
         within_reference = _gaussian_within(reference, unbiased)
     within = _gaussian_within(features, unbiased, design)
@@ -356,7 +356,9 @@ def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> 
         raise ValueError(
             f"expected logits [N, C] and at least one split, got {list(logits.shape)} and {splits}; 1 or 10 is usual"
         )
-    _require(logits, IMAGES_A_SPLIT * splits, f"images for {splits} splits", "the mean prediction needs 10 a split")
+    require_images(
+        logits, IMAGES_A_SPLIT * splits, f"images for {splits} splits", "the mean prediction needs 10 a split"
+    )
     n = len(logits)
     order = np.random.RandomState(seed).permutation(n) if splits > 1 else np.arange(n)
     log_p = logits.double()[torch.from_numpy(order)].log_softmax(dim=1)
@@ -368,107 +370,6 @@ def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> 
         divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0).sum(dim=1)
         scores.append(divergence.mean().exp().item())
     return float(np.mean(scores))
-
-
-class _Neighbours:
-    """Squared distances around a reference set, shared by the four measures of its manifold.
-
-    Args:
-        reference: float64 [M, D].
-        k: which neighbour gives a ball its radius; M > k.
-    """
-
-    # Distances of the same two points, computed in two products, differ by rounding. Ties are common (the k-th
-    # neighbour lies on the ball), so what is within this of equal is equal.
-    TIE = 1e-9
-    # relative to the squared lengths: what differs by less than float32 resolves is one point
-    SAME = 1e-10
-
-    def __init__(self, reference: torch.Tensor, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
-        _require(reference, k + 1, "reference images", f"each needs a neighbour number {k}")
-        self.k = k
-        # distances from the centre are smaller than those from the origin, and so is the rounding
-        self.centre = reference.mean(dim=0)
-        self.reference = reference - self.centre
-        self.radii = self._radii(self.reference)
-
-    def _squared(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        lengths = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
-        distances = lengths - 2 * x @ y.T
-        return torch.where(distances < self.SAME * lengths, 0, distances)
-
-    def _radii(self, x: torch.Tensor) -> torch.Tensor:
-        # a point is its own nearest neighbour, hence k + 1
-        return torch.cat([self._squared(rows, x).kthvalue(self.k + 1, dim=1).values for rows in x.split(ROWS)])
-
-    def _covered(self, points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
-        """Share of points that lie in at least one ball, its surface included."""
-        inside = [
-            (self._squared(rows, centres) <= radii * (1 + self.TIE)).any(dim=1).double() for rows in points.split(ROWS)
-        ]
-        return torch.cat(inside).mean().item()
-
-    def precision(self, features: torch.Tensor) -> float:
-        return self._covered(features - self.centre, self.reference, self.radii)
-
-    def recall(self, features: torch.Tensor) -> float:
-        _require(features, self.k + 1, "images", f"each needs a neighbour number {self.k}")
-        centred = features - self.centre
-        return self._covered(self.reference, centred, self._radii(centred))
-
-    def density(self, features: torch.Tensor) -> float:
-        balls = [
-            (self._squared(rows, self.reference) < self.radii * (1 - self.TIE)).double().sum(dim=1)
-            for rows in (features - self.centre).split(ROWS)
-        ]
-        return torch.cat(balls).mean().item() / self.k
-
-    def coverage(self, features: torch.Tensor) -> float:
-        centred = features - self.centre
-        nearest = torch.cat([self._squared(rows, centred).amin(dim=1) for rows in self.reference.split(ROWS)])
-        return (nearest < self.radii * (1 - self.TIE)).double().mean().item()
-
-
-def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Return which share of images is like a real one, and which share of real ones is like some image.
-
-    Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (NeurIPS 2019): a set
-    covers the balls around its points that reach to the k-th neighbour, surface included. One outlier makes a large
-    ball; both grow with the set whose balls they are.
-
-    Args:
-        features: [N, D], N > k.
-        reference: [M, D], M > k.
-        k: 3 in the paper.
-
-    Returns:
-        Precision and recall, both in [0, 1], higher is better.
-    """
-    features, reference = _checked_pair(features, reference)
-    neighbours = _Neighbours(reference, k)
-    return neighbours.precision(features), neighbours.recall(features)
-
-
-def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5) -> tuple[float, float]:
-    """Return how deep in the real images' balls the images lie, and which share of these balls they reach.
-
-    Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (ICML 2020). Balls only around real
-    images, surface excluded.
-
-    Args:
-        features: [N, D], N >= 1.
-        reference: [M, D], M > k.
-        k: 5 in the paper.
-
-    Returns:
-        Density, >= 0, 1 in expectation for equal distributions; coverage in [0, 1]. Higher is better for both.
-    """
-    features, reference = _checked_pair(features, reference)
-    _require(features, 1, "images", "there is nothing to measure")
-    neighbours = _Neighbours(reference, k)
-    return neighbours.density(features), neighbours.coverage(features)
 
 
 def reference_rows(folder: str | Path) -> list[ManifestRow]:
@@ -612,7 +513,7 @@ class KernelDistance(AgainstReference):
 
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
         """See `AgainstReference.summarise`."""
-        _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+        require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
         return reference, _kernel_within(_cubic, reference, Design.of(self._rows, together=False))
 
     def compare(
@@ -654,7 +555,7 @@ class Cmmd(AgainstReference):
 
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
         """See `AgainstReference.summarise`."""
-        _require(reference, 2, "reference images", "the kernel is averaged over pairs")
+        require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
         design = Design.of(self._rows, together=False) if self.unbiased else None
         return reference, _gaussian_within(F.normalize(reference, dim=-1), self.unbiased, design)
 
@@ -664,87 +565,6 @@ class Cmmd(AgainstReference):
         """See `cmmd`."""
         reference, within = summary
         return cmmd(features, reference, self.unbiased, Design.of(rows) if self.unbiased else None, within)
-
-
-class _OfNeighbours(AgainstReference):
-    """A measure of overlap of two sets by their nearest neighbours.
-
-    `minimum` leaves every image a k-th neighbour. That is arithmetic, not statistics: the numbers depend on both
-    sizes, so only sets of one size against one reference can be compared.
-    """
-
-    version = 1
-    higher_is_better = True
-    default_k: int
-
-    def __init__(self, encoder: Encoder, reference: str | Path, k: int | None = None, name: str | None = None) -> None:
-        super().__init__(encoder, reference, name)
-        self.k = self.default_k if k is None else k
-        self.minimum = self.k + 1
-
-    def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
-        return {**super().settings(), "k": self.k}
-
-    def summarise(self, reference: torch.Tensor) -> _Neighbours:
-        """See `AgainstReference.summarise`."""
-        return _Neighbours(reference, self.k)
-
-
-class Precision(_OfNeighbours):
-    """Share of images that lie within the real ones' neighbourhoods; see `precision_recall`."""
-
-    name = "precision"
-    bounds = (0.0, 1.0)
-    unit = "share of images, 0 to 1"
-    description = "share of images within a real image's distance to its k-th real neighbour"
-    default_k = 3
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `precision_recall`."""
-        return summary.precision(features)
-
-
-class Recall(_OfNeighbours):
-    """Share of real images that lie within the images' neighbourhoods; see `precision_recall`."""
-
-    name = "recall"
-    bounds = (0.0, 1.0)
-    unit = "share of real images, 0 to 1"
-    description = "share of real images within an image's distance to its k-th neighbour among the images"
-    default_k = 3
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `precision_recall`."""
-        return summary.recall(features)
-
-
-class Density(_OfNeighbours):
-    """How many real images' neighbourhoods an image lies in; see `density_coverage`."""
-
-    name = "density"
-    bounds = (0.0, None)
-    unit = "1 for equal distributions, >= 0"
-    description = "mean over images of the real images within whose k-th neighbour they lie, over k"
-    default_k = 5
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `density_coverage`."""
-        return summary.density(features)
-
-
-class Coverage(_OfNeighbours):
-    """Share of real images that have an image within their neighbourhood; see `density_coverage`."""
-
-    name = "coverage"
-    bounds = (0.0, 1.0)
-    unit = "share of real images, 0 to 1"
-    description = "share of real images with an image nearer than their k-th real neighbour"
-    default_k = 5
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `density_coverage`."""
-        return summary.coverage(features)
 
 
 class InceptionScore(SetMetric):

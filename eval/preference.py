@@ -24,13 +24,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from eval.aggregates import GroupValue
 from eval.alignment import ClipScore
-from eval.encoders import OpenClip, checked, quiet_transformers
+from eval.clip import OpenClip
+from eval.encoders import UNREADABLE, checked, quiet_transformers
 from eval.images import load_image
 from eval.imageset import ImageSet
 from eval.metric import Metric
@@ -44,8 +44,6 @@ from eval.weights import (
     network_answers,
 )
 
-_UNREADABLE = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
-
 
 class AestheticPredictor:
     """LAION's aesthetic predictor v2: five linear layers on the image embedding of OpenAI's CLIP ViT-L/14.
@@ -55,7 +53,7 @@ class AestheticPredictor:
 
     Args:
         file: the layers' file; among torch.hub's checkpoints if not given.
-        weights_dir: where CLIP's weights are; see `eval.encoders.OpenClip`.
+        weights_dir: where CLIP's weights are; see `eval.clip.OpenClip`.
         device: where CLIP runs.
     """
 
@@ -122,7 +120,7 @@ class AestheticPredictor:
             layers = [(state[f"layers.{n}.weight"].float(), state[f"layers.{n}.bias"].float()) for n in self.LAYERS]
             if [weight.shape for weight, _ in layers] == list(self.LAYERS.values()):
                 return layers
-        except (*_UNREADABLE, AttributeError, TypeError, IndexError) as error:
+        except (*UNREADABLE, AttributeError, TypeError, IndexError) as error:
             # torch's own text on a file that is more than tensors advises to run whatever is in it
             unsafe = isinstance(error, pickle.UnpicklingError)
             problem = "not a file of tensors alone" if unsafe else str(error).partition("\n")[0]
@@ -327,7 +325,7 @@ class InstructBlip:
                     folder, local_files_only=True, output_loading_info=True
                 )
             processor = InstructBlipProcessor.from_pretrained(folder, local_files_only=True)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(
                 f"expected an InstructBLIP-FlanT5 in {folder}, got what cannot be loaded "
                 f"({str(error).partition(chr(10))[0]}); {self.weights().how_to_get}"

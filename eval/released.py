@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import center_crop, resize
 
-from eval.diversity import VendiScore, EmbeddingMetric, mean_pairwise_similarity, vendi_score
+from eval.diversity import EmbeddingMetric, VendiScore, mean_pairwise_similarity, vendi_score
 from eval.encoders import Encoder
 from eval.fidelity import AgainstReference, Gaussian, frechet_distance_of_gaussians
 from eval.images import ManifestRow

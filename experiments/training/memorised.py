@@ -31,7 +31,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
-from eval.encoders import Encoder, HFClip
+from eval.clip import HFClip
+from eval.encoders import Encoder
 from eval.features import EffNetLite0
 from eval.files import write_text
 from eval.images import load_image

@@ -9,8 +9,9 @@ import pytest
 from eval.aggregates import aggregate_named
 from eval.alignment import ClipScore
 from eval.attributes import AttributeEntropy
+from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
-from eval.encoders import HFClip, PixelEncoder
+from eval.encoders import PixelEncoder
 from eval.images import manifest_hash
 from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval, n_units, paired_difference

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from eval.attributes import AttributeEntropy
-from eval.encoders import HFClip, PixelEncoder
+from eval.clip import HFClip
+from eval.encoders import PixelEncoder
 from experiments import PROJECT, pipelines
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics
