@@ -12,9 +12,9 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,16 +65,7 @@ class Encoder(ABC):
 
     def weights(self) -> WeightsFacts:
         """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
-        return WeightsFacts(
-            encoder=self.name,
-            source="no weights",
-            files=(),
-            looked_in=(),
-            resize="none",
-            input_range="uint8 in [0, 255]",
-            licence="none needed",
-            how_to_get="nothing to do",
-        )
+        return WeightsFacts.of("none", self.name)
 
 
 class PixelEncoder(Encoder):
@@ -92,59 +83,72 @@ class PixelEncoder(Encoder):
         self.id = f"pixels-{size}x{size}"
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed by area averaging; see `Encoder.embed_images`."""
         small = [F.adaptive_avg_pool2d(checked(image).float() / 255, self.size).flatten() for image in images]
         # The constant gives a black image a direction, too.
         return F.normalize(torch.stack([torch.cat([pixels, torch.ones(1)]) for pixels in small]), dim=-1)
 
     def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
-        return replace(
-            super().weights(), resize=f"averaged to {self.size}x{self.size}, aspect lost", input_range="[0, 1]"
-        )
+        return WeightsFacts.of("pixels", self.name, size=self.size)
 
 
 # What loaders raise for a file that is cut off, damaged or of another network.
 UNREADABLE = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
-class Network(Encoder):
-    """What the encoders here share: weights found or fetched, loaded once; one forward pass for equal sizes.
+class Network(ABC):
+    """Something with weights: they are found or fetched, and loaded once, when they are first needed.
 
-    Subclasses give `_slug`, `weights`, `_load`, `_preprocess` and `_features`.
+    Attributes:
+        ROW: its row in `weights.yaml`.
+        name: for people, as printed in tables.
+        slug: what it is, the beginning of its `id`.
+        device: where it runs.
+        given: the file or folder that the user named; None where the usual places are searched.
+        values: what stands for the braces in the row's texts.
     """
 
-    _slug: str
+    ROW: ClassVar[str]
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, slug: str, device: str, given: str | Path | None = None, **values: Any) -> None:
         self.name = name
+        self.slug = slug
         self.device = torch.device(device)
+        self.given = None if given is None else Path(given)
+        self.values = values
 
     @cached_property
     def id(self) -> str:
-        """What the encoder is and the fingerprint of its weights, which are fetched if they are missing."""
-        return f"{self._slug}-{self._obtain().fingerprint}"
+        """What it is and the fingerprint of its weights, which are fetched if they are missing."""
+        return f"{self.slug}-{self.obtain().fingerprint}"
 
     def prepare(self) -> None:
-        """Load the network; see `Encoder.prepare`."""
+        """Load the weights now, so that a missing file is found before any work is done."""
         _ = self._network
 
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed images; see `Encoder.embed_images`."""
-        self.prepare()
-        pixels = [self._preprocess(checked(image)) for image in images]
-        rows: dict[int, torch.Tensor] = {}
-        for shape in dict.fromkeys(tensor.shape for tensor in pixels):
-            places = [place for place, tensor in enumerate(pixels) if tensor.shape == shape]
-            batch = torch.stack([pixels[place] for place in places])
-            rows.update(zip(places, self._features(batch.to(self.device)).float().cpu(), strict=True))
-        stacked = torch.stack([rows[place] for place in range(len(pixels))])
-        return F.normalize(stacked, dim=-1) if self.normalised else stacked
+    def weights(self) -> WeightsFacts:
+        """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
+        return WeightsFacts.find(self.ROW, self.name, self.given, **self.values)
+
+    def obtain(self) -> WeightsFacts:
+        """Return the facts of weights that are here, having fetched them if they were not.
+
+        Raises:
+            FileNotFoundError: they are missing and cannot be fetched.
+        """
+        facts = self.weights()
+        if not facts.present:
+            self._fetch(facts)
+            facts = self.weights()
+        if not facts.present:
+            raise facts.missing("a file is lacking in what was downloaded")
+        return facts
+
+    def _fetch(self, facts: WeightsFacts) -> None:
+        facts.fetch()
 
     @cached_property
     def _network(self) -> Any:
-        facts = self._obtain()
+        facts = self.obtain()
         try:
             return self._load(facts)
         except UNREADABLE as error:
@@ -157,24 +161,32 @@ class Network(Encoder):
                 f"({reason}); {facts.how_to_get}"
             ) from error
 
-    def _obtain(self) -> WeightsFacts:
-        facts = self.weights()
-        if facts.present:
-            return facts
-        self._fetch(facts)
-        return self.weights()
-
-    def _fetch(self, facts: WeightsFacts) -> None:
-        """Download what is missing or raise `facts.missing`."""
-        raise facts.missing()
-
     @abstractmethod
     def _load(self, facts: WeightsFacts) -> Any:
-        """Return the network in float32 on the device, ready for inference."""
+        """Return the network in float32 on the device, ready for inference, and what else it needs."""
 
-    @abstractmethod
+
+class ImageNetwork(Network, Encoder):
+    """An encoder that is a network: images of one size go through it together."""
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        self.prepare()
+        pixels = self._pixels([checked(image) for image in images])
+        rows: dict[int, torch.Tensor] = {}
+        for shape in dict.fromkeys(tensor.shape for tensor in pixels):
+            places = [place for place, tensor in enumerate(pixels) if tensor.shape == shape]
+            batch = torch.stack([pixels[place] for place in places])
+            rows.update(zip(places, self._features(batch.to(self.device)).float().cpu(), strict=True))
+        stacked = torch.stack([rows[place] for place in range(len(pixels))])
+        return F.normalize(stacked, dim=-1) if self.normalised else stacked
+
+    def _pixels(self, images: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [self._preprocess(image) for image in images]
+
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
         """Return the network's input [3, h, w], float32, on the CPU, for uint8 [3, H, W]."""
+        raise NotImplementedError
 
     @abstractmethod
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:

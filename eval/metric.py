@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 
 from eval.aggregates import GroupValue, aggregate_named
-from eval.encoders import Encoder
 from eval.files import canonical_json
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, units_of
@@ -50,8 +50,8 @@ class Metric(ABC):
             of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
             a share of it a margin.
         aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
-        encoder: what embeds the images; None for a metric that compares pixels itself, which then has a `judge`
-            of its own.
+        encoder: what embeds the images, or compares or scores them; None for a metric that compares pixels itself,
+            which then has a `judge` of its own.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
     """
 
@@ -64,7 +64,7 @@ class Metric(ABC):
     aggregate: str = "mean"
     only: tuple[str, ...] | None = None
 
-    def __init__(self, encoder: Encoder | None, name: str | None = None) -> None:
+    def __init__(self, encoder: Judge | None, name: str | None = None) -> None:
         self.encoder = encoder
         if name is not None:
             self.name = name
@@ -108,6 +108,20 @@ class Metric(ABC):
             "n_images": sum(group["n_images"] for group in groups),
             "groups": groups,
         }
+
+
+class ImageMetric(Metric):
+    """A metric that scores every image by itself; a group has the mean of its images."""
+
+    @abstractmethod
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        """Return a score for every image, [N], in the order of `images.rows`."""
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        scores = self.scores(images).double()
+        return [
+            images.group_value(group, value=scores[members].mean().item()) for group, members in images.groups.items()
+        ]
 
 
 class SetMetric(Metric):

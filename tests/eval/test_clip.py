@@ -248,13 +248,13 @@ def test_open_clip_without_weights_says_what_to_do(monkeypatch, tmp_path, offlin
 
 def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     """The safetensors file first, the older name if there is none, and the reason if there is neither."""
-    asked = []
+    asked, cached = [], []
 
     def download(repository, name):
         asked.append(name)
         if name not in available:
             raise OSError(f"no {name} in {repository}")
-        return f"/cache/{name}"
+        cached.append(f"/cache/{name}")
 
     class Stop(Exception):
         pass
@@ -262,8 +262,8 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     def create_model(_, pretrained, **__):
         raise Stop(pretrained)
 
-    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("eval.clip.network_answers", lambda _: True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: next(iter(cached), None))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("open_clip.create_model", create_model)
     available = ["open_clip_pytorch_model.bin"]
@@ -271,6 +271,7 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
         OpenClip("ViT-B-32", "openai").prepare()
     assert asked == ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     available = []
+    cached.clear()
     with pytest.raises(FileNotFoundError, match=r"no open_clip_pytorch_model\.bin in timm/"):
         OpenClip("ViT-B-32", "openai").prepare()
 

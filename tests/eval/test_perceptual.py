@@ -147,12 +147,12 @@ def test_missing_weights_fail_at_once_and_say_what_to_do(given, tmp_path, monkey
 def test_wrong_weights_are_refused(weights, tmp_path):
     file = tmp_path / BACKBONES["squeeze"]
     file.write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"unreadable file.*download it again"):
+    with pytest.raises(ValueError, match=r"not a file of tensors alone\); put .*from https"):
         Lpips("squeeze", weights_dir=tmp_path).prepare()
     state = torch.load(weights / BACKBONES["squeeze"])
     del state["features.12.expand3x3.bias"]
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"got others: features\.12\.expand3x3\.bias is missing"):
+    with pytest.raises(ValueError, match=r"cannot be loaded .*features\.12\.expand3x3\.bias"):
         Lpips("squeeze", weights_dir=tmp_path).prepare()
     with pytest.raises(ValueError, match="alex"):
         Lpips("resnet")
