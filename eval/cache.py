@@ -68,7 +68,7 @@ class EmbeddingCache:
         folder = self._folder_of(encoder_id)
         folder.mkdir(parents=True, exist_ok=True)
         keys = sorted(embeddings)
-        shard = folder / f"{_digest(keys)}.safetensors"
+        shard = folder / f"{_shard_name(keys)}.safetensors"
         sweep(folder, "*.tmp")
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         os.close(handle)
@@ -99,7 +99,7 @@ class EmbeddingCache:
         return index
 
 
-def _digest(keys: Sequence[str]) -> str:
+def _shard_name(keys: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
 
 

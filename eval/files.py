@@ -173,7 +173,7 @@ class ContentHashes:
         if self._file and self._file.is_file():
             for line in self._file.read_bytes().split(b"\n"):
                 values, _, check = line.rpartition(b" ")
-                if check.decode("ascii", "replace") == _check(values):
+                if check.decode("ascii", "replace") == _line_digest(values):
                     *key, digest = json.loads(values)
                     known[tuple(key)] = digest
                 else:
@@ -196,11 +196,11 @@ class ContentHashes:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 values = json.dumps([*key, digest]).encode()
                 with open(self._file, "ab") as file:
-                    file.write(values + b" " + _check(values).encode() + b"\n")
+                    file.write(values + b" " + _line_digest(values).encode() + b"\n")
         return self._known[key]
 
 
-def _check(line: bytes) -> str:
+def _line_digest(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest()[:16]
 
 
