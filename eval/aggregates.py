@@ -89,7 +89,6 @@ class Mean(Aggregate):
     description = "mean over groups"
 
     def values(self, groups: Sequence[GroupValue]) -> list[GroupValue]:
-        """See `Aggregate.values`."""
         bad = [group["group"] for group in groups if not np.isfinite(_entry(group, "value", self.name))]
         if bad:
             raise ValueError(f"expected finite values, got others in {bad[:10]}; look at their images")

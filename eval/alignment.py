@@ -11,23 +11,14 @@ from typing import Any
 
 import torch
 
-from eval.aggregates import GroupValue
 from eval.imageset import ImageSet
-from eval.metric import Metric
+from eval.metric import ImageMetric
 
 SCALE = 100.0
 
 
 def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
-    """Score each image against its own text: 100 * max(cos, 0).
-
-    Args:
-        image_embeddings: [N, D].
-        text_embeddings: [N, D], row i the text of image i.
-
-    Returns:
-        float64 [N] in [0, 100]; higher is better.
-    """
+    """Score images [N, D] each against its own text, [N, D]: 100 * max(cos, 0), float64 [N]; higher is better."""
     if image_embeddings.ndim != 2 or image_embeddings.shape != text_embeddings.shape:
         raise ValueError(
             f"expected one text [D] an image [D], got images {list(image_embeddings.shape)} and texts "
@@ -38,7 +29,7 @@ def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) ->
     return SCALE * cosine.clamp(min=0)
 
 
-class ClipScore(Metric):
+class ClipScore(ImageMetric):
     """Mean CLIPScore of the images of a group against their prompt."""
 
     name = "clip_score"
@@ -48,12 +39,8 @@ class ClipScore(Metric):
     bounds = (0, 100)
     description = "mean over a group's images of 100 max(cos, 0) of image and prompt (Hessel et al. 2021 use 2.5)"
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`."""
-        scores = clip_score(images.embeddings(self.encoder), images.text_embeddings(self.encoder))
-        return [
-            images.group_value(group, value=scores[members].mean().item()) for group, members in images.groups.items()
-        ]
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        return clip_score(images.embeddings(self.encoder), images.text_embeddings(self.encoder))
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many different prompts there are and how many the text tower cannot read to the end."""

@@ -103,7 +103,6 @@ class AttributeEntropy(Metric):
         self.templates = [str(template) for template in templates]
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {"labels": self.labels, "templates": self.templates}
 
     def _labels_of(self, category: str) -> list[str] | None:
@@ -116,7 +115,6 @@ class AttributeEntropy(Metric):
         return {name: f"{counts[name]} of {n} images" for name, n in sorted(needed.items()) if counts[name] < n}
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`; groups of categories without labels, or with too few images, are left out."""
         embeddings = images.embeddings(self.encoder)
         too_small = self._too_small(images)
         texts: dict[str, torch.Tensor] = {}

@@ -44,14 +44,7 @@ def _gram(embeddings: torch.Tensor, minimum: int) -> torch.Tensor:
 
 
 def mean_pairwise_similarity(embeddings: torch.Tensor) -> torch.Tensor:
-    """Average the cosine similarity over the unordered pairs of each group.
-
-    Args:
-        embeddings: [G, K, D], K >= 2.
-
-    Returns:
-        float64 [G] in [-1, 1]; lower is more diverse.
-    """
+    """Average the cosine over the pairs of groups [G, K, D], K >= 2: float64 [G] in [-1, 1]; lower is more diverse."""
     gram = _gram(embeddings, minimum=2)
     k = gram.shape[1]
     i, j = torch.triu_indices(k, k, offset=1)
@@ -106,7 +99,6 @@ class EmbeddingMetric(Metric):
         """[G, K, D] -> [G]."""
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`."""
         pools = images.pools(self.pooled)
         small = [pool for pool, members in pools.items() if len(members) < self.minimum]
         if small:
@@ -143,10 +135,7 @@ class PairwiseSimilarity(EmbeddingMetric):
     bounds = (-1, 1)
     description = "mean cosine similarity of the embeddings over the pairs of different images of a group"
     minimum = 2
-
-    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """See `eval.diversity.mean_pairwise_similarity`."""
-        return mean_pairwise_similarity(embeddings)
+    measure_groups = staticmethod(mean_pairwise_similarity)
 
 
 class PairwiseDistance(EmbeddingMetric):
@@ -159,19 +148,14 @@ class PairwiseDistance(EmbeddingMetric):
     bounds = (0, 2)
     description = "1 - mean cosine similarity of the embeddings over the pairs of different images of a group"
     minimum = 2
-
-    def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """See `eval.diversity.mean_pairwise_distance`."""
-        return mean_pairwise_distance(embeddings)
+    measure_groups = staticmethod(mean_pairwise_distance)
 
 
 class VendiScore(EmbeddingMetric):
     """Effective number of different images in a group; only for groups of one size.
 
     Args:
-        encoder: what embeds the images.
         q: order of the entropy, > 0; 1 is the Vendi Score.
-        name: for tables.
     """
 
     name = "vendi_score"
@@ -188,11 +172,9 @@ class VendiScore(EmbeddingMetric):
         self.q = float(q)
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {"q": "inf" if self.q == float("inf") else self.q}
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`; groups of several sizes are an error that lists them."""
         sizes = Counter(len(members) for members in images.pools(self.pooled).values())
         if len(sizes) > 1:
             listing = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items()))
@@ -203,7 +185,6 @@ class VendiScore(EmbeddingMetric):
         return super().per_group(images)
 
     def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """See `eval.diversity.vendi_score`."""
         return vendi_score(embeddings, self.q)
 
 

@@ -29,7 +29,6 @@ from eval.images import (
     ManifestRow,
     images_in,
     read_manifest,
-    rows_hash,
     visible,
 )
 from eval.imageset import ImageSet
@@ -42,6 +41,8 @@ IMAGES_A_SPLIT = 10
 EXTRAPOLATION_POINTS = 15
 # Rows of a matrix of kernel values or distances that are in memory at once.
 ROWS = 2048
+
+PAIRS = "the kernel is averaged over pairs"
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -251,14 +252,31 @@ def _kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor) -> float:
     return sum(kernel(rows, y).sum().item() for rows in x.split(ROWS)) / (len(x) * len(y))
 
 
-def _kernel_within(kernel: Kernel, x: torch.Tensor, design: Design | None = None) -> float:
-    """Average a kernel over the pairs of different rows of x that a design has; all of them without one."""
-    design = design or Design.independent(len(x))
+def _kernel_within(kernel: Kernel, x: torch.Tensor, design: Design | None) -> float:
+    """Average a kernel over the pairs of rows of x, as a design weighs them; each with itself, too, without one."""
+    if design is None:
+        return _kernel_mean(kernel, x, x)
     total = 0.0
     for start in range(0, len(x), ROWS):
         rows = x[start : start + ROWS]
         total += (kernel(rows, x) * design.weights(start, start + len(rows))).sum().item()
     return total / len(x) ** 2
+
+
+def _squared_mmd(
+    kernel: Kernel,
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    designs: tuple[Design | None, Design | None],
+    within_reference: float | None,
+) -> float:
+    """Return the squared MMD under a kernel, given the designs of the features and of the reference."""
+    require_images(features, 2, "images", PAIRS)
+    require_images(reference, 2, "reference images", PAIRS)
+    if within_reference is None:
+        within_reference = _kernel_within(kernel, reference, designs[1])
+    within = _kernel_within(kernel, features, designs[0])
+    return within + within_reference - 2 * _kernel_mean(kernel, features, reference)
 
 
 def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -291,12 +309,8 @@ def kernel_distance(
         Lower is better; 0 in expectation for equal distributions, hence sometimes negative.
     """
     features, reference = checked_pair(features, reference)
-    require_images(features, 2, "images", "the kernel is averaged over pairs")
-    require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
-    if within_reference is None:
-        within_reference = _kernel_within(_cubic, reference)
-    within = _kernel_within(_cubic, features, design)
-    return within + within_reference - 2 * _kernel_mean(_cubic, features, reference)
+    designs = design or Design.independent(len(features)), Design.independent(len(reference))
+    return _squared_mmd(_cubic, features, reference, designs, within_reference)
 
 
 def cmmd(
@@ -325,16 +339,10 @@ def cmmd(
         Lower is better; >= 0 if biased.
     """
     features, reference = (F.normalize(x, dim=-1) for x in checked_pair(features, reference))
-    require_images(features, 2, "images", "the kernel is averaged over pairs")
-    require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
-    if within_reference is None:
-        within_reference = _gaussian_within(reference, unbiased)
-    within = _gaussian_within(features, unbiased, design)
-    return CMMD_SCALE * (within + within_reference - 2 * _kernel_mean(_gaussian, features, reference))
-
-
-def _gaussian_within(x: torch.Tensor, unbiased: bool, design: Design | None = None) -> float:
-    return _kernel_within(_gaussian, x, design) if unbiased else _kernel_mean(_gaussian, x, x)
+    designs = (None, None)
+    if unbiased:
+        designs = design or Design.independent(len(features)), Design.independent(len(reference))
+    return CMMD_SCALE * _squared_mmd(_gaussian, features, reference, designs, within_reference)
 
 
 def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> float:
@@ -394,13 +402,11 @@ def reference_rows(folder: str | Path) -> list[ManifestRow]:
     ]
 
 
-class AgainstReference(SetMetric):
+class FidelityMetric(SetMetric):
     """A number of a set of images and a set of real ones.
 
     Args:
-        encoder: what embeds both.
         reference: folder of the real images; see `reference_rows`.
-        name: for tables.
     """
 
     def __init__(self, encoder: Encoder, reference: str | Path, name: str | None = None) -> None:
@@ -409,37 +415,31 @@ class AgainstReference(SetMetric):
         self._summary: Any = None
 
     @cached_property
-    def _rows(self) -> list[ManifestRow]:
-        return reference_rows(self.reference)
-
-    @cached_property
-    def _hash(self) -> str:
-        return rows_hash(self.reference, self._rows)
+    def real(self) -> ImageSet:
+        """The real images."""
+        return ImageSet(self.reference, reference_rows(self.reference))
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""
-        return {"reference_sha256": self._hash}
+        return {"reference_sha256": self.real.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many real images there are, and what the features are."""
         return {
             "reference": self.reference.name,
-            "n_reference": len(self._rows),
+            "n_reference": len(self.real.rows),
             "feature_dimension": images.embeddings(self.encoder).shape[1],
             "features": "length 1" if self.encoder.normalised else "raw",
         }
 
     def prepare(self) -> None:
         """Read the reference's list and load the encoder; see `Metric.prepare`."""
-        _ = self._rows
+        _ = self.real
         super().prepare()
 
     def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        """See `SetMetric.value_of`."""
-        if self._summary is None:
-            # through the cache of the images, and once for all subsets
-            real = ImageSet(self.reference, self._rows, images.cache, images.batch_size, images.progress)
-            self._summary = self.summarise(real.embeddings(self.encoder).double())
+        if self._summary is None:  # once for all subsets
+            self._summary = self.summarise(images.beside(self.real).embeddings(self.encoder).double())
         features = images.embeddings(self.encoder)[positions].double()
         return self.compare(features, self._summary, [images.rows[position] for position in positions])
 
@@ -452,7 +452,7 @@ class AgainstReference(SetMetric):
         """Measure features, float64 [N, D], of N images against the summary of the reference."""
 
 
-class FrechetDistance(AgainstReference):
+class FrechetDistance(FidelityMetric):
     """Frechet distance; "FID" if the encoder is Inception.
 
     `minimum` is that of `frechet_minimum`, known once features are there.
@@ -461,7 +461,6 @@ class FrechetDistance(AgainstReference):
         encoder: what embeds the images, raw features.
         reference: folder of the real images, more than the features' dimension.
         extrapolate: to infinitely many images; see `frechet_distance`. Fifteen times the work.
-        name: for tables.
     """
 
     name = "frechet_distance"
@@ -481,24 +480,20 @@ class FrechetDistance(AgainstReference):
             self.bounds = (None, None)
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {**super().settings(), "extrapolate": self.extrapolate}
 
     def results(self, images: ImageSet) -> dict[str, Any]:
-        """See `SetMetric.results`."""
         self.minimum = frechet_minimum(images.embeddings(self.encoder).shape[1], self.extrapolate)
         return super().results(images)
 
     def summarise(self, reference: torch.Tensor) -> Gaussian:
-        """See `AgainstReference.summarise`; too few real images are refused."""
         return _full_rank(reference)
 
     def compare(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow]) -> float:
-        """See `frechet_distance`."""
         return frechet_distance(features, summary, self.extrapolate)
 
 
-class KernelDistance(AgainstReference):
+class KernelDistance(FidelityMetric):
     """Kernel distance; "KID" if the encoder is Inception.
 
     Unbiased at every n, given which images were made together (see `Design`), hence the least `minimum` there is.
@@ -512,26 +507,21 @@ class KernelDistance(AgainstReference):
     minimum = 2
 
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See `AgainstReference.summarise`."""
-        require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
-        return reference, _kernel_within(_cubic, reference, Design.of(self._rows, together=False))
+        require_images(reference, 2, "reference images", PAIRS)
+        return reference, _kernel_within(_cubic, reference, Design.of(self.real.rows, together=False))
 
-    def compare(
-        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
-    ) -> float:
-        """See `kernel_distance`."""
+    def compare(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow]) -> float:
         reference, within = summary
         return kernel_distance(features, reference, Design.of(rows), within)
 
 
-class Cmmd(AgainstReference):
+class Cmmd(FidelityMetric):
     """Maximum mean discrepancy of CLIP embeddings; see `cmmd`.
 
     Args:
         encoder: a CLIP model.
         reference: folder of the real images.
         unbiased: leave out the diagonals and the pairs of a group, unlike the paper's code; see `Design`.
-        name: for tables.
     """
 
     name = "cmmd"
@@ -550,19 +540,14 @@ class Cmmd(AgainstReference):
         self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {**super().settings(), "unbiased": self.unbiased}
 
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See `AgainstReference.summarise`."""
-        require_images(reference, 2, "reference images", "the kernel is averaged over pairs")
-        design = Design.of(self._rows, together=False) if self.unbiased else None
-        return reference, _gaussian_within(F.normalize(reference, dim=-1), self.unbiased, design)
+        require_images(reference, 2, "reference images", PAIRS)
+        design = Design.of(self.real.rows, together=False) if self.unbiased else None
+        return reference, _kernel_within(_gaussian, F.normalize(reference, dim=-1), design)
 
-    def compare(
-        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
-    ) -> float:
-        """See `cmmd`."""
+    def compare(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow]) -> float:
         reference, within = summary
         return cmmd(features, reference, self.unbiased, Design.of(rows) if self.unbiased else None, within)
 
@@ -575,7 +560,6 @@ class InceptionScore(SetMetric):
     Args:
         encoder: one with a classifier head, `logits_from_features`.
         splits: the score is averaged over so many parts.
-        name: for tables.
     """
 
     name = "inception_score"
@@ -598,10 +582,8 @@ class InceptionScore(SetMetric):
         self.minimum = IMAGES_A_SPLIT * splits
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {"splits": self.splits}
 
     def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        """See `inception_score`."""
         logits = self.encoder.logits_from_features(images.embeddings(self.encoder)[positions])
         return inception_score(logits, self.splits)

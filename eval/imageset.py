@@ -54,11 +54,7 @@ class ImageSet:
 
     @classmethod
     def open(
-        cls,
-        folder: str | Path,
-        cache: EmbeddingCache | None = None,
-        batch_size: int = 32,
-        progress: bool = False,
+        cls, folder: str | Path, cache: EmbeddingCache | None = None, batch_size: int = 32, progress: bool = False
     ) -> ImageSet:
         """Read a run folder or a plain folder; see `eval.images.read_manifest`."""
         return cls(folder, read_manifest(folder), cache, batch_size, progress)
@@ -78,6 +74,10 @@ class ImageSet:
                 f"{self.rows[0].prompt_id}; leave the metric out or change its `only`"
             )
         return ImageSet(self.folder, rows, self.cache, self.batch_size, self.progress)
+
+    def beside(self, other: ImageSet) -> ImageSet:
+        """Return another folder's images, to be embedded with this set's cache, batch size and bar."""
+        return ImageSet(other.folder, other.rows, self.cache, self.batch_size, self.progress)
 
     @cached_property
     def manifest_hash(self) -> str:

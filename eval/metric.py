@@ -148,7 +148,6 @@ class SetMetric(Metric):
     aggregate = "subsets"
 
     def design(self) -> dict[str, Any]:
-        """See `Metric.design`."""
         return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
 
     @abstractmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eval.encoders import Encoder
-from eval.fidelity import ROWS, AgainstReference, checked_pair, require_images
+from eval.fidelity import ROWS, FidelityMetric, checked_pair, require_images
 from eval.images import ManifestRow
 
 
@@ -117,15 +117,21 @@ def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5
     return neighbours.density(features), neighbours.coverage(features)
 
 
-class NeighbourMetric(AgainstReference):
+class NeighbourMetric(FidelityMetric):
     """A measure of overlap of two sets by their nearest neighbours.
 
     `minimum` leaves every image a k-th neighbour. That is arithmetic, not statistics: the numbers depend on both
     sizes, so only sets of one size against one reference can be compared.
+
+    Attributes:
+        overlap: the method of `Neighbours` that measures it.
+        default_k: `k` where none is given: that of the paper.
     """
 
     version = 1
     higher_is_better = True
+    bounds = (0.0, 1.0)
+    overlap: str
     default_k: int
 
     def __init__(self, encoder: Encoder, reference: str | Path, k: int | None = None, name: str | None = None) -> None:
@@ -134,65 +140,47 @@ class NeighbourMetric(AgainstReference):
         self.minimum = self.k + 1
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {**super().settings(), "k": self.k}
 
     def summarise(self, reference: torch.Tensor) -> Neighbours:
-        """See `AgainstReference.summarise`."""
         return Neighbours(reference, self.k)
+
+    def compare(self, features: torch.Tensor, summary: Neighbours, rows: Sequence[ManifestRow]) -> float:
+        return getattr(summary, self.overlap)(features)
 
 
 class Precision(NeighbourMetric):
     """Share of images that lie within the real ones' neighbourhoods; see `precision_recall`."""
 
-    name = "precision"
-    bounds = (0.0, 1.0)
+    name = overlap = "precision"
     unit = "share of images, 0 to 1"
     description = "share of images within a real image's distance to its k-th real neighbour"
     default_k = 3
-
-    def compare(self, features: torch.Tensor, summary: Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `precision_recall`."""
-        return summary.precision(features)
 
 
 class Recall(NeighbourMetric):
     """Share of real images that lie within the images' neighbourhoods; see `precision_recall`."""
 
-    name = "recall"
-    bounds = (0.0, 1.0)
+    name = overlap = "recall"
     unit = "share of real images, 0 to 1"
     description = "share of real images within an image's distance to its k-th neighbour among the images"
     default_k = 3
-
-    def compare(self, features: torch.Tensor, summary: Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `precision_recall`."""
-        return summary.recall(features)
 
 
 class Density(NeighbourMetric):
     """How many real images' neighbourhoods an image lies in; see `density_coverage`."""
 
-    name = "density"
+    name = overlap = "density"
     bounds = (0.0, None)
     unit = "1 for equal distributions, >= 0"
     description = "mean over images of the real images within whose k-th neighbour they lie, over k"
     default_k = 5
 
-    def compare(self, features: torch.Tensor, summary: Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `density_coverage`."""
-        return summary.density(features)
-
 
 class Coverage(NeighbourMetric):
     """Share of real images that have an image within their neighbourhood; see `density_coverage`."""
 
-    name = "coverage"
-    bounds = (0.0, 1.0)
+    name = overlap = "coverage"
     unit = "share of real images, 0 to 1"
     description = "share of real images with an image nearer than their k-th real neighbour"
     default_k = 5
-
-    def compare(self, features: torch.Tensor, summary: Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `density_coverage`."""
-        return summary.coverage(features)

@@ -73,10 +73,7 @@ class Lpips(Network):
 
     @torch.inference_mode()
     def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
-        """Return the distances among images.
-
-        Each image goes through the network once, and all pairs of an image with the later ones are compared at
-        once.
+        """Return the distances among images; each goes through the network once.
 
         Args:
             images: K uint8 tensors [3, H, W] of one size, H and W >= 32.

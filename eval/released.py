@@ -23,11 +23,11 @@ from torchvision.transforms.functional import center_crop, resize
 
 from eval.diversity import EmbeddingMetric, VendiScore, mean_pairwise_similarity, vendi_score
 from eval.encoders import Encoder
-from eval.fidelity import AgainstReference, Gaussian, frechet_distance_of_gaussians
+from eval.fidelity import FidelityMetric, Gaussian, frechet_distance_of_gaussians
 from eval.images import ManifestRow
 from eval.weights import WeightsFacts
 
-SIDE = 256
+CROP = 256
 
 
 def stretched(image: torch.Tensor) -> torch.Tensor:
@@ -44,8 +44,8 @@ def stretched(image: torch.Tensor) -> torch.Tensor:
         uint8 [3, 256, 256].
     """
     height, width = image.shape[1:]
-    size = [height, SIDE] if height < width else [SIDE, width]
-    cropped = center_crop(resize(image.float() / 255, size, antialias=True), [SIDE, SIDE])
+    size = [height, CROP] if height < width else [CROP, width]
+    cropped = center_crop(resize(image.float() / 255, size, antialias=True), [CROP, CROP])
     return (cropped * 255).clamp(0, 255).to(torch.uint8)
 
 
@@ -64,22 +64,19 @@ class Stretched(Encoder):
     @property
     def id(self) -> str:
         """The encoder's, and what was done before."""
-        return f"{self.encoder.id}-stretched{SIDE}"
+        return f"{self.encoder.id}-stretched{CROP}"
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """See `Encoder.embed_images`."""
         return self.encoder.embed_images([stretched(image) for image in images])
 
     def prepare(self) -> None:
-        """See `Encoder.prepare`."""
         self.encoder.prepare()
 
     def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
         return self.encoder.weights()
 
 
-class ReleasedFrechetDistance(AgainstReference):
+class ReleasedFrechetDistance(FidelityMetric):
     """Frechet distance of squashed images, at any n; "FID" as released if the encoder is Inception.
 
     `minimum` is 2, since the script computes a covariance of whatever there is.
@@ -88,7 +85,6 @@ class ReleasedFrechetDistance(AgainstReference):
         encoder: what embeds the images, once they are squashed.
         reference: folder of the real images, which are squashed as well. The script takes at most 2.5 of them an
             image, drawn at random: put those into the folder.
-        name: for tables.
     """
 
     name = "released_frechet_distance"
@@ -103,11 +99,9 @@ class ReleasedFrechetDistance(AgainstReference):
         super().__init__(Stretched(encoder), reference, name)
 
     def summarise(self, reference: torch.Tensor) -> Gaussian:
-        """See `AgainstReference.summarise`."""
         return Gaussian.of(reference)
 
     def compare(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow]) -> float:
-        """See `eval.fidelity.frechet_distance_of_gaussians`."""
         return frechet_distance_of_gaussians(Gaussian.of(features), summary)
 
 

@@ -22,7 +22,7 @@ from eval.fidelity import (
     InceptionScore,
     KernelDistance,
     _cubic,
-    _gaussian_within,
+    _gaussian,
     _kernel_within,
     cmmd,
     frechet_distance,
@@ -320,7 +320,7 @@ def test_a_design_weighs_pairs_by_hand():
     x = sample(9, 3)
     values = _cubic(x, x)
     usual = (values.sum() - values.trace()) / 72
-    assert _kernel_within(_cubic, x) == pytest.approx(usual.item())
+    assert _kernel_within(_cubic, x, Design.independent(len(x))) == pytest.approx(usual.item())
     with pytest.raises(ValueError, match="at least 2 groups, got 1"):
         Design.of(rows[:2])
 
@@ -418,7 +418,7 @@ def test_metrics_are_the_functions_of_the_features(made, real):
         "frechet_distance_extrapolated": frechet_distance(x, y, extrapolate=True),
         "kernel_distance": kernel_distance(x, y, design, _kernel_within(_cubic, y.double(), reference_design)),
         "cmmd": cmmd(x, y),
-        "cmmd_unbiased": cmmd(x, y, True, design, _gaussian_within(unit, True, reference_design)),
+        "cmmd_unbiased": cmmd(x, y, True, design, _kernel_within(_gaussian, unit, reference_design)),
         "precision": precision_recall(x, y)[0],
         "recall": precision_recall(x, y)[1],
         "density": density_coverage(x, y)[0],
