@@ -2,6 +2,9 @@
 
 Every aggregate is a mean: of the groups' values, or of the categories' entropies. What it is a mean of is what can be
 resampled, exchanged and paired. All of it needs only what is in a result file, no images and no encoder.
+
+Entropies are in nats. The plug-in estimate is biased down by about (m - 1) / 2n (m labels seen, n images); Miller and
+Madow's correction adds just that, so it may lie a little above log(number of labels).
 """
 
 from __future__ import annotations
@@ -13,7 +16,36 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from eval.attributes import entropy
+# Fewer images than this have no entropy, however few the labels.
+MINIMUM_IMAGES = 8
+
+
+def entropy(counts: np.ndarray, miller_madow: bool = True, minimum: int = MINIMUM_IMAGES) -> np.ndarray:
+    """Estimate Shannon entropies from label counts, natural logarithm.
+
+    Args:
+        counts: [..., L] how often each label was seen, >= 0.
+        miller_madow: add (m - 1) / 2n, m the number of labels seen.
+        minimum: smallest n = sum of counts that is accepted.
+
+    Returns:
+        float64 [...], in nats, 0 where all images have one label.
+
+    Raises:
+        ValueError: n below `minimum`.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    n = counts.sum(axis=-1, keepdims=True)
+    if (n < max(minimum, 1)).any():
+        raise ValueError(
+            f"expected at least {max(minimum, 1)} images for an entropy, got {int(n.min())}; "
+            "its bias would exceed the differences looked for: generate more images or pool more groups"
+        )
+    p = counts / n
+    plug_in = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+    if not miller_madow:
+        return plug_in
+    return plug_in + ((counts > 0).sum(axis=-1) - 1) / (2 * n[..., 0])
 
 
 class GroupValue(TypedDict):
@@ -57,7 +89,6 @@ class Mean(Aggregate):
     description = "mean over groups"
 
     def values(self, groups: Sequence[GroupValue]) -> list[GroupValue]:
-        """See `Aggregate.values`."""
         bad = [group["group"] for group in groups if not np.isfinite(_entry(group, "value", self.name))]
         if bad:
             raise ValueError(f"expected finite values, got others in {bad[:10]}; look at their images")

@@ -7,21 +7,18 @@ only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from eval.imageset import ImageSet
+from eval.metric import ImageMetric
 
 SCALE = 100.0
 
 
 def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
-    """Score each image against its own text: 100 * max(cos, 0).
-
-    Args:
-        image_embeddings: [N, D].
-        text_embeddings: [N, D], row i the text of image i.
-
-    Returns:
-        float64 [N] in [0, 100]; higher is better.
-    """
+    """Score images [N, D] each against its own text, [N, D]: 100 * max(cos, 0), float64 [N]; higher is better."""
     if image_embeddings.ndim != 2 or image_embeddings.shape != text_embeddings.shape:
         raise ValueError(
             f"expected one text [D] an image [D], got images {list(image_embeddings.shape)} and texts "
@@ -30,3 +27,22 @@ def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) ->
     # in float64: the scores of methods differ in the third digit
     cosine = torch.nn.functional.cosine_similarity(image_embeddings.double(), text_embeddings.double(), dim=-1)
     return SCALE * cosine.clamp(min=0)
+
+
+class ClipScore(ImageMetric):
+    """Mean CLIPScore of the images of a group against their prompt."""
+
+    name = "clip_score"
+    version = 1
+    higher_is_better = True
+    unit = "100 max(cosine, 0), 0 to 100"
+    bounds = (0, 100)
+    description = "mean over a group's images of 100 max(cos, 0) of image and prompt (Hessel et al. 2021 use 2.5)"
+
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        return clip_score(images.embeddings(self.encoder), images.text_embeddings(self.encoder))
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say how many different prompts there are and how many the text tower cannot read to the end."""
+        prompts = sorted(set(images.texts))
+        return {"n_prompts": len(prompts), "n_prompts_truncated": self.encoder.count_truncated(prompts)}

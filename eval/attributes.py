@@ -2,23 +2,24 @@
 counts.
 
 Labels are the argmax of the cosine to text embeddings, each the normalised mean over prompt templates
-(Radford et al. 2021, Sec. 3.1.4). Entropies are in nats. The plug-in estimate is biased down by about (m - 1)
-/ 2n (m labels seen, n images); Miller and Madow's correction adds just that, so it may lie a little above
-log(number of labels). Neither helps where there are few images for the labels: see `minimum_images`.
+(Radford et al. 2021, Sec. 3.1.4). The entropy itself is in `eval.aggregates`; its correction does not help where
+there are few images for the labels: see `minimum_images`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from eval.aggregates import MINIMUM_IMAGES, GroupValue
 from eval.encoders import Encoder
+from eval.imageset import ImageSet
+from eval.metric import Metric
 
-# Fewer images than this have no entropy, however few the labels.
-MINIMUM_IMAGES = 8
 IMAGES_A_LABEL = 2
 
 
@@ -60,29 +61,92 @@ def zero_shot_labels(image_embeddings: torch.Tensor, label_embeddings: torch.Ten
     return (F.normalize(image_embeddings, dim=-1) @ F.normalize(label_embeddings, dim=-1).T).argmax(dim=-1)
 
 
-def entropy(counts: np.ndarray, miller_madow: bool = True, minimum: int = MINIMUM_IMAGES) -> np.ndarray:
-    """Estimate Shannon entropies from label counts, natural logarithm.
+class AttributeEntropy(Metric):
+    """Entropy of zero-shot labels, pooled over the groups of a category, mean over categories.
+
+    A category with fewer images than `eval.attributes.minimum_images` of its labels is left out, by its number of
+    images alone and so the same for every method; the document lists it.
 
     Args:
-        counts: [..., L] how often each label was seen, >= 0.
-        miller_madow: add (m - 1) / 2n, m the number of labels seen.
-        minimum: smallest n = sum of counts that is accepted.
-
-    Returns:
-        float64 [...], in nats, 0 where all images have one label.
-
-    Raises:
-        ValueError: n below `minimum`.
+        encoder: one with a text tower.
+        labels: the labels to choose among: for each category its own, or one list for all. Images of a
+            category that is not named are left out.
+        templates: texts with one `{}` for the label; their embeddings are averaged.
+        name: for tables, when there are several kinds of label.
     """
-    counts = np.asarray(counts, dtype=np.float64)
-    n = counts.sum(axis=-1, keepdims=True)
-    if (n < max(minimum, 1)).any():
-        raise ValueError(
-            f"expected at least {max(minimum, 1)} images for an entropy, got {int(n.min())}; "
-            "its bias would exceed the differences looked for: generate more images or pool more groups"
+
+    name = "attribute_entropy"
+    version = 2
+    higher_is_better = True
+    unit = "nats"
+    bounds = (0, None)
+    description = "mean over categories of the entropy (Miller-Madow, nats) of the pooled zero-shot labels"
+    aggregate = "category_entropy"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        labels: Mapping[str, Sequence[str]] | Sequence[str],
+        templates: Sequence[str] = ("a photo of a {}",),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(encoder, name)
+        for given in (templates, labels, *(labels.values() if isinstance(labels, Mapping) else ())):
+            if isinstance(given, str):
+                raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
+        # plain containers, whatever a configuration library hands over
+        self.labels = (
+            {str(category): [str(label) for label in labels[category]] for category in labels}
+            if isinstance(labels, Mapping)
+            else [str(label) for label in labels]
         )
-    p = counts / n
-    plug_in = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
-    if not miller_madow:
-        return plug_in
-    return plug_in + ((counts > 0).sum(axis=-1) - 1) / (2 * n[..., 0])
+        self.templates = [str(template) for template in templates]
+
+    def settings(self) -> dict[str, Any]:
+        return {"labels": self.labels, "templates": self.templates}
+
+    def _labels_of(self, category: str) -> list[str] | None:
+        return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
+
+    def _too_small(self, images: ImageSet) -> dict[str, str]:
+        """Say of categories that have labels but too few images for them: how many of how many."""
+        counts = Counter(row.category for row in images.rows)
+        needed = {name: minimum_images(len(labels)) for name in counts if (labels := self._labels_of(name))}
+        return {name: f"{counts[name]} of {n} images" for name, n in sorted(needed.items()) if counts[name] < n}
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        embeddings = images.embeddings(self.encoder)
+        too_small = self._too_small(images)
+        texts: dict[str, torch.Tensor] = {}
+        values = []
+        for group, members in images.groups.items():
+            category = images.rows[members[0]].category
+            labels = self._labels_of(category)
+            if labels is None or category in too_small:
+                continue
+            if category not in texts:
+                texts[category] = label_embeddings(self.encoder, labels, self.templates)
+            chosen = zero_shot_labels(embeddings[members], texts[category]).tolist()
+            counts = Counter(labels[index] for index in chosen)
+            values.append(images.group_value(group, counts=dict(sorted(counts.items()))))
+        if not values and too_small:
+            raise ValueError(
+                f"expected at least two images a label, and {MINIMUM_IMAGES}, in a category for {self.name}, got "
+                f"{', '.join(f'{name}: {found}' for name, found in list(too_small.items())[:10])}; generate more "
+                "groups a category, give fewer labels, or leave this metric out"
+            )
+        if not values:
+            found = sorted({row.category for row in images.rows})
+            raise ValueError(
+                f"expected images of the categories {sorted(self.labels)} for {self.name}, got {found[:10]}; "
+                "give labels for the categories of the images"
+            )
+        return values
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say which categories were left out for want of labels, and which for want of images."""
+        categories = sorted({row.category for row in images.rows})
+        return {
+            "categories_left_out": [name for name in categories if self._labels_of(name) is None],
+            "categories_too_small": self._too_small(images),
+        }

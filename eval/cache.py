@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from eval.encoders import Encoder
-from eval.images import ContentHashes, ManifestRow, content_hash, load_image, sweep
+from eval.files import ContentHashes, content_hash, sweep
+from eval.images import ManifestRow, load_image
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class EmbeddingCache:
         folder: made when first needed; can be deleted at any time.
 
     Attributes:
-        hash_of: gives a file's content hash; see `eval.images.ContentHashes`.
+        hash_of: gives a file's content hash; see `eval.files.ContentHashes`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -67,7 +68,7 @@ class EmbeddingCache:
         folder = self._folder_of(encoder_id)
         folder.mkdir(parents=True, exist_ok=True)
         keys = sorted(embeddings)
-        shard = folder / f"{_digest(keys)}.safetensors"
+        shard = folder / f"{_shard_name(keys)}.safetensors"
         sweep(folder, "*.tmp")
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         os.close(handle)
@@ -98,7 +99,7 @@ class EmbeddingCache:
         return index
 
 
-def _digest(keys: Sequence[str]) -> str:
+def _shard_name(keys: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
 
 

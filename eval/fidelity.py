@@ -29,10 +29,10 @@ from eval.images import (
     ManifestRow,
     images_in,
     read_manifest,
-    rows_hash,
     visible,
 )
-from eval.metrics import ImageSet, SetMetric
+from eval.imageset import ImageSet
+from eval.metric import SetMetric
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
@@ -42,10 +42,12 @@ EXTRAPOLATION_POINTS = 15
 # Rows of a matrix of kernel values or distances that are in memory at once.
 ROWS = 2048
 
+PAIRS = "the kernel is averaged over pairs"
+
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Check that two sets of features belong together, and put them into float64."""
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(
@@ -58,7 +60,7 @@ def _checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torc
     return features, reference
 
 
-def _require(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
+def require_images(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
     if len(features) < minimum:
         raise ValueError(
             f"expected at least {minimum} {what}, got {len(features)}: {why}; give more images, or leave this "
@@ -81,7 +83,7 @@ class Gaussian:
     @classmethod
     def of(cls, features: torch.Tensor) -> Gaussian:
         """Take the moments of features [N, D], N >= 2."""
-        _require(features, 2, "images", "one alone has no covariance")
+        require_images(features, 2, "images", "one alone has no covariance")
         mean = features.double().mean(dim=0)
         centred = features.double() - mean
         return cls(mean, centred.T @ centred / (len(features) - 1))
@@ -144,11 +146,11 @@ def frechet_distance(
         ValueError: fewer than `frechet_minimum` images.
     """
     if not isinstance(reference, Gaussian):
-        features, reference = _checked_pair(features, reference)
+        features, reference = checked_pair(features, reference)
         reference = _full_rank(reference)
-    features, _ = _checked_pair(features, reference.mean[None])
+    features, _ = checked_pair(features, reference.mean[None])
     dimension = features.shape[1]
-    _require(
+    require_images(
         features,
         frechet_minimum(dimension, extrapolate),
         f"images for a Frechet distance of {dimension} features{' extrapolated' if extrapolate else ''}",
@@ -169,7 +171,7 @@ def frechet_distance(
 
 
 def _full_rank(reference: torch.Tensor) -> Gaussian:
-    _require(
+    require_images(
         reference,
         reference.shape[1] + 1,
         f"reference images for a Frechet distance of {reference.shape[1]} features",
@@ -250,14 +252,31 @@ def _kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor) -> float:
     return sum(kernel(rows, y).sum().item() for rows in x.split(ROWS)) / (len(x) * len(y))
 
 
-def _kernel_within(kernel: Kernel, x: torch.Tensor, design: Design | None = None) -> float:
-    """Average a kernel over the pairs of different rows of x that a design has; all of them without one."""
-    design = design or Design.independent(len(x))
+def _kernel_within(kernel: Kernel, x: torch.Tensor, design: Design | None) -> float:
+    """Average a kernel over the pairs of rows of x, as a design weighs them; each with itself, too, without one."""
+    if design is None:
+        return _kernel_mean(kernel, x, x)
     total = 0.0
     for start in range(0, len(x), ROWS):
         rows = x[start : start + ROWS]
         total += (kernel(rows, x) * design.weights(start, start + len(rows))).sum().item()
     return total / len(x) ** 2
+
+
+def _squared_mmd(
+    kernel: Kernel,
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    designs: tuple[Design | None, Design | None],
+    within_reference: float | None,
+) -> float:
+    """Return the squared MMD under a kernel, given the designs of the features and of the reference."""
+    require_images(features, 2, "images", PAIRS)
+    require_images(reference, 2, "reference images", PAIRS)
+    if within_reference is None:
+        within_reference = _kernel_within(kernel, reference, designs[1])
+    within = _kernel_within(kernel, features, designs[0])
+    return within + within_reference - 2 * _kernel_mean(kernel, features, reference)
 
 
 def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -289,13 +308,9 @@ def kernel_distance(
     Returns:
         Lower is better; 0 in expectation for equal distributions, hence sometimes negative.
     """
-    features, reference = _checked_pair(features, reference)
-    _require(features, 2, "images", "the kernel is averaged over pairs")
-    _require(reference, 2, "reference images", "the kernel is averaged over pairs")
-    if within_reference is None:
-        within_reference = _kernel_within(_cubic, reference)
-    within = _kernel_within(_cubic, features, design)
-    return within + within_reference - 2 * _kernel_mean(_cubic, features, reference)
+    features, reference = checked_pair(features, reference)
+    designs = design or Design.independent(len(features)), Design.independent(len(reference))
+    return _squared_mmd(_cubic, features, reference, designs, within_reference)
 
 
 def cmmd(
@@ -310,7 +325,7 @@ def cmmd(
     Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
     embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
     calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
-    compared with theirs, for square images: they squash others to 336 x 336, where `eval.encoders.OpenClip` crops.
+    compared with theirs, for square images: they squash others to 336 x 336, where `eval.clip.OpenClip` crops.
     It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
 
     Args:
@@ -323,17 +338,11 @@ def cmmd(
     Returns:
         Lower is better; >= 0 if biased.
     """
-    features, reference = (F.normalize(x, dim=-1) for x in _checked_pair(features, reference))
-    _require(features, 2, "images", "the kernel is averaged over pairs")
-    _require(reference, 2, "reference images", "the kernel is averaged over pairs")
-    if within_reference is None:
-        within_reference = _gaussian_within(reference, unbiased)
-    within = _gaussian_within(features, unbiased, design)
-    return CMMD_SCALE * (within + within_reference - 2 * _kernel_mean(_gaussian, features, reference))
-
-
-def _gaussian_within(x: torch.Tensor, unbiased: bool, design: Design | None = None) -> float:
-    return _kernel_within(_gaussian, x, design) if unbiased else _kernel_mean(_gaussian, x, x)
+    features, reference = (F.normalize(x, dim=-1) for x in checked_pair(features, reference))
+    designs = (None, None)
+    if unbiased:
+        designs = design or Design.independent(len(features)), Design.independent(len(reference))
+    return CMMD_SCALE * _squared_mmd(_gaussian, features, reference, designs, within_reference)
 
 
 def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> float:
@@ -355,7 +364,9 @@ def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> 
         raise ValueError(
             f"expected logits [N, C] and at least one split, got {list(logits.shape)} and {splits}; 1 or 10 is usual"
         )
-    _require(logits, IMAGES_A_SPLIT * splits, f"images for {splits} splits", "the mean prediction needs 10 a split")
+    require_images(
+        logits, IMAGES_A_SPLIT * splits, f"images for {splits} splits", "the mean prediction needs 10 a split"
+    )
     n = len(logits)
     order = np.random.RandomState(seed).permutation(n) if splits > 1 else np.arange(n)
     log_p = logits.double()[torch.from_numpy(order)].log_softmax(dim=1)
@@ -367,107 +378,6 @@ def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> 
         divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0).sum(dim=1)
         scores.append(divergence.mean().exp().item())
     return float(np.mean(scores))
-
-
-class _Neighbours:
-    """Squared distances around a reference set, shared by the four measures of its manifold.
-
-    Args:
-        reference: float64 [M, D].
-        k: which neighbour gives a ball its radius; M > k.
-    """
-
-    # Distances of the same two points, computed in two products, differ by rounding. Ties are common (the k-th
-    # neighbour lies on the ball), so what is within this of equal is equal.
-    TIE = 1e-9
-    # relative to the squared lengths: what differs by less than float32 resolves is one point
-    SAME = 1e-10
-
-    def __init__(self, reference: torch.Tensor, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
-        _require(reference, k + 1, "reference images", f"each needs a neighbour number {k}")
-        self.k = k
-        # distances from the centre are smaller than those from the origin, and so is the rounding
-        self.centre = reference.mean(dim=0)
-        self.reference = reference - self.centre
-        self.radii = self._radii(self.reference)
-
-    def _squared(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        lengths = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
-        distances = lengths - 2 * x @ y.T
-        return torch.where(distances < self.SAME * lengths, 0, distances)
-
-    def _radii(self, x: torch.Tensor) -> torch.Tensor:
-        # a point is its own nearest neighbour, hence k + 1
-        return torch.cat([self._squared(rows, x).kthvalue(self.k + 1, dim=1).values for rows in x.split(ROWS)])
-
-    def _covered(self, points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
-        """Share of points that lie in at least one ball, its surface included."""
-        inside = [
-            (self._squared(rows, centres) <= radii * (1 + self.TIE)).any(dim=1).double() for rows in points.split(ROWS)
-        ]
-        return torch.cat(inside).mean().item()
-
-    def precision(self, features: torch.Tensor) -> float:
-        return self._covered(features - self.centre, self.reference, self.radii)
-
-    def recall(self, features: torch.Tensor) -> float:
-        _require(features, self.k + 1, "images", f"each needs a neighbour number {self.k}")
-        centred = features - self.centre
-        return self._covered(self.reference, centred, self._radii(centred))
-
-    def density(self, features: torch.Tensor) -> float:
-        balls = [
-            (self._squared(rows, self.reference) < self.radii * (1 - self.TIE)).double().sum(dim=1)
-            for rows in (features - self.centre).split(ROWS)
-        ]
-        return torch.cat(balls).mean().item() / self.k
-
-    def coverage(self, features: torch.Tensor) -> float:
-        centred = features - self.centre
-        nearest = torch.cat([self._squared(rows, centred).amin(dim=1) for rows in self.reference.split(ROWS)])
-        return (nearest < self.radii * (1 - self.TIE)).double().mean().item()
-
-
-def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Return which share of images is like a real one, and which share of real ones is like some image.
-
-    Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (NeurIPS 2019): a set
-    covers the balls around its points that reach to the k-th neighbour, surface included. One outlier makes a large
-    ball; both grow with the set whose balls they are.
-
-    Args:
-        features: [N, D], N > k.
-        reference: [M, D], M > k.
-        k: 3 in the paper.
-
-    Returns:
-        Precision and recall, both in [0, 1], higher is better.
-    """
-    features, reference = _checked_pair(features, reference)
-    neighbours = _Neighbours(reference, k)
-    return neighbours.precision(features), neighbours.recall(features)
-
-
-def density_coverage(features: torch.Tensor, reference: torch.Tensor, k: int = 5) -> tuple[float, float]:
-    """Return how deep in the real images' balls the images lie, and which share of these balls they reach.
-
-    Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (ICML 2020). Balls only around real
-    images, surface excluded.
-
-    Args:
-        features: [N, D], N >= 1.
-        reference: [M, D], M > k.
-        k: 5 in the paper.
-
-    Returns:
-        Density, >= 0, 1 in expectation for equal distributions; coverage in [0, 1]. Higher is better for both.
-    """
-    features, reference = _checked_pair(features, reference)
-    _require(features, 1, "images", "there is nothing to measure")
-    neighbours = _Neighbours(reference, k)
-    return neighbours.density(features), neighbours.coverage(features)
 
 
 def reference_rows(folder: str | Path) -> list[ManifestRow]:
@@ -492,13 +402,11 @@ def reference_rows(folder: str | Path) -> list[ManifestRow]:
     ]
 
 
-class AgainstReference(SetMetric):
+class FidelityMetric(SetMetric):
     """A number of a set of images and a set of real ones.
 
     Args:
-        encoder: what embeds both.
         reference: folder of the real images; see `reference_rows`.
-        name: for tables.
     """
 
     def __init__(self, encoder: Encoder, reference: str | Path, name: str | None = None) -> None:
@@ -507,37 +415,31 @@ class AgainstReference(SetMetric):
         self._summary: Any = None
 
     @cached_property
-    def _rows(self) -> list[ManifestRow]:
-        return reference_rows(self.reference)
-
-    @cached_property
-    def _hash(self) -> str:
-        return rows_hash(self.reference, self._rows)
+    def real(self) -> ImageSet:
+        """The real images."""
+        return ImageSet(self.reference, reference_rows(self.reference))
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""
-        return {"reference_sha256": self._hash}
+        return {"reference_sha256": self.real.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many real images there are, and what the features are."""
         return {
             "reference": self.reference.name,
-            "n_reference": len(self._rows),
+            "n_reference": len(self.real.rows),
             "feature_dimension": images.embeddings(self.encoder).shape[1],
             "features": "length 1" if self.encoder.normalised else "raw",
         }
 
     def prepare(self) -> None:
         """Read the reference's list and load the encoder; see `Metric.prepare`."""
-        _ = self._rows
+        _ = self.real
         super().prepare()
 
     def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        """See `SetMetric.value_of`."""
-        if self._summary is None:
-            # through the cache of the images, and once for all subsets
-            real = ImageSet(self.reference, self._rows, images.cache, images.batch_size, images.progress)
-            self._summary = self.summarise(real.embeddings(self.encoder).double())
+        if self._summary is None:  # once for all subsets
+            self._summary = self.summarise(images.beside(self.real).embeddings(self.encoder).double())
         features = images.embeddings(self.encoder)[positions].double()
         return self.compare(features, self._summary, [images.rows[position] for position in positions])
 
@@ -550,7 +452,7 @@ class AgainstReference(SetMetric):
         """Measure features, float64 [N, D], of N images against the summary of the reference."""
 
 
-class FrechetDistance(AgainstReference):
+class FrechetDistance(FidelityMetric):
     """Frechet distance; "FID" if the encoder is Inception.
 
     `minimum` is that of `frechet_minimum`, known once features are there.
@@ -559,7 +461,6 @@ class FrechetDistance(AgainstReference):
         encoder: what embeds the images, raw features.
         reference: folder of the real images, more than the features' dimension.
         extrapolate: to infinitely many images; see `frechet_distance`. Fifteen times the work.
-        name: for tables.
     """
 
     name = "frechet_distance"
@@ -579,24 +480,20 @@ class FrechetDistance(AgainstReference):
             self.bounds = (None, None)
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {**super().settings(), "extrapolate": self.extrapolate}
 
     def results(self, images: ImageSet) -> dict[str, Any]:
-        """See `SetMetric.results`."""
         self.minimum = frechet_minimum(images.embeddings(self.encoder).shape[1], self.extrapolate)
         return super().results(images)
 
     def summarise(self, reference: torch.Tensor) -> Gaussian:
-        """See `AgainstReference.summarise`; too few real images are refused."""
         return _full_rank(reference)
 
     def compare(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow]) -> float:
-        """See `frechet_distance`."""
         return frechet_distance(features, summary, self.extrapolate)
 
 
-class KernelDistance(AgainstReference):
+class KernelDistance(FidelityMetric):
     """Kernel distance; "KID" if the encoder is Inception.
 
     Unbiased at every n, given which images were made together (see `Design`), hence the least `minimum` there is.
@@ -610,26 +507,21 @@ class KernelDistance(AgainstReference):
     minimum = 2
 
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See `AgainstReference.summarise`."""
-        _require(reference, 2, "reference images", "the kernel is averaged over pairs")
-        return reference, _kernel_within(_cubic, reference, Design.of(self._rows, together=False))
+        require_images(reference, 2, "reference images", PAIRS)
+        return reference, _kernel_within(_cubic, reference, Design.of(self.real.rows, together=False))
 
-    def compare(
-        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
-    ) -> float:
-        """See `kernel_distance`."""
+    def compare(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow]) -> float:
         reference, within = summary
         return kernel_distance(features, reference, Design.of(rows), within)
 
 
-class Cmmd(AgainstReference):
+class Cmmd(FidelityMetric):
     """Maximum mean discrepancy of CLIP embeddings; see `cmmd`.
 
     Args:
         encoder: a CLIP model.
         reference: folder of the real images.
         unbiased: leave out the diagonals and the pairs of a group, unlike the paper's code; see `Design`.
-        name: for tables.
     """
 
     name = "cmmd"
@@ -648,102 +540,16 @@ class Cmmd(AgainstReference):
         self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {**super().settings(), "unbiased": self.unbiased}
 
     def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See `AgainstReference.summarise`."""
-        _require(reference, 2, "reference images", "the kernel is averaged over pairs")
-        design = Design.of(self._rows, together=False) if self.unbiased else None
-        return reference, _gaussian_within(F.normalize(reference, dim=-1), self.unbiased, design)
+        require_images(reference, 2, "reference images", PAIRS)
+        design = Design.of(self.real.rows, together=False) if self.unbiased else None
+        return reference, _kernel_within(_gaussian, F.normalize(reference, dim=-1), design)
 
-    def compare(
-        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
-    ) -> float:
-        """See `cmmd`."""
+    def compare(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow]) -> float:
         reference, within = summary
         return cmmd(features, reference, self.unbiased, Design.of(rows) if self.unbiased else None, within)
-
-
-class _OfNeighbours(AgainstReference):
-    """A measure of overlap of two sets by their nearest neighbours.
-
-    `minimum` leaves every image a k-th neighbour. That is arithmetic, not statistics: the numbers depend on both
-    sizes, so only sets of one size against one reference can be compared.
-    """
-
-    version = 1
-    higher_is_better = True
-    default_k: int
-
-    def __init__(self, encoder: Encoder, reference: str | Path, k: int | None = None, name: str | None = None) -> None:
-        super().__init__(encoder, reference, name)
-        self.k = self.default_k if k is None else k
-        self.minimum = self.k + 1
-
-    def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
-        return {**super().settings(), "k": self.k}
-
-    def summarise(self, reference: torch.Tensor) -> _Neighbours:
-        """See `AgainstReference.summarise`."""
-        return _Neighbours(reference, self.k)
-
-
-class Precision(_OfNeighbours):
-    """Share of images that lie within the real ones' neighbourhoods; see `precision_recall`."""
-
-    name = "precision"
-    bounds = (0.0, 1.0)
-    unit = "share of images, 0 to 1"
-    description = "share of images within a real image's distance to its k-th real neighbour"
-    default_k = 3
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `precision_recall`."""
-        return summary.precision(features)
-
-
-class Recall(_OfNeighbours):
-    """Share of real images that lie within the images' neighbourhoods; see `precision_recall`."""
-
-    name = "recall"
-    bounds = (0.0, 1.0)
-    unit = "share of real images, 0 to 1"
-    description = "share of real images within an image's distance to its k-th neighbour among the images"
-    default_k = 3
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `precision_recall`."""
-        return summary.recall(features)
-
-
-class Density(_OfNeighbours):
-    """How many real images' neighbourhoods an image lies in; see `density_coverage`."""
-
-    name = "density"
-    bounds = (0.0, None)
-    unit = "1 for equal distributions, >= 0"
-    description = "mean over images of the real images within whose k-th neighbour they lie, over k"
-    default_k = 5
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `density_coverage`."""
-        return summary.density(features)
-
-
-class Coverage(_OfNeighbours):
-    """Share of real images that have an image within their neighbourhood; see `density_coverage`."""
-
-    name = "coverage"
-    bounds = (0.0, 1.0)
-    unit = "share of real images, 0 to 1"
-    description = "share of real images with an image nearer than their k-th real neighbour"
-    default_k = 5
-
-    def compare(self, features: torch.Tensor, summary: _Neighbours, rows: Sequence[ManifestRow]) -> float:
-        """See `density_coverage`."""
-        return summary.coverage(features)
 
 
 class InceptionScore(SetMetric):
@@ -754,7 +560,6 @@ class InceptionScore(SetMetric):
     Args:
         encoder: one with a classifier head, `logits_from_features`.
         splits: the score is averaged over so many parts.
-        name: for tables.
     """
 
     name = "inception_score"
@@ -777,10 +582,8 @@ class InceptionScore(SetMetric):
         self.minimum = IMAGES_A_SPLIT * splits
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {"splits": self.splits}
 
     def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        """See `inception_score`."""
         logits = self.encoder.logits_from_features(images.embeddings(self.encoder)[positions])
         return inception_score(logits, self.splits)

@@ -40,15 +40,15 @@ from eval.aggregates import Aggregate, GroupValue, aggregate_named
 
 Cluster = Literal["prompt", "category"]
 
-#: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metrics.SetMetric`.
+#: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metric.SetMetric`.
 SUBSETS = "subsets"
 #: Clusters below which a bootstrap says nothing.
 FEWEST = 4
 #: What two documents must have in common for their difference to mean anything.
 SAME = ("metric", "version", "settings", "aggregate", "encoder")
 
-# Draws [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
-_BLOCK = 4_000_000
+#: Draws and signs [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
+BLOCK = 4_000_000
 
 
 class Interval(NamedTuple):
@@ -72,7 +72,7 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
     """Return the interval of a metric's document, in the way that its aggregate asks for.
 
     Args:
-        document: as `eval.metrics.measure` writes it.
+        document: as `eval.measure.measure` writes it.
         options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
             when they were measured, by the clusters that the document names.
 
@@ -199,7 +199,7 @@ def bootstrap_interval(
     if k < FEWEST:
         return Interval(value, None, None)
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // k)
+    block = max(1, BLOCK // k)
     draws = (rng.integers(k, size=(min(block, n_resamples - start), k)) for start in range(0, n_resamples, block))
     estimates = np.concatenate([sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) for drawn in draws])
     if _constant(estimates):

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from eval.aggregates import GroupValue
+from eval.encoders import Network
 from eval.features import EffNetLite0
 from eval.images import load_image
-from eval.metrics import ImageSet, Metric
-from eval.weights import WeightsFacts, checkpoints_folder, download, first_file
+from eval.imageset import ImageSet
+from eval.metric import Metric
+from eval.weights import WeightsFacts
 
 BACKBONES = {
     "alex": "alexnet-owt-7be5be79.pth",
@@ -37,7 +37,7 @@ BACKBONES = {
 SMALLEST = 32
 
 
-class Lpips:
+class Lpips(Network):
     """LPIPS with one of its three networks.
 
     The linear heads are those that the `lpips` package ships; the network's ImageNet weights are torchvision's file,
@@ -47,91 +47,33 @@ class Lpips:
     Args:
         net: "alex" (the authors' choice for measuring), "vgg" or "squeeze". Their numbers cannot be compared.
         weights_dir: folder with the network's weights file.
-        device: where the network runs.
     """
+
+    ROW = "lpips"
 
     def __init__(self, net: str = "alex", weights_dir: str | Path | None = None, device: str = "cpu") -> None:
         if net not in BACKBONES:
             raise ValueError(f"expected a network among {sorted(BACKBONES)}, got {net!r}; alex is usual")
+        file = BACKBONES[net]
+        given = None if weights_dir is None else Path(weights_dir) / file
+        super().__init__(f"LPIPS ({net})", f"lpips-{net}-v0.1", device, given, file=file)
         self.net = net
-        self.name = f"LPIPS ({net})"
-        self.device = torch.device(device)
-        self._weights_dir = None if weights_dir is None else Path(weights_dir)
 
-    @property
-    def _url(self) -> str:
-        return f"https://download.pytorch.org/models/{BACKBONES[self.net]}"
-
-    def weights(self) -> WeightsFacts:
-        """State the weights; see `eval.encoders.Encoder.weights`."""
-        path = (self._weights_dir or checkpoints_folder()) / BACKBONES[self.net]
-        found = first_file([path])
-        return WeightsFacts(
-            encoder=self.name,
-            source=path.name,
-            files=(found,) if found else (),
-            looked_in=(path,),
-            resize="none here; the metric makes large images smaller",
-            input_range="[-1, 1], then LPIPS's own shift and scale",
-            licence="network: torchvision, BSD-3-Clause; heads: lpips package, BSD-2-Clause",
-            how_to_get=f"put {path.name} into {path.parent} (from {self._url})",
-        )
-
-    def _file(self) -> Path:
-        facts = self.weights()
-        if not facts.present:
-            if self._weights_dir is not None:
-                raise facts.missing()
-            download(self._url, facts.looked_in[0], facts)
-        return facts.looked_in[0]
-
-    @cached_property
-    def id(self) -> str:
-        """Network, version of the heads, and fingerprint of the network's weights."""
-        self._file()
-        return f"lpips-{self.net}-v0.1-{self.weights().fingerprint}"
-
-    @cached_property
-    def _model(self) -> Any:
-        file = self._file()
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # the kind depends on what the file is instead; its text advises unsafe loading
-            raise ValueError(
-                f"expected torchvision's weights of {self.net} in {file}, got an unreadable file; "
-                f"download it again from {self._url}"
-            ) from error
+    def _load(self, facts: WeightsFacts) -> Any:
         import lpips
 
+        state = torch.load(facts.files[0], map_location="cpu", weights_only=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of arguments that torchvision has renamed since
             model = lpips.LPIPS(net=self.net, pnet_rand=True, verbose=False)
-        wanted = dict(model.net.named_parameters())
         # `slice2.3.weight` there is `features.3.weight` in torchvision's file
-        sources = {name: f"features.{name.partition('.')[2]}" for name in wanted}
-        wrong = [
-            source
-            for name, source in sources.items()
-            if source not in state or state[source].shape != wanted[name].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"expected torchvision's weights of {self.net} in {file}, got others: {', '.join(wrong[:5])} is "
-                f"missing or of another shape; download it again from {self._url}"
-            )
-        model.net.load_state_dict({name: state[source] for name, source in sources.items()})
+        names = {name: f"features.{name.partition('.')[2]}" for name, _ in model.net.named_parameters()}
+        model.net.load_state_dict({name: state[source] for name, source in names.items()})
         return model.requires_grad_(False).eval().to(self.device)
-
-    def prepare(self) -> None:
-        """Load the network now, so that a missing file is found before any work is done."""
-        _ = self._model
 
     @torch.inference_mode()
     def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
-        """Return the distances among images.
-
-        Each image goes through the network once, and all pairs of an image with the later ones are compared at
-        once.
+        """Return the distances among images; each goes through the network once.
 
         Args:
             images: K uint8 tensors [3, H, W] of one size, H and W >= 32.
@@ -154,30 +96,26 @@ class Lpips:
             )
         layers: list[list[torch.Tensor]] = []
         for batch in torch.stack(list(images)).split(batch_size):
-            scaled = self._model.scaling_layer(batch.to(self.device).float() / 127.5 - 1)
-            layers.append([lpips.normalize_tensor(layer) for layer in self._model.net(scaled)])
+            scaled = self._network.scaling_layer(batch.to(self.device).float() / 127.5 - 1)
+            layers.append([lpips.normalize_tensor(layer) for layer in self._network.net(scaled)])
         features = [torch.cat(parts) for parts in zip(*layers, strict=True)]
         distances = torch.zeros(len(images), len(images), dtype=torch.float64)
         for i in range(len(images) - 1):
             found = torch.zeros(len(images) - 1 - i, dtype=torch.float64)
-            for head, layer in zip(self._model.lins, features, strict=True):
+            for head, layer in zip(self._network.lins, features, strict=True):
                 found += head((layer[i + 1 :] - layer[i]).square()).mean(dim=(1, 2, 3)).double().cpu()
             distances[i, i + 1 :] = distances[i + 1 :, i] = found
         return distances
 
 
-class _OfPairs(Metric):
-    """A metric of the distances among the images of a group, as `judge.pairwise` finds them: their mean."""
-
-    def prepare(self) -> None:
-        """See `Metric.prepare`."""
-        self.judge.prepare()
+class PairMetric(Metric):
+    """The mean of the distances among the images of a group, as `judge.pairwise` finds them."""
 
     def _load(self, path: Path) -> torch.Tensor:
         return load_image(path)
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`; images are read anew at every call, since their features are too large to keep."""
+        # the features of all images would be too large to keep
         single = [group for group, members in images.groups.items() if len(members) < 2]
         if single:
             raise ValueError(
@@ -196,7 +134,7 @@ class _OfPairs(Metric):
         return values
 
 
-class LpipsDistance(_OfPairs):
+class LpipsDistance(PairMetric):
     """Mean LPIPS over the pairs of images of a group.
 
     Args:
@@ -204,8 +142,6 @@ class LpipsDistance(_OfPairs):
         size: images whose shorter side is longer are resized to it (bilinear, antialiased, aspect kept); None leaves
             all as they are. LPIPS depends on it: it sees details of fixed size in pixels.
         weights_dir: see `Lpips`.
-        name: for tables.
-        device: where the network runs.
     """
 
     name = "lpips"
@@ -223,19 +159,12 @@ class LpipsDistance(_OfPairs):
         name: str | None = None,
         device: str = "cpu",
     ) -> None:
-        super().__init__(None, name)
+        super().__init__(Lpips(net, weights_dir, device), name)
         if size is not None and size < SMALLEST:
             raise ValueError(f"expected a size of at least {SMALLEST} pixels, got {size}; 256 is usual")
         self.size = size
-        self._judge = Lpips(net, weights_dir, device)
-
-    @property
-    def judge(self) -> Lpips:
-        """The network that compares; see `Metric.judge`."""
-        return self._judge
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         return {"size": self.size}
 
     def _load(self, path: Path) -> torch.Tensor:
@@ -245,38 +174,21 @@ class LpipsDistance(_OfPairs):
         return resize(image, [self.size], InterpolationMode.BILINEAR, antialias=True)
 
 
-class EffNetLayers:
+class EffNetLayers(EffNetLite0):
     """Compares images by the stages of EfficientNet-lite0: LPIPS's arithmetic without its learned weights.
 
     At every position of every stage the channels are brought to length 1; the squared distance of two images there, 0
     to 4, is averaged over positions and then over the seven stages. Preparation and weights are the encoder's.
-
-    Args:
-        device: where the network runs.
     """
 
-    name = "layers of EfficientNet-lite0 (ImageNet)"
-
     def __init__(self, device: str = "cpu") -> None:
-        self._encoder = EffNetLite0(device=device)
-
-    def weights(self) -> WeightsFacts:
-        """State the weights; see `eval.encoders.Encoder.weights`."""
-        return replace(self._encoder.weights(), encoder=self.name)
-
-    @property
-    def id(self) -> str:
-        """Number of layers, and the encoder's id."""
-        return f"layers{len(self._encoder.STAGES)}-{self._encoder.id}"
-
-    def prepare(self) -> None:
-        """Load the network now, so that a missing file is found before any work is done."""
-        self._encoder.prepare()
+        super().__init__(name="layers of EfficientNet-lite0 (ImageNet)", device=device)
+        self.slug = f"layers{len(self.STAGES)}-{self.slug}"
 
     def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
         """Return the distances among K uint8 images [3, H, W], which may differ in size; see `Lpips.pairwise`."""
         batches = [
-            [F.normalize(layer, dim=1) for layer in self._encoder.layers(images[start : start + batch_size])]
+            [F.normalize(layer, dim=1) for layer in self.layers(images[start : start + batch_size])]
             for start in range(0, len(images), batch_size)
         ]
         distances = torch.zeros(len(images), len(images), dtype=torch.float64)
@@ -289,13 +201,8 @@ class EffNetLayers:
         return distances
 
 
-class LayerDistance(_OfPairs):
-    """Mean distance of EfficientNet-lite0's layers over the pairs of images of a group; see `EffNetLayers`. Not LPIPS.
-
-    Args:
-        name: for tables.
-        device: where the network runs.
-    """
+class LayerDistance(PairMetric):
+    """Mean distance of EfficientNet-lite0's layers over the pairs of images of a group. Not LPIPS."""
 
     name = "layer_distance_efflite0"
     version = 1
@@ -308,10 +215,4 @@ class LayerDistance(_OfPairs):
     )
 
     def __init__(self, name: str | None = None, device: str = "cpu") -> None:
-        super().__init__(None, name)
-        self._judge = EffNetLayers(device)
-
-    @property
-    def judge(self) -> EffNetLayers:
-        """The network that compares; see `Metric.judge`."""
-        return self._judge
+        super().__init__(EffNetLayers(device), name)

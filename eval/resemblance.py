@@ -23,26 +23,14 @@ import torch.nn.functional as F
 
 from eval.aggregates import GroupValue
 from eval.encoders import Encoder
-from eval.images import ManifestRow, read_manifest, remembered_hash, rows_hash
-from eval.metrics import ImageSet, Metric
+from eval.files import remembered_hash
+from eval.imageset import ImageSet
+from eval.metric import ImageMetric
 
 
 def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Return the cosine of every image and every reference.
-
-    Args:
-        embeddings: [N, D].
-        references: [R, D], R >= 1.
-
-    Returns:
-        float64 [N, R] in [-1, 1].
-    """
-    if (
-        embeddings.ndim != 2
-        or references.ndim != 2
-        or embeddings.shape[1] != references.shape[1]
-        or not len(references)
-    ):
+    """Return the cosine of every image, [N, D], and every reference, [R, D], R >= 1: float64 [N, R] in [-1, 1]."""
+    if not (embeddings.ndim == references.ndim == 2 and embeddings.shape[1] == references.shape[1] and len(references)):
         raise ValueError(
             f"expected embeddings [N, D] and at least one reference [R, D], got {list(embeddings.shape)} and "
             f"{list(references.shape)}; embed both with one encoder"
@@ -65,16 +53,7 @@ def mean_similarity(embeddings: torch.Tensor, references: torch.Tensor) -> torch
 
 
 def nearest_asset(embeddings: torch.Tensor, references: torch.Tensor, assets: Sequence[str]) -> list[str]:
-    """Return which asset's reference each image resembles most.
-
-    Args:
-        embeddings: [N, D].
-        references: [R, D].
-        assets: R names, the asset of each reference.
-
-    Returns:
-        N names; the first of equally similar references decides.
-    """
+    """Return which of R assets' references [R, D] each image, [N, D], resembles most: N names; at a tie the first."""
     if len(assets) != len(references):
         raise ValueError(
             f"expected one asset a reference, got {len(assets)} names for {len(references)} references; repeat names"
@@ -152,13 +131,11 @@ def calibrate_threshold(
     )
 
 
-class _OfReferences(Metric):
+class ReferenceMetric(ImageMetric):
     """A metric of images and a set of references.
 
     Args:
-        encoder: what embeds both.
         references: folder with one subfolder an asset.
-        name: for tables.
     """
 
     version = 1
@@ -172,77 +149,65 @@ class _OfReferences(Metric):
         self._embeddings: torch.Tensor | None = None
 
     @cached_property
-    def _rows(self) -> list[ManifestRow]:
-        return read_manifest(self.references)
-
-    @cached_property
-    def _hash(self) -> str:
-        return rows_hash(self.references, self._rows)
+    def _references(self) -> ImageSet:
+        return ImageSet.open(self.references)
 
     @property
     def assets(self) -> list[str]:
         """The asset of each reference, in the order of their embeddings: the name of its subfolder."""
-        return [row.category for row in self._rows]
+        return [row.category for row in self._references.rows]
 
     def settings(self) -> dict[str, Any]:
         """Identify the references by their content, wherever they lie."""
-        return {"references_sha256": self._hash}
+        return {"references_sha256": self._references.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many assets and references there are."""
         return {
             "references": self.references.name,
-            "n_references": len(self._rows),
+            "n_references": len(self.assets),
             "n_assets": len(set(self.assets)),
         }
 
     def prepare(self) -> None:
         """Read the references' list and load the encoder; see `Metric.prepare`."""
-        _ = self._rows
+        _ = self._references
         super().prepare()
 
     def reference_embeddings(self, images: ImageSet) -> torch.Tensor:
         """Embed the references, through the cache of `images`: float32 [R, D]."""
         if self._embeddings is None:
-            self._embeddings = _embed(self.references, self._rows, self.encoder, images)
+            self._embeddings = images.beside(self._references).embeddings(self.encoder)
         return self._embeddings
 
+    def maxima(self, images: ImageSet) -> torch.Tensor:
+        """Return each image's largest similarity with a reference, [N]."""
+        return maximum_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
 
-def _embed(folder: Path, rows: list[ManifestRow], encoder: Encoder, images: ImageSet) -> torch.Tensor:
-    return ImageSet(folder, rows, images.cache, images.batch_size, images.progress).embeddings(encoder)
 
-
-class MaximumResemblance(_OfReferences):
+class MaximumResemblance(ReferenceMetric):
     """Mean over a group's images of the largest similarity with a reference."""
 
     name = "maximum_resemblance"
     unit = "cosine, -1 to 1"
     description = "mean over a group's images of the largest cosine with a protected reference"
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`."""
-        maxima = maximum_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
-        return [
-            images.group_value(group, value=maxima[members].mean().item()) for group, members in images.groups.items()
-        ]
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        return self.maxima(images)
 
 
-class MeanResemblance(_OfReferences):
+class MeanResemblance(ReferenceMetric):
     """Mean over a group's images of the mean similarity with the references."""
 
     name = "mean_resemblance"
     unit = "cosine, -1 to 1"
     description = "mean over a group's images of the mean cosine with the protected references"
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`."""
-        means = mean_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
-        return [
-            images.group_value(group, value=means[members].mean().item()) for group, members in images.groups.items()
-        ]
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        return mean_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
 
 
-class Identification(_OfReferences):
+class Identification(ReferenceMetric):
     """Share of a group's images whose most similar reference is of the asset that their prompt asks for.
 
     The groups' categories are the assets' names; groups of other categories are left out. Chance is about one over
@@ -257,15 +222,13 @@ class Identification(_OfReferences):
     def _nearest(self, images: ImageSet) -> list[str]:
         return nearest_asset(images.embeddings(self.encoder), self.reference_embeddings(images), self.assets)
 
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        pairs = zip(self._nearest(images), images.rows, strict=True)
+        return torch.tensor([asset == row.category for asset, row in pairs])
+
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`."""
-        nearest, assets = self._nearest(images), set(self.assets)
-        values = []
-        for group, members in images.groups.items():
-            asset = images.rows[members[0]].category
-            if asset in assets:
-                share = sum(nearest[member] == asset for member in members) / len(members)
-                values.append(images.group_value(group, value=share))
+        assets = set(self.assets)
+        values = [group for group in super().per_group(images) if group["category"] in assets]
         if not values:
             found = sorted({row.category for row in images.rows})
             raise ValueError(
@@ -284,17 +247,15 @@ class Identification(_OfReferences):
         }
 
 
-class DetectionRate(_OfReferences):
+class DetectionRate(ReferenceMetric):
     """Share of a group's images that resemble some reference more than images without the assets do.
 
     Args:
-        encoder: what embeds the images.
         references: folder with one subfolder an asset.
         held_out: folder with one subfolder a kind of image, to calibrate the threshold on: subfolders named like an
             asset show it, all others show none. An image that is also among the references is an error.
         false_positive_rate: of `calibrate_threshold`.
         threshold: a cosine to use instead of `held_out`.
-        name: for tables.
     """
 
     name = "detection_rate"
@@ -323,10 +284,10 @@ class DetectionRate(_OfReferences):
         self._calibration: Calibration | None = None
 
     @cached_property
-    def _held_out_rows(self) -> list[ManifestRow]:
-        rows = read_manifest(self.held_out)
-        known = {remembered_hash(self.references / row.path): row.path for row in self._rows}
-        pairs = ((row.path, known.get(remembered_hash(self.held_out / row.path))) for row in rows)
+    def _held_out(self) -> ImageSet:
+        held_out = ImageSet.open(self.held_out)
+        known = {remembered_hash(self.references / row.path): row.path for row in self._references.rows}
+        pairs = ((row.path, known.get(remembered_hash(self.held_out / row.path))) for row in held_out.rows)
         shared = [f"{path} is {reference}" for path, reference in pairs if reference]
         if shared:
             raise ValueError(
@@ -334,26 +295,20 @@ class DetectionRate(_OfReferences):
                 f"folders: {', '.join(shared[:10])}; an image resembles itself wholly and moves the threshold: remove "
                 "it from one of them"
             )
-        return rows
-
-    @cached_property
-    def _held_out_hash(self) -> str:
-        return rows_hash(self.held_out, self._held_out_rows)
+        return held_out
 
     def settings(self) -> dict[str, Any]:
-        """See `Metric.settings`."""
         if self.held_out is None:
             return {**super().settings(), "threshold": self._threshold}
         return {
             **super().settings(),
-            "held_out_sha256": self._held_out_hash,
+            "held_out_sha256": self._held_out.manifest_hash,
             "false_positive_rate": self.false_positive_rate,
         }
 
     def prepare(self) -> None:
-        """See `Metric.prepare`."""
         if self.held_out is not None:
-            _ = self._held_out_rows
+            _ = self._held_out
         super().prepare()
 
     def calibration(self, images: ImageSet) -> Calibration | None:
@@ -361,22 +316,15 @@ class DetectionRate(_OfReferences):
         if self.held_out is None:
             return None
         if self._calibration is None:
-            embeddings = _embed(self.held_out, self._held_out_rows, self.encoder, images)
-            maxima = maximum_similarity(embeddings, self.reference_embeddings(images))
+            maxima = self.maxima(images.beside(self._held_out))
             assets = set(self.assets)
-            shows = torch.tensor([row.category in assets for row in self._held_out_rows])
+            shows = torch.tensor([row.category in assets for row in self._held_out.rows])
             self._calibration = calibrate_threshold(maxima[shows], maxima[~shows], self.false_positive_rate)
         return self._calibration
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """See `Metric.per_group`."""
+    def scores(self, images: ImageSet) -> torch.Tensor:
         calibration = self.calibration(images)
-        threshold = self._threshold if calibration is None else calibration.threshold
-        maxima = maximum_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
-        return [
-            images.group_value(group, value=detection_rate(maxima[members], threshold))
-            for group, members in images.groups.items()
-        ]
+        return self.maxima(images) > (self._threshold if calibration is None else calibration.threshold)
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how the threshold came about."""

@@ -23,10 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.aggregates import Aggregate, GroupValue
-from eval.intervals import Cluster, Difference, cluster_sums, paired_differences
-
-# Signs [B, k] are held in blocks of at most this many numbers (32 MB).
-_BLOCK = 4_000_000
+from eval.intervals import BLOCK, Cluster, Difference, cluster_sums, paired_differences
 
 
 def sign_flip_p(
@@ -62,7 +59,7 @@ def sign_flip_p(
     exact = k < 60 and 2**k <= n_flips
     total = 2**k if exact else n_flips
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // k)
+    block = max(1, BLOCK // k)
     count = 0
     for start in range(0, total, block):
         size = min(block, total - start)
@@ -104,7 +101,7 @@ def effect_size(
     Returns:
         The effect, None where it has no meaning: fewer than two differences, or all of them the same.
     """
-    differences = _differences(groups_a, groups_b, aggregate)
+    differences = _group_differences(groups_a, groups_b, aggregate)
     if len(differences) < 2:
         return None
     spread = float(differences.std(ddof=1))
@@ -119,7 +116,7 @@ def win_rate(
     aggregate: str | Aggregate = "mean",
 ) -> float:
     """Return the share of groups (or categories) in which a is better than b, ties counted as one half, in [0, 1]."""
-    differences = _differences(groups_a, groups_b, aggregate)
+    differences = _group_differences(groups_a, groups_b, aggregate)
     better = np.sign(differences) if higher_is_better else -np.sign(differences)
     return float(((better + 1) / 2).mean())
 
@@ -145,7 +142,7 @@ def non_inferior(difference: Difference, margin: float, higher_is_better: bool =
     return difference.low > -margin if higher_is_better else difference.high < margin
 
 
-def _differences(
+def _group_differences(
     groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate
 ) -> np.ndarray:
     return np.array([pair["value"] for pair in paired_differences(groups_a, groups_b, aggregate)], dtype=float)

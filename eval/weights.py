@@ -1,28 +1,33 @@
-"""The weights of an encoder: which files, where they lie, what they are, and what to say when they are missing.
+"""The weights of networks: found, fetched, identified, and complained of when they are missing.
 
-Nothing here loads a model. A download is tried only if the network answers at once, so that a machine without
-one fails within seconds instead of after minutes of retries.
+What there is to know of each stands in a row of `weights.yaml`. Nothing here loads a model. A download is tried only
+if the network answers at once, so that a machine without one fails within seconds instead of after minutes of retries.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
-from eval.images import content_hash
+from eval.files import content_hash
+
+#: What is known of the weights of each network, by its name here.
+FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class WeightsFacts:
-    """What there is to know about an encoder's weights before they are loaded.
+    """What there is to know about a network's weights before they are loaded.
 
     Attributes:
-        encoder: the encoder's name.
+        encoder: the network's name.
         source: the file or repository that is wanted, as its publishers call it.
         files: the files on this machine that decide what is embedded; empty if any of them is missing.
         looked_in: the paths that were looked at, in this order; empty if no file is needed.
@@ -30,6 +35,8 @@ class WeightsFacts:
         input_range: what the network is fed with, after normalisation.
         licence: of the weights, as far as known.
         how_to_get: what to do if they are missing.
+        url: of the file that is downloaded to the first place looked in; None if there is none.
+        hub: arguments of `huggingface_hub.snapshot_download` that fetch the files; None if they are not on the hub.
     """
 
     encoder: str
@@ -40,6 +47,70 @@ class WeightsFacts:
     input_range: str
     licence: str
     how_to_get: str
+    url: str | None = None
+    hub: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        row: str,
+        encoder: str,
+        files: Sequence[Path] = (),
+        looked_in: Sequence[Path] = (),
+        given: bool = False,
+        **values: Any,
+    ) -> WeightsFacts:
+        """State a row of `FACTS`.
+
+        Args:
+            row: its name.
+            encoder: the network's name.
+            files: what was found.
+            looked_in: where.
+            given: whether the user named the place, where nothing is downloaded then.
+            values: what stands for the braces in the row's texts.
+        """
+        facts = {**FACTS[row], **(FACTS[row].get("given", {}) if given else {})}
+        values["url"] = url = facts["url"].format(**values) if "url" in facts else None
+        hub = "repository" in facts and {
+            "repo_id": facts["repository"].format(**values),
+            "revision": values.get("revision"),
+            "allow_patterns": facts.get("patterns", facts["files"]),
+        }
+        texts = ("source", "resize", "input_range", "licence", "how_to_get")
+        return cls(
+            encoder=encoder,
+            files=tuple(files),
+            looked_in=tuple(looked_in),
+            **{text: facts[text].format(**values) for text in texts},
+            url=None if given else url,
+            hub=None if given else hub or None,
+        )
+
+    @classmethod
+    def find(cls, row: str, encoder: str, given: Path | None = None, **values: Any) -> WeightsFacts:
+        """Look for the weights of a row where the user says, or else where their publishers' own code puts them.
+
+        Args:
+            row: one with a `url` or a `repository`.
+            encoder: the network's name.
+            given: the file, or of a repository the folder, that the user named.
+            values: see `of`.
+        """
+        names = [name.format(**values) for name in FACTS[row]["files"]]
+        if "repository" in FACTS[row]:
+            repository = FACTS[row]["repository"].format(**values)
+            places = [given or hub_cache(repository)]
+            if given:
+                files = [given / name for name in names if (given / name).is_file()]
+            else:
+                files = in_hub_cache(repository, names, values.get("revision"))
+            files = files if len(files) == len(names) else []
+        else:
+            places = [given] if given else [checkpoints_folder() / name for name in names]
+            files = [place for place in places if place.is_file()][:1]
+        found = (files or places)[0]
+        return cls.of(row, encoder, files, places, given is not None, found=found.name, folder=found.parent, **values)
 
     @property
     def present(self) -> bool:
@@ -73,6 +144,38 @@ class WeightsFacts:
         preparation = hashlib.sha256(f"{self.resize}\n{self.input_range}".encode()).hexdigest()
         return "-".join(part for part in ((self.sha256 or "")[:12], preparation[:4]) if part)
 
+    def fetch(self) -> None:
+        """Download what is missing, or raise the error that says what to do, within seconds.
+
+        Raises:
+            FileNotFoundError: the place was given, there is no network, or the server refused.
+        """
+        if self.url:
+            self.download(self.url, self.looked_in[0])
+        elif self.hub:
+            from huggingface_hub import snapshot_download
+
+            self._from_network(None, lambda: snapshot_download(**self.hub))
+        else:
+            raise self.missing()
+
+    def download(self, url: str, path: Path) -> None:
+        """Download one of the files, written only when complete, or raise as `fetch`."""
+
+        def get() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+
+        self._from_network(url, get)
+
+    def _from_network(self, url: str | None, get: Callable[[], Any]) -> None:
+        if not network_answers(url):
+            raise self.missing(NO_NETWORK)
+        try:
+            get()
+        except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
+            raise self.missing(str(error)) from error
+
     def missing(self, reason: str | None = None) -> FileNotFoundError:
         """Return the error to raise for weights that are not there: what, where, from where.
 
@@ -102,23 +205,18 @@ def checkpoints_folder() -> Path:
     return hub_folder() / "checkpoints"
 
 
-def first_file(candidates: Iterable[Path]) -> Path | None:
-    """Return the first of `candidates` that is a file."""
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def missing_vocabulary(folder: Path) -> list[str]:
     """Return the file that a tokenizer's folder lacks: without a vocabulary transformers makes one up in silence."""
     found = [names for names in VOCABULARIES if all((folder / name).is_file() for name in names)]
     return [] if found else [VOCABULARIES[0][0]]
 
 
-def in_hub_cache(repository: str, names: Sequence[str], revision: str | None = None) -> Path | None:
-    """Return the snapshot folder of a Hugging Face repository in the cache that has all of `names`, or None."""
+def in_hub_cache(repository: str, names: Iterable[str], revision: str | None = None) -> list[Path]:
+    """Return those of a Hugging Face repository's files that are in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(repository, name, revision=revision) for name in names]
-    return Path(found[0]).parent if all(isinstance(path, str) for path in found) else None
+    found = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
+    return [Path(path) for path in found if isinstance(path, str)]
 
 
 def hub_cache(repository: str) -> Path:
@@ -147,23 +245,3 @@ def network_answers(url: str | None, timeout: float = 5.0) -> bool:
     except Exception:  # the kind of exception depends on the HTTP library of the installed version
         return False
     return True
-
-
-def download(url: str, path: Path, facts: WeightsFacts) -> None:
-    """Download a file, or raise the error of `facts` within seconds.
-
-    Args:
-        url: from where.
-        path: to where; written only when complete.
-        facts: of the encoder that wants it.
-
-    Raises:
-        FileNotFoundError: there is no network, or the server refused.
-    """
-    if not network_answers(url):
-        raise facts.missing(NO_NETWORK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path))
-    except OSError as error:  # URLError among them
-        raise facts.missing(str(error)) from error

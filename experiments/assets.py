@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval.encoders import Encoder
-from eval.images import content_hash, load_image, read_manifest
+from eval.files import content_hash
+from eval.images import load_image, read_manifest
 from eval.resemblance import calibrate_threshold
 from experiments.prompts import Group, PromptSet
 

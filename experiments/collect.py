@@ -33,8 +33,9 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash, write_bytes, write_text
-from eval.metrics import read_document
+from eval.files import write_bytes, write_text
+from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
+from eval.measure import read_document
 from experiments import PROJECT, project_path
 from experiments.runs import GENERATION_VERSION, Run, canonical
 

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import pandas as pd
 from omegaconf import DictConfig
 
-from eval.images import write_text
+from eval.files import write_text
 from eval.intervals import difference_of, n_units
 from eval.significance import effect_size, holm, sign_flip_p, win_rate
 from experiments import project_path

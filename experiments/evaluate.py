@@ -30,8 +30,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.cache import EmbeddingCache
 from eval.images import METRICS
+from eval.imageset import ImageSet
 from eval.intervals import interval_of, n_units
-from eval.metrics import ImageSet, Metric, SetMetric, is_current, measure, read_document
+from eval.measure import is_current, measure, read_document
+from eval.metric import Metric, SetMetric
 from experiments import project_path
 from experiments.configs import expand, has_launcher, launch
 from experiments.runs import Run

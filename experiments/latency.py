@@ -41,7 +41,7 @@ from scipy.stats import binom
 from tqdm import tqdm
 
 import negtome
-from eval.images import write_text
+from eval.files import write_text
 from experiments import (
     PROJECT,
     latency_profile,

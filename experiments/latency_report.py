@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.images import write_text
+from eval.files import write_text
 from experiments import project_path
 from experiments.plot import COLOURS, FAINT, MARKERS, STYLE, _panels, save
 

@@ -30,7 +30,8 @@ from matplotlib.patheffects import withStroke
 from omegaconf import DictConfig
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.images import group_rows, load_picture, read_manifest, write_bytes
+from eval.files import write_bytes
+from eval.images import group_rows, load_picture, read_manifest
 from experiments import project_path
 from experiments.assets import read_assets
 from experiments.configs import expand

@@ -37,7 +37,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
-from eval.images import ManifestRow, content_hash, group_rows, load_picture, read_manifest, sweep, write_text
+from eval.files import content_hash, sweep, write_text
+from eval.images import ManifestRow, group_rows, load_picture, read_manifest
 from experiments import PROJECT, plot, project_path
 from experiments.assets import read_assets
 from experiments.configs import first

@@ -34,19 +34,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import negtome
-from eval.images import (
-    MANIFEST,
-    ManifestRow,
-    check_seal,
-    content_hash,
-    read_json,
-    read_regular,
-    remembered_hash,
-    sealed,
-    sweep,
-    write_manifest,
-    write_text,
-)
+from eval.files import check_seal, content_hash, read_json, read_regular, remembered_hash, sealed, sweep, write_text
+from eval.images import MANIFEST, ManifestRow, write_manifest
 from experiments import PROJECT, pipelines, project_path, select_device
 from experiments.configs import build, flag
 from experiments.locks import locked

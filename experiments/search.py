@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from eval.images import write_text
-from eval.metrics import read_document
+from eval.files import write_text
+from eval.measure import read_document
 from experiments import project_path
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate

@@ -25,9 +25,11 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
-from eval.images import METRICS, write_text
+from eval.files import write_text
+from eval.images import METRICS
 from eval.intervals import SUBSETS, difference_of, interval_of, n_units
-from eval.metrics import Metric, is_current, read_document
+from eval.measure import is_current, read_document
+from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import project_path
 from experiments.configs import expand, first, flag

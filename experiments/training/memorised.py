@@ -31,9 +31,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
-from eval.encoders import Encoder, HFClip
+from eval.clip import HFClip
+from eval.encoders import Encoder
 from eval.features import EffNetLite0
-from eval.images import load_image, write_text
+from eval.files import write_text
+from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import PROJECT, pipelines, project_path

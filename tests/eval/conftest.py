@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.images import ManifestRow, write_manifest
+from eval.images import ManifestRow, read_manifest, write_manifest
 
 
 def save_noise(path, seed, size=(16, 16)):
@@ -73,3 +73,43 @@ def tiny_clip(tmp_path_factory):
     CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
     return folder
+
+
+@pytest.fixture(scope="session")
+def scripted():
+    """The class of an encoder whose embeddings a test writes down."""
+    from eval.encoders import Encoder
+
+    class Scripted(Encoder):
+        """Gives the image whose red corner is i the i-th vector, and texts fixed vectors."""
+
+        name, id = "scripted", "scripted-1"
+
+        def __init__(self, vectors, texts=None):
+            self.vectors = torch.as_tensor(vectors, dtype=torch.float32)
+            self.texts = texts or {}
+
+        def embed_images(self, images):
+            return torch.nn.functional.normalize(self.vectors[[int(image[0, 0, 0]) for image in images]], dim=-1)
+
+        def embed_texts(self, texts):
+            return torch.tensor([self.texts[text] for text in texts], dtype=torch.float32)
+
+        def count_truncated(self, texts):
+            return sum(len(text) > 15 for text in texts)
+
+    return Scripted
+
+
+@pytest.fixture
+def numbered_run(make_run):
+    """Return a function that writes a run whose images are numbered by their red corner, in canonical order."""
+    from PIL import Image
+
+    def make(**arguments):
+        run = make_run(**arguments)
+        for number, row in enumerate(read_manifest(run)):
+            Image.fromarray(np.full((4, 4, 3), number, dtype=np.uint8)).save(run / row.path)
+        return run
+
+    return make

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.alignment import clip_score
+from eval.alignment import ClipScore, clip_score
+from eval.encoders import PixelEncoder
+from eval.measure import measure
 
 
 def test_closed_forms():
@@ -26,3 +28,13 @@ def test_shapes_must_agree():
         clip_score(torch.ones(3, 4), torch.ones(1, 4))
     with pytest.raises(ValueError, match="one model"):
         clip_score(torch.ones(3, 4), torch.ones(3, 5))
+
+
+def test_clip_score_by_hand(numbered_run, scripted):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0,), images=2)
+    texts = {"a photo of a bird": [1, 0], "a photo of a fish": [0, 1]}
+    document = measure(ClipScore(scripted([[1, 0], [0, 1], [3, 4], [0, 2]], texts)), run)
+    assert [group["value"] for group in document["groups"]] == pytest.approx([50, 90])
+    assert document["details"] == {"n_prompts": 2, "n_prompts_truncated": 2}
+    with pytest.raises(TypeError, match="text tower"):
+        measure(ClipScore(PixelEncoder()), run)

@@ -8,47 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.attributes import MINIMUM_IMAGES, entropy, label_embeddings, minimum_images, zero_shot_labels
+from eval.aggregates import MINIMUM_IMAGES, entropy
+from eval.attributes import AttributeEntropy, label_embeddings, minimum_images, zero_shot_labels
 from eval.encoders import Encoder
-
-
-@pytest.mark.parametrize(
-    ("counts", "plug_in", "seen"),
-    [
-        ([8, 0, 0], 0.0, 1),
-        ([4, 4], math.log(2), 2),
-        ([5, 5, 5, 5, 0], math.log(4), 4),
-        ([6, 3, 3], 1.5 * math.log(2), 3),
-    ],
-)
-def test_known_entropies(counts, plug_in, seen):
-    n = sum(counts)
-    assert entropy(counts, miller_madow=False) == pytest.approx(plug_in)
-    assert entropy(counts) == pytest.approx(plug_in + (seen - 1) / (2 * n))
-
-
-def test_entropy_takes_many_histograms():
-    counts = np.random.default_rng(0).integers(0, 9, (3, 5, 4)) + 2
-    found = entropy(counts)
-    assert found.shape == (3, 5)
-    assert found[1, 2] == pytest.approx(float(entropy(counts[1, 2])))
-
-
-def test_miller_madow_removes_most_of_the_bias():
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(40, np.full(8, 1 / 8), size=4000)
-    plug_in = math.log(8) - entropy(counts, miller_madow=False).mean()
-    corrected = math.log(8) - entropy(counts).mean()
-    assert plug_in > 0.07
-    assert abs(corrected) < 0.1 * plug_in
-
-
-def test_small_n_is_refused():
-    assert entropy([MINIMUM_IMAGES, 0]) == 0
-    with pytest.raises(ValueError, match=f"at least {MINIMUM_IMAGES} images.*got {MINIMUM_IMAGES - 1}"):
-        entropy([MINIMUM_IMAGES - 1, 0])
-    with pytest.raises(ValueError, match="got 0"):
-        entropy([0, 0], minimum=0)
+from eval.measure import is_current, measure
 
 
 @pytest.mark.parametrize("labels", [2, 3, 8, 20, 60])
@@ -108,3 +71,50 @@ def test_label_embeddings_average_templates():
 def test_label_embeddings_refuse(labels, templates, message):
     with pytest.raises(ValueError, match=message):
         label_embeddings(Dictionary({}), labels, templates)
+
+
+def test_attribute_entropy_by_hand(numbered_run, scripted):
+    run = numbered_run(categories=("bird", "fish", "person"), seeds=(0, 1), images=4)
+    texts = {"hen": [1, 0], "owl": [0, 1], "carp": [1, 0], "tuna": [0, 1]}
+    birds, fish = [[1, 0]] * 4 + [[0, 1]] * 4, [[1, 0]] * 8
+    metric = AttributeEntropy(
+        scripted(birds + fish + [[1, 1]] * 8, texts), {"bird": ["hen", "owl"], "fish": ["carp", "tuna"]}, ["{}"]
+    )
+    document = measure(metric, run)
+    assert [group["counts"] for group in document["groups"]] == [{"hen": 4}, {"owl": 4}, {"carp": 4}, {"carp": 4}]
+    # birds: log 2 and Miller-Madow's 1 / 16; fish: 0
+    assert document["value"] == pytest.approx((math.log(2) + 1 / 16) / 2)
+    assert (document["n_groups"], document["n_images"]) == (4, 16)
+    assert document["details"] == {"categories_left_out": ["person"], "categories_too_small": {}}
+    with pytest.raises(ValueError, match=r"\['dragon'\].*got \['bird'"):
+        measure(AttributeEntropy(metric.encoder, {"dragon": ["hen", "owl"]}, ["{}"]), run)
+
+
+def test_attribute_entropy_refuses_few_images(numbered_run, scripted):
+    run = numbered_run(categories=("bird",), seeds=(0,), images=4)
+    texts = {"hen": [1, 0], "owl": [0, 1]}
+    metric = AttributeEntropy(scripted([[1, 0]] * 4, texts), ["hen", "owl"], ["{}"], name="species_entropy")
+    assert metric.name == "species_entropy"
+    with pytest.raises(ValueError, match=r"two images a label, and 8, .*species_entropy, got bird: 4 of 8 images"):
+        measure(metric, run)
+    assert not (run / "metrics").exists(), "a refused number must leave nothing behind"
+
+
+def test_a_category_with_too_few_images_for_its_labels_is_left_out_and_listed(numbered_run, scripted):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0, 1), images=4)
+    texts = {"hen": [1, 0], "owl": [0, 1], "carp": [1, 0], "tuna": [0, 1], "eel": [1, 1], "ray": [2, 1], "cod": [1, 2]}
+    # 8 images are enough for two labels, not for five, however few of the five are seen
+    labels = {"bird": ["hen", "owl"], "fish": ["carp", "tuna", "eel", "ray", "cod"]}
+    document = measure(AttributeEntropy(scripted([[1, 0]] * 16, texts), labels, ["{}"]), run)
+    assert {group["category"] for group in document["groups"]} == {"bird"}
+    assert document["details"] == {"categories_left_out": [], "categories_too_small": {"fish": "8 of 10 images"}}
+
+
+def test_current_depends_on_labels(numbered_run, scripted):
+    run = numbered_run(categories=("bird",), seeds=(0, 1))
+    encoder = scripted([[1, 0]] * 8, {text: [1, 0] for text in ("hen", "owl", "jay", "a hen", "a owl")})
+    metric = AttributeEntropy(encoder, ["hen", "owl"], ["{}"])
+    document = measure(metric, run)
+    assert is_current(document, metric, run)
+    assert not is_current(document, AttributeEntropy(encoder, ["hen", "jay"], ["{}"]), run)
+    assert not is_current(document, AttributeEntropy(encoder, ["hen", "owl"], ["a {}"]), run)

@@ -9,7 +9,8 @@ import torch
 
 from eval.cache import EmbeddingCache, embed_folder
 from eval.encoders import Encoder, PixelEncoder
-from eval.images import content_hash, load_image, read_manifest
+from eval.files import content_hash
+from eval.images import load_image, read_manifest
 
 
 class Counting(PixelEncoder):
@@ -124,7 +125,7 @@ def test_a_shard_that_another_process_has_removed_is_no_damage(make_run, tmp_pat
 
 
 def test_a_damaged_list_of_hashes_is_named_and_goes_on(make_run, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("eval.images.ContentHashes.SETTLED", 0)
+    monkeypatch.setattr("eval.files.ContentHashes.SETTLED", 0)
     run, encoder = make_run(), Counting()
     rows = read_manifest(run)
     expected = embed_folder(rows, run, encoder, EmbeddingCache(tmp_path / "cache"))

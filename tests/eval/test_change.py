@@ -15,7 +15,7 @@ from eval.change import Change, ChangedShare
 from eval.encoders import Encoder, PixelEncoder
 from eval.images import ManifestRow, write_manifest
 from eval.intervals import difference_of, interval_of
-from eval.metrics import is_current, measure
+from eval.measure import is_current, measure
 
 
 class Directions(Encoder):

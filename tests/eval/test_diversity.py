@@ -9,7 +9,21 @@ import pytest
 import scipy.linalg
 import torch
 
-from eval.diversity import mean_pairwise_distance, mean_pairwise_similarity, vendi_score
+from eval.diversity import (
+    CategoryPooledSimilarity,
+    PairwiseDistance,
+    PairwiseSimilarity,
+    VendiScore,
+    mean_pairwise_distance,
+    mean_pairwise_similarity,
+    vendi_score,
+)
+from eval.encoders import PixelEncoder
+from eval.images import read_manifest
+from eval.imageset import ImageSet
+from eval.intervals import interval_of
+from eval.measure import measure
+from eval.released import ReleasedVendi
 
 
 def noise(groups=5, k=4, d=7, seed=0):
@@ -103,3 +117,62 @@ def test_bounds():
     for q in (0, -1, math.nan):
         with pytest.raises(ValueError, match="q > 0"):
             vendi_score(noise(), q)
+
+
+def test_pairwise_values_by_hand(numbered_run, scripted):
+    run = numbered_run(categories=("bird",), seeds=(0, 1), images=3)
+    # first group: all equal; second: mutually orthogonal
+    encoder = scripted([[1, 0, 0]] * 3 + np.eye(3).tolist())
+    assert [group["value"] for group in measure(PairwiseSimilarity(encoder), run)["groups"]] == pytest.approx([1, 0])
+    assert measure(PairwiseSimilarity(encoder), run)["value"] == pytest.approx(0.5)
+    assert [group["value"] for group in measure(PairwiseDistance(encoder), run)["groups"]] == pytest.approx([0, 1])
+    assert [group["value"] for group in measure(VendiScore(encoder), run)["groups"]] == pytest.approx([1, 3], abs=1e-5)
+
+
+def test_pairwise_metrics_take_groups_of_several_sizes(numbered_run, scripted):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0,), images=3)
+    rows = read_manifest(run)[:5]  # 3 birds, 2 fish
+    encoder = scripted([[1, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 1]])
+    images = ImageSet(run, rows[::-1])
+    groups = PairwiseSimilarity(encoder).per_group(images)
+    assert [(group["n_images"], group["value"]) for group in groups] == [(3, pytest.approx(1 / 3)), (2, 0)]
+    for kind in (VendiScore, ReleasedVendi):
+        with pytest.raises(ValueError, match="1 groups of 2, 1 groups of 3"):
+            kind(encoder).per_group(images)
+    with pytest.raises(ValueError, match=r"at least 2 images.*fish/000000"):
+        PairwiseDistance(encoder).per_group(ImageSet(run, rows[:4]))
+
+
+def test_pooled_similarity_takes_all_pairs_of_a_category(numbered_run, make_run, scripted):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0, 1), images=2)
+    vectors = np.random.default_rng(0).normal(size=(8, 3))
+    metric = CategoryPooledSimilarity(scripted(vectors))
+    document = measure(metric, run)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    by_hand = [np.mean([unit[i] @ unit[j] for i in range(k, k + 4) for j in range(k, i)]) for k in (0, 4)]
+    assert [group["value"] for group in document["groups"]] == pytest.approx(by_hand, abs=1e-6)
+    assert [group["group"] for group in document["groups"]] == ["bird/all", "fish/all"]
+    assert document["value"] == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert (document["n_groups"], document["n_images"]) == (2, 8)
+    # categories are the units, whatever is clustered
+    more = measure(CategoryPooledSimilarity(PixelEncoder()), make_run("more", categories="abcde"))
+    found = [interval_of(more, cluster=cluster, n_resamples=500) for cluster in (None, "prompt", "category")]
+    assert len(set(found)) == 1 and found[0].low is not None
+    with pytest.raises(ValueError, match=r"at least 2 images in every category.*fish"):
+        metric.per_group(ImageSet(run, read_manifest(run)[:5]))
+
+
+def test_where_a_category_is_one_group_pooled_is_within(make_run):
+    run = make_run(seeds=(0,))
+    values = [measure(kind(PixelEncoder()), run)["value"] for kind in (CategoryPooledSimilarity, PairwiseSimilarity)]
+    assert values[0] == pytest.approx(values[1])
+
+
+def test_vendi_order_is_a_setting(numbered_run, scripted):
+    run = numbered_run(categories=("bird",), seeds=(0,), images=4)
+    encoder = scripted([[1, 0], [1, 0], [1, 0], [0, 1]])
+    values = [measure(VendiScore(encoder, q), run) for q in (1, 2, math.inf)]
+    assert [document["value"] for document in values] == pytest.approx([4 / 3**0.75, 1.6, 4 / 3])
+    assert [document["settings"] for document in values] == [{"q": 1.0}, {"q": 2.0}, {"q": "inf"}]
+    with pytest.raises(ValueError, match="q > 0"):
+        VendiScore(encoder, 0)

@@ -13,6 +13,7 @@ import torch
 from torchvision.transforms import functional as TF
 
 from eval.features import DinoV2, DreamSim, EffNetLite0, Inception, Sscd
+from eval.weights import FACTS
 
 KINDS = ["dreamsim", "dinov2", "sscd", "inception", "efficientnet"]
 
@@ -267,7 +268,7 @@ def test_sscd_sees_images_as_its_authors_recommend(sscd_file, torch_home):
     assert encoder.id == Sscd(sscd_file).id, "the content counts, not the place"
 
 
-@pytest.mark.parametrize("name", Inception.FILES)
+@pytest.mark.parametrize("name", FACTS["inception"]["files"])
 def test_inception_is_found_under_both_names(inception_file, torch_home, name):
     place = torch_home / "hub" / "checkpoints" / name
     place.parent.mkdir(parents=True)
@@ -404,7 +405,7 @@ def test_missing_files_are_downloaded(kind, sscd_file, inception_file, torch_hom
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     encoder, given = {"sscd": (Sscd(), Sscd(sscd_file)), "inception": (Inception(), Inception(inception_file))}[kind]
     assert encoder.id == given.id, "the id is of what was downloaded"
-    assert asked == [encoder.URL]
+    assert asked == [FACTS[kind]["url"]]
     encoder.prepare()
     assert encoder.weights().present and len(asked) == 1
 
@@ -416,7 +417,7 @@ def test_a_refused_download_is_reported(torch_home, monkeypatch):
     for module in ("weights", "features"):
         monkeypatch.setattr(f"eval.{module}.network_answers", lambda _: True)
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     for encoder in (DreamSim("clip_vitb32"), DinoV2(), Sscd(), Inception()):
         with pytest.raises(FileNotFoundError, match="HTTP Error 404"):
@@ -425,8 +426,10 @@ def test_a_refused_download_is_reported(torch_home, monkeypatch):
 
 def test_dinov2_is_downloaded(dinov2_folder, monkeypatch):
     there = []
-    monkeypatch.setattr("eval.features.network_answers", lambda _: True)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, revision: there.append(name))
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo_id, revision, allow_patterns: there.extend(allow_patterns)
+    )
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache",
         lambda _, name, revision: str(dinov2_folder / name) if name in there else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,18 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.images import (
-    UNKNOWN_SEED,
-    ContentHashes,
-    ManifestRow,
-    content_hash,
-    group_rows,
-    load_image,
-    manifest_hash,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
+from eval.images import UNKNOWN_SEED, ManifestRow, group_rows, load_image, manifest_hash, read_manifest, write_manifest
 
 ROW = ManifestRow("images/bird/000003/01.png", "bird", 'a "photo" of a bird\n', "bird", 3, 1, 7)
 
@@ -209,12 +197,6 @@ def test_damaged_file_is_named(tmp_path, damage):
         load_image(tmp_path / "nowhere.png")
 
 
-def test_hashes(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    # the first test vector of FIPS 180-2
-    assert content_hash(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
 def test_manifest_hash_follows_the_images(tmp_path, make_run):
     run = make_run(seeds=(0, 1))
     assert manifest_hash(run) == manifest_hash(make_run("copy", seeds=(0, 1)))
@@ -231,28 +213,6 @@ def test_manifest_hash_follows_the_images(tmp_path, make_run):
     before = manifest_hash(plain)
     save(plain / "bird" / "0.png", seed=1)
     assert manifest_hash(plain) != before
-
-
-def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
-    read = []
-    monkeypatch.setattr("eval.images.content_hash", lambda path: read.append(path) or content_hash(path))
-    image, memory = tmp_path / "image.png", tmp_path / "cache" / "hashes.jsonl"
-    save(image)
-    digest = content_hash(image)
-    # just written: it may be written again within the same tick of the clock
-    hashes = ContentHashes(memory)
-    assert hashes(image) == hashes(image) == digest and len(read) == 2
-    monkeypatch.setattr(ContentHashes, "SETTLED", 0)
-    assert hashes(image) == hashes(image) == digest and len(read) == 3
-    assert ContentHashes(memory)(image) == digest and len(read) == 3, "another process reads it again"
-    # other content of the same size and with the same time
-    before = os.stat(image)
-    image.write_bytes(image.read_bytes()[::-1])
-    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert ContentHashes(memory)(image) == content_hash(image) != digest
-    # a process was killed while it wrote
-    memory.write_text(memory.read_text()[:-20])
-    assert ContentHashes(memory)(image) == content_hash(image)
 
 
 def test_images_that_would_be_left_out_are_named(tmp_path):
@@ -274,20 +234,3 @@ def test_images_that_would_be_left_out_are_named(tmp_path):
             read_manifest(plain)
         (plain / path).unlink()
     assert len(read_manifest(plain)) == 2
-
-
-def test_write_json_is_canonical_and_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "document.json"
-    write_json(path, {"b": 1, "a": "é"})
-    assert path.read_text(encoding="utf-8") == '{\n "a": "é",\n "b": 1\n}\n'
-    with pytest.raises(ValueError):
-        write_json(path, {"a": float("nan")})
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é", "b": 1}
-    assert list(path.parent.iterdir()) == [path]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.aggregates import AGGREGATES, CategoryEntropy, aggregate_named
-from eval.attributes import entropy
+from eval.aggregates import AGGREGATES, CategoryEntropy, aggregate_named, entropy
 from eval.intervals import bootstrap_interval, difference_of, interval_of, n_units, paired_difference
 
 
@@ -136,7 +135,7 @@ def test_deterministic_whatever_the_order(cluster):
 def test_blocks_do_not_change_the_distribution(monkeypatch):
     groups = valued(np.random.default_rng(7).normal(size=50))
     expected = bootstrap_interval(groups, n_resamples=4000)
-    monkeypatch.setattr("eval.intervals._BLOCK", 350)
+    monkeypatch.setattr("eval.intervals.BLOCK", 350)
     assert bootstrap_interval(groups, n_resamples=4000) == pytest.approx(expected, abs=0.02)
 
 

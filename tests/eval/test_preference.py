@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
-from eval.metrics import is_current, measure
+from eval.measure import is_current, measure
 from eval.preference import AestheticPredictor, AestheticScore, HpsClip, HpsScore, InstructBlip, VqaScore
+from eval.weights import FACTS
 
 PROMPTS = {"bird": "a photo of a bird", "fish": "a {red} fish"}
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -83,7 +84,7 @@ def head():
 def aesthetic(tiny_clip, head, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(AestheticPredictor, "ARCHITECTURE", tiny_clip[0])
-    file = tmp_path / "torch" / "hub" / "checkpoints" / AestheticPredictor.FILE
+    file = tmp_path / "torch" / "hub" / "checkpoints" / FACTS["aesthetic"]["files"][0]
     file.parent.mkdir(parents=True)
     torch.save(head.state_dict(), file)
     torch.save(tiny_clip[1].state_dict(), tmp_path / f"{tiny_clip[0]}-openai.pt")
@@ -97,7 +98,7 @@ def test_aesthetic_is_the_published_network_on_the_embedding_of_length_1(aesthet
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
     with torch.no_grad():
         expected = head["layers"](embeddings)[:, 0]
-    torch.testing.assert_close(metric.judge.score(embeddings), expected)
+    torch.testing.assert_close(metric.judge.head.score(embeddings), expected)
     document = measure(metric, run)
     assert_means_of_groups(document, expected)
     assert document["encoder"]["name"] == "LAION aesthetic predictor v2 (CLIP ViT-L/14)"
@@ -119,12 +120,12 @@ def test_aesthetic_weights_are_both_files(aesthetic, head, tmp_path):
 def test_aesthetic_refuses_other_files(aesthetic, head, tmp_path):
     for content, problem in (
         ({"layers.0.weight": torch.zeros(1024, 768)}, r"layers\.0\.bias"),
-        ({name: tensor[..., :-1] for name, tensor in head.state_dict().items()}, "other tensors"),
+        ({name: tensor[..., :-1] for name, tensor in head.state_dict().items()}, "tensors of other shapes"),
         (head, "not a file of tensors alone"),
-        ([1], "expected the layers"),
+        ([1], "expected the weights"),
     ):
         torch.save(content, aesthetic)
-        with pytest.raises(ValueError, match=rf"{problem}.*download it again from https://github\.com"):
+        with pytest.raises(ValueError, match=rf"{problem}.*put the file of https://github\.com"):
             AestheticPredictor(weights_dir=tmp_path).prepare()
 
 
@@ -134,7 +135,7 @@ def test_aesthetic_refuses_other_files(aesthetic, head, tmp_path):
 @pytest.fixture
 def hps_file(tiny_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(HpsClip, "ARCHITECTURE", tiny_clip[0])
-    file = tmp_path / "weights" / HpsClip.FILE
+    file = tmp_path / "weights" / FACTS["hps"]["files"][0]
     file.parent.mkdir()
     halves = {name: tensor.half() for name, tensor in tiny_clip[1].state_dict().items()}
     torch.save({"state_dict": halves}, file)

@@ -9,8 +9,9 @@ from PIL import Image
 
 from eval.encoders import Encoder
 from eval.fidelity import FrechetDistance
-from eval.metrics import ImageSet, measure
-from eval.released import ReleasedFrechetDistance, Stretched, stretched
+from eval.imageset import ImageSet
+from eval.measure import measure
+from eval.released import ReleasedFrechetDistance, ReleasedMeanSimilarity, ReleasedVendi, Stretched, stretched
 
 
 class Corners(Encoder):
@@ -84,3 +85,21 @@ def test_the_distance_is_of_squashed_images_at_any_n(tmp_path):
     lay_down("single", 0, 1)
     with pytest.raises(ValueError, match="one alone has no covariance"):
         measure(ReleasedFrechetDistance(Corners(), tmp_path / "single"), tmp_path / "made")
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_released_scripts_choices_are_reproduced_from_their_formulas(numbered_run, n, scripted):
+    run = numbered_run(categories=("ant", "bird", "cat"), seeds=(0, 1), images=n // 2)
+    vectors = [[1, 0, 0, 0]] * n + np.eye(4)[:n].tolist() + np.random.default_rng(0).normal(size=(n, 4)).tolist()
+    unit = np.array(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
+    kernels = [unit[k : k + n] @ unit[k : k + n].T for k in (0, n, 2 * n)]
+    document = measure(ReleasedMeanSimilarity(scripted(vectors)), run)
+    found = [group["value"] for group in document["groups"]]
+    # the images of all seeds of a prompt make one matrix
+    assert [group["group"] for group in document["groups"]] == ["ant/all", "bird/all", "cat/all"]
+    assert (document["n_groups"], document["n_images"]) == (3, 3 * n)
+    assert found == pytest.approx([kernel.mean() for kernel in kernels], abs=1e-6)
+    found = [group["value"] for group in measure(ReleasedVendi(scripted(vectors)), run)["groups"]]
+    eigenvalues = [np.linalg.eigvalsh(kernel).clip(1e-300) for kernel in kernels]
+    assert found == pytest.approx([np.exp(-(m * np.log(m)).sum()) for m in eigenvalues], abs=1e-5)
+    assert found[:2] == pytest.approx([n**-n, 1], abs=1e-4)

@@ -13,7 +13,8 @@ from PIL import Image
 from eval.cache import EmbeddingCache
 from eval.encoders import PixelEncoder
 from eval.images import ManifestRow
-from eval.metrics import ImageSet, is_current, measure
+from eval.imageset import ImageSet
+from eval.measure import is_current, measure
 from eval.resemblance import (
     DetectionRate,
     Identification,

@@ -72,7 +72,7 @@ def test_a_seed_gives_one_p_whatever_the_order_and_the_blocks(monkeypatch):
     assert sign_flip_p(a[::-1], b, n_flips=500) == expected
     assert sign_flip_p(a, b, n_flips=500, seed=1) != expected
     exact = sign_flip_p(a[:8], b[:8])
-    monkeypatch.setattr("eval.significance._BLOCK", 700)
+    monkeypatch.setattr("eval.significance.BLOCK", 700)
     assert sign_flip_p(a, b, n_flips=500) == pytest.approx(expected, abs=0.1)
     assert sign_flip_p(a[:8], b[:8]) == exact
 

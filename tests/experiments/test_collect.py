@@ -7,8 +7,8 @@ import shutil
 import pandas as pd
 import pytest
 
-from eval.images import sealed
-from eval.metrics import read_document
+from eval.files import sealed
+from eval.measure import read_document
 from experiments import collect as module
 from experiments import report
 from experiments.collect import collect, write

@@ -29,7 +29,7 @@ def configuration(tmp_path, tiny_checkpoint):
     device = "device: ${torch_device:${device}}\n"
     model = "architecture: {}\nrevision: null\nvariant: null\n"
     lpips = f"  _target_: eval.perceptual.LpipsDistance\n  net: squeeze\n  weights_dir: {tmp_path}\n"
-    cosine = "  _target_: eval.metrics.PairwiseDistance\n  encoder: ${model.scorer}\n"
+    cosine = "  _target_: eval.diversity.PairwiseDistance\n  encoder: ${model.scorer}\n"
     write(
         tmp_path,
         config="defaults:\n  - _self_\n  - model: here\ndevice: auto\n",

@@ -6,8 +6,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from eval.images import read_manifest, sealed
-from eval.metrics import read_document
+from eval.files import sealed
+from eval.images import read_manifest
+from eval.measure import read_document
 from experiments import tabulate
 from experiments.collect import collect
 from experiments.configs import expand

@@ -8,8 +8,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from eval.encoders import HFClip, PixelEncoder
-from eval.metrics import AttributeEntropy
+from eval.attributes import AttributeEntropy
+from eval.clip import HFClip
+from eval.encoders import PixelEncoder
 from experiments import PROJECT, pipelines
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics
@@ -90,7 +91,7 @@ def test_a_scorer_without_a_vocabulary_is_missing(tmp_path):
 def test_a_scorer_with_damaged_weights_is_named(tmp_path):
     folder = shutil.copytree(PROJECT / "models" / "mini-clip", tmp_path / "clip")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"the weights of clip, got a damaged file .*fetch {folder} again"):
+    with pytest.raises(ValueError, match=rf"weights of clip in .* cannot be loaded .*into {folder} or give another"):
         HFClip(folder).prepare()
 
 

@@ -1,0 +1,240 @@
+"""CLIP models: encoders of images and of texts into one space. Both are computed in float32."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from eval.encoders import ImageNetwork, quiet_transformers
+from eval.weights import FACTS, NO_NETWORK, WeightsFacts, hub_cache, in_hub_cache, missing_vocabulary, network_answers
+
+TEXTS_PER_BATCH = 256
+# What a repository of open_clip's weights has, in the order of preference.
+HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+class Clip(ImageNetwork):
+    """What CLIP models share: the text tower."""
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        texts = list(texts)
+        batches = [texts[start : start + TEXTS_PER_BATCH] for start in range(0, len(texts), TEXTS_PER_BATCH)]
+        return torch.cat([F.normalize(self._text_features(batch).float(), dim=-1).cpu() for batch in batches])
+
+    @abstractmethod
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        """Return [N, D] for N texts."""
+
+
+class HFClip(Clip):
+    """A CLIP model of transformers in a local folder (config.json, model.safetensors, tokenizer, image processor).
+
+    Resize, crop and normalisation are those of the folder's `preprocessor_config.json`.
+
+    Args:
+        folder: what `CLIPModel.save_pretrained`, the tokenizer's and the image processor's wrote.
+        name: for tables, and the beginning of the id; the folder's name if not given.
+    """
+
+    ROW = "hf_clip"
+
+    def __init__(self, folder: str | Path, name: str | None = None, device: str = "cpu") -> None:
+        name = name or Path(folder).name
+        super().__init__(name, name, device, folder)
+
+    def weights(self) -> WeightsFacts:
+        needed = FACTS[self.ROW]["files"]
+        missing = [file for file in needed if not (self.given / file).is_file()] + missing_vocabulary(self.given)
+        kept = [] if missing else [p for p in self.given.iterdir() if p.suffix in (".json", ".safetensors", ".txt")]
+        return WeightsFacts.of(
+            self.ROW, self.name, sorted(kept), [self.given], wanted=", ".join(missing or needed), folder=self.given
+        )
+
+    def _load(self, facts: WeightsFacts) -> tuple[Any, Any, Any]:
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+        with quiet_transformers():
+            model = CLIPModel.from_pretrained(self.given, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.given, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(self.given, local_files_only=True)
+        return model.float().eval().to(self.device), tokenizer, processor
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens the text tower reads, those of start and end included."""
+        model, tokenizer, _ = self._network
+        return min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+
+    def _pixels(self, images: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return self._network[2](images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return _tensor(self._network[0].get_image_features(pixel_values=pixels))
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        model, tokenizer, _ = self._network
+        # Padding to one fixed length keeps a text's embedding independent of its neighbours.
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        features = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return _tensor(features)
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        tokenizer = self._network[1]
+        return sum(len(tokenizer(text, verbose=False)["input_ids"]) > self.max_tokens for text in texts)
+
+
+class OpenClip(Clip):
+    """A CLIP model of open_clip, with the resize and normalisation that belong to its weights.
+
+    Weights are looked for, in this order: the file `pretrained` itself, if it is a path; `weights_dir`; the
+    usual caches; the network. Without network it fails within seconds and says which file to put where.
+
+    Args:
+        architecture: open_clip's name of the model, e.g. "ViT-B-32".
+        pretrained: open_clip's tag of the weights, e.g. "openai", or the path of a weights file.
+        weights_dir: a folder with `<architecture>-<pretrained>.safetensors` (or .pt, .bin) or, as downloaded,
+            `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
+    """
+
+    ROW = "open_clip"
+
+    def __init__(
+        self,
+        architecture: str = "ViT-B-32",
+        pretrained: str = "openai",
+        weights_dir: str | Path | None = None,
+        name: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.architecture = architecture
+        given = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
+        self.tag = None if given else pretrained
+        # Where a file has to be, for want of which nothing is downloaded.
+        self._places: list[Path] | None = None
+        if given:
+            self._places = [Path(pretrained)]
+        elif weights_dir is not None:
+            names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
+            self._places = [Path(weights_dir) / file for file in (*names, *HUB_NAMES)]
+        slug = "-".join(part for part in ("open_clip", architecture, self.tag) if part)
+        super().__init__(name or f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
+
+    def weights(self) -> WeightsFacts:
+        """State the weights; those that only open_clip's cache or the hub's has count as present.
+
+        Raises:
+            ValueError: open_clip knows no such architecture, or no such tag of it.
+        """
+        published, repository, names = self._published()
+        places = self._places or [Path("~/.cache/clip").expanduser() / names[0]]
+        found = [place for place in places if place.is_file()]
+        if repository and not self._places:
+            places, found = [hub_cache(repository)], in_hub_cache(repository, names)
+        source = f"https://huggingface.co/{repository}" if repository else published.get("url")
+        return WeightsFacts.of(
+            self.ROW,
+            self.name,
+            found[:1],
+            places,
+            bool(self._places),
+            wanted=" or ".join(names) + (f" of {repository}" if repository else ""),
+            size=self._config["vision_cfg"]["image_size"],
+            mean=published.get("mean") or "the architecture",
+            licence="MIT" if self.tag == "openai" else "as the repository says",
+            get=f"get {names[0]} from {source}, " if source else "",
+            name=f"{self.architecture}-{self.tag}{os.path.splitext(names[0])[1]}" if self.tag else places[0].name,
+        )
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        import open_clip
+
+        config = open_clip.get_model_config(self.architecture)
+        if config is None:
+            raise ValueError(
+                f"expected an architecture of open_clip, got {self.architecture!r}; open_clip.list_models() has them"
+            )
+        return config
+
+    def _published(self) -> tuple[dict[str, Any], str, list[str]]:
+        """Return open_clip's facts of the tag, its repository if there is one, and the names of its file."""
+        import open_clip
+
+        _ = self._config
+        facts = dict(open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}) if self.tag else {}
+        if not facts and not self._places:
+            raise ValueError(
+                f"expected a tag of weights for {self.architecture}, got {self.tag!r}; open_clip knows "
+                f"{', '.join(open_clip.list_pretrained_tags_by_model(self.architecture)) or 'none'}"
+            )
+        repository, name = os.path.split(facts.get("hf_hub", ""))
+        if repository:
+            return facts, repository, [name] if name else list(HUB_NAMES)
+        return facts, "", [os.path.basename(facts["url"])] if facts else [self._places[0].name]
+
+    def _fetch(self, facts: WeightsFacts) -> None:
+        import open_clip
+        from huggingface_hub import hf_hub_download
+
+        if self._places:
+            raise facts.missing()
+        published, repository, names = self._published()
+        reason = NO_NETWORK
+        if network_answers(None if repository else published["url"]):
+            for name in names:
+                try:
+                    _ = hf_hub_download(repository, name) if repository else open_clip.download_pretrained(published)
+                    return
+                except Exception as error:  # the kind of exception depends on the installed version's HTTP library
+                    reason = str(error)
+        raise facts.missing(reason)
+
+    def _load(self, facts: WeightsFacts) -> tuple[Any, Any, Any]:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        published = self._published()[0]
+        preprocessing = ("mean", "std", "interpolation", "resize_mode")
+        model = open_clip.create_model(
+            self.architecture,
+            pretrained=str(facts.files[0]),
+            # open_clip only warns when weights need QuickGELU and the architecture lacks it: wrong numbers.
+            force_quick_gelu=bool(published.get("quick_gelu", False)),
+            force_preprocess_cfg={key: published[key] for key in preprocessing if key in published},
+        )
+        transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+        return model.float().eval().to(self.device), open_clip.get_tokenizer(self.architecture), transform
+
+    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        from torchvision.transforms.functional import to_pil_image
+
+        return self._network[2](to_pil_image(image))
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._network[0].encode_image(pixels)
+
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        model, tokenizer, _ = self._network
+        return model.encode_text(tokenizer(texts).to(self.device))
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        model, tokenizer, _ = self._network
+        # Some architectures bring a tokenizer of transformers, which adds the two special tokens by itself.
+        inner = getattr(tokenizer, "tokenizer", None)
+        lengths = (len(inner(text)["input_ids"]) if inner else len(tokenizer.encode(text)) + 2 for text in texts)
+        return sum(length > model.context_length for length in lengths)
+
+
+def _tensor(features: Any) -> torch.Tensor:
+    # transformers 5 returns an output object where transformers 4 returns the tensor
+    return features if isinstance(features, torch.Tensor) else features.pooler_output

@@ -1,0 +1,219 @@
+"""What a metric is: one interface for whatever is measured of a folder of images.
+
+A metric gives every group a value, or label counts, and names the aggregate that makes one number of them
+(see `eval.aggregates`). Its document (see `eval.measure`) holds the groups' values, so that intervals, paired
+differences and tables need neither images nor encoder. Each question has a file of its own, with the arithmetic
+as functions first and then as metrics.
+
+A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
+it on all images and again on seeded halves of the categories; the document holds those numbers instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from eval.aggregates import GroupValue, aggregate_named
+from eval.files import canonical_json
+from eval.imageset import ImageSet
+from eval.intervals import Cluster, units_of
+
+
+class Judge(Protocol):
+    """What a number depends on beside the images: an encoder, or whatever else compares or scores them.
+
+    Attributes:
+        name: for people, as printed in tables.
+        id: identity for caches and result files: it changes when the weights do.
+    """
+
+    name: str
+    id: str
+
+
+class Metric(ABC):
+    """Something measured of every group of images.
+
+    Attributes:
+        name: of the metric, as in tables.
+        version: raised whenever the same images could give another number.
+        higher_is_better: None where neither direction is.
+        unit: of the number, with its range.
+        description: what is computed, in a sentence.
+        bounds: the least and the largest number there can be, None where there is no end to it: an unbiased estimate
+            of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
+            a share of it a margin.
+        aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
+        encoder: what embeds the images, or compares or scores them; None for a metric that compares pixels itself,
+            which then has a `judge` of its own.
+        only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
+    """
+
+    name: str
+    version: int
+    higher_is_better: bool | None
+    unit: str
+    description: str
+    bounds: tuple[float | None, float | None] = (None, None)
+    aggregate: str = "mean"
+    only: tuple[str, ...] | None = None
+
+    def __init__(self, encoder: Judge | None, name: str | None = None) -> None:
+        self.encoder = encoder
+        if name is not None:
+            self.name = name
+
+    @property
+    def judge(self) -> Judge:
+        """What is named as the document's encoder; a metric without one says here what it compares with."""
+        if self.encoder is None:
+            raise TypeError(
+                f"expected an encoder for {self.name}, got None; give one, or define `judge` in {type(self).__name__}"
+            )
+        return self.encoder
+
+    def settings(self) -> dict[str, Any]:
+        """Return whatever else changes the number, as JSON values."""
+        return {}
+
+    def design(self) -> dict[str, Any]:
+        """Return how parts of the images are drawn to tell how sure the number is, as JSON values."""
+        return {}
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Return what a reader should know about this measurement, as JSON values."""
+        return {}
+
+    def prepare(self) -> None:
+        """Load the encoder now, so that missing weights are found before any work is done."""
+        if self.encoder is not None:
+            self.encoder.prepare()
+
+    @abstractmethod
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """Measure every group, in canonical order."""
+
+    def results(self, images: ImageSet) -> dict[str, Any]:
+        """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
+        groups = self.per_group(images)
+        return {
+            "value": aggregate_named(self.aggregate).value(groups),
+            "n_groups": len(groups),
+            "n_images": sum(group["n_images"] for group in groups),
+            "groups": groups,
+        }
+
+
+class ImageMetric(Metric):
+    """A metric that scores every image by itself; a group has the mean of its images."""
+
+    @abstractmethod
+    def scores(self, images: ImageSet) -> torch.Tensor:
+        """Return a score for every image, [N], in the order of `images.rows`."""
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        scores = self.scores(images).double()
+        return [
+            images.group_value(group, value=scores[members].mean().item()) for group, members in images.groups.items()
+        ]
+
+
+class SetMetric(Metric):
+    """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
+
+    How sure it is cannot come from resampling with replacement: repeated images are no new images, and such
+    numbers are biased by their count. So it is measured on `SUBSETS` halves, drawn without replacement: the
+    variance among halves estimates that of the whole (see `eval.intervals.interval_of`). What is drawn are
+    whole categories, since groups of one are not independent. The halves depend on the groups' ids and categories
+    alone, so two methods get the same ones and their differences are paired.
+
+    Attributes:
+        cluster: what is drawn as one: "category", "prompt", or None for single groups.
+        minimum: images below which the number is refused, for the set itself; where a half is smaller, or there
+            are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval is not estimable.
+            A subclass says why it is what it is.
+    """
+
+    SUBSETS: ClassVar[int] = 20
+    SHARE: ClassVar[float] = 0.5
+    FEWEST: ClassVar[int] = 6
+    cluster: Cluster | None = "category"
+    minimum: int = 2
+    aggregate = "subsets"
+
+    def design(self) -> dict[str, Any]:
+        return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
+
+    @abstractmethod
+    def value_of(self, images: ImageSet, positions: list[int]) -> float:
+        """Measure some of the images.
+
+        Args:
+            images: the set; features come from `images.embeddings`, which embeds all of it once.
+            positions: which rows to measure, ascending; at least `minimum`.
+
+        Returns:
+            The number, finite.
+        """
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        """Return nothing: groups have no numbers of their own."""
+        return []
+
+    def results(self, images: ImageSet) -> dict[str, Any]:
+        """Measure all images and every half; see `Metric.results`.
+
+        Returns:
+            `value`, `n_groups`, `n_images`, an empty `groups`, `groups_sha256` (which groups, of which category and
+            how large: two documents are paired where it agrees), `n_units` (clusters to draw from) and `subsets`:
+            `seed`, `n_units`, `n_images`, `value` of each.
+
+        Raises:
+            ValueError: fewer images than `minimum`.
+        """
+        n_images = len(images.rows)
+        if n_images < self.minimum:
+            raise ValueError(
+                f"expected at least {self.minimum} images for {self.name}, got {n_images}; generate more images, "
+                "or leave this metric out"
+            )
+        groups = [images.group_value(group) for group in sorted(images.groups)]
+        clusters: dict[str, list[int]] = {}
+        for group, unit in zip(groups, units_of(groups, self.cluster), strict=True):
+            clusters.setdefault(unit, []).extend(images.groups[group["group"]])
+        halves = self._halves(clusters)
+        # A number of half the images that may be refused is no measure of the whole's variation.
+        if any(len(positions) < self.minimum for _, positions in halves):
+            halves = []
+        return {
+            "value": float(self.value_of(images, list(range(n_images)))),
+            "n_groups": len(groups),
+            "n_images": n_images,
+            "groups": [],
+            "groups_sha256": hashlib.sha256(canonical_json(groups).encode()).hexdigest(),
+            "n_units": len(clusters),
+            "subsets": [
+                {
+                    "seed": seed,
+                    "n_units": n_units,
+                    "n_images": len(positions),
+                    "value": float(self.value_of(images, positions)),
+                }
+                for seed, (n_units, positions) in enumerate(halves)
+            ],
+        }
+
+    def _halves(self, clusters: Mapping[str, list[int]]) -> list[tuple[int, list[int]]]:
+        """Return for each seed the number of clusters drawn and the positions of their images, ascending."""
+        if len(clusters) < self.FEWEST:
+            return []
+        members = [clusters[name] for name in sorted(clusters)]
+        n_units = int(len(members) * self.SHARE)
+        drawn = (np.random.default_rng(seed).permutation(len(members))[:n_units] for seed in range(self.SUBSETS))
+        return [(n_units, sorted(position for index in chosen for position in members[index])) for chosen in drawn]

@@ -1,0 +1,49 @@
+"""Entropies with known values, their bias, and the numbers that groups become."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from eval.aggregates import MINIMUM_IMAGES, entropy
+
+
+@pytest.mark.parametrize(
+    ("counts", "plug_in", "seen"),
+    [
+        ([8, 0, 0], 0.0, 1),
+        ([4, 4], math.log(2), 2),
+        ([5, 5, 5, 5, 0], math.log(4), 4),
+        ([6, 3, 3], 1.5 * math.log(2), 3),
+    ],
+)
+def test_known_entropies(counts, plug_in, seen):
+    n = sum(counts)
+    assert entropy(counts, miller_madow=False) == pytest.approx(plug_in)
+    assert entropy(counts) == pytest.approx(plug_in + (seen - 1) / (2 * n))
+
+
+def test_entropy_takes_many_histograms():
+    counts = np.random.default_rng(0).integers(0, 9, (3, 5, 4)) + 2
+    found = entropy(counts)
+    assert found.shape == (3, 5)
+    assert found[1, 2] == pytest.approx(float(entropy(counts[1, 2])))
+
+
+def test_miller_madow_removes_most_of_the_bias():
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(40, np.full(8, 1 / 8), size=4000)
+    plug_in = math.log(8) - entropy(counts, miller_madow=False).mean()
+    corrected = math.log(8) - entropy(counts).mean()
+    assert plug_in > 0.07
+    assert abs(corrected) < 0.1 * plug_in
+
+
+def test_small_n_is_refused():
+    assert entropy([MINIMUM_IMAGES, 0]) == 0
+    with pytest.raises(ValueError, match=f"at least {MINIMUM_IMAGES} images.*got {MINIMUM_IMAGES - 1}"):
+        entropy([MINIMUM_IMAGES - 1, 0])
+    with pytest.raises(ValueError, match="got 0"):
+        entropy([0, 0], minimum=0)

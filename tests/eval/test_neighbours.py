@@ -1,0 +1,81 @@
+"""Constructed sets, an independent implementation and the definitions for the overlap of two sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from eval.neighbours import density_coverage, precision_recall
+
+
+def sample(n, d, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale
+
+
+def test_identical_sets():
+    x = sample(50, 8)
+    assert precision_recall(x, x) == (1, 1)
+    # a ball without its surface holds its centre and k - 1 of its k neighbours
+    assert density_coverage(x, x) == (1, 1)
+    assert precision_recall(x.float(), x.float()[torch.randperm(50)]) == (1, 1)
+
+
+def test_disjoint_sets():
+    x = sample(50, 8)
+    assert precision_recall(x + 100, x) == (0, 0)
+    assert density_coverage(x + 100, x) == (0, 0)
+
+
+def test_a_subset_is_precise_and_recalls_its_part():
+    # two far clusters; the images have only one of them
+    a, b = sample(40, 4, 1), sample(40, 4, 2) + 1000
+    real = torch.cat([a, b])
+    assert precision_recall(a, real) == (1, 0.5)
+    assert density_coverage(a, real) == (1, 0.5)
+    # the images have both, the real ones only one
+    assert precision_recall(real, a) == (0.5, 1)
+    assert density_coverage(real, a) == (0.5, 1)
+
+
+def test_a_collapsed_set():
+    real = sample(60, 4)
+    collapsed = real[:1].repeat(30, 1)
+    precision, recall = precision_recall(collapsed, real)
+    assert precision == 1 and recall == pytest.approx(1 / 60)  # balls of radius 0: the one image itself
+
+
+def test_manifolds_against_the_libraries_and_the_definition():
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    x, y = sample(70, 5, 1, scale=0.8), sample(50, 5, 2)
+    assert precision_recall(x, y) == pytest.approx(calculate_precision_recall_full(x, y, neighborhood=3))
+    k = 5
+    real, made = y.numpy(), x.numpy()
+    within = np.linalg.norm(real[:, None] - real[None], axis=2)
+    radii = np.sort(within, axis=1)[:, k]
+    across = np.linalg.norm(real[:, None] - made[None], axis=2)
+    density = (across < radii[:, None]).sum(axis=0).mean() / k
+    assert density_coverage(x, y) == pytest.approx((density, (across.min(axis=1) < radii).mean()))
+
+
+def test_density_is_one_and_unbounded():
+    x, y = sample(2000, 3, 1), sample(1000, 3, 2)
+    assert density_coverage(x, y)[0] == pytest.approx(1, abs=0.05)
+    # with many dimensions, the middle lies within everyone's k-th neighbour
+    y = sample(100, 40)
+    assert density_coverage(y.mean(0, keepdim=True), y)[0] == 100 / 5
+
+
+def test_manifolds_refuse_few_images():
+    x = sample(4, 3)
+    assert precision_recall(x, x) == (1, 1)
+    with pytest.raises(ValueError, match="at least 4 images, got 3"):
+        precision_recall(x[:3], x)
+    with pytest.raises(ValueError, match="at least 4 reference images, got 3"):
+        precision_recall(x, x[:3])
+    with pytest.raises(ValueError, match="at least 6 reference images, got 4"):
+        density_coverage(x, x)
+    with pytest.raises(ValueError, match="k >= 1"):
+        density_coverage(x, x, k=0)
