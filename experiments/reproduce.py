@@ -3,8 +3,8 @@
     python -m experiments.reproduce experiment=diversity
     python -m experiments.reproduce experiment=sweep launcher=joblib
 
-`make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the same
-overrides; in one process, that imports and composes what they share once. What is there already is not made again.
+`make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the
+same overrides, in one process that imports what they share once. What is there already is not made again.
 """
 
 from __future__ import annotations
