@@ -21,7 +21,8 @@ import pandas as pd
 
 from experiments import project_path
 from experiments.configs import first
-from experiments.tabulate import KEY, ROLES, TEXT, change, read_table, row_keys, run_labels
+from experiments.tables import TEXT, row_keys
+from experiments.tabulate import KEY, ROLES, change, read_table, run_labels
 
 PUBLISHED = "results"
 
@@ -39,10 +40,10 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
         one).
     """
     mine, theirs = (pd.read_csv(path, dtype=TEXT) for path in (made, published))
-    place = {key: row for key, (_, row) in zip(row_keys(published), theirs.iterrows(), strict=True)}
+    place = {key: row for key, (_, row) in zip(row_keys(published, KEY), theirs.iterrows(), strict=True)}
     labels = run_labels(mine)
     rows = []
-    for key, (_, row) in zip(row_keys(made), mine.iterrows(), strict=True):
+    for key, (_, row) in zip(row_keys(made, KEY), mine.iterrows(), strict=True):
         if row["primary"] not in ROLES:
             continue
         found = {"label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}", "made": _printed(row)}

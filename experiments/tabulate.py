@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
-import contextlib
 import io
 import re
 from pathlib import Path
@@ -34,11 +33,9 @@ from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_
 from experiments import project_path
 from experiments.configs import expand, first, flag
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
-from experiments.locks import locked
 from experiments.runs import Run
+from experiments.tables import Key, csv_text, latex, lock, markdown, put_rows, read_csv, row_keys
 
-#: Columns of a CSV that hold text also where they look like numbers.
-TEXT = {"run_id": str, "commit": str, "primary": str}
 #: What a row's metric may be primary for, in the order of the main table's columns.
 ROLES = ("diversity", "resemblance", "quality")
 #: Settings that are printed only where a model's runs differ in them, and how they are headed.
@@ -57,18 +54,12 @@ SETTING = [
     "t_low", "t_high", "sites",
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
-Key = tuple[str, ...]
 COLUMNS = [
     *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
     "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
 ]  # fmt: skip
 
-#: Columns that hold numbers alone.
-NUMBERS = {
-    "alpha", "threshold", "t_low", "t_high", "value", "ci_low", "ci_high", "difference", "difference_low",
-    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "pushed_share", "seconds",
-}  # fmt: skip
 #: Columns that name folders and files, and what they may hold.
 NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
 #: What the columns of the main table, of the other metrics' and of the paper's mean.
@@ -114,23 +105,6 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
             f"make it again with {commands(name)[0]}"
         )
     check_names(frame, path)
-    return frame
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table of the results folder.
-
-    Raises:
-        ValueError: it is no table, or has text where numbers belong; the message names the file.
-    """
-    try:
-        frame = pd.read_csv(path, dtype=TEXT)
-        frame.astype(dict.fromkeys(NUMBERS & set(frame.columns), float))
-    except (ValueError, OSError) as error:  # of pandas' own errors, most are ValueErrors
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"expected a table in {path}, got a damaged file ({reason}): restore it, or move it away and make it again"
-        ) from None
     return frame
 
 
@@ -309,65 +283,25 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     Raises:
         ValueError: two of the runs have the same key, and are to be told apart.
     """
-    text = _csv(pd.DataFrame(rows, columns=COLUMNS))
-    frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
     runs: dict[Key, str] = {}
-    for key, run in zip(row_keys(io.StringIO(text)), frame["run_id"], strict=True):
+    keys = row_keys(io.StringIO(csv_text(pd.DataFrame(rows, columns=COLUMNS))), KEY)
+    for key, run in zip(keys, (row["run_id"] for row in rows), strict=True):
         if runs.setdefault(key, run) != run:
             raise ValueError(
                 f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(SETTING)}), so that one "
                 "would replace the other: give them names of their own (method.name=NAME), or tabulate them into other "
                 "folders (results=FOLDER)"
             )
-    # Between reading and writing, another process would have its rows lost.
-    with _lock(path):
-        if path.exists():
-            frame = _merged(read_csv(path).reindex(columns=COLUMNS), row_keys(path), frame, row_keys(io.StringIO(text)))
-        frame["p_holm"] = _corrected(frame)
-        write_text(path, _csv(frame))
-        return read_csv(path)
+    return put_rows(path, rows, COLUMNS, KEY, finish=_correct)
 
 
-def _lock(path: Path) -> contextlib.AbstractContextManager[bool]:
-    return locked(path.with_name(f".{path.name}.lock"))
-
-
-def _merged(old: pd.DataFrame, was: list[Key], new: pd.DataFrame, keys: list[Key]) -> pd.DataFrame:
-    """Return the rows of two tables, given with their `row_keys`; a new row stands where its predecessor stood."""
-    fresh = set(keys)
-    kept = [key not in fresh for key in was]
-    # As objects, since an empty column has no type to agree on; then numbers are numbers again, and written as such.
-    frame = pd.concat([old[kept].astype(object), new.astype(object)], ignore_index=True).infer_objects()
-    # So the table does not depend on what was measured again, and when.
-    place = {key: position for position, key in reversed(list(enumerate(was)))}
-    order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
-    return frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(drop=True)
-
-
-def row_keys(file: Path | io.StringIO) -> list[Key]:
-    """Return each row's `KEY` in one spelling: 1, 1.0 and 1.00 are one setting."""
-    text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=KEY, fill_value="")
-    return [tuple(_spelled(value) for value in row) for row in text.itertuples(index=False)]
-
-
-def _spelled(value: str) -> str:
-    try:
-        return f"{float(value):.6g}"
-    except ValueError:
-        return value
-
-
-def _corrected(frame: pd.DataFrame) -> pd.Series:
-    """Return the primary metrics' p-values after Holm's correction; a family is all of a model's tests in the table."""
+def _correct(frame: pd.DataFrame) -> None:
+    """Correct the primary metrics' p-values by Holm's method; a family is all of a model's tests in the table."""
     corrected = pd.Series(float("nan"), index=frame.index)
     tested = frame[frame["primary"].isin(ROLES) & frame["p_value"].notna()]
     for _, family in tested.groupby("model", sort=False):
         corrected[family.index] = holm(family["p_value"].astype(float).tolist())
-    return corrected
-
-
-def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, float_format="%.6g")
+    frame["p_holm"] = corrected
 
 
 def _number(value: float, low: float, high: float, sign: str = "", digits: int | None = None) -> str:
@@ -564,7 +498,7 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
     if description:
         parts += [description, ""]
     parts += [
-        main_table(frame).to_markdown(index=False, disable_numparse=True),
+        markdown(main_table(frame)),
         "",
         f"{LEGEND} {scored_by(frame)}",
         "",
@@ -575,14 +509,14 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
         parts += [
             OTHER_LEGEND,
             "",
-            others.to_markdown(index=False, disable_numparse=True),
+            markdown(others),
             "",
         ]
     if len(paper):
         parts += [
             PAPER_LEGEND,
             "",
-            paper.to_markdown(index=False, disable_numparse=True),
+            markdown(paper),
             "",
         ]
     return "\n".join(parts)
@@ -590,8 +524,7 @@ def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.Data
 
 def render_latex(frame: pd.DataFrame) -> str:
     """Return the two tables of `render_markdown` as LaTeX."""
-    tables = [table for table in (main_table(frame), other_table(frame)) if len(table)]
-    return "\n".join(table.to_latex(index=False, escape=True) for table in tables)
+    return latex([main_table(frame), other_table(frame)])
 
 
 def tabulate(overrides: list[str]) -> str:
@@ -613,12 +546,12 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cfg.name}.csv"
     merge_rows(path, rows_of(configs))
-    with _lock(path):
+    with lock(path):
         frame = read_csv(path)  # another process may have merged its rows meanwhile
-        markdown = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
-        write_text(folder / f"{cfg.name}.md", markdown)
+        page = render_markdown(frame, cfg.description, paper_table(cfg.name, project_path("results/paper.csv")))
+        write_text(folder / f"{cfg.name}.md", page)
         write_text(folder / f"{cfg.name}.tex", render_latex(frame))
-    return frame, markdown
+    return frame, page
 
 
 def main(argv: list[str]) -> None:

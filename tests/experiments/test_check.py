@@ -9,7 +9,8 @@ import pytest
 from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.check import compare_tables
-from experiments.tabulate import ROLES, TEXT
+from experiments.tables import TEXT
+from experiments.tabulate import ROLES
 
 PUBLISHED = PROJECT / "results" / "diversity.csv"
 

@@ -18,6 +18,7 @@ from experiments.configs import expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.runs import Run, request
+from experiments.tables import TEXT
 
 METHODS = "method=none,negtome,negtome_released"
 
@@ -187,7 +188,7 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     arguments, folders = finished
     markdown = tabulate.tabulate(arguments)
     cfg = expand(arguments)[0]
-    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=tabulate.TEXT)
+    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=TEXT)
     assert list(frame.columns) == tabulate.COLUMNS
     assert list(frame["run_id"].unique()) == [folder.name for folder in folders]
     assert set(frame["metric"]) == {"pairwise_similarity", "pairwise_distance", "vendi_score"}
@@ -254,7 +255,7 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
 def test_settings_of_one_method_are_told_apart(finished):
     arguments, _ = finished
     tabulate.tabulate(arguments)
-    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=tabulate.TEXT)
+    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=TEXT)
     other = frame[frame["method"] == "negtome"].assign(alpha=0.5, run_id="000000000000")
     table = tabulate.other_table(pd.concat([frame, other]))
     assert list(table.columns)[5:] == [
@@ -553,7 +554,7 @@ def test_the_copyright_table_and_figures(protected):
     arguments, runs = protected
     markdown = tabulate.tabulate(arguments)
     (cfg, *_) = configs = expand(arguments)
-    frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=tabulate.TEXT)
+    frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=TEXT)
     assert list(frame.columns) == tabulate.COLUMNS
     assert list(frame["run_id"].unique()) == [run.name for run, _ in runs.values()]
     assert set(frame["primary"].dropna()) == {"resemblance", "quality"}

@@ -1,6 +1,5 @@
 """How the cost is measured and told: arithmetic by hand, measurements on tiny pipelines. No test asserts a time."""
 
-import contextlib
 import math
 from types import SimpleNamespace
 
@@ -8,59 +7,63 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from scipy.stats import binom
 from torch.autograd import DeviceType
 
 import negtome
-from experiments import PROJECT, latency, latency_profile, latency_report
-from experiments.configs import expand
-from experiments.latency import SiteShape, Timing
+from experiments import PROJECT, latency
+from experiments.timing import cases, measure, profile, report, rows
+from experiments.timing.cases import composed, configured_cases
+from experiments.timing.clock import Timing, inside_of, take_rounds, time_call, timesteps_of
+from experiments.timing.figures import curve_models, scaling
+from experiments.timing.floor import BOUND, lower_bound, products
+from experiments.timing.rows import COLUMNS, median_interval
 
 RESULTS = PROJECT / "results"
-#: Columns of the comparison with the paper.
-COMPARED = ["without, s", "with, s", "increase", "device"]
-
-
 #: A call of a tiny pipeline.
 CALL = {
     "prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "num_images_per_prompt": 3,
     "output_type": "latent",
 }  # fmt: skip
-
+EVERYTHING = {"threshold": -1, "min_side": 8, "timestep_range": (600, 1000)}
 #: The suites as they are configured.
 MINI, FULL = (("experiment=latency", f"latency.suite={suite}") for suite in ("mini", "full"))
+#: Of the table as it is.
+NOTHING = ["experiment=latency", "latency.cases=false", "latency.curves=false", "device=cpu"]
 
 
 def tiny(source, results, *more):
-    """The mini suite on a tiny checkpoint, few steps and rounds."""
+    """A case of the mini suite on a tiny checkpoint, of few steps and rounds."""
     return [
-        "experiment=latency", "device=cpu", "latency.suite=mini", f"model.source={source}", f"results={results}",
+        "experiment=latency", "latency.suite=mini", "device=cpu", f"model.source={source}", f"results={results}",
         "model.call.num_inference_steps=6", "model.negtome.timestep_range=[500,1000]", "model.negtome.threshold=0",
         *more,
     ]  # fmt: skip
 
 
-def override(monkeypatch, *changes):
+def change(monkeypatch, *changes):
     """Change what is composed from now on, without composing it again."""
-    composed = latency._composed
-    monkeypatch.setattr(
-        latency, "_composed", lambda overrides: OmegaConf.merge(composed(overrides), OmegaConf.from_dotlist(changes))
-    )
+
+    def changed(*overrides):
+        return OmegaConf.merge(composed(*overrides), OmegaConf.from_dotlist(list(changes)))
+
+    for module in (latency, cases):
+        monkeypatch.setattr(module, "composed", changed)
 
 
 @pytest.fixture(scope="module")
 def flux(tiny_checkpoint, tmp_path_factory):
     """A whole run, with curves, on a tiny Flux checkpoint: overrides, results' folder and what was returned."""
     folder = tmp_path_factory.mktemp("flux")
-    spec = "latency.mini.{}.mini-flux.{}".format
+    case, curve = ("latency.mini.{}.mini-flux.{}".format(kind, "{}").format for kind in ("cases", "curves"))
     overrides = tiny(
-        tiny_checkpoint("flux"), folder, "latency.only=[mini-flux]", "latency.curve_windows=[900,500,0]",
-        spec("cases", "side=32"), spec("cases", "rounds=3"), "bootstrap.level=0.5", spec("cases", "batch=3"),
-        spec("cases", "steps={inside: 2, outside: 1}"), spec("curves", "rounds=1"), spec("curves", "side=32"),
-        spec("curves", "batches=[2,3]"), spec("curves", "sides=[16,32]"),
+        tiny_checkpoint("flux"), folder, "latency.only=[mini-flux]", "latency.curve_windows=[900,0]",
+        "bootstrap.level=0.4", case("side=32"), case("batch=2"), case("rounds=2"),
+        case("steps={inside: 2, outside: 1}"), curve("rounds=1"), curve("side=32"), curve("batch=2"),
+        curve("steps={inside: 1, outside: 1}"), curve("batches=[2]"), curve("sides=[16]"),
     )  # fmt: skip
     return overrides, folder, latency.run(overrides)
 
@@ -74,104 +77,107 @@ def test_a_drift_of_the_machine_falls_on_all_variants_alike():
 
     def run(name):
         now = 1 + 0.01 * next(clock)
-        return Timing([now, now * (1.5 if name == "slow" else 1.0)], 2 * now, None, None)
+        return Timing([now, now * (1.5 if name == "slow" else 1.0)], 2 * now)
 
-    timings = latency.take_rounds(["plain", "slow", "same"], 4, run)
-    assert {name: [len(calls) for calls in rounds] for name, rounds in timings.items()} == {
+    timings = take_rounds(["plain", "slow", "same"], 4, run)
+    assert {name: [len(calls) for calls in of_name] for name, of_name in timings.items()} == {
         name: [2, 2, 2, 2] for name in ("plain", "slow", "same")
     }
-    steps = {name: np.array([[t.steps for t in calls] for calls in rounds]) for name, rounds in timings.items()}
-    plain = latency.per_round(steps["plain"], [False, True])
-    assert latency.per_round(steps["slow"], [False, True]) / plain == pytest.approx(1.5)
-    assert latency.per_round(steps["same"], [True, False]) / plain == pytest.approx(1.0)
+    steps = {name: np.array([[t.steps for t in calls] for calls in of_name]) for name, of_name in timings.items()}
+    plain = rows.per_round(steps["plain"], [False, True])
+    assert rows.per_round(steps["slow"], [False, True]) / plain == pytest.approx(1.5)
+    assert rows.per_round(steps["same"], [True, False]) / plain == pytest.approx(1.0)
 
 
 def test_a_round_goes_there_and_back():
-    assert latency.turns(["a", "b", "c"]) == ["a", "b", "c", "c", "b", "a"]
+    order = []
+    take_rounds(["a", "b", "c"], 2, order.append)
+    assert order == ["a", "b", "c", "c", "b", "a"] * 2
 
 
 def test_a_rounds_duration_is_the_mean_of_its_calls_medians():
     steps = np.array([[[1, 2, 9, 50], [3, 4, 5, 60]], [[1, 1, 1, 0], [7, 7, 7, 0]]], dtype=float)
-    assert latency.per_round(steps, [True, True, True, False]).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
-    assert latency.per_round(steps, [False, False, False, True]).tolist() == [55, 0]
+    assert rows.per_round(steps, [True, True, True, False]).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
+    assert rows.per_round(steps, [False, False, False, True]).tolist() == [55, 0]
 
 
 def test_a_whole_call_has_the_measured_one_in_it_once():
     """Steps 10, 2, 4 inside the window and 1, 3 outside, of 25 seconds: 5 are spent before and after the loop."""
-    timing = Timing([10, 2, 4, 1, 3], 25, None, None)
+    timing = Timing([10, 2, 4, 1, 3], 25)
     mask = [True, True, True, False, False]
-    assert latency.compose([[timing]], mask, 3, 2).tolist() == [25]
-    assert latency.compose([[timing]], mask, 6, 20).tolist() == [25 + 3 * 4 + 18 * 2]
-    assert latency.compose([[timing]], mask, 1, 2).tolist() == [25 - 2 * 4]
-    slower = Timing([10, 2, 6, 1, 3], 27, None, None)
-    assert latency.compose([[timing, slower], [slower, slower]], mask, 4, 2).tolist() == [(29 + 33) / 2, 33]
+    assert rows.compose([[timing]], mask, 3, 2).tolist() == [25]
+    assert rows.compose([[timing]], mask, 6, 20).tolist() == [25 + 3 * 4 + 18 * 2]
+    assert rows.compose([[timing]], mask, 1, 2).tolist() == [25 - 2 * 4]
+    slower = Timing([10, 2, 6, 1, 3], 27)
+    assert rows.compose([[timing, slower], [slower, slower]], mask, 4, 2).tolist() == [(29 + 33) / 2, 33]
+
+
+def test_the_floor_is_added_to_the_steps_in_the_window_and_to_the_call():
+    (((call,),),) = (rows.with_bound([[Timing([1, 2, 3], 7, 100, 0.5)]], [True, True, False], 0.25),)
+    assert call == Timing([1.25, 2.25, 3], 7.5)
 
 
 def test_a_median_and_its_interval_by_hand():
-    assert latency.median_interval([3, 1, 2, 5, 4], 0.95) == (3, None, None)
-    assert latency.median_interval([3, 1, 2, 5, 4, 6], 0.95) == (3.5, 1, 6)
-    assert latency.median_interval(range(9), 0.95) == (4, 1, 7)
-    assert latency.median_interval([*range(8), 1e9], 0.95) == (4, 1, 7)
-    assert latency.median_interval([1.0], 0.95) == (1, None, None)
+    assert median_interval([3, 1, 2, 5, 4], 0.95) == (3, None, None)
+    assert median_interval([3, 1, 2, 5, 4, 6], 0.95) == (3.5, 1, 6)
+    assert median_interval([*range(8), 1e9], 0.95) == (4, 1, 7)
+    assert median_interval([1.0], 0.95) == (1, None, None)
 
 
-@given(st.integers(1, 60), st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.99]))
+@settings(deadline=None)
+@given(st.integers(1, 60), st.sampled_from([0.8, 0.9, 0.95, 0.99]))
 def test_the_interval_is_the_shortest_that_holds_the_median_often_enough(rounds, level):
-    value, low, high = latency.median_interval(range(1, rounds + 1), level)
-    assert value == (rounds + 1) / 2
-    # That so many or fewer of the rounds lie on one side of the median.
-    beyond = 0 if low is None else int(low)
-    assert high is None or high == rounds + 1 - low
-    assert low is None or 1 - 2 * binom.cdf(beyond - 1, rounds, 0.5) >= level - 1e-12
-    assert 1 - 2 * binom.cdf(beyond, rounds, 0.5) < level + 1e-12
+    """In closed form: as many rounds lie beyond each end as a fair coin would seldom leave there."""
+    beyond = int((binom.cdf(np.arange(rounds), rounds, 0.5) <= (1 - level) / 2).sum())
+    expected = (beyond, rounds + 1 - beyond) if beyond else (None, None)
+    assert median_interval(range(1, rounds + 1), level) == ((rounds + 1) / 2, *expected)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
 def test_the_full_suite_is_the_published_settings_and_curves():
-    cases = latency.configured_cases(FULL)
-    table = {(case.model.name, case.side): case for case in cases if case.part == "table"}
+    found = list(configured_cases(FULL))
+    table = {(case.model.name, case.side): case for case in found if case.part == "table"}
     assert set(table) == {("sdxl", 1024), ("flux-dev", 768), ("flux-dev", 1024)}
     names = {variant.name for variant in table["sdxl", 1024].variants}
-    assert names == {name for name in latency_report.TITLES if name != latency.BOUND}
+    assert names | {BOUND} == set(composed(*FULL).latency.titles)
     for (model, _), case in table.items():
         assert case.batch == 4 and case.model.dtype == {"sdxl": "float16", "flux-dev": "bfloat16"}[model]
         assert case.model.call.num_inference_steps == {"sdxl": 50, "flux-dev": 25}[model]
-        assert latency.median_interval(range(case.rounds), 0.95)[1] is not None
+        assert median_interval(range(case.rounds), 0.95)[1] is not None
     assert table["sdxl", 1024].windows == ((800, 1000), (600, 1000))
     assert table["flux-dev", 768].windows == ((900, 1000),)
     for model in ("sdxl", "flux-dev"):
         curve = {
-            part: [c for c in cases if (c.model.name, c.part) == (model, part)] for part in ("batch", "resolution")
+            part: [c for c in found if (c.model.name, c.part) == (model, part)] for part in ("batch", "resolution")
         }
         assert [case.batch for case in curve["batch"]] == [2, 4, 8, 16]
         assert [case.side for case in curve["resolution"]] == [512, 768, 1024, 1536, 2048]
-    assert all(case.variants[0].name == latency.PLAIN for case in cases)
+    assert all(case.variants[0].name == cases.PLAIN for case in found)
 
 
 def test_the_mini_suite_is_both_mini_models_and_has_intervals():
-    cases = latency.configured_cases(MINI)
-    assert [case.model.name for case in cases if case.part == "table"] == ["mini-sdxl", "mini-flux"]
-    assert all(latency.median_interval(range(case.rounds), 0.95)[1] is not None for case in cases)
+    found = list(configured_cases(MINI))
+    assert [case.model.name for case in found if case.part == "table"] == ["mini-sdxl", "mini-flux"]
+    assert all(median_interval(range(case.rounds), 0.95)[1] is not None for case in found)
 
 
 def test_every_target_is_of_a_configured_case_and_variant():
-    cases = [case for suite in (MINI, FULL) for case in latency.configured_cases(suite)]
-    for target in latency_report.TARGETS:
-        (case,) = [
-            case for case in cases if (case.part, case.model.name, case.side) == ("table", target.model, target.side)
-        ]
-        assert target.variant in {variant.name for variant in case.variants}
-        assert case.batch == latency_report.TARGET_BATCH
-        assert target.window is None or target.window in case.windows
-    for model, *sides in latency_report.GROWTH:
-        curve = {c.side for c in cases if (c.part, c.model.name, c.batch) == ("resolution", model, 4)}
-        assert set(sides) <= curve
+    found = [case for suite in (MINI, FULL) for case in configured_cases(suite)]
+    told = composed(*FULL).latency
+    for target in told.targets:
+        (case,) = [c for c in found if (c.part, c.model.name, c.side) == ("table", target.model, target.side)]
+        assert target.get("variant", cases.METHOD) in {variant.name for variant in case.variants}
+        assert case.batch == told.target_batch
+        assert "window" not in target or tuple(target.window) in case.windows
+        assert {f"{target.quantity}_ratio"} <= set(COLUMNS)
+    for model, sides in told.growth.items():
+        assert set(sides) <= {c.side for c in found if (c.part, c.model.name) == ("resolution", model)}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("setting", "message"),
     [
         ("model=sdxl", "expected no model="),
         ("latency.suite=half", "auto, mini or full, got 'half'"),
@@ -184,11 +190,11 @@ def test_every_target_is_of_a_configured_case_and_variant():
         ("latency.mini.cases.mini-sdxl.steps.outside=0", "at least 1, got 12 and"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(change, message, tmp_path, monkeypatch):
-    named = change.startswith("model=")
-    override(monkeypatch, f"results={tmp_path}", "device=cpu", *([] if named else [change]))
+def test_what_cannot_be_measured_is_refused(setting, message, tmp_path, monkeypatch):
+    model = setting.startswith("model=")
+    change(monkeypatch, f"results={tmp_path}", "device=cpu", *([] if model else [setting]))
     with pytest.raises(ValueError, match=message):
-        latency.run([*MINI, change] if named else MINI)
+        latency.run([*MINI, setting] if model else MINI)
     assert not list(tmp_path.iterdir())
 
 
@@ -199,65 +205,64 @@ def test_another_experiment_is_refused():
 
 def test_nothing_to_measure_and_no_table_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"latency\.csv, got no file: let latency\.cases"):
-        latency.run(["experiment=latency", f"results={tmp_path}", "latency.cases=false", "latency.curves=false"])
+        latency.run([*NOTHING, f"results={tmp_path}"])
 
 
 @pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
 def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
     pipe = request.getfixturevalue(name)
-    timesteps = latency.timesteps_of(pipe, CALL)
-    assert "forward" not in vars(latency._denoiser(pipe))
-    config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(timesteps[1], 1000))
-    schedule = latency.Schedule(timesteps, timesteps, config.timestep_range)
-    assert latency.inside_of(timesteps, schedule.window) == [True, True, False, False]
-    shapes = latency.site_shapes(pipe, CALL, config, schedule)
+    timesteps = timesteps_of(pipe, CALL)
+    config = negtome.NegToMeConfig(**EVERYTHING | {"timestep_range": (timesteps[1], 1000)})
+    assert inside_of(timesteps, config.timestep_range) == [True, True, False, False]
+    found = products(pipe, CALL, config, 2)
 
     with negtome.attach(pipe, config) as attached:
-        timing = latency.time_call(pipe, CALL, "cpu", attached)
+        timing = time_call(pipe, CALL, "cpu", attached)
     assert [step.timestep for step in attached.steps] == timesteps
     assert len(timing.steps) == 4 and min(timing.steps) > 0 and sum(timing.steps) < timing.seconds
     assert (timing.peak, timing.pushed_share) == (None, 1.0)
     # The floor moves the tokens that the method compares, and compares them with one image of each half.
-    moving = [latency.product_shapes(shape) for shape in shapes.elements()]
-    assert 2 * sum(math.prod(left[:2]) for left, _ in moving) == attached.summary()["tokens_compared"]
-    assert all(shape.halves == (2 if name == "tiny_sdxl" else 1) and shape.images == 3 for shape in shapes)
+    assert 2 * sum(math.prod(left[:2]) for left, _ in found.elements()) == attached.summary()["tokens_compared"]
+    for (halves, moving, channels), right in found:
+        assert halves == (2 if name == "tiny_sdxl" else 1) and right == (halves, channels, moving // 2)
 
 
-def test_the_shapes_of_the_floor_by_hand():
-    assert latency.product_shapes(SiteShape(2, 4, 4096, 640)) == ((2, 3 * 4096, 640), (2, 640, 4096))
-    assert latency.lower_bound({SiteShape(1, 2, 8, 4): 3}, "cpu", torch.float32) > 0
-    assert latency.lower_bound({}, "cpu", torch.float32) == 0
+def test_the_floor_is_what_its_products_take():
+    assert lower_bound({((1, 8, 4), (1, 4, 8)): 3}, "cpu", torch.float32) > 0
+    assert lower_bound({}, "cpu", torch.float32) == 0
 
 
 @pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
 def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(name, request):
     pipe = request.getfixturevalue(name)
-    config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(600, 1000))
-    own = negtome.Attachment._begin
-    products, calls = [], []
+    classes = [type(module) for module in pipe.components.values()]
+    config, attachments = negtome.NegToMeConfig(**EVERYTHING), []
 
-    def run():
-        with negtome.attach(pipe, config) as attached:
-            pipe(**CALL, generator=torch.Generator().manual_seed(0))
-        calls.append(attached.summary())
-        products[:] = [site for site, count in attached.counts().items() if count.compared]
-        return [step.active for step in attached.steps]
+    def attach():
+        attachments.append(negtome.attach(pipe, config))
+        return attachments[-1]
 
-    parts = {part.operation: part for part in latency_profile.parts(run, 2, "cpu")}
-    assert len(calls) == 2 + 2 and all(summary == calls[0] for summary in calls), "watching changes nothing"
-    assert negtome.Attachment._begin is own
-    operations = [part for operation, part in parts.items() if operation.startswith("push: ")]
+    def call():
+        pipe(**CALL, generator=torch.Generator().manual_seed(0))
+
+    parts = {part.operation: part for part in profile.parts(pipe, attach, call, 2, "cpu")}
+    assert [attached.summary() for attached in attachments] == [attachments[0].summary()] * (2 + 2)
+    assert [type(module) for module in pipe.components.values()] == classes
+    with negtome.attach(pipe, config) as unwatched:
+        call()
+    assert unwatched.summary() == attachments[0].summary(), "watching changes nothing"
+    told = [part for operation, part in parts.items() if operation.startswith("push: ")]
     assert list(parts) == [
-        "before the denoiser", "push", *(part.operation for part in operations), "after the denoiser",
-        "outside the window",
+        "before the denoiser", "push", *(part.operation for part in told), "after the denoiser", "outside the window",
     ]  # fmt: skip
     assert all(part.host_ms > 0 and part.device_ms is None for part in parts.values())
-    assert math.isclose(sum(part.host_ms for part in operations), parts["push"].host_ms)
-    assert parts["before the denoiser"].calls == parts["after the denoiser"].calls == 1
+    assert math.isclose(sum(part.host_ms for part in told), parts["push"].host_ms)
+    assert {parts[one].operation_calls for one in ("before the denoiser", "after the denoiser")} == {1}
     # One product a site that is reached and large enough; the others come out again before.
-    assert parts["push: bmm"].calls == len(products) <= parts["push"].calls
-    told = [part.host_ms for part in operations[: latency_profile.TOLD]]
-    assert told == sorted(told, reverse=True)
+    products = sum(count.compared > 0 for count in unwatched.counts().values())
+    assert parts["push: bmm"].operation_calls == products <= parts["push"].operation_calls
+    longest = [part.host_ms for part in told[: profile.TOLD]]
+    assert longest == sorted(longest, reverse=True)
 
 
 class Event:
@@ -296,28 +301,24 @@ def cuda(monkeypatch):
 def test_on_cuda_steps_lie_between_events_and_nobody_waits_in_between(cuda, tiny_flux, monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: (waits.append(device), Event.wait()))
-    timing = latency.time_call(tiny_flux, CALL, "cuda:0")
+    timing = time_call(tiny_flux, CALL, "cuda:0")
     assert timing.steps == [0.001] * 4 and timing.peak == 3 * 2**30
     assert waits == ["cuda:0"] * 2, "before and after the call"
 
 
 def test_on_cuda_the_parts_have_times_of_their_own_on_the_device(cuda, tiny_flux):
-    config = negtome.NegToMeConfig(threshold=-1, min_side=8, timestep_range=(600, 1000))
-
-    def run():
-        with negtome.attach(tiny_flux, config) as attached:
-            tiny_flux(**CALL)
-        return [step.active for step in attached.steps]
-
-    parts = {part.operation: part for part in latency_profile.parts(run, 2, "cuda:0")}
-    sites = parts["push"].calls
-    assert parts["push"].device_ms == sites and parts["before the denoiser"].device_ms == 1, "two events each"
+    config = negtome.NegToMeConfig(**EVERYTHING)
+    found = profile.parts(tiny_flux, lambda: negtome.attach(tiny_flux, config), lambda: tiny_flux(**CALL), 1, "cuda:0")
+    parts = {part.operation: part for part in found}
+    sites = parts["push"].operation_calls
+    # Two events before a module's own call, and two after it.
+    assert parts["push"].device_ms == 2 * sites and parts["before the denoiser"].device_ms == 1
     assert parts["outside the window"].device_ms == 2
     # No kernel ran, so all of it lies between them; the host's time tells them apart.
-    assert parts["push: bmm"].device_ms == 0 and parts["push: between its operations"].device_ms == sites
+    assert parts["push: bmm"].device_ms == 0 and parts["push: between its operations"].device_ms == 2 * sites
 
 
-def test_a_kernels_time_is_its_operations_and_what_is_left_lies_between(monkeypatch):
+def test_a_kernels_time_is_its_operations_and_what_is_left_lies_between():
     """From events as the profiler gives them: nested on the host, kernels with the operation that launched them."""
 
     def event(name, parent=None, host=0, device=0, kind=DeviceType.CPU):
@@ -333,17 +334,9 @@ def test_a_kernels_time_is_its_operations_and_what_is_left_lies_between(monkeypa
         push, take, product, event("aten::bmm", product, host=150, device=5000), outside, outside.cpu_parent,
         event("gemm", device=5000, kind=DeviceType.CUDA), event("push", device=9000, kind=DeviceType.CUDA),
     ]  # fmt: skip
-
-    @contextlib.contextmanager
-    def profile(activities):
-        yield SimpleNamespace(events=lambda: events)
-
-    monkeypatch.setattr(latency_profile, "profile", profile)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    push = latency_profile.Part("push", 1, 1.2, 8.5)
-    found = latency_profile._operations(lambda: [True, False], push, "cuda:0")
+    found = profile.operations(events, 1, profile.Part("push", 1, 1.2, 8.5))
     # 0.6 ms on the host under the profiler are 1.2 without; the device's are as they are.
-    assert [(part.operation, part.calls, round(part.host_ms, 9), part.device_ms) for part in found] == [
+    assert [(operation, calls, round(host, 9), device) for operation, calls, host, device in found] == [
         ("push: bmm", 1, 0.3, 5.0), ("push: index_select", 1, 0.2, 2.0), ("push: matmul", 1, 0.1, 0.0),
         ("push: between its operations", 1, 0.6, 1.5),
     ]  # fmt: skip
@@ -375,21 +368,21 @@ def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path
 def test_a_run_writes_a_row_for_every_variant_and_window(flux):
     _, folder, _ = flux
     frame = latency.read_rows(folder / "latency.csv")
-    assert list(frame.columns) == latency.COLUMNS
+    assert list(frame.columns) == COLUMNS
     counts = frame.groupby("part", sort=False).size().to_dict()
-    profile = counts.pop("profile")
-    assert counts == {"table": 9 + 1, "window": 3 * (3 + 1), "batch": 2 * (3 + 1), "resolution": 2 * (3 + 1)}
+    operations = counts.pop("profile")
+    assert counts == {"table": 9 + 1, "window": 2 * (3 + 1), "batch": 3 + 1, "resolution": 3 + 1}
     parts = frame[frame["part"] == "profile"]
     assert parts["operation"].iloc[[0, 1, -2, -1]].tolist() == [
         "before the denoiser", "push", "after the denoiser", "outside the window",
     ]  # fmt: skip
-    assert profile > 8 and parts["host_ms"].gt(0).all() and parts["device_ms"].isna().all()
+    assert operations > 8 and parts["host_ms"].gt(0).all() and parts["device_ms"].isna().all()
     frame = frame[frame["part"] != "profile"]
     traced = ["weights", "device", "threads", "torch", "diffusers", "python", "setting", "rounds", "steps_inside"]
     assert frame[traced].notna().all(axis=None)
 
     table = frame[frame["part"] == "table"].set_index("variant")
-    assert table.index.tolist() == [*latency_report.TITLES]
+    assert table.index.tolist() == [*composed(*MINI).latency.titles]
     assert (table["measured_steps"] == 3).all() and table.loc[["none", "first"], "measured_inside"].tolist() == [2, 2]
     assert table.loc["outside", "measured_inside"] == 1 and pd.isna(table.loc["outside", "inside_ms"])
     assert table.loc["none", ["inside_ratio", "outside_ratio", "call_ratio"]].isna().all()
@@ -419,49 +412,45 @@ def test_more_steps_in_the_window_cost_more_in_the_composed_call(flux):
 
 def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
     overrides, folder, markdown = flux
-    before = {path.name: path.read_bytes() for path in latency_report.files(folder, "latency")}
+    before = {path.name: path.read_bytes() for path in folder.glob("latency*")}
     assert set(before) == {f"latency{name}" for name in (".csv", ".md", ".tex", "_mini-flux.png", "_mini-flux.pdf")}
     monkeypatch.setattr(latency, "measure", lambda *arguments: pytest.fail("measured"))
     assert latency.run(overrides) == markdown == (folder / "latency.md").read_text()
-    assert {path.name: path.read_bytes() for path in latency_report.files(folder, "latency")} == before
+    assert {path.name: path.read_bytes() for path in folder.glob("latency*")} == before
 
 
-@pytest.mark.parametrize("change", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "model.negtome.alpha=1"])
-def test_a_changed_setting_is_measured_anew(flux, monkeypatch, change):
+@pytest.mark.parametrize(
+    "setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "model.negtome.alpha=1", "code"]
+)
+def test_a_changed_setting_is_measured_anew(flux, monkeypatch, tmp_path, setting):
     class Measured(Exception):
         pass
 
-    def measure(*arguments):
+    def measured(*arguments):
         raise Measured
 
     overrides, _, _ = flux
-    monkeypatch.setattr(latency, "measure", measure)
-    override(monkeypatch, change)
+    monkeypatch.setattr(latency, "measure", measured)
+    if setting == "code":
+        (tmp_path / "merge.py").write_text("another way")
+        monkeypatch.setattr(rows, "CODE", [*rows.CODE, tmp_path / "merge.py"])
+    else:
+        change(monkeypatch, setting)
     with pytest.raises(Measured):
         latency.run(overrides)
-
-
-def test_changed_code_is_measured_anew(flux, monkeypatch, tmp_path):
-    overrides, _, _ = flux
-    (case, *_), cfg = latency.configured_cases(overrides), latency._settings(overrides)
-    before = latency.setting_id(case, cfg, "cpu", "0123")
-    assert latency.setting_id(case, cfg, "cpu", "0123") == before != latency.setting_id(case, cfg, "cpu", "random")
-    (tmp_path / "merge.py").write_text("another way")
-    monkeypatch.setattr(latency, "CODE", [*latency.CODE, tmp_path / "merge.py"])
-    assert latency.setting_id(case, cfg, "cpu", "0123") != before
 
 
 @pytest.mark.slow
 def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatch):
     """A call of the model's own steps is measured, not composed; a variant that is too large is told, not fatal."""
-    attached = latency.attached
+    attached = measure.attached
 
     def too_large(pipe, variant, *arguments):
         if variant.via == "naive":
             raise torch.OutOfMemoryError
         return attached(pipe, variant, *arguments)
 
-    monkeypatch.setattr(latency, "attached", too_large)
+    monkeypatch.setattr(measure, "attached", too_large)
     spec = "latency.mini.cases.mini-sdxl.{}".format
     markdown = latency.run(
         tiny(
@@ -481,43 +470,33 @@ def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatc
 
 
 def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_path):
-    def rows(value, **changes):
-        row = dict.fromkeys(latency.COLUMNS) | {
+    def put(value, **changes):
+        row = dict.fromkeys(COLUMNS) | {
             "experiment": "latency", "part": "table", "model": "sdxl", "weights": "random", "side": 1024, "batch": 4,
             "steps": 50, "dtype": "float16", "compiled": False, "device": "H100", "setting": "123456789012",
         }  # fmt: skip
-        return [row | {"variant": name, "inside_ms": value} | changes for name in ("none", "first")]
+        new = [row | {"variant": name, "inside_ms": value} | changes for name in ("none", "first")]
+        return latency.write_rows(tmp_path / "latency.csv", new)
 
-    path = tmp_path / "latency.csv"
-    latency.merge_rows(path, rows(1.0))
+    put(1.0)
     others = [{"device": "H200"}, {"side": 768}, {"compiled": True}, {"part": "batch"}, {"device": "cpu", "threads": 1}]
     for number, changes in enumerate(others):
-        latency.merge_rows(path, rows(2.0 + number, **changes))
-    before = latency.read_rows(path)
-    assert before["inside_ms"].tolist() == [value for value in (1, 2, 3, 4, 5, 6) for _ in range(2)]
-
-    frame = latency.merge_rows(path, rows(9.0, torch="3.0")[:1])
-    assert frame["inside_ms"].tolist() == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 9]
-    frame = latency.merge_rows(path, rows(7.0, device="cpu", threads=1))
-    assert frame["inside_ms"].tolist() == [2, 2, 3, 3, 4, 4, 5, 5, 9, 7, 7]
-    assert frame["setting"].eq("123456789012").all() and frame["variant"].isin(["none", "first"]).all()
-    assert path.read_text() == latency._csv(latency.read_rows(path))
-
-    # A table of an earlier version, which did not have some columns, goes on.
-    earlier = latency.read_rows(path).drop(columns=["operation", "host_ms"])
-    path.write_text(latency._csv(earlier))
-    frame = latency.merge_rows(path, rows(8.0, side=512))
-    assert list(frame.columns) == latency.COLUMNS and len(frame) == len(earlier) + 2
+        put(2.0 + number, **changes)
+    frame = put(8.0, part="window")
+    assert frame["inside_ms"].tolist() == [value for value in (8, 2, 3, 4, 5, 6) for _ in range(2)]
+    frame = put(7.0, device="cpu", threads=1, torch="3.0")
+    assert frame["inside_ms"].tolist() == [value for value in (8, 2, 3, 4, 5, 7) for _ in range(2)]
+    assert frame["setting"].eq("123456789012").all() and frame["torch"].dropna().unique() == ["3.0"]
 
 
-def test_a_table_of_an_earlier_version_is_shown(tmp_path):
+def test_a_table_of_an_earlier_version_is_shown_and_goes_on(tmp_path):
     frame = table_of(measured(first=(1.03, 1, 1.02, 1005), outside=(1, 1.001, 1, 1000)))
     added = ["operation", "operation_calls", "host_ms", "device_ms"]
-    (tmp_path / "latency.csv").write_text(latency._csv(frame.drop(columns=added)))
-    page = latency.run(
-        ["experiment=latency", f"results={tmp_path}", "latency.cases=false", "latency.curves=false", "device=cpu"]
-    )
+    frame.drop(columns=added).to_csv(tmp_path / "latency.csv", index=False)
+    page = latency.run([*NOTHING, f"results={tmp_path}"])
     assert "## flux-dev, 768 x 768" in page and "Where it goes" not in page
+    frame = latency.write_rows(tmp_path / "latency.csv", measured(side=512))
+    assert list(frame.columns) == COLUMNS and len(frame) == 3 + 1
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -527,7 +506,7 @@ def measured(model="flux-dev", side=768, part="table", device="H100", batch=4, w
     """Rows of the table by hand: variant=(inside, outside, call, peak in MiB), ratios to 100 ms, 10 s."""
     rows = []
     for variant, (inside, outside, call, peak) in {"none": (1, 1, 1, 1000), **variants}.items():
-        row = dict.fromkeys(latency.COLUMNS) | {
+        row = dict.fromkeys(COLUMNS) | {
             "experiment": "latency", "part": part, "model": model, "weights": "random", "side": side, "batch": batch,
             "steps": 25, "dtype": "bfloat16", "compiled": False, "device": device, "variant": variant,
             "t_low": window[0], "t_high": window[1], "steps_inside": 6, "rounds": 6, "measured_steps": 5,
@@ -548,7 +527,7 @@ def measured(model="flux-dev", side=768, part="table", device="H100", batch=4, w
 
 
 def table_of(*rows):
-    return pd.DataFrame([row for part in rows for row in part], columns=latency.COLUMNS)
+    return pd.DataFrame([row for part in rows for row in part], columns=COLUMNS)
 
 
 def test_targets_are_met_not_met_undecided_or_not_measured():
@@ -560,7 +539,7 @@ def test_targets_are_met_not_met_undecided_or_not_measured():
         measured(part="resolution", side=2048, first=(1.2, 1, 1.2, 1045)),
         [measured()[0] | {"part": "profile", "operation": "outside the window", "host_ms": 0.12}],
     )
-    table = latency_report.target_table(frame)
+    table = report.target_table(frame, composed(*FULL))
     found = {(row["what"], row["of"], row["on"]): (row["measured"], row["verdict"]) for _, row in table.iterrows()}
     assert found["step in the window", "flux-dev 768", "H100"] == ("+3.0 % [+2.5 %, +3.5 %]", "met")
     assert found["step in the window", "flux-dev 768", "H200"] == ("+3.6 % [+3.1 %, +4.1 %]", "undecided")
@@ -568,7 +547,7 @@ def test_targets_are_met_not_met_undecided_or_not_measured():
     assert found["whole call, 1000 to 900", "flux-dev 768", "H200"] == ("+0.5 % [+0.4 %, +0.6 %]", "met")
     outside = "attached, outside the window"
     assert found[outside, "flux-dev 768", "H100"][1] == "undecided"
-    clocked = latency_report.CLOCKED
+    clocked = "of which hooks, by the clock"
     assert found[clocked, "flux-dev 768", "H100"] == ("+0.12 %", "")
     assert (clocked, "flux-dev 768", "H200") not in found, "no profile was taken there"
     assert found["peak memory", "flux-dev 1024", "H100"] == ("+1.1 %", "not met")
@@ -585,8 +564,8 @@ def test_a_case_is_one_table_with_two_columns_a_window():
         measured(window=(800, 1000), first=(1.03, 1, 1.02, 1005)),
         measured(window=(600, 1000), first=(1.03, 1, 1.04, 1005)),
     )
-    ((first, rows),) = latency_report.measured_cases(frame)
-    table = latency_report.case_table(rows).set_index("variant")
+    (case,) = report.measured_cases(frame)
+    table = report.case_table(case, dict(composed(*FULL).latency.titles)).set_index("variant")
     assert table.columns.tolist() == [
         "step in the window, ms", "ratio in the window", "ratio outside", "1000 to 800 (6 steps): call, s (an image)",
         "1000 to 800 (6 steps): ratio", "1000 to 600 (6 steps): call, s (an image)", "1000 to 600 (6 steps): ratio",
@@ -596,12 +575,11 @@ def test_a_case_is_one_table_with_two_columns_a_window():
         "103 [102, 104]", "1.030 [1.025, 1.035]", "1.000 [0.995, 1.005]", "10.2 (2.55)", "1.020 [1.019, 1.021]",
         "10.4 (2.60)", "1.040 [1.039, 1.041]", "1005", "1.005",
     ]  # fmt: skip
-    assert first["steps"] == 25
 
 
 def test_a_profile_says_what_share_of_a_step_each_part_has():
     frame = table_of(measured(first=(1.03, 1, 1.02, 1005)), measured(device="H200", first=(1.03, 1, 1.02, 1005)))
-    rows = []
+    profiled = []
     for operation, calls, host, device in (
         ("push", 57, 5.0, 2.5),
         ("push: bmm", 57, 1.0, 2.0),
@@ -609,41 +587,27 @@ def test_a_profile_says_what_share_of_a_step_each_part_has():
         ("outside the window", 1, 1, 0.2),
     ):
         row = measured()[0] | {"part": "profile", "operation": operation, "operation_calls": calls}
-        rows.append(row | {"host_ms": host, "device_ms": device})
-    page = latency_report.render_markdown(
-        table_of(frame.to_dict("records"), rows), None, pd.read_csv(RESULTS / "paper.csv").iloc[:0]
-    )
+        profiled.append(row | {"host_ms": host, "device_ms": device})
+    page = report.render_markdown(table_of(frame.to_dict("records"), profiled), composed(*FULL))
     assert page.count("Where it goes") == 1, "of the device that it was taken on"
     (_, line) = page.split("Where it goes")
     table = [[cell.strip() for cell in text.split("|")[1:-1]] for text in line.splitlines() if text.startswith("|")]
     assert table[0] == ["what", "calls a step", "host, ms", "device, ms", "on the device, of a step without"]
     assert table[2] == ["push", "57", "5.00", "2.50", "2.50 %"]
     assert table[4] == ["push: view", "99", "1.00", "0", "0.00 %"]
-    on_a_cpu, plain = pd.DataFrame(rows).assign(device_ms=None), {"inside_ms": 100, "outside_ms": 200}
-    shares = latency_report.profile_table(on_a_cpu, plain)["of a step without"]
+    on_a_cpu, plain = pd.DataFrame(profiled).assign(device_ms=None), {"inside_ms": 100, "outside_ms": 200}
+    shares = report.profile_table(on_a_cpu, plain)["of a step without"]
     assert shares.tolist() == ["5.00 %", "1.00 %", "1.00 %", "0.50 %"]
 
 
-def test_the_papers_statement_stands_beside_the_same_setting_here():
-    paper = pd.read_csv(RESULTS / "paper.csv")
-    paper = paper[paper["experiment"] == "latency"]
-    table = latency_report.paper_table(table_of(measured(side=1024)), paper).set_index("source")
-    assert table.loc["README of the released code", COMPARED].tolist() == [
-        "30.62", "31.71", "+3.6 %", "not available",
-    ]  # fmt: skip
-    assert table.loc["abstract", "increase"] == "4 %" and "upper bound" in table.loc["abstract", "note"]
-    assert table.loc["paper", "increase"] == "not available" and table.loc["here", "increase"] == "not measured"
-
-    frame = table_of(measured(first=(1.03, 1, 1.01, 1005), naive_released=(1.12, 1, 1.03, 1005)))
-    table = latency_report.paper_table(frame, paper).set_index("source")
-    assert "here" not in table.index
-    assert table.loc["here: NegToMe, from the first image", COMPARED].tolist() == [
-        "10.0", "10.1", "+1.0 % [+0.9 %, +1.1 %]", "H100",
-    ]  # fmt: skip
-    assert table.loc["here: naive transcription, released matching", "with, s"] == "10.3"
+def test_the_published_statements_stand_on_the_page():
+    page = report.render_markdown(table_of(measured()), composed(*FULL))
+    (_, statements) = page.split("## The paper's statements")
+    assert all(value in statements for value in ("30.62", "31.71", "4.0", "abstract")) and "nan" not in statements
 
 
 def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path):
+    cfg = composed(*FULL)
     strengths = {"first": (1.03, 1, 1.02, 1005), "lower_bound": (1.01, 1, 1.005, None)}
     frame = table_of(
         *(measured(device=device, **strengths) for device in ("H100", "H200")),
@@ -655,29 +619,31 @@ def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path)
         *(measured(part="resolution", side=side, **strengths) for side in (768, 1024)),
         *(measured(part="window", window=(low, 1000), **strengths) for low in (900, 800)),
     )
-    assert latency_report.curve_models(frame) == ["flux-dev"]
-    panels = [panel[0] for panel in latency_report._curves(frame[frame["part"] != "table"])]
-    assert panels == ["batch", "resolution", "memory", "window"]
-    text = latency_report.write(frame, tmp_path, "latency", "A claim.")
-    assert text.count("## flux-dev, 768 x 768, 4 images, 25 steps") == 2 and "A claim." in text
-    assert "random weights of the published architecture" in text and "![" in text
-    assert {path.name for path in latency_report.files(tmp_path, "latency")} == {
+    assert curve_models(frame) == ["flux-dev"]
+    text = report.write(frame, cfg, tmp_path)
+    assert text.count("## flux-dev, 768 x 768, 4 images, 25 steps") == 2
+    assert "random weights of the published architecture" in " ".join(text.split()) and "![" in text
+    assert {path.name for path in tmp_path.iterdir()} == {
         "latency.md", "latency.tex", "latency_flux-dev.png", "latency_flux-dev.pdf",
     }  # fmt: skip
-    figure = latency_report.scaling(frame, "flux-dev")
-    assert sum(axis.get_visible() for axis in figure.axes) == 4 + 1
+    figure = scaling(frame, "flux-dev", cfg.latency.titles)
+    labels = [axis.get_xlabel() for axis in figure.axes if axis.get_visible()]
+    assert labels == [
+        "images in a call",
+        "side, pixels",
+        "side, pixels",
+        "steps in the window, of 25",
+        "images in a call",
+    ]
     with pytest.raises(ValueError, match=r"model with curves \(flux-dev\), got 'sdxl'"):
-        latency_report.scaling(frame, "sdxl")
+        scaling(frame, "sdxl", {})
 
 
 @pytest.mark.skipif(not (RESULTS / "latency.csv").exists(), reason="results/latency.csv was not made yet")
 def test_the_committed_page_is_what_its_csv_renders_to():
-    frame = latency.read_rows(RESULTS / "latency.csv")
-    assert list(frame.columns) == latency.COLUMNS
-    (cfg,) = expand(["experiment=latency"])
-    paper = pd.read_csv(RESULTS / "paper.csv")
-    markdown = latency_report.render_markdown(frame, cfg.description, paper[paper["experiment"] == "latency"])
-    assert (RESULTS / "latency.md").read_text() == markdown
-    assert (RESULTS / "latency.tex").read_text() == latency_report.render_latex(frame)
-    assert all((RESULTS / f"latency_{model}.png").exists() for model in latency_report.curve_models(frame))
+    frame, cfg = latency.read_rows(RESULTS / "latency.csv"), composed("experiment=latency")
+    assert pd.read_csv(RESULTS / "latency.csv", nrows=0).columns.tolist() == COLUMNS
+    assert (RESULTS / "latency.md").read_text() == report.render_markdown(frame, cfg)
+    assert (RESULTS / "latency.tex").read_text() == report.render_latex(frame, cfg)
+    assert all((RESULTS / f"latency_{model}.png").exists() for model in curve_models(frame))
     assert frame[["device", "torch", "diffusers", "weights", "setting", "commit"]].notna().all(axis=None)

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from experiments import PROJECT
-from experiments.tabulate import COLUMNS, TEXT
+from experiments.tables import TEXT
+from experiments.tabulate import COLUMNS
 
 nbformat = pytest.importorskip("nbformat")
 

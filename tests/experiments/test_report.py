@@ -19,7 +19,8 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, report
 from experiments.runs import run_id
-from experiments.tabulate import TEXT, commands, findings, main_table, read_table
+from experiments.tables import TEXT
+from experiments.tabulate import commands, findings, main_table, read_table
 
 PROMPTS = {
     "a-cat": ("a cat", "cat"),

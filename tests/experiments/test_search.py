@@ -13,6 +13,7 @@ from experiments.configs import expand
 from experiments.plot import pareto_front
 from experiments.runs import Run
 from experiments.search import front_file, search
+from experiments.tables import TEXT
 
 #: Six trials of four settings, so that one is drawn twice; that which diversifies most comes after such a one.
 SMALL = (
@@ -39,7 +40,7 @@ def test_the_front_is_what_no_other_setting_beats(found):
     frame = tabulate.read_table("search", cfg.results)
     assert front["run_id"].tolist() == pareto_front(frame, "pairwise_distance", "vendi_score", "sdxl")
     assert front_file(cfg).name == "search_front.csv"
-    written = pd.read_csv(front_file(cfg), dtype=tabulate.TEXT)
+    written = pd.read_csv(front_file(cfg), dtype=TEXT)
     assert written["run_id"].tolist() == front["run_id"].tolist()
     # No other run is better in one metric and as good in the other.
     wide = frame[frame["method"] != "none"].pivot(index="run_id", columns="metric", values="difference")

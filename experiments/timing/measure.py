@@ -1,0 +1,142 @@
+"""A case is measured: its pipeline, every variant in turns, the floor and the profile."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import negtome
+from experiments import naive, pipelines
+from experiments.configs import flag
+from experiments.timing import profile, random_weights
+from experiments.timing.cases import METHOD, PLAIN, Case, Variant
+from experiments.timing.clock import Timing, denoiser_of, inside_of, take_rounds, time_call, timesteps_of
+from experiments.timing.floor import BOUND, lower_bound, products
+from experiments.timing.rows import profile_rows, rows_of, with_bound
+
+log = logging.getLogger(__name__)
+
+
+def find_weights(model: DictConfig, wanted: str) -> str:
+    """Return the fingerprint of the weights that are measured, or "random"; raises where there are none."""
+    if wanted not in ("auto", "random", "checkpoint"):
+        raise ValueError(f"latency.weights must be auto, random or checkpoint, got {wanted!r}")
+    if wanted == "random":
+        return "random"
+    if wanted == "checkpoint" or model.kind != "real":
+        return pipelines.find_checkpoint(model).fingerprint
+    return pipelines.local_fingerprint(model) or "random"
+
+
+#: The last pipeline, by what it was made of, since the cases of a suite mostly share theirs.
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
+def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> Any:
+    key = OmegaConf.to_yaml(model, resolve=True), weights, device, cfg.compile
+    if key not in _loaded:
+        _loaded.clear()  # two of full size do not fit beside each other
+        _free()
+        if weights == "random":
+            spec = cfg.latency.random[model.architecture]
+            pipe = random_weights.build_pipeline(spec, device, getattr(torch, model.dtype))
+        else:
+            pipe = pipelines.load(model, pipelines.find_checkpoint(model), device)
+        if flag(cfg, "compile"):
+            limits = torch._dynamo.config  # of torch 2.6 under its former name
+            name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+            setattr(limits, name, 64)  # every variant compiles its own
+            denoiser_of(pipe).compile()
+        _loaded[key] = pipe
+    return _loaded[key]
+
+
+def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict[str, Any]]:
+    """Measure one case, of the weights that `find_weights` found; return its rows, without the columns of `origin`.
+
+    Raises:
+        ValueError: the steps of the case do not lie on both sides of a window.
+    """
+    if device == "cpu":
+        torch.set_num_threads(cfg.latency.threads)
+    pipe = _pipeline(case.model, weights, cfg, device)
+    call = _call(case, pipe, weights, cfg)
+    steps = whole = timesteps_of(pipe, call)
+    window = case.windows[0]
+    if case.steps is not None:
+        call["num_inference_steps"] = sum(case.steps)
+        steps = timesteps_of(pipe, call)
+        window = steps[case.steps[0] - 1], 1000.0
+    mask = inside_of(steps, window)
+    if all(mask) or not any(mask):
+        raise ValueError(f"{case.label}: expected steps in and out of {window}, got {steps}")
+
+    picture = negtome.Reference(torch.rand(3, case.side, case.side, generator=torch.Generator().manual_seed(1)))
+    variants = {variant.name: variant for variant in case.variants}
+    configs = {name: case.config(v, (steps[0],) * 2 if v.outside else window) for name, v in variants.items()}
+
+    def attach(name: str) -> contextlib.AbstractContextManager:
+        return attached(pipe, variants[name], configs[name], picture)
+
+    def run(name: str) -> Timing:
+        with attach(name) as attachment:
+            return time_call(pipe, call, device, attachment)
+
+    fit, timings, parts = [], {}, []
+    for name in variants:
+        try:
+            run(name)  # what is done once is done
+            fit.append(name)
+        except torch.OutOfMemoryError:
+            log.warning("%s: %s does not fit into the device's memory", case.label, name)
+        if name not in fit:
+            _free()  # once the error is gone, and its frames with it
+    if PLAIN in fit:
+        found = products(pipe, call, configs[PLAIN], sum(mask))
+        timings = take_rounds(fit, case.rounds, run, case.label)
+        bound = lower_bound(found, device, getattr(torch, case.model.dtype))
+        timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
+        if case.part == "table" and METHOD in fit and not cfg.compile:
+            parts = profile.parts(
+                pipe, lambda: attach(METHOD), lambda: time_call(pipe, call, device), case.rounds, device
+            )
+    rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
+    return [*rows, *profile_rows(parts, case, mask)]
+
+
+@contextlib.contextmanager
+def attached(
+    pipe: Any, variant: Variant, config: negtome.NegToMeConfig, picture: negtome.Reference
+) -> Iterator[negtome.Attachment | None]:
+    """Put a variant into the pipeline for the length of the block."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        # Tokens of random weights may all be unlike each other; that costs the same.
+        warnings.filterwarnings("ignore", "NegToMe pushed no token", RuntimeWarning)
+        if variant.via == "naive":
+            stack.enter_context(naive.attach(pipe, config))
+        given = picture if variant.picture else None
+        yield stack.enter_context(negtome.attach(pipe, config, given=given)) if variant.via == "negtome" else None
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # which does nothing where there is no CUDA
+
+
+def _call(case: Case, pipe: Any, weights: str, cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of a whole call: of the case's size, and with the model's own number of steps."""
+    call = dict(case.model.call) | {"height": case.side, "width": case.side, "num_images_per_prompt": case.batch}
+    if weights == "random":
+        call.pop("negative_prompt", None)
+        spec = cfg.latency.random[case.model.architecture]
+        text = random_weights.embeddings(pipe, spec, case.batch, call.get("max_sequence_length"))
+        return call | text | {"output_type": "latent"}
+    # A composed call has no image at its end; a whole one is what a user waits for.
+    return call | {"prompt": "a photo of a dog", "output_type": "pil" if case.steps is None else "latent"}

@@ -1,0 +1,60 @@
+"""Full-size pipelines of random weights, to measure time and memory where a checkpoint is absent.
+
+Neither depends on the values of the weights. conf/experiment/latency.yaml holds the published architecture of each
+denoiser; the text encoders, which every method runs alike, are replaced by random embeddings, and the autoencoder by a
+tiny one of the right shapes, for references alone: images are never decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+
+def build_modules(spec: DictConfig, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Build a pipeline's denoiser and autoencoder, directly on their device and in their dtype, with no copy elsewhere.
+
+    Args:
+        spec: a model of `latency.random`.
+        device: torch device; "meta" for shapes alone.
+        dtype: of the weights.
+    """
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            modules = instantiate(spec.modules, _convert_="all")
+    finally:
+        torch.set_default_dtype(previous)
+    return {name: module.eval().requires_grad_(False) for name, module in modules.items()}
+
+
+def build_pipeline(spec: DictConfig, device: str | torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """Build a stock pipeline around `build_modules`, without text encoders; see `embeddings` for how to call it."""
+    without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = instantiate(spec.pipeline)(**build_modules(spec, device, dtype), **without)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeddings(pipe: DiffusionPipeline, spec: DictConfig, images: int, tokens: int | None = None) -> dict[str, Any]:
+    """Return the arguments that take the place of a prompt in a call of `build_pipeline`'s pipelines.
+
+    Each image has its own copy, as it has with a prompt: FluxPipeline does not copy embeddings that it is given.
+
+    Args:
+        pipe: the pipeline.
+        spec: that it was built of.
+        images: in the call, all of one prompt.
+        tokens: text tokens of the prompt; None: as many as are usual.
+    """
+    generator = torch.Generator().manual_seed(0)
+    call: dict[str, Any] = {"num_images_per_prompt": 1}
+    for name, (*length, width) in spec.embeddings.items():
+        one = torch.randn(1, *[tokens or usual for usual in length], width, generator=generator)
+        call[name] = one.to(pipe.device, pipe.dtype).expand(images, *one.shape[1:]).clone()
+    return call

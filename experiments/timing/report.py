@@ -1,0 +1,210 @@
+"""The table of what the method costs becomes a page, LaTeX and figures: from the CSV alone, the same each time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from omegaconf import DictConfig
+
+from eval.files import write_text
+from experiments.plot import save
+from experiments.tables import latex, markdown
+from experiments.tabulate import paper_table
+from experiments.timing.cases import METHOD, PLAIN
+from experiments.timing.figures import SETUP, curve_models, scaling, setup_of
+from experiments.timing.profile import OUTSIDE
+from experiments.timing.rows import MEASURED, OUT_OF_MEMORY
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+)
+
+
+def case_table(rows: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
+    """Return the table of one measured case: a row a variant, two columns a window of whole calls."""
+    table = []
+    for variant, of_variant in rows.groupby("variant", sort=False):
+        row = of_variant.iloc[0]
+        entry = {"variant": titles.get(variant, variant), "step in the window, ms": _missing(row) or _step(row)}
+        entry |= {"ratio in the window": _ratio(row, "inside"), "ratio outside": _ratio(row, "outside")}
+        for _, here in of_variant.iterrows():
+            window = f"{here['t_high']:g} to {here['t_low']:g} ({here['steps_inside']:.0f} steps)"
+            call = "" if pd.isna(here["call_s"]) else f"{_short(here['call_s'])} ({_short(here['image_s'])})"
+            entry |= {f"{window}: call, s (an image)": call, f"{window}: ratio": _ratio(here, "call")}
+        table.append(entry | {"peak memory, MiB": _whole(row["peak_mib"]), "peak ratio": _ratio(row, "peak")})
+    return _without_empty_columns(table)
+
+
+def profile_table(rows: pd.DataFrame, plain: pd.Series) -> pd.DataFrame:
+    """Return what the method's part of a step is made of, from a case's profile and its row without NegToMe."""
+    cuda = rows["device_ms"].notna().any()
+    table = []
+    for _, row in rows.iterrows():
+        entry = {"what": row["operation"], "calls a step": _whole(row["operation_calls"])}
+        entry |= {"host, ms": _short(row["host_ms"])} | ({"device, ms": _short(row["device_ms"])} if cuda else {})
+        step = plain["outside_ms" if row["operation"] == OUTSIDE else "inside_ms"]
+        share = f"{row['device_ms' if cuda else 'host_ms'] / step:.2%}".replace("%", " %")
+        table.append(entry | {"on the device, of a step without" if cuda else "of a step without": share})
+    return pd.DataFrame(table)
+
+
+def scaling_table(frame: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
+    """Return the curves over batch and resolution: what a step in the window costs beside one without, and memory."""
+    curves = frame[frame["part"].isin(["batch", "resolution"])]
+    several = curves.groupby("model")["device"].nunique().gt(1).any()
+    table = []
+    for _, rows in curves.groupby([*SETUP, "model", "side", "batch"], sort=False, dropna=False):
+        points = rows.drop_duplicates("variant").set_index("variant")
+        plain, compared = points.loc[PLAIN], points.drop(PLAIN).rename(titles)
+        entry = {"model": plain["model"]} | ({"device": plain["device"]} if several else {})
+        entry |= {"batch": _whole(plain["batch"]), "side": _whole(plain["side"]), "step without, ms": _step(plain)}
+        for title, row in compared.iterrows():
+            entry[f"{title}: ratio"] = _missing(row) or _interval(row, "{:.3f}".format, "inside_ratio")
+        for title, row in compared.iterrows():
+            entry[f"{title}: extra MiB"] = _whole(row["peak_mib"] - plain["peak_mib"])
+        table.append(entry)
+    return _without_empty_columns(table)
+
+
+def target_table(frame: pd.DataFrame, cfg: DictConfig) -> pd.DataFrame:
+    """Return what was aimed at beside what was measured, a row for every device that it was measured on."""
+    table, unmeasured = [], {"measured": "", "verdict": "not measured", "on": ""}
+    measured = where(frame, batch=cfg.latency.target_batch)
+    for target in cfg.latency.targets:
+        entry = {"what": target.what, "of": f"{target.model} {target.side}", "at most": _percent(target.limit)}
+        rows = where(measured, part="table", model=target.model, side=target.side)
+        rows = where(rows, variant=target.get("variant", METHOD))
+        if "window" in target:
+            rows = where(rows, t_low=target.window[0], t_high=target.window[1])
+        ratio = f"{target.quantity}_ratio"
+        rows = rows[rows[ratio].notna()].drop_duplicates(SETUP)
+        for _, row in rows.iterrows():
+            verdict = _verdict(row[ratio], row.get(f"{ratio}_low"), row.get(f"{ratio}_high"), target.limit)
+            shown = _ratio(row, target.quantity, _percent)
+            table.append(entry | {"measured": shown, "verdict": verdict, "on": setup_of(row)})
+            own = _own_share(frame, row) if target.quantity == "outside" else None
+            if own is not None:  # told beside the target, and no answer to it
+                shown = f"{own:+.2%}".replace("%", " %")
+                clocked = {"what": "of which hooks, by the clock", "measured": shown, "verdict": ""}
+                table.append(entry | clocked | {"on": setup_of(row)})
+        table += [] if len(rows) else [entry | unmeasured]
+    for model, (small, large) in cfg.latency.growth.items():
+        limit = (large / small) ** 2
+        entry = {"what": f"extra peak memory, {large} against {small}", "of": model, "at most": f"x {limit:g}"}
+        found = []
+        for _, rows in where(measured, part="resolution", model=model).groupby(SETUP, sort=False, dropna=False):
+            peaks = rows.pivot_table(index="side", columns="variant", values="peak_mib")
+            extra = peaks.reindex(columns=[PLAIN, METHOD]).diff(axis="columns")[METHOD].reindex([small, large])
+            if extra.notna().all():
+                before, after = extra
+                grown = after / before if before > 0 else math.inf if after > 0 else 0.0
+                shown = f"x {grown:.2f} ({before:.0f} to {after:.0f} MiB)"
+                verdict = _verdict(grown, None, None, limit)
+                found.append(entry | {"measured": shown, "verdict": verdict, "on": setup_of(rows.iloc[0])})
+        table += found or [entry | unmeasured]
+    return pd.DataFrame(table)
+
+
+def where(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Return the rows that hold these values, by column; that there is none is a value too."""
+    for column, value in values.items():
+        frame = frame[frame[column].isna() if pd.isna(value) else frame[column] == value]
+    return frame
+
+
+def _own_share(frame: pd.DataFrame, case: pd.Series) -> float | None:
+    """Return what the host does for the method in a step outside the window, as a share of that step without."""
+    same = where(frame, **case[MEASURED])
+    hooks = where(same, part="profile", operation=OUTSIDE)["host_ms"].tolist()
+    plain = where(same, part="table", variant=PLAIN)["outside_ms"].tolist()
+    return hooks[0] / plain[0] if hooks and plain else None
+
+
+def _verdict(value: float, low: float | None, high: float | None, limit: float) -> str:
+    """Say whether a value is within its limit; an interval that holds the limit leaves it open."""
+    low, high = (value, value) if pd.isna(low) else (low, high)
+    return "met" if high <= limit else "not met" if low > limit else "undecided"
+
+
+def _interval(row: pd.Series, write: Callable[[float], str], middle: str, low: str = "", high: str = "") -> str:
+    """Write a column, and in brackets two others where there is something in them."""
+    if pd.isna(row[middle]):
+        return ""
+    ends = "" if pd.isna(row.get(low)) else f" [{write(row[low])}, {write(row[high])}]"
+    return f"{write(row[middle])}{ends}"
+
+
+def _ratio(row: pd.Series, quantity: str, write: Callable[[float], str] = "{:.3f}".format) -> str:
+    return _interval(row, write, *(f"{quantity}_ratio{end}" for end in ("", "_low", "_high")))
+
+
+def _step(row: pd.Series) -> str:
+    return _interval(row, _short, "inside_ms", "inside_q1_ms", "inside_q3_ms")
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio - 1:+.1%}".replace("%", " %")
+
+
+def _whole(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.0f}"
+
+
+def _short(value: float) -> str:
+    """Write a positive number with three digits or, above 1000, as a whole one; others are noise around 0."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def _missing(row: pd.Series) -> str:
+    return OUT_OF_MEMORY if row["call_how"] == OUT_OF_MEMORY else ""
+
+
+def _without_empty_columns(table: list[dict[str, str]]) -> pd.DataFrame:
+    frame = pd.DataFrame(table).fillna("")
+    return frame.loc[:, (frame != "").any()]
+
+
+def measured_cases(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the rows of each case of the table."""
+    return [rows for _, rows in where(frame, part="table").groupby(MEASURED, sort=False, dropna=False)]
+
+
+def render_markdown(frame: pd.DataFrame, cfg: DictConfig) -> str:
+    """Return the page: targets, the table of every case, the curves, and the paper's statements.
+
+    Args:
+        frame: rows of latency.csv.
+        cfg: the composed configuration: `name`, `description`, and of `latency` the titles and what was aimed at.
+    """
+    titles, cases = dict(cfg.latency.titles), []
+    for rows in measured_cases(frame):
+        first = rows.iloc[0]
+        profile = where(frame, part="profile", **first[MEASURED])
+        parts = profile_table(profile, where(rows, variant=PLAIN).iloc[0]) if len(profile) else None
+        cases.append((first.to_dict(), setup_of(first), case_table(rows, titles), parts))
+    return _TEMPLATES.get_template("page.md.j2").render(
+        cfg=cfg, cases=cases, targets=target_table(frame, cfg), scaling=scaling_table(frame, titles),
+        drawn=curve_models(frame), paper=paper_table(cfg.name).astype(object).fillna(""), markdown=markdown,
+    )  # fmt: skip
+
+
+def render_latex(frame: pd.DataFrame, cfg: DictConfig) -> str:
+    """Return the tables of `render_markdown` that are ours as LaTeX."""
+    titles = dict(cfg.latency.titles)
+    cases = (case_table(rows, titles) for rows in measured_cases(frame))
+    return latex([target_table(frame, cfg), *cases, scaling_table(frame, titles)])
+
+
+def write(frame: pd.DataFrame, cfg: DictConfig, folder: Path) -> str:
+    """Write `<folder>/<name>.md`, `.tex` and the figures of the curves; return the Markdown, see `render_markdown`."""
+    page = render_markdown(frame, cfg)
+    write_text(folder / f"{cfg.name}.md", page)
+    write_text(folder / f"{cfg.name}.tex", render_latex(frame, cfg))
+    for model in curve_models(frame):
+        save(scaling(frame, model, dict(cfg.latency.titles)), folder / f"{cfg.name}_{model}")
+    return page
