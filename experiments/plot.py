@@ -35,18 +35,9 @@ from eval.images import group_rows, load_picture, read_manifest
 from experiments import project_path
 from experiments.assets import read_assets
 from experiments.configs import expand
+from experiments.pages import change, findings, main_table, run_labels
 from experiments.runs import Run, canonical
-from experiments.tabulate import (
-    ROLES,
-    SETTING,
-    change,
-    commands,
-    findings,
-    main_table,
-    printed_window,
-    read_table,
-    run_labels,
-)
+from experiments.tables import ROLES, SETTING, commands, printed_window, read_table
 
 #: How a method is called in figures where its name in folders is too terse.
 TITLES = {

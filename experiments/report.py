@@ -43,23 +43,19 @@ from experiments import PROJECT, plot, project_path
 from experiments.assets import read_assets
 from experiments.configs import first
 from experiments.locks import locked
-from experiments.runs import Run
-from experiments.tabulate import (
-    COLUMNS,
+from experiments.pages import (
     LEGEND,
     OTHER_LEGEND,
     PAPER_LEGEND,
-    check_names,
-    commands,
     findings,
     main_table,
     other_table,
     paper_table,
-    printed_window,
-    read_csv,
     run_labels,
     scored_by,
 )
+from experiments.runs import Run
+from experiments.tables import COLUMNS, check_names, commands, printed_window, read_csv
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,8 @@ from experiments.generate import generate
 from experiments.methods import Baseline
 from experiments.plot import chosen_run, pareto_front
 from experiments.runs import Run
-from experiments.tabulate import SETTING, primary_metrics, write_table
+from experiments.tables import SETTING
+from experiments.tabulate import primary_metrics, write_table
 
 if TYPE_CHECKING:
     import optuna
