@@ -39,9 +39,11 @@ from tqdm import tqdm
 
 from eval.files import content_hash, sweep, write_text
 from eval.images import ManifestRow, group_rows, load_picture, read_manifest
-from experiments import PROJECT, plot, project_path
+from experiments import PROJECT, project_path
 from experiments.assets import read_assets
 from experiments.configs import first
+from experiments.figures import called_for
+from experiments.figures.style import encode, title
 from experiments.locks import locked
 from experiments.pages import (
     LEGEND,
@@ -161,9 +163,9 @@ def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int)
     check_names(frame, path)
     runs = _runs(frame, outputs)
     drawn = []
-    for figure_name, (figure, words) in plot.figures(frame).items():
+    for figure_name, (figure, words) in called_for(frame).items():
         file = f"figures/{name}_{figure_name}.svg"
-        (folder / file).write_bytes(plot.encode(figure, "svg"))
+        (folder / file).write_bytes(encode(figure, "svg"))
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
         drawn.append({"file": quote(f"{PICTURES}/{file}"), "alt": words, "width": width, "height": height})
     others, paper = other_table(frame), paper_table(name)
@@ -277,8 +279,8 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
             except (OSError, ValueError, KeyError) as error:
                 log.warning("The images of %s are left out: %s", run.folder, error)
                 manifest, state = None, "cannot be read"
-        title = plot.TITLES.get(labels[run_id], labels[run_id])
-        settings = {"model": common["model"], "method": title, "run": run_id}
+        called = title(labels[run_id], common["method"])
+        settings = {"model": common["model"], "method": called, "run": run_id}
         shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold")
         for column in shown:
             settings[column.replace("_", " ")] = _printed(common[column])
@@ -288,7 +290,7 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
         found.append(
-            {"model": common["model"], "title": title, "id": run_id, "folder": run.folder, "manifest": manifest,
+            {"model": common["model"], "title": called, "id": run_id, "folder": run.folder, "manifest": manifest,
              "here": manifest is not None, "settings": settings}
         )  # fmt: skip
     filled = {key for run in found for key, value in run["settings"].items() if value}

@@ -33,11 +33,11 @@ from omegaconf import DictConfig, OmegaConf
 from eval.files import write_text
 from eval.measure import read_document
 from experiments import project_path
+from experiments.choose import chosen_run, pareto_front
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.methods import Baseline
-from experiments.plot import chosen_run, pareto_front
 from experiments.runs import Run
 from experiments.tables import SETTING
 from experiments.tabulate import primary_metrics, write_table

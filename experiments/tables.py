@@ -241,7 +241,7 @@ def printed_window(row: pd.Series, without: str = "") -> str:
 
 def spelled(value: Any, without: str = "") -> str:
     """Return a setting as it is printed: text as it is, a number in six digits, `without` where there is none."""
-    return without if pd.isna(value) else value if isinstance(value, str) else f"{value:g}"
+    return without if pd.isna(value) else str(value) if isinstance(value, str | bool) else f"{value:g}"
 
 
 def words(name: str) -> str:

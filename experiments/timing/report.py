@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 
 from eval.files import write_text
-from experiments.plot import save
+from experiments.figures.style import save
 from experiments.pages import paper_table
 from experiments.tables import latex, markdown
 from experiments.timing.cases import METHOD, PLAIN
