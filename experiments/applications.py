@@ -21,15 +21,14 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from matplotlib import font_manager
 from omegaconf import DictConfig
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 import negtome
 from experiments import pipelines, project_path, select_device
 from experiments.configs import expand, flag
-from experiments.plot import save_sheet
+from experiments.figures.image_grid import contact_sheet, save_sheet
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -70,23 +69,22 @@ class Application:
         if not self.alphas or not self.seeds:
             raise ValueError("an application needs at least one alpha and one seed, got none")
 
-    def run(self, pipe: Any, call: dict[str, Any]) -> list[list[Image.Image]]:
-        """Generate the rows: for each seed the reference, the image without it, and one for each alpha."""
+    def draw(self, pipe: Any, call: dict[str, Any]) -> Image.Image:
+        """Return the sheet: for each seed the reference, the image without it, and one for each alpha."""
+        settings = {key: value for key, value in self.config.items() if value is not None}
         rows = []
         for seed in tqdm(self.seeds, desc=self.prompt, unit="row", dynamic_ncols=True):
             plain = self._generate(pipe, call, seed)
             shown = plain if self.reference is None else Image.open(project_path(self.reference)).convert("RGB")
             if self.blur:
                 shown = shown.filter(ImageFilter.GaussianBlur(self.blur * min(shown.size)))
-            reference = negtome.Reference(shown, mask=self._mask(*shown.size))
-            row = [shown, plain]
+            images = [shown, plain]
             for alpha in self.alphas:
-                settings = {key: value for key, value in self.config.items() if value is not None}
                 config = negtome.NegToMeConfig(alpha=alpha, **settings)
-                with negtome.attach(pipe, config, given=reference):
-                    row.append(self._generate(pipe, call, seed))
-            rows.append(row)
-        return rows
+                with negtome.attach(pipe, config, given=negtome.Reference(shown, mask=self._mask(*shown.size))):
+                    images.append(self._generate(pipe, call, seed))
+            rows.append((f"{self.description}; seed {seed}", [[image] for image in images]))
+        return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in self.alphas)], rows, tile=112)
 
     def _generate(self, pipe: Any, call: dict[str, Any], seed: int) -> Image.Image:
         return pipe(self.prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
@@ -95,42 +93,22 @@ class Application:
         if self.mask is None:
             return None
         mask = torch.zeros(height, width, dtype=torch.bool)
-        rows = {"top": slice(0, height // 2), "bottom": slice(height // 2, None)}.get(self.mask, slice(None))
-        columns = {"left": slice(0, width // 2), "right": slice(width // 2, None)}.get(self.mask, slice(None))
-        mask[rows, columns] = True
+        halves = (*mask.tensor_split(2, dim=1), *mask.tensor_split(2, dim=0))
+        halves[HALVES.index(self.mask)].fill_(True)
         return mask
-
-
-def sheet(application: Application, rows: list[list[Image.Image]], model: str, tile: int = 112) -> Image.Image:
-    """Set the rows under their headings: reference, without, and every alpha."""
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
-    titles = ["reference", "without", *(f"alpha {alpha:g}" for alpha in application.alphas)]
-    header = 40
-    result = Image.new("RGB", (max(len(titles) * (tile + 4), 560), header + len(rows) * (tile + 4)), "white")
-    draw = ImageDraw.Draw(result)
-    draw.text((4, 2), f"{model}: {application.description}", "black", font)
-    for column, title in enumerate(titles):
-        draw.text((column * (tile + 4) + 4, 20), title, "black", font)
-        for line, row in enumerate(rows):
-            picture = row[column].convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS)
-            result.paste(picture, (column * (tile + 4), header + line * (tile + 4)))
-    return result
 
 
 def make_pictures(cfg: DictConfig) -> list[Path]:
     """Write the picture of every configured application and return the files."""
-    device = select_device(cfg.device)
     compiled, offload = flag(cfg, "compile"), flag(cfg, "offload")
     checkpoint = pipelines.find_checkpoint(cfg.model)
-    pipe = pipelines.load(cfg.model, checkpoint, device, compile_denoiser=compiled, offload=offload)
+    pipe = pipelines.load(cfg.model, checkpoint, select_device(cfg.device), compile_denoiser=compiled, offload=offload)
     results = project_path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     files = []
     for name, spec in cfg.applications.items():
-        application: Application = instantiate(spec, _convert_="all")
-        rows = application.run(pipe, dict(cfg.model.call))
-        picture = sheet(application, rows, cfg.model.name)
-        files.append(save_sheet(picture, results / f"applications_{name}_{cfg.model.name}.png"))
+        sheet = instantiate(spec, _convert_="all").draw(pipe, dict(cfg.model.call))
+        files.append(save_sheet(sheet, results / f"applications_{name}_{cfg.model.name}.png"))
     return files
 
 

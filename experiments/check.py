@@ -21,8 +21,8 @@ import pandas as pd
 
 from experiments import project_path
 from experiments.configs import first
-from experiments.tables import TEXT, row_keys
-from experiments.tabulate import KEY, ROLES, change, read_table, run_labels
+from experiments.pages import change, run_labels
+from experiments.tables import KEY, ROLES, TEXT, read_table, row_keys
 
 PUBLISHED = "results"
 

@@ -31,35 +31,23 @@ from urllib.parse import quote
 import pandas as pd
 from hydra.errors import HydraException
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markdown_it import MarkdownIt
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
 from eval.files import content_hash, sweep, write_text
 from eval.images import ManifestRow, group_rows, load_picture, read_manifest
-from experiments import PROJECT, plot, project_path
+from experiments import PROJECT, pages, project_path
 from experiments.assets import read_assets
 from experiments.configs import first
+from experiments.figures import called_for
+from experiments.figures.style import encode, title
 from experiments.locks import locked
 from experiments.runs import Run
-from experiments.tabulate import (
-    COLUMNS,
-    LEGEND,
-    OTHER_LEGEND,
-    PAPER_LEGEND,
-    check_names,
-    commands,
-    findings,
-    main_table,
-    other_table,
-    paper_table,
-    printed_window,
-    read_csv,
-    run_labels,
-    scored_by,
-)
+from experiments.tables import COLUMNS, check_names, commands, printed_window, read_csv, spelled, words
+from experiments.timing.report import case_table, measured_cases, target_table
+from experiments.timing.rows import MEASURED
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +105,7 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
             loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         )  # fmt: skip
-        sections = [section for section in sections if section]
-        text = environment.get_template("report.html").render(
-            sections=sections, mark=Markup(MARK), legend=LEGEND, other_legend=OTHER_LEGEND, paper_legend=PAPER_LEGEND
-        )
+        text = environment.get_template("report.html").render(sections=sections, mark=Markup(MARK), pages=pages)
         _put(folder, text, page)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -156,96 +141,70 @@ def _place(name: str) -> tuple[int, str]:
     return (LAST.index(name) + 1 if name in LAST else 0), name
 
 
-def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int) -> dict[str, Any] | None:
-    """Return what the page says of one table, its files written; None for a CSV that no page goes with."""
+def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int) -> dict[str, Any]:
+    """Return what the page says of one table, its files written."""
     path = results / f"{name}.csv"
     frame = read_csv(path)
+    configured = PROJECT / "conf" / "experiment" / f"{name}.yaml"
+    section = {
+        "name": name,
+        "claim": (OmegaConf.load(configured).get("description") or "") if configured.exists() else "",
+        "commands": commands(name) if configured.exists() else [],
+        "models": list(frame["model"].unique()) if "model" in frame else [],
+    }
     if not set(COLUMNS) <= set(frame.columns) or not (frame["experiment"] == name).all() or frame.empty:
-        return _foreign(name, results, folder)
+        return section | _foreign(name, frame, results, folder)
     check_names(frame, path)
     runs = _runs(frame, outputs)
     drawn = []
-    for figure_name, (figure, words) in plot.figures(frame).items():
+    for figure_name, (figure, what) in called_for(frame).items():
         file = f"figures/{name}_{figure_name}.svg"
-        (folder / file).write_bytes(plot.encode(figure, "svg"))
+        (folder / file).write_bytes(encode(figure, "svg"))
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        drawn.append({"file": quote(f"{PICTURES}/{file}"), "alt": words, "width": width, "height": height})
-    others, paper = other_table(frame), paper_table(name)
-    return {
-        "name": name,
-        "claim": _description(name),
-        "models": list(frame["model"].unique()),
-        "runs_here": f"{sum(run['here'] for run in runs)} of {len(runs)}",
-        "findings": [finding.removeprefix("- ").split(": ", 1) for finding in findings(frame)],
-        "main": _table(main_table(frame)),
-        "scored_by": scored_by(frame),
-        "paper": _table(paper) if len(paper) else None,
-        "others": _table(others) if len(others) else None,
+        drawn.append({"file": quote(f"{PICTURES}/{file}"), "alt": what, "width": width, "height": height})
+    settings = pd.DataFrame([run["settings"] for run in runs]).replace("", None).dropna(axis="columns", how="all")
+    return section | {
+        "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
+        "findings": [finding.removeprefix("- ").split(": ", 1) for finding in pages.findings(frame)],
+        "main": _table(pages.main_table(frame)),
+        "scored_by": pages.scored_by(frame),
+        "paper": _table(pages.paper_table(name)),
+        "others": _table(pages.other_table(frame)),
         "figures": drawn,
         "galleries": [
             _gallery(name, model, [run for run in runs if run["model"] == model], results, folder, groups)
-            for model in frame["model"].unique()
+            for model in section["models"]
         ],
-        "settings": _table(pd.DataFrame([run["settings"] for run in runs]).fillna("")),
-        "commands": commands(name),
-        "page": None,
+        "settings": _table(settings.fillna("")),
+        "foreign": None,
     }
 
 
-def _description(name: str) -> str:
-    """Return the experiment's claim; empty where this checkout has no configuration of it."""
-    path = PROJECT / "conf" / "experiment" / f"{name}.yaml"
-    return (OmegaConf.load(path).get("description") or "") if path.exists() else ""
-
-
-def _foreign(name: str, results: Path, folder: Path) -> dict[str, Any] | None:
-    """Return a section of a table with columns of its own: the page that was rendered from it, its pictures copied."""
-    path = results / f"{name}.md"
-    if not path.exists():
-        log.warning("%s.csv is left out: it is no experiment's table, and has no %s", name, path.name)
-        return None
+def _foreign(name: str, frame: pd.DataFrame, results: Path, folder: Path) -> dict[str, Any]:
+    """Return the rest of a section of a table with columns of its own: what it holds, and the pictures beside it."""
+    if set(MEASURED) <= set(frame.columns):
+        cfg = first([f"experiment={name}"])
+        found = [("Targets", target_table(frame, cfg))]
+        for rows in measured_cases(frame):
+            case = rows.iloc[0]
+            head = f"{case['model']}, {case['side']:g} pixels, {case['batch']:g} images, {case['device']}"
+            found.append((head, case_table(rows, dict(cfg.latency.titles))))
+    else:
+        found = [("All rows", frame.dropna(axis="columns", how="all").map(spelled))]
     files = sorted(file for file in results.glob(f"{name}*.png") if file.stem == name or file.stem[len(name)] == "_")
     files = [file for file in files if not _is_elsewhere(file, results)]
-    for file in files:
-        shutil.copyfile(file, folder / "figures" / file.name)
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens, words = markdown.parse(path.read_text(encoding="utf-8")), {}
-    for token in tokens:
-        # What a page of the results folder links to is not here; what it shows is below it.
-        words |= {child.attrs["src"]: child.content for child in token.children or () if child.type == "image"}
-        token.children = [
-            child for child in token.children or () if child.type not in ("link_open", "link_close", "image")
-        ]
-        if token.tag in ("h1", "h2", "h3", "h4"):
-            token.tag = f"h{int(token.tag[1]) + 1}"
-    if tokens and tokens[0].tag == "h2":
-        tokens = tokens[3:]  # its name, which the section has
-    texts = [
-        "".join(" " if child.type == "softbreak" else child.content for child in token.children)
-        for token in tokens
-        if token.type == "inline"
-    ]
-    html = markdown.renderer.render(tokens, markdown.options, {})
-    html = re.sub("<th(?=[ >])", '<th scope="col"', html)
-    html = html.replace(
-        "<table>", f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}"><table>'
-    )
     return {
-        "name": name,
-        "claim": _description(name) or re.match(r".*?[.?!](?=\s|$)|.*", texts[0] if texts else "")[0],
-        "models": [],
         "runs_here": "",
-        "figures": [
-            _picture(file, words.get(file.name) or f"{file.stem}: a picture beside the table") for file in files
-        ],
-        "commands": commands(name) if (PROJECT / "conf" / "experiment" / f"{name}.yaml").exists() else [],
-        "page": Markup(html.replace("</table>", "</table></div>")),
+        "figures": [_copied(file, folder, f"{file.stem}: a picture beside the table") for file in files],
+        "foreign": [(head, _table(table)) for head, table in found],
     }
 
 
-def _picture(file: Path, words: str) -> dict[str, Any]:
+def _copied(file: Path, folder: Path, what: str) -> dict[str, Any]:
+    """Copy a picture beside the page and return it as the template takes it."""
+    shutil.copyfile(file, folder / "figures" / file.name)
     width, height = load_picture(file).size
-    return {"file": quote(f"{PICTURES}/figures/{file.name}"), "alt": words, "width": width, "height": height}
+    return {"file": quote(f"{PICTURES}/figures/{file.name}"), "alt": what, "width": width, "height": height}
 
 
 def _table(frame: pd.DataFrame) -> dict[str, Any]:
@@ -262,43 +221,41 @@ def _lines(cell: str) -> list[str]:
 
 def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
     """Return a table's runs, each with its settings in words and, where its folder is here, its images' rows."""
-    labels, found = run_labels(frame), []
-    for (run_id, _), of_run in frame.groupby(["run_id", "model"], sort=False):
-        common = of_run.iloc[0]
-        place = Path(common["experiment"]) / common["model"] / common["method"] / run_id
-        run, manifest, state = Run(outputs / place), None, "not on this machine"
-        made = {}
+    labels, found = pages.run_labels(frame), []
+    for (run_id, model), rows in frame.groupby(["run_id", "model"], sort=False):
+        common = rows.iloc[0]
+        name = title(labels[run_id], common["method"])
+        place = Path(common["experiment"]) / model / common["method"] / run_id
+        run, manifest, state, made = Run(outputs / place), None, "not on this machine", {}
         if run.complete:
             try:
-                manifest, state = group_rows(read_manifest(run.folder)), place.as_posix()
-                paths = [row.path for rows in manifest.values() for row in rows]
-                gone = [path for path in paths if not (run.folder / path).is_file()]
-                if gone:
-                    raise FileNotFoundError(f"{len(gone)} images are gone, the first {gone[0]}")
-                if any(_is_elsewhere(run.folder / path, run.folder) for path in paths):
-                    raise ValueError("expected images of its own, got links")
-                made = {**run.identity["machine"], "python": run.environment["python"]}
+                manifest, state, made = _images(run), place.as_posix(), run.identity["machine"] | run.environment
             except (OSError, ValueError, KeyError) as error:
                 log.warning("The images of %s are left out: %s", run.folder, error)
-                manifest, state = None, "cannot be read"
-        title = plot.TITLES.get(labels[run_id], labels[run_id])
-        settings = {"model": common["model"], "method": title, "run": run_id}
-        shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold")
-        for column in shown:
-            settings[column.replace("_", " ")] = _printed(common[column])
-        settings["window"] = printed_window(common)
-        settings |= {"blocks": _printed(common["sites"]), "images": _printed(of_run["n_images"].max())}
-        settings |= {"device": _printed(common["device"]), "commit": _printed(common["commit"])}
+                state = "cannot be read"
+        settings = {"model": model, "method": name, "run": run_id, "window": printed_window(common)}
+        shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold", "sites")
+        settings |= {words(column): spelled(common[column]) for column in (*shown, "device", "commit")}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
-        found.append(
-            {"model": common["model"], "title": title, "id": run_id, "folder": run.folder, "manifest": manifest,
-             "here": manifest is not None, "settings": settings}
-        )  # fmt: skip
-    filled = {key for run in found for key, value in run["settings"].items() if value}
-    for run in found:
-        run["settings"] = {key: value for key, value in run["settings"].items() if key in filled}
+        found.append({"model": model, "title": name, "id": run_id, "folder": run.folder, "manifest": manifest,
+                      "settings": settings})  # fmt: skip
     return found
+
+
+def _images(run: Run) -> dict[str, list[ManifestRow]]:
+    """Return the rows of a run's images by group.
+
+    Raises:
+        OSError, ValueError: images are gone, or not the run's own; or the manifest is damaged.
+    """
+    manifest = group_rows(read_manifest(run.folder))
+    paths = [run.folder / row.path for rows in manifest.values() for row in rows]
+    if gone := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{len(gone)} images are gone, the first {gone[0]}")
+    if any(_is_elsewhere(path, run.folder) for path in paths):
+        raise ValueError("expected images of its own, got links")
+    return manifest
 
 
 def _is_elsewhere(file: Path, folder: Path) -> bool:
@@ -309,16 +266,12 @@ def _is_elsewhere(file: Path, folder: Path) -> bool:
     return linked
 
 
-def _printed(value: Any) -> str:
-    return "" if pd.isna(value) else str(value) if isinstance(value, str) else f"{value:g}"
-
-
 def _gallery(
     name: str, model: str, runs: list[dict[str, Any]], results: Path, folder: Path, limit: int
 ) -> dict[str, Any]:
     """Return what is needed to choose among a model's images, and write their reduced copies."""
-    absent = [run["title"] for run in runs if not run["here"]]
-    here = [run for run in runs if run["here"]]
+    absent = [run["title"] for run in runs if run["manifest"] is None]
+    here = [run for run in runs if run["manifest"] is not None]
     everything = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
     chosen = _spread(everything, limit)
     pushed = any(row.references for run in here for rows in run["manifest"].values() for row in rows)
@@ -350,8 +303,8 @@ def _gallery(
     sheet = results / f"{name}_grid_{model}.png"
     picture = None
     if not here and sheet.exists() and not _is_elsewhere(sheet, results):
-        shutil.copyfile(sheet, folder / "figures" / sheet.name)
-        picture = _picture(sheet, f"a choice of the images of {model}, one row a prompt, one block of columns a method")
+        what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
+        picture = _copied(sheet, folder, what)
     return {
         "id": f"{name}-{model}",
         "model": model,

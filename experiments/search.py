@@ -33,13 +33,14 @@ from omegaconf import DictConfig, OmegaConf
 from eval.files import write_text
 from eval.measure import read_document
 from experiments import project_path
+from experiments.choose import chosen_run, pareto_front
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.methods import Baseline
-from experiments.plot import chosen_run, pareto_front
 from experiments.runs import Run
-from experiments.tabulate import SETTING, primary_metrics, write_table
+from experiments.tables import SETTING
+from experiments.tabulate import primary_metrics, write_table
 
 if TYPE_CHECKING:
     import optuna

@@ -1,9 +1,10 @@
-"""Tables as files: a CSV whose rows replace their predecessors, and how tables are printed."""
+"""Tables as files: a CSV whose rows replace their predecessors, and what the columns of an experiment's one mean."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,21 @@ from typing import Any
 import pandas as pd
 
 from eval.files import write_text
+from experiments import project_path
 from experiments.locks import locked
 
+#: Columns that say which measured thing a row is; with the metric they are the row's key. By which encoder it was
+#: measured is not in it: a metric has one, and a row by an earlier one is replaced, not kept beside the new.
+SETTING = [
+    "model", "guidance_scale", "true_cfg_scale", "steps", "method", "matching", "reference", "alpha", "threshold",
+    "t_low", "t_high", "sites",
+]  # fmt: skip
+KEY = ["experiment", *SETTING, "metric"]
+COLUMNS = [
+    *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
+    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
+    "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
+]  # fmt: skip
 #: Columns that hold text also where they look like numbers.
 TEXT = dict.fromkeys(
     ("run_id", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
@@ -23,6 +37,36 @@ NUMBERS = {
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "pushed_share", "seconds",
 }  # fmt: skip
 Key = tuple[str, ...]
+#: Columns that name folders and files, and what they may hold.
+NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
+#: What a row's metric may be primary for, in the order of the main table's columns.
+ROLES = ("diversity", "resemblance", "quality")
+#: What a setting is called that a run leaves to its model.
+UNSET = "as configured"
+
+
+def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
+    """Read an experiment's table.
+
+    Args:
+        name: the experiment's.
+        folder: where its CSV lies; relative paths are taken from the checkout.
+
+    Raises:
+        FileNotFoundError: it was not made yet; the message says by which command it is.
+        ValueError: it is damaged, or names something by what could be a path.
+    """
+    path = project_path(folder) / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
+    frame = read_csv(path)
+    if missing := set(COLUMNS) - set(frame.columns):
+        raise ValueError(
+            f"expected an experiment's table in {path}, got none of the columns {sorted(missing)[:5]}: "
+            f"make it again with {commands(name)[0]}"
+        )
+    check_names(frame, path)
+    return frame
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -57,7 +101,7 @@ def row_keys(
         alike: by column, values that count as others.
     """
     text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=columns, fill_value="")
-    return [tuple(map(_spelled, row)) for row in text.replace(alike or {}).itertuples(index=False)]
+    return [tuple(map(_respelled, row)) for row in text.replace(alike or {}).itertuples(index=False)]
 
 
 def put_rows(
@@ -110,11 +154,11 @@ def _merged(old: pd.DataFrame, was: list[Key], new: pd.DataFrame, keys: list[Key
     return frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(drop=True)
 
 
-def _spelled(value: str) -> str:
+def _respelled(text: str) -> str:
     try:
-        return f"{float(value):.6g}"
+        return f"{float(text):.6g}"
     except ValueError:
-        return value
+        return text
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -125,3 +169,80 @@ def markdown(table: pd.DataFrame) -> str:
 def latex(tables: Iterable[pd.DataFrame]) -> str:
     """Return tables of texts as LaTeX, without those that are empty."""
     return "\n".join(table.to_latex(index=False, escape=True) for table in tables if len(table))
+
+
+def check_names(frame: pd.DataFrame, path: Path) -> None:
+    """Refuse a table whose runs could lie outside of the folders that they are looked for in.
+
+    Raises:
+        ValueError: an experiment, model, method or run id is no name of a folder; the message names the file.
+    """
+    for column, pattern in NAMES.items():
+        for value in frame[column].unique():
+            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise ValueError(
+                    f"expected the name of a folder for {column} in {path}, got {value!r}: correct the table, or make "
+                    "it again"
+                )
+
+
+def commands(name: str) -> list[str]:
+    """Return what makes an experiment's table and figures: the make target, and the command that it calls."""
+    if name in ("latency", "search"):  # acts of their own
+        return [f"make {name}", f"python -m experiments.{name} experiment={name}"]
+    return [f"make reproduce-{name}", f"python -m experiments.reproduce experiment={name}"]
+
+
+def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
+    """Return a model's rows of some metrics (none named: of all).
+
+    Raises:
+        ValueError: the table does not have this model or one of the metrics.
+    """
+    part = frame[frame["model"] == model]
+    if part.empty:
+        raise ValueError(f"expected a model of the table ({', '.join(frame['model'].unique())}), got {model!r}")
+    for metric in metrics:
+        if metric not in set(part["metric"]):
+            raise ValueError(
+                f"expected a metric of {model} in the table ({', '.join(part['metric'].unique())}), got {metric!r}"
+            )
+    return part[part["metric"].isin(metrics)] if metrics else part
+
+
+def direction(frame: pd.DataFrame, metric: str) -> bool | None:
+    """Return whether higher values of a metric are better; None where neither is."""
+    higher = frame.loc[frame["metric"] == metric, "higher_is_better"].iloc[0]
+    return None if pd.isna(higher) else str(higher) == "True"
+
+
+def primary_pair(frame: pd.DataFrame) -> tuple[str, str]:
+    """Return the primary metric of what a method is for, and that of quality.
+
+    Raises:
+        ValueError: the table does not mark both.
+    """
+    marked = frame[frame["primary"].isin(ROLES)].drop_duplicates("metric").set_index("metric")["primary"]
+    pair = tuple(next((name for name, role in marked.items() if (role == "quality") == last), None) for last in (0, 1))
+    if None in pair:
+        raise ValueError(f"expected a primary metric of quality and another one, got {marked.to_dict()}: tabulate anew")
+    return pair
+
+
+def with_window(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with a column `window`, in words, for the bounds t_high and t_low, which are one setting."""
+    return frame.assign(window=[printed_window(row, UNSET) for _, row in frame.iterrows()])
+
+
+def printed_window(row: pd.Series, without: str = "") -> str:
+    """Return the window of a run in words, from noise down, or `without` where it has none."""
+    return without if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}"
+
+
+def spelled(value: Any, without: str = "") -> str:
+    """Return a setting as it is printed: text as it is, a number in six digits, `without` where there is none."""
+    return without if pd.isna(value) else str(value) if isinstance(value, str | bool) else f"{value:g}"
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.plot import COLOURS, FAINT, MARKERS, STYLE
+from experiments.figures.style import COLOURS, FAINT, MARKERS, STYLE
 from experiments.timing.cases import PLAIN
 from experiments.timing.floor import BOUND
 

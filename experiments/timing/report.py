@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 
 from eval.files import write_text
-from experiments.plot import save
+from experiments.figures.style import save
+from experiments.pages import paper_table
 from experiments.tables import latex, markdown
-from experiments.tabulate import paper_table
 from experiments.timing.cases import METHOD, PLAIN
 from experiments.timing.figures import SETUP, curve_models, scaling, setup_of
 from experiments.timing.profile import OUTSIDE

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from eval.clip import HFClip
 from eval.encoders import Encoder
@@ -41,6 +41,7 @@ from eval.resemblance import similarities
 from experiments import PROJECT, pipelines, project_path
 from experiments.assets import MASK
 from experiments.configs import expand
+from experiments.figures.image_grid import contact_sheet, save_sheet
 from experiments.prompts import Group
 from experiments.training import protected, taxonomy
 
@@ -175,23 +176,11 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
     )
 
 
-def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]], tile: int = 64) -> Image.Image:
+def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]]) -> Image.Image:
     """Return rows of characters: for each model and sort a drawing beside its nearest artwork."""
-    columns, label = list(drawn), 110
-    page = Image.new(
-        "RGB", (label + len(columns) * (2 * tile + 16), 20 + len(protected.CHARACTERS) * (tile + 4)), "white"
-    )
-    draw = ImageDraw.Draw(page)
-    for x, column in enumerate(columns):
-        left = label + x * (2 * tile + 16)
-        draw.text((left, 4), column, fill="black")
-        for request, image, path in drawn[column]:
-            top = 20 + protected.CHARACTERS.index(request.name) * (tile + 4)
-            draw.text((4, top + tile // 2 - 6), request.name, fill="black")
-            with Image.open(path) as artwork:
-                for place, one in enumerate((image, artwork.convert("RGB"))):
-                    page.paste(one.resize((tile, tile), Image.Resampling.LANCZOS), (left + place * tile, top))
-    return page
+    pairs = {(column, one.name): [image, path] for column, found in drawn.items() for one, image, path in found}
+    rows = [(name, [pairs[column, name] for column in drawn]) for name in protected.CHARACTERS]
+    return contact_sheet(list(drawn), rows, tile=64)
 
 
 def drawn_by(model: str) -> tuple[list[dict], dict[str, list[tuple[Request, Image.Image, Path]]]]:
@@ -235,7 +224,7 @@ def main() -> None:
     table = tabulated(values)
     write_text(arguments.out / "memorised.csv", table.to_csv(index=False, lineterminator="\n"))
     write_text(arguments.out / "memorised.md", rendered(table, values))
-    picture(drawn).quantize(256).save(arguments.out / "memorised.png", optimize=True)
+    save_sheet(picture(drawn), arguments.out / "memorised.png")
     print(rendered(table, values))
     print(f"{arguments.out / 'memorised.md'}: {time.time() - started:.0f} s")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from experiments.figures.image_grid import contact_sheet
 from experiments.training import taxonomy
 
 SETTINGS = {  # what the models are meant to be run with
@@ -46,18 +47,14 @@ def sheet(
     Returns:
         The sheet, and the mean seconds of one call.
     """
-    label, side = 100, 128
-    page = Image.new("RGB", (label + columns * side, len(categories) * side), "white")
-    draw, seconds = ImageDraw.Draw(page), 0.0
-    for y, name in enumerate(categories):
-        generators = [torch.Generator().manual_seed(seed + 1000 * y + i) for i in range(columns)]
+    rows, seconds = [], 0.0
+    for number, name in enumerate(categories):
+        generators = [torch.Generator().manual_seed(seed + 1000 * number + i) for i in range(columns)]
         started = time.time()
         images = pipe(f"{template} {name}", num_images_per_prompt=columns, generator=generators, **settings).images
         seconds += time.time() - started
-        draw.text((4, y * side + side // 2 - 6), name, fill="black")
-        for x, image in enumerate(images):
-            page.paste(image, (label + x * side, y * side))
-    return page, seconds / len(categories)
+        rows.append((name, [images]))
+    return contact_sheet([template], rows, tile=64), seconds / len(categories)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stem = "samples-development" if args.development else "samples"
         path = folder / (f"{name}-{stem}.jpg" if args.out else f"{stem}.jpg")
-        page.resize((page.width // 2, page.height // 2), Image.Resampling.LANCZOS).save(path, quality=75)
+        page.save(path, quality=75)
         print(f"{path}: {seconds:.1f} s a call of {args.columns}, {settings}")
 
 

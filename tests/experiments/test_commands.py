@@ -60,7 +60,7 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["latency", "experiment=latency", "latency.cases=no"], ["latency.cases must be true or false, got 'no'"]),
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
-        (["compare", "experiment=diversity"], ["compare with"]),
+        (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now"], ["no arguments", "now"]),
     ],
 )

@@ -21,7 +21,7 @@ from experiments.configs import _jobs, build, expand
 from experiments.evaluate import NEEDS
 from experiments.methods import Baseline, Combined, NegativeIPAdapter, NegativePrompt, NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PromptSet
-from experiments.tabulate import ROLES
+from experiments.tables import ROLES
 from negtome import NegToMeConfig
 
 CONF = PROJECT / "conf"

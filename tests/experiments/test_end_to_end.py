@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from eval.images import read_manifest
-from experiments import PROJECT, compare, plot, tabulate
+from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
+from experiments.pages import main_table, other_table
 from experiments.runs import Run, request
-from experiments.tables import TEXT
+from experiments.tables import COLUMNS, TEXT
 
 METHODS = "method=none,negtome,negtome_released"
 
@@ -186,10 +187,10 @@ def test_an_edited_run_folder_is_refused(finished, tmp_path):
 
 def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finished):
     arguments, folders = finished
-    markdown = tabulate.tabulate(arguments)
+    _, markdown = tabulate.write_table(expand(arguments))
     cfg = expand(arguments)[0]
     frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=TEXT)
-    assert list(frame.columns) == tabulate.COLUMNS
+    assert list(frame.columns) == COLUMNS
     assert list(frame["run_id"].unique()) == [folder.name for folder in folders]
     assert set(frame["metric"]) == {"pairwise_similarity", "pairwise_distance", "vendi_score"}
     assert (frame["n_groups"] == 2).all() and (frame["n_images"] == 4).all()
@@ -217,20 +218,20 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert "0.812" in markdown and "sdxl" in markdown
     assert "- sdxl, negtome_released: " in markdown and "All other metrics" in markdown
     # The table is what its CSV says, to the byte, however often it is made.
-    assert tabulate.tabulate(arguments) == markdown
+    assert tabulate.write_table(expand(arguments))[1] == markdown
 
 
 def test_rows_of_other_settings_stay(finished):
     arguments, _ = finished
     path = tabulate.project_path(expand(arguments)[0].results) / "kept.csv"
-    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "kept", "run_id": "0123", "true_cfg_scale": None}
+    row = dict.fromkeys(COLUMNS, 1.0) | {"experiment": "kept", "run_id": "0123", "true_cfg_scale": None}
     tabulate.merge_rows(path, [row | {"alpha": 0.3, "value": 1}, row | {"alpha": 0.9, "value": 2}])
     frame = tabulate.merge_rows(path, [row | {"alpha": 0.9, "value": 3}])
     assert frame[["alpha", "value", "run_id"]].values.tolist() == [[0.3, 1, "0123"], [0.9, 3, "0123"]]
 
 
 def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
-    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0123", "primary": "diversity"}
+    row = dict.fromkeys(COLUMNS, 1.0) | {"experiment": "e", "run_id": "0123", "primary": "diversity"}
     rows = [
         row | {"model": model, "alpha": alpha, "p_value": p, "primary": primary}
         for model, alpha, p, primary in (
@@ -254,10 +255,10 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
 
 def test_settings_of_one_method_are_told_apart(finished):
     arguments, _ = finished
-    tabulate.tabulate(arguments)
+    tabulate.write_table(expand(arguments))
     frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=TEXT)
     other = frame[frame["method"] == "negtome"].assign(alpha=0.5, run_id="000000000000")
-    table = tabulate.other_table(pd.concat([frame, other]))
+    table = other_table(pd.concat([frame, other]))
     assert list(table.columns)[5:] == [
         "none",
         "negtome alpha 0.9 threshold -1 window 1000 to 0",
@@ -301,37 +302,42 @@ def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
 def test_random_weights_never_enter_a_table(finished):
     arguments, _ = finished
     with pytest.raises(FileNotFoundError, match="No complete run"):
-        tabulate.tabulate([*arguments, "model.kind=tiny"])
+        tabulate.write_table(expand([*arguments, "model.kind=tiny"]))
     for cfg in expand([*arguments, "model.kind=tiny"]):
         generate(cfg)
         evaluate(cfg)
     with pytest.raises(ValueError, match="random weights"):
-        tabulate.tabulate([*arguments, "model.kind=tiny"])
+        tabulate.write_table(expand([*arguments, "model.kind=tiny"]))
 
 
-def test_methods_are_compared_with_each_other_too(finished):
+def test_methods_are_compared_with_each_other_too(finished, capsys):
     arguments, _ = finished
     configs = expand(arguments)
-    frame = compare.compare(configs, "none")
+    frame, _ = tabulate.write_comparison(configs, "none")
     table, _ = tabulate.write_table(configs)
-    table = table[table["primary"].notna() & (table["method"] != "none")].sort_values(["method", "metric"])
-    frame = frame.sort_values(["method", "metric"])
+    both = [one[one["primary"].notna()].sort_values(["method", "metric"]) for one in (frame, table)]
     # Against the run without a method it is the table's own comparison.
-    for column in ("difference", "p_value", "effect_size", "win_rate"):
-        assert frame[column].tolist() == pytest.approx(table[column].tolist(), rel=1e-5), column
+    for column in ("difference", "p_value", "p_holm", "effect_size", "win_rate"):
+        ours, theirs = (one[column].astype(float).tolist() for one in both)
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True), column
     # The other way round everything is the other way round.
-    turned = compare.compare(configs, "negtome").set_index(["method", "metric"])["difference"]
+    turned = tabulate.write_comparison(configs, "negtome")[0].set_index(["method", "metric"])["difference"]
     straight = frame.set_index(["method", "metric"])["difference"]
-    for metric in frame["metric"].unique():
+    for metric in both[0]["metric"].unique():
         assert turned["none", metric] == pytest.approx(-straight["negtome", metric])
-    assert "# diversity against none" in compare.render(frame, "diversity", "none")
+    assert main(["tabulate", "--against", "negtome", *arguments]) == 0
+    path = tabulate.project_path(configs[0].results) / "diversity_against_negtome.md"
+    assert capsys.readouterr().out.endswith(f"\n{path}\n")
+    text = path.read_text()
+    assert text.startswith("# diversity against negtome\n") and "negtome_released" in text
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 2 * 2
     with pytest.raises(ValueError, match=r"expected one of the experiment's methods \(none, negtome, .*got 'cads'"):
-        compare.compare(configs, "cads")
+        tabulate.write_comparison(configs, "cads")
 
 
 def test_figures_are_made_from_the_table_and_the_images(finished):
     arguments, _ = finished
-    tabulate.tabulate(arguments)
+    tabulate.write_table(expand(arguments))
     files = {file.name: file for file in plot.plot(expand(arguments))}
     assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_forest_sdxl.png",
                           "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.png"}  # fmt: skip
@@ -348,7 +354,7 @@ def test_flux_runs_end_to_end(name, tmp_path, tiny_checkpoint):
     for cfg in expand(arguments):
         generate(cfg)
         evaluate(cfg)
-    assert f"| {name} " in tabulate.tabulate(arguments)
+    assert f"| {name} " in tabulate.write_table(expand(arguments))[1]
 
 
 def test_a_push_that_cannot_happen_stops_the_run(finished, tmp_path):
@@ -552,17 +558,17 @@ def test_every_configured_number_of_the_copyright_experiment_is_measured(protect
 
 def test_the_copyright_table_and_figures(protected):
     arguments, runs = protected
-    markdown = tabulate.tabulate(arguments)
+    _, markdown = tabulate.write_table(expand(arguments))
     (cfg, *_) = configs = expand(arguments)
     frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=TEXT)
-    assert list(frame.columns) == tabulate.COLUMNS
+    assert list(frame.columns) == COLUMNS
     assert list(frame["run_id"].unique()) == [run.name for run, _ in runs.values()]
     assert set(frame["primary"].dropna()) == {"resemblance", "quality"}
     assert (frame["seconds"] > 0).all()
     assert (frame["difference"].notna() == (frame["method"] != "none")).all()
     references = frame[frame["method"] == "negtome_reference"]
     assert set(references["reference"]) == {"assets"} and (references["pushed_share"] > 0).all()
-    table = tabulate.main_table(frame)
+    table = main_table(frame)
     assert {"maximum resemblance (down)", "clip score (up)", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
     if cfg.model.name == "sdxl":  # one is enough: figures know no architecture

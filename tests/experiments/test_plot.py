@@ -11,7 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 from PIL import Image
 
-from experiments import PROJECT, plot, tabulate
+from eval.images import ManifestRow, write_manifest
+from experiments import PROJECT, choose, figures
+from experiments.figures.image_grid import contact_sheet, image_grid, save_sheet
+from experiments.figures.style import LOOKS, TITLES, Drawing, encode, look, save
+from experiments.runs import Run
+from experiments.tables import COLUMNS
 
 SETTINGS = {"model": "m", "guidance_scale": 5.0, "steps": 20.0, "method": "negtome", "matching": "paper",
             "reference": "first", "alpha": 0.9, "threshold": 0.7, "t_low": 700.0, "t_high": 1000.0}  # fmt: skip
@@ -27,7 +32,7 @@ def table(*runs, seed=0, directions=(True, True)):
     for number, changes in enumerate(runs):
         for metric, role in METRICS.items():
             value, difference = random.uniform(1, 2), random.normal(0, 1)
-            row = dict.fromkeys(tabulate.COLUMNS) | SETTINGS | changes
+            row = dict.fromkeys(COLUMNS) | SETTINGS | changes
             row |= {"experiment": "e", "metric": metric, "primary": role, "encoder": "clip-0", "value": value,
                     "ci_low": value - 0.5, "ci_high": value + 0.5, "n_units": 8, "n_groups": 16, "n_images": 64,
                     "run_id": f"{number:012d}", "commit": "c", "device": "cpu",
@@ -38,7 +43,7 @@ def table(*runs, seed=0, directions=(True, True)):
                 if role == "quality":
                     row |= {"margin": 0.4, "non_inferior": difference > 0.1}
             rows.append(row)
-    return pd.DataFrame(rows, columns=tabulate.COLUMNS).infer_objects()
+    return pd.DataFrame(rows, columns=COLUMNS).infer_objects()
 
 
 GRID = [
@@ -74,7 +79,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(name):
-    drawn = plot.figures(table(*TABLES[name]))
+    drawn = figures.called_for(table(*TABLES[name]))
     assert set(drawn) == EXPECTED[name]
     for figure_name, (figure, words) in drawn.items():
         assert len(words) > 30 and "_" not in words.replace("my_own", ""), figure_name
@@ -94,7 +99,7 @@ def test_a_long_front_is_named_in_full():
     for metric, sign in (("pairwise_distance", 1), ("clip_score", -1)):
         rows = (frame["metric"] == metric) & frame["difference"].notna()
         frame.loc[rows, "difference"] = sign * np.arange(1.0, 31)
-    figure = plot.pareto(frame, "pairwise_distance", "clip_score", "m")
+    figure = figures.pareto(frame, "pairwise_distance", "clip_score", "m")
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
     box, size = legend.get_window_extent(), figure.bbox
@@ -104,7 +109,7 @@ def test_a_long_front_is_named_in_full():
 
 def test_the_same_table_gives_the_same_bytes():
     for kind in ("png", "pdf", "svg"):
-        first, second = (plot.encode(plot.pareto(table(*TABLES["grid"]), *tuple(METRICS)[:2], "m"), kind)
+        first, second = (encode(figures.pareto(table(*TABLES["grid"]), *tuple(METRICS)[:2], "m"), kind)
                          for _ in range(2))  # fmt: skip
         assert first == second
         assert first.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[kind])
@@ -130,10 +135,10 @@ def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
             point for point in points.values()
             if not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values())
         }  # fmt: skip
-        front = plot.pareto_front(frame, claim, quality, "m")
+        front = choose.pareto_front(frame, claim, quality, "m")
         assert [points[run] for run in front] == sorted(best)
         allowed = [point[0] for point in points.values() if point[0] > 0 and point[1] >= -0.4]
-        found = plot.chosen_run(frame, claim, quality, "m")
+        found = choose.chosen_run(frame, claim, quality, "m")
         assert (points[found][0] if found else None) == max(allowed, default=None)
         assert found is None or points[found][1] >= -0.4
         chosen += found is not None
@@ -143,34 +148,34 @@ def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
 def test_nothing_is_chosen_without_a_margin_or_a_gain():
     frame = table(*TABLES["alphas"])
     frame["margin"] = float("nan")
-    assert plot.chosen_run(frame, *tuple(METRICS)[:2], "m") is None
+    assert choose.chosen_run(frame, *tuple(METRICS)[:2], "m") is None
     worse = table(*TABLES["alphas"])
     worse.loc[worse["metric"] == "pairwise_distance", "difference"] *= 0
-    assert plot.chosen_run(worse, *tuple(METRICS)[:2], "m") is None
+    assert choose.chosen_run(worse, *tuple(METRICS)[:2], "m") is None
 
 
 @pytest.mark.parametrize("experiment", ["diversity", "copyright", "ablate_matching"])
 def test_methods_of_one_experiment_never_look_alike(experiment):
     conf = OmegaConf.load(PROJECT / "conf" / "experiment" / f"{experiment}.yaml")
     methods = conf.hydra.sweeper.params.method.split(",")
-    looks = [tuple(plot._look(method, [*methods, "my_own", "another"]).values()) for method in methods]
-    looks += [tuple(plot._look(method, [*methods, "my_own", "another"]).values()) for method in ("my_own", "another")]
+    looks = [tuple(look(method, [*methods, "my_own", "another"]).values()) for method in methods]
+    looks += [tuple(look(method, [*methods, "my_own", "another"]).values()) for method in ("my_own", "another")]
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
-    assert set(methods) <= set(plot.TITLES) and set(plot.TITLES) == set(plot.LOOKS)
-    assert looks[0] == tuple(plot._look("none", []).values())
+    assert set(methods) <= set(TITLES) and set(TITLES) == set(LOOKS)
+    assert looks[0] == tuple(look("none", []).values())
 
 
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda frame: plot.forest(frame, "other"), r"expected a model of the table \(m\), got 'other'"),
-        (lambda frame: plot.heat_map(frame, "fid", "m"), r"expected a metric of m .*clip_score.*got 'fid'"),
-        (lambda frame: plot.ablation(frame, "clip_score", "beta", "m"), "expected a setting .*alpha.* got 'beta'"),
-        (lambda frame: plot.forest(frame[frame["method"] == "none"], "m"), "with method=none"),
-        (lambda frame: plot.pareto(frame[frame["method"] == "none"], *tuple(METRICS)[:2], "m"), "with method=none"),
-        (lambda frame: plot.ablation(frame[frame["method"] == "none"], "clip_score", "alpha", "m"), "with method=none"),
-        (lambda frame: plot.heat_map(frame.assign(alpha=1.0), "clip_score", "m"), "got several: choose one method"),
-        (lambda frame: plot.figures(frame.assign(primary=None)), "expected a primary metric of quality"),
+        (lambda frame: figures.forest(frame, "other"), r"expected a model of the table \(m\), got 'other'"),
+        (lambda frame: figures.heat_map(frame, "fid", "m"), r"expected a metric of m .*clip_score.*got 'fid'"),
+        (lambda frame: figures.ablation(frame, "clip_score", "beta", "m"), "expected a setting .*alpha.* got 'beta'"),
+        (lambda frame: figures.forest(frame[frame["method"] == "none"], "m"), "with method=none"),
+        (lambda frame: figures.pareto(frame[frame["method"] == "none"], *tuple(METRICS)[:2], "m"), "with method=none"),
+        (lambda frame: figures.ablation(frame[frame["alpha"].isna()], "clip_score", "alpha", "m"), "with method=none"),
+        (lambda frame: figures.heat_map(frame.assign(alpha=1.0), "clip_score", "m"), "got several: choose one method"),
+        (lambda frame: figures.called_for(frame.assign(primary=None)), "expected a primary metric of quality"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(draw, message):
@@ -178,21 +183,65 @@ def test_what_cannot_be_drawn_is_said(draw, message):
         draw(table(*TABLES["grid"]))
 
 
-def test_a_notebook_shows_a_table_or_what_makes_it(tmp_path):
-    frame = table(*TABLES["methods"]).assign(experiment="x", encoder="<clip>")
-    frame.loc[frame["method"] == "my_own", "method"] = "<b>mine"
-    frame.to_csv(tmp_path / "x.csv", index=False)
-    html = plot.Shown("x", tmp_path)._repr_html_()
-    assert html.count('src="data:image/png;base64,') == 2 and html.count("<table") == 1
-    assert "<b>" not in html and "&lt;b&gt;mine" in html
-    absent = plot.Shown("diversity", tmp_path)._repr_html_()
-    assert "no table diversity yet" in absent and "make reproduce-diversity" in absent
+def test_a_heat_map_is_over_any_two_settings():
+    scales = itertools.product((2.0, 5.0), (0.3, 0.9, 1.8))
+    runs = [{"guidance_scale": scale, "alpha": alpha} for scale, alpha in scales]
+    baselines = [NOTHING | {"guidance_scale": scale} for scale in (2.0, 5.0)]
+    drawn = figures.called_for(table(*baselines, *runs))
+    assert set(drawn) == {"heat_map_pairwise_distance_m", "heat_map_clip_score_m", "pareto_m"}
+    figure, words = drawn["heat_map_clip_score_m"]
+    assert "over guidance_scale and alpha" in words.replace("guidance scale", "guidance_scale")
+    axis, _ = figure.axes
+    assert (axis.get_ylabel(), axis.get_xlabel()) == ("guidance scale", "alpha")
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["5", "2"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.3", "0.9", "1.8"]
+    # The window may be one of them, as noise comes first; then there is one panel.
+    windows = [{"alpha": alpha, "t_low": low} for alpha in (0.3, 0.9) for low in (900.0, 700.0)]
+    figure = figures.heat_map(table(NOTHING, *windows), "clip_score", "m", ("window", "alpha"))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["1000 to 900", "1000 to 700"]
+    with pytest.raises(ValueError, match=r"expected two settings of the table or window, .* lacks \['beta'\]"):
+        figures.heat_map(table(NOTHING, *windows), "clip_score", "m", ("alpha", "beta"))
+
+
+def test_a_contact_sheet_has_every_image_in_its_place():
+    """Blocks side by side, each as wide as its longest row; rows below each other; what is not there is white."""
+    red, green, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue"))
+    sheet = contact_sheet(["one", "two"], [("a", [[red], [green, blue]]), ("b", [[blue], []])], tile=32)
+    pixels = np.array(sheet)[:, 190:]  # right of the labels
+    tops = [top for top in range(len(pixels) - 32) if (pixels[top : top + 32, :32] == pixels[top, 0]).all()
+            and (pixels[top, 0] != 255).any()]  # fmt: skip
+    assert len(tops) == 2
+    first, second = (pixels[top + 16] for top in tops)
+    assert [tuple(first[x]) for x in (16, 32 + 6, 44 + 16, 76 + 16)] == [
+        (255, 0, 0), (255, 255, 255), (0, 128, 0), (0, 0, 255),
+    ]  # fmt: skip
+    assert tuple(second[16]) == (0, 0, 255) and (second[44:] == 255).all()
+    assert (np.array(sheet)[:, :190] < 128).any(), "labels"
+
+
+def test_an_image_grid_shows_every_category_once(tmp_path):
+    categories = ["bus", "cat", "ogre"]
+    rows = []
+    for number, category in enumerate(categories):
+        for seed in (0, 1):
+            path = f"images/{category}/{seed}/00.png"
+            (tmp_path / path).parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (80 * number, 10 + seed, 0)).save(tmp_path / path)
+            rows.append(ManifestRow(path, category, f"a {category}", category, seed, 0, 0))
+    write_manifest(tmp_path, rows)
+    run = Run(tmp_path)
+    colours = {tuple(pixel) for pixel in np.array(image_grid([run], ["m: method"])).reshape(-1, 3)}
+    assert {(80 * number, 10, 0) for number in range(3)} <= colours and (0, 11, 0) not in colours
+    leading = {"ogre": tmp_path / rows[0].path}
+    assert image_grid([run], ["m: method"], leading).height < image_grid([run], ["m: method"]).height
+    with pytest.raises(ValueError, match="share no group"):
+        image_grid([run], ["m: method"], {"dragon": tmp_path})
 
 
 def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch):
     """Killed at any moment, a figure is the old one or the new one; what a killed process left is swept a day later."""
-    figure, sheet = plot.Drawing(), Image.new("RGB", (8, 8))
-    files = [*plot.save(figure, tmp_path / "figure"), plot.save_sheet(sheet, tmp_path / "sheet.png")]
+    figure, sheet = Drawing(), Image.new("RGB", (8, 8))
+    files = [*save(figure, tmp_path / "figure"), save_sheet(sheet, tmp_path / "sheet.png")]
     before = {file: file.read_bytes() for file in files}
     assert {file.name for file in files} == {"figure.png", "figure.pdf", "sheet.png"} and all(before.values())
 
@@ -202,18 +251,18 @@ def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process sweeps nothing
-        for write in (lambda: plot.save(figure, tmp_path / "figure"), lambda: plot.save_sheet(sheet, files[2])):
+        for write in (lambda: save(figure, tmp_path / "figure"), lambda: save_sheet(sheet, files[2])):
             with pytest.raises(KeyboardInterrupt):
                 write()
     assert {file: file.read_bytes() for file in files} == before
     left = set(tmp_path.iterdir()) - set(files)
     assert len(left) == 2
-    plot.save(figure, tmp_path / "figure")
+    save(figure, tmp_path / "figure")
     assert set(tmp_path.iterdir()) - set(files) == left, "it may be another process's"
     for file in left:
         os.utime(file, (0, 0))
-    plot.save(figure, tmp_path / "figure")
-    plot.save_sheet(sheet, files[2])
+    save(figure, tmp_path / "figure")
+    save_sheet(sheet, files[2])
     assert set(tmp_path.iterdir()) == set(files)
 
 
@@ -221,5 +270,5 @@ def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch
 def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
     (tmp_path / "00.png").write_bytes(content)
     with pytest.raises(ValueError, match=rf"got a damaged or foreign file: {tmp_path}/00\.png") as error:
-        plot._tile(tmp_path / "00.png", 8)
+        contact_sheet(["one"], [("", [[tmp_path / "00.png"]])])
     assert "\n" not in str(error.value)

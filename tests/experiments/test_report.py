@@ -18,9 +18,9 @@ from PIL import Image
 
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, report
+from experiments.pages import findings, main_table
 from experiments.runs import run_id
-from experiments.tables import TEXT
-from experiments.tabulate import commands, findings, main_table, read_table
+from experiments.tables import TEXT, commands, read_table
 
 PROMPTS = {
     "a-cat": ("a cat", "cat"),
@@ -166,8 +166,7 @@ def test_tables_findings_and_commands_are_those_of_the_table(made):
     for command in commands("diversity"):
         assert command in page.all("pre")[0]["text"]
     assert "0.812" in cells, "the paper's number"
-    assert "Do the mini models reproduce the designs" in text and "links" not in text and "](" not in text
-    assert "0.81 [0.76, 0.87]" in cells, "of a table with columns of its own"
+    assert {"own - other", "0.8145"} <= set(cells), "of a table with columns of its own"
     for version in ("2.9.0", "0.42.1", "3.11.7", *frame["commit"].unique(), "cpu"):
         assert version in cells
     assert (pictures(path) / "figures" / "memorised.png").is_file()
@@ -213,7 +212,6 @@ def test_what_is_not_here_is_said(made):
     assert {"not on this machine", "cannot be read"} <= {cell["text"] for cell in made[3].all("td")}
     sheet = pictures(made[2]) / "figures" / "diversity_grid_mini-flux.png"
     assert sheet in [made[2].parent / image["src"] for image in made[3].all("img")], "the kept sheet"
-    assert "diversity front" not in text, "a table without a page"
 
 
 def test_everything_is_escaped(made):

@@ -5,8 +5,8 @@ import pytest
 
 from experiments import PROJECT
 from experiments.configs import first
-from experiments.tables import TEXT
-from experiments.tabulate import COLUMNS, paper_table, render_latex, render_markdown, short_table
+from experiments.pages import paper_table, render_latex, render_markdown, short_table
+from experiments.tables import COLUMNS, TEXT
 
 RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py

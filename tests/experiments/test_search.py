@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("optuna", reason='needs pip install -e ".[search]"')
 
+from experiments import project_path
 from experiments import search as module
-from experiments import tabulate
+from experiments.choose import pareto_front
 from experiments.configs import expand
-from experiments.plot import pareto_front
 from experiments.runs import Run
 from experiments.search import front_file, search
-from experiments.tables import TEXT
+from experiments.tables import TEXT, read_table
 
 #: Six trials of four settings, so that one is drawn twice; that which diversifies most comes after such a one.
 SMALL = (
@@ -37,7 +37,7 @@ def files(folder):
 def test_the_front_is_what_no_other_setting_beats(found):
     arguments, front = found
     cfg = expand(arguments)[0]
-    frame = tabulate.read_table("search", cfg.results)
+    frame = read_table("search", cfg.results)
     assert front["run_id"].tolist() == pareto_front(frame, "pairwise_distance", "vendi_score", "sdxl")
     assert front_file(cfg).name == "search_front.csv"
     written = pd.read_csv(front_file(cfg), dtype=TEXT)
@@ -53,7 +53,7 @@ def test_the_front_is_what_no_other_setting_beats(found):
 
 def test_the_most_diverse_setting_within_the_margin_is_chosen(found):
     arguments, front = found
-    table = tabulate.read_table("search", expand(arguments)[0].results).set_index(["run_id", "metric"])
+    table = read_table("search", expand(arguments)[0].results).set_index(["run_id", "metric"])
     chosen, most = [], 0
     for run in table[table["method"] != "none"].index.unique("run_id"):
         diversity, quality = table.loc[run, "pairwise_distance"], table.loc[run, "vendi_score"]
@@ -79,7 +79,7 @@ def test_the_front_says_in_which_trial_a_setting_was_drawn_first(found, caplog):
 def test_trials_are_ordinary_runs_and_the_models_own_strengths_the_first(found):
     arguments, _ = found
     baseline, own = expand(arguments)
-    frame = tabulate.read_table("search", baseline.results)
+    frame = read_table("search", baseline.results)
     runs = list(dict.fromkeys(frame["run_id"]))
     assert runs[:2] == [Run.find(baseline).id, Run.find(own).id]
     assert 3 <= len(runs) <= 1 + 4
@@ -105,7 +105,7 @@ def test_an_interrupted_search_ends_as_an_undisturbed_one(found, tmp_path, tiny_
         search(again)
     assert not (tmp_path / "results").exists()
     pd.testing.assert_frame_equal(search(again), front)
-    assert files(tmp_path / "results") == files(tabulate.project_path(expand(arguments)[0].results))
+    assert files(tmp_path / "results") == files(project_path(expand(arguments)[0].results))
     # Once more, with nothing left to do.
     monkeypatch.setattr("experiments.generate._generate_groups", lambda *a: pytest.fail("generated"))
     pd.testing.assert_frame_equal(search(again), front)

@@ -7,10 +7,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from experiments import PROJECT, plot, tabulate
+from experiments import PROJECT, plot, tables, tabulate
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
+from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
+from experiments.pages import run_labels
 from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
@@ -49,7 +51,7 @@ def done(tmp_path_factory, tiny_overrides):
                 generate(cfg)
                 evaluate(cfg)
             _, markdown = tabulate.write_table(configs)
-            frame = tabulate.read_table(configs[0].name, configs[0].results)
+            frame = tables.read_table(configs[0].name, configs[0].results)
             frame = frame[frame["model"] == configs[0].model.name]  # two experiments make one table
             kept[experiment] = configs, frame, markdown, plot.plot(configs) if experiment in DRAWN else []
         return kept[experiment]
@@ -66,7 +68,7 @@ def test_every_experiment_that_sweeps_is_run_here():
 @pytest.mark.parametrize("experiment", RUN)
 def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
     configs, frame, markdown, files = done(experiment)
-    labels = tabulate.run_labels(frame)
+    labels = run_labels(frame)
     assert not any(run in label for run, label in labels.items()), "told apart by nothing but their ids"
     compared = frame[frame["method"] != "none"]
     assert compared["difference"].notna().all() and compared["pushed_share"].notna().all()
@@ -167,10 +169,15 @@ def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
         for place, run in enumerate(f"r{number}" for number in range(20))
         for metric, role, x in (("d", "diversity", place), ("q", "quality", -place))
     ]  # fmt: skip
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=tables.COLUMNS)
     runs = [Made(f"r{number}", "negtome" if number else "none") for number in range(20)]
-    shown = [run.id for run in plot._worth_showing(runs, frame)]
+    shown = [run.id for run in worth_showing(runs, frame)]
     assert shown[0] == "r0" and "r3" in shown and "r19" in shown and len(shown) <= 6
-    assert plot._worth_showing(runs[:4], frame) == runs[:4]
+    assert list(worth_showing(runs[:4], frame)) == runs[:4]
     scales = [Made(f"{method}{scale}", method, scale) for scale in range(2, 9) for method in ("none", "negtome")]
-    assert [run.id for run in plot._worth_showing(scales, frame)] == ["none2", "negtome2", "none8", "negtome8"]
+    rows = [
+        {"model": "m", "run_id": run.id, "method": run.id[:-1], "guidance_scale": int(run.id[-1])} for run in scales
+    ]
+    shown = worth_showing(scales, pd.DataFrame(rows, columns=tables.COLUMNS))
+    assert [run.id for run in shown] == ["none2", "negtome2", "none8", "negtome8"]
+    assert list(shown.values())[:2] == ["m: without NegToMe guidance 2", "m: guidance 2"]

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import PROJECT, tabulate
+from experiments import PROJECT, pages, tables, tabulate
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics
 
-ROW = dict.fromkeys(tabulate.COLUMNS, 1.0) | {
+ROW = dict.fromkeys(tables.COLUMNS, 1.0) | {
     "experiment": "e", "model": "m", "method": "negtome", "metric": "clip_score", "encoder": "clip-old",
     "primary": "quality", "run_id": "0123", "true_cfg_scale": None,
 }  # fmt: skip
@@ -77,7 +77,7 @@ def test_runs_that_a_table_cannot_tell_apart_are_refused(tmp_path):
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("name", ["diversity", "ablate_alpha", "search", "latency"])
 def test_what_makes_a_table_is_what_the_makefile_says(name):
-    target, *steps = tabulate.commands(name)
+    target, *steps = tables.commands(name)
     done = subprocess.run([*target.split(), "-n"], cwd=PROJECT, capture_output=True, text=True, check=True)
     ran = [line.strip().replace(".venv/bin/python", "python") for line in done.stdout.splitlines()]
     assert [line for line in ran if "experiments." in line] == steps
@@ -88,7 +88,7 @@ def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     monkeypatch.setattr(tabulate.Run, "find", lambda cfg: "run")
     monkeypatch.setattr(tabulate.Run, "find_baseline", lambda cfg: "baseline")
     monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
-    monkeypatch.setattr(tabulate, "_row", lambda *arguments: {})
+    monkeypatch.setattr(tabulate, "row_of", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
         tabulate.rows_of([cfg])
     cfg.primary.quality = "clip_score"
@@ -107,10 +107,10 @@ def test_quality_is_held_against_its_margin():
     base, change = np.linspace(20, 40, 12), np.linspace(-2.5, 0.5, 12)
     for margin, kept in ((0.1, True), (0.04, False)):
         (cfg,) = configured(f"primary.quality_margin={margin}")
-        columns = tabulate._comparison(cfg, "quality", document(base + change), document(base))
+        columns = tabulate.comparison(cfg, "quality", document(base + change), document(base))
         assert columns["margin"] == pytest.approx(margin * 30)
         assert (columns["difference_low"] > -columns["margin"]) == columns["non_inferior"] == kept
-        assert "margin" not in tabulate._comparison(cfg, "diversity", document(base + change), document(base))
+        assert "margin" not in tabulate.comparison(cfg, "diversity", document(base + change), document(base))
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,18 @@ def test_quality_is_held_against_its_margin():
     [(np.zeros(8), (0, 1)), (np.linspace(0.1, 1, 8), (-1, 1)), (np.linspace(0.1, 1, 8), (None, None))],
     ids=["a baseline of 0", "may be negative", "bounds unknown"],
 )
-def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds):
+def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds, tmp_path):
     (cfg,) = configured()
     changed = document(base + np.linspace(0, 0.3, 8), bounds)
-    columns = tabulate._comparison(cfg, "quality", changed, document(base, bounds))
+    columns = tabulate.comparison(cfg, "quality", changed, document(base, bounds))
     assert "margin" not in columns and "non_inferior" not in columns
     assert columns["difference_low"] > 0
-    row = pd.Series(dict.fromkeys(tabulate.COLUMNS) | {"value": base.mean() + 0.15, "metric": "clip_score"} | columns)
-    assert tabulate._kept(row) == "not estimable"
-    assert "excluded" not in tabulate._finding(row.where(row.notna(), float("nan")))
-    assert tabulate._kept(row.drop(labels="difference").reindex(row.index)) == "", "the baseline itself"
+    unknown = {"margin": None, "non_inferior": None}
+    baseline = ROW | unknown | {"method": "none", "run_id": "4567", "difference": None, "p_value": None}
+    frame = tabulate.merge_rows(tmp_path / "e.csv", [baseline, ROW | unknown | columns])
+    assert pages.main_table(frame)["quality kept"].tolist() == ["", "not estimable"], "the first is the baseline"
+    (finding,) = pages.findings(frame)
+    assert "excluded" not in finding
 
 
 def test_differences_and_tests_go_by_category():
@@ -139,7 +141,7 @@ def test_differences_and_tests_go_by_category():
     columns = {}
     for cluster in ("category", "null"):
         (cfg,) = configured(f"bootstrap.cluster={cluster}")
-        columns[cluster] = tabulate._comparison(cfg, "diversity", *documents)
+        columns[cluster] = tabulate.comparison(cfg, "diversity", *documents)
     assert columns["category"]["p_value"] == 2 / 2**4 and columns["null"]["p_value"] < 0.001
     widths = {name: found["difference_high"] - found["difference_low"] for name, found in columns.items()}
     # 10**0.5 by the number of units; Student's t with 3 degrees of freedom against 39
@@ -167,11 +169,11 @@ def test_the_page_says_what_was_resampled_and_what_is_not_corrected():
             ROW | {"run_id": "b", "metric": "gender_entropy", "primary": None, "n_units": 2, "difference_low": None},
         ]
     )
-    table = tabulate.main_table(frame)
+    table = pages.main_table(frame)
     assert table["units"].tolist() == [20, 20] and table["groups"].tolist() == [40, 40]
     assert table["quality kept"].tolist() == ["", "not estimable"]
-    assert tabulate.other_table(frame)["units"].tolist() == ["2"]
-    page = tabulate.render_markdown(frame, None, pd.DataFrame())
+    assert pages.other_table(frame)["units"].tolist() == ["2"]
+    page = pages.render_markdown(frame, None, pd.DataFrame())
     assert "40 groups in 20 independent units" in page
     assert "every method is judged by itself" in page and "intervals of fewer than four are not estimable" in page
 
@@ -206,7 +208,7 @@ def copyright_rows(seconds):
 
 def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_reduction(tmp_path):
     frame = tabulate.merge_rows(tmp_path / "copyright.csv", copyright_rows(True))
-    table = tabulate.main_table(frame)
+    table = pages.main_table(frame)
     assert list(table.columns) == [
         "model", "method", "alpha", "threshold", "window", "pushed", "maximum resemblance (down)",
         "maximum resemblance: p", "d_z", "wins", "clip score (up)", "clip score: p", "quality kept", "seconds", "units",
@@ -220,13 +222,13 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
     assert frame.set_index(["method", "metric"]).loc[
         ("negtome_reference", "maximum_resemblance"), "p_holm"
     ] == pytest.approx(0.002)
-    (finding,) = tabulate.findings(frame)
+    (finding,) = pages.findings(frame)
     assert "lowered the maximum resemblance by -0.200 [-0.250, -0.150] (-25.0 %, p = 0.002" in finding
     assert "24 groups in 11 independent units" in finding
-    assert tabulate.other_table(frame)["metric"].tolist() == ["change benign"]
-    page = tabulate.render_markdown(frame, "What it costs.", pd.DataFrame())
+    assert pages.other_table(frame)["metric"].tolist() == ["change benign"]
+    page = pages.render_markdown(frame, "What it costs.", pd.DataFrame())
     assert "maximum resemblance (down)" in page and "2.53" in page
-    assert "maximum resemblance" in tabulate.render_latex(frame)
+    assert "maximum resemblance" in pages.render_latex(frame)
 
 
 def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
@@ -235,11 +237,11 @@ def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
         tabulate.merge_rows(tmp_path / f"{seconds}.csv", copyright_rows(seconds)) for seconds in (True, None)
     )
     assert asked["seconds"].tolist() == [2.0, 2.0, 2.53125, 2.53125, 2.53125]
-    assert tabulate.main_table(asked)["seconds"].tolist() == ["2.00", "2.53"]
-    assert not_asked["seconds"].isna().all() and "seconds" not in tabulate.main_table(not_asked)
+    assert pages.main_table(asked)["seconds"].tolist() == ["2.00", "2.53"]
+    assert not_asked["seconds"].isna().all() and "seconds" not in pages.main_table(not_asked)
     # Both in one CSV: a method that was not timed is blank.
     other = [row | {"model": "untimed"} for row in copyright_rows(None)]
-    both = tabulate.main_table(tabulate.merge_rows(tmp_path / "True.csv", other))
+    both = pages.main_table(tabulate.merge_rows(tmp_path / "True.csv", other))
     assert both["seconds"].tolist() == ["2.00", "2.53", "", ""]
 
 
@@ -254,20 +256,20 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
     for report, seconds in ((True, 5.0 / 4), (False, None)):
         (cfg,) = configured(f"report_seconds={report}")
         assert cfg.prompts.images_per_prompt == 4
-        row = tabulate._row(cfg, run, "clip_score", measured, None)
-        assert row["seconds"] == seconds and set(row) <= set(tabulate.COLUMNS)
+        row = tabulate.row_of(cfg, run, "clip_score", measured, None)
+        assert row["seconds"] == seconds and set(row) <= set(tables.COLUMNS)
 
 
 def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
     """Each reads the table, and writes it slowly: whoever comes second reads what the first wrote."""
-    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
-    write = tabulate.write_text
+    row = dict.fromkeys(tables.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
+    write = tables.write_text
 
     def slow(path, text):
         time.sleep(0.3)
         return write(path, text)
 
-    monkeypatch.setattr(tabulate, "write_text", slow)
+    monkeypatch.setattr(tables, "write_text", slow)
     threads = [
         threading.Thread(target=tabulate.merge_rows, args=(tmp_path / "e.csv", [row | {"model": model}]))
         for model in "abc"
@@ -281,7 +283,7 @@ def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
 
 def test_a_damaged_table_is_neither_merged_nor_lost(tmp_path):
     path = tmp_path / "e.csv"
-    row = dict.fromkeys(tabulate.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
+    row = dict.fromkeys(tables.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
     for damage in (b"", b"a,b\n\xff,1\n", b'a,b\n"1,2'):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=rf"expected a table in {path}, got a damaged file") as error:

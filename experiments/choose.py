@@ -1,0 +1,70 @@
+"""Which settings are worth having: the front of those that no other one beats, and the rule that chooses one."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from experiments.tables import direction, of_model
+
+
+def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str | None:
+    """Return the run id of the setting that does most for `claim` while `quality` loses no more than its margin.
+
+    The rule by which settings are chosen on development prompts (results/README.md), on the differences themselves.
+
+    Args:
+        frame: an experiment's CSV.
+        claim: metric that a method is to improve.
+        quality: metric that is to be kept; its margin is in the table.
+        model: one of the CSV's models.
+
+    Returns:
+        The run's id, or None where no setting fulfils it or there is no margin.
+
+    Raises:
+        ValueError: the table lacks the model or a metric, or nothing was compared.
+    """
+    points = differences(frame, claim, quality, model)
+    gain = points["x"] * points["x_sign"]
+    gain = gain[(gain > 0) & (points["y"] * points["y_sign"] >= -points["margin"])]
+    return None if gain.empty else gain.idxmax()
+
+
+def pareto_front(frame: pd.DataFrame, claim: str, quality: str, model: str) -> list[str]:
+    """Return the run ids of the settings that no other one beats in both metrics, by what they do for `claim`.
+
+    Args and errors: those of `chosen_run`. The run without a method takes part, with no difference to itself.
+    """
+    points = differences(frame, claim, quality, model)
+    points = points.assign(x=points["x"] * points["x_sign"], y=points["y"] * points["y_sign"])
+    points = points.sort_values(["x", "y"], ascending=False, kind="stable")
+    best = points["y"].cummax().shift(fill_value=float("-inf"))
+    return list(points.index[points["y"] > best])[::-1]
+
+
+def differences(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd.DataFrame:
+    """Return both metrics' paired differences of a model's runs, and those of the run without a method, which are 0.
+
+    Args and errors: those of `chosen_run`.
+
+    Returns:
+        One row a run, by its id: x and y, of claim and quality, each with the bounds of its interval (`x_low`,
+        `x_high`) and `x_sign`, -1 where less is better; `margin` of quality; `method`.
+    """
+    part = of_model(frame, model, claim, quality)
+    tables = []
+    for metric, name in ((claim, "x"), (quality, "y")):
+        rows = part[part["metric"] == metric].drop_duplicates("run_id").set_index("run_id")
+        table = rows[["difference", "difference_low", "difference_high"]]
+        table = table.set_axis([name, f"{name}_low", f"{name}_high"], axis="columns")
+        table = table.where(rows["method"] != "none", 0.0).astype(float)
+        # Of metrics that have no direction, more counts as better: there is no other way to draw a front.
+        tables.append(table.assign(**{f"{name}_sign": -1 if direction(part, metric) is False else 1}))
+    points = tables[0].join(tables[1], how="inner").join(rows[["margin", "method"]])
+    points = points[points["x"].notna() & points["y"].notna()].astype({"margin": float})
+    if (points["method"] == "none").all():
+        raise ValueError(
+            f"expected runs of {model} with paired differences of {claim} and {quality}, got none: tabulate them with "
+            "method=none"
+        )
+    return points

@@ -1,0 +1,85 @@
+"""Figures, each from an experiment's CSV alone, and sheets of images.
+
+`tradeoff` and `forest` are for single settings, `ablation` for one that was swept, `heat_map` and `pareto` for a grid;
+`called_for` chooses among them.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.figures.ablation import ablation
+from experiments.figures.forest import forest
+from experiments.figures.heat_map import heat_map
+from experiments.figures.pareto import pareto
+from experiments.figures.tradeoff import tradeoff
+from experiments.tables import SETTING, of_model, primary_pair, with_window, words
+
+__all__ = ["ablation", "called_for", "forest", "heat_map", "pareto", "swept_settings", "tradeoff"]
+
+
+def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
+    """Draw what an experiment's table calls for.
+
+    A grid of two settings gives heat maps and Pareto fronts, one swept setting curves (of the values too, where the run
+    without a method was swept with it), neither the trade-off and the forest of all metrics.
+
+    Args:
+        frame: an experiment's CSV, with its primary metrics marked.
+
+    Returns:
+        Name, as a file's, -> figure and a sentence that says what it shows, for those who do not see it.
+
+    Raises:
+        ValueError: no metrics are marked.
+    """
+    claim, quality = pair = primary_pair(frame)
+    swept = {model: swept_settings(frame, model) for model in frame["model"].unique()}
+    drawn: dict[str, tuple[Figure, str]] = {}
+    if not any(swept.values()):
+        what = f"{words(claim)} against {words(quality)} of every method, one panel a model, with 95 % intervals"
+        drawn["tradeoff"] = (tradeoff(frame, *pair), what)
+    for model, names in swept.items():
+        part = of_model(frame, model)
+        if not part["difference"].notna().any():
+            continue
+        over = _grid(part[part["metric"] == claim], names)
+        for metric in pair if over else ():
+            what = f"{model}: paired difference in {words(metric)} over {' and '.join(over)}, one panel a window"
+            drawn[f"heat_map_{metric}_{model}"] = (heat_map(frame, metric, model, over), what)
+        for metric in pair if len(names) == 1 else ():
+            what = f"{model}: paired difference in {words(metric)} over {words(names[0])}, with 95 % intervals"
+            drawn[f"ablation_{metric}_{model}"] = (ablation(frame, metric, names[0], model), what)
+            if part.loc[part["method"] == "none", "run_id"].nunique() > 1:
+                what = f"{model}: {words(metric)} over {words(names[0])} of every method, with 95 % intervals"
+                drawn[f"values_{metric}_{model}"] = (ablation(frame, metric, names[0], model, paired=False), what)
+        if len(names) > 1:
+            what = (
+                f"{model}: every setting's paired differences in {words(claim)} and {words(quality)}, "
+                "and the front of those that are never beaten"
+            )
+            drawn[f"pareto_{model}"] = (pareto(frame, *pair, model), what)
+        if not names:
+            what = f"{model}: paired differences of all metrics to the same noises without, with 95 % intervals"
+            drawn[f"forest_{model}"] = (forest(frame, model), what)
+    return drawn
+
+
+def swept_settings(frame: pd.DataFrame, model: str) -> list[str]:
+    """Return the settings that differ among a model's runs of one method; the bounds of the window count as one."""
+    part = with_window(frame[(frame["model"] == model) & (frame["method"] != "none")])
+    names = [name for name in SETTING if name not in ("model", "method", "t_low", "t_high")] + ["window"]
+    counts = part.groupby("method")[names].nunique(dropna=False).max()
+    return [name for name in names if counts[name] > 1]
+
+
+def _grid(rows: pd.DataFrame, swept: list[str]) -> tuple[str, str] | None:
+    """Return the two settings of a heat map, where a metric's runs fill at least half of it, each cell with one."""
+    over = swept if len(swept) == 2 else [name for name in swept if name != "window"]
+    if len(over) != 2:
+        return None
+    runs = with_window(rows[rows["difference"].notna()])[[*over, "window"]]
+    runs = runs[runs[over].notna().all(axis=1)]
+    cells = runs[over[0]].nunique() * runs[over[1]].nunique() * (1 if "window" in over else runs["window"].nunique())
+    return None if runs.duplicated().any() or 2 * len(runs) < cells else (over[0], over[1])

@@ -1,0 +1,107 @@
+"""What one setting does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.figures.style import (
+    COLOURS,
+    TITLES,
+    better,
+    bounds,
+    errors,
+    labelled,
+    look,
+    new_figure,
+    numbered,
+    styled,
+)
+from experiments.tables import SETTING, UNSET, direction, of_model, spelled, with_window, words
+
+
+@styled
+def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bool = True) -> Figure:
+    """Draw a metric over one setting, with the 95 % interval as a band; one line for each choice of the others.
+
+    Args:
+        frame: an experiment's CSV.
+        metric: what is drawn.
+        over: the setting: a column of the CSV such as `alpha`, `threshold`, `guidance_scale`, `matching` or `method`,
+            or `window` for t_high and t_low together. Numbers make curves, anything else points side by side.
+        model: one of the CSV's models.
+        paired: whether the paired difference to the run without a method is drawn, or the value itself.
+
+    Raises:
+        ValueError: the table lacks the model, the metric or the setting, or nothing was compared.
+    """
+    part = with_window(of_model(frame, model, metric))
+    part = part.sort_values(["t_high", "t_low"], ascending=False, kind="stable", na_position="first")
+    if over not in part:
+        raise ValueError(f"expected a setting of the table ({', '.join(SETTING)}) or window, got {over!r}")
+    value = "difference" if paired else "value"
+    low, high = bounds(value)
+    without = part["method"] == "none"
+    # Without a method there is no choice of the method's settings: the value is one level under all of them.
+    level = part[without & (part[over].isna() | (over == "window"))]
+    moved = part[part[value].notna() & ~(without & paired) & ~part.index.isin(level.index)]
+    if moved.empty:
+        raise ValueError(
+            f"expected runs of {model} with a {value} of {metric}, got none: tabulate them with method=none"
+        )
+    # The bounds of the window are one setting, and what a method brings along is none beside it.
+    names = [name for name in [*SETTING, "window"] if name not in (over, "model", "method", "t_low", "t_high")]
+    counts = moved.groupby("method")[names].nunique(dropna=False).max()
+    others = [name for name in names if counts[name] > 1]
+    if over not in ("method", "matching") and moved["method"].nunique() > 1:
+        others.insert(0, "method")
+    numeric = pd.api.types.is_numeric_dtype(moved[over])
+    names = list(dict.fromkeys(spelled(choice, UNSET) for choice in moved[over]))
+    lines = [TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in names]
+    # Room for the names below the data, and for the legend beside it, where there are any.
+    letters = max(len(line) for text in lines for line in text.split("\n"))
+    width = 5.2 if numeric else max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(names))
+    figure, axes = new_figure(1, width + 2.8 * bool(others), 3.4)
+    axis, methods = axes[0][0], list(frame["method"].unique())
+    groups = list(moved.groupby(others, sort=False, dropna=False)) if others else [((), moved)]
+    for number, (key, rows) in enumerate(groups):
+        cycle, place = divmod(number, len(COLOURS) - 1)
+        drawn = look(key[0], methods) if others == ["method"] else numbered(place + 1)  # black is without a method
+        label = ", ".join(map(_choice, others, key)) or None
+        if numeric:
+            rows = rows.sort_values(over)
+            axis.plot(rows[over], rows[value], ("-", "--", ":", "-.")[cycle % 4], label=label, **drawn)
+            axis.fill_between(rows[over], rows[low], rows[high], alpha=0.15, linewidth=0, color=drawn["color"])
+            continue
+        shift = (number - (len(groups) - 1) / 2) * min(0.5 / len(groups), 0.15)
+        for _, row in rows.iterrows():
+            if over in ("method", "matching") and not others:
+                drawn = look(row["method"], methods)
+            place = names.index(spelled(row[over], UNSET)) + shift
+            axis.errorbar(place, row[value], yerr=errors(row, value), linestyle="none", label=label, **drawn)
+    if paired:
+        axis.axhline(0, color="black", linewidth=0.8)
+    elif len(level):
+        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=TITLES["none"])
+        axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
+    if not numeric:
+        axis.set_xticks(range(len(names)), lines)
+        axis.set_xlim(-0.6, len(names) - 0.4)
+    elif moved[over].nunique() <= 8:
+        measured = sorted(moved[over].unique())
+        axis.set_xticks(measured, map(spelled, measured))  # where it was measured, and nowhere else
+    axis.set_xlabel(words(over))
+    axis.set_ylabel(f"{'difference in ' if paired else ''}{words(metric)}\n{better(direction(frame, metric))}")
+    axis.grid(axis="both" if numeric else "y")
+    if handles := labelled(axis):
+        place = "outside right upper" if others else "outside lower center"
+        figure.legend(handles.values(), handles.keys(), loc=place, fontsize=7.5)
+    noun = "paired differences to the same noises without" if paired else "values"
+    axis.set_title(f"{model}: {noun}; 95 % intervals")
+    return figure
+
+
+def _choice(setting: str, value: Any) -> str:
+    return TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"

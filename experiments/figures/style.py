@@ -1,0 +1,152 @@
+"""How figures look: one style, a colour and a shape for every method, and files that are equal byte for byte."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.files import write_bytes
+
+#: How a method is called in figures where its name in folders is too terse.
+TITLES = {
+    "none": "without NegToMe",
+    "negtome": "NegToMe",
+    "negtome_released": "NegToMe, released matching",
+    "negative_prompt": "negative prompt",
+    "negtome_reference": "NegToMe from the asset",
+    "negtome_and_negative_prompt": "NegToMe from the asset and negative prompt",
+    "negtome_reference_released": "NegToMe from the asset, released way",
+    "negative_ip_adapter": "negative IP-Adapter",
+    "random_match": "control: random match",
+    "noise_control": "control: noise of equal norm",
+}
+#: Okabe and Ito's palette, told apart with any colour vision, and a shape each for print without colours.
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+#: Which of them a method keeps in every figure, by number; black is for the run without any.
+LOOKS = {
+    "none": 0,
+    "negtome": 1,
+    "negtome_released": 2,
+    "negative_prompt": 3,
+    "negtome_reference": 4,
+    "negtome_and_negative_prompt": 5,
+    "negtome_reference_released": 6,
+    "negative_ip_adapter": 7,
+    # Never in one table with those who look alike.
+    "random_match": 3,
+    "noise_control": 4,
+}
+#: Of points that are not to be looked at first.
+FAINT = "#8C8C8C"
+#: Kept in every file: text stays text in a PDF, and the same numbers give the same bytes.
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "figure.titlesize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.markersize": 5.0,
+    "errorbar.capsize": 2.0,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "negtome",
+    "savefig.dpi": 150,
+}
+#: Decorates what draws a figure.
+styled = rc_context(STYLE)
+#: Kinds of files that figures are written as, and what would make them differ from day to day.
+METADATA: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+class Drawing(Figure):
+    """A figure that a notebook shows by itself: no pyplot, hence no state to close and no backend to choose."""
+
+    def _repr_png_(self) -> bytes:
+        return encode(self, "png")
+
+
+@styled
+def encode(figure: Figure, kind: str) -> bytes:
+    """Return the figure as a file of `kind`, one of png, pdf and svg; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata=METADATA[kind])
+    return file.getvalue()
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write the figure as a vector PDF and as a PNG; `path` has no suffix. Returns the two files."""
+    return [write_bytes(path.with_name(f"{path.name}.{kind}"), encode(figure, kind)) for kind in ("png", "pdf")]
+
+
+def new_figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Drawing, Any]:
+    """Return a figure of `width` x `height` inches and its axes [rows, columns]."""
+    figure = Drawing(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def look(method: str, methods: list[str]) -> dict[str, str]:
+    """Return a method's colour and shape; methods unknown here take what the others of `methods` leave."""
+    taken = {LOOKS[name] for name in methods if name in LOOKS} | {0}
+    free = [number for number in range(len(COLOURS)) if number not in taken] or list(range(1, len(COLOURS)))
+    others = [name for name in methods if name not in LOOKS]
+    return numbered(LOOKS[method] if method in LOOKS else free[others.index(method) % len(free)])
+
+
+def numbered(number: int) -> dict[str, str]:
+    """Return the colour and shape of a number."""
+    return {"color": COLOURS[number], "marker": MARKERS[number]}
+
+
+def title(label: str, method: str, brief: bool = False) -> str:
+    """Return what a figure calls a run.
+
+    Args:
+        label: of the run, from `tables.run_labels`.
+        method: of the run.
+        brief: leave out the method where settings follow, as where all runs are of one.
+    """
+    settings = label.removeprefix(method).strip()
+    return settings if brief and settings and method != "none" else f"{TITLES.get(method, method)} {settings}".strip()
+
+
+def labelled(*axes: Axes) -> dict[str, Any]:
+    """Return what the axes' legends hold, label -> handle, each label once."""
+    return {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+
+
+def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """Put a legend, label -> handle, below the axes, which keep their height, in as many columns as have room."""
+    column = 0.45 + 0.075 * max(map(len, handles), default=0)  # inches: the mark, and letters of the style's size
+    columns = min(max(int(figure.get_figwidth() / column), 1), len(handles) or 1)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (-(-len(handles) // columns) - 1))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def better(higher: bool | None) -> str:
+    return {True: "higher is better", False: "lower is better"}.get(higher, "neither is better")
+
+
+def errors(row: pd.Series, value: str) -> list[list[float]]:
+    """Return the interval of a column's value as matplotlib wants it, of no length where it is not estimable."""
+    low, high = bounds(value)
+    if pd.isna(row[low]):
+        return [[0.0], [0.0]]
+    # Rounding of the table may put the value outside by a last digit.
+    return [[max(row[value] - row[low], 0.0)], [max(row[high] - row[value], 0.0)]]
+
+
+def bounds(value: str) -> tuple[str, str]:
+    """Return the columns of the interval of a column's value."""
+    name = {"value": "ci"}.get(value, value)
+    return f"{name}_low", f"{name}_high"

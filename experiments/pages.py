@@ -1,0 +1,266 @@
+"""How an experiment's table is printed: its numbers, the tables that people read, findings in words, and pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments import project_path
+from experiments.tables import ROLES, SETTING, latex, markdown, printed_window, spelled, words
+
+#: Settings that are printed only where a model's runs differ in them, and how they are headed.
+FURTHER = {
+    "guidance_scale": "guidance", "steps": "steps", "true_cfg_scale": "true guidance", "reference": "from",
+    "sites": "blocks",
+}  # fmt: skip
+#: Those of them that are of methods alone: that the run without one has none is no other choice of them.
+OF_METHODS = ("true_cfg_scale", "reference", "sites")
+#: A difference is called one where its corrected p-value is at most this.
+LEVEL = 0.05
+#: What the columns of the main table, of the other metrics' and of the paper's mean.
+LEGEND = (
+    "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
+    "groups [95 % interval]. pushed: share of the compared tokens that moved. p: sign-flip test of the difference, "
+    "after Holm's correction over a model's methods and primary metrics. d_z: mean difference in standard "
+    "deviations of the paired differences. wins: share of groups in which the method is better, ties halved. "
+    "quality kept: the interval excludes a loss of more than the margin; every method is judged by itself, so "
+    "that the chance to call quality kept by one that loses it grows with their number. "
+    "units: what intervals resample and tests exchange whole, categories unless configured otherwise; intervals of "
+    "fewer than four are not estimable."
+)
+OTHER_LEGEND = (
+    "All other metrics, described, not tested: value [95 % interval], with a method value; paired difference "
+    "[95 % interval]. units: how many were resampled; where no interval stands, they are too few or all alike. "
+    "What each metric is, and by what it is biased: docs/metrics.md."
+)
+PAPER_LEGEND = (
+    "The paper's own numbers (results/paper.csv; DreamSim similarity, other models, other images: not the same "
+    "scale as above):"
+)
+AGAINST_LEGEND = (
+    "Paired differences of each method to {against}, over the same groups and noises, with 95 % intervals; p after "
+    "Holm's correction over a model's methods and metrics. {models}"
+)
+MINI = "Models named mini-* are this project's small models: their numbers are not SDXL's or Flux's."
+
+
+def change(row: pd.Series) -> str:
+    """Return the paired difference with its interval; it is smaller than what it is a difference of."""
+    digits = max(_decimals(row["value"]), 2)
+    return _number(row["difference"], row["difference_low"], row["difference_high"], "+", digits)
+
+
+def printed_p(value: float) -> str:
+    return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def printed_percent(share: float) -> str:
+    return "" if pd.isna(share) else f"{100 * share:.0f} %"
+
+
+def _number(value: float, low: float, high: float, sign: str, digits: int) -> str:
+    """Return `value [low, high]`, without the brackets where the interval is not estimable."""
+    interval = "" if pd.isna(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{interval}"
+
+
+def _decimals(value: float) -> int:
+    """Return how many decimals a number of this size is printed with."""
+    return 1 if abs(value) >= 10 else 3 if abs(value) >= 0.1 else 5
+
+
+def _cell(row: pd.Series) -> str:
+    """Return a run's number with its interval, or with its paired difference to the run without a method."""
+    digits = _decimals(row["value"])
+    if pd.isna(row["difference"]):
+        return _number(row["value"], row["ci_low"], row["ci_high"], "", digits)
+    return f"{row['value']:.{digits}f}; {change(row)}"
+
+
+def _arrow(row: pd.Series) -> str:
+    return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
+
+
+def _setting(row: pd.Series, further: tuple[str, ...]) -> dict[str, str]:
+    """Return the settings of a run as they are printed, blank where it has none; `further` ones are columns' names."""
+    printed = {"alpha": spelled(row["alpha"]), "threshold": spelled(row["threshold"]), "window": printed_window(row)}
+    return printed | {FURTHER[column]: spelled(row[column]) for column in further}
+
+
+def _further(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Return the columns of `FURTHER` that differ among the runs of a model, and so have to be told."""
+    counts = frame.groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
+    compared = frame[frame["method"] != "none"].groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
+    return tuple(column for column in FURTHER if (compared if column in OF_METHODS else counts)[column].max() > 1)
+
+
+def run_labels(frame: pd.DataFrame) -> dict[str, str]:
+    """Name every run: its method; where a model has several runs of the method, its settings too; or even its id."""
+    runs = frame.drop_duplicates("run_id").set_index("run_id")
+    further = _further(frame)
+    settings = [
+        " ".join(f"{key} {value}" for key, value in _setting(row, further).items() if value)
+        for _, row in runs.iterrows()
+    ]
+    names = runs["method"]
+    for more in (settings, runs.index):
+        swept = names[pd.DataFrame({"model": runs["model"], "name": names}).duplicated()]
+        names = names.where(~names.isin(swept), (names + " " + pd.Series(more, runs.index)).str.strip())
+    return names.to_dict()
+
+
+def main_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table people read: one row a run, with the primary metrics and their tests."""
+    primary = frame[frame["primary"].isin(ROLES)]
+    several = primary.groupby("metric")["encoder"].nunique() > 1
+    further = _further(frame)
+    table = []
+    for _, group in frame.groupby([*SETTING, "run_id"], sort=False, dropna=False):
+        first = group.iloc[0]
+        entry = {"model": first["model"], "method": first["method"], **_setting(first, further)}
+        entry["pushed"] = printed_percent(first["pushed_share"])
+        tested = group[group["primary"].isin(ROLES)]
+        for role in ROLES:
+            for _, row in tested[tested["primary"] == role].iterrows():
+                by = f" by {row['encoder']}" if several[row["metric"]] else ""
+                metric = f"{words(row['metric'])}{by}"
+                entry[f"{metric} ({_arrow(row)})"] = _cell(row)
+                entry[f"{metric}: p"] = printed_p(row["p_holm"])
+                if role == "quality":
+                    entry["quality kept"] = _kept(row)
+                else:
+                    entry["d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
+                    entry["wins"] = printed_percent(row["win_rate"])
+        if not pd.isna(first["seconds"]):
+            entry["seconds"] = f"{first['seconds']:.2f}"
+        counted = first if tested.empty else tested.iloc[0]
+        entry |= {count: int(counted[f"n_{count}"]) for count in ("units", "groups", "images")}
+        table.append(entry)
+    return pd.DataFrame(table).fillna("")
+
+
+def short_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the narrow table of the README: one row a run, the primary metrics' values and differences alone."""
+    main = main_table(frame)
+    columns = [column for column in main if column.endswith((" (up)", " (down)"))]
+    return main[["model", "method", *columns, "images"]]
+
+
+def _kept(row: pd.Series) -> str:
+    if pd.isna(row["difference"]):
+        return ""
+    if pd.isna(row["non_inferior"]):
+        return "not estimable"
+    return f"{'yes' if row['non_inferior'] else 'not shown'} (margin {row['margin']:.2g})"
+
+
+def other_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return all metrics that are not primary: one row a model, metric and encoder, one column a method.
+
+    Where a model's runs of a method differ in their settings, each setting is a column.
+    """
+    labels = run_labels(frame)
+    others = frame[~frame["primary"].isin(ROLES)]
+    table: dict[tuple[str, ...], dict[str, str]] = {}
+    for _, row in others.iterrows():
+        key = (row["model"], words(row["metric"]), _arrow(row), row["encoder"], f"{row['n_units']:.0f}")
+        table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
+    heads = ("model", "metric", "better", "scored by", "units")
+    rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]
+    return pd.DataFrame(rows, columns=[*heads, *dict.fromkeys(labels.values())], dtype=object).fillna("")
+
+
+def against_table(frame: pd.DataFrame, against: str) -> pd.DataFrame:
+    """Return the table of methods that are compared with the method `against`: one row a run and primary metric."""
+    rows = frame[frame["difference"].notna()]
+    return pd.DataFrame(
+        {
+            "model": row["model"],
+            "method": row["method"],
+            "metric": words(row["metric"]),
+            "value": f"{row['value']:.3f}",
+            against: f"{row['value'] - row['difference']:.3f}",
+            "difference": change(row),
+            "p": printed_p(row["p_holm"]),
+            "d_z": f"{row['effect_size']:+.2f}",
+            "wins": printed_percent(row["win_rate"]),
+            "units": f"{row['n_units']:.0f}",
+            "groups": f"{row['n_groups']:.0f}",
+        }
+        for _, row in rows.iterrows()
+    )
+
+
+def paper_table(experiment: str, paper_csv: str | Path = "results/paper.csv") -> pd.DataFrame:
+    """Return the paper's own numbers for `experiment`, one row a method, as transcribed in results/paper.csv."""
+    paper = pd.read_csv(project_path(paper_csv))
+    paper = paper[paper["experiment"] == experiment]
+    wide = paper.pivot_table(index=["table", "model", "method"], columns="metric", values="value", sort=False)
+    wide = wide.reset_index().rename(columns={"table": "source"})
+    wide.columns.name = None
+    return wide
+
+
+# Words
+
+
+def findings(frame: pd.DataFrame) -> list[str]:
+    """Say in words, from the numbers alone, what each method did to each primary metric on each model."""
+    labels = run_labels(frame)
+    compared = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
+    return [
+        f"- {model}, {labels[run]}: {'; '.join(_finding(row) for _, row in rows.iterrows())} "
+        f"({rows['n_groups'].iloc[0]:.0f} groups in {rows['n_units'].iloc[0]:.0f} independent units)."
+        for (model, run), rows in compared.groupby(["model", "run_id"], sort=False)
+    ]
+
+
+def _finding(row: pd.Series) -> str:
+    base = row["value"] - row["difference"]
+    moved = "raised" if row["difference"] > 0 else "lowered"
+    excluded = row["difference_low"] > 0 or row["difference_high"] < 0
+    verb = moved if row["p_holm"] <= LEVEL else f"may have {moved}" if excluded else "did not measurably change"
+    facts = [f"{100 * row['difference'] / abs(base):+.1f} %"] if base else []
+    if not pd.isna(row["p_holm"]):
+        facts.append(f"p {printed_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {printed_p(row['p_holm'])}")
+    if not pd.isna(row["win_rate"]):
+        facts.append(f"better in {printed_percent(row['win_rate'])} of the groups")
+    text = f"{verb} the {words(row['metric'])} by {change(row)} ({', '.join(facts)})"
+    if not pd.isna(row["non_inferior"]):
+        loss = printed_percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
+        text += f", and a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
+    return text
+
+
+def scored_by(frame: pd.DataFrame) -> str:
+    """Say which networks measured the primary metrics, and what the models' names mean."""
+    encoders = frame.loc[frame["primary"].isin(ROLES), "encoder"].dropna().unique()
+    return f"Scored by {', '.join(sorted(encoders))}. {MINI}"
+
+
+def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.DataFrame) -> str:
+    """Return the Markdown page of one experiment: ours, how it was measured, and the paper's beside it."""
+    name, others = frame["experiment"].iloc[0], other_table(frame)
+    parts = [f"# {name}", description, main_table(frame), f"{LEGEND} {scored_by(frame)}", "\n".join(findings(frame))]
+    parts += [OTHER_LEGEND, others] if len(others) else []
+    parts += [PAPER_LEGEND, paper] if len(paper) else []
+    return _page(parts)
+
+
+def render_against(frame: pd.DataFrame, against: str) -> str:
+    """Return `against_table` as a Markdown page."""
+    legend = AGAINST_LEGEND.format(against=against, models=MINI)
+    return _page([f"# {frame['experiment'].iloc[0]} against {against}", legend, against_table(frame, against)])
+
+
+def _page(parts: list[Any]) -> str:
+    """Return paragraphs and tables as Markdown, a blank line between them."""
+    texts = (markdown(part) if isinstance(part, pd.DataFrame) else part for part in parts)
+    return "\n\n".join(filter(None, texts)) + "\n"
+
+
+def render_latex(frame: pd.DataFrame) -> str:
+    """Return the two tables of `render_markdown` as LaTeX."""
+    return latex([main_table(frame), other_table(frame)])
