@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,9 +95,6 @@ class Control(NegToMe):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "matching": self.control, "seed": self.seed}
 
-    def code(self) -> str:
-        return f"{super().code()}+{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
-
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
     ) -> torch.Tensor:
@@ -134,6 +130,7 @@ class RandomMatch(Control):
     """NegToMe with a random reference token in place of the nearest one: as many tokens move, each by alpha (x - r)."""
 
     control = "random"
+    version = 1
 
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
@@ -145,6 +142,7 @@ class NoiseControl(Control):
     """NegToMe's updates with a random direction in place of their own: as many tokens move, each as far."""
 
     control = "noise"
+    version = 1
 
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +17,6 @@ import torch
 import negtome
 from experiments.assets import Retriever
 from experiments.prompts import Group
-
-#: What chooses and uses the assets.
-_ASSETS_CODE = (Path(__file__), Path(__file__).with_name("assets.py"))
 
 
 @dataclass
@@ -45,15 +40,19 @@ class Applied:
 
 
 class Method(Protocol):
-    """What an experiment asks of a method."""
+    """What an experiment asks of a method.
+
+    Attributes:
+        name: in folders and tables.
+        version: raised whenever the same settings would make other pixels, whatever was edited; runs
+            of another version are neither gone on with nor put into a table (tests/experiments/test_golden.py tells).
+    """
 
     name: str
+    version: int
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of the method that affects pixels, as JSON values: part of the run's identity."""
-
-    def code(self) -> str | None:
-        """Return a digest of the code that makes the change: an edited method must never go on in an old run."""
 
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> contextlib.AbstractContextManager[Applied]:
         """Change what `pipe` generates for `group` until the block ends.
@@ -70,14 +69,13 @@ class Method(Protocol):
 class Baseline:
     """The stock pipeline: changes nothing."""
 
+    version = 0  # what all runs share has a version of its own, `experiments.runs.GENERATION_VERSION`
+
     def __init__(self, name: str = "none") -> None:
         self.name = name
 
     def settings(self) -> dict[str, Any]:
         return {}
-
-    def code(self) -> None:
-        return None
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -92,15 +90,14 @@ class NegToMe:
         **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
     """
 
+    version = 1
+
     def __init__(self, name: str, **config: Any) -> None:
         self.name = name
         self.config = negtome.NegToMeConfig(**{key: value for key, value in config.items() if value is not None})
 
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
-
-    def code(self) -> str:
-        return _digest(*sorted(Path(negtome.__file__).parent.glob("*.py")))
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -123,6 +120,8 @@ class NegToMeFromAssets(NegToMe):
         prompt: what the assets are said to show, with {} for their name; None: what the group's prompt says.
         **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
     """
+
+    version = 1
 
     def __init__(
         self,
@@ -158,9 +157,6 @@ class NegToMeFromAssets(NegToMe):
             "retriever": self.retriever.settings(),
         }
 
-    def code(self) -> str:
-        return f"{super().code()}+{_digest(*_ASSETS_CODE)}"
-
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
         found = self.retriever.find(pipe, group, call)[: self.images]
@@ -190,6 +186,8 @@ class NegativePrompt:
             (Flux); None for the others.
     """
 
+    version = 1
+
     def __init__(
         self, name: str, retriever: Retriever, prompt: str = "{}", true_cfg_scale: float | None = None
     ) -> None:
@@ -204,9 +202,6 @@ class NegativePrompt:
             "true_cfg_scale": self.true_cfg_scale,
             "retriever": self.retriever.settings(),
         }
-
-    def code(self) -> str:
-        return _digest(*_ASSETS_CODE)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -237,6 +232,8 @@ class NegativeIPAdapter:
         ValueError: when applied to a call without guidance, which has no unconditional half.
     """
 
+    version = 1
+
     def __init__(self, name: str, retriever: Retriever, weights: Mapping[str, Any] | None, scale: float = 0.5) -> None:
         if not weights:
             raise FileNotFoundError(
@@ -252,9 +249,6 @@ class NegativeIPAdapter:
 
     def settings(self) -> dict[str, Any]:
         return {"ip_adapter": self.weights, "scale": self.scale, "retriever": self.retriever.settings()}
-
-    def code(self) -> str:
-        return _digest(*_ASSETS_CODE)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -298,16 +292,13 @@ class Combined:
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
         self.name = name
         self.methods = list(methods.values())
+        self.version = sum(method.version for method in self.methods)  # rises with any of them
 
     def settings(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for method in self.methods:
             merged |= method.settings()
         return merged | {"methods": [{"name": method.name, **method.settings()} for method in self.methods]}
-
-    def code(self) -> str | None:
-        codes = [part for method in self.methods if (code := method.code()) for part in code.split("+")]
-        return "+".join(dict.fromkeys(codes)) or None
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -328,10 +319,3 @@ class Combined:
                 if part.references is not None:
                     whole.references = {**(whole.references or {}), **part.references}
             yield whole
-
-
-def _digest(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
