@@ -43,7 +43,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
-from experiments.methods import Method
+from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run, maker, request
 

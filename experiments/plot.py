@@ -18,11 +18,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments import project_path
-from experiments.assets import read_assets
 from experiments.configs import expand
 from experiments.figures import called_for
 from experiments.figures.image_grid import image_grid, save_sheet, worth_showing
 from experiments.figures.style import save
+from experiments.methods.assets import read_assets
 from experiments.runs import Run
 from experiments.tables import read_table
 

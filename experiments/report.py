@@ -39,11 +39,11 @@ from tqdm import tqdm
 from eval.files import content_hash, sweep, write_text
 from eval.images import ManifestRow, group_rows, load_picture, read_manifest
 from experiments import PROJECT, pages, project_path
-from experiments.assets import read_assets
 from experiments.configs import first
 from experiments.figures import called_for
 from experiments.figures.style import encode, title
 from experiments.locks import locked
+from experiments.methods.assets import read_assets
 from experiments.runs import Run
 from experiments.tables import COLUMNS, check_names, commands, printed_window, read_csv, spelled, words
 from experiments.timing.report import case_table, measured_cases, target_table

@@ -39,7 +39,7 @@ from eval.images import MANIFEST, ManifestRow, write_manifest
 from experiments import PROJECT, pipelines, project_path, select_device
 from experiments.configs import build, flag
 from experiments.locks import locked
-from experiments.methods import Baseline, Method
+from experiments.methods.method import Baseline, Method
 from experiments.prompts import Group, PromptSet
 
 log = logging.getLogger(__name__)
@@ -120,10 +120,8 @@ def _version(method: Method) -> int | None:
 #: What makes the images, beside the run's settings and the software installed: other code may make others.
 CODE = (
     *sorted(Path(negtome.__file__).parent.glob("*.py")),
-    *(
-        Path(__file__).with_name(f"{name}.py")
-        for name in ("generate", "pipelines", "prompts", "methods", "assets", "controls")
-    ),
+    *(Path(__file__).with_name(f"{name}.py") for name in ("generate", "pipelines", "prompts")),
+    *sorted(Path(__file__).with_name("methods").glob("*.py")),
 )
 
 

@@ -37,7 +37,7 @@ from experiments.choose import chosen_run, pareto_front
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.methods import Baseline
+from experiments.methods.method import Baseline
 from experiments.runs import Run
 from experiments.tables import SETTING
 from experiments.tabulate import primary_metrics, write_table

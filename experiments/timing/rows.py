@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import quantile_test
 
 import negtome
-from experiments import naive
 from experiments.configs import flag
+from experiments.methods import naive
 from experiments.runs import canonical, current_commit
 from experiments.timing.cases import METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of

@@ -16,10 +16,13 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.assets import Retriever, read_assets
 from experiments.configs import _jobs, build, expand
 from experiments.evaluate import NEEDS
-from experiments.methods import Baseline, Combined, NegativeIPAdapter, NegativePrompt, NegToMe, NegToMeFromAssets
+from experiments.methods.assets import Retriever, read_assets
+from experiments.methods.combined import Combined
+from experiments.methods.method import Baseline
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PromptSet
 from experiments.tables import ROLES
 from negtome import NegToMeConfig

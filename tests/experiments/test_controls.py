@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from experiments.controls import NoiseControl, RandomMatch, changed, push_at_random, push_from_random
-from experiments.methods import NegToMe
+from experiments.methods.controls import NoiseControl, RandomMatch, changed, push_at_random, push_from_random
+from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 from negtome.merge import push_groups
 

@@ -19,9 +19,12 @@ from PIL import Image
 
 from eval.clip import HFClip
 from experiments import PROJECT
-from experiments.assets import Retriever
-from experiments.controls import NoiseControl, RandomMatch
-from experiments.methods import Baseline, Combined, NegativeIPAdapter, NegativePrompt, NegToMe, NegToMeFromAssets
+from experiments.methods.assets import Retriever
+from experiments.methods.combined import Combined
+from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.method import Baseline
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import Group
 
 GOLDEN = Path(__file__).with_name("golden")

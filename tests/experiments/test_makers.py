@@ -11,7 +11,7 @@ from experiments import PROJECT, collect, pipelines, runs
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_all, prepare
-from experiments.methods import NegToMe
+from experiments.methods.negtome import NegToMe
 from experiments.runs import Run, request, run_id
 
 

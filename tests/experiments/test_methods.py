@@ -12,16 +12,11 @@ from PIL import Image
 
 import negtome
 from eval.encoders import Encoder
-from experiments.assets import Retriever
-from experiments.methods import (
-    Applied,
-    Baseline,
-    Combined,
-    NegativeIPAdapter,
-    NegativePrompt,
-    NegToMe,
-    NegToMeFromAssets,
-)
+from experiments.methods.assets import Retriever
+from experiments.methods.combined import Combined
+from experiments.methods.method import Applied, Baseline
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import Group
 
 NEAR, FAR = Group("near", "a red thing", "red", 0, 2), Group("far", "a thing", "red", 0, 2)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from experiments.methods import Applied, NegToMe
+from experiments.methods.method import Applied
+from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 
 
