@@ -34,7 +34,7 @@ from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import project_path
-from experiments.configs import expand, flag
+from experiments.configs import expand, flag, with_baselines
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run, request
@@ -270,7 +270,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("tabulate", add_help=False)
     parser.add_argument("--against", metavar="METHOD")
     arguments, overrides = parser.parse_known_args(argv)
-    configs, against = expand(overrides), arguments.against
+    configs, against = with_baselines(expand(overrides)), arguments.against
     print((write_comparison(configs, against) if against else write_table(configs))[1])
     for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
         print(project_path(configs[0].results) / f"{configs[0].name}{ending}")

@@ -51,7 +51,7 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["generate", "model=mini-sdx"], ["model=mini-sdx", "flux-dev", "did you mean mini-sdxl?"]),
         (["generate", "experiment=diversty"], ["did you mean diversity?"]),
         (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
-        (["tabulate", "method=none,negtome", "method.alpha=0.3"], ["method.alpha", "model.negtome.alpha?"]),
+        (["tabulate", "method=none", "method.alpha=0.3"], ["method.alpha", "model.negtome.alpha?"]),
         (["plot", "-m", "alpha"], ["alpha: expected KEY=VALUE"]),
         (["generate", "device=null"], ["a text for device, got None"]),
         (["evaluate", "name=5"], ["a text for name, got 5"]),

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.configs import _jobs, build, expand
+from experiments.configs import _axes, _jobs, _split, build, expand, with_baselines
 from experiments.evaluate import NEEDS
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
@@ -84,6 +84,28 @@ def test_the_command_line_overrides_the_experiments_sweep():
         ("sdxl", "negtome", 0.3),
         ("sdxl", "negtome", 0.9),
     ]
+
+
+@pytest.mark.parametrize("methods", ["negtome", "none,negtome", "negtome,none"])
+def test_the_baseline_is_there_once_whatever_is_swept(methods):
+    """Settings of a method mean nothing to it; those of the model and the prompts do."""
+    swept = [f"method={methods}", "method.alpha=0.3,0.9", "model.call.guidance_scale=2,5"]
+    found = [
+        (cfg.method.name, cfg.method.get("alpha"), cfg.model.call.guidance_scale)
+        for cfg in with_baselines(expand(swept))
+    ]
+    assert [one for one in found if one[0] == "none"] == [("none", None, 2), ("none", None, 5)]
+    assert [one for one in found if one[0] != "none"] == [
+        ("negtome", alpha, scale) for alpha in (0.3, 0.9) for scale in (2, 5)
+    ]
+    for scale in (2, 5):
+        of_scale = [one[0] for one in found if one[2] == scale]
+        assert of_scale == ["none", "negtome", "negtome"]
+    assert len(expand(swept)) == (4 if methods == "negtome" else 6), "and where it is not asked for, it is added"
+
+
+def test_the_baseline_of_a_grid_alone_is_one_run_a_model():
+    assert [cfg.method.name for cfg in expand(["experiment=sweep", "method=none"])] == ["none", "none"]
 
 
 def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset():
@@ -330,10 +352,10 @@ def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monk
         patch.setattr("experiments.configs.compose", counted)
         found = expand(overrides)
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        expected = [compose("config", job) for job in _jobs(overrides)]
-    for ours, theirs in zip(found, expected, strict=True):
+        expected = [compose("config", job) for job in _jobs(_split(_axes(overrides))[0])]
+    for ours, theirs in zip((cfg for cfg in found if cfg.method.name != "none"), expected, strict=True):
         assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
         assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
         assert OmegaConf.is_struct(ours)
-    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
+    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in expected}), "and the sweep's axes"
     assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)
