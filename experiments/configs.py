@@ -256,15 +256,27 @@ def flag(cfg: DictConfig, name: str) -> bool:
     return value
 
 
+#: Keys of conf/method/ that say something of a method and are no arguments of its class.
+ABOUT = ("title", "colour", "strengths", "blocks", "choices")
+
+
 def build(spec: DictConfig) -> Any:
-    """Instantiate what a configuration describes.
+    """Instantiate what a configuration describes; `ABOUT` is left out.
 
     Raises:
         FileNotFoundError, ValueError: those of the class itself, which say what to do, without Hydra's wrapping.
     """
     try:
-        return instantiate(spec)
+        return instantiate(_arguments(OmegaConf.to_container(spec, resolve=True)))
     except InstantiationException as error:
         if isinstance(error.__cause__, (FileNotFoundError, ValueError)):
             raise error.__cause__ from None
         raise
+
+
+def _arguments(spec: Any) -> Any:
+    if isinstance(spec, list):
+        return [_arguments(item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    return {key: _arguments(value) for key, value in spec.items() if "_target_" not in spec or key not in ABOUT}

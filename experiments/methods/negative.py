@@ -77,7 +77,7 @@ class NegativeIPAdapter:
         if not weights:
             raise FileNotFoundError(
                 f"method={name} needs an IP-Adapter, and none is configured for this model: give one as "
-                "model.ip_adapter={pretrained_model_name_or_path_or_dict: h94/IP-Adapter, subfolder: sdxl_models, "
+                "method.weights={pretrained_model_name_or_path_or_dict: h94/IP-Adapter, subfolder: sdxl_models, "
                 "weight_name: ip-adapter-plus_sdxl_vit-h.safetensors, image_encoder_folder: models/image_encoder}, "
                 "or leave the method out"
             )

@@ -197,7 +197,7 @@ def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, 
         **columns,
         "experiment": None,  # of another name, the same is measured
         "weights": weights,
-        "model": {key: model[key] for key in ("name", "architecture", "source", "dtype", "call", "negtome")},
+        "model": {key: model[key] for key in ("name", "architecture", "source", "dtype", "call")},
         "case": repr(replace(case, model=None)),
         "level": cfg.bootstrap.level,
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],

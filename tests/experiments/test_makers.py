@@ -217,7 +217,8 @@ EQUAL = [
 def test_what_means_the_same_is_one_run(ours, theirs, tiny_overrides, tmp_path):
     ids = set()
     for changes in (ours, theirs):
-        (cfg,) = expand([*tiny_overrides("sweep", tmp_path, "method=none"), *changes])
+        method = [] if any(change.startswith("method=") for change in changes) else ["method=none"]
+        (cfg,) = expand(tiny_overrides("sweep", tmp_path, *method, *changes))
         ids.add(run_id(request(cfg)))
     assert len(ids) == 1
 

@@ -349,7 +349,7 @@ def test_the_ip_adapter_is_unloaded_when_generation_fails(tiny_sdxl, retriever, 
 
 
 def test_a_negative_ip_adapter_needs_weights_and_guidance(tiny_sdxl, retriever):
-    with pytest.raises(FileNotFoundError, match=r"model\.ip_adapter=\{pretrained_model_name_or_path_or_dict: .*leave"):
+    with pytest.raises(FileNotFoundError, match=r"method\.weights=\{pretrained_model_name_or_path_or_dict: .*leave"):
         NegativeIPAdapter("m", retriever(), None)
     method = NegativeIPAdapter("m", retriever(), {"weight_name": "x"}, 0.3)
     assert method.settings()["scale"] == 0.3 and method.settings()["ip_adapter"] == {"weight_name": "x"}
