@@ -225,15 +225,12 @@ def _generate_group(
         cfg = OmegaConf.create(config)
         pipe = _pipeline(OmegaConf.to_yaml(cfg.model), checkpoint, device, cfg.compile, cfg.offload)
         method = _method(OmegaConf.to_yaml(cfg.method))
-        # Each image its own generator, on the CPU: the same noises for every method and on every device.
-        generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
         start = time.perf_counter()
-        with method.apply(pipe, group, pipelines.call_arguments(cfg.model)) as applied:
-            call = {"num_images_per_prompt": group.size, "generator": generators, **applied.call, "output_type": "np"}
-            images = _pictures(pipe, pipe(group.prompt, **call).images, cfg.model)
+        drawn = method.draw(pipe, group, pipelines.call_arguments(cfg.model))
+        images = _pictures(pipe, drawn.images, cfg.model)
         seconds = time.perf_counter() - start
-        statistics = {"seconds": round(seconds, 3), **applied.statistics()}
-        run.save(group, images, statistics, applied.references, maker(device))
+        statistics = {"seconds": round(seconds, 3), **drawn.statistics}
+        run.save(group, images, statistics, drawn.references, maker(device))
         return True
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+import negtome
 from experiments.methods.method import Applied
 from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
@@ -104,27 +105,18 @@ class Control(NegToMe):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        with super().apply(pipe, group, call) as applied:
-            # The one place that knows the attachment from inside: what a site makes of the features, [B, N, C].
-            for site in applied.attached._sites:
-                site.push = self._controlled(site, f"{self.seed}/{group.id}/{site.name}")
-            yield applied
+        generators: dict[tuple[str, torch.device], torch.Generator] = {}
 
-    def _controlled(self, site: Any, seed: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        push, generators = site.push, {}
+        def push(site: str, tokens: torch.Tensor, moved: torch.Tensor, group_size: int) -> torch.Tensor:
+            key = site, tokens.device
+            if key not in generators:
+                digest = hashlib.sha256(f"{self.seed}/{group.id}/{site}".encode()).digest()
+                number = int.from_bytes(digest[:8], "big") >> 1
+                generators[key] = torch.Generator(tokens.device).manual_seed(number)
+            return self.replace(tokens, moved, group_size, generators[key])
 
-        @torch.compiler.disable  # it draws
-        def controlled(features: torch.Tensor) -> torch.Tensor:
-            after = push(features)
-            text = site.now.text_length if site.place.text_first else 0
-            generator = generators.get(features.device)
-            if generator is None:
-                number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
-                generator = generators[features.device] = torch.Generator(features.device).manual_seed(number)
-            tokens = self.replace(features[:, text:], after[:, text:], site.now.group_size, generator)
-            return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
-
-        return controlled
+        with negtome.attach(pipe, self.config, group_size=group.size, push=push) as attached:
+            yield Applied(dict(call), attached.summary)
 
 
 class RandomMatch(Control):

@@ -1,13 +1,15 @@
-"""What a method is: it changes what a stock pipeline generates for the length of a `with` block."""
+"""What a method is: it makes the images of a group with a stock pipeline, and leaves that as it was."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import negtome
+import numpy as np
+import torch
+
 from experiments.prompts import Group
 
 
@@ -17,27 +19,59 @@ class Applied:
 
     Attributes:
         call: keyword arguments of the pipeline's call: those of the model, as far as the method did not change them.
-        attached: NegToMe's attachment, where there is one.
+        statistics: returns what the run's log should keep of the finished call, as JSON values.
         references: the assets the method was given for this group, file -> score by which it was found; None where the
             method takes none.
     """
 
     call: dict[str, Any]
-    attached: negtome.Attachment | None = None
+    statistics: Callable[[], dict[str, Any]] = dict
     references: Mapping[str, float] | None = None
 
-    def statistics(self) -> dict[str, Any]:
-        """Return what the run's log should keep of the finished call."""
-        return {} if self.attached is None else self.attached.summary()
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a method made of one group.
+
+    Attributes:
+        images: float [K, H, W, 3] in [0, 1], in the order of the group's images.
+        statistics: what the run's log should keep, as JSON values.
+        references: as of `Applied`.
+    """
+
+    images: np.ndarray
+    statistics: dict[str, Any]
+    references: Mapping[str, float] | None = None
 
 
-class Method(Protocol):
-    """What an experiment asks of a method.
+def sample(pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int] | None = None) -> np.ndarray:
+    """Call a pipeline once.
+
+    Args:
+        pipe: a stock pipeline.
+        group: what is asked for.
+        call: further keyword arguments.
+        seeds: of the images' noises, one each; None: the group's own, those of all methods.
+
+    Returns:
+        The images, float [len(seeds), H, W, 3] in [0, 1].
+    """
+    # Each image its own generator, on the CPU: the same noises for every method and on every device.
+    generators = [torch.Generator().manual_seed(seed) for seed in (group.image_seeds() if seeds is None else seeds)]
+    usual = {"num_images_per_prompt": len(generators), "generator": generators}
+    return pipe(group.prompt, **{**usual, **call, "output_type": "np"}).images
+
+
+class Method:
+    """What an experiment asks of a method: `draw`. As it stands here, it is the stock pipeline.
+
+    Most methods change a pipeline or its arguments for one call, and write `apply` alone. One that calls the pipeline
+    several times, or chooses among candidates, writes `draw`.
 
     Attributes:
         name: in folders and tables.
-        version: raised whenever the same settings would make other pixels, whatever was edited; runs
-            of another version are neither gone on with nor put into a table (tests/experiments/test_golden.py tells).
+        version: raised whenever the same settings would make other pixels, whatever was edited; runs of another version
+            are neither gone on with nor put into a table (tests/experiments/test_golden.py tells).
     """
 
     name: str
@@ -45,8 +79,10 @@ class Method(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of the method that affects pixels, as JSON values: part of the run's identity."""
+        return {}
 
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> contextlib.AbstractContextManager[Applied]:
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
         """Change what `pipe` generates for `group` until the block ends.
 
         The block calls `pipe(group.prompt, ..., **applied.call)` once.
@@ -56,19 +92,25 @@ class Method(Protocol):
             group: the images to be generated together.
             call: further keyword arguments that the pipeline is to be called with.
         """
+        yield Applied(dict(call))
+
+    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+        """Make the images of a group, by one call of the pipeline to which the method is applied.
+
+        Args:
+            pipe: a stock pipeline; it is afterwards as before.
+            group: the images to be generated together.
+            call: keyword arguments of the model's calls, without the number of images, generators and kind of output.
+        """
+        with self.apply(pipe, group, call) as applied:
+            images = sample(pipe, group, applied.call)
+        return Drawn(images, applied.statistics(), applied.references)
 
 
-class Baseline:
+class Baseline(Method):
     """The stock pipeline: changes nothing."""
 
     version = 0  # what all runs share has a version of its own, `experiments.runs.GENERATION_VERSION`
 
     def __init__(self, name: str = "none") -> None:
         self.name = name
-
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        yield Applied(dict(call))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied
+from experiments.methods.method import Applied, Method
 from experiments.prompts import Group
 
 
-class NegativePrompt:
+class NegativePrompt(Method):
     """The prompt's nearest protected assets, named in a negative prompt.
 
     Args:
@@ -54,7 +54,7 @@ class NegativePrompt:
         yield applied
 
 
-class NegativeIPAdapter:
+class NegativeIPAdapter(Method):
     """The prompt's nearest protected assets as the image prompt of the unconditional half (IP-Adapter, SDXL).
 
     The conditional half gets what the adapter takes for no picture. This is the like-for-like alternative to an image

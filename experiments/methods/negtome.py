@@ -9,11 +9,11 @@ from typing import Any
 
 import negtome
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied
+from experiments.methods.method import Applied, Method
 from experiments.prompts import Group
 
 
-class NegToMe:
+class NegToMe(Method):
     """Negative token merging (arXiv 2412.01339) among the images of a group, through `negtome.attach`.
 
     Args:
@@ -33,7 +33,7 @@ class NegToMe:
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
         with negtome.attach(pipe, self.config, group_size=group.size) as attached:
-            yield Applied(dict(call), attached)
+            yield Applied(dict(call), attached.summary)
 
 
 class NegToMeFromAssets(NegToMe):
@@ -102,4 +102,4 @@ class NegToMeFromAssets(NegToMe):
             **self.reference,
         )
         with negtome.attach(pipe, self.config, given=reference) as attached:
-            yield Applied(dict(call), attached, references)
+            yield Applied(dict(call), attached.summary, references)

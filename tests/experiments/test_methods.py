@@ -14,7 +14,7 @@ import negtome
 from eval.encoders import Encoder
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
-from experiments.methods.method import Applied, Baseline
+from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import Group
@@ -207,6 +207,47 @@ def test_both_at_once(pipe, kind, retriever):
     # Nothing found: the baseline.
     images, applied = generate(pipe, method, FAR, CALLS[kind])
     assert np.array_equal(images, generate(pipe, Baseline(), FAR, CALLS[kind])[0]) and applied.references == {}
+
+
+class BestOf(Method):
+    """Of several drafts of every image, each from a noise of its own, the one that is least like the first."""
+
+    name, version = "best_of", 1
+
+    def __init__(self, drafts):
+        self.drafts = drafts
+
+    def settings(self):
+        return {"drafts": self.drafts}
+
+    def draw(self, pipe, group, call):
+        drafts = np.stack([
+            sample(pipe, group, call, [seed + draft for seed in group.image_seeds()]) for draft in range(self.drafts)
+        ])  # fmt: skip
+        best = np.abs(drafts - drafts[0]).mean(axis=(2, 3, 4)).argmax(axis=0)
+        return Drawn(drafts[best, np.arange(group.size)], {"chosen": best.tolist()})
+
+
+def test_a_method_may_call_the_pipeline_several_times_and_choose(pipe, kind):
+    stock, _ = generate(pipe, Baseline(), NEAR, CALLS[kind])
+    with untouched(pipe, CALLS[kind]):
+        one, best = (BestOf(drafts).draw(pipe, NEAR, CALLS[kind]) for drafts in (1, 4))
+    assert np.array_equal((255 * one.images).round().astype(np.uint8), stock), "the first draft is the baseline's"
+    assert best.images.shape == one.images.shape == (2, *stock.shape[1:])
+    assert min(best.statistics["chosen"]) > 0 and best.references is None
+    for index, draft in enumerate(best.statistics["chosen"]):
+        again = sample(pipe, NEAR, CALLS[kind], [seed + draft for seed in NEAR.image_seeds()])
+        assert np.array_equal(best.images[index], again[index])
+    with pytest.raises(ValueError, match=r"combines methods of one call, got \['best_of'\]"):
+        Combined("both", {"a": Baseline(), "b": BestOf(2)})
+
+
+def test_a_method_of_one_call_draws_what_it_makes_of_that(pipe, kind):
+    method = NegToMe("negtome", **STRENGTH)
+    images, applied = generate(pipe, method, NEAR, CALLS[kind])
+    drawn = method.draw(pipe, NEAR, CALLS[kind])
+    assert np.array_equal((255 * drawn.images).round().astype(np.uint8), images)
+    assert drawn.statistics == applied.statistics() and drawn.references is None
 
 
 class Spy(Baseline):
