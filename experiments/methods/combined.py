@@ -24,6 +24,8 @@ class Combined(Method):
         ValueError: one of them makes its images otherwise than by one call.
     """
 
+    title = "several methods"
+
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
         self.name = name
         self.methods = list(methods.values())

@@ -122,6 +122,7 @@ class Control(NegToMe):
 class RandomMatch(Control):
     """NegToMe with a random reference token in place of the nearest one: as many tokens move, each by alpha (x - r)."""
 
+    title = "control: random match"
     control = "random"
     version = 1
 
@@ -134,6 +135,7 @@ class RandomMatch(Control):
 class NoiseControl(Control):
     """NegToMe's updates with a random direction in place of their own: as many tokens move, each as far."""
 
+    title = "control: noise of equal norm"
     control = "noise"
     version = 1
 

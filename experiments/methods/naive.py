@@ -124,6 +124,7 @@ def _attention(name: str, config: NegToMeConfig) -> bool:
 class Naive(NegToMe):
     """NegToMe by the transcription."""
 
+    title = "NegToMe, naive transcription"
     version = 1
 
     def settings(self) -> dict[str, Any]:

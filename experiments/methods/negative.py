@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method
+from experiments.methods.method import Applied, Method, Setting
 from experiments.prompts import Group
 
 
@@ -25,6 +25,8 @@ class NegativePrompt(Method):
             (Flux); None for the others.
     """
 
+    title = "negative prompt"
+    columns = (Setting("true_cfg_scale", heading="true guidance"),)
     version = 1
 
     def __init__(
@@ -71,6 +73,7 @@ class NegativeIPAdapter(Method):
         ValueError: when applied to a call without guidance, which has no unconditional half.
     """
 
+    title = "negative IP-Adapter"
     version = 1
 
     def __init__(self, name: str, retriever: Retriever, weights: Mapping[str, Any] | None, scale: float = 0.5) -> None:

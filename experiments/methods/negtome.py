@@ -9,7 +9,7 @@ from typing import Any
 
 import negtome
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method
+from experiments.methods.method import Applied, Method, Setting
 from experiments.prompts import Group
 
 
@@ -21,6 +21,15 @@ class NegToMe(Method):
         **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
     """
 
+    title = "NegToMe"
+    columns = (
+        Setting("matching", printed="never"),  # which the methods' names tell
+        Setting("reference", heading="from"),
+        Setting("alpha", printed="always", number=True),
+        Setting("threshold", printed="always", number=True),
+        Setting("timestep_range", ("t_low", "t_high"), "window", "always", number=True),
+        Setting("sites", heading="blocks"),
+    )
     version = 1
 
     def __init__(self, name: str, **config: Any) -> None:
@@ -52,6 +61,7 @@ class NegToMeFromAssets(NegToMe):
         **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
     """
 
+    title = "NegToMe from the asset"
     version = 1
 
     def __init__(
