@@ -25,13 +25,14 @@ class Combined(Method):
     """
 
     title = "several methods"
+    version = 1
 
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
         self.name = name
         self.methods = list(methods.values())
         if alone := [method.name for method in self.methods if type(method).draw is not Method.draw]:
             raise ValueError(f"method={name} combines methods of one call, got {alone}, which draw by themselves")
-        self.version = sum(method.version for method in self.methods)  # rises with any of them
+        self.version += sum(method.version for method in self.methods)  # rises with any of them
 
     def settings(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
