@@ -4,6 +4,7 @@ The only package that imports Hydra, pandas or matplotlib.
 """
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -47,6 +48,14 @@ def synchronize(device: str) -> None:
     elif device.startswith("mps"):
         torch.mps.synchronize()
 
+
+def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
+    strengths = OmegaConf.to_container(_parent_.strengths, resolve=True)
+    return (strengths.get(_root_.model.name) or {}).get(setting)
+
+
+# `${strength:alpha}` in conf/method/: what the file's `strengths` have for the model; null where they have nothing.
+OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 # `${torch_device:${device}}`: where an encoder runs.
 OmegaConf.register_new_resolver("torch_device", select_device, replace=True)

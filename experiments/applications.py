@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 import negtome
 from experiments import pipelines, project_path, select_device
-from experiments.configs import expand, flag
+from experiments.configs import build, expand, flag
 from experiments.figures.image_grid import contact_sheet, save_sheet
+from experiments.methods.negtome import NegToMe
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -41,7 +42,6 @@ class Application:
     Args:
         description: what is to be seen, a sentence.
         prompt: what is generated.
-        config: fields of `negtome.NegToMeConfig` other than alpha.
         alphas: strengths, one image each; below 0 pulls towards the reference.
         reference: file of the image; None: what the pipeline makes of the prompt by itself.
         blur: radius of a Gaussian blur of the reference, as a share of its shorter side; 0 for none.
@@ -54,7 +54,6 @@ class Application:
 
     description: str
     prompt: str
-    config: dict[str, Any]
     alphas: Sequence[float]
     reference: str | None = None
     blur: float = 0.0
@@ -69,9 +68,14 @@ class Application:
         if not self.alphas or not self.seeds:
             raise ValueError("an application needs at least one alpha and one seed, got none")
 
-    def draw(self, pipe: Any, call: dict[str, Any]) -> Image.Image:
-        """Return the sheet: for each seed the reference, the image without it, and one for each alpha."""
-        settings = {key: value for key, value in self.config.items() if value is not None}
+    def draw(self, pipe: Any, call: dict[str, Any], config: negtome.NegToMeConfig) -> Image.Image:
+        """Return the sheet: for each seed the reference, the image without it, and one for each alpha.
+
+        Args:
+            pipe: a stock pipeline.
+            call: the keyword arguments that it is called with.
+            config: the settings other than alpha.
+        """
         rows = []
         for seed in tqdm(self.seeds, desc=self.prompt, unit="row", dynamic_ncols=True):
             plain = self._generate(pipe, call, seed)
@@ -80,8 +84,8 @@ class Application:
                 shown = shown.filter(ImageFilter.GaussianBlur(self.blur * min(shown.size)))
             images = [shown, plain]
             for alpha in self.alphas:
-                config = negtome.NegToMeConfig(alpha=alpha, **settings)
-                with negtome.attach(pipe, config, given=negtome.Reference(shown, mask=self._mask(*shown.size))):
+                given = negtome.Reference(shown, mask=self._mask(*shown.size))
+                with negtome.attach(pipe, config.replace(alpha=alpha), given=given):
                     images.append(self._generate(pipe, call, seed))
             rows.append((f"{self.description}; seed {seed}", [[image] for image in images]))
         return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in self.alphas)], rows, tile=112)
@@ -99,7 +103,14 @@ class Application:
 
 
 def make_pictures(cfg: DictConfig) -> list[Path]:
-    """Write the picture of every configured application and return the files."""
+    """Write the picture of every configured application and return the files.
+
+    Raises:
+        ValueError: the method is not NegToMe, whose strengths are taken.
+    """
+    method = build(cfg.method)
+    if not isinstance(method, NegToMe):
+        raise ValueError(f"expected NegToMe among the methods, got method={cfg.method.name}: give method=negtome")
     compiled, offload = flag(cfg, "compile"), flag(cfg, "offload")
     checkpoint = pipelines.find_checkpoint(cfg.model)
     pipe = pipelines.load(cfg.model, checkpoint, select_device(cfg.device), compile_denoiser=compiled, offload=offload)
@@ -107,12 +118,13 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     results.mkdir(parents=True, exist_ok=True)
     files = []
     for name, spec in cfg.applications.items():
-        sheet = instantiate(spec, _convert_="all").draw(pipe, dict(cfg.model.call))
+        sheet = instantiate(spec, _convert_="all").draw(pipe, dict(cfg.model.call), method.config)
         files.append(save_sheet(sheet, results / f"applications_{name}_{cfg.model.name}.png"))
     return files
 
 
 def main(argv: list[str]) -> None:
-    for cfg in expand(argv):
+    named = any(argument.startswith("method=") for argument in argv)
+    for cfg in expand(argv if named else ["method=negtome", *argv]):
         for file in make_pictures(cfg):
             print(file)

@@ -36,7 +36,7 @@ from hydra.utils import get_class
 from eval.files import write_bytes, write_text
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
-from experiments import PROJECT, project_path
+from experiments import PROJECT, catalogue, project_path
 from experiments.runs import GENERATION_VERSION, Run, canonical
 
 #: Files of which a run folder has at least one, however damaged.
@@ -193,13 +193,12 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def _settings(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's name and settings as columns; the window as two numbers."""
+    """Return a method's name and settings as columns; a range as two numbers."""
+    ranges = {setting.name: setting for setting in catalogue.settings() if len(setting.columns) == 2}
     columns = {"method": method["name"]}
     for name, value in method["settings"].items():
-        if name == "timestep_range":
-            columns |= {"method.t_low": value[0], "method.t_high": value[1]}
-        else:
-            columns[f"method.{name}"] = _flat(value)
+        cells = ranges[name].cells(method["settings"]) if name in ranges else {name: _flat(value)}
+        columns |= {f"method.{column}": cell for column, cell in cells.items()}
     return columns
 
 

@@ -32,13 +32,66 @@ def expand(overrides: list[str]) -> list[DictConfig]:
             `["experiment=diversity", "model=sdxl", "method.alpha=0.3,0.9"]`.
 
     Returns:
-        One composed configuration a run, in the order of Hydra's basic sweeper (the last axis varies fastest).
+        One composed configuration a run, in the order of Hydra's basic sweeper (the last axis varies fastest). Where
+        the sweep names `none` among other methods, the runs without one stand before the others, each once: settings of
+        methods mean nothing to them.
 
     Raises:
         ValueError: an unknown group, option or key, or something that is no override.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return list(_all_composed(_jobs(overrides)))
+        axes, baseline = _split(_axes(overrides))
+        configs = list(_all_composed(_jobs(axes)))
+    return with_baselines(configs) if baseline else configs
+
+
+def with_baselines(configs: list[DictConfig]) -> list[DictConfig]:
+    """Put the run without a method that is otherwise as configured before those that are compared with it, once."""
+    there = {_but_for_method(cfg) for cfg in configs if cfg.method == _none()}
+    found = []
+    for cfg in configs:
+        if cfg.method != _none() and (asked := _but_for_method(cfg)) not in there:
+            there.add(asked)
+            baseline = copy.deepcopy(cfg)
+            baseline.method = _none()
+            found.append(baseline)
+        found.append(cfg)
+    return found
+
+
+def _none() -> DictConfig:
+    return OmegaConf.load(PROJECT / "conf" / "method" / "none.yaml")
+
+
+def _but_for_method(cfg: DictConfig) -> str:
+    return repr({key: value for key, value in OmegaConf.to_container(cfg).items() if key != "method"})
+
+
+def _axes(overrides: list[str]) -> list[str]:
+    """Return the axes of the experiment's own sweep and the overrides, which go before; where Hydra is initialised."""
+    params = _composed(_fixed(overrides), return_hydra_config=True).hydra.sweeper.get("params") or {}
+    if [text for text in overrides if text.startswith("method=")][-1:] == ["method=none"]:  # which has no settings
+        params = {key: value for key, value in params.items() if not key.startswith("method.")}
+    return [f"{key}={value}" for key, value in params.items()] + list(overrides)
+
+
+def _fixed(overrides: list[str]) -> list[str]:
+    """Return what all runs share; not the settings of methods, which mean nothing where those are swept."""
+    parsed = [(text, override) for text, override in _parsed(overrides) if not override.is_sweep_override()]
+    return [text for text, override in parsed if not override.key_or_group.startswith("method.")]
+
+
+def _split(axes: list[str]) -> tuple[list[str], bool]:
+    """Take `none` out of a sweep over methods; tell whether it was in it, and so is asked for beside the others."""
+    kept, baseline = [], False
+    for text, override in _parsed(axes):
+        if override.key_or_group == "method":
+            methods = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+            baseline = "none" in methods and len(methods) > 1
+            if baseline:
+                text = f"method={','.join(method for method in methods if method != 'none')}"
+        kept.append(text)
+    return kept, baseline
 
 
 def _all_composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
@@ -64,13 +117,9 @@ def _all_composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
         yield _with_names(cfg)
 
 
-def _jobs(overrides: list[str]) -> Iterator[list[str]]:
-    """List each run's overrides; to be called where Hydra is initialised."""
-    fixed = [text for text, override in _parsed(overrides) if not override.is_sweep_override()]
-    params = _composed(fixed, return_hydra_config=True).hydra.sweeper.get("params") or {}
-    axes = [f"{key}={value}" for key, value in params.items()] + list(overrides)
-    parsed = [override for _, override in _parsed(axes)]
-    (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+def _jobs(axes: list[str]) -> Iterator[list[str]]:
+    """List each run's overrides, of several values for a key those of the last; where Hydra is initialised."""
+    (batch,) = BasicSweeper.split_arguments([override for _, override in _parsed(axes)], max_batch_size=None)
     yield from (list(job) for job in batch)
 
 
@@ -142,7 +191,7 @@ def _hint(candidates: list[str]) -> str:
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return _with_names(_composed(next(_jobs(overrides))))
+        return _with_names(_composed(next(_jobs(_split(_axes(overrides))[0]))))
 
 
 def _without_flags(overrides: Iterable[str]) -> list[str]:
@@ -168,15 +217,30 @@ def run_names(configs: list[DictConfig]) -> list[str]:
 def has_launcher(overrides: list[str]) -> bool:
     """Tell whether a launcher but Hydra's basic one is configured, which sends runs to other processes or machines."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        fixed = [text for text, override in _parsed(overrides) if not override.is_sweep_override()]
-        target = _composed(fixed, return_hydra_config=True).hydra.launcher._target_
+        axes, _ = _split(_axes(overrides))
+        target = _composed(_fixed(axes), return_hydra_config=True).hydra.launcher._target_
     return not target.endswith(".BasicLauncher")
 
 
 def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
-    """Have the configured launcher call `task` with every run's configuration; the first job's error is raised here."""
-    sys.argv[1:] = ["--multirun", *_without_flags(overrides)]
+    """Have the configured launcher call `task` with every run's configuration; the first job's error is raised here.
+
+    The runs without a method, which all others are compared with, go first.
+    """
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        axes = {override.get_key_element(): text for text, override in _parsed(_split(_axes(overrides))[0])}
+    sweeps = [list(axes.values())]
+    if axes.get("method", "method=none") != "method=none":
+        others = [text for key, text in axes.items() if key.lstrip("+~").partition(".")[0] != "method"]
+        sweeps.insert(0, [*others, "method=none"])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
+    for sweep in sweeps:
+        # All axes are given, the experiment's among them.
+        sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *sweep]
+        _main(task)
+
+
+def _main(task: Callable[[DictConfig], Any]) -> None:
     # An absolute path: a job in another process finds no configuration beside its function.
     hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)()
 
@@ -192,15 +256,27 @@ def flag(cfg: DictConfig, name: str) -> bool:
     return value
 
 
+#: Keys of conf/method/ that say something of a method and are no arguments of its class.
+ABOUT = ("title", "colour", "strengths", "blocks", "choices")
+
+
 def build(spec: DictConfig) -> Any:
-    """Instantiate what a configuration describes.
+    """Instantiate what a configuration describes; `ABOUT` is left out.
 
     Raises:
         FileNotFoundError, ValueError: those of the class itself, which say what to do, without Hydra's wrapping.
     """
     try:
-        return instantiate(spec)
+        return instantiate(_arguments(OmegaConf.to_container(spec, resolve=True)))
     except InstantiationException as error:
         if isinstance(error.__cause__, (FileNotFoundError, ValueError)):
             raise error.__cause__ from None
         raise
+
+
+def _arguments(spec: Any) -> Any:
+    if isinstance(spec, list):
+        return [_arguments(item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    return {key: _arguments(value) for key, value in spec.items() if "_target_" not in spec or key not in ABOUT}

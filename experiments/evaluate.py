@@ -35,7 +35,7 @@ from eval.intervals import interval_of, n_units
 from eval.measure import is_current, measure, read_document
 from eval.metric import Metric, SetMetric
 from experiments import project_path
-from experiments.configs import expand, has_launcher, launch
+from experiments.configs import expand, has_launcher, launch, with_baselines
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -212,5 +212,5 @@ def main(argv: list[str]) -> None:
     elif has_launcher(argv):
         launch(evaluate, argv)
     else:
-        for cfg in configs:
+        for cfg in with_baselines(configs):
             evaluate(cfg)

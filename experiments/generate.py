@@ -1,7 +1,9 @@
 """Act 1: a configuration becomes a run folder of images.
 
     python -m experiments.generate experiment=diversity
-    python -m experiments.generate -m model=mini-sdxl method=negtome method.alpha=0.3,0.9
+    python -m experiments.generate model=mini-sdxl method=negtome method.alpha=0.3,0.9
+
+The run without a method that the others are compared with is made beside them, whether it is named or not.
 
 Interrupt it at will: the same command goes on where it stopped, and does nothing where everything is there. Call it as
 often as you like at the same time, on one machine or on several with a shared disk: no group is generated twice.
@@ -42,8 +44,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.configs import build, expand, flag, has_launcher, launch, run_names
-from experiments.methods import Method
+from experiments.configs import build, expand, flag, has_launcher, launch, run_names, with_baselines
+from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run, maker, request
 
@@ -223,15 +225,12 @@ def _generate_group(
         cfg = OmegaConf.create(config)
         pipe = _pipeline(OmegaConf.to_yaml(cfg.model), checkpoint, device, cfg.compile, cfg.offload)
         method = _method(OmegaConf.to_yaml(cfg.method))
-        # Each image its own generator, on the CPU: the same noises for every method and on every device.
-        generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
         start = time.perf_counter()
-        with method.apply(pipe, group, pipelines.call_arguments(cfg.model)) as applied:
-            call = {"num_images_per_prompt": group.size, "generator": generators, **applied.call, "output_type": "np"}
-            images = _pictures(pipe, pipe(group.prompt, **call).images, cfg.model)
+        drawn = method.draw(pipe, group, pipelines.call_arguments(cfg.model))
+        images = _pictures(pipe, drawn.images, cfg.model)
         seconds = time.perf_counter() - start
-        statistics = {"seconds": round(seconds, 3), **applied.statistics()}
-        run.save(group, images, statistics, applied.references, maker(device))
+        statistics = {"seconds": round(seconds, 3), **drawn.statistics}
+        run.save(group, images, statistics, drawn.references, maker(device))
         return True
 
 
@@ -308,7 +307,7 @@ def _die_with_parent() -> None:
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    configs = expand(argv)
+    configs = with_baselines(expand(argv))
     if has_launcher(argv):
         for cfg in configs:
             check(cfg)

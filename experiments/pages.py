@@ -8,15 +8,18 @@ from typing import Any
 import pandas as pd
 
 from experiments import project_path
-from experiments.tables import ROLES, SETTING, latex, markdown, printed_window, spelled, words
+from experiments.methods.method import Setting
+from experiments.tables import (
+    CALL,
+    OF_METHODS,
+    ROLES,
+    SETTING,
+    latex,
+    markdown,
+    settings_in,
+    words,
+)
 
-#: Settings that are printed only where a model's runs differ in them, and how they are headed.
-FURTHER = {
-    "guidance_scale": "guidance", "steps": "steps", "true_cfg_scale": "true guidance", "reference": "from",
-    "sites": "blocks",
-}  # fmt: skip
-#: Those of them that are of methods alone: that the run without one has none is no other choice of them.
-OF_METHODS = ("true_cfg_scale", "reference", "sites")
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
 #: What the columns of the main table, of the other metrics' and of the paper's mean.
@@ -83,26 +86,33 @@ def _arrow(row: pd.Series) -> str:
     return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
 
 
-def _setting(row: pd.Series, further: tuple[str, ...]) -> dict[str, str]:
-    """Return the settings of a run as they are printed, blank where it has none; `further` ones are columns' names."""
-    printed = {"alpha": spelled(row["alpha"]), "threshold": spelled(row["threshold"]), "window": printed_window(row)}
-    return printed | {FURTHER[column]: spelled(row[column]) for column in further}
+def _told(frame: pd.DataFrame) -> list[Setting]:
+    """Return the settings that are printed: always, or since they differ among the runs of a model."""
+    settings, compared = settings_in(frame), frame[frame["method"] != "none"]
+
+    def differs(setting: Setting) -> bool:
+        # That the run without a method has none is no other choice of what is of methods alone.
+        part = compared if set(setting.columns) <= set(OF_METHODS) else frame
+        return part.groupby("model", sort=False)[list(setting.columns)].nunique(dropna=False).max(axis=None) > 1
+
+    further = [setting for setting in dict.fromkeys((*CALL, *settings)) if setting.printed == "differing"]
+    return [
+        *(setting for setting in settings if setting.printed == "always"),
+        *(setting for setting in further if differs(setting)),
+    ]
 
 
-def _further(frame: pd.DataFrame) -> tuple[str, ...]:
-    """Return the columns of `FURTHER` that differ among the runs of a model, and so have to be told."""
-    counts = frame.groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
-    compared = frame[frame["method"] != "none"].groupby("model", sort=False)[list(FURTHER)].nunique(dropna=False)
-    return tuple(column for column in FURTHER if (compared if column in OF_METHODS else counts)[column].max() > 1)
+def _setting(row: pd.Series, told: list[Setting]) -> dict[str, str]:
+    """Return the settings of a run as they are printed, blank where it has none."""
+    return {setting.heading: setting.text(row) for setting in told}
 
 
 def run_labels(frame: pd.DataFrame) -> dict[str, str]:
     """Name every run: its method; where a model has several runs of the method, its settings too; or even its id."""
     runs = frame.drop_duplicates("run_id").set_index("run_id")
-    further = _further(frame)
+    told = _told(frame)
     settings = [
-        " ".join(f"{key} {value}" for key, value in _setting(row, further).items() if value)
-        for _, row in runs.iterrows()
+        " ".join(f"{key} {value}" for key, value in _setting(row, told).items() if value) for _, row in runs.iterrows()
     ]
     names = runs["method"]
     for more in (settings, runs.index):
@@ -115,11 +125,11 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table people read: one row a run, with the primary metrics and their tests."""
     primary = frame[frame["primary"].isin(ROLES)]
     several = primary.groupby("metric")["encoder"].nunique() > 1
-    further = _further(frame)
+    told = _told(frame)
     table = []
-    for _, group in frame.groupby([*SETTING, "run_id"], sort=False, dropna=False):
+    for _, group in frame.groupby([*(name for name in SETTING if name in frame), "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
-        entry = {"model": first["model"], "method": first["method"], **_setting(first, further)}
+        entry = {"model": first["model"], "method": first["method"], **_setting(first, told)}
         entry["pushed"] = printed_percent(first["pushed_share"])
         tested = group[group["primary"].isin(ROLES)]
         for role in ROLES:

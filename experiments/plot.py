@@ -18,11 +18,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments import project_path
-from experiments.assets import read_assets
-from experiments.configs import expand
+from experiments.configs import expand, with_baselines
 from experiments.figures import called_for
 from experiments.figures.image_grid import image_grid, save_sheet, worth_showing
 from experiments.figures.style import save
+from experiments.methods.assets import read_assets
 from experiments.runs import Run
 from experiments.tables import read_table
 
@@ -47,5 +47,5 @@ def plot(configs: list[DictConfig]) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
-    for file in plot(expand(argv)):
+    for file in plot(with_baselines(expand(argv))):
         print(file)

@@ -38,14 +38,14 @@ from tqdm import tqdm
 
 from eval.files import content_hash, sweep, write_text
 from eval.images import ManifestRow, group_rows, load_picture, read_manifest
-from experiments import PROJECT, pages, project_path
-from experiments.assets import read_assets
+from experiments import PROJECT, catalogue, pages, project_path
 from experiments.configs import first
 from experiments.figures import called_for
 from experiments.figures.style import encode, title
 from experiments.locks import locked
+from experiments.methods.assets import read_assets
 from experiments.runs import Run
-from experiments.tables import COLUMNS, check_names, commands, printed_window, read_csv, spelled, words
+from experiments.tables import CALL, REQUIRED, check_names, commands, read_csv, spelled, whole
 from experiments.timing.report import case_table, measured_cases, target_table
 from experiments.timing.rows import MEASURED
 
@@ -152,9 +152,10 @@ def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int)
         "commands": commands(name) if configured.exists() else [],
         "models": list(frame["model"].unique()) if "model" in frame else [],
     }
-    if not set(COLUMNS) <= set(frame.columns) or not (frame["experiment"] == name).all() or frame.empty:
+    if not set(frame.columns) >= REQUIRED or not (frame["experiment"] == name).all() or frame.empty:
         return section | _foreign(name, frame, results, folder)
     check_names(frame, path)
+    frame = whole(frame)
     runs = _runs(frame, outputs)
     drawn = []
     for figure_name, (figure, what) in called_for(frame).items():
@@ -233,9 +234,9 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
             except (OSError, ValueError, KeyError) as error:
                 log.warning("The images of %s are left out: %s", run.folder, error)
                 state = "cannot be read"
-        settings = {"model": model, "method": name, "run": run_id, "window": printed_window(common)}
-        shown = ("guidance_scale", "true_cfg_scale", "steps", "matching", "reference", "alpha", "threshold", "sites")
-        settings |= {words(column): spelled(common[column]) for column in (*shown, "device", "commit")}
+        settings = {"model": model, "method": name, "run": run_id}
+        settings |= {one.heading: one.text(common) for one in dict.fromkeys((*CALL, *catalogue.settings()))}
+        settings |= {column: spelled(common[column]) for column in ("device", "commit")}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
         found.append({"model": model, "title": name, "id": run_id, "folder": run.folder, "manifest": manifest,

@@ -39,7 +39,7 @@ from eval.images import MANIFEST, ManifestRow, write_manifest
 from experiments import PROJECT, pipelines, project_path, select_device
 from experiments.configs import build, flag
 from experiments.locks import locked
-from experiments.methods import Baseline, Method
+from experiments.methods.method import Baseline, Method
 from experiments.prompts import Group, PromptSet
 
 log = logging.getLogger(__name__)
@@ -67,9 +67,14 @@ def run_id(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
 
 
-def request(cfg: DictConfig) -> dict[str, Any]:
-    """Return what the configuration asks for, as far as it affects pixels: no weights or machine needed to know it."""
-    method: Method = build(cfg.method)
+def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
+    """Return what the configuration asks for, as far as it affects pixels: no weights or machine needed to know it.
+
+    Args:
+        cfg: the composed configuration.
+        method: in place of the configured one.
+    """
+    method = build(cfg.method) if method is None else method
     prompts: PromptSet = build(cfg.prompts)
     model = OmegaConf.to_container(cfg.model, resolve=True)
     # What means the same is spelled the same.
@@ -95,8 +100,8 @@ def request(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def made_by(cfg: DictConfig, weights: str | None, device: str) -> dict[str, Any]:
-    """Return what may change pixels beside the request: weights, machine, software and the method's code."""
+def made_by(method: Method, weights: str | None, device: str) -> dict[str, Any]:
+    """Return what may change pixels beside the request: weights, machine, software and the method's version."""
     return {
         "weights": weights,
         "machine": {
@@ -104,17 +109,19 @@ def made_by(cfg: DictConfig, weights: str | None, device: str) -> dict[str, Any]
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type,
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
-        "code": build(cfg.method).code(),
+        "code": _version(method),
     }
+
+
+def _version(method: Method) -> int | None:
+    return method.version or None  # the baseline has none: what all runs share is in the request
 
 
 #: What makes the images, beside the run's settings and the software installed: other code may make others.
 CODE = (
     *sorted(Path(negtome.__file__).parent.glob("*.py")),
-    *(
-        Path(__file__).with_name(f"{name}.py")
-        for name in ("generate", "pipelines", "prompts", "methods", "assets", "controls")
-    ),
+    *(Path(__file__).with_name(f"{name}.py") for name in ("generate", "pipelines", "prompts")),
+    *sorted(Path(__file__).with_name("methods").glob("*.py")),
 )
 
 
@@ -202,7 +209,8 @@ class Run:
             weights: fingerprint of the checkpoint's content (`pipelines.Checkpoint.fingerprint`).
             device: torch device.
         """
-        identity = {"request": request(cfg), **made_by(cfg, weights, device)}
+        method: Method = build(cfg.method)
+        identity = {"request": request(cfg, method), **made_by(method, weights, device)}
         run = cls(_model_folder(cfg) / cfg.method.name / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (".*.tmp", "images/*/.*"):
@@ -221,31 +229,30 @@ class Run:
 
     @classmethod
     def find(cls, cfg: DictConfig) -> Run:
-        """Return the complete run that `cfg` asks for, wherever and with whatever versions it was generated.
+        """Return the complete run that `cfg` asks for, wherever and with whatever software it was generated.
 
-        Where there are several, it is the one of this machine, these weights and this code.
+        It is of the method as it is now; where there are several, of this machine and these weights.
 
         Raises:
             FileNotFoundError: there is none, or only unfinished ones.
             ValueError: there are several, none of them made here, and `run_id=` does not say which; or its manifest was
                 changed.
         """
-        return cls._find(cfg, cfg.method.name, request(cfg))
+        return cls._find(cfg, build(cfg.method))
 
     @classmethod
     def find_baseline(cls, cfg: DictConfig) -> Run:
         """Return the complete run without any method that is otherwise as `cfg` asks; see `find`."""
-        nothing = Baseline()
-        wanted = request(cfg) | {"method": {"name": nothing.name, "settings": nothing.settings()}}
-        return cls._find(cfg, nothing.name, wanted)
+        return cls._find(cfg, Baseline())
 
     @classmethod
-    def _find(cls, cfg: DictConfig, method: str, wanted: dict[str, Any]) -> Run:
-        folder = _model_folder(cfg) / method
+    def _find(cls, cfg: DictConfig, method: Method) -> Run:
+        folder, wanted = _model_folder(cfg) / method.name, request(cfg, method)
         runs, damaged = [], []
         for path in sorted(folder.glob("*/config.yaml")):
             try:
-                if (run := cls(path.parent)).identity["request"] == wanted:
+                run = cls(path.parent)
+                if run.identity["request"] == wanted and run.identity.get("code") == _version(method):
                     runs.append(run)
             except ValueError as error:
                 damaged.append(error)
@@ -258,18 +265,17 @@ class Run:
             state = "only unfinished ones" if runs else "none"
             raise FileNotFoundError(
                 f"No complete run with these settings under {folder} ({state}): "
-                f"run python -m experiments.generate with the same overrides and method={method}"
+                f"run python -m experiments.generate with the same overrides and method={method.name}"
             )
         if len(done) > 1:
             chosen = [run for run in done if run.id in str(cfg.run_id).split("+")]
             if not chosen:
-                here = made_by(cfg, pipelines.local_fingerprint(cfg.model), select_device(cfg.device))
+                here = made_by(method, pipelines.local_fingerprint(cfg.model), select_device(cfg.device))
                 chosen = [run for run in done if here.items() <= run.identity.items()]
             done = chosen or done
         if len(done) > 1:
             listing = "; ".join(
-                f"{run.id}: {run.identity['machine']}, weights {run.identity['weights']}, code {run.identity['code']}"
-                for run in done
+                f"{run.id}: {run.identity['machine']}, weights {run.identity['weights']}" for run in done
             )
             raise ValueError(
                 f"Several runs have these settings and none was made here: {listing}. Name one with run_id=ID (for a "

@@ -37,7 +37,7 @@ from experiments.choose import chosen_run, pareto_front
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.methods import Baseline
+from experiments.methods.method import Baseline
 from experiments.runs import Run
 from experiments.tables import SETTING
 from experiments.tabulate import primary_metrics, write_table
@@ -114,6 +114,7 @@ def _pairs(configs: list[DictConfig]) -> list[tuple[DictConfig, DictConfig]]:
                 f"expected the methods none and one to be searched for {model}, got "
                 f"{[cfg.method.name for cfg in mine]}: give method=none,negtome and no other sweep"
             )
+        methods[0].method = OmegaConf.to_container(methods[0].method, resolve=True)  # for a range's end to be set alone
         _check_space(methods[0])
         pairs.append((baselines[0], methods[0]))
     return pairs
@@ -186,7 +187,7 @@ def _check_space(cfg: DictConfig) -> None:
         if not isinstance(OmegaConf.select(cfg, axis.setting), (int, float)):
             raise ValueError(
                 f"expected search.space.{name}.setting to name a number of the configuration, got {axis.setting}: "
-                "name it as on the command line, as model.negtome.alpha"
+                "name it as on the command line, as method.alpha"
             )
 
 

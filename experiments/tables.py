@@ -12,14 +12,23 @@ from typing import Any
 import pandas as pd
 
 from eval.files import write_text
-from experiments import project_path
+from experiments import catalogue, project_path
 from experiments.locks import locked
+from experiments.methods.method import Setting
 
+#: Settings of the model's calls.
+CALL = (
+    Setting("guidance_scale", heading="guidance"),
+    Setting("steps"),
+    Setting("true_cfg_scale", heading="true guidance"),
+)
+#: Columns of the settings that methods declare; a CSV has those of the methods that are in it.
+OF_METHODS = [column for setting in catalogue.settings() for column in setting.columns]
 #: Columns that say which measured thing a row is; with the metric they are the row's key. By which encoder it was
 #: measured is not in it: a metric has one, and a row by an earlier one is replaced, not kept beside the new.
 SETTING = [
-    "model", "guidance_scale", "true_cfg_scale", "steps", "method", "matching", "reference", "alpha", "threshold",
-    "t_low", "t_high", "sites",
+    "model", "guidance_scale", "true_cfg_scale", "steps", "method",
+    *(column for column in OF_METHODS if column != "true_cfg_scale"),
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
 COLUMNS = [
@@ -27,14 +36,17 @@ COLUMNS = [
     "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
     "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
 ]  # fmt: skip
+#: Those that a table has whatever methods are in it.
+REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"})
 #: Columns that hold text also where they look like numbers.
 TEXT = dict.fromkeys(
     ("run_id", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
 )
 #: Columns that hold numbers alone.
 NUMBERS = {
-    "alpha", "threshold", "t_low", "t_high", "value", "ci_low", "ci_high", "difference", "difference_low",
-    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "pushed_share", "seconds",
+    *(column for setting in catalogue.settings() if setting.number for column in setting.columns), "value", "ci_low",
+    "ci_high", "difference", "difference_low", "difference_high", "p_value", "p_holm", "effect_size", "win_rate",
+    "margin", "pushed_share", "seconds",
 }  # fmt: skip
 Key = tuple[str, ...]
 #: Columns that name folders and files, and what they may hold.
@@ -60,13 +72,29 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
     frame = read_csv(path)
-    if missing := set(COLUMNS) - set(frame.columns):
+    if missing := REQUIRED - set(frame.columns):
         raise ValueError(
             f"expected an experiment's table in {path}, got none of the columns {sorted(missing)[:5]}: "
             f"make it again with {commands(name)[0]}"
         )
     check_names(frame, path)
-    return frame
+    return whole(frame)
+
+
+def whole(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the columns of methods that are not in it, too."""
+    return frame.reindex(columns=[*COLUMNS, *(column for column in frame if column not in COLUMNS)])
+
+
+def settings_in(frame: pd.DataFrame) -> list[Setting]:
+    """Return the settings of the methods that are in a table; of one under a name of its own, those that it has."""
+    declared = catalogue.settings(*frame["method"].unique())
+    return [
+        setting
+        for setting in catalogue.settings()
+        if set(setting.columns) <= set(frame.columns)
+        and (setting in declared or frame[list(setting.columns)].notna().any(axis=None))
+    ]
 
 
 def read_csv(path: Path) -> pd.DataFrame:

@@ -33,12 +33,26 @@ from eval.intervals import SUBSETS, difference_of, interval_of, n_units
 from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
-from experiments import project_path
-from experiments.configs import expand, flag
+from experiments import catalogue, project_path
+from experiments.configs import expand, flag, with_baselines
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run, request
-from experiments.tables import COLUMNS, KEY, ROLES, SETTING, Key, csv_text, lock, put_rows, read_csv, row_keys
+from experiments.tables import (
+    COLUMNS,
+    KEY,
+    REQUIRED,
+    ROLES,
+    SETTING,
+    Key,
+    csv_text,
+    lock,
+    put_rows,
+    read_csv,
+    row_keys,
+    settings_in,
+    whole,
+)
 
 
 def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
@@ -119,20 +133,21 @@ def row_of(
     value, low, high = interval_of(document, **interval_options(cfg))
     role = next((role for role, metric in primary_metrics(cfg).items() if metric == name), None)
     settings = run.identity["request"]["method"]["settings"]
-    window = settings.get("timestep_range") or (None, None)
+    call = {
+        "guidance_scale": cfg.model.call.guidance_scale,
+        "true_cfg_scale": cfg.model.call.get("true_cfg_scale"),
+        "steps": cfg.model.call.num_inference_steps,
+    }
+    call |= {name: settings[name] for name in call if name in settings}  # a method's own goes before
+    own = {name: cell for setting in catalogue.settings() for name, cell in setting.cells(settings).items()}
     statistics = run.statistics()
     compared = sum(group.get("tokens_compared", 0) for group in statistics)
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
-        "guidance_scale": cfg.model.call.guidance_scale,
-        "true_cfg_scale": settings.get("true_cfg_scale", cfg.model.call.get("true_cfg_scale")),
-        "steps": cfg.model.call.num_inference_steps,
         "method": cfg.method.name,
-        **{key: settings.get(key) for key in ("matching", "reference", "alpha", "threshold")},
-        "t_low": window[0],
-        "t_high": window[1],
-        "sites": "+".join(settings.get("sites") or ()) or None,
+        **own,
+        **call,
         "metric": name,
         "encoder": document["encoder"]["id"],
         "primary": role,
@@ -218,7 +233,15 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
                 "would replace the other: give them names of their own (method.name=NAME), or tabulate them into other "
                 "folders (results=FOLDER)"
             )
-    return put_rows(path, rows, COLUMNS, KEY, finish=_correct)
+    return whole(put_rows(path, rows, COLUMNS, KEY, finish=_finish))
+
+
+def _finish(frame: pd.DataFrame) -> None:
+    """Fill what depends on all rows of a table, and leave out the columns of methods that are not in it."""
+    _correct(frame)
+    declared = {column for setting in settings_in(frame) for column in setting.columns}
+    for name in set(frame.columns) - REQUIRED - declared:
+        del frame[name]
 
 
 def _correct(frame: pd.DataFrame) -> None:
@@ -245,7 +268,7 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     path = folder / f"{cfg.name}.csv"
     merge_rows(path, rows_of(configs))
     with lock(path):
-        frame = read_csv(path)  # another process may have merged its rows meanwhile
+        frame = whole(read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, cfg.description, paper_table(cfg.name))
         write_text(folder / f"{cfg.name}.md", page)
         write_text(folder / f"{cfg.name}.tex", render_latex(frame))
@@ -270,7 +293,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("tabulate", add_help=False)
     parser.add_argument("--against", metavar="METHOD")
     arguments, overrides = parser.parse_known_args(argv)
-    configs, against = expand(overrides), arguments.against
+    configs, against = with_baselines(expand(overrides)), arguments.against
     print((write_comparison(configs, against) if against else write_table(configs))[1])
     for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
         print(project_path(configs[0].results) / f"{configs[0].name}{ending}")

@@ -13,7 +13,7 @@ import torch
 
 from negtome.config import NegToMeConfig
 from negtome.merge import plain
-from negtome.pushing import ATTRIBUTE, Now, Site, path, restore, retype
+from negtome.pushing import ATTRIBUTE, Now, Push, Site, path, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import (
@@ -49,6 +49,7 @@ def attach(
     config: NegToMeConfig | None = None,
     group_size: int | None = None,
     given: Reference | Sequence[Reference | None] | None = None,
+    push: Push | None = None,
 ) -> Attachment:
     """Push the images that a pipeline generates together apart, or away from given ones, until the `with` block ends.
 
@@ -72,18 +73,22 @@ def attach(
             Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
             reference image is a further row of the denoiser's batch in the steps of the window, and only there. The
             pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
+        push: what becomes of the image tokens at a site instead, for controls of the method: called as `push(site,
+            tokens, pushed, group_size)` with the site's name, the tokens [G * K, N, C] of G groups of K = group_size
+            images, and what the method would make of them; it returns a tensor like them. Counts stay those of the
+            method. Not where images are given.
 
     Returns:
         A context manager, for one block. Used without `with`, `remove()` ends it, or `detach` where it was lost.
 
     Raises:
         TypeError: if the pipeline is not supported, the config is no NegToMeConfig, or what is given no Reference.
-        ValueError: if a block named in the config holds no site, for a bad `group_size`, or where no Reference is
-            given, or what encodes it is missing.
+        ValueError: if a block named in the config holds no site, for a bad `group_size`, for a `push` beside given
+            images, or where no Reference is given, or what encodes it is missing.
         RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
             beside a given image.
     """
-    return Attachment(pipe, config, group_size, given)
+    return Attachment(pipe, config, group_size, given, push)
 
 
 def detach(pipe: Any) -> None:
@@ -116,6 +121,7 @@ class Attachment:
         config: NegToMeConfig | None,
         group_size: int | None,
         given: Reference | Sequence[Reference | None] | None,
+        push: Push | None,
     ) -> None:
         if not isinstance(config, NegToMeConfig | None):
             raise TypeError(f"config must be a NegToMeConfig, or None, got a {type(config).__name__}.")
@@ -130,6 +136,8 @@ class Attachment:
         architecture = find_architecture(pipe)
         config = (config or NegToMeConfig()).published_for(architecture.name.lower())
         _check_given(config, given)
+        if push is not None and given is not None:
+            raise ValueError("push changes what images of a group do to each other, got given images beside it.")
         denoiser = getattr(pipe, architecture.denoiser)
         for owner in _owners(pipe, architecture):
             if _attachment_of(owner) is not None:
@@ -151,7 +159,7 @@ class Attachment:
         if self._rows is not None:
             self._rows.start(pipe)  # for what it refuses
         found = find_sites(self._denoiser, architecture, config)
-        self._sites = [Site(name, place, config, self._now) for name, _, place in found]
+        self._sites = [Site(name, place, config, self._now, push) for name, _, place in found]
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
         self._run: _Run | None = None
         self._finished_runs = 0

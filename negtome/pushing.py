@@ -22,6 +22,8 @@ from negtome.sites import Place, unwrap
 
 #: The one attribute that an attached object carries beside its own.
 ATTRIBUTE = "_negtome"
+#: What may stand in the place of the push: see `negtome.attach`.
+Push = Callable[[str, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class Now:
@@ -43,12 +45,13 @@ class Site:
     specialise on a number. Compiled code reads nothing else that differs between the sites of an architecture.
     """
 
-    def __init__(self, name: str, place: Place, config: NegToMeConfig, now: Now) -> None:
+    def __init__(self, name: str, place: Place, config: NegToMeConfig, now: Now, instead: Push | None) -> None:
         self.name = name
         self.module: torch.nn.Module | None = None
         self.place = place
         self.config = config
         self.now = now
+        self.instead = instead
         self.compared = 0
         self.pushed = 0
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
@@ -73,13 +76,19 @@ class Site:
             return features
         strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
         if now.layout is None:
-            tokens, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
+            pushed, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
+            tokens = pushed if self.instead is None else _push_instead(self, tokens, pushed)
         else:
             tokens, similarity = _push_from_rows(tokens, now.layout, strength)
         if self.similarity is not None:  # a module that is called twice
             similarity = torch.cat([self.similarity, similarity], dim=1)
         self.similarity = similarity
         return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
+
+
+@torch.compiler.disable  # it may draw; and the name, which differs between sites, stays out of what is compiled
+def _push_instead(site: Site, tokens: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
+    return site.instead(site.name, tokens, pushed, site.now.group_size)
 
 
 def _push_from_rows(

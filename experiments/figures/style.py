@@ -13,37 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.files import write_bytes
+from experiments import catalogue
 
 #: How a method is called in figures where its name in folders is too terse.
-TITLES = {
-    "none": "without NegToMe",
-    "negtome": "NegToMe",
-    "negtome_released": "NegToMe, released matching",
-    "negative_prompt": "negative prompt",
-    "negtome_reference": "NegToMe from the asset",
-    "negtome_and_negative_prompt": "NegToMe from the asset and negative prompt",
-    "negtome_reference_released": "NegToMe from the asset, released way",
-    "negative_ip_adapter": "negative IP-Adapter",
-    "random_match": "control: random match",
-    "noise_control": "control: noise of equal norm",
-}
+TITLES = catalogue.titles()
 #: Okabe and Ito's palette, told apart with any colour vision, and a shape each for print without colours.
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 #: Which of them a method keeps in every figure, by number; black is for the run without any.
-LOOKS = {
-    "none": 0,
-    "negtome": 1,
-    "negtome_released": 2,
-    "negative_prompt": 3,
-    "negtome_reference": 4,
-    "negtome_and_negative_prompt": 5,
-    "negtome_reference_released": 6,
-    "negative_ip_adapter": 7,
-    # Never in one table with those who look alike.
-    "random_match": 3,
-    "noise_control": 4,
-}
+LOOKS = catalogue.places()
 #: Of points that are not to be looked at first.
 FAINT = "#8C8C8C"
 #: Kept in every file: text stays text in a PDF, and the same numbers give the same bytes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +45,7 @@ class Case:
 
     part: str
     model: DictConfig
+    strengths: Mapping[str, Any]  # fields of NegToMeConfig: the model's own in conf/method/negtome.yaml
     side: int  # of the images in pixels
     batch: int  # images in a call, all of one prompt
     variants: tuple[Variant, ...]
@@ -69,8 +70,7 @@ class Case:
 
     def config(self, variant: Variant, window: Window) -> negtome.NegToMeConfig:
         """Return the settings of a variant: the model's own strengths, the variant's changes, and a window."""
-        own = {key: value for key, value in self.model.negtome.items() if value is not None}
-        return negtome.NegToMeConfig(**(own | dict(variant.config) | {"timestep_range": window}))
+        return negtome.NegToMeConfig(**(dict(self.strengths) | dict(variant.config) | {"timestep_range": window}))
 
 
 @functools.cache  # a suite composes the same few over and over, a third of a second each
@@ -80,7 +80,7 @@ def composed(*overrides: str) -> DictConfig:
     Raises:
         ValueError: it is another experiment.
     """
-    cfg = first(list(overrides))
+    cfg = first(["method=negtome", *overrides])
     if "latency" not in cfg:
         raise ValueError("expected experiment=latency among the overrides, got none.")
     return cfg
@@ -114,14 +114,17 @@ def configured_cases(overrides: Sequence[str]) -> Iterator[Case]:
         for name, spec in settings[suite][kind].items():
             if not asked[kind] or name not in wanted:
                 continue
-            model = composed(*overrides, f"model={spec.model}").model
-            windows = tuple(tuple(window) for window in spec.get("windows") or [model.negtome.timestep_range])
+            mine = composed(*overrides, f"model={spec.model}")
+            method = OmegaConf.to_container(mine.method, resolve=True)
+            known = {field.name for field in fields(negtome.NegToMeConfig)}
+            own = {key: value for key, value in method.items() if key in known and value is not None}
+            windows = tuple(tuple(window) for window in spec.get("windows") or [own["timestep_range"]])
             how = spec.rounds, None if spec.steps is None else (spec.steps.inside, spec.steps.outside), windows
             if kind == "cases":
                 curve = tuple((float(low), 1000.0) for low in lows), drawn
-                yield Case("table", model, spec.side, spec.batch, variants, *how, *curve)
+                yield Case("table", mine.model, own, spec.side, spec.batch, variants, *how, *curve)
                 continue
             for batch in spec.batches:
-                yield Case("batch", model, spec.side, batch, few, *how)
+                yield Case("batch", mine.model, own, spec.side, batch, few, *how)
             for side in spec.sides:
-                yield Case("resolution", model, side, spec.batch, few, *how)
+                yield Case("resolution", mine.model, own, side, spec.batch, few, *how)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import negtome
-from experiments import naive
+from experiments.methods import naive
 
 #: The row of the floor: plain steps and, in the window, the bare matrix products and one pass over the tokens.
 BOUND = "lower_bound"

@@ -13,8 +13,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import negtome
-from experiments import naive, pipelines
+from experiments import pipelines
 from experiments.configs import flag
+from experiments.methods import naive
 from experiments.timing import profile, random_weights
 from experiments.timing.cases import METHOD, PLAIN, Case, Variant
 from experiments.timing.clock import Timing, denoiser_of, inside_of, take_rounds, time_call, timesteps_of

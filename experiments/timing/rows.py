@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import quantile_test
 
 import negtome
-from experiments import naive
 from experiments.configs import flag
+from experiments.methods import naive
 from experiments.runs import canonical, current_commit
 from experiments.timing.cases import METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of
@@ -197,7 +197,7 @@ def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, 
         **columns,
         "experiment": None,  # of another name, the same is measured
         "weights": weights,
-        "model": {key: model[key] for key in ("name", "architecture", "source", "dtype", "call", "negtome")},
+        "model": {key: model[key] for key in ("name", "architecture", "source", "dtype", "call")},
         "case": repr(replace(case, model=None)),
         "level": cfg.bootstrap.level,
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],

@@ -39,9 +39,9 @@ from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import PROJECT, pipelines, project_path
-from experiments.assets import MASK
 from experiments.configs import expand
 from experiments.figures.image_grid import contact_sheet, save_sheet
+from experiments.methods.assets import MASK
 from experiments.prompts import Group
 from experiments.training import protected, taxonomy
 

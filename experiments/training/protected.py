@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.assets import MASK
+from experiments.methods.assets import MASK
 from experiments.training import cards, data
 from experiments.training.reference import write_picture
 

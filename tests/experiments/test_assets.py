@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from eval.encoders import Encoder
 from eval.images import load_image
 from experiments import PROJECT
-from experiments.assets import Retriever, check_disjoint, read_assets
+from experiments.methods.assets import Retriever, check_disjoint, read_assets
 from experiments.prompts import Group, PromptSet
 
 #: Colours that the encoder below knows by name.
@@ -205,7 +205,7 @@ def test_pictures_are_looked_for_copies_one_at_a_time(monkeypatch):
         seen.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr("experiments.assets.load_image", load)
+    monkeypatch.setattr("experiments.methods.assets.load_image", load)
     check_disjoint(given, protected / "scoring")
     assert len(seen) > len(given)
 

@@ -16,10 +16,13 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.assets import Retriever, read_assets
-from experiments.configs import _jobs, build, expand
+from experiments.configs import _axes, _jobs, _split, build, expand, with_baselines
 from experiments.evaluate import NEEDS
-from experiments.methods import Baseline, Combined, NegativeIPAdapter, NegativePrompt, NegToMe, NegToMeFromAssets
+from experiments.methods.assets import Retriever, read_assets
+from experiments.methods.combined import Combined
+from experiments.methods.method import Baseline
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PromptSet
 from experiments.tables import ROLES
 from negtome import NegToMeConfig
@@ -48,7 +51,7 @@ def composed(*overrides):
 def test_every_option_composes_and_resolves(group, option):
     if option in PLUGINS:
         pytest.importorskip(f"hydra_plugins.{PLUGINS[option]}", reason=f"the plugin of launcher={option} is an extra")
-    weights = ["model.ip_adapter={subfolder: s, weight_name: w}"] if option == "negative_ip_adapter" else []
+    weights = ["method.weights={subfolder: s, weight_name: w}"] if option == "negative_ip_adapter" else []
     cfg = composed(f"{group}={option}", *weights)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     method = build(cfg.method)
@@ -83,6 +86,30 @@ def test_the_command_line_overrides_the_experiments_sweep():
     ]
 
 
+@pytest.mark.parametrize("methods", ["negtome", "none,negtome", "negtome,none"])
+def test_the_baseline_is_there_once_whatever_is_swept(methods):
+    """Settings of a method mean nothing to it; those of the model and the prompts do."""
+    swept = [f"method={methods}", "method.alpha=0.3,0.9", "model.call.guidance_scale=2,5"]
+    found = [
+        (cfg.method.name, cfg.method.get("alpha"), cfg.model.call.guidance_scale)
+        for cfg in with_baselines(expand(swept))
+    ]
+    assert [one for one in found if one[0] == "none"] == [("none", None, 2), ("none", None, 5)]
+    assert [one for one in found if one[0] != "none"] == [
+        ("negtome", alpha, scale) for alpha in (0.3, 0.9) for scale in (2, 5)
+    ]
+    for scale in (2, 5):
+        of_scale = [one[0] for one in found if one[2] == scale]
+        assert of_scale == ["none", "negtome", "negtome"]
+    assert len(expand(swept)) == (4 if methods == "negtome" else 6), "and where it is not asked for, it is added"
+    one = with_baselines(expand([f"method={methods}", "method.alpha=0.3"]))
+    assert [cfg.method.get("alpha") for cfg in one] == [None, 0.3], "of a single value too"
+
+
+def test_the_baseline_of_a_grid_alone_is_one_run_a_model():
+    assert [cfg.method.name for cfg in expand(["experiment=sweep", "method=none"])] == ["none", "none"]
+
+
 def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset():
     def groups(model):
         return instantiate(composed(f"model={model}").prompts).groups()
@@ -101,12 +128,12 @@ def test_no_category_is_both_tuned_and_reported():
 
 
 def test_the_two_matchings_differ_in_the_matching_alone():
-    paper, released = (instantiate(composed(f"method={name}").method) for name in ("negtome", "negtome_released"))
+    paper, released = (build(composed(f"method={name}").method) for name in ("negtome", "negtome_released"))
     assert isinstance(paper, NegToMe)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
     assert changed == {"matching"}
     assert (paper.config.matching, released.config.matching) == ("paper", "released")
-    assert isinstance(instantiate(composed("method=none").method), Baseline)
+    assert isinstance(build(composed("method=none").method), Baseline)
 
 
 def test_the_real_models_strengths_are_the_librarys_presets():
@@ -114,10 +141,23 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         ("sdxl", ("sdxl", "evaluation"), {"matching", "cross_attention"}),
         ("flux-dev", ("flux", "paper"), set()),
     ):
-        configured = instantiate(composed(f"model={model}", "method=negtome").method).config
+        configured = build(composed(f"model={model}", "method=negtome").method).config
         published = NegToMeConfig.preset(*preset)
         changed = {f.name for f in fields(published) if getattr(published, f.name) != getattr(configured, f.name)}
         assert changed == differs, model
+
+
+def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers():
+    method = build(composed("model=sdxl", "model.name=mine", "method=negtome").method)
+    assert method.config == NegToMeConfig() and method.config.published_for("sdxl") == NegToMeConfig.preset("sdxl")
+    assert build(composed("model=sdxl", "model.name=mine", "method=negtome", "method.alpha=2").method).config.alpha == 2
+
+
+def test_models_know_no_method():
+    methods = {option for group, option in OPTIONS if group == "method"}
+    for option in (option for group, option in OPTIONS if group == "model"):
+        model = composed(f"model={option}").model
+        assert not methods & {*model, *model.copyright}, option
 
 
 def test_every_model_is_measured_by_the_suite_that_fits_it():
@@ -197,7 +237,7 @@ def test_a_misspelt_key_is_named():
     with pytest.raises(ValueError, match=r"alpah.*did you mean method\.alpha"):
         expand(["method=negtome", "method.alpah=1"])
     with pytest.raises(Exception, match="alpah"):
-        instantiate(expand(["method=negtome", "+method.alpah=1"])[0].method)
+        build(expand(["method=negtome", "+method.alpah=1"])[0].method)
 
 
 def test_every_key_of_the_models_is_the_same_set():
@@ -281,9 +321,9 @@ def test_the_real_models_ask_for_the_users_pictures():
 
 
 def test_a_negative_ip_adapter_asks_for_weights():
-    with pytest.raises(FileNotFoundError, match=r"model\.ip_adapter=\{"):
+    with pytest.raises(FileNotFoundError, match=r"method\.weights=\{"):
         build(composed("method=negative_ip_adapter").method)
-    method = build(composed("method=negative_ip_adapter", "model.ip_adapter={subfolder: s, weight_name: w}").method)
+    method = build(composed("method=negative_ip_adapter", "method.weights={subfolder: s, weight_name: w}").method)
     assert isinstance(method, NegativeIPAdapter) and method.weights == {"subfolder": "s", "weight_name": "w"}
 
 
@@ -309,7 +349,7 @@ def test_own_errors_are_not_buried_in_hydras():
 
 
 SWEPT = [
-    ["experiment=sweep", "model=mini-sdxl", "model.negtome.alpha=0.9", "model.groups_per_category=3",
+    ["experiment=sweep", "model=mini-sdxl", "method.alpha=0.9", "model.groups_per_category=3",
      "prompts.categories=[a,b]", "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
     ["experiment=copyright", "hydra.job.name=mine"],
 ]  # fmt: skip
@@ -327,10 +367,10 @@ def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monk
         patch.setattr("experiments.configs.compose", counted)
         found = expand(overrides)
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        expected = [compose("config", job) for job in _jobs(overrides)]
-    for ours, theirs in zip(found, expected, strict=True):
+        expected = [compose("config", job) for job in _jobs(_split(_axes(overrides))[0])]
+    for ours, theirs in zip((cfg for cfg in found if cfg.method.name != "none"), expected, strict=True):
         assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
         assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
         assert OmegaConf.is_struct(ours)
-    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
+    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in expected}), "and the sweep's axes"
     assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
+import experiments
 from eval.images import read_manifest
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
@@ -37,10 +39,24 @@ def checkpoint(source, kind="sdxl", name=None):
         "model.call.num_inference_steps=2",
         *size[kind],
         *(["model.call.max_sequence_length=32"] if kind == "flux" else []),
-        "model.negtome.timestep_range=[0,1000]",
-        "model.negtome.threshold=-1",
-        *(["model.negtome.min_side=4"] if kind == "sdxl" else []),
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_strengths():
+    """Strengths of every method on a tiny checkpoint: every token is pushed in every step."""
+
+    def strength(setting, *, _parent_, _root_):
+        if _root_.model.kind == "mini":
+            return experiments._strength(setting, _parent_=_parent_, _root_=_root_)
+        flux = _root_.model.architecture == "flux"
+        tiny = {"alpha": 0.9, "timestep_range": [0, 1000], "threshold": -1, "min_side": None if flux else 4,
+                "true_cfg_scale": 2.0 if flux else None}  # fmt: skip
+        return tiny[setting]
+
+    OmegaConf.register_new_resolver("strength", strength, replace=True)
+    yield
+    OmegaConf.register_new_resolver("strength", experiments._strength, replace=True)
 
 
 def overrides(tmp_path, source, kind="sdxl", name=None):
@@ -378,7 +394,7 @@ def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
 def test_a_shipped_model_and_its_scorer_need_no_network(tmp_path):
     (cfg,) = expand([
         "experiment=diversity", "model=mini-flux", "method=negtome", "workers=1", "prompts.categories=[bird]",
-        "model.groups_per_category=2", "model.call.num_inference_steps=2", "model.negtome.timestep_range=[0,1000]",
+        "model.groups_per_category=2", "model.call.num_inference_steps=2", "method.timestep_range=[0,1000]",
         "metric=core", f"outputs={tmp_path}",
     ])  # fmt: skip
     assert len(read_manifest(generate(cfg))) == 2 * 4

@@ -39,7 +39,7 @@ def tiny(source, results, *more):
     """A case of the mini suite on a tiny checkpoint, of few steps and rounds."""
     return [
         "experiment=latency", "latency.suite=mini", "device=cpu", f"model.source={source}", f"results={results}",
-        "model.call.num_inference_steps=6", "model.negtome.timestep_range=[500,1000]", "model.negtome.threshold=0",
+        "model.call.num_inference_steps=6", "method.timestep_range=[500,1000]", "method.threshold=0",
         *more,
     ]  # fmt: skip
 
@@ -348,7 +348,7 @@ def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path
     spec = "latency.mini.cases.mini-sdxl.{}".format
     overrides = tiny(
         tiny_checkpoint("sdxl"), tmp_path, "latency.only=[mini-sdxl]", "latency.curves=false", spec("side=32"),
-        spec("rounds=6"), "model.negtome.min_side=8",
+        spec("rounds=6"), "method.min_side=8",
     )  # fmt: skip
     overrides[overrides.index("device=cpu")] = "device=cuda"
     markdown = latency.run(overrides)
@@ -419,9 +419,7 @@ def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.glob("latency*")} == before
 
 
-@pytest.mark.parametrize(
-    "setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "model.negtome.alpha=1", "code"]
-)
+@pytest.mark.parametrize("setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "method.alpha=1", "code"])
 def test_a_changed_setting_is_measured_anew(flux, monkeypatch, tmp_path, setting):
     class Measured(Exception):
         pass
@@ -455,7 +453,7 @@ def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatc
     markdown = latency.run(
         tiny(
             tiny_checkpoint("sdxl"), tmp_path, "latency.only=[mini-sdxl]", "latency.curves=false", spec("side=32"),
-            spec("batch=2"), spec("rounds=1"), spec("steps=null"), "model.negtome.min_side=8",
+            spec("batch=2"), spec("rounds=1"), spec("steps=null"), "method.min_side=8",
         )
     )  # fmt: skip
     frame = latency.read_rows(tmp_path / "latency.csv")

@@ -14,7 +14,7 @@ from experiments.runs import Run
 PARTS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher"}
 
 #: Two settings and their baseline.
-SWEEP = "model.negtome.alpha=0.9,1.8"
+SWEEP = "method.alpha=0.9,1.8"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def launched(tmp_path, tiny_overrides, tabulated):
     """Generate two runs by the real command with a launcher, the third here: `launched("launcher=joblib")`."""
 
     def launch(*changes):
-        two = tiny_overrides("sweep", tmp_path, "method=none,negtome", "model.negtome.alpha=1.8")
+        two = tiny_overrides("sweep", tmp_path, "method=none,negtome", "method.alpha=1.8")
         command = [sys.executable, "-m", "experiments.generate", *two, *changes]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=300)

@@ -11,6 +11,7 @@ from experiments import PROJECT, collect, pipelines, runs
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_all, prepare
+from experiments.methods.negtome import NegToMe
 from experiments.runs import Run, request, run_id
 
 
@@ -83,6 +84,21 @@ def test_a_half_finished_run_is_not_gone_on_with_elsewhere_unless_told_to(what, 
     evaluate(cfg)
     cfg.resume_any = False
     assert generate(cfg) == folder, "there is nothing to go on with"
+
+
+def test_a_run_of_another_version_of_the_method_is_not_taken_for_it(finished, tiny_overrides, tmp_path, monkeypatch):
+    cfg, outputs = finished
+    cfg = cfg.copy()
+    cfg.outputs = str(shutil.copytree(outputs, tmp_path / "outputs"))
+    cfg.method = expand(tiny_overrides("sweep", tmp_path, "method=negtome"))[0].method
+    before = Run(generate(cfg))
+    assert before.identity["code"] == NegToMe.version and Run.find(cfg) == before
+    monkeypatch.setattr(NegToMe, "version", NegToMe.version + 1)
+    with pytest.raises(FileNotFoundError, match="method=negtome"):
+        Run.find(cfg)
+    after = Run(generate(cfg))
+    assert after != before and pngs(after.folder) == pngs(before.folder) and Run.find(cfg) == after
+    assert Run.find_baseline(cfg).identity["code"] is None
 
 
 def test_comments_are_no_other_code(tmp_path, monkeypatch, half):
@@ -201,7 +217,8 @@ EQUAL = [
 def test_what_means_the_same_is_one_run(ours, theirs, tiny_overrides, tmp_path):
     ids = set()
     for changes in (ours, theirs):
-        (cfg,) = expand([*tiny_overrides("sweep", tmp_path, "method=none"), *changes])
+        method = [] if any(change.startswith("method=") for change in changes) else ["method=none"]
+        (cfg,) = expand(tiny_overrides("sweep", tmp_path, *method, *changes))
         ids.add(run_id(request(cfg)))
     assert len(ids) == 1
 

@@ -12,16 +12,11 @@ from PIL import Image
 
 import negtome
 from eval.encoders import Encoder
-from experiments.assets import Retriever
-from experiments.methods import (
-    Applied,
-    Baseline,
-    Combined,
-    NegativeIPAdapter,
-    NegativePrompt,
-    NegToMe,
-    NegToMeFromAssets,
-)
+from experiments.methods.assets import Retriever
+from experiments.methods.combined import Combined
+from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import Group
 
 NEAR, FAR = Group("near", "a red thing", "red", 0, 2), Group("far", "a thing", "red", 0, 2)
@@ -115,7 +110,7 @@ def test_the_baseline_is_the_stock_pipeline_bit_for_bit(pipe, kind):
     images, applied = generate(pipe, Baseline(), NEAR, CALLS[kind])
     assert np.array_equal(images, np.stack([np.array(image) for image in stock]))
     assert applied.statistics() == {} and applied.references is None
-    assert (Baseline().settings(), Baseline().code()) == ({}, None)
+    assert (Baseline().settings(), Baseline().version) == ({}, 0)
 
 
 def test_negtome_among_the_images_of_a_group(pipe, kind):
@@ -214,6 +209,47 @@ def test_both_at_once(pipe, kind, retriever):
     assert np.array_equal(images, generate(pipe, Baseline(), FAR, CALLS[kind])[0]) and applied.references == {}
 
 
+class BestOf(Method):
+    """Of several drafts of every image, each from a noise of its own, the one that is least like the first."""
+
+    name, version = "best_of", 1
+
+    def __init__(self, drafts):
+        self.drafts = drafts
+
+    def settings(self):
+        return {"drafts": self.drafts}
+
+    def draw(self, pipe, group, call):
+        drafts = np.stack([
+            sample(pipe, group, call, [seed + draft for seed in group.image_seeds()]) for draft in range(self.drafts)
+        ])  # fmt: skip
+        best = np.abs(drafts - drafts[0]).mean(axis=(2, 3, 4)).argmax(axis=0)
+        return Drawn(drafts[best, np.arange(group.size)], {"chosen": best.tolist()})
+
+
+def test_a_method_may_call_the_pipeline_several_times_and_choose(pipe, kind):
+    stock, _ = generate(pipe, Baseline(), NEAR, CALLS[kind])
+    with untouched(pipe, CALLS[kind]):
+        one, best = (BestOf(drafts).draw(pipe, NEAR, CALLS[kind]) for drafts in (1, 4))
+    assert np.array_equal((255 * one.images).round().astype(np.uint8), stock), "the first draft is the baseline's"
+    assert best.images.shape == one.images.shape == (2, *stock.shape[1:])
+    assert min(best.statistics["chosen"]) > 0 and best.references is None
+    for index, draft in enumerate(best.statistics["chosen"]):
+        again = sample(pipe, NEAR, CALLS[kind], [seed + draft for seed in NEAR.image_seeds()])
+        assert np.array_equal(best.images[index], again[index])
+    with pytest.raises(ValueError, match=r"combines methods of one call, got \['best_of'\]"):
+        Combined("both", {"a": Baseline(), "b": BestOf(2)})
+
+
+def test_a_method_of_one_call_draws_what_it_makes_of_that(pipe, kind):
+    method = NegToMe("negtome", **STRENGTH)
+    images, applied = generate(pipe, method, NEAR, CALLS[kind])
+    drawn = method.draw(pipe, NEAR, CALLS[kind])
+    assert np.array_equal((255 * drawn.images).round().astype(np.uint8), images)
+    assert drawn.statistics == applied.statistics() and drawn.references is None
+
+
 class Spy(Baseline):
     """Changes nothing and remembers the call that it was applied to."""
 
@@ -254,17 +290,15 @@ def test_the_preview_leaves_no_trace(pipe, kind, retriever):
 
 
 def test_identities_of_the_methods(retriever):
-    """Code and settings of a combination are those of its parts; an edited part makes another run."""
+    """Settings of a combination are those of its parts, and a part of another version makes another run."""
     parts = {"a": NegativePrompt("a", retriever()), "b": NegToMeFromAssets("b", retriever(), **STRENGTH)}
     both = Combined("both", parts)
     assert [part["name"] for part in both.settings()["methods"]] == ["a", "b"]
     assert {key: both.settings()[key] for key in ("alpha", "reference", "negative_prompt")} == {
         "alpha": 0.9, "reference": "assets", "negative_prompt": "{}",
     }  # fmt: skip
-    library = NegToMe("n", **STRENGTH).code()
-    assert parts["b"].code() == f"{library}+{parts['a'].code()}"
-    assert both.code() == f"{parts['a'].code()}+{library}"
-    assert Combined("none", {"a": Baseline()}).code() is None
+    parts["b"].version += 1
+    assert Combined("both", parts).version == both.version + 1
 
 
 # --- negative IP-Adapter ----------------------------------------------------------------------------------------------
@@ -356,7 +390,7 @@ def test_the_ip_adapter_is_unloaded_when_generation_fails(tiny_sdxl, retriever, 
 
 
 def test_a_negative_ip_adapter_needs_weights_and_guidance(tiny_sdxl, retriever):
-    with pytest.raises(FileNotFoundError, match=r"model\.ip_adapter=\{pretrained_model_name_or_path_or_dict: .*leave"):
+    with pytest.raises(FileNotFoundError, match=r"method\.weights=\{pretrained_model_name_or_path_or_dict: .*leave"):
         NegativeIPAdapter("m", retriever(), None)
     method = NegativeIPAdapter("m", retriever(), {"weight_name": "x"}, 0.3)
     assert method.settings()["scale"] == 0.3 and method.settings()["ip_adapter"] == {"weight_name": "x"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import negtome
-from experiments import naive
+from experiments.methods import naive
 
 CALLS = {
     "tiny_sdxl": {"height": 32, "width": 32, "guidance_scale": 5.0},

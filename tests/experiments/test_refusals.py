@@ -22,7 +22,7 @@ from experiments.runs import Run, request
 @pytest.fixture
 def asked(tmp_path, tiny_overrides):
     def configure(*changes, kind="sdxl", experiment="sweep"):
-        (cfg, *_) = expand([*tiny_overrides(experiment, tmp_path, kind=kind), "method=none", *changes])
+        (cfg, *_) = expand([*tiny_overrides(experiment, tmp_path, "method=none", kind=kind), *changes])
         return cfg
 
     return configure

@@ -17,7 +17,7 @@ from experiments.tables import TEXT, read_table
 
 #: Six trials of four settings, so that one is drawn twice; that which diversifies most comes after such a one.
 SMALL = (
-    "model.negtome.threshold=0.5", "search.trials=6", "~search.space.window", "search.space.alpha.low=0.3",
+    "method.threshold=0.5", "search.trials=6", "~search.space.window", "search.space.alpha.low=0.3",
     "search.space.alpha.high=0.9", "search.space.alpha.step=0.6", "search.space.threshold.low=0.0",
     "search.space.threshold.high=0.5", "search.space.threshold.step=0.5",
 )  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_quality_without_a_margin_is_refused_before_the_first_trial(found, mon
     [
         (["experiment=tune"], "expected an experiment with a `search`, got 'tune'"),
         (["method=negtome"], "expected the methods none and one to be searched"),
-        (["search.space.alpha.setting=model.negtome.alpah"], r"search\.space\.alpha\.setting .* model\.negtome\.alpah"),
+        (["search.space.alpha.setting=method.alpah"], r"search\.space\.alpha\.setting .* method\.alpah"),
         (["search.space.alpha.high=0"], r"expected search\.space\.alpha to have a setting, low <= high"),
         (["~search.space.alpha", "~search.space.threshold"], "expected axes in search.space"),
     ],

@@ -17,15 +17,15 @@ from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
 SWEEPS = {
-    "ablate_alpha": ["method=none,negtome", "model.negtome.alpha=-0.9,0.9"],
-    "ablate_threshold": ["method=none,negtome", "model.negtome.threshold=-1,0.5"],
-    "ablate_window": ["method=none,negtome", "model.negtome.timestep_range=[0,1000],[400,1000]"],
-    "ablate_blocks": ["method=none,negtome", "blocks=early,late"],
+    "ablate_alpha": ["method=none,negtome", "method.alpha=-0.9,0.9"],
+    "ablate_threshold": ["method=none,negtome", "method.threshold=-1,0.5"],
+    "ablate_window": ["method=none,negtome", "method.timestep_range=[0,1000],[400,1000]"],
+    "ablate_blocks": ["method=none,negtome", "method.blocks=early,late"],
     "ablate_matching": ["method=none,negtome,random_match,noise_control"],
     "cfg_scale": ["method=none,negtome", "model.call.guidance_scale=2,8"],
     "cfg_scale_flux": ["method=none,negtome", "model.call.guidance_scale=1.5,3.5"],
-    "sweep": ["method=none,negtome", "model.negtome.alpha=0.9,1.8", "model.negtome.threshold=-1,0.5"],
-    "tune": ["method=none,negtome", "model.negtome.alpha=0.9"],
+    "sweep": ["method=none,negtome", "method.alpha=0.9,1.8", "method.threshold=-1,0.5"],
+    "tune": ["method=none,negtome", "method.alpha=0.9"],
 }
 #: One of every kind of figures is drawn: for a grid, one numeric setting, and one that sweeps the baseline along.
 DRAWN = {"sweep", "cfg_scale"}
@@ -102,7 +102,7 @@ def test_guidance_is_swept_as_in_the_papers_figure_and_each_scale_has_its_baseli
 
 def test_the_blocks_of_an_ablation_are_the_models_own():
     found = {
-        (cfg.model.name, cfg.blocks): build(cfg.method).config.sites
+        (cfg.model.name, cfg.method.blocks): build(cfg.method).config.sites
         for cfg in expand(["experiment=ablate_blocks", "model=mini-sdxl,flux-dev", "method=negtome"])
     }
     assert found["mini-sdxl", "early"] == ("up_blocks.0",) and found["mini-sdxl", "release"] is None
@@ -119,7 +119,7 @@ def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     """The model's own strengths and the baseline are of every ablation: made once, linked."""
     configs, *_ = done("ablate_alpha")
     done("ablate_threshold")
-    shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none" or cfg.model.negtome.alpha == 0.9]
+    shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none" or cfg.method.alpha == 0.9]
     folders = [
         folder for name in ("ablate_alpha", "ablate_threshold")
         for folder in sorted(Path(configs[0].outputs, name).glob("*/*/*")) if folder.name in shared

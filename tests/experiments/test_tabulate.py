@@ -148,6 +148,19 @@ def test_differences_and_tests_go_by_category():
     assert widths["category"] > 4 * widths["null"]
 
 
+def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
+    own = {"matching", "reference", "alpha", "threshold", "t_low", "t_high", "sites"}
+    none = ROW | {"method": "none", "run_id": "a"} | dict.fromkeys(own)
+    frame = tabulate.merge_rows(tmp_path / "e.csv", [none])
+    assert not own & set(pd.read_csv(tmp_path / "e.csv")) and own <= set(frame), "absent from the file alone"
+    assert list(pages.main_table(frame))[:3] == ["model", "method", "pushed"]
+    frame = tabulate.merge_rows(tmp_path / "e.csv", [ROW | {"sites": None}])
+    committed = pd.read_csv(PROJECT / "results" / "diversity.csv", nrows=0)
+    assert list(pd.read_csv(tmp_path / "e.csv")) == list(committed), "sites too, though they are blank"
+    assert frame["alpha"].tolist()[1:] == [1.0] and frame["alpha"].isna()[0]
+    assert list(pages.main_table(frame))[:6] == ["model", "method", "alpha", "threshold", "window", "pushed"]
+
+
 def test_rows_by_an_earlier_encoder_are_replaced(tmp_path):
     path = tmp_path / "table.csv"
     others = [ROW | {"metric": "vendi_score", "primary": None}, ROW | {"model": "other"}, ROW | {"alpha": 0.5}]

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from eval.images import load_image, read_manifest
 from experiments import PROJECT
-from experiments.assets import MASK, read_assets
+from experiments.methods.assets import MASK, read_assets
 from experiments.training import memorised, protected
 from experiments.training.data import Emoji
 

@@ -990,3 +990,26 @@ def test_inductor_compiles_it(tiny_flux, compiled):
     generate(tiny_flux)
     with negtome.attach(tiny_flux, config):
         torch.testing.assert_close(generate(tiny_flux), expected, rtol=1e-3, atol=1e-3)
+
+
+# Something else in the place of the push
+
+
+def test_another_push_gets_what_was_to_be_pushed_and_has_the_last_word(pipe, config):
+    plain, called = generate(pipe), []
+
+    def keep(site, tokens, pushed, group_size):
+        called.append((site, torch.equal(tokens, pushed)))
+        assert tokens.shape == pushed.shape and len(tokens) % group_size == 0 and group_size == len(SEEDS)
+        return tokens
+
+    with negtome.attach(pipe, config, push=keep) as attached:
+        assert torch.equal(generate(pipe), plain)
+    assert {site for site, _ in called} == set(attached.sites) and not all(same for _, same in called)
+    assert attached.summary()["tokens_pushed"] > 0, "as the method counts"
+    with negtome.attach(pipe, config):
+        expected = generate(pipe)
+    with negtome.attach(pipe, config, push=lambda site, tokens, pushed, group_size: pushed):
+        assert torch.equal(generate(pipe), expected) and not torch.equal(expected, plain)
+    with pytest.raises(ValueError, match=r"push .* given images"):
+        negtome.attach(pipe, config, given=negtome.Reference(torch.rand(3, 32, 32)), push=keep)

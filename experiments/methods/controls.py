@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from experiments.methods import Applied, NegToMe
+import negtome
+from experiments.methods.method import Applied
+from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 
 
@@ -96,9 +97,6 @@ class Control(NegToMe):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "matching": self.control, "seed": self.seed}
 
-    def code(self) -> str:
-        return f"{super().code()}+{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
-
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
     ) -> torch.Tensor:
@@ -107,33 +105,26 @@ class Control(NegToMe):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        with super().apply(pipe, group, call) as applied:
-            # The one place that knows the attachment from inside: what a site makes of the features, [B, N, C].
-            for site in applied.attached._sites:
-                site.push = self._controlled(site, f"{self.seed}/{group.id}/{site.name}")
-            yield applied
+        generators: dict[tuple[str, torch.device], torch.Generator] = {}
 
-    def _controlled(self, site: Any, seed: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        push, generators = site.push, {}
+        def push(site: str, tokens: torch.Tensor, moved: torch.Tensor, group_size: int) -> torch.Tensor:
+            key = site, tokens.device
+            if key not in generators:
+                digest = hashlib.sha256(f"{self.seed}/{group.id}/{site}".encode()).digest()
+                number = int.from_bytes(digest[:8], "big") >> 1
+                generators[key] = torch.Generator(tokens.device).manual_seed(number)
+            return self.replace(tokens, moved, group_size, generators[key])
 
-        @torch.compiler.disable  # it draws
-        def controlled(features: torch.Tensor) -> torch.Tensor:
-            after = push(features)
-            text = site.now.text_length if site.place.text_first else 0
-            generator = generators.get(features.device)
-            if generator is None:
-                number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
-                generator = generators[features.device] = torch.Generator(features.device).manual_seed(number)
-            tokens = self.replace(features[:, text:], after[:, text:], site.now.group_size, generator)
-            return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
-
-        return controlled
+        with negtome.attach(pipe, self.config, group_size=group.size, push=push) as attached:
+            yield Applied(dict(call), attached.summary)
 
 
 class RandomMatch(Control):
     """NegToMe with a random reference token in place of the nearest one: as many tokens move, each by alpha (x - r)."""
 
+    title = "control: random match"
     control = "random"
+    version = 1
 
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
@@ -144,7 +135,9 @@ class RandomMatch(Control):
 class NoiseControl(Control):
     """NegToMe's updates with a random direction in place of their own: as many tokens move, each as far."""
 
+    title = "control: noise of equal norm"
     control = "noise"
+    version = 1
 
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator

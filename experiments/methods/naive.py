@@ -3,19 +3,22 @@
 It makes the passes over memory that the authors' released code makes (github.com/1jsingh/negtome, described, not
 copied): both sides normalised, the whole similarity matrix kept, its maximum over an axis, a gather, a blend of all
 images with the first one among them, and a concatenation. It is put into a stock pipeline by ordinary torch hooks.
-Images are square, and all images of a call are one group.
+Images are square, and all images of a call are one group. `Naive` is the same as a method.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from experiments.methods.method import Applied
+from experiments.methods.negtome import NegToMe
+from experiments.prompts import Group
 from negtome import NegToMeConfig
 
 #: Gets the image tokens [halves * K, N, C] of an attention and the number of halves, and returns what replaces them.
@@ -116,3 +119,18 @@ def attach(pipe: Any, config: NegToMeConfig, change: Change | None = None) -> It
 
 def _attention(name: str, config: NegToMeConfig) -> bool:
     return name.endswith(".attn1") or (config.cross_attention and name.endswith(".attn2"))
+
+
+class Naive(NegToMe):
+    """NegToMe by the transcription."""
+
+    title = "NegToMe, naive transcription"
+    version = 1
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "transcription": "naive"}
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        with attach(pipe, self.config.published_for("flux" if hasattr(pipe, "transformer") else "sdxl")):
+            yield Applied(dict(call))

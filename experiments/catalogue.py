@@ -1,0 +1,75 @@
+"""What the methods of conf/method/ say of themselves to tables and figures, which know none of them by name."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra.utils import get_class
+
+from experiments import PROJECT
+from experiments.methods.method import Method, Setting
+
+#: Colours that a method's file may name, each with a shape of its own in figures; black is for the run without any.
+PALETTE = ("black", "blue", "red", "green", "purple", "orange", "sky", "yellow")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of conf/method/.
+
+    Attributes:
+        method: its class.
+        title: what figures call it.
+        colour: its own, one of `PALETTE`; None: what the others of a figure leave.
+    """
+
+    method: type[Method]
+    title: str
+    colour: str | None
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """Return the methods by their names.
+
+    Raises:
+        ValueError: a method's file names a colour that there is not.
+    """
+    found = {}
+    for file in sorted((PROJECT / "conf" / "method").glob("*.yaml")):
+        spec = _read(file.stem)
+        method, colour = get_class(spec["_target_"]), spec.get("colour")
+        if colour not in (None, *PALETTE):
+            raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
+        found[spec["name"]] = Entry(method, spec.get("title") or method.title, colour)
+    return found
+
+
+def _read(name: str) -> dict[str, Any]:
+    """Return a method's file over those that it is based on."""
+    spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
+    based: dict[str, Any] = {}
+    for base in spec.get("defaults", ()):
+        if isinstance(base, str) and base != "_self_" and "@" not in base:
+            based |= _read(base)
+    # A title is of one method, as is a colour.
+    return {key: value for key, value in based.items() if key not in ("title", "colour")} | spec
+
+
+def titles() -> dict[str, str]:
+    """Return the methods' titles by their names."""
+    return {name: entry.title for name, entry in entries().items()}
+
+
+def places() -> dict[str, int]:
+    """Return the place in `PALETTE` of every method that has a colour of its own, by its name."""
+    return {name: PALETTE.index(entry.colour) for name, entry in entries().items() if entry.colour}
+
+
+def settings(*names: str) -> tuple[Setting, ...]:
+    """Return the settings that methods declare for tables, each once; of all methods where none is named."""
+    chosen = [entries()[name] for name in names if name in entries()] if names else list(entries().values())
+    return tuple(dict.fromkeys(setting for entry in chosen for setting in entry.method.columns))

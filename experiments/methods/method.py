@@ -1,0 +1,158 @@
+"""What a method is: it makes the images of a group with a stock pipeline, and leaves that as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from experiments.prompts import Group
+
+
+@dataclass
+class Applied:
+    """A method at work on one group.
+
+    Attributes:
+        call: keyword arguments of the pipeline's call: those of the model, as far as the method did not change them.
+        statistics: returns what the run's log should keep of the finished call, as JSON values.
+        references: the assets the method was given for this group, file -> score by which it was found; None where the
+            method takes none.
+    """
+
+    call: dict[str, Any]
+    statistics: Callable[[], dict[str, Any]] = dict
+    references: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a method made of one group.
+
+    Attributes:
+        images: float [K, H, W, 3] in [0, 1], in the order of the group's images.
+        statistics: what the run's log should keep, as JSON values.
+        references: as of `Applied`.
+    """
+
+    images: np.ndarray
+    statistics: dict[str, Any]
+    references: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a setting of a method stands in tables.
+
+    Attributes:
+        name: in `Method.settings`.
+        columns: of the CSV: one, or those of a range's lower and upper end; by default the name.
+        heading: of printed tables; by default the name in words.
+        printed: "always", "differing": where a model's runs differ in it, or "never".
+        number: whether the columns hold numbers alone.
+    """
+
+    name: str
+    columns: tuple[str, ...] = ()
+    heading: str = ""
+    printed: Literal["always", "differing", "never"] = "differing"
+    number: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", self.columns or (self.name,))
+        object.__setattr__(self, "heading", self.heading or self.name.replace("_", " "))
+
+    def cells(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a row of a CSV has, by column, of a method's settings; None where they lack this one."""
+        value = settings.get(self.name)
+        if len(self.columns) == 2:
+            return dict(zip(self.columns, value or (None, None), strict=True))
+        return {self.columns[0]: ("+".join(map(str, value)) or None) if isinstance(value, (list, tuple)) else value}
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the setting of a CSV's row as it is printed, a range from its upper end; blank where there is none."""
+        values = [row[column] for column in reversed(self.columns)]
+        if any(value is None or value != value for value in values):
+            return ""
+        return " to ".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+
+
+def sample(pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int] | None = None) -> np.ndarray:
+    """Call a pipeline once.
+
+    Args:
+        pipe: a stock pipeline.
+        group: what is asked for.
+        call: further keyword arguments.
+        seeds: of the images' noises, one each; None: the group's own, those of all methods.
+
+    Returns:
+        The images, float [len(seeds), H, W, 3] in [0, 1].
+    """
+    # Each image its own generator, on the CPU: the same noises for every method and on every device.
+    generators = [torch.Generator().manual_seed(seed) for seed in (group.image_seeds() if seeds is None else seeds)]
+    usual = {"num_images_per_prompt": len(generators), "generator": generators}
+    return pipe(group.prompt, **{**usual, **call, "output_type": "np"}).images
+
+
+class Method:
+    """What an experiment asks of a method: `draw`. As it stands here, it is the stock pipeline.
+
+    Most methods change a pipeline or its arguments for one call, and write `apply` alone. One that calls the pipeline
+    several times, or chooses among candidates, writes `draw`.
+
+    Attributes:
+        name: in folders and tables.
+        title: in figures, where its file in conf/method/ does not say another one.
+        columns: the settings that tell runs of the method apart in tables, in the order of the columns.
+        version: raised whenever the same settings would make other pixels, whatever was edited; runs of another version
+            are neither gone on with nor put into a table (tests/experiments/test_golden.py tells).
+    """
+
+    name: str
+    title: str
+    columns: tuple[Setting, ...] = ()
+    version: int
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting of the method that affects pixels, as JSON values: part of the run's identity."""
+        return {}
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        """Change what `pipe` generates for `group` until the block ends.
+
+        The block calls `pipe(group.prompt, ..., **applied.call)` once.
+
+        Args:
+            pipe: a stock pipeline.
+            group: the images to be generated together.
+            call: further keyword arguments that the pipeline is to be called with.
+        """
+        yield Applied(dict(call))
+
+    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+        """Make the images of a group, by one call of the pipeline to which the method is applied.
+
+        Args:
+            pipe: a stock pipeline; it is afterwards as before.
+            group: the images to be generated together.
+            call: keyword arguments of the model's calls, without the number of images, generators and kind of output.
+        """
+        with self.apply(pipe, group, call) as applied:
+            images = sample(pipe, group, applied.call)
+        return Drawn(images, applied.statistics(), applied.references)
+
+
+class Baseline(Method):
+    """The stock pipeline: changes nothing."""
+
+    title = "without NegToMe"
+    version = 0  # what all runs share has a version of its own, `experiments.runs.GENERATION_VERSION`
+
+    def __init__(self, name: str = "none") -> None:
+        self.name = name

@@ -1,0 +1,115 @@
+"""NegToMe: among the images of a group, or away from protected assets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import negtome
+from experiments.methods.assets import Retriever
+from experiments.methods.method import Applied, Method, Setting
+from experiments.prompts import Group
+
+
+class NegToMe(Method):
+    """Negative token merging (arXiv 2412.01339) among the images of a group, through `negtome.attach`.
+
+    Args:
+        name: the method's name in folders and tables.
+        **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
+    """
+
+    title = "NegToMe"
+    columns = (
+        Setting("matching", printed="never"),  # which the methods' names tell
+        Setting("reference", heading="from"),
+        Setting("alpha", printed="always", number=True),
+        Setting("threshold", printed="always", number=True),
+        Setting("timestep_range", ("t_low", "t_high"), "window", "always", number=True),
+        Setting("sites", heading="blocks"),
+    )
+    version = 1
+
+    def __init__(self, name: str, **config: Any) -> None:
+        self.name = name
+        self.config = negtome.NegToMeConfig(**{key: value for key, value in config.items() if value is not None})
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        with negtome.attach(pipe, self.config, group_size=group.size) as attached:
+            yield Applied(dict(call), attached.summary)
+
+
+class NegToMeFromAssets(NegToMe):
+    """Negative token merging away from the protected assets that the prompt comes nearest to.
+
+    Where no asset is near enough, the pipeline stays as it is.
+
+    Args:
+        name: the method's name in folders and tables.
+        retriever: finds the assets.
+        noise: of `negtome.Reference`.
+        posterior: of `negtome.Reference`.
+        images: how many pictures of the asset are used, the nearest first; None for all.
+        masks: whether the assets' masks are used, where they have some.
+        prompt: what the assets are said to show, with {} for their name; None: what the group's prompt says.
+        **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
+    """
+
+    title = "NegToMe from the asset"
+    version = 1
+
+    def __init__(
+        self,
+        name: str,
+        retriever: Retriever,
+        noise: bool = True,
+        posterior: str = "mode",
+        images: int | None = None,
+        masks: bool = True,
+        prompt: str | None = None,
+        **config: Any,
+    ) -> None:
+        super().__init__(name, **config)
+        self.retriever = retriever
+        for setting, value in (("noise", noise), ("masks", masks)):
+            if not isinstance(value, bool):
+                raise ValueError(f"method.{setting} must be true or false, got {value!r}")
+        self.reference = {"noise": noise, "posterior": posterior}
+        if images is not None and images < 1:
+            raise ValueError(f"method.images must be at least 1, or null for all of an asset, got {images}")
+        self.images = images
+        self.masks = masks
+        self.prompt = prompt
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "reference": "assets",
+            **self.reference,
+            "images": self.images,
+            "masks": self.masks,
+            "reference_prompt": self.prompt,
+            "retriever": self.retriever.settings(),
+        }
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        found = self.retriever.find(pipe, group, call)[: self.images]
+        references = {asset.label: score for asset, score in found}
+        if not found:
+            yield Applied(dict(call), references=references)
+            return
+        reference = negtome.Reference(
+            [asset.image for asset, _ in found],
+            mask=[asset.mask for asset, _ in found] if self.masks else None,
+            prompt=None if self.prompt is None else self.prompt.format(found[0][0].name),
+            **self.reference,
+        )
+        with negtome.attach(pipe, self.config, given=reference) as attached:
+            yield Applied(dict(call), attached.summary, references)

@@ -1,0 +1,52 @@
+"""What tables and figures know of methods is what these say of themselves."""
+
+import pytest
+
+from experiments import PROJECT, catalogue
+from experiments.methods.method import Setting
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A folder of methods: `conf("mine", "name: mine")` adds one."""
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    monkeypatch.setattr(catalogue, "PROJECT", tmp_path)
+    catalogue.entries.cache_clear()
+
+    def add(name, *lines):
+        (tmp_path / "conf" / "method" / f"{name}.yaml").write_text("\n".join([f"name: {name}", *lines]))
+
+    yield add
+    catalogue.entries.cache_clear()
+
+
+def test_every_method_of_the_project_has_a_title_of_its_own():
+    titles = catalogue.titles()
+    assert set(titles) == {file.stem for file in (PROJECT / "conf" / "method").glob("*.yaml")}
+    assert len(set(titles.values())) == len(titles)
+    assert titles["negtome"] == "NegToMe" and titles["negtome_released"] == "NegToMe, released matching"
+    assert catalogue.places()["none"] == 0, "black"
+
+
+def test_a_file_says_what_differs_from_its_class_and_from_what_it_is_based_on(conf):
+    conf("first", "_target_: experiments.methods.negtome.NegToMe", "title: a title", "colour: sky")
+    conf("second", "defaults: [first, other@methods.other]")
+    assert catalogue.titles() == {"first": "a title", "second": "NegToMe"}
+    assert catalogue.places() == {"first": catalogue.PALETTE.index("sky")}
+    assert [setting.name for setting in catalogue.settings("second")][2:4] == ["alpha", "threshold"]
+    assert catalogue.settings() == catalogue.settings("first") and catalogue.settings("unknown") == ()
+
+
+def test_a_colour_that_there_is_not_is_named(conf):
+    conf("mine", "_target_: experiments.methods.method.Baseline", "colour: pink")
+    with pytest.raises(ValueError, match=r"expected one of black, .*mine\.yaml, got 'pink'"):
+        catalogue.titles()
+
+
+def test_a_setting_is_cells_and_a_text():
+    one, several, both = Setting("a_b"), Setting("sites"), Setting("span", ("low", "high"))
+    assert (one.heading, one.cells({"a_b": 2}), one.cells({})) == ("a b", {"a_b": 2}, {"a_b": None})
+    assert several.cells({"sites": ["x", "y"]}) == {"sites": "x+y"} and several.cells({"sites": []}) == {"sites": None}
+    assert both.cells({"span": [1, 2]}) == {"low": 1, "high": 2} and both.cells({}) == {"low": None, "high": None}
+    assert (one.text({"a_b": 0.5}), one.text({"a_b": "x"}), one.text({"a_b": float("nan")})) == ("0.5", "x", "")
+    assert both.text({"low": 700.0, "high": 1000.0}) == "1000 to 700"

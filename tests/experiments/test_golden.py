@@ -1,0 +1,174 @@
+"""What every method makes of one prompt on the mini models, beside what it made when its version was declared.
+
+    python tests/experiments/test_golden.py
+
+writes the pictures of versions that have none, into golden/<method>-<version>.png: images of mini-sdxl, then of
+mini-flux, reduced to 32 x 32. Raise a method's version when its pixels are meant to change, and remove the old picture.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from eval.clip import HFClip
+from experiments import PROJECT
+from experiments.methods.assets import Retriever
+from experiments.methods.combined import Combined
+from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.method import Baseline
+from experiments.methods.naive import Naive
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
+from experiments.prompts import Group
+
+GOLDEN = Path(__file__).with_name("golden")
+GROUP = Group("a-photo-of-a-panda", "a photo of a panda", "panda", 0, 2)
+CALLS = {
+    "mini-sdxl": {"height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 5.0},
+    "mini-flux": {
+        "height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 5.0, "max_sequence_length": 32,
+    },
+}  # fmt: skip
+STRENGTH = {"alpha": 0.9, "threshold": 0.6, "timestep_range": (400, 1000), "min_side": 8}
+SIDE = 32
+#: Mean difference of two pictures, of 255, that rounding may make: CPUs of several kinds round differently.
+TOLERANCE = 1.0
+
+
+def retriever():
+    encoder = HFClip(folder=PROJECT / "models" / "mini-clip", name="mini-clip", device="cpu")
+    return Retriever(PROJECT / "models" / "mini-protected" / "guidance", encoder, {"prompt": 0.0})
+
+
+def ip_adapter(folder, pipe):
+    """Lay an IP-Adapter of mini-sdxl's shape down, its numbers from one generator."""
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * 0.3
+
+    unet, cross = pipe.unet, pipe.unet.config.cross_attention_dim
+    tensors = {"proj.weight": random(4 * cross, 16), "proj.bias": random(4 * cross), "norm.weight": random(cross),
+               "norm.bias": random(cross)}  # fmt: skip
+    state = {f"image_proj.{name}": value for name, value in tensors.items()}
+    crossings = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(crossings):
+        inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        state |= {f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight": random(inner, cross) for part in "kv"}
+    (folder / "sdxl_models").mkdir()
+    save_file(state, folder / "sdxl_models" / "ip-adapter.safetensors")
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(hidden_size=64, intermediate_size=32, projection_dim=16, num_hidden_layers=1,
+                         num_attention_heads=2, image_size=32, patch_size=16)
+    )  # fmt: skip
+    for parameter in encoder.parameters():
+        parameter.data = random(*parameter.shape)
+    encoder.save_pretrained(folder / "models" / "image_encoder")
+    return {"pretrained_model_name_or_path_or_dict": str(folder), "subfolder": "sdxl_models",
+            "weight_name": "ip-adapter.safetensors", "image_encoder_folder": "models/image_encoder"}  # fmt: skip
+
+
+def negative_ip_adapter():
+    folder = Path(tempfile.mkdtemp())
+    return NegativeIPAdapter("m", retriever(), ip_adapter(folder, pipeline("mini-sdxl")))
+
+
+METHODS = {
+    "none": Baseline,
+    "negtome": lambda: NegToMe("m", **STRENGTH),
+    "negtome_released": lambda: NegToMe("m", **STRENGTH, matching="released", cross_attention=True),
+    "negtome_others": lambda: NegToMe("m", **STRENGTH, reference="others"),
+    "negtome_reference": lambda: NegToMeFromAssets("m", retriever(), **STRENGTH),
+    "negtome_reference_released": lambda: NegToMeFromAssets(
+        "m", retriever(), noise=False, posterior="sample", images=1, **STRENGTH, matching="released"
+    ),
+    "negative_prompt": lambda: NegativePrompt("m", retriever(), true_cfg_scale=2.0),
+    "negative_ip_adapter": negative_ip_adapter,
+    "negtome_and_negative_prompt": lambda: Combined(
+        "m",
+        {"one": NegativePrompt("m", retriever(), true_cfg_scale=2.0),
+         "two": NegToMeFromAssets("m", retriever(), **STRENGTH)},
+    ),
+    "random_match": lambda: RandomMatch("m", **STRENGTH),
+    "noise_control": lambda: NoiseControl("m", **STRENGTH),
+    "naive": lambda: Naive("m", **STRENGTH),
+}  # fmt: skip
+KEPT = {}
+
+
+def pipeline(model):
+    if model not in KEPT:
+        kind = StableDiffusionXLPipeline if model == "mini-sdxl" else FluxPipeline
+        KEPT[model] = kind.from_pretrained(PROJECT / "models" / model)
+        KEPT[model].set_progress_bar_config(disable=True)
+    return KEPT[model]
+
+
+def picture(method):
+    """Return what a method makes of the group, uint8 [SIDE, images * SIDE, 3]."""
+    images = []
+    for model in ["mini-sdxl"] if isinstance(method, NegativeIPAdapter) else CALLS:
+        pipe = pipeline(model)
+        generators = [torch.Generator().manual_seed(seed) for seed in GROUP.image_seeds()]
+        with method.apply(pipe, GROUP, CALLS[model]) as applied:
+            call = dict(applied.call)
+            if model == "mini-sdxl":
+                call.pop("true_cfg_scale", None)  # which only Flux knows
+            images += pipe(GROUP.prompt, num_images_per_prompt=GROUP.size, generator=generators, **call).images
+    return np.concatenate([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images], axis=1)
+
+
+def difference(one, other):
+    return np.abs(one.astype(float) - other.astype(float)).mean()
+
+
+def file_of(name, method):
+    return GOLDEN / f"{name}-{method.version}.png"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_version_makes_the_images_that_it_made_before(name):
+    method = METHODS[name]()
+    file = file_of(name, method)
+    assert file.exists(), f"expected {file.name} of the version that {name} declares: python {Path(__file__).name}"
+    found = difference(picture(method), np.asarray(Image.open(file).convert("RGB")))
+    assert found < TOLERANCE, f"{name} makes other images than in {file.name}: raise its version, and write that anew"
+
+
+def test_every_class_that_is_configured_has_a_picture_and_no_picture_is_of_an_earlier_version():
+    methods = {name: make() for name, make in METHODS.items()}
+    configured = "\n".join(path.read_text() for path in (PROJECT / "conf" / "method").glob("*.yaml"))
+    assert set(re.findall(r"^_target_: .*\.(\w+)$", configured, re.MULTILINE)) == {
+        type(method).__name__ for method in methods.values()
+    }
+    assert {path.name for path in GOLDEN.iterdir()} == {file_of(*pair).name for pair in methods.items()}
+
+
+def test_a_change_of_pixels_is_found():
+    """Methods differ by more than rounding may, as do strengths by a tenth; the naive transcription does not."""
+    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in GOLDEN.glob("*.png")}
+    for name, one in pictures.items():
+        for other, two in pictures.items():
+            if name < other and one.shape == two.shape and {name, other} != {"naive-1", "negtome-1"}:
+                assert difference(one, two) > 2 * TOLERANCE, (name, other)
+    stronger = NegToMe("m", **STRENGTH | {"alpha": 1.1 * STRENGTH["alpha"]})
+    assert difference(picture(stronger), pictures[f"negtome-{stronger.version}"]) > TOLERANCE
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name, make in METHODS.items():
+        if not (file := file_of(name, method := make())).exists():
+            Image.fromarray(picture(method)).save(file)
+            print(file)
+    sys.exit()
