@@ -170,7 +170,7 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
     core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
     assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
-    assert set(composed("experiment=tune").metric) == {"pairwise_distance", "clip_score"}
+    assert set(composed("experiment=sweep").metric) == {"pairwise_distance", "clip_score"}
 
 
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]

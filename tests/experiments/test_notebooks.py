@@ -45,7 +45,7 @@ def tables(folder):
             tested = set(frame.loc[frame["primary"].notna(), "metric"])
             kept = {*tested, *[metric for metric in frame["metric"].unique() if metric not in tested][:2]}
             frame = frame[frame["metric"].isin(kept)]
-            if file.stem not in ("diversity", "tune"):  # which the notebooks look into
+            if file.stem not in ("diversity", "sweep"):  # which the notebooks look into
                 frame = frame[frame["model"] == frame["model"].iloc[0]]
             frame.to_csv(folder / file.name, index=False)
 
