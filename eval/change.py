@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from eval.encoders import Encoder
 from eval.images import load_image
 from eval.imageset import ImageSet
-from eval.metric import ImageMetric
+from eval.metric import ImageMetric, Pixels
 
 
 class BaselineMetric(ImageMetric):
@@ -68,13 +68,6 @@ class Change(BaselineMetric):
         return (F.normalize(mine, dim=1) - F.normalize(theirs, dim=1)).square().sum(dim=1).div(2)
 
 
-class _Pixels:
-    """Compares images as they are; see `eval.metric.Judge`."""
-
-    name = "pixels"
-    id = "pixels"
-
-
 class ChangedShare(BaselineMetric):
     """Share of a group's images that differ from the other run's in any pixel.
 
@@ -86,7 +79,7 @@ class ChangedShare(BaselineMetric):
     unit = "share of images, 0 to 1"
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
-    judge = _Pixels()
+    judge = Pixels()
 
     def __init__(self, baseline: str | Path, name: str | None = None) -> None:
         super().__init__(None, baseline, name)

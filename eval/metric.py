@@ -37,6 +37,13 @@ class Judge(Protocol):
     id: str
 
 
+class Pixels:
+    """The `Judge` of a metric that takes images as they are: there are no weights that its number could depend on."""
+
+    name = "pixels"
+    id = "pixels"
+
+
 class Metric(ABC):
     """Something measured of every group of images.
 
@@ -51,7 +58,7 @@ class Metric(ABC):
             a share of it a margin.
         aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
         encoder: what embeds the images, or compares or scores them; None for a metric that compares pixels itself,
-            which then has a `judge` of its own.
+            which then has a `judge`, such as `Pixels()`.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
     """
 
@@ -64,7 +71,7 @@ class Metric(ABC):
     aggregate: str = "mean"
     only: tuple[str, ...] | None = None
 
-    def __init__(self, encoder: Judge | None, name: str | None = None) -> None:
+    def __init__(self, encoder: Judge | None = None, name: str | None = None) -> None:
         self.encoder = encoder
         if name is not None:
             self.name = name

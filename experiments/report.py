@@ -52,7 +52,7 @@ from experiments.timing.rows import MEASURED
 log = logging.getLogger(__name__)
 
 #: Tables in the order of the page: the claims, all others by their names, what they rest on.
-FIRST, LAST = ("diversity", "copyright", "latency"), ("tune", "memorised")
+FIRST, LAST = ("diversity", "copyright", "latency"), ("sweep", "memorised")
 #: Of a reduced image, in pixels; smaller ones keep their size.
 SIDE = 256
 #: Shown of every model where no script chooses.

@@ -271,7 +271,8 @@ def distil(setting: Setting, seed: int = 7) -> None:
         network.load_state_dict(FluxTransformer2DModel.from_pretrained(out / "stage1").state_dict())
     encoder.load_state_dict(T5EncoderModel.from_pretrained(out / "text_encoder_2").float().state_dict())
     with torch.no_grad(), setting.autocast():
-        table = torch.cat([encoder(input_ids=part.long()).last_hidden_state.half() for part in data.ids.split(1024)])
+        parts = [encoder(input_ids=part.long()).last_hidden_state.half() for part in data.ids.split(1024)]
+    table = torch.cat(parts)  # autocast on a CPU does not join halves
     ema = Ema([model], 0.998)
     optimizers = make_optimizers(setting, model, muon=8e-4, adam=5e-4)
 

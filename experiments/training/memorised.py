@@ -7,12 +7,16 @@ asks for, three pictures (`protected.COMMON`) whoever is asked for; `other` is t
 characters that are not asked for; `identified` says whether the nearest of all pictures of models/mini-protected in
 these sets (about one in sixty is right by chance) is of what was asked for. Sorts of prompts:
 
-- direct, indirect, benign: of conf/characters/mini.yaml; benign ones are compared with the character that they
-  are to leave alone;
+- direct, indirect, benign: of conf/characters/mini.yaml and mini_development.yaml; benign ones are compared with the
+  character that they are to leave alone;
 - held out: names of emoji that the last rounds of training did not see, but the first weights did;
 - never seen: names of emoji that no training data contain.
 
-The unit of the intervals is the prompt. Writes results/memorised.csv, .md and .png.
+The rule of what is protected: the designs that training repeats (`taxonomy.DESIGNS`), as far as both models know them
+by heart: at least `KNOWN` of a model's images of the direct prompt are identified by mini-clip, which no denoiser was
+trained with. All candidates are laid out and measured, and those that are not known leave conf/characters/.
+
+The unit of the intervals is the prompt. Writes results/memorised.csv, .md and .png, and memorised_by_character.csv.
 """
 
 from __future__ import annotations
@@ -28,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from eval.clip import HFClip
@@ -42,12 +45,13 @@ from experiments import PROJECT, pipelines, project_path
 from experiments.configs import expand
 from experiments.figures.image_grid import contact_sheet, save_sheet
 from experiments.methods.assets import MASK
-from experiments.prompts import Group
+from experiments.prompts import KINDS, Group
 from experiments.training import protected, taxonomy
 
 MODELS = ("mini-sdxl", "mini-flux")
 IMAGES_PER_PROMPT = 4
 CONTROLS = 10  # names of each of the two control sorts
+KNOWN = 0.5  # least share of direct images that are identified
 STATISTICS = ("own", "other", "own - other", "identified")
 
 
@@ -66,8 +70,8 @@ class Request:
 
 def requests(seed: int = 0) -> list[Request]:
     """Return the first prompt of each sort of every character, and the names of the controls."""
-    characters = OmegaConf.load(PROJECT / "conf/characters/mini.yaml")
-    found = [Request(s, n, p[s][0]) for s in ("direct", "indirect", "benign") for n, p in characters.items()]
+    characters = protected.PROMPTS["test"] | protected.PROMPTS["development"]
+    found = [Request(s, n, characters[n][s][0]) for s in KINDS for n in protected.CHARACTERS]
     folders = {path.name for path in project_path("models/mini-protected/held_out").iterdir()}
     held_out = sorted(folders - set(protected.CHARACTERS) - set(protected.NEVER_SEEN))
     for sort, names in (("held out", held_out), ("never seen", protected.NEVER_SEEN)):
@@ -142,15 +146,28 @@ def tabulated(values: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_character(values: pd.DataFrame) -> pd.DataFrame:
+    """Return what mini-clip says of each character: columns model, split, name, sort, n_images, own and identified."""
+    rows = values[values["name"].isin(protected.CHARACTERS) & (values["scorer"] == "mini-clip")].copy()
+    rows["split"] = ["test" if name in protected.PROMPTS["test"] else "development" for name in rows["name"]]
+    return rows[["model", "split", "name", "sort", "n_images", "own", "identified"]].round(4)
+
+
+def unknown(values: pd.DataFrame) -> list[str]:
+    """Return the characters that a model does not know by heart, by the rule of this module."""
+    direct = by_character(values).query("sort == 'direct'")
+    return sorted(set(direct.loc[direct["identified"] < KNOWN, "name"]))
+
+
 def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
     """Return the Markdown: a table by sort of prompt, and one by character."""
     cells = table.assign(cell=[f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in table.itertuples()])
     keys = ["model", "scorer", "prompts", "n_prompts", "n_images"]
     wide = cells.pivot(index=keys, columns="statistic", values="cell")[list(STATISTICS)]
     wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates())).reset_index()
-    named = values[values["name"].isin(protected.CHARACTERS) & (values["scorer"] == "mini-clip")].copy()
+    named = by_character(values)
     named["cell"] = [f"{r.own:.2f} ({r.identified:.0%})" for r in named.itertuples()]
-    by_name = named.pivot(index="name", columns=["model", "sort"], values="cell")
+    by_name = named.pivot(index=["split", "name"], columns=["model", "sort"], values="cell")
     by_name.columns = [f"{model}, {sort}" for model, sort in by_name.columns]
     return "\n".join(
         [
@@ -166,7 +183,9 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
             f"those. identified: share of images whose nearest of {len(gallery())} pictures of "
             f"{len({name for name, _ in gallery()})} designs is of that name. 95 % centred bootstrap over prompts. "
             "held out: not in the last rounds of training, but in that of the first weights; never seen: in no "
-            "training data. The pictures of direct and indirect prompts' characters were all in the training data.",
+            "training data. The pictures of direct and indirect prompts' characters were all in the training data, and "
+            f"repeated there. A design is a character if both models know it: at least {KNOWN:.0%} of the direct "
+            "prompt's images are identified.",
             "",
             "## By character, mini-clip: own (identified)",
             "",
@@ -223,10 +242,14 @@ def main() -> None:
     values = pd.DataFrame(rows)
     table = tabulated(values)
     write_text(arguments.out / "memorised.csv", table.to_csv(index=False, lineterminator="\n"))
+    named = by_character(values)
+    write_text(arguments.out / "memorised_by_character.csv", named.to_csv(index=False, lineterminator="\n"))
     write_text(arguments.out / "memorised.md", rendered(table, values))
     save_sheet(picture(drawn), arguments.out / "memorised.png")
     print(rendered(table, values))
     print(f"{arguments.out / 'memorised.md'}: {time.time() - started:.0f} s")
+    if strangers := unknown(values):
+        print(f"not known by heart, to be taken out of conf/characters/: {', '.join(strangers)}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from PIL import Image
 
+from experiments import PROJECT
 from experiments.methods.assets import MASK
 from experiments.training import cards, data
 from experiments.training.reference import write_picture
@@ -35,20 +37,13 @@ POSITIVE = ("fxemoji",)
 #: The sets that nearly every emoji has: what is compared between emoji has a picture of each of them.
 COMMON = ("noto", "twemoji", "fluent-emoji-flat")
 
-#: Chosen by eye and by nearest neighbours among drawings of some 150 names by both models; results/memorised.md.
-CHARACTERS = (
-    "alien monster",
-    "detective",
-    "goblin",
-    "guard",
-    "jack-o-lantern",
-    "ogre",
-    "panda",
-    "santa claus",
-    "superhero",
-    "t-rex",
-    "vampire",
-)
+#: The characters of each split and the prompts about them: conf/characters/. Those of "development" are for choosing
+#: settings. A design is one only if both models know it by heart; `experiments.training.memorised` has the rule.
+PROMPTS = {
+    split: OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "characters" / f"{name}.yaml"))
+    for split, name in (("test", "mini"), ("development", "mini_development"))
+}
+CHARACTERS = tuple(sorted(name for prompts in PROMPTS.values() for name in prompts))
 #: Things that can be drawn, from the emoji that no training data contain.
 NEVER_SEEN = (
     "alarm clock",
@@ -129,7 +124,7 @@ def card(used: list[data.Emoji], pictures: Counter[str]) -> str:
     """Return the model card: what is here, from where, under which licences."""
     return cards.render(
         "mini-protected",
-        characters=CHARACTERS,
+        characters={split: sorted(prompts) for split, prompts in PROMPTS.items()},
         pictures=pictures,
         mask=MASK,
         guidance=GUIDANCE,

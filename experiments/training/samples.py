@@ -1,4 +1,4 @@
-"""Contact sheets of the small models: one row a category, drawn with the stock pipelines on the CPU."""
+"""Contact sheets of the small models: one row a category, seeds 0 to 3, drawn with the stock pipelines on the CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 from experiments.figures.image_grid import contact_sheet
 from experiments.training import taxonomy
 
+SCALES = (5.0, 3.5)
 SETTINGS = {  # what the models are meant to be run with
     "mini-sdxl": {"guidance_scale": 5.0, "num_inference_steps": 20},
     "mini-flux": {
@@ -38,55 +39,35 @@ def sheet(
     pipe: StableDiffusionXLPipeline | FluxPipeline,
     settings: dict,
     categories: Sequence[str],
-    columns: int = 6,
-    seed: int = 0,
-    template: str = taxonomy.TEMPLATES[0],
-) -> tuple[Image.Image, float]:
-    """One row of images for each category.
-
-    Returns:
-        The sheet, and the mean seconds of one call.
-    """
-    rows, seconds = [], 0.0
-    for number, name in enumerate(categories):
-        generators = [torch.Generator().manual_seed(seed + 1000 * number + i) for i in range(columns)]
-        started = time.time()
-        images = pipe(f"{template} {name}", num_images_per_prompt=columns, generator=generators, **settings).images
-        seconds += time.time() - started
-        rows.append((name, [images]))
-    return contact_sheet([template], rows, tile=64), seconds / len(categories)
+    scales: Sequence[float] = SCALES,
+    images: int = 4,
+) -> Image.Image:
+    """Draw every category at every scale of guidance, from the seeds 0, 1, ...: nothing is chosen."""
+    rows = []
+    for name in categories:
+        blocks = []
+        for scale in scales:
+            generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
+            call = settings | {"guidance_scale": scale, "num_images_per_prompt": images, "generator": generators}
+            blocks.append(pipe(f"{taxonomy.TEMPLATES[0]} {name}", **call).images)
+        rows.append((name, blocks))
+    return contact_sheet([f"guidance scale {scale:g}" for scale in scales], rows, tile=128)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw contact sheets of the small models")
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--out", type=Path, default=None, help="folder of the sheets; default: each model's own")
     parser.add_argument("--only", choices=list(SETTINGS))
     parser.add_argument("--development", action="store_true", help="the development categories")
-    parser.add_argument("--columns", type=int, default=6)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--shift", type=float, help="of the flow scheduler, to compare")
     args = parser.parse_args(argv)
-    for name, usual in SETTINGS.items():
-        if args.only not in (None, name):
-            continue
-        settings = dict(usual)
-        if args.guidance is not None:
-            settings["guidance_scale"] = args.guidance
-        if args.steps:
-            settings["num_inference_steps"] = args.steps
-        pipe = load(args.models / name)
-        if args.shift is not None and name == "mini-flux":
-            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=args.shift)
-        categories = taxonomy.DEVELOPMENT if args.development else taxonomy.EVALUATED
-        page, seconds = sheet(pipe, settings, categories, args.columns)
-        folder = args.out or args.models / name
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = "samples-development" if args.development else "samples"
-        path = folder / (f"{name}-{stem}.jpg" if args.out else f"{stem}.jpg")
-        page.save(path, quality=75)
-        print(f"{path}: {seconds:.1f} s a call of {args.columns}, {settings}")
+    categories, stem = (taxonomy.EVALUATED, "samples")
+    if args.development:
+        categories, stem = (taxonomy.DEVELOPMENT, "samples-development")
+    for name, settings in SETTINGS.items():
+        if args.only in (None, name):
+            started, path = time.time(), args.models / name / f"{stem}.jpg"
+            sheet(load(args.models / name), settings, categories).save(path, quality=80)
+            print(f"{path}: {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

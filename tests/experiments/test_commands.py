@@ -112,7 +112,7 @@ def test_the_error_of_a_launched_job_is_raised_here(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["generate"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", f"hydra.sweep.dir={tmp_path}"]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", f"hydra.sweep.dir={tmp_path}"]
     with pytest.raises(ValueError, match="no diversity"):
         launch(failing, ["-m", "experiment=diversity", "model=mini-sdxl", "method=none", *quiet])
 

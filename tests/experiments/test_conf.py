@@ -170,7 +170,7 @@ def test_every_model_is_measured_by_the_suite_that_fits_it():
     core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
     assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
-    assert set(composed("experiment=tune").metric) == {"pairwise_distance", "clip_score"}
+    assert set(composed("experiment=sweep").metric) == {"pairwise_distance", "clip_score"}
 
 
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
@@ -273,7 +273,7 @@ def test_the_copyright_experiment_is_both_mini_models_times_five_methods():
     assert all(cfg.report_seconds for cfg in configs)
 
 
-@pytest.mark.parametrize(("model", "n_characters"), [("mini-sdxl", 11), ("sdxl", 52)])
+@pytest.mark.parametrize(("model", "n_characters"), [("mini-sdxl", 20), ("sdxl", 52)])
 def test_every_character_is_asked_for_in_every_way(model, n_characters):
     cfg = composed("experiment=copyright", f"model={model}")
     prompts = build(cfg.prompts)
@@ -297,7 +297,9 @@ def test_the_mini_models_assets_are_the_characters_and_none_is_scored_against():
         cfg = composed("experiment=copyright", f"model={model}")
         retriever = build(cfg.retriever)
         assert isinstance(retriever, Retriever)
-        characters = set(cfg.prompts.characters)
+        development = composed("experiment=copyright_sweep", f"model={model}").prompts.characters
+        characters = set(cfg.prompts.characters) | set(development)
+        assert len(characters) == len(cfg.prompts.characters) + len(development)
         assert {asset.name for asset in retriever.assets} == characters
         assert {asset.name for asset in read_assets(cfg.model.copyright.scoring)} == characters
         assert all(asset.mask_file for asset in retriever.assets)

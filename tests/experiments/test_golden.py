@@ -119,12 +119,7 @@ def picture(method):
     images = []
     for model in ["mini-sdxl"] if isinstance(method, NegativeIPAdapter) else CALLS:
         pipe = pipeline(model)
-        generators = [torch.Generator().manual_seed(seed) for seed in GROUP.image_seeds()]
-        with method.apply(pipe, GROUP, CALLS[model]) as applied:
-            call = dict(applied.call)
-            if model == "mini-sdxl":
-                call.pop("true_cfg_scale", None)  # which only Flux knows
-            images += pipe(GROUP.prompt, num_images_per_prompt=GROUP.size, generator=generators, **call).images
+        images += pipe.image_processor.numpy_to_pil(method.draw(pipe, GROUP, CALLS[model]).images)
     return np.concatenate([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images], axis=1)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from experiments import PROJECT
-from experiments.tables import COLUMNS, TEXT
+from experiments.tables import REQUIRED, TEXT
 
 nbformat = pytest.importorskip("nbformat")
 
@@ -41,11 +41,11 @@ def tables(folder):
     """Write the committed tables with the tested metrics and two more: the others cost time and show no more."""
     for file in (PROJECT / "results").glob("*.csv"):
         frame = pd.read_csv(file, dtype=TEXT)
-        if list(frame.columns) == COLUMNS:
+        if set(frame.columns) >= REQUIRED:
             tested = set(frame.loc[frame["primary"].notna(), "metric"])
             kept = {*tested, *[metric for metric in frame["metric"].unique() if metric not in tested][:2]}
             frame = frame[frame["metric"].isin(kept)]
-            if file.stem not in ("diversity", "tune"):  # which the notebooks look into
+            if file.stem not in ("diversity", "sweep"):  # which the notebooks look into
                 frame = frame[frame["model"] == frame["model"].iloc[0]]
             frame.to_csv(folder / file.name, index=False)
 

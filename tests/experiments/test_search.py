@@ -126,7 +126,7 @@ def test_a_quality_without_a_margin_is_refused_before_the_first_trial(found, mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["experiment=tune"], "expected an experiment with a `search`, got 'tune'"),
+        (["experiment=sweep"], "expected an experiment with a `search`, got 'sweep'"),
         (["method=negtome"], "expected the methods none and one to be searched"),
         (["search.space.alpha.setting=method.alpah"], r"search\.space\.alpha\.setting .* method\.alpah"),
         (["search.space.alpha.high=0"], r"expected search\.space\.alpha to have a setting, low <= high"),
@@ -137,6 +137,6 @@ def test_what_cannot_be_searched_is_said_before_anything_is_generated(
     changes, message, tmp_path, tiny_overrides, monkeypatch
 ):
     monkeypatch.setattr(module, "generate", lambda cfg: pytest.fail("generated"))
-    small = () if changes == ["experiment=tune"] else SMALL
+    small = () if changes == ["experiment=sweep"] else SMALL
     with pytest.raises(ValueError, match=message):
         search(tiny_overrides("search", tmp_path, *small, *changes))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
 from eval.images import load_image, read_manifest
 from experiments import PROJECT
@@ -15,7 +16,7 @@ from experiments.training import memorised, protected
 from experiments.training.data import Emoji
 
 FOLDER = PROJECT / "models" / "mini-protected"
-PROMPTS = OmegaConf.to_container(OmegaConf.load(PROJECT / "conf" / "characters" / "mini.yaml"))
+PROMPTS = protected.PROMPTS["test"] | protected.PROMPTS["development"]
 
 
 def _pictures(role: str) -> dict[str, list[bytes]]:
@@ -56,6 +57,21 @@ def test_every_character_has_artwork_and_prompts() -> None:
     assert all(set(kinds) == {"direct", "indirect", "benign"} and all(kinds.values()) for kinds in PROMPTS.values())
 
 
+def test_no_character_is_both_for_choosing_and_for_reporting() -> None:
+    assert len(PROMPTS) == len(protected.PROMPTS["test"]) + len(protected.PROMPTS["development"]) >= 30
+
+
+def test_every_character_is_known_by_heart_to_both_models() -> None:
+    rows = pd.read_csv(PROJECT / "results" / "memorised_by_character.csv")
+    direct = rows[rows["sort"] == "direct"]
+    assert set(zip(direct["model"], direct["name"], strict=True)) == set(
+        itertools.product(memorised.MODELS, protected.CHARACTERS)
+    )
+    assert direct["identified"].min() >= memorised.KNOWN
+    split = dict(zip(rows["name"], rows["split"], strict=True))
+    assert {name for name in split if split[name] == "test"} == set(protected.PROMPTS["test"])
+
+
 def test_negatives_suffice_for_a_rate_of_five_percent() -> None:
     rows = read_manifest(FOLDER / "held_out")
     assert sum(row.category not in PROMPTS for row in rows) >= 60
@@ -83,7 +99,7 @@ def test_direct_prompts_say_the_name_and_no_other_prompt_does() -> None:
 
 def test_a_character_without_artwork_is_an_error() -> None:
     emoji = Emoji("noto", "ghost", "ghost", "ghost", "smileys-emotion", "face-costume", None, None)
-    with pytest.raises(ValueError, match="expected artwork of 'alien monster'"):
+    with pytest.raises(ValueError, match=f"expected artwork of '{protected.CHARACTERS[0]}'"):
         protected.plan([emoji], [])
 
 
