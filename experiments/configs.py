@@ -47,20 +47,17 @@ def expand(overrides: list[str]) -> list[DictConfig]:
 
 def with_baselines(configs: list[DictConfig]) -> list[DictConfig]:
     """Put the run without a method that is otherwise as configured before those that are compared with it, once."""
-    there = {_but_for_method(cfg) for cfg in configs if cfg.method == _none()}
+    none = OmegaConf.load(PROJECT / "conf" / "method" / "none.yaml")
+    there = {_but_for_method(cfg) for cfg in configs if cfg.method == none}
     found = []
     for cfg in configs:
-        if cfg.method != _none() and (asked := _but_for_method(cfg)) not in there:
+        if cfg.method != none and (asked := _but_for_method(cfg)) not in there:
             there.add(asked)
             baseline = copy.deepcopy(cfg)
-            baseline.method = _none()
+            baseline.method = none
             found.append(baseline)
         found.append(cfg)
     return found
-
-
-def _none() -> DictConfig:
-    return OmegaConf.load(PROJECT / "conf" / "method" / "none.yaml")
 
 
 def _but_for_method(cfg: DictConfig) -> str:

@@ -36,8 +36,9 @@ from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_
 from experiments import catalogue, project_path
 from experiments.configs import expand, flag, with_baselines
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
+from experiments.methods.method import Baseline
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
-from experiments.runs import Run, request
+from experiments.runs import Run, canonical, request
 from experiments.tables import (
     COLUMNS,
     KEY,
@@ -101,8 +102,8 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
 
 
 def _apart_from_method(cfg: DictConfig) -> str:
-    """Return all that is asked for but the method."""
-    return repr({key: value for key, value in request(cfg).items() if key != "method"})
+    """Return all that is asked for but the method, which need not be built for it."""
+    return canonical(request(cfg, Baseline()))
 
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:
