@@ -259,12 +259,8 @@ def primary_pair(frame: pd.DataFrame) -> tuple[str, str]:
 
 def with_window(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with a column `window`, in words, for the bounds t_high and t_low, which are one setting."""
-    return frame.assign(window=[printed_window(row, UNSET) for _, row in frame.iterrows()])
-
-
-def printed_window(row: pd.Series, without: str = "") -> str:
-    """Return the window of a run in words, from noise down, or `without` where it has none."""
-    return without if pd.isna(row["t_low"]) else f"{row['t_high']:g} to {row['t_low']:g}"
+    window = next(setting for setting in catalogue.settings() if setting.columns == ("t_low", "t_high"))
+    return frame.assign(window=[window.text(row) or UNSET for _, row in frame.iterrows()])
 
 
 def spelled(value: Any, without: str = "") -> str:

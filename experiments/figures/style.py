@@ -90,7 +90,7 @@ def title(label: str, method: str, brief: bool = False) -> str:
     """Return what a figure calls a run.
 
     Args:
-        label: of the run, from `tables.run_labels`.
+        label: of the run, from `pages.run_labels`.
         method: of the run.
         brief: leave out the method where settings follow, as where all runs are of one.
     """

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import COLOURS, FAINT, MARKERS, STYLE
+from experiments.figures.style import FAINT, STYLE, numbered
 from experiments.timing.cases import PLAIN
 from experiments.timing.floor import BOUND
 
@@ -94,8 +94,8 @@ def _draw(axis: Axes, kind: str, rows: pd.DataFrame, titles: Mapping[str, str]) 
             values = 100 * (points[shown] - 1)
             low, high = (points[f"{shown}_{end}"].fillna(points[shown]) for end in ("low", "high"))
             errors = [(100 * (points[shown] - low)).clip(0), (100 * (high - points[shown])).clip(0)]
-        look = {"color": COLOURS[number + 1], "marker": MARKERS[number + 1]}  # black is for the run without
-        look = {"color": FAINT, "linestyle": "--"} if name == BOUND else look
+        # Black is for the run without.
+        look = {"color": FAINT, "linestyle": "--"} if name == BOUND else numbered(number + 1)
         if values.notna().any():
             drawn[titles.get(name, name)] = axis.errorbar(points[x], values, yerr=errors, **look)
     if kind == "batch":
