@@ -44,6 +44,27 @@ def make_run(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def make_open_clip(tmp_path_factory):
+    """Make an architecture of a name and embedding size known to open_clip by a JSON file; returns a random model."""
+
+    def make(name, embed_dim):
+        import open_clip
+
+        file = tmp_path_factory.mktemp("open-clip") / f"{name}.json"
+        config = {
+            "embed_dim": embed_dim,
+            "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        }
+        file.write_text(json.dumps(config))
+        open_clip.add_model_config(file)
+        torch.manual_seed(0)
+        return open_clip.create_model(name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A CLIP folder as transformers writes it: random weights, a byte-level tokenizer made here."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer

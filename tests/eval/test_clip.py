@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -21,21 +20,11 @@ def noise(n, size=(16, 16), seed=0):
 
 
 @pytest.fixture(scope="module")
-def tiny_open_clip(tmp_path_factory):
-    """An architecture of open_clip from a JSON file, and random weights for it; -> (architecture, weights file)."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("open-clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (folder / "tiny-for-tests.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "tiny-for-tests.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-for-tests").state_dict(), folder / "weights.pt")
-    return "tiny-for-tests", folder / "weights.pt"
+def tiny_open_clip(make_open_clip, tmp_path_factory):
+    """An architecture of open_clip, and random weights for it; -> (architecture, weights file)."""
+    file = tmp_path_factory.mktemp("open-clip-weights") / "weights.pt"
+    torch.save(make_open_clip("tiny-for-tests", 16).state_dict(), file)
+    return "tiny-for-tests", file
 
 
 @pytest.fixture(scope="module", params=["pixels", "hf", "open_clip"])

@@ -52,20 +52,9 @@ def assert_means_of_groups(document, scores):
 
 
 @pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
+def tiny_clip(make_open_clip):
     """An architecture of open_clip, small but for the 768 dimensions of its embedding; -> its name, the model."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("open-clip")
-    config = {
-        "embed_dim": 768,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (folder / "tiny-for-preference.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "tiny-for-preference.json")
-    torch.manual_seed(0)
-    return "tiny-for-preference", open_clip.create_model("tiny-for-preference").eval()
+    return "tiny-for-preference", make_open_clip("tiny-for-preference", 768).eval()
 
 
 # --- LAION's aesthetic predictor -------------------------------------------------------------------------------------
