@@ -225,8 +225,6 @@ class Inception(ImageNetwork):
       FID, torch-fidelity's; most published numbers.
     - `clean`: squashed to 299 x 299, bicubic, antialiased, in floating point: clean-fid's.
 
-    (`eval.released.Stretched` squashes images before any of them, as the paper's scripts did.)
-
     Args:
         weights: the weights file; among torch.hub's checkpoints if not given, where torch-fidelity, torchmetrics
             and pytorch-fid keep it under one of two names.
