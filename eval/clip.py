@@ -235,6 +235,28 @@ class OpenClip(Clip):
         return sum(length > model.context_length for length in lengths)
 
 
+class HpsClip(OpenClip):
+    """The CLIP model of Human Preference Score v2.1 (Wu et al. 2023): a ViT-H/14 fine-tuned on people's choices.
+
+    The score is the CLIPScore by it. Wide and high images are padded and not cropped, as the authors' package does.
+    Computed in float32 (theirs: mixed precision).
+
+    Args:
+        file: the checkpoint; the Hugging Face cache's if not given.
+    """
+
+    ROW = "hps"
+    ARCHITECTURE = "ViT-H-14"
+
+    def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
+        super().__init__(self.ARCHITECTURE, name="HPS v2.1 (CLIP ViT-H/14)", device=device)
+        self.slug = "hps-v2.1"
+        self._places = None if file is None else [Path(file)]
+
+    def _published(self) -> tuple[dict[str, Any], str, list[str]]:
+        return {"resize_mode": "longest"}, FACTS[self.ROW]["repository"], FACTS[self.ROW]["files"]
+
+
 def _tensor(features: Any) -> torch.Tensor:
     # transformers 5 returns an output object where transformers 4 returns the tensor
     return features if isinstance(features, torch.Tensor) else features.pooler_output

@@ -92,7 +92,7 @@ class PixelEncoder(Encoder):
 
 
 # What loaders raise for a file that is cut off, damaged or of another network.
-UNREADABLE = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
+UNREADABLE = (RuntimeError, KeyError, TypeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 class Network(ABC):

@@ -1,10 +1,7 @@
-"""Aesthetic, HPS and VQA scores: their real loading code on random weights, laid down in the real format and place."""
+"""Aesthetic and HPS scores: their real loading code on random weights, laid down in the real format and place."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 import time
 
 import numpy as np
@@ -12,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.alignment import ClipScore
+from eval.clip import HpsClip
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
 from eval.measure import is_current, measure
-from eval.preference import AestheticPredictor, AestheticScore, HpsClip, HpsScore, InstructBlip, VqaScore
+from eval.preference import AestheticPredictor, AestheticScore
 from eval.weights import FACTS
 
 PROMPTS = {"bird": "a photo of a bird", "fish": "a {red} fish"}
@@ -87,31 +86,29 @@ def test_aesthetic_is_the_published_network_on_the_embedding_of_length_1(aesthet
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
     with torch.no_grad():
         expected = head["layers"](embeddings)[:, 0]
-    torch.testing.assert_close(metric.judge.head.score(embeddings), expected)
+    torch.testing.assert_close(metric.judge.score(embeddings), expected)
     document = measure(metric, run)
     assert_means_of_groups(document, expected)
     assert document["encoder"]["name"] == "LAION aesthetic predictor v2 (CLIP ViT-L/14)"
     assert is_current(document, metric, run)
 
 
-def test_aesthetic_weights_are_both_files(aesthetic, head, tmp_path):
+def test_aesthetic_is_identified_by_both_files(aesthetic, head, tmp_path):
     predictor = AestheticPredictor(weights_dir=tmp_path)
-    facts = predictor.weights()
-    assert [file.suffix for file in facts.files] == [".pth", ".pt"] and facts.present
     torch.save({name: tensor + 0.01 for name, tensor in head.state_dict().items()}, tmp_path / "other.pth")
     other = AestheticPredictor(tmp_path / "other.pth", tmp_path)
     assert other.id != predictor.id and predictor.clip.id in predictor.id
-    aesthetic.unlink()
-    facts = predictor.weights()
-    assert not facts.present and facts.looked_in == (aesthetic,), "what is there is not asked for"
+    next(tmp_path.glob("*-openai.pt")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"openai\.safetensors"):
+        AestheticPredictor(weights_dir=tmp_path).prepare()
 
 
 def test_aesthetic_refuses_other_files(aesthetic, head, tmp_path):
     for content, problem in (
-        ({"layers.0.weight": torch.zeros(1024, 768)}, r"layers\.0\.bias"),
-        ({name: tensor[..., :-1] for name, tensor in head.state_dict().items()}, "tensors of other shapes"),
+        ({"layers.0.weight": torch.zeros(1024, 768)}, "cannot be loaded"),
+        ({name: tensor[..., :-1] for name, tensor in head.state_dict().items()}, "cannot be loaded"),
         (head, "not a file of tensors alone"),
-        ([1], "expected the weights"),
+        ([1], "cannot be loaded"),
     ):
         torch.save(content, aesthetic)
         with pytest.raises(ValueError, match=rf"{problem}.*put the file of https://github\.com"):
@@ -148,7 +145,7 @@ def test_hps_is_100_cosines_of_padded_images(hps_file, tiny_clip, run):
         x = halved.encode_image(torch.tensor(np.stack(pixels), dtype=torch.float32).permute(0, 3, 1, 2))
         y = halved.encode_text(open_clip.get_tokenizer(name)(texts))
     cosines = torch.nn.functional.cosine_similarity(x.double(), y.double())
-    metric = HpsScore(hps_file)
+    metric = ClipScore(HpsClip(hps_file), "hps_v2_1")
     document = measure(metric, run)
     assert (cosines > 0).any()
     assert_means_of_groups(document, 100 * cosines.clamp(min=0))
@@ -161,157 +158,6 @@ def test_hps_names_its_file(hps_file, tmp_path):
     facts = encoder.weights()
     assert facts.files == (hps_file,) and encoder.id == f"hps-v2.1-{facts.fingerprint}"
     assert "padded" in facts.resize and facts.licence == "Apache-2.0"
-
-
-# --- VQAScore --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def blip_folder(tmp_path_factory):
-    """An InstructBLIP-FlanT5 as transformers saves it, tiny: model, processor, the tokenizers of T5 and of BERT."""
-    from transformers import (
-        BertTokenizer,
-        BlipImageProcessor,
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-        InstructBlipProcessor,
-        T5Config,
-        T5TokenizerFast,
-    )
-
-    folder = tmp_path_factory.mktemp("tiny-instructblip")
-    characters = [chr(code) for code in range(33, 127)]
-    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁yes", "▁no", *characters]
-    t5 = T5TokenizerFast(vocab=[(piece, -float(len(piece) < 3)) for piece in pieces], extra_ids=0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
-    bert = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
-    size = {"height": 28, "width": 28}
-    processor = InstructBlipProcessor(BlipImageProcessor(size=size), t5, bert, num_query_tokens=4)
-    token = t5.convert_tokens_to_ids("<image>")
-    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = InstructBlipConfig(
-        vision_config={**tower, "image_size": 28, "patch_size": 14},
-        qformer_config={
-            **tower,
-            "vocab_size": len(words),
-            "encoder_hidden_size": 32,
-            "pad_token_id": 0,
-            "max_position_embeddings": 256,
-        },
-        text_config=T5Config(
-            vocab_size=token + 3, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
-        ).to_dict(),
-        num_query_tokens=4,
-        image_token_index=token,
-    )
-    torch.manual_seed(0)
-    model = InstructBlipForConditionalGeneration(config)
-    for parameter in model.parameters():  # transformers' own are so small that neither image nor text would matter
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    # The published repositories were saved by older versions: the image processor in a file of its own.
-    processor.image_processor.save_pretrained(folder)
-    (folder / "processor_config.json").write_text('{"processor_class": "InstructBlipProcessor"}')
-    return folder
-
-
-def by_hand(folder, images, questions):
-    """P("yes") as the authors' code is built: the image's tokens before the embedded question, into T5."""
-    from transformers import AutoTokenizer, InstructBlipForConditionalGeneration
-
-    model = InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
-    t5, bert = (AutoTokenizer.from_pretrained(folder / name) for name in (".", "qformer_tokenizer"))
-    scores = []
-    for image, question in zip(images, questions, strict=True):
-        with torch.no_grad():
-            small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((28, 28), Image.Resampling.BICUBIC)
-            pixels = (torch.tensor(np.asarray(small)) / 255 - torch.tensor(OPENAI_MEAN)) / torch.tensor(OPENAI_STD)
-            seen = model.vision_model(pixels.permute(2, 0, 1)[None]).last_hidden_state
-            words = bert(question, return_tensors="pt")["input_ids"]
-            queried = model.qformer(
-                input_ids=words,
-                attention_mask=torch.ones(1, 4 + words.shape[1]),
-                query_embeds=model.query_tokens,
-                encoder_hidden_states=seen,
-            ).last_hidden_state[:, :4]
-            asked = t5(question, return_tensors="pt")["input_ids"]
-            inputs = torch.cat([model.language_projection(queried), model.language_model.shared(asked)], dim=1)
-            answer = torch.tensor([[t5.convert_tokens_to_ids("▁yes")]])
-            scores.append(math.exp(-model.language_model(inputs_embeds=inputs, labels=answer).loss.item()))
-    return scores
-
-
-def test_vqa_score_is_the_probability_of_yes(blip_folder, run):
-    images, texts = loaded(run)
-    questions = [f'Question: Does this figure show "{text}"? Please answer yes or no.' for text in texts]
-    expected = by_hand(blip_folder, images, questions)
-    metric = VqaScore(blip_folder)
-    found = metric.judge.probability(images, questions, "yes")
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
-    assert min(abs(found[0] - found[1]), abs(found[3] - found[4])) > 1e-4 * found[0], "the image must matter"
-    asked_otherwise = metric.judge.probability(images[:1], questions[3:4], "yes")
-    assert abs(asked_otherwise[0] - found[0]) > 1e-4 * found[0], "the text must matter"
-    document = measure(metric, run, batch_size=4)
-    assert_means_of_groups(document, expected)
-    assert document["settings"] == {"question": metric.question, "answer": "yes"}
-    assert is_current(document, metric, run) and not is_current(document, VqaScore(blip_folder, answer="no"), run)
-
-
-def test_an_answer_of_several_tokens_is_their_product(blip_folder, run):
-    images, texts = loaded(run)
-    judge = InstructBlip(blip_folder)
-    whole = judge.probability(images, texts, "yes no")
-    assert ((whole > 0) & (whole < judge.probability(images, texts, "yes"))).all()
-
-
-def test_vqa_weights_may_come_in_parts(blip_folder, run, tmp_path):
-    from transformers import InstructBlipForConditionalGeneration
-
-    parted = tmp_path / "parted"
-    shutil.copytree(blip_folder, parted)
-    (parted / "model.safetensors").unlink()
-    InstructBlipForConditionalGeneration.from_pretrained(blip_folder).save_pretrained(parted, max_shard_size="100KB")
-    assert (parted / InstructBlip.INDEX).is_file()
-    whole, judge = InstructBlip(blip_folder), InstructBlip(parted)
-    images, texts = loaded(run)
-    torch.testing.assert_close(judge.probability(images, texts, "yes"), whole.probability(images, texts, "yes"))
-    assert whole.id.startswith(f"{blip_folder.name}-") and judge.id.startswith("parted-")
-    max(parted.glob("model-*.safetensors")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"got none at .*parted"):
-        InstructBlip(parted).prepare()
-
-
-def test_vqa_refuses_what_would_score_something_else(blip_folder, run, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    def broken(name, change):
-        folder = tmp_path / name
-        shutil.copytree(blip_folder, folder)
-        change(folder)
-        return InstructBlip(folder)
-
-    def another_token(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "image_token_index": 7}))
-
-    def without_a_weight(folder):
-        state = load_file(folder / "model.safetensors")
-        state.pop("language_projection.weight")
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-    for judge, problem in (
-        (broken("token", another_token), "another token for the image"),
-        (broken("weight", without_a_weight), r"missing weights \['language_projection\.weight'\]"),
-        (broken("garbage", lambda folder: (folder / "model.safetensors").write_bytes(b"<html>")), "cannot be loaded"),
-    ):
-        with pytest.raises(ValueError, match=problem):
-            judge.prepare()
-    with pytest.raises(ValueError, match=r"at most 256 tokens.*shorten the prompt"):
-        InstructBlip(blip_folder).probability(loaded(run)[0][:1], ["a " * 300], "yes")
-    with pytest.raises(ValueError, match=r"one \{\} for the prompt"):
-        VqaScore(blip_folder, question="Is it good?")
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -328,16 +174,15 @@ def empty_caches(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("metric", "wanted"),
+    ("make", "wanted"),
     [
         (AestheticScore, r"sac\+logos\+ava1-l14-linearMSE\.pth"),
-        (HpsScore, r"HPS_v2\.1_compressed\.pt"),
-        (VqaScore, r"config\.json, .* and model\.safetensors"),
+        (lambda *file: ClipScore(HpsClip(*file)), r"HPS_v2\.1_compressed\.pt"),
     ],
 )
 @pytest.mark.parametrize("given", [True, False])
-def test_missing_weights_fail_at_once_and_say_what_to_do(metric, wanted, given, empty_caches, run, tmp_path):
-    metric = metric(tmp_path / "mine", name="mine") if given else metric()
+def test_missing_weights_fail_at_once_and_say_what_to_do(make, wanted, given, empty_caches, run, tmp_path):
+    metric = make(tmp_path / "mine") if given else make()
     facts = metric.judge.weights()
     assert not facts.present and facts.encoder == metric.judge.name
     assert facts.resize and facts.input_range and facts.licence
