@@ -1,4 +1,4 @@
-"""Aesthetic and HPS scores: their real loading code on random weights, laid down in the real format and place."""
+"""The Human Preference Score: its real loading code on random weights, laid down in the real format and place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from eval.alignment import ClipScore
 from eval.clip import HpsClip
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
 from eval.measure import is_current, measure
-from eval.preference import AestheticPredictor, AestheticScore
 from eval.weights import FACTS
 
 PROMPTS = {"bird": "a photo of a bird", "fish": "a {red} fish"}
@@ -52,70 +51,8 @@ def assert_means_of_groups(document, scores):
 
 @pytest.fixture(scope="module")
 def tiny_clip(make_open_clip):
-    """An architecture of open_clip, small but for the 768 dimensions of its embedding; -> its name, the model."""
-    return "tiny-for-preference", make_open_clip("tiny-for-preference", 768).eval()
-
-
-# --- LAION's aesthetic predictor -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def head():
-    """The published file's network, as its training script has it."""
-    torch.manual_seed(1)
-    linear, dropout = torch.nn.Linear, torch.nn.Dropout
-    layers = [linear(768, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)]
-    return torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, linear(64, 16), linear(16, 1))}).eval()
-
-
-@pytest.fixture
-def aesthetic(tiny_clip, head, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(AestheticPredictor, "ARCHITECTURE", tiny_clip[0])
-    file = tmp_path / "torch" / "hub" / "checkpoints" / FACTS["aesthetic"]["files"][0]
-    file.parent.mkdir(parents=True)
-    torch.save(head.state_dict(), file)
-    torch.save(tiny_clip[1].state_dict(), tmp_path / f"{tiny_clip[0]}-openai.pt")
-    return file
-
-
-def test_aesthetic_is_the_published_network_on_the_embedding_of_length_1(aesthetic, head, run, tmp_path):
-    metric = AestheticScore(weights_dir=tmp_path)
-    assert list(head.state_dict()) == [f"layers.{n}.{part}" for n in (0, 2, 4, 6, 7) for part in ("weight", "bias")]
-    embeddings = metric.judge.clip.embed_images(loaded(run)[0])
-    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
-    with torch.no_grad():
-        expected = head["layers"](embeddings)[:, 0]
-    torch.testing.assert_close(metric.judge.score(embeddings), expected)
-    document = measure(metric, run)
-    assert_means_of_groups(document, expected)
-    assert document["encoder"]["name"] == "LAION aesthetic predictor v2 (CLIP ViT-L/14)"
-    assert is_current(document, metric, run)
-
-
-def test_aesthetic_is_identified_by_both_files(aesthetic, head, tmp_path):
-    predictor = AestheticPredictor(weights_dir=tmp_path)
-    torch.save({name: tensor + 0.01 for name, tensor in head.state_dict().items()}, tmp_path / "other.pth")
-    other = AestheticPredictor(tmp_path / "other.pth", tmp_path)
-    assert other.id != predictor.id and predictor.clip.id in predictor.id
-    next(tmp_path.glob("*-openai.pt")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"openai\.safetensors"):
-        AestheticPredictor(weights_dir=tmp_path).prepare()
-
-
-def test_aesthetic_refuses_other_files(aesthetic, head, tmp_path):
-    for content, problem in (
-        ({"layers.0.weight": torch.zeros(1024, 768)}, "cannot be loaded"),
-        ({name: tensor[..., :-1] for name, tensor in head.state_dict().items()}, "cannot be loaded"),
-        (head, "not a file of tensors alone"),
-        ([1], "cannot be loaded"),
-    ):
-        torch.save(content, aesthetic)
-        with pytest.raises(ValueError, match=rf"{problem}.*put the file of https://github\.com"):
-            AestheticPredictor(weights_dir=tmp_path).prepare()
-
-
-# --- Human Preference Score ------------------------------------------------------------------------------------------
+    """A small architecture of open_clip; -> its name, the model."""
+    return "tiny-for-preference", make_open_clip("tiny-for-preference", 32).eval()
 
 
 @pytest.fixture
@@ -160,9 +97,6 @@ def test_hps_names_its_file(hps_file, tmp_path):
     assert "padded" in facts.resize and facts.licence == "Apache-2.0"
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def empty_caches(tmp_path, monkeypatch):
     from huggingface_hub import constants, file_download
@@ -173,22 +107,14 @@ def empty_caches(tmp_path, monkeypatch):
             monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-@pytest.mark.parametrize(
-    ("make", "wanted"),
-    [
-        (AestheticScore, r"sac\+logos\+ava1-l14-linearMSE\.pth"),
-        (lambda *file: ClipScore(HpsClip(*file)), r"HPS_v2\.1_compressed\.pt"),
-    ],
-)
 @pytest.mark.parametrize("given", [True, False])
-def test_missing_weights_fail_at_once_and_say_what_to_do(make, wanted, given, empty_caches, run, tmp_path):
-    metric = make(tmp_path / "mine") if given else make()
+def test_missing_weights_fail_at_once_and_say_what_to_do(given, empty_caches, run, tmp_path):
+    metric = ClipScore(HpsClip(tmp_path / "mine" if given else None))
     facts = metric.judge.weights()
     assert not facts.present and facts.encoder == metric.judge.name
-    assert facts.resize and facts.input_range and facts.licence
     for ask in (metric.prepare, lambda: metric.judge.id, lambda: measure(metric, run)):
         begin = time.monotonic()
-        with pytest.raises(FileNotFoundError, match=wanted) as error:
+        with pytest.raises(FileNotFoundError, match=r"HPS_v2\.1_compressed\.pt") as error:
             ask()
         assert time.monotonic() - begin < 5
         assert str(tmp_path / "mine" if given else tmp_path) in str(error.value)
