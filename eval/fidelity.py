@@ -197,48 +197,23 @@ def kernel_mean_within(kernel: Kernel, x: torch.Tensor, design: Design | None = 
     return (shares @ (sums / pairs) @ shares).item()
 
 
-def _squared_mmd(kernel: Kernel, features: torch.Tensor, reference: torch.Tensor, unbiased: bool) -> float:
+def squared_mmd(kernel: Kernel, features: torch.Tensor, reference: torch.Tensor, unbiased: bool = True) -> float:
+    """Return the squared maximum mean discrepancy of two sets of independent images, as `KernelDistance` and `Cmmd`.
+
+    Args:
+        kernel: of [N, D] and [M, D] to [N, M].
+        features: [N, D], N >= 2.
+        reference: [M, D], M >= 2; M and N may differ.
+        unbiased: leave out the pairs of an image with itself.
+
+    Returns:
+        Lower is better; 0 in expectation for equal distributions, hence sometimes negative; >= 0 if biased.
+    """
     features, reference = checked_pair(features, reference)
     require_images(features, 2, "images", PAIRS)
     require_images(reference, 2, "reference images", PAIRS)
     within = [kernel_mean_within(kernel, x) if unbiased else kernel_mean(kernel, x, x) for x in (features, reference)]
     return sum(within) - 2 * kernel_mean(kernel, features, reference)
-
-
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the squared MMD under the kernel (x.y / D + 1)^3, unbiased; KID where Inception's features.
-
-    Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of
-    1,000, which has the same expectation and more variance. Many papers print it times 1000; this is times 1.
-
-    Args:
-        features: [N, D], N >= 2, of independent images; see `kernel_mean_within` of others.
-        reference: [M, D], M >= 2; M and N may differ.
-
-    Returns:
-        Lower is better; 0 in expectation for equal distributions, hence sometimes negative.
-    """
-    return _squared_mmd(cubic_kernel, features, reference, unbiased=True)
-
-
-def cmmd(features: torch.Tensor, reference: torch.Tensor, unbiased: bool = False) -> float:
-    """Return 1000 times the squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10.
-
-    Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
-    embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
-    calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
-    compared with theirs, for square images: they squash others to 336 x 336, where `eval.clip.OpenClip` crops.
-    It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
-
-    Args:
-        features: [N, D], N >= 2; brought to length 1 here.
-        reference: [M, D], M >= 2; likewise.
-        unbiased: leave out the diagonals.
-
-    Returns:
-        Lower is better; >= 0 if biased.
-    """
-    return CMMD_SCALE * _squared_mmd(gaussian_kernel, features, reference, unbiased)
 
 
 def reference_rows(folder: str | Path) -> list[ManifestRow]:
@@ -344,7 +319,10 @@ class FrechetDistance(FidelityMetric):
 
 
 class KernelDistance(FidelityMetric):
-    """Kernel distance; "KID" if the encoder is Inception.
+    """Squared MMD under the kernel (x.y / D + 1)^3; "KID" if the encoder is Inception.
+
+    Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of 1,000,
+    which has the same expectation and more variance. Many papers print it times 1000; this is times 1.
 
     Unbiased at every n, given which images were made together: see `kernel_mean_within`, and `Design` of where not.
     """
@@ -376,7 +354,13 @@ class KernelDistance(FidelityMetric):
 
 
 class Cmmd(KernelDistance):
-    """Maximum mean discrepancy of CLIP embeddings; see `cmmd`.
+    """1000 times the squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10.
+
+    Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
+    embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
+    calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
+    compared with theirs, for square images: they squash others to 336 x 336, where `eval.clip.OpenClip` crops.
+    It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
 
     Args:
         encoder: a CLIP model.

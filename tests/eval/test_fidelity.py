@@ -19,21 +19,28 @@ from eval.fidelity import (
     FrechetDistance,
     Gaussian,
     KernelDistance,
-    cmmd,
     cubic_kernel,
     frechet_distance,
     frechet_distance_of_gaussians,
     gaussian_kernel,
-    kernel_distance,
     kernel_mean,
     kernel_mean_within,
     reference_rows,
+    squared_mmd,
 )
 from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
 from eval.imageset import ImageSet
 from eval.inception_score import InceptionScore, inception_score
 from eval.measure import is_current, measure
 from eval.neighbours import Coverage, Density, Manifold, Precision, Recall, coverage, density, precision, recall
+
+
+def kernel_distance(features, reference):
+    return squared_mmd(cubic_kernel, features, reference)
+
+
+def cmmd(features, reference, unbiased=False):
+    return 1000 * squared_mmd(gaussian_kernel, features, reference, unbiased)
 
 
 class RawPixels(Encoder):
