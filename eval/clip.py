@@ -74,8 +74,8 @@ class HFClip(Clip):
         model, tokenizer, _ = self._network
         return min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
 
-    def _pixels(self, images: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return self._network[2](images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        return self._network[2](image, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return _tensor(self._network[0].get_image_features(pixel_values=pixels))
@@ -111,7 +111,6 @@ class OpenClip(Clip):
         architecture: str = "ViT-B-32",
         pretrained: str = "openai",
         weights_dir: str | Path | None = None,
-        name: str | None = None,
         device: str = "cpu",
     ) -> None:
         self.architecture = architecture
@@ -124,7 +123,7 @@ class OpenClip(Clip):
             names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
             self._places = [Path(weights_dir) / file for file in (*names, *HUB_NAMES)]
         slug = "-".join(part for part in ("open_clip", architecture, self.tag) if part)
-        super().__init__(name or f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
+        super().__init__(f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
 
     def weights(self) -> WeightsFacts:
         """State the weights; those that only the hub's cache has count as present.
@@ -233,8 +232,8 @@ class HpsClip(OpenClip):
     ARCHITECTURE = "ViT-H-14"
 
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
-        super().__init__(self.ARCHITECTURE, name="HPS v2.1 (CLIP ViT-H/14)", device=device)
-        self.slug = "hps-v2.1"
+        super().__init__(self.ARCHITECTURE, device=device)
+        self.name, self.slug = "HPS v2.1 (CLIP ViT-H/14)", "hps-v2.1"
         self._places = [] if file is None else [Path(file)]
 
     def _published(self) -> tuple[dict[str, Any], str, list[str]]:

@@ -1,9 +1,6 @@
 """Encoders of images alone: perceptual and copy-detection embeddings, and the networks of FID-like numbers.
 
-Weights lie where their publishers' own code puts them, or where the arguments say. An encoder's id contains the
-fingerprint of its weights and of how images are prepared, so that an exchanged file can never be taken for the one
-measured with before; hence asking for the id finds the weights, or downloads them. Without them every encoder fails
-within seconds and says what to put where.
+Weights lie where their publishers' own code puts them, or where the arguments say.
 """
 
 from __future__ import annotations
@@ -58,15 +55,11 @@ class DreamSim(ImageNetwork):
     DINO = "checkpoints/dino_vitbase16_pretrain.pth"
 
     def __init__(
-        self,
-        dreamsim_type: str = "ensemble",
-        weights_dir: str | Path | None = None,
-        name: str | None = None,
-        device: str = "cpu",
+        self, dreamsim_type: str = "ensemble", weights_dir: str | Path | None = None, device: str = "cpu"
     ) -> None:
         if dreamsim_type not in self.TYPES:
             raise ValueError(f"expected a dreamsim_type among {sorted(self.TYPES)}, got {dreamsim_type!r}")
-        super().__init__(name or f"DreamSim {dreamsim_type}", f"dreamsim-{dreamsim_type}", device, weights_dir)
+        super().__init__(f"DreamSim {dreamsim_type}", f"dreamsim-{dreamsim_type}", device, weights_dir)
         self.dreamsim_type = dreamsim_type
 
     def weights(self) -> WeightsFacts:
@@ -158,17 +151,13 @@ class DinoV2(ImageNetwork):
     ROW = "dinov2"
 
     def __init__(
-        self,
-        model: str | Path = "facebook/dinov2-base",
-        revision: str | None = None,
-        name: str | None = None,
-        device: str = "cpu",
+        self, model: str | Path = "facebook/dinov2-base", revision: str | None = None, device: str = "cpu"
     ) -> None:
         model, slug = str(model), Path(model).name
         # A repository is OWNER/NAME, and what else could be one is a path.
         path = Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
         given = model if path else None
-        super().__init__(name or f"DINOv2 ({slug})", slug, device, given, model=model, revision=revision)
+        super().__init__(f"DINOv2 ({slug})", slug, device, given, model=model, revision=revision)
 
     def _load(self, facts: WeightsFacts) -> Any:
         from transformers import AutoModel
@@ -196,9 +185,9 @@ class Sscd(ImageNetwork):
 
     ROW = "sscd"
 
-    def __init__(self, file: str | Path | None = None, name: str | None = None, device: str = "cpu") -> None:
+    def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
         slug = Path(file or FACTS[self.ROW]["files"][0]).name.split(".")[0]
-        super().__init__(name or f"SSCD ({slug})", slug, device, file)
+        super().__init__(f"SSCD ({slug})", slug, device, file)
 
     def _load(self, facts: WeightsFacts) -> Any:
         return torch.jit.load(facts.files[0], map_location=self.device).eval()
@@ -235,16 +224,10 @@ class Inception(ImageNetwork):
     }
     normalised = False
 
-    def __init__(
-        self,
-        weights: str | Path | None = None,
-        resize: str = "antialiased",
-        name: str | None = None,
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, weights: str | Path | None = None, resize: str = "antialiased", device: str = "cpu") -> None:
         if resize not in self.RESIZES:
             raise ValueError(f"expected a resize among {sorted(self.RESIZES)}, got {resize!r}")
-        name = name or f"Inception-v3 of FID, resize {resize}"
+        name = f"Inception-v3 of FID, resize {resize}"
         super().__init__(name, f"inception-{resize}", device, weights, resize=self.RESIZES[resize])
         self.resize = resize
 
@@ -300,17 +283,17 @@ class EffNetLite0(ImageNetwork):
     STAGES: ClassVar = {16: 0, 24: 2, 40: 4, 80: 7, 112: 10, 192: 14, 320: 15}
     normalised = False
 
-    def __init__(self, channels: int | None = None, name: str | None = None, device: str = "cpu") -> None:
+    def __init__(self, channels: int | None = None, device: str = "cpu") -> None:
         if channels is not None and channels not in self.STAGES:
             raise ValueError(f"expected the channels of a stage, {list(self.STAGES)}, or None, got {channels}")
         stage, suffix = ("", "") if channels is None else (f", stage of {channels} channels", f"-{channels}")
-        super().__init__(name or f"EfficientNet-lite0 (ImageNet){stage}", f"efficientnet-lite0{suffix}", device)
+        super().__init__(f"EfficientNet-lite0 (ImageNet){stage}", f"efficientnet-lite0{suffix}", device)
         self.channels = channels
 
     def weights(self) -> WeightsFacts:
-        file = FACTS[self.ROW]["files"][0]
-        spec = importlib.util.find_spec(Path(file).parts[0])
-        site = Path(spec.origin).parent.parent if spec and spec.origin else Path(sysconfig.get_path("purelib"))
+        file = Path(FACTS[self.ROW]["files"][0])
+        spec = importlib.util.find_spec(file.parts[0])
+        site = Path(spec.origin).parents[1] if spec and spec.origin else Path(sysconfig.get_path("purelib"))
         path = site / file
         return WeightsFacts.of(self.ROW, self.name, [path] if path.is_file() else [], [path], found=path.name)
 

@@ -252,7 +252,6 @@ class FidelityMetric(SetMetric):
 
     @cached_property
     def real(self) -> ImageSet:
-        """The real images."""
         return ImageSet(self.reference, reference_rows(self.reference))
 
     def settings(self) -> dict[str, Any]:
@@ -269,8 +268,7 @@ class FidelityMetric(SetMetric):
         }
 
     def prepare(self) -> None:
-        """Read the reference's list and load the encoder; see `Metric.prepare`."""
-        _ = self.real
+        _ = self.real  # a missing folder is found now, too
         super().prepare()
 
     def value_of(self, images: ImageSet, positions: list[int]) -> float:
@@ -304,7 +302,7 @@ class FrechetDistance(FidelityMetric):
     bounds = (0.0, None)
 
     def settings(self) -> dict[str, Any]:
-        # what every document of this version says; there is no other distance that this could be
+        # as every document of this version says
         return {**super().settings(), "extrapolate": False}
 
     def results(self, images: ImageSet) -> dict[str, Any]:

@@ -40,13 +40,11 @@ SMALLEST = 32
 class Lpips(Network):
     """LPIPS with one of its three networks.
 
-    The linear heads are those that the `lpips` package ships; the network's ImageNet weights are torchvision's file,
-    looked for in `weights_dir`, or else in torch.hub's folder and then on the network. Without one it fails
-    within seconds and says which file to put where.
+    The linear heads are those that the `lpips` package ships.
 
     Args:
         net: "alex" (the authors' choice for measuring), "vgg" or "squeeze". Their numbers cannot be compared.
-        weights_dir: folder with the network's weights file.
+        weights_dir: folder with torchvision's file of the network's ImageNet weights; torch.hub's if not given.
     """
 
     ROW = "lpips"
@@ -182,8 +180,8 @@ class EffNetLayers(EffNetLite0):
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        super().__init__(name="layers of EfficientNet-lite0 (ImageNet)", device=device)
-        self.slug = f"layers{len(self.STAGES)}-{self.slug}"
+        super().__init__(device=device)
+        self.name, self.slug = f"layers of {self.name}", f"layers{len(self.STAGES)}-{self.slug}"
 
     def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
         """Return the distances among K uint8 images [3, H, W], which may differ in size; see `Lpips.pairwise`."""
