@@ -91,12 +91,9 @@ class AttributeEntropy(Metric):
             if isinstance(given, str):
                 raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
         # plain containers, whatever a configuration library hands over
-        self.labels = (
-            {str(category): [str(label) for label in labels[category]] for category in labels}
-            if isinstance(labels, Mapping)
-            else [str(label) for label in labels]
-        )
-        self.templates = [str(template) for template in templates]
+        several = isinstance(labels, Mapping)
+        self.labels = {str(key): [*map(str, labels[key])] for key in labels} if several else [*map(str, labels)]
+        self.templates = [*map(str, templates)]
 
     def settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "templates": self.templates}
