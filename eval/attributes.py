@@ -1,5 +1,4 @@
-"""Which kinds of the thing asked for are shown, and how evenly? Zero-shot labels and the entropy of their
-counts.
+"""Which kinds of the thing asked for are shown, and how evenly? Zero-shot labels and the entropy of their counts.
 
 Labels are the argmax of the cosine to text embeddings, each the normalised mean over prompt templates
 (Radford et al. 2021, Sec. 3.1.4). The entropy itself is in `eval.aggregates`; its correction does not help where
@@ -56,23 +55,20 @@ def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequenc
 
 
 def zero_shot_labels(image_embeddings: torch.Tensor, label_embeddings: torch.Tensor) -> torch.Tensor:
-    """Return the index of the nearest label of each image: [N, D], [L, D] -> int64 [N]; the first one at a
-    tie."""
+    """Return the index of the nearest label of each image: [N, D], [L, D] -> int64 [N]; the first at a tie."""
     return (F.normalize(image_embeddings, dim=-1) @ F.normalize(label_embeddings, dim=-1).T).argmax(dim=-1)
 
 
 class AttributeEntropy(Metric):
     """Entropy of zero-shot labels, pooled over the groups of a category, mean over categories.
 
-    A category with fewer images than `eval.attributes.minimum_images` of its labels is left out, by its number of
-    images alone and so the same for every method; the document lists it.
+    A category with fewer images than `minimum_images` of its labels is left out, by its number of images alone and so
+    the same for every method; the document lists it.
 
     Args:
         encoder: one with a text tower.
-        labels: the labels to choose among: for each category its own, or one list for all. Images of a
-            category that is not named are left out.
+        labels: for each category its own, or one list for all. Images of a category that is not named are left out.
         templates: texts with one `{}` for the label; their embeddings are averaged.
-        name: for tables, when there are several kinds of label.
     """
 
     name = "attribute_entropy"
@@ -95,12 +91,9 @@ class AttributeEntropy(Metric):
             if isinstance(given, str):
                 raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
         # plain containers, whatever a configuration library hands over
-        self.labels = (
-            {str(category): [str(label) for label in labels[category]] for category in labels}
-            if isinstance(labels, Mapping)
-            else [str(label) for label in labels]
-        )
-        self.templates = [str(template) for template in templates]
+        several = isinstance(labels, Mapping)
+        self.labels = {str(key): [*map(str, labels[key])] for key in labels} if several else [*map(str, labels)]
+        self.templates = [*map(str, templates)]
 
     def settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "templates": self.templates}
@@ -108,22 +101,16 @@ class AttributeEntropy(Metric):
     def _labels_of(self, category: str) -> list[str] | None:
         return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
 
-    def _too_small(self, images: ImageSet) -> dict[str, str]:
-        """Say of categories that have labels but too few images for them: how many of how many."""
-        counts = Counter(row.category for row in images.rows)
-        needed = {name: minimum_images(len(labels)) for name in counts if (labels := self._labels_of(name))}
-        return {name: f"{counts[name]} of {n} images" for name, n in sorted(needed.items()) if counts[name] < n}
-
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         embeddings = images.embeddings(self.encoder)
-        too_small = self._too_small(images)
+        left_out, too_small = self.details(images).values()
         texts: dict[str, torch.Tensor] = {}
         values = []
         for group, members in images.groups.items():
             category = images.rows[members[0]].category
-            labels = self._labels_of(category)
-            if labels is None or category in too_small:
+            if category in left_out or category in too_small:
                 continue
+            labels = self._labels_of(category)
             if category not in texts:
                 texts[category] = label_embeddings(self.encoder, labels, self.templates)
             chosen = zero_shot_labels(embeddings[members], texts[category]).tolist()
@@ -136,17 +123,18 @@ class AttributeEntropy(Metric):
                 "groups a category, give fewer labels, or leave this metric out"
             )
         if not values:
-            found = sorted({row.category for row in images.rows})
             raise ValueError(
-                f"expected images of the categories {sorted(self.labels)} for {self.name}, got {found[:10]}; "
+                f"expected images of the categories {sorted(self.labels)} for {self.name}, got {left_out[:10]}; "
                 "give labels for the categories of the images"
             )
         return values
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say which categories were left out for want of labels, and which for want of images."""
-        categories = sorted({row.category for row in images.rows})
-        return {
-            "categories_left_out": [name for name in categories if self._labels_of(name) is None],
-            "categories_too_small": self._too_small(images),
-        }
+        """Say which categories are left out for want of labels, and which for want of images: how many of how many."""
+        left_out, too_small = [], {}
+        for category, n in sorted(Counter(row.category for row in images.rows).items()):
+            if (labels := self._labels_of(category)) is None:
+                left_out.append(category)
+            elif n < (needed := minimum_images(len(labels))):
+                too_small[category] = f"{n} of {needed} images"
+        return {"categories_left_out": left_out, "categories_too_small": too_small}

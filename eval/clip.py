@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.encoders import ImageNetwork, quiet_transformers
-from eval.weights import FACTS, NO_NETWORK, WeightsFacts, hub_cache, in_hub_cache, missing_vocabulary, network_answers
+from eval.weights import FACTS, WeightsFacts, hub_cache, in_hub_cache, missing_vocabulary
 
 TEXTS_PER_BATCH = 256
 # What a repository of open_clip's weights has, in the order of preference.
@@ -73,8 +74,8 @@ class HFClip(Clip):
         model, tokenizer, _ = self._network
         return min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
 
-    def _pixels(self, images: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return self._network[2](images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        return self._network[2](image, return_tensors="pt", input_data_format="channels_first")["pixel_values"][0]
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return _tensor(self._network[0].get_image_features(pixel_values=pixels))
@@ -96,14 +97,11 @@ class HFClip(Clip):
 class OpenClip(Clip):
     """A CLIP model of open_clip, with the resize and normalisation that belong to its weights.
 
-    Weights are looked for, in this order: the file `pretrained` itself, if it is a path; `weights_dir`; the
-    usual caches; the network. Without network it fails within seconds and says which file to put where.
-
     Args:
         architecture: open_clip's name of the model, e.g. "ViT-B-32".
         pretrained: open_clip's tag of the weights, e.g. "openai", or the path of a weights file.
         weights_dir: a folder with `<architecture>-<pretrained>.safetensors` (or .pt, .bin) or, as downloaded,
-            `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`.
+            `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`; the Hugging Face cache if not given.
     """
 
     ROW = "open_clip"
@@ -113,46 +111,42 @@ class OpenClip(Clip):
         architecture: str = "ViT-B-32",
         pretrained: str = "openai",
         weights_dir: str | Path | None = None,
-        name: str | None = None,
         device: str = "cpu",
     ) -> None:
         self.architecture = architecture
-        given = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
-        self.tag = None if given else pretrained
+        self.tag: str | None = pretrained
         # Where a file has to be, for want of which nothing is downloaded.
-        self._places: list[Path] | None = None
-        if given:
-            self._places = [Path(pretrained)]
+        self._places: list[Path] = []
+        if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            self.tag, self._places = None, [Path(pretrained)]
         elif weights_dir is not None:
             names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
             self._places = [Path(weights_dir) / file for file in (*names, *HUB_NAMES)]
         slug = "-".join(part for part in ("open_clip", architecture, self.tag) if part)
-        super().__init__(name or f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
+        super().__init__(f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
 
     def weights(self) -> WeightsFacts:
-        """State the weights; those that only open_clip's cache or the hub's has count as present.
+        """State the weights; those that only the hub's cache has count as present.
 
         Raises:
             ValueError: open_clip knows no such architecture, or no such tag of it.
         """
         published, repository, names = self._published()
-        places = self._places or [Path("~/.cache/clip").expanduser() / names[0]]
-        found = [place for place in places if place.is_file()]
-        if repository and not self._places:
-            places, found = [hub_cache(repository)], in_hub_cache(repository, names)
-        source = f"https://huggingface.co/{repository}" if repository else published.get("url")
+        found = [place for place in self._places if place.is_file()]
+        if not self._places:
+            found = in_hub_cache(repository, names)
         return WeightsFacts.of(
             self.ROW,
             self.name,
             found[:1],
-            places,
+            self._places or [hub_cache(repository)],
             bool(self._places),
             wanted=" or ".join(names) + (f" of {repository}" if repository else ""),
             size=self._config["vision_cfg"]["image_size"],
             mean=published.get("mean") or "the architecture",
             licence="MIT" if self.tag == "openai" else "as the repository says",
-            get=f"get {names[0]} from {source}, " if source else "",
-            name=f"{self.architecture}-{self.tag}{os.path.splitext(names[0])[1]}" if self.tag else places[0].name,
+            get=f"get {names[0]} from https://huggingface.co/{repository}, " if repository else "",
+            name=f"{self.architecture}-{self.tag}{Path(names[0]).suffix}" if self.tag else names[0],
         )
 
     @cached_property
@@ -172,32 +166,21 @@ class OpenClip(Clip):
 
         _ = self._config
         facts = dict(open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}) if self.tag else {}
-        if not facts and not self._places:
+        repository, name = os.path.split(facts.get("hf_hub", ""))
+        if not repository and not self._places:
             raise ValueError(
                 f"expected a tag of weights for {self.architecture}, got {self.tag!r}; open_clip knows "
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(self.architecture)) or 'none'}"
             )
-        repository, name = os.path.split(facts.get("hf_hub", ""))
-        if repository:
-            return facts, repository, [name] if name else list(HUB_NAMES)
-        return facts, "", [os.path.basename(facts["url"])] if facts else [self._places[0].name]
+        return facts, repository, [name] if name else list(HUB_NAMES) if repository else [self._places[0].name]
 
     def _fetch(self, facts: WeightsFacts) -> None:
-        import open_clip
-        from huggingface_hub import hf_hub_download
-
-        if self._places:
-            raise facts.missing()
-        published, repository, names = self._published()
-        reason = NO_NETWORK
-        if network_answers(None if repository else published["url"]):
-            for name in names:
-                try:
-                    _ = hf_hub_download(repository, name) if repository else open_clip.download_pretrained(published)
-                    return
-                except Exception as error:  # the kind of exception depends on the installed version's HTTP library
-                    reason = str(error)
-        raise facts.missing(reason)
+        _, repository, names = self._published()
+        for name in names:
+            hub = None if self._places else {"repo_id": repository, "allow_patterns": [name]}
+            replace(facts, hub=hub, url=None).fetch()
+            if self.weights().present:
+                return
 
     def _load(self, facts: WeightsFacts) -> tuple[Any, Any, Any]:
         import open_clip
@@ -233,6 +216,28 @@ class OpenClip(Clip):
         inner = getattr(tokenizer, "tokenizer", None)
         lengths = (len(inner(text)["input_ids"]) if inner else len(tokenizer.encode(text)) + 2 for text in texts)
         return sum(length > model.context_length for length in lengths)
+
+
+class HpsClip(OpenClip):
+    """The CLIP model of Human Preference Score v2.1 (Wu et al. 2023): a ViT-H/14 fine-tuned on people's choices.
+
+    The score is the CLIPScore by it. Images are padded and not cropped, as the authors' package does, which computes in
+    mixed precision.
+
+    Args:
+        file: the checkpoint; the Hugging Face cache's if not given.
+    """
+
+    ROW = "hps"
+    ARCHITECTURE = "ViT-H-14"
+
+    def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
+        super().__init__(self.ARCHITECTURE, device=device)
+        self.name, self.slug = "HPS v2.1 (CLIP ViT-H/14)", "hps-v2.1"
+        self._places = [] if file is None else [Path(file)]
+
+    def _published(self) -> tuple[dict[str, Any], str, list[str]]:
+        return {"resize_mode": "longest"}, FACTS[self.ROW]["repository"], FACTS[self.ROW]["files"]
 
 
 def _tensor(features: Any) -> torch.Tensor:

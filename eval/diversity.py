@@ -92,7 +92,7 @@ class EmbeddingMetric(Metric):
     """
 
     minimum = 1
-    pooled: Literal["prompt_id", "category"] | None = None
+    pooled: Literal["category"] | None = None
 
     @abstractmethod
     def measure_groups(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -103,23 +103,16 @@ class EmbeddingMetric(Metric):
         small = [pool for pool, members in pools.items() if len(members) < self.minimum]
         if small:
             raise ValueError(
-                f"expected at least {self.minimum} images in every {(self.pooled or 'group').removesuffix('_id')} for "
-                f"{self.name}, got fewer in {len(small)}: {', '.join(small[:10])}; generate more images"
+                f"expected at least {self.minimum} images in every {self.pooled or 'group'} for {self.name}, got fewer "
+                f"in {len(small)}: {', '.join(small[:10])}; generate more images"
             )
         embeddings = images.embeddings(self.encoder)
-        by_size: dict[int, list[str]] = {}
-        for pool, members in pools.items():
-            by_size.setdefault(len(members), []).append(pool)
-        values: dict[str, float] = {}
-        for names in by_size.values():
-            stacked = torch.stack([embeddings[pools[name]] for name in names])
-            values.update(zip(names, self.measure_groups(stacked).tolist(), strict=True))
         return [
             {
                 "group": pool,
                 "category": images.rows[members[0]].category,
                 "n_images": len(members),
-                "value": values[pool],
+                "value": self.measure_groups(embeddings[members][None]).item(),
             }
             for pool, members in pools.items()
         ]
@@ -175,7 +168,7 @@ class VendiScore(EmbeddingMetric):
         return {"q": "inf" if self.q == float("inf") else self.q}
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        sizes = Counter(len(members) for members in images.pools(self.pooled).values())
+        sizes = Counter(map(len, images.groups.values()))
         if len(sizes) > 1:
             listing = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items()))
             raise ValueError(
@@ -191,11 +184,10 @@ class VendiScore(EmbeddingMetric):
 class CategoryPooledSimilarity(PairwiseSimilarity):
     """Mean cosine similarity over all pairs of all images of a category: what the paper's script reports.
 
-    Most of these pairs come from different groups, with other noises and other wordings, and say little about
-    images that were made together: report `PairwiseSimilarity`, within groups, beside it. An image occurs in
-    pairs with every other one of its category, so neither pairs nor groups are independent; categories are.
-    They are therefore the units of this document: its "groups" are whole categories, and intervals and tests
-    say how the number would vary with other categories.
+    Most of these pairs come from different groups, and say little about images that were made together: report
+    `PairwiseSimilarity` beside it. An image occurs in pairs with every other one of its category, so neither pairs nor
+    groups are independent: the document's "groups" are whole categories, and intervals and tests say how the number
+    would vary with others.
     """
 
     name = "category_pooled_similarity"

@@ -92,7 +92,7 @@ class PixelEncoder(Encoder):
 
 
 # What loaders raise for a file that is cut off, damaged or of another network.
-UNREADABLE = (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
+UNREADABLE = (RuntimeError, KeyError, TypeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 class Network(ABC):
@@ -172,7 +172,7 @@ class ImageNetwork(Network, Encoder):
     @torch.inference_mode()
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         self.prepare()
-        pixels = self._pixels([checked(image) for image in images])
+        pixels = [self._preprocess(checked(image)) for image in images]
         rows: dict[int, torch.Tensor] = {}
         for shape in dict.fromkeys(tensor.shape for tensor in pixels):
             places = [place for place, tensor in enumerate(pixels) if tensor.shape == shape]
@@ -181,12 +181,9 @@ class ImageNetwork(Network, Encoder):
         stacked = torch.stack([rows[place] for place in range(len(pixels))])
         return F.normalize(stacked, dim=-1) if self.normalised else stacked
 
-    def _pixels(self, images: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return [self._preprocess(image) for image in images]
-
+    @abstractmethod
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
         """Return the network's input [3, h, w], float32, on the CPU, for uint8 [3, H, W]."""
-        raise NotImplementedError
 
     @abstractmethod
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,6 @@
 """Encoders of images alone: perceptual and copy-detection embeddings, and the networks of FID-like numbers.
 
-Weights lie where their publishers' own code puts them, or where the arguments say. An encoder's id contains the
-fingerprint of its weights and of how images are prepared, so that an exchanged file can never be taken for the one
-measured with before; hence asking for the id finds the weights, or downloads them. Without them every encoder fails
-within seconds and says what to put where.
+Weights lie where their publishers' own code puts them, or where the arguments say.
 """
 
 from __future__ import annotations
@@ -11,9 +8,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import sysconfig
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -24,13 +21,7 @@ import torch
 from PIL import Image
 
 from eval.encoders import ImageNetwork, checked, quiet_transformers
-from eval.weights import (
-    FACTS,
-    NO_NETWORK,
-    WeightsFacts,
-    hub_folder,
-    network_answers,
-)
+from eval.weights import FACTS, WeightsFacts, hub_folder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,46 +31,43 @@ class DreamSim(ImageNetwork):
     """DreamSim (Fu et al. 2023): embeddings whose cosine distance was trained on human judgements of similarity.
 
     Images are squashed to 224 x 224, bicubic, as the package does; embeddings are centred over their components and
-    of length 1, so that 1 - cosine is the package's own distance. Published checkpoints are one folder's worth of
-    files; those built on DINO also need DINO's own weights in the same folder. The folder's files are read as tensors
-    alone: the package would run the code of a copy of facebookresearch/dino in it.
+    of length 1, so that 1 - cosine is the package's own distance. The files of a checkpoint, and where it is built on
+    DINO those of DINO, are read as tensors alone: the package would run the code of a copy of facebookresearch/dino.
 
     Args:
         dreamsim_type: "ensemble" (the published metric), or one of its cheaper single networks.
-        weights_dir: the folder with the unpacked checkpoint; `dreamsim` in torch.hub's folder if not given. (The
-            package itself would take `./models`.)
+        weights_dir: the folder with the unpacked checkpoint; `dreamsim` in torch.hub's folder if not given.
     """
 
     ROW = "dreamsim"
+    # The networks' files, and the folder of their adapter.
     TYPES: ClassVar = {
-        "ensemble": ("dino_vitb16", "clip_vitb16", "open_clip_vitb16"),
-        "dino_vitb16": ("dino_vitb16",),
-        "clip_vitb32": ("clip_vitb32",),
-        "open_clip_vitb32": ("open_clip_vitb32",),
+        "ensemble": (
+            "dino_vitb16_pretrain.pth",
+            "clip_vitb16_pretrain.pth.tar",
+            "open_clip_vitb16_pretrain.pth.tar",
+            "ensemble_lora",
+        ),
+        "dino_vitb16": ("dino_vitb16_pretrain.pth", "dino_vitb16_single_lora"),
+        "clip_vitb32": ("clip_vitb32_pretrain.pth.tar", "clip_vitb32_single_lora"),
+        "open_clip_vitb32": ("open_clip_vitb32_pretrain.pth.tar", "open_clip_vitb32_single_lora"),
     }
     DINO = "checkpoints/dino_vitbase16_pretrain.pth"
 
     def __init__(
-        self,
-        dreamsim_type: str = "ensemble",
-        weights_dir: str | Path | None = None,
-        name: str | None = None,
-        device: str = "cpu",
+        self, dreamsim_type: str = "ensemble", weights_dir: str | Path | None = None, device: str = "cpu"
     ) -> None:
         if dreamsim_type not in self.TYPES:
             raise ValueError(f"expected a dreamsim_type among {sorted(self.TYPES)}, got {dreamsim_type!r}")
-        super().__init__(name or f"DreamSim {dreamsim_type}", f"dreamsim-{dreamsim_type}", device, weights_dir)
+        super().__init__(f"DreamSim {dreamsim_type}", f"dreamsim-{dreamsim_type}", device, weights_dir)
         self.dreamsim_type = dreamsim_type
 
     def weights(self) -> WeightsFacts:
-        folder, parts = self._folder(), self.TYPES[self.dreamsim_type]
-        adapter = f"{self.dreamsim_type}{'' if self.dreamsim_type == 'ensemble' else '_single'}_lora"
-        names = [f"{part}_pretrain.pth{'' if part.startswith('dino') else '.tar'}" for part in parts]
-        names += [f"{adapter}/adapter_config.json", f"{adapter}/adapter_model.safetensors"]
-        if not (folder / names[-1]).is_file() and (folder / adapter / "adapter_model.bin").is_file():
-            names[-1] = f"{adapter}/adapter_model.bin"
+        folder, (*names, adapter) = self._folder(), self.TYPES[self.dreamsim_type]
+        forms = [f"{adapter}/adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+        names += [f"{adapter}/adapter_config.json", next((f for f in forms if (folder / f).is_file()), forms[0])]
         besides = ""
-        if "dino_vitb16" in parts:
+        if names[0].startswith("dino"):
             names.append(self.DINO)
             besides = f"; besides, put {FACTS[self.ROW]['dino']} into its folder checkpoints"
         missing = [name for name in names if not (folder / name).is_file()]
@@ -98,15 +86,18 @@ class DreamSim(ImageNetwork):
         return self.given or hub_folder() / "dreamsim"
 
     def _fetch(self, facts: WeightsFacts) -> None:
-        if not network_answers(facts.url):
-            raise facts.missing(NO_NETWORK)
-        self._folder().parent.mkdir(parents=True, exist_ok=True)
-        if "dino_vitb16" in self.TYPES[self.dreamsim_type] and not (self._folder() / self.DINO).is_file():
-            facts.download(FACTS[self.ROW]["dino"], self._folder() / self.DINO)
-        try:
-            self._load(facts)  # the package downloads while it loads
-        except (OSError, zipfile.BadZipFile) as error:
-            raise facts.missing(str(error)) from error
+        folder, archive = self._folder(), self._folder() / "pretrained.zip"
+        wanted = facts.source.split(", ")
+        if self.DINO in wanted:
+            facts.download(FACTS[self.ROW]["dino"], folder / self.DINO)
+        if wanted != [self.DINO]:
+            facts.download(facts.url, archive)
+            try:
+                shutil.unpack_archive(archive, folder)
+            except (OSError, shutil.ReadError) as error:
+                raise facts.missing(str(error)) from error
+            finally:
+                archive.unlink()
 
     def _load(self, facts: WeightsFacts) -> Any:
         from dreamsim import dreamsim
@@ -148,10 +139,9 @@ class DreamSim(ImageNetwork):
 
 
 class DinoV2(ImageNetwork):
-    """DINOv2 (Oquab et al. 2023) of transformers: the class token after the last layer norm.
+    """DINOv2 (Oquab et al. 2023) of transformers, in float32: the class token after the last layer norm.
 
-    Preprocessing is fixed, that of the published repositories: shortest side to 256, bicubic, antialiased, centre
-    crop 224, ImageNet's normalisation. Computed in float32.
+    Preprocessing is that of the published repositories, whatever a folder says.
 
     Args:
         model: a repository of the Hugging Face hub, or a folder with config.json and model.safetensors.
@@ -161,17 +151,13 @@ class DinoV2(ImageNetwork):
     ROW = "dinov2"
 
     def __init__(
-        self,
-        model: str | Path = "facebook/dinov2-base",
-        revision: str | None = None,
-        name: str | None = None,
-        device: str = "cpu",
+        self, model: str | Path = "facebook/dinov2-base", revision: str | None = None, device: str = "cpu"
     ) -> None:
         model, slug = str(model), Path(model).name
         # A repository is OWNER/NAME, and what else could be one is a path.
         path = Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
         given = model if path else None
-        super().__init__(name or f"DINOv2 ({slug})", slug, device, given, model=model, revision=revision)
+        super().__init__(f"DINOv2 ({slug})", slug, device, given, model=model, revision=revision)
 
     def _load(self, facts: WeightsFacts) -> Any:
         from transformers import AutoModel
@@ -181,17 +167,16 @@ class DinoV2(ImageNetwork):
         return model.float().eval().requires_grad_(False).to(self.device)
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return _standardised(_centre_crop(_shortest_side(image, 256, "bicubic"), 224), IMAGENET_MEAN, IMAGENET_STD)
+        return _standardised(_resized(image, 256, "bicubic", crop=224), IMAGENET_MEAN, IMAGENET_STD)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._network(pixel_values=pixels).last_hidden_state[:, 0]
 
 
 class Sscd(ImageNetwork):
-    """SSCD (Pizzi et al. 2022), the descriptor of image copies: the published TorchScript file.
+    """SSCD (Pizzi et al. 2022), the descriptor of image copies, on images prepared as its authors recommend.
 
-    Shortest side to 288, aspect kept and nothing cropped, as its authors recommend. For `sscd_disc_mixup` they give
-    a cosine similarity above 0.75 as a copy with a precision of 90 % on their data.
+    For `sscd_disc_mixup` they give a cosine similarity above 0.75 as a copy with a precision of 90 % on their data.
 
     Args:
         file: a TorchScript file of the authors; `sscd_disc_mixup.torchscript.pt` among torch.hub's checkpoints if
@@ -200,15 +185,15 @@ class Sscd(ImageNetwork):
 
     ROW = "sscd"
 
-    def __init__(self, file: str | Path | None = None, name: str | None = None, device: str = "cpu") -> None:
+    def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
         slug = Path(file or FACTS[self.ROW]["files"][0]).name.split(".")[0]
-        super().__init__(name or f"SSCD ({slug})", slug, device, file)
+        super().__init__(f"SSCD ({slug})", slug, device, file)
 
     def _load(self, facts: WeightsFacts) -> Any:
         return torch.jit.load(facts.files[0], map_location=self.device).eval()
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return _standardised(_shortest_side(image, 288, "bilinear"), IMAGENET_MEAN, IMAGENET_STD)
+        return _standardised(_resized(image, 288, "bilinear"), IMAGENET_MEAN, IMAGENET_STD)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._network(pixels)
@@ -225,8 +210,6 @@ class Inception(ImageNetwork):
       FID, torch-fidelity's; most published numbers.
     - `clean`: squashed to 299 x 299, bicubic, antialiased, in floating point: clean-fid's.
 
-    (`eval.released.Stretched` squashes images before any of them, as the paper's scripts did.)
-
     Args:
         weights: the weights file; among torch.hub's checkpoints if not given, where torch-fidelity, torchmetrics
             and pytorch-fid keep it under one of two names.
@@ -241,16 +224,10 @@ class Inception(ImageNetwork):
     }
     normalised = False
 
-    def __init__(
-        self,
-        weights: str | Path | None = None,
-        resize: str = "antialiased",
-        name: str | None = None,
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, weights: str | Path | None = None, resize: str = "antialiased", device: str = "cpu") -> None:
         if resize not in self.RESIZES:
             raise ValueError(f"expected a resize among {sorted(self.RESIZES)}, got {resize!r}")
-        name = name or f"Inception-v3 of FID, resize {resize}"
+        name = f"Inception-v3 of FID, resize {resize}"
         super().__init__(name, f"inception-{resize}", device, weights, resize=self.RESIZES[resize])
         self.resize = resize
 
@@ -265,14 +242,13 @@ class Inception(ImageNetwork):
         if self.resize == "tensorflow":
             from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-            pixels = interpolate_bilinear_2d_like_tensorflow1x(
-                image[None].float(), size=(299, 299), align_corners=False
-            )[0]
+            resize = interpolate_bilinear_2d_like_tensorflow1x
+            pixels = resize(image[None].float(), size=(299, 299), align_corners=False)[0]
         elif self.resize == "clean":
             channels = [Image.fromarray(channel).resize((299, 299), Image.BICUBIC) for channel in image.float().numpy()]
             pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
         else:
-            pixels = _centre_crop(_shortest_side(image.float(), 299, "bilinear"), 299)
+            pixels = _resized(image.float(), 299, "bilinear", crop=299)
         return (pixels - 128) / 128
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -307,18 +283,17 @@ class EffNetLite0(ImageNetwork):
     STAGES: ClassVar = {16: 0, 24: 2, 40: 4, 80: 7, 112: 10, 192: 14, 320: 15}
     normalised = False
 
-    def __init__(self, channels: int | None = None, name: str | None = None, device: str = "cpu") -> None:
+    def __init__(self, channels: int | None = None, device: str = "cpu") -> None:
         if channels is not None and channels not in self.STAGES:
             raise ValueError(f"expected the channels of a stage, {list(self.STAGES)}, or None, got {channels}")
-        stage = "" if channels is None else f", stage of {channels} channels"
-        slug = "efficientnet-lite0" + ("" if channels is None else f"-{channels}")
-        super().__init__(name or f"EfficientNet-lite0 (ImageNet){stage}", slug, device)
+        stage, suffix = ("", "") if channels is None else (f", stage of {channels} channels", f"-{channels}")
+        super().__init__(f"EfficientNet-lite0 (ImageNet){stage}", f"efficientnet-lite0{suffix}", device)
         self.channels = channels
 
     def weights(self) -> WeightsFacts:
-        file = FACTS[self.ROW]["files"][0]
-        spec = importlib.util.find_spec(Path(file).parts[0])
-        site = Path(spec.origin).parent.parent if spec and spec.origin else Path(sysconfig.get_path("purelib"))
+        file = Path(FACTS[self.ROW]["files"][0])
+        spec = importlib.util.find_spec(file.parts[0])
+        site = Path(spec.origin).parents[1] if spec and spec.origin else Path(sysconfig.get_path("purelib"))
         path = site / file
         return WeightsFacts.of(self.ROW, self.name, [path] if path.is_file() else [], [path], found=path.name)
 
@@ -330,7 +305,7 @@ class EffNetLite0(ImageNetwork):
         return model.eval().requires_grad_(False).to(self.device)
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return _standardised(_centre_crop(_shortest_side(image, 224, "bicubic"), 224), self.MEAN, self.STD)
+        return _standardised(_resized(image, 224, "bicubic", crop=224), self.MEAN, self.STD)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.channels is None:
@@ -339,9 +314,8 @@ class EffNetLite0(ImageNetwork):
 
     def _stages(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the activations of each stage, [N, channels, h, w]; what is not asked for is not computed."""
-        network = self._network
-        x = network._swish(network._bn0(network._conv_stem(pixels)))
-        for number, block in enumerate(network._blocks):
+        x = self._network._swish(self._network._bn0(self._network._conv_stem(pixels)))
+        for number, block in enumerate(self._network._blocks):
             x = block(x)
             if number in self.STAGES.values():
                 yield x
@@ -359,18 +333,13 @@ class EffNetLite0(ImageNetwork):
         return self._network._fc(features.to(self.device)).cpu()
 
 
-def _shortest_side(image: torch.Tensor, size: int, mode: str) -> torch.Tensor:
-    """Resize [3, H, W] so that the shortest side is `size` pixels, antialiased; 8-bit images stay 8-bit."""
+def _resized(image: torch.Tensor, side: int, mode: str, crop: int | None = None) -> torch.Tensor:
+    """Resize [3, H, W] to a shortest side, antialiased, and crop its centre; 8-bit images stay 8-bit."""
     from torchvision.transforms.v2 import InterpolationMode
-    from torchvision.transforms.v2.functional import resize
+    from torchvision.transforms.v2.functional import center_crop, resize
 
-    return resize(image, [size], interpolation=InterpolationMode(mode), antialias=True)
-
-
-def _centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    from torchvision.transforms.v2.functional import center_crop
-
-    return center_crop(image, [size, size])
+    image = resize(image, [side], interpolation=InterpolationMode(mode), antialias=True)
+    return image if crop is None else center_crop(image, [crop, crop])
 
 
 def _standardised(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

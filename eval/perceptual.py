@@ -11,7 +11,8 @@ download, and is not LPIPS.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,32 @@ BACKBONES = {
 SMALLEST = 32
 
 
+def _distances(
+    batches: Sequence[Sequence[torch.Tensor]], heads: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> torch.Tensor:
+    """Compare K images place by place by the activations of some layers, channels brought to length 1: float64 [K, K].
+
+    Args:
+        batches: of images; of each the activations of every layer, [N, channels, h, w].
+        heads: for each layer, what makes a distance [N, 1, h, w] of squared differences [N, channels, h, w].
+    """
+    layers = [F.normalize(torch.cat(parts), dim=1) for parts in zip(*batches, strict=True)]
+    distances = torch.zeros(len(layers[0]), len(layers[0]), dtype=torch.float64)
+    for i in range(len(distances) - 1):
+        for head, layer in zip(heads, layers, strict=True):
+            found = head((layer[i + 1 :] - layer[i]).square()).mean(dim=(1, 2, 3))
+            distances[i, i + 1 :] += found.double().cpu()
+    return distances + distances.T
+
+
 class Lpips(Network):
     """LPIPS with one of its three networks.
 
-    The linear heads are those that the `lpips` package ships; the network's ImageNet weights are torchvision's file,
-    looked for in `weights_dir`, or else in torch.hub's folder and then on the network. Without one it fails
-    within seconds and says which file to put where.
+    The linear heads are those that the `lpips` package ships.
 
     Args:
         net: "alex" (the authors' choice for measuring), "vgg" or "squeeze". Their numbers cannot be compared.
-        weights_dir: folder with the network's weights file.
+        weights_dir: folder with torchvision's file of the network's ImageNet weights; torch.hub's if not given.
     """
 
     ROW = "lpips"
@@ -82,8 +99,6 @@ class Lpips(Network):
         Returns:
             float64 [K, K], symmetric, zeros on the diagonal.
         """
-        import lpips
-
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) != 1 or not all(image.dtype == torch.uint8 and image.ndim == 3 for image in images):
             raise ValueError(
@@ -94,18 +109,9 @@ class Lpips(Network):
                 f"expected images of at least {SMALLEST} pixels a side, got {list(images[0].shape)}; LPIPS's networks "
                 "need them: leave LPIPS out"
             )
-        layers: list[list[torch.Tensor]] = []
-        for batch in torch.stack(list(images)).split(batch_size):
-            scaled = self._network.scaling_layer(batch.to(self.device).float() / 127.5 - 1)
-            layers.append([lpips.normalize_tensor(layer) for layer in self._network.net(scaled)])
-        features = [torch.cat(parts) for parts in zip(*layers, strict=True)]
-        distances = torch.zeros(len(images), len(images), dtype=torch.float64)
-        for i in range(len(images) - 1):
-            found = torch.zeros(len(images) - 1 - i, dtype=torch.float64)
-            for head, layer in zip(self._network.lins, features, strict=True):
-                found += head((layer[i + 1 :] - layer[i]).square()).mean(dim=(1, 2, 3)).double().cpu()
-            distances[i, i + 1 :] = distances[i + 1 :, i] = found
-        return distances
+        network = self._network
+        batches = (batch.to(self.device).float() / 127.5 - 1 for batch in torch.stack(list(images)).split(batch_size))
+        return _distances([network.net(network.scaling_layer(batch)) for batch in batches], network.lins)
 
 
 class PairMetric(Metric):
@@ -182,23 +188,15 @@ class EffNetLayers(EffNetLite0):
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        super().__init__(name="layers of EfficientNet-lite0 (ImageNet)", device=device)
-        self.slug = f"layers{len(self.STAGES)}-{self.slug}"
+        super().__init__(device=device)
+        self.name, self.slug = f"layers of {self.name}", f"layers{len(self.STAGES)}-{self.slug}"
 
     def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
         """Return the distances among K uint8 images [3, H, W], which may differ in size; see `Lpips.pairwise`."""
-        batches = [
-            [F.normalize(layer, dim=1) for layer in self.layers(images[start : start + batch_size])]
-            for start in range(0, len(images), batch_size)
-        ]
-        distances = torch.zeros(len(images), len(images), dtype=torch.float64)
-        for parts in zip(*batches, strict=True):
-            layer = torch.cat(parts)
-            for i in range(len(images) - 1):
-                found = (layer[i + 1 :] - layer[i]).square().sum(dim=1).mean(dim=(1, 2)).double() / len(batches[0])
-                distances[i, i + 1 :] += found
-                distances[i + 1 :, i] += found
-        return distances
+        starts = range(0, len(images), batch_size)
+        batches = [self.layers(images[start : start + batch_size]) for start in starts]
+        heads = [partial(torch.sum, dim=1, keepdim=True)] * len(self.STAGES)
+        return _distances(batches, heads) / len(heads)
 
 
 class LayerDistance(PairMetric):

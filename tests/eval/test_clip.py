@@ -216,7 +216,7 @@ def test_open_clip_without_weights_says_what_to_do(monkeypatch, tmp_path, offlin
     def download(*_, **__):
         raise AssertionError("a download was tried although nothing answers")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     published = OpenClip("ViT-B-32", "openai")
     with pytest.raises(
         FileNotFoundError, match=r"ViT-B-32 openai \(open_clip_model\.safetensors.*no download.*https.*weights_dir"
@@ -236,14 +236,12 @@ def test_open_clip_without_weights_says_what_to_do(monkeypatch, tmp_path, offlin
 
 
 def test_open_clip_downloads_what_the_hub_has(monkeypatch):
-    """The safetensors file first, the older name if there is none, and the reason if there is neither."""
+    """The safetensors file first, the older name if there is none, and an error if there is neither."""
     asked, cached = [], []
 
-    def download(repository, name):
-        asked.append(name)
-        if name not in available:
-            raise OSError(f"no {name} in {repository}")
-        cached.append(f"/cache/{name}")
+    def download(repo_id, allow_patterns):
+        asked.extend(allow_patterns)
+        cached.extend(f"/cache/{name}" for name in allow_patterns if name in available)
 
     class Stop(Exception):
         pass
@@ -251,9 +249,9 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     def create_model(_, pretrained, **__):
         raise Stop(pretrained)
 
-    monkeypatch.setattr("eval.clip.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: next(iter(cached), None))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("open_clip.create_model", create_model)
     available = ["open_clip_pytorch_model.bin"]
     with pytest.raises(Stop, match=r"/cache/open_clip_pytorch_model\.bin"):
@@ -261,7 +259,7 @@ def test_open_clip_downloads_what_the_hub_has(monkeypatch):
     assert asked == ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     available = []
     cached.clear()
-    with pytest.raises(FileNotFoundError, match=r"no open_clip_pytorch_model\.bin in timm/"):
+    with pytest.raises(FileNotFoundError, match=r"open_clip_pytorch_model\.bin of timm/.*a file is lacking"):
         OpenClip("ViT-B-32", "openai").prepare()
 
 

@@ -7,6 +7,8 @@ import json
 import shutil
 import socket
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -410,12 +412,33 @@ def test_missing_files_are_downloaded(kind, sscd_file, inception_file, torch_hom
     assert encoder.weights().present and len(asked) == 1
 
 
+def test_dreamsims_archive_is_unpacked_and_dino_is_fetched_beside_it(torch_home, monkeypatch):
+    archives = {"dreamsim_dino_vitb16_checkpoint.zip": [b"no archive", None]}
+    names = ["dino_vitb16_pretrain.pth", "dino_vitb16_single_lora/adapter_config.json"]
+
+    def download(url, path):
+        if not url.endswith(".zip"):
+            return Path(path).write_bytes(b"DINO")
+        if content := archives[url.rpartition("/")[2]].pop(0):
+            return Path(path).write_bytes(content)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in [*names, "dino_vitb16_single_lora/adapter_model.safetensors"]:
+                archive.writestr(name, "tensors")
+
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    encoder, folder = DreamSim("dino_vitb16"), torch_home / "hub" / "dreamsim"
+    with pytest.raises(FileNotFoundError, match=r"no download \(.*pretrained\.zip"):
+        _ = encoder.id
+    assert encoder.id.startswith("dreamsim-dino_vitb16-") and encoder.weights().present
+    assert (folder / DreamSim.DINO).read_bytes() == b"DINO" and not (folder / "pretrained.zip").exists()
+
+
 def test_a_refused_download_is_reported(torch_home, monkeypatch):
     def refuse(*_, **__):
         raise OSError("HTTP Error 404")
 
-    for module in ("weights", "features"):
-        monkeypatch.setattr(f"eval.{module}.network_answers", lambda _: True)
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)

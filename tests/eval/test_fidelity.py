@@ -14,28 +14,33 @@ from PIL import Image
 from eval.cache import EmbeddingCache
 from eval.encoders import Encoder, PixelEncoder
 from eval.fidelity import (
-    EXTRAPOLATION_POINTS,
     Cmmd,
     Design,
     FrechetDistance,
     Gaussian,
-    InceptionScore,
     KernelDistance,
-    _cubic,
-    _gaussian,
-    _kernel_within,
-    cmmd,
+    cubic_kernel,
     frechet_distance,
     frechet_distance_of_gaussians,
-    frechet_minimum,
-    inception_score,
-    kernel_distance,
+    gaussian_kernel,
+    kernel_mean,
+    kernel_mean_within,
     reference_rows,
+    squared_mmd,
 )
 from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
 from eval.imageset import ImageSet
+from eval.inception_score import InceptionScore, inception_score
 from eval.measure import is_current, measure
-from eval.neighbours import Coverage, Density, Precision, Recall, density_coverage, precision_recall
+from eval.neighbours import Coverage, Density, Manifold, Precision, Recall, coverage, density, precision, recall
+
+
+def kernel_distance(features, reference):
+    return squared_mmd(cubic_kernel, features, reference)
+
+
+def cmmd(features, reference, unbiased=False):
+    return 1000 * squared_mmd(gaussian_kernel, features, reference, unbiased)
 
 
 class RawPixels(Encoder):
@@ -89,7 +94,6 @@ def metrics(reference, encoder=None):
     encoder = encoder or RawPixels()
     return [
         FrechetDistance(encoder, reference),
-        FrechetDistance(encoder, reference, extrapolate=True, name="frechet_distance_extrapolated"),
         KernelDistance(encoder, reference),
         Cmmd(encoder, reference),
         Cmmd(encoder, reference, unbiased=True, name="cmmd_unbiased"),
@@ -176,51 +180,12 @@ class _Flat(torch.nn.Module):
 
 
 def test_frechet_distance_refuses_singular_covariances():
-    d = 16
-    assert [frechet_minimum(d), frechet_minimum(d, extrapolate=True)] == [17, 68]
-    real = sample(40, d)
+    real = sample(40, 16)
     with pytest.raises(ValueError, match=r"at least 17 images .*got 16.*singular"):
-        frechet_distance(sample(16, d), real)
-    with pytest.raises(ValueError, match=r"at least 68 images .*extrapolated.*got 67"):
-        frechet_distance(sample(67, d), real, extrapolate=True)
-    for extrapolate in (False, True):
-        with pytest.raises(ValueError, match=r"at least 17 reference images.*got 16"):
-            frechet_distance(sample(68, d), real[:16], extrapolate)
-    assert math.isfinite(frechet_distance(sample(17, d), real))
-    assert math.isfinite(frechet_distance(sample(68, d), real, extrapolate=True))
-
-
-def test_extrapolation_takes_the_bias_away():
-    d, n = 16, 96
-    real = Gaussian(torch.zeros(d).double(), torch.eye(d).double())
-    plain, extrapolated = [], []
-    for seed in range(12):
-        features = sample(n, d, seed, shift=0.1)
-        plain.append(frechet_distance(features, real))
-        extrapolated.append(frechet_distance(features, real, extrapolate=True, seed=seed))
-    truth = d * 0.1**2
-    assert np.mean(plain) - truth > 0.5
-    assert abs(np.mean(extrapolated) - truth) < (np.mean(plain) - truth) / 5
-    assert EXTRAPOLATION_POINTS == 15
-
-
-@pytest.mark.parametrize("flat", [True, False])
-def test_where_extrapolation_is_allowed_it_finds_the_distance(flat, monkeypatch):
-    """Within 30 % of it, with few images as with many; with half of what is asked for it would not."""
-    d = 32
-    variances = torch.ones(d).double() if flat else 1 / torch.arange(1, d + 1).double()
-    shift = (0.05 * variances).sqrt()
-    real = Gaussian(torch.zeros(d).double(), torch.diag(variances))
-    truth = shift.square().sum().item()
-
-    def found(n):
-        sets = (sample(n, d, seed) * variances.sqrt() + shift for seed in range(24))
-        return np.mean([frechet_distance(x, real, extrapolate=True, seed=seed) for seed, x in enumerate(sets)]) / truth
-
-    needed = frechet_minimum(d, extrapolate=True)
-    assert 0.7 < found(needed) < 1.3
-    monkeypatch.setattr("eval.fidelity.frechet_minimum", lambda *_: 2)
-    assert found(needed // 4) < 0.3
+        frechet_distance(sample(16, 16), real)
+    with pytest.raises(ValueError, match=r"at least 17 reference images.*got 16"):
+        frechet_distance(sample(17, 16), real[:16])
+    assert math.isfinite(frechet_distance(sample(17, 16), real))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -280,14 +245,18 @@ def grouped(categories, groups, images, d, alike, seed, means=None):
     return x.reshape(-1, d), rows
 
 
+def distance_of_designs(kernel, x, y, *designs):
+    within = [kernel_mean_within(kernel, z, design) for z, design in zip((x, y), designs, strict=True)]
+    return sum(within) - 2 * kernel_mean(kernel, x, y)
+
+
 def mean_of_kernel_distances(alike, design_of, means=None, repeats=120):
     """Average the kernel distance of grouped images to others of the very same distribution: mean and its error."""
     found = []
     for seed in range(repeats):
         x, rows = grouped(10, 2, 4, 8, alike, 2 * seed, means)
         y, real = grouped(10, 16, 1, 8, 0, 2 * seed + 1, means)
-        within = _kernel_within(_cubic, y, Design.of(real, together=False))
-        found.append(kernel_distance(x, y, design_of(rows), within))
+        found.append(distance_of_designs(cubic_kernel, x, y, design_of(rows), Design.of(real, together=False)))
     return np.mean(found), np.std(found) / math.sqrt(repeats)
 
 
@@ -299,28 +268,36 @@ def test_images_made_together_do_not_move_the_kernel_distance(alike, fixed):
     mean, error = mean_of_kernel_distances(alike, Design.of, means)
     assert abs(mean) < 4 * error
     # taken for independent images, those of a group add to the distance just by being alike
-    naive = [mean_of_kernel_distances(a, lambda rows: Design.independent(len(rows)), means)[0] for a in (0, 0.8)]
+    naive = [mean_of_kernel_distances(a, lambda _: None, means)[0] for a in (0, 0.8)]
     assert naive[1] - naive[0] > 5 * error
 
 
-def test_a_design_weighs_pairs_by_hand():
+def weights(design, n):
+    """Return how much each of n x n pairs counts, n^2 in sum: the mean of a kernel that is 1 there, 0 elsewhere."""
+
+    def alone(i, j):
+        return lambda x, y: x[:, i, None] * y[None, :, j]
+
+    x = torch.eye(n).double()
+    return torch.tensor([[n**2 * kernel_mean_within(alone(i, j), x, design) for j in range(n)] for i in range(n)])
+
+
+def test_a_design_weighs_pairs_by_hand(monkeypatch):
     _, rows = grouped(2, 2, 2, 3, 0, 0)
-    weights = Design.of(rows).weights(0, 8)
+    found = weights(Design.of(rows), 8)
     # 4 images a category: 8 ordered pairs of different groups stand for 16
-    assert weights[0].tolist() == [0, 0, 2, 2, 1, 1, 1, 1]
-    assert weights.sum() == 64 and torch.equal(weights, weights.T)
-    torch.testing.assert_close(Design.of(rows).weights(2, 5), weights[2:5])
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 0, 2, 2, 1, 1, 1, 1]))
+    assert found.sum() == pytest.approx(64) and torch.equal(found, found.T)
+    monkeypatch.setattr("eval.fidelity.ROWS", 3)  # the sums are taken in blocks
+    torch.testing.assert_close(weights(Design.of(rows), 8), found)
     # a category of one group has no pairs to stand for its own: the groups are all draws
-    single = Design.of(rows[:6]).weights(0, 6)
+    single = weights(Design.of(rows[:6]), 6)
     assert single[0, :2].tolist() == [0, 0] and len(single[0, 2:].unique()) == 1
     assert single.sum().item() == pytest.approx(36)
-    real = Design.of(rows, together=False).weights(0, 8)
+    real = weights(Design.of(rows, together=False), 8)
     assert real.diagonal().tolist() == [0] * 8 and real.sum().item() == pytest.approx(64)
     # independent images: the usual unbiased estimate
-    x = sample(9, 3)
-    values = _cubic(x, x)
-    usual = (values.sum() - values.trace()) / 72
-    assert _kernel_within(_cubic, x, Design.independent(len(x))) == pytest.approx(usual.item())
+    torch.testing.assert_close(weights(None, 8), (1 - torch.eye(8)) * 64 / 56)
     with pytest.raises(ValueError, match="at least 2 groups, got 1"):
         Design.of(rows[:2])
 
@@ -385,13 +362,10 @@ def test_inception_score_refuses_few_images_and_wrong_shapes():
         inception_score(torch.zeros(99))
 
 
-# --- manifolds -------------------------------------------------------------------------------------------------------
-
-
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measured", [frechet_distance, kernel_distance, cmmd, precision_recall, density_coverage])
+@pytest.mark.parametrize("measured", [frechet_distance, kernel_distance, cmmd])
 def test_order_does_not_matter_and_nonsense_is_refused(measured):
     x, y = sample(60, 4, 1), sample(50, 4, 2)
     assert measured(x, y) == pytest.approx(measured(x.flip(0), y[torch.randperm(50)]), rel=1e-9)
@@ -411,18 +385,17 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     found = {metric.name: measure(metric, images) for metric in metrics(real, encoder)}
     x = images.embeddings(encoder)
     y = ImageSet.open(real).embeddings(encoder)
-    design, reference_design = Design.of(images.rows), Design.of(reference_rows(real), together=False)
-    unit = torch.nn.functional.normalize(y.double(), dim=-1)
+    pair = x.double(), y.double()
+    designs = Design.of(images.rows), Design.of(reference_rows(real), together=False)
     expected = {
         "frechet_distance": frechet_distance(x, y),
-        "frechet_distance_extrapolated": frechet_distance(x, y, extrapolate=True),
-        "kernel_distance": kernel_distance(x, y, design, _kernel_within(_cubic, y.double(), reference_design)),
+        "kernel_distance": distance_of_designs(cubic_kernel, *pair, *designs),
         "cmmd": cmmd(x, y),
-        "cmmd_unbiased": cmmd(x, y, True, design, _kernel_within(_gaussian, unit, reference_design)),
-        "precision": precision_recall(x, y)[0],
-        "recall": precision_recall(x, y)[1],
-        "density": density_coverage(x, y)[0],
-        "coverage": density_coverage(x, y)[1],
+        "cmmd_unbiased": 1000 * distance_of_designs(gaussian_kernel, *pair, *designs),
+        "precision": precision(x, Manifold(y, 3)),
+        "recall": recall(x, Manifold(y, 3)),
+        "density": density(x, Manifold(y, 5)),
+        "coverage": coverage(x, Manifold(y, 5)),
         "inception_score": inception_score(encoder.logits_from_features(x)),
         "inception_score_2": inception_score(encoder.logits_from_features(x), splits=2),
     }
@@ -436,8 +409,8 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     drawn = np.random.default_rng(3).permutation(12)[:6]
     positions = sorted(position for index in drawn for position in images.groups[groups[index]])
     half = Design.of([images.rows[position] for position in positions])
-    within = _kernel_within(_cubic, y.double(), reference_design)
-    assert seeded["value"] == pytest.approx(kernel_distance(x[positions], y, half, within))
+    by_hand = distance_of_designs(cubic_kernel, pair[0][positions], pair[1], half, designs[1])
+    assert seeded["value"] == pytest.approx(by_hand)
 
 
 def test_a_document_states_its_reference(made, real):
@@ -500,14 +473,12 @@ def test_too_few_images_are_refused(tmp_path, real):
     # 64 dimensions and one constant: the covariance of 10 images is singular
     with pytest.raises(ValueError, match="at least 194 images for frechet_distance, got 10"):
         measure(FrechetDistance(PixelEncoder(8), real), one)
-    with pytest.raises(ValueError, match="at least 776 images"):
-        measure(FrechetDistance(PixelEncoder(8), real, extrapolate=True), one)
 
 
 def test_a_reference_of_one_image_is_refused(made, tmp_path):
     folder = tmp_path / "single"
     noise_file(folder / "one.png", 0)
-    for metric in metrics(folder)[:9]:
+    for metric in metrics(folder)[:8]:
         with pytest.raises(ValueError, match=r"at least \d+ reference images.*got 1"):
             measure(metric, made)
 

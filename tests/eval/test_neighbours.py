@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from eval.neighbours import density_coverage, precision_recall
+from eval.neighbours import Manifold, coverage, density, precision, recall
 
 
 def sample(n, d, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale
+
+
+def precision_recall(x, y):
+    return precision(x, Manifold(y, 3)), recall(x, Manifold(y, 3))
+
+
+def density_coverage(x, y):
+    return density(x, Manifold(y, 5)), coverage(x, Manifold(y, 5))
 
 
 def test_identical_sets():
@@ -42,8 +50,7 @@ def test_a_subset_is_precise_and_recalls_its_part():
 def test_a_collapsed_set():
     real = sample(60, 4)
     collapsed = real[:1].repeat(30, 1)
-    precision, recall = precision_recall(collapsed, real)
-    assert precision == 1 and recall == pytest.approx(1 / 60)  # balls of radius 0: the one image itself
+    assert precision_recall(collapsed, real) == (1, pytest.approx(1 / 60))  # balls of radius 0: the one image itself
 
 
 def test_manifolds_against_the_libraries_and_the_definition():
@@ -56,8 +63,8 @@ def test_manifolds_against_the_libraries_and_the_definition():
     within = np.linalg.norm(real[:, None] - real[None], axis=2)
     radii = np.sort(within, axis=1)[:, k]
     across = np.linalg.norm(real[:, None] - made[None], axis=2)
-    density = (across < radii[:, None]).sum(axis=0).mean() / k
-    assert density_coverage(x, y) == pytest.approx((density, (across.min(axis=1) < radii).mean()))
+    depth = (across < radii[:, None]).sum(axis=0).mean() / k
+    assert density_coverage(x, y) == pytest.approx((depth, (across.min(axis=1) < radii).mean()))
 
 
 def test_density_is_one_and_unbounded():
@@ -78,4 +85,17 @@ def test_manifolds_refuse_few_images():
     with pytest.raises(ValueError, match="at least 6 reference images, got 4"):
         density_coverage(x, x)
     with pytest.raises(ValueError, match="k >= 1"):
-        density_coverage(x, x, k=0)
+        Manifold(x, 0)
+    with pytest.raises(ValueError, match="nothing to measure"):
+        density(x[:0], Manifold(x, 1))
+
+
+@pytest.mark.parametrize("overlap", [precision, recall, density, coverage])
+def test_order_does_not_matter_and_nonsense_is_refused(overlap):
+    x, y = sample(60, 4, 1), sample(50, 4, 2)
+    real = Manifold(y, 3)
+    assert overlap(x.flip(0), Manifold(y[torch.randperm(50)], 3)) == pytest.approx(overlap(x, real), rel=1e-9)
+    with pytest.raises(ValueError, match="one encoder"):
+        overlap(x[:, :3], real)
+    with pytest.raises(ValueError, match="finite"):
+        overlap(x * np.nan, real)
