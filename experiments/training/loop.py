@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.training.data import IMAGE_SIZE, load_table
+from experiments.training.data import load_table
+from experiments.training.sources import IMAGE_SIZE
 
 VARIANT_SHARE = (0.6, 0.4)  # how often each version of an image is drawn: as it is, and shifted by up to five pixels
 VARIANTS = len(VARIANT_SHARE)
