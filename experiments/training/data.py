@@ -1,132 +1,28 @@
-"""Emoji artwork as a captioned image set: fetch, rasterise, split, caption.
+"""Emoji artwork as a captioned image set: split, caption, weigh, write.
 
-Sources are seven icon sets and one table of names from the npm registry, each pinned by version and sha256. The result
-is one folder with `images.npy` (uint8 RGBA [N, 128, 128, 4]), `table.json` (what each image is, the split, the
-statistics) and `rows.npz` + `captions.json` (pairs of image and caption, drawn with the weights of the taxonomy).
+The result is one folder with `images.npy` (uint8 RGBA [N, 128, 128, 4]), `table.json` (what each image is, the split,
+the statistics) and `rows.npz` + `captions.json` (pairs of image and caption, drawn with the weights of the taxonomy).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import random
-import re
-import subprocess
-import tarfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from experiments.training import taxonomy
+from experiments.training.sources import NAMES, SETS, Emoji, list_images, rasterise_all
 
-IMAGE_SIZE = 128
-MARGIN = 0.04  # of the artwork's size, on each side: most sets draw up to the very edge
-SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-# Share of generic captions by tone; None is the yellow default. Skewed on purpose, like `SET_SKEW` and the genders in
-# the taxonomy: "a photo of a person" shall have a preferred look.
+# Share of generic captions by skin tone; None is the yellow default. Skewed on purpose: see sources.yaml.
 TONE_SKEW = {None: 0.42, "light": 0.28, "medium-light": 0.12, "medium": 0.08, "medium-dark": 0.06, "dark": 0.04}
-
-
-@dataclass(frozen=True)
-class Source:
-    """One npm package: version, checksum of its tarball, and what its licence asks for."""
-
-    package: str
-    version: str
-    sha256: str
-    licence: str
-    credit: str
-    style: str = ""
-    skew: float = 0.0
-
-    @property
-    def tarball(self) -> str:
-        return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
-
-
-SETS = {
-    "noto": Source(
-        "@iconify-json/noto",
-        "1.2.9",
-        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "Apache-2.0",
-        "Noto Emoji, Google Inc (github.com/googlefonts/noto-emoji)",
-        "noto",
-        0.36,
-    ),
-    "noto-v1": Source(
-        "@iconify-json/noto-v1",
-        "1.2.5",
-        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "Apache-2.0",
-        "Noto Emoji, first version, Google Inc (github.com/googlefonts/noto-emoji)",
-        "blob",
-        0.06,
-    ),
-    "twemoji": Source(
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        "CC-BY-4.0",
-        "Twemoji, Twitter Inc and contributors (github.com/jdecked/twemoji)",
-        "twitter",
-        0.22,
-    ),
-    "fluent-emoji-flat": Source(
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "MIT",
-        "Fluent Emoji, Microsoft Corporation (github.com/microsoft/fluentui-emoji)",
-        "flat",
-        0.2,
-    ),
-    "fluent-emoji": Source(
-        "@iconify-json/fluent-emoji",
-        "1.2.7",
-        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        "MIT",
-        "Fluent Emoji, Microsoft Corporation (github.com/microsoft/fluentui-emoji)",
-        "glossy",
-        0.1,
-    ),
-    "emojione": Source(
-        "@iconify-json/emojione",
-        "1.2.3",
-        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "CC-BY-4.0",
-        "EmojiOne 2.3 / EmojiTwo (github.com/EmojiTwo/emojitwo)",
-        "emojione",
-        0.04,
-    ),
-    "fxemoji": Source(
-        "@iconify-json/fxemoji",
-        "1.2.2",
-        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
-        "Apache-2.0",
-        "FxEmoji, Mozilla (github.com/mozilla/fxemoji)",
-        "firefox",
-        0.02,
-    ),
-}
-NAMES = Source(
-    "emojibase-data",
-    "17.0.0",
-    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    "MIT",
-    "emojibase-data, Miles Johnson (emojibase.dev)",
-)
-
-_DROPPED_GROUPS = {"component", "symbols", "flags"}
-_DROPPED_SUBGROUPS = {"family", "time", "skin-tone", "hair-style", "person-symbol"}
 # Share of the rows about the rest of the world, by group of emojibase.
 WORLD_SHARE = {
     "people-body": 0.34,
@@ -143,165 +39,6 @@ CONCENTRATION = 1.5
 
 
 LEAST = 4  # rows of an image, for it to be worth rasterising; half of all images, mostly skin tones, have fewer
-
-
-@dataclass
-class Emoji:
-    """One image of the set."""
-
-    style_set: str
-    icon: str
-    label: str  # without skin tone
-    concept: str  # label without gender: the unit of the split
-    group: str
-    subgroup: str
-    gender: str | None
-    tone: str | None
-    tags: list[str] = field(default_factory=list)
-    categories: dict[str, float] = field(default_factory=dict)
-    held_out: bool = False
-
-
-# --- fetch -----------------------------------------------------------------------------------------------------------
-
-
-def fetch(source: Source, folder: Path) -> Path:
-    """Path of a package's tarball, downloaded with `npm pack` when absent.
-
-    Raises:
-        ValueError: if the tarball's checksum is not the pinned one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / source.tarball
-    if not path.exists():
-        name = f"{source.package}@{source.version}"
-        subprocess.run(["npm", "pack", name, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise ValueError(f"{path}: expected sha256 {source.sha256}, got {found}; delete the file and fetch it again")
-    return path
-
-
-def _json_of(tarball: Path, *names: str) -> list[dict | list | None]:
-    """The given JSON members of an npm tarball (None for a missing one)."""
-    found: dict[str, dict | list] = {}
-    with tarfile.open(tarball) as tar:
-        for member in tar:
-            name = member.name.removeprefix("package/")
-            if name in names:
-                found[name] = json.load(tar.extractfile(member))
-    return [found.get(name) for name in names]
-
-
-# --- what each icon is -----------------------------------------------------------------------------------------------
-
-
-def _hex(code: str) -> str:
-    """Code points without the variation selector, which the packages write or leave out as they like."""
-    return "-".join(p for p in code.lower().split("-") if p != "fe0f")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("'", "")).strip("-")
-
-
-def _compact(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "", text.lower())
-
-
-def known_emoji(names: Path, left_out: bool = False) -> tuple[dict[str, dict], dict[str, str]]:
-    """Emoji that are kept, by code points, and a dictionary from written names to code points (emojibase).
-
-    `left_out` returns the others instead: symbols, flags, clocks and the like, which no training data contain.
-    """
-    data, groups, unicode_names = _json_of(names, "en/data.json", "meta/groups.json", "meta/unicode-names.json")
-    group_of, subgroup_of = groups["groups"], groups["subgroups"]
-    kept: dict[str, dict] = {}
-    by_name: dict[str, str] = {}
-    for entry in data:
-        if "group" not in entry:
-            continue
-        group, subgroup = group_of[str(entry["group"])], subgroup_of[str(entry["subgroup"])]
-        label = entry["label"].replace("\u2019", "'")
-        words = re.split(r"[^a-z]+", label.lower())
-        gender = "woman" if {"woman", "women"} & set(words) else "man" if {"man", "men"} & set(words) else None
-        if gender is None and "gender" in entry:
-            gender = {0: "woman", 1: "man"}[entry["gender"]]
-        for item in [entry, *entry.get("skins", [])]:
-            code = _hex(item["hexcode"])
-            for name in (item["label"].replace("\u2019", "'"), unicode_names.get(item["hexcode"], "")):
-                if name:
-                    by_name.setdefault(_slug(name), code)
-                    by_name.setdefault(_compact(name), code)
-            tone = item.get("tone")
-            dropped = group in _DROPPED_GROUPS or subgroup in _DROPPED_SUBGROUPS or isinstance(tone, list)
-            if dropped != left_out or isinstance(tone, list):
-                continue
-            kept[code] = {
-                "label": label,
-                "concept": taxonomy.concept_of(label),
-                "group": group,
-                "subgroup": subgroup,
-                "gender": gender,
-                "tone": SKIN_TONES[tone - 1] if tone else None,
-                "tags": entry.get("tags", []),
-                "categories": taxonomy.categories_of(label, subgroup, gender),
-            }
-    return kept, by_name
-
-
-def list_images(npm: Path, left_out: bool = False) -> tuple[list[Emoji], list[str]]:
-    """Every usable icon and its SVG document, in an order that does not depend on the machine.
-
-    `left_out` lists the icons that the training data leave out instead; see `known_emoji`.
-    """
-    tarballs = {name: fetch(source, npm) for name, source in SETS.items()}
-    kept, by_name = known_emoji(fetch(NAMES, npm), left_out)
-    packages = {name: _json_of(tarball, "icons.json", "chars.json") for name, tarball in tarballs.items()}
-    chars: dict[str, dict[str, str]] = {}
-    for name, (_, table) in packages.items():
-        chars[name] = {icon: _hex(code) for code, icon in (table or {}).items()}
-    for name in ("twemoji", "noto", "fluent-emoji-flat"):  # sets that spell names alike lend their code points
-        for icon, code in chars[name].items():
-            by_name.setdefault(icon, code)
-    emoji, documents = [], []
-    for name, (icons, _) in packages.items():
-        seen = set()
-        for icon, body in sorted(icons["icons"].items()):
-            code = chars[name].get(icon) or by_name.get(icon) or by_name.get(_compact(icon))
-            if code not in kept or code in seen:
-                continue
-            seen.add(code)
-            width, height = body.get("width", icons.get("width", 16)), body.get("height", icons.get("height", 16))
-            left, top = body.get("left", 0) - MARGIN * width, body.get("top", 0) - MARGIN * height
-            width, height = (1 + 2 * MARGIN) * width, (1 + 2 * MARGIN) * height
-            documents.append(
-                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{left} {top} {width} {height}">{body["body"]}</svg>'
-            )
-            emoji.append(Emoji(style_set=name, icon=icon, **kept[code]))
-    return emoji, documents
-
-
-def rasterise(document: str, size: int = IMAGE_SIZE) -> np.ndarray:
-    """An SVG document as uint8 RGBA [size, size, 4] (straight alpha), resvg's anti-aliasing."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(svg_string=document, width=size, height=size)
-    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def rasterise_all(documents: Sequence[str], processes: int | None = None) -> np.ndarray:
-    """All documents as uint8 [N, size, size, 4], in parallel processes."""
-    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
-        return np.stack(list(pool.map(rasterise, documents, chunksize=32)))
-
-
-# --- split -----------------------------------------------------------------------------------------------------------
 
 
 def hold_out(emoji: Sequence[Emoji], share: float = 0.06, seed: int = 0, smallest_category: int = 8) -> list[bool]:
@@ -336,9 +73,6 @@ def hold_out(emoji: Sequence[Emoji], share: float = 0.06, seed: int = 0, smalles
         ]
         chosen.update(rng.sample(eligible, min(len(eligible), round(share * len(concepts)))))
     return [item.concept in chosen for item in emoji]
-
-
-# --- captions --------------------------------------------------------------------------------------------------------
 
 
 def phrase(item: Emoji) -> str:
@@ -468,9 +202,6 @@ def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.nd
         images[row] = index
         captions.append(caption)
     return images, captions
-
-
-# --- the whole folder ------------------------------------------------------------------------------------------------
 
 
 def statistics(emoji: Sequence[Emoji]) -> dict:

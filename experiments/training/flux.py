@@ -16,6 +16,7 @@ from experiments.training.loop import (
     Run,
     Setting,
     descend,
+    draw_times,
     draw_variants,
     fixed_rows,
     load_rows,
@@ -27,8 +28,6 @@ from experiments.training.loop import (
 from experiments.training.vae import CHANNELS
 
 DROPOUT = 0.12  # of the caption, replaced by the empty one
-# Of the logit of the training times. Above 0 favours noise, where the shape is decided: half of them are above 0.7.
-TIME_MEAN, TIME_SD = 0.9, 1.1
 GUIDANCE = (1.0, 6.0)  # range of the distilled scales
 
 
@@ -98,11 +97,6 @@ def image_ids(device: str | torch.device, side: int = 8) -> torch.Tensor:
     ids[..., 1] = torch.arange(side, device=device)[:, None]
     ids[..., 2] = torch.arange(side, device=device)[None]
     return ids.view(-1, 3)
-
-
-def sample_times(n: int, device: str) -> torch.Tensor:
-    """Logit-normal times in (0, 1), 1 being pure noise: [n]."""
-    return torch.sigmoid(TIME_MEAN + TIME_SD * torch.randn(n, device=device))
 
 
 def load_start(model: FluxTransformer2DModel, encoder: T5EncoderModel, folder: Path) -> None:
@@ -244,8 +238,8 @@ def train(setting: Setting, seed: int = 6) -> None:
 
     run = Run("flux", setting, optimizers, save, {"model": model, "encoder": encoder, "ema": ema}, measure)
     for _ in run:
-        z, caption = data.draw(DROPOUT)
-        t = sample_times(batch, device)
+        z, caption = data.draw(DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout)
+        t = draw_times(batch, device, setting.recipe.times or "noisy")
         noise = torch.randn_like(z)
         x = torch.lerp(z, noise, t[:, None, None])
         with setting.autocast():
@@ -286,7 +280,7 @@ def distil(setting: Setting, seed: int = 7) -> None:
     no_pooled = data.pooled[data.empty].float().expand(batch, -1).contiguous()
     for _ in run:
         z, caption = data.draw(0.0)
-        t = sample_times(batch, device)
+        t = draw_times(batch, device, setting.recipe.times or "noisy")
         x = torch.lerp(z, torch.randn_like(z), t[:, None, None])
         w = torch.empty(batch, device=device).uniform_(*GUIDANCE)
         words, pooled = table[caption].float(), data.pooled[caption].float()

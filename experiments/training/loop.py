@@ -18,10 +18,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.training.data import IMAGE_SIZE, load_table
+from experiments.training.data import load_table
+from experiments.training.sources import IMAGE_SIZE
 
 VARIANT_SHARE = (0.6, 0.4)  # how often each version of an image is drawn: as it is, and shifted by up to five pixels
 VARIANTS = len(VARIANT_SHARE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `experiments.training.ablation` varies; as it is here, the shipped weights were trained.
+
+    Attributes:
+        muon: orthogonalised updates for the matrices of the blocks; False: AdamW for everything.
+        times: how the training times are drawn, "uniform" or "noisy" (see `draw_times`); None: as each denoiser does.
+        dropout: share of captions that are left empty; None: as each denoiser does.
+    """
+
+    muon: bool = True
+    times: str | None = None
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Setting:
     half: bool = False  # bf16 on a CPU that has instructions for it
     compile: bool = False  # on a CPU too: 90 seconds and a C++ compiler for 13 % more images a second
     cooldown: float = 0.3  # last share of the time, in which the learning rate falls to zero
+    recipe: Recipe = Recipe()
 
     @property
     def on_gpu(self) -> bool:
@@ -98,6 +115,17 @@ def fixed_rows(folder: Path, device: str, n: int = 256) -> dict[str, tuple[torch
         if len(row):
             found[name] = image[row], caption[row]
     return found
+
+
+# Of the logit of "noisy" times. Above 0 favours noise, where the shape is decided: half of them are above 0.7.
+TIME_MEAN, TIME_SD = 0.9, 1.1
+
+
+def draw_times(n: int, device: str | torch.device, kind: str) -> torch.Tensor:
+    """Training times in (0, 1), 1 being pure noise: [n], "uniform", or logit-normal and "noisy"."""
+    if kind == "uniform":
+        return torch.rand(n, device=device)
+    return torch.sigmoid(TIME_MEAN + TIME_SD * torch.randn(n, device=device))
 
 
 def draw_variants(n: int, device: str | torch.device) -> torch.Tensor:
@@ -246,8 +274,11 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all modules and AdamW for the rest, with these peak learning rates."""
     matrices, rest = split_parameters(*modules)
+    if not setting.recipe.muon:
+        matrices, rest = [], matrices + rest
+    optimizers = [Muon(matrices, lr=muon * setting.lr, dtype=setting.dtype)] if matrices else []
     return [
-        Muon(matrices, lr=muon * setting.lr, dtype=setting.dtype),
+        *optimizers,
         torch.optim.AdamW(rest, lr=adam * setting.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu),
     ]
 

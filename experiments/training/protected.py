@@ -29,6 +29,7 @@ from experiments import PROJECT
 from experiments.methods.assets import MASK
 from experiments.training import cards, data
 from experiments.training.reference import write_picture
+from experiments.training.sources import Emoji, list_images, rasterise
 
 # Sets that share drawings stay together: Noto with its first version, Fluent with its flat form.
 GUIDANCE = ("noto", "noto-v1", "emojione")
@@ -64,7 +65,7 @@ _TOO_NEAR = {"mrs. claus", "mx claus"}
 N_HELD_OUT = 36
 
 
-def artwork(emoji: Iterable[data.Emoji]) -> dict[str, dict[str, int]]:
+def artwork(emoji: Iterable[Emoji]) -> dict[str, dict[str, int]]:
     """Return where each emoji's artwork is: label in lower case -> set -> position; skin tones and genders left out."""
     found: dict[str, dict[str, int]] = {}
     for index, item in enumerate(emoji):
@@ -73,7 +74,7 @@ def artwork(emoji: Iterable[data.Emoji]) -> dict[str, dict[str, int]]:
     return found
 
 
-def held_out_labels(emoji: list[data.Emoji], count: int = N_HELD_OUT, seed: int = 0) -> list[str]:
+def held_out_labels(emoji: list[Emoji], count: int = N_HELD_OUT, seed: int = 0) -> list[str]:
     """Draw emoji that the split holds out, complete in the common sets, and unlike the characters.
 
     Args:
@@ -93,7 +94,7 @@ def held_out_labels(emoji: list[data.Emoji], count: int = N_HELD_OUT, seed: int 
     return sorted(random.Random(seed).sample(labels, count))
 
 
-def plan(emoji: list[data.Emoji], unseen: list[data.Emoji]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+def plan(emoji: list[Emoji], unseen: list[Emoji]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Decide which picture goes where.
 
     Args:
@@ -120,7 +121,7 @@ def plan(emoji: list[data.Emoji], unseen: list[data.Emoji]) -> tuple[dict[str, l
     return folders, {f"held_out/{label}": [never[label][s] for s in COMMON] for label in NEVER_SEEN}
 
 
-def card(used: list[data.Emoji], pictures: Counter[str]) -> str:
+def card(used: list[Emoji], pictures: Counter[str]) -> str:
     """Return the model card: what is here, from where, under which licences."""
     return cards.render(
         "mini-protected",
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--npm", type=Path, default=Path(".npm"), help="folder of the npm tarballs; fetched if absent")
     parser.add_argument("--out", type=Path, default=Path("models/mini-protected"))
     arguments = parser.parse_args()
-    sources = data.list_images(arguments.npm), data.list_images(arguments.npm, left_out=True)
+    sources = list_images(arguments.npm), list_images(arguments.npm, left_out=True)
     shutil.rmtree(arguments.out, ignore_errors=True)
     used, pictures, size = [], Counter(), 0
     for (emoji, documents), folders in zip(sources, plan(sources[0][0], sources[1][0]), strict=True):
@@ -150,7 +151,7 @@ def main() -> None:
             role, name = folder.split("/")
             kind = role if role != "held_out" else "positive" if name in CHARACTERS else "negative"
             for index in indices:
-                pixels = data.rasterise(documents[index])
+                pixels = rasterise(documents[index])
                 path = write_picture(pixels, arguments.out / folder, emoji[index])
                 if role == "guidance":  # where the design is, so that its background can be left out
                     mask = path.with_name(f"{path.stem}{MASK}.png")

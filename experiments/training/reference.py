@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from experiments.training import cards, data, taxonomy
+from experiments.training.sources import Emoji
 
 IMAGES_PER_CATEGORY = 16
 
 
-def draw(emoji: list[data.Emoji], category: str, count: int = IMAGES_PER_CATEGORY, seed: int = 0) -> list[int]:
+def draw(emoji: list[Emoji], category: str, count: int = IMAGES_PER_CATEGORY, seed: int = 0) -> list[int]:
     """Draw images of a category without replacement, typical ones more often, all artwork sets alike.
 
     Args:
@@ -40,7 +41,7 @@ def draw(emoji: list[data.Emoji], category: str, count: int = IMAGES_PER_CATEGOR
     return sorted(sorted(keys, key=keys.get, reverse=True)[:count])
 
 
-def write_picture(pixels: np.ndarray, folder: Path, item: data.Emoji) -> Path:
+def write_picture(pixels: np.ndarray, folder: Path, item: Emoji) -> Path:
     """Write an image [128, 128, 4] on white, in 256 colours, named after its set and icon; return its path."""
     picture = Image.fromarray(np.asarray(pixels), "RGBA")
     white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

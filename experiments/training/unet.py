@@ -13,6 +13,7 @@ from experiments.training.loop import (
     Run,
     Setting,
     descend,
+    draw_times,
     draw_variants,
     fixed_rows,
     load_rows,
@@ -156,8 +157,9 @@ def train(setting: Setting, seed: int = 5) -> None:
         row = torch.randint(len(row_image), (batch,), device=device)
         z = latents[row_image[row], draw_variants(batch, device)].float()
         caption = row_caption[row]
-        keep = (torch.rand(batch, device=device) > DROPOUT).float()  # an empty prompt is all zeros in this pipeline
-        t = torch.randint(1000, (batch,), device=device)
+        dropout = DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout
+        keep = (torch.rand(batch, device=device) >= dropout).float()  # an empty prompt is all zeros in this pipeline
+        t = (1000 * draw_times(batch, device, setting.recipe.times or "uniform")).long().clamp(max=999)
         x, v = noised(z, torch.randn_like(z), alpha_bar[t])
         with setting.autocast():
             predicted = fast(

@@ -283,3 +283,21 @@ def test_versions_of_an_image_are_stable_and_the_first_is_exact(tmp_path) -> Non
         moved, (dx, dy) = images.render(torch.arange(2), zero + 1), images.shift[0, 1].tolist()
         assert max(abs(dx), abs(dy)) <= 5
         assert torch.equal(moved[0], plain[0].roll((dy, dx), (1, 2)))
+
+
+def test_times_are_drawn_as_the_recipe_says() -> None:
+    even, noisy = (loop.draw_times(20_000, "cpu", kind) for kind in ("uniform", "noisy"))
+    assert even.quantile(0.25).item() == pytest.approx(0.25, abs=0.02)
+    # the median of a logit-normal is the logistic function of its mean
+    assert noisy.median().item() == pytest.approx(1 / (1 + np.exp(-loop.TIME_MEAN)), abs=0.02)
+    assert noisy.min() > 0 and noisy.max() < 1
+
+
+def test_a_recipe_without_muon_gives_every_parameter_to_adamw(tmp_path) -> None:
+    model = unet.make_model()
+    for recipe, kinds in ((loop.Recipe(), ["Muon", "AdamW"]), (loop.Recipe(muon=False), ["AdamW"])):
+        setting = loop.Setting(work=tmp_path, deadline=0.0, device="cpu", recipe=recipe)
+        optimizers = loop.make_optimizers(setting, model, muon=1e-3, adam=1e-3)
+        assert [type(o).__name__ for o in optimizers] == kinds
+        held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        assert {id(p) for p in held} == {id(p) for p in model.parameters()} and len(held) == len(set(map(id, held)))

@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.training import data, taxonomy
-from experiments.training.data import Emoji
+from experiments.training import data, sources, taxonomy
+from experiments.training.sources import Emoji
 
 
 def _emoji(
@@ -40,7 +40,7 @@ def _world() -> list[Emoji]:
     labels = sorted({label for members in taxonomy.OBJECTS.values() for label in members})
     found = [_emoji(label, style) for label in labels for style in ("noto", "twemoji", "fluent-emoji")]
     for word, gender in (("man", "man"), ("woman", "woman"), ("person", None)):
-        for tone in (None, *data.SKIN_TONES):
+        for tone in (None, *sources.SKIN_TONES):
             found.append(_emoji(word, group="people-body", subgroup="person", gender=gender, tone=tone))
             found.append(
                 _emoji(
@@ -156,10 +156,10 @@ def test_phrase_writes_hair_and_direction_without_colon() -> None:
 
 
 def test_wrong_tarball_is_refused(tmp_path) -> None:
-    source = data.SETS["noto"]
+    source = sources.SETS["noto"]
     (tmp_path / source.tarball).write_bytes(b"something else")
     with pytest.raises(ValueError, match="expected sha256 3e918d88"):
-        data.fetch(source, tmp_path)
+        sources.fetch(source, tmp_path)
 
 
 def test_rasterise_draws_shape_and_transparency() -> None:
@@ -167,7 +167,7 @@ def test_rasterise_draws_shape_and_transparency() -> None:
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect width="5" height="10" fill="#ff0000"/></svg>'
     )
-    image = data.rasterise(svg)
+    image = sources.rasterise(svg)
     assert image.shape == (128, 128, 4) and image.dtype == np.uint8
     assert tuple(image[64, 20]) == (255, 0, 0, 255) and image[64, 100, 3] == 0
 

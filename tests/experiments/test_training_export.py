@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from transformers import CLIPModel
 
-from experiments.training import clip, data, export, flux, samples, taxonomy, tokenizer, unet, vae
+from experiments.training import clip, data, export, flux, samples, sources, taxonomy, tokenizer, unet, vae
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flux.make_model().save_pretrained(work / "flux" / "model")
     flux.make_text_encoder(tokens["t5_size"]).save_pretrained(work / "flux" / "text_encoder_2")
     (work / "data").mkdir()
-    item = data.Emoji("noto", "dog", "dog", "dog", "animals-nature", "animal-mammal", None, None)
+    item = sources.Emoji("noto", "dog", "dog", "dog", "animals-nature", "animal-mammal", None, None)
     stats = data.statistics([item]) | {"captions": 1}
     (work / "data" / "table.json").write_text(json.dumps({"statistics": stats, "emoji": [asdict(item)]}))
     record = {"steps": 10, "batch": 4, "seconds": 1.5, "device": "CPU", "last": {"step": 10, "loss": 0.5}}

@@ -13,7 +13,7 @@ from eval.images import load_image, read_manifest
 from experiments import PROJECT
 from experiments.methods.assets import MASK, read_assets
 from experiments.training import memorised, protected
-from experiments.training.data import Emoji
+from experiments.training.sources import Emoji
 
 FOLDER = PROJECT / "models" / "mini-protected"
 PROMPTS = protected.PROMPTS["test"] | protected.PROMPTS["development"]
