@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.methods.controls import NoiseControl, RandomMatch, changed, push_at_random, push_from_random
+from experiments.methods.controls import NoiseControl, RandomMatch, changed
 from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 from negtome.merge import push_groups
@@ -29,7 +29,7 @@ def pushed():
 
 def test_noise_moves_the_same_tokens_exactly_as_far(pushed):
     tokens, moved = pushed
-    noise = push_at_random(tokens, moved, K, generator())
+    noise = NoiseControl("c", **STRENGTH).replace(tokens, moved, K, generator())
     assert torch.equal(changed(tokens, noise), changed(tokens, moved))
     far, as_far = ((result - tokens).norm(dim=-1) for result in (moved, noise))
     torch.testing.assert_close(as_far, far, rtol=1e-5, atol=1e-6)
@@ -41,7 +41,7 @@ def test_noise_moves_the_same_tokens_exactly_as_far(pushed):
 
 def test_a_random_match_pushes_the_same_tokens_from_a_token_of_the_first_image(pushed):
     tokens, moved = pushed
-    result = push_from_random(tokens, moved, K, STRENGTH["alpha"], generator())
+    result = RandomMatch("c", **STRENGTH).replace(tokens, moved, K, generator())
     where = changed(tokens, moved).squeeze(-1)
     assert torch.equal(result[~where], tokens[~where])
     # x' = x + alpha (x - r), so r = x - (x' - x) / alpha: one of the first image's tokens, seldom the nearest.
@@ -59,8 +59,8 @@ def test_the_halves_of_guidance_draw_alike():
     tokens = torch.cat([half, half])
     moved = push_groups(tokens, K, matching="paper", reference="first", **STRENGTH)[0]
     for result in (
-        push_from_random(tokens, moved, K, STRENGTH["alpha"], generator()),
-        push_at_random(tokens, moved, K, generator()),
+        RandomMatch("c", **STRENGTH).replace(tokens, moved, K, generator()),
+        NoiseControl("c", **STRENGTH).replace(tokens, moved, K, generator()),
     ):
         assert torch.equal(*result.chunk(2))
         assert not torch.equal(result, tokens)
