@@ -30,7 +30,7 @@ def products(pipe: Any, call: Mapping[str, Any], config: negtome.NegToMeConfig, 
     """
     seen: Counter[Product] = Counter()
 
-    def note(features: torch.Tensor, halves: int) -> torch.Tensor:
+    def note(features: torch.Tensor, halves: int, _: negtome.NegToMeConfig) -> torch.Tensor:
         images, (tokens, channels) = len(features) // halves, features.shape[1:]
         seen[(halves, (images - 1) * tokens, channels), (halves, channels, tokens)] += 1
         return features
