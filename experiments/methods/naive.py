@@ -3,7 +3,7 @@
 It makes the passes over memory that the authors' released code makes (github.com/1jsingh/negtome, described, not
 copied): both sides normalised, the whole similarity matrix kept, its maximum over an axis, a gather, a blend of all
 images with the first one among them, and a concatenation. It is put into a stock pipeline by ordinary torch hooks, at
-the sites of `negtome.sites`. Images are square, and all images of a call are one group. `Naive` is the same as a method.
+those of `negtome.sites`. Images are square, and all images of a call are one group. `Naive` is the same as a method.
 """
 
 from __future__ import annotations
