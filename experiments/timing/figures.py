@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.style import FAINT, STYLE, numbered
-from experiments.timing.cases import PLAIN
-from experiments.timing.floor import BOUND
+from experiments.timing.cases import BOUND, PLAIN
 
 #: Columns that say on what was measured: a figure has a row of panels for each.
 SETUP = ["weights", "dtype", "compiled", "device", "threads"]

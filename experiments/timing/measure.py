@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import warnings
@@ -17,9 +18,17 @@ from experiments import pipelines
 from experiments.configs import flag
 from experiments.methods import naive
 from experiments.timing import profile, random_weights
-from experiments.timing.cases import METHOD, PLAIN, Case, Variant
-from experiments.timing.clock import Timing, denoiser_of, inside_of, take_rounds, time_call, timesteps_of
-from experiments.timing.floor import BOUND, lower_bound, products
+from experiments.timing.cases import BOUND, METHOD, PLAIN, Case, Variant
+from experiments.timing.clock import (
+    Timing,
+    denoiser_of,
+    inside_of,
+    lower_bound,
+    products,
+    take_rounds,
+    time_call,
+    timesteps_of,
+)
 from experiments.timing.rows import profile_rows, rows_of, with_bound
 
 log = logging.getLogger(__name__)
@@ -76,12 +85,15 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         steps = timesteps_of(pipe, call)
         window = steps[case.steps[0] - 1], 1000.0
     mask = inside_of(steps, window)
-    if all(mask) or not any(mask):
+    if mask.all() or not mask.any():
         raise ValueError(f"{case.label}: expected steps in and out of {window}, got {steps}")
 
     picture = negtome.Reference(torch.rand(3, case.side, case.side, generator=torch.Generator().manual_seed(1)))
     variants = {variant.name: variant for variant in case.variants}
-    configs = {name: case.config(v, (steps[0],) * 2 if v.outside else window) for name, v in variants.items()}
+    configs = {
+        name: case.strengths.replace(**variant.config, timestep_range=(steps[0],) * 2 if variant.outside else window)
+        for name, variant in variants.items()
+    }
 
     def attach(name: str) -> contextlib.AbstractContextManager:
         return attached(pipe, variants[name], configs[name], picture)
@@ -100,14 +112,12 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         if name not in fit:
             _free()  # once the error is gone, and its frames with it
     if PLAIN in fit:
-        found = products(pipe, call, configs[PLAIN], sum(mask))
+        found = products(pipe, call, configs[PLAIN], int(mask.sum()))
         timings = take_rounds(fit, case.rounds, run, case.label)
-        bound = lower_bound(found, device, getattr(torch, case.model.dtype))
-        timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
+        timings[BOUND] = with_bound(timings[PLAIN], mask, lower_bound(found, device, getattr(torch, case.model.dtype)))
         if case.part == "table" and METHOD in fit and not cfg.compile:
-            parts = profile.parts(
-                pipe, lambda: attach(METHOD), lambda: time_call(pipe, call, device), case.rounds, device
-            )
+            calls = functools.partial(attach, METHOD), functools.partial(time_call, pipe, call, device)
+            parts = profile.parts(pipe, *calls, case.rounds, device)
     rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
     return [*rows, *profile_rows(parts, case, mask)]
 

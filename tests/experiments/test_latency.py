@@ -16,10 +16,9 @@ from torch.autograd import DeviceType
 import negtome
 from experiments import PROJECT, latency
 from experiments.timing import cases, measure, profile, report, rows
-from experiments.timing.cases import composed, configured_cases
-from experiments.timing.clock import Timing, inside_of, take_rounds, time_call, timesteps_of
+from experiments.timing.cases import BOUND, composed, configured_cases
+from experiments.timing.clock import Timing, inside_of, lower_bound, products, take_rounds, time_call, timesteps_of
 from experiments.timing.figures import curve_models, scaling
-from experiments.timing.floor import BOUND, lower_bound, products
 from experiments.timing.rows import COLUMNS, median_interval
 
 RESULTS = PROJECT / "results"
@@ -80,48 +79,55 @@ def test_a_drift_of_the_machine_falls_on_all_variants_alike():
         return Timing([now, now * (1.5 if name == "slow" else 1.0)], 2 * now)
 
     timings = take_rounds(["plain", "slow", "same"], 4, run)
-    assert {name: [len(calls) for calls in of_name] for name, of_name in timings.items()} == {
-        name: [2, 2, 2, 2] for name in ("plain", "slow", "same")
-    }
-    steps = {name: np.array([[t.steps for t in calls] for calls in of_name]) for name, of_name in timings.items()}
-    plain = rows.per_round(steps["plain"], [False, True])
-    assert rows.per_round(steps["slow"], [False, True]) / plain == pytest.approx(1.5)
-    assert rows.per_round(steps["same"], [True, False]) / plain == pytest.approx(1.0)
+    assert {name: timing.seconds.shape for name, timing in timings.items()} == dict.fromkeys(timings, (4, 2))
+    inside, outside = ({name: timing.steps[:, :, [n]] for name, timing in timings.items()} for n in (1, 0))
+    assert rows.per_round(inside["slow"]) / rows.per_round(inside["plain"]) == pytest.approx(1.5)
+    assert rows.per_round(outside["same"]) / rows.per_round(outside["plain"]) == pytest.approx(1.0)
 
 
 def test_a_round_goes_there_and_back():
     order = []
-    take_rounds(["a", "b", "c"], 2, order.append)
+
+    def run(name):
+        order.append(name)
+        return Timing([1], len(order))
+
+    timings = take_rounds(["a", "b", "c"], 2, run)
     assert order == ["a", "b", "c", "c", "b", "a"] * 2
+    assert timings["b"].seconds.tolist() == [[2, 5], [8, 11]]
 
 
 def test_a_rounds_duration_is_the_mean_of_its_calls_medians():
-    steps = np.array([[[1, 2, 9, 50], [3, 4, 5, 60]], [[1, 1, 1, 0], [7, 7, 7, 0]]], dtype=float)
-    assert rows.per_round(steps, [True, True, True, False]).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
-    assert rows.per_round(steps, [False, False, False, True]).tolist() == [55, 0]
+    steps = np.array([[[1, 2, 9], [3, 4, 5]], [[1, 1, 1], [7, 7, 7]]], dtype=float)
+    assert rows.per_round(steps).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
 
 
 def test_a_whole_call_has_the_measured_one_in_it_once():
     """Steps 10, 2, 4 inside the window and 1, 3 outside, of 25 seconds: 5 are spent before and after the loop."""
-    timing = Timing([10, 2, 4, 1, 3], 25)
-    mask = [True, True, True, False, False]
-    assert rows.compose([[timing]], mask, 3, 2).tolist() == [25]
-    assert rows.compose([[timing]], mask, 6, 20).tolist() == [25 + 3 * 4 + 18 * 2]
-    assert rows.compose([[timing]], mask, 1, 2).tolist() == [25 - 2 * 4]
-    slower = Timing([10, 2, 6, 1, 3], 27)
-    assert rows.compose([[timing, slower], [slower, slower]], mask, 4, 2).tolist() == [(29 + 33) / 2, 33]
+
+    def compose(calls, inside, outside):
+        timing = Timing(*(np.array(values) for values in calls))
+        return rows.compose(timing, np.array([True, True, True, False, False]), inside, outside).flatten().tolist()
+
+    steps, slower = [10, 2, 4, 1, 3], [10, 2, 6, 1, 3]
+    once = [[[steps]], [[25]]]
+    assert [compose(once, *counts) for counts in ((3, 2), (6, 20), (1, 2))] == [[25], [25 + 3 * 4 + 18 * 2], [25 - 8]]
+    twice = [[steps, slower], [slower, slower]], [[25, 27], [27, 27]]
+    assert compose(twice, 4, 2) == [(29 + 33) / 2, 33]
 
 
 def test_the_floor_is_added_to_the_steps_in_the_window_and_to_the_call():
-    (((call,),),) = (rows.with_bound([[Timing([1, 2, 3], 7, 100, 0.5)]], [True, True, False], 0.25),)
-    assert call == Timing([1.25, 2.25, 3], 7.5)
+    plain = Timing(*(np.array(values) for values in ([[[1, 2, 3]]], [[7]], [[100]], [[0.5]])))
+    bound = rows.with_bound(plain, np.array([True, True, False]), 0.25)
+    assert bound.steps.tolist() == [[[1.25, 2.25, 3]]] and bound.seconds.tolist() == [[7.5]]
+    assert np.isnan(bound.peak) and np.isnan(bound.pushed_share)
 
 
 def test_a_median_and_its_interval_by_hand():
-    assert median_interval([3, 1, 2, 5, 4], 0.95) == (3, None, None)
+    assert median_interval([3, 1, 2, 5, 4], 0.95) == pytest.approx((3, np.nan, np.nan), nan_ok=True)
     assert median_interval([3, 1, 2, 5, 4, 6], 0.95) == (3.5, 1, 6)
     assert median_interval([*range(8), 1e9], 0.95) == (4, 1, 7)
-    assert median_interval([1.0], 0.95) == (1, None, None)
+    assert median_interval([1.0], 0.95) == pytest.approx((1, np.nan, np.nan), nan_ok=True)
 
 
 @settings(deadline=None)
@@ -129,8 +135,9 @@ def test_a_median_and_its_interval_by_hand():
 def test_the_interval_is_the_shortest_that_holds_the_median_often_enough(rounds, level):
     """In closed form: as many rounds lie beyond each end as a fair coin would seldom leave there."""
     beyond = int((binom.cdf(np.arange(rounds), rounds, 0.5) <= (1 - level) / 2).sum())
-    expected = (beyond, rounds + 1 - beyond) if beyond else (None, None)
-    assert median_interval(range(1, rounds + 1), level) == ((rounds + 1) / 2, *expected)
+    expected = (beyond, rounds + 1 - beyond) if beyond else (np.nan, np.nan)
+    found = median_interval(range(1, rounds + 1), level)
+    assert found == pytest.approx(((rounds + 1) / 2, *expected), abs=0, nan_ok=True)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -145,7 +152,7 @@ def test_the_full_suite_is_the_published_settings_and_curves():
     for (model, _), case in table.items():
         assert case.batch == 4 and case.model.dtype == {"sdxl": "float16", "flux-dev": "bfloat16"}[model]
         assert case.model.call.num_inference_steps == {"sdxl": 50, "flux-dev": 25}[model]
-        assert median_interval(range(case.rounds), 0.95)[1] is not None
+        assert np.isfinite(median_interval(range(case.rounds), 0.95)).all()
     assert table["sdxl", 1024].windows == ((800, 1000), (600, 1000))
     assert table["flux-dev", 768].windows == ((900, 1000),)
     for model in ("sdxl", "flux-dev"):
@@ -160,7 +167,7 @@ def test_the_full_suite_is_the_published_settings_and_curves():
 def test_the_mini_suite_is_both_mini_models_and_has_intervals():
     found = list(configured_cases(MINI))
     assert [case.model.name for case in found if case.part == "table"] == ["mini-sdxl", "mini-flux"]
-    assert all(median_interval(range(case.rounds), 0.95)[1] is not None for case in found)
+    assert all(np.isfinite(median_interval(range(case.rounds), 0.95)).all() for case in found)
 
 
 def test_every_target_is_of_a_configured_case_and_variant():
@@ -213,14 +220,14 @@ def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
     pipe = request.getfixturevalue(name)
     timesteps = timesteps_of(pipe, CALL)
     config = negtome.NegToMeConfig(**EVERYTHING | {"timestep_range": (timesteps[1], 1000)})
-    assert inside_of(timesteps, config.timestep_range) == [True, True, False, False]
+    assert inside_of(timesteps, config.timestep_range).tolist() == [True, True, False, False]
     found = products(pipe, CALL, config, 2)
 
     with negtome.attach(pipe, config) as attached:
         timing = time_call(pipe, CALL, "cpu", attached)
     assert [step.timestep for step in attached.steps] == timesteps
     assert len(timing.steps) == 4 and min(timing.steps) > 0 and sum(timing.steps) < timing.seconds
-    assert (timing.peak, timing.pushed_share) == (None, 1.0)
+    assert np.isnan(timing.peak) and timing.pushed_share == 1
     # The floor moves the tokens that the method compares, and compares them with one image of each half.
     assert 2 * sum(math.prod(left[:2]) for left, _ in found.elements()) == attached.summary()["tokens_compared"]
     for (halves, moving, channels), right in found:
@@ -255,7 +262,7 @@ def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(n
     assert list(parts) == [
         "before the denoiser", "push", *(part.operation for part in told), "after the denoiser", "outside the window",
     ]  # fmt: skip
-    assert all(part.host_ms > 0 and part.device_ms is None for part in parts.values())
+    assert all(part.host_ms > 0 and math.isnan(part.device_ms) for part in parts.values())
     assert math.isclose(sum(part.host_ms for part in told), parts["push"].host_ms)
     assert {parts[one].operation_calls for one in ("before the denoiser", "after the denoiser")} == {1}
     # One product a site that is reached and large enough; the others come out again before.
