@@ -15,11 +15,12 @@ from torch.autograd import DeviceType
 
 import negtome
 from experiments import PROJECT, latency
+from experiments.tables import put_rows
 from experiments.timing import cases, measure, profile, report, rows
 from experiments.timing.cases import BOUND, composed, configured_cases
 from experiments.timing.clock import Timing, inside_of, lower_bound, products, take_rounds, time_call, timesteps_of
 from experiments.timing.figures import curve_models, scaling
-from experiments.timing.rows import COLUMNS, median_interval
+from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 
 RESULTS = PROJECT / "results"
 #: A call of a tiny pipeline.
@@ -481,7 +482,7 @@ def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_p
             "steps": 50, "dtype": "float16", "compiled": False, "device": "H100", "setting": "123456789012",
         }  # fmt: skip
         new = [row | {"variant": name, "inside_ms": value} | changes for name in ("none", "first")]
-        return latency.write_rows(tmp_path / "latency.csv", new)
+        return put_rows(tmp_path / "latency.csv", new, COLUMNS, CONFIGURATION, SAME_CASE)
 
     put(1.0)
     others = [{"device": "H200"}, {"side": 768}, {"compiled": True}, {"part": "batch"}, {"device": "cpu", "threads": 1}]
@@ -500,7 +501,7 @@ def test_a_table_of_an_earlier_version_is_shown_and_goes_on(tmp_path):
     frame.drop(columns=added).to_csv(tmp_path / "latency.csv", index=False)
     page = latency.run([*NOTHING, f"results={tmp_path}"])
     assert "## flux-dev, 768 x 768" in page and "Where it goes" not in page
-    frame = latency.write_rows(tmp_path / "latency.csv", measured(side=512))
+    frame = put_rows(tmp_path / "latency.csv", measured(side=512), COLUMNS, CONFIGURATION, SAME_CASE)
     assert list(frame.columns) == COLUMNS and len(frame) == 3 + 1
 
 
