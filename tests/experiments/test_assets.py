@@ -76,13 +76,6 @@ def test_a_folder_is_read_with_its_masks(folder):
     assert assets[1].picture().getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_transparent_and_grey_pictures_are_read_as_they_are_seen(folder):
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(folder / "green" / "2.png")
-    Image.new("L", (4, 4), 7).save(folder / "green" / "3.png")
-    _, clear, grey, *_ = read_assets(folder)
-    assert clear.image.unique().tolist() == [255] and grey.image.unique().tolist() == [7]
-
-
 def test_pictures_that_differ_in_their_suffix_share_a_mask(folder):
     paint(folder / "red" / "1.jpg", (250, 0, 0))
     masked = [asset.file.name for asset in read_assets(folder) if asset.mask is not None]
