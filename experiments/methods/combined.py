@@ -17,7 +17,6 @@ class Combined(Method):
     of that. Those that touch the pipeline itself therefore come last.
 
     Args:
-        name: the method's name in folders and tables.
         methods: by name; at most one of them may attach NegToMe, and no two may change the same argument of the call.
 
     Raises:
@@ -28,7 +27,7 @@ class Combined(Method):
     version = 1
 
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
-        self.name = name
+        super().__init__(name)
         self.methods = list(methods.values())
         if alone := [method.name for method in self.methods if type(method).draw is not Method.draw]:
             raise ValueError(f"method={name} combines methods of one call, got {alone}, which draw by themselves")

@@ -28,9 +28,8 @@ class Control(NegToMe):
     """NegToMe with each site's push replaced; at every site it is asked first what it would move, and where to.
 
     Args:
-        name: the method's name in folders and tables.
         seed: of the draws, beside the group's identity and the site's name.
-        **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
+        **config: as of `NegToMe`.
 
     Raises:
         ValueError: references other than the first image, which the controls are not defined for.

@@ -104,12 +104,11 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
 
     fit, timings, parts = [], {}, []
     for name in variants:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             run(name)  # what is done once is done
             fit.append(name)
-        except torch.OutOfMemoryError:
-            log.warning("%s: %s does not fit into the device's memory", case.label, name)
         if name not in fit:
+            log.warning("%s: %s does not fit into the device's memory", case.label, name)
             _free()  # once the error is gone, and its frames with it
     if PLAIN in fit:
         found = products(pipe, call, configs[PLAIN], int(mask.sum()))
@@ -127,13 +126,15 @@ def attached(
     pipe: Any, variant: Variant, config: negtome.NegToMeConfig, picture: negtome.Reference
 ) -> Iterator[negtome.Attachment | None]:
     """Put a variant into the pipeline for the length of the block."""
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+    attach = {
+        "plain": contextlib.nullcontext,
+        "negtome": lambda: negtome.attach(pipe, config, given=picture if variant.picture else None),
+        "naive": lambda: naive.attach(pipe, config),
+    }[variant.via]
+    with warnings.catch_warnings(), attach() as attachment:
         # Tokens of random weights may all be unlike each other; that costs the same.
         warnings.filterwarnings("ignore", "NegToMe pushed no token", RuntimeWarning)
-        if variant.via == "naive":
-            stack.enter_context(naive.attach(pipe, config))
-        given = picture if variant.picture else None
-        yield stack.enter_context(negtome.attach(pipe, config, given=given)) if variant.via == "negtome" else None
+        yield attachment
 
 
 def _free() -> None:
