@@ -144,6 +144,12 @@ def test_the_interval_is_the_shortest_that_holds_the_median_often_enough(rounds,
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
+def test_the_mini_suite_is_both_mini_models_and_has_intervals():
+    found = list(configured_cases(MINI))
+    assert [case.model.name for case in found if case.part == "table"] == ["mini-sdxl", "mini-flux"]
+    assert np.isfinite([median_interval(range(case.rounds), 0.95) for case in found]).all()
+
+
 def test_the_full_suite_is_the_published_settings_and_curves():
     found = list(configured_cases(FULL))
     table = {(case.model.name, case.side): case for case in found if case.part == "table"}
@@ -157,18 +163,10 @@ def test_the_full_suite_is_the_published_settings_and_curves():
     assert table["sdxl", 1024].windows == ((800, 1000), (600, 1000))
     assert table["flux-dev", 768].windows == ((900, 1000),)
     for model in ("sdxl", "flux-dev"):
-        curve = {
-            part: [c for c in found if (c.model.name, c.part) == (model, part)] for part in ("batch", "resolution")
-        }
-        assert [case.batch for case in curve["batch"]] == [2, 4, 8, 16]
-        assert [case.side for case in curve["resolution"]] == [512, 768, 1024, 1536, 2048]
+        curve = [(case.part, case.batch, case.side) for case in found if case.model.name == model]
+        assert [batch for part, batch, _ in curve if part == "batch"] == [2, 4, 8, 16]
+        assert [side for part, _, side in curve if part == "resolution"] == [512, 768, 1024, 1536, 2048]
     assert all(case.variants[0].name == cases.PLAIN for case in found)
-
-
-def test_the_mini_suite_is_both_mini_models_and_has_intervals():
-    found = list(configured_cases(MINI))
-    assert [case.model.name for case in found if case.part == "table"] == ["mini-sdxl", "mini-flux"]
-    assert all(np.isfinite(median_interval(range(case.rounds), 0.95)).all() for case in found)
 
 
 def test_every_target_is_of_a_configured_case_and_variant():
@@ -206,12 +204,9 @@ def test_what_cannot_be_measured_is_refused(setting, message, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_another_experiment_is_refused():
+def test_another_experiment_and_a_table_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected experiment=latency"):
         latency.run(["name=other"])
-
-
-def test_nothing_to_measure_and_no_table_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"latency\.csv, got no file: let latency\.cases"):
         latency.run([*NOTHING, f"results={tmp_path}"])
 
@@ -429,21 +424,17 @@ def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
 
 @pytest.mark.parametrize("setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "method.alpha=1", "code"])
 def test_a_changed_setting_is_measured_anew(flux, monkeypatch, tmp_path, setting):
-    class Measured(Exception):
-        pass
-
     def measured(*arguments):
-        raise Measured
+        raise InterruptedError
 
-    overrides, _, _ = flux
     monkeypatch.setattr(latency, "measure", measured)
     if setting == "code":
         (tmp_path / "merge.py").write_text("another way")
         monkeypatch.setattr(rows, "CODE", [*rows.CODE, tmp_path / "merge.py"])
     else:
         change(monkeypatch, setting)
-    with pytest.raises(Measured):
-        latency.run(overrides)
+    with pytest.raises(InterruptedError):
+        latency.run(flux[0])
 
 
 @pytest.mark.slow
@@ -519,15 +510,13 @@ def measured(model="flux-dev", side=768, part="table", device="H100", batch=4, w
             "measured_inside": 3, "torch": "2.9", "diffusers": "0.42", "cuda": "12.8", "call_how": "composed",
             "call_s": 10 * call, "image_s": 2.5 * call, "peak_mib": peak, "peak_ratio": peak and peak / 1000,
         }  # fmt: skip
-        for quantity, value in (("inside", inside), ("outside", outside)):
-            row |= {f"{quantity}_ms": 100 * value, f"{quantity}_q1_ms": 99 * value, f"{quantity}_q3_ms": 101 * value}
-            ends = {f"{quantity}_ratio_low": value - 0.005, f"{quantity}_ratio_high": value + 0.005}
-            row |= {} if variant == "none" else {f"{quantity}_ratio": value, **ends}
-        row |= (
-            {}
-            if variant == "none"
-            else {f"call_ratio{e}": call + d for e, d in (("", 0), ("_low", -0.001), ("_high", 0.001))}
-        )
+        for quantity, value, width in (("inside", inside, 0.005), ("outside", outside, 0.005), ("call", call, 0.001)):
+            if quantity != "call":
+                ends = {f"{quantity}_q1_ms": 99 * value, f"{quantity}_q3_ms": 101 * value}
+                row |= {f"{quantity}_ms": 100 * value, **ends}
+            if variant != "none":
+                ends = {f"{quantity}_ratio_low": value - width, f"{quantity}_ratio_high": value + width}
+                row |= {f"{quantity}_ratio": value, **ends}
         rows.append(row)
     return rows
 
@@ -547,21 +536,21 @@ def test_targets_are_met_not_met_undecided_or_not_measured():
     )
     table = report.target_table(frame, composed(*FULL))
     found = {(row["what"], row["of"], row["on"]): (row["measured"], row["verdict"]) for _, row in table.iterrows()}
-    assert found["step in the window", "flux-dev 768", "H100"] == ("+3.0 % [+2.5 %, +3.5 %]", "met")
-    assert found["step in the window", "flux-dev 768", "H200"] == ("+3.6 % [+3.1 %, +4.1 %]", "undecided")
-    assert found["whole call, 1000 to 900", "flux-dev 768", "H100"] == ("+2.0 % [+1.9 %, +2.1 %]", "not met")
-    assert found["whole call, 1000 to 900", "flux-dev 768", "H200"] == ("+0.5 % [+0.4 %, +0.6 %]", "met")
-    outside = "attached, outside the window"
-    assert found[outside, "flux-dev 768", "H100"][1] == "undecided"
-    clocked = "of which hooks, by the clock"
-    assert found[clocked, "flux-dev 768", "H100"] == ("+0.12 %", "")
-    assert (clocked, "flux-dev 768", "H200") not in found, "no profile was taken there"
-    assert found["peak memory", "flux-dev 1024", "H100"] == ("+1.1 %", "not met")
-    assert found["peak memory", "sdxl 1024", ""] == ("", "not measured")
-    assert found["step in the window", "mini-sdxl 128", ""] == ("", "not measured")
-    growth = "extra peak memory, 2048 against 1024"
-    assert found[growth, "flux-dev", "H100"] == ("x 4.50 (10 to 45 MiB)", "not met")
-    assert found[growth, "sdxl", ""] == ("", "not measured")
+    for what, of, on, shown, verdict in (
+        ("step in the window", "flux-dev 768", "H100", "+3.0 % [+2.5 %, +3.5 %]", "met"),
+        ("step in the window", "flux-dev 768", "H200", "+3.6 % [+3.1 %, +4.1 %]", "undecided"),
+        ("whole call, 1000 to 900", "flux-dev 768", "H100", "+2.0 % [+1.9 %, +2.1 %]", "not met"),
+        ("whole call, 1000 to 900", "flux-dev 768", "H200", "+0.5 % [+0.4 %, +0.6 %]", "met"),
+        ("attached, outside the window", "flux-dev 768", "H100", "+0.1 % [-0.4 %, +0.6 %]", "undecided"),
+        ("of which hooks, by the clock", "flux-dev 768", "H100", "+0.12 %", ""),
+        ("peak memory", "flux-dev 1024", "H100", "+1.1 %", "not met"),
+        ("peak memory", "sdxl 1024", "", "", "not measured"),
+        ("step in the window", "mini-sdxl 128", "", "", "not measured"),
+        ("extra peak memory, 2048 against 1024", "flux-dev", "H100", "x 4.50 (10 to 45 MiB)", "not met"),
+        ("extra peak memory, 2048 against 1024", "sdxl", "", "", "not measured"),
+    ):
+        assert found[what, of, on] == (shown, verdict)
+    assert ("of which hooks, by the clock", "flux-dev 768", "H200") not in found, "no profile was taken there"
     assert set(table["verdict"]) <= {"met", "not met", "undecided", "not measured", ""}
 
 
