@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
-from ip_adapter import save_ip_adapter
 from PIL import Image
+from stand_ins import save_ip_adapter
 
 from eval.clip import HFClip
 from experiments import PROJECT

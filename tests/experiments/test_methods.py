@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ip_adapter import save_ip_adapter
 from PIL import Image
+from stand_ins import Colours, save_ip_adapter
 
 import negtome
-from eval.encoders import Encoder
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
 from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
@@ -30,19 +29,6 @@ CALLS = {
 STRENGTH = {"alpha": 0.9, "threshold": -1.0, "timestep_range": [0, 1000], "min_side": 4}
 
 
-class OneColour(Encoder):
-    """Finds red where a text says so; images by their mean colour."""
-
-    name, id = "one-colour", "one-colour-1"
-
-    def embed_images(self, images):
-        return torch.nn.functional.normalize(torch.stack([image.float().mean(dim=(1, 2)) for image in images]) + 1)
-
-    def embed_texts(self, texts):
-        colours = [[255.0, 0, 0] if "red" in text else [128.0, 128, 128] for text in texts]
-        return torch.nn.functional.normalize(torch.tensor(colours) + 1)
-
-
 @pytest.fixture
 def retriever(tmp_path):
     """Two pictures of one asset, the nearer one masked; `retriever(prompt=None, preview=0.5)` for other thresholds."""
@@ -58,7 +44,7 @@ def retriever(tmp_path):
     Image.fromarray(mask).save(folder / "1.mask.png")
 
     def make(prompt=0.9, preview=None):
-        return Retriever(tmp_path / "assets", OneColour(), {"prompt": prompt, "preview": preview}, preview_steps=1)
+        return Retriever(tmp_path / "assets", Colours(), {"prompt": prompt, "preview": preview}, preview_steps=1)
 
     return make
 

@@ -1,12 +1,34 @@
-"""An IP-Adapter of the shape of a UNet, in the published format of h94/IP-Adapter, its numbers from one seed."""
+"""What stands in for networks: an encoder that sees colours alone, and an IP-Adapter whose numbers are of one seed."""
 
 import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from eval.encoders import Encoder
+
+#: What `Colours` knows by name.
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
+
+
+class Colours(Encoder):
+    """Embeds an image as its mean colour, and a text as the colours that it names, or as grey."""
+
+    name, id = "colours", "colours-1"
+
+    def embed_images(self, images):
+        return torch.nn.functional.normalize(
+            torch.stack([image.float().mean(dim=(1, 2)) for image in images]) + 1, dim=1
+        )
+
+    def embed_texts(self, texts):
+        named = [[COLOURS[word] for word in text.split() if word in COLOURS] or [(128, 128, 128)] for text in texts]
+        return torch.nn.functional.normalize(
+            torch.stack([torch.tensor(colours).float().mean(0) for colours in named]) + 1
+        )
+
 
 def save_ip_adapter(folder, unet, plus=False):
-    """Lay down weights and image encoder; return the arguments of `load_ip_adapter`."""
+    """Lay down an IP-Adapter of a UNet's shape as h94/IP-Adapter is; return the arguments of `load_ip_adapter`."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
