@@ -17,18 +17,8 @@ import negtome
 from experiments import pipelines
 from experiments.configs import flag
 from experiments.methods import naive
-from experiments.timing import profile, random_weights
+from experiments.timing import clock, profile, random_weights
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case, Variant
-from experiments.timing.clock import (
-    Timing,
-    denoiser_of,
-    inside_of,
-    lower_bound,
-    products,
-    take_rounds,
-    time_call,
-    timesteps_of,
-)
 from experiments.timing.rows import profile_rows, rows_of, with_bound
 
 log = logging.getLogger(__name__)
@@ -63,7 +53,7 @@ def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> 
             limits = torch._dynamo.config  # of torch 2.6 under its former name
             name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
             setattr(limits, name, 64)  # every variant compiles its own
-            denoiser_of(pipe).compile()
+            clock.denoiser_of(pipe).compile()
         _loaded[key] = pipe
     return _loaded[key]
 
@@ -78,13 +68,13 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         torch.set_num_threads(cfg.latency.threads)
     pipe = _pipeline(case.model, weights, cfg, device)
     call = _call(case, pipe, weights, cfg)
-    steps = whole = timesteps_of(pipe, call)
+    steps = whole = clock.timesteps_of(pipe, call)
     window = case.windows[0]
     if case.steps is not None:
         call["num_inference_steps"] = sum(case.steps)
-        steps = timesteps_of(pipe, call)
+        steps = clock.timesteps_of(pipe, call)
         window = steps[case.steps[0] - 1], 1000.0
-    mask = inside_of(steps, window)
+    mask = clock.inside_of(steps, window)
     if mask.all() or not mask.any():
         raise ValueError(f"{case.label}: expected steps in and out of {window}, got {steps}")
 
@@ -98,9 +88,9 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
     def attach(name: str) -> contextlib.AbstractContextManager:
         return attached(pipe, variants[name], configs[name], picture)
 
-    def run(name: str) -> Timing:
+    def run(name: str) -> clock.Timing:
         with attach(name) as attachment:
-            return time_call(pipe, call, device, attachment)
+            return clock.time_call(pipe, call, device, attachment)
 
     fit, timings, parts = [], {}, []
     for name in variants:
@@ -111,11 +101,12 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
             log.warning("%s: %s does not fit into the device's memory", case.label, name)
             _free()  # once the error is gone, and its frames with it
     if PLAIN in fit:
-        found = products(pipe, call, configs[PLAIN], int(mask.sum()))
-        timings = take_rounds(fit, case.rounds, run, case.label)
-        timings[BOUND] = with_bound(timings[PLAIN], mask, lower_bound(found, device, getattr(torch, case.model.dtype)))
+        found = clock.products(pipe, call, configs[PLAIN], int(mask.sum()))
+        timings = clock.take_rounds(fit, case.rounds, run, case.label)
+        bound = clock.lower_bound(found, device, clock.denoiser_of(pipe).dtype)
+        timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
         if case.part == "table" and METHOD in fit and not cfg.compile:
-            calls = functools.partial(attach, METHOD), functools.partial(time_call, pipe, call, device)
+            calls = functools.partial(attach, METHOD), functools.partial(clock.time_call, pipe, call, device)
             parts = profile.parts(pipe, *calls, case.rounds, device)
     rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
     return [*rows, *profile_rows(parts, case, mask)]

@@ -104,11 +104,12 @@ def rows_of(
     variants = {variant.name: variant for variant in case.variants}
     masks = {name: inside_of(measured, config.timestep_range) for name, config in configs.items()}
     masks[BOUND] = masks[PLAIN]
+    stated = [(case.part, window, variants) for window in case.windows]
+    stated += [("window", window, case.curve_variants) for window in case.curve_windows]
     rows = []
-    for part, window in [*((case.part, own) for own in case.windows), *(("window", own) for own in case.curve_windows)]:
+    for part, window, names in stated:
         inside = int(inside_of(whole, window).sum())
-        counts = inside, len(whole) - inside
-        for name in [*(case.curve_variants if part == "window" else variants), BOUND]:
+        for name in (*names, BOUND):
             variant, mask, config = variants.get(name), masks[name], configs.get(name)
             row = {"part": part, "variant": name, "t_low": window[0], "t_high": window[1], "steps_inside": inside}
             row |= _measured(case, mask)
@@ -130,7 +131,7 @@ def rows_of(
                         durations = (1000 * timing.steps[:, :, steps] for timing in (own, plain))
                         row |= _statistics(name, where, "ms", *durations, level)
             if of_window:
-                calls = (compose(timings[of], masks[of], *counts) for of in (name, PLAIN))
+                calls = (compose(timings[of], masks[of], inside, len(whole) - inside) for of in (name, PLAIN))
                 row |= _statistics(name, "call", "s", *calls, level)
                 row["image_s"] = row["call_s"] / case.batch
                 as_it_is = measured == whole and inside == mask.sum() and name != BOUND
