@@ -80,8 +80,9 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
 
     picture = negtome.Reference(torch.rand(3, case.side, case.side, generator=torch.Generator().manual_seed(1)))
     variants = {variant.name: variant for variant in case.variants}
+    windows = {name: (steps[0],) * 2 if variant.outside else window for name, variant in variants.items()}
     configs = {
-        name: case.strengths.replace(**variant.config, timestep_range=(steps[0],) * 2 if variant.outside else window)
+        name: case.strengths.replace(**{**variant.config, "timestep_range": windows[name]})
         for name, variant in variants.items()
     }
 

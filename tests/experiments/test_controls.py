@@ -73,10 +73,8 @@ def test_nothing_moves_where_negtome_moves_nothing(control):
     assert torch.equal(control("c").replace(tokens, tokens, K, generator()), tokens)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "flux"])
 @pytest.mark.parametrize("control", [RandomMatch, NoiseControl])
-def test_on_a_pipeline_the_first_image_stays_and_equal_seeds_give_equal_images(control, kind, request):
-    pipe = request.getfixturevalue(f"tiny_{kind}")
+def test_on_a_pipeline_the_first_image_stays_and_equal_seeds_give_equal_images(control, kind, pipe):
     call = {"height": 32, "width": 32, "num_inference_steps": 2}
     call |= {"max_sequence_length": 16} if kind == "flux" else {}
     drawn = [

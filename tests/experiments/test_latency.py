@@ -211,9 +211,7 @@ def test_another_experiment_and_a_table_of_nothing_are_refused(tmp_path):
         latency.run([*NOTHING, f"results={tmp_path}"])
 
 
-@pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
-def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
-    pipe = request.getfixturevalue(name)
+def test_timesteps_and_shapes_are_those_of_a_real_call(kind, pipe):
     timesteps = timesteps_of(pipe, CALL)
     config = negtome.NegToMeConfig(**EVERYTHING | {"timestep_range": (timesteps[1], 1000)})
     assert inside_of(timesteps, config.timestep_range).tolist() == [True, True, False, False]
@@ -227,7 +225,7 @@ def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
     # The floor moves the tokens that the method compares, and compares them with one image of each half.
     assert 2 * sum(math.prod(left[:2]) for left, _ in found.elements()) == attached.summary()["tokens_compared"]
     for (halves, moving, channels), right in found:
-        assert halves == (2 if name == "tiny_sdxl" else 1) and right == (halves, channels, moving // 2)
+        assert halves == (2 if kind == "sdxl" else 1) and right == (halves, channels, moving // 2)
 
 
 def test_the_floor_is_what_its_products_take():
@@ -235,9 +233,7 @@ def test_the_floor_is_what_its_products_take():
     assert lower_bound({}, "cpu", torch.float32) == 0
 
 
-@pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
-def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(name, request):
-    pipe = request.getfixturevalue(name)
+def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(pipe):
     classes = [type(module) for module in pipe.components.values()]
     config, attachments = negtome.NegToMeConfig(**EVERYTHING), []
 

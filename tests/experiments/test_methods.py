@@ -49,16 +49,6 @@ def retriever(tmp_path):
     return make
 
 
-@pytest.fixture(params=["sdxl", "flux"])
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def pipe(kind, request):
-    return request.getfixturevalue(f"tiny_{kind}")
-
-
 def generate(pipe, method, group, call):
     """Do what experiments.generate does: the images as one array, and what was applied."""
     generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
