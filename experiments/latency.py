@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -37,11 +36,6 @@ log = logging.getLogger(__name__)
 def read_rows(path: Path) -> pd.DataFrame:
     """Read the table, if there is one; columns that one of an earlier version does not have are empty."""
     return read_csv(path).reindex(columns=COLUMNS) if path.exists() else pd.DataFrame(columns=COLUMNS)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Put the rows of a case into the table, in place of those of the same configuration; return the table."""
-    return put_rows(path, rows, COLUMNS, CONFIGURATION, SAME_CASE)
 
 
 def run(overrides: Sequence[str]) -> str:
@@ -63,14 +57,16 @@ def run(overrides: Sequence[str]) -> str:
         if not force and ((known["setting"] == common["setting"]) & (known["part"] == case.part)).any():
             log.info("%s (%s): measured already", case.label, case.part)
             continue
-        write_rows(path, [common | row for row in measure(case, weights, cfg, device)])
+        rows = [common | row for row in measure(case, weights, cfg, device)]
+        put_rows(path, rows, COLUMNS, CONFIGURATION, SAME_CASE)
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: let latency.cases or latency.curves be true.")
     return report.write(read_rows(path), cfg, folder)
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("experiments").setLevel(logging.INFO)  # of the fonts in the figures, nobody wants to read
     print(run(argv))
     cfg = composed(*argv)
     print(*sorted(project_path(cfg.results).glob(f"{cfg.name}[._]*")), sep="\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,29 +19,14 @@ from negtome.rows import ReferenceRows, shrink
 from negtome.sites import (
     Architecture,
     DenoiserCall,
-    Timesteps,
     calling_pipeline,
     check_denoiser,
     fewest_tokens,
     find_architecture,
     find_sites,
-    largest_map,
     unwrap,
 )
-
-
-class Step(NamedTuple):
-    """One denoising step of a run: its training timestep, and whether the window contains it."""
-
-    timestep: float
-    active: bool
-
-
-class SiteCount(NamedTuple):
-    """Tokens compared with a reference at a site, and how many of them were pushed, all halves and steps together."""
-
-    compared: int
-    pushed: int
+from negtome.tally import Run, SiteCount, Step, check_pushed, check_side, check_window
 
 
 def attach(
@@ -135,7 +120,6 @@ class Attachment:
             )
         architecture = find_architecture(pipe)
         config = (config or NegToMeConfig()).published_for(architecture.name.lower())
-        _check_given(config, given)
         if push is not None and given is not None:
             raise ValueError("push changes what images of a group do to each other, got given images beside it.")
         denoiser = getattr(pipe, architecture.denoiser)
@@ -155,14 +139,15 @@ class Attachment:
         check_denoiser(self._denoiser, adds_rows=given is not None)
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
         self._now = Now()
-        self._rows = None if given is None else ReferenceRows(architecture, given)
+        self._rows = None if given is None else ReferenceRows(architecture, given, config.matching)
         if self._rows is not None:
             self._rows.start(pipe)  # for what it refuses
         found = find_sites(self._denoiser, architecture, config)
         self._sites = [Site(name, place, config, self._now, push) for name, _, place in found]
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._finished_runs = 0
+        self._compared, self._pushed = Counter(), Counter()  # tokens by site, in the finished calls
         self._entered = False
 
         # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this one is
@@ -182,7 +167,7 @@ class Attachment:
 
     def counts(self) -> dict[str, SiteCount]:
         """Return the tokens compared and pushed at every site, in the finished calls of the pipeline."""
-        return {site.name: SiteCount(site.compared, site.pushed) for site in self._sites}
+        return {name: SiteCount(self._compared[name], self._pushed[name]) for name in self.sites}
 
     def summary(self) -> dict[str, Any]:
         """Return what happened in the finished calls of the pipeline, all sites together, as JSON values."""
@@ -190,8 +175,8 @@ class Attachment:
             "sites": len(self._sites),
             "timesteps": [step.timestep for step in self.steps],
             "active_timesteps": [step.timestep for step in self.steps if step.active],
-            "tokens_compared": sum(site.compared for site in self._sites),
-            "tokens_pushed": sum(site.pushed for site in self._sites),
+            "tokens_compared": self._compared.total(),
+            "tokens_pushed": self._pushed.total(),
         }
 
     def remove(self) -> None:
@@ -228,7 +213,7 @@ class Attachment:
                 f"NegToMe expects one call of its {self._architecture.pipeline} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
-        self._run = run = _Run()
+        self._run = run = Run()
         try:
             if self._rows is not None:
                 self._rows.start(self._pipe)
@@ -246,11 +231,11 @@ class Attachment:
                 f"pipeline to call it; if `pipe.{self._architecture.denoiser}` was replaced inside the block, or no "
                 "step was asked for, change that before attaching."
             )
-        tallies = run.read(self._sites)
-        for site, tally in zip(self._sites, tallies, strict=True):
-            site.compared += tally.compared
-            site.pushed += tally.pushed
-        self._check(run, tallies)
+        compared, pushed, highest = run.read()
+        self._compared.update(compared)
+        self._pushed.update(pushed)
+        check_window(self.config, [step.timestep for step in run.steps])  # the schedule may be unknown, or interrupted
+        check_pushed(self.config, self.sites, compared.total(), pushed.total(), highest)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Decide, before one call of the denoiser, whether the sites act in it and how.
@@ -278,22 +263,18 @@ class Attachment:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
         timestep = run.timesteps.read(self._pipe, call.timestep)
         if not run.steps and run.timesteps.schedule:
-            self._check_window(run.timesteps.schedule)
+            check_window(self.config, run.timesteps.schedule)
         if call.latent is not None and call.latent != run.latent:
             run.latent = call.latent
-            self._check_side(call.latent)
+            check_side(self.config, self._denoiser, self.sites, call.latent)
             now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
         now.active = self.config.is_active(timestep)
         now.rows, now.text_length, now.layout = call.rows, call.text_length, None
         step = Step(timestep, now.active)
         # True guidance calls Flux a second time in a step, for the negative prompt. A timestep alone says nothing:
         # schedulers of second order have each one twice.
-        conditional = not (
-            self._architecture.guided_apart
-            and run.steps
-            and run.steps[-1] == step
-            and call.prompts is not run.conditioned_on
-        )
+        again = bool(run.steps) and run.steps[-1] == step and call.prompts is not run.conditioned_on
+        conditional = not (self._architecture.guided_apart and again)
         if conditional:
             run.steps.append(step)
             run.conditioned_on = call.prompts
@@ -350,116 +331,6 @@ class Attachment:
                 "num_images_per_prompt times the number of prompts a multiple of group_size."
             )
         return size
-
-    def _check_window(self, timesteps: Sequence[float]) -> None:
-        """Refuse a call of the pipeline none of whose timesteps is in the window."""
-        if not any(map(self.config.is_active, timesteps)):
-            low, high = self.config.timestep_range
-            raise RuntimeError(
-                f"NegToMe has nothing to do: no step lies in the window, timestep_range=({low:g}, {high:g}); the "
-                f"timesteps of this call are {', '.join(f'{t:g}' for t in timesteps)}; widen the window or take more "
-                "steps."
-            )
-
-    def _check_side(self, latent: tuple[int, int]) -> None:
-        """Refuse a latent whose feature maps are all too small to take part."""
-        height, width = largest_map(self._denoiser, self.sites, latent)
-        if min(height, width) < self.config.min_side:
-            raise RuntimeError(
-                f"NegToMe has nothing to do: its largest feature map is {height}x{width} tokens and min_side="
-                f"{self.config.min_side}; generate larger images or lower min_side to {min(height, width)}."
-            )
-
-    def _check(self, run: _Run, tallies: list[_Tally]) -> None:
-        """Refuse a finished call of the pipeline in which NegToMe did nothing."""
-        config = self.config
-        self._check_window([step.timestep for step in run.steps])  # the schedule may be unknown, or interrupted
-        if not any(tally.compared for tally in tallies):
-            raise RuntimeError(
-                f"NegToMe did nothing: none of its {len(tallies)} sites was reached in the steps of the window, the "
-                f"first one being {tallies[0].name}; expected the denoiser to run them; switch off whatever skips or "
-                "caches blocks."
-            )
-        if config.alpha != 0 and config.threshold < 1 and not any(tally.pushed for tally in tallies):
-            closest = max(tally.highest_similarity for tally in tallies)
-            warnings.warn(
-                f"NegToMe pushed no token: the highest similarity was {closest:.3f}, not above threshold="
-                f"{config.threshold:g}; lower the threshold if this was not intended.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-
-
-class _Tally(NamedTuple):
-    """What a site counted in one call of the pipeline."""
-
-    name: str
-    compared: int
-    pushed: int
-    highest_similarity: float
-
-
-class _Run:
-    """What is remembered during one call of the pipeline."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.timesteps = Timesteps()
-        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
-        self.conditioned_on: torch.Tensor | None = None  # prompts of the first call of the last step
-        self.latent: tuple[int, int] | None = None
-        # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
-        self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
-
-    def count(self, sites: list[Site], threshold: float) -> None:
-        """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
-        alike: dict[tuple[torch.Size, torch.device], list[Site]] = {}
-        for site in sites:
-            if site.similarity is not None:
-                alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
-        for found in alike.values():
-            similarity = torch.stack([site.similarity for site in found]).flatten(1)
-            # The cosine of a copy may be rounded to more than 1, but a threshold of 1 moves nothing.
-            pushed = (similarity > (threshold if threshold < 1 else torch.inf)).sum(dim=1)
-            compared = similarity.shape[1]
-            self._counts.append((found, compared, pushed, similarity.amax(dim=1)))
-            for site in found:
-                site.similarity = None
-
-    def read(self, sites: list[Site]) -> list[_Tally]:
-        """Fetch what was counted from the device."""
-        compared, pushed = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
-        highest = dict.fromkeys(sites, -1.0)
-        if self._counts:
-            device = self._counts[0][2].device  # a denoiser may be spread over several
-            counts = iter(torch.cat([count[2].to(device) for count in self._counts]).tolist())
-            maxima = iter(torch.cat([count[3].to(device) for count in self._counts]).tolist())
-            for found, number, _, _ in self._counts:
-                for site in found:
-                    compared[site] += number
-                    pushed[site] += next(counts)
-                    highest[site] = max(highest[site], min(next(maxima), 1.0))  # rounded to more than 1, at times
-        return [_Tally(site.name, compared[site], pushed[site], highest[site]) for site in sites]
-
-
-def _check_given(config: NegToMeConfig, given: Reference | Sequence[Reference | None] | None) -> None:
-    """Refuse given images that cannot be pushed from."""
-    if given is None:
-        return
-    references = [given] if isinstance(given, Reference) else given
-    if not isinstance(references, Sequence) or not all(isinstance(r, Reference | None) for r in references):
-        raise TypeError(
-            "given must be a negtome.Reference, or a list with one or None for each image of a call, got "
-            f"{type(given).__name__}; wrap images: negtome.Reference(image)."
-        )
-    references = [r for r in references if r is not None]
-    if not references:
-        raise ValueError("given must hold at least one negtome.Reference, got none; leave it out instead.")
-    if config.matching == "released" and any(len(r.images) > 1 for r in references):
-        raise ValueError(
-            'matching="released" is defined between two images only, got a Reference of several images; use '
-            'matching="paper", or one image.'
-        )
 
 
 def _check_one_prompt(call: DenoiserCall) -> None:

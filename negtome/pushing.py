@@ -52,8 +52,6 @@ class Site:
         self.config = config
         self.now = now
         self.instead = instead
-        self.compared = 0
-        self.pushed = 0
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
 
     def enter(self, module: torch.nn.Module) -> None:

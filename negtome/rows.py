@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from negtome.merge import Matching
 from negtome.reference import Reference, fit, token_mask
 from negtome.sites import Architecture, DenoiserCall
 
@@ -63,9 +64,30 @@ class ReferenceRows:
     Args:
         architecture: of the pipeline.
         references: one for all images of a call, or one or None for each.
+        matching: of the method's settings.
+
+    Raises:
+        TypeError: what is given is no Reference.
+        ValueError: none is given, or one that the matching is not defined for.
     """
 
-    def __init__(self, architecture: Architecture, references: Reference | Sequence[Reference | None]) -> None:
+    def __init__(
+        self, architecture: Architecture, references: Reference | Sequence[Reference | None], matching: Matching
+    ) -> None:
+        given = [references] if isinstance(references, Reference) else references
+        if not isinstance(given, Sequence) or not all(isinstance(r, Reference | None) for r in given):
+            raise TypeError(
+                "given must be a negtome.Reference, or a list with one or None for each image of a call, got "
+                f"{type(given).__name__}; wrap images: negtome.Reference(image)."
+            )
+        self._given = [reference for reference in given if reference is not None]
+        if not self._given:
+            raise ValueError("given must hold at least one negtome.Reference, got none; leave it out instead.")
+        if matching == "released" and any(len(reference.images) > 1 for reference in self._given):
+            raise ValueError(
+                'matching="released" is defined between two images only, got a Reference of several images; use '
+                'matching="paper", or one image.'
+            )
         self._architecture = architecture
         self._references = references
         self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
@@ -79,9 +101,8 @@ class ReferenceRows:
         """
         if pipe.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
-        references = [self._references] if isinstance(self._references, Reference) else self._references
-        prompts = [reference.prompt for reference in references if reference is not None]
-        if any(prompt is not None for prompt in prompts) and None in (pipe.text_encoder, pipe.text_encoder_2):
+        prompted = any(reference.prompt is not None for reference in self._given)
+        if prompted and None in (pipe.text_encoder, pipe.text_encoder_2):
             raise ValueError(
                 "NegToMe expected both text encoders, to embed a Reference's prompt, got None; load them too, or leave "
                 "the prompt out, and each image lends its own."

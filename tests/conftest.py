@@ -42,6 +42,17 @@ def tiny_schnell(_tiny_pipelines):
     return copy.deepcopy(_tiny_pipelines["flux-schnell"])
 
 
+@pytest.fixture(params=["sdxl", "flux"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(kind, request):
+    """The tiny pipeline of a kind, for what holds for all of them."""
+    return request.getfixturevalue(f"tiny_{kind}")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(_tiny_pipelines, tmp_path_factory):
     """Lay a tiny checkpoint down in the layout of the real ones: `tiny_checkpoint("sdxl")`.

@@ -77,17 +77,16 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
             "model.copyright.guidance=FOLDER (what methods are given) and other pictures of the same characters as "
             "model.copyright.scoring=FOLDER (what is measured)"
         )
-    folder = Path(folder)
-    files = {folder / row.path: row.category for row in read_manifest(folder)}
+    files = {Path(folder) / row.path: row.category for row in read_manifest(folder)}
     masks = {file for file in files if file.stem.endswith(MASK)}
-    assets = []
-    for file, name in files.items():
-        if file in masks:
-            continue
-        mask = file.with_name(f"{file.stem}{MASK}.png")
-        asset = Asset(name, file, mask if mask in masks else None)
+    mask_of = {file: file.with_name(f"{file.stem}{MASK}.png") for file in files}
+    assets = [
+        Asset(name, file, mask_of[file] if mask_of[file] in masks else None)
+        for file, name in files.items()
+        if file not in masks
+    ]
+    for asset in assets:
         _check(asset)
-        assets.append(asset)
     unused = masks - {asset.mask_file for asset in assets}
     if unused:
         raise ValueError(f"Masks without a picture: {sorted(map(str, unused))}; name a mask PICTURE{MASK}.png")
@@ -96,19 +95,17 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
 
 def _check(asset: Asset) -> None:
     """Read an asset's picture and mask once, so that a bad one is named before anything is generated."""
-    height, width = asset.image.shape[1:]
+    size, mask = tuple(asset.image.shape[1:]), asset.mask
     with Image.open(asset.file) as opened:
         frames = getattr(opened, "n_frames", 1)
     if frames > 1:
         raise ValueError(f"{asset.file} is an animation of {frames} frames: export the one that you mean")
-    if asset.mask is None:
-        return
-    if asset.mask.shape != (height, width):
+    if mask is not None and mask.shape != size:
         raise ValueError(
-            f"{asset.mask_file} is a mask of {tuple(asset.mask.shape)} pixels for a picture of {(height, width)}: draw "
-            "it on that very picture"
+            f"{asset.mask_file} is a mask of {tuple(mask.shape)} pixels for a picture of {size}: draw it on that very "
+            "picture"
         )
-    if not asset.mask.any():
+    if mask is not None and not mask.any():
         raise ValueError(
             f"{asset.mask_file} is an empty mask, so that nothing could be matched: paint white what is to be avoided, "
             "or remove the file, and the whole picture counts"
@@ -126,10 +123,10 @@ def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:
         ValueError: with the pairs.
     """
     scored = [Path(scoring) / row.path for row in read_manifest(scoring)]
-    given, mirrored, pixels = zip(*(_looked_at(asset.file) for asset in assets), strict=True)
-    theirs, _, others = zip(*(_looked_at(file) for file in scored), strict=True)
-    there = torch.stack(theirs).T
-    alike = torch.maximum(torch.stack(given) @ there, torch.stack(mirrored) @ there)
+    given, pixels = zip(*(_looked_at(asset.file) for asset in assets), strict=True)
+    theirs, others = zip(*(_looked_at(file) for file in scored), strict=True)
+    small, there = torch.stack(given), torch.stack(theirs).flatten(1).T
+    alike = torch.maximum(small.flatten(1) @ there, small.flip(3).flatten(1) @ there)  # as it is, and mirrored
     found = [
         (asset.file, file)
         for asset, same, row in zip(assets, pixels, alike.tolist(), strict=True)
@@ -144,24 +141,18 @@ def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:
         )
 
 
-def _looked_at(file: Path) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Return a picture reduced, its mirror image reduced, and a digest of its pixels, which one colour alone needs.
+def _looked_at(file: Path) -> tuple[torch.Tensor, str]:
+    """Return a picture reduced, and a digest of its pixels, which one colour alone needs.
 
-    Not the picture: those of a folder of full size do not fit into memory together.
+    It is reduced to 16 x 16 pixels [3, 16, 16] less each channel's mean, of length 1, or zeros for one colour alone:
+    the product of two is their correlation, which neither size nor format, brightness nor contrast changes much. The
+    pictures of a folder of full size do not fit into memory together.
     """
     image = load_image(file)
     pixels = hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
-    return _reduced(image), _reduced(image.flip(2)), pixels
-
-
-def _reduced(image: torch.Tensor) -> torch.Tensor:
-    """Return a picture as 16 x 16 pixels less each channel's mean, of length 1; zeros for one colour alone.
-
-    The product of two is their correlation, which neither size nor format, brightness nor contrast changes much.
-    """
     small = F.adaptive_avg_pool2d(image.float(), 16)
     small = small - small.mean(dim=(1, 2), keepdim=True)
-    return small.flatten() / small.norm() if small.norm() > 1 else torch.zeros(small.numel())
+    return small / small.norm() if small.norm() > 1 else torch.zeros_like(small), pixels
 
 
 class Retriever:

@@ -19,52 +19,6 @@ from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 
 
-def push_from_random(
-    tokens: torch.Tensor, moved: torch.Tensor, group_size: int, alpha: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Push the tokens that NegToMe moved from random tokens of the group's first image instead of the nearest ones.
-
-    Args:
-        tokens: [G * K, N, C] the tokens of G groups of K = `group_size` images before the push.
-        moved: [G * K, N, C] the same after NegToMe's push.
-        group_size: K.
-        alpha: strength of the push.
-        generator: draws the reference tokens, once for all groups of the batch: guidance's two halves draw alike, as
-            they mostly match alike, so that guidance does not amplify the difference between draws.
-
-    Returns:
-        [G * K, N, C]: x + alpha * (x - r) with r random where NegToMe moved the token, else x.
-    """
-    images = tokens.unflatten(0, (-1, group_size))  # [G, K, N, C]
-    G, K, N, C = images.shape
-    index = torch.randint(N, (1, K * N, 1), generator=generator, device=tokens.device)
-    match = images[:, 0].gather(1, index.expand(G, -1, C)).view_as(images).flatten(0, 1)
-    return torch.where(changed(tokens, moved), torch.add(tokens, tokens - match, alpha=alpha), tokens)
-
-
-def push_at_random(
-    tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Move the tokens that NegToMe moved as far, each in a random direction.
-
-    Args:
-        tokens: [G * K, N, C] the tokens of G groups of K = `group_size` images before the push.
-        moved: [G * K, N, C] the same after NegToMe's push.
-        group_size: K.
-        generator: draws the directions, uniform on the sphere, once for all groups of the batch; see
-            `push_from_random`.
-
-    Returns:
-        [G * K, N, C]: x + |NegToMe's update| * u with u of length 1 where NegToMe moved the token, else x.
-    """
-    precise = torch.promote_types(tokens.dtype, torch.float32)
-    length = torch.linalg.vector_norm(moved.to(precise) - tokens.to(precise), dim=-1, keepdim=True)
-    shape = (group_size, *tokens.shape[1:])
-    direction = torch.randn(shape, generator=generator, device=tokens.device, dtype=precise)
-    direction = torch.nn.functional.normalize(direction, dim=-1).repeat(len(tokens) // group_size, 1, 1)
-    return torch.where(changed(tokens, moved), (tokens.to(precise) + length * direction).to(tokens.dtype), tokens)
-
-
 def changed(tokens: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """Tell which tokens [B, N, C] were moved: bool [B, N, 1]."""
     return (tokens != moved).any(dim=-1, keepdim=True)
@@ -74,9 +28,8 @@ class Control(NegToMe):
     """NegToMe with each site's push replaced; at every site it is asked first what it would move, and where to.
 
     Args:
-        name: the method's name in folders and tables.
         seed: of the draws, beside the group's identity and the site's name.
-        **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
+        **config: as of `NegToMe`.
 
     Raises:
         ValueError: references other than the first image, which the controls are not defined for.
@@ -100,7 +53,15 @@ class Control(NegToMe):
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """Return what the control makes of image tokens [B, N, C] that NegToMe would make `moved` of."""
+        """Return [G * K, N, C], what the control makes of the tokens: those that NegToMe leaves alone, as they are.
+
+        Args:
+            tokens: [G * K, N, C] the tokens of G groups of K = `group_size` images before the push.
+            moved: [G * K, N, C] the same after NegToMe's push.
+            group_size: K.
+            generator: of the draws, once for all groups of the batch: guidance's two halves draw alike, as they mostly
+                match alike, so that guidance does not amplify the difference between draws.
+        """
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -120,7 +81,7 @@ class Control(NegToMe):
 
 
 class RandomMatch(Control):
-    """NegToMe with a random reference token in place of the nearest one: as many tokens move, each by alpha (x - r)."""
+    """NegToMe with a random token r of the group's first image in place of the nearest one: x + alpha * (x - r)."""
 
     title = "control: random match"
     control = "random"
@@ -129,11 +90,16 @@ class RandomMatch(Control):
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
     ) -> torch.Tensor:
-        return push_from_random(tokens, moved, group_size, self.config.alpha, generator)
+        images = tokens.unflatten(0, (-1, group_size))  # [G, K, N, C]
+        G, K, N, C = images.shape
+        index = torch.randint(N, (1, K * N, 1), generator=generator, device=tokens.device)
+        match = images[:, 0].gather(1, index.expand(G, -1, C)).view_as(images).flatten(0, 1)
+        pushed = torch.add(tokens, tokens - match, alpha=self.config.alpha)
+        return torch.where(changed(tokens, moved), pushed, tokens)
 
 
 class NoiseControl(Control):
-    """NegToMe's updates with a random direction in place of their own: as many tokens move, each as far."""
+    """NegToMe's updates, each as long, in a direction u of its own, uniform on the sphere: x + |update| * u."""
 
     title = "control: noise of equal norm"
     control = "noise"
@@ -142,4 +108,9 @@ class NoiseControl(Control):
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
     ) -> torch.Tensor:
-        return push_at_random(tokens, moved, group_size, generator)
+        precise = torch.promote_types(tokens.dtype, torch.float32)
+        length = torch.linalg.vector_norm(moved.to(precise) - tokens.to(precise), dim=-1, keepdim=True)
+        shape = (group_size, *tokens.shape[1:])
+        direction = torch.randn(shape, generator=generator, device=tokens.device, dtype=precise)
+        direction = torch.nn.functional.normalize(direction, dim=-1).repeat(len(tokens) // group_size, 1, 1)
+        return torch.where(changed(tokens, moved), (tokens.to(precise) + length * direction).to(tokens.dtype), tokens)

@@ -113,10 +113,12 @@ class Method:
             are neither gone on with nor put into a table (tests/experiments/test_golden.py tells).
     """
 
-    name: str
     title: str
     columns: tuple[Setting, ...] = ()
     version: int
+
+    def __init__(self, name: str = "none") -> None:
+        self.name = name
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of the method that affects pixels, as JSON values: part of the run's identity."""
@@ -153,6 +155,3 @@ class Baseline(Method):
 
     title = "without NegToMe"
     version = 0  # what all runs share has a version of its own, `experiments.runs.GENERATION_VERSION`
-
-    def __init__(self, name: str = "none") -> None:
-        self.name = name

@@ -17,7 +17,6 @@ class NegativePrompt(Method):
     """The prompt's nearest protected assets, named in a negative prompt.
 
     Args:
-        name: the method's name in folders and tables.
         retriever: finds the assets.
         prompt: with {} for an asset's name; those of several assets are joined by commas, after the negative prompt
             that the model is called with anyway.
@@ -32,7 +31,7 @@ class NegativePrompt(Method):
     def __init__(
         self, name: str, retriever: Retriever, prompt: str = "{}", true_cfg_scale: float | None = None
     ) -> None:
-        self.name = name
+        super().__init__(name)
         self.retriever = retriever
         self.prompt = prompt
         self.true_cfg_scale = None if true_cfg_scale is None else float(true_cfg_scale)
@@ -63,7 +62,6 @@ class NegativeIPAdapter(Method):
     as negative: another network that was trained to read images.
 
     Args:
-        name: the method's name in folders and tables.
         retriever: finds the assets.
         weights: keyword arguments of the pipeline's `load_ip_adapter`: a repository or folder, its subfolder and file.
         scale: of the adapter's attention, in [0, 1].
@@ -84,7 +82,7 @@ class NegativeIPAdapter(Method):
                 "weight_name: ip-adapter-plus_sdxl_vit-h.safetensors, image_encoder_folder: models/image_encoder}, "
                 "or leave the method out"
             )
-        self.name = name
+        super().__init__(name)
         self.retriever = retriever
         self.weights = dict(weights)
         self.scale = float(scale)

@@ -17,7 +17,6 @@ class NegToMe(Method):
     """Negative token merging (arXiv 2412.01339) among the images of a group, through `negtome.attach`.
 
     Args:
-        name: the method's name in folders and tables.
         **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
     """
 
@@ -33,7 +32,7 @@ class NegToMe(Method):
     version = 1
 
     def __init__(self, name: str, **config: Any) -> None:
-        self.name = name
+        super().__init__(name)
         self.config = negtome.NegToMeConfig(**{key: value for key, value in config.items() if value is not None})
 
     def settings(self) -> dict[str, Any]:
@@ -51,14 +50,12 @@ class NegToMeFromAssets(NegToMe):
     Where no asset is near enough, the pipeline stays as it is.
 
     Args:
-        name: the method's name in folders and tables.
         retriever: finds the assets.
-        noise: of `negtome.Reference`.
-        posterior: of `negtome.Reference`.
+        noise, posterior: of `negtome.Reference`.
         images: how many pictures of the asset are used, the nearest first; None for all.
         masks: whether the assets' masks are used, where they have some.
         prompt: what the assets are said to show, with {} for their name; None: what the group's prompt says.
-        **config: fields of `negtome.NegToMeConfig`; a field that is None takes the dataclass's default.
+        **config: as of `NegToMe`.
     """
 
     title = "NegToMe from the asset"

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-import negtome
 from experiments import select_device
-from experiments.configs import first, flag
+from experiments.configs import build, first, flag
+from negtome import NegToMeConfig
 
 #: The variant that all others are compared with.
 PLAIN = "none"
 #: The method as it is by default: what the profile and, unless they say otherwise, the targets are of.
 METHOD = "first"
+#: The row of the floor: plain steps and, in the window, the bare matrix products and one pass over the tokens.
+BOUND = "lower_bound"
 Window = tuple[float, float]
 
 
@@ -45,7 +47,7 @@ class Case:
 
     part: str
     model: DictConfig
-    strengths: Mapping[str, Any]  # fields of NegToMeConfig: the model's own in conf/method/negtome.yaml
+    strengths: NegToMeConfig  # the model's own in conf/method/negtome.yaml
     side: int  # of the images in pixels
     batch: int  # images in a call, all of one prompt
     variants: tuple[Variant, ...]
@@ -67,10 +69,6 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.model.name} {self.side}x{self.side} batch {self.batch}"
-
-    def config(self, variant: Variant, window: Window) -> negtome.NegToMeConfig:
-        """Return the settings of a variant: the model's own strengths, the variant's changes, and a window."""
-        return negtome.NegToMeConfig(**(dict(self.strengths) | dict(variant.config) | {"timestep_range": window}))
 
 
 @functools.cache  # a suite composes the same few over and over, a third of a second each
@@ -100,31 +98,32 @@ def configured_cases(overrides: Sequence[str]) -> Iterator[Case]:
         suite = "full" if select_device(cfg.device).startswith("cuda") else "mini"
     if suite not in ("mini", "full"):
         raise ValueError(f"latency.suite must be auto, mini or full, got {suite!r}.")
-    asked = {kind: flag(cfg, f"latency.{kind}") for kind in ("cases", "curves")}
+    asked = [kind for kind in ("cases", "curves") if flag(cfg, f"latency.{kind}")]
     names = {*settings[suite].cases, *settings[suite].curves}
     if settings.only is not None and not (OmegaConf.is_list(settings.only) and set(settings.only) <= names):
         raise ValueError(f"latency.only must name cases of the suite {suite}, {sorted(names)}, got {settings.only}.")
-    wanted = names if settings.only is None else settings.only
     specs = OmegaConf.to_container(settings.variants, resolve=True)
     variants = tuple(Variant(name, **spec) for name, spec in specs.items())
     drawn = tuple(settings.curve_variants)
     few = tuple(variant for variant in variants if variant.name in drawn)
-    lows = settings.curve_windows if asked["curves"] else ()
+    lows = settings.curve_windows if "curves" in asked else ()
     for kind in asked:
         for name, spec in settings[suite][kind].items():
-            if not asked[kind] or name not in wanted:
+            if settings.only is not None and name not in settings.only:
                 continue
-            mine = composed(*overrides, f"model={spec.model}")
-            method = OmegaConf.to_container(mine.method, resolve=True)
-            known = {field.name for field in fields(negtome.NegToMeConfig)}
-            own = {key: value for key, value in method.items() if key in known and value is not None}
-            windows = tuple(tuple(window) for window in spec.get("windows") or [own["timestep_range"]])
-            how = spec.rounds, None if spec.steps is None else (spec.steps.inside, spec.steps.outside), windows
+            own = composed(*overrides, f"model={spec.model}")
+            strengths = build(own.method).config.published_for(own.model.architecture)
+            common = {
+                "model": own.model,
+                "strengths": strengths,
+                "variants": variants if kind == "cases" else few,
+                "rounds": spec.rounds,
+                "steps": None if spec.steps is None else (spec.steps.inside, spec.steps.outside),
+                "windows": tuple(tuple(window) for window in spec.get("windows") or [strengths.timestep_range]),
+            }
             if kind == "cases":
-                curve = tuple((float(low), 1000.0) for low in lows), drawn
-                yield Case("table", mine.model, own, spec.side, spec.batch, variants, *how, *curve)
-                continue
-            for batch in spec.batches:
-                yield Case("batch", mine.model, own, spec.side, batch, few, *how)
-            for side in spec.sides:
-                yield Case("resolution", mine.model, own, side, spec.batch, few, *how)
+                curve = {"curve_windows": tuple((float(low), 1000.0) for low in lows), "curve_variants": drawn}
+                yield Case("table", side=spec.side, batch=spec.batch, **common, **curve)
+            else:
+                yield from (Case("batch", side=spec.side, batch=batch, **common) for batch in spec.batches)
+                yield from (Case("resolution", side=side, batch=spec.batch, **common) for side in spec.sides)

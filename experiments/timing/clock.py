@@ -1,46 +1,61 @@
-"""How calls of a pipeline are timed: step by step, every variant in its turn."""
+"""How calls of a pipeline are timed: step by step, every variant in its turn; and the floor, kernel by kernel."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import negtome
 from experiments import synchronize
+from experiments.methods import naive
 from experiments.timing.cases import Window
 from negtome.sites import find_architecture
 
+#: For how long each kernel of the floor is repeated, in seconds.
+REPEATED = 0.05
+#: Shapes of the two factors of a batched matrix product.
+Product = tuple[tuple[int, int, int], tuple[int, int, int]]
+
 
 class Timing(NamedTuple):
-    """One measured call: seconds of each step and of the whole call, its peak memory in bytes, the share pushed."""
+    """Measured calls, or one, of which the leading dimensions are left out.
 
-    steps: list[float]
-    seconds: float
-    peak: int | None = None
-    pushed_share: float | None = None
+    Attributes:
+        steps: [rounds, calls, steps] seconds of each step.
+        seconds: [rounds, calls] of the whole call.
+        peak: [rounds, calls] of memory, in bytes; NaN where it is not known, as on a CPU.
+        pushed_share: [rounds, calls] of the compared tokens; NaN where nothing was attached.
+    """
+
+    steps: Any
+    seconds: Any
+    peak: Any = np.nan
+    pushed_share: Any = np.nan
 
 
-def inside_of(timesteps: Sequence[float], window: Window) -> list[bool]:
+def inside_of(timesteps: Sequence[float], window: Window) -> np.ndarray:
     """Tell for each training timestep whether a window contains it."""
-    config = negtome.NegToMeConfig(timestep_range=window)
-    return [config.is_active(timestep) for timestep in timesteps]
+    return np.array([*map(negtome.NegToMeConfig(timestep_range=window).is_active, timesteps)])
 
 
-def take_rounds(
-    names: Sequence[str], rounds: int, run: Callable[[str], Timing], label: str = ""
-) -> dict[str, list[list[Timing]]]:
-    """Measure every variant twice a round, there and back; returned by variant, round and call."""
-    timings: dict[str, list[list[Timing]]] = {name: [[] for _ in range(rounds)] for name in names}
-    order = [(number, name) for number in range(rounds) for name in (*names, *reversed(names))]
-    for number, name in tqdm(order, desc=label, unit="call", dynamic_ncols=True):
-        timings[name][number].append(run(name))
-    return timings
+def take_rounds(names: Sequence[str], rounds: int, run: Callable[[str], Timing], label: str = "") -> dict[str, Timing]:
+    """Measure every variant twice a round, there and back; all of a variant's calls in one."""
+    calls: dict[str, list[Timing]] = {name: [] for name in names}
+    for name in tqdm((*names, *reversed(names)) * rounds, desc=label, unit="call", dynamic_ncols=True):
+        calls[name].append(run(name))
+    return {
+        name: Timing(*(np.reshape(values, (rounds, 2, *np.shape(values)[1:])) for values in zip(*taken, strict=True)))
+        for name, taken in calls.items()
+    }
 
 
 def time_call(pipe: Any, call: Mapping[str, Any], device: str, attached: negtome.Attachment | None = None) -> Timing:
@@ -56,34 +71,29 @@ def time_call(pipe: Any, call: Mapping[str, Any], device: str, attached: negtome
             synchronize(device)
             marks.append(time.perf_counter())
 
-    def loop_begins(*args: Any, **kwargs: Any) -> Any:
-        mark()
-        return progress_bar(*args, **kwargs)
-
-    def end_of_step(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        mark()
-        return tensors
-
     gc.collect(1)  # what the last call left; all of it would take as long as a small model's call
     synchronize(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(0)
-    progress_bar, pipe.progress_bar = pipe.progress_bar, loop_begins
+    progress_bar = pipe.progress_bar
+    pipe.progress_bar = lambda *args, **kwargs: mark() or progress_bar(*args, **kwargs)
     gc.disable()
     try:
         start = time.perf_counter()
-        pipe(**call, generator=generator, callback_on_step_end=end_of_step)
+        pipe(**call, generator=generator, callback_on_step_end=lambda _, index, timestep, tensors: mark() or tensors)
         synchronize(device)
         seconds = time.perf_counter() - start
     finally:
         gc.enable()
         del pipe.progress_bar
-    pairs = itertools.pairwise(marks)
-    steps = [begin.elapsed_time(end) / 1000 if cuda else end - begin for begin, end in pairs]
-    done = None if attached is None else attached.summary()
-    share = done and done["tokens_pushed"] / max(1, done["tokens_compared"])
-    return Timing(steps, seconds, torch.cuda.max_memory_allocated(device) if cuda else None, share)
+    timing = Timing([a.elapsed_time(b) / 1000 if cuda else b - a for a, b in itertools.pairwise(marks)], seconds)
+    if cuda:
+        timing = timing._replace(peak=torch.cuda.max_memory_allocated(device))
+    if attached is not None:
+        done = attached.summary()
+        timing = timing._replace(pushed_share=done["tokens_pushed"] / max(1, done["tokens_compared"]))
+    return timing
 
 
 def timesteps_of(pipe: Any, call: Mapping[str, Any]) -> list[float]:
@@ -104,3 +114,37 @@ def timesteps_of(pipe: Any, call: Mapping[str, Any]) -> list[float]:
 def denoiser_of(pipe: Any) -> torch.nn.Module:
     """Return a pipeline's UNet or transformer."""
     return getattr(pipe, find_architecture(pipe).denoiser)
+
+
+def products(pipe: Any, call: Mapping[str, Any], config: negtome.NegToMeConfig, steps: int) -> Counter[Product]:
+    """Count what one step in the window compares, of a call that has `steps` of them; costs one plain call.
+
+    Each product is of an attention's image tokens: those of all images of each half of the batch but the first, with
+    those of the first one.
+    """
+    seen: Counter[Product] = Counter()
+
+    def note(features: torch.Tensor, halves: int, _: negtome.NegToMeConfig) -> torch.Tensor:
+        images, (tokens, channels) = len(features) // halves, features.shape[1:]
+        seen[(halves, (images - 1) * tokens, channels), (halves, channels, tokens)] += 1
+        return features
+
+    with naive.attach(pipe, config, note):
+        pipe(**{**call, "output_type": "latent"})
+    return Counter({product: count // steps for product, count in seen.items()})
+
+
+def lower_bound(found: Mapping[Product, int], device: str, dtype: torch.dtype) -> float:
+    """Measure what one step of the window must cost at least, in seconds.
+
+    That is, for every site: the bare matrix product, and one pass over memory that reads and writes the tokens that
+    move, which are its first factor.
+    """
+    seconds = 0.0
+    for shapes, count in found.items():
+        left, right = (torch.randn(*shape, device=device).to(dtype) for shape in shapes)
+        names = {"bmm": torch.bmm, "left": left, "right": right, "product": left @ right, "moved": left.clone()}
+        for work in ("bmm(left, right, out=product)", "moved.copy_(left)"):
+            timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
+            seconds += count * timer.blocked_autorange(min_run_time=REPEATED).median
+    return seconds

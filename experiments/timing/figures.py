@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import FAINT, STYLE, numbered
-from experiments.timing.cases import PLAIN
-from experiments.timing.floor import BOUND
+from experiments.figures.style import FAINT, labelled, new_figure, numbered, styled
+from experiments.timing.cases import BOUND, PLAIN
 
 #: Columns that say on what was measured: a figure has a row of panels for each.
 SETUP = ["weights", "dtype", "compiled", "device", "threads"]
@@ -39,6 +36,7 @@ def curve_models(frame: pd.DataFrame) -> list[str]:
     return points[points.gt(1).any(axis=1)].index.unique("model").tolist()
 
 
+@styled
 def scaling(frame: pd.DataFrame, model: str, titles: Mapping[str, str]) -> Figure:
     """Draw what the method adds, over the batch, the resolution and the length of the window.
 
@@ -54,37 +52,31 @@ def scaling(frame: pd.DataFrame, model: str, titles: Mapping[str, str]) -> Figur
     """
     if model not in curve_models(frame):
         raise ValueError(f"expected a model with curves ({', '.join(curve_models(frame))}), got {model!r}")
-    frame = frame[frame["model"] == model]
+    frame = frame[(frame["model"] == model) & frame["part"].isin(["batch", "resolution", "window"])]
     panels = []  # of every panel its kind, and the values that stay the same, by column
     for kind, (part, same, _, shown, *_) in PANELS.items():
         rows = frame[(frame["part"] == part) & frame[shown].notna()]
         panels += [(kind, dict(row)) for _, row in rows[same].drop_duplicates().iterrows()]
-    frame = frame[frame["part"].isin([part for part, *_ in PANELS.values()])]
     setups = [rows for _, rows in frame.groupby(SETUP, sort=False, dropna=False)]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(2.9 * len(panels), 0.9 + 2.4 * len(setups)), layout="constrained")
-        axes = figure.subplots(len(setups), len(panels), squeeze=False)
-        handles: dict[str, Any] = {}
-        for line, rows in zip(axes, setups, strict=True):
-            for axis, (kind, same) in zip(line, panels, strict=True):
-                here = rows[rows["part"] == PANELS[kind][0]]
-                here = here[(here[list(same)] == pd.Series(same)).all(axis=1)]
-                axis.set_visible(not here.empty)
-                handles |= _draw(axis, kind, here, titles)
-                texts = {"side": "{0:.0f} x {0:.0f}", "batch": "{0:.0f} images"}
-                axis.set_title(", ".join(texts[column].format(value) for column, value in same.items()))
-            if len(setups) > 1:
-                line[0].set_ylabel(f"{setup_of(rows.iloc[0])}\n{line[0].get_ylabel()}")
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-        where = f" on {setup_of(frame.iloc[0])}" if len(setups) == 1 else ""
-        figure.suptitle(f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals")
+    figure, axes = new_figure(len(panels), 2.9 * len(panels), 0.9 + 2.4 * len(setups), len(setups))
+    for line, rows in zip(axes, setups, strict=True):
+        for axis, (kind, same) in zip(line, panels, strict=True):
+            here = rows[(rows["part"] == PANELS[kind][0]) & (rows[list(same)] == pd.Series(same)).all(axis=1)]
+            axis.set_visible(not here.empty)
+            _draw(axis, kind, here, titles)
+            texts = {"side": "{0:.0f} x {0:.0f}", "batch": "{0:.0f} images"}
+            axis.set_title(", ".join(texts[column].format(value) for column, value in same.items()))
+        if len(setups) > 1:
+            line[0].set_ylabel(f"{setup_of(rows.iloc[0])}\n{line[0].get_ylabel()}")
+    handles = labelled(*axes.flat)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    where = f" on {setup_of(frame.iloc[0])}" if len(setups) == 1 else ""
+    figure.suptitle(f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals")
     return figure
 
 
-def _draw(axis: Axes, kind: str, rows: pd.DataFrame, titles: Mapping[str, str]) -> dict[str, Any]:
-    """Draw a panel; returns what it drew, by title."""
+def _draw(axis: Axes, kind: str, rows: pd.DataFrame, titles: Mapping[str, str]) -> None:
     _, _, x, shown, across, what = PANELS[kind]
-    drawn = {}
     for number, name in enumerate(name for name in rows["variant"].unique() if name != PLAIN):
         points = rows[rows["variant"] == name].sort_values(x)
         if kind == "memory":
@@ -97,7 +89,7 @@ def _draw(axis: Axes, kind: str, rows: pd.DataFrame, titles: Mapping[str, str]) 
         # Black is for the run without.
         look = {"color": FAINT, "linestyle": "--"} if name == BOUND else numbered(number + 1)
         if values.notna().any():
-            drawn[titles.get(name, name)] = axis.errorbar(points[x], values, yerr=errors, **look)
+            axis.errorbar(points[x], values, yerr=errors, label=titles.get(name, name), **look)
     if kind == "batch":
         ticks = sorted(rows[x].unique())
         axis.set_xscale("log", base=2)
@@ -107,4 +99,3 @@ def _draw(axis: Axes, kind: str, rows: pd.DataFrame, titles: Mapping[str, str]) 
     axis.set_ylabel("extra peak memory, MiB" if kind == "memory" else f"added to {what}, %")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.grid()
-    return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import warnings
@@ -16,10 +17,8 @@ import negtome
 from experiments import pipelines
 from experiments.configs import flag
 from experiments.methods import naive
-from experiments.timing import profile, random_weights
-from experiments.timing.cases import METHOD, PLAIN, Case, Variant
-from experiments.timing.clock import Timing, denoiser_of, inside_of, take_rounds, time_call, timesteps_of
-from experiments.timing.floor import BOUND, lower_bound, products
+from experiments.timing import clock, profile, random_weights
+from experiments.timing.cases import BOUND, METHOD, PLAIN, Case, Variant
 from experiments.timing.rows import profile_rows, rows_of, with_bound
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> 
             limits = torch._dynamo.config  # of torch 2.6 under its former name
             name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
             setattr(limits, name, 64)  # every variant compiles its own
-            denoiser_of(pipe).compile()
+            clock.denoiser_of(pipe).compile()
         _loaded[key] = pipe
     return _loaded[key]
 
@@ -69,45 +68,47 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         torch.set_num_threads(cfg.latency.threads)
     pipe = _pipeline(case.model, weights, cfg, device)
     call = _call(case, pipe, weights, cfg)
-    steps = whole = timesteps_of(pipe, call)
+    steps = whole = clock.timesteps_of(pipe, call)
     window = case.windows[0]
     if case.steps is not None:
         call["num_inference_steps"] = sum(case.steps)
-        steps = timesteps_of(pipe, call)
+        steps = clock.timesteps_of(pipe, call)
         window = steps[case.steps[0] - 1], 1000.0
-    mask = inside_of(steps, window)
-    if all(mask) or not any(mask):
+    mask = clock.inside_of(steps, window)
+    if mask.all() or not mask.any():
         raise ValueError(f"{case.label}: expected steps in and out of {window}, got {steps}")
 
     picture = negtome.Reference(torch.rand(3, case.side, case.side, generator=torch.Generator().manual_seed(1)))
     variants = {variant.name: variant for variant in case.variants}
-    configs = {name: case.config(v, (steps[0],) * 2 if v.outside else window) for name, v in variants.items()}
+    windows = {name: (steps[0],) * 2 if variant.outside else window for name, variant in variants.items()}
+    configs = {
+        name: case.strengths.replace(**{**variant.config, "timestep_range": windows[name]})
+        for name, variant in variants.items()
+    }
 
     def attach(name: str) -> contextlib.AbstractContextManager:
         return attached(pipe, variants[name], configs[name], picture)
 
-    def run(name: str) -> Timing:
+    def run(name: str) -> clock.Timing:
         with attach(name) as attachment:
-            return time_call(pipe, call, device, attachment)
+            return clock.time_call(pipe, call, device, attachment)
 
     fit, timings, parts = [], {}, []
     for name in variants:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             run(name)  # what is done once is done
             fit.append(name)
-        except torch.OutOfMemoryError:
-            log.warning("%s: %s does not fit into the device's memory", case.label, name)
         if name not in fit:
+            log.warning("%s: %s does not fit into the device's memory", case.label, name)
             _free()  # once the error is gone, and its frames with it
     if PLAIN in fit:
-        found = products(pipe, call, configs[PLAIN], sum(mask))
-        timings = take_rounds(fit, case.rounds, run, case.label)
-        bound = lower_bound(found, device, getattr(torch, case.model.dtype))
+        found = clock.products(pipe, call, configs[PLAIN], int(mask.sum()))
+        timings = clock.take_rounds(fit, case.rounds, run, case.label)
+        bound = clock.lower_bound(found, device, clock.denoiser_of(pipe).dtype)
         timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
         if case.part == "table" and METHOD in fit and not cfg.compile:
-            parts = profile.parts(
-                pipe, lambda: attach(METHOD), lambda: time_call(pipe, call, device), case.rounds, device
-            )
+            calls = functools.partial(attach, METHOD), functools.partial(clock.time_call, pipe, call, device)
+            parts = profile.parts(pipe, *calls, case.rounds, device)
     rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
     return [*rows, *profile_rows(parts, case, mask)]
 
@@ -117,13 +118,15 @@ def attached(
     pipe: Any, variant: Variant, config: negtome.NegToMeConfig, picture: negtome.Reference
 ) -> Iterator[negtome.Attachment | None]:
     """Put a variant into the pipeline for the length of the block."""
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+    attach = {
+        "plain": contextlib.nullcontext,
+        "negtome": lambda: negtome.attach(pipe, config, given=picture if variant.picture else None),
+        "naive": lambda: naive.attach(pipe, config),
+    }[variant.via]
+    with warnings.catch_warnings(), attach() as attachment:
         # Tokens of random weights may all be unlike each other; that costs the same.
         warnings.filterwarnings("ignore", "NegToMe pushed no token", RuntimeWarning)
-        if variant.via == "naive":
-            stack.enter_context(naive.attach(pipe, config))
-        given = picture if variant.picture else None
-        yield stack.enter_context(negtome.attach(pipe, config, given=given)) if variant.via == "negtome" else None
+        yield attachment
 
 
 def _free() -> None:

@@ -40,7 +40,7 @@ class Part(NamedTuple):
     operation: str
     operation_calls: float
     host_ms: float  # of the thread that calls; on a CPU that is all
-    device_ms: float | None  # between two events in the stream, or of an operation's kernels; None on a CPU
+    device_ms: float  # between two events in the stream, or of an operation's kernels; NaN on a CPU
 
 
 def parts(
@@ -58,6 +58,7 @@ def parts(
     Returns:
         The parts in their order, the push followed by its operations, the longest first; then a step `OUTSIDE`.
     """
+    cuda = device.startswith("cuda")
 
     def run(events: bool) -> list[tuple[bool, dict[str, list[_Span]]]]:
         with attach() as attached, _watched(pipe, attached, events) as steps:
@@ -65,21 +66,15 @@ def parts(
         synchronize(device)
         return list(zip([step.active for step in attached.steps], steps, strict=True))
 
-    cuda = device.startswith("cuda")
     steps = [step for _ in range(rounds) for step in run(cuda)]
     inside = [step for active, step in steps if active]
     outside = [step[BEFORE] + step[AFTER] for active, step in steps if not active]
-    push = _median(PUSH, [step[PUSH] for step in inside], spans=2)  # of a site's two, one holds its push
+    before, push, after = (_median(part, [step[part] for step in inside]) for part in (BEFORE, PUSH, AFTER))
     run(events=False)  # so that nothing is done for the first time under the profiler
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         profiled = run(events=False)
-    return [
-        _median(BEFORE, [step[BEFORE] for step in inside]),
-        push,
-        *operations(profiler.events(), sum(active for active, _ in profiled), push),
-        _median(AFTER, [step[AFTER] for step in inside]),
-        _median(OUTSIDE, outside, spans=2),
-    ]
+    told = operations(profiler.events(), sum(active for active, _ in profiled), push)
+    return [before, push, *told, after, _median(OUTSIDE, outside)]
 
 
 class _Span:
@@ -100,8 +95,8 @@ class _Span:
         self._range.__exit__(None, None, None)
 
     @property
-    def device_ms(self) -> float | None:
-        return self._events[0].elapsed_time(self._events[1]) if self._events else None
+    def device_ms(self) -> float:
+        return self._events[0].elapsed_time(self._events[1]) if self._events else np.nan
 
 
 @contextlib.contextmanager
@@ -141,12 +136,12 @@ def _watched(pipe: Any, attached: negtome.Attachment, cuda: bool) -> Iterator[li
         yield steps
 
 
-def _median(operation: str, steps: Sequence[Sequence[_Span]], spans: int = 1) -> Part:
-    """Return the median over steps of what each step's spans, so many a call, take together."""
-    host = np.median([sum(span.host_ms for span in step) for step in steps])
-    on_device = [[span.device_ms for span in step] for step in steps]
-    device = None if None in on_device[0] else float(np.median([sum(values) for values in on_device]))
-    return Part(operation, float(np.median([len(step) for step in steps])) / spans, float(host), device)
+def _median(operation: str, steps: Sequence[Sequence[_Span]]) -> Part:
+    """Return the median over steps of what each step's spans take together."""
+    totals = [(len(step), sum(span.host_ms for span in step), sum(span.device_ms for span in step)) for step in steps]
+    spans, host, device = np.median(totals, axis=0).tolist()
+    # Of a site's two spans, one holds its push; a step outside the window is told by both spans of the denoiser.
+    return Part(operation, spans / 2 if operation in (PUSH, OUTSIDE) else spans, host, device)
 
 
 def operations(events: Sequence[Any], steps: int, push: Part) -> list[Part]:
@@ -158,17 +153,19 @@ def operations(events: Sequence[Any], steps: int, push: Part) -> list[Part]:
     for event in events:
         if event.device_type == DeviceType.CPU and _in_push(event):
             totals[event.name] += [1, event.self_cpu_time_total / 1000, event.self_device_time_total / 1000]
-    scale = [1 / steps, push.host_ms / sum(host for _, host, _ in totals.values()), 1 / steps]
+    on_device = np.nan if np.isnan(push.device_ms) else 1 / steps
+    scale = [1 / steps, push.host_ms / sum(host for _, host, _ in totals.values()), on_device]
     between = totals.pop(PUSH) * scale
-    found = sorted(((name, total * scale) for name, total in totals.items()), key=lambda one: tuple(-one[1][:0:-1]))
-    between[0] = push.operation_calls
-    if push.device_ms is not None:
-        # Kernels may take a little longer under the profiler than all of the push without it.
-        between[2] = max(0.0, push.device_ms - sum(total[2] for _, total in found))
+    longest = sorted(
+        totals, key=lambda name: tuple(totals[name][:0:-1]), reverse=True
+    )  # on the device, then on the host
+    found = [(name, totals[name] * scale) for name in longest]
+    # Kernels may take a little longer under the profiler than all of the push without it.
+    between[[0, 2]] = push.operation_calls, np.maximum(0, push.device_ms - sum(total[2] for _, total in found))
     rest = [("other operations", sum(total for _, total in found[TOLD:]))] if found[TOLD:] else []
     return [
-        Part(f"{PUSH}: {name.removeprefix('aten::')}", calls, host, None if push.device_ms is None else device)
-        for name, (calls, host, device) in [*found[:TOLD], *rest, ("between its operations", between)]
+        Part(f"{PUSH}: {name.removeprefix('aten::')}", *total.tolist())
+        for name, total in [*found[:TOLD], *rest, ("between its operations", between)]
     ]
 
 

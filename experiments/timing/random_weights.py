@@ -16,12 +16,9 @@ from omegaconf import DictConfig
 
 
 def build_modules(spec: DictConfig, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Build a pipeline's denoiser and autoencoder, directly on their device and in their dtype, with no copy elsewhere.
+    """Build denoiser and autoencoder of a model of `latency.random`, in their dtype, with no copy but on their device.
 
-    Args:
-        spec: a model of `latency.random`.
-        device: torch device; "meta" for shapes alone.
-        dtype: of the weights.
+    On the device "meta", they are shapes alone.
     """
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -42,15 +42,12 @@ def case_table(rows: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
 
 def profile_table(rows: pd.DataFrame, plain: pd.Series) -> pd.DataFrame:
     """Return what the method's part of a step is made of, from a case's profile and its row without NegToMe."""
-    cuda = rows["device_ms"].notna().any()
-    table = []
-    for _, row in rows.iterrows():
-        entry = {"what": row["operation"], "calls a step": _whole(row["operation_calls"])}
-        entry |= {"host, ms": _short(row["host_ms"])} | ({"device, ms": _short(row["device_ms"])} if cuda else {})
-        step = plain["outside_ms" if row["operation"] == OUTSIDE else "inside_ms"]
-        share = f"{row['device_ms' if cuda else 'host_ms'] / step:.2%}".replace("%", " %")
-        table.append(entry | {"on the device, of a step without" if cuda else "of a step without": share})
-    return pd.DataFrame(table)
+    times = ["host_ms", "device_ms"] if rows["device_ms"].notna().any() else ["host_ms"]
+    table = {"what": rows["operation"], "calls a step": rows["operation_calls"].map(_whole)}
+    table |= {f"{time.removesuffix('_ms')}, ms": rows[time].map(_short) for time in times}
+    steps = [plain["outside_ms" if operation == OUTSIDE else "inside_ms"] for operation in rows["operation"]]
+    where = "on the device, " if len(times) > 1 else ""
+    return pd.DataFrame(table | {f"{where}of a step without": (rows[times[-1]] / steps).map(_share)})
 
 
 def scaling_table(frame: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
@@ -73,40 +70,38 @@ def scaling_table(frame: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
 
 def target_table(frame: pd.DataFrame, cfg: DictConfig) -> pd.DataFrame:
     """Return what was aimed at beside what was measured, a row for every device that it was measured on."""
-    table, unmeasured = [], {"measured": "", "verdict": "not measured", "on": ""}
+    table: list[dict[str, str]] = []
+
+    def tell(what: str, of: str, limit: str, found: list[dict[str, str]]) -> None:
+        unmeasured = {"measured": "", "verdict": "not measured", "on": ""}
+        table.extend({"what": what, "of": of, "at most": limit} | one for one in found or [unmeasured])
+
     measured = where(frame, batch=cfg.latency.target_batch)
     for target in cfg.latency.targets:
-        entry = {"what": target.what, "of": f"{target.model} {target.side}", "at most": _percent(target.limit)}
-        rows = where(measured, part="table", model=target.model, side=target.side)
-        rows = where(rows, variant=target.get("variant", METHOD))
-        if "window" in target:
-            rows = where(rows, t_low=target.window[0], t_high=target.window[1])
-        ratio = f"{target.quantity}_ratio"
-        rows = rows[rows[ratio].notna()].drop_duplicates(SETUP)
-        for _, row in rows.iterrows():
-            verdict = _verdict(row[ratio], row.get(f"{ratio}_low"), row.get(f"{ratio}_high"), target.limit)
-            shown = _ratio(row, target.quantity, _percent)
-            table.append(entry | {"measured": shown, "verdict": verdict, "on": setup_of(row)})
+        values = {"model": target.model, "side": target.side, "variant": target.get("variant", METHOD)}
+        values |= dict(zip(("t_low", "t_high"), target.get("window", ()), strict=False))
+        ratio, found = f"{target.quantity}_ratio", []
+        rows = where(measured, part="table", **values)
+        for _, row in rows[rows[ratio].notna()].drop_duplicates(SETUP).iterrows():
+            ends = (row.get(f"{ratio}{end}") for end in ("", "_low", "_high"))
+            one = {"measured": _ratio(row, target.quantity, _percent), "verdict": _verdict(*ends, target.limit)}
+            found.append(one | {"on": setup_of(row)})
             own = _own_share(frame, row) if target.quantity == "outside" else None
             if own is not None:  # told beside the target, and no answer to it
-                shown = f"{own:+.2%}".replace("%", " %")
-                clocked = {"what": "of which hooks, by the clock", "measured": shown, "verdict": ""}
-                table.append(entry | clocked | {"on": setup_of(row)})
-        table += [] if len(rows) else [entry | unmeasured]
+                one = {"what": "of which hooks, by the clock", "measured": f"{100 * own:+.2f} %", "verdict": ""}
+                found.append(one | {"on": setup_of(row)})
+        tell(target.what, f"{target.model} {target.side}", _percent(target.limit), found)
     for model, (small, large) in cfg.latency.growth.items():
-        limit = (large / small) ** 2
-        entry = {"what": f"extra peak memory, {large} against {small}", "of": model, "at most": f"x {limit:g}"}
-        found = []
+        limit, found = (large / small) ** 2, []
         for _, rows in where(measured, part="resolution", model=model).groupby(SETUP, sort=False, dropna=False):
             peaks = rows.pivot_table(index="side", columns="variant", values="peak_mib")
             extra = peaks.reindex(columns=[PLAIN, METHOD]).diff(axis="columns")[METHOD].reindex([small, large])
             if extra.notna().all():
                 before, after = extra
                 grown = after / before if before > 0 else math.inf if after > 0 else 0.0
-                shown = f"x {grown:.2f} ({before:.0f} to {after:.0f} MiB)"
-                verdict = _verdict(grown, None, None, limit)
-                found.append(entry | {"measured": shown, "verdict": verdict, "on": setup_of(rows.iloc[0])})
-        table += found or [entry | unmeasured]
+                one = {"measured": f"x {grown:.2f} ({before:.0f} to {after:.0f} MiB)"}
+                found.append(one | {"verdict": _verdict(grown, None, None, limit), "on": setup_of(rows.iloc[0])})
+        tell(f"extra peak memory, {large} against {small}", model, f"x {limit:g}", found)
     return pd.DataFrame(table)
 
 
@@ -148,7 +143,11 @@ def _step(row: pd.Series) -> str:
 
 
 def _percent(ratio: float) -> str:
-    return f"{ratio - 1:+.1%}".replace("%", " %")
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _share(part: float) -> str:
+    return f"{100 * part:.2f} %"
 
 
 def _whole(value: float) -> str:

@@ -20,9 +20,8 @@ import negtome
 from experiments.configs import flag
 from experiments.methods import naive
 from experiments.runs import canonical, current_commit
-from experiments.timing.cases import METHOD, PLAIN, Case
+from experiments.timing.cases import BOUND, METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of
-from experiments.timing.floor import BOUND
 from experiments.timing.profile import Part
 
 #: What the numbers depend on beside settings and versions: a case is measured anew when one of these files changes.
@@ -37,9 +36,10 @@ MEASURED = ["model", "weights", "side", "batch", "steps", "dtype", "compiled", "
 CONFIGURATION = ["experiment", "part", *MEASURED]
 #: A table's case makes the curve over the window and a profile too.
 SAME_CASE = {"part": {"window": "table", "profile": "table"}}
+#: Of the configuration of a variant that NegToMe is attached in.
+SETTINGS = ["matching", "reference", "alpha", "threshold", "cross_attention"]
 COLUMNS = [
-    *CONFIGURATION, "variant", "t_low", "t_high", "steps_inside", "matching", "reference", "alpha", "threshold",
-    "cross_attention", "pushed_share",
+    *CONFIGURATION, "variant", "t_low", "t_high", "steps_inside", *SETTINGS, "pushed_share",
     "inside_ms", "inside_q1_ms", "inside_q3_ms", "inside_ratio", "inside_ratio_low", "inside_ratio_high",
     "outside_ms", "outside_q1_ms", "outside_q3_ms", "outside_ratio", "outside_ratio_low", "outside_ratio_high",
     "call_s", "call_q1_s", "call_q3_s", "call_ratio", "call_ratio_low", "call_ratio_high", "call_how", "image_s",
@@ -49,43 +49,39 @@ COLUMNS = [
 OUT_OF_MEMORY = "out of memory"
 
 
-def median_interval(values: Sequence[float], level: float) -> tuple[float, float | None, float | None]:
+def median_interval(values: Sequence[float], level: float) -> tuple[float, float, float]:
     """Return the median of one value a round, and the interval that holds the true median with at least `level`.
 
     Its ends are values of rounds, which is exact for any distribution, outliers and all, of rounds that are
-    independent. None where the rounds are too few for an interval, fewer than 6 for 0.95.
+    independent. NaN where the rounds are too few for an interval, fewer than 6 for 0.95.
     """
     low, high = quantile_test(values, p=0.5).confidence_interval(level)
-    return float(np.median(values)), *((None, None) if np.isnan(low + high) else (float(low), float(high)))
+    return float(np.median(values)), *((np.nan, np.nan) if np.isnan(low + high) else (float(low), float(high)))
 
 
-def per_round(steps: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
-    """Return one duration a round [rounds] of steps [rounds, calls, steps]: the mean of its calls' medians."""
-    return np.median(steps[:, :, np.asarray(mask)], axis=2).mean(axis=1)
+def per_round(durations: np.ndarray) -> np.ndarray:
+    """Return one duration a round [rounds] of those of steps [rounds, calls, steps]: the mean of its calls' medians."""
+    return np.median(durations, axis=2).mean(axis=1)
 
 
-def compose(timings: Sequence[Sequence[Timing]], mask: Sequence[bool], inside: int, outside: int) -> np.ndarray:
-    """Return the seconds [rounds] of calls of `inside` and `outside` steps, from measured ones that may have fewer.
+def compose(timing: Timing, mask: np.ndarray, inside: int, outside: int) -> np.ndarray:
+    """Return the seconds [rounds, 1, 1] of calls of `inside` and `outside` steps, from measured ones of maybe fewer.
 
     A whole call is the measured one, with all that happens in it once, and for every further step in or out of the
-    window that call's own median of such steps. `mask` tells which steps of a measured call are in it.
+    window that call's own median of such steps; of a round's calls, the mean. `mask` tells which steps of a measured
+    call are in it.
     """
-    seconds, steps, mask = _array(timings, "seconds"), _array(timings, "steps"), np.asarray(mask)
+    seconds = timing.seconds
     for count, part in ((inside, mask), (outside, ~mask)):
-        if more := count - int(part.sum()):
-            seconds = seconds + more * np.median(steps[:, :, part], axis=2)
-    return seconds.mean(axis=1)
+        if more := count - part.sum():
+            seconds = seconds + more * np.median(timing.steps[:, :, part], axis=2)
+    return seconds.mean(axis=1)[:, None, None]
 
 
-def with_bound(plain: Sequence[Sequence[Timing]], mask: Sequence[bool], bound: float) -> list[list[Timing]]:
+def with_bound(plain: Timing, mask: np.ndarray, bound: float) -> Timing:
     """Return what plain calls would take if each of their steps in the window took the floor's seconds more."""
-    added = bound * np.asarray(mask)
-    return [[Timing(list(call.steps + added), call.seconds + added.sum()) for call in calls] for calls in plain]
-
-
-def _array(timings: Sequence[Sequence[Timing]], key: str) -> np.ndarray:
-    """Return an attribute of calls as [rounds, calls], or as [rounds, calls, steps]."""
-    return np.array([[getattr(call, key) for call in calls] for calls in timings])
+    added = bound * mask
+    return Timing(plain.steps + added, plain.seconds + added.sum())
 
 
 def rows_of(
@@ -93,7 +89,7 @@ def rows_of(
     measured: Sequence[float],
     whole: Sequence[float],
     configs: Mapping[str, negtome.NegToMeConfig],
-    timings: Mapping[str, list[list[Timing]]],
+    timings: Mapping[str, Timing],
     level: float,
 ) -> list[dict[str, Any]]:
     """Return the rows of a case, by variant and window, without the columns of `origin`.
@@ -102,75 +98,71 @@ def rows_of(
         case: what was measured.
         measured, whole: training timesteps of the measured calls, and of those that they stand for.
         configs: settings by variant, with the windows of the measured calls.
-        timings: by variant, round and call; the floor's too (`with_bound`), none of what did not fit into memory.
+        timings: by variant; the floor's too (`with_bound`), none of what did not fit into memory.
         level: of the intervals.
     """
     variants = {variant.name: variant for variant in case.variants}
-    masks = {name: np.array(inside_of(measured, config.timestep_range)) for name, config in configs.items()}
+    masks = {name: inside_of(measured, config.timestep_range) for name, config in configs.items()}
     masks[BOUND] = masks[PLAIN]
+    stated = [(case.part, window, variants) for window in case.windows]
+    stated += [("window", window, case.curve_variants) for window in case.curve_windows]
     rows = []
-    for part, window in [*((case.part, own) for own in case.windows), *(("window", own) for own in case.curve_windows)]:
-        inside = sum(inside_of(whole, window))
-        for name in [*(case.curve_variants if part == "window" else variants), BOUND]:
-            mask, config, of_window = masks[name], configs.get(name), not (name in variants and variants[name].outside)
+    for part, window, names in stated:
+        inside = int(inside_of(whole, window).sum())
+        for name in (*names, BOUND):
+            variant, mask, config = variants.get(name), masks[name], configs.get(name)
             row = {"part": part, "variant": name, "t_low": window[0], "t_high": window[1], "steps_inside": inside}
             row |= _measured(case, mask)
             if name not in (PLAIN, BOUND):
-                settings = ("matching", "reference", "alpha", "threshold", "cross_attention")
-                row |= {key: getattr(config, key) for key in settings}
-                row |= {"reference": "given image"} if variants[name].picture else {}
+                row |= {key: getattr(config, key) for key in SETTINGS}
+                row |= {"reference": "given image"} if variant.picture else {}
             rows.append(row)
             if name not in timings:
                 row["call_how"] = OUT_OF_MEMORY
                 continue
+            own, plain = timings[name], timings[PLAIN]
+            of_window = variant is None or not variant.outside
             if part != "window":  # which is of whole calls
-                row |= _memory(timings, name)
-                steps, plain = (_array(timings[of], "steps") for of in (name, PLAIN))
-                for where, some, told in (("inside", mask, of_window), ("outside", ~mask, name != BOUND)):
+                row["pushed_share"] = np.median(own.pushed_share)
+                row["peak_mib"] = np.median(own.peak) / 2**20
+                row["peak_ratio"] = np.nan if name == PLAIN else np.median(own.peak) / np.median(plain.peak)
+                for where, steps, told in (("inside", mask, of_window), ("outside", ~mask, name != BOUND)):
                     if told:
-                        ratios = per_round(steps, some) / per_round(plain, some)
-                        row |= _statistics(where, "ms", steps[:, :, some] * 1000, ratios, name, level)
+                        durations = (1000 * timing.steps[:, :, steps] for timing in (own, plain))
+                        row |= _statistics(name, where, "ms", *durations, level)
             if of_window:
-                counts = inside, len(whole) - inside
-                seconds, plain = (compose(timings[of], masks[of], *counts) for of in (name, PLAIN))
-                row |= _statistics("call", "s", seconds, seconds / plain, name, level)
+                calls = (compose(timings[of], masks[of], inside, len(whole) - inside) for of in (name, PLAIN))
+                row |= _statistics(name, "call", "s", *calls, level)
                 row["image_s"] = row["call_s"] / case.batch
                 as_it_is = measured == whole and inside == mask.sum() and name != BOUND
                 row["call_how"] = "measured" if as_it_is else "composed"
     return rows
 
 
-def profile_rows(parts: Sequence[Part], case: Case, mask: Sequence[bool]) -> list[dict[str, Any]]:
+def profile_rows(parts: Sequence[Part], case: Case, mask: np.ndarray) -> list[dict[str, Any]]:
     """Return the rows of what the method's part of a step is made of, without the columns of `origin`."""
-    columns = {"part": "profile", "variant": METHOD} | _measured(case, mask)
-    return [columns | part._asdict() for part in parts]
+    return [{"part": "profile", "variant": METHOD} | _measured(case, mask) | part._asdict() for part in parts]
 
 
-def _measured(case: Case, mask: Sequence[bool]) -> dict[str, int]:
-    return {"rounds": case.rounds, "measured_steps": len(mask), "measured_inside": int(sum(mask))}
+def _measured(case: Case, mask: np.ndarray) -> dict[str, int]:
+    return {"rounds": case.rounds, "measured_steps": len(mask), "measured_inside": int(mask.sum())}
 
 
 def _statistics(
-    what: str, unit: str, values: np.ndarray, ratios: np.ndarray, variant: str, level: float
-) -> dict[str, float | None]:
-    """Return a quantity's columns: its quartiles, and the ratios [rounds] to the same without, if it is not that."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    variant: str, what: str, unit: str, own: np.ndarray, plain: np.ndarray, level: float
+) -> dict[str, float]:
+    """Return a quantity's columns: its quartiles, and the ratios of its rounds to the same without, if it is not that.
+
+    Args:
+        own, plain: [rounds, calls, steps], of the variant and without.
+    """
+    low, middle, high = np.quantile(own, [0.25, 0.5, 0.75])
     row = {f"{what}_{unit}": middle, f"{what}_q1_{unit}": low, f"{what}_q3_{unit}": high}
     if variant != PLAIN:
-        row[f"{what}_ratio"], low, high = median_interval(ratios, level)
+        row[f"{what}_ratio"], low, high = median_interval(per_round(own) / per_round(plain), level)
         # To every round the floor adds the same: what varies over rounds is not what is uncertain of it.
         row |= {} if variant == BOUND else {f"{what}_ratio_low": low, f"{what}_ratio_high": high}
     return row
-
-
-def _memory(timings: Mapping[str, list[list[Timing]]], name: str) -> dict[str, float | None]:
-    def median(key: str, of: str) -> float | None:
-        values = _array(timings[of], key)
-        return None if None in values else float(np.median(values))
-
-    peak, share = median("peak", name), median("pushed_share", name)
-    row = {"pushed_share": share} | ({} if peak is None else {"peak_mib": peak / 2**20})
-    return row | ({} if peak is None or name == PLAIN else {"peak_ratio": peak / median("peak", PLAIN)})
 
 
 def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from stand_ins import save_ip_adapter
 
 from eval.clip import HFClip
 from experiments import PROJECT
@@ -47,40 +47,9 @@ def retriever():
     return Retriever(PROJECT / "models" / "mini-protected" / "guidance", encoder, {"prompt": 0.0})
 
 
-def ip_adapter(folder, pipe):
-    """Lay an IP-Adapter of mini-sdxl's shape down, its numbers from one generator."""
-    from safetensors.torch import save_file
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator) * 0.3
-
-    unet, cross = pipe.unet, pipe.unet.config.cross_attention_dim
-    tensors = {"proj.weight": random(4 * cross, 16), "proj.bias": random(4 * cross), "norm.weight": random(cross),
-               "norm.bias": random(cross)}  # fmt: skip
-    state = {f"image_proj.{name}": value for name, value in tensors.items()}
-    crossings = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    for number, name in enumerate(crossings):
-        inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
-        state |= {f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight": random(inner, cross) for part in "kv"}
-    (folder / "sdxl_models").mkdir()
-    save_file(state, folder / "sdxl_models" / "ip-adapter.safetensors")
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(hidden_size=64, intermediate_size=32, projection_dim=16, num_hidden_layers=1,
-                         num_attention_heads=2, image_size=32, patch_size=16)
-    )  # fmt: skip
-    for parameter in encoder.parameters():
-        parameter.data = random(*parameter.shape)
-    encoder.save_pretrained(folder / "models" / "image_encoder")
-    return {"pretrained_model_name_or_path_or_dict": str(folder), "subfolder": "sdxl_models",
-            "weight_name": "ip-adapter.safetensors", "image_encoder_folder": "models/image_encoder"}  # fmt: skip
-
-
 def negative_ip_adapter():
     folder = Path(tempfile.mkdtemp())
-    return NegativeIPAdapter("m", retriever(), ip_adapter(folder, pipeline("mini-sdxl")))
+    return NegativeIPAdapter("m", retriever(), save_ip_adapter(folder, pipeline("mini-sdxl").unet))
 
 
 METHODS = {

@@ -15,12 +15,12 @@ from torch.autograd import DeviceType
 
 import negtome
 from experiments import PROJECT, latency
+from experiments.tables import put_rows
 from experiments.timing import cases, measure, profile, report, rows
-from experiments.timing.cases import composed, configured_cases
-from experiments.timing.clock import Timing, inside_of, take_rounds, time_call, timesteps_of
+from experiments.timing.cases import BOUND, composed, configured_cases
+from experiments.timing.clock import Timing, inside_of, lower_bound, products, take_rounds, time_call, timesteps_of
 from experiments.timing.figures import curve_models, scaling
-from experiments.timing.floor import BOUND, lower_bound, products
-from experiments.timing.rows import COLUMNS, median_interval
+from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 
 RESULTS = PROJECT / "results"
 #: A call of a tiny pipeline.
@@ -80,48 +80,55 @@ def test_a_drift_of_the_machine_falls_on_all_variants_alike():
         return Timing([now, now * (1.5 if name == "slow" else 1.0)], 2 * now)
 
     timings = take_rounds(["plain", "slow", "same"], 4, run)
-    assert {name: [len(calls) for calls in of_name] for name, of_name in timings.items()} == {
-        name: [2, 2, 2, 2] for name in ("plain", "slow", "same")
-    }
-    steps = {name: np.array([[t.steps for t in calls] for calls in of_name]) for name, of_name in timings.items()}
-    plain = rows.per_round(steps["plain"], [False, True])
-    assert rows.per_round(steps["slow"], [False, True]) / plain == pytest.approx(1.5)
-    assert rows.per_round(steps["same"], [True, False]) / plain == pytest.approx(1.0)
+    assert {name: timing.seconds.shape for name, timing in timings.items()} == dict.fromkeys(timings, (4, 2))
+    inside, outside = ({name: timing.steps[:, :, [n]] for name, timing in timings.items()} for n in (1, 0))
+    assert rows.per_round(inside["slow"]) / rows.per_round(inside["plain"]) == pytest.approx(1.5)
+    assert rows.per_round(outside["same"]) / rows.per_round(outside["plain"]) == pytest.approx(1.0)
 
 
 def test_a_round_goes_there_and_back():
     order = []
-    take_rounds(["a", "b", "c"], 2, order.append)
+
+    def run(name):
+        order.append(name)
+        return Timing([1], len(order))
+
+    timings = take_rounds(["a", "b", "c"], 2, run)
     assert order == ["a", "b", "c", "c", "b", "a"] * 2
+    assert timings["b"].seconds.tolist() == [[2, 5], [8, 11]]
 
 
 def test_a_rounds_duration_is_the_mean_of_its_calls_medians():
-    steps = np.array([[[1, 2, 9, 50], [3, 4, 5, 60]], [[1, 1, 1, 0], [7, 7, 7, 0]]], dtype=float)
-    assert rows.per_round(steps, [True, True, True, False]).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
-    assert rows.per_round(steps, [False, False, False, True]).tolist() == [55, 0]
+    steps = np.array([[[1, 2, 9], [3, 4, 5]], [[1, 1, 1], [7, 7, 7]]], dtype=float)
+    assert rows.per_round(steps).tolist() == [(2 + 4) / 2, (1 + 7) / 2]
 
 
 def test_a_whole_call_has_the_measured_one_in_it_once():
     """Steps 10, 2, 4 inside the window and 1, 3 outside, of 25 seconds: 5 are spent before and after the loop."""
-    timing = Timing([10, 2, 4, 1, 3], 25)
-    mask = [True, True, True, False, False]
-    assert rows.compose([[timing]], mask, 3, 2).tolist() == [25]
-    assert rows.compose([[timing]], mask, 6, 20).tolist() == [25 + 3 * 4 + 18 * 2]
-    assert rows.compose([[timing]], mask, 1, 2).tolist() == [25 - 2 * 4]
-    slower = Timing([10, 2, 6, 1, 3], 27)
-    assert rows.compose([[timing, slower], [slower, slower]], mask, 4, 2).tolist() == [(29 + 33) / 2, 33]
+
+    def compose(calls, inside, outside):
+        timing = Timing(*(np.array(values) for values in calls))
+        return rows.compose(timing, np.array([True, True, True, False, False]), inside, outside).flatten().tolist()
+
+    steps, slower = [10, 2, 4, 1, 3], [10, 2, 6, 1, 3]
+    once = [[[steps]], [[25]]]
+    assert [compose(once, *counts) for counts in ((3, 2), (6, 20), (1, 2))] == [[25], [25 + 3 * 4 + 18 * 2], [25 - 8]]
+    twice = [[steps, slower], [slower, slower]], [[25, 27], [27, 27]]
+    assert compose(twice, 4, 2) == [(29 + 33) / 2, 33]
 
 
 def test_the_floor_is_added_to_the_steps_in_the_window_and_to_the_call():
-    (((call,),),) = (rows.with_bound([[Timing([1, 2, 3], 7, 100, 0.5)]], [True, True, False], 0.25),)
-    assert call == Timing([1.25, 2.25, 3], 7.5)
+    plain = Timing(*(np.array(values) for values in ([[[1, 2, 3]]], [[7]], [[100]], [[0.5]])))
+    bound = rows.with_bound(plain, np.array([True, True, False]), 0.25)
+    assert bound.steps.tolist() == [[[1.25, 2.25, 3]]] and bound.seconds.tolist() == [[7.5]]
+    assert np.isnan(bound.peak) and np.isnan(bound.pushed_share)
 
 
 def test_a_median_and_its_interval_by_hand():
-    assert median_interval([3, 1, 2, 5, 4], 0.95) == (3, None, None)
+    assert median_interval([3, 1, 2, 5, 4], 0.95) == pytest.approx((3, np.nan, np.nan), nan_ok=True)
     assert median_interval([3, 1, 2, 5, 4, 6], 0.95) == (3.5, 1, 6)
     assert median_interval([*range(8), 1e9], 0.95) == (4, 1, 7)
-    assert median_interval([1.0], 0.95) == (1, None, None)
+    assert median_interval([1.0], 0.95) == pytest.approx((1, np.nan, np.nan), nan_ok=True)
 
 
 @settings(deadline=None)
@@ -129,11 +136,18 @@ def test_a_median_and_its_interval_by_hand():
 def test_the_interval_is_the_shortest_that_holds_the_median_often_enough(rounds, level):
     """In closed form: as many rounds lie beyond each end as a fair coin would seldom leave there."""
     beyond = int((binom.cdf(np.arange(rounds), rounds, 0.5) <= (1 - level) / 2).sum())
-    expected = (beyond, rounds + 1 - beyond) if beyond else (None, None)
-    assert median_interval(range(1, rounds + 1), level) == ((rounds + 1) / 2, *expected)
+    expected = (beyond, rounds + 1 - beyond) if beyond else (np.nan, np.nan)
+    found = median_interval(range(1, rounds + 1), level)
+    assert found == pytest.approx(((rounds + 1) / 2, *expected), abs=0, nan_ok=True)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_the_mini_suite_is_both_mini_models_and_has_intervals():
+    found = list(configured_cases(MINI))
+    assert [case.model.name for case in found if case.part == "table"] == ["mini-sdxl", "mini-flux"]
+    assert np.isfinite([median_interval(range(case.rounds), 0.95) for case in found]).all()
 
 
 def test_the_full_suite_is_the_published_settings_and_curves():
@@ -145,22 +159,14 @@ def test_the_full_suite_is_the_published_settings_and_curves():
     for (model, _), case in table.items():
         assert case.batch == 4 and case.model.dtype == {"sdxl": "float16", "flux-dev": "bfloat16"}[model]
         assert case.model.call.num_inference_steps == {"sdxl": 50, "flux-dev": 25}[model]
-        assert median_interval(range(case.rounds), 0.95)[1] is not None
+        assert np.isfinite(median_interval(range(case.rounds), 0.95)).all()
     assert table["sdxl", 1024].windows == ((800, 1000), (600, 1000))
     assert table["flux-dev", 768].windows == ((900, 1000),)
     for model in ("sdxl", "flux-dev"):
-        curve = {
-            part: [c for c in found if (c.model.name, c.part) == (model, part)] for part in ("batch", "resolution")
-        }
-        assert [case.batch for case in curve["batch"]] == [2, 4, 8, 16]
-        assert [case.side for case in curve["resolution"]] == [512, 768, 1024, 1536, 2048]
+        curve = [(case.part, case.batch, case.side) for case in found if case.model.name == model]
+        assert [batch for part, batch, _ in curve if part == "batch"] == [2, 4, 8, 16]
+        assert [side for part, _, side in curve if part == "resolution"] == [512, 768, 1024, 1536, 2048]
     assert all(case.variants[0].name == cases.PLAIN for case in found)
-
-
-def test_the_mini_suite_is_both_mini_models_and_has_intervals():
-    found = list(configured_cases(MINI))
-    assert [case.model.name for case in found if case.part == "table"] == ["mini-sdxl", "mini-flux"]
-    assert all(median_interval(range(case.rounds), 0.95)[1] is not None for case in found)
 
 
 def test_every_target_is_of_a_configured_case_and_variant():
@@ -198,33 +204,28 @@ def test_what_cannot_be_measured_is_refused(setting, message, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_another_experiment_is_refused():
+def test_another_experiment_and_a_table_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected experiment=latency"):
         latency.run(["name=other"])
-
-
-def test_nothing_to_measure_and_no_table_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"latency\.csv, got no file: let latency\.cases"):
         latency.run([*NOTHING, f"results={tmp_path}"])
 
 
-@pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
-def test_timesteps_and_shapes_are_those_of_a_real_call(name, request):
-    pipe = request.getfixturevalue(name)
+def test_timesteps_and_shapes_are_those_of_a_real_call(kind, pipe):
     timesteps = timesteps_of(pipe, CALL)
     config = negtome.NegToMeConfig(**EVERYTHING | {"timestep_range": (timesteps[1], 1000)})
-    assert inside_of(timesteps, config.timestep_range) == [True, True, False, False]
+    assert inside_of(timesteps, config.timestep_range).tolist() == [True, True, False, False]
     found = products(pipe, CALL, config, 2)
 
     with negtome.attach(pipe, config) as attached:
         timing = time_call(pipe, CALL, "cpu", attached)
     assert [step.timestep for step in attached.steps] == timesteps
     assert len(timing.steps) == 4 and min(timing.steps) > 0 and sum(timing.steps) < timing.seconds
-    assert (timing.peak, timing.pushed_share) == (None, 1.0)
+    assert np.isnan(timing.peak) and timing.pushed_share == 1
     # The floor moves the tokens that the method compares, and compares them with one image of each half.
     assert 2 * sum(math.prod(left[:2]) for left, _ in found.elements()) == attached.summary()["tokens_compared"]
     for (halves, moving, channels), right in found:
-        assert halves == (2 if name == "tiny_sdxl" else 1) and right == (halves, channels, moving // 2)
+        assert halves == (2 if kind == "sdxl" else 1) and right == (halves, channels, moving // 2)
 
 
 def test_the_floor_is_what_its_products_take():
@@ -232,9 +233,7 @@ def test_the_floor_is_what_its_products_take():
     assert lower_bound({}, "cpu", torch.float32) == 0
 
 
-@pytest.mark.parametrize("name", ["tiny_sdxl", "tiny_flux"])
-def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(name, request):
-    pipe = request.getfixturevalue(name)
+def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(pipe):
     classes = [type(module) for module in pipe.components.values()]
     config, attachments = negtome.NegToMeConfig(**EVERYTHING), []
 
@@ -255,7 +254,7 @@ def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(n
     assert list(parts) == [
         "before the denoiser", "push", *(part.operation for part in told), "after the denoiser", "outside the window",
     ]  # fmt: skip
-    assert all(part.host_ms > 0 and part.device_ms is None for part in parts.values())
+    assert all(part.host_ms > 0 and math.isnan(part.device_ms) for part in parts.values())
     assert math.isclose(sum(part.host_ms for part in told), parts["push"].host_ms)
     assert {parts[one].operation_calls for one in ("before the denoiser", "after the denoiser")} == {1}
     # One product a site that is reached and large enough; the others come out again before.
@@ -421,21 +420,17 @@ def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
 
 @pytest.mark.parametrize("setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "method.alpha=1", "code"])
 def test_a_changed_setting_is_measured_anew(flux, monkeypatch, tmp_path, setting):
-    class Measured(Exception):
-        pass
-
     def measured(*arguments):
-        raise Measured
+        raise InterruptedError
 
-    overrides, _, _ = flux
     monkeypatch.setattr(latency, "measure", measured)
     if setting == "code":
         (tmp_path / "merge.py").write_text("another way")
         monkeypatch.setattr(rows, "CODE", [*rows.CODE, tmp_path / "merge.py"])
     else:
         change(monkeypatch, setting)
-    with pytest.raises(Measured):
-        latency.run(overrides)
+    with pytest.raises(InterruptedError):
+        latency.run(flux[0])
 
 
 @pytest.mark.slow
@@ -474,7 +469,7 @@ def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_p
             "steps": 50, "dtype": "float16", "compiled": False, "device": "H100", "setting": "123456789012",
         }  # fmt: skip
         new = [row | {"variant": name, "inside_ms": value} | changes for name in ("none", "first")]
-        return latency.write_rows(tmp_path / "latency.csv", new)
+        return put_rows(tmp_path / "latency.csv", new, COLUMNS, CONFIGURATION, SAME_CASE)
 
     put(1.0)
     others = [{"device": "H200"}, {"side": 768}, {"compiled": True}, {"part": "batch"}, {"device": "cpu", "threads": 1}]
@@ -493,7 +488,7 @@ def test_a_table_of_an_earlier_version_is_shown_and_goes_on(tmp_path):
     frame.drop(columns=added).to_csv(tmp_path / "latency.csv", index=False)
     page = latency.run([*NOTHING, f"results={tmp_path}"])
     assert "## flux-dev, 768 x 768" in page and "Where it goes" not in page
-    frame = latency.write_rows(tmp_path / "latency.csv", measured(side=512))
+    frame = put_rows(tmp_path / "latency.csv", measured(side=512), COLUMNS, CONFIGURATION, SAME_CASE)
     assert list(frame.columns) == COLUMNS and len(frame) == 3 + 1
 
 
@@ -511,15 +506,13 @@ def measured(model="flux-dev", side=768, part="table", device="H100", batch=4, w
             "measured_inside": 3, "torch": "2.9", "diffusers": "0.42", "cuda": "12.8", "call_how": "composed",
             "call_s": 10 * call, "image_s": 2.5 * call, "peak_mib": peak, "peak_ratio": peak and peak / 1000,
         }  # fmt: skip
-        for quantity, value in (("inside", inside), ("outside", outside)):
-            row |= {f"{quantity}_ms": 100 * value, f"{quantity}_q1_ms": 99 * value, f"{quantity}_q3_ms": 101 * value}
-            ends = {f"{quantity}_ratio_low": value - 0.005, f"{quantity}_ratio_high": value + 0.005}
-            row |= {} if variant == "none" else {f"{quantity}_ratio": value, **ends}
-        row |= (
-            {}
-            if variant == "none"
-            else {f"call_ratio{e}": call + d for e, d in (("", 0), ("_low", -0.001), ("_high", 0.001))}
-        )
+        for quantity, value, width in (("inside", inside, 0.005), ("outside", outside, 0.005), ("call", call, 0.001)):
+            if quantity != "call":
+                ends = {f"{quantity}_q1_ms": 99 * value, f"{quantity}_q3_ms": 101 * value}
+                row |= {f"{quantity}_ms": 100 * value, **ends}
+            if variant != "none":
+                ends = {f"{quantity}_ratio_low": value - width, f"{quantity}_ratio_high": value + width}
+                row |= {f"{quantity}_ratio": value, **ends}
         rows.append(row)
     return rows
 
@@ -539,21 +532,21 @@ def test_targets_are_met_not_met_undecided_or_not_measured():
     )
     table = report.target_table(frame, composed(*FULL))
     found = {(row["what"], row["of"], row["on"]): (row["measured"], row["verdict"]) for _, row in table.iterrows()}
-    assert found["step in the window", "flux-dev 768", "H100"] == ("+3.0 % [+2.5 %, +3.5 %]", "met")
-    assert found["step in the window", "flux-dev 768", "H200"] == ("+3.6 % [+3.1 %, +4.1 %]", "undecided")
-    assert found["whole call, 1000 to 900", "flux-dev 768", "H100"] == ("+2.0 % [+1.9 %, +2.1 %]", "not met")
-    assert found["whole call, 1000 to 900", "flux-dev 768", "H200"] == ("+0.5 % [+0.4 %, +0.6 %]", "met")
-    outside = "attached, outside the window"
-    assert found[outside, "flux-dev 768", "H100"][1] == "undecided"
-    clocked = "of which hooks, by the clock"
-    assert found[clocked, "flux-dev 768", "H100"] == ("+0.12 %", "")
-    assert (clocked, "flux-dev 768", "H200") not in found, "no profile was taken there"
-    assert found["peak memory", "flux-dev 1024", "H100"] == ("+1.1 %", "not met")
-    assert found["peak memory", "sdxl 1024", ""] == ("", "not measured")
-    assert found["step in the window", "mini-sdxl 128", ""] == ("", "not measured")
-    growth = "extra peak memory, 2048 against 1024"
-    assert found[growth, "flux-dev", "H100"] == ("x 4.50 (10 to 45 MiB)", "not met")
-    assert found[growth, "sdxl", ""] == ("", "not measured")
+    for what, of, on, shown, verdict in (
+        ("step in the window", "flux-dev 768", "H100", "+3.0 % [+2.5 %, +3.5 %]", "met"),
+        ("step in the window", "flux-dev 768", "H200", "+3.6 % [+3.1 %, +4.1 %]", "undecided"),
+        ("whole call, 1000 to 900", "flux-dev 768", "H100", "+2.0 % [+1.9 %, +2.1 %]", "not met"),
+        ("whole call, 1000 to 900", "flux-dev 768", "H200", "+0.5 % [+0.4 %, +0.6 %]", "met"),
+        ("attached, outside the window", "flux-dev 768", "H100", "+0.1 % [-0.4 %, +0.6 %]", "undecided"),
+        ("of which hooks, by the clock", "flux-dev 768", "H100", "+0.12 %", ""),
+        ("peak memory", "flux-dev 1024", "H100", "+1.1 %", "not met"),
+        ("peak memory", "sdxl 1024", "", "", "not measured"),
+        ("step in the window", "mini-sdxl 128", "", "", "not measured"),
+        ("extra peak memory, 2048 against 1024", "flux-dev", "H100", "x 4.50 (10 to 45 MiB)", "not met"),
+        ("extra peak memory, 2048 against 1024", "sdxl", "", "", "not measured"),
+    ):
+        assert found[what, of, on] == (shown, verdict)
+    assert ("of which hooks, by the clock", "flux-dev 768", "H200") not in found, "no profile was taken there"
     assert set(table["verdict"]) <= {"met", "not met", "undecided", "not measured", ""}
 
 

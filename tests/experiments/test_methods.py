@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_ins import Colours, save_ip_adapter
 
 import negtome
-from eval.encoders import Encoder
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
 from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
@@ -29,19 +29,6 @@ CALLS = {
 STRENGTH = {"alpha": 0.9, "threshold": -1.0, "timestep_range": [0, 1000], "min_side": 4}
 
 
-class OneColour(Encoder):
-    """Finds red where a text says so; images by their mean colour."""
-
-    name, id = "one-colour", "one-colour-1"
-
-    def embed_images(self, images):
-        return torch.nn.functional.normalize(torch.stack([image.float().mean(dim=(1, 2)) for image in images]) + 1)
-
-    def embed_texts(self, texts):
-        colours = [[255.0, 0, 0] if "red" in text else [128.0, 128, 128] for text in texts]
-        return torch.nn.functional.normalize(torch.tensor(colours) + 1)
-
-
 @pytest.fixture
 def retriever(tmp_path):
     """Two pictures of one asset, the nearer one masked; `retriever(prompt=None, preview=0.5)` for other thresholds."""
@@ -57,19 +44,9 @@ def retriever(tmp_path):
     Image.fromarray(mask).save(folder / "1.mask.png")
 
     def make(prompt=0.9, preview=None):
-        return Retriever(tmp_path / "assets", OneColour(), {"prompt": prompt, "preview": preview}, preview_steps=1)
+        return Retriever(tmp_path / "assets", Colours(), {"prompt": prompt, "preview": preview}, preview_steps=1)
 
     return make
-
-
-@pytest.fixture(params=["sdxl", "flux"])
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def pipe(kind, request):
-    return request.getfixturevalue(f"tiny_{kind}")
 
 
 def generate(pipe, method, group, call):
@@ -304,57 +281,9 @@ def test_identities_of_the_methods(retriever):
 # --- negative IP-Adapter ----------------------------------------------------------------------------------------------
 
 
-def save_ip_adapter(folder, unet, plus):
-    """Lay down an IP-Adapter with random weights in the published format, as h94/IP-Adapter: weights and encoder."""
-    from safetensors.torch import save_file
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator) * 0.3
-
-    cross, width = unet.config.cross_attention_dim, 64
-    if plus:
-        tensors = {"latents": random(1, 4, width), "proj_in.weight": random(width, width),
-                   "proj_in.bias": random(width), "proj_out.weight": random(cross, width),
-                   "proj_out.bias": random(cross), "norm_out.weight": random(cross),
-                   "norm_out.bias": random(cross)}  # fmt: skip
-        for layer in range(4):
-            for name in ("0.norm1", "0.norm2", "1.0"):
-                tensors |= {f"layers.{layer}.{name}.{part}": random(width) for part in ("weight", "bias")}
-            tensors |= {
-                f"layers.{layer}.{name}.weight": random(rows, columns)
-                for name, rows, columns in (
-                    ("0.to_q", width, width), ("0.to_kv", 2 * width, width), ("0.to_out", width, width),
-                    ("1.1", 4 * width, width), ("1.3", width, 4 * width),
-                )
-            }  # fmt: skip
-    else:
-        tensors = {"proj.weight": random(4 * cross, 16), "proj.bias": random(4 * cross),
-                   "norm.weight": random(cross), "norm.bias": random(cross)}  # fmt: skip
-    state = {f"image_proj.{name}": value for name, value in tensors.items()}
-    crossings = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    for number, name in enumerate(crossings):
-        inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
-        state |= {f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight": random(inner, cross) for part in "kv"}
-    (folder / "sdxl_models").mkdir(parents=True)
-    save_file(state, folder / "sdxl_models" / "ip-adapter.safetensors")
-    torch.manual_seed(0)
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(hidden_size=width, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
-                         num_attention_heads=2, image_size=32, patch_size=16)
-    )  # fmt: skip
-    encoder.save_pretrained(folder / "models" / "image_encoder")
-    return {
-        "pretrained_model_name_or_path_or_dict": str(folder), "subfolder": "sdxl_models",
-        "weight_name": "ip-adapter.safetensors", "image_encoder_folder": "models/image_encoder",
-    }  # fmt: skip
-
-
 @pytest.fixture(params=[False, True], ids=["plain", "plus"])
 def ip_adapter(request, tiny_sdxl, tmp_path):
-    return save_ip_adapter(tmp_path / "ip", tiny_sdxl.unet, request.param)
+    return save_ip_adapter(tmp_path / "ip", tiny_sdxl.unet, plus=request.param)
 
 
 def test_a_negative_ip_adapter_shows_the_assets_to_the_unconditional_half(tiny_sdxl, retriever, ip_adapter):

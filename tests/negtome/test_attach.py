@@ -23,16 +23,6 @@ KINDS = ("sdxl", "flux")
 SEEDS = (0, 1, 2)
 
 
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def pipe(kind, request):
-    return request.getfixturevalue(f"tiny_{kind}")
-
-
 @pytest.fixture
 def config(kind):
     return CONFIGS[kind]

@@ -19,22 +19,11 @@ CONFIGS = {
     "sdxl": NegToMeConfig(alpha=0.9, threshold=0.5, timestep_range=(500, 1000), min_side=8),
     "flux": NegToMeConfig(alpha=0.9, threshold=0.5, timestep_range=(600, 1000)),
 }
-KINDS = ("sdxl", "flux")
 SEEDS = (0, 1)
 PICTURE = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(7))
 OTHER = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(8))
 LEFT = torch.zeros(32, 32, dtype=torch.bool)
 LEFT[:, :12] = True
-
-
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def pipe(kind, request):
-    return request.getfixturevalue(f"tiny_{kind}")
 
 
 @pytest.fixture

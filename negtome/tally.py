@@ -1,0 +1,106 @@
+"""What happened in a call of a pipeline, and the reason where nothing did."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from negtome.config import NegToMeConfig
+from negtome.pushing import Site
+from negtome.sites import Timesteps, largest_map
+
+
+class Step(NamedTuple):
+    """One denoising step of a run: its training timestep, and whether the window contains it."""
+
+    timestep: float
+    active: bool
+
+
+class SiteCount(NamedTuple):
+    """Tokens compared with a reference at a site, and how many of them were pushed, all halves and steps together."""
+
+    compared: int
+    pushed: int
+
+
+class Run:
+    """What is remembered during one call of the pipeline."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.timesteps = Timesteps()
+        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
+        self.conditioned_on: torch.Tensor | None = None  # prompts of the first call of the last step
+        self.latent: tuple[int, int] | None = None
+        # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
+        self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
+
+    def count(self, sites: Sequence[Site], threshold: float) -> None:
+        """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
+        alike: dict[tuple[torch.Size, torch.device], list[Site]] = {}
+        for site in sites:
+            if site.similarity is not None:
+                alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
+        for found in alike.values():
+            similarity = torch.stack([site.similarity for site in found]).flatten(1)
+            # The cosine of a copy may be rounded to more than 1, but a threshold of 1 moves nothing.
+            pushed = (similarity > (threshold if threshold < 1 else torch.inf)).sum(dim=1)
+            self._counts.append((found, similarity.shape[1], pushed, similarity.amax(dim=1)))
+            for site in found:
+                site.similarity = None
+
+    def read(self) -> tuple[Counter[str], Counter[str], float]:
+        """Fetch what was counted from the device: tokens compared and pushed by site, and the highest similarity."""
+        compared, pushed, highest = Counter(), Counter(), -1.0
+        if self._counts:
+            sites, numbers, *of_sites = zip(*self._counts, strict=True)
+            device = of_sites[0][0].device  # a denoiser may be spread over several
+            counts, maxima = (torch.cat([values.to(device) for values in one]).tolist() for one in of_sites)
+            found = [(site.name, number) for alike, number in zip(sites, numbers, strict=True) for site in alike]
+            for (name, number), moved in zip(found, counts, strict=True):
+                compared[name] += number
+                pushed[name] += moved
+            highest = max(highest, *(min(value, 1.0) for value in maxima))  # rounded to more than 1, at times
+        return compared, pushed, highest
+
+
+def check_window(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
+    """Refuse a call of the pipeline none of whose timesteps is in the window."""
+    if not any(map(config.is_active, timesteps)):
+        low, high = config.timestep_range
+        raise RuntimeError(
+            f"NegToMe has nothing to do: no step lies in the window, timestep_range=({low:g}, {high:g}); the "
+            f"timesteps of this call are {', '.join(f'{t:g}' for t in timesteps)}; widen the window or take more "
+            "steps."
+        )
+
+
+def check_side(config: NegToMeConfig, denoiser: torch.nn.Module, sites: Sequence[str], latent: tuple[int, int]) -> None:
+    """Refuse a latent whose feature maps are all too small to take part."""
+    height, width = largest_map(denoiser, sites, latent)
+    if min(height, width) < config.min_side:
+        raise RuntimeError(
+            f"NegToMe has nothing to do: its largest feature map is {height}x{width} tokens and min_side="
+            f"{config.min_side}; generate larger images or lower min_side to {min(height, width)}."
+        )
+
+
+def check_pushed(config: NegToMeConfig, sites: Sequence[str], compared: int, pushed: int, highest: float) -> None:
+    """Refuse a finished call of the pipeline in which nothing was compared, and warn of one that pushed nothing."""
+    if not compared:
+        raise RuntimeError(
+            f"NegToMe did nothing: none of its {len(sites)} sites was reached in the steps of the window, the first "
+            f"one being {sites[0]}; expected the denoiser to run them; switch off whatever skips or caches blocks."
+        )
+    if config.alpha != 0 and config.threshold < 1 and not pushed:
+        warnings.warn(
+            f"NegToMe pushed no token: the highest similarity was {highest:.3f}, not above threshold="
+            f"{config.threshold:g}; lower the threshold if this was not intended.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
