@@ -13,7 +13,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -323,13 +323,12 @@ def manifest_hash(folder: str | Path) -> str:
     return rows_hash(folder, read_manifest(folder))
 
 
-def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable[[Path], str] = remembered_hash) -> str:
+def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
     """Return a SHA-256 that changes when any image or its row changes; the order of `rows` does not matter.
 
     Args:
         folder: what the rows' paths are relative to.
         rows: the images.
-        hash_of: gives a file's content hash.
 
     Raises:
         FileNotFoundError: an image is missing.
@@ -344,7 +343,7 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable
             raise ValueError(
                 f"expected an image of at most {LARGEST} bytes, got {size} in {folder / row.path}; remove it"
             )
-        found = hash_of(folder / row.path)
+        found = remembered_hash(folder / row.path)
         if row.sha256 not in (None, found):
             raise ValueError(
                 f"expected the image that was generated, got another file at {folder / row.path}: it was replaced or "

@@ -13,7 +13,6 @@ import torch
 from eval.aggregates import GroupValue
 from eval.cache import EmbeddingCache, embed_folder
 from eval.encoders import Encoder
-from eval.files import remembered_hash
 from eval.images import ManifestRow, canonical_order, read_manifest, rows_hash
 
 
@@ -82,7 +81,7 @@ class ImageSet:
     @cached_property
     def manifest_hash(self) -> str:
         """Identity of the set of images; see `eval.images.rows_hash`."""
-        return rows_hash(self.folder, self.rows, self.cache.hash_of if self.cache else remembered_hash)
+        return rows_hash(self.folder, self.rows)
 
     def embeddings(self, encoder: Encoder) -> torch.Tensor:
         """Return the images' embeddings, float32 [N, D], in the order of `rows`."""
