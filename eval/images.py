@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,15 +21,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from eval.files import LARGEST, canonical_json, read_json, read_regular, remembered_hash, write_text
+from eval.files import canonical_json, read_json, read_regular, remembered_hash, write_text
 
 MANIFEST = "manifest.jsonl"
 PROMPTS = "prompts.json"
 METRICS = "metrics"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 # Images, too, but of kinds that are not read: several pages, more than 8 bits, or no decoder everywhere.
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
-ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
 # Fields of a manifest's row that not every row has.
 OPTIONAL = {"references", "sha256"}
@@ -64,21 +62,14 @@ class ManifestRow:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "prompt_id", "prompt", "category"):
-            if not isinstance(text := getattr(self, name), str):
-                raise ValueError(f"expected {name} to be a text, got {text!r}; give it in quotes")
-        parts = PurePosixPath(self.path).parts
-        if not parts or "\\" in self.path or ".." in parts or PurePosixPath(self.path).is_absolute():
+        path = PurePosixPath(self.path)
+        if not path.parts or "\\" in self.path or ".." in path.parts or path.is_absolute():
             raise ValueError(
                 f"expected a path relative to the run folder with forward slashes, got {self.path!r}; "
                 "give it as in images/bird/000000/00.png"
             )
         if not self.prompt_id or "/" in self.prompt_id:
             raise ValueError(f"expected a prompt_id without slashes, got {self.prompt_id!r}; replace them")
-        for name in ("group_seed", "index"):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise ValueError(f"expected {name} to be an integer >= 0, got {number!r}; number from 0")
 
     @property
     def group_id(self) -> str:
@@ -102,29 +93,25 @@ class ManifestRow:
 
 
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
-    """Sort by prompt_id, group_seed, index, and check that the rows make sense together.
+    """Sort by prompt_id, group_seed and index.
 
     Raises:
-        ValueError: a path or a place in a group occurs twice, or a group has two prompts or categories.
+        ValueError: a place in a group occurs twice, or a group has two prompts or categories.
     """
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed, row.index))
-    paths: set[str] = set()
-    heads: dict[str, ManifestRow] = {}
-    places: set[tuple[str, int]] = set()
-    for row in ordered:
-        head = heads.setdefault(row.group_id, row)
-        if (row.prompt, row.category) != (head.prompt, head.category):
-            raise ValueError(
-                f"expected one prompt and category in group {row.group_id}, got "
-                f"{(head.prompt, head.category)} and {(row.prompt, row.category)}; give each prompt its own prompt_id"
-            )
-        if row.path in paths or (row.group_id, row.index) in places:
-            raise ValueError(
-                f"expected every image once, got {row.path} (index {row.index} of group {row.group_id}) "
-                "twice; remove the repeated row"
-            )
-        paths.add(row.path)
-        places.add((row.group_id, row.index))
+    for before, row in pairwise(ordered):
+        if row.group_id == before.group_id:
+            heads = [(each.prompt, each.category) for each in (before, row)]
+            if heads[0] != heads[1]:
+                raise ValueError(
+                    f"expected one prompt and category in group {row.group_id}, got {heads[0]} and {heads[1]}; give "
+                    "each prompt its own prompt_id"
+                )
+            if row.index == before.index:
+                raise ValueError(
+                    f"expected every image once, got index {row.index} of group {row.group_id} twice: {before.path} "
+                    f"and {row.path}; remove one"
+                )
     return ordered
 
 
@@ -159,7 +146,7 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
         raise FileNotFoundError(f"expected a folder of images, got {folder}, which does not exist; check the path")
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return _read_plain_folder(folder)
+        return canonical_order(_read_plain_folder(folder))
     rows = []
     for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
         try:
@@ -172,45 +159,36 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
 
 
 def _read_plain_folder(folder: Path) -> list[ManifestRow]:
-    names = _read_prompt_names(folder)
-    rows = []
-    subfolders = [path for path in visible(folder) if path.is_dir()]
-    loose = [path.name for path in visible(folder) if _is_image(path, ANY_SUFFIX)]
+    names = _read_prompts(folder / PROMPTS)
+    entries = visible(folder)
+    subfolders = [path for path in entries if path.is_dir()]
+    loose = [path.name for path in entries if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)]
     if subfolders and loose:
         raise ValueError(
             f"expected the images of {folder} in its subfolders, got {len(loose)} beside the subfolders "
             f"{', '.join(path.name for path in subfolders[:10])}: {', '.join(loose[:10])}; move them"
         )
+    rows = []
     for subfolder in subfolders:
-        images = images_in(subfolder)
-        if not images and subfolder.name == METRICS:
+        images, name = images_in(subfolder), subfolder.name
+        if not images and name == METRICS:
             continue
         if not images:
             raise ValueError(
                 f"expected images ({', '.join(IMAGE_SUFFIXES)}) in every subfolder of {folder}, got none in "
-                f"{subfolder.name!r}; remove it, or, if this is a run folder, "
-                f"finish the run: it has no {MANIFEST}"
+                f"{name!r}; remove it, or, if this is a run folder, finish the run: it has no {MANIFEST}"
             )
-        inner = [path for path in visible(subfolder) if path.is_dir()]
-        nested = next((path for within in inner for path in within.rglob("*") if _is_image(path, ANY_SUFFIX)), None)
-        if nested:
+        nested = (path for inner in visible(subfolder) if inner.is_dir() for path in inner.rglob("*"))
+        if image := next((path for path in nested if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)), None):
             raise ValueError(
                 f"expected the images of a prompt directly in its subfolder of {folder}, got a folder within "
-                f"{subfolder.name!r}: {nested.relative_to(folder).as_posix()}; move its images up, or the folder away"
+                f"{name!r}: {image.relative_to(folder).as_posix()}; move its images up, or the folder away"
             )
-        name = names.pop(subfolder.name, {})
-        for index, image in enumerate(images):
-            rows.append(
-                ManifestRow(
-                    path=image.relative_to(folder).as_posix(),
-                    prompt_id=subfolder.name,
-                    prompt=name.get("prompt", subfolder.name),
-                    category=name.get("category", subfolder.name),
-                    group_seed=0,
-                    index=index,
-                    seed=UNKNOWN_SEED,
-                )
-            )
+        texts = {"prompt": name, "category": name} | names.pop(name, {})
+        rows += [
+            ManifestRow(f"{name}/{image.name}", name, **texts, group_seed=0, index=index, seed=UNKNOWN_SEED)
+            for index, image in enumerate(images)
+        ]
     if names:
         raise ValueError(
             f"expected every name in {folder / PROMPTS} to be a subfolder with images, got {sorted(names)}; "
@@ -221,33 +199,33 @@ def _read_plain_folder(folder: Path) -> list[ManifestRow]:
             f"expected {folder} to be a run folder with {MANIFEST}, or to hold one subfolder of images "
             "a prompt, got neither; move the images of each prompt into a subfolder named after it"
         )
-    return canonical_order(rows)
+    return rows
 
 
-def _read_prompt_names(folder: Path) -> dict[str, dict[str, str]]:
-    path = folder / PROMPTS
-    if not path.is_file():
-        return {}
-    document = read_json(path)
-    names: dict[str, dict[str, str]] = {}
-    for subfolder, entry in document.items() if isinstance(document, dict) else [("the document", document)]:
-        values = {"prompt": entry} if isinstance(entry, str) else entry
-        if (
-            not isinstance(values, dict)
-            or not set(values) <= {"prompt", "category"}
-            or not all(isinstance(value, str) for value in values.values())
-        ):
+def _read_prompts(path: Path) -> dict[str, dict[str, str]]:
+    document = read_json(path) if path.is_file() else {}
+    names = document if isinstance(document, dict) else {"the document": document}
+    texts = {name: {"prompt": entry} if isinstance(entry, str) else entry for name, entry in names.items()}
+    for name, entry in texts.items():
+        whole = isinstance(entry, dict) and entry.keys() <= {"prompt", "category"}
+        if not whole or not all(isinstance(text, str) for text in entry.values()):
             raise ValueError(
                 f"expected {path} to map subfolders to a prompt or to {{'prompt': ..., 'category': ...}}, "
-                f"got {entry!r} for {subfolder!r}; correct it"
+                f"got {entry!r} for {name!r}; correct it"
             )
-        names[subfolder] = values
-    return names
+    return texts
 
 
 def visible(folder: Path) -> list[Path]:
-    """List what is in a folder by name, hidden files left out."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """List what is in a folder by name, hidden files left out; a link that leads nowhere is an error."""
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    dangling = [path.name for path in paths if not path.exists()]
+    if dangling:
+        raise ValueError(
+            f"expected files and folders in {folder}, got {len(dangling)} links that lead nowhere: "
+            f"{', '.join(dangling[:10])}; remove them, or bring back what they link to"
+        )
+    return paths
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -283,11 +261,11 @@ def load_picture(path: str | Path) -> Image.Image:
 
     Transparency is composited on white, grey is repeated over the channels, a palette is looked up and a
     camera's orientation tag is applied. Colour spaces that would have to be guessed (CMYK, 16-bit grey, ...)
-    are refused.
+    and animations are refused.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, not an image or in an unsupported colour space; the message names it.
+        ValueError: the file is damaged, not one image or in an unsupported colour space; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -295,16 +273,11 @@ def load_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
+            # a camera's MPO is a JPEG that has a preview behind it
+            if getattr(opened, "is_animated", False) and opened.format != "MPO":
+                raise ValueError("an animation, of which one picture alone would count")
             image = ImageOps.exif_transpose(opened)
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(
             f"expected a readable image, got a damaged or foreign file: {path} ({error}); make it again"
         ) from error
@@ -318,11 +291,6 @@ def load_picture(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def manifest_hash(folder: str | Path) -> str:
-    """Return `rows_hash` of all images of a folder."""
-    return rows_hash(folder, read_manifest(folder))
-
-
 def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
     """Return a SHA-256 that changes when any image or its row changes; the order of `rows` does not matter.
 
@@ -334,20 +302,16 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
         FileNotFoundError: an image is missing.
         ValueError: an image is not the one that its row was written for.
     """
-    folder = Path(folder)
     digest = hashlib.sha256()
     for row in canonical_order(rows):
-        if not (folder / row.path).is_file():
-            raise FileNotFoundError(f"expected an image at {folder / row.path}, got no file; generate the run again")
-        if (size := (folder / row.path).stat().st_size) > LARGEST:
-            raise ValueError(
-                f"expected an image of at most {LARGEST} bytes, got {size} in {folder / row.path}; remove it"
-            )
-        found = remembered_hash(folder / row.path)
+        path = Path(folder) / row.path
+        if not path.is_file():
+            raise FileNotFoundError(f"expected an image at {path}, got no file; generate the run again")
+        found = remembered_hash(path)
         if row.sha256 not in (None, found):
             raise ValueError(
-                f"expected the image that was generated, got another file at {folder / row.path}: it was replaced or "
-                "is damaged; run experiments.generate again, which makes its group anew"
+                f"expected the image that was generated, got another file at {path}: it was replaced or is damaged; "
+                "run experiments.generate again, which makes its group anew"
             )
         digest.update(f"{canonical_json(row.to_dict())}\n{found}\n".encode())
     return digest.hexdigest()

@@ -12,7 +12,6 @@ from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
-from eval.images import manifest_hash
 from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval, n_units, paired_difference
 from eval.measure import is_current, measure, read_document
@@ -39,7 +38,7 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
     assert document["unit"]
     assert document["description"]
     assert (document["n_groups"], document["n_images"]) == (4, 16)
-    assert document["manifest_sha256"] == manifest_hash(run)
+    assert document["manifest_sha256"] == ImageSet.open(run).manifest_hash
     assert "torch" in document["environment"]
     assert [group["group"] for group in document["groups"]] == [
         "bird/000000",
