@@ -30,13 +30,14 @@ half and drops out.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from eval.aggregates import Aggregate, GroupValue, aggregate_named
+from eval.aggregates import GroupValue, mean_of, values_of
 
 Cluster = Literal["prompt", "category"]
 
@@ -134,7 +135,7 @@ def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -
     """Count what is resampled for the interval of a document: clusters, groups, or what its number is a mean of."""
     if document["aggregate"] == SUBSETS:
         return document["n_units"]
-    return len(set(units_of(aggregate_named(document["aggregate"]).values(document["groups"]), cluster)))
+    return len(set(clusters_of(values_of(document["groups"], document["aggregate"]), cluster)))
 
 
 def _around(
@@ -145,16 +146,12 @@ def _around(
     if len(halves) < 2 or _constant(halves):
         return None, None
     drawn, whole = document["subsets"][0]["n_units"], document["n_units"]
-    # 1 for an exact half; an odd number of units has none
+    # 1 for an exact half; an odd number of clusters has none
     error = float(halves.std(ddof=1)) * (drawn / (whole - drawn)) ** 0.5
-    # The error is uncertain twice over: the halves are few, and so are the units that they are halves of.
-    reach = error * _student(level, 1 / (1 / (len(halves) - 1) + 1 / (whole - 1)))
+    # The error is uncertain twice over: the halves are few, and so are the clusters that they are halves of.
+    freedom = 1 / (1 / (len(halves) - 1) + 1 / (whole - 1))
+    reach = error * float(stdtrit(freedom, (1 + level) / 2))
     return value - reach, value + reach
-
-
-def _student(level: float, freedom: float) -> float:
-    """Return the two-sided quantile of Student's t."""
-    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def _constant(values: np.ndarray) -> bool:
@@ -169,7 +166,7 @@ def _check_level(level: float) -> None:
 
 def bootstrap_interval(
     groups: Sequence[GroupValue],
-    aggregate: str | Aggregate = "mean",
+    aggregate: str = "mean",
     n_resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
@@ -192,8 +189,8 @@ def bootstrap_interval(
     _check_level(level)
     if n_resamples < 1:
         raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
-    values = aggregate_named(aggregate).values(_unique(groups))
-    value = float(np.mean([entry["value"] for entry in values]))
+    values = values_of(_unique(groups), aggregate)
+    value = mean_of(values)
     sums, sizes = cluster_sums(values, cluster)
     k = len(sums)
     if k < FEWEST:
@@ -205,7 +202,7 @@ def bootstrap_interval(
     if _constant(estimates):
         return Interval(value, None, None)
     percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
-    stretch = (k / (k - 1)) ** 0.5 * _student(level, k - 1) / float(ndtri((1 + level) / 2))
+    stretch = (k / (k - 1)) ** 0.5 * float(stdtrit(k - 1, (1 + level) / 2)) / float(ndtri((1 + level) / 2))
     low, high = value + stretch * (percentiles - estimates.mean())
     # of few resamples, or very skewed ones, both percentiles may lie on one side of their mean
     return Interval(value, min(float(low), value), max(float(high), value))
@@ -214,22 +211,16 @@ def bootstrap_interval(
 def paired_difference(
     groups_a: Sequence[GroupValue],
     groups_b: Sequence[GroupValue],
-    aggregate: str | Aggregate = "mean",
-    n_resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-    cluster: Cluster | None = "category",
+    aggregate: str = "mean",
+    **options: Any,
 ) -> Difference:
     """Estimate by how much method a exceeds method b, and the interval of that, group by group.
 
     Args:
         groups_a: groups of the method.
         groups_b: groups of the baseline: the same group ids, categories and numbers of images.
-        aggregate: see `bootstrap_interval`.
-        n_resamples: see `bootstrap_interval`.
-        seed: see `bootstrap_interval`.
-        level: see `bootstrap_interval`.
-        cluster: see `bootstrap_interval`.
+        aggregate: how groups become one number, as named in the JSON.
+        options: of `bootstrap_interval`.
 
     Returns:
         a - b, low, high, number of paired groups.
@@ -238,11 +229,11 @@ def paired_difference(
         ValueError: groups that only one of them has, or that differ; the message lists them.
     """
     differences = paired_differences(groups_a, groups_b, aggregate)
-    return Difference(*bootstrap_interval(differences, "mean", n_resamples, seed, level, cluster), len(groups_a))
+    return Difference(*bootstrap_interval(differences, **options), len(groups_a))
 
 
 def paired_differences(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate = "mean"
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str = "mean"
 ) -> list[GroupValue]:
     """Subtract two methods' values of whatever the aggregate is a mean of: groups, or categories.
 
@@ -264,11 +255,11 @@ def paired_differences(
             f"expected the same category and number of images in both, got others in {_some(unequal)}; "
             "run both methods with the same settings"
         )
-    sides = (aggregate_named(aggregate).values(list(side.values())) for side in (a, b))
+    sides = (values_of(list(side.values()), aggregate) for side in (a, b))
     return [{**x, "value": x["value"] - y["value"]} for x, y in zip(*sides, strict=True)]
 
 
-def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
+def clusters_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
     """Return for each group the name of what is resampled or exchanged as one: itself, its prompt or category."""
     if cluster not in (None, "prompt", "category"):
         raise ValueError(f"expected cluster to be None, 'prompt' or 'category', got {cluster!r}; choose one")
@@ -279,20 +270,17 @@ def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]
 
 def cluster_sums(values: Sequence[GroupValue], cluster: Cluster | None) -> tuple[np.ndarray, np.ndarray]:
     """Return of each cluster the sum of its values and how many they are, float64 [k] each."""
-    _, index = np.unique(units_of(values, cluster), return_inverse=True)
+    _, index = np.unique(clusters_of(values, cluster), return_inverse=True)
     return np.bincount(index, [value["value"] for value in values]), np.bincount(index).astype(float)
 
 
-def _unique(groups: Sequence[GroupValue]) -> list[GroupValue]:
-    """Sort by group id, so that a seed gives one interval whatever the order; every group must occur once."""
-    ids = [group["group"] for group in groups]
-    if not ids:
-        raise ValueError("expected at least one group, got none; measure a folder with images")
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"expected every group once, got {_some({i for i in ids if ids.count(i) > 1})} repeatedly")
-    return sorted(groups, key=lambda group: group["group"])
+def _unique(groups: Sequence[GroupValue]) -> Sequence[GroupValue]:
+    """Return groups of which every one occurs once."""
+    repeated = {group for group, times in Counter(group["group"] for group in groups).items() if times > 1}
+    if repeated:
+        raise ValueError(f"expected every group once, got {_some(repeated)} repeatedly")
+    return groups
 
 
-def _some(ids: Sequence[str] | set[str]) -> str:
-    ids = sorted(ids)
-    return f"[{', '.join(ids[:10])}{', ...' if len(ids) > 10 else ''}] ({len(ids)})"
+def _some(ids: Collection[str]) -> str:
+    return f"[{', '.join(sorted(ids)[:10])}{', ...' if len(ids) > 10 else ''}] ({len(ids)})"

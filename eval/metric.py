@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 
-from eval.aggregates import GroupValue, aggregate_named
+from eval.aggregates import GroupValue, mean_of, values_of
 from eval.files import canonical_json
 from eval.imageset import ImageSet
-from eval.intervals import Cluster, units_of
+from eval.intervals import Cluster, clusters_of
 
 
 class Judge(Protocol):
@@ -110,7 +110,7 @@ class Metric(ABC):
         """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
         groups = self.per_group(images)
         return {
-            "value": aggregate_named(self.aggregate).value(groups),
+            "value": mean_of(values_of(groups, self.aggregate)),
             "n_groups": len(groups),
             "n_images": sum(group["n_images"] for group in groups),
             "groups": groups,
@@ -192,8 +192,8 @@ class SetMetric(Metric):
             )
         groups = [images.group_value(group) for group in sorted(images.groups)]
         clusters: dict[str, list[int]] = {}
-        for group, unit in zip(groups, units_of(groups, self.cluster), strict=True):
-            clusters.setdefault(unit, []).extend(images.groups[group["group"]])
+        for group, cluster in zip(groups, clusters_of(groups, self.cluster), strict=True):
+            clusters.setdefault(cluster, []).extend(images.groups[group["group"]])
         halves = self._halves(clusters)
         # A number of half the images that may be refused is no measure of the whole's variation.
         if any(len(positions) < self.minimum for _, positions in halves):

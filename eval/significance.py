@@ -22,14 +22,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.aggregates import Aggregate, GroupValue
+from eval.aggregates import GroupValue
 from eval.intervals import BLOCK, Cluster, Difference, cluster_sums, paired_differences
 
 
 def sign_flip_p(
     groups_a: Sequence[GroupValue],
     groups_b: Sequence[GroupValue],
-    aggregate: str | Aggregate = "mean",
+    aggregate: str = "mean",
     n_flips: int = 10_000,
     seed: int = 0,
     cluster: Cluster | None = "category",
@@ -92,7 +92,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def effect_size(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate = "mean"
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str = "mean"
 ) -> float | None:
     """Return d_z: the mean of the paired differences a - b over their standard deviation.
 
@@ -113,7 +113,7 @@ def win_rate(
     groups_a: Sequence[GroupValue],
     groups_b: Sequence[GroupValue],
     higher_is_better: bool = True,
-    aggregate: str | Aggregate = "mean",
+    aggregate: str = "mean",
 ) -> float:
     """Return the share of groups (or categories) in which a is better than b, ties counted as one half, in [0, 1]."""
     differences = _group_differences(groups_a, groups_b, aggregate)
@@ -142,7 +142,5 @@ def non_inferior(difference: Difference, margin: float, higher_is_better: bool =
     return difference.low > -margin if higher_is_better else difference.high < margin
 
 
-def _group_differences(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate
-) -> np.ndarray:
+def _group_differences(groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str) -> np.ndarray:
     return np.array([pair["value"] for pair in paired_differences(groups_a, groups_b, aggregate)], dtype=float)

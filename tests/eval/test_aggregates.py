@@ -46,4 +46,4 @@ def test_small_n_is_refused():
     with pytest.raises(ValueError, match=f"at least {MINIMUM_IMAGES} images.*got {MINIMUM_IMAGES - 1}"):
         entropy([MINIMUM_IMAGES - 1, 0])
     with pytest.raises(ValueError, match="got 0"):
-        entropy([0, 0], minimum=0)
+        entropy([0, 0])

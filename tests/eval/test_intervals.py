@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.aggregates import AGGREGATES, CategoryEntropy, aggregate_named, entropy
+from eval.aggregates import entropy
 from eval.intervals import bootstrap_interval, difference_of, interval_of, n_units, paired_difference
 
 
@@ -224,7 +224,6 @@ def test_unpaired_groups_are_listed():
         ({"level": 95}, "level"),
         ({"n_resamples": 0}, "n_resamples"),
         ({"aggregate": "median"}, "category_entropy.*mean"),
-        ({"aggregate": "category_entropy"}, "'counts' in every group"),
         ({"cluster": "image"}, "cluster"),
     ],
 )
@@ -238,13 +237,6 @@ def test_more_refusals():
         bootstrap_interval([])
     with pytest.raises(ValueError, match=r"finite.*p1/000001"):
         bootstrap_interval(valued([1, np.nan]))
-
-
-def test_aggregates_by_name():
-    assert set(AGGREGATES) == {"mean", "category_entropy"}
-    custom = CategoryEntropy()
-    assert aggregate_named(custom) is custom
-    assert aggregate_named("mean").value(valued([3, 1, 2])) == 2
 
 
 def halved(values, statistic=np.mean, groups=None):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from eval.aggregates import aggregate_named
+from eval.aggregates import mean_of, values_of
 from eval.alignment import ClipScore
 from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
@@ -47,7 +47,7 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
         "fish/000001",
     ]
     assert all((group["n_images"], group["category"]) == (4, group["group"][:4]) for group in document["groups"])
-    assert document["value"] == pytest.approx(aggregate_named(document["aggregate"]).value(document["groups"]))
+    assert document["value"] == pytest.approx(mean_of(values_of(document["groups"], document["aggregate"])))
     value, low, high = bootstrap_interval(document["groups"], document["aggregate"], n_resamples=200, cluster=None)
     assert value == document["value"]
     assert low is None if n_units(document, None) < 4 else low <= value <= high

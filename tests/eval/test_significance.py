@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from eval.aggregates import aggregate_named
+from eval.aggregates import values_of
 from eval.intervals import Difference, paired_difference
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 
@@ -93,7 +93,7 @@ def test_entropies_are_exchanged_by_category():
         {f"c{k}": rng.multinomial(8, p, size=3).tolist() for k in range(7)} for p in ([0.6, 0.3, 0.1], [1 / 3] * 3)
     ]
     a, b = (counted(side) for side in sides)
-    values = [[entry["value"] for entry in aggregate_named("category_entropy").values(side)] for side in (a, b)]
+    values = [[entry["value"] for entry in values_of(side, "category_entropy")] for side in (a, b)]
     assert len(values[0]) == 7
     expected = tuple(valued(side) for side in values)
     for cluster in (None, "prompt", "category"):
