@@ -274,13 +274,14 @@ def load_picture(path: str | Path) -> Image.Image:
         with Image.open(path) as opened:
             opened.load()
             # a camera's MPO is a JPEG that has a preview behind it
-            if getattr(opened, "is_animated", False) and opened.format != "MPO":
-                raise ValueError("an animation, of which one picture alone would count")
+            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(
             f"expected a readable image, got a damaged or foreign file: {path} ({error}); make it again"
         ) from error
+    if frames > 1:
+        raise ValueError(f"expected one picture, got an animation of {frames} frames: {path}; export the one you mean")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
