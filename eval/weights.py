@@ -7,6 +7,7 @@ if the network answers at once, so that a machine without one fails within secon
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ class WeightsFacts:
         how_to_get: what to do if they are missing.
         url: of the file that is downloaded to the first place looked in; None if there is none.
         hub: arguments of `huggingface_hub.snapshot_download` that fetch the files; None if they are not on the hub.
+        expected: the beginning of `sha256`, where the publishers' file is known by it.
     """
 
     encoder: str
@@ -49,6 +51,7 @@ class WeightsFacts:
     how_to_get: str
     url: str | None = None
     hub: Mapping[str, Any] | None = None
+    expected: str = ""
 
     @classmethod
     def of(
@@ -77,6 +80,8 @@ class WeightsFacts:
             "revision": values.get("revision"),
             "allow_patterns": facts.get("patterns", facts["files"]),
         }
+        names = [Path(name.format(**values)).name for name in facts.get("files", ())]
+        published = len(files) == 1 and files[0].name in names
         texts = ("source", "resize", "input_range", "licence", "how_to_get")
         return cls(
             encoder=encoder,
@@ -85,6 +90,7 @@ class WeightsFacts:
             **{text: facts[text].format(**values) for text in texts},
             url=None if given else url,
             hub=None if given else hub or None,
+            expected=published_hash(facts, files[0].name) if published else "",
         )
 
     @classmethod
@@ -107,7 +113,7 @@ class WeightsFacts:
                 files = in_hub_cache(repository, names, values.get("revision"))
             files = files if len(files) == len(names) else []
         else:
-            places = [given] if given else [checkpoints_folder() / name for name in names]
+            places = [given] if given else [hub_folder() / "checkpoints" / name for name in names]
             files = [place for place in places if place.is_file()][:1]
         found = (files or places)[0]
         return cls.of(row, encoder, files, places, given is not None, found=found.name, folder=found.parent, **values)
@@ -138,9 +144,15 @@ class WeightsFacts:
 
         Raises:
             FileNotFoundError: the weights are missing.
+            ValueError: they are not those of their publishers.
         """
         if not self.present:
             raise self.missing()
+        if not (self.sha256 or "").startswith(self.expected):
+            raise ValueError(
+                f"expected the weights of {self.encoder} in {self.files[0]} with a SHA-256 of {self.expected}..., got "
+                f"{self.sha256}: it is another file or damaged; remove it and {self.how_to_get}"
+            )
         preparation = hashlib.sha256(f"{self.resize}\n{self.input_range}".encode()).hexdigest()
         return "-".join(part for part in ((self.sha256 or "")[:12], preparation[:4]) if part)
 
@@ -189,6 +201,28 @@ class WeightsFacts:
         )
 
 
+def published_hash(facts: Mapping[str, Any], name: str) -> str:
+    """Return how the SHA-256 of a row's file begins: as in the table, or as its name ends; "" if nobody knows."""
+    found = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    return facts.get("sha256", found[1] if found else "")
+
+
+#: Fetches that failed, by what was wanted for whom and where, with what was said.
+_failed: dict[tuple[str, str, tuple[Path, ...]], str] = {}
+
+
+def fetch_once(facts: WeightsFacts, fetch: Callable[[WeightsFacts], None]) -> None:
+    """Fetch weights, unless that failed before in this process, where another try is an error at once."""
+    key = (facts.encoder, facts.source, facts.looked_in)
+    if key in _failed:
+        raise FileNotFoundError(_failed[key])
+    try:
+        fetch(facts)
+    except FileNotFoundError as error:
+        _failed[key] = str(error)
+        raise
+
+
 # What a tokenizer of transformers may be stored as, each enough by itself.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
@@ -198,11 +232,6 @@ NO_NETWORK = "the network is switched off or does not answer"
 def hub_folder() -> Path:
     """Return torch.hub's folder as it is now: `$TORCH_HOME/hub`, or `~/.cache/torch/hub`."""
     return Path(torch.hub.get_dir())
-
-
-def checkpoints_folder() -> Path:
-    """Return where torch.hub keeps weights files."""
-    return hub_folder() / "checkpoints"
 
 
 def missing_vocabulary(folder: Path) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 
 from eval import __path__ as places
 from eval.encoders import Network
-from eval.weights import FACTS, WeightsFacts
+from eval.features import EffNetLite0, Inception
+from eval.weights import FACTS, WeightsFacts, published_hash
 
 TEXTS = {"source", "resize", "input_range", "licence", "how_to_get"}
 
@@ -65,3 +66,39 @@ def test_nothing_is_downloaded_to_a_place_that_was_named(tmp_path, monkeypatch):
                 facts.fetch()
             assert ("no download" in str(error.value)) == (given is None)
         assert asked == rows
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "begin"),
+    [
+        (Inception, "weights-inception-2015-12-05-6726825d.pth", "6726825d"),
+    ],
+)
+def test_another_file_under_a_published_name_is_refused(network, name, begin, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(b"abc")
+    mine = (tmp_path / "mine-20240101.pth").write_bytes(b"abc") and network(tmp_path / "mine-20240101.pth").id
+    assert mine.rpartition("-")[0].endswith("ba7816bf8f01"), "what has a name of its own is anybody's"
+    monkeypatch.setattr("eval.weights.published_hash", published_hash)
+    with pytest.raises(ValueError, match=f"{begin}.*got ba7816bf8f01") as error:
+        _ = network(tmp_path / name).id
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_weights_are_those_of_their_name(monkeypatch):
+    monkeypatch.setattr("eval.weights.published_hash", published_hash)
+    assert EffNetLite0().weights().expected == "57934424" and EffNetLite0().id
+
+
+def test_a_fetch_that_failed_is_not_tried_again(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("eval.weights.network_answers", lambda url: tried.append(url) or False)
+    said = set()
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError, match="expected the weights of Inception") as error:
+            Inception().prepare()
+        said.add(str(error.value))
+    assert len(tried) == len(said) == 1
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / FACTS["inception"]["files"][0]).write_bytes(b"put there by hand")
+    assert Inception().id
