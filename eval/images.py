@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,8 +30,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 # Images, too, but of kinds that are not read: several pages, more than 8 bits, or no decoder everywhere.
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 UNKNOWN_SEED = -1
-# Fields of a manifest's row that not every row has.
-OPTIONAL = {"references", "sha256"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +75,8 @@ class ManifestRow:
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values; without references and hash, where there are none to speak of."""
-        return {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ManifestRow:
-        """Build a row from JSON values; missing or unknown fields are an error."""
-        expected = {field.name for field in fields(cls)} - OPTIONAL
-        if set(values) - OPTIONAL != expected:
-            raise ValueError(
-                f"expected a manifest row with the fields {sorted(expected)}, got {sorted(values)}; "
-                "the manifest was written by another version: generate the run again"
-            )
-        return cls(**values)
+        """Return the row as plain JSON values, which make it again; without what there is none of."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
@@ -150,9 +137,11 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
     rows = []
     for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
         try:
-            rows.append(ManifestRow.from_dict(json.loads(line)))
+            rows.append(ManifestRow(**json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"expected one manifest row a line, got line {number} of {manifest}: {error}") from error
+            raise ValueError(
+                f"expected one manifest row a line, got line {number} of {manifest}: {error}; generate the run again"
+            ) from error
     if not rows:
         raise ValueError(f"expected at least one image in {manifest}, got an empty file; generate the run again")
     return canonical_order(rows)

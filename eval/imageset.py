@@ -95,7 +95,7 @@ class ImageSet:
         All images are looked at before the first is embedded, and what was embedded when something fails is kept.
 
         Raises:
-            FileNotFoundError: images are missing.
+            FileNotFoundError: an image is missing.
             ValueError: images cannot be read, of which the message names all, or an embedding is not finite.
         """
         if encoder.id not in self._images:
@@ -104,12 +104,6 @@ class ImageSet:
 
     def _embedded(self, encoder: Encoder) -> torch.Tensor:
         paths = [self.folder / row.path for row in self.rows]
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"expected {len(paths)} images in {self.folder}, got {len(missing)} missing, the first {missing[0]}; "
-                "generate the run again"
-            )
         hashes = [remembered_hash(path) for path in paths]
         found = self.cache.get(encoder.id, hashes) if self.cache else {}
         todo = {key: path for key, path in zip(hashes, paths, strict=True) if key not in found}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -56,7 +55,7 @@ class Metric(ABC):
         bounds: the least and the largest number there can be, None where there is no end to it: an unbiased estimate
             of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
             a share of it a margin.
-        aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
+        aggregate: what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
         encoder: what embeds the images, or compares or scores them; None for a metric that compares pixels itself,
             which then has a `judge`, such as `Pixels()`.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
@@ -194,9 +193,12 @@ class SetMetric(Metric):
         clusters: dict[str, list[int]] = {}
         for group, cluster in zip(groups, clusters_of(groups, self.cluster), strict=True):
             clusters.setdefault(cluster, []).extend(images.groups[group["group"]])
-        halves = self._halves(clusters)
+        members = [clusters[name] for name in sorted(clusters)]
+        n_drawn = int(len(members) * self.SHARE)
+        draws = (np.random.default_rng(seed).permutation(len(members))[:n_drawn] for seed in range(self.SUBSETS))
+        halves = [sorted(position for index in drawn for position in members[index]) for drawn in draws]
         # A number of half the images that may be refused is no measure of the whole's variation.
-        if any(len(positions) < self.minimum for _, positions in halves):
+        if len(clusters) < self.FEWEST or any(len(half) < self.minimum for half in halves):
             halves = []
         return {
             "value": float(self.value_of(images, list(range(n_images)))),
@@ -208,19 +210,10 @@ class SetMetric(Metric):
             "subsets": [
                 {
                     "seed": seed,
-                    "n_units": n_units,
-                    "n_images": len(positions),
-                    "value": float(self.value_of(images, positions)),
+                    "n_units": n_drawn,
+                    "n_images": len(half),
+                    "value": float(self.value_of(images, half)),
                 }
-                for seed, (n_units, positions) in enumerate(halves)
+                for seed, half in enumerate(halves)
             ],
         }
-
-    def _halves(self, clusters: Mapping[str, list[int]]) -> list[tuple[int, list[int]]]:
-        """Return for each seed the number of clusters drawn and the positions of their images, ascending."""
-        if len(clusters) < self.FEWEST:
-            return []
-        members = [clusters[name] for name in sorted(clusters)]
-        n_units = int(len(members) * self.SHARE)
-        drawn = (np.random.default_rng(seed).permutation(len(members))[:n_units] for seed in range(self.SUBSETS))
-        return [(n_units, sorted(position for index in chosen for position in members[index])) for chosen in drawn]

@@ -434,7 +434,7 @@ def test_images_and_reference_are_embedded_once(made, real, tmp_path):
     cache = EmbeddingCache(tmp_path / "cache")
     encoder = RawPixels()
     for metric in metrics(real, encoder):
-        measure(metric, made, cache)
+        measure(metric, ImageSet.open(made, cache))
     assert encoder.embedded == 48 + 24
 
 

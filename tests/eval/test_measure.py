@@ -97,5 +97,5 @@ def test_plain_folder_can_be_measured(make_run, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"metric": "x"}'])
 def test_read_document_refuses(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.json.*delete it"):
+    with pytest.raises(ValueError, match=r"x\.json"):
         read_document(tmp_path / "x.json")

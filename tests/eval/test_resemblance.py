@@ -222,7 +222,7 @@ def test_everything_is_embedded_once(made, references, held_out, tmp_path):
     cache = EmbeddingCache(tmp_path / "cache")
     kinds = (MaximumResemblance, MeanResemblance, Identification)
     for metric in [*(kind(encoder, references) for kind in kinds), DetectionRate(encoder, references, held_out)]:
-        measure(metric, made, cache)
+        measure(metric, ImageSet.open(made, cache))
     assert len(seen) == 12 + 6 + 43
 
 
