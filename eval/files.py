@@ -47,9 +47,9 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"expected JSON in {path}, got what cannot be read ({error})") from error
 
 
-def canonical_json(document: Any) -> str:
-    """Write JSON in the one form this package uses: sorted keys, real characters, no NaN or infinity."""
-    return json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
+def canonical_json(document: Any, indent: int | None = None) -> str:
+    """Write JSON in the one form this package uses: sorted keys, real characters, no NaN or infinity (ValueError)."""
+    return json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,12 +101,6 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
-
-
-def write_json(path: str | Path, document: Any) -> Path:
-    """Write a JSON document atomically: sorted keys, indented, NaN and infinity refused with ValueError."""
-    text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
-    return write_text(path, text + "\n")
 
 
 def content_hash(path: str | Path) -> str:

@@ -1,30 +1,17 @@
 """How sure is a number? Bootstrap intervals, alone and paired between two methods.
 
-What may be resampled is what is independent. Images of a group were made together; groups of one category are asked
-for in nearly the same words. So whole clusters are drawn with replacement, categories unless told otherwise, each with
-all its groups: the interval says how the number would vary with other categories. `cluster=None` draws groups, and
-speaks of other groups of these very prompts alone. Groups are not drawn again within the drawn clusters, since their
-variation is in that of the clusters already: with both levels drawn, intervals of 95 % of 20 clusters cover 97 to 99 %
-unless the clusters differ much more than their groups (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").
+What is resampled and why, how well intervals cover, and what None means: docs/metrics.md, "How sure a number is". How:
 
-Two methods that share prompts and initial noises are compared group by group: what is resampled is their differences,
-from which all that the prompts have in common is gone.
-
-Limits are percentiles of the resampled numbers about their mean, stretched for few clusters: k drawn from k vary too
-little by sqrt((k - 1) / k), and their spread is itself uncertain, for which a mean has Student's t with k - 1 degrees
-of freedom instead of the normal quantile. In simulations of normal values, intervals of 95 % covered the truth in 94 to
-96 % of the runs at 4 to 40 clusters; of values as skewed as an exponential's in 89 % at 4 to 8 clusters, 93 % at 20.
-
-Below `FEWEST` clusters nothing is known about variation, nor where all resamples are the same number: `low` and `high`
-are None there, not estimable. It does not mean an interval of length 0.
-
-`interval_of` and `difference_of` take a metric's whole document and choose: the bootstrap where it holds
-values of groups, or, for a number of a whole set of images, the numbers of random halves of its clusters. A half
-drawn without replacement varies about the whole as the whole does about its expectation (Politis, Romano and
-Wolf, "Subsampling", 1999: the finite-population factor (1 - share) / share is 1 at one half), so that the
-standard deviation among halves is the standard error of the whole, and differences between methods come from
-the same halves. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in every
-half and drops out.
+* Whole clusters are drawn with replacement, each with all its groups. Groups are not drawn again within them, since
+  their variation is in that of the clusters already (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").
+* Limits are percentiles of the resampled numbers about their mean, stretched for few clusters: k drawn from k vary too
+  little by sqrt((k - 1) / k), and their spread is itself uncertain, for which a mean has Student's t with k - 1 degrees
+  of freedom instead of the normal quantile.
+* A number of a whole set of images has those of random halves of its clusters. A half drawn without replacement varies
+  about the whole as the whole does about its expectation (Politis, Romano and Wolf, "Subsampling", 1999: the
+  finite-population factor (1 - share) / share is 1 at one half), so that the standard deviation among halves is the
+  standard error of the whole. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in
+  every half and drops out.
 """
 
 from __future__ import annotations

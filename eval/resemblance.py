@@ -191,7 +191,6 @@ class DetectionRate(ReferenceMetric):
         held_out: folder with one subfolder a kind of image, to calibrate the threshold on: subfolders named like an
             asset show it, all others show none. An image that is also among the references is an error.
         false_positive_rate: of `calibrate_threshold`.
-        threshold: a cosine to use instead of `held_out`.
     """
 
     name = "detection_rate"
@@ -203,20 +202,13 @@ class DetectionRate(ReferenceMetric):
         self,
         encoder: Encoder,
         references: str | Path,
-        held_out: str | Path | None = None,
+        held_out: str | Path,
         false_positive_rate: float = 0.05,
-        threshold: float | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(encoder, references, name)
-        if (held_out is None) == (threshold is None):
-            raise ValueError(
-                f"expected either held-out images or a threshold for {self.name}, got "
-                f"{'neither' if held_out is None else 'both'}; held-out images are what makes the rate mean something"
-            )
-        self.held_out = None if held_out is None else Path(held_out)
+        self.held_out = Path(held_out)
         self.false_positive_rate = false_positive_rate
-        self.threshold = threshold
         self._calibration: dict[str, Any] = {}
 
     @cached_property
@@ -234,8 +226,6 @@ class DetectionRate(ReferenceMetric):
         return held_out
 
     def settings(self) -> dict[str, Any]:
-        if self.held_out is None:
-            return {**super().settings(), "threshold": self.threshold}
         return {
             **super().settings(),
             "held_out_sha256": self._held_out.manifest_hash,
@@ -243,9 +233,7 @@ class DetectionRate(ReferenceMetric):
         }
 
     def calibration(self, images: ImageSet) -> dict[str, Any]:
-        """Return the threshold and, unless it was given, what it makes of the held-out images."""
-        if self.held_out is None:
-            return {"threshold": self.threshold}
+        """Return the threshold and what it makes of the held-out images."""
         if not self._calibration:
             maxima = self.similarities(images.beside(self._held_out)).amax(dim=1)
             shows = torch.tensor([row.category in self.assets for row in self._held_out.rows])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from eval.files import content_hash
+from eval.files import remembered_hash
 
 #: What is known of the weights of each network, by its name here.
 FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -127,13 +127,13 @@ class WeightsFacts:
     def sha256(self) -> str | None:
         """Hash of the files' names and contents, 64 digits, None without files; of one file it is the file's own.
 
-        Reads the files, about a second a gigabyte.
+        Reads the files once a process, about a second a gigabyte.
         """
         if len(self.files) <= 1:
-            return content_hash(self.files[0]) if self.files else None
+            return remembered_hash(self.files[0]) if self.files else None
         digest = hashlib.sha256()
         for file in sorted(self.files, key=lambda path: path.name):
-            digest.update(f"{file.name} {content_hash(file)}\n".encode())
+            digest.update(f"{file.name} {remembered_hash(file)}\n".encode())
         return digest.hexdigest()
 
     @property

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
 
-from eval.files import content_hash, remembered_hash, write_json
+from eval.files import canonical_json, content_hash, remembered_hash, write_text
 
 
 def test_hashes(tmp_path):
@@ -33,18 +32,18 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     assert remembered_hash(image) == content_hash(image) != digest
 
 
-def test_write_json_is_canonical_and_atomic(tmp_path, monkeypatch):
+def test_text_is_written_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "document.json"
-    write_json(path, {"b": 1, "a": "é"})
-    assert path.read_text(encoding="utf-8") == '{\n "a": "é",\n "b": 1\n}\n'
+    write_text(path, canonical_json({"b": 1, "a": "é"}, indent=1))
+    before = path.read_bytes()
+    assert before.decode() == '{\n "a": "é",\n "b": 1\n}'
     with pytest.raises(ValueError):
-        write_json(path, {"a": float("nan")})
+        canonical_json({"a": float("nan")})
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é", "b": 1}
-    assert list(path.parent.iterdir()) == [path]
+        write_text(path, "other")
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

@@ -161,15 +161,11 @@ def test_metrics_are_the_functions_of_the_embeddings(made, references):
     encoder = PixelEncoder(4)
     images = ImageSet.open(made)
     x, y = images.embeddings(encoder), ImageSet.open(references).embeddings(encoder)
-    cosines = similarities(x, y)
-    maxima = cosines.amax(dim=1)
-    above = (maxima > maxima[5]).double()  # the threshold itself is not above it
-    for metric, scores in (
-        (MaximumResemblance(encoder, references), maxima),
-        (MeanResemblance(encoder, references), cosines.mean(dim=1)),
-        (DetectionRate(encoder, references, threshold=maxima[5].item()), above),
+    for kind, scores in (
+        (MaximumResemblance, similarities(x, y).amax(dim=1)),
+        (MeanResemblance, similarities(x, y).mean(dim=1)),
     ):
-        found = measure(metric, images)
+        found = measure(kind(encoder, references), images)
         expected = scores.reshape(3, 4).mean(dim=1).tolist()
         assert [group["value"] for group in found["groups"]] == pytest.approx(expected)
         assert found["value"] == pytest.approx(np.mean(expected))
@@ -184,14 +180,12 @@ def test_detection_at_a_calibrated_threshold(made, references, held_out):
     assert (details["true_positive_rate"], details["n_positive"], details["n_negative"]) == (1, 4, 39)
     assert document["settings"]["false_positive_rate"] == 0.025
     assert document["value"] == pytest.approx(2 / 3)
-    fixed = DetectionRate(PixelEncoder(4), references, threshold=details["threshold"])
-    assert values(measure(fixed, made)) == found
-    assert fixed.settings()["threshold"] == details["threshold"]
+    # the threshold is one of the negatives, which is not above itself
+    assert values(measure(metric, held_out))["other"] == 0
+    coarser = DetectionRate(PixelEncoder(4), references, held_out, false_positive_rate=0.05)
+    assert values(measure(coarser, held_out))["other"] == pytest.approx(1 / 39)
     with pytest.raises(ValueError, match="at least 99 negatives"):
         measure(DetectionRate(PixelEncoder(4), references, held_out, false_positive_rate=0.01), made)
-    for options in ({}, {"held_out": held_out, "threshold": 0.5}):
-        with pytest.raises(ValueError, match="either held-out images or a threshold"):
-            DetectionRate(PixelEncoder(4), references, **options)
 
 
 def test_documents_follow_references_and_held_out_images(made, references, held_out):
