@@ -19,31 +19,29 @@ import numpy as np
 MINIMUM_IMAGES = 8
 
 
-def entropy(counts: np.ndarray, miller_madow: bool = True) -> np.ndarray:
-    """Estimate Shannon entropies from label counts, natural logarithm.
+def entropy(counts: Sequence[int], miller_madow: bool = True) -> float:
+    """Estimate a Shannon entropy from label counts, natural logarithm.
 
     Args:
-        counts: [..., L] how often each label was seen, >= 0.
+        counts: [L] how often each label was seen, >= 0.
         miller_madow: add (m - 1) / 2n, m the number of labels seen.
 
     Returns:
-        float64 [...], in nats, 0 where all images have one label.
+        In nats, 0 where all images have one label.
 
     Raises:
         ValueError: n, the sum of counts, below `MINIMUM_IMAGES`.
     """
-    counts = np.asarray(counts, dtype=np.float64)
-    n = counts.sum(axis=-1, keepdims=True)
-    if (n < MINIMUM_IMAGES).any():
+    seen = np.asarray(counts, dtype=np.float64)
+    n = seen.sum()
+    if n < MINIMUM_IMAGES:
         raise ValueError(
-            f"expected at least {MINIMUM_IMAGES} images for an entropy, got {int(n.min())}; "
+            f"expected at least {MINIMUM_IMAGES} images for an entropy, got {int(n)}; "
             "its bias would exceed the differences looked for: generate more images or pool more groups"
         )
-    p = counts / n
-    plug_in = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
-    if not miller_madow:
-        return plug_in
-    return plug_in + ((counts > 0).sum(axis=-1) - 1) / (2 * n[..., 0])
+    p = seen / n
+    plug_in = -(p * np.log(np.where(p > 0, p, 1))).sum()
+    return float(plug_in + ((seen > 0).sum() - 1) / (2 * n) if miller_madow else plug_in)
 
 
 class GroupValue(TypedDict):
@@ -83,7 +81,7 @@ def _category_entropies(groups: Sequence[GroupValue]) -> list[GroupValue]:
         for group in own:
             counts.update(group["counts"])
         try:
-            value = float(entropy(np.array([counts[label] for label in sorted(counts)])))
+            value = entropy([counts[label] for label in sorted(counts)])
         except ValueError as error:
             raise ValueError(f"in category {category!r}: {error}") from error
         # named as groups are, so that a category is a cluster of its own however clusters are formed

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,11 +88,10 @@ def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed, row.index))
     for before, row in pairwise(ordered):
         if row.group_id == before.group_id:
-            heads = [(each.prompt, each.category) for each in (before, row)]
-            if heads[0] != heads[1]:
+            if (row.prompt, row.category) != (before.prompt, before.category):
                 raise ValueError(
-                    f"expected one prompt and category in group {row.group_id}, got {heads[0]} and {heads[1]}; give "
-                    "each prompt its own prompt_id"
+                    f"expected one prompt and category in group {row.group_id}, got {before.prompt!r} of "
+                    f"{before.category!r} and {row.prompt!r} of {row.category!r}; give each prompt its own prompt_id"
                 )
             if row.index == before.index:
                 raise ValueError(
@@ -234,10 +233,7 @@ def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
     """Gather rows by group id, groups and images in canonical order."""
-    groups: dict[str, list[ManifestRow]] = {}
-    for row in canonical_order(rows):
-        groups.setdefault(row.group_id, []).append(row)
-    return groups
+    return {group: list(members) for group, members in groupby(canonical_order(rows), lambda row: row.group_id)}
 
 
 def load_image(path: str | Path) -> torch.Tensor:
