@@ -86,7 +86,7 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
     Args:
         document_a: of the method.
         document_b: of the baseline: the same metric on the same groups.
-        options: of `paired_difference`.
+        options: see `interval_of`.
 
     Returns:
         a - b, low, high, number of paired groups.
@@ -101,7 +101,8 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
                 f"{reprlib.repr(document_b.get(key))}; measure both with one and the same metric"
             )
     if document_a["aggregate"] != SUBSETS:
-        return paired_difference(document_a["groups"], document_b["groups"], document_a["aggregate"], **options)
+        pairs = paired_differences(document_a["groups"], document_b["groups"], document_a["aggregate"])
+        return Difference(*bootstrap_interval(pairs, **options), len(document_a["groups"]))
     drawn = [
         (document["groups_sha256"], [(subset["seed"], subset["n_images"]) for subset in document["subsets"]])
         for document in (document_a, document_b)
@@ -195,34 +196,15 @@ def bootstrap_interval(
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def paired_difference(
-    groups_a: Sequence[GroupValue],
-    groups_b: Sequence[GroupValue],
-    aggregate: str = "mean",
-    **options: Any,
-) -> Difference:
-    """Estimate by how much method a exceeds method b, and the interval of that, group by group.
-
-    Args:
-        groups_a: groups of the method.
-        groups_b: groups of the baseline: the same group ids, categories and numbers of images.
-        aggregate: how groups become one number, as named in the JSON.
-        options: of `bootstrap_interval`.
-
-    Returns:
-        a - b, low, high, number of paired groups.
-
-    Raises:
-        ValueError: groups that only one of them has, or that differ; the message lists them.
-    """
-    differences = paired_differences(groups_a, groups_b, aggregate)
-    return Difference(*bootstrap_interval(differences, **options), len(groups_a))
-
-
 def paired_differences(
     groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str = "mean"
 ) -> list[GroupValue]:
     """Subtract two methods' values of whatever the aggregate is a mean of: groups, or categories.
+
+    Args:
+        groups_a: groups of the method.
+        groups_b: groups of the baseline: the same group ids, categories and numbers of images.
+        aggregate: how groups become one number, as named in the documents.
 
     Returns:
         One a group or category, in the order of their ids; its `value` is a - b.

@@ -13,7 +13,7 @@ from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
 from eval.imageset import ImageSet
-from eval.intervals import bootstrap_interval, n_units, paired_difference
+from eval.intervals import bootstrap_interval, difference_of, n_units
 from eval.measure import is_current, measure, read_document
 
 ALL = [
@@ -61,7 +61,7 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
 def test_documents_of_two_methods_are_paired(make_run):
     a, b = make_run("a", seeds=range(5)), make_run("b", seeds=range(5), offset=1000)
     documents = [measure(PairwiseDistance(PixelEncoder()), run) for run in (a, b)]
-    found = paired_difference(*(document["groups"] for document in documents), documents[0]["aggregate"])
+    found = difference_of(*documents)
     assert found.n == 10
     assert found.difference == pytest.approx(documents[0]["value"] - documents[1]["value"])
 
