@@ -68,9 +68,7 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
         Value, low, high; the limits within the metric's `bounds`.
     """
     if document["aggregate"] == SUBSETS:
-        values = np.array([subset["value"] for subset in document["subsets"]], dtype=float)
-        value = float(document["value"])
-        low, high = _around(value, values, document, options.get("level", 0.95))
+        value, low, high = _interval_from_halves(document, options.get("level", 0.95))
     else:
         value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
     if low is not None:
@@ -112,11 +110,10 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
             f"expected {document_a['metric']} of the same groups and halves in both, got others; run both methods on "
             "the same prompts and seeds and measure again"
         )
-    value = float(document_a["value"] - document_b["value"])
-    pairs = zip(document_a["subsets"], document_b["subsets"], strict=True)
-    values = np.array([a["value"] - b["value"] for a, b in pairs], dtype=float)
-    low, high = _around(value, values, document_a, options.get("level", 0.95))
-    return Difference(value, low, high, document_a["n_groups"])
+    subsets = zip(document_a["subsets"], document_b["subsets"], strict=True)
+    halves = [{**a, "value": a["value"] - b["value"]} for a, b in subsets]
+    paired = {**document_a, "value": document_a["value"] - document_b["value"], "subsets": halves}
+    return Difference(*_interval_from_halves(paired, options.get("level", 0.95)), document_a["n_groups"])
 
 
 def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -> int:
@@ -126,20 +123,18 @@ def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -
     return len(set(clusters_of(values_of(document["groups"], document["aggregate"]), cluster)))
 
 
-def _around(
-    value: float, halves: np.ndarray, document: Mapping[str, Any], level: float
-) -> tuple[float | None, float | None]:
-    """Return the limits around a number of the whole set, from the numbers of halves of it."""
+def _interval_from_halves(document: Mapping[str, Any], level: float) -> Interval:
     _check_level(level)
+    value, halves = float(document["value"]), np.array([subset["value"] for subset in document["subsets"]], dtype=float)
     if len(halves) < 2 or _constant(halves):
-        return None, None
+        return Interval(value, None, None)
     drawn, whole = document["subsets"][0]["n_units"], document["n_units"]
     # 1 for an exact half; an odd number of clusters has none
     error = float(halves.std(ddof=1)) * (drawn / (whole - drawn)) ** 0.5
     # The error is uncertain twice over: the halves are few, and so are the clusters that they are halves of.
     freedom = 1 / (1 / (len(halves) - 1) + 1 / (whole - 1))
     reach = error * float(stdtrit(freedom, (1 + level) / 2))
-    return value - reach, value + reach
+    return Interval(value, value - reach, value + reach)
 
 
 def _constant(values: np.ndarray) -> bool:

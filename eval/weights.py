@@ -167,24 +167,20 @@ class WeightsFacts:
         elif self.hub:
             from huggingface_hub import snapshot_download
 
-            self._from_network(None, lambda: snapshot_download(**self.hub))
+            self._from_network(None, snapshot_download, **self.hub)
         else:
             raise self.missing()
 
     def download(self, url: str, path: Path) -> None:
         """Download one of the files, written only when complete, or raise as `fetch`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._from_network(url, torch.hub.download_url_to_file, url, str(path))
 
-        def get() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-
-        self._from_network(url, get)
-
-    def _from_network(self, url: str | None, get: Callable[[], Any]) -> None:
-        if not network_answers(url):
+    def _from_network(self, address: str | None, get: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        if not network_answers(address):
             raise self.missing(NO_NETWORK)
         try:
-            get()
+            get(*arguments, **options)
         except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
             raise self.missing(str(error)) from error
 

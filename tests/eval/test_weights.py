@@ -98,6 +98,6 @@ def test_a_fetch_that_failed_is_not_tried_again(tmp_path, monkeypatch):
             Inception().prepare()
         said.add(str(error.value))
     assert len(tried) == len(said) == 1
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "checkpoints" / FACTS["inception"]["files"][0]).write_bytes(b"put there by hand")
     assert Inception().id
