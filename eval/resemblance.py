@@ -92,7 +92,7 @@ class ReferenceMetric(ImageMetric):
     def _references(self) -> ImageSet:
         return ImageSet.open(self.references)
 
-    @property
+    @cached_property
     def assets(self) -> list[str]:
         """The asset of each reference, in the order of their embeddings: the name of its subfolder."""
         return [row.category for row in self._references.rows]
