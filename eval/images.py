@@ -66,8 +66,6 @@ class ManifestRow:
                 f"expected a path relative to the run folder with forward slashes, got {self.path!r}; "
                 "give it as in images/bird/000000/00.png"
             )
-        if not self.prompt_id or "/" in self.prompt_id:
-            raise ValueError(f"expected a prompt_id without slashes, got {self.prompt_id!r}; replace them")
 
     @property
     def group_id(self) -> str:
@@ -80,24 +78,14 @@ class ManifestRow:
 
 
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
-    """Sort by prompt_id, group_seed and index.
-
-    Raises:
-        ValueError: a place in a group occurs twice, or a group has two prompts or categories.
-    """
+    """Sort by prompt_id, group_seed and index, each of which must occur once."""
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed, row.index))
     for before, row in pairwise(ordered):
-        if row.group_id == before.group_id:
-            if (row.prompt, row.category) != (before.prompt, before.category):
-                raise ValueError(
-                    f"expected one prompt and category in group {row.group_id}, got {before.prompt!r} of "
-                    f"{before.category!r} and {row.prompt!r} of {row.category!r}; give each prompt its own prompt_id"
-                )
-            if row.index == before.index:
-                raise ValueError(
-                    f"expected every image once, got index {row.index} of group {row.group_id} twice: {before.path} "
-                    f"and {row.path}; remove one"
-                )
+        if (before.group_id, before.index) == (row.group_id, row.index):
+            raise ValueError(
+                f"expected every image once, got index {row.index} of group {row.group_id} twice: {before.path} and "
+                f"{row.path}; remove one"
+            )
     return ordered
 
 

@@ -47,27 +47,16 @@ def test_group_rows():
     assert [row.index for row in groups["bird/000004"]] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"path": "/etc/passwd"}, "relative"),
-        ({"path": "../01.png"}, "relative"),
-        ({"path": "a\\b.png"}, "forward slashes"),
-        ({"prompt_id": "a/b"}, "prompt_id"),
-    ],
-)
-def test_row_refuses(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(ROW, **change)
+@pytest.mark.parametrize("path", ["/etc/passwd", "../01.png", "a\\b.png"])
+def test_paths_out_of_the_folder_are_refused(path):
+    with pytest.raises(ValueError, match="relative to the run folder with forward slashes"):
+        replace(ROW, path=path)
 
 
-def test_manifest_refuses_inconsistent_rows(tmp_path):
-    with pytest.raises(ValueError, match="twice"):
-        write_manifest(tmp_path, [ROW, ROW])
-    with pytest.raises(ValueError, match="twice"):
-        write_manifest(tmp_path, [ROW, replace(ROW, path="other.png")])
-    with pytest.raises(ValueError, match="one prompt and category"):
-        write_manifest(tmp_path, [ROW, replace(ROW, path="other.png", index=2, prompt="another")])
+def test_manifest_refuses_images_that_are_there_twice(tmp_path):
+    for again in (ROW, replace(ROW, path="other.png")):
+        with pytest.raises(ValueError, match="twice"):
+            write_manifest(tmp_path, [ROW, again])
 
 
 @pytest.mark.parametrize("line", ["{", '{"path": "a.png"}', "[]", json.dumps({**ROW.to_dict(), "more": 1})])
