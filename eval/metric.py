@@ -133,11 +133,10 @@ class ImageMetric(Metric):
 class SetMetric(Metric):
     """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
 
-    How sure it is cannot come from resampling with replacement: repeated images are no new images, and such
-    numbers are biased by their count. So it is measured on `SUBSETS` halves, drawn without replacement: the
-    variance among halves estimates that of the whole (see `eval.intervals.interval_of`). What is drawn are
-    whole categories, since groups of one are not independent. The halves depend on the groups' ids and categories
-    alone, so two methods get the same ones and their differences are paired.
+    Repeated images are no new images, and such numbers are biased by their count, so that nothing is resampled: the
+    number is measured on `SUBSETS` halves, drawn without replacement (see `eval.intervals`). What is drawn are whole
+    categories, since groups of one are not independent; which, depends on the groups' ids and categories alone, so that
+    two methods get the same halves and their differences are paired.
 
     Attributes:
         cluster: what is drawn as one: "category", "prompt", or None for single groups.
