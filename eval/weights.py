@@ -185,11 +185,7 @@ class WeightsFacts:
             raise self.missing(str(error)) from error
 
     def missing(self, reason: str | None = None) -> FileNotFoundError:
-        """Return the error to raise for weights that are not there: what, where, from where.
-
-        Args:
-            reason: why they were not downloaded.
-        """
+        """Return the error to raise for weights that are not there: what, where, why not downloaded, from where."""
         places = "; ".join(str(path) for path in self.looked_in)
         tried = f" and no download ({reason})" if reason else ""
         return FileNotFoundError(
@@ -252,14 +248,9 @@ def hub_cache(repository: str) -> Path:
 
 
 def network_answers(url: str | None, timeout: float = 5.0) -> bool:
-    """Ask once, shortly: the download libraries themselves retry for most of a minute.
+    """Tell whether a URL's server, or the Hugging Face hub for None, answers at once, and `HF_HUB_OFFLINE` is not set.
 
-    Args:
-        url: what is to be downloaded; the Hugging Face hub if None.
-        timeout: seconds.
-
-    Returns:
-        False also where `HF_HUB_OFFLINE` switches the network off.
+    The download libraries themselves retry for most of a minute.
     """
     from huggingface_hub import constants, get_session
 
