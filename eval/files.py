@@ -103,6 +103,11 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
+def write_json(path: str | Path, document: Any) -> Path:
+    """Write `canonical_json`, indented, so that readers see the old content or the new, never a part."""
+    return write_text(path, canonical_json(document, indent=1) + "\n")
+
+
 def content_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with open(path, "rb") as file:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from eval.files import canonical_json, check_seal, read_json, sealed, write_text
+from eval.files import check_seal, read_json, sealed, write_json
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from eval.metric import Metric
@@ -65,8 +65,7 @@ def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | No
             "environment": environment(),
         }
     )
-    path = path or images.folder / METRICS / f"{metric.name}.json"
-    write_text(path, canonical_json(document, indent=1) + "\n")
+    write_json(path or images.folder / METRICS / f"{metric.name}.json", document)
     return document
 
 

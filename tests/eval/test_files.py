@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from eval.files import canonical_json, content_hash, remembered_hash, write_text
+from eval.files import content_hash, remembered_hash, write_json
 
 
 def test_hashes(tmp_path):
@@ -34,16 +34,16 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
 
 def test_text_is_written_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "document.json"
-    write_text(path, canonical_json({"b": 1, "a": "é"}, indent=1))
+    write_json(path, {"b": 1, "a": "é"})
     before = path.read_bytes()
-    assert before.decode() == '{\n "a": "é",\n "b": 1\n}'
+    assert before.decode() == '{\n "a": "é",\n "b": 1\n}\n'
     with pytest.raises(ValueError):
-        canonical_json({"a": float("nan")})
+        write_json(path, {"a": float("nan")})
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_text(path, "other")
+        write_json(path, {"a": 2})
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
