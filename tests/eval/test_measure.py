@@ -13,7 +13,7 @@ from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
 from eval.imageset import ImageSet
-from eval.intervals import bootstrap_interval, difference_of, n_units
+from eval.intervals import bootstrap_interval, n_units
 from eval.measure import is_current, measure, read_document
 
 ALL = [
@@ -56,14 +56,6 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
 
     measure(metric, run)
     assert (run / "metrics" / f"{metric.name}.json").read_bytes() == (run / "metrics" / "first.json").read_bytes()
-
-
-def test_documents_of_two_methods_are_paired(make_run):
-    a, b = make_run("a", seeds=range(5)), make_run("b", seeds=range(5), offset=1000)
-    documents = [measure(PairwiseDistance(PixelEncoder()), run) for run in (a, b)]
-    found = difference_of(*documents)
-    assert found.n == 10
-    assert found.difference == pytest.approx(documents[0]["value"] - documents[1]["value"])
 
 
 def test_current_until_something_changes(make_run, tmp_path):

@@ -220,13 +220,6 @@ def test_everything_is_embedded_once(made, references, held_out, tmp_path):
     assert len(seen) == 12 + 6 + 43
 
 
-def test_order_and_batch_size_do_not_matter(made, references):
-    rows = ImageSet.open(made).rows
-    metric = MaximumResemblance(PixelEncoder(4), references)
-    first = metric.per_group(ImageSet(made, rows))
-    assert metric.per_group(ImageSet(made, rows[::-1], batch_size=5)) == first
-
-
 def test_wrong_folders(made, references, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         MaximumResemblance(PixelEncoder(), tmp_path / "absent").prepare()
