@@ -95,7 +95,7 @@ def write_manifest(folder: str | Path, rows: Iterable[ManifestRow]) -> Path:
     return write_text(Path(folder) / MANIFEST, "".join(lines))
 
 
-def read_manifest(folder: str | Path) -> list[ManifestRow]:
+def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
     """Read the images of a run folder, or of any plain folder, in canonical order.
 
     A plain folder has no `manifest.jsonl`; each of its subfolders is one group and its name is prompt,
@@ -104,6 +104,7 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
 
     Args:
         folder: a run folder or a plain folder.
+        flat: also read images without any subfolder, as one group.
 
     Returns:
         The rows; where the folder is plain, images are numbered by file name and seeds are `UNKNOWN_SEED`.
@@ -118,7 +119,7 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
         raise FileNotFoundError(f"expected a folder of images, got {folder}, which does not exist; check the path")
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return canonical_order(_read_plain_folder(folder))
+        return canonical_order(_read_plain_folder(folder, flat))
     rows = []
     for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
         try:
@@ -130,7 +131,7 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
     return canonical_order(rows)
 
 
-def _read_plain_folder(folder: Path) -> list[ManifestRow]:
+def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
     names = _read_prompts(folder / PROMPTS)
     entries = visible(folder)
     subfolders = [path for path in entries if path.is_dir()]
@@ -140,6 +141,11 @@ def _read_plain_folder(folder: Path) -> list[ManifestRow]:
             f"expected the images of {folder} in its subfolders, got {len(loose)} beside the subfolders "
             f"{', '.join(path.name for path in subfolders[:10])}: {', '.join(loose[:10])}; move them"
         )
+    if flat and not subfolders and (images := images_in(folder)):
+        return [
+            ManifestRow(image.name, "reference", "", "reference", 0, index, UNKNOWN_SEED)
+            for index, image in enumerate(images)
+        ]
     rows = []
     for subfolder in subfolders:
         images, name = images_in(subfolder), subfolder.name

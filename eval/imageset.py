@@ -149,16 +149,13 @@ class ImageSet:
             self._texts[encoder.id] = embedded[[position[text] for text in self.texts]]
         return self._texts[encoder.id]
 
-    def pools(self, shared: Literal["prompt_id", "category"] | None) -> dict[str, list[int]]:
-        """Return positions by what the images share, in canonical order; by group for None.
-
-        Pools of groups are named as groups are, `bird/all`, so that each is a cluster of its own.
-        """
+    def pools(self, shared: Literal["category"] | None) -> dict[str, list[int]]:
+        """Return positions by group, or by category: pools that are named as groups are, `bird/all`, for clusters."""
         if shared is None:
             return self.groups
         found: dict[str, list[int]] = {}
         for position, row in enumerate(self.rows):
-            found.setdefault(f"{getattr(row, shared)}/all", []).append(position)
+            found.setdefault(f"{row.category}/all", []).append(position)
         return dict(sorted(found.items()))
 
     def group_value(self, group_id: str, **found: Any) -> GroupValue:

@@ -78,7 +78,7 @@ class WeightsFacts:
         hub = "repository" in facts and {
             "repo_id": facts["repository"].format(**values),
             "revision": values.get("revision"),
-            "allow_patterns": facts.get("patterns", facts["files"]),
+            "allow_patterns": facts["files"],
         }
         names = [Path(name.format(**values)).name for name in facts.get("files", ())]
         published = len(files) == 1 and files[0].name in names
@@ -178,7 +178,7 @@ class WeightsFacts:
 
     def _from_network(self, address: str | None, get: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         if not network_answers(address):
-            raise self.missing(NO_NETWORK)
+            raise self.missing("the network is switched off or does not answer")
         try:
             get(*arguments, **options)
         except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
@@ -217,8 +217,6 @@ def fetch_once(facts: WeightsFacts, fetch: Callable[[WeightsFacts], None]) -> No
 
 # What a tokenizer of transformers may be stored as, each enough by itself.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-
-NO_NETWORK = "the network is switched off or does not answer"
 
 
 def hub_folder() -> Path:
