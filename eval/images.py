@@ -133,7 +133,7 @@ def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
 
 def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
     names = _read_prompts(folder / PROMPTS)
-    entries = visible(folder)
+    entries = _visible(folder)
     subfolders = [path for path in entries if path.is_dir()]
     loose = [path.name for path in entries if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)]
     if subfolders and loose:
@@ -141,14 +141,14 @@ def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
             f"expected the images of {folder} in its subfolders, got {len(loose)} beside the subfolders "
             f"{', '.join(path.name for path in subfolders[:10])}: {', '.join(loose[:10])}; move them"
         )
-    if flat and not subfolders and (images := images_in(folder)):
+    if flat and not subfolders and (images := _images_in(folder)):
         return [
             ManifestRow(image.name, "reference", "", "reference", 0, index, UNKNOWN_SEED)
             for index, image in enumerate(images)
         ]
     rows = []
     for subfolder in subfolders:
-        images, name = images_in(subfolder), subfolder.name
+        images, name = _images_in(subfolder), subfolder.name
         if not images and name == METRICS:
             continue
         if not images:
@@ -156,7 +156,7 @@ def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
                 f"expected images ({', '.join(IMAGE_SUFFIXES)}) in every subfolder of {folder}, got none in "
                 f"{name!r}; remove it, or, if this is a run folder, finish the run: it has no {MANIFEST}"
             )
-        nested = (path for inner in visible(subfolder) if inner.is_dir() for path in inner.rglob("*"))
+        nested = (path for inner in _visible(subfolder) if inner.is_dir() for path in inner.rglob("*"))
         if image := next((path for path in nested if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)), None):
             raise ValueError(
                 f"expected the images of a prompt directly in its subfolder of {folder}, got a folder within "
@@ -194,7 +194,7 @@ def _read_prompts(path: Path) -> dict[str, dict[str, str]]:
     return texts
 
 
-def visible(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[Path]:
     """List what is in a folder by name, hidden files left out; a link that leads nowhere is an error."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     dangling = [path.name for path in paths if not path.exists()]
@@ -206,15 +206,15 @@ def visible(folder: Path) -> list[Path]:
     return paths
 
 
-def images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     """List the images directly in a folder by name; a kind of image that is not read is an error."""
-    foreign = [path for path in visible(folder) if _is_image(path, FOREIGN_SUFFIXES)]
+    foreign = [path for path in _visible(folder) if _is_image(path, FOREIGN_SUFFIXES)]
     if foreign:
         raise ValueError(
             f"expected images of the kinds {', '.join(IMAGE_SUFFIXES)} in {folder}, got {len(foreign)} of others, the "
             f"first {foreign[0].name}; convert them to PNG, or move them away"
         )
-    return [path for path in visible(folder) if _is_image(path, IMAGE_SUFFIXES)]
+    return [path for path in _visible(folder) if _is_image(path, IMAGE_SUFFIXES)]
 
 
 def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
