@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from eval.weights import WeightsFacts
+from eval.weights import WeightsFacts, fetch_once
 
 
 class Encoder(ABC):
@@ -137,7 +137,7 @@ class Network(ABC):
         """
         facts = self.weights()
         if not facts.present:
-            self._fetch(facts)
+            fetch_once(facts, self._fetch)
             facts = self.weights()
         if not facts.present:
             raise facts.missing("a file is lacking in what was downloaded")

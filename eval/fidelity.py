@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.encoders import Encoder
-from eval.images import MANIFEST, UNKNOWN_SEED, ManifestRow, images_in, read_manifest, visible
+from eval.images import ManifestRow, read_manifest
 from eval.imageset import ImageSet
 from eval.metric import SetMetric
 
@@ -216,33 +216,11 @@ def squared_mmd(kernel: Kernel, features: torch.Tensor, reference: torch.Tensor,
     return sum(within) - 2 * kernel_mean(kernel, features, reference)
 
 
-def reference_rows(folder: str | Path) -> list[ManifestRow]:
-    """List the images of a reference set: a run folder, one subfolder a category, or images without subfolders.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no images, or images both beside and in subfolders.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"expected a folder of reference images, got {folder}, which does not exist; check the path"
-        )
-    if (folder / MANIFEST).is_file() or any(path.is_dir() for path in visible(folder)):
-        return read_manifest(folder)
-    if not (images := images_in(folder)):
-        return read_manifest(folder)  # which says what was expected
-    return [
-        ManifestRow(path.name, "reference", "", "reference", 0, index, UNKNOWN_SEED)
-        for index, path in enumerate(images)
-    ]
-
-
 class FidelityMetric(SetMetric):
     """A number of a set of images and a set of real ones.
 
     Args:
-        reference: folder of the real images; see `reference_rows`.
+        reference: folder of the real images: a run, one subfolder a category, or images without subfolders.
     """
 
     def __init__(self, encoder: Encoder, reference: str | Path, name: str | None = None) -> None:
@@ -252,7 +230,7 @@ class FidelityMetric(SetMetric):
 
     @cached_property
     def real(self) -> ImageSet:
-        return ImageSet(self.reference, reference_rows(self.reference))
+        return ImageSet(self.reference, read_manifest(self.reference, flat=True))
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""

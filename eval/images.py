@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,18 +21,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from eval.files import LARGEST, canonical_json, read_json, read_regular, remembered_hash, write_text
+from eval.files import canonical_json, read_json, read_regular, remembered_hash, write_text
 
 MANIFEST = "manifest.jsonl"
 PROMPTS = "prompts.json"
 METRICS = "metrics"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 # Images, too, but of kinds that are not read: several pages, more than 8 bits, or no decoder everywhere.
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
-ANY_SUFFIX = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 UNKNOWN_SEED = -1
-# Fields of a manifest's row that not every row has.
-OPTIONAL = {"references", "sha256"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +60,12 @@ class ManifestRow:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "prompt_id", "prompt", "category"):
-            if not isinstance(text := getattr(self, name), str):
-                raise ValueError(f"expected {name} to be a text, got {text!r}; give it in quotes")
-        parts = PurePosixPath(self.path).parts
-        if not parts or "\\" in self.path or ".." in parts or PurePosixPath(self.path).is_absolute():
+        path = PurePosixPath(self.path)
+        if not path.parts or "\\" in self.path or ".." in path.parts or path.is_absolute():
             raise ValueError(
                 f"expected a path relative to the run folder with forward slashes, got {self.path!r}; "
                 "give it as in images/bird/000000/00.png"
             )
-        if not self.prompt_id or "/" in self.prompt_id:
-            raise ValueError(f"expected a prompt_id without slashes, got {self.prompt_id!r}; replace them")
-        for name in ("group_seed", "index"):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise ValueError(f"expected {name} to be an integer >= 0, got {number!r}; number from 0")
 
     @property
     def group_id(self) -> str:
@@ -86,57 +73,29 @@ class ManifestRow:
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values; without references and hash, where there are none to speak of."""
-        return {key: value for key, value in asdict(self).items() if key not in OPTIONAL or value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ManifestRow:
-        """Build a row from JSON values; missing or unknown fields are an error."""
-        expected = {field.name for field in fields(cls)} - OPTIONAL
-        if set(values) - OPTIONAL != expected:
-            raise ValueError(
-                f"expected a manifest row with the fields {sorted(expected)}, got {sorted(values)}; "
-                "the manifest was written by another version: generate the run again"
-            )
-        return cls(**values)
+        """Return the row as plain JSON values, which make it again; without what there is none of."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
-    """Sort by prompt_id, group_seed, index, and check that the rows make sense together.
-
-    Raises:
-        ValueError: a path or a place in a group occurs twice, or a group has two prompts or categories.
-    """
+    """Sort by prompt_id, group_seed and index, each of which must occur once."""
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed, row.index))
-    paths: set[str] = set()
-    heads: dict[str, ManifestRow] = {}
-    places: set[tuple[str, int]] = set()
-    for row in ordered:
-        head = heads.setdefault(row.group_id, row)
-        if (row.prompt, row.category) != (head.prompt, head.category):
+    for before, row in pairwise(ordered):
+        if (before.group_id, before.index) == (row.group_id, row.index):
             raise ValueError(
-                f"expected one prompt and category in group {row.group_id}, got "
-                f"{(head.prompt, head.category)} and {(row.prompt, row.category)}; give each prompt its own prompt_id"
+                f"expected every image once, got index {row.index} of group {row.group_id} twice: {before.path} and "
+                f"{row.path}; remove one"
             )
-        if row.path in paths or (row.group_id, row.index) in places:
-            raise ValueError(
-                f"expected every image once, got {row.path} (index {row.index} of group {row.group_id}) "
-                "twice; remove the repeated row"
-            )
-        paths.add(row.path)
-        places.add((row.group_id, row.index))
     return ordered
 
 
 def write_manifest(folder: str | Path, rows: Iterable[ManifestRow]) -> Path:
     """Write `manifest.jsonl` atomically, in canonical order whatever the order of `rows`."""
     lines = [canonical_json(row.to_dict()) + "\n" for row in canonical_order(rows)]
-    if not lines:
-        raise ValueError(f"expected at least one image for the manifest of {folder}, got none; generate images first")
     return write_text(Path(folder) / MANIFEST, "".join(lines))
 
 
-def read_manifest(folder: str | Path) -> list[ManifestRow]:
+def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
     """Read the images of a run folder, or of any plain folder, in canonical order.
 
     A plain folder has no `manifest.jsonl`; each of its subfolders is one group and its name is prompt,
@@ -145,6 +104,7 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
 
     Args:
         folder: a run folder or a plain folder.
+        flat: also read images without any subfolder, as one group.
 
     Returns:
         The rows; where the folder is plain, images are numbered by file name and seeds are `UNKNOWN_SEED`.
@@ -159,58 +119,54 @@ def read_manifest(folder: str | Path) -> list[ManifestRow]:
         raise FileNotFoundError(f"expected a folder of images, got {folder}, which does not exist; check the path")
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return _read_plain_folder(folder)
+        return canonical_order(_read_plain_folder(folder, flat))
     rows = []
     for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
         try:
-            rows.append(ManifestRow.from_dict(json.loads(line)))
+            rows.append(ManifestRow(**json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"expected one manifest row a line, got line {number} of {manifest}: {error}") from error
-    if not rows:
-        raise ValueError(f"expected at least one image in {manifest}, got an empty file; generate the run again")
+            raise ValueError(
+                f"expected one manifest row a line, got line {number} of {manifest}: {error}; generate the run again"
+            ) from error
     return canonical_order(rows)
 
 
-def _read_plain_folder(folder: Path) -> list[ManifestRow]:
-    names = _read_prompt_names(folder)
-    rows = []
-    subfolders = [path for path in visible(folder) if path.is_dir()]
-    loose = [path.name for path in visible(folder) if _is_image(path, ANY_SUFFIX)]
+def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
+    names = _read_prompts(folder / PROMPTS)
+    entries = _visible(folder)
+    subfolders = [path for path in entries if path.is_dir()]
+    loose = [path.name for path in entries if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)]
     if subfolders and loose:
         raise ValueError(
             f"expected the images of {folder} in its subfolders, got {len(loose)} beside the subfolders "
             f"{', '.join(path.name for path in subfolders[:10])}: {', '.join(loose[:10])}; move them"
         )
+    if flat and not subfolders and (images := _images_in(folder)):
+        return [
+            ManifestRow(image.name, "reference", "", "reference", 0, index, UNKNOWN_SEED)
+            for index, image in enumerate(images)
+        ]
+    rows = []
     for subfolder in subfolders:
-        images = images_in(subfolder)
-        if not images and subfolder.name == METRICS:
+        images, name = _images_in(subfolder), subfolder.name
+        if not images and name == METRICS:
             continue
         if not images:
             raise ValueError(
                 f"expected images ({', '.join(IMAGE_SUFFIXES)}) in every subfolder of {folder}, got none in "
-                f"{subfolder.name!r}; remove it, or, if this is a run folder, "
-                f"finish the run: it has no {MANIFEST}"
+                f"{name!r}; remove it, or, if this is a run folder, finish the run: it has no {MANIFEST}"
             )
-        inner = [path for path in visible(subfolder) if path.is_dir()]
-        nested = next((path for within in inner for path in within.rglob("*") if _is_image(path, ANY_SUFFIX)), None)
-        if nested:
+        nested = (path for inner in _visible(subfolder) if inner.is_dir() for path in inner.rglob("*"))
+        if image := next((path for path in nested if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)), None):
             raise ValueError(
                 f"expected the images of a prompt directly in its subfolder of {folder}, got a folder within "
-                f"{subfolder.name!r}: {nested.relative_to(folder).as_posix()}; move its images up, or the folder away"
+                f"{name!r}: {image.relative_to(folder).as_posix()}; move its images up, or the folder away"
             )
-        name = names.pop(subfolder.name, {})
-        for index, image in enumerate(images):
-            rows.append(
-                ManifestRow(
-                    path=image.relative_to(folder).as_posix(),
-                    prompt_id=subfolder.name,
-                    prompt=name.get("prompt", subfolder.name),
-                    category=name.get("category", subfolder.name),
-                    group_seed=0,
-                    index=index,
-                    seed=UNKNOWN_SEED,
-                )
-            )
+        texts = {"prompt": name, "category": name} | names.pop(name, {})
+        rows += [
+            ManifestRow(f"{name}/{image.name}", name, **texts, group_seed=0, index=index, seed=UNKNOWN_SEED)
+            for index, image in enumerate(images)
+        ]
     if names:
         raise ValueError(
             f"expected every name in {folder / PROMPTS} to be a subfolder with images, got {sorted(names)}; "
@@ -221,44 +177,44 @@ def _read_plain_folder(folder: Path) -> list[ManifestRow]:
             f"expected {folder} to be a run folder with {MANIFEST}, or to hold one subfolder of images "
             "a prompt, got neither; move the images of each prompt into a subfolder named after it"
         )
-    return canonical_order(rows)
+    return rows
 
 
-def _read_prompt_names(folder: Path) -> dict[str, dict[str, str]]:
-    path = folder / PROMPTS
-    if not path.is_file():
-        return {}
-    document = read_json(path)
-    names: dict[str, dict[str, str]] = {}
-    for subfolder, entry in document.items() if isinstance(document, dict) else [("the document", document)]:
-        values = {"prompt": entry} if isinstance(entry, str) else entry
-        if (
-            not isinstance(values, dict)
-            or not set(values) <= {"prompt", "category"}
-            or not all(isinstance(value, str) for value in values.values())
-        ):
+def _read_prompts(path: Path) -> dict[str, dict[str, str]]:
+    document = read_json(path) if path.is_file() else {}
+    names = document if isinstance(document, dict) else {"the document": document}
+    texts = {name: {"prompt": entry} if isinstance(entry, str) else entry for name, entry in names.items()}
+    for name, entry in texts.items():
+        whole = isinstance(entry, dict) and entry.keys() <= {"prompt", "category"}
+        if not whole or not all(isinstance(text, str) for text in entry.values()):
             raise ValueError(
                 f"expected {path} to map subfolders to a prompt or to {{'prompt': ..., 'category': ...}}, "
-                f"got {entry!r} for {subfolder!r}; correct it"
+                f"got {entry!r} for {name!r}; correct it"
             )
-        names[subfolder] = values
-    return names
+    return texts
 
 
-def visible(folder: Path) -> list[Path]:
-    """List what is in a folder by name, hidden files left out."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+def _visible(folder: Path) -> list[Path]:
+    """List what is in a folder by name, hidden files left out; a link that leads nowhere is an error."""
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    dangling = [path.name for path in paths if not path.exists()]
+    if dangling:
+        raise ValueError(
+            f"expected files and folders in {folder}, got {len(dangling)} links that lead nowhere: "
+            f"{', '.join(dangling[:10])}; remove them, or bring back what they link to"
+        )
+    return paths
 
 
-def images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     """List the images directly in a folder by name; a kind of image that is not read is an error."""
-    foreign = [path for path in visible(folder) if _is_image(path, FOREIGN_SUFFIXES)]
+    foreign = [path for path in _visible(folder) if _is_image(path, FOREIGN_SUFFIXES)]
     if foreign:
         raise ValueError(
             f"expected images of the kinds {', '.join(IMAGE_SUFFIXES)} in {folder}, got {len(foreign)} of others, the "
             f"first {foreign[0].name}; convert them to PNG, or move them away"
         )
-    return [path for path in visible(folder) if _is_image(path, IMAGE_SUFFIXES)]
+    return [path for path in _visible(folder) if _is_image(path, IMAGE_SUFFIXES)]
 
 
 def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
@@ -267,10 +223,7 @@ def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
     """Gather rows by group id, groups and images in canonical order."""
-    groups: dict[str, list[ManifestRow]] = {}
-    for row in canonical_order(rows):
-        groups.setdefault(row.group_id, []).append(row)
-    return groups
+    return {group: list(members) for group, members in groupby(canonical_order(rows), lambda row: row.group_id)}
 
 
 def load_image(path: str | Path) -> torch.Tensor:
@@ -283,11 +236,11 @@ def load_picture(path: str | Path) -> Image.Image:
 
     Transparency is composited on white, grey is repeated over the channels, a palette is looked up and a
     camera's orientation tag is applied. Colour spaces that would have to be guessed (CMYK, 16-bit grey, ...)
-    are refused.
+    and animations are refused.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, not an image or in an unsupported colour space; the message names it.
+        ValueError: the file is damaged, not one image or in an unsupported colour space; the message names it.
     """
     path = Path(path)
     if not path.is_file():
@@ -295,19 +248,15 @@ def load_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
+            # a camera's MPO is a JPEG that has a preview behind it
+            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             image = ImageOps.exif_transpose(opened)
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(
             f"expected a readable image, got a damaged or foreign file: {path} ({error}); make it again"
         ) from error
+    if frames > 1:
+        raise ValueError(f"expected one picture, got an animation of {frames} frames: {path}; export the one you mean")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -318,37 +267,27 @@ def load_picture(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def manifest_hash(folder: str | Path) -> str:
-    """Return `rows_hash` of all images of a folder."""
-    return rows_hash(folder, read_manifest(folder))
-
-
-def rows_hash(folder: str | Path, rows: Iterable[ManifestRow], hash_of: Callable[[Path], str] = remembered_hash) -> str:
+def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
     """Return a SHA-256 that changes when any image or its row changes; the order of `rows` does not matter.
 
     Args:
         folder: what the rows' paths are relative to.
         rows: the images.
-        hash_of: gives a file's content hash.
 
     Raises:
         FileNotFoundError: an image is missing.
         ValueError: an image is not the one that its row was written for.
     """
-    folder = Path(folder)
     digest = hashlib.sha256()
     for row in canonical_order(rows):
-        if not (folder / row.path).is_file():
-            raise FileNotFoundError(f"expected an image at {folder / row.path}, got no file; generate the run again")
-        if (size := (folder / row.path).stat().st_size) > LARGEST:
-            raise ValueError(
-                f"expected an image of at most {LARGEST} bytes, got {size} in {folder / row.path}; remove it"
-            )
-        found = hash_of(folder / row.path)
+        path = Path(folder) / row.path
+        if not path.is_file():
+            raise FileNotFoundError(f"expected an image at {path}, got no file; generate the run again")
+        found = remembered_hash(path)
         if row.sha256 not in (None, found):
             raise ValueError(
-                f"expected the image that was generated, got another file at {folder / row.path}: it was replaced or "
-                "is damaged; run experiments.generate again, which makes its group anew"
+                f"expected the image that was generated, got another file at {path}: it was replaced or is damaged; "
+                "run experiments.generate again, which makes its group anew"
             )
         digest.update(f"{canonical_json(row.to_dict())}\n{found}\n".encode())
     return digest.hexdigest()

@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 from eval.aggregates import GroupValue
-from eval.cache import EmbeddingCache, embed_folder
+from eval.cache import EmbeddingCache
 from eval.encoders import Encoder
 from eval.files import remembered_hash
-from eval.images import ManifestRow, canonical_order, read_manifest, rows_hash
+from eval.images import ManifestRow, canonical_order, load_image, load_picture, read_manifest, rows_hash
+
+# Images a file of the cache: what a killed run loses at most.
+IMAGES_PER_SHARD = 512
 
 
+@dataclass(eq=False)
 class ImageSet:
     """The images of a folder with their groups and texts, embedded at most once by each encoder.
 
-    Args:
-        folder: what the rows' paths are relative to.
-        rows: the images; put into canonical order.
-        cache: where embeddings are kept between runs; None keeps them in this object only.
-        batch_size: images a call of an encoder; does not change any result.
-        progress: show a bar while images are embedded.
-
     Attributes:
+        folder: what the rows' paths are relative to.
+        rows: the images, at least one; put into canonical order.
+        cache: where embeddings are kept between runs; None keeps them in this object only.
+        batch_size: images a call of an encoder, >= 1; does not change any result.
+        progress: show a bar while images are embedded.
         groups: for each group id the positions of its images in `rows`, in canonical order.
         texts: the prompt of each row.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        rows: Sequence[ManifestRow],
-        cache: EmbeddingCache | None = None,
-        batch_size: int = 32,
-        progress: bool = False,
-    ) -> None:
-        self.folder = Path(folder)
-        self.rows = canonical_order(rows)
-        self.cache = cache
-        self.batch_size = batch_size
-        self.progress = progress
+    folder: str | Path
+    rows: Sequence[ManifestRow]
+    cache: EmbeddingCache | None = None
+    batch_size: int = 32
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"expected a batch size of at least 1, got {self.batch_size}; 32 is usual")
+        if not self.rows:
+            raise ValueError(f"expected at least one image in {self.folder}, got none; the folder's manifest is empty")
+        self.folder = Path(self.folder)
+        self.rows = canonical_order(self.rows)
         self.texts = [row.prompt for row in self.rows]
         self.groups: dict[str, list[int]] = {}
         for position, row in enumerate(self.rows):
@@ -73,24 +78,67 @@ class ImageSet:
                 f"expected prompts named {' or '.join(patterns)} in {self.folder}, got none, but for example "
                 f"{self.rows[0].prompt_id}; leave the metric out or change its `only`"
             )
-        return ImageSet(self.folder, rows, self.cache, self.batch_size, self.progress)
+        return replace(self, rows=rows)
 
     def beside(self, other: ImageSet) -> ImageSet:
         """Return another folder's images, to be embedded with this set's cache, batch size and bar."""
-        return ImageSet(other.folder, other.rows, self.cache, self.batch_size, self.progress)
+        return replace(self, folder=other.folder, rows=other.rows)
 
-    @cached_property
+    @functools.cached_property
     def manifest_hash(self) -> str:
         """Identity of the set of images; see `eval.images.rows_hash`."""
-        return rows_hash(self.folder, self.rows, self.cache.hash_of if self.cache else remembered_hash)
+        return rows_hash(self.folder, self.rows)
 
     def embeddings(self, encoder: Encoder) -> torch.Tensor:
-        """Return the images' embeddings, float32 [N, D], in the order of `rows`."""
+        """Return the images' embeddings, float32 [N, D], in the order of `rows`; what the cache lacks is added to it.
+
+        All images are looked at before the first is embedded, and what was embedded when something fails is kept.
+
+        Raises:
+            FileNotFoundError: an image is missing.
+            ValueError: images cannot be read, of which the message names all, or an embedding is not finite.
+        """
         if encoder.id not in self._images:
-            self._images[encoder.id] = embed_folder(
-                self.rows, self.folder, encoder, self.cache, self.batch_size, self.progress
-            )
+            self._images[encoder.id] = self._embedded(encoder)
         return self._images[encoder.id]
+
+    def _embedded(self, encoder: Encoder) -> torch.Tensor:
+        paths = [self.folder / row.path for row in self.rows]
+        hashes = [remembered_hash(path) for path in paths]
+        found = self.cache.get(encoder.id, hashes) if self.cache else {}
+        todo = {key: path for key, path in zip(hashes, paths, strict=True) if key not in found}
+        self._check_readable(todo)
+        fresh: dict[str, torch.Tensor] = {}
+        shown = self.progress and todo
+        bar = tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=not shown)
+        try:
+            for batch in _batches(todo, encoder, self.batch_size):
+                fresh |= batch
+                if self.cache and len(fresh) >= IMAGES_PER_SHARD:
+                    self.cache.put(encoder.id, fresh)
+                    found |= fresh
+                    fresh = {}
+                bar.update(len(batch))
+        finally:
+            bar.close()
+            if self.cache:
+                self.cache.put(encoder.id, fresh)
+        found |= fresh
+        return torch.stack([found[key] for key in hashes])
+
+    def _check_readable(self, images: Mapping[str, Path]) -> None:
+        """Look at images, given by content hash, unless they are as they were generated."""
+        as_generated = {row.sha256 for row in self.rows}
+        doubtful = {key: path for key, path in images.items() if key not in as_generated}
+        with ThreadPoolExecutor() as pool:  # Pillow decodes beside other threads
+            looked = pool.map(_fault, doubtful.values(), doubtful)
+            shown = self.progress and doubtful
+            bar = tqdm(looked, "check", len(doubtful), unit="image", leave=False, disable=not shown)
+            faults = [fault for fault in bar if fault]
+        if faults:
+            raise ValueError(
+                f"expected images that can be read in {self.folder}, got {len(faults)} others: {'; '.join(faults)}"
+            )
 
     def text_embeddings(self, encoder: Encoder) -> torch.Tensor:
         """Return the prompts' embeddings, float32 [N, D], in the order of `rows`."""
@@ -101,24 +149,41 @@ class ImageSet:
             self._texts[encoder.id] = embedded[[position[text] for text in self.texts]]
         return self._texts[encoder.id]
 
-    def pools(self, shared: Literal["prompt_id", "category"] | None) -> dict[str, list[int]]:
-        """Return positions by what the images share, in canonical order; by group for None.
-
-        Pools of groups are named as groups are, `bird/all`, so that each is a cluster of its own.
-        """
+    def pools(self, shared: Literal["category"] | None) -> dict[str, list[int]]:
+        """Return positions by group, or by category: pools that are named as groups are, `bird/all`, for clusters."""
         if shared is None:
             return self.groups
         found: dict[str, list[int]] = {}
         for position, row in enumerate(self.rows):
-            found.setdefault(f"{getattr(row, shared)}/all", []).append(position)
+            found.setdefault(f"{row.category}/all", []).append(position)
         return dict(sorted(found.items()))
 
     def group_value(self, group_id: str, **found: Any) -> GroupValue:
         """Describe a group for a result: id, category and number of images, and what was found in it."""
         members = self.groups[group_id]
-        return {
-            "group": group_id,
-            "category": self.rows[members[0]].category,
-            "n_images": len(members),
-            **found,
-        }
+        category = self.rows[members[0]].category
+        return {"group": group_id, "category": category, "n_images": len(members), **found}
+
+
+def _batches(images: Mapping[str, Path], encoder: Encoder, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    keys = list(images)
+    for start in range(0, len(keys), batch_size):
+        batch = keys[start : start + batch_size]
+        embeddings = encoder.embed_images([load_image(images[key]) for key in batch])
+        for key, embedding in zip(batch, embeddings, strict=True):
+            if not torch.isfinite(embedding).all():
+                raise ValueError(
+                    f"expected finite embeddings from {encoder.name}, got NaN or infinity for {images[key]}; "
+                    "check the image and the weights"
+                )
+        yield dict(zip(batch, embeddings, strict=True))
+
+
+@functools.cache
+def _fault(path: Path, digest: str) -> str | None:
+    """Say why an image of this content cannot be read; looked at once, however many encoders it is for."""
+    try:
+        load_picture(path)
+    except ValueError as error:
+        return str(error)
+    return None

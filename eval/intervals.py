@@ -1,42 +1,30 @@
 """How sure is a number? Bootstrap intervals, alone and paired between two methods.
 
-What may be resampled is what is independent. Images of a group were made together; groups of one category are asked
-for in nearly the same words. So whole clusters are drawn with replacement, categories unless told otherwise, each with
-all its groups: the interval says how the number would vary with other categories. `cluster=None` draws groups, and
-speaks of other groups of these very prompts alone. Groups are not drawn again within the drawn clusters, since their
-variation is in that of the clusters already: with both levels drawn, intervals of 95 % of 20 clusters cover 97 to 99 %
-unless the clusters differ much more than their groups (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").
+What is resampled and why, how well intervals cover, and what None means: docs/metrics.md, "How sure a number is". How:
 
-Two methods that share prompts and initial noises are compared group by group: what is resampled is their differences,
-from which all that the prompts have in common is gone.
-
-Limits are percentiles of the resampled numbers about their mean, stretched for few clusters: k drawn from k vary too
-little by sqrt((k - 1) / k), and their spread is itself uncertain, for which a mean has Student's t with k - 1 degrees
-of freedom instead of the normal quantile. In simulations of normal values, intervals of 95 % covered the truth in 94 to
-96 % of the runs at 4 to 40 clusters; of values as skewed as an exponential's in 89 % at 4 to 8 clusters, 93 % at 20.
-
-Below `FEWEST` clusters nothing is known about variation, nor where all resamples are the same number: `low` and `high`
-are None there, not estimable. It does not mean an interval of length 0.
-
-`interval_of` and `difference_of` take a metric's whole document and choose: the bootstrap where it holds
-values of groups, or, for a number of a whole set of images, the numbers of random halves of its clusters. A half
-drawn without replacement varies about the whole as the whole does about its expectation (Politis, Romano and
-Wolf, "Subsampling", 1999: the finite-population factor (1 - share) / share is 1 at one half), so that the
-standard deviation among halves is the standard error of the whole, and differences between methods come from
-the same halves. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in every
-half and drops out.
+* Whole clusters are drawn with replacement, each with all its groups. Groups are not drawn again within them, since
+  their variation is in that of the clusters already (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").
+* Limits are percentiles of the resampled numbers about their mean, stretched for few clusters: k drawn from k vary too
+  little by sqrt((k - 1) / k), and their spread is itself uncertain, for which a mean has Student's t with k - 1 degrees
+  of freedom instead of the normal quantile.
+* A number of a whole set of images has those of random halves of its clusters. A half drawn without replacement varies
+  about the whole as the whole does about its expectation (Politis, Romano and Wolf, "Subsampling", 1999: the
+  finite-population factor (1 - share) / share is 1 at one half), so that the standard deviation among halves is the
+  standard error of the whole. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in
+  every half and drops out.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from eval.aggregates import Aggregate, GroupValue, aggregate_named
+from eval.aggregates import GroupValue, mean_of, values_of
 
 Cluster = Literal["prompt", "category"]
 
@@ -80,9 +68,7 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
         Value, low, high; the limits within the metric's `bounds`.
     """
     if document["aggregate"] == SUBSETS:
-        values = np.array([subset["value"] for subset in document["subsets"]], dtype=float)
-        value = float(document["value"])
-        low, high = _around(value, values, document, options.get("level", 0.95))
+        value, low, high = _interval_from_halves(document, options.get("level", 0.95))
     else:
         value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
     if low is not None:
@@ -98,7 +84,7 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
     Args:
         document_a: of the method.
         document_b: of the baseline: the same metric on the same groups.
-        options: of `paired_difference`.
+        options: see `interval_of`.
 
     Returns:
         a - b, low, high, number of paired groups.
@@ -113,7 +99,8 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
                 f"{reprlib.repr(document_b.get(key))}; measure both with one and the same metric"
             )
     if document_a["aggregate"] != SUBSETS:
-        return paired_difference(document_a["groups"], document_b["groups"], document_a["aggregate"], **options)
+        pairs = paired_differences(document_a["groups"], document_b["groups"], document_a["aggregate"])
+        return Difference(*bootstrap_interval(pairs, **options), len(document_a["groups"]))
     drawn = [
         (document["groups_sha256"], [(subset["seed"], subset["n_images"]) for subset in document["subsets"]])
         for document in (document_a, document_b)
@@ -123,38 +110,31 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
             f"expected {document_a['metric']} of the same groups and halves in both, got others; run both methods on "
             "the same prompts and seeds and measure again"
         )
-    value = float(document_a["value"] - document_b["value"])
-    pairs = zip(document_a["subsets"], document_b["subsets"], strict=True)
-    values = np.array([a["value"] - b["value"] for a, b in pairs], dtype=float)
-    low, high = _around(value, values, document_a, options.get("level", 0.95))
-    return Difference(value, low, high, document_a["n_groups"])
+    subsets = zip(document_a["subsets"], document_b["subsets"], strict=True)
+    halves = [{**a, "value": a["value"] - b["value"]} for a, b in subsets]
+    paired = {**document_a, "value": document_a["value"] - document_b["value"], "subsets": halves}
+    return Difference(*_interval_from_halves(paired, options.get("level", 0.95)), document_a["n_groups"])
 
 
 def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -> int:
     """Count what is resampled for the interval of a document: clusters, groups, or what its number is a mean of."""
     if document["aggregate"] == SUBSETS:
         return document["n_units"]
-    return len(set(units_of(aggregate_named(document["aggregate"]).values(document["groups"]), cluster)))
+    return len(set(clusters_of(values_of(document["groups"], document["aggregate"]), cluster)))
 
 
-def _around(
-    value: float, halves: np.ndarray, document: Mapping[str, Any], level: float
-) -> tuple[float | None, float | None]:
-    """Return the limits around a number of the whole set, from the numbers of halves of it."""
+def _interval_from_halves(document: Mapping[str, Any], level: float) -> Interval:
     _check_level(level)
+    value, halves = float(document["value"]), np.array([subset["value"] for subset in document["subsets"]], dtype=float)
     if len(halves) < 2 or _constant(halves):
-        return None, None
+        return Interval(value, None, None)
     drawn, whole = document["subsets"][0]["n_units"], document["n_units"]
-    # 1 for an exact half; an odd number of units has none
+    # 1 for an exact half; an odd number of clusters has none
     error = float(halves.std(ddof=1)) * (drawn / (whole - drawn)) ** 0.5
-    # The error is uncertain twice over: the halves are few, and so are the units that they are halves of.
-    reach = error * _student(level, 1 / (1 / (len(halves) - 1) + 1 / (whole - 1)))
-    return value - reach, value + reach
-
-
-def _student(level: float, freedom: float) -> float:
-    """Return the two-sided quantile of Student's t."""
-    return float(stdtrit(freedom, (1 + level) / 2))
+    # The error is uncertain twice over: the halves are few, and so are the clusters that they are halves of.
+    freedom = 1 / (1 / (len(halves) - 1) + 1 / (whole - 1))
+    reach = error * float(stdtrit(freedom, (1 + level) / 2))
+    return Interval(value, value - reach, value + reach)
 
 
 def _constant(values: np.ndarray) -> bool:
@@ -169,7 +149,7 @@ def _check_level(level: float) -> None:
 
 def bootstrap_interval(
     groups: Sequence[GroupValue],
-    aggregate: str | Aggregate = "mean",
+    aggregate: str = "mean",
     n_resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
@@ -192,8 +172,8 @@ def bootstrap_interval(
     _check_level(level)
     if n_resamples < 1:
         raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
-    values = aggregate_named(aggregate).values(_unique(groups))
-    value = float(np.mean([entry["value"] for entry in values]))
+    values = values_of(_unique(groups), aggregate)
+    value = mean_of(values)
     sums, sizes = cluster_sums(values, cluster)
     k = len(sums)
     if k < FEWEST:
@@ -205,46 +185,21 @@ def bootstrap_interval(
     if _constant(estimates):
         return Interval(value, None, None)
     percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
-    stretch = (k / (k - 1)) ** 0.5 * _student(level, k - 1) / float(ndtri((1 + level) / 2))
+    stretch = (k / (k - 1)) ** 0.5 * float(stdtrit(k - 1, (1 + level) / 2)) / float(ndtri((1 + level) / 2))
     low, high = value + stretch * (percentiles - estimates.mean())
     # of few resamples, or very skewed ones, both percentiles may lie on one side of their mean
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def paired_difference(
-    groups_a: Sequence[GroupValue],
-    groups_b: Sequence[GroupValue],
-    aggregate: str | Aggregate = "mean",
-    n_resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-    cluster: Cluster | None = "category",
-) -> Difference:
-    """Estimate by how much method a exceeds method b, and the interval of that, group by group.
+def paired_differences(
+    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str = "mean"
+) -> list[GroupValue]:
+    """Subtract two methods' values of whatever the aggregate is a mean of: groups, or categories.
 
     Args:
         groups_a: groups of the method.
         groups_b: groups of the baseline: the same group ids, categories and numbers of images.
-        aggregate: see `bootstrap_interval`.
-        n_resamples: see `bootstrap_interval`.
-        seed: see `bootstrap_interval`.
-        level: see `bootstrap_interval`.
-        cluster: see `bootstrap_interval`.
-
-    Returns:
-        a - b, low, high, number of paired groups.
-
-    Raises:
-        ValueError: groups that only one of them has, or that differ; the message lists them.
-    """
-    differences = paired_differences(groups_a, groups_b, aggregate)
-    return Difference(*bootstrap_interval(differences, "mean", n_resamples, seed, level, cluster), len(groups_a))
-
-
-def paired_differences(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate = "mean"
-) -> list[GroupValue]:
-    """Subtract two methods' values of whatever the aggregate is a mean of: groups, or categories.
+        aggregate: how groups become one number, as named in the documents.
 
     Returns:
         One a group or category, in the order of their ids; its `value` is a - b.
@@ -264,11 +219,11 @@ def paired_differences(
             f"expected the same category and number of images in both, got others in {_some(unequal)}; "
             "run both methods with the same settings"
         )
-    sides = (aggregate_named(aggregate).values(list(side.values())) for side in (a, b))
+    sides = (values_of(list(side.values()), aggregate) for side in (a, b))
     return [{**x, "value": x["value"] - y["value"]} for x, y in zip(*sides, strict=True)]
 
 
-def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
+def clusters_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
     """Return for each group the name of what is resampled or exchanged as one: itself, its prompt or category."""
     if cluster not in (None, "prompt", "category"):
         raise ValueError(f"expected cluster to be None, 'prompt' or 'category', got {cluster!r}; choose one")
@@ -279,20 +234,17 @@ def units_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]
 
 def cluster_sums(values: Sequence[GroupValue], cluster: Cluster | None) -> tuple[np.ndarray, np.ndarray]:
     """Return of each cluster the sum of its values and how many they are, float64 [k] each."""
-    _, index = np.unique(units_of(values, cluster), return_inverse=True)
+    _, index = np.unique(clusters_of(values, cluster), return_inverse=True)
     return np.bincount(index, [value["value"] for value in values]), np.bincount(index).astype(float)
 
 
-def _unique(groups: Sequence[GroupValue]) -> list[GroupValue]:
-    """Sort by group id, so that a seed gives one interval whatever the order; every group must occur once."""
-    ids = [group["group"] for group in groups]
-    if not ids:
-        raise ValueError("expected at least one group, got none; measure a folder with images")
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"expected every group once, got {_some({i for i in ids if ids.count(i) > 1})} repeatedly")
-    return sorted(groups, key=lambda group: group["group"])
+def _unique(groups: Sequence[GroupValue]) -> Sequence[GroupValue]:
+    """Return groups of which every one occurs once."""
+    repeated = {group for group, times in Counter(group["group"] for group in groups).items() if times > 1}
+    if repeated:
+        raise ValueError(f"expected every group once, got {_some(repeated)} repeatedly")
+    return groups
 
 
-def _some(ids: Sequence[str] | set[str]) -> str:
-    ids = sorted(ids)
-    return f"[{', '.join(ids[:10])}{', ...' if len(ids) > 10 else ''}] ({len(ids)})"
+def _some(ids: Collection[str]) -> str:
+    return f"[{', '.join(sorted(ids)[:10])}{', ...' if len(ids) > 10 else ''}] ({len(ids)})"

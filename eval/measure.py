@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from eval.cache import EmbeddingCache
 from eval.files import check_seal, read_json, sealed, write_json
 from eval.images import METRICS
 from eval.imageset import ImageSet
@@ -24,11 +23,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none, or holds other values than were written; the message names it.
     """
-    try:
-        document = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"expected a metric's JSON in {path}, got another file ({error}); delete it") from error
-    if not isinstance(document, dict) or "metric" not in document or "groups" not in document:
+    document = read_json(path)
+    if not isinstance(document, dict) or not {"metric", "groups"} <= document.keys():
         raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
     check_seal(document, path)
     return document
@@ -45,30 +41,18 @@ def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path |
     return {key: document.get(key) for key in expected} == expected
 
 
-def measure(
-    metric: Metric,
-    folder: str | Path | ImageSet,
-    cache: EmbeddingCache | None = None,
-    path: str | Path | None = None,
-    *,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> dict[str, Any]:
+def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | None = None) -> dict[str, Any]:
     """Measure a folder and write the metric's document, atomically.
 
     Args:
         metric: what to measure.
-        folder: a run folder, a plain folder, or an `ImageSet` to share embeddings among metrics (it brings
-            its own cache, batch size and progress).
-        cache: where embeddings are kept.
+        folder: a run folder, a plain folder, or an `ImageSet`, which shares embeddings among metrics.
         path: where the document goes; `metrics/<metric's name>.json` in the folder if not given.
-        batch_size: images a call of the encoder; does not change the result.
-        progress: show a bar while images are embedded.
 
     Returns:
         The document, as written.
     """
-    images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder, cache, batch_size, progress)
+    images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     images = images.only(metric.only)
     document = sealed(
         {

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from eval.aggregates import GroupValue, aggregate_named
+from eval.aggregates import GroupValue, mean_of, values_of
 from eval.files import canonical_json
 from eval.imageset import ImageSet
-from eval.intervals import Cluster, units_of
+from eval.intervals import Cluster, clusters_of
 
 
 class Judge(Protocol):
@@ -56,7 +55,7 @@ class Metric(ABC):
         bounds: the least and the largest number there can be, None where there is no end to it: an unbiased estimate
             of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
             a share of it a margin.
-        aggregate: name of what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
+        aggregate: what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
         encoder: what embeds the images, or compares or scores them; None for a metric that compares pixels itself,
             which then has a `judge`, such as `Pixels()`.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
@@ -110,7 +109,7 @@ class Metric(ABC):
         """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
         groups = self.per_group(images)
         return {
-            "value": aggregate_named(self.aggregate).value(groups),
+            "value": mean_of(values_of(groups, self.aggregate)),
             "n_groups": len(groups),
             "n_images": sum(group["n_images"] for group in groups),
             "groups": groups,
@@ -134,11 +133,10 @@ class ImageMetric(Metric):
 class SetMetric(Metric):
     """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
 
-    How sure it is cannot come from resampling with replacement: repeated images are no new images, and such
-    numbers are biased by their count. So it is measured on `SUBSETS` halves, drawn without replacement: the
-    variance among halves estimates that of the whole (see `eval.intervals.interval_of`). What is drawn are
-    whole categories, since groups of one are not independent. The halves depend on the groups' ids and categories
-    alone, so two methods get the same ones and their differences are paired.
+    Repeated images are no new images, and such numbers are biased by their count, so that nothing is resampled: the
+    number is measured on `SUBSETS` halves, drawn without replacement (see `eval.intervals`). What is drawn are whole
+    categories, since groups of one are not independent; which, depends on the groups' ids and categories alone, so that
+    two methods get the same halves and their differences are paired.
 
     Attributes:
         cluster: what is drawn as one: "category", "prompt", or None for single groups.
@@ -192,11 +190,14 @@ class SetMetric(Metric):
             )
         groups = [images.group_value(group) for group in sorted(images.groups)]
         clusters: dict[str, list[int]] = {}
-        for group, unit in zip(groups, units_of(groups, self.cluster), strict=True):
-            clusters.setdefault(unit, []).extend(images.groups[group["group"]])
-        halves = self._halves(clusters)
+        for group, cluster in zip(groups, clusters_of(groups, self.cluster), strict=True):
+            clusters.setdefault(cluster, []).extend(images.groups[group["group"]])
+        members = [clusters[name] for name in sorted(clusters)]
+        n_drawn = int(len(members) * self.SHARE)
+        draws = (np.random.default_rng(seed).permutation(len(members))[:n_drawn] for seed in range(self.SUBSETS))
+        halves = [sorted(position for index in drawn for position in members[index]) for drawn in draws]
         # A number of half the images that may be refused is no measure of the whole's variation.
-        if any(len(positions) < self.minimum for _, positions in halves):
+        if len(clusters) < self.FEWEST or any(len(half) < self.minimum for half in halves):
             halves = []
         return {
             "value": float(self.value_of(images, list(range(n_images)))),
@@ -208,19 +209,10 @@ class SetMetric(Metric):
             "subsets": [
                 {
                     "seed": seed,
-                    "n_units": n_units,
-                    "n_images": len(positions),
-                    "value": float(self.value_of(images, positions)),
+                    "n_units": n_drawn,
+                    "n_images": len(half),
+                    "value": float(self.value_of(images, half)),
                 }
-                for seed, (n_units, positions) in enumerate(halves)
+                for seed, half in enumerate(halves)
             ],
         }
-
-    def _halves(self, clusters: Mapping[str, list[int]]) -> list[tuple[int, list[int]]]:
-        """Return for each seed the number of clusters drawn and the positions of their images, ascending."""
-        if len(clusters) < self.FEWEST:
-            return []
-        members = [clusters[name] for name in sorted(clusters)]
-        n_units = int(len(members) * self.SHARE)
-        drawn = (np.random.default_rng(seed).permutation(len(members))[:n_units] for seed in range(self.SUBSETS))
-        return [(n_units, sorted(position for index in chosen for position in members[index])) for chosen in drawn]

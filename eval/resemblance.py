@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,56 +41,7 @@ def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Te
     return (F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T).clamp(-1, 1)
 
 
-def maximum_similarity(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Return each image's largest cosine with a reference: float64 [N] in [-1, 1]; grows with the references."""
-    return similarities(embeddings, references).amax(dim=1)
-
-
-def mean_similarity(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Return each image's mean cosine with the references: float64 [N] in [-1, 1]."""
-    return similarities(embeddings, references).mean(dim=1)
-
-
-def nearest_asset(embeddings: torch.Tensor, references: torch.Tensor, assets: Sequence[str]) -> list[str]:
-    """Return which of R assets' references [R, D] each image, [N, D], resembles most: N names; at a tie the first."""
-    if len(assets) != len(references):
-        raise ValueError(
-            f"expected one asset a reference, got {len(assets)} names for {len(references)} references; repeat names"
-        )
-    return [assets[index] for index in similarities(embeddings, references).argmax(dim=1).tolist()]
-
-
-def detection_rate(maxima: torch.Tensor, threshold: float) -> float:
-    """Return the share of images whose largest similarity [N] is above the threshold; see `calibrate_threshold`."""
-    if maxima.ndim != 1 or not len(maxima):
-        raise ValueError(f"expected the similarities [N] of at least one image, got {list(maxima.shape)}")
-    return (maxima.double() > threshold).double().mean().item()
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A threshold and what it does to the pairs that it was calibrated on.
-
-    Attributes:
-        threshold: what is above it counts as detected.
-        false_positive_rate: what was asked for: the largest chance that a new negative is detected.
-        true_positive_rate: share of the positives detected; None if none were given.
-        n_positive: how many positives.
-        n_negative: how many negatives.
-    """
-
-    threshold: float
-    false_positive_rate: float
-    true_positive_rate: float | None
-    n_positive: int
-    n_negative: int
-
-
-def calibrate_threshold(
-    positive: torch.Tensor | Sequence[float],
-    negative: torch.Tensor | Sequence[float],
-    false_positive_rate: float = 0.05,
-) -> Calibration:
+def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive_rate: float = 0.05) -> float:
     """Choose the lowest threshold that a new negative exceeds with at most the given probability.
 
     It is the ceil((1 - rate) (n + 1))-th smallest of n negatives. If the new one is drawn like them, its rank among
@@ -99,9 +49,7 @@ def calibrate_threshold(
     promises less at small n.
 
     Args:
-        positive: largest similarities [P] of held-out images of the assets; only for the true positive rate. May be
-            empty.
-        negative: largest similarities [N] of held-out images that show none of them.
+        negative: largest similarities [N] of held-out images that show none of the assets.
         false_positive_rate: in (0, 1).
 
     Raises:
@@ -109,9 +57,8 @@ def calibrate_threshold(
     """
     if not 0 < false_positive_rate < 1:
         raise ValueError(f"expected a false positive rate between 0 and 1, got {false_positive_rate}; 0.05 is usual")
-    positive = torch.as_tensor(positive, dtype=torch.float64).flatten()
     negative = torch.as_tensor(negative, dtype=torch.float64).flatten()
-    if not torch.isfinite(positive).all() or not torch.isfinite(negative).all():
+    if not torch.isfinite(negative).all():
         raise ValueError("expected finite similarities, got NaN or infinity; look at the embeddings")
     # rounded first: (1 - 0.05) * 20 is not quite 19
     rank = math.ceil(round((1 - false_positive_rate) * (len(negative) + 1), 9))
@@ -121,14 +68,7 @@ def calibrate_threshold(
             f"expected at least {needed} negatives for a false positive rate of {false_positive_rate}, got "
             f"{len(negative)}; give more held-out images that show no asset, or allow a larger rate"
         )
-    threshold = negative.sort().values[rank - 1].item()
-    return Calibration(
-        threshold=threshold,
-        false_positive_rate=false_positive_rate,
-        true_positive_rate=detection_rate(positive, threshold) if len(positive) else None,
-        n_positive=len(positive),
-        n_negative=len(negative),
-    )
+    return negative.sort().values[rank - 1].item()
 
 
 class ReferenceMetric(ImageMetric):
@@ -152,7 +92,7 @@ class ReferenceMetric(ImageMetric):
     def _references(self) -> ImageSet:
         return ImageSet.open(self.references)
 
-    @property
+    @cached_property
     def assets(self) -> list[str]:
         """The asset of each reference, in the order of their embeddings: the name of its subfolder."""
         return [row.category for row in self._references.rows]
@@ -170,19 +110,15 @@ class ReferenceMetric(ImageMetric):
         }
 
     def prepare(self) -> None:
-        """Read the references' list and load the encoder; see `Metric.prepare`."""
-        _ = self._references
+        """Read the folders that the settings tell of, and load the encoder."""
+        _ = self.settings()
         super().prepare()
 
-    def reference_embeddings(self, images: ImageSet) -> torch.Tensor:
-        """Embed the references, through the cache of `images`: float32 [R, D]."""
+    def similarities(self, images: ImageSet) -> torch.Tensor:
+        """Return the `similarities` of images and references, which are embedded through the cache of `images`."""
         if self._embeddings is None:
             self._embeddings = images.beside(self._references).embeddings(self.encoder)
-        return self._embeddings
-
-    def maxima(self, images: ImageSet) -> torch.Tensor:
-        """Return each image's largest similarity with a reference, [N]."""
-        return maximum_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
+        return similarities(images.embeddings(self.encoder), self._embeddings)
 
 
 class MaximumResemblance(ReferenceMetric):
@@ -193,7 +129,7 @@ class MaximumResemblance(ReferenceMetric):
     description = "mean over a group's images of the largest cosine with a protected reference"
 
     def scores(self, images: ImageSet) -> torch.Tensor:
-        return self.maxima(images)
+        return self.similarities(images).amax(dim=1)
 
 
 class MeanResemblance(ReferenceMetric):
@@ -204,7 +140,7 @@ class MeanResemblance(ReferenceMetric):
     description = "mean over a group's images of the mean cosine with the protected references"
 
     def scores(self, images: ImageSet) -> torch.Tensor:
-        return mean_similarity(images.embeddings(self.encoder), self.reference_embeddings(images))
+        return self.similarities(images).mean(dim=1)
 
 
 class Identification(ReferenceMetric):
@@ -220,7 +156,7 @@ class Identification(ReferenceMetric):
     description = "share of a group's images whose nearest reference is of the asset named by their category"
 
     def _nearest(self, images: ImageSet) -> list[str]:
-        return nearest_asset(images.embeddings(self.encoder), self.reference_embeddings(images), self.assets)
+        return [self.assets[index] for index in self.similarities(images).argmax(dim=1).tolist()]
 
     def scores(self, images: ImageSet) -> torch.Tensor:
         pairs = zip(self._nearest(images), images.rows, strict=True)
@@ -255,7 +191,6 @@ class DetectionRate(ReferenceMetric):
         held_out: folder with one subfolder a kind of image, to calibrate the threshold on: subfolders named like an
             asset show it, all others show none. An image that is also among the references is an error.
         false_positive_rate: of `calibrate_threshold`.
-        threshold: a cosine to use instead of `held_out`.
     """
 
     name = "detection_rate"
@@ -267,21 +202,14 @@ class DetectionRate(ReferenceMetric):
         self,
         encoder: Encoder,
         references: str | Path,
-        held_out: str | Path | None = None,
+        held_out: str | Path,
         false_positive_rate: float = 0.05,
-        threshold: float | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(encoder, references, name)
-        if (held_out is None) == (threshold is None):
-            raise ValueError(
-                f"expected either held-out images or a threshold for {self.name}, got "
-                f"{'neither' if held_out is None else 'both'}; held-out images are what makes the rate mean something"
-            )
-        self.held_out = None if held_out is None else Path(held_out)
+        self.held_out = Path(held_out)
         self.false_positive_rate = false_positive_rate
-        self._threshold = threshold
-        self._calibration: Calibration | None = None
+        self._calibration: dict[str, Any] = {}
 
     @cached_property
     def _held_out(self) -> ImageSet:
@@ -298,43 +226,30 @@ class DetectionRate(ReferenceMetric):
         return held_out
 
     def settings(self) -> dict[str, Any]:
-        if self.held_out is None:
-            return {**super().settings(), "threshold": self._threshold}
         return {
             **super().settings(),
             "held_out_sha256": self._held_out.manifest_hash,
             "false_positive_rate": self.false_positive_rate,
         }
 
-    def prepare(self) -> None:
-        if self.held_out is not None:
-            _ = self._held_out
-        super().prepare()
-
-    def calibration(self, images: ImageSet) -> Calibration | None:
-        """Return the threshold's calibration on the held-out images; None where the threshold was given."""
-        if self.held_out is None:
-            return None
-        if self._calibration is None:
-            maxima = self.maxima(images.beside(self._held_out))
-            assets = set(self.assets)
-            shows = torch.tensor([row.category in assets for row in self._held_out.rows])
-            self._calibration = calibrate_threshold(maxima[shows], maxima[~shows], self.false_positive_rate)
+    def calibration(self, images: ImageSet) -> dict[str, Any]:
+        """Return the threshold and what it makes of the held-out images."""
+        if not self._calibration:
+            maxima = self.similarities(images.beside(self._held_out)).amax(dim=1)
+            shows = torch.tensor([row.category in self.assets for row in self._held_out.rows])
+            positive, negative = maxima[shows], maxima[~shows]
+            threshold = calibrate_threshold(negative, self.false_positive_rate)
+            self._calibration = {
+                "threshold": threshold,
+                "true_positive_rate": (positive > threshold).double().mean().item() if len(positive) else None,
+                "n_positive": len(positive),
+                "n_negative": len(negative),
+            }
         return self._calibration
 
     def scores(self, images: ImageSet) -> torch.Tensor:
-        calibration = self.calibration(images)
-        return self.maxima(images) > (self._threshold if calibration is None else calibration.threshold)
+        return self.similarities(images).amax(dim=1) > self.calibration(images)["threshold"]
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how the threshold came about."""
-        calibration = self.calibration(images)
-        if calibration is None:
-            return {**super().details(images), "threshold": self._threshold}
-        return {
-            **super().details(images),
-            "threshold": calibration.threshold,
-            "true_positive_rate": calibration.true_positive_rate,
-            "n_positive": calibration.n_positive,
-            "n_negative": calibration.n_negative,
-        }
+        return {**super().details(images), **self.calibration(images)}

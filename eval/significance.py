@@ -1,6 +1,6 @@
 """Is a difference between two methods more than chance, how large is it, and is quality kept?
 
-All of it on the pairs of a metric's documents: the same group, made by either method from the same noises.
+All of it on `eval.intervals.paired_differences`: the same group, made by either method from the same noises.
 
 * The sign-flip test asks how often a difference as large as the one found would come about if the method's
   name meant nothing: then the two results of a group might as well be exchanged, and its difference has either
@@ -22,39 +22,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.aggregates import Aggregate, GroupValue
-from eval.intervals import BLOCK, Cluster, Difference, cluster_sums, paired_differences
+from eval.aggregates import GroupValue
+from eval.intervals import BLOCK, Cluster, Difference, cluster_sums
 
 
 def sign_flip_p(
-    groups_a: Sequence[GroupValue],
-    groups_b: Sequence[GroupValue],
-    aggregate: str | Aggregate = "mean",
-    n_flips: int = 10_000,
-    seed: int = 0,
-    cluster: Cluster | None = "category",
+    differences: Sequence[GroupValue], n_flips: int = 10_000, seed: int = 0, cluster: Cluster | None = "category"
 ) -> float:
     """Test whether two methods differ, two-sided, by exchanging their results group by group.
 
     Args:
-        groups_a: groups of the method.
-        groups_b: groups of the baseline: the same group ids, categories and numbers of images.
-        aggregate: how groups become one number, as named in the documents.
+        differences: paired, method minus baseline.
         n_flips: random exchanges, >= 1. Where all of them together are no more than this, all are tried and the
             p-value is exact.
-        seed: of the exchanges; equal seeds give equal p-values, whatever the order of the groups.
+        seed: of the exchanges; equal seeds give equal p-values.
         cluster: what is exchanged together: all groups of a category, of a prompt, or (None) each group by itself.
             Where the aggregate is a mean of categories, it is categories always.
 
     Returns:
         The p-value, in (0, 1]. With k clusters it cannot lie below 2 / 2^k.
-
-    Raises:
-        ValueError: groups that only one method has, or that differ; the message lists them.
     """
     if n_flips < 1:
         raise ValueError(f"expected n_flips >= 1, got {n_flips}; 10000 is usual")
-    sums, _ = cluster_sums(paired_differences(groups_a, groups_b, aggregate), cluster)
+    sums, _ = cluster_sums(differences, cluster)
     k, found = len(sums), abs(sums.sum())
     exact = k < 60 and 2**k <= n_flips
     total = 2**k if exact else n_flips
@@ -91,34 +81,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def effect_size(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate = "mean"
-) -> float | None:
-    """Return d_z: the mean of the paired differences a - b over their standard deviation.
-
-    The differences are those of what the aggregate is a mean of: groups, or categories.
+def effect_size(differences: Sequence[GroupValue]) -> float | None:
+    """Return d_z: the mean of paired differences (of groups, or categories) over their standard deviation.
 
     Returns:
         The effect, None where it has no meaning: fewer than two differences, or all of them the same.
     """
-    differences = _group_differences(groups_a, groups_b, aggregate)
-    if len(differences) < 2:
+    values = np.array([pair["value"] for pair in differences], dtype=float)
+    if len(values) < 2:
         return None
-    spread = float(differences.std(ddof=1))
+    spread = float(values.std(ddof=1))
     # Rounding leaves about this much of a standard deviation of 0.
-    return None if spread <= 1e-12 * float(np.abs(differences).max()) else float(differences.mean()) / spread
+    return None if spread <= 1e-12 * float(np.abs(values).max()) else float(values.mean()) / spread
 
 
-def win_rate(
-    groups_a: Sequence[GroupValue],
-    groups_b: Sequence[GroupValue],
-    higher_is_better: bool = True,
-    aggregate: str | Aggregate = "mean",
-) -> float:
-    """Return the share of groups (or categories) in which a is better than b, ties counted as one half, in [0, 1]."""
-    differences = _group_differences(groups_a, groups_b, aggregate)
-    better = np.sign(differences) if higher_is_better else -np.sign(differences)
-    return float(((better + 1) / 2).mean())
+def win_rate(differences: Sequence[GroupValue], higher_is_better: bool = True) -> float:
+    """Return the share of groups (or categories) in which the method is better, ties counted as one half, in [0, 1]."""
+    signs = np.sign([pair["value"] for pair in differences])
+    return float((((signs if higher_is_better else -signs) + 1) / 2).mean())
 
 
 def non_inferior(difference: Difference, margin: float, higher_is_better: bool = True) -> bool | None:
@@ -140,9 +120,3 @@ def non_inferior(difference: Difference, margin: float, higher_is_better: bool =
     if difference.low is None or difference.high is None:
         return None
     return difference.low > -margin if higher_is_better else difference.high < margin
-
-
-def _group_differences(
-    groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str | Aggregate
-) -> np.ndarray:
-    return np.array([pair["value"] for pair in paired_differences(groups_a, groups_b, aggregate)], dtype=float)

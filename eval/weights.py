@@ -7,6 +7,7 @@ if the network answers at once, so that a machine without one fails within secon
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from eval.files import content_hash
+from eval.files import remembered_hash
 
 #: What is known of the weights of each network, by its name here.
 FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -37,6 +38,7 @@ class WeightsFacts:
         how_to_get: what to do if they are missing.
         url: of the file that is downloaded to the first place looked in; None if there is none.
         hub: arguments of `huggingface_hub.snapshot_download` that fetch the files; None if they are not on the hub.
+        expected: the beginning of `sha256`, where the publishers' file is known by it.
     """
 
     encoder: str
@@ -49,6 +51,7 @@ class WeightsFacts:
     how_to_get: str
     url: str | None = None
     hub: Mapping[str, Any] | None = None
+    expected: str = ""
 
     @classmethod
     def of(
@@ -75,8 +78,10 @@ class WeightsFacts:
         hub = "repository" in facts and {
             "repo_id": facts["repository"].format(**values),
             "revision": values.get("revision"),
-            "allow_patterns": facts.get("patterns", facts["files"]),
+            "allow_patterns": facts["files"],
         }
+        names = [Path(name.format(**values)).name for name in facts.get("files", ())]
+        published = len(files) == 1 and files[0].name in names
         texts = ("source", "resize", "input_range", "licence", "how_to_get")
         return cls(
             encoder=encoder,
@@ -85,6 +90,7 @@ class WeightsFacts:
             **{text: facts[text].format(**values) for text in texts},
             url=None if given else url,
             hub=None if given else hub or None,
+            expected=published_hash(facts, files[0].name) if published else "",
         )
 
     @classmethod
@@ -107,7 +113,7 @@ class WeightsFacts:
                 files = in_hub_cache(repository, names, values.get("revision"))
             files = files if len(files) == len(names) else []
         else:
-            places = [given] if given else [checkpoints_folder() / name for name in names]
+            places = [given] if given else [hub_folder() / "checkpoints" / name for name in names]
             files = [place for place in places if place.is_file()][:1]
         found = (files or places)[0]
         return cls.of(row, encoder, files, places, given is not None, found=found.name, folder=found.parent, **values)
@@ -121,13 +127,13 @@ class WeightsFacts:
     def sha256(self) -> str | None:
         """Hash of the files' names and contents, 64 digits, None without files; of one file it is the file's own.
 
-        Reads the files, about a second a gigabyte.
+        Reads the files once a process, about a second a gigabyte.
         """
         if len(self.files) <= 1:
-            return content_hash(self.files[0]) if self.files else None
+            return remembered_hash(self.files[0]) if self.files else None
         digest = hashlib.sha256()
         for file in sorted(self.files, key=lambda path: path.name):
-            digest.update(f"{file.name} {content_hash(file)}\n".encode())
+            digest.update(f"{file.name} {remembered_hash(file)}\n".encode())
         return digest.hexdigest()
 
     @property
@@ -138,9 +144,15 @@ class WeightsFacts:
 
         Raises:
             FileNotFoundError: the weights are missing.
+            ValueError: they are not those of their publishers.
         """
         if not self.present:
             raise self.missing()
+        if not (self.sha256 or "").startswith(self.expected):
+            raise ValueError(
+                f"expected the weights of {self.encoder} in {self.files[0]} with a SHA-256 of {self.expected}..., got "
+                f"{self.sha256}: it is another file or damaged; remove it and {self.how_to_get}"
+            )
         preparation = hashlib.sha256(f"{self.resize}\n{self.input_range}".encode()).hexdigest()
         return "-".join(part for part in ((self.sha256 or "")[:12], preparation[:4]) if part)
 
@@ -155,33 +167,25 @@ class WeightsFacts:
         elif self.hub:
             from huggingface_hub import snapshot_download
 
-            self._from_network(None, lambda: snapshot_download(**self.hub))
+            self._from_network(None, snapshot_download, **self.hub)
         else:
             raise self.missing()
 
     def download(self, url: str, path: Path) -> None:
         """Download one of the files, written only when complete, or raise as `fetch`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._from_network(url, torch.hub.download_url_to_file, url, str(path))
 
-        def get() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
-
-        self._from_network(url, get)
-
-    def _from_network(self, url: str | None, get: Callable[[], Any]) -> None:
-        if not network_answers(url):
-            raise self.missing(NO_NETWORK)
+    def _from_network(self, address: str | None, get: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        if not network_answers(address):
+            raise self.missing("the network is switched off or does not answer")
         try:
-            get()
+            get(*arguments, **options)
         except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
             raise self.missing(str(error)) from error
 
     def missing(self, reason: str | None = None) -> FileNotFoundError:
-        """Return the error to raise for weights that are not there: what, where, from where.
-
-        Args:
-            reason: why they were not downloaded.
-        """
+        """Return the error to raise for weights that are not there: what, where, why not downloaded, from where."""
         places = "; ".join(str(path) for path in self.looked_in)
         tried = f" and no download ({reason})" if reason else ""
         return FileNotFoundError(
@@ -189,20 +193,35 @@ class WeightsFacts:
         )
 
 
+def published_hash(facts: Mapping[str, Any], name: str) -> str:
+    """Return how the SHA-256 of a row's file begins: as in the table, or as its name ends; "" if nobody knows."""
+    found = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    return facts.get("sha256", found[1] if found else "")
+
+
+#: Fetches that failed, by what was wanted for whom and where, with what was said.
+_failed: dict[tuple[str, str, tuple[Path, ...]], str] = {}
+
+
+def fetch_once(facts: WeightsFacts, fetch: Callable[[WeightsFacts], None]) -> None:
+    """Fetch weights, unless that failed before in this process, where another try is an error at once."""
+    key = (facts.encoder, facts.source, facts.looked_in)
+    if key in _failed:
+        raise FileNotFoundError(_failed[key])
+    try:
+        fetch(facts)
+    except FileNotFoundError as error:
+        _failed[key] = str(error)
+        raise
+
+
 # What a tokenizer of transformers may be stored as, each enough by itself.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-
-NO_NETWORK = "the network is switched off or does not answer"
 
 
 def hub_folder() -> Path:
     """Return torch.hub's folder as it is now: `$TORCH_HOME/hub`, or `~/.cache/torch/hub`."""
     return Path(torch.hub.get_dir())
-
-
-def checkpoints_folder() -> Path:
-    """Return where torch.hub keeps weights files."""
-    return hub_folder() / "checkpoints"
 
 
 def missing_vocabulary(folder: Path) -> list[str]:
@@ -227,14 +246,9 @@ def hub_cache(repository: str) -> Path:
 
 
 def network_answers(url: str | None, timeout: float = 5.0) -> bool:
-    """Ask once, shortly: the download libraries themselves retry for most of a minute.
+    """Tell whether a URL's server, or the Hugging Face hub for None, answers at once, and `HF_HUB_OFFLINE` is not set.
 
-    Args:
-        url: what is to be downloaded; the Hugging Face hub if None.
-        timeout: seconds.
-
-    Returns:
-        False also where `HF_HUB_OFFLINE` switches the network off.
+    The download libraries themselves retry for most of a minute.
     """
     from huggingface_hub import constants, get_session
 

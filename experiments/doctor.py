@@ -110,7 +110,7 @@ def _printed(facts: WeightsFacts) -> tuple[bool, dict[str, str]]:
     elif facts.present:
         one, several = facts.files[0], os.path.commonpath([file.parent for file in facts.files])
         printed["weights"] = str(one) if len(facts.files) == 1 else f"{several} ({len(facts.files)} files)"
-        printed["sha256"] = facts.sha256[:12]
+        printed["sha256"] = facts.fingerprint[:12]  # which refuses a file that is not its publishers'
     else:
         printed["wanted"] = facts.source
         printed["looked in"] = ", ".join(map(str, facts.looked_in))

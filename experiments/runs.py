@@ -313,7 +313,7 @@ class Run:
         path = self.group_folder(group) / RECORD
         try:
             record = _read_record(path)
-            rows = [ManifestRow.from_dict(row) for row in record["rows"]]
+            rows = [ManifestRow(**row) for row in record["rows"]]
             wanted = self._rows(group, None, [row.sha256 for row in rows])
             if record["run"] != self.id or [replace(row, references=None) for row in rows] != wanted:
                 return f"{path} is of another run or group"
@@ -459,7 +459,7 @@ class Run:
         makers = sorted({canonical(record["made"]) for record in records})
         if len(makers) > 1:
             log.warning("%s: its images are of several makes: %s", self.folder, " and ".join(makers))
-        rows = [ManifestRow.from_dict(row) for record in records for row in record["rows"]]
+        rows = [ManifestRow(**row) for record in records for row in record["rows"]]
         write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
         return True
 

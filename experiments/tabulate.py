@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 
 from eval.files import write_text
 from eval.images import METRICS
-from eval.intervals import SUBSETS, difference_of, interval_of, n_units
+from eval.intervals import SUBSETS, difference_of, interval_of, n_units, paired_differences
 from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
@@ -187,12 +187,10 @@ def comparison(
     }
     # A number of a whole set has no results of groups that could be exchanged.
     if aggregate != SUBSETS:
-        groups = (document["groups"], reference["groups"])
-        columns["p_value"] = sign_flip_p(
-            *groups, aggregate, n_flips=options["n_resamples"], seed=options["seed"], cluster=options["cluster"]
-        )
-        columns["effect_size"] = effect_size(*groups, aggregate)
-        columns["win_rate"] = None if higher is None else win_rate(*groups, higher, aggregate)
+        pairs = paired_differences(document["groups"], reference["groups"], aggregate)
+        columns["p_value"] = sign_flip_p(pairs, options["n_resamples"], options["seed"], options["cluster"])
+        columns["effect_size"] = effect_size(pairs)
+        columns["win_rate"] = None if higher is None else win_rate(pairs, higher)
     least, base = reference["bounds"][0], reference["value"]
     # A share of a number that may be 0 or less is no margin.
     if role == "quality" and least is not None and least >= 0 and base > 0:

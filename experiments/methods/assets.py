@@ -96,10 +96,6 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
 def _check(asset: Asset) -> None:
     """Read an asset's picture and mask once, so that a bad one is named before anything is generated."""
     size, mask = tuple(asset.image.shape[1:]), asset.mask
-    with Image.open(asset.file) as opened:
-        frames = getattr(opened, "n_frames", 1)
-    if frames > 1:
-        raise ValueError(f"{asset.file} is an animation of {frames} frames: export the one that you mean")
     if mask is not None and mask.shape != size:
         raise ValueError(
             f"{asset.mask_file} is a mask of {tuple(mask.shape)} pixels for a picture of {size}: draw it on that very "
@@ -214,7 +210,7 @@ class Retriever:
         if found.get("prompt") == "auto":
             texts = [prompt for _, prompt in self._ordinary.prompts()]
             nearest = (self.encoder.embed_texts(texts) @ self._index.T).amax(dim=1)
-            found["prompt"] = round(calibrate_threshold([], nearest, self._false_positive_rate).threshold, 4)
+            found["prompt"] = round(calibrate_threshold(nearest, self._false_positive_rate), 4)
         return {query: float(found[query]) for query in QUERIES if query in found}
 
     def settings(self) -> dict[str, Any]:

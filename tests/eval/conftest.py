@@ -20,6 +20,13 @@ def save_noise(path, seed, size=(16, 16)):
     return pixels
 
 
+@pytest.fixture(autouse=True)
+def unpublished(monkeypatch):
+    """Random weights may have the names of published ones, and a fetch that failed in another test is tried again."""
+    monkeypatch.setattr("eval.weights.published_hash", lambda *_: "")
+    monkeypatch.setattr("eval.weights._failed", {})
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """Return a function that writes a run folder: categories x prompts x groups x images of noise."""

@@ -25,18 +25,11 @@ def test_known_entropies(counts, plug_in, seen):
     assert entropy(counts) == pytest.approx(plug_in + (seen - 1) / (2 * n))
 
 
-def test_entropy_takes_many_histograms():
-    counts = np.random.default_rng(0).integers(0, 9, (3, 5, 4)) + 2
-    found = entropy(counts)
-    assert found.shape == (3, 5)
-    assert found[1, 2] == pytest.approx(float(entropy(counts[1, 2])))
-
-
 def test_miller_madow_removes_most_of_the_bias():
     rng = np.random.default_rng(0)
     counts = rng.multinomial(40, np.full(8, 1 / 8), size=4000)
-    plug_in = math.log(8) - entropy(counts, miller_madow=False).mean()
-    corrected = math.log(8) - entropy(counts).mean()
+    plug_in = math.log(8) - np.mean([entropy(row, miller_madow=False) for row in counts])
+    corrected = math.log(8) - np.mean([entropy(row) for row in counts])
     assert plug_in > 0.07
     assert abs(corrected) < 0.1 * plug_in
 
@@ -46,4 +39,4 @@ def test_small_n_is_refused():
     with pytest.raises(ValueError, match=f"at least {MINIMUM_IMAGES} images.*got {MINIMUM_IMAGES - 1}"):
         entropy([MINIMUM_IMAGES - 1, 0])
     with pytest.raises(ValueError, match="got 0"):
-        entropy([0, 0], minimum=0)
+        entropy([0, 0])

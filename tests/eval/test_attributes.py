@@ -23,9 +23,9 @@ def test_at_the_minimum_little_bias_is_left(labels, even):
     p /= p.sum()
     n = minimum_images(labels)
     truth = -(p * np.log(p)).sum()
-    assert truth - entropy(rng.multinomial(n, p, size=4000)).mean() < 0.13
+    assert truth - np.mean([entropy(row) for row in rng.multinomial(n, p, size=4000)]) < 0.13
     if n > 2 * MINIMUM_IMAGES:
-        assert truth - entropy(rng.multinomial(n // 2, p, size=4000)).mean() > 0.2
+        assert truth - np.mean([entropy(row) for row in rng.multinomial(n // 2, p, size=4000)]) > 0.2
 
 
 class Dictionary(Encoder):

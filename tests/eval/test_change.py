@@ -14,6 +14,7 @@ from eval.cache import EmbeddingCache
 from eval.change import Change, ChangedShare
 from eval.encoders import Encoder, PixelEncoder
 from eval.images import ManifestRow, write_manifest
+from eval.imageset import ImageSet
 from eval.intervals import difference_of, interval_of
 from eval.measure import is_current, measure
 
@@ -152,15 +153,15 @@ def test_documents_follow_both_runs(baseline, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(baseline, moved)
     for metric, again in zip(metrics(baseline), metrics(moved), strict=True):
-        document = measure(metric, other, cache)
+        document = measure(metric, ImageSet.open(other, cache))
         assert is_current(document, again, other)
         assert document["encoder"]["id"] == {"change": "directions-1", "changed_share": "pixels"}[document["metric"]]
     Image.new("RGB", (4, 4), "white").save(moved / "images" / "benign-fox" / "01.png")
     for metric, again in zip(metrics(baseline), metrics(moved), strict=True):
-        assert not is_current(measure(metric, other, cache), again, other)
+        assert not is_current(measure(metric, ImageSet.open(other, cache)), again, other)
         again.only = metric.only = ("benign-bear",)
         # Only what is compared counts.
-        assert is_current(measure(metric, other, cache), again, other)
+        assert is_current(measure(metric, ImageSet.open(other, cache)), again, other)
 
 
 def test_intervals_and_differences_stay_in_range(tmp_path):

@@ -25,7 +25,6 @@ from eval.fidelity import (
     gaussian_kernel,
     kernel_mean,
     kernel_mean_within,
-    reference_rows,
     squared_mmd,
 )
 from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
@@ -386,7 +385,7 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     x = images.embeddings(encoder)
     y = ImageSet.open(real).embeddings(encoder)
     pair = x.double(), y.double()
-    designs = Design.of(images.rows), Design.of(reference_rows(real), together=False)
+    designs = Design.of(images.rows), Design.of(read_manifest(real, flat=True), together=False)
     expected = {
         "frechet_distance": frechet_distance(x, y),
         "kernel_distance": distance_of_designs(cubic_kernel, *pair, *designs),
@@ -434,7 +433,7 @@ def test_images_and_reference_are_embedded_once(made, real, tmp_path):
     cache = EmbeddingCache(tmp_path / "cache")
     encoder = RawPixels()
     for metric in metrics(real, encoder):
-        measure(metric, made, cache)
+        measure(metric, ImageSet.open(made, cache))
     assert encoder.embedded == 48 + 24
 
 
@@ -484,18 +483,18 @@ def test_a_reference_of_one_image_is_refused(made, tmp_path):
 
 
 def test_what_a_reference_may_look_like(real, make_run, tmp_path):
-    assert len(reference_rows(real)) == 24
-    assert len(reference_rows(make_run())) == 16
+    assert len(read_manifest(real, flat=True)) == 24
+    assert len(read_manifest(make_run(), flat=True)) == 16
     flat = tmp_path / "flat"
     for index in range(3):
         noise_file(flat / f"{index}.png", index)
     (flat / "README.md").write_text("real images")
-    assert [row.path for row in reference_rows(flat)] == ["0.png", "1.png", "2.png"]
+    assert [row.path for row in read_manifest(flat, flat=True)] == ["0.png", "1.png", "2.png"]
     (real / "README.md").write_text("not an image")
-    assert len(reference_rows(real)) == 24
+    assert len(read_manifest(real, flat=True)) == 24
     noise_file(real / "stray.png", 0)
     with pytest.raises(ValueError, match=r"1 beside the subfolders bird, fish"):
-        reference_rows(real)
+        read_manifest(real, flat=True)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         KernelDistance(RawPixels(), tmp_path / "absent").prepare()
 

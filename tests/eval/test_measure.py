@@ -6,15 +6,14 @@ import json
 
 import pytest
 
-from eval.aggregates import aggregate_named
+from eval.aggregates import mean_of, values_of
 from eval.alignment import ClipScore
 from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
-from eval.images import manifest_hash
 from eval.imageset import ImageSet
-from eval.intervals import bootstrap_interval, n_units, paired_difference
+from eval.intervals import bootstrap_interval, n_units
 from eval.measure import is_current, measure, read_document
 
 ALL = [
@@ -39,7 +38,7 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
     assert document["unit"]
     assert document["description"]
     assert (document["n_groups"], document["n_images"]) == (4, 16)
-    assert document["manifest_sha256"] == manifest_hash(run)
+    assert document["manifest_sha256"] == ImageSet.open(run).manifest_hash
     assert "torch" in document["environment"]
     assert [group["group"] for group in document["groups"]] == [
         "bird/000000",
@@ -48,7 +47,7 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
         "fish/000001",
     ]
     assert all((group["n_images"], group["category"]) == (4, group["group"][:4]) for group in document["groups"])
-    assert document["value"] == pytest.approx(aggregate_named(document["aggregate"]).value(document["groups"]))
+    assert document["value"] == pytest.approx(mean_of(values_of(document["groups"], document["aggregate"])))
     value, low, high = bootstrap_interval(document["groups"], document["aggregate"], n_resamples=200, cluster=None)
     assert value == document["value"]
     assert low is None if n_units(document, None) < 4 else low <= value <= high
@@ -57,14 +56,6 @@ def test_documents_are_complete_and_reproducible(make_run, tiny_clip, kind, argu
 
     measure(metric, run)
     assert (run / "metrics" / f"{metric.name}.json").read_bytes() == (run / "metrics" / "first.json").read_bytes()
-
-
-def test_documents_of_two_methods_are_paired(make_run):
-    a, b = make_run("a", seeds=range(5)), make_run("b", seeds=range(5), offset=1000)
-    documents = [measure(PairwiseDistance(PixelEncoder()), run) for run in (a, b)]
-    found = paired_difference(*(document["groups"] for document in documents), documents[0]["aggregate"])
-    assert found.n == 10
-    assert found.difference == pytest.approx(documents[0]["value"] - documents[1]["value"])
 
 
 def test_current_until_something_changes(make_run, tmp_path):
@@ -98,5 +89,5 @@ def test_plain_folder_can_be_measured(make_run, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"metric": "x"}'])
 def test_read_document_refuses(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.json.*delete it"):
+    with pytest.raises(ValueError, match=r"x\.json"):
         read_document(tmp_path / "x.json")

@@ -94,16 +94,6 @@ def test_the_halves_hold_whole_clusters_and_are_the_same_for_every_method(make_r
     assert (split > 0) == (cluster is None), "a category was torn apart"
 
 
-def test_few_categories_have_a_number_and_no_halves(make_run):
-    run = make_run(categories=SIX[:5], seeds=range(3), images=2)
-    metric = MeanBrightness(PixelEncoder())
-    document = measure(metric, run)
-    assert (document["n_units"], document["subsets"]) == (5, [])
-    assert interval_of(document) == (document["value"], None, None)
-    metric.cluster = None
-    assert len(measure(metric, run)["subsets"]) == 20
-
-
 def test_the_halves_cover_where_images_of_a_category_are_alike():
     """Halves of single groups take the images of one category for so many witnesses."""
     rng = np.random.default_rng(0)
@@ -131,16 +121,18 @@ def test_the_halves_cover_where_images_of_a_category_are_alike():
     assert hits["category"] / 150 >= 0.9 and hits[None] / 150 < 0.8
 
 
-def test_a_set_metric_refuses_few_images_and_does_not_measure_small_halves(make_run):
-    run = make_run(categories=SIX, seeds=(0,), images=2)
+def test_halves_of_few_categories_or_images_are_not_measured(make_run):
+    few, run = make_run("few", SIX[:5], seeds=range(3), images=2), make_run(categories=SIX, seeds=(0,), images=2)
     metric = MeanBrightness(PixelEncoder())
-    metric.minimum = 7
-    document = measure(metric, run)
-    assert document["subsets"] == []
-    assert interval_of(document) == (document["value"], None, None)
+    for images, metric.minimum, n_clusters in ((few, 2, 5), (run, 7, 6)):
+        document = measure(metric, images)
+        assert (document["n_units"], document["subsets"]) == (n_clusters, [])
+        assert interval_of(document) == (document["value"], None, None)
     metric.minimum = 13
     with pytest.raises(ValueError, match="at least 13 images for brightness, got 12"):
         measure(metric, run)
+    metric.minimum, metric.cluster = 2, None
+    assert len(measure(metric, few)["subsets"]) == 20
 
 
 def test_a_metric_without_an_encoder_names_its_own_judge(make_run):

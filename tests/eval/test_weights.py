@@ -9,7 +9,8 @@ import pytest
 
 from eval import __path__ as places
 from eval.encoders import Network
-from eval.weights import FACTS, WeightsFacts
+from eval.features import EffNetLite0, Inception
+from eval.weights import FACTS, WeightsFacts, published_hash
 
 TEXTS = {"source", "resize", "input_range", "licence", "how_to_get"}
 
@@ -65,3 +66,34 @@ def test_nothing_is_downloaded_to_a_place_that_was_named(tmp_path, monkeypatch):
                 facts.fetch()
             assert ("no download" in str(error.value)) == (given is None)
         assert asked == rows
+
+
+@pytest.mark.parametrize(("row", "begin"), [("inception", "6726825d"), ("sscd", "9f26bd4c")])
+def test_another_file_under_a_published_name_is_refused(row, begin, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.weights.published_hash", published_hash)
+    published, mine = (tmp_path / name for name in (FACTS[row]["files"][0], "mine-20240101.pth"))
+    for file in (published, mine):
+        file.write_bytes(b"abc")
+    assert WeightsFacts.find(row, "it", mine, resize="none").fingerprint.startswith("ba7816bf8f01-")
+    with pytest.raises(ValueError, match=f"{begin}.*got ba7816bf8f01"):
+        _ = WeightsFacts.find(row, "it", published, resize="none").fingerprint
+
+
+def test_the_shipped_weights_are_those_of_their_name(monkeypatch):
+    monkeypatch.setattr("eval.weights.published_hash", published_hash)
+    assert EffNetLite0().weights().expected == "57934424" and EffNetLite0().id
+
+
+def test_a_fetch_that_failed_is_not_tried_again(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("eval.weights.network_answers", lambda url: tried.append(url) or False)
+    said = set()
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError, match="expected the weights of Inception") as error:
+            Inception().prepare()
+        said.add(str(error.value))
+    assert len(tried) == len(said) == 1
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / FACTS["inception"]["files"][0]).write_bytes(b"put there by hand")
+    assert Inception().id

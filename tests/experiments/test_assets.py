@@ -87,8 +87,8 @@ def _animate(file):
     [
         (lambda file: file.write_bytes(file.read_bytes()[:40]), r"damaged or foreign file.*red/2\.png"),
         (lambda file: paint(file.with_suffix(".jpg"), (9, 9, 9), mode="CMYK"), r"mode CMYK in .*red/2\.jpg; convert"),
-        (_animate, r"red/2\.png is an animation of 2 frames"),
-        (lambda file: _animate(file.with_suffix(".webp")), r"red/2\.webp is an animation of 2 frames"),
+        (_animate, r"an animation of 2 frames: .*red/2\.png"),
+        (lambda file: _animate(file.with_suffix(".webp")), r"an animation of 2 frames: .*red/2\.webp"),
         (lambda file: paint(file.with_suffix(".gif"), (9, 9, 9)), r"2\.gif; convert them to PNG"),
     ],
 )

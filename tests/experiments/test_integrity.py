@@ -165,13 +165,11 @@ def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(copy, caplog):
     cache = outputs / ".embeddings"
     for shard in (shards := list(cache.rglob("*.safetensors"))):
         flip(shard, len(shard.read_bytes()) - 3)
-    with (cache / "hashes.jsonl").open("ab") as file:
-        file.write(b"\xff\x00 no line of it\n")
     before = {file: read_document(file) for file in (none / "metrics").iterdir()}
     shutil.rmtree(none / "metrics")
     evaluate(configs[0])
     assert {file: read_document(file) for file in before} == before
-    assert str(cache / "hashes.jsonl") in caplog.text and any(str(shard) in caplog.text for shard in shards)
+    assert any(str(shard) in caplog.text for shard in shards)
 
 
 def test_a_score_that_came_with_the_images_is_not_taken(tmp_path):
