@@ -41,10 +41,6 @@ publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and 
 	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
 	$(PY) -m experiments.plot experiment=$(EXPERIMENT) results=results $(ARGS)
 
-.PHONY: search
-search: $(VENV)/.installed-experiments,search  ## the most diversity within a loss of CLIPScore, by Optuna (16 minutes)
-	$(PY) -m experiments.search experiment=search $(ARGS)
-
 .PHONY: latency
 latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (6 minutes on a CPU)
 	$(PY) -m experiments.latency experiment=latency $(ARGS)

@@ -216,8 +216,8 @@ def check_names(frame: pd.DataFrame, path: Path) -> None:
 
 def commands(name: str) -> list[str]:
     """Return what makes an experiment's table and figures: the make target, and the command that it calls."""
-    if name in ("latency", "search"):  # acts of their own
-        return [f"make {name}", f"python -m experiments.{name} experiment={name}"]
+    if name == "latency":  # an act of its own
+        return ["make latency", "python -m experiments.latency experiment=latency"]
     return [f"make reproduce-{name}", f"python -m experiments.reproduce experiment={name}"]
 
 
