@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -128,8 +129,20 @@ def row_keys(
         columns: of the key; those that the file does not have are empty.
         alike: by column, values that count as others.
     """
-    text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=columns, fill_value="")
-    return [tuple(map(_respelled, row)) for row in text.replace(alike or {}).itertuples(index=False)]
+    cells = _cells(file, columns).replace(alike or {})
+    return [tuple(map(_respelled, row)) for row in cells.itertuples(index=False)]
+
+
+def _cells(file: Path | io.StringIO, columns: Sequence[str]) -> pd.DataFrame:
+    """Return the columns of a CSV as they are written in it, empty where it has none of the name."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=columns, fill_value="")
+
+
+def _respelled(text: str) -> str:
+    try:
+        return f"{float(text):.6g}"
+    except ValueError:
+        return text
 
 
 def put_rows(
@@ -152,13 +165,21 @@ def put_rows(
     Returns:
         The CSV's content, read back: a table made now and one made from the committed file are the same.
     """
-    text = csv_text(pd.DataFrame(rows, columns=columns))
+    new = csv_text(pd.DataFrame(rows, columns=columns))
     with lock(path):
-        frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
+        tables = [new]
         if path.exists():
-            old = read_csv(path).reindex(columns=columns)
-            was, keys = (row_keys(file, key, alike) for file in (path, io.StringIO(text)))
-            frame = _merged(old, was, frame, keys)
+            read_csv(path)  # which refuses a damaged one
+            tables.insert(0, path.read_text(encoding="utf-8"))
+        by_key: dict[Key, list[tuple[str, ...]]] = {}
+        for table in tables:
+            fresh: dict[Key, list[tuple[str, ...]]] = {}
+            keys = row_keys(io.StringIO(table), key, alike)
+            for own, row in zip(keys, _cells(io.StringIO(table), columns).itertuples(index=False), strict=True):
+                fresh.setdefault(own, []).append(row)
+            by_key |= fresh  # new rows stand where their predecessors stood: no table tells when something was measured
+        text = pd.DataFrame(itertools.chain(*by_key.values()), columns=columns).to_csv(index=False)
+        frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
         if finish is not None:
             finish(frame)
         write_text(path, csv_text(frame))
@@ -168,25 +189,6 @@ def put_rows(
 def lock(path: Path) -> contextlib.AbstractContextManager[bool]:
     """Hold a CSV: between reading and writing, another process would have its rows lost."""
     return locked(path.with_name(f".{path.name}.lock"))
-
-
-def _merged(old: pd.DataFrame, was: list[Key], new: pd.DataFrame, keys: list[Key]) -> pd.DataFrame:
-    """Return the rows of two tables, given with their `row_keys`; a new row stands where its predecessor stood."""
-    fresh = set(keys)
-    kept = [key not in fresh for key in was]
-    # As objects, since an empty column has no type to agree on; then numbers are numbers again, and written as such.
-    frame = pd.concat([old[kept].astype(object), new.astype(object)], ignore_index=True).infer_objects()
-    # So the table does not depend on what was measured again, and when.
-    place = {key: position for position, key in reversed(list(enumerate(was)))}
-    order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
-    return frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(drop=True)
-
-
-def _respelled(text: str) -> str:
-    try:
-        return f"{float(text):.6g}"
-    except ValueError:
-        return text
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -261,6 +263,13 @@ def with_window(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with a column `window`, in words, for the bounds t_high and t_low, which are one setting."""
     window = next(setting for setting in catalogue.settings() if setting.columns == ("t_low", "t_high"))
     return frame.assign(window=[window.text(row) or UNSET for _, row in frame.iterrows()])
+
+
+def swept_settings(frame: pd.DataFrame) -> list[str]:
+    """Return the settings that differ among the runs of one method; the bounds of the window count as one."""
+    names = [name for name in SETTING if name not in ("model", "method", "t_low", "t_high")] + ["window"]
+    counts = with_window(frame).groupby("method")[names].nunique(dropna=False).max()
+    return [name for name in names if counts[name] > 1]
 
 
 def spelled(value: Any, without: str = "") -> str:

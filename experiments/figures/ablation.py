@@ -19,7 +19,7 @@ from experiments.figures.style import (
     numbered,
     styled,
 )
-from experiments.tables import SETTING, UNSET, direction, of_model, spelled, with_window, words
+from experiments.tables import SETTING, UNSET, direction, of_model, spelled, swept_settings, with_window, words
 
 
 @styled
@@ -51,10 +51,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         raise ValueError(
             f"expected runs of {model} with a {value} of {metric}, got none: tabulate them with method=none"
         )
-    # The bounds of the window are one setting, and what a method brings along is none beside it.
-    names = [name for name in [*SETTING, "window"] if name not in (over, "model", "method", "t_low", "t_high")]
-    counts = moved.groupby("method")[names].nunique(dropna=False).max()
-    others = [name for name in names if counts[name] > 1]
+    others = [name for name in swept_settings(moved) if name != over]
     if over not in ("method", "matching") and moved["method"].nunique() > 1:
         others.insert(0, "method")
     numeric = pd.api.types.is_numeric_dtype(moved[over])
