@@ -151,13 +151,6 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table).fillna("")
 
 
-def short_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the narrow table of the README: one row a run, the primary metrics' values and differences alone."""
-    main = main_table(frame)
-    columns = [column for column in main if column.endswith((" (up)", " (down)"))]
-    return main[["model", "method", *columns, "images"]]
-
-
 def _kept(row: pd.Series) -> str:
     if pd.isna(row["difference"]):
         return ""
