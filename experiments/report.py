@@ -52,8 +52,6 @@ log = logging.getLogger(__name__)
 FIRST, LAST = ("diversity", "copyright", "latency"), ("sweep", "memorised")
 #: Of a reduced image, in pixels; smaller ones keep their size.
 SIDE = 256
-#: Shown of every model where no script chooses.
-STATIC_GROUPS = 3
 #: Marks a page as made here, which may be replaced.
 MARK = '<meta name="generator" content="experiments.report">'
 #: Folder of a page's pictures, beside it, each named after its content.
@@ -104,9 +102,7 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["lines"] = _lines
-    text = environment.get_template("report.html").render(
-        sections=sections, mark=Markup(MARK), pages=pages, n_static=STATIC_GROUPS
-    )
+    text = environment.get_template("report.html").render(sections=sections, mark=Markup(MARK), pages=pages)
     with locked(into / ".lock"):
         (into / PICTURES).mkdir(exist_ok=True)
         for name, content in pictures.items():
@@ -251,18 +247,16 @@ def _gallery(name: str, model: str, runs: list[dict[str, Any]], results: Path, p
     pushed = any(row.references for run in here for rows in run["manifest"].values() for row in rows)
     assets = _asset_files(model) if pushed else {}
     groups = []
-    for group in chosen:
-        row = everything[group][0]
+    for group in tqdm(chosen, desc=f"{name} {model}", disable=None, leave=False):
+        row, shown = everything[group][0], []
+        for run in here:
+            rows = run["manifest"].get(group, [])
+            images = [put(_reduced(run["folder"] / row.path), "webp") for row in rows]
+            shown.append({"title": run["title"], "images": images, "away": _away(rows)})
         asset = put(_reduced(assets[row.category]), "webp") if row.category in assets else None
-        groups.append({"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "asset": asset})
-    shown = []
-    for run in here:
-        images, away = {}, {}
-        for number, group in enumerate(tqdm(chosen, desc=f"{name} {model} {run['title']}", disable=None, leave=False)):
-            if rows := run["manifest"].get(group):
-                images[number] = [put(_reduced(run["folder"] / row.path), "webp") for row in rows]
-                away |= {number: text} if (text := _away(rows)) else {}
-        shown.append({"title": run["title"], "images": images, "away": away})
+        groups.append(
+            {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "asset": asset, "runs": shown}
+        )
     sheet = results / f"{name}_grid_{model}.png"
     picture = None
     if not here and sheet.exists() and not _is_elsewhere(sheet, results):
@@ -275,13 +269,14 @@ def _gallery(name: str, model: str, runs: list[dict[str, Any]], results: Path, p
         "n_runs": len(runs),
         "n_groups": len(everything),
         "sheet": picture,
-        "data": {"groups": groups, "runs": shown},
+        "shown": [run["title"] for run in here],
+        "groups": groups,
     }
 
 
 def _away(rows: Sequence[ManifestRow]) -> str:
     """Say from which pictures a group was pushed; empty where the method takes none."""
-    if rows[0].references is None:
+    if not rows or rows[0].references is None:
         return ""
     if not rows[0].references:
         return "found no asset to stay away from"
