@@ -32,10 +32,13 @@ SETTING = [
     *(column for column in OF_METHODS if column != "true_cfg_scale"),
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
+STATISTICS = [
+    "value", "ci_low", "ci_high", "difference", "difference_low", "difference_high", "p_value", "p_holm", "effect_size",
+    "win_rate", "margin",
+]  # fmt: skip
+AMOUNTS = ["n_units", "n_groups", "n_images", "pushed_share", "seconds"]
 COLUMNS = [
-    *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
-    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
-    "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
+    *KEY, "encoder", "primary", "higher_is_better", *STATISTICS, "non_inferior", *AMOUNTS, "run_id", "commit", "device",
 ]  # fmt: skip
 #: Those that a table has whatever methods are in it.
 REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"})
@@ -45,9 +48,7 @@ TEXT = dict.fromkeys(
 )
 #: Columns that hold numbers alone.
 NUMBERS = {
-    *(column for setting in catalogue.settings() if setting.number for column in setting.columns), "value", "ci_low",
-    "ci_high", "difference", "difference_low", "difference_high", "p_value", "p_holm", "effect_size", "win_rate",
-    "margin", "pushed_share", "seconds",
+    *STATISTICS, *AMOUNTS, *(column for setting in catalogue.settings() if setting.number for column in setting.columns),
 }  # fmt: skip
 Key = tuple[str, ...]
 #: Columns that name folders and files, and what they may hold.

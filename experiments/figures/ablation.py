@@ -7,18 +7,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures.style import (
-    COLOURS,
-    TITLES,
-    better,
-    bounds,
-    errors,
-    labelled,
-    look,
-    new_figure,
-    numbered,
-    styled,
-)
+from experiments.figures import style
+from experiments.figures.style import COLOURS, TITLES, better, bounds, errors, look, new_figure, numbered, styled
 from experiments.tables import SETTING, UNSET, direction, of_model, spelled, swept_settings, with_window, words
 
 
@@ -92,7 +82,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     axis.set_xlabel(words(over))
     axis.set_ylabel(f"{'difference in ' if paired else ''}{words(metric)}\n{better(direction(frame, metric))}")
     axis.grid(axis="both" if numeric else "y")
-    if handles := labelled(axis):
+    if handles := style.labelled(axis):
         place = "outside right upper" if others else "outside lower center"
         figure.legend(handles.values(), handles.keys(), loc=place, fontsize=7.5)
     noun = "paired differences to the same noises without" if paired else "values"

@@ -19,14 +19,7 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     Both as paired differences to the run without a method, which is the origin; crosses for the 95 % intervals; a star
     for the setting that `chosen_run` names.
 
-    Args:
-        frame: an experiment's CSV.
-        claim: metric on the x axis, such as `pairwise_distance`.
-        quality: metric on the y axis, such as `clip_score`.
-        model: one of the CSV's models.
-
-    Raises:
-        ValueError: the table lacks the model or a metric, or nothing was compared.
+    Args and errors: those of `experiments.choose.chosen_run`.
     """
     points = differences(frame, claim, quality, model)
     front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
