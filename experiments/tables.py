@@ -47,9 +47,8 @@ TEXT = dict.fromkeys(
     ("run_id", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
 )
 #: Columns that hold numbers alone.
-NUMBERS = {
-    *STATISTICS, *AMOUNTS, *(column for setting in catalogue.settings() if setting.number for column in setting.columns),
-}  # fmt: skip
+NUMBERS = {column for setting in catalogue.settings() if setting.number for column in setting.columns}
+NUMBERS |= {*STATISTICS, *AMOUNTS}
 Key = tuple[str, ...]
 #: Columns that name folders and files, and what they may hold.
 NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
@@ -239,6 +238,17 @@ def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
                 f"expected a metric of {model} in the table ({', '.join(part['metric'].unique())}), got {metric!r}"
             )
     return part[part["metric"].isin(metrics)] if metrics else part
+
+
+def some_of(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
+    """Return a model's rows that have what is to be drawn.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if rows.empty:
+        raise ValueError(f"expected runs of {model} with {what}, got none: tabulate them with method=none")
+    return rows
 
 
 def direction(frame: pd.DataFrame, metric: str) -> bool | None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures import style
 from experiments.figures.style import COLOURS, TITLES, better, bounds, errors, look, new_figure, numbered, styled
-from experiments.tables import SETTING, UNSET, direction, of_model, spelled, swept_settings, with_window, words
+from experiments.tables import SETTING, UNSET, direction, of_model, some_of, spelled, swept_settings, with_window, words
 
 
 @styled
@@ -37,10 +37,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     # Without a method there is no choice of the method's settings: the value is one level under all of them.
     level = part[without & (part[over].isna() | (over == "window"))]
     moved = part[part[value].notna() & ~(without & paired) & ~part.index.isin(level.index)]
-    if moved.empty:
-        raise ValueError(
-            f"expected runs of {model} with a {value} of {metric}, got none: tabulate them with method=none"
-        )
+    some_of(moved, model, f"a {value} of {metric}")
     others = [name for name in swept_settings(moved) if name != over]
     if over not in ("method", "matching") and moved["method"].nunique() > 1:
         others.insert(0, "method")
@@ -50,8 +47,8 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     # Room for the names below the data, and for the legend beside it, where there are any.
     letters = max(len(line) for text in lines for line in text.split("\n"))
     width = 5.2 if numeric else max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(names))
-    figure, axes = new_figure(1, width + 2.8 * bool(others), 3.4)
-    axis, methods = axes[0][0], list(frame["method"].unique())
+    figure, ((axis,),) = new_figure(1, width + 2.8 * bool(others), 3.4)
+    methods = list(frame["method"].unique())
     groups = list(moved.groupby(others, sort=False, dropna=False)) if others else [((), moved)]
     for number, (key, rows) in enumerate(groups):
         cycle, place = divmod(number, len(COLOURS) - 1)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures.style import errors, legend_below, look, new_figure, styled, title
 from experiments.pages import change, run_labels
-from experiments.tables import direction, of_model, words
+from experiments.tables import direction, of_model, some_of, words
 
 
 @styled
@@ -24,15 +24,12 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
         ValueError: nothing of this model was compared.
     """
     part = of_model(frame, model)
-    part = part[part["difference"].notna()]
-    if part.empty:
-        raise ValueError(f"expected runs of {model} with a paired difference, got none: tabulate them with method=none")
+    part = some_of(part[part["difference"].notna()], model, "a paired difference")
     labels, methods = run_labels(frame), list(frame["method"].unique())
     runs = part.drop_duplicates("run_id").set_index("run_id")["method"]
     metrics = list(part["metric"].unique())
     metrics.sort(key=lambda metric: part.loc[part["metric"] == metric, "primary"].isna().all())  # the tested ones first
-    figure, axes = new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
     place, ticks = 0.0, []
     for metric in metrics:
         rows = part[part["metric"] == metric]

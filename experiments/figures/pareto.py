@@ -24,8 +24,7 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     points = differences(frame, claim, quality, model)
     front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
     labels, without = run_labels(frame), points["method"] == "none"
-    figure, axes = new_figure(1, 8.6, max(4.0, 1.2 + 0.165 * len(front)))  # the legend names all of the front
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(1, 8.6, max(4.0, 1.2 + 0.165 * len(front)))  # the legend names all of the front
     axis.axhline(0, color="black", linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.6)
     for run, point in points.iterrows():

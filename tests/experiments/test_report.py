@@ -24,6 +24,7 @@ from experiments.figures.style import encode
 from experiments.pages import findings, main_table
 from experiments.runs import run_id
 from experiments.tables import TEXT, commands, read_table, whole
+from experiments.tabulate import merge_rows
 
 PROMPTS = {
     "a-cat": ("a cat", "cat"),
@@ -362,24 +363,20 @@ def test_links_are_left_out(small, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", ["empty", "bytes", "words", "ragged"])
-def test_a_damaged_table_is_named_in_one_line(damage, small, tmp_path):
+def test_a_damaged_table_is_named_in_one_line_and_neither_merged_nor_lost(damage, small, tmp_path):
     results, outputs, frame = small
     table = results / "diversity.csv"
-    if damage == "words":
-        frame.assign(value="a lot").to_csv(table, index=False)
-    else:
-        table.write_bytes(
-            {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b"a,b\n1,2,3,4\n1\n"}[damage]
-        )
-    if damage == "ragged":
-        table.write_text(table.read_text() + '"no end')
+    damaged = {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b'a,b\n1,2,3,4\n1\n"no end',
+               "words": frame.assign(value="a lot").to_csv(index=False).encode()}[damage]  # fmt: skip
+    table.write_bytes(damaged)
     for read in (
         lambda: report.report(results, outputs, tmp_path / "report"),
         lambda: read_table("diversity", results),
+        lambda: merge_rows(table, frame.to_dict("records")),
     ):
         with pytest.raises(ValueError, match=r"expected a table in .*diversity\.csv, got a damaged file") as error:
             read()
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and table.read_bytes() == damaged
 
 
 def test_a_folder_of_something_else_is_never_replaced(made, tmp_path):
