@@ -63,10 +63,6 @@ GROUP = ["group", "prompt_id", "prompt", "category", "seed", "n_images", "value"
 PROBLEMS = ["path", "problem"]
 
 
-class Refused(ValueError):
-    """A run or a score is not taken, for a reason that is said in full."""
-
-
 def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read all runs below a folder.
 
@@ -88,20 +84,20 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     problems: list[dict[str, str]] = []
 
     def refuse(path: Path, error: Exception) -> None:
-        reason = f"{error}" if isinstance(error, Refused) else f"damaged or foreign: {type(error).__name__}: {error}"
+        reason = f"{error}" if isinstance(error, ValueError) else f"damaged or foreign: {type(error).__name__}: {error}"
         problems.append({"path": path.relative_to(folder).as_posix(), "problem": " ".join(reason.split())})
 
     for place in run_folders(folder):
         try:
             if place != folder and place.is_symlink():
-                raise Refused("a link, which is not followed: collect the folder that it links to")
+                raise ValueError("a link, which is not followed: collect the folder that it links to")
             run, images = _read_run(Run(place))
         except Exception as error:  # a foreign folder may hold anything
             refuse(place, error)
             continue
         files = sorted((place / METRICS).glob("*.json"))
         if not files:
-            refuse(place, Refused("not scored: run experiments.evaluate with its settings"))
+            refuse(place, ValueError("not scored: run experiments.evaluate with its settings"))
         for file in files:
             try:
                 rows += [run | row for row in _read_score(file, images, versions)]
@@ -141,11 +137,11 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
     """Return what was run and where it comes from, by column, and the run's images.
 
     Raises:
-        Refused: it is no complete run of this version.
-        Exception: any other, of a folder that is damaged or foreign.
+        ValueError: it is no complete run of this version, or damaged.
+        Exception: any other, of a foreign folder.
     """
     if not (run.folder / "config.yaml").is_file():
-        raise Refused("damaged or foreign: expected a run folder, got one without config.yaml")
+        raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
     asked = identity["request"]
     found = _flat({"experiment": run.folder.parents[2].name, "run_id": run.id, "environment": environment, **identity})
@@ -158,9 +154,9 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
             columns |= {f"method.{column}": cell for column, cell in cells.items()}
     if not run.complete:
         n_done, n_all = len(list(run.folder.glob("images/*/[0-9]*/group.json"))), len(asked["prompts"]["groups"])
-        raise Refused(f"half-finished: {n_done} of {n_all} groups; run experiments.generate with its settings again")
+        raise ValueError(f"half-finished: {n_done} of {n_all} groups; run experiments.generate with its settings again")
     if asked["version"] != GENERATION_VERSION:
-        raise Refused(f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
+        raise ValueError(f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
     run.check_manifest()
     images = read_manifest(run.folder)
     rows_hash(run.folder, images)
@@ -171,17 +167,17 @@ def _read_score(file: Path, images: list[ManifestRow], versions: dict[str, set[i
     """Return what was measured, by column: a row a group, or one where groups have no number of their own.
 
     Raises:
-        Refused: it is of another version of the metric, or of other images.
-        Exception: any other, of a file that is damaged or foreign.
+        ValueError: it is of another version of the metric, of other images, or damaged.
+        Exception: any other, of a foreign file.
     """
     document = read_document(file)
     name, version, only = document["metric"], document["version"], document.get("only")
     if version not in versions.get(name, {version}):
         known = " or ".join(map(str, sorted(versions[name])))
-        raise Refused(f"of another version: expected {known}, got {version}; evaluate again")
+        raise ValueError(f"of another version: expected {known}, got {version}; evaluate again")
     measured = [row for row in images if only is None or any(fnmatchcase(row.prompt_id, one) for one in only)]
     if rows_hash(file.parents[1], measured) != document["manifest_sha256"]:
-        raise Refused("stale: the images are others than those that were scored; evaluate again")
+        raise ValueError("stale: the images are others than those that were scored; evaluate again")
     found, groups = _flat(document), group_rows(measured)
     columns = {column: found[path] for column, path in DOCUMENT.items()}
     rows = []

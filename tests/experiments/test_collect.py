@@ -107,7 +107,7 @@ def test_what_cannot_be_taken_is_listed_with_the_reason_and_keeps_nothing_else_o
     assert "does not hash to its folder's name" in places.pop("111111111111")
     assert "cannot be read" in places.pop("222222222222")
     assert "without config.yaml" in places.pop("333333333333")
-    assert "damaged or foreign" in places.pop("foreign")
+    assert "cannot be read" in places.pop("foreign")
     assert not places
 
 
@@ -125,7 +125,7 @@ def test_scores_that_do_not_belong_to_the_images_are_stale(copy):
     assert len(table) == 0 and whole == 12
     assert len(problems) == 6
     texts = [problems[file.relative_to(outputs).as_posix()] for file in (one, two, three)]
-    assert texts[0].startswith("damaged or foreign: ValueError: expected a metric's JSON")
+    assert texts[0].startswith("expected a metric's JSON")
     assert texts[1].startswith(f"of another version: expected {document['version']}, got {document['version'] - 1}")
     assert texts[2].startswith("damaged or foreign: KeyError")
     stale = [text for path, text in problems.items() if pushed.name in path]
@@ -185,7 +185,7 @@ def test_a_foreign_run_of_any_kind_is_listed_and_keeps_nothing_else_out(way, nam
     whole = name.startswith("metrics")
     assert len(table) == (10 if whole else 6)
     assert list(problems) == [(file if whole else pushed).relative_to(outputs).as_posix()]
-    assert "damaged" in next(iter(problems.values())) or "config.yaml" in next(iter(problems.values()))
+    assert file.name in next(iter(problems.values())), "named"
 
 
 @pytest.mark.parametrize("way", ["bomb", "nested", "number", "huge"])
