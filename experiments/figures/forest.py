@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.figures.style import errors, legend_below, look, new_figure, styled, title
-from experiments.pages import change, run_labels
+from experiments.pages import arrow, change, run_labels
 from experiments.tables import direction, of_model, some_of, words
 
 
@@ -33,10 +33,9 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
     place, ticks = 0.0, []
     for metric in metrics:
         rows = part[part["metric"] == metric]
-        higher = direction(rows, metric)
-        sign = -1 if higher is False else 1
+        sign = -1 if direction(rows, metric) is False else 1
         scale = rows[["difference", "difference_low", "difference_high"]].abs().max(axis=None) or 1.0
-        name = f"{words(metric)} ({ {True: 'up', False: 'down'}.get(higher, '-') })"
+        name = f"{words(metric)} ({arrow(rows.iloc[0])})"
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
             sides = errors(row, "difference")[::sign]
