@@ -32,7 +32,7 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.files import write_bytes, write_text
+from eval.files import write_bytes
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
@@ -208,13 +208,10 @@ def _typed(column: pd.Series) -> pd.Series:
 
 def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
     """Write `<to>.csv`, `<to>_problems.csv` and, where pyarrow is installed, `<to>.parquet`; return the files."""
-    files = [
-        write_text(to.with_name(f"{to.name}.csv"), table.to_csv(index=False)),
-        write_text(to.with_name(f"{to.name}_problems.csv"), problems.to_csv(index=False)),
-    ]
+    files = {".csv": table.to_csv(index=False).encode(), "_problems.csv": problems.to_csv(index=False).encode()}
     if importlib.util.find_spec("pyarrow"):
-        files.insert(1, write_bytes(to.with_name(f"{to.name}.parquet"), table.to_parquet(index=False)))
-    return files
+        files[".parquet"] = table.to_parquet(index=False)
+    return [write_bytes(to.with_name(f"{to.name}{ending}"), content) for ending, content in files.items()]
 
 
 def main(argv: list[str]) -> None:

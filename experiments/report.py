@@ -210,8 +210,7 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
         settings |= {column: spelled(common[column]) for column in ("device", "commit")}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
-        found.append({"model": model, "title": name, "id": run_id, "folder": run.folder, "manifest": manifest,
-                      "settings": settings})  # fmt: skip
+        found.append({"model": model, "title": name, "folder": run.folder, "manifest": manifest, "settings": settings})
     return found
 
 
