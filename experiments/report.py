@@ -48,8 +48,8 @@ from experiments.timing.rows import MEASURED
 
 log = logging.getLogger(__name__)
 
-#: Tables in the order of the page: the claims, all others by their names, what they rest on.
-FIRST, LAST = ("diversity", "copyright", "latency"), ("sweep", "memorised")
+#: Tables in the order of the page: the claims, all others ("") by their names, what they rest on.
+ORDER = ("diversity", "copyright", "latency", "", "sweep", "memorised")
 #: Of a reduced image, in pixels; smaller ones keep their size.
 SIDE = 256
 #: Marks a page as made here, which may be replaced.
@@ -86,7 +86,8 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
     others = into.exists() and any(entry.name != PICTURES and entry.name[0] != "." for entry in into.iterdir())
     if others and not (page.is_file() and MARK.encode() in page.read_bytes()):
         raise ValueError(f"expected an earlier page, an empty folder or none, got {into}: choose another --into")
-    names = sorted((path.stem for path in results.glob("*.csv") if path.stem != "paper"), key=_place)
+    names = sorted(path.stem for path in results.glob("*.csv") if path.stem != "paper")
+    names.sort(key=lambda name: ORDER.index(name if name in ORDER else ""))
     if not names:
         raise FileNotFoundError(f"expected tables in {results}, got none: make one with {commands('diversity')[0]}")
     pictures: dict[str, bytes] = {}
@@ -114,11 +115,6 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
             if re.fullmatch(r"[0-9a-f]{16}\.[a-z]+", file.name) and file.name not in pictures:
                 file.unlink()
     return page
-
-
-def _place(name: str) -> tuple[int, str]:
-    places = (*FIRST, "", *LAST)
-    return places.index(name if name in places else ""), name
 
 
 def _section(name: str, results: Path, outputs: Path, put: Put, groups: int) -> dict[str, Any]:
