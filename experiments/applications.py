@@ -118,7 +118,6 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
-    named = any(argument.startswith("method=") for argument in argv)
-    for cfg in expand(argv if named else ["method=negtome", *argv]):
+    for cfg in expand(["method=negtome", *argv]):
         for file in make_pictures(cfg):
             print(file)
