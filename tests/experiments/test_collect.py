@@ -125,7 +125,7 @@ def test_scores_that_do_not_belong_to_the_images_are_stale(copy):
     assert len(table) == 0 and whole == 12
     assert len(problems) == 6
     texts = [problems[file.relative_to(outputs).as_posix()] for file in (one, two, three)]
-    assert texts[0].startswith("expected a metric's JSON")
+    assert texts[0].startswith("expected JSON in")
     assert texts[1].startswith(f"of another version: expected {document['version']}, got {document['version'] - 1}")
     assert texts[2].startswith("damaged or foreign: KeyError")
     stale = [text for path, text in problems.items() if pushed.name in path]
