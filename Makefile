@@ -6,8 +6,8 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
+.PHONY: help install sweep cfg-scale publish latency report doctor mini-models test test-slow test-gpu lint
 
-.PHONY: help
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -22,7 +22,6 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-.PHONY: install
 install: $(VENV)/.installed-dev  ## everything but the training packages, into .venv
 
 # reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
@@ -30,34 +29,23 @@ reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduc
 	$(PY) -m experiments.reproduce experiment=$* $(ARGS)
 FORCE:
 
-.PHONY: sweep
 sweep: reproduce-sweep  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
 
-.PHONY: cfg-scale
 cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## without and with NegToMe at every scale of guidance (15 minutes)
 
-.PHONY: publish
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
 	$(PY) -m experiments.plot experiment=$(EXPERIMENT) results=results $(ARGS)
 
-.PHONY: search
-search: $(VENV)/.installed-experiments,search  ## the most diversity within a loss of CLIPScore, by Optuna (16 minutes)
-	$(PY) -m experiments.search experiment=search $(ARGS)
-
-.PHONY: latency
 latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (6 minutes on a CPU)
 	$(PY) -m experiments.latency experiment=latency $(ARGS)
 
-.PHONY: report
 report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
 	$(PY) -m experiments.report $(ARGS)
 
-.PHONY: doctor
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
 	@$(PY) -m experiments.doctor
 
-.PHONY: mini-models
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
 	$(PY) -m experiments.training.train --out outputs/mini --npm outputs/npm $(ARGS)
 	$(PY) -m experiments.training.export --work outputs/mini --models models
@@ -65,19 +53,15 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.training.protected --npm outputs/npm --out models/mini-protected
 	$(PY) -m experiments.training.memorised
 
-.PHONY: test
 test: $(VENV)/.installed-dev  ## the whole suite, offline, on a CPU (4 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
-.PHONY: test-slow
 test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, joblib, Slurm's local executor, several processes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
-.PHONY: test-gpu
 test-gpu: $(VENV)/.installed-dev  ## what only CUDA shows: kernels in halves, memory, that nothing waits for the device
 	$(PY) -m pytest -m gpu $(ARGS)
 
-.PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -15,17 +15,16 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 import negtome
+from eval.images import load_picture
 from experiments import pipelines, project_path, select_device
 from experiments.configs import build, expand, flag
 from experiments.figures.image_grid import contact_sheet, save_sheet
@@ -35,11 +34,25 @@ from experiments.methods.negtome import NegToMe
 HALVES = ("left", "right", "top", "bottom")
 
 
-@dataclass(frozen=True)
-class Application:
-    """One use of a reference.
+def draw(
+    pipe: Any,
+    call: dict[str, Any],
+    config: negtome.NegToMeConfig,
+    *,
+    description: str,
+    prompt: str,
+    alphas: Sequence[float],
+    reference: str | None = None,
+    blur: float = 0.0,
+    mask: str | None = None,
+    seeds: Sequence[int] = (0, 1),
+) -> Image.Image:
+    """Return the sheet of one use: for each seed the reference, the image without it, and one for each alpha.
 
     Args:
+        pipe: a stock pipeline.
+        call: the keyword arguments that it is called with.
+        config: the settings other than alpha.
         description: what is to be seen, a sentence.
         prompt: what is generated.
         alphas: strengths, one image each; below 0 pulls towards the reference.
@@ -51,55 +64,36 @@ class Application:
     Raises:
         ValueError: a setting is out of range.
     """
+    if mask not in (None, *HALVES):
+        raise ValueError(f"an application's mask must be null or one of {HALVES}, got {mask!r}")
+    if not 0 <= blur <= 1:
+        raise ValueError(f"an application's blur must be a share of the image's side in [0, 1], got {blur}")
+    if not alphas or not seeds:
+        raise ValueError("an application needs at least one alpha and one seed, got none")
 
-    description: str
-    prompt: str
-    alphas: Sequence[float]
-    reference: str | None = None
-    blur: float = 0.0
-    mask: str | None = None
-    seeds: Sequence[int] = (0, 1)
+    def generated(seed: int) -> Image.Image:
+        return pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
 
-    def __post_init__(self) -> None:
-        if self.mask not in (None, *HALVES):
-            raise ValueError(f"an application's mask must be null or one of {HALVES}, got {self.mask!r}")
-        if not 0 <= self.blur <= 1:
-            raise ValueError(f"an application's blur must be a share of the image's side in [0, 1], got {self.blur}")
-        if not self.alphas or not self.seeds:
-            raise ValueError("an application needs at least one alpha and one seed, got none")
+    rows = []
+    for seed in tqdm(seeds, desc=prompt, unit="row", dynamic_ncols=True):
+        plain = generated(seed)
+        shown = plain if reference is None else load_picture(project_path(reference))
+        if blur:
+            shown = shown.filter(ImageFilter.GaussianBlur(blur * min(shown.size)))
+        images = [shown, plain]
+        for alpha in alphas:
+            given = negtome.Reference(shown, mask=None if mask is None else _half(mask, *shown.size))
+            with negtome.attach(pipe, config.replace(alpha=alpha), given=given):
+                images.append(generated(seed))
+        rows.append((f"{description}; seed {seed}", [[image] for image in images]))
+    return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows, tile=112)
 
-    def draw(self, pipe: Any, call: dict[str, Any], config: negtome.NegToMeConfig) -> Image.Image:
-        """Return the sheet: for each seed the reference, the image without it, and one for each alpha.
 
-        Args:
-            pipe: a stock pipeline.
-            call: the keyword arguments that it is called with.
-            config: the settings other than alpha.
-        """
-        rows = []
-        for seed in tqdm(self.seeds, desc=self.prompt, unit="row", dynamic_ncols=True):
-            plain = self._generate(pipe, call, seed)
-            shown = plain if self.reference is None else Image.open(project_path(self.reference)).convert("RGB")
-            if self.blur:
-                shown = shown.filter(ImageFilter.GaussianBlur(self.blur * min(shown.size)))
-            images = [shown, plain]
-            for alpha in self.alphas:
-                given = negtome.Reference(shown, mask=self._mask(*shown.size))
-                with negtome.attach(pipe, config.replace(alpha=alpha), given=given):
-                    images.append(self._generate(pipe, call, seed))
-            rows.append((f"{self.description}; seed {seed}", [[image] for image in images]))
-        return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in self.alphas)], rows, tile=112)
-
-    def _generate(self, pipe: Any, call: dict[str, Any], seed: int) -> Image.Image:
-        return pipe(self.prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
-
-    def _mask(self, width: int, height: int) -> torch.Tensor | None:
-        if self.mask is None:
-            return None
-        mask = torch.zeros(height, width, dtype=torch.bool)
-        halves = (*mask.tensor_split(2, dim=1), *mask.tensor_split(2, dim=0))
-        halves[HALVES.index(self.mask)].fill_(True)
-        return mask
+def _half(side: str, width: int, height: int) -> torch.Tensor:
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    halves = (*mask.tensor_split(2, dim=1), *mask.tensor_split(2, dim=0))
+    halves[HALVES.index(side)].fill_(True)
+    return mask
 
 
 def make_pictures(cfg: DictConfig) -> list[Path]:
@@ -118,13 +112,12 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     results.mkdir(parents=True, exist_ok=True)
     files = []
     for name, spec in cfg.applications.items():
-        sheet = instantiate(spec, _convert_="all").draw(pipe, dict(cfg.model.call), method.config)
+        sheet = draw(pipe, dict(cfg.model.call), method.config, **OmegaConf.to_container(spec, resolve=True))
         files.append(save_sheet(sheet, results / f"applications_{name}_{cfg.model.name}.png"))
     return files
 
 
 def main(argv: list[str]) -> None:
-    named = any(argument.startswith("method=") for argument in argv)
-    for cfg in expand(argv if named else ["method=negtome", *argv]):
+    for cfg in expand(["method=negtome", *argv]):
         for file in make_pictures(cfg):
             print(file)

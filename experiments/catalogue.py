@@ -12,8 +12,12 @@ from hydra.utils import get_class
 from experiments import PROJECT
 from experiments.methods.method import Method, Setting
 
-#: Colours that a method's file may name, each with a shape of its own in figures; black is for the run without any.
-PALETTE = ("black", "blue", "red", "green", "purple", "orange", "sky", "yellow")
+#: Colours that a method's file may name: Okabe and Ito's, told apart with any colour vision, and a shape each for print
+#: without colours. Black is for the run without a method.
+PALETTE = {
+    "black": ("#000000", "o"), "blue": ("#0072B2", "s"), "red": ("#D55E00", "^"), "green": ("#009E73", "D"),
+    "purple": ("#CC79A7", "v"), "orange": ("#E69F00", "P"), "sky": ("#56B4E9", "X"), "yellow": ("#F0E442", "*"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Entry:
     Attributes:
         method: its class.
         title: what figures call it.
-        colour: its own, one of `PALETTE`; None: what the others of a figure leave.
+        colour: its own in every figure, one of `PALETTE`; None: what the others of a figure leave.
     """
 
     method: type[Method]
@@ -57,16 +61,6 @@ def _read(name: str) -> dict[str, Any]:
             based |= _read(base)
     # A title is of one method, as is a colour.
     return {key: value for key, value in based.items() if key not in ("title", "colour")} | spec
-
-
-def titles() -> dict[str, str]:
-    """Return the methods' titles by their names."""
-    return {name: entry.title for name, entry in entries().items()}
-
-
-def places() -> dict[str, int]:
-    """Return the place in `PALETTE` of every method that has a colour of its own, by its name."""
-    return {name: PALETTE.index(entry.colour) for name, entry in entries().items() if entry.colour}
 
 
 def settings(*names: str) -> tuple[Setting, ...]:

@@ -9,8 +9,7 @@ what (group, prompt, category, seed, number of images), and the value. A metric 
 without a group, and so has one whose groups have no number of their own, as an entropy.
 
 What cannot be taken is in `<table>_problems.csv`, a line a file or folder with the reason: damaged, half-finished and
-foreign runs; scores of another version or of other images than there are now; runs that were not scored. Pages of
-experiments.report hold copies of images in folders of runs' names, and are left out.
+foreign runs; scores of another version or of other images than there are now; runs that were not scored.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.files import write_bytes, write_text
+from eval.files import write_bytes
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
@@ -41,13 +40,26 @@ from experiments.runs import GENERATION_VERSION, Run, canonical
 
 #: Files of which a run folder has at least one, however damaged.
 MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")
-#: Columns of the table; settings of the call and the method stand between, as `call.NAME` and `method.NAME`.
-HEAD = ["experiment", "model", "kind", "architecture", "source", "dtype", "compile"]
-TAIL = [
-    "prompts", "split", "run_id", "weights", "code", "device", "torch", "diffusers", "transformers", "cpu", "commit",
-    "date", "metric", "metric_version", "encoder", "encoder_id", "unit", "higher_is_better", "aggregate", "group",
-    "prompt_id", "prompt", "category", "seed", "n_images", "value",
-]  # fmt: skip
+#: Columns before the settings, and where their values are in a run's identity and environment.
+HEAD = {
+    "experiment": "experiment", "model": "request.model.name", "kind": "request.model.kind",
+    "architecture": "request.model.architecture", "source": "request.model.source", "dtype": "request.model.dtype",
+    "compile": "request.compile",
+}  # fmt: skip
+#: What the columns of the settings of the call and of the method begin with, and where these are.
+SETTINGS = {"call.": "request.model.call.", "method.": "request.method.settings."}
+#: Columns after the settings: of the run, of a metric's document, and of one of its groups.
+RUN = {
+    "prompts": "request.prompts.name", "split": "request.prompts.split", "run_id": "run_id", "weights": "weights",
+    "code": "code", "device": "machine.device", "torch": "machine.torch", "diffusers": "machine.diffusers",
+    "transformers": "machine.transformers", "cpu": "environment.cpu", "commit": "environment.commit",
+    "date": "environment.date",
+}  # fmt: skip
+DOCUMENT = {
+    "metric": "metric", "metric_version": "version", "encoder": "encoder.name", "encoder_id": "encoder.id",
+    "unit": "unit", "higher_is_better": "higher_is_better", "aggregate": "aggregate",
+}  # fmt: skip
+GROUP = ["group", "prompt_id", "prompt", "category", "seed", "n_images", "value"]
 PROBLEMS = ["path", "problem"]
 
 
@@ -56,7 +68,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
 
     Args:
         folder: where to look, at any depth, or a run's own; relative paths are relative to the project. Hidden folders
-            and reports are left out.
+            are left out.
 
     Returns:
         The table, rows by run, metric and group; and the problems: `path` relative to the folder, and `problem`.
@@ -70,29 +82,32 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     versions = metric_versions()
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
+
+    def refuse(path: Path, error: Exception) -> None:
+        reason = f"{error}" if isinstance(error, ValueError) else f"damaged or foreign: {type(error).__name__}: {error}"
+        problems.append({"path": path.relative_to(folder).as_posix(), "problem": " ".join(reason.split())})
+
     for place in run_folders(folder):
-        if place != folder and place.is_symlink():
-            reason = "a link, which is not followed: collect the folder that it links to"
-            problems.append({"path": place.relative_to(folder).as_posix(), "problem": reason})
+        try:
+            if place != folder and place.is_symlink():
+                raise ValueError("a link, which is not followed: collect the folder that it links to")
+            run, images = _read_run(Run(place))
+        except Exception as error:  # a foreign folder may hold anything
+            refuse(place, error)
             continue
-        for found in _rows(place, versions):
-            if isinstance(found, Problem):
-                path = (place / found.file).relative_to(folder).as_posix()
-                problems.append({"path": path, "problem": found.reason})
-            else:
-                rows.append(found)
-    settings = sorted({name for row in rows for name in row} - {*HEAD, *TAIL})
+        files = sorted((place / METRICS).glob("*.json"))
+        if not files:
+            refuse(place, ValueError("not scored: run experiments.evaluate with its settings"))
+        for file in files:
+            try:
+                rows += [run | row for row in _read_score(file, images, versions)]
+            except Exception as error:
+                refuse(file, error)
+    head, tail = [*HEAD], [*RUN, *DOCUMENT, *GROUP]
+    settings = sorted({name for row in rows for name in row} - {*head, *tail})
     settings.sort(key=lambda name: not name.startswith("call."))
-    table = pd.DataFrame(rows, columns=[*HEAD, *settings, *TAIL], dtype=object)
+    table = pd.DataFrame(rows, columns=[*head, *settings, *tail], dtype=object)
     return table.apply(_typed), pd.DataFrame(problems, columns=PROBLEMS)
-
-
-class Problem:
-    """A file of a run, or the run itself (""), that cannot be taken, and why."""
-
-    def __init__(self, file: str, reason: str) -> None:
-        self.file = file
-        self.reason = " ".join(reason.split())
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
@@ -105,18 +120,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
         if all(signs) if path == folder else any(signs):
             names.clear()
             yield path
-        elif "index.html" in files and _is_report(path / "index.html"):
-            names.clear()
         yield from (path / name for name in names if (path / name).is_symlink())
-
-
-def _is_report(page: Path) -> bool:
-    from experiments.report import MARK  # loads all that draws, which nothing else here needs
-
-    if not page.is_file():
-        return False
-    with page.open("rb") as file:
-        return MARK.encode() in file.read(1 << 16)
 
 
 def metric_versions() -> dict[str, set[int]]:
@@ -129,127 +133,67 @@ def metric_versions() -> dict[str, set[int]]:
     return versions
 
 
-def _rows(folder: Path, versions: dict[str, set[int]]) -> Iterator[dict[str, Any] | Problem]:
-    """Yield a run's rows, and what is wrong with it; never raise for what lies in the folder."""
-    run = Run(folder)
-    try:
-        if not (folder / "config.yaml").is_file():
-            yield Problem("", "damaged or foreign: expected a run folder, got one without config.yaml")
-            return
-        about = _about(run)
-    except Exception as error:  # a foreign folder may hold anything
-        yield Problem("", f"damaged or foreign: {type(error).__name__}: {error}")
-        return
-    if not run.complete:
-        n_done, n_all = len(list(folder.glob("images/*/[0-9]*/group.json"))), about.pop("n_groups")
-        yield Problem(
-            "", f"half-finished: {n_done} of {n_all} groups; run experiments.generate with its settings again"
-        )
-        return
-    del about["n_groups"]
-    if about.pop("version") != GENERATION_VERSION:
-        yield Problem("", f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
-        return
-    try:
-        run.check_manifest()
-        manifest = read_manifest(folder)
-        rows_hash(folder, manifest)
-    except Exception as error:
-        yield Problem("", f"damaged: {error}")
-        return
-    files = sorted((folder / METRICS).glob("*.json"))
-    if not files:
-        yield Problem("", "not scored: run experiments.evaluate with its settings")
-    for file in files:
-        try:
-            yield from _rows_of_document(file, manifest, about, versions)
-        except Exception as error:
-            yield Problem(f"{METRICS}/{file.name}", f"damaged: {type(error).__name__}: {error}")
+def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
+    """Return what was run and where it comes from, by column, and the run's images.
 
-
-def _about(run: Run) -> dict[str, Any]:
-    """Return the columns that say what was run and where it comes from; `version` and `n_groups` beside them."""
-    identity, environment = run.identity, run.environment
+    Raises:
+        ValueError: it is no complete run of this version, or damaged.
+        Exception: any other, of a foreign folder.
+    """
+    if not (run.folder / "config.yaml").is_file():
+        raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
+    identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
     asked = identity["request"]
-    model, method, prompts = asked["model"], asked["method"], asked["prompts"]
-    return {
-        "experiment": run.folder.parents[2].name,
-        "model": model["name"],
-        **{name: model[name] for name in ("kind", "architecture", "source", "dtype")},
-        "compile": asked["compile"],
-        **{f"call.{name}": _flat(value) for name, value in model["call"].items()},
-        **_settings(method),
-        "prompts": prompts["name"],
-        "split": prompts["split"],
-        "run_id": run.id,
-        **{name: identity[name] for name in ("weights", "code")},
-        **{name: identity["machine"][name] for name in ("device", "torch", "diffusers", "transformers")},
-        "commit": environment["commit"],
-        "date": environment["date"],
-        "cpu": environment.get("cpu"),
-        "version": asked["version"],
-        "n_groups": len(prompts["groups"]),
-    }
+    found = _flat({"experiment": run.folder.parents[2].name, "run_id": run.id, "environment": environment, **identity})
+    columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": asked["method"]["name"]}
+    for prefix, path in SETTINGS.items():
+        columns |= {prefix + name.removeprefix(path): found[name] for name in found if name.startswith(path)}
+    for setting in catalogue.settings():
+        if len(setting.columns) == 2 and f"method.{setting.name}" in columns:
+            cells = setting.cells({setting.name: columns.pop(f"method.{setting.name}")})
+            columns |= {f"method.{column}": cell for column, cell in cells.items()}
+    if not run.complete:
+        n_done, n_all = len(list(run.folder.glob("images/*/[0-9]*/group.json"))), len(asked["prompts"]["groups"])
+        raise ValueError(f"half-finished: {n_done} of {n_all} groups; run experiments.generate with its settings again")
+    if asked["version"] != GENERATION_VERSION:
+        raise ValueError(f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
+    run.check_manifest()
+    images = read_manifest(run.folder)
+    rows_hash(run.folder, images)
+    return columns, images
 
 
-def _settings(method: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's name and settings as columns; a range as two numbers."""
-    ranges = {setting.name: setting for setting in catalogue.settings() if len(setting.columns) == 2}
-    columns = {"method": method["name"]}
-    for name, value in method["settings"].items():
-        cells = ranges[name].cells(method["settings"]) if name in ranges else {name: _flat(value)}
-        columns |= {f"method.{column}": cell for column, cell in cells.items()}
-    return columns
+def _read_score(file: Path, images: list[ManifestRow], versions: dict[str, set[int]]) -> list[dict[str, Any]]:
+    """Return what was measured, by column: a row a group, or one where groups have no number of their own.
 
-
-def _flat(value: Any) -> Any:
-    """Return what fits into a cell: numbers and texts as they are, anything within anything as JSON."""
-    return canonical(value) if isinstance(value, (dict, list)) else value
-
-
-def _rows_of_document(
-    file: Path, manifest: list[ManifestRow], about: dict[str, Any], versions: dict[str, set[int]]
-) -> Iterator[dict[str, Any] | Problem]:
+    Raises:
+        ValueError: it is of another version of the metric, of other images, or damaged.
+        Exception: any other, of a foreign file.
+    """
     document = read_document(file)
-    name, problem = document["metric"], f"{METRICS}/{file.name}"
-    if document["version"] not in versions.get(name, {document["version"]}):
-        known = " or ".join(str(version) for version in sorted(versions[name]))
-        yield Problem(problem, f"of another version: expected {known}, got {document['version']}; evaluate again")
-        return
-    only = document.get("only")
-    measured = [row for row in manifest if only is None or any(fnmatchcase(row.prompt_id, one) for one in only)]
+    name, version, only = document["metric"], document["version"], document.get("only")
+    if version not in versions.get(name, {version}):
+        known = " or ".join(map(str, sorted(versions[name])))
+        raise ValueError(f"of another version: expected {known}, got {version}; evaluate again")
+    measured = [row for row in images if only is None or any(fnmatchcase(row.prompt_id, one) for one in only)]
     if rows_hash(file.parents[1], measured) != document["manifest_sha256"]:
-        yield Problem(problem, "stale: the images are others than those that were scored; evaluate again")
-        return
-    common = about | {
-        "metric": name,
-        "metric_version": document["version"],
-        "encoder": document["encoder"]["name"],
-        "encoder_id": document["encoder"]["id"],
-        **{key: document[key] for key in ("unit", "higher_is_better", "aggregate")},
-    }
-    groups = group_rows(measured)
-    rows = [
-        common
-        | {
-            "group": group["group"],
-            **_of_group(groups, group["group"]),
-            "category": group["category"],
-            "n_images": group["n_images"],
-            "value": float(group["value"]),
-        }
-        for group in document["groups"]
-        if "value" in group
-    ]
-    yield from rows or [common | {"n_images": document["n_images"], "value": float(document["value"])}]
+        raise ValueError("stale: the images are others than those that were scored; evaluate again")
+    found, groups = _flat(document), group_rows(measured)
+    columns = {column: found[path] for column, path in DOCUMENT.items()}
+    rows = []
+    for group in document["groups"]:
+        if "value" in group:
+            row = columns | {key: group[key] for key in ("group", "category", "n_images", "value")}
+            if group["group"] in groups:  # no pool of groups, as a category's
+                first = groups[group["group"]][0]
+                row |= {"prompt_id": first.prompt_id, "prompt": first.prompt, "seed": first.group_seed}
+            rows.append(row)
+    return rows or [columns | {key: document[key] for key in ("n_images", "value")}]
 
 
-def _of_group(groups: dict[str, list[ManifestRow]], name: str) -> dict[str, Any]:
-    """Return a group's prompt and seed; nothing of pools of groups, as a category's."""
-    if name not in groups:
-        return {}
-    first = groups[name][0]
-    return {"prompt_id": first.prompt_id, "prompt": first.prompt, "seed": first.group_seed}
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what is within a JSON object by its path, as `request.model.name`; anything deeper as it is."""
+    return pd.json_normalize(values, max_level=3).to_dict("records")[0]
 
 
 def _typed(column: pd.Series) -> pd.Series:
@@ -264,13 +208,10 @@ def _typed(column: pd.Series) -> pd.Series:
 
 def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
     """Write `<to>.csv`, `<to>_problems.csv` and, where pyarrow is installed, `<to>.parquet`; return the files."""
-    files = [
-        write_text(to.with_name(f"{to.name}.csv"), table.to_csv(index=False)),
-        write_text(to.with_name(f"{to.name}_problems.csv"), problems.to_csv(index=False)),
-    ]
+    files = {".csv": table.to_csv(index=False).encode(), "_problems.csv": problems.to_csv(index=False).encode()}
     if importlib.util.find_spec("pyarrow"):
-        files.insert(1, write_bytes(to.with_name(f"{to.name}.parquet"), table.to_parquet(index=False)))
-    return files
+        files[".parquet"] = table.to_parquet(index=False)
+    return [write_bytes(to.with_name(f"{to.name}{ending}"), content) for ending, content in files.items()]
 
 
 def main(argv: list[str]) -> None:

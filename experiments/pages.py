@@ -9,16 +9,7 @@ import pandas as pd
 
 from experiments import project_path
 from experiments.methods.method import Setting
-from experiments.tables import (
-    CALL,
-    OF_METHODS,
-    ROLES,
-    SETTING,
-    latex,
-    markdown,
-    settings_in,
-    words,
-)
+from experiments.tables import CALL, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
@@ -82,7 +73,8 @@ def _cell(row: pd.Series) -> str:
     return f"{row['value']:.{digits}f}; {change(row)}"
 
 
-def _arrow(row: pd.Series) -> str:
+def arrow(row: pd.Series) -> str:
+    """Say which direction of a row's metric is better."""
     return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
 
 
@@ -136,7 +128,7 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
             for _, row in tested[tested["primary"] == role].iterrows():
                 by = f" by {row['encoder']}" if several[row["metric"]] else ""
                 metric = f"{words(row['metric'])}{by}"
-                entry[f"{metric} ({_arrow(row)})"] = _cell(row)
+                entry[f"{metric} ({arrow(row)})"] = _cell(row)
                 entry[f"{metric}: p"] = printed_p(row["p_holm"])
                 if role == "quality":
                     entry["quality kept"] = _kept(row)
@@ -149,13 +141,6 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
         entry |= {count: int(counted[f"n_{count}"]) for count in ("units", "groups", "images")}
         table.append(entry)
     return pd.DataFrame(table).fillna("")
-
-
-def short_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the narrow table of the README: one row a run, the primary metrics' values and differences alone."""
-    main = main_table(frame)
-    columns = [column for column in main if column.endswith((" (up)", " (down)"))]
-    return main[["model", "method", *columns, "images"]]
 
 
 def _kept(row: pd.Series) -> str:
@@ -175,7 +160,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     others = frame[~frame["primary"].isin(ROLES)]
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in others.iterrows():
-        key = (row["model"], words(row["metric"]), _arrow(row), row["encoder"], f"{row['n_units']:.0f}")
+        key = (row["model"], words(row["metric"]), arrow(row), row["encoder"], f"{row['n_units']:.0f}")
         table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
     heads = ("model", "metric", "better", "scored by", "units")
     rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]

@@ -16,17 +16,14 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
-import glob
 import hashlib
+import io
 import itertools
 import logging
 import re
-import shutil
-import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pandas as pd
 from hydra.errors import HydraException
@@ -36,7 +33,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
-from eval.files import content_hash, sweep, write_text
+from eval.files import write_text
 from eval.images import ManifestRow, group_rows, load_picture, read_manifest
 from experiments import PROJECT, catalogue, pages, project_path
 from experiments.configs import first
@@ -51,32 +48,28 @@ from experiments.timing.rows import MEASURED
 
 log = logging.getLogger(__name__)
 
-#: Tables in the order of the page: the claims, all others by their names, what they rest on.
-FIRST, LAST = ("diversity", "copyright", "latency"), ("sweep", "memorised")
+#: Tables in the order of the page: the claims, all others ("") by their names, what they rest on.
+ORDER = ("diversity", "copyright", "latency", "", "sweep", "memorised")
 #: Of a reduced image, in pixels; smaller ones keep their size.
 SIDE = 256
-#: Shown of every model where no script chooses.
-STATIC_GROUPS = 3
 #: Marks a page as made here, which may be replaced.
 MARK = '<meta name="generator" content="experiments.report">'
-#: What the folder of a page's pictures is called while its content, and so its name, is not known.
-PICTURES = "pictures-of-a-page-that-is-being-made"
-#: What it is called then.
-NAMED = re.compile("pictures-[0-9a-f]{12}")
-#: Held while a page is put in the place of another; in the page's folder.
-LOCK = ".lock"
+#: Folder of a page's pictures, beside it, each named after its content.
+PICTURES = "pictures"
+#: Puts a picture's content, of a kind as png, beside the page, and returns its address there.
+Put = Callable[[bytes, str], str]
 
 
 def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
     """Write the page and what it shows into a folder; nothing else in it is touched.
 
-    All pictures lie in one folder that is named after their content, so that a page of before stays whole until the new
-    one takes its place, by one rename, and whoever is killed or comes second leaves a whole page.
+    As pictures are named after their content, none takes another's place: a page of before stays whole until the new
+    one replaces it, and whoever is killed or comes second leaves a whole page.
 
     Args:
         results: folder of the tables.
-        outputs: folder of the runs.
-        into: the page's folder.
+        outputs: folder of the runs; it need not exist.
+        into: folder of the page; either it holds an earlier page, or nothing, or it does not exist.
         groups: of how many groups of a model the images are shown, evenly over the categories.
 
     Returns:
@@ -90,59 +83,42 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
     if groups < 0:
         raise ValueError(f"expected a number of groups of at least 0, got {groups}: 0 shows no images")
     page = into / "index.html"
-    others = into.exists() and any(entry.name != LOCK and not NAMED.fullmatch(entry.name) for entry in into.iterdir())
+    others = into.exists() and any(entry.name != PICTURES and entry.name[0] != "." for entry in into.iterdir())
     if others and not (page.is_file() and MARK.encode() in page.read_bytes()):
         raise ValueError(f"expected an earlier page, an empty folder or none, got {into}: choose another --into")
-    names = sorted((path.stem for path in results.glob("*.csv") if path.stem != "paper"), key=_place)
+    names = sorted(path.stem for path in results.glob("*.csv") if path.stem != "paper")
+    names.sort(key=lambda name: ORDER.index(name if name in ORDER else ""))
     if not names:
         raise FileNotFoundError(f"expected tables in {results}, got none: make one with {commands('diversity')[0]}")
-    sweep(into.parent, f".{glob.escape(into.name)}.*")
-    folder = into.with_name(f".{into.name}.{uuid.uuid4().hex}")
-    try:
-        (folder / "figures").mkdir(parents=True)
-        sections = [_section(name, results, outputs, folder, groups) for name in names]
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        )  # fmt: skip
-        text = environment.get_template("report.html").render(sections=sections, mark=Markup(MARK), pages=pages)
-        _put(folder, text, page)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    pictures: dict[str, bytes] = {}
+
+    def put(content: bytes, kind: str) -> str:
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
+        pictures[name] = content
+        return f"{PICTURES}/{name}"
+
+    sections = [_section(name, results, outputs, put, groups) for name in names]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["lines"] = _lines
+    text = environment.get_template("report.html").render(sections=sections, mark=Markup(MARK), pages=pages)
+    with locked(into / ".lock"):
+        (into / PICTURES).mkdir(exist_ok=True)
+        for name, content in pictures.items():
+            file = into / PICTURES / name
+            if not (file.is_file() and file.read_bytes() == content):
+                file.write_bytes(content)
+        write_text(page, text)
+        for file in (into / PICTURES).iterdir():
+            if re.fullmatch(r"[0-9a-f]{16}\.[a-z]+", file.name) and file.name not in pictures:
+                file.unlink()
     return page
 
 
-def _put(pictures: Path, text: str, page: Path) -> None:
-    """Put a page and its pictures in the place of the one before."""
-    name = f"pictures-{_digest(pictures)}"
-    with locked(page.parent / LOCK):
-        there = page.parent / name
-        if there.exists() and not name.endswith(_digest(there)):  # killed while it was removed, or changed by hand
-            shutil.rmtree(there)
-        if not there.exists():
-            pictures.rename(there)
-        write_text(page, text.replace(PICTURES, name))
-        for entry in page.parent.iterdir():
-            if NAMED.fullmatch(entry.name) and entry.name != name and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-
-
-def _digest(folder: Path) -> str:
-    """Return 12 hexadecimal digits of what a folder holds."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\n{content_hash(file)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _place(name: str) -> tuple[int, str]:
-    if name in FIRST:
-        return FIRST.index(name) - len(FIRST), name
-    return (LAST.index(name) + 1 if name in LAST else 0), name
-
-
-def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int) -> dict[str, Any]:
-    """Return what the page says of one table, its files written."""
+def _section(name: str, results: Path, outputs: Path, put: Put, groups: int) -> dict[str, Any]:
+    """Return what the page says of one table."""
     path = results / f"{name}.csv"
     frame = read_csv(path)
     configured = PROJECT / "conf" / "experiment" / f"{name}.yaml"
@@ -153,35 +129,33 @@ def _section(name: str, results: Path, outputs: Path, folder: Path, groups: int)
         "models": list(frame["model"].unique()) if "model" in frame else [],
     }
     if not set(frame.columns) >= REQUIRED or not (frame["experiment"] == name).all() or frame.empty:
-        return section | _foreign(name, frame, results, folder)
+        return section | _foreign(name, frame, results, put)
     check_names(frame, path)
     frame = whole(frame)
     runs = _runs(frame, outputs)
     drawn = []
-    for figure_name, (figure, what) in called_for(frame).items():
-        file = f"figures/{name}_{figure_name}.svg"
-        (folder / file).write_bytes(encode(figure, "svg"))
+    for figure, what in called_for(frame).values():
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        drawn.append({"file": quote(f"{PICTURES}/{file}"), "alt": what, "width": width, "height": height})
+        drawn.append({"file": put(encode(figure, "svg"), "svg"), "alt": what, "width": width, "height": height})
     settings = pd.DataFrame([run["settings"] for run in runs]).replace("", None).dropna(axis="columns", how="all")
     return section | {
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
         "findings": [finding.removeprefix("- ").split(": ", 1) for finding in pages.findings(frame)],
-        "main": _table(pages.main_table(frame)),
+        "main": pages.main_table(frame),
         "scored_by": pages.scored_by(frame),
-        "paper": _table(pages.paper_table(name)),
-        "others": _table(pages.other_table(frame)),
+        "paper": pages.paper_table(name),
+        "others": pages.other_table(frame),
         "figures": drawn,
         "galleries": [
-            _gallery(name, model, [run for run in runs if run["model"] == model], results, folder, groups)
+            _gallery(name, model, [run for run in runs if run["model"] == model], results, put, groups)
             for model in section["models"]
         ],
-        "settings": _table(settings.fillna("")),
+        "settings": settings.fillna(""),
         "foreign": None,
     }
 
 
-def _foreign(name: str, frame: pd.DataFrame, results: Path, folder: Path) -> dict[str, Any]:
+def _foreign(name: str, frame: pd.DataFrame, results: Path, put: Put) -> dict[str, Any]:
     """Return the rest of a section of a table with columns of its own: what it holds, and the pictures beside it."""
     if set(MEASURED) <= set(frame.columns):
         cfg = first([f"experiment={name}"])
@@ -196,28 +170,21 @@ def _foreign(name: str, frame: pd.DataFrame, results: Path, folder: Path) -> dic
     files = [file for file in files if not _is_elsewhere(file, results)]
     return {
         "runs_here": "",
-        "figures": [_copied(file, folder, f"{file.stem}: a picture beside the table") for file in files],
-        "foreign": [(head, _table(table)) for head, table in found],
+        "figures": [_copied(file, put, f"{file.stem}: a picture beside the table") for file in files],
+        "foreign": found,
     }
 
 
-def _copied(file: Path, folder: Path, what: str) -> dict[str, Any]:
-    """Copy a picture beside the page and return it as the template takes it."""
-    shutil.copyfile(file, folder / "figures" / file.name)
+def _copied(file: Path, put: Put, what: str) -> dict[str, Any]:
+    """Return a picture as the template takes it."""
     width, height = load_picture(file).size
-    return {"file": quote(f"{PICTURES}/figures/{file.name}"), "alt": what, "width": width, "height": height}
+    return {"file": put(file.read_bytes(), "png"), "alt": what, "width": width, "height": height}
 
 
-def _table(frame: pd.DataFrame) -> dict[str, Any]:
-    """Return a table as the template takes it, a cell as its lines."""
-    rows = [[_lines(str(cell)) for cell in row] for row in frame.itertuples(index=False)]
-    return {"columns": [str(column) for column in frame.columns], "rows": rows}
-
-
-def _lines(cell: str) -> list[str]:
+def _lines(cell: Any) -> list[str]:
     """Return `value; difference [interval]`, `value [interval]` and `words (margin)` as two lines, all else as one."""
-    parts = re.fullmatch(r"([^;]+); (.+)|(-?[\d.]+) (\[.+\])|([a-z ]+) (\(margin .+\))", cell)
-    return [part for part in parts.groups() if part] if parts else [cell]
+    parts = re.fullmatch(r"([^;]+); (.+)|(-?[\d.]+) (\[.+\])|([a-z ]+) (\(margin .+\))", str(cell))
+    return [part for part in parts.groups() if part] if parts else [str(cell)]
 
 
 def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
@@ -239,8 +206,7 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
         settings |= {column: spelled(common[column]) for column in ("device", "commit")}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
-        found.append({"model": model, "title": name, "id": run_id, "folder": run.folder, "manifest": manifest,
-                      "settings": settings})  # fmt: skip
+        found.append({"model": model, "title": name, "folder": run.folder, "manifest": manifest, "settings": settings})
     return found
 
 
@@ -267,45 +233,30 @@ def _is_elsewhere(file: Path, folder: Path) -> bool:
     return linked
 
 
-def _gallery(
-    name: str, model: str, runs: list[dict[str, Any]], results: Path, folder: Path, limit: int
-) -> dict[str, Any]:
-    """Return what is needed to choose among a model's images, and write their reduced copies."""
+def _gallery(name: str, model: str, runs: list[dict[str, Any]], results: Path, put: Put, limit: int) -> dict[str, Any]:
+    """Return what is needed to choose among a model's images."""
     absent = [run["title"] for run in runs if run["manifest"] is None]
     here = [run for run in runs if run["manifest"] is not None]
     everything = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
     chosen = _spread(everything, limit)
     pushed = any(row.references for run in here for rows in run["manifest"].values() for row in rows)
     assets = _asset_files(model) if pushed else {}
-    base = Path("images") / name / model
     groups = []
-    for number, group in enumerate(chosen):
-        row = everything[group][0]
-        asset = assets.get(row.category)
-        if asset is not None:
-            _reduce(asset, folder / base / "assets" / f"{number:03d}.webp")
-        groups.append(
-            {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "size": len(everything[group]),
-             "asset": quote(f"{PICTURES}/{base.as_posix()}/assets/{number:03d}.webp") if asset is not None else None}
-        )  # fmt: skip
-    shown = []
-    for run in here:
-        away = {}
-        for number, group in enumerate(tqdm(chosen, desc=f"{name} {model} {run['title']}", disable=None, leave=False)):
+    for group in tqdm(chosen, desc=f"{name} {model}", disable=None, leave=False):
+        row, shown = everything[group][0], []
+        for run in here:
             rows = run["manifest"].get(group, [])
-            for row in rows:
-                _reduce(run["folder"] / row.path, folder / base / run["id"] / f"{number:03d}-{row.index}.webp")
-            away[number] = _away(rows)
-        shown.append(
-            {"title": run["title"], "id": run["id"], "base": quote(f"{PICTURES}/{base.as_posix()}/{run['id']}/"),
-             "groups": [number for number, group in enumerate(chosen) if group in run["manifest"]],
-             "away": {number: text for number, text in away.items() if text}}
-        )  # fmt: skip
+            images = [put(_reduced(run["folder"] / row.path), "webp") for row in rows]
+            shown.append({"title": run["title"], "images": images, "away": _away(rows)})
+        asset = put(_reduced(assets[row.category]), "webp") if row.category in assets else None
+        groups.append(
+            {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "asset": asset, "runs": shown}
+        )
     sheet = results / f"{name}_grid_{model}.png"
     picture = None
     if not here and sheet.exists() and not _is_elsewhere(sheet, results):
         what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
-        picture = _copied(sheet, folder, what)
+        picture = _copied(sheet, put, what)
     return {
         "id": f"{name}-{model}",
         "model": model,
@@ -313,19 +264,18 @@ def _gallery(
         "n_runs": len(runs),
         "n_groups": len(everything),
         "sheet": picture,
-        "data": {"groups": groups, "runs": shown},
-        "static": list(enumerate(groups))[:STATIC_GROUPS],
+        "shown": [run["title"] for run in here],
+        "groups": groups,
     }
 
 
-def _away(rows: Iterable[ManifestRow]) -> str:
+def _away(rows: Sequence[ManifestRow]) -> str:
     """Say from which pictures a group was pushed; empty where the method takes none."""
-    row = next(iter(rows), None)
-    if row is None or row.references is None:
+    if not rows or rows[0].references is None:
         return ""
-    if not row.references:
+    if not rows[0].references:
         return "found no asset to stay away from"
-    return "away from " + ", ".join(f"{label} ({score:.2f})" for label, score in row.references.items())
+    return "away from " + ", ".join(f"{label} ({score:.2f})" for label, score in rows[0].references.items())
 
 
 def _spread(groups: dict[str, list[ManifestRow]], limit: int) -> list[str]:
@@ -347,11 +297,12 @@ def _asset_files(model: str) -> dict[str, Path]:
     return {asset.name: asset.file for asset in reversed(assets)}
 
 
-def _reduce(image: Path, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    reduced = load_picture(image)
+def _reduced(image: Path) -> bytes:
+    """Return a copy of an image, of at most `SIDE` pixels a side."""
+    file, reduced = io.BytesIO(), load_picture(image)
     reduced.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    reduced.save(file, quality=90)
+    reduced.save(file, format="webp", quality=90)
+    return file.getvalue()
 
 
 def main(argv: list[str]) -> None:

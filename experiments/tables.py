@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +32,13 @@ SETTING = [
     *(column for column in OF_METHODS if column != "true_cfg_scale"),
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
+STATISTICS = [
+    "value", "ci_low", "ci_high", "difference", "difference_low", "difference_high", "p_value", "p_holm", "effect_size",
+    "win_rate", "margin",
+]  # fmt: skip
+AMOUNTS = ["n_units", "n_groups", "n_images", "pushed_share", "seconds"]
 COLUMNS = [
-    *KEY, "encoder", "primary", "higher_is_better", "value", "ci_low", "ci_high", "difference", "difference_low",
-    "difference_high", "p_value", "p_holm", "effect_size", "win_rate", "margin", "non_inferior", "n_units", "n_groups",
-    "n_images", "pushed_share", "seconds", "run_id", "commit", "device",
+    *KEY, "encoder", "primary", "higher_is_better", *STATISTICS, "non_inferior", *AMOUNTS, "run_id", "commit", "device",
 ]  # fmt: skip
 #: Those that a table has whatever methods are in it.
 REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"})
@@ -43,11 +47,8 @@ TEXT = dict.fromkeys(
     ("run_id", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
 )
 #: Columns that hold numbers alone.
-NUMBERS = {
-    *(column for setting in catalogue.settings() if setting.number for column in setting.columns), "value", "ci_low",
-    "ci_high", "difference", "difference_low", "difference_high", "p_value", "p_holm", "effect_size", "win_rate",
-    "margin", "pushed_share", "seconds",
-}  # fmt: skip
+NUMBERS = {column for setting in catalogue.settings() if setting.number for column in setting.columns}
+NUMBERS |= {*STATISTICS, *AMOUNTS}
 Key = tuple[str, ...]
 #: Columns that name folders and files, and what they may hold.
 NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
@@ -128,8 +129,20 @@ def row_keys(
         columns: of the key; those that the file does not have are empty.
         alike: by column, values that count as others.
     """
-    text = pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=columns, fill_value="")
-    return [tuple(map(_respelled, row)) for row in text.replace(alike or {}).itertuples(index=False)]
+    cells = _cells(file, columns).replace(alike or {})
+    return [tuple(map(_respelled, row)) for row in cells.itertuples(index=False)]
+
+
+def _cells(file: Path | io.StringIO, columns: Sequence[str]) -> pd.DataFrame:
+    """Return the columns of a CSV as they are written in it, empty where it has none of the name."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False).reindex(columns=columns, fill_value="")
+
+
+def _respelled(text: str) -> str:
+    try:
+        return f"{float(text):.6g}"
+    except ValueError:
+        return text
 
 
 def put_rows(
@@ -152,13 +165,21 @@ def put_rows(
     Returns:
         The CSV's content, read back: a table made now and one made from the committed file are the same.
     """
-    text = csv_text(pd.DataFrame(rows, columns=columns))
+    new = csv_text(pd.DataFrame(rows, columns=columns))
     with lock(path):
-        frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
+        tables = [new]
         if path.exists():
-            old = read_csv(path).reindex(columns=columns)
-            was, keys = (row_keys(file, key, alike) for file in (path, io.StringIO(text)))
-            frame = _merged(old, was, frame, keys)
+            read_csv(path)  # which refuses a damaged one
+            tables.insert(0, path.read_text(encoding="utf-8"))
+        by_key: dict[Key, list[tuple[str, ...]]] = {}
+        for table in tables:
+            fresh: dict[Key, list[tuple[str, ...]]] = {}
+            keys = row_keys(io.StringIO(table), key, alike)
+            for own, row in zip(keys, _cells(io.StringIO(table), columns).itertuples(index=False), strict=True):
+                fresh.setdefault(own, []).append(row)
+            by_key |= fresh  # new rows stand where their predecessors stood: no table tells when something was measured
+        text = pd.DataFrame(itertools.chain(*by_key.values()), columns=columns).to_csv(index=False)
+        frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
         if finish is not None:
             finish(frame)
         write_text(path, csv_text(frame))
@@ -168,25 +189,6 @@ def put_rows(
 def lock(path: Path) -> contextlib.AbstractContextManager[bool]:
     """Hold a CSV: between reading and writing, another process would have its rows lost."""
     return locked(path.with_name(f".{path.name}.lock"))
-
-
-def _merged(old: pd.DataFrame, was: list[Key], new: pd.DataFrame, keys: list[Key]) -> pd.DataFrame:
-    """Return the rows of two tables, given with their `row_keys`; a new row stands where its predecessor stood."""
-    fresh = set(keys)
-    kept = [key not in fresh for key in was]
-    # As objects, since an empty column has no type to agree on; then numbers are numbers again, and written as such.
-    frame = pd.concat([old[kept].astype(object), new.astype(object)], ignore_index=True).infer_objects()
-    # So the table does not depend on what was measured again, and when.
-    place = {key: position for position, key in reversed(list(enumerate(was)))}
-    order = [key for key, keep in zip(was, kept, strict=True) if keep] + keys
-    return frame.iloc[sorted(range(len(order)), key=lambda i: place.get(order[i], len(was)))].reset_index(drop=True)
-
-
-def _respelled(text: str) -> str:
-    try:
-        return f"{float(text):.6g}"
-    except ValueError:
-        return text
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -216,8 +218,8 @@ def check_names(frame: pd.DataFrame, path: Path) -> None:
 
 def commands(name: str) -> list[str]:
     """Return what makes an experiment's table and figures: the make target, and the command that it calls."""
-    if name in ("latency", "search"):  # acts of their own
-        return [f"make {name}", f"python -m experiments.{name} experiment={name}"]
+    if name == "latency":  # an act of its own
+        return ["make latency", "python -m experiments.latency experiment=latency"]
     return [f"make reproduce-{name}", f"python -m experiments.reproduce experiment={name}"]
 
 
@@ -236,6 +238,17 @@ def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
                 f"expected a metric of {model} in the table ({', '.join(part['metric'].unique())}), got {metric!r}"
             )
     return part[part["metric"].isin(metrics)] if metrics else part
+
+
+def some_of(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
+    """Return a model's rows that have what is to be drawn.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if rows.empty:
+        raise ValueError(f"expected runs of {model} with {what}, got none: tabulate them with method=none")
+    return rows
 
 
 def direction(frame: pd.DataFrame, metric: str) -> bool | None:
@@ -261,6 +274,13 @@ def with_window(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table with a column `window`, in words, for the bounds t_high and t_low, which are one setting."""
     window = next(setting for setting in catalogue.settings() if setting.columns == ("t_low", "t_high"))
     return frame.assign(window=[window.text(row) or UNSET for _, row in frame.iterrows()])
+
+
+def swept_settings(frame: pd.DataFrame) -> list[str]:
+    """Return the settings that differ among the runs of one method; the bounds of the window count as one."""
+    names = [name for name in SETTING if name not in ("model", "method", "t_low", "t_high")] + ["window"]
+    counts = with_window(frame).groupby("method")[names].nunique(dropna=False).max()
+    return [name for name in names if counts[name] > 1]
 
 
 def spelled(value: Any, without: str = "") -> str:

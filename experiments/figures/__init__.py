@@ -14,9 +14,9 @@ from experiments.figures.forest import forest
 from experiments.figures.heat_map import heat_map
 from experiments.figures.pareto import pareto
 from experiments.figures.tradeoff import tradeoff
-from experiments.tables import SETTING, of_model, primary_pair, with_window, words
+from experiments.tables import of_model, primary_pair, swept_settings, with_window, words
 
-__all__ = ["ablation", "called_for", "forest", "heat_map", "pareto", "swept_settings", "tradeoff"]
+__all__ = ["ablation", "called_for", "forest", "heat_map", "pareto", "tradeoff"]
 
 
 def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
@@ -35,7 +35,8 @@ def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
         ValueError: no metrics are marked.
     """
     claim, quality = pair = primary_pair(frame)
-    swept = {model: swept_settings(frame, model) for model in frame["model"].unique()}
+    methods = frame[frame["method"] != "none"]
+    swept = {model: swept_settings(methods[methods["model"] == model]) for model in frame["model"].unique()}
     drawn: dict[str, tuple[Figure, str]] = {}
     if not any(swept.values()):
         what = f"{words(claim)} against {words(quality)} of every method, one panel a model, with 95 % intervals"
@@ -64,14 +65,6 @@ def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
             what = f"{model}: paired differences of all metrics to the same noises without, with 95 % intervals"
             drawn[f"forest_{model}"] = (forest(frame, model), what)
     return drawn
-
-
-def swept_settings(frame: pd.DataFrame, model: str) -> list[str]:
-    """Return the settings that differ among a model's runs of one method; the bounds of the window count as one."""
-    part = with_window(frame[(frame["model"] == model) & (frame["method"] != "none")])
-    names = [name for name in SETTING if name not in ("model", "method", "t_low", "t_high")] + ["window"]
-    counts = part.groupby("method")[names].nunique(dropna=False).max()
-    return [name for name in names if counts[name] > 1]
 
 
 def _grid(rows: pd.DataFrame, swept: list[str]) -> tuple[str, str] | None:

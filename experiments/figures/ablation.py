@@ -7,22 +7,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures.style import (
-    COLOURS,
-    TITLES,
-    better,
-    bounds,
-    errors,
-    labelled,
-    look,
-    new_figure,
-    numbered,
-    styled,
-)
-from experiments.tables import SETTING, UNSET, direction, of_model, spelled, with_window, words
+from experiments.figures import style
+from experiments.tables import SETTING, UNSET, direction, of_model, some_of, spelled, swept_settings, with_window, words
 
 
-@styled
+@style.styled
 def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bool = True) -> Figure:
     """Draw a metric over one setting, with the 95 % interval as a band; one line for each choice of the others.
 
@@ -42,33 +31,28 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     if over not in part:
         raise ValueError(f"expected a setting of the table ({', '.join(SETTING)}) or window, got {over!r}")
     value = "difference" if paired else "value"
-    low, high = bounds(value)
+    low, high = style.bounds(value)
     without = part["method"] == "none"
     # Without a method there is no choice of the method's settings: the value is one level under all of them.
     level = part[without & (part[over].isna() | (over == "window"))]
     moved = part[part[value].notna() & ~(without & paired) & ~part.index.isin(level.index)]
-    if moved.empty:
-        raise ValueError(
-            f"expected runs of {model} with a {value} of {metric}, got none: tabulate them with method=none"
-        )
-    # The bounds of the window are one setting, and what a method brings along is none beside it.
-    names = [name for name in [*SETTING, "window"] if name not in (over, "model", "method", "t_low", "t_high")]
-    counts = moved.groupby("method")[names].nunique(dropna=False).max()
-    others = [name for name in names if counts[name] > 1]
+    some_of(moved, model, f"a {value} of {metric}")
+    others = [name for name in swept_settings(moved) if name != over]
     if over not in ("method", "matching") and moved["method"].nunique() > 1:
         others.insert(0, "method")
     numeric = pd.api.types.is_numeric_dtype(moved[over])
     names = list(dict.fromkeys(spelled(choice, UNSET) for choice in moved[over]))
-    lines = [TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in names]
+    lines = [style.TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in names]
     # Room for the names below the data, and for the legend beside it, where there are any.
     letters = max(len(line) for text in lines for line in text.split("\n"))
     width = 5.2 if numeric else max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(names))
-    figure, axes = new_figure(1, width + 2.8 * bool(others), 3.4)
-    axis, methods = axes[0][0], list(frame["method"].unique())
+    figure, ((axis,),) = style.new_figure(1, width + 2.8 * bool(others), 3.4)
+    methods = list(frame["method"].unique())
     groups = list(moved.groupby(others, sort=False, dropna=False)) if others else [((), moved)]
     for number, (key, rows) in enumerate(groups):
-        cycle, place = divmod(number, len(COLOURS) - 1)
-        drawn = look(key[0], methods) if others == ["method"] else numbered(place + 1)  # black is without a method
+        cycle, place = divmod(number, len(style.COLOURS) - 1)
+        # Black is without a method.
+        drawn = style.look(key[0], methods) if others == ["method"] else style.numbered(place + 1)
         label = ", ".join(map(_choice, others, key)) or None
         if numeric:
             rows = rows.sort_values(over)
@@ -78,13 +62,13 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         shift = (number - (len(groups) - 1) / 2) * min(0.5 / len(groups), 0.15)
         for _, row in rows.iterrows():
             if over in ("method", "matching") and not others:
-                drawn = look(row["method"], methods)
+                drawn = style.look(row["method"], methods)
             place = names.index(spelled(row[over], UNSET)) + shift
-            axis.errorbar(place, row[value], yerr=errors(row, value), linestyle="none", label=label, **drawn)
+            axis.errorbar(place, row[value], yerr=style.errors(row, value), linestyle="none", label=label, **drawn)
     if paired:
         axis.axhline(0, color="black", linewidth=0.8)
     elif len(level):
-        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=TITLES["none"])
+        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=style.TITLES["none"])
         axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
     if not numeric:
         axis.set_xticks(range(len(names)), lines)
@@ -93,9 +77,9 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         measured = sorted(moved[over].unique())
         axis.set_xticks(measured, map(spelled, measured))  # where it was measured, and nowhere else
     axis.set_xlabel(words(over))
-    axis.set_ylabel(f"{'difference in ' if paired else ''}{words(metric)}\n{better(direction(frame, metric))}")
+    axis.set_ylabel(f"{'difference in ' if paired else ''}{words(metric)}\n{style.better(direction(frame, metric))}")
     axis.grid(axis="both" if numeric else "y")
-    if handles := labelled(axis):
+    if handles := style.labelled(axis):
         place = "outside right upper" if others else "outside lower center"
         figure.legend(handles.values(), handles.keys(), loc=place, fontsize=7.5)
     noun = "paired differences to the same noises without" if paired else "values"
@@ -104,4 +88,4 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
 
 
 def _choice(setting: str, value: Any) -> str:
-    return TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"
+    return style.TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"

@@ -6,8 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.figures.style import errors, legend_below, look, new_figure, styled, title
-from experiments.pages import change, run_labels
-from experiments.tables import direction, of_model, words
+from experiments.pages import arrow, change, run_labels
+from experiments.tables import direction, of_model, some_of, words
 
 
 @styled
@@ -24,22 +24,18 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
         ValueError: nothing of this model was compared.
     """
     part = of_model(frame, model)
-    part = part[part["difference"].notna()]
-    if part.empty:
-        raise ValueError(f"expected runs of {model} with a paired difference, got none: tabulate them with method=none")
+    part = some_of(part[part["difference"].notna()], model, "a paired difference")
     labels, methods = run_labels(frame), list(frame["method"].unique())
     runs = part.drop_duplicates("run_id").set_index("run_id")["method"]
     metrics = list(part["metric"].unique())
     metrics.sort(key=lambda metric: part.loc[part["metric"] == metric, "primary"].isna().all())  # the tested ones first
-    figure, axes = new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
     place, ticks = 0.0, []
     for metric in metrics:
         rows = part[part["metric"] == metric]
-        higher = direction(rows, metric)
-        sign = -1 if higher is False else 1
+        sign = -1 if direction(rows, metric) is False else 1
         scale = rows[["difference", "difference_low", "difference_high"]].abs().max(axis=None) or 1.0
-        name = f"{words(metric)} ({ {True: 'up', False: 'down'}.get(higher, '-') })"
+        name = f"{words(metric)} ({arrow(rows.iloc[0])})"
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
             sides = errors(row, "difference")[::sign]

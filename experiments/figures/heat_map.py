@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures.style import better, new_figure, styled
 from experiments.pages import change
-from experiments.tables import direction, of_model, spelled, with_window, words
+from experiments.tables import direction, of_model, some_of, spelled, with_window, words
 
 #: Better and worse: blue and red, white where nothing changed.
 DIVERGING = "RdBu"
@@ -35,11 +35,7 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     if missing := set(over) - set(rows):
         raise ValueError(f"expected two settings of the table or window, got {over}: it lacks {sorted(missing)}")
     rows = rows[rows[[*over]].notna().all(axis=1) & rows["difference"].notna()]
-    if rows.empty:
-        raise ValueError(
-            f"expected runs of {model} over {' and '.join(over)} with a paired difference, got none: tabulate them "
-            "with method=none"
-        )
+    some_of(rows, model, f"a paired difference over {' and '.join(over)}")
     if rows.duplicated([*over, "window"]).any():
         raise ValueError(
             f"expected one run for every {', '.join(dict.fromkeys([*over, 'window']))}, got several: choose one method "
@@ -53,8 +49,8 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     higher = direction(frame, metric)
     limit = rows["difference"].abs().max() or 1.0
     width = max(1.3 + len(windows) * (0.45 + 1.1 * len(across)), 4.6)  # the title's width
-    figure, axes = new_figure(len(windows), width, 1.4 + 0.55 * len(down))
-    for axis, window in zip(axes[0], windows, strict=True):
+    figure, (axes,) = new_figure(len(windows), width, 1.4 + 0.55 * len(down))
+    for axis, window in zip(axes, windows, strict=True):
         here = rows[(rows["window"] == window) | (window is None)]
         table = here.pivot(index=over[0], columns=over[1], values="difference").reindex(down, columns=across)
         colours = DIVERGING if higher is not False else f"{DIVERGING}_r"
@@ -72,8 +68,8 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
         axis.spines[:].set_visible(False)
         axis.set_title(f"timesteps {window}" if window else "")
         axis.set_xlabel(words(over[1]))
-    axes[0][0].set_ylabel(words(over[0]))
-    bar = figure.colorbar(image, ax=axes[0], pad=0.02)
+    axes[0].set_ylabel(words(over[0]))
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("" if higher is None else "blue: better")
     figure.suptitle(

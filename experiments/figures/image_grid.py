@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,12 +58,7 @@ def contact_sheet(
 
 
 def _wrapped(text: str, length: int = 24) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) > length:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    return textwrap.fill(text, length + 1, break_long_words=False, break_on_hyphens=False)
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> Path:

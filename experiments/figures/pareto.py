@@ -19,20 +19,12 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     Both as paired differences to the run without a method, which is the origin; crosses for the 95 % intervals; a star
     for the setting that `chosen_run` names.
 
-    Args:
-        frame: an experiment's CSV.
-        claim: metric on the x axis, such as `pairwise_distance`.
-        quality: metric on the y axis, such as `clip_score`.
-        model: one of the CSV's models.
-
-    Raises:
-        ValueError: the table lacks the model or a metric, or nothing was compared.
+    Args and errors: those of `experiments.choose.chosen_run`.
     """
     points = differences(frame, claim, quality, model)
     front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
     labels, without = run_labels(frame), points["method"] == "none"
-    figure, axes = new_figure(1, 8.6, max(4.0, 1.2 + 0.165 * len(front)))  # the legend names all of the front
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(1, 8.6, max(4.0, 1.2 + 0.165 * len(front)))  # the legend names all of the front
     axis.axhline(0, color="black", linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.6)
     for run, point in points.iterrows():

@@ -16,12 +16,10 @@ from eval.files import write_bytes
 from experiments import catalogue
 
 #: How a method is called in figures where its name in folders is too terse.
-TITLES = catalogue.titles()
-#: Okabe and Ito's palette, told apart with any colour vision, and a shape each for print without colours.
-COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-#: Which of them a method keeps in every figure, by number; black is for the run without any.
-LOOKS = catalogue.places()
+TITLES = {name: entry.title for name, entry in catalogue.entries().items()}
+COLOURS, MARKERS = zip(*catalogue.PALETTE.values(), strict=True)
+#: The number of the colour and the shape that a method keeps in every figure.
+LOOKS = {name: [*catalogue.PALETTE].index(entry.colour) for name, entry in catalogue.entries().items() if entry.colour}
 #: Of points that are not to be looked at first.
 FAINT = "#8C8C8C"
 #: Kept in every file: text stays text in a PDF, and the same numbers give the same bytes.

@@ -21,8 +21,8 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
     # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
     frame = frame[frame["metric"].isin([claim, quality])]
     models, methods = list(frame["model"].unique()), list(frame["method"].unique())
-    figure, axes = new_figure(len(models), 4.2 * len(models), 3.6)
-    for axis, model in zip(axes[0], models, strict=True):
+    figure, (axes,) = new_figure(len(models), 4.2 * len(models), 3.6)
+    for axis, model in zip(axes, models, strict=True):
         part = frame[frame["model"] == model]
         for _, rows in part.groupby("run_id", sort=False):
             points = rows.drop_duplicates("metric").set_index("metric")  # the first encoder's
@@ -37,6 +37,6 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
         axis.set_xlabel(f"{words(claim)}, {better(direction(frame, claim))}")
         axis.set_ylabel(f"{words(quality)}, {better(direction(frame, quality))}")
         axis.grid()
-    legend_below(figure, labelled(*axes[0]))
+    legend_below(figure, labelled(*axes))
     figure.suptitle(f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")
     return figure

@@ -21,18 +21,18 @@ def conf(tmp_path, monkeypatch):
 
 
 def test_every_method_of_the_project_has_a_title_of_its_own():
-    titles = catalogue.titles()
+    titles = {name: entry.title for name, entry in catalogue.entries().items()}
     assert set(titles) == {file.stem for file in (PROJECT / "conf" / "method").glob("*.yaml")}
     assert len(set(titles.values())) == len(titles)
     assert titles["negtome"] == "NegToMe" and titles["negtome_released"] == "NegToMe, released matching"
-    assert catalogue.places()["none"] == 0, "black"
+    assert catalogue.entries()["none"].colour == "black"
 
 
 def test_a_file_says_what_differs_from_its_class_and_from_what_it_is_based_on(conf):
     conf("first", "_target_: experiments.methods.negtome.NegToMe", "title: a title", "colour: sky")
     conf("second", "defaults: [first, other@methods.other]")
-    assert catalogue.titles() == {"first": "a title", "second": "NegToMe"}
-    assert catalogue.places() == {"first": catalogue.PALETTE.index("sky")}
+    found = {name: (entry.title, entry.colour) for name, entry in catalogue.entries().items()}
+    assert found == {"first": ("a title", "sky"), "second": ("NegToMe", None)}
     assert [setting.name for setting in catalogue.settings("second")][2:4] == ["alpha", "threshold"]
     assert catalogue.settings() == catalogue.settings("first") and catalogue.settings("unknown") == ()
 
@@ -40,7 +40,7 @@ def test_a_file_says_what_differs_from_its_class_and_from_what_it_is_based_on(co
 def test_a_colour_that_there_is_not_is_named(conf):
     conf("mine", "_target_: experiments.methods.method.Baseline", "colour: pink")
     with pytest.raises(ValueError, match=r"expected one of black, .*mine\.yaml, got 'pink'"):
-        catalogue.titles()
+        catalogue.entries()
 
 
 def test_a_setting_is_cells_and_a_text():

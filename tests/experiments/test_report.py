@@ -1,6 +1,7 @@
 """The page: what it shows is there, beside it and escaped; nothing is fetched, invented or left over."""
 
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -18,9 +19,12 @@ from PIL import Image
 
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, report
+from experiments.figures import called_for
+from experiments.figures.style import encode
 from experiments.pages import findings, main_table
 from experiments.runs import run_id
-from experiments.tables import TEXT, commands, read_table
+from experiments.tables import TEXT, commands, read_table, whole
+from experiments.tabulate import merge_rows
 
 PROMPTS = {
     "a-cat": ("a cat", "cat"),
@@ -106,16 +110,14 @@ def made(tmp_path_factory):
     frame.to_csv(results / "diversity.csv", index=False)
     for suffix in ("csv", "md", "png"):
         shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
-    (results / "diversity_front.csv").write_text("a,b\n1,2\n")
     Image.new("RGB", (64, 32)).save(results / "diversity_grid_mini-flux.png")
     page = report.report(results, outputs, folder / "report")
     return folder, frame, page, Page(page.read_text(encoding="utf-8"))
 
 
 def pictures(page):
-    """The one folder of a page's pictures."""
-    (folder,) = page.parent.glob("pictures-*")
-    return folder
+    """The contents of a page's pictures."""
+    return {file.read_bytes() for file in (page.parent / report.PICTURES).iterdir()}
 
 
 def test_the_page_needs_nothing_but_its_folder(made):
@@ -170,56 +172,59 @@ def test_tables_findings_and_commands_are_those_of_the_table(made):
     assert {"own - other", memorised["value"][0]} <= set(cells), "of a table with columns of its own"
     for version in ("2.9.0", "0.42.1", "3.11.7", *frame["commit"].unique(), "cpu"):
         assert version in cells
-    assert (pictures(path) / "figures" / "memorised.png").is_file()
-    figures = {image["src"] for image in page.all("img")}
-    expected = {pictures(path) / "figures" / f"diversity_{name}.svg" for name in ("tradeoff", "forest_mini-sdxl")}
-    assert expected <= {path.parent / figure for figure in figures}
+    assert (PROJECT / "results" / "memorised.png").read_bytes() in pictures(path)
+    assert {encode(figure, "svg") for figure, _ in called_for(whole(frame)).values()} <= pictures(path)
+    shown = {image["src"] for image in page.all("img")}
+    assert {f"{report.PICTURES}/{file.name}" for file in (path.parent / report.PICTURES).glob("*.[sp]*g")} <= shown
 
 
-def galleries(page):
-    return [json.loads(script["text"]) for script in page.all("script", type="application/json")]
+def groups(page):
+    """Prompt and seed -> image sources by what stands beside them."""
+    found = {}
+    for element in page.elements:
+        if "data-prompt" in element:
+            group = found.setdefault((element["data-prompt"], int(element["data-seed"])), {})
+        elif element.get("class") == "who":
+            strip = group.setdefault(element["text"], [])
+        elif element["tag"] == "img" and found and "width" not in element:
+            strip.append(element["src"])
+    return found
 
 
 def test_paired_images_stand_below_each_other(made):
-    _, frame, path, page = made
-    (gallery,) = galleries(page)
+    _, _, path, page = made
     labels = ["without NegToMe", "NegToMe", "NegToMe, released matching"]
-    assert [run["title"] for run in gallery["runs"]] == labels
-    assert [run["id"] for run in gallery["runs"]] == list(frame.loc[frame["model"] == "mini-sdxl", "run_id"].unique())
-    names = {prompt: prompt_id for prompt_id, (prompt, _) in PROMPTS.items()}
-    assert {(group["prompt"], group["seed"]) for group in gallery["groups"]} == {(p, s) for p in names for s in (0, 1)}
-    for method, run in zip(METHODS, gallery["runs"], strict=True):
-        assert run["groups"] == list(range(6))
-        for number, group in enumerate(gallery["groups"]):
-            for index in range(group["size"]):
-                with Image.open(path.parent / unquote(run["base"]) / f"{number:03d}-{index}.webp") as image:
-                    expected = colour("mini-sdxl", method, names[group["prompt"]], group["seed"], index)
+    assert [label["text"] for label in page.all("label")][2:] == labels
+    assert sorted(option["value"] for option in page.all("option")) == sorted(prompt for prompt, _ in PROMPTS.values())
+    found, names = groups(page), {prompt: prompt_id for prompt_id, (prompt, _) in PROMPTS.items()}
+    assert set(found) == {(prompt, seed) for prompt in names for seed in (0, 1)}
+    for (prompt, seed), strips in found.items():
+        # A picture of the asset stands with those who ask for it.
+        (*asset, none, pushed, released) = strips
+        assert asset == ["to stay away from"] * (prompt == PROMPTS["odd"][0])
+        assert [none, pushed, released] == [*labels[:2], f"{labels[2]}away from ogre/a.png (0.88)"]
+        for method, strip in zip(METHODS, (none, pushed, released), strict=True):
+            assert len(strips[strip]) == 4
+            for index, file in enumerate(strips[strip]):
+                with Image.open(path.parent / file) as image:
+                    expected = colour("mini-sdxl", method, names[prompt], seed, index)
                     assert np.abs(np.array(image).reshape(-1, 3) - np.array(expected)).max() <= 6
-    assert gallery["runs"][2]["away"]["0"] == "away from ogre/a.png (0.88)" and not gallery["runs"][0]["away"]
-    # A picture of the asset stands with those who ask for it.
-    shown = {group["prompt"]: group["asset"] for group in gallery["groups"]}
-    assert [prompt for prompt, asset in shown.items() if asset] == [PROMPTS["odd"][0]]
-    assert (path.parent / unquote(shown[PROMPTS["odd"][0]])).is_file()
-    # Without scripts: some groups, every method, each image named.
-    alts = [image["alt"] for image in page.all("img") if "/images/" in image["src"]]
-    alts = [alt for alt in alts if "noise" in alt]
-    assert len(alts) == report.STATIC_GROUPS * 3 * 4
-    assert "NegToMe, released matching: a cat, seed 0, noise 4" in alts
+    alts = {image["alt"] for image in page.all("img") if ", noise " in image["alt"]}
+    assert len(alts) == 3 * 6 * 4 and "NegToMe, released matching: a cat, seed 0, noise 4" in alts
 
 
 def test_what_is_not_here_is_said(made):
     text = " ".join(made[3].all("main")[0]["text"].split())
     assert "Not on this machine: the images of all 3 runs" in text and "3 of 6" in text
     assert {"not on this machine", "cannot be read"} <= {cell["text"] for cell in made[3].all("td")}
-    sheet = pictures(made[2]) / "figures" / "diversity_grid_mini-flux.png"
-    assert sheet in [made[2].parent / image["src"] for image in made[3].all("img")], "the kept sheet"
+    assert (made[0] / "results" / "diversity_grid_mini-flux.png").read_bytes() in pictures(made[2]), "the kept sheet"
 
 
 def test_everything_is_escaped(made):
     _, _, path, page = made
-    assert len(page.all("script")) == 2 and not page.all("b"), "the gallery's data and the page's own"
-    assert "alert" not in page.all("script")[-1]["text"]
-    assert PROMPTS["odd"][0] in [group["prompt"] for group in galleries(page)[0]["groups"]]
+    (script,) = page.all("script")
+    assert "alert" not in script["text"] and not page.all("b")
+    assert PROMPTS["odd"][0] in {prompt for prompt, _ in groups(page)}
     assert "<b>&" in page.all("main")[0]["text"] and "<script>alert" not in path.read_text()
 
 
@@ -257,7 +262,7 @@ def test_an_earlier_page_is_replaced_and_what_lies_beside_it_stays(small, tmp_pa
     report.report(results, outputs, page.parent, groups=2)
     after = contents(page.parent)
     assert {file for file in after if after[file] == b"mine"} == {Path("notes.txt"), Path("figures/mine.png")}
-    assert len({file.parts[0] for file in after if file.parts[0].startswith("pictures-")}) == 1
+    assert len([file for file in after if file.suffix == ".webp"]) == 2 * 2 * 4
     (page.parent / "notes.txt").unlink()
     shutil.rmtree(page.parent / "figures")
     frame.to_csv(results / "diversity.csv", index=False)
@@ -266,21 +271,23 @@ def test_an_earlier_page_is_replaced_and_what_lies_beside_it_stays(small, tmp_pa
 
 
 def test_a_picture_that_is_gone_from_the_page_is_put_there_again(small, tmp_path):
-    """Killed while it removed the pictures of a page, a command leaves some of them under their name."""
+    """Killed while it wrote the pictures of a page, a command leaves a part of one under its name."""
     results, outputs, _ = small
     page = report.report(results, outputs, tmp_path / "report", groups=1)
     before = contents(page.parent)
-    next(pictures(page).rglob("*.webp")).unlink()
+    gone, torn, *_ = (page.parent / report.PICTURES).glob("*.webp")
+    gone.unlink()
+    torn.write_bytes(torn.read_bytes()[:40])
     report.report(results, outputs, page.parent, groups=1)
     assert contents(page.parent) == before
 
 
 def test_killed_anywhere_there_is_a_whole_page_and_the_next_one_is_made(small, tmp_path, monkeypatch):
-    """Stopped before every change of a folder in turn, of the first page and of one in another's place."""
+    """Stopped before some changes of a folder in turn, of the first page and of one in another's place."""
     results, outputs, frame = small
     for number in (1, 2):
         frame.assign(value=number / 10).to_csv(results / "diversity.csv", index=False)
-        for steps in range(4):
+        for steps in range(0, 20, 4):
             left = iter(range(steps))
 
             def killing(function, left=left):
@@ -292,9 +299,9 @@ def test_killed_anywhere_there_is_a_whole_page_and_the_next_one_is_made(small, t
                 return killed
 
             with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(os, "rename", killing(os.rename))
                 patch.setattr(os, "replace", killing(os.replace))
-                patch.setattr(shutil, "rmtree", killing(shutil.rmtree))
+                patch.setattr(Path, "write_bytes", killing(Path.write_bytes))
+                patch.setattr(Path, "unlink", killing(Path.unlink))
                 report.report(results, outputs, tmp_path / "report", groups=1)
             page = tmp_path / "report" / "index.html"
             assert number == 1 or page.is_file()
@@ -317,9 +324,10 @@ def test_several_at_once_leave_a_whole_page(small, tmp_path):
     for process in processes:
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    page = Page((tmp_path / "report" / "index.html").read_text())
-    assert all((tmp_path / "report" / unquote(image["src"])).is_file() for image in page.all("img"))
-    assert len(list((tmp_path / "report").glob("pictures-*"))) == 1
+    page = tmp_path / "report" / "index.html"
+    left = contents(page.parent)
+    assert all(Path(image["src"]) in left for image in Page(page.read_text()).all("img"))
+    assert len([file for file in left if file.suffix == ".webp"]) in (2 * 4, 2 * 2 * 4), "those of one page"
 
 
 @pytest.mark.parametrize(
@@ -355,24 +363,20 @@ def test_links_are_left_out(small, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", ["empty", "bytes", "words", "ragged"])
-def test_a_damaged_table_is_named_in_one_line(damage, small, tmp_path):
+def test_a_damaged_table_is_named_in_one_line_and_neither_merged_nor_lost(damage, small, tmp_path):
     results, outputs, frame = small
     table = results / "diversity.csv"
-    if damage == "words":
-        frame.assign(value="a lot").to_csv(table, index=False)
-    else:
-        table.write_bytes(
-            {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b"a,b\n1,2,3,4\n1\n"}[damage]
-        )
-    if damage == "ragged":
-        table.write_text(table.read_text() + '"no end')
+    damaged = {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b'a,b\n1,2,3,4\n1\n"no end',
+               "words": frame.assign(value="a lot").to_csv(index=False).encode()}[damage]  # fmt: skip
+    table.write_bytes(damaged)
     for read in (
         lambda: report.report(results, outputs, tmp_path / "report"),
         lambda: read_table("diversity", results),
+        lambda: merge_rows(table, frame.to_dict("records")),
     ):
         with pytest.raises(ValueError, match=r"expected a table in .*diversity\.csv, got a damaged file") as error:
             read()
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and table.read_bytes() == damaged
 
 
 def test_a_folder_of_something_else_is_never_replaced(made, tmp_path):
@@ -419,6 +423,5 @@ def test_few_groups_are_spread_over_the_categories():
 
 def test_large_images_are_reduced(tmp_path):
     Image.new("RGBA", (1024, 512), (255, 0, 0, 255)).save(tmp_path / "large.png")
-    report._reduce(tmp_path / "large.png", tmp_path / "folder" / "small.webp")
-    with Image.open(tmp_path / "folder" / "small.webp") as image:
+    with Image.open(io.BytesIO(report._reduced(tmp_path / "large.png"))) as image:
         assert image.size == (256, 128)

@@ -1,0 +1,39 @@
+"""Other uses of a reference: what stands on their sheets, and what is refused."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import negtome
+from experiments import applications
+from experiments.configs import expand
+
+CALL = {"num_inference_steps": 2, "height": 64, "width": 64}
+CONFIG = negtome.NegToMeConfig(threshold=-1.0, timestep_range=(0, 1000), min_side=1)
+
+
+def test_a_sheet_has_the_reference_the_image_without_and_one_for_each_alpha(tiny_sdxl, monkeypatch):
+    monkeypatch.setattr(applications, "contact_sheet", lambda heads, rows, tile: (heads, rows))
+    (cfg,) = expand(["method=negtome"])
+    assert len(cfg.applications) == 4
+    for spec in OmegaConf.to_container(cfg.applications, resolve=True).values():
+        heads, rows = applications.draw(tiny_sdxl, CALL, CONFIG, **spec)
+        assert heads == ["reference", "without", *(f"alpha {alpha:g}" for alpha in spec["alphas"])]
+        for seed, (label, ((shown,), (plain,), *pushed)) in enumerate(rows):
+            assert label == f"{spec['description']}; seed {seed}"
+            alone = tiny_sdxl(spec["prompt"], generator=torch.Generator().manual_seed(seed), **CALL).images[0]
+            assert plain == alone and all(image != plain for (image,) in pushed)
+            assert (shown == plain) == ("reference" not in spec and "blur" not in spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask": "middle"}, "null or one of .*got 'middle'"),
+        ({"blur": 2}, r"in \[0, 1\], got 2"),
+        ({"alphas": []}, "none"),
+    ],
+)
+def test_what_is_no_application_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        applications.draw(None, {}, CONFIG, **{"description": "d", "prompt": "p", "alphas": [1.0]} | settings)
