@@ -36,7 +36,9 @@ from eval.files import write_bytes
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
-from experiments.runs import GENERATION_VERSION, Run, canonical
+from experiments.asked import canonical, experiments_of
+from experiments.makers import GENERATION_VERSION
+from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.
 MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")
@@ -144,7 +146,8 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
         raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
     asked = identity["request"]
-    found = _flat({"experiment": run.folder.parents[2].name, "run_id": run.id, "environment": environment, **identity})
+    names = " ".join(experiments_of(run.folder.parents[1]).get(run.id, ())) or None
+    found = _flat({"experiment": names, "run_id": run.id, "environment": environment, **identity})
     columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": asked["method"]["name"]}
     for prefix, path in SETTINGS.items():
         columns |= {prefix + name.removeprefix(path): found[name] for name in found if name.startswith(path)}

@@ -35,7 +35,7 @@ from eval.intervals import interval_of, n_units
 from eval.measure import is_current, measure, read_document
 from eval.metric import Metric, SetMetric
 from experiments import project_path
-from experiments.configs import expand, has_launcher, launch, with_baselines
+from experiments.configs import expand, has_launcher, launch
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -201,9 +201,9 @@ def _score(
     return file, True
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    configs = expand(argv)
+    configs = configs or expand(argv, baselines=True)
     if configs[0].images is not None:
         table, refused = evaluate_folder(configs[0])
         print(table.to_markdown(index=False, disable_numparse=True))
@@ -212,5 +212,5 @@ def main(argv: list[str]) -> None:
     elif has_launcher(argv):
         launch(evaluate, argv)
     else:
-        for cfg in with_baselines(configs):
+        for cfg in configs:
             evaluate(cfg)

@@ -15,9 +15,11 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 from experiments import check, evaluate, generate, plot, tabulate
+from experiments.configs import expand
 
 
 def main(argv: list[str]) -> int:
+    configs = expand(argv, baselines=True)
     for act in (generate, evaluate, tabulate, plot):
-        act.main(argv)
-    return check.main(argv)
+        act.main(argv, configs)
+    return check.main(argv, configs)

@@ -34,11 +34,11 @@ from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import catalogue, project_path
-from experiments.configs import expand, flag, with_baselines
+from experiments.asked import asked
+from experiments.configs import expand, flag, no_method
 from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
-from experiments.methods.method import Baseline
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
-from experiments.runs import Run, canonical, request
+from experiments.runs import Run
 from experiments.tables import (
     COLUMNS,
     KEY,
@@ -75,7 +75,7 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
         raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
-    others = {_apart_from_method(cfg): run for run, cfg in runs.items() if cfg.method.name == against}
+    others = {asked(cfg, no_method()): run for run, cfg in runs.items() if cfg.method.name == against}
     if against and not others:
         names = ", ".join(dict.fromkeys(cfg.method.name for cfg in configs))
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
@@ -85,7 +85,7 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
             raise ValueError(
                 f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
             )
-        baseline = others.get(_apart_from_method(cfg)) if against else Run.find_baseline(cfg)
+        baseline = others.get(asked(cfg, no_method())) if against else Run.find_baseline(cfg)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {cfg.method.name} on {cfg.model.name}")
         tested = primary_metrics(cfg).values()
@@ -99,11 +99,6 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
                 reference = None if baseline == run else find_document(baseline, name, metric)
                 rows.append(row_of(cfg, run, name, find_document(run, name, metric), reference))
     return rows
-
-
-def _apart_from_method(cfg: DictConfig) -> str:
-    """Return all that is asked for but the method, which need not be built for it."""
-    return canonical(request(cfg, Baseline()))
 
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:
@@ -288,11 +283,11 @@ def write_comparison(configs: list[DictConfig], against: str) -> tuple[pd.DataFr
     return frame, page
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     parser = argparse.ArgumentParser("tabulate", add_help=False)
     parser.add_argument("--against", metavar="METHOD")
     arguments, overrides = parser.parse_known_args(argv)
-    configs, against = with_baselines(expand(overrides)), arguments.against
+    configs, against = configs or expand(overrides, baselines=True), arguments.against
     print((write_comparison(configs, against) if against else write_table(configs))[1])
     for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
         print(project_path(configs[0].results) / f"{configs[0].name}{ending}")

@@ -94,15 +94,6 @@ def test_an_image_that_was_not_generated_is_named_and_its_group_alone_is_made_ag
     assert collect(outputs)[1].empty
 
 
-def test_a_damaged_image_is_not_taken_over_by_another_experiment(copy):
-    configs, outputs, (none, _) = copy
-    before = files(none)
-    (image, *_) = none.rglob("01.png")
-    image.write_bytes(image.read_bytes()[:-40])
-    shutil.move(outputs / "sweep", outputs / "earlier")
-    assert generate(configs[0]) == none and files(none) == before
-
-
 def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(copy, caplog):
     configs, _, (none, _) = copy
     before = files(none)
