@@ -3,10 +3,10 @@
     python -m experiments.collect                       # outputs/ -> outputs/collected.csv (and .parquet with pyarrow)
     python -m experiments.collect FOLDER --to TABLE     # any folder -> TABLE.csv ...
 
-One row a group and metric: what was run (experiment, model, call, method with all settings, prompts, split), where it
-comes from (run id, weights, code, software, device, commit), what was measured (metric, encoder, unit, direction), of
-what (group, prompt, category, seed, number of images), and the value. A metric of the whole set has one row a run,
-without a group, and so has one whose groups have no number of their own, as an entropy.
+One row a group and metric: what was run (the experiments that asked for it, model, call, method with all settings,
+prompts, split), where it comes from (run id, weights, code, software, device, commit), what was measured (metric,
+encoder, unit, direction), of what (group, prompt, category, seed, number of images), and the value. A metric of the
+whole set has one row a run, without a group, and so has one whose groups have no number of their own, as an entropy.
 
 What cannot be taken is in `<table>_problems.csv`, a line a file or folder with the reason: damaged, half-finished and
 foreign runs; scores of another version or of other images than there are now; runs that were not scored.
@@ -20,10 +20,11 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     folder = project_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of runs, got {folder}, which does not exist; check the path")
-    versions = metric_versions()
+    versions, names = metric_versions(), functools.cache(experiments_of)
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
 

@@ -104,7 +104,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         except (ValueError, TypeError, FileNotFoundError) as error:
             refused[name] = str(error)
             continue
-        value, low, high = interval_of(document, **interval_options(cfg))
+        value, low, high = interval_of(document, **cfg.bootstrap)
         rows.append(
             {
                 "metric": name,
@@ -155,11 +155,6 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
         if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
             metric.cluster = cfg.bootstrap.cluster
         yield name, metric
-
-
-def interval_options(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configured options of `eval.intervals.interval_of`."""
-    return OmegaConf.to_container(cfg.bootstrap)
 
 
 def document_path(folder: Path, name: str, metric: Metric) -> Path:

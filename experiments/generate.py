@@ -166,21 +166,17 @@ def _generate_groups(job: Job) -> Iterator[Group]:
 
     Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
     """
-    workers, groups = count_workers(job.cfg, job.device), job.missing
+    workers, left = count_workers(job.cfg, job.device), dict.fromkeys(job.missing)
     # All that is needed, resolved: a worker composes nothing.
     what = (OmegaConf.to_container(job.cfg, resolve=True), job.checkpoint, job.device, job.run)
     for wait in (False, True):
-        ready = _one_by_one(what, groups, wait) if workers == 1 else _side_by_side(what, groups, wait, workers)
-        done = set()
+        groups = list(left)
+        if workers == 1:
+            ready = (group for group in groups if _generate_group(*what, group, wait))
+        else:
+            ready = _side_by_side(what, groups, wait, workers)
         for group in ready:
-            done.add(group)
-            yield group
-        groups = [group for group in groups if group not in done]
-
-
-def _one_by_one(what: tuple[Any, ...], groups: list[Group], wait: bool) -> Iterator[Group]:
-    for group in groups:
-        if _generate_group(*what, group, wait):
+            del left[group]
             yield group
 
 

@@ -36,7 +36,7 @@ from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_
 from experiments import catalogue, project_path
 from experiments.asked import asked
 from experiments.configs import expand, flag, no_method
-from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
+from experiments.evaluate import NEEDS, configured_metrics, document_path
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run
 from experiments.tables import (
@@ -56,7 +56,7 @@ from experiments.tables import (
 )
 
 
-def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
+def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
     """Return one row for every run and metric, each with its paired difference to the run without a method.
 
     Args:
@@ -126,7 +126,7 @@ def row_of(
     cfg: DictConfig, run: Run, name: str, document: dict[str, Any], reference: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return a run's row of the metric `name`, compared with `reference`, the document of the run it is paired with."""
-    value, low, high = interval_of(document, **interval_options(cfg))
+    value, low, high = interval_of(document, **cfg.bootstrap)
     role = next((role for role, metric in primary_metrics(cfg).items() if metric == name), None)
     settings = run.identity["request"]["method"]["settings"]
     call = {
@@ -173,8 +173,7 @@ def comparison(
 ) -> dict[str, Any]:
     """Return the columns that compare a run with the one it is paired with, group by group."""
     aggregate, higher = document["aggregate"], document["higher_is_better"]
-    options = interval_options(cfg)
-    difference = difference_of(document, reference, **options)
+    difference = difference_of(document, reference, **cfg.bootstrap)
     columns = {
         "difference": difference.difference,
         "difference_low": difference.low,
@@ -182,8 +181,8 @@ def comparison(
     }
     # A number of a whole set has no results of groups that could be exchanged.
     if aggregate != SUBSETS:
-        pairs = paired_differences(document["groups"], reference["groups"], aggregate)
-        columns["p_value"] = sign_flip_p(pairs, options["n_resamples"], options["seed"], options["cluster"])
+        pairs, resampling = paired_differences(document["groups"], reference["groups"], aggregate), cfg.bootstrap
+        columns["p_value"] = sign_flip_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
         columns["effect_size"] = effect_size(pairs)
         columns["win_rate"] = None if higher is None else win_rate(pairs, higher)
     least, base = reference["bounds"][0], reference["value"]
@@ -251,7 +250,7 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `configs`.
 
     Args:
-        configs: of one experiment, see `rows_of`.
+        configs: of one experiment, see `rows_of_runs`.
 
     Returns:
         The table with all rows that were in it before, and the Markdown.
@@ -260,7 +259,7 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     folder = project_path(cfg.results)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cfg.name}.csv"
-    merge_rows(path, rows_of(configs))
+    merge_rows(path, rows_of_runs(configs))
     with lock(path):
         frame = whole(read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, cfg.description, paper_table(cfg.name))
@@ -276,7 +275,7 @@ def write_comparison(configs: list[DictConfig], against: str) -> tuple[pd.DataFr
         The rows, in full precision, and the Markdown.
     """
     cfg = configs[0]
-    frame = pd.DataFrame(rows_of(configs, against), columns=COLUMNS)
+    frame = pd.DataFrame(rows_of_runs(configs, against), columns=COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
     write_text(project_path(cfg.results) / f"{cfg.name}_against_{against}.md", page)

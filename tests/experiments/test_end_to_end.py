@@ -293,8 +293,8 @@ def test_settings_of_one_method_are_told_apart(finished):
 
 def test_a_part_of_a_sweep_finds_its_baseline(finished, tmp_path):
     arguments, _ = finished
-    whole = tabulate.rows_of(expand(arguments))
-    part = tabulate.rows_of(expand([*arguments, "method=negtome"]))
+    whole = tabulate.rows_of_runs(expand(arguments))
+    part = tabulate.rows_of_runs(expand([*arguments, "method=negtome"]))
     assert part == [row for row in whole if row["method"] == "negtome"]
 
 
@@ -302,7 +302,7 @@ def test_a_method_without_its_baseline_is_refused(finished, tmp_path):
     arguments, (_, paper, _) = finished
     copied(paper, tmp_path)
     with pytest.raises(FileNotFoundError, match="method=none"):
-        tabulate.rows_of(expand([*arguments, "method=negtome", f"outputs={tmp_path}"]))
+        tabulate.rows_of_runs(expand([*arguments, "method=negtome", f"outputs={tmp_path}"]))
 
 
 def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
@@ -647,7 +647,7 @@ def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):
     assert names == ["clip_score", "clip_score_indirect", "clip_score_benign"]
     assert "maximum_resemblance is left out" in caplog.text and "model.copyright.scoring=FOLDER" in caplog.text
     with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance'"):
-        tabulate.rows_of([unscored])
+        tabulate.rows_of_runs([unscored])
 
 
 def test_the_command_line_says_what_to_give_without_a_traceback(tmp_path, capsys):

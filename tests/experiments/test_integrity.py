@@ -81,7 +81,7 @@ def test_an_image_that_was_not_generated_is_named_and_its_group_alone_is_made_ag
     with pytest.raises(ValueError, match=f"got another file at {image}.*generate again"):
         evaluate(configs[1])
     with pytest.raises(ValueError, match=str(image)):
-        tabulate.rows_of(configs)
+        tabulate.rows_of_runs(configs)
     table, problems = collect(outputs)
     assert set(table["run_id"]) == {none.name}
     assert problems["path"].tolist() == [pushed.relative_to(outputs).as_posix()]
@@ -128,7 +128,7 @@ def test_an_edited_score_is_never_printed(copy, caplog):
     groups = [group | {"value": 0.123456} for group in document["groups"]]
     file.write_text(json.dumps(document | {"groups": groups, "value": 0.123456}))
     with pytest.raises(ValueError, match=f"{file}, got other values"):
-        tabulate.rows_of(configs)
+        tabulate.rows_of_runs(configs)
     table, problems = collect(outputs)
     assert 0.123456 not in set(table["value"]) and str(file) in problems["problem"][0]
     evaluate(configs[0])
@@ -148,7 +148,7 @@ def test_an_edited_count_is_never_printed(copy):
     file = next(pushed.glob("images/*/*/group.json"))
     file.write_text(file.read_text().replace('"tokens_pushed": ', '"tokens_pushed": 1'))
     with pytest.raises(ValueError, match=f"{file}, got other values"):
-        tabulate.rows_of(configs)
+        tabulate.rows_of_runs(configs)
 
 
 def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(copy, caplog):

@@ -122,7 +122,7 @@ def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     done("ablate_blocks")
     outputs = Path(configs[0].outputs)
     shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none"]
-    assert len(shared) == 1 and experiments_of(outputs)[shared[0]] == ["ablate_alpha", "ablate_blocks"]
+    assert len(shared) == 1 and {"ablate_alpha", "ablate_blocks"} <= set(experiments_of(outputs)[shared[0]])
     # Nothing is loaded for what is there.
     monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
