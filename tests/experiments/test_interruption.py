@@ -196,7 +196,7 @@ def noting(run, group, *rest):
     save(run, group, *rest)
 
 Run.save = noting
-main()
+main(sys.argv[1:])
 """
 
 
