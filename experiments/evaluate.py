@@ -145,7 +145,7 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
             if cfg.images is not None:
                 log.warning("%s is left out: it compares a run with the one without a method", name)
                 continue
-            arguments["baseline"] = str(Run.find_baseline(cfg).folder)
+            arguments["baseline"] = str(Run.find(cfg, baseline=True).folder)
         settings = OmegaConf.to_container(spec, resolve=True)
         only = settings.pop("only", None)
         if isinstance(only, str):

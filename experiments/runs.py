@@ -101,7 +101,7 @@ class Run:
         try:
             recorded = read_json(path)
         except FileNotFoundError:
-            return dict.fromkeys(environment("cpu"), "unknown")
+            return dict.fromkeys(("commit", "date", "python", "platform", "cpu"), "unknown")
         if not isinstance(recorded, dict) or not {"commit", "date", "python"} <= recorded.keys():
             raise ValueError(f"expected when and by what a run was made in {path}, got other JSON: delete it")
         return recorded
@@ -124,14 +124,8 @@ class Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (".*.tmp", "images/*/.*"):
             files.sweep(run.folder, pattern)
-        if not (run.folder / "environment.json").exists():
-            if any(run.folder.glob(f"images/*/[0-9]*/{RECORD}")):  # begun, not here and now
-                log.warning(
-                    "%s/environment.json is lost: when and by which commit its images were made is unknown", run.folder
-                )
-            else:
-                run._write_environment(device)
         if not (run.folder / "config.yaml").exists():
+            run._write_environment(device)
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
         _ = run.identity  # fails here and not after hours, should the file be damaged
         return run
@@ -151,23 +145,18 @@ class Run:
                 log.info("%s, where an earlier version put it, was moved to %s", run.folder, self.folder)
 
     @classmethod
-    def find(cls, cfg: DictConfig) -> Run:
+    def find(cls, cfg: DictConfig, baseline: bool = False) -> Run:
         """Return the complete run that `experiments.generate` opened for what `cfg` asks for, on whatever machine.
+
+        Args:
+            cfg: the composed configuration.
+            baseline: the run without any method is meant that is otherwise as `cfg` asks.
 
         Raises:
             FileNotFoundError: there is none, or it is unfinished.
             ValueError: its identity or its manifest was changed.
         """
-        return cls._find(cfg, cfg.method)
-
-    @classmethod
-    def find_baseline(cls, cfg: DictConfig) -> Run:
-        """Return the complete run without any method that is otherwise as `cfg` asks; see `find`."""
-        return cls._find(cfg, no_method())
-
-    @classmethod
-    def _find(cls, cfg: DictConfig, method: DictConfig) -> Run:
-        file = asked_file(cfg)
+        file, method = asked_file(cfg), no_method() if baseline else cfg.method
         entry = noted(file).get(asked(cfg, method))
         run = None if entry is None else cls(project_path(cfg.outputs) / RUNS / entry["run"])
         if run is None or not run.complete:

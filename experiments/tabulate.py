@@ -85,7 +85,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
             raise ValueError(
                 f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
             )
-        baseline = others.get(asked(cfg, no_method())) if against else Run.find_baseline(cfg)
+        baseline = others.get(asked(cfg, no_method())) if against else Run.find(cfg, baseline=True)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {cfg.method.name} on {cfg.model.name}")
         tested = primary_metrics(cfg).values()

@@ -77,7 +77,7 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
     assert all(labels[run] in markdown for run in compared["run_id"])
     # Every method with its own baseline: same call, same prompts.
     for cfg in configs:
-        ours, base = Run.find(cfg).identity["request"], Run.find_baseline(cfg).identity["request"]
+        ours, base = Run.find(cfg).identity["request"], Run.find(cfg, baseline=True).identity["request"]
         assert base["method"] == {"name": "none", "settings": {}}
         assert {key: ours[key] for key in ("model", "prompts")} == {key: base[key] for key in ("model", "prompts")}
     if experiment in DRAWN:

@@ -86,8 +86,7 @@ def test_what_makes_a_table_is_what_the_makefile_says(name):
 
 def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     (cfg,) = configured("primary.quality=kernel_distance_scorer")
-    monkeypatch.setattr(tabulate.Run, "find", lambda cfg: "run")
-    monkeypatch.setattr(tabulate.Run, "find_baseline", lambda cfg: "baseline")
+    monkeypatch.setattr(tabulate.Run, "find", lambda cfg, baseline=False: "baseline" if baseline else "run")
     monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
     monkeypatch.setattr(tabulate, "row_of", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
