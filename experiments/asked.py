@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json, write_text
 from experiments import PROJECT, pipelines, project_path
-from experiments.configs import ABOUT, build, flag
+from experiments.configs import build, flag, without
 from experiments.locks import locked
 from experiments.makers import GENERATION_VERSION
 from experiments.methods.method import Method
@@ -77,9 +78,11 @@ def asked(cfg: DictConfig, method: DictConfig | None = None) -> str:
         method: in place of the configured one.
     """
     parts = (cfg.method if method is None else method, cfg.prompts)
-    spelled = [_spelled(OmegaConf.to_container(part, resolve=True)) for part in parts]
-    spelled += [GENERATION_VERSION, _model(cfg), cfg.compile]
-    text = canonical(spelled).replace(str(PROJECT), ".")  # wherever the checkout lies
+    # Wherever things are computed, whatever is said of a method, and wherever the checkout lies.
+    spelled = [without(OmegaConf.to_container(part, resolve=True), "device", "about") for part in parts]
+    named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical(spelled))]
+    versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
+    text = canonical([*spelled, versions, GENERATION_VERSION, _model(cfg), cfg.compile]).replace(str(PROJECT), ".")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -87,17 +90,6 @@ def _model(cfg: DictConfig) -> dict[str, Any]:
     # Key by key: to resolve all of a model's configuration takes a tenth of a second.
     call = OmegaConf.to_container(cfg.model.call, resolve=True)
     return {key: call if key == "call" else cfg.model[key] for key in MODEL}
-
-
-def _spelled(value: Any) -> Any:
-    """Leave out where things are computed and what is said of a method, and add the versions of methods."""
-    if isinstance(value, list):
-        return [_spelled(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {key: _spelled(item) for key, item in value.items() if key not in ("device", *ABOUT)}
-    version = getattr(get_class(value["_target_"]), "version", None) if "_target_" in value else None
-    return found | {"version": version} if isinstance(version, int) else found
 
 
 def note(runs: Iterable[tuple[DictConfig, str]]) -> None:

@@ -224,7 +224,7 @@ def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
     settings = []
     for cfg in configs:
-        parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)]
+        parts = [without(OmegaConf.to_container(part, resolve=True), "about") for part in (cfg.model.call, cfg.method)]
         settings.append({key: value for part in parts for key, value in part.items()})
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
@@ -273,27 +273,22 @@ def flag(cfg: DictConfig, name: str) -> bool:
     return value
 
 
-#: Keys of conf/method/ that say something of a method and are no arguments of its class.
-ABOUT = ("title", "colour", "strengths", "blocks", "choices")
-
-
 def build(spec: DictConfig) -> Any:
-    """Instantiate what a configuration describes; `ABOUT` is left out.
+    """Instantiate what a configuration describes, without what is said `about` it.
 
     Raises:
         FileNotFoundError, ValueError: those of the class itself, which say what to do, without Hydra's wrapping.
     """
     try:
-        return instantiate(_arguments(OmegaConf.to_container(spec, resolve=True)))
+        return instantiate(without(OmegaConf.to_container(spec, resolve=True), "about"))
     except InstantiationException as error:
         if isinstance(error.__cause__, (FileNotFoundError, ValueError)):
             raise error.__cause__ from None
         raise
 
 
-def _arguments(spec: Any) -> Any:
+def without(spec: Any, *keys: str) -> Any:
+    """Return a configuration without some keys, at any depth."""
     if isinstance(spec, list):
-        return [_arguments(item) for item in spec]
-    if not isinstance(spec, dict):
-        return spec
-    return {key: _arguments(value) for key, value in spec.items() if "_target_" not in spec or key not in ABOUT}
+        return [without(item, *keys) for item in spec]
+    return {k: without(v, *keys) for k, v in spec.items() if k not in keys} if isinstance(spec, dict) else spec

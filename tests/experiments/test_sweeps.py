@@ -22,7 +22,7 @@ SWEEPS = {
     "ablate_alpha": ["method=none,negtome", "method.alpha=-0.9,0.9"],
     "ablate_threshold": ["method=none,negtome", "method.threshold=-1,0.5"],
     "ablate_window": ["method=none,negtome", "method.timestep_range=[0,1000],[400,1000]"],
-    "ablate_blocks": ["method=none,negtome", "method.blocks=early,late"],
+    "ablate_blocks": ["method=none,negtome", "method.about.blocks=early,late"],
     "ablate_matching": ["method=none,negtome,random_match,noise_control"],
     "cfg_scale": ["method=none,negtome", "model.call.guidance_scale=2,8"],
     "cfg_scale_flux": ["method=none,negtome", "model.call.guidance_scale=1.5,3.5"],
@@ -103,7 +103,7 @@ def test_guidance_is_swept_as_in_the_papers_figure_and_each_scale_has_its_baseli
 
 def test_the_blocks_of_an_ablation_are_the_models_own():
     found = {
-        (cfg.model.name, cfg.method.blocks): build(cfg.method).config.sites
+        (cfg.model.name, cfg.method.about.blocks): build(cfg.method).config.sites
         for cfg in expand(["experiment=ablate_blocks", "model=mini-sdxl,flux-dev", "method=negtome"])
     }
     assert found["mini-sdxl", "early"] == ("up_blocks.0",) and found["mini-sdxl", "release"] is None
