@@ -20,11 +20,10 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
-import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     folder = project_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of runs, got {folder}, which does not exist; check the path")
-    versions, names = metric_versions(), functools.cache(experiments_of)
+    versions = metric_versions()
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
 
