@@ -50,11 +50,11 @@ def synchronize(device: str) -> None:
 
 
 def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
-    strengths = OmegaConf.to_container(_parent_.strengths, resolve=True)
+    strengths = OmegaConf.to_container(_parent_.about.strengths, resolve=True)
     return (strengths.get(_root_.model.name) or {}).get(setting)
 
 
-# `${strength:alpha}` in conf/method/: what the file's `strengths` have for the model; null where they have nothing.
+# `${strength:alpha}` in conf/method/: what its `about.strengths` have for the model; null where they have nothing.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 # `${torch_device:${device}}`: where an encoder runs.

@@ -45,10 +45,11 @@ def entries() -> dict[str, Entry]:
     found = {}
     for file in sorted((PROJECT / "conf" / "method").glob("*.yaml")):
         spec = _read(file.stem)
-        method, colour = get_class(spec["_target_"]), spec.get("colour")
+        method, about = get_class(spec["_target_"]), spec.get("about", {})
+        colour = about.get("colour")
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
-        found[spec["name"]] = Entry(method, spec.get("title") or method.title, colour)
+        found[spec["name"]] = Entry(method, about.get("title") or method.title, colour)
     return found
 
 
@@ -59,8 +60,8 @@ def _read(name: str) -> dict[str, Any]:
     for base in spec.get("defaults", ()):
         if isinstance(base, str) and base != "_self_" and "@" not in base:
             based |= _read(base)
-    # A title is of one method, as is a colour.
-    return {key: value for key, value in based.items() if key not in ("title", "colour")} | spec
+    based.pop("about", None)  # a title is of one method, as is a colour
+    return based | spec
 
 
 def settings(*names: str) -> tuple[Setting, ...]:

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 from pathlib import Path
 
 import pandas as pd
+from omegaconf import DictConfig
 
 from experiments import project_path
 from experiments.configs import first
@@ -65,8 +66,8 @@ def _printed(row: pd.Series) -> str:
     return text if pd.isna(row["difference"]) else f"{text}, difference {change(row)}"
 
 
-def main(argv: list[str]) -> int:
-    cfg = first(argv)
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
+    cfg = configs[0] if configs else first(argv)
     made, published = (project_path(folder) / f"{cfg.name}.csv" for folder in (cfg.results, PUBLISHED))
     if made == published:
         raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")

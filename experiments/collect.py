@@ -3,10 +3,10 @@
     python -m experiments.collect                       # outputs/ -> outputs/collected.csv (and .parquet with pyarrow)
     python -m experiments.collect FOLDER --to TABLE     # any folder -> TABLE.csv ...
 
-One row a group and metric: what was run (experiment, model, call, method with all settings, prompts, split), where it
-comes from (run id, weights, code, software, device, commit), what was measured (metric, encoder, unit, direction), of
-what (group, prompt, category, seed, number of images), and the value. A metric of the whole set has one row a run,
-without a group, and so has one whose groups have no number of their own, as an entropy.
+One row a group and metric: what was run (the experiments that asked for it, model, call, method with all settings,
+prompts, split), where it comes from (run id, weights, code, software, device, commit), what was measured (metric,
+encoder, unit, direction), of what (group, prompt, category, seed, number of images), and the value. A metric of the
+whole set has one row a run, without a group, and so has one whose groups have no number of their own, as an entropy.
 
 What cannot be taken is in `<table>_problems.csv`, a line a file or folder with the reason: damaged, half-finished and
 foreign runs; scores of another version or of other images than there are now; runs that were not scored.
@@ -36,7 +36,9 @@ from eval.files import write_bytes
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
-from experiments.runs import GENERATION_VERSION, Run, canonical
+from experiments.asked import canonical, experiments_of
+from experiments.makers import GENERATION_VERSION
+from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.
 MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")
@@ -144,7 +146,8 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
         raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
     asked = identity["request"]
-    found = _flat({"experiment": run.folder.parents[2].name, "run_id": run.id, "environment": environment, **identity})
+    names = " ".join(experiments_of(run.folder.parents[1]).get(run.id, ())) or None
+    found = _flat({"experiment": names, "run_id": run.id, "environment": environment, **identity})
     columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": asked["method"]["name"]}
     for prefix, path in SETTINGS.items():
         columns |= {prefix + name.removeprefix(path): found[name] for name in found if name.startswith(path)}

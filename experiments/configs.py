@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
+import gc
 import os
+import pickle
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,114 +27,140 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import PROJECT
 
 
-def expand(overrides: list[str]) -> list[DictConfig]:
+@dataclass(frozen=True)
+class Sweep:
+    """What a command line stands for, as Hydra would launch it.
+
+    Attributes:
+        axes: overrides, those of the experiment's own sweep among them, one a key; of methods `none` is not beside
+            others.
+        baseline: whether it was.
+        launcher: Hydra's class.
+    """
+
+    axes: list[str]
+    baseline: bool
+    launcher: str
+
+    def jobs(self) -> list[list[str]]:
+        """List each run's overrides; where Hydra is initialised."""
+        (jobs,) = BasicSweeper.split_arguments(list(map(_parsed, self.axes)), max_batch_size=None)
+        return list(map(list, jobs))
+
+
+def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
     """Compose every configuration of `overrides`, the experiment's own sweep included.
 
     Args:
         overrides: as on the command line of `experiments.generate`, for example
             `["experiment=diversity", "model=sdxl", "method.alpha=0.3,0.9"]`.
+        baselines: whether the runs without a method that the others are compared with are wanted, too.
 
     Returns:
         One composed configuration a run, in the order of Hydra's basic sweeper (the last axis varies fastest). Where
-        the sweep names `none` among other methods, the runs without one stand before the others, each once: settings of
-        methods mean nothing to them.
+        the sweep names `none` among other methods, or with `baselines`, the runs without one stand before the others,
+        each once: settings of methods mean nothing to them.
 
     Raises:
         ValueError: an unknown group, option or key, or something that is no override.
     """
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        axes, baseline = _split(_axes(overrides))
-        configs = list(_all_composed(_jobs(axes)))
-    return with_baselines(configs) if baseline else configs
-
-
-def with_baselines(configs: list[DictConfig]) -> list[DictConfig]:
-    """Put the run without a method that is otherwise as configured before those that are compared with it, once."""
-    none = OmegaConf.load(PROJECT / "conf" / "method" / "none.yaml")
-    there = {_but_for_method(cfg) for cfg in configs if cfg.method == none}
-    found = []
-    for cfg in configs:
-        if cfg.method != none and (asked := _but_for_method(cfg)) not in there:
-            there.add(asked)
-            baseline = copy.deepcopy(cfg)
-            baseline.method = none
-            found.append(baseline)
-        found.append(cfg)
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"), _uncollected():
+        sweep, compose_job = _sweep(*overrides), _composer()
+        found, there = [], set()
+        for job in sweep.jobs():
+            cfg = compose_job(job)
+            others = [text for text in job if not _is_of_method(text)]
+            if (baselines or sweep.baseline) and cfg.method != no_method() and tuple(others) not in there:
+                there.add(tuple(others))
+                found.append(compose_job([*others, "method=none"]))
+            found.append(cfg)
     return found
 
 
-def _but_for_method(cfg: DictConfig) -> str:
-    return repr({key: value for key, value in OmegaConf.to_container(cfg).items() if key != "method"})
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from walking all configurations over and over while they are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-def _axes(overrides: list[str]) -> list[str]:
-    """Return the axes of the experiment's own sweep and the overrides, which go before; where Hydra is initialised."""
-    params = _composed(_fixed(overrides), return_hydra_config=True).hydra.sweeper.get("params") or {}
-    if [text for text in overrides if text.startswith("method=")][-1:] == ["method=none"]:  # which has no settings
+@functools.cache
+def no_method() -> DictConfig:
+    """Return what conf/method/none.yaml holds, the method of all baselines."""
+    return OmegaConf.load(PROJECT / "conf" / "method" / "none.yaml")
+
+
+def _is_of_method(override: str) -> bool:
+    return _parsed(override).key_or_group.partition(".")[0] == "method"
+
+
+@functools.lru_cache(maxsize=16)
+def _sweep(*overrides: str) -> Sweep:
+    """Read the experiment's own sweep, which goes before the overrides; where Hydra is initialised."""
+    given = [text for text in overrides if text not in ("-m", "--multirun")]  # that it is a sweep need not be said
+    # What all runs share; not the settings of methods, which mean nothing where those are swept.
+    fixed = [
+        text
+        for text in given
+        if not _parsed(text).is_sweep_override() and not _parsed(text).key_or_group.startswith("method.")
+    ]
+    node = _composed(fixed, return_hydra_config=True).hydra
+    params = node.sweeper.get("params") or {}
+    if [text for text in given if text.startswith("method=")][-1:] == ["method=none"]:  # which has no settings
         params = {key: value for key, value in params.items() if not key.startswith("method.")}
-    return [f"{key}={value}" for key, value in params.items()] + list(overrides)
-
-
-def _fixed(overrides: list[str]) -> list[str]:
-    """Return what all runs share; not the settings of methods, which mean nothing where those are swept."""
-    parsed = [(text, override) for text, override in _parsed(overrides) if not override.is_sweep_override()]
-    return [text for text, override in parsed if not override.key_or_group.startswith("method.")]
-
-
-def _split(axes: list[str]) -> tuple[list[str], bool]:
-    """Take `none` out of a sweep over methods; tell whether it was in it, and so is asked for beside the others."""
-    kept, baseline = [], False
-    for text, override in _parsed(axes):
-        if override.key_or_group == "method":
-            methods = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+    axes, baseline = {}, False
+    for text in [*(f"{key}={value}" for key, value in params.items()), *given]:
+        axis = _parsed(text)
+        if axis.key_or_group == "method":
+            methods = list(axis.sweep_string_iterator()) if axis.is_sweep_override() else []
             baseline = "none" in methods and len(methods) > 1
             if baseline:
                 text = f"method={','.join(method for method in methods if method != 'none')}"
-        kept.append(text)
-    return kept, baseline
+        axes[axis.get_key_element()] = text
+    return Sweep(list(axes.values()), baseline, node.launcher._target_)
 
 
-def _all_composed(jobs: Iterable[list[str]]) -> Iterator[DictConfig]:
-    """Compose each job; those that name the same files once, since reading and merging them takes nearly all the time.
+def _composer() -> Callable[[list[str]], DictConfig]:
+    """Return what composes jobs; those that name the same files read and merge them once, which takes most of the time.
 
     Hydra itself applies values to what the files make, and nothing of the files depends on a value.
     """
-    loader, bases = GlobalHydra.instance().config_loader(), {}
-    for job in jobs:
+    loader = GlobalHydra.instance().config_loader()
+
+    @functools.cache
+    def base(*files: str) -> bytes:
+        return pickle.dumps(_composed(list(files)))  # which is read in a third of the time of a deep copy
+
+    def compose_job(job: list[str]) -> DictConfig:
         files, values = [], []
-        for text, override in _parsed(job):
+        for text in job:
+            override = _parsed(text)
             names = loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
             # What is for Hydra's own node, which a composed configuration no longer has, is its affair.
             if names or override.is_hydra_override():
                 files.append(text)
             else:
                 values.append(override)
-        if (key := tuple(files)) not in bases:
-            bases[key] = _composed(files)
-        cfg = copy.deepcopy(bases[key])
+        cfg = pickle.loads(base(*files))
         with _explained(job):
             loader._apply_overrides_to_config(values, cfg)
-        yield _with_names(cfg)
+        return _with_names(cfg)
+
+    return compose_job
 
 
-def _jobs(axes: list[str]) -> Iterator[list[str]]:
-    """List each run's overrides, of several values for a key those of the last; where Hydra is initialised."""
-    (batch,) = BasicSweeper.split_arguments([override for _, override in _parsed(axes)], max_batch_size=None)
-    yield from (list(job) for job in batch)
-
-
-def _parsed(overrides: list[str]) -> list[tuple[str, Override]]:
-    parse = OverridesParser.create().parse_override
-    found = []
-    for text in _without_flags(overrides):
-        try:
-            found.append((text, parse(text)))
-        except HydraException as error:
-            reason = str(error).partition("\nSee ")[0]
-            raise ValueError(
-                f"{text}: expected KEY=VALUE or GROUP=NAME, lists as [a,b] in quotes ({reason})"
-            ) from error
-    return found
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).partition("\nSee ")[0]
+        raise ValueError(f"{text}: expected KEY=VALUE or GROUP=NAME, lists as [a,b] in quotes ({reason})") from error
 
 
 def _composed(overrides: list[str], **options: Any) -> DictConfig:
@@ -155,7 +184,7 @@ def _explained(overrides: list[str]) -> Iterator[None]:
         if not unknown:
             raise
         key = unknown[1]
-        rest = [text for text, override in _parsed(overrides) if override.key_or_group != key]
+        rest = [text for text in overrides if _parsed(text).key_or_group != key]
         hint = _similar(key, _composed(rest))
         raise ValueError(f"{key}: expected a key of the configuration, got none of this name{hint}") from error
 
@@ -188,19 +217,14 @@ def _hint(candidates: list[str]) -> str:
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return _with_names(_composed(next(_jobs(_split(_axes(overrides))[0]))))
-
-
-def _without_flags(overrides: Iterable[str]) -> list[str]:
-    """Return the overrides of a command line; that they are a sweep need not be said."""
-    return [text for text in overrides if text not in ("-m", "--multirun")]
+        return _with_names(_composed(_sweep(*overrides).jobs()[0]))
 
 
 def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
     settings = []
     for cfg in configs:
-        parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)]
+        parts = [without(OmegaConf.to_container(part, resolve=True), "about") for part in (cfg.model.call, cfg.method)]
         settings.append({key: value for part in parts for key, value in part.items()})
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
@@ -214,9 +238,7 @@ def run_names(configs: list[DictConfig]) -> list[str]:
 def has_launcher(overrides: list[str]) -> bool:
     """Tell whether a launcher but Hydra's basic one is configured, which sends runs to other processes or machines."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        axes, _ = _split(_axes(overrides))
-        target = _composed(_fixed(axes), return_hydra_config=True).hydra.launcher._target_
-    return not target.endswith(".BasicLauncher")
+        return not _sweep(*overrides).launcher.endswith(".BasicLauncher")
 
 
 def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
@@ -225,15 +247,13 @@ def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
     The runs without a method, which all others are compared with, go first.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        axes = {override.get_key_element(): text for text, override in _parsed(_split(_axes(overrides))[0])}
-    sweeps = [list(axes.values())]
-    if axes.get("method", "method=none") != "method=none":
-        others = [text for key, text in axes.items() if key.lstrip("+~").partition(".")[0] != "method"]
-        sweeps.insert(0, [*others, "method=none"])
+        sweeps = [_sweep(*overrides).axes]
+    if any(text.startswith("method=") and text != "method=none" for text in sweeps[0]):
+        sweeps.insert(0, [*(text for text in sweeps[0] if not _is_of_method(text)), "method=none"])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
-    for sweep in sweeps:
+    for axes in sweeps:
         # All axes are given, the experiment's among them.
-        sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *sweep]
+        sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *axes]
         _main(task)
 
 
@@ -253,27 +273,22 @@ def flag(cfg: DictConfig, name: str) -> bool:
     return value
 
 
-#: Keys of conf/method/ that say something of a method and are no arguments of its class.
-ABOUT = ("title", "colour", "strengths", "blocks", "choices")
-
-
 def build(spec: DictConfig) -> Any:
-    """Instantiate what a configuration describes; `ABOUT` is left out.
+    """Instantiate what a configuration describes, without what is said `about` it.
 
     Raises:
         FileNotFoundError, ValueError: those of the class itself, which say what to do, without Hydra's wrapping.
     """
     try:
-        return instantiate(_arguments(OmegaConf.to_container(spec, resolve=True)))
+        return instantiate(without(OmegaConf.to_container(spec, resolve=True), "about"))
     except InstantiationException as error:
         if isinstance(error.__cause__, (FileNotFoundError, ValueError)):
             raise error.__cause__ from None
         raise
 
 
-def _arguments(spec: Any) -> Any:
+def without(spec: Any, *keys: str) -> Any:
+    """Return a configuration without some keys, at any depth."""
     if isinstance(spec, list):
-        return [_arguments(item) for item in spec]
-    if not isinstance(spec, dict):
-        return spec
-    return {key: _arguments(value) for key, value in spec.items() if "_target_" not in spec or key not in ABOUT}
+        return [without(item, *keys) for item in spec]
+    return {k: without(v, *keys) for k, v in spec.items() if k not in keys} if isinstance(spec, dict) else spec

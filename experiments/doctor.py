@@ -61,9 +61,9 @@ def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
     constants.HF_HUB_OFFLINE = True  # find_checkpoint would otherwise fetch what is missing
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            findings += [_finding(f"scorer={name}", partial(_scorer, name)) for name in _names(conf, "scorer")]
-            findings += [_finding(f"metric={name}", partial(_judge, spec)) for name, spec in _own_judges(conf)]
-            findings += [_finding(f"model={name}", partial(_model, name)) for name in _names(conf, "model")]
+            findings += [_look(f"scorer={name}", partial(_scorer, name)) for name in _names(conf, "scorer")]
+            findings += [_look(f"metric={name}", partial(_judge, spec)) for name, spec in _own_judges(conf)]
+            findings += [_look(f"model={name}", partial(_model, name)) for name in _names(conf, "model")]
     finally:
         constants.HF_HUB_OFFLINE = online
     return findings
@@ -87,7 +87,7 @@ def _own_judges(conf: Path) -> list[tuple[str, DictConfig]]:
     return list(found.values())
 
 
-def _finding(option: str, look: Callable[[], tuple[bool, dict[str, str]]]) -> Finding:
+def _look(option: str, look: Callable[[], tuple[bool, dict[str, str]]]) -> Finding:
     try:
         present, facts = look()
     except Exception as error:  # one broken option must not hide the others

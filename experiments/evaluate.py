@@ -35,7 +35,7 @@ from eval.intervals import interval_of, n_units
 from eval.measure import is_current, measure, read_document
 from eval.metric import Metric, SetMetric
 from experiments import project_path
-from experiments.configs import expand, has_launcher, launch, with_baselines
+from experiments.configs import expand, has_launcher, launch
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         except (ValueError, TypeError, FileNotFoundError) as error:
             refused[name] = str(error)
             continue
-        value, low, high = interval_of(document, **interval_options(cfg))
+        value, low, high = interval_of(document, **cfg.bootstrap)
         rows.append(
             {
                 "metric": name,
@@ -145,7 +145,7 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
             if cfg.images is not None:
                 log.warning("%s is left out: it compares a run with the one without a method", name)
                 continue
-            arguments["baseline"] = str(Run.find_baseline(cfg).folder)
+            arguments["baseline"] = str(Run.find(cfg, baseline=True).folder)
         settings = OmegaConf.to_container(spec, resolve=True)
         only = settings.pop("only", None)
         if isinstance(only, str):
@@ -155,11 +155,6 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
         if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
             metric.cluster = cfg.bootstrap.cluster
         yield name, metric
-
-
-def interval_options(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configured options of `eval.intervals.interval_of`."""
-    return OmegaConf.to_container(cfg.bootstrap)
 
 
 def document_path(folder: Path, name: str, metric: Metric) -> Path:
@@ -201,9 +196,9 @@ def _score(
     return file, True
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    configs = expand(argv)
+    configs = configs or expand(argv, baselines=True)
     if configs[0].images is not None:
         table, refused = evaluate_folder(configs[0])
         print(table.to_markdown(index=False, disable_numparse=True))
@@ -212,5 +207,5 @@ def main(argv: list[str]) -> None:
     elif has_launcher(argv):
         launch(evaluate, argv)
     else:
-        for cfg in with_baselines(configs):
+        for cfg in configs:
             evaluate(cfg)

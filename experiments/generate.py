@@ -44,10 +44,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.configs import build, expand, flag, has_launcher, launch, run_names, with_baselines
+from experiments.asked import note, request
+from experiments.configs import build, expand, flag, has_launcher, launch, run_names
+from experiments.makers import maker
 from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
-from experiments.runs import Run, maker, request
+from experiments.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,6 @@ def prepare(cfg: DictConfig) -> Job:
     mixed = flag(cfg, "resume_any")
     if missing:
         run.check_makers(groups, device, mixed)  # before anything made here is put beside what is there
-    if missing and (taken := run.take_over(missing, device)):
-        log.info("%s: %d groups taken over from the same run of another experiment", label, taken)
-        missing = [group for group in missing if not run.has(group)]
     if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
     return Job(cfg, device, checkpoint, run, groups, missing)
@@ -119,7 +118,7 @@ def generate_all(jobs: list[Job]) -> None:
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
-    # A grid of the method's settings names its baseline over and over.
+    note((job.cfg, job.run.id) for job in jobs)
     jobs = list({job.run: job for job in jobs}.values())
     names = run_names([job.cfg for job in jobs])
     total = sum(len(job.missing) for job in jobs)
@@ -140,7 +139,7 @@ def generate_all(jobs: list[Job]) -> None:
                     raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parents[2]}; the same "
+                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parent}; the same "
                 "command goes on from there."
             ) from None
 
@@ -167,21 +166,17 @@ def _generate_groups(job: Job) -> Iterator[Group]:
 
     Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
     """
-    workers, groups = count_workers(job.cfg, job.device), job.missing
+    workers, left = count_workers(job.cfg, job.device), dict.fromkeys(job.missing)
     # All that is needed, resolved: a worker composes nothing.
     what = (OmegaConf.to_container(job.cfg, resolve=True), job.checkpoint, job.device, job.run)
     for wait in (False, True):
-        ready = _one_by_one(what, groups, wait) if workers == 1 else _side_by_side(what, groups, wait, workers)
-        done = set()
+        groups = list(left)
+        if workers == 1:
+            ready = (group for group in groups if _generate_group(*what, group, wait))
+        else:
+            ready = _side_by_side(what, groups, wait, workers)
         for group in ready:
-            done.add(group)
-            yield group
-        groups = [group for group in groups if group not in done]
-
-
-def _one_by_one(what: tuple[Any, ...], groups: list[Group], wait: bool) -> Iterator[Group]:
-    for group in groups:
-        if _generate_group(*what, group, wait):
+            del left[group]
             yield group
 
 
@@ -305,9 +300,9 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    configs = with_baselines(expand(argv))
+    configs = configs or expand(argv, baselines=True)
     if has_launcher(argv):
         for cfg in configs:
             check(cfg)

@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import inspect
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from omegaconf import DictConfig, OmegaConf
 
+from eval.files import read_json
 from eval.weights import missing_vocabulary, network_answers
 from experiments import PROJECT, project_path
 
-PIPELINES: dict[str, type[DiffusionPipeline]] = {"sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-#: The folders of the diffusers layout that each architecture's pipeline loads.
-COMPONENTS: dict[str, tuple[str, ...]] = {
-    "sdxl": ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
-    "flux": ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
-}
-#: How the configuration file is called where it is not config.json.
-CONFIG_FILES = {
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
-}
-#: Stem of the weights' file, for the components that have weights: transformers' and diffusers' conventions.
-WEIGHTS = {
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "unet": "diffusion_pytorch_model",
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
+# diffusers is imported where a pipeline is loaded: nothing else needs the seconds that it takes.
+
+#: Of each architecture diffusers' pipeline and, among its components, the denoiser.
+PIPELINES = {"sdxl": ("StableDiffusionXLPipeline", "unet"), "flux": ("FluxPipeline", "transformer")}
+
+#: Arguments of the pipelines' calls that are numbers, or lists of numbers, by their type.
+FLOATS = {"denoising_end", "eta", "guidance_rescale", "guidance_scale", "sigmas", "true_cfg_scale"}
+INTEGERS = {
+    "clip_skip", "crops_coords_top_left", "height", "max_sequence_length", "negative_crops_coords_top_left",
+    "negative_original_size", "negative_target_size", "num_images_per_prompt", "num_inference_steps", "original_size",
+    "target_size", "timesteps", "width",
+}  # fmt: skip
+
+#: Stems of the weights' files: transformers' and diffusers' conventions.
+STEMS = ("model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
             _advice(model, f"{folder} is not a complete {model.architecture} pipeline folder", missing)
         )
     _check_size(model, folder)
-    return Checkpoint(folder, fingerprint(folder, model.architecture, model.variant))
+    return Checkpoint(folder, fingerprint(folder, model.variant))
 
 
 def _local(source: str) -> Path | None:
@@ -109,12 +103,8 @@ def call_arguments(model: DictConfig) -> dict[str, Any]:
         ValueError: the architecture is unknown, or a text stands where the pipeline takes a number.
     """
     _check_architecture(model)
-    declared = inspect.signature(PIPELINES[model.architecture].__call__).parameters
     call = OmegaConf.to_container(model.call, resolve=True)
-    return {
-        name: _as_declared(name, value, str(declared[name].annotation)) if name in declared else value
-        for name, value in call.items()
-    }
+    return {name: _as_declared(name, value) for name, value in call.items()}
 
 
 def _check_architecture(model: DictConfig) -> None:
@@ -122,14 +112,14 @@ def _check_architecture(model: DictConfig) -> None:
         raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
 
 
-def _as_declared(name: str, value: Any, kind: str) -> Any:
+def _as_declared(name: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_as_declared(name, item, kind) for item in value]
-    if "float" in kind and isinstance(value, (str, bool)):
+        return [_as_declared(name, item) for item in value]
+    if name in FLOATS and isinstance(value, (str, bool)):
         raise ValueError(f"model.call.{name} must be a number, got {value!r}")
-    if type(value) is int and "float" in kind:
+    if name in FLOATS and type(value) is int:
         return float(value)
-    if type(value) is float and "float" not in kind and "int" in kind and value.is_integer():
+    if name in INTEGERS and type(value) is float and value.is_integer():
         return int(value)
     return value
 
@@ -152,29 +142,44 @@ def local_fingerprint(model: DictConfig) -> str | None:
     folder = project_path(model.source)
     if not folder.is_dir() or missing_files(folder, model.architecture, model.variant):
         return None
-    return fingerprint(folder, model.architecture, model.variant)
+    return fingerprint(folder, model.variant)
+
+
+def _components(folder: Path) -> dict[str, tuple[str, str | None]]:
+    """Return what the pipeline in a folder consists of: name -> configuration file, and stem of the weights if any."""
+    components = {}
+    for name, made_of in sorted(read_json(folder / "model_index.json").items()):
+        if not isinstance(made_of, list) or made_of[0] is None:
+            continue
+        library, kind = made_of
+        for sort in ("scheduler", "tokenizer"):
+            if sort in kind.lower():
+                components[name] = f"{sort}_config.json", None
+                break
+        else:
+            components[name] = "config.json", STEMS[library == "diffusers"]
+    return components
 
 
 def missing_files(folder: Path, architecture: str, variant: str | None = None) -> list[str]:
     """Return the files of the diffusers layout that `folder` lacks, as relative paths."""
-    missing = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
-    for component in COMPONENTS[architecture]:
-        config = CONFIG_FILES.get(component, "config.json")
-        if not (folder / component / config).is_file():
-            missing.append(f"{component}/{config}")
-        if component.startswith("tokenizer"):
-            missing += [f"{component}/{name}" for name in missing_vocabulary(folder / component)]
-        if component not in WEIGHTS:
-            continue
-        names, missing_shards = _weight_files(folder / component, variant)
-        if missing_shards:
-            missing += [f"{component}/{name}" for name in missing_shards]
-        elif not names:
-            missing.append(f"{component}/{WEIGHTS[component]}{f'.{variant}' if variant else ''}.safetensors")
+    if not (folder / "model_index.json").is_file():
+        return ["model_index.json"]
+    components = _components(folder)
+    missing = [f"{name}/config.json" for name in (PIPELINES[architecture][1], "vae") if name not in components]
+    for name, (config, stem) in components.items():
+        if not (folder / name / config).is_file():
+            missing.append(f"{name}/{config}")
+        if config == "tokenizer_config.json":
+            missing += [f"{name}/{file}" for file in missing_vocabulary(folder / name)]
+        if stem:
+            files = _weight_files(folder / name, stem, variant)
+            files = files or [f"{stem}{f'.{variant}' if variant else ''}.safetensors"]
+            missing += [f"{name}/{file}" for file in files if not (folder / name / file).is_file()]
     return missing
 
 
-def fingerprint(folder: Path, architecture: str, variant: str | None = None) -> str:
+def fingerprint(folder: Path, variant: str | None = None) -> str:
     """Return 16 hex digits of a SHA-256 over the configuration files and a sample of the weights.
 
     Weights above 16 MiB are sampled: size and 64 blocks of 64 KiB evenly spread, so that 24 GB take a second; a
@@ -182,10 +187,9 @@ def fingerprint(folder: Path, architecture: str, variant: str | None = None) -> 
     """
     digest = hashlib.sha256()
     files = [folder / "model_index.json"]
-    for component in COMPONENTS[architecture]:
-        files += sorted(path for path in (folder / component).iterdir() if path.suffix in (".json", ".txt", ".model"))
-        if component in WEIGHTS:
-            files += [folder / component / name for name in _weight_files(folder / component, variant)[0]]
+    for name, (_, stem) in _components(folder).items():
+        files += sorted(path for path in (folder / name).iterdir() if path.suffix in (".json", ".txt", ".model"))
+        files += [folder / name / file for file in (_weight_files(folder / name, stem, variant) if stem else ())]
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
@@ -220,16 +224,22 @@ def load(
         ValueError: an unknown dtype.
     """
     dtype = torch_dtype(model)
-    variant = model.variant if _has_variant(checkpoint.folder, model.architecture, model.variant) else None
+    import diffusers
+    import transformers
+
     # Their bars would tear the one of experiments.generate.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe = PIPELINES[model.architecture].from_pretrained(
+    name, denoiser = PIPELINES[model.architecture]
+    # An installed invisible-watermark package would otherwise change SDXL's pixels.
+    options = {"add_watermarker": False} if model.architecture == "sdxl" else {}
+    variant = model.variant if any(checkpoint.folder.glob(f"*/*.{model.variant}[.-]*")) else None
+    pipe = getattr(diffusers, name).from_pretrained(
         checkpoint.folder,
         dtype=dtype,
         variant=variant,
         local_files_only=True,
-        **_without_watermark(model),
+        **options,
     )
     pipe.set_progress_bar_config(disable=True)
     if offload:
@@ -237,81 +247,51 @@ def load(
     else:
         pipe.to(device)
     if compile_denoiser:
-        (pipe.unet if model.architecture == "sdxl" else pipe.transformer).compile()
+        getattr(pipe, denoiser).compile()
     return pipe
 
 
-def _without_watermark(model: DictConfig) -> dict[str, Any]:
-    # An installed invisible-watermark package would otherwise change SDXL's pixels.
-    return {"add_watermarker": False} if model.architecture == "sdxl" else {}
-
-
-def _weight_files(folder: Path, variant: str | None) -> tuple[list[str], list[str]]:
-    """Return (weight files present, shards that the index names but that are missing) of one component's folder.
+def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
+    """Return the weight files of one component's folder, as the index names them where they are in several.
 
     The variant's files are preferred; a component without them falls back to the plain ones, as diffusers does.
     """
-    stem = WEIGHTS[folder.name]
     for suffix in [f".{variant}", ""] if variant else [""]:
         single = f"{stem}{suffix}.safetensors"
         if (folder / single).is_file():
-            return [single], []
+            return [single]
         for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json"):
             if (folder / index).is_file():
-                shards = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-                missing = [name for name in shards if not (folder / name).is_file()]
-                return [name for name in shards if name not in missing], missing
-    return [], []
-
-
-def _has_variant(folder: Path, architecture: str, variant: str | None) -> bool:
-    if variant is None:
-        return False
-    return any(
-        any(f".{variant}" in name for name in _weight_files(folder / component, variant)[0])
-        for component in COMPONENTS[architecture]
-        if component in WEIGHTS
-    )
+                return sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    return []
 
 
 def _from_hub(model: DictConfig) -> Path:
-    arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": _patterns(model)}
-    try:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": _patterns(model.variant)}
+    with contextlib.suppress(LocalEntryNotFoundError):
         cached = Path(snapshot_download(**arguments, local_files_only=True))
         if not missing_files(cached, model.architecture, model.variant):
             return cached
-    except LocalEntryNotFoundError:
-        cached = None
     problem = f"{model.source} is not in the hub's cache"
     if not network_answers(None):
-        raise FileNotFoundError(
-            _advice(model, f"{problem}, and the network is switched off or does not answer", _all_files(model))
-        )
+        raise FileNotFoundError(_advice(model, f"{problem}, and the network is switched off or does not answer"))
     try:
         return Path(snapshot_download(**arguments))
     except HfHubHTTPError as error:
-        raise FileNotFoundError(
-            _advice(model, f"{problem} and the hub refused it ({error})", _all_files(model))
-        ) from error
+        raise FileNotFoundError(_advice(model, f"{problem} and the hub refused it ({error})")) from error
 
 
-def _patterns(model: DictConfig) -> list[str]:
-    """Return what to fetch of a repository: the pipeline's folders, and the variant's weights alone."""
-    patterns = ["model_index.json"]
-    for component in COMPONENTS[model.architecture]:
-        patterns += [f"{component}/*.json", f"{component}/*.txt", f"{component}/*.model"]
-        if component in WEIGHTS:
-            suffix = f".{model.variant}" if model.variant else ""
-            stem = f"{component}/{WEIGHTS[component]}"
-            patterns += [f"{stem}{suffix}.safetensors", f"{stem}-0*.safetensors"]
-    return patterns
+def _patterns(variant: str | None) -> list[str]:
+    """Return what to fetch of a repository: the components' folders, and the variant's weights alone."""
+    suffix = f".{variant}" if variant else ""
+    weights = [f"*/{stem}{rest}.safetensors" for stem in STEMS for rest in (suffix, "-0*")]
+    return ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", *weights]
 
 
-def _all_files(model: DictConfig) -> list[str]:
-    return missing_files(Path(os.devnull), model.architecture, model.variant)
-
-
-def _advice(model: DictConfig, problem: str, files: list[str]) -> str:
+def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
     # A local folder tells nothing about where it came from: point at the configured repository only if it is one.
     repository = (
         model.source if model.source.count("/") == 1 and not project_path(model.source).exists() else "OWNER/NAME"
@@ -322,10 +302,10 @@ def _advice(model: DictConfig, problem: str, files: list[str]) -> str:
         else ""
     )
     return (
-        f"model={model.name}: {problem}.\nMissing files:\n"
-        + "".join(f"  {name}\n" for name in files)
+        f"model={model.name}: {problem}.\n"
+        + "".join(f"  missing: {name}\n" for name in files)
         + f"To get them, on a machine with a network: hf download {repository} "
-        + " ".join(f"--include '{pattern}'" for pattern in _patterns(model))
+        + " ".join(f"--include '{pattern}'" for pattern in _patterns(model.variant))
         + f"{gated}\n"
         "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder\n"
         "The embedded models need no download: model=mini-sdxl or model=mini-flux."

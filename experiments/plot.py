@@ -18,7 +18,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments import project_path
-from experiments.configs import expand, with_baselines
+from experiments.configs import expand
 from experiments.figures import called_for
 from experiments.figures.image_grid import image_grid, save_sheet, worth_showing
 from experiments.figures.style import save
@@ -46,6 +46,6 @@ def plot(configs: list[DictConfig]) -> list[Path]:
     return files
 
 
-def main(argv: list[str]) -> None:
-    for file in plot(with_baselines(expand(argv))):
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
+    for file in plot(configs or expand(argv, baselines=True)):
         print(file)

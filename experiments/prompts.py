@@ -69,29 +69,13 @@ class PromptSet:
     subset_seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("categories", "templates", "seeds"):
-            values = _listed(f"prompts.{field}", getattr(self, field))
-            if not values or len(set(values)) != len(values):
-                raise ValueError(
-                    f"prompts.{field} must be a list of distinct values with at least one, got {list(values)}"
-                )
-            object.__setattr__(self, field, values)
-        if self.split not in ("test", "development"):
-            raise ValueError(f"prompts.split must be 'test' or 'development', got {self.split!r}")
-        if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in self.seeds):
-            raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(self.seeds)}")
-        _check_count(self.images_per_prompt)
+        _check(self, "categories", "templates", "seeds")
         if self.images_per_prompt < 2:
             raise ValueError(
                 f"prompts.images_per_prompt must be at least 2, got {self.images_per_prompt}: "
                 "the diversity of a single image is not defined"
             )
-        names = [_prompt_id(prompt) for _, prompt in self.prompts()]
-        if not all(names) or len(set(names)) != len(names):
-            raise ValueError(
-                "prompts must differ in their letters a-z and digits, since folders are named after them, got "
-                f"{[prompt for _, prompt in self.prompts()]}"
-            )
+        _check_ids([_prompt_id(prompt) for _, prompt in self.prompts()])
         most = len(self.templates) * len(self.seeds)
         if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
             raise ValueError(
@@ -149,21 +133,9 @@ class CharacterPrompts:
     kinds: tuple[str, ...] = KINDS
 
     def __post_init__(self) -> None:
-        if self.split not in ("test", "development"):
-            raise ValueError(f"prompts.split must be 'test' or 'development', got {self.split!r}")
-        for field, allowed in (("seeds", None), ("kinds", KINDS)):
-            values = _listed(f"prompts.{field}", getattr(self, field))
-            if not values or len(set(values)) != len(values) or (allowed and not set(values) <= set(allowed)):
-                raise ValueError(
-                    f"prompts.{field} must be a list of distinct values"
-                    f"{f' among {list(allowed)}' if allowed else ''} with at least one, got {list(values)}"
-                )
-            object.__setattr__(self, field, values)
-        if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in self.seeds):
-            raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(self.seeds)}")
-        _check_count(self.images_per_prompt)
-        if self.images_per_prompt < 1:
-            raise ValueError(f"prompts.images_per_prompt must be at least 1, got {self.images_per_prompt}")
+        _check(self, "seeds", "kinds")
+        if unknown := set(self.kinds) - set(KINDS):
+            raise ValueError(f"prompts.kinds must be among {list(KINDS)}, got {sorted(unknown)}")
         for character, prompts in self.characters.items():
             if unknown := set(prompts) - set(KINDS):
                 raise ValueError(f"prompts.characters.{character} has kinds {sorted(unknown)}, known are {KINDS}")
@@ -172,12 +144,7 @@ class CharacterPrompts:
             told = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
             if told:
                 raise ValueError(f"prompts.characters.{character}.indirect must not say the name, got {told}")
-        names = [group.prompt_id for group in self.groups() if group.seed == self.seeds[0]]
-        if not names:
-            raise ValueError("prompts.characters must hold at least one prompt of the chosen kinds, got none")
-        if len(set(names)) != len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"prompts must differ in their letters a-z and digits, got twice: {twice}")
+        _check_ids([group.prompt_id for group in self.groups() if group.seed == self.seeds[0]])
 
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: character, kind, prompt, seed.
@@ -207,9 +174,31 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _check_count(images: Any) -> None:
-    if isinstance(images, bool) or not isinstance(images, int):
-        raise ValueError(f"prompts.images_per_prompt must be a whole number, got {images!r}")
+def _check(prompts: PromptSet | CharacterPrompts, *lists: str) -> None:
+    """Check what all sets have, and make tuples of their lists, which are to be of distinct values."""
+    if prompts.split not in ("test", "development"):
+        raise ValueError(f"prompts.split must be 'test' or 'development', got {prompts.split!r}")
+    for field in lists:
+        values = _listed(f"prompts.{field}", getattr(prompts, field))
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"prompts.{field} must be a list of distinct values with at least one, got {list(values)}")
+        object.__setattr__(prompts, field, values)
+    if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in prompts.seeds):
+        raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(prompts.seeds)}")
+    if type(prompts.images_per_prompt) is not int or prompts.images_per_prompt < 1:
+        raise ValueError(
+            f"prompts.images_per_prompt must be a whole number of at least 1, got {prompts.images_per_prompt!r}"
+        )
+
+
+def _check_ids(names: list[str]) -> None:
+    if not names:
+        raise ValueError("prompts.characters must hold at least one prompt of the chosen kinds, got none")
+    if twice := sorted({name for name in names if not name or names.count(name) > 1}):
+        raise ValueError(
+            "prompts must differ in their letters a-z and digits, since folders are named after them, got twice: "
+            f"{twice}"
+        )
 
 
 def _prompt_id(prompt: str) -> str:

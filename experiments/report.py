@@ -41,7 +41,7 @@ from experiments.figures import called_for
 from experiments.figures.style import encode, title
 from experiments.locks import locked
 from experiments.methods.assets import read_assets
-from experiments.runs import Run
+from experiments.runs import RUNS, Run
 from experiments.tables import CALL, REQUIRED, check_names, commands, read_csv, spelled, whole
 from experiments.timing.report import case_table, measured_cases, target_table
 from experiments.timing.rows import MEASURED
@@ -193,11 +193,10 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
     for (run_id, model), rows in frame.groupby(["run_id", "model"], sort=False):
         common = rows.iloc[0]
         name = title(labels[run_id], common["method"])
-        place = Path(common["experiment"]) / model / common["method"] / run_id
-        run, manifest, state, made = Run(outputs / place), None, "not on this machine", {}
+        run, manifest, state, made = Run(outputs / RUNS / run_id), None, "not on this machine", {}
         if run.complete:
             try:
-                manifest, state, made = _images(run), place.as_posix(), run.identity["machine"] | run.environment
+                manifest, state, made = _images(run), f"{RUNS}/{run_id}", run.identity["machine"] | run.environment
             except (OSError, ValueError, KeyError) as error:
                 log.warning("The images of %s are left out: %s", run.folder, error)
                 state = "cannot be read"

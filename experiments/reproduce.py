@@ -14,10 +14,15 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import logging
+
 from experiments import check, evaluate, generate, plot, tabulate
+from experiments.configs import expand
 
 
 def main(argv: list[str]) -> int:
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # of a figure it says what it did to every font
+    configs = expand(argv, baselines=True)
     for act in (generate, evaluate, tabulate, plot):
-        act.main(argv)
-    return check.main(argv)
+        act.main(argv, configs)
+    return check.main(argv, configs)

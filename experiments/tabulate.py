@@ -34,11 +34,11 @@ from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import catalogue, project_path
-from experiments.configs import expand, flag, with_baselines
-from experiments.evaluate import NEEDS, configured_metrics, document_path, interval_options
-from experiments.methods.method import Baseline
+from experiments.asked import asked
+from experiments.configs import expand, flag, no_method
+from experiments.evaluate import NEEDS, configured_metrics, document_path
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
-from experiments.runs import Run, canonical, request
+from experiments.runs import Run
 from experiments.tables import (
     COLUMNS,
     KEY,
@@ -56,7 +56,7 @@ from experiments.tables import (
 )
 
 
-def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
+def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
     """Return one row for every run and metric, each with its paired difference to the run without a method.
 
     Args:
@@ -75,7 +75,7 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
         raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
-    others = {_apart_from_method(cfg): run for run, cfg in runs.items() if cfg.method.name == against}
+    others = {asked(cfg, no_method()): run for run, cfg in runs.items() if cfg.method.name == against}
     if against and not others:
         names = ", ".join(dict.fromkeys(cfg.method.name for cfg in configs))
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
@@ -85,7 +85,7 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
             raise ValueError(
                 f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
             )
-        baseline = others.get(_apart_from_method(cfg)) if against else Run.find_baseline(cfg)
+        baseline = others.get(asked(cfg, no_method())) if against else Run.find(cfg, baseline=True)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {cfg.method.name} on {cfg.model.name}")
         tested = primary_metrics(cfg).values()
@@ -99,11 +99,6 @@ def rows_of(configs: list[DictConfig], against: str | None = None) -> list[dict[
                 reference = None if baseline == run else find_document(baseline, name, metric)
                 rows.append(row_of(cfg, run, name, find_document(run, name, metric), reference))
     return rows
-
-
-def _apart_from_method(cfg: DictConfig) -> str:
-    """Return all that is asked for but the method, which need not be built for it."""
-    return canonical(request(cfg, Baseline()))
 
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:
@@ -131,7 +126,7 @@ def row_of(
     cfg: DictConfig, run: Run, name: str, document: dict[str, Any], reference: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return a run's row of the metric `name`, compared with `reference`, the document of the run it is paired with."""
-    value, low, high = interval_of(document, **interval_options(cfg))
+    value, low, high = interval_of(document, **cfg.bootstrap)
     role = next((role for role, metric in primary_metrics(cfg).items() if metric == name), None)
     settings = run.identity["request"]["method"]["settings"]
     call = {
@@ -178,8 +173,7 @@ def comparison(
 ) -> dict[str, Any]:
     """Return the columns that compare a run with the one it is paired with, group by group."""
     aggregate, higher = document["aggregate"], document["higher_is_better"]
-    options = interval_options(cfg)
-    difference = difference_of(document, reference, **options)
+    difference = difference_of(document, reference, **cfg.bootstrap)
     columns = {
         "difference": difference.difference,
         "difference_low": difference.low,
@@ -187,8 +181,8 @@ def comparison(
     }
     # A number of a whole set has no results of groups that could be exchanged.
     if aggregate != SUBSETS:
-        pairs = paired_differences(document["groups"], reference["groups"], aggregate)
-        columns["p_value"] = sign_flip_p(pairs, options["n_resamples"], options["seed"], options["cluster"])
+        pairs, resampling = paired_differences(document["groups"], reference["groups"], aggregate), cfg.bootstrap
+        columns["p_value"] = sign_flip_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
         columns["effect_size"] = effect_size(pairs)
         columns["win_rate"] = None if higher is None else win_rate(pairs, higher)
     least, base = reference["bounds"][0], reference["value"]
@@ -256,7 +250,7 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `configs`.
 
     Args:
-        configs: of one experiment, see `rows_of`.
+        configs: of one experiment, see `rows_of_runs`.
 
     Returns:
         The table with all rows that were in it before, and the Markdown.
@@ -265,7 +259,7 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     folder = project_path(cfg.results)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cfg.name}.csv"
-    merge_rows(path, rows_of(configs))
+    merge_rows(path, rows_of_runs(configs))
     with lock(path):
         frame = whole(read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, cfg.description, paper_table(cfg.name))
@@ -281,18 +275,18 @@ def write_comparison(configs: list[DictConfig], against: str) -> tuple[pd.DataFr
         The rows, in full precision, and the Markdown.
     """
     cfg = configs[0]
-    frame = pd.DataFrame(rows_of(configs, against), columns=COLUMNS)
+    frame = pd.DataFrame(rows_of_runs(configs, against), columns=COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
     write_text(project_path(cfg.results) / f"{cfg.name}_against_{against}.md", page)
     return frame, page
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     parser = argparse.ArgumentParser("tabulate", add_help=False)
     parser.add_argument("--against", metavar="METHOD")
     arguments, overrides = parser.parse_known_args(argv)
-    configs, against = with_baselines(expand(overrides)), arguments.against
+    configs, against = configs or expand(overrides, baselines=True), arguments.against
     print((write_comparison(configs, against) if against else write_table(configs))[1])
     for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
         print(project_path(configs[0].results) / f"{configs[0].name}{ending}")

@@ -123,7 +123,7 @@ def test_the_new_method_and_metric_stand_in_the_table(extended):
     values, images = {}, {}
     for method in ("none", "farthest_first"):
         row = frame.loc[(method, "colourfulness")]
-        run = folder / "outputs" / "candidates" / "sdxl" / method / row["run_id"]
+        run = folder / "outputs" / "runs" / row["run_id"]
         files = sorted(run.glob("images/*/*/*.png"))
         assert len(files) == row["n_images"] == 4
         values[method] = sum(map(naive_colourfulness, files)) / 4  # two groups of two

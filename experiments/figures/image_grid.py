@@ -13,10 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.files import write_bytes
 from eval.images import group_rows, load_picture, read_manifest
+from experiments.asked import canonical
 from experiments.choose import chosen_run, pareto_front
 from experiments.figures.style import title
 from experiments.pages import run_labels
-from experiments.runs import Run, canonical
+from experiments.runs import Run
 from experiments.tables import primary_pair
 
 #: Of a sheet, in pixels: the column of labels, what lies between blocks of images and between rows, and a letter.

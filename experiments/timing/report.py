@@ -173,7 +173,7 @@ def measured_cases(frame: pd.DataFrame) -> list[pd.DataFrame]:
     return [rows for _, rows in where(frame, part="table").groupby(MEASURED, sort=False, dropna=False)]
 
 
-def render_markdown(frame: pd.DataFrame, cfg: DictConfig) -> str:
+def render_page(frame: pd.DataFrame, cfg: DictConfig) -> str:
     """Return the page: targets, the table of every case, the curves, and the paper's statements.
 
     Args:
@@ -193,15 +193,15 @@ def render_markdown(frame: pd.DataFrame, cfg: DictConfig) -> str:
 
 
 def render_latex(frame: pd.DataFrame, cfg: DictConfig) -> str:
-    """Return the tables of `render_markdown` that are ours as LaTeX."""
+    """Return the tables of `render_page` that are ours as LaTeX."""
     titles = dict(cfg.latency.titles)
     cases = (case_table(rows, titles) for rows in measured_cases(frame))
     return latex([target_table(frame, cfg), *cases, scaling_table(frame, titles)])
 
 
 def write(frame: pd.DataFrame, cfg: DictConfig, folder: Path) -> str:
-    """Write `<folder>/<name>.md`, `.tex` and the figures of the curves; return the Markdown, see `render_markdown`."""
-    page = render_markdown(frame, cfg)
+    """Write `<folder>/<name>.md`, `.tex` and the figures of the curves; return the Markdown, see `render_page`."""
+    page = render_page(frame, cfg)
     write_text(folder / f"{cfg.name}.md", page)
     write_text(folder / f"{cfg.name}.tex", render_latex(frame, cfg))
     for model in curve_models(frame):

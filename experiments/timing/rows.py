@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import quantile_test
 
 import negtome
+from experiments.asked import canonical
 from experiments.configs import flag
+from experiments.makers import current_commit
 from experiments.methods import naive
-from experiments.runs import canonical, current_commit
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of
 from experiments.timing.profile import Part

@@ -90,7 +90,7 @@ def test_what_cannot_be_taken_is_listed_with_the_reason_and_keeps_nothing_else_o
     def another(name):
         return shutil.copytree(none, none.with_name(name))
 
-    half = shutil.copytree(none, outputs / "other" / none.relative_to(outputs / "sweep"))
+    half = shutil.copytree(none, outputs / "other" / none.name)
     (half / "complete").unlink()
     shutil.rmtree(next(half.glob("images/*/[0-9]*")))
     another("111111111111")  # not what its settings hash to
@@ -102,7 +102,7 @@ def test_what_cannot_be_taken_is_listed_with_the_reason_and_keeps_nothing_else_o
     (outputs / "mini" / "data" / "weights.bin").write_text("")
     table, problems = reasons(outputs)
     assert len(table) == whole
-    places = {path.rpartition("/")[2] if path.startswith("sweep") else path: text for path, text in problems.items()}
+    places = {path.rpartition("/")[2] if path.startswith("runs") else path: text for path, text in problems.items()}
     assert "half-finished: 1 of 2 groups" in places.pop(half.relative_to(outputs).as_posix())
     assert "does not hash to its folder's name" in places.pop("111111111111")
     assert "cannot be read" in places.pop("222222222222")
@@ -186,19 +186,6 @@ def test_a_foreign_run_of_any_kind_is_listed_and_keeps_nothing_else_out(way, nam
     assert len(table) == (10 if whole else 6)
     assert list(problems) == [(file if whole else pushed).relative_to(outputs).as_posix()]
     assert file.name in next(iter(problems.values())), "named"
-
-
-@pytest.mark.parametrize("way", ["bomb", "nested", "number", "huge"])
-def test_a_foreign_run_beside_stops_no_evaluation(way, copy, caplog, tiny_overrides, tmp_path):
-    outputs, (none, _) = copy
-    foreign = shutil.copytree(none, none.with_name("0" * 12)) / "config.yaml"
-    WAYS[way](foreign)
-    (cfg,) = expand([*tiny_overrides("sweep", tmp_path, "method=none"), f"outputs={outputs}"])
-    evaluate(cfg)
-    assert f"left out: {foreign} cannot be read" in caplog.text
-    shutil.rmtree(none)
-    with pytest.raises(ValueError, match=f"{foreign} cannot be read"):
-        evaluate(cfg)
 
 
 def test_folders_that_are_links_are_said(copy, tmp_path):

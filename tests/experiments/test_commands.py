@@ -55,8 +55,8 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["plot", "-m", "alpha"], ["alpha: expected KEY=VALUE"]),
         (["generate", "device=null"], ["a text for device, got None"]),
         (["evaluate", "name=5"], ["a text for name, got 5"]),
-        (["evaluate", "model=mini-sdxl", "model.architecture=dit"], ["one of ['flux', 'sdxl'], got 'dit'"]),
-        (["evaluate", "model=mini-sdxl", "model.call.guidance_scale=high"], ["must be a number, got 'high'"]),
+        (["generate", "model=mini-sdxl", "model.architecture=dit"], ["one of ['flux', 'sdxl'], got 'dit'"]),
+        (["generate", "model=mini-sdxl", "model.call.guidance_scale=high"], ["must be a number, got 'high'"]),
         (["latency", "experiment=latency", "latency.cases=no"], ["latency.cases must be true or false, got 'no'"]),
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
@@ -190,7 +190,7 @@ def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_
     )
     done = run("-c", script, *asked, timeout=300)
     assert done.returncode == 130, done.stderr
-    assert re.search(r"of 3 groups were generated and are kept in .*outputs/sweep;", done.stderr), done.stderr
+    assert re.search(r"of 3 groups were generated and are kept in .*outputs/runs;", done.stderr), done.stderr
     kept = list((tmp_path / "outputs").rglob("group.json"))
     assert len(kept) == 1
     before = kept[0].stat().st_mtime_ns

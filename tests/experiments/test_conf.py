@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.configs import _axes, _jobs, _split, build, expand, with_baselines
+from experiments.configs import _sweep, build, expand
 from experiments.evaluate import NEEDS
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
@@ -92,7 +92,7 @@ def test_the_baseline_is_there_once_whatever_is_swept(methods):
     swept = [f"method={methods}", "method.alpha=0.3,0.9", "model.call.guidance_scale=2,5"]
     found = [
         (cfg.method.name, cfg.method.get("alpha"), cfg.model.call.guidance_scale)
-        for cfg in with_baselines(expand(swept))
+        for cfg in expand(swept, baselines=True)
     ]
     assert [one for one in found if one[0] == "none"] == [("none", None, 2), ("none", None, 5)]
     assert [one for one in found if one[0] != "none"] == [
@@ -102,7 +102,7 @@ def test_the_baseline_is_there_once_whatever_is_swept(methods):
         of_scale = [one[0] for one in found if one[2] == scale]
         assert of_scale == ["none", "negtome", "negtome"]
     assert len(expand(swept)) == (4 if methods == "negtome" else 6), "and where it is not asked for, it is added"
-    one = with_baselines(expand([f"method={methods}", "method.alpha=0.3"]))
+    one = expand([f"method={methods}", "method.alpha=0.3"], baselines=True)
     assert [cfg.method.get("alpha") for cfg in one] == [None, 0.3], "of a single value too"
 
 
@@ -369,10 +369,10 @@ def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monk
         patch.setattr("experiments.configs.compose", counted)
         found = expand(overrides)
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        expected = [compose("config", job) for job in _jobs(_split(_axes(overrides))[0])]
+        expected = [compose("config", job) for job in _sweep(*overrides).jobs()]
     for ours, theirs in zip((cfg for cfg in found if cfg.method.name != "none"), expected, strict=True):
         assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
         assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
         assert OmegaConf.is_struct(ours)
-    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in expected}), "and the sweep's axes"
+    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
     assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)

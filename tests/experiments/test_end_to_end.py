@@ -16,11 +16,12 @@ import experiments
 from eval.images import read_manifest
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
+from experiments.asked import request
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.pages import main_table, other_table
-from experiments.runs import Run, request
+from experiments.runs import Run
 from experiments.tables import COLUMNS, REQUIRED, TEXT
 
 METHODS = "method=none,negtome,negtome_released"
@@ -77,6 +78,14 @@ def overrides(tmp_path, source, kind="sdxl", name=None):
         f"outputs={tmp_path / 'outputs'}",
         f"results={tmp_path / 'results'}",
     ]
+
+
+def copied(run, outputs):
+    """Copy a run and what names it to other outputs; returns its folder there."""
+    for file in run.parents[1].glob("*/asked.json"):
+        (outputs / file.parent.name).mkdir(exist_ok=True)
+        shutil.copy(file, outputs / file.parent.name)
+    return shutil.copytree(run, outputs / "runs" / run.name)
 
 
 def pngs(folder):
@@ -139,15 +148,14 @@ def test_a_complete_run_is_not_generated_again(finished, monkeypatch):
 def test_an_interrupted_run_finishes_the_rest_and_equals_an_undisturbed_one(finished, tmp_path):
     arguments, (_, paper, _) = finished
     arguments = [*arguments, "method=negtome", f"outputs={tmp_path}"]
-    folder = tmp_path / paper.relative_to(paper.parents[3])
-    shutil.copytree(paper, folder)
+    folder = copied(paper, tmp_path)
     shutil.rmtree(next(folder.glob("images/*fish/000000")))
     for name in ("complete", "manifest.jsonl"):
         (folder / name).unlink()
     (folder / "images" / "a-photo-of-a-fish" / ".000000.left-by-a-killed-process").mkdir()
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     (cfg,) = expand(arguments)
-    with pytest.raises(FileNotFoundError, match="only unfinished ones"):
+    with pytest.raises(FileNotFoundError, match="an unfinished one"):
         Run.find(cfg)
     assert generate(cfg) == folder
     assert pngs(folder) == pngs(paper)
@@ -193,8 +201,7 @@ def test_every_setting_that_affects_pixels_makes_a_run_of_its_own(finished, tmp_
 
 def test_an_edited_run_folder_is_refused(finished, tmp_path):
     arguments, (none, _, _) = finished
-    folder = tmp_path / none.relative_to(none.parents[3])
-    shutil.copytree(none, folder)
+    folder = copied(none, tmp_path)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("num_inference_steps: 2", "num_inference_steps: 50"))
     with pytest.raises(ValueError, match="does not hash to its folder's name"):
@@ -286,16 +293,16 @@ def test_settings_of_one_method_are_told_apart(finished):
 
 def test_a_part_of_a_sweep_finds_its_baseline(finished, tmp_path):
     arguments, _ = finished
-    whole = tabulate.rows_of(expand(arguments))
-    part = tabulate.rows_of(expand([*arguments, "method=negtome"]))
+    whole = tabulate.rows_of_runs(expand(arguments))
+    part = tabulate.rows_of_runs(expand([*arguments, "method=negtome"]))
     assert part == [row for row in whole if row["method"] == "negtome"]
 
 
 def test_a_method_without_its_baseline_is_refused(finished, tmp_path):
     arguments, (_, paper, _) = finished
-    shutil.copytree(paper, tmp_path / paper.relative_to(paper.parents[3]))
+    copied(paper, tmp_path)
     with pytest.raises(FileNotFoundError, match="method=none"):
-        tabulate.rows_of(expand([*arguments, "method=negtome", f"outputs={tmp_path}"]))
+        tabulate.rows_of_runs(expand([*arguments, "method=negtome", f"outputs={tmp_path}"]))
 
 
 def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
@@ -311,8 +318,6 @@ def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
     second = generate(cfg)
     assert first != second
     assert Run.find(cfg).folder == second
-    cfg.run_id = first.name
-    assert Run.find(cfg).folder == first
 
 
 def test_random_weights_never_enter_a_table(finished):
@@ -383,12 +388,11 @@ def test_a_push_that_cannot_happen_stops_the_run(finished, tmp_path):
 def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
     swept = ["method=negtome", "method.alpha=0.3,0.9", "method.threshold=-1,-0.5"]
     assert main(["generate", "-m", *overrides(tmp_path, tiny_checkpoint("sdxl")), *swept]) == 0
-    runs = list((tmp_path / "outputs" / "diversity" / "sdxl" / "negtome").iterdir())
-    settings = {
-        tuple(Run(run).identity["request"]["method"]["settings"][key] for key in ("alpha", "threshold")) for run in runs
-    }
+    runs = [Run(run) for run in (tmp_path / "outputs" / "runs").iterdir()]
+    found = [run.identity["request"]["method"]["settings"] for run in runs]
+    settings = {(one["alpha"], one["threshold"]) for one in found if one}
     assert settings == {(0.3, -1), (0.3, -0.5), (0.9, -1), (0.9, -0.5)}
-    assert all((run / "complete").exists() for run in runs)
+    assert len(runs) == 5 and all(run.complete for run in runs)
 
 
 def test_a_shipped_model_and_its_scorer_need_no_network(tmp_path):
@@ -597,8 +601,7 @@ def test_the_copyright_experiment_goes_on_where_it_stopped(protected, tmp_path):
     arguments, runs = protected
     run, _ = runs["negtome_and_negative_prompt"]
     arguments = [*arguments, "method=negtome_and_negative_prompt", f"outputs={tmp_path}"]
-    folder = tmp_path / run.relative_to(run.parents[3])
-    shutil.copytree(run, folder)
+    folder = copied(run, tmp_path)
     for name in ("complete", "manifest.jsonl"):
         (folder / name).unlink()
     shutil.rmtree(folder / "images" / "direct-a-photo-of-a-panda" / "000000")
@@ -644,7 +647,7 @@ def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):
     assert names == ["clip_score", "clip_score_indirect", "clip_score_benign"]
     assert "maximum_resemblance is left out" in caplog.text and "model.copyright.scoring=FOLDER" in caplog.text
     with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance'"):
-        tabulate.rows_of([unscored])
+        tabulate.rows_of_runs([unscored])
 
 
 def test_the_command_line_says_what_to_give_without_a_traceback(tmp_path, capsys):

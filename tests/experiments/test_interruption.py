@@ -27,7 +27,7 @@ GENERATE = ("-m", "experiments.generate")
 
 def leftovers(outputs):
     """What is in run folders and ought not to be: temporary files and folders, and locks."""
-    return [path for path in outputs.glob("sweep/**/.*") if path.name != ".hydra"]
+    return [path for path in outputs.glob("runs/*/**/.*") if path.name != ".hydra"]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def noting(run, group, *rest):
     save(run, group, *rest)
 
 Run.save = noting
-main()
+main(sys.argv[1:])
 """
 
 

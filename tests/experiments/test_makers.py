@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 
-from experiments import PROJECT, collect, pipelines, runs
-from experiments.configs import build, expand
+from experiments import PROJECT, collect, makers, pipelines
+from experiments.asked import request, run_id
+from experiments.configs import expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_all, prepare
 from experiments.methods.negtome import NegToMe
-from experiments.runs import Run, request, run_id
+from experiments.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +52,13 @@ def elsewhere(monkeypatch):
         else:
             code = shutil.copy(PROJECT / "experiments" / "prompts.py", path / "prompts.py")
             code.write_text(code.read_text().replace('digest()[:4], "big"', 'digest()[:4], "little"'))
-            others = tuple(file for file in runs.CODE if file.name != "prompts.py")
-            monkeypatch.setattr(runs, "CODE", (*others, code))
-        runs.maker.cache_clear()
+            others = tuple(file for file in makers.CODE if file.name != "prompts.py")
+            monkeypatch.setattr(makers, "CODE", (*others, code))
+        makers.maker.cache_clear()
 
     yield move
     monkeypatch.undo()
-    runs.maker.cache_clear()
+    makers.maker.cache_clear()
 
 
 def test_the_maker_is_recorded(finished):
@@ -98,44 +99,16 @@ def test_a_run_of_another_version_of_the_method_is_not_taken_for_it(finished, ti
         Run.find(cfg)
     after = Run(generate(cfg))
     assert after != before and pngs(after.folder) == pngs(before.folder) and Run.find(cfg) == after
-    assert Run.find_baseline(cfg).identity["code"] is None
+    assert Run.find(cfg, baseline=True).identity["code"] is None
 
 
 def test_comments_are_no_other_code(tmp_path, monkeypatch, half):
     cfg, folder = half
     code = shutil.copy(PROJECT / "experiments" / "prompts.py", tmp_path / "prompts.py")
     code.write_text("# Said better.\n\n" + code.read_text())
-    monkeypatch.setattr(runs, "CODE", tuple(code if file.name == code.name else file for file in runs.CODE))
-    runs.maker.cache_clear()
+    monkeypatch.setattr(makers, "CODE", tuple(code if file.name == code.name else file for file in makers.CODE))
+    makers.maker.cache_clear()
     assert generate(cfg) == folder and len(pngs(folder)) == 4
-
-
-def test_what_was_made_elsewhere_is_taken_over_whole_or_not_at_all(half, finished, elsewhere, tmp_path):
-    cfg, folder = half
-    elsewhere("a CPU", tmp_path)
-    cfg.name = "another"
-    run = Run(generate(cfg))
-    assert {run._made(group)["cpu"] for group in build(cfg.prompts).groups()} == {"SVE256"}
-    assert run.environment["cpu"] == "SVE256"
-    shutil.rmtree(run.folder)
-    whole = finished[1] / folder.relative_to(cfg.outputs)
-    shutil.copytree(whole, folder, dirs_exist_ok=True)
-    run = Run(generate(cfg))
-    assert run.environment == Run(whole).environment and run.environment["cpu"] != "SVE256"
-    assert pngs(run.folder) == pngs(whole)
-
-
-def test_a_run_that_is_refused_takes_nothing_over_before(half, elsewhere, tmp_path):
-    """It would be of two makes for good: refused where it was begun, too."""
-    cfg, folder = half
-    elsewhere("a CPU", tmp_path)
-    other = cfg.copy()
-    other.name = "another"
-    generate(other)
-    before = pngs(folder)
-    with pytest.raises(ValueError, match="resume_any=true"):
-        generate(cfg)
-    assert pngs(folder) == before
 
 
 def test_a_run_that_others_began_since_it_was_prepared_is_refused(half, elsewhere, tmp_path):
@@ -162,14 +135,14 @@ def test_the_code_is_the_same_to_every_python():
     arguments = "arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])"
     function = f"FunctionDef(name='f', args={arguments}, body=[Pass()], decorator_list=[])"
     expected = f"Module(body=[{function}, Expr(value=List(elts=[], ctx=Load()))], type_ignores=[])"
-    assert runs._tree("def f():  # nothing\n    pass\n[]\n") == expected
+    assert makers._tree("def f():  # nothing\n    pass\n[]\n") == expected
 
 
-def test_a_lost_environment_is_not_made_up(half, caplog):
+def test_a_lost_environment_is_not_made_up(half):
     cfg, folder = half
     (folder / "environment.json").unlink()
     generate(cfg)
-    assert "environment.json is lost" in caplog.text and not (folder / "environment.json").exists()
+    assert not (folder / "environment.json").exists()
     assert Run.find(cfg).environment["commit"] == "unknown"
     evaluate(cfg)
     table, problems = collect.collect(cfg.outputs)

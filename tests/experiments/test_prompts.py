@@ -116,7 +116,7 @@ def test_kinds_of_prompts_can_be_chosen():
         ({"seeds": []}, "seeds must be a list of distinct values with at least one"),
         ({"seeds": [1, 1]}, "seeds must be a list of distinct values"),
         ({"seeds": [10**6]}, r"seeds must be integers in \[0, 999999\]"),
-        ({"kinds": ["direct", "friendly"]}, r"kinds must be a list of distinct values among \['direct', 'indirect'"),
+        ({"kinds": ["direct", "friendly"]}, r"kinds must be among \['direct', 'indirect'"),
         ({"split": "train"}, "split must be 'test' or 'development'"),
         ({"images_per_prompt": 0}, "at least 1, got 0"),
     ],

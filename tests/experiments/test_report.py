@@ -72,7 +72,7 @@ def write_run(outputs, model, method, size=32):
     identity = {"request": {"model": {"name": model}, "method": {"name": method, "settings": {}}},
                 "weights": "w", "machine": {"device": "cpu", "torch": "2.9.0", "diffusers": "0.42.1",
                                             "transformers": "4.56.0"}, "code": "c"}  # fmt: skip
-    folder = outputs / "diversity" / model / method / run_id(identity)
+    folder = outputs / "runs" / run_id(identity)
     rows = [
         ManifestRow(f"images/{prompt_id}/{seed:06d}/{index:02d}.png", prompt_id, prompt, category, seed, index, index,
                     {"ogre/a.png": 0.875} if method == "negtome_released" else None)
@@ -90,6 +90,12 @@ def write_run(outputs, model, method, size=32):
     return folder.name
 
 
+def runs_of(results):
+    """The run ids of the diversity table, by model and method."""
+    rows = pd.read_csv(results / "diversity.csv", dtype=TEXT).drop_duplicates("run_id")
+    return rows.set_index(["model", "method"])["run_id"]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The committed diversity table with runs of mini-sdxl laid down, and those of mini-flux absent or damaged."""
@@ -104,9 +110,9 @@ def made(tmp_path_factory):
         mine = (frame["model"] == "mini-sdxl") & (frame["method"] == method)
         frame.loc[mine, "run_id"] = write_run(outputs, "mini-sdxl", method)
     damaged = (frame["model"] == "mini-flux") & (frame["method"] == "negtome")
-    frame.loc[damaged, "run_id"] = write_run(outputs, "mini-flux", "negtome")
-    for file in outputs.glob("diversity/mini-flux/negtome/*/manifest.jsonl"):
-        file.write_text(file.read_text()[:-40])
+    frame.loc[damaged, "run_id"] = run = write_run(outputs, "mini-flux", "negtome")
+    manifest = outputs / "runs" / run / "manifest.jsonl"
+    manifest.write_text(manifest.read_text()[:-40])
     frame.to_csv(results / "diversity.csv", index=False)
     for suffix in ("csv", "md", "png"):
         shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
@@ -348,7 +354,7 @@ def test_a_table_cannot_name_other_folders(column, value, small, tmp_path):
 def test_links_are_left_out(small, tmp_path, caplog):
     results, outputs, _ = small
     Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "private.png")
-    image = sorted((outputs / "diversity" / "mini-sdxl" / "negtome").rglob("*.png"))[0]
+    image = sorted((outputs / "runs" / runs_of(results).loc["mini-sdxl", "negtome"]).rglob("*.png"))[0]
     image.unlink()
     image.symlink_to(tmp_path / "private.png")
     for suffix in ("csv", "md"):
@@ -395,7 +401,8 @@ def test_a_folder_of_something_else_is_never_replaced(made, tmp_path):
 def test_a_run_with_an_image_gone_is_not_shown_and_a_damaged_one_is_named(made, tmp_path):
     folder = made[0]
     shutil.copytree(folder / "outputs", tmp_path / "outputs")
-    images = sorted((tmp_path / "outputs" / "diversity" / "mini-sdxl" / "negtome").rglob("*.png"))
+    run = runs_of(folder / "results").loc["mini-sdxl", "negtome"]
+    images = sorted((tmp_path / "outputs" / "runs" / run).rglob("*.png"))
     images[0].write_bytes(images[0].read_bytes()[:40])
     with pytest.raises(ValueError, match=r"expected a readable image, got .*00\.png"):
         report.report(folder / "results", tmp_path / "outputs", tmp_path / "report")

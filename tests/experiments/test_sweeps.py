@@ -1,5 +1,6 @@
 """Every experiment that sweeps, run from the command line's overrides to table and figures, at tiny size."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from experiments import PROJECT, plot, tables, tabulate
+from experiments.asked import experiments_of
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
@@ -20,7 +22,7 @@ SWEEPS = {
     "ablate_alpha": ["method=none,negtome", "method.alpha=-0.9,0.9"],
     "ablate_threshold": ["method=none,negtome", "method.threshold=-1,0.5"],
     "ablate_window": ["method=none,negtome", "method.timestep_range=[0,1000],[400,1000]"],
-    "ablate_blocks": ["method=none,negtome", "method.blocks=early,late"],
+    "ablate_blocks": ["method=none,negtome", "method.about.blocks=early,late"],
     "ablate_matching": ["method=none,negtome,random_match,noise_control"],
     "cfg_scale": ["method=none,negtome", "model.call.guidance_scale=2,8"],
     "cfg_scale_flux": ["method=none,negtome", "model.call.guidance_scale=1.5,3.5"],
@@ -75,7 +77,7 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
     assert all(labels[run] in markdown for run in compared["run_id"])
     # Every method with its own baseline: same call, same prompts.
     for cfg in configs:
-        ours, base = Run.find(cfg).identity["request"], Run.find_baseline(cfg).identity["request"]
+        ours, base = Run.find(cfg).identity["request"], Run.find(cfg, baseline=True).identity["request"]
         assert base["method"] == {"name": "none", "settings": {}}
         assert {key: ours[key] for key in ("model", "prompts")} == {key: base[key] for key in ("model", "prompts")}
     if experiment in DRAWN:
@@ -101,7 +103,7 @@ def test_guidance_is_swept_as_in_the_papers_figure_and_each_scale_has_its_baseli
 
 def test_the_blocks_of_an_ablation_are_the_models_own():
     found = {
-        (cfg.model.name, cfg.method.blocks): build(cfg.method).config.sites
+        (cfg.model.name, cfg.method.about.blocks): build(cfg.method).config.sites
         for cfg in expand(["experiment=ablate_blocks", "model=mini-sdxl,flux-dev", "method=negtome"])
     }
     assert found["mini-sdxl", "early"] == ("up_blocks.0",) and found["mini-sdxl", "release"] is None
@@ -115,43 +117,38 @@ def test_a_grid_gives_heat_maps_and_a_front(done):
 
 
 def test_experiments_share_what_they_have_in_common(done, monkeypatch):
-    """The model's own strengths and the baseline are of every ablation: made once, linked."""
+    """The model's own strengths and the baseline are of every ablation: made once."""
     configs, *_ = done("ablate_alpha")
-    done("ablate_threshold")
-    shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none" or cfg.method.alpha == 0.9]
-    folders = [
-        folder for name in ("ablate_alpha", "ablate_threshold")
-        for folder in sorted(Path(configs[0].outputs, name).glob("*/*/*")) if folder.name in shared
-    ]  # fmt: skip
-    assert len({folder.name for folder in folders}) == 2 and len(folders) == 4
-    for folder in folders:
-        twins = [other for other in folders if other.name == folder.name and other != folder]
-        for image in folder.glob("images/*/*/*.png"):
-            assert all(image.samefile(twin / image.relative_to(folder)) for twin in twins)
+    done("ablate_blocks")
+    outputs = Path(configs[0].outputs)
+    shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none"]
+    assert len(shared) == 1 and {"ablate_alpha", "ablate_blocks"} <= set(experiments_of(outputs)[shared[0]])
     # Nothing is loaded for what is there.
     monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
     cfg.name = "another"
-    run = Run(generate(cfg))
-    assert run.complete and run.folder.parents[2].name == "another"
+    with pytest.raises(FileNotFoundError, match=r"another/asked\.json"):
+        Run.find(cfg)
+    assert generate(cfg).name == shared[0] and Run.find(cfg).id == shared[0]
 
 
-def test_groups_of_an_edited_run_are_not_taken_over(done, tmp_path, monkeypatch):
+def test_a_run_in_an_earlier_versions_folder_is_moved_and_not_made_again(done, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "experiments")
     configs, *_ = done("ablate_alpha")
     cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
     run = Run.find(cfg)
     cfg.outputs = str(tmp_path)
-    edited = tmp_path / run.folder.relative_to(run.folder.parents[3])
-    edited.mkdir(parents=True)
-    (edited / "config.yaml").write_text((run.folder / "config.yaml").read_text().replace("steps: 2", "steps: 3"))
-    (edited / "images").symlink_to(run.folder / "images")
-    cfg.name = "another"
-    made = []
-    monkeypatch.setattr("experiments.generate._generate_groups", lambda job: made.extend(job.missing) or iter(()))
-    with pytest.raises(RuntimeError, match="vanished"):
-        generate(cfg)
-    assert len(made) == 2
+    place = tmp_path / "ablate_alpha" / cfg.model.name / "none" / run.id
+    shutil.copytree(run.folder, place)
+    half = shutil.copytree(run.folder, tmp_path / "a" / cfg.model.name / "none" / run.id)
+    (half / "complete").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run python -m experiments\.generate with the same overrides"):
+        Run.find(cfg)
+    monkeypatch.setattr("experiments.generate._generate_groups", lambda job: pytest.fail("generated"))
+    assert generate(cfg) == tmp_path / "runs" / run.id and not place.exists()
+    assert f"{place}, where an earlier version put it, was moved to" in caplog.text
+    assert Run.find(cfg).folder == tmp_path / "runs" / run.id
 
 
 def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():

@@ -58,12 +58,12 @@ def document(values, bounds=(0, 100), **more):
 def test_primary_metrics_must_be_two_that_are_measured(overrides, message, tmp_path):
     """Before anything is looked for: a mistyped name must not cost an experiment, nor silently test nothing."""
     with pytest.raises(ValueError, match=message):
-        tabulate.rows_of(configured(f"outputs={tmp_path}", *overrides))
+        tabulate.rows_of_runs(configured(f"outputs={tmp_path}", *overrides))
 
 
 def test_intervals_of_another_level_are_not_called_95_percent():
     with pytest.raises(ValueError, match=r"expected bootstrap\.level=0\.95, got 0\.9"):
-        tabulate.rows_of(configured("bootstrap.level=0.9"))
+        tabulate.rows_of_runs(configured("bootstrap.level=0.9"))
 
 
 def test_runs_that_a_table_cannot_tell_apart_are_refused(tmp_path):
@@ -86,14 +86,13 @@ def test_what_makes_a_table_is_what_the_makefile_says(name):
 
 def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     (cfg,) = configured("primary.quality=kernel_distance_scorer")
-    monkeypatch.setattr(tabulate.Run, "find", lambda cfg: "run")
-    monkeypatch.setattr(tabulate.Run, "find_baseline", lambda cfg: "baseline")
+    monkeypatch.setattr(tabulate.Run, "find", lambda cfg, baseline=False: "baseline" if baseline else "run")
     monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
     monkeypatch.setattr(tabulate, "row_of", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
-        tabulate.rows_of([cfg])
+        tabulate.rows_of_runs([cfg])
     cfg.primary.quality = "clip_score"
-    assert len(tabulate.rows_of([cfg])) == len(cfg.metric)
+    assert len(tabulate.rows_of_runs([cfg])) == len(cfg.metric)
 
 
 def test_the_configured_cluster_reaches_the_halves_too():
