@@ -28,7 +28,7 @@ from experiments.tables import ROLES
 from negtome import NegToMeConfig
 
 CONF = PROJECT / "conf"
-# Root-level groups; scorer, labels and characters are placed into a model by that model's file.
+# Root-level groups; the others are placed into a model by its file, which names a domain.
 OPTIONS = [
     (group, file.stem)
     for group in ("model", "method", "prompts", "metric", "launcher", "experiment", "applications")
@@ -68,7 +68,7 @@ def test_every_option_composes_and_resolves(group, option):
 
 def test_every_group_of_the_folder_is_tested():
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders == {group for group, _ in OPTIONS} | {"scorer", "labels", "characters"}
+    assert folders == {group for group, _ in OPTIONS} | {"domain", "scorer", "labels", "characters"}
 
 
 def test_the_diversity_experiment_is_both_mini_models_times_three_methods():
