@@ -46,7 +46,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from experiments import pipelines, select_device
 from experiments.asked import note, request
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
-from experiments.makers import maker
 from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run
@@ -71,7 +70,7 @@ def prepare(cfg: DictConfig) -> Job:
 
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: a setting is out of range, or other code or another kind of CPU began the run.
+        ValueError: a setting is out of range.
     """
     device = select_device(cfg.device)
     flag(cfg, "offload")  # before anything is generated
@@ -81,9 +80,6 @@ def prepare(cfg: DictConfig) -> Job:
     run = Run.start(cfg, checkpoint.fingerprint, device)
     label = f"{cfg.model.name} {cfg.method.name}"
     missing = [group for group in groups if not run.has(group)]
-    mixed = flag(cfg, "resume_any")
-    if missing:
-        run.check_makers(groups, device, mixed)  # before anything made here is put beside what is there
     if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
     return Job(cfg, device, checkpoint, run, groups, missing)
@@ -93,8 +89,7 @@ def check(cfg: DictConfig) -> None:
     """Raise what `prepare` would of any machine: a run's own may be another, with another device than this one's."""
     cfg = cfg.copy()
     cfg.device = "cpu"
-    for name in ("offload", "resume_any"):
-        flag(cfg, name)
+    flag(cfg, "offload")
     request(cfg)
     pipelines.find_checkpoint(cfg.model)
 
@@ -131,8 +126,6 @@ def generate_all(jobs: list[Job]) -> None:
                 bar.set_description(f"run {number} of {len(jobs)}: {name}")
                 there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
                 log.info("%s: %s %d groups: %s", name, there, len(job.groups), job.run.folder)
-                if job.missing:  # others may have begun it since
-                    job.run.check_makers(job.groups, job.device, job.cfg.resume_any)
                 for _ in _generate_groups(job) if job.missing else ():
                     bar.update()
                 if not job.run.finish(job.groups):
@@ -225,7 +218,7 @@ def _generate_group(
         images = _pictures(pipe, drawn.images, cfg.model)
         seconds = time.perf_counter() - start
         statistics = {"seconds": round(seconds, 3), **drawn.statistics}
-        run.save(group, images, statistics, drawn.references, maker(device))
+        run.save(group, images, statistics, drawn.references)
         return True
 
 

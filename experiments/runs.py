@@ -15,8 +15,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from eval import files
 from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
 from eval.images import MANIFEST, ManifestRow, write_manifest
 from experiments import project_path
-from experiments.asked import asked, asked_file, canonical, noted, request, run_id
+from experiments.asked import asked, asked_file, noted, request, run_id
 from experiments.configs import build, no_method
 from experiments.locks import locked
-from experiments.makers import environment, made_by, maker
+from experiments.makers import environment, made_by
 from experiments.methods.method import Method
 from experiments.prompts import Group
 
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost.
+        """Commit, date, platform and CPU, as recorded when the run began; "unknown" where that was lost.
 
         Raises:
             ValueError: the file holds something else.
@@ -125,7 +125,7 @@ class Run:
         for pattern in (".*.tmp", "images/*/.*"):
             files.sweep(run.folder, pattern)
         if not (run.folder / "config.yaml").exists():
-            run._write_environment(device)
+            files.write_json(run.folder / "environment.json", environment(device))
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
         _ = run.identity  # fails here and not after hours, should the file be damaged
         return run
@@ -198,13 +198,12 @@ class Run:
         path = self.group_folder(group) / RECORD
         try:
             record = _read_record(path)
-            rows = [ManifestRow(**row) for row in record["rows"]]
-            wanted = self._rows(group, None, [row.sha256 for row in rows])
-            if record["run"] != self.id or [replace(row, references=None) for row in rows] != wanted:
+            images = [(self.folder / row["path"], row["sha256"]) for row in record["rows"]]
+            if record["run"] != self.id or any(image.parent != path.parent for image, _ in images):
                 return f"{path} is of another run or group"
-            for row in rows:
-                if remembered_hash(self.folder / row.path) != row.sha256:
-                    return f"{self.folder / row.path} is not the image that was generated"
+            for image, sha256 in images:
+                if remembered_hash(image) != sha256:
+                    return f"{image} is not the image that was generated"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             return str(error)
         return None
@@ -215,7 +214,6 @@ class Run:
         images: list[Image.Image],
         statistics: dict[str, Any],
         references: Mapping[str, float] | None = None,
-        made: Mapping[str, str | None] | None = None,
     ) -> None:
         """Write a group's images and record; they appear together, by one rename.
 
@@ -224,46 +222,29 @@ class Run:
             images: as many as the group's size.
             statistics: what the log should keep, as JSON values.
             references: pictures that the method was given, with the score by which each was found.
-            made: see `maker`.
         """
         with self._appearing(group) as temporary:
             temporary.mkdir()
             pictures = [temporary / f"{index:02d}.png" for index in range(len(images))]
             for picture, image in zip(pictures, images, strict=True):
                 image.save(picture)
-            rows = [row.to_dict() for row in self._rows(group, references, map(content_hash, pictures))]
-            record = sealed({"run": self.id, "made": made, "rows": rows, "stats": statistics})
+            folder = self.group_folder(group).relative_to(self.folder).as_posix()
+            rows = [
+                ManifestRow(
+                    path=f"{folder}/{picture.name}",
+                    prompt_id=group.prompt_id,
+                    prompt=group.prompt,
+                    category=group.category,
+                    group_seed=group.seed,
+                    index=index,
+                    seed=seed,
+                    references=None if references is None else dict(references),
+                    sha256=content_hash(picture),
+                ).to_dict()
+                for index, (seed, picture) in enumerate(zip(group.image_seeds(), pictures, strict=True))
+            ]
+            record = sealed({"run": self.id, "rows": rows, "stats": statistics})
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-    def _write_environment(self, device: str) -> None:
-        files.write_json(self.folder / "environment.json", environment(device))
-
-    def _made(self, group: Group) -> dict[str, str | None] | None:
-        return _read_record(self.group_folder(group) / RECORD)["made"]
-
-    def check_makers(self, groups: list[Group], device: str, mixed: bool) -> None:
-        """Refuse to go on with a run whose images other code made, or another kind of CPU.
-
-        Args:
-            groups: all of the run.
-            device: that generates.
-            mixed: go on all the same; `finish` says so.
-
-        Raises:
-            ValueError: with what made them and what would go on.
-        """
-        now = maker(device)
-        sound = [group for group in groups if self.has(group)]
-        if not sound:
-            self._write_environment(device)
-        others = {canonical(made) for group in sound if (made := self._made(group)) != now}
-        if not others or mixed:
-            return
-        raise ValueError(
-            f"{self.folder} was begun by {' and '.join(sorted(others))}, and here is {canonical(now)}: its images "
-            "would be of several makes. Finish it there, move it away to make all of it here, or go on nevertheless "
-            "with resume_any=true"
-        )
 
     @contextlib.contextmanager
     def _appearing(self, group: Group) -> Iterator[Path]:
@@ -307,32 +288,11 @@ class Run:
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
-        records = [_read_record(self.group_folder(group) / RECORD) for group in groups]
-        makers = sorted({canonical(record["made"]) for record in records})
-        if len(makers) > 1:
-            log.warning("%s: its images are of several makes: %s", self.folder, " and ".join(makers))
-        rows = [ManifestRow(**row) for record in records for row in record["rows"]]
+        rows = [
+            ManifestRow(**row) for group in groups for row in _read_record(self.group_folder(group) / RECORD)["rows"]
+        ]
         write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
         return True
-
-    def _rows(
-        self, group: Group, references: Mapping[str, float] | None, hashes: Iterable[str | None]
-    ) -> list[ManifestRow]:
-        folder = self.group_folder(group).relative_to(self.folder).as_posix()
-        return [
-            ManifestRow(
-                path=f"{folder}/{index:02d}.png",
-                prompt_id=group.prompt_id,
-                prompt=group.prompt,
-                category=group.category,
-                group_seed=group.seed,
-                index=index,
-                seed=seed,
-                references=None if references is None else dict(references),
-                sha256=sha256,
-            )
-            for index, (seed, sha256) in enumerate(zip(group.image_seeds(), hashes, strict=True))
-        ]
 
 
 @functools.lru_cache(maxsize=4096)
