@@ -61,11 +61,12 @@ class Checkpoint:
     fingerprint: str
 
 
-def find_checkpoint(model: DictConfig) -> Checkpoint:
+def find_checkpoint(model: DictConfig, fetch: bool = True) -> Checkpoint:
     """Find the model's checkpoint: a local folder, the hub's cache, or (with a network) the hub.
 
     Args:
         model: a conf/model/ group with `source`, `architecture`, `revision`, `variant`.
+        fetch: whether to ask the hub for what is not on this machine.
 
     Raises:
         FileNotFoundError: something is missing; the message lists the files and the ways to get them.
@@ -73,7 +74,7 @@ def find_checkpoint(model: DictConfig) -> Checkpoint:
     """
     if model.architecture not in ARCHITECTURES:
         raise ValueError(f"model.architecture must be one of {sorted(ARCHITECTURES)}, got {model.architecture!r}")
-    folder = _local(model.source) or _from_hub(model)
+    folder = _local(model.source) or _from_hub(model, fetch)
     missing = missing_files(folder, model.architecture, model.variant)
     if missing:
         raise FileNotFoundError(
@@ -174,7 +175,8 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
     if not (folder / "model_index.json").is_file():
         return ["model_index.json"]
     components = _components(folder)
-    missing = [f"{name}/config.json" for name in (ARCHITECTURES[architecture].denoiser, "vae") if name not in components]
+    needed = (ARCHITECTURES[architecture].denoiser, "vae")
+    missing = [f"{name}/config.json" for name in needed if name not in components]
     for name, (config, stem) in components.items():
         if not (folder / name / config).is_file():
             missing.append(f"{name}/{config}")
@@ -268,7 +270,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
     return []
 
 
-def _from_hub(model: DictConfig) -> Path:
+def _from_hub(model: DictConfig, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -278,8 +280,10 @@ def _from_hub(model: DictConfig) -> Path:
         if not missing_files(cached, model.architecture, model.variant):
             return cached
     problem = f"{model.source} is not in the hub's cache"
-    if not network_answers(None):
-        raise FileNotFoundError(_advice(model, f"{problem}, and the network is switched off or does not answer"))
+    if not (fetch and network_answers(None)):
+        raise FileNotFoundError(
+            _advice(model, f"{problem}, and the network is switched off, not asked or does not answer")
+        )
     try:
         return Path(snapshot_download(**arguments))
     except HfHubHTTPError as error:
