@@ -255,6 +255,9 @@ def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compile
 def _executor(workers: int) -> ProcessPoolExecutor:
     """Return the processes that generate; they outlive a run, so that a sweep starts them once."""
     log.info("Starting %d processes that generate side by side; each loads the model first", workers)
+    # Interrupted, Python's process that frees their semaphores would warn that it did.
+    warnings = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
     with _quiet_children():
         return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
@@ -264,22 +267,15 @@ def _executor(workers: int) -> ProcessPoolExecutor:
 def _quiet_children() -> Iterator[None]:
     """Start processes in the block that leave Ctrl-C to this one from their first instruction on.
 
-    Else each shows a traceback of its imports; and the one that frees their semaphores would warn that it did.
+    Else each shows a traceback of its imports.
     """
     listens = threading.current_thread() is threading.main_thread()
     answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if listens else None
-    before = os.environ.get("PYTHONWARNINGS")
-    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
-    os.environ["PYTHONWARNINGS"] = f"{before},{silent}" if before else silent
     try:
         yield
     finally:
         if listens:
             signal.signal(signal.SIGINT, answer)
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
 
 
 def _die_with_parent() -> None:
