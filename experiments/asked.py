@@ -6,7 +6,6 @@ after it compose the same configurations and look their runs up.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
@@ -108,16 +107,7 @@ def note(runs: Iterable[tuple[DictConfig, str]]) -> None:
 
 def noted(file: Path) -> dict[str, dict[str, str]]:
     """Return what `note` wrote into a file: digest -> run, model and method."""
-    if not file.exists():
-        return {}
-    status = file.stat()
-    return _read(file, status.st_ino, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=16)
-def _read(file: Path, inode: int, changed: int) -> dict[str, dict[str, str]]:
-    """Read a file once: every run of a sweep is looked up in it."""
-    return read_json(file)
+    return read_json(file) if file.exists() else {}
 
 
 def asked_file(cfg: DictConfig) -> Path:

@@ -40,13 +40,10 @@ log = logging.getLogger(__name__)
 #: What was generated in a group's folder: the manifest's rows, and the log's numbers.
 RECORD = "group.json"
 
-#: Bytes of the largest config.yaml that is read: some hundred thousand groups.
-LARGEST_IDENTITY = 1 << 24
-
 #: Where runs lie in `outputs`.
 RUNS = "runs"
 
-#: Where the locks of a run lie while it is generated, a file a group.
+#: Beside the runs, where their locks lie while they are generated, a file a group.
 LOCKS = ".locks"
 
 
@@ -117,10 +114,7 @@ class Run:
         """
         method: Method = build(cfg.method)
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
-        outputs = project_path(cfg.outputs)
-        run = cls(outputs / RUNS / run_id(identity))
-        if not run.folder.exists():
-            run._take_from_earlier_place(outputs)
+        run = cls(project_path(cfg.outputs) / RUNS / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (".*.tmp", "images/*/.*"):
             files.sweep(run.folder, pattern)
@@ -129,20 +123,6 @@ class Run:
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
         _ = run.identity  # fails here and not after hours, should the file be damaged
         return run
-
-    def _take_from_earlier_place(self, outputs: Path) -> None:
-        """Move the run here from `<outputs>/<experiment>/<model>/<method>/<id>`, where earlier versions had it."""
-        found = [
-            Run(place)
-            for experiment in (outputs.iterdir() if outputs.is_dir() else ())
-            if experiment.name != RUNS
-            for place in sorted(experiment.glob(f"*/*/{self.id}"))
-        ]
-        for run in sorted(found, key=lambda run: not run.complete)[:1]:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                run.folder.rename(self.folder)
-                log.info("%s, where an earlier version put it, was moved to %s", run.folder, self.folder)
 
     @classmethod
     def find(cls, cfg: DictConfig, baseline: bool = False) -> Run:
@@ -277,7 +257,8 @@ class Run:
         if self.has(group):
             yield False
             return
-        with locked(self.folder / LOCKS / f"{group.prompt_id}.{group.seed:06d}", wait) as mine:
+        lock = f"{self.id}.{group.prompt_id}.{group.seed:06d}"
+        with locked(self.folder.parent / LOCKS / lock, wait) as mine:
             yield mine and not self.has(group)
 
     def finish(self, groups: list[Group]) -> bool:
@@ -287,7 +268,9 @@ class Run:
         for leftover in self.folder.glob("images/*/.*"):
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
+        for lock in self.folder.parent.glob(f"{LOCKS}/{self.id}.*"):
+            with contextlib.suppress(OSError):
+                lock.unlink()
         rows = [
             ManifestRow(**row) for group in groups for row in _read_record(self.group_folder(group) / RECORD)["rows"]
         ]
@@ -297,7 +280,7 @@ class Run:
 
 @functools.lru_cache(maxsize=4096)
 def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
-    text = read_regular(path, LARGEST_IDENTITY)
+    text = read_regular(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     # Aliases of aliases are a small file and an endless configuration; what is written here has none.
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):

@@ -133,24 +133,6 @@ def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     assert generate(cfg).name == shared[0] and Run.find(cfg).id == shared[0]
 
 
-def test_a_run_in_an_earlier_versions_folder_is_moved_and_not_made_again(done, tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO", "experiments")
-    configs, *_ = done("ablate_alpha")
-    cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
-    run = Run.find(cfg)
-    cfg.outputs = str(tmp_path)
-    place = tmp_path / "ablate_alpha" / cfg.model.name / "none" / run.id
-    shutil.copytree(run.folder, place)
-    half = shutil.copytree(run.folder, tmp_path / "a" / cfg.model.name / "none" / run.id)
-    (half / "complete").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run python -m experiments\.generate with the same overrides"):
-        Run.find(cfg)
-    monkeypatch.setattr("experiments.generate._generate_groups", lambda job: pytest.fail("generated"))
-    assert generate(cfg) == tmp_path / "runs" / run.id and not place.exists()
-    assert f"{place}, where an earlier version put it, was moved to" in caplog.text
-    assert Run.find(cfg).folder == tmp_path / "runs" / run.id
-
-
 def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
     class Made:
         def __init__(self, run, method, guidance=5):
