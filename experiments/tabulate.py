@@ -65,7 +65,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
-        ValueError: random weights, which measure nothing, would enter a table; the primary metrics are not two of the
+        ValueError: the primary metrics are not two of the
             configured ones that can be tested; or there is no run of `against` to pair one with.
     """
     for cfg in configs:
@@ -81,10 +81,6 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
     rows = []
     for run, cfg in runs.items():
-        if cfg.model.kind == "tiny":
-            raise ValueError(
-                f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
-            )
         baseline = others.get(asked(cfg, no_method())) if against else Run.find(cfg, baseline=True)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {cfg.method.name} on {cfg.model.name}")

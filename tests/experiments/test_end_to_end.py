@@ -320,17 +320,6 @@ def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
     assert Run.find(cfg).folder == second
 
 
-def test_random_weights_never_enter_a_table(finished):
-    arguments, _ = finished
-    with pytest.raises(FileNotFoundError, match="No complete run"):
-        tabulate.write_table(expand([*arguments, "model.kind=tiny"]))
-    for cfg in expand([*arguments, "model.kind=tiny"]):
-        generate(cfg)
-        evaluate(cfg)
-    with pytest.raises(ValueError, match="random weights"):
-        tabulate.write_table(expand([*arguments, "model.kind=tiny"]))
-
-
 def test_methods_are_compared_with_each_other_too(finished, capsys):
     arguments, _ = finished
     configs = expand(arguments)
