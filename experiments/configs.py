@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 import pickle
 import re
@@ -43,7 +42,7 @@ def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
         ValueError: an unknown option or key.
         HydraException: something that is no override.
     """
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"), _uncollected():
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         jobs, compose_job = _jobs(*overrides), _composer()
         baselines = baselines or any("method=none" in job for job in jobs)
         found, there = [], set()
@@ -57,18 +56,6 @@ def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
             if not is_baseline:
                 found.append(cfg)
         return found
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from walking all configurations over and over while they are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Every experiment that sweeps, run from the command line's overrides to table and figures, at tiny size."""
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
