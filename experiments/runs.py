@@ -116,8 +116,6 @@ class Run:
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
         run = cls(project_path(cfg.outputs) / RUNS / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (".*.tmp", "images/*/.*"):
-            files.sweep(run.folder, pattern)
         if not (run.folder / "config.yaml").exists():
             files.write_json(run.folder / "environment.json", environment(device))
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
@@ -203,15 +201,16 @@ class Run:
             statistics: what the log should keep, as JSON values.
             references: pictures that the method was given, with the score by which each was found.
         """
-        with self._appearing(group) as temporary:
-            temporary.mkdir()
-            pictures = [temporary / f"{index:02d}.png" for index in range(len(images))]
-            for picture, image in zip(pictures, images, strict=True):
+        folder = self.group_folder(group)
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.mkdir(parents=True)
+            rows = []
+            for index, (seed, image) in enumerate(zip(group.image_seeds(), images, strict=True)):
+                picture = temporary / f"{index:02d}.png"
                 image.save(picture)
-            folder = self.group_folder(group).relative_to(self.folder).as_posix()
-            rows = [
-                ManifestRow(
-                    path=f"{folder}/{picture.name}",
+                row = ManifestRow(
+                    path=(folder / picture.name).relative_to(self.folder).as_posix(),
                     prompt_id=group.prompt_id,
                     prompt=group.prompt,
                     category=group.category,
@@ -220,20 +219,10 @@ class Run:
                     seed=seed,
                     references=None if references is None else dict(references),
                     sha256=content_hash(picture),
-                ).to_dict()
-                for index, (seed, picture) in enumerate(zip(group.image_seeds(), pictures, strict=True))
-            ]
+                )
+                rows.append(row.to_dict())
             record = sealed({"run": self.id, "rows": rows, "stats": statistics})
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-    @contextlib.contextmanager
-    def _appearing(self, group: Group) -> Iterator[Path]:
-        """Give a folder's name to fill that becomes the group's at the end of the `with` block, by one rename."""
-        folder = self.group_folder(group)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        try:
-            yield temporary
             if folder.exists() and not self.has(group):
                 shutil.rmtree(folder)  # see `fault`
             os.rename(temporary, folder)
