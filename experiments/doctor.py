@@ -55,12 +55,11 @@ def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
     Args:
         conf: a folder of configuration with `config.yaml` and the groups `scorer`, `metric` and `model`.
     """
-    findings = []
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        findings += [_look(f"scorer={name}", partial(_scorer, name)) for name in _names(conf, "scorer")]
-        findings += [_look(f"metric={name}", partial(_judge, spec)) for name, spec in _own_judges(conf)]
-        findings += [_look(f"model={name}", partial(_model, name)) for name in _names(conf, "model")]
-    return findings
+        looks = {f"scorer={name}": partial(_scorer, name) for name in _names(conf, "scorer")}
+        looks |= {f"metric={name}": partial(_judge, spec) for name, spec in _own_judges(conf)}
+        looks |= {f"model={name}": partial(_model, name) for name in _names(conf, "model")}
+        return [_look(option, look) for option, look in looks.items()]
 
 
 def _names(conf: Path, group: str) -> list[str]:
