@@ -125,7 +125,8 @@ def _composer() -> Callable[[list[str]], DictConfig]:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Override:
-    return OverridesParser.create().parse_override(text)
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 def _composed(overrides: list[str], **options: Any) -> DictConfig:
