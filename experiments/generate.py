@@ -44,10 +44,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.asked import note, request
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
+from experiments.identity import request
 from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
+from experiments.registry import register
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,9 @@ def generate_all(jobs: list[Job]) -> None:
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
-    note((job.cfg, job.run.id) for job in jobs)
+    askers: dict[Run, list[DictConfig]] = {}
+    for job in jobs:
+        askers.setdefault(job.run, []).append(job.cfg)
     jobs = list({job.run: job for job in jobs}.values())
     names = run_names([job.cfg for job in jobs])
     total = sum(len(job.missing) for job in jobs)
@@ -130,6 +133,8 @@ def generate_all(jobs: list[Job]) -> None:
                     bar.update()
                 if not job.run.finish(job.groups):
                     raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
+                for cfg in askers[job.run]:
+                    register(cfg, job.run.id)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parent}; the same "

@@ -27,13 +27,13 @@ from PIL import Image
 from eval import files
 from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
 from eval.images import MANIFEST, ManifestRow, write_manifest
-from experiments import project_path
-from experiments.asked import asked, asked_file, noted, request, run_id
+from experiments import pipelines, project_path
 from experiments.configs import build, no_method
+from experiments.identity import environment, made_by, request, run_id
 from experiments.locks import locked
-from experiments.makers import environment, made_by
 from experiments.methods.method import Method
 from experiments.prompts import Group
+from experiments.registry import lookup
 
 log = logging.getLogger(__name__)
 
@@ -124,26 +124,26 @@ class Run:
 
     @classmethod
     def find(cls, cfg: DictConfig, baseline: bool = False) -> Run:
-        """Return the complete run that `experiments.generate` opened for what `cfg` asks for, on whatever machine.
+        """Return the run that `experiments.generate` completed for what `cfg` asks for, on whatever machine.
 
         Args:
             cfg: the composed configuration.
             baseline: the run without any method is meant that is otherwise as `cfg` asks.
 
         Raises:
-            FileNotFoundError: there is none, or it is unfinished.
+            FileNotFoundError: there is none, or it was made with other weights than those that are here.
             ValueError: its identity or its manifest was changed.
         """
-        file, method = asked_file(cfg), no_method() if baseline else cfg.method
-        entry = noted(file).get(asked(cfg, method))
-        run = None if entry is None else cls(project_path(cfg.outputs) / RUNS / entry["run"])
-        if run is None or not run.complete:
-            state = "none" if run is None else "an unfinished one"
+        method = no_method() if baseline else cfg.method
+        run = cls(project_path(cfg.outputs) / RUNS / lookup(cfg, method))
+        cure = "run python -m experiments.generate with the same overrides"
+        if not run.complete:
+            raise FileNotFoundError(f"{run.folder} was completed once and is not: {cure}")
+        here = pipelines.local_fingerprint(cfg.model)
+        if here not in (None, run.identity["weights"]):
             raise FileNotFoundError(
-                f"No complete run of method={method.name} with these settings is named in {file} ({state}): run python "
-                "-m experiments.generate with the same overrides, which keeps what is there"
+                f"{run.folder} was made with other weights than those of {cfg.model.source}: {cure}"
             )
-        _ = run.identity
         run.check_manifest()
         return run
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from experiments import PROJECT, collect, pipelines
-from experiments.asked import request, run_id
 from experiments.configs import expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_all, prepare
+from experiments.identity import request, run_id
 from experiments.methods.negtome import NegToMe
 from experiments.runs import Run
 

@@ -8,12 +8,12 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from experiments import PROJECT, plot, tables, tabulate
-from experiments.asked import experiments_of
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
 from experiments.pages import run_labels
+from experiments.registry import experiments_of
 from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
@@ -127,7 +127,7 @@ def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
     cfg.name = "another"
-    with pytest.raises(FileNotFoundError, match=r"another/asked\.json"):
+    with pytest.raises(FileNotFoundError, match="another/asked: run python"):
         Run.find(cfg)
     assert generate(cfg).name == shared[0] and Run.find(cfg).id == shared[0]
 

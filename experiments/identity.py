@@ -1,7 +1,9 @@
-"""What makes images beside the settings of a run: weights, machine, software, and the checkout."""
+"""What a run is: what was asked for, and by which weights, machine and software; its id is a hash of both."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -9,12 +11,58 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
-from experiments import PROJECT
+from experiments import PROJECT, pipelines
+from experiments.configs import build, flag
 from experiments.methods.method import Method
+from experiments.prompts import PromptSet
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+
+
+def canonical(value: Any) -> str:
+    """Return `value` as JSON with sorted keys and without spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def run_id(identity: dict[str, Any]) -> str:
+    """Return the first 12 hex digits of the SHA-256 of `identity` in canonical JSON."""
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+
+
+def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
+    """Return what the configuration asks for, as far as it affects pixels: no weights or machine needed to know it.
+
+    Args:
+        cfg: the composed configuration.
+        method: in place of the configured one.
+    """
+    method = build(cfg.method) if method is None else method
+    return {**request_apart(cfg), "method": {"name": method.name, "settings": json.loads(canonical(method.settings()))}}
+
+
+def request_apart(cfg: DictConfig) -> dict[str, Any]:
+    """Return what `request` does, the method apart; what means the same is spelled the same."""
+    prompts: PromptSet = build(cfg.prompts)
+    return {
+        "version": GENERATION_VERSION,
+        "model": {
+            # Key by key: to resolve all of a model's configuration takes a tenth of a second.
+            **{key: cfg.model[key] for key in ("name", "kind", "architecture", "revision", "variant")},
+            "source": pipelines.canonical_source(cfg.model.source),
+            "dtype": str(pipelines.torch_dtype(cfg.model)).removeprefix("torch."),
+            "call": pipelines.call_arguments(cfg.model),
+        },
+        "prompts": {
+            "name": prompts.name,
+            "split": prompts.split,
+            "images_per_prompt": prompts.images_per_prompt,
+            "groups": [[group.category, group.prompt, group.seed] for group in prompts.groups()],
+        },
+        "compile": flag(cfg, "compile"),
+    }
 
 
 def made_by(method: Method, weights: str | None, device: str) -> dict[str, Any]:
