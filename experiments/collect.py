@@ -36,8 +36,8 @@ from eval.files import write_bytes
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
-from experiments.asked import canonical, experiments_of
-from experiments.makers import GENERATION_VERSION
+from experiments.identity import GENERATION_VERSION, canonical
+from experiments.registry import experiments_of
 from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.
@@ -145,10 +145,10 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
     if not (run.folder / "config.yaml").is_file():
         raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
-    asked = identity["request"]
+    request = identity["request"]
     names = " ".join(experiments_of(run.folder.parents[1]).get(run.id, ())) or None
     found = _flat({"experiment": names, "run_id": run.id, "environment": environment, **identity})
-    columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": asked["method"]["name"]}
+    columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": request["method"]["name"]}
     for prefix, path in SETTINGS.items():
         columns |= {prefix + name.removeprefix(path): found[name] for name in found if name.startswith(path)}
     for setting in catalogue.settings():
@@ -156,9 +156,9 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
             cells = setting.cells({setting.name: columns.pop(f"method.{setting.name}")})
             columns |= {f"method.{column}": cell for column, cell in cells.items()}
     if not run.complete:
-        n_done, n_all = len(list(run.folder.glob("images/*/[0-9]*/group.json"))), len(asked["prompts"]["groups"])
+        n_done, n_all = len(list(run.folder.glob("images/*/[0-9]*/group.json"))), len(request["prompts"]["groups"])
         raise ValueError(f"half-finished: {n_done} of {n_all} groups; run experiments.generate with its settings again")
-    if asked["version"] != GENERATION_VERSION:
+    if request["version"] != GENERATION_VERSION:
         raise ValueError(f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
     run.check_manifest()
     images = read_manifest(run.folder)

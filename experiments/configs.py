@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,32 +18,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import PROJECT
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a command line stands for, as Hydra would launch it.
-
-    Attributes:
-        axes: overrides, those of the experiment's own sweep among them, one a key; of methods `none` is not beside
-            others.
-        baseline: whether it was.
-        launcher: Hydra's class.
-    """
-
-    axes: list[str]
-    baseline: bool
-    launcher: str
-
-    def jobs(self) -> list[list[str]]:
-        """List each run's overrides; where Hydra is initialised."""
-        (jobs,) = BasicSweeper.split_arguments(list(map(_parsed, self.axes)), max_batch_size=None)
-        return list(map(list, jobs))
 
 
 def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
@@ -62,31 +39,23 @@ def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
         each once: settings of methods mean nothing to them.
 
     Raises:
-        ValueError: an unknown group, option or key, or something that is no override.
+        ValueError: an unknown option or key.
+        HydraException: something that is no override.
     """
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"), _uncollected():
-        sweep, compose_job = _sweep(*overrides), _composer()
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        jobs, compose_job = _jobs(*overrides), _composer()
+        baselines = baselines or any("method=none" in job for job in jobs)
         found, there = [], set()
-        for job in sweep.jobs():
+        for job in jobs:
             cfg = compose_job(job)
-            others = [text for text in job if not _is_of_method(text)]
-            if (baselines or sweep.baseline) and cfg.method != no_method() and tuple(others) not in there:
-                there.add(tuple(others))
-                found.append(compose_job([*others, "method=none"]))
-            found.append(cfg)
-    return found
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from walking all configurations over and over while they are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+            is_baseline = cfg.method == no_method()
+            baseline = tuple(_baseline(job))
+            if (baselines or is_baseline) and baseline not in there:
+                there.add(baseline)
+                found.append(cfg if is_baseline else compose_job(baseline))
+            if not is_baseline:
+                found.append(cfg)
+        return found
 
 
 @functools.cache
@@ -100,8 +69,8 @@ def _is_of_method(override: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _sweep(*overrides: str) -> Sweep:
-    """Read the experiment's own sweep, which goes before the overrides; where Hydra is initialised."""
+def _sweep(*overrides: str) -> tuple[dict[str, str], DictConfig]:
+    """Return what is swept, an override a key, the experiment's own sweep first, and Hydra's own node."""
     given = [text for text in overrides if text not in ("-m", "--multirun")]  # that it is a sweep need not be said
     # What all runs share; not the settings of methods, which mean nothing where those are swept.
     fixed = [
@@ -110,19 +79,19 @@ def _sweep(*overrides: str) -> Sweep:
         if not _parsed(text).is_sweep_override() and not _parsed(text).key_or_group.startswith("method.")
     ]
     node = _composed(fixed, return_hydra_config=True).hydra
-    params = node.sweeper.get("params") or {}
-    if [text for text in given if text.startswith("method=")][-1:] == ["method=none"]:  # which has no settings
-        params = {key: value for key, value in params.items() if not key.startswith("method.")}
-    axes, baseline = {}, False
-    for text in [*(f"{key}={value}" for key, value in params.items()), *given]:
-        axis = _parsed(text)
-        if axis.key_or_group == "method":
-            methods = list(axis.sweep_string_iterator()) if axis.is_sweep_override() else []
-            baseline = "none" in methods and len(methods) > 1
-            if baseline:
-                text = f"method={','.join(method for method in methods if method != 'none')}"
-        axes[axis.get_key_element()] = text
-    return Sweep(list(axes.values()), baseline, node.launcher._target_)
+    own = [f"{key}={value}" for key, value in (node.sweeper.get("params") or {}).items()]
+    return {_parsed(text).get_key_element(): text for text in [*own, *given]}, node
+
+
+def _jobs(*overrides: str) -> list[list[str]]:
+    """List each run's overrides, as Hydra's basic sweeper does; those of methods' settings are not for `none`."""
+    axes, _ = _sweep(*overrides)
+    (jobs,) = BasicSweeper.split_arguments(list(map(_parsed, axes.values())), max_batch_size=None)
+    return [_baseline(job) if "method=none" in job else list(job) for job in jobs]
+
+
+def _baseline(overrides: Iterable[str]) -> list[str]:
+    return [*(text for text in overrides if not _is_of_method(text)), "method=none"]
 
 
 def _composer() -> Callable[[list[str]], DictConfig]:
@@ -136,7 +105,7 @@ def _composer() -> Callable[[list[str]], DictConfig]:
     def base(*files: str) -> bytes:
         return pickle.dumps(_composed(list(files)))  # which is read in a third of the time of a deep copy
 
-    def compose_job(job: list[str]) -> DictConfig:
+    def compose_job(job: Iterable[str]) -> DictConfig:
         files, values = [], []
         for text in job:
             override = _parsed(text)
@@ -149,18 +118,15 @@ def _composer() -> Callable[[list[str]], DictConfig]:
         cfg = pickle.loads(base(*files))
         with _explained(job):
             loader._apply_overrides_to_config(values, cfg)
-        return _with_names(cfg)
+        return cfg
 
     return compose_job
 
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        reason = str(error).partition("\nSee ")[0]
-        raise ValueError(f"{text}: expected KEY=VALUE or GROUP=NAME, lists as [a,b] in quotes ({reason})") from error
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 def _composed(overrides: list[str], **options: Any) -> DictConfig:
@@ -169,7 +135,7 @@ def _composed(overrides: list[str], **options: Any) -> DictConfig:
 
 
 @contextlib.contextmanager
-def _explained(overrides: list[str]) -> Iterator[None]:
+def _explained(overrides: Iterable[str]) -> Iterator[None]:
     """Say of what is unknown in `overrides` what was probably meant."""
     try:
         yield
@@ -202,14 +168,6 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
         yield from _keys(value, f"{prefix}{key}.")
 
 
-def _with_names(cfg: DictConfig) -> DictConfig:
-    """Return a configuration if what names folders and devices is text; null and numbers are nobody's names."""
-    for key in ("name", "outputs", "results", "device", "model.name", "model.source", "method.name"):
-        if not isinstance(value := OmegaConf.select(cfg, key), str):
-            raise ValueError(f"expected a text for {key}, got {value!r}: give {key}=NAME")
-    return cfg
-
-
 def _hint(candidates: list[str]) -> str:
     return f"; did you mean {candidates[0]}?" if candidates else ""
 
@@ -217,7 +175,7 @@ def _hint(candidates: list[str]) -> str:
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return _with_names(_composed(_sweep(*overrides).jobs()[0]))
+        return _composed(_jobs(*overrides)[0])
 
 
 def run_names(configs: list[DictConfig]) -> list[str]:
@@ -238,7 +196,7 @@ def run_names(configs: list[DictConfig]) -> list[str]:
 def has_launcher(overrides: list[str]) -> bool:
     """Tell whether a launcher but Hydra's basic one is configured, which sends runs to other processes or machines."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return not _sweep(*overrides).launcher.endswith(".BasicLauncher")
+        return not _sweep(*overrides)[1].launcher._target_.endswith(".BasicLauncher")
 
 
 def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
@@ -247,19 +205,20 @@ def launch(task: Callable[[DictConfig], Any], overrides: list[str]) -> None:
     The runs without a method, which all others are compared with, go first.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        sweeps = [_sweep(*overrides).axes]
-    if any(text.startswith("method=") and text != "method=none" for text in sweeps[0]):
-        sweeps.insert(0, [*(text for text in sweeps[0] if not _is_of_method(text)), "method=none"])
+        axes = dict(_sweep(*overrides)[0])
+    sweeps = [_baseline(axes.values())]
+    if "method" in axes:
+        axis = _parsed(axes["method"])
+        methods = list(axis.sweep_string_iterator()) if axis.is_sweep_override() else [axis.value()]
+        axes["method"] = f"method={','.join(method for method in methods if method != 'none')}"
+        if methods != ["none"]:
+            sweeps.append(list(axes.values()))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
-    for axes in sweeps:
-        # All axes are given, the experiment's among them.
-        sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *axes]
-        _main(task)
-
-
-def _main(task: Callable[[DictConfig], Any]) -> None:
-    # An absolute path: a job in another process finds no configuration beside its function.
-    hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)()
+    # The folder is an absolute path: a job in another process finds no configuration beside its function.
+    main = hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")(task)
+    for sweep in sweeps:
+        sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *sweep]  # all is given, the experiment's own too
+        main()
 
 
 def flag(cfg: DictConfig, name: str) -> bool:

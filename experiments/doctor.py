@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import constants
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -56,17 +55,11 @@ def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
     Args:
         conf: a folder of configuration with `config.yaml` and the groups `scorer`, `metric` and `model`.
     """
-    findings = []
-    online = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True  # find_checkpoint would otherwise fetch what is missing
-    try:
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            findings += [_look(f"scorer={name}", partial(_scorer, name)) for name in _names(conf, "scorer")]
-            findings += [_look(f"metric={name}", partial(_judge, spec)) for name, spec in _own_judges(conf)]
-            findings += [_look(f"model={name}", partial(_model, name)) for name in _names(conf, "model")]
-    finally:
-        constants.HF_HUB_OFFLINE = online
-    return findings
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        looks = {f"scorer={name}": partial(_scorer, name) for name in _names(conf, "scorer")}
+        looks |= {f"metric={name}": partial(_judge, spec) for name, spec in _own_judges(conf)}
+        looks |= {f"model={name}": partial(_model, name) for name in _names(conf, "model")}
+        return [_look(option, look) for option, look in looks.items()]
 
 
 def _names(conf: Path, group: str) -> list[str]:
@@ -125,7 +118,7 @@ def _model(name: str) -> tuple[bool, dict[str, str]]:
     default = "as the folder's README.md says" if project_path(model.source).is_dir() else "as its page says"
     printed = {"checkpoint": model.source, "licence": LICENCES.get(model.source, default)}
     try:
-        checkpoint = find_checkpoint(model)
+        checkpoint = find_checkpoint(model, fetch=False)
     except FileNotFoundError as error:
         return False, printed | {"to do": str(error)}
     return True, printed | {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint}

@@ -44,11 +44,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
-from experiments.asked import note, request
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
-from experiments.makers import maker
+from experiments.identity import request
 from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
+from experiments.registry import register
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def prepare(cfg: DictConfig) -> Job:
 
     Raises:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: a setting is out of range, or other code or another kind of CPU began the run.
+        ValueError: a setting is out of range.
     """
     device = select_device(cfg.device)
     flag(cfg, "offload")  # before anything is generated
@@ -81,9 +81,6 @@ def prepare(cfg: DictConfig) -> Job:
     run = Run.start(cfg, checkpoint.fingerprint, device)
     label = f"{cfg.model.name} {cfg.method.name}"
     missing = [group for group in groups if not run.has(group)]
-    mixed = flag(cfg, "resume_any")
-    if missing:
-        run.check_makers(groups, device, mixed)  # before anything made here is put beside what is there
     if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
     return Job(cfg, device, checkpoint, run, groups, missing)
@@ -93,8 +90,7 @@ def check(cfg: DictConfig) -> None:
     """Raise what `prepare` would of any machine: a run's own may be another, with another device than this one's."""
     cfg = cfg.copy()
     cfg.device = "cpu"
-    for name in ("offload", "resume_any"):
-        flag(cfg, name)
+    flag(cfg, "offload")
     request(cfg)
     pipelines.find_checkpoint(cfg.model)
 
@@ -118,7 +114,9 @@ def generate_all(jobs: list[Job]) -> None:
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
-    note((job.cfg, job.run.id) for job in jobs)
+    askers: dict[Run, list[DictConfig]] = {}
+    for job in jobs:
+        askers.setdefault(job.run, []).append(job.cfg)
     jobs = list({job.run: job for job in jobs}.values())
     names = run_names([job.cfg for job in jobs])
     total = sum(len(job.missing) for job in jobs)
@@ -131,12 +129,12 @@ def generate_all(jobs: list[Job]) -> None:
                 bar.set_description(f"run {number} of {len(jobs)}: {name}")
                 there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
                 log.info("%s: %s %d groups: %s", name, there, len(job.groups), job.run.folder)
-                if job.missing:  # others may have begun it since
-                    job.run.check_makers(job.groups, job.device, job.cfg.resume_any)
                 for _ in _generate_groups(job) if job.missing else ():
                     bar.update()
                 if not job.run.finish(job.groups):
                     raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
+                for cfg in askers[job.run]:
+                    register(cfg, job.run.id)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parent}; the same "
@@ -225,7 +223,7 @@ def _generate_group(
         images = _pictures(pipe, drawn.images, cfg.model)
         seconds = time.perf_counter() - start
         statistics = {"seconds": round(seconds, 3), **drawn.statistics}
-        run.save(group, images, statistics, drawn.references, maker(device))
+        run.save(group, images, statistics, drawn.references)
         return True
 
 
@@ -262,6 +260,9 @@ def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compile
 def _executor(workers: int) -> ProcessPoolExecutor:
     """Return the processes that generate; they outlive a run, so that a sweep starts them once."""
     log.info("Starting %d processes that generate side by side; each loads the model first", workers)
+    # Interrupted, Python's process that frees their semaphores would warn that it did.
+    warnings = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
     with _quiet_children():
         return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
@@ -271,22 +272,15 @@ def _executor(workers: int) -> ProcessPoolExecutor:
 def _quiet_children() -> Iterator[None]:
     """Start processes in the block that leave Ctrl-C to this one from their first instruction on.
 
-    Else each shows a traceback of its imports; and the one that frees their semaphores would warn that it did.
+    Else each shows a traceback of its imports.
     """
     listens = threading.current_thread() is threading.main_thread()
     answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if listens else None
-    before = os.environ.get("PYTHONWARNINGS")
-    silent = "ignore::UserWarning:multiprocessing.resource_tracker"
-    os.environ["PYTHONWARNINGS"] = f"{before},{silent}" if before else silent
     try:
         yield
     finally:
         if listens:
             signal.signal(signal.SIGINT, answer)
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
 
 
 def _die_with_parent() -> None:

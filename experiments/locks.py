@@ -10,7 +10,6 @@ import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 try:
     import fcntl
@@ -32,7 +31,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     Yields:
         Whether the lock is held. False only without `wait`: another process has it.
     """
-    with _open(path) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -43,16 +43,3 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if error.errno not in _NO_LOCKS:
                 raise
         yield True
-
-
-def _open(path: Path) -> IO[str]:
-    for left in reversed(range(300)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("a")
-        except (FileNotFoundError, FileExistsError):
-            # A run that is just completed sweeps the folder away: between these two lines, or within the first. What is
-            # no folder, as a file or a link to nothing, stays.
-            if path.parent.is_file() or not left:
-                raise
-    raise AssertionError("not reached: the last attempt returns or raises")

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,16 +23,31 @@ if TYPE_CHECKING:
 
 # diffusers is imported where a pipeline is loaded: nothing else needs the seconds that it takes.
 
-#: Of each architecture diffusers' pipeline and, among its components, the denoiser.
-PIPELINES = {"sdxl": ("StableDiffusionXLPipeline", "unet"), "flux": ("FluxPipeline", "transformer")}
 
-#: Arguments of the pipelines' calls that are numbers, or lists of numbers, by their type.
+class Architecture(NamedTuple):
+    """What has to be known of an architecture to find and to load it.
+
+    Attributes:
+        pipeline: the name of diffusers' class.
+        denoiser: that component's name.
+        patch: latents a side of an image token of the denoiser's input.
+        options: of `from_pretrained`.
+    """
+
+    pipeline: str
+    denoiser: str
+    patch: int
+    options: dict[str, Any]
+
+
+ARCHITECTURES = {
+    # An installed invisible-watermark package would otherwise change SDXL's pixels.
+    "sdxl": Architecture("StableDiffusionXLPipeline", "unet", 1, {"add_watermarker": False}),
+    "flux": Architecture("FluxPipeline", "transformer", 2, {}),
+}
+
+#: Arguments of the pipelines' calls that are fractional numbers, or lists of them; all other numbers are whole.
 FLOATS = {"denoising_end", "eta", "guidance_rescale", "guidance_scale", "sigmas", "true_cfg_scale"}
-INTEGERS = {
-    "clip_skip", "crops_coords_top_left", "height", "max_sequence_length", "negative_crops_coords_top_left",
-    "negative_original_size", "negative_target_size", "num_images_per_prompt", "num_inference_steps", "original_size",
-    "target_size", "timesteps", "width",
-}  # fmt: skip
 
 #: Stems of the weights' files: transformers' and diffusers' conventions.
 STEMS = ("model", "diffusion_pytorch_model")
@@ -46,18 +61,20 @@ class Checkpoint:
     fingerprint: str
 
 
-def find_checkpoint(model: DictConfig) -> Checkpoint:
+def find_checkpoint(model: DictConfig, fetch: bool = True) -> Checkpoint:
     """Find the model's checkpoint: a local folder, the hub's cache, or (with a network) the hub.
 
     Args:
         model: a conf/model/ group with `source`, `architecture`, `revision`, `variant`.
+        fetch: whether to ask the hub for what is not on this machine.
 
     Raises:
         FileNotFoundError: something is missing; the message lists the files and the ways to get them.
         ValueError: the architecture is unknown, or the model takes no images of the size that is asked for.
     """
-    _check_architecture(model)
-    folder = _local(model.source) or _from_hub(model)
+    if model.architecture not in ARCHITECTURES:
+        raise ValueError(f"model.architecture must be one of {sorted(ARCHITECTURES)}, got {model.architecture!r}")
+    folder = _local(model.source) or _from_hub(model, fetch)
     missing = missing_files(folder, model.architecture, model.variant)
     if missing:
         raise FileNotFoundError(
@@ -100,35 +117,27 @@ def call_arguments(model: DictConfig) -> dict[str, Any]:
     """Return `model.call` with numbers as the pipeline declares them: 5 is 5.0 for a scale, 128.0 is 128 for a side.
 
     Raises:
-        ValueError: the architecture is unknown, or a text stands where the pipeline takes a number.
+        ValueError: a text stands where the pipeline takes a number.
     """
-    _check_architecture(model)
     call = OmegaConf.to_container(model.call, resolve=True)
     return {name: _as_declared(name, value) for name, value in call.items()}
-
-
-def _check_architecture(model: DictConfig) -> None:
-    if model.architecture not in PIPELINES:
-        raise ValueError(f"model.architecture must be one of {sorted(PIPELINES)}, got {model.architecture!r}")
 
 
 def _as_declared(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_as_declared(name, item) for item in value]
-    if name in FLOATS and isinstance(value, (str, bool)):
-        raise ValueError(f"model.call.{name} must be a number, got {value!r}")
-    if name in FLOATS and type(value) is int:
-        return float(value)
-    if name in INTEGERS and type(value) is float and value.is_integer():
-        return int(value)
-    return value
+    if name in FLOATS:
+        if isinstance(value, (str, bool)):
+            raise ValueError(f"model.call.{name} must be a number, got {value!r}")
+        return float(value) if type(value) is int else value
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _check_size(model: DictConfig, folder: Path) -> None:
     """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
     levels = len(json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", ()))
-    # Pixels an image token: of the autoencoder's halvings, and of Flux's patches of 2 x 2 latents.
-    multiple = 2 ** max(levels - 1, 0) * (2 if model.architecture == "flux" else 1)
+    # Pixels a side of an image token: the autoencoder halves them once a level but the last.
+    multiple = 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
     for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
         value = model.get("call", {}).get(name)
         if value is not None and (type(value) not in (int, float) or not value > 0 or value % step):
@@ -166,7 +175,8 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
     if not (folder / "model_index.json").is_file():
         return ["model_index.json"]
     components = _components(folder)
-    missing = [f"{name}/config.json" for name in (PIPELINES[architecture][1], "vae") if name not in components]
+    needed = (ARCHITECTURES[architecture].denoiser, "vae")
+    missing = [f"{name}/config.json" for name in needed if name not in components]
     for name, (config, stem) in components.items():
         if not (folder / name / config).is_file():
             missing.append(f"{name}/{config}")
@@ -230,16 +240,10 @@ def load(
     # Their bars would tear the one of experiments.generate.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    name, denoiser = PIPELINES[model.architecture]
-    # An installed invisible-watermark package would otherwise change SDXL's pixels.
-    options = {"add_watermarker": False} if model.architecture == "sdxl" else {}
+    architecture = ARCHITECTURES[model.architecture]
     variant = model.variant if any(checkpoint.folder.glob(f"*/*.{model.variant}[.-]*")) else None
-    pipe = getattr(diffusers, name).from_pretrained(
-        checkpoint.folder,
-        dtype=dtype,
-        variant=variant,
-        local_files_only=True,
-        **options,
+    pipe = getattr(diffusers, architecture.pipeline).from_pretrained(
+        checkpoint.folder, dtype=dtype, variant=variant, local_files_only=True, **architecture.options
     )
     pipe.set_progress_bar_config(disable=True)
     if offload:
@@ -247,7 +251,7 @@ def load(
     else:
         pipe.to(device)
     if compile_denoiser:
-        getattr(pipe, denoiser).compile()
+        getattr(pipe, architecture.denoiser).compile()
     return pipe
 
 
@@ -266,7 +270,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
     return []
 
 
-def _from_hub(model: DictConfig) -> Path:
+def _from_hub(model: DictConfig, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -276,8 +280,10 @@ def _from_hub(model: DictConfig) -> Path:
         if not missing_files(cached, model.architecture, model.variant):
             return cached
     problem = f"{model.source} is not in the hub's cache"
-    if not network_answers(None):
-        raise FileNotFoundError(_advice(model, f"{problem}, and the network is switched off or does not answer"))
+    if not (fetch and network_answers(None)):
+        raise FileNotFoundError(
+            _advice(model, f"{problem}, and the network is switched off, not asked or does not answer")
+        )
     try:
         return Path(snapshot_download(**arguments))
     except HfHubHTTPError as error:

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +70,9 @@ class PromptSet:
     subset_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "categories", "templates", "seeds")
-        if self.images_per_prompt < 2:
-            raise ValueError(
-                f"prompts.images_per_prompt must be at least 2, got {self.images_per_prompt}: "
-                "the diversity of a single image is not defined"
-            )
-        _check_ids([_prompt_id(prompt) for _, prompt in self.prompts()])
+        # Of a single image there is no diversity.
+        _check(self, "categories", "templates", "seeds", fewest=2)
+        _check_ids(_prompt_id(prompt) for _, prompt in self.prompts())
         most = len(self.templates) * len(self.seeds)
         if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
             raise ValueError(
@@ -133,18 +130,16 @@ class CharacterPrompts:
     kinds: tuple[str, ...] = KINDS
 
     def __post_init__(self) -> None:
-        _check(self, "seeds", "kinds")
-        if unknown := set(self.kinds) - set(KINDS):
-            raise ValueError(f"prompts.kinds must be among {list(KINDS)}, got {sorted(unknown)}")
+        _check(self, "seeds", "kinds", fewest=1)
+        if unknown := {*self.kinds, *(kind for prompts in self.characters.values() for kind in prompts)} - set(KINDS):
+            raise ValueError(f"kinds of prompts must be among {list(KINDS)}, got {sorted(unknown)}")
         for character, prompts in self.characters.items():
-            if unknown := set(prompts) - set(KINDS):
-                raise ValueError(f"prompts.characters.{character} has kinds {sorted(unknown)}, known are {KINDS}")
             for kind, texts in prompts.items():
                 _listed(f"prompts.characters.{character}.{kind}", texts)
             told = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
             if told:
                 raise ValueError(f"prompts.characters.{character}.indirect must not say the name, got {told}")
-        _check_ids([group.prompt_id for group in self.groups() if group.seed == self.seeds[0]])
+        _check_ids(group.prompt_id for group in self.groups() if group.seed == self.seeds[0])
 
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: character, kind, prompt, seed.
@@ -174,10 +169,8 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _check(prompts: PromptSet | CharacterPrompts, *lists: str) -> None:
+def _check(prompts: PromptSet | CharacterPrompts, *lists: str, fewest: int) -> None:
     """Check what all sets have, and make tuples of their lists, which are to be of distinct values."""
-    if prompts.split not in ("test", "development"):
-        raise ValueError(f"prompts.split must be 'test' or 'development', got {prompts.split!r}")
     for field in lists:
         values = _listed(f"prompts.{field}", getattr(prompts, field))
         if not values or len(set(values)) != len(values):
@@ -185,16 +178,14 @@ def _check(prompts: PromptSet | CharacterPrompts, *lists: str) -> None:
         object.__setattr__(prompts, field, values)
     if not all(isinstance(seed, int) and 0 <= seed < 10**6 for seed in prompts.seeds):
         raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(prompts.seeds)}")
-    if type(prompts.images_per_prompt) is not int or prompts.images_per_prompt < 1:
-        raise ValueError(
-            f"prompts.images_per_prompt must be a whole number of at least 1, got {prompts.images_per_prompt!r}"
-        )
+    if type(images := prompts.images_per_prompt) is not int or images < fewest:
+        raise ValueError(f"prompts.images_per_prompt must be a whole number of at least {fewest}, got {images!r}")
 
 
-def _check_ids(names: list[str]) -> None:
-    if not names:
+def _check_ids(names: Iterable[str]) -> None:
+    if not (counts := Counter(names)):
         raise ValueError("prompts.characters must hold at least one prompt of the chosen kinds, got none")
-    if twice := sorted({name for name in names if not name or names.count(name) > 1}):
+    if twice := sorted(name for name, count in counts.items() if not name or count > 1):
         raise ValueError(
             "prompts must differ in their letters a-z and digits, since folders are named after them, got twice: "
             f"{twice}"

@@ -15,8 +15,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,23 @@ from PIL import Image
 from eval import files
 from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
 from eval.images import MANIFEST, ManifestRow, write_manifest
-from experiments import project_path
-from experiments.asked import asked, asked_file, canonical, noted, request, run_id
+from experiments import pipelines, project_path
 from experiments.configs import build, no_method
+from experiments.identity import environment, made_by, request, run_id
 from experiments.locks import locked
-from experiments.makers import environment, made_by, maker
 from experiments.methods.method import Method
 from experiments.prompts import Group
+from experiments.registry import lookup
 
 log = logging.getLogger(__name__)
 
 #: What was generated in a group's folder: the manifest's rows, and the log's numbers.
 RECORD = "group.json"
 
-#: Bytes of the largest config.yaml that is read: some hundred thousand groups.
-LARGEST_IDENTITY = 1 << 24
-
 #: Where runs lie in `outputs`.
 RUNS = "runs"
 
-#: Where the locks of a run lie while it is generated, a file a group.
+#: Beside the runs, where their locks lie while they are generated, a file a group.
 LOCKS = ".locks"
 
 
@@ -92,7 +89,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date, platform and `maker`, as recorded when the run began; "unknown" where that was lost.
+        """Commit, date, platform and CPU, as recorded when the run began; "unknown" where that was lost.
 
         Raises:
             ValueError: the file holds something else.
@@ -117,55 +114,36 @@ class Run:
         """
         method: Method = build(cfg.method)
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
-        outputs = project_path(cfg.outputs)
-        run = cls(outputs / RUNS / run_id(identity))
-        if not run.folder.exists():
-            run._take_from_earlier_place(outputs)
+        run = cls(project_path(cfg.outputs) / RUNS / run_id(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (".*.tmp", "images/*/.*"):
-            files.sweep(run.folder, pattern)
         if not (run.folder / "config.yaml").exists():
-            run._write_environment(device)
+            files.write_json(run.folder / "environment.json", environment(device))
             write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
         _ = run.identity  # fails here and not after hours, should the file be damaged
         return run
 
-    def _take_from_earlier_place(self, outputs: Path) -> None:
-        """Move the run here from `<outputs>/<experiment>/<model>/<method>/<id>`, where earlier versions had it."""
-        found = [
-            Run(place)
-            for experiment in (outputs.iterdir() if outputs.is_dir() else ())
-            if experiment.name != RUNS
-            for place in sorted(experiment.glob(f"*/*/{self.id}"))
-        ]
-        for run in sorted(found, key=lambda run: not run.complete)[:1]:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                run.folder.rename(self.folder)
-                log.info("%s, where an earlier version put it, was moved to %s", run.folder, self.folder)
-
     @classmethod
     def find(cls, cfg: DictConfig, baseline: bool = False) -> Run:
-        """Return the complete run that `experiments.generate` opened for what `cfg` asks for, on whatever machine.
+        """Return the run that `experiments.generate` completed for what `cfg` asks for, on whatever machine.
 
         Args:
             cfg: the composed configuration.
             baseline: the run without any method is meant that is otherwise as `cfg` asks.
 
         Raises:
-            FileNotFoundError: there is none, or it is unfinished.
+            FileNotFoundError: there is none, or it was made with other weights than those that are here.
             ValueError: its identity or its manifest was changed.
         """
-        file, method = asked_file(cfg), no_method() if baseline else cfg.method
-        entry = noted(file).get(asked(cfg, method))
-        run = None if entry is None else cls(project_path(cfg.outputs) / RUNS / entry["run"])
-        if run is None or not run.complete:
-            state = "none" if run is None else "an unfinished one"
+        method = no_method() if baseline else cfg.method
+        run = cls(project_path(cfg.outputs) / RUNS / lookup(cfg, method))
+        cure = "run python -m experiments.generate with the same overrides"
+        if not run.complete:
+            raise FileNotFoundError(f"{run.folder} was completed once and is not: {cure}")
+        here = pipelines.local_fingerprint(cfg.model)
+        if here not in (None, run.identity["weights"]):
             raise FileNotFoundError(
-                f"No complete run of method={method.name} with these settings is named in {file} ({state}): run python "
-                "-m experiments.generate with the same overrides, which keeps what is there"
+                f"{run.folder} was made with other weights than those of {cfg.model.source}: {cure}"
             )
-        _ = run.identity
         run.check_manifest()
         return run
 
@@ -198,13 +176,12 @@ class Run:
         path = self.group_folder(group) / RECORD
         try:
             record = _read_record(path)
-            rows = [ManifestRow(**row) for row in record["rows"]]
-            wanted = self._rows(group, None, [row.sha256 for row in rows])
-            if record["run"] != self.id or [replace(row, references=None) for row in rows] != wanted:
+            images = [(self.folder / row["path"], row["sha256"]) for row in record["rows"]]
+            if record["run"] != self.id or any(image.parent != path.parent for image, _ in images):
                 return f"{path} is of another run or group"
-            for row in rows:
-                if remembered_hash(self.folder / row.path) != row.sha256:
-                    return f"{self.folder / row.path} is not the image that was generated"
+            for image, sha256 in images:
+                if remembered_hash(image) != sha256:
+                    return f"{image} is not the image that was generated"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             return str(error)
         return None
@@ -215,7 +192,6 @@ class Run:
         images: list[Image.Image],
         statistics: dict[str, Any],
         references: Mapping[str, float] | None = None,
-        made: Mapping[str, str | None] | None = None,
     ) -> None:
         """Write a group's images and record; they appear together, by one rename.
 
@@ -224,55 +200,29 @@ class Run:
             images: as many as the group's size.
             statistics: what the log should keep, as JSON values.
             references: pictures that the method was given, with the score by which each was found.
-            made: see `maker`.
         """
-        with self._appearing(group) as temporary:
-            temporary.mkdir()
-            pictures = [temporary / f"{index:02d}.png" for index in range(len(images))]
-            for picture, image in zip(pictures, images, strict=True):
-                image.save(picture)
-            rows = [row.to_dict() for row in self._rows(group, references, map(content_hash, pictures))]
-            record = sealed({"run": self.id, "made": made, "rows": rows, "stats": statistics})
-            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-    def _write_environment(self, device: str) -> None:
-        files.write_json(self.folder / "environment.json", environment(device))
-
-    def _made(self, group: Group) -> dict[str, str | None] | None:
-        return _read_record(self.group_folder(group) / RECORD)["made"]
-
-    def check_makers(self, groups: list[Group], device: str, mixed: bool) -> None:
-        """Refuse to go on with a run whose images other code made, or another kind of CPU.
-
-        Args:
-            groups: all of the run.
-            device: that generates.
-            mixed: go on all the same; `finish` says so.
-
-        Raises:
-            ValueError: with what made them and what would go on.
-        """
-        now = maker(device)
-        sound = [group for group in groups if self.has(group)]
-        if not sound:
-            self._write_environment(device)
-        others = {canonical(made) for group in sound if (made := self._made(group)) != now}
-        if not others or mixed:
-            return
-        raise ValueError(
-            f"{self.folder} was begun by {' and '.join(sorted(others))}, and here is {canonical(now)}: its images "
-            "would be of several makes. Finish it there, move it away to make all of it here, or go on nevertheless "
-            "with resume_any=true"
-        )
-
-    @contextlib.contextmanager
-    def _appearing(self, group: Group) -> Iterator[Path]:
-        """Give a folder's name to fill that becomes the group's at the end of the `with` block, by one rename."""
         folder = self.group_folder(group)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
-            yield temporary
+            temporary.mkdir(parents=True)
+            rows = []
+            for index, (seed, image) in enumerate(zip(group.image_seeds(), images, strict=True)):
+                picture = temporary / f"{index:02d}.png"
+                image.save(picture)
+                row = ManifestRow(
+                    path=(folder / picture.name).relative_to(self.folder).as_posix(),
+                    prompt_id=group.prompt_id,
+                    prompt=group.prompt,
+                    category=group.category,
+                    group_seed=group.seed,
+                    index=index,
+                    seed=seed,
+                    references=None if references is None else dict(references),
+                    sha256=content_hash(picture),
+                )
+                rows.append(row.to_dict())
+            record = sealed({"run": self.id, "rows": rows, "stats": statistics})
+            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             if folder.exists() and not self.has(group):
                 shutil.rmtree(folder)  # see `fault`
             os.rename(temporary, folder)
@@ -296,7 +246,8 @@ class Run:
         if self.has(group):
             yield False
             return
-        with locked(self.folder / LOCKS / f"{group.prompt_id}.{group.seed:06d}", wait) as mine:
+        lock = f"{self.id}.{group.prompt_id}.{group.seed:06d}"
+        with locked(self.folder.parent / LOCKS / lock, wait) as mine:
             yield mine and not self.has(group)
 
     def finish(self, groups: list[Group]) -> bool:
@@ -306,38 +257,19 @@ class Run:
         for leftover in self.folder.glob("images/*/.*"):
             # Half-written groups of killed processes: with every group there, a live one could only repeat another's.
             shutil.rmtree(leftover, ignore_errors=True)
-        shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
-        records = [_read_record(self.group_folder(group) / RECORD) for group in groups]
-        makers = sorted({canonical(record["made"]) for record in records})
-        if len(makers) > 1:
-            log.warning("%s: its images are of several makes: %s", self.folder, " and ".join(makers))
-        rows = [ManifestRow(**row) for record in records for row in record["rows"]]
+        for lock in self.folder.parent.glob(f"{LOCKS}/{self.id}.*"):
+            with contextlib.suppress(OSError):
+                lock.unlink()
+        rows = [
+            ManifestRow(**row) for group in groups for row in _read_record(self.group_folder(group) / RECORD)["rows"]
+        ]
         write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
         return True
-
-    def _rows(
-        self, group: Group, references: Mapping[str, float] | None, hashes: Iterable[str | None]
-    ) -> list[ManifestRow]:
-        folder = self.group_folder(group).relative_to(self.folder).as_posix()
-        return [
-            ManifestRow(
-                path=f"{folder}/{index:02d}.png",
-                prompt_id=group.prompt_id,
-                prompt=group.prompt,
-                category=group.category,
-                group_seed=group.seed,
-                index=index,
-                seed=seed,
-                references=None if references is None else dict(references),
-                sha256=sha256,
-            )
-            for index, (seed, sha256) in enumerate(zip(group.image_seeds(), hashes, strict=True))
-        ]
 
 
 @functools.lru_cache(maxsize=4096)
 def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
-    text = read_regular(path, LARGEST_IDENTITY)
+    text = read_regular(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     # Aliases of aliases are a small file and an endless configuration; what is written here has none.
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):

@@ -34,10 +34,10 @@ from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import catalogue, project_path
-from experiments.asked import asked
 from experiments.configs import expand, flag, no_method
 from experiments.evaluate import NEEDS, configured_metrics, document_path
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
+from experiments.registry import config_digest
 from experiments.runs import Run
 from experiments.tables import (
     COLUMNS,
@@ -65,7 +65,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
-        ValueError: random weights, which measure nothing, would enter a table; the primary metrics are not two of the
+        ValueError: the primary metrics are not two of the
             configured ones that can be tested; or there is no run of `against` to pair one with.
     """
     for cfg in configs:
@@ -75,19 +75,25 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
         raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
-    others = {asked(cfg, no_method()): run for run, cfg in runs.items() if cfg.method.name == against}
+    others: dict[str, Run] = {}
+    for run, cfg in runs.items() if against else ():
+        if cfg.method.name == against and others.setdefault(config_digest(cfg, no_method()), run) != run:
+            raise ValueError(f"expected one run of {against} on {cfg.model.name} to pair with, got several: choose one")
     if against and not others:
         names = ", ".join(dict.fromkeys(cfg.method.name for cfg in configs))
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
     rows = []
     for run, cfg in runs.items():
-        if cfg.model.kind == "tiny":
-            raise ValueError(
-                f"model={cfg.model.name} has random weights (kind: tiny): its numbers may not enter a table"
-            )
-        baseline = others.get(asked(cfg, no_method())) if against else Run.find(cfg, baseline=True)
+        baseline = others.get(config_digest(cfg, no_method())) if against else Run.find(cfg, baseline=True)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {cfg.method.name} on {cfg.model.name}")
+        for what in ("weights", "machine"):
+            ours, theirs = run.identity[what], baseline.identity[what]
+            if ours != theirs:
+                raise ValueError(
+                    f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {what}, got "
+                    f"{ours} and {theirs}: generate both on one machine"
+                )
         tested = primary_metrics(cfg).values()
         for name, metric in configured_metrics(cfg):
             if name in tested and metric.aggregate == SUBSETS:

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.files import write_bytes
 from eval.images import group_rows, load_picture, read_manifest
-from experiments.asked import canonical
 from experiments.choose import chosen_run, pareto_front
 from experiments.figures.style import title
+from experiments.identity import canonical
 from experiments.pages import run_labels
 from experiments.runs import Run
 from experiments.tables import primary_pair

@@ -17,9 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import quantile_test
 
 import negtome
-from experiments.asked import canonical
 from experiments.configs import flag
-from experiments.makers import current_commit
+from experiments.identity import canonical, current_commit
 from experiments.methods import naive
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of

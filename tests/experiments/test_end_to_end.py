@@ -16,10 +16,10 @@ import experiments
 from eval.images import read_manifest
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
-from experiments.asked import request
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
+from experiments.identity import request
 from experiments.pages import main_table, other_table
 from experiments.runs import Run
 from experiments.tables import COLUMNS, REQUIRED, TEXT
@@ -82,9 +82,8 @@ def overrides(tmp_path, source, kind="sdxl", name=None):
 
 def copied(run, outputs):
     """Copy a run and what names it to other outputs; returns its folder there."""
-    for file in run.parents[1].glob("*/asked.json"):
-        (outputs / file.parent.name).mkdir(exist_ok=True)
-        shutil.copy(file, outputs / file.parent.name)
+    for folder in run.parents[1].glob("*/asked"):
+        shutil.copytree(folder, outputs / folder.parent.name / folder.name, dirs_exist_ok=True)
     return shutil.copytree(run, outputs / "runs" / run.name)
 
 
@@ -318,17 +317,6 @@ def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
     second = generate(cfg)
     assert first != second
     assert Run.find(cfg).folder == second
-
-
-def test_random_weights_never_enter_a_table(finished):
-    arguments, _ = finished
-    with pytest.raises(FileNotFoundError, match="No complete run"):
-        tabulate.write_table(expand([*arguments, "model.kind=tiny"]))
-    for cfg in expand([*arguments, "model.kind=tiny"]):
-        generate(cfg)
-        evaluate(cfg)
-    with pytest.raises(ValueError, match="random weights"):
-        tabulate.write_table(expand([*arguments, "model.kind=tiny"]))
 
 
 def test_methods_are_compared_with_each_other_too(finished, capsys):

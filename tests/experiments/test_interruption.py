@@ -236,7 +236,7 @@ def test_a_claim_ends_with_the_process_that_held_it(asked, tmp_path):
     cfg = expand(asked)[0]
     group = build(cfg.prompts).groups()[0]
     run = Run(tmp_path / "run")
-    lock = run.folder / LOCKS / f"{group.prompt_id}.{group.seed:06d}"
+    lock = tmp_path / LOCKS / f"{run.id}.{group.prompt_id}.{group.seed:06d}"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline().strip() == "True"

@@ -1,17 +1,15 @@
-"""One id, one maker; one setting, one id: what was begun elsewhere is not mixed, what is equal is one run."""
+"""One setting, one id: what is equal is one run, and by what and when it was made is recorded beside it."""
 
-import json
-import os
 import shutil
 
 import pytest
 import torch
 
-from experiments import PROJECT, collect, makers, pipelines
-from experiments.asked import request, run_id
+from experiments import PROJECT, collect, pipelines
 from experiments.configs import expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_all, prepare
+from experiments.identity import request, run_id
 from experiments.methods.negtome import NegToMe
 from experiments.runs import Run
 
@@ -42,49 +40,10 @@ def pngs(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.glob("images/**/*.png"))}
 
 
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """Be on a CPU with other instructions, or have other code, from here on: `elsewhere("a CPU")`."""
-
-    def move(to, path):
-        if to == "a CPU":
-            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
-        else:
-            code = shutil.copy(PROJECT / "experiments" / "prompts.py", path / "prompts.py")
-            code.write_text(code.read_text().replace('digest()[:4], "big"', 'digest()[:4], "little"'))
-            others = tuple(file for file in makers.CODE if file.name != "prompts.py")
-            monkeypatch.setattr(makers, "CODE", (*others, code))
-        makers.maker.cache_clear()
-
-    yield move
-    monkeypatch.undo()
-    makers.maker.cache_clear()
-
-
-def test_the_maker_is_recorded(finished):
-    cfg, _ = finished
-    run = Run.find(cfg)
+def test_the_kind_of_cpu_is_recorded_and_in_no_id(finished):
+    run = Run.find(finished[0])
     assert run.environment["cpu"] == torch.backends.cpu.get_cpu_capability()
-    records = [json.loads(path.read_text()) for path in run.folder.glob("images/*/*/group.json")]
-    made = {"cpu": run.environment["cpu"], "generation_code": run.environment["generation_code"]}
-    assert [record["made"] for record in records] == [made, made]
     assert "cpu" not in run.identity["machine"], "ids stay"
-
-
-@pytest.mark.parametrize("what", ["a CPU", "code"])
-def test_a_half_finished_run_is_not_gone_on_with_elsewhere_unless_told_to(what, half, elsewhere, tmp_path, caplog):
-    cfg, folder = half
-    before = pngs(folder)
-    elsewhere(what, tmp_path)
-    with pytest.raises(ValueError, match=r"was begun by .*, and here is .*resume_any=true") as error:
-        generate(cfg)
-    assert "\n" not in str(error.value) and pngs(folder) == before
-    cfg.resume_any = True
-    generate(cfg)
-    assert len(pngs(folder)) == 4 and "its images are of several makes" in caplog.text
-    evaluate(cfg)
-    cfg.resume_any = False
-    assert generate(cfg) == folder, "there is nothing to go on with"
 
 
 def test_a_run_of_another_version_of_the_method_is_not_taken_for_it(finished, tiny_overrides, tmp_path, monkeypatch):
@@ -102,40 +61,11 @@ def test_a_run_of_another_version_of_the_method_is_not_taken_for_it(finished, ti
     assert Run.find(cfg, baseline=True).identity["code"] is None
 
 
-def test_comments_are_no_other_code(tmp_path, monkeypatch, half):
-    cfg, folder = half
-    code = shutil.copy(PROJECT / "experiments" / "prompts.py", tmp_path / "prompts.py")
-    code.write_text("# Said better.\n\n" + code.read_text())
-    monkeypatch.setattr(makers, "CODE", tuple(code if file.name == code.name else file for file in makers.CODE))
-    makers.maker.cache_clear()
-    assert generate(cfg) == folder and len(pngs(folder)) == 4
-
-
-def test_a_run_that_others_began_since_it_was_prepared_is_refused(half, elsewhere, tmp_path):
-    cfg, folder = half
-    shutil.move(folder / "images", tmp_path / "images")
-    elsewhere("a CPU", tmp_path)
-    job = prepare(cfg)
-    shutil.move(tmp_path / "images", folder / "images")
-    before = pngs(folder)
-    with pytest.raises(ValueError, match="resume_any=true"):
-        generate_all([job])
-    assert pngs(folder) == before
-
-
 def test_a_run_that_is_named_twice_is_one(finished, caplog):
     caplog.set_level("INFO", "experiments")
     job = prepare(finished[0])
     generate_all([job, job])
     assert len(caplog.records) == 1
-
-
-def test_the_code_is_the_same_to_every_python():
-    """Python 3.12 shows an empty list more than 3.11, and 3.13 shows none."""
-    arguments = "arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])"
-    function = f"FunctionDef(name='f', args={arguments}, body=[Pass()], decorator_list=[])"
-    expected = f"Module(body=[{function}, Expr(value=List(elts=[], ctx=Load()))], type_ignores=[])"
-    assert makers._tree("def f():  # nothing\n    pass\n[]\n") == expected
 
 
 def test_a_lost_environment_is_not_made_up(half):
@@ -156,18 +86,14 @@ def test_a_lost_environment_is_not_made_up(half):
             _ = Run(folder).environment
 
 
-def test_what_killed_processes_left_in_a_half_finished_run_is_swept(half):
+def test_what_a_killed_process_left_of_a_group_is_swept_once_all_are_there(half):
     cfg, folder = half
-    left = [folder / ".config.yaml.abc.tmp", next(folder.glob("images/*")) / ".000000.abc"]
-    left[0].touch()
-    left[1].mkdir()
-    start = (cfg, pipelines.find_checkpoint(cfg.model).fingerprint, "cpu")
-    Run.start(*start)
-    assert all(path.exists() for path in left), "they may be another process's"
-    for path in left:
-        os.utime(path, (0, 0))
-    Run.start(*start)
-    assert not any(path.exists() for path in left)
+    left = next(folder.glob("images/*")) / ".000000.abc"
+    left.mkdir()
+    Run.start(cfg, pipelines.find_checkpoint(cfg.model).fingerprint, "cpu")
+    assert left.exists(), "it may be another process's"
+    generate(cfg)
+    assert not left.exists()
 
 
 # --- equal settings ---------------------------------------------------------------------------------------------------

@@ -54,8 +54,7 @@ def test_image_seeds_are_distinct_between_images_groups_and_prompts():
         ({"categories": []}, "categories must be a list of distinct values"),
         ({"templates": ["a", "a"]}, "templates must be a list of distinct values"),
         ({"seeds": [-1]}, "seeds must be integers in"),
-        ({"split": "train"}, "split must be 'test' or 'development'"),
-        ({"images_per_prompt": 1}, "at least 2"),
+        ({"images_per_prompt": 1}, "at least 2, got 1"),
         ({"categories": ["T-shirt", "t shirt"]}, "must differ in their letters"),
         ({"groups_per_category": 7}, r"null \(all\) or in \[1, 6\]"),
     ],
@@ -106,7 +105,7 @@ def test_kinds_of_prompts_can_be_chosen():
     [
         ({"characters": {}}, "at least one prompt of the chosen kinds, got none"),
         ({"characters": {"Robot": {"direct": ["a Robot"]}}, "kinds": ["benign"]}, "at least one prompt of the chosen"),
-        ({"characters": {"Robot": {"Direct": ["a Robot"]}}}, r"Robot has kinds \['Direct'\]"),
+        ({"characters": {"Robot": {"Direct": ["a Robot"]}}}, r"must be among .*got \['Direct'\]"),
         ({"characters": {"Robot": {"indirect": ["the small robot"]}}}, r"must not say the name, got \['the small r"),
         ({"characters": {"Robot": {"direct": ["a Robot", "a robot!"]}}}, r"twice: \['direct-a-robot'\]"),
         (
@@ -116,8 +115,7 @@ def test_kinds_of_prompts_can_be_chosen():
         ({"seeds": []}, "seeds must be a list of distinct values with at least one"),
         ({"seeds": [1, 1]}, "seeds must be a list of distinct values"),
         ({"seeds": [10**6]}, r"seeds must be integers in \[0, 999999\]"),
-        ({"kinds": ["direct", "friendly"]}, r"kinds must be among \['direct', 'indirect'"),
-        ({"split": "train"}, "split must be 'test' or 'development'"),
+        ({"kinds": ["direct", "friendly"]}, r"must be among .*got \['friendly'\]"),
         ({"images_per_prompt": 0}, "at least 1, got 0"),
     ],
 )

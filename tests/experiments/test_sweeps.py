@@ -1,6 +1,5 @@
 """Every experiment that sweeps, run from the command line's overrides to table and figures, at tiny size."""
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,12 +8,12 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from experiments import PROJECT, plot, tables, tabulate
-from experiments.asked import experiments_of
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
 from experiments.pages import run_labels
+from experiments.registry import experiments_of
 from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
@@ -128,27 +127,9 @@ def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
     cfg.name = "another"
-    with pytest.raises(FileNotFoundError, match=r"another/asked\.json"):
+    with pytest.raises(FileNotFoundError, match="another/asked: run python"):
         Run.find(cfg)
     assert generate(cfg).name == shared[0] and Run.find(cfg).id == shared[0]
-
-
-def test_a_run_in_an_earlier_versions_folder_is_moved_and_not_made_again(done, tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO", "experiments")
-    configs, *_ = done("ablate_alpha")
-    cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
-    run = Run.find(cfg)
-    cfg.outputs = str(tmp_path)
-    place = tmp_path / "ablate_alpha" / cfg.model.name / "none" / run.id
-    shutil.copytree(run.folder, place)
-    half = shutil.copytree(run.folder, tmp_path / "a" / cfg.model.name / "none" / run.id)
-    (half / "complete").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run python -m experiments\.generate with the same overrides"):
-        Run.find(cfg)
-    monkeypatch.setattr("experiments.generate._generate_groups", lambda job: pytest.fail("generated"))
-    assert generate(cfg) == tmp_path / "runs" / run.id and not place.exists()
-    assert f"{place}, where an earlier version put it, was moved to" in caplog.text
-    assert Run.find(cfg).folder == tmp_path / "runs" / run.id
 
 
 def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
