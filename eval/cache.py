@@ -26,7 +26,7 @@ class EmbeddingCache:
 
     Layout: `folder/v2/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
     hash, and a digest of all of them. Shards are written once, under a name made of their keys, by an atomic rename, so
-    several processes may share a cache. The images of a damaged one are embedded again, with a warning.
+    several processes may share a cache. A damaged one is removed with a warning, and its images are embedded again.
 
     Args:
         folder: made when first needed; can be deleted at any time.
@@ -45,6 +45,8 @@ class EmbeddingCache:
                     found.update({key: stored[key] for key in keys})
             except (OSError, SafetensorError, ValueError) as error:
                 log.warning("%s cannot be read (%s): its images are embedded again", shard, error)
+                if not isinstance(error, OSError):  # damaged: else it would be read, and warned of, for ever
+                    shard.unlink(missing_ok=True)
         return found
 
     def put(self, encoder_id: str, embeddings: Mapping[str, torch.Tensor]) -> None:

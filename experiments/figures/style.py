@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from eval.files import write_bytes
 from experiments import catalogue
 
-#: How a method is called in figures where its name in folders is too terse.
+#: How a method is called in figures where its name in tables is too terse.
 TITLES = {name: entry.title for name, entry in catalogue.entries().items()}
 COLOURS, MARKERS = zip(*catalogue.PALETTE.values(), strict=True)
 #: The number of the colour and the shape that a method keeps in every figure.

@@ -106,7 +106,7 @@ class Method:
     several times, or chooses among candidates, writes `draw`.
 
     Attributes:
-        name: in folders and tables.
+        name: in tables and configurations.
         title: in figures, where its file in conf/method/ does not say another one.
         columns: the settings that tell runs of the method apart in tables, in the order of the columns.
         version: raised whenever the same settings would make other pixels, whatever was edited; runs of another version
