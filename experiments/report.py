@@ -27,7 +27,6 @@ from typing import Any
 
 import pandas as pd
 from hydra.errors import HydraException
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 from PIL import Image
@@ -43,6 +42,7 @@ from experiments.locks import locked
 from experiments.methods.assets import read_assets
 from experiments.runs import RUNS, Run
 from experiments.tables import CALL, REQUIRED, check_names, commands, read_csv, spelled, whole
+from experiments.templates import render
 from experiments.timing.report import case_table, measured_cases, target_table
 from experiments.timing.rows import MEASURED
 
@@ -98,12 +98,7 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
         return f"{PICTURES}/{name}"
 
     sections = [_section(name, results, outputs, put, groups) for name in names]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["lines"] = _lines
-    text = environment.get_template("report.html").render(sections=sections, mark=Markup(MARK), pages=pages)
+    text = render("report.html", sections=sections, mark=Markup(MARK), pages=pages, lines=_lines)
     with locked(into / ".lock"):
         (into / PICTURES).mkdir(exist_ok=True)
         for name, content in pictures.items():

@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 
 from eval.files import write_text
 from experiments.figures.style import save
 from experiments.pages import paper_table
 from experiments.tables import latex, markdown
+from experiments.templates import render
 from experiments.timing.cases import METHOD, PLAIN
 from experiments.timing.figures import SETUP, curve_models, scaling, setup_of
 from experiments.timing.profile import OUTSIDE
 from experiments.timing.rows import MEASURED, OUT_OF_MEMORY
-
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
-)
 
 
 def case_table(rows: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
@@ -186,10 +182,16 @@ def render_page(frame: pd.DataFrame, cfg: DictConfig) -> str:
         profile = where(frame, part="profile", **first[MEASURED])
         parts = profile_table(profile, where(rows, variant=PLAIN).iloc[0]) if len(profile) else None
         cases.append((first.to_dict(), setup_of(first), case_table(rows, titles), parts))
-    return _TEMPLATES.get_template("page.md.j2").render(
-        cfg=cfg, cases=cases, targets=target_table(frame, cfg), scaling=scaling_table(frame, titles),
-        drawn=curve_models(frame), paper=paper_table(cfg.name).astype(object).fillna(""), markdown=markdown,
-    )  # fmt: skip
+    return render(
+        "timing/page.md.j2",
+        cfg=cfg,
+        cases=cases,
+        targets=target_table(frame, cfg),
+        scaling=scaling_table(frame, titles),
+        drawn=curve_models(frame),
+        paper=paper_table(cfg.name).astype(object).fillna(""),
+        markdown=markdown,
+    )
 
 
 def render_latex(frame: pd.DataFrame, cfg: DictConfig) -> str:
