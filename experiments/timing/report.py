@@ -11,12 +11,12 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from eval.files import write_text
+from experiments.figures.scaling import SETUP, curve_models, scaling, setup_of
 from experiments.figures.style import save
 from experiments.pages import paper_table
 from experiments.tables import latex, markdown
 from experiments.templates import render
 from experiments.timing.cases import METHOD, PLAIN
-from experiments.timing.figures import SETUP, curve_models, scaling, setup_of
 from experiments.timing.profile import OUTSIDE
 from experiments.timing.rows import MEASURED, OUT_OF_MEMORY
 

@@ -15,11 +15,11 @@ from torch.autograd import DeviceType
 
 import negtome
 from experiments import PROJECT, latency
+from experiments.figures.scaling import curve_models, scaling
 from experiments.tables import put_rows
 from experiments.timing import cases, measure, profile, report, rows
 from experiments.timing.cases import BOUND, composed, configured_cases
 from experiments.timing.clock import Timing, inside_of, lower_bound, products, take_rounds, time_call, timesteps_of
-from experiments.timing.figures import curve_models, scaling
 from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 
 RESULTS = PROJECT / "results"
