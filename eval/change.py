@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eval.encoders import Encoder
+from eval.encoders import Encoder, Pixels
 from eval.images import load_image
 from eval.imageset import ImageSet
-from eval.metric import ImageMetric, Pixels
+from eval.metric import ImageMetric
 
 
 class BaselineMetric(ImageMetric):
@@ -79,7 +79,7 @@ class ChangedShare(BaselineMetric):
     unit = "share of images, 0 to 1"
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
-    judge = Pixels()
+    encoder = Pixels()
 
     def __init__(self, baseline: str | Path, name: str | None = None) -> None:
         super().__init__(None, baseline, name)
