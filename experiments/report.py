@@ -43,7 +43,7 @@ from experiments.methods.assets import read_assets
 from experiments.runs import RUNS, Run
 from experiments.tables import CALL, REQUIRED, check_names, commands, read_csv, spelled, whole
 from experiments.templates import render
-from experiments.timing.report import case_table, measured_cases, target_table
+from experiments.timing.report import case_tables, target_table
 from experiments.timing.rows import MEASURED
 
 log = logging.getLogger(__name__)
@@ -155,10 +155,9 @@ def _foreign(name: str, frame: pd.DataFrame, results: Path, put: Put) -> dict[st
     if set(MEASURED) <= set(frame.columns):
         cfg = first([f"experiment={name}"])
         found = [("Targets", target_table(frame, cfg))]
-        for rows in measured_cases(frame):
-            case = rows.iloc[0]
+        for case, table in case_tables(frame, cfg.latency.titles):
             head = f"{case['model']}, {case['side']:g} pixels, {case['batch']:g} images, {case['device']}"
-            found.append((head, case_table(rows, dict(cfg.latency.titles))))
+            found.append((head, table))
     else:
         found = [("All rows", frame.dropna(axis="columns", how="all").map(spelled))]
     files = sorted(file for file in results.glob(f"{name}*.png") if file.stem == name or file.stem[len(name)] == "_")
