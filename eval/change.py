@@ -9,24 +9,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eval.encoders import Encoder
+from eval.encoders import Pixels, Scorer
 from eval.images import load_image
 from eval.imageset import ImageSet
-from eval.metric import ImageMetric, Pixels
+from eval.metric import ImageMetric
 
 
 class BaselineMetric(ImageMetric):
     """A metric of images and of those that another run made of the same prompts and noises.
 
     Args:
-        encoder: what embeds both; None where their pixels are compared.
+        encoder: what embeds or compares both.
         baseline: the other run's folder.
     """
 
     version = 1
     higher_is_better = False
 
-    def __init__(self, encoder: Encoder | None, baseline: str | Path, name: str | None = None) -> None:
+    def __init__(self, encoder: Scorer, baseline: str | Path, name: str | None = None) -> None:
         super().__init__(encoder, name)
         self.baseline = Path(baseline)
 
@@ -79,10 +79,9 @@ class ChangedShare(BaselineMetric):
     unit = "share of images, 0 to 1"
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
-    judge = Pixels()
 
     def __init__(self, baseline: str | Path, name: str | None = None) -> None:
-        super().__init__(None, baseline, name)
+        super().__init__(Pixels(), baseline, name)
 
     def scores(self, images: ImageSet) -> torch.Tensor:
         others = self.paired(images)

@@ -23,18 +23,40 @@ from safetensors import SafetensorError
 from eval.weights import WeightsFacts, fetch_once
 
 
-class Encoder(ABC):
-    """An image encoder, perhaps with a text tower.
+class Scorer:
+    """What a number depends on beside the images: an encoder, or whatever else compares or scores them.
 
     Attributes:
         name: for people, as printed in tables.
         id: identity for caches and result files: it changes when the weights do, or how images are prepared for them.
-        normalised: whether embeddings have length 1, as they have where cosines count; raw features, for
-            distances between distributions, have the length that the network gives them.
     """
 
     name: str
     id: str
+
+    def prepare(self) -> None:
+        """Load the weights now, so that a missing file is found before any work is done."""
+
+    def weights(self) -> WeightsFacts:
+        """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
+        return WeightsFacts.of("none", self.name)
+
+
+class Pixels(Scorer):
+    """The scorer of a metric that takes images as they are: there are no weights that its number could depend on."""
+
+    name = "pixels"
+    id = "pixels"
+
+
+class Encoder(Scorer, ABC):
+    """An image encoder, perhaps with a text tower.
+
+    Attributes:
+        normalised: whether embeddings have length 1, as they have where cosines count; raw features, for
+            distances between distributions, have the length that the network gives them.
+    """
+
     normalised: bool = True
 
     @abstractmethod
@@ -59,13 +81,6 @@ class Encoder(ABC):
     def count_truncated(self, texts: Sequence[str]) -> int:
         """Count the texts that are longer than the text tower reads and lose their end in `embed_texts`."""
         raise TypeError(f"expected an encoder with a text tower, got {self.name}; use a CLIP model")
-
-    def prepare(self) -> None:  # noqa: B027  (an encoder without weights has nothing to do)
-        """Load the weights now, so that a missing file is found before any work is done."""
-
-    def weights(self) -> WeightsFacts:
-        """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
-        return WeightsFacts.of("none", self.name)
 
 
 class PixelEncoder(Encoder):
@@ -95,12 +110,11 @@ class PixelEncoder(Encoder):
 UNREADABLE = (RuntimeError, KeyError, TypeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
-class Network(ABC):
+class Network(Scorer, ABC):
     """Something with weights: they are found or fetched, and loaded once, when they are first needed.
 
     Attributes:
         ROW: its row in `weights.yaml`.
-        name: for people, as printed in tables.
         slug: what it is, the beginning of its `id`.
         device: where it runs.
         given: the file or folder that the user named; None where the usual places are searched.
@@ -122,11 +136,9 @@ class Network(ABC):
         return f"{self.slug}-{self.obtain().fingerprint}"
 
     def prepare(self) -> None:
-        """Load the weights now, so that a missing file is found before any work is done."""
         _ = self._network
 
     def weights(self) -> WeightsFacts:
-        """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
         return WeightsFacts.find(self.ROW, self.name, self.given, **self.values)
 
     def obtain(self) -> WeightsFacts:

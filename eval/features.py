@@ -23,8 +23,25 @@ from PIL import Image
 from eval.encoders import ImageNetwork, checked, quiet_transformers
 from eval.weights import FACTS, WeightsFacts, hub_folder
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+class Standardised(ImageNetwork):
+    """A network of images that are resized, antialiased, and brought to [0, 1], less a mean, over a deviation.
+
+    Attributes:
+        RESIZE: the shortest side in pixels, the interpolation, and the side of the centre that is cropped, if any.
+        MEAN, STD: of red, green and blue; ImageNet's unless a network says otherwise.
+    """
+
+    RESIZE: ClassVar[tuple[int, str, int | None]]
+    MEAN: ClassVar = (0.485, 0.456, 0.406)
+    STD: ClassVar = (0.229, 0.224, 0.225)
+
+    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.MEAN, self.STD))
+        return (_resized(image, *self.RESIZE).float() / 255 - mean) / std
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._network(pixels)
 
 
 class DreamSim(ImageNetwork):
@@ -138,7 +155,7 @@ class DreamSim(ImageNetwork):
         return self._network[0].embed(pixels)
 
 
-class DinoV2(ImageNetwork):
+class DinoV2(Standardised):
     """DINOv2 (Oquab et al. 2023) of transformers, in float32: the class token after the last layer norm.
 
     Preprocessing is that of the published repositories, whatever a folder says.
@@ -149,6 +166,7 @@ class DinoV2(ImageNetwork):
     """
 
     ROW = "dinov2"
+    RESIZE = 256, "bicubic", 224
 
     def __init__(
         self, model: str | Path = "facebook/dinov2-base", revision: str | None = None, device: str = "cpu"
@@ -166,14 +184,11 @@ class DinoV2(ImageNetwork):
             model = AutoModel.from_pretrained(facts.files[0].parent, local_files_only=True)
         return model.float().eval().requires_grad_(False).to(self.device)
 
-    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return _standardised(_resized(image, 256, "bicubic", crop=224), IMAGENET_MEAN, IMAGENET_STD)
-
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._network(pixel_values=pixels).last_hidden_state[:, 0]
 
 
-class Sscd(ImageNetwork):
+class Sscd(Standardised):
     """SSCD (Pizzi et al. 2022), the descriptor of image copies, on images prepared as its authors recommend.
 
     For `sscd_disc_mixup` they give a cosine similarity above 0.75 as a copy with a precision of 90 % on their data.
@@ -184,6 +199,7 @@ class Sscd(ImageNetwork):
     """
 
     ROW = "sscd"
+    RESIZE = 288, "bilinear", None
 
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
         slug = Path(file or FACTS[self.ROW]["files"][0]).name.split(".")[0]
@@ -191,12 +207,6 @@ class Sscd(ImageNetwork):
 
     def _load(self, facts: WeightsFacts) -> Any:
         return torch.jit.load(facts.files[0], map_location=self.device).eval()
-
-    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return _standardised(_resized(image, 288, "bilinear"), IMAGENET_MEAN, IMAGENET_STD)
-
-    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._network(pixels)
 
 
 class Inception(ImageNetwork):
@@ -248,7 +258,7 @@ class Inception(ImageNetwork):
             channels = [Image.fromarray(channel).resize((299, 299), Image.BICUBIC) for channel in image.float().numpy()]
             pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
         else:
-            pixels = _resized(image.float(), 299, "bilinear", crop=299)
+            pixels = _resized(image.float(), 299, "bilinear", 299)
         return (pixels - 128) / 128
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -264,7 +274,7 @@ class Inception(ImageNetwork):
         return (features.to(self.device) @ self._network.fc.weight.T).cpu()
 
 
-class EffNetLite0(ImageNetwork):
+class EffNetLite0(Standardised):
     """EfficientNet-lite0, trained on ImageNet, from a PyPI package: an extractor that needs no download.
 
     Features are the 1280 pooled activations, raw. Numbers made with it resemble FID or the Inception Score in form
@@ -277,6 +287,7 @@ class EffNetLite0(ImageNetwork):
     """
 
     ROW = "efficientnet"
+    RESIZE = 224, "bicubic", 224
     # As TensorFlow's EfficientNet-lite: 127 and 128 of 255.
     MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
     # After these blocks the side or the channels change: channels, block.
@@ -304,9 +315,6 @@ class EffNetLite0(ImageNetwork):
         model.load_state_dict(torch.load(facts.files[0], map_location="cpu", weights_only=True))
         return model.eval().requires_grad_(False).to(self.device)
 
-    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return _standardised(_resized(image, 224, "bicubic", crop=224), self.MEAN, self.STD)
-
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.channels is None:
             return self._network.extract_features(pixels).mean(dim=(2, 3))
@@ -333,15 +341,10 @@ class EffNetLite0(ImageNetwork):
         return self._network._fc(features.to(self.device)).cpu()
 
 
-def _resized(image: torch.Tensor, side: int, mode: str, crop: int | None = None) -> torch.Tensor:
+def _resized(image: torch.Tensor, side: int, mode: str, crop: int | None) -> torch.Tensor:
     """Resize [3, H, W] to a shortest side, antialiased, and crop its centre; 8-bit images stay 8-bit."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 
     image = resize(image, [side], interpolation=InterpolationMode(mode), antialias=True)
     return image if crop is None else center_crop(image, [crop, crop])
-
-
-def _standardised(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Bring a uint8 image to float32, [0, 1], less `mean`, over `std`."""
-    return (image.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

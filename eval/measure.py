@@ -33,7 +33,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
     """Tell whether a document says what `metric` would find in `folder` now, without computing it.
 
-    Metric, version, settings, aggregate, bounds, how subsets are drawn, the encoder's (or other judge's) id and the
+    Metric, version, settings, aggregate, bounds, how subsets are drawn, the encoder's (or other scorer's) id and the
     folder's set of images must agree.
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
@@ -87,6 +87,6 @@ def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
         **metric.design(),
         "bounds": list(metric.bounds),
         **({} if metric.only is None else {"only": list(metric.only)}),
-        "encoder": {"name": metric.judge.name, "id": metric.judge.id},
+        "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
         "manifest_sha256": images_hash,
     }

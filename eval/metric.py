@@ -13,34 +13,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from eval.aggregates import GroupValue, mean_of, values_of
+from eval.encoders import Scorer
 from eval.files import canonical_json
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, clusters_of
-
-
-class Judge(Protocol):
-    """What a number depends on beside the images: an encoder, or whatever else compares or scores them.
-
-    Attributes:
-        name: for people, as printed in tables.
-        id: identity for caches and result files: it changes when the weights do.
-    """
-
-    name: str
-    id: str
-
-
-class Pixels:
-    """The `Judge` of a metric that takes images as they are: there are no weights that its number could depend on."""
-
-    name = "pixels"
-    id = "pixels"
 
 
 class Metric(ABC):
@@ -56,8 +38,7 @@ class Metric(ABC):
             of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
             a share of it a margin.
         aggregate: what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
-        encoder: what embeds the images, or compares or scores them; None for a metric that compares pixels itself,
-            which then has a `judge`, such as `Pixels()`.
+        encoder: what embeds the images, or compares or scores them; `Pixels()` where a metric takes them as they are.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
     """
 
@@ -68,21 +49,18 @@ class Metric(ABC):
     description: str
     bounds: tuple[float | None, float | None] = (None, None)
     aggregate: str = "mean"
+    encoder: Any = None
     only: tuple[str, ...] | None = None
 
-    def __init__(self, encoder: Judge | None = None, name: str | None = None) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Scorer | None = None, name: str | None = None) -> None:
+        if encoder is not None:
+            self.encoder = encoder
         if name is not None:
             self.name = name
-
-    @property
-    def judge(self) -> Judge:
-        """What is named as the document's encoder; a metric without one says here what it compares with."""
         if self.encoder is None:
             raise TypeError(
-                f"expected an encoder for {self.name}, got None; give one, or define `judge` in {type(self).__name__}"
+                f"expected an encoder for {self.name}, got None; give one, or define `encoder` in {type(self).__name__}"
             )
-        return self.encoder
 
     def settings(self) -> dict[str, Any]:
         """Return whatever else changes the number, as JSON values."""
@@ -98,8 +76,7 @@ class Metric(ABC):
 
     def prepare(self) -> None:
         """Load the encoder now, so that missing weights are found before any work is done."""
-        if self.encoder is not None:
-            self.encoder.prepare()
+        self.encoder.prepare()
 
     @abstractmethod
     def per_group(self, images: ImageSet) -> list[GroupValue]:

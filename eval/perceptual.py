@@ -115,7 +115,7 @@ class Lpips(Network):
 
 
 class PairMetric(Metric):
-    """The mean of the distances among the images of a group, as `judge.pairwise` finds them."""
+    """The mean of the distances among the images of a group, as `encoder.pairwise` finds them."""
 
     def _load(self, path: Path) -> torch.Tensor:
         return load_image(path)
@@ -132,7 +132,7 @@ class PairMetric(Metric):
         for group, members in images.groups.items():
             loaded = [self._load(images.folder / images.rows[member].path) for member in members]
             try:
-                distances = self.judge.pairwise(loaded, images.batch_size)
+                distances = self.encoder.pairwise(loaded, images.batch_size)
             except ValueError as error:
                 raise ValueError(f"in group {group}: {error}") from error
             i, j = torch.triu_indices(len(members), len(members), offset=1)

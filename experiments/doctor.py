@@ -57,7 +57,7 @@ def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
     """
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         looks = {f"scorer={name}": partial(_scorer, name) for name in _names(conf, "scorer")}
-        looks |= {f"metric={name}": partial(_judge, spec) for name, spec in _own_judges(conf)}
+        looks |= {f"metric={name}": partial(_metric, spec) for name, spec in _with_networks(conf)}
         looks |= {f"model={name}": partial(_model, name) for name in _names(conf, "model")}
         return [_look(option, look) for option, look in looks.items()]
 
@@ -66,8 +66,8 @@ def _names(conf: Path, group: str) -> list[str]:
     return sorted(file.stem for file in (conf / group).glob("*.yaml"))
 
 
-def _own_judges(conf: Path) -> list[tuple[str, DictConfig]]:
-    """Return the metrics that have no encoder as "suite: name"; one that several suites have, once."""
+def _with_networks(conf: Path) -> list[tuple[str, DictConfig]]:
+    """Return the metrics that are given no encoder as "suite: name"; one that several suites have, once."""
     found: dict[str, tuple[str, DictConfig]] = {}
     for suite in _names(conf, "metric"):
         # Not composed: a suite may name what only some model has.
@@ -92,8 +92,8 @@ def _scorer(name: str) -> tuple[bool, dict[str, str]]:
     return _printed(instantiate(compose("config", [f"+scorer={name}", "device=cpu"]).scorer).weights())
 
 
-def _judge(spec: DictConfig) -> tuple[bool, dict[str, str]]:
-    return _printed(instantiate(spec).judge.weights())
+def _metric(spec: DictConfig) -> tuple[bool, dict[str, str]]:
+    return _printed(instantiate(spec).encoder.weights())
 
 
 def _printed(facts: WeightsFacts) -> tuple[bool, dict[str, str]]:

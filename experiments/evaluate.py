@@ -159,7 +159,7 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
 
 def document_path(folder: Path, name: str, metric: Metric) -> Path:
     """Return where the values of a metric lie: one file for every encoder, so that none overwrites another's."""
-    return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '_', metric.judge.id)}.json"
+    return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '_', metric.encoder.id)}.json"
 
 
 def _open(cfg: DictConfig, folder: Path) -> ImageSet:
@@ -183,7 +183,7 @@ def _score(
     document = _stored(file) if trusted else None
     if document is not None and is_current(document, metric, images):
         return file, False
-    label = f"{label}: {name} by {metric.judge.name}"
+    label = f"{label}: {name} by {metric.encoder.name}"
     log.info("%s", label)
     document = measure(metric, images, path=file)
     if cut := document["details"].get("n_prompts_truncated"):

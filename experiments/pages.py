@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ MINI = "Models named mini-* are this project's small models: their numbers are n
 def change(row: pd.Series) -> str:
     """Return the paired difference with its interval; it is smaller than what it is a difference of."""
     digits = max(_decimals(row["value"]), 2)
-    return _number(row["difference"], row["difference_low"], row["difference_high"], "+", digits)
+    write = f"{{:+.{digits}f}}".format
+    return with_interval(write, row["difference"], row["difference_low"], row["difference_high"])
 
 
 def printed_p(value: float) -> str:
@@ -54,10 +56,12 @@ def printed_percent(share: float) -> str:
     return "" if pd.isna(share) else f"{100 * share:.0f} %"
 
 
-def _number(value: float, low: float, high: float, sign: str, digits: int) -> str:
-    """Return `value [low, high]`, without the brackets where the interval is not estimable."""
-    interval = "" if pd.isna(low) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-    return f"{value:{sign}.{digits}f}{interval}"
+def with_interval(
+    write: Callable[[float], str], value: float, low: float | None = None, high: float | None = None
+) -> str:
+    """Return `value [low, high]`, without the brackets where there is no interval; nothing for no value."""
+    interval = "" if pd.isna(low) else f" [{write(low)}, {write(high)}]"
+    return "" if pd.isna(value) else f"{write(value)}{interval}"
 
 
 def _decimals(value: float) -> int:
@@ -67,10 +71,10 @@ def _decimals(value: float) -> int:
 
 def _cell(row: pd.Series) -> str:
     """Return a run's number with its interval, or with its paired difference to the run without a method."""
-    digits = _decimals(row["value"])
+    write = f"{{:.{_decimals(row['value'])}f}}".format
     if pd.isna(row["difference"]):
-        return _number(row["value"], row["ci_low"], row["ci_high"], "", digits)
-    return f"{row['value']:.{digits}f}; {change(row)}"
+        return with_interval(write, row["value"], row["ci_low"], row["ci_high"])
+    return f"{write(row['value'])}; {change(row)}"
 
 
 def arrow(row: pd.Series) -> str:

@@ -21,13 +21,12 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from hydra.errors import HydraException
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
 from PIL import Image
@@ -43,7 +42,8 @@ from experiments.locks import locked
 from experiments.methods.assets import read_assets
 from experiments.runs import RUNS, Run
 from experiments.tables import CALL, REQUIRED, check_names, commands, read_csv, spelled, whole
-from experiments.timing.report import case_table, measured_cases, target_table
+from experiments.templates import render
+from experiments.timing.report import case_tables, target_table
 from experiments.timing.rows import MEASURED
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,36 @@ SIDE = 256
 MARK = '<meta name="generator" content="experiments.report">'
 #: Folder of a page's pictures, beside it, each named after its content.
 PICTURES = "pictures"
-#: Puts a picture's content, of a kind as png, beside the page, and returns its address there.
-Put = Callable[[bytes, str], str]
+
+
+class Pictures(dict[str, bytes]):
+    """What lies beside a page, by names that are made of the contents: nothing is put there twice, or replaced."""
+
+    def put(self, content: bytes, kind: str) -> str:
+        """Take a picture of a kind, such as png; return its address on the page."""
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
+        self[name] = content
+        return f"{PICTURES}/{name}"
+
+    def plate(self, content: bytes, kind: str, size: tuple[float, float], what: str) -> dict[str, Any]:
+        """Take a picture that stands by itself, of so many pixels; return it as the template wants it."""
+        width, height = map(round, size)
+        return {"file": self.put(content, kind), "alt": what, "width": width, "height": height}
+
+    def copy(self, file: Path, what: str) -> dict[str, Any]:
+        return self.plate(file.read_bytes(), "png", load_picture(file).size, what)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        for name, content in self.items():
+            if not ((folder / name).is_file() and (folder / name).read_bytes() == content):
+                (folder / name).write_bytes(content)
+
+    def remove_others(self, folder: Path) -> None:
+        """Remove the pictures of an earlier page, and no file of another name."""
+        for file in folder.iterdir():
+            if re.fullmatch(r"[0-9a-f]{16}\.[a-z]+", file.name) and file.name not in self:
+                file.unlink()
 
 
 def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
@@ -90,34 +118,17 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
     names.sort(key=lambda name: ORDER.index(name if name in ORDER else ""))
     if not names:
         raise FileNotFoundError(f"expected tables in {results}, got none: make one with {commands('diversity')[0]}")
-    pictures: dict[str, bytes] = {}
-
-    def put(content: bytes, kind: str) -> str:
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
-        pictures[name] = content
-        return f"{PICTURES}/{name}"
-
-    sections = [_section(name, results, outputs, put, groups) for name in names]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["lines"] = _lines
-    text = environment.get_template("report.html").render(sections=sections, mark=Markup(MARK), pages=pages)
+    pictures = Pictures()
+    sections = [_section(name, results, outputs, pictures, groups) for name in names]
+    text = render("report.html", sections=sections, mark=Markup(MARK), pages=pages, lines=_lines)
     with locked(into / ".lock"):
-        (into / PICTURES).mkdir(exist_ok=True)
-        for name, content in pictures.items():
-            file = into / PICTURES / name
-            if not (file.is_file() and file.read_bytes() == content):
-                file.write_bytes(content)
+        pictures.write(into / PICTURES)
         write_text(page, text)
-        for file in (into / PICTURES).iterdir():
-            if re.fullmatch(r"[0-9a-f]{16}\.[a-z]+", file.name) and file.name not in pictures:
-                file.unlink()
+        pictures.remove_others(into / PICTURES)
     return page
 
 
-def _section(name: str, results: Path, outputs: Path, put: Put, groups: int) -> dict[str, Any]:
+def _section(name: str, results: Path, outputs: Path, pictures: Pictures, groups: int) -> dict[str, Any]:
     """Return what the page says of one table."""
     path = results / f"{name}.csv"
     frame = read_csv(path)
@@ -129,14 +140,10 @@ def _section(name: str, results: Path, outputs: Path, put: Put, groups: int) -> 
         "models": list(frame["model"].unique()) if "model" in frame else [],
     }
     if not set(frame.columns) >= REQUIRED or not (frame["experiment"] == name).all() or frame.empty:
-        return section | _foreign(name, frame, results, put)
+        return section | _foreign(name, frame, results, pictures)
     check_names(frame, path)
     frame = whole(frame)
     runs = _runs(frame, outputs)
-    drawn = []
-    for figure, what in called_for(frame).values():
-        width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        drawn.append({"file": put(encode(figure, "svg"), "svg"), "alt": what, "width": width, "height": height})
     settings = pd.DataFrame([run["settings"] for run in runs]).replace("", None).dropna(axis="columns", how="all")
     return section | {
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
@@ -145,9 +152,12 @@ def _section(name: str, results: Path, outputs: Path, put: Put, groups: int) -> 
         "scored_by": pages.scored_by(frame),
         "paper": pages.paper_table(name),
         "others": pages.other_table(frame),
-        "figures": drawn,
+        "figures": [
+            pictures.plate(encode(figure, "svg"), "svg", 96 * figure.get_size_inches(), what)
+            for figure, what in called_for(frame).values()
+        ],
         "galleries": [
-            _gallery(name, model, [run for run in runs if run["model"] == model], results, put, groups)
+            _gallery(name, model, [run for run in runs if run["model"] == model], results, pictures, groups)
             for model in section["models"]
         ],
         "settings": settings.fillna(""),
@@ -155,30 +165,23 @@ def _section(name: str, results: Path, outputs: Path, put: Put, groups: int) -> 
     }
 
 
-def _foreign(name: str, frame: pd.DataFrame, results: Path, put: Put) -> dict[str, Any]:
+def _foreign(name: str, frame: pd.DataFrame, results: Path, pictures: Pictures) -> dict[str, Any]:
     """Return the rest of a section of a table with columns of its own: what it holds, and the pictures beside it."""
     if set(MEASURED) <= set(frame.columns):
         cfg = first([f"experiment={name}"])
         found = [("Targets", target_table(frame, cfg))]
-        for rows in measured_cases(frame):
-            case = rows.iloc[0]
+        for case, table in case_tables(frame, cfg.latency.titles):
             head = f"{case['model']}, {case['side']:g} pixels, {case['batch']:g} images, {case['device']}"
-            found.append((head, case_table(rows, dict(cfg.latency.titles))))
+            found.append((head, table))
     else:
         found = [("All rows", frame.dropna(axis="columns", how="all").map(spelled))]
     files = sorted(file for file in results.glob(f"{name}*.png") if file.stem == name or file.stem[len(name)] == "_")
     files = [file for file in files if not _is_elsewhere(file, results)]
     return {
         "runs_here": "",
-        "figures": [_copied(file, put, f"{file.stem}: a picture beside the table") for file in files],
+        "figures": [pictures.copy(file, f"{file.stem}: a picture beside the table") for file in files],
         "foreign": found,
     }
-
-
-def _copied(file: Path, put: Put, what: str) -> dict[str, Any]:
-    """Return a picture as the template takes it."""
-    width, height = load_picture(file).size
-    return {"file": put(file.read_bytes(), "png"), "alt": what, "width": width, "height": height}
 
 
 def _lines(cell: Any) -> list[str]:
@@ -232,7 +235,9 @@ def _is_elsewhere(file: Path, folder: Path) -> bool:
     return linked
 
 
-def _gallery(name: str, model: str, runs: list[dict[str, Any]], results: Path, put: Put, limit: int) -> dict[str, Any]:
+def _gallery(
+    name: str, model: str, runs: list[dict[str, Any]], results: Path, pictures: Pictures, limit: int
+) -> dict[str, Any]:
     """Return what is needed to choose among a model's images."""
     absent = [run["title"] for run in runs if run["manifest"] is None]
     here = [run for run in runs if run["manifest"] is not None]
@@ -245,9 +250,9 @@ def _gallery(name: str, model: str, runs: list[dict[str, Any]], results: Path, p
         row, shown = everything[group][0], []
         for run in here:
             rows = run["manifest"].get(group, [])
-            images = [put(_reduced(run["folder"] / row.path), "webp") for row in rows]
+            images = [pictures.put(_reduced(run["folder"] / row.path), "webp") for row in rows]
             shown.append({"title": run["title"], "images": images, "away": _away(rows)})
-        asset = put(_reduced(assets[row.category]), "webp") if row.category in assets else None
+        asset = pictures.put(_reduced(assets[row.category]), "webp") if row.category in assets else None
         groups.append(
             {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "asset": asset, "runs": shown}
         )
@@ -255,7 +260,7 @@ def _gallery(name: str, model: str, runs: list[dict[str, Any]], results: Path, p
     picture = None
     if not here and sheet.exists() and not _is_elsewhere(sheet, results):
         what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
-        picture = _copied(sheet, put, what)
+        picture = pictures.copy(sheet, what)
     return {
         "id": f"{name}-{model}",
         "model": model,

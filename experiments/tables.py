@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -171,14 +170,12 @@ def put_rows(
         if path.exists():
             read_csv(path)  # which refuses a damaged one
             tables.insert(0, path.read_text(encoding="utf-8"))
-        by_key: dict[Key, list[tuple[str, ...]]] = {}
+        by_key: dict[Key, pd.DataFrame] = {}
         for table in tables:
-            fresh: dict[Key, list[tuple[str, ...]]] = {}
-            keys = row_keys(io.StringIO(table), key, alike)
-            for own, row in zip(keys, _cells(io.StringIO(table), columns).itertuples(index=False), strict=True):
-                fresh.setdefault(own, []).append(row)
-            by_key |= fresh  # new rows stand where their predecessors stood: no table tells when something was measured
-        text = pd.DataFrame(itertools.chain(*by_key.values()), columns=columns).to_csv(index=False)
+            keys = pd.Series(row_keys(io.StringIO(table), key, alike), dtype=object)
+            # New rows stand where their predecessors stood: no table tells when something was measured.
+            by_key |= dict(iter(_cells(io.StringIO(table), columns).groupby(keys, sort=False)))
+        text = pd.concat(by_key.values()).to_csv(index=False)
         frame = pd.read_csv(io.StringIO(text), dtype=TEXT)
         if finish is not None:
             finish(frame)

@@ -38,11 +38,8 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
         name = f"{words(metric)} ({arrow(rows.iloc[0])})"
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
-            sides = errors(row, "difference")[::sign]
-            axis.errorbar(
-                sign * row["difference"] / scale, place, xerr=[[side / scale] for (side,) in sides], linestyle="none",
-                **look(row["method"], methods),
-            )  # fmt: skip
+            point, sides = sign * row["difference"] / scale, errors(row, "difference")[::sign] / scale
+            axis.errorbar(point, place, xerr=sides, linestyle="none", **look(row["method"], methods))
             beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7.5, "color": "black"}
             axis.text(1.02, place, change(row), **beside)
             place += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures.style import better, new_figure, styled
+from experiments.figures.style import named, new_figure, styled
 from experiments.pages import change
 from experiments.tables import direction, of_model, some_of, spelled, with_window, words
 
@@ -73,7 +73,6 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     bar.outline.set_visible(False)
     bar.set_label("" if higher is None else "blue: better")
     figure.suptitle(
-        f"{model}: paired difference in {words(metric)}, {better(higher)}\n"
-        "with its 95 % interval; bold where that excludes 0"
+        f"{model}: paired {named(frame, metric, paired=True)}\nwith its 95 % interval; bold where that excludes 0"
     )
     return figure

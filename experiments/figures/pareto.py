@@ -7,9 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from experiments.choose import chosen_run, differences, pareto_front
-from experiments.figures.style import COLOURS, FAINT, TITLES, better, errors, new_figure, styled, title
+from experiments.figures.style import COLOURS, FAINT, TITLES, errors, named, new_figure, styled, title
 from experiments.pages import run_labels
-from experiments.tables import direction, words
 
 
 @styled
@@ -55,8 +54,8 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
             point["x"], point["y"], "*", color=COLOURS[2], markersize=14, markeredgecolor="black",
             markeredgewidth=0.5, label=f"chosen: {title(labels[chosen], point['method'], brief=True)}",
         )  # fmt: skip
-    axis.set_xlabel(f"difference in {words(claim)}, {better(direction(frame, claim))}")
-    axis.set_ylabel(f"difference in {words(quality)}, {better(direction(frame, quality))}")
+    axis.set_xlabel(named(frame, claim, paired=True))
+    axis.set_ylabel(named(frame, quality, paired=True))
     axis.grid()
     for text in names:
         axis.plot([], [], " ", label=text)

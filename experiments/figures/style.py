@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from eval.files import write_bytes
 from experiments import catalogue
+from experiments.tables import direction, words
 
 #: How a method is called in figures where its name in tables is too terse.
 TITLES = {name: entry.title for name, entry in catalogue.entries().items()}
@@ -109,17 +111,17 @@ def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
-def better(higher: bool | None) -> str:
-    return {True: "higher is better", False: "lower is better"}.get(higher, "neither is better")
+def named(frame: pd.DataFrame, metric: str, paired: bool = False, separator: str = ", ") -> str:
+    """Return what an axis says of a metric, or of its paired differences: its name, and which direction is better."""
+    which = {True: "higher", False: "lower"}.get(direction(frame, metric), "neither")
+    return f"{'difference in ' if paired else ''}{words(metric)}{separator}{which} is better"
 
 
-def errors(row: pd.Series, value: str) -> list[list[float]]:
-    """Return the interval of a column's value as matplotlib wants it, of no length where it is not estimable."""
-    low, high = bounds(value)
-    if pd.isna(row[low]):
-        return [[0.0], [0.0]]
-    # Rounding of the table may put the value outside by a last digit.
-    return [[max(row[value] - row[low], 0.0)], [max(row[high] - row[value], 0.0)]]
+def errors(rows: pd.Series | pd.DataFrame, value: str) -> np.ndarray:
+    """Return the intervals [2, rows] of a column's values, below and above, of no length where not estimable."""
+    low, high = (rows[bound] for bound in bounds(value))
+    sides = np.array([rows[value] - low, high - rows[value]], dtype=float).reshape(2, -1)
+    return np.nan_to_num(sides).clip(0)  # rounding of the table may put the value outside by a last digit
 
 
 def bounds(value: str) -> tuple[str, str]:

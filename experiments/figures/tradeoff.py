@@ -5,8 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures.style import better, errors, labelled, legend_below, look, new_figure, styled, title
-from experiments.tables import direction, words
+from experiments.figures.style import errors, labelled, legend_below, look, named, new_figure, styled, title
 
 
 @styled
@@ -34,8 +33,8 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
                 label=title(method, method), **look(method, methods),
             )  # fmt: skip
         axis.set_title(f"{model} (n = {part['n_groups'].iloc[0]} groups)")
-        axis.set_xlabel(f"{words(claim)}, {better(direction(frame, claim))}")
-        axis.set_ylabel(f"{words(quality)}, {better(direction(frame, quality))}")
+        axis.set_xlabel(named(frame, claim))
+        axis.set_ylabel(named(frame, quality))
         axis.grid()
     legend_below(figure, labelled(*axes))
     figure.suptitle(f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")

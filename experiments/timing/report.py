@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig
 
 from eval.files import write_text
+from experiments.figures.scaling import SETUP, curve_models, scaling, setup_of
 from experiments.figures.style import save
-from experiments.pages import paper_table
+from experiments.pages import paper_table, with_interval
 from experiments.tables import latex, markdown
+from experiments.templates import render
 from experiments.timing.cases import METHOD, PLAIN
-from experiments.timing.figures import SETUP, curve_models, scaling, setup_of
 from experiments.timing.profile import OUTSIDE
 from experiments.timing.rows import MEASURED, OUT_OF_MEMORY
 
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
-)
+
+def case_tables(frame: pd.DataFrame, titles: Mapping[str, str]) -> list[tuple[pd.Series, pd.DataFrame]]:
+    """Return each case's row without NegToMe and its table: a row a variant, two columns a window of whole calls."""
+    cases = where(frame, part="table").groupby(MEASURED, sort=False, dropna=False)
+    return [(where(rows, variant=PLAIN).iloc[0], _case_table(rows, titles)) for _, rows in cases]
 
 
-def case_table(rows: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
-    """Return the table of one measured case: a row a variant, two columns a window of whole calls."""
+def _case_table(rows: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
     table = []
     for variant, of_variant in rows.groupby("variant", sort=False):
         row = of_variant.iloc[0]
@@ -47,21 +48,21 @@ def profile_table(rows: pd.DataFrame, plain: pd.Series) -> pd.DataFrame:
     table |= {f"{time.removesuffix('_ms')}, ms": rows[time].map(_short) for time in times}
     steps = [plain["outside_ms" if operation == OUTSIDE else "inside_ms"] for operation in rows["operation"]]
     where = "on the device, " if len(times) > 1 else ""
-    return pd.DataFrame(table | {f"{where}of a step without": (rows[times[-1]] / steps).map(_share)})
+    return pd.DataFrame(table | {f"{where}of a step without": (100 * rows[times[-1]] / steps).map("{:.2f} %".format)})
 
 
-def scaling_table(frame: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
+def scaling_table(frame: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
     """Return the curves over batch and resolution: what a step in the window costs beside one without, and memory."""
     curves = frame[frame["part"].isin(["batch", "resolution"])]
     several = curves.groupby("model")["device"].nunique().gt(1).any()
     table = []
     for _, rows in curves.groupby([*SETUP, "model", "side", "batch"], sort=False, dropna=False):
         points = rows.drop_duplicates("variant").set_index("variant")
-        plain, compared = points.loc[PLAIN], points.drop(PLAIN).rename(titles)
+        plain, compared = points.loc[PLAIN], points.drop(PLAIN).rename(dict(titles))
         entry = {"model": plain["model"]} | ({"device": plain["device"]} if several else {})
         entry |= {"batch": _whole(plain["batch"]), "side": _whole(plain["side"]), "step without, ms": _step(plain)}
         for title, row in compared.iterrows():
-            entry[f"{title}: ratio"] = _missing(row) or _interval(row, "{:.3f}".format, "inside_ratio")
+            entry[f"{title}: ratio"] = _missing(row) or with_interval("{:.3f}".format, row["inside_ratio"])
         for title, row in compared.iterrows():
             entry[f"{title}: extra MiB"] = _whole(row["peak_mib"] - plain["peak_mib"])
         table.append(entry)
@@ -70,30 +71,36 @@ def scaling_table(frame: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
 
 def target_table(frame: pd.DataFrame, cfg: DictConfig) -> pd.DataFrame:
     """Return what was aimed at beside what was measured, a row for every device that it was measured on."""
-    table: list[dict[str, str]] = []
+    table, unmeasured = [], {"measured": "", "verdict": "not measured", "on": ""}
+    for target, found in (*_targets(frame, cfg), *_growth(frame, cfg)):
+        table += [target | one for one in found or [unmeasured]]
+    return pd.DataFrame(table)
 
-    def tell(what: str, of: str, limit: str, found: list[dict[str, str]]) -> None:
-        unmeasured = {"measured": "", "verdict": "not measured", "on": ""}
-        table.extend({"what": what, "of": of, "at most": limit} | one for one in found or [unmeasured])
 
-    measured = where(frame, batch=cfg.latency.target_batch)
+def _targets(frame: pd.DataFrame, cfg: DictConfig) -> Iterator[tuple[dict[str, str], list[dict[str, str]]]]:
+    """Yield what was aimed at of times and peaks, each with what was measured of it, by device."""
+    measured = where(frame, part="table", batch=cfg.latency.target_batch)
     for target in cfg.latency.targets:
+        told = {"what": target.what, "of": f"{target.model} {target.side}", "at most": _percent(target.limit)}
         values = {"model": target.model, "side": target.side, "variant": target.get("variant", METHOD)}
         values |= dict(zip(("t_low", "t_high"), target.get("window", ()), strict=False))
-        ratio, found = f"{target.quantity}_ratio", []
-        rows = where(measured, part="table", **values)
-        for _, row in rows[rows[ratio].notna()].drop_duplicates(SETUP).iterrows():
-            ends = (row.get(f"{ratio}{end}") for end in ("", "_low", "_high"))
-            one = {"measured": _ratio(row, target.quantity, _percent), "verdict": _verdict(*ends, target.limit)}
-            found.append(one | {"on": setup_of(row)})
+        rows, found = where(measured, **values).dropna(subset=f"{target.quantity}_ratio"), []
+        for _, row in rows.drop_duplicates(SETUP).iterrows():
+            verdict, on = _verdict(*_ends(row, target.quantity), target.limit), setup_of(row)
+            found.append({"measured": _ratio(row, target.quantity, _percent), "verdict": verdict, "on": on})
             own = _own_share(frame, row) if target.quantity == "outside" else None
             if own is not None:  # told beside the target, and no answer to it
-                one = {"what": "of which hooks, by the clock", "measured": f"{100 * own:+.2f} %", "verdict": ""}
-                found.append(one | {"on": setup_of(row)})
-        tell(target.what, f"{target.model} {target.side}", _percent(target.limit), found)
+                hooks = {"what": "of which hooks, by the clock", "measured": f"{100 * own:+.2f} %"}
+                found.append(hooks | {"verdict": "", "on": on})
+        yield told, found
+
+
+def _growth(frame: pd.DataFrame, cfg: DictConfig) -> Iterator[tuple[dict[str, str], list[dict[str, str]]]]:
+    """Yield how memory was to grow, with how it grew, by device."""
+    measured = where(frame, part="resolution", batch=cfg.latency.target_batch)
     for model, (small, large) in cfg.latency.growth.items():
         limit, found = (large / small) ** 2, []
-        for _, rows in where(measured, part="resolution", model=model).groupby(SETUP, sort=False, dropna=False):
+        for _, rows in where(measured, model=model).groupby(SETUP, sort=False, dropna=False):
             peaks = rows.pivot_table(index="side", columns="variant", values="peak_mib")
             extra = peaks.reindex(columns=[PLAIN, METHOD]).diff(axis="columns")[METHOD].reindex([small, large])
             if extra.notna().all():
@@ -101,8 +108,7 @@ def target_table(frame: pd.DataFrame, cfg: DictConfig) -> pd.DataFrame:
                 grown = after / before if before > 0 else math.inf if after > 0 else 0.0
                 one = {"measured": f"x {grown:.2f} ({before:.0f} to {after:.0f} MiB)"}
                 found.append(one | {"verdict": _verdict(grown, None, None, limit), "on": setup_of(rows.iloc[0])})
-        tell(f"extra peak memory, {large} against {small}", model, f"x {limit:g}", found)
-    return pd.DataFrame(table)
+        yield {"what": f"extra peak memory, {large} against {small}", "of": model, "at most": f"x {limit:g}"}, found
 
 
 def where(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
@@ -126,32 +132,25 @@ def _verdict(value: float, low: float | None, high: float | None, limit: float) 
     return "met" if high <= limit else "not met" if low > limit else "undecided"
 
 
-def _interval(row: pd.Series, write: Callable[[float], str], middle: str, low: str = "", high: str = "") -> str:
-    """Write a column, and in brackets two others where there is something in them."""
-    if pd.isna(row[middle]):
-        return ""
-    ends = "" if pd.isna(row.get(low)) else f" [{write(row[low])}, {write(row[high])}]"
-    return f"{write(row[middle])}{ends}"
-
-
 def _ratio(row: pd.Series, quantity: str, write: Callable[[float], str] = "{:.3f}".format) -> str:
-    return _interval(row, write, *(f"{quantity}_ratio{end}" for end in ("", "_low", "_high")))
+    return with_interval(write, *_ends(row, quantity))
+
+
+def _ends(row: pd.Series, quantity: str) -> list[float | None]:
+    """Return a ratio and the ends of its interval; that of memory has none."""
+    return [row.get(f"{quantity}_ratio{end}") for end in ("", "_low", "_high")]
 
 
 def _step(row: pd.Series) -> str:
-    return _interval(row, _short, "inside_ms", "inside_q1_ms", "inside_q3_ms")
+    return with_interval(_short, row["inside_ms"], row["inside_q1_ms"], row["inside_q3_ms"])
 
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
 
 
-def _share(part: float) -> str:
-    return f"{100 * part:.2f} %"
-
-
 def _whole(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:.0f}"
+    return with_interval("{:.0f}".format, value)
 
 
 def _short(value: float) -> str:
@@ -168,11 +167,6 @@ def _without_empty_columns(table: list[dict[str, str]]) -> pd.DataFrame:
     return frame.loc[:, (frame != "").any()]
 
 
-def measured_cases(frame: pd.DataFrame) -> list[pd.DataFrame]:
-    """Return the rows of each case of the table."""
-    return [rows for _, rows in where(frame, part="table").groupby(MEASURED, sort=False, dropna=False)]
-
-
 def render_page(frame: pd.DataFrame, cfg: DictConfig) -> str:
     """Return the page: targets, the table of every case, the curves, and the paper's statements.
 
@@ -180,22 +174,26 @@ def render_page(frame: pd.DataFrame, cfg: DictConfig) -> str:
         frame: rows of latency.csv.
         cfg: the composed configuration: `name`, `description`, and of `latency` the titles and what was aimed at.
     """
-    titles, cases = dict(cfg.latency.titles), []
-    for rows in measured_cases(frame):
-        first = rows.iloc[0]
-        profile = where(frame, part="profile", **first[MEASURED])
-        parts = profile_table(profile, where(rows, variant=PLAIN).iloc[0]) if len(profile) else None
-        cases.append((first.to_dict(), setup_of(first), case_table(rows, titles), parts))
-    return _TEMPLATES.get_template("page.md.j2").render(
-        cfg=cfg, cases=cases, targets=target_table(frame, cfg), scaling=scaling_table(frame, titles),
-        drawn=curve_models(frame), paper=paper_table(cfg.name).astype(object).fillna(""), markdown=markdown,
-    )  # fmt: skip
+    cases = []
+    for plain, table in case_tables(frame, cfg.latency.titles):
+        profile = where(frame, part="profile", **plain[MEASURED])
+        cases.append((plain.to_dict(), setup_of(plain), table, profile_table(profile, plain) if len(profile) else None))
+    return render(
+        "timing/page.md.j2",
+        cfg=cfg,
+        cases=cases,
+        targets=target_table(frame, cfg),
+        scaling=scaling_table(frame, cfg.latency.titles),
+        drawn=curve_models(frame),
+        paper=paper_table(cfg.name).astype(object).fillna(""),
+        markdown=markdown,
+    )
 
 
 def render_latex(frame: pd.DataFrame, cfg: DictConfig) -> str:
     """Return the tables of `render_page` that are ours as LaTeX."""
-    titles = dict(cfg.latency.titles)
-    cases = (case_table(rows, titles) for rows in measured_cases(frame))
+    titles = cfg.latency.titles
+    cases = (table for _, table in case_tables(frame, titles))
     return latex([target_table(frame, cfg), *cases, scaling_table(frame, titles)])
 
 
@@ -205,5 +203,5 @@ def write(frame: pd.DataFrame, cfg: DictConfig, folder: Path) -> str:
     write_text(folder / f"{cfg.name}.md", page)
     write_text(folder / f"{cfg.name}.tex", render_latex(frame, cfg))
     for model in curve_models(frame):
-        save(scaling(frame, model, dict(cfg.latency.titles)), folder / f"{cfg.name}_{model}")
+        save(scaling(frame, model, cfg.latency.titles), folder / f"{cfg.name}_{model}")
     return page

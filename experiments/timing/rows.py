@@ -27,7 +27,7 @@ from experiments.timing.profile import Part
 #: What the numbers depend on beside settings and versions: a case is measured anew when one of these files changes.
 CODE = [
     *sorted(Path(negtome.__file__).parent.glob("*.py")),
-    *(path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in ("report", "figures")),
+    *(path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem != "report"),
     Path(naive.__file__),
 ]
 #: Columns that say what was measured on what.

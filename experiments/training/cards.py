@@ -6,22 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from experiments.templates import render
 from experiments.training import data, taxonomy
 
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).with_suffix("")),
-    undefined=StrictUndefined,
-    keep_trailing_newline=True,
-    trim_blocks=True,
-)
 STAGES = ("text", "vae", "decoder", "unet", "score", "flux", "distil")
-
-
-def render(name: str, **facts: Any) -> str:
-    """Return the card `cards/<name>.md.j2` with the facts that it asks for."""
-    return _TEMPLATES.get_template(f"{name}.md.j2").render(facts)
 
 
 def write_cards(work: Path, models: Path, notes: str = "") -> None:
@@ -46,7 +34,7 @@ def write_cards(work: Path, models: Path, notes: str = "") -> None:
     }
     cards["score"].setdefault("quality", {})
     for name in ("mini-sdxl", "mini-flux", "mini-clip"):
-        (models / name / "README.md").write_text(render(name, **facts))
+        (models / name / "README.md").write_text(render(f"training/cards/{name}.md.j2", **facts))
 
 
 def _read(path: Path) -> dict[str, Any]:

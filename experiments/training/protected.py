@@ -27,7 +27,8 @@ from PIL import Image
 
 from experiments import PROJECT
 from experiments.methods.assets import MASK
-from experiments.training import cards, data
+from experiments.templates import render
+from experiments.training import data
 from experiments.training.reference import write_picture
 from experiments.training.sources import Emoji, list_images, rasterise
 
@@ -123,8 +124,8 @@ def plan(emoji: list[Emoji], unseen: list[Emoji]) -> tuple[dict[str, list[int]],
 
 def card(used: list[Emoji], pictures: Counter[str]) -> str:
     """Return the model card: what is here, from where, under which licences."""
-    return cards.render(
-        "mini-protected",
+    return render(
+        "training/cards/mini-protected.md.j2",
         characters={split: sorted(prompts) for split, prompts in PROMPTS.items()},
         pictures=pictures,
         mask=MASK,

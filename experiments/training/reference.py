@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.training import cards, data, taxonomy
+from experiments.templates import render
+from experiments.training import data, taxonomy
 from experiments.training.sources import Emoji
 
 IMAGES_PER_CATEGORY = 16
@@ -65,7 +66,7 @@ def main() -> None:
             write_picture(images[index], arguments.out / category, emoji[index])
             total += 1
     facts = {"total": total, "each": IMAGES_PER_CATEGORY, "statistics": statistics}
-    (arguments.out / "README.md").write_text(cards.render("mini-reference", **facts))
+    (arguments.out / "README.md").write_text(render("training/cards/mini-reference.md.j2", **facts))
     print(f"{arguments.out}: {total} images")
 
 

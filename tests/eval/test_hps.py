@@ -110,9 +110,9 @@ def empty_caches(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", [True, False])
 def test_missing_weights_fail_at_once_and_say_what_to_do(given, empty_caches, run, tmp_path):
     metric = ClipScore(HpsClip(tmp_path / "mine" if given else None))
-    facts = metric.judge.weights()
-    assert not facts.present and facts.encoder == metric.judge.name
-    for ask in (metric.prepare, lambda: metric.judge.id, lambda: measure(metric, run)):
+    facts = metric.encoder.weights()
+    assert not facts.present and facts.encoder == metric.encoder.name
+    for ask in (metric.prepare, lambda: metric.encoder.id, lambda: measure(metric, run)):
         begin = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"HPS_v2\.1_compressed\.pt") as error:
             ask()

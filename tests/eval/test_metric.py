@@ -1,4 +1,4 @@
-"""What a metric is: its halves, its judge, and when it loads it."""
+"""What a metric is: its halves, its scorer, and when it loads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.diversity import PairwiseDistance
-from eval.encoders import PixelEncoder
+from eval.encoders import PixelEncoder, Scorer
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
 from eval.intervals import difference_of, interval_of
@@ -135,13 +135,13 @@ def test_halves_of_few_categories_or_images_are_not_measured(make_run):
     assert len(measure(metric, few)["subsets"]) == 20
 
 
-def test_a_metric_without_an_encoder_names_its_own_judge(make_run):
-    class Differ:
+def test_a_metric_without_an_encoder_names_its_own_scorer(make_run):
+    class Differ(Scorer):
         name, id = "pixel differences", "pixel-differences-1"
 
     class Compares(Metric):
         name, version, higher_is_better, unit, description = "compares", 1, None, "levels", "of nothing"
-        judge = Differ()
+        encoder = Differ()
 
         def per_group(self, images):
             return [images.group_value(group, value=1.0) for group in images.groups]
@@ -153,5 +153,4 @@ def test_a_metric_without_an_encoder_names_its_own_judge(make_run):
     assert document["encoder"] == {"name": "pixel differences", "id": "pixel-differences-1"}
     assert is_current(document, metric, run)
     with pytest.raises(TypeError, match="encoder for pairwise_distance, got None"):
-        _ = PairwiseDistance(None).judge
-    assert PairwiseDistance(metric).judge is metric
+        PairwiseDistance(None)

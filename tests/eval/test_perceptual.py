@@ -105,27 +105,27 @@ def test_identical_images_are_at_distance_zero(weights):
 
 
 def test_neither_order_nor_batch_size_matters(weights):
-    judge, images = Lpips("squeeze"), noise(5)
-    found = judge.pairwise(images)
+    scorer, images = Lpips("squeeze"), noise(5)
+    found = scorer.pairwise(images)
     for batch_size in (1, 2):
-        torch.testing.assert_close(judge.pairwise(images, batch_size), found, atol=1e-6, rtol=0)
+        torch.testing.assert_close(scorer.pairwise(images, batch_size), found, atol=1e-6, rtol=0)
     order = [3, 0, 4, 1, 2]
-    torch.testing.assert_close(judge.pairwise([images[i] for i in order]), found[order][:, order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(scorer.pairwise([images[i] for i in order]), found[order][:, order], atol=1e-6, rtol=0)
 
 
 def test_weights_are_found_and_identified(weights, tmp_path):
     file = weights / BACKBONES["squeeze"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    judge = Lpips("squeeze")
-    facts = judge.weights()
-    assert judge.id == f"lpips-squeeze-v0.1-{facts.fingerprint}" and digest[:12] in judge.id
+    scorer = Lpips("squeeze")
+    facts = scorer.weights()
+    assert scorer.id == f"lpips-squeeze-v0.1-{facts.fingerprint}" and digest[:12] in scorer.id
     assert facts.present and facts.sha256 == digest and facts.files == (file,)
-    # weights_dir comes before torch.hub's folder, and other weights are another judge
+    # weights_dir comes before torch.hub's folder, and other weights are another scorer
     state = torch.load(file)
     torch.save({name: tensor + 0.01 for name, tensor in state.items()}, tmp_path / file.name)
     other = Lpips("squeeze", weights_dir=tmp_path)
-    assert other.id != judge.id
-    assert other.pairwise(noise(2))[0, 1] != judge.pairwise(noise(2))[0, 1]
+    assert other.id != scorer.id
+    assert other.pairwise(noise(2))[0, 1] != scorer.pairwise(noise(2))[0, 1]
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -133,8 +133,8 @@ def test_missing_weights_fail_at_once_and_say_what_to_do(given, tmp_path, monkey
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     metric = LpipsDistance("vgg", weights_dir=tmp_path / "mine" if given else None)
     folder = tmp_path / "mine" if given else tmp_path / "torch" / "hub" / "checkpoints"
-    assert not metric.judge.weights().present
-    for ask in (metric.prepare, lambda: metric.judge.id):
+    assert not metric.encoder.weights().present
+    for ask in (metric.prepare, lambda: metric.encoder.id):
         start = time.monotonic()
         with pytest.raises(FileNotFoundError) as error:
             ask()
@@ -159,14 +159,14 @@ def test_wrong_weights_are_refused(weights, tmp_path):
 
 
 def test_what_pairs_may_be(weights):
-    judge = Lpips("squeeze")
+    scorer = Lpips("squeeze")
     with pytest.raises(ValueError, match="of one size"):
-        judge.pairwise([*noise(1), *noise(1, (64, 40))])
+        scorer.pairwise([*noise(1), *noise(1, (64, 40))])
     with pytest.raises(ValueError, match="uint8"):
-        judge.pairwise([image.float() for image in noise(2)])
+        scorer.pairwise([image.float() for image in noise(2)])
     with pytest.raises(ValueError, match="at least 32 pixels"):
-        judge.pairwise(noise(2, (31, 40)))
-    assert judge.pairwise(noise(2, (32, 32)))[0, 1] > 0
+        scorer.pairwise(noise(2, (31, 40)))
+    assert scorer.pairwise(noise(2, (32, 32)))[0, 1] > 0
 
 
 # --- the metric ------------------------------------------------------------------------------------------------------
@@ -179,12 +179,12 @@ def test_the_metric_is_the_mean_over_pairs(weights, tmp_path):
     metric = LpipsDistance("squeeze")
     document = measure(metric, run)
     for group, folder in zip(document["groups"], ("bird", "fish"), strict=True):
-        distances = metric.judge.pairwise([load_image(path) for path in sorted((run / folder).iterdir())])
+        distances = metric.encoder.pairwise([load_image(path) for path in sorted((run / folder).iterdir())])
         upper = distances[tuple(torch.triu_indices(len(distances), len(distances), 1))]
         assert group["value"] == pytest.approx(upper.mean().item(), rel=1e-6)
         assert (group["category"], group["n_images"]) == (folder, len(distances))
     assert document["value"] == pytest.approx(np.mean([group["value"] for group in document["groups"]]))
-    assert document["encoder"] == {"name": "LPIPS (squeeze)", "id": metric.judge.id}
+    assert document["encoder"] == {"name": "LPIPS (squeeze)", "id": metric.encoder.id}
     assert document["settings"] == {"size": 256}
     assert is_current(document, metric, run)
     assert not is_current(document, LpipsDistance("alex"), run)
@@ -254,24 +254,24 @@ def test_layer_distance_by_hand():
 
 
 def test_layer_distance_is_a_distance_of_what_is_seen():
-    judge = EffNetLayers()
+    scorer = EffNetLayers()
     a, b = noise(2, (64, 64))
     slightly = (a.int() + 4).clamp(0, 255).byte()
-    found = judge.pairwise([a, b, a.clone(), slightly])
+    found = scorer.pairwise([a, b, a.clone(), slightly])
     assert found[0, 2] == 0 and found.diagonal().tolist() == [0] * 4
     torch.testing.assert_close(found, found.T)
     assert 0 < found[0, 3] < 0.5 * found[0, 1], "a little brighter is less different than another picture"
     order = [2, 3, 0, 1]
-    again = judge.pairwise([[a, b, a.clone(), slightly][i] for i in order], batch_size=3)
+    again = scorer.pairwise([[a, b, a.clone(), slightly][i] for i in order], batch_size=3)
     torch.testing.assert_close(again, found[order][:, order], atol=1e-5, rtol=0)
-    assert judge.pairwise([a, noise(1, (90, 64))[0]])[0, 1] > 0  # sizes may differ: all become 224 x 224
+    assert scorer.pairwise([a, noise(1, (90, 64))[0]])[0, 1] > 0  # sizes may differ: all become 224 x 224
 
 
 def test_layer_distance_is_never_called_lpips(tmp_path):
     save(tmp_path / "run" / "bird", [(40, 40)] * 3)
     metric = LayerDistance()
     document = measure(metric, tmp_path / "run")
-    distances = metric.judge.pairwise([load_image(path) for path in sorted((tmp_path / "run" / "bird").iterdir())])
+    distances = metric.encoder.pairwise([load_image(path) for path in sorted((tmp_path / "run" / "bird").iterdir())])
     assert document["value"] == pytest.approx(distances[([0, 0, 1], [1, 2, 2])].mean().item(), rel=1e-6)
     assert document["encoder"]["id"] == f"layers7-{EffNetLite0().id}"
     assert "lpips" not in str(document).lower() and is_current(document, metric, tmp_path / "run")

@@ -15,11 +15,11 @@ from torch.autograd import DeviceType
 
 import negtome
 from experiments import PROJECT, latency
+from experiments.figures.scaling import curve_models, scaling
 from experiments.tables import put_rows
 from experiments.timing import cases, measure, profile, report, rows
 from experiments.timing.cases import BOUND, composed, configured_cases
 from experiments.timing.clock import Timing, inside_of, lower_bound, products, take_rounds, time_call, timesteps_of
-from experiments.timing.figures import curve_models, scaling
 from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 
 RESULTS = PROJECT / "results"
@@ -555,8 +555,8 @@ def test_a_case_is_one_table_with_two_columns_a_window():
         measured(window=(800, 1000), first=(1.03, 1, 1.02, 1005)),
         measured(window=(600, 1000), first=(1.03, 1, 1.04, 1005)),
     )
-    (case,) = report.measured_cases(frame)
-    table = report.case_table(case, dict(composed(*FULL).latency.titles)).set_index("variant")
+    ((_, table),) = report.case_tables(frame, composed(*FULL).latency.titles)
+    table = table.set_index("variant")
     assert table.columns.tolist() == [
         "step in the window, ms", "ratio in the window", "ratio outside", "1000 to 800 (6 steps): call, s (an image)",
         "1000 to 800 (6 steps): ratio", "1000 to 600 (6 steps): call, s (an image)", "1000 to 600 (6 steps): ratio",

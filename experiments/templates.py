@@ -1,0 +1,22 @@
+"""Texts of many lines from templates: the report, the page of latency and the cards of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def render(template: str, **facts: Any) -> str:
+    """Return a template of this folder, by its path in it, with the facts that it asks for."""
+    return TEMPLATES.get_template(template).render(facts)
