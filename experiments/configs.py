@@ -43,16 +43,16 @@ def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
         HydraException: something that is no override.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        jobs, compose_job = _jobs(*overrides), _composer()
+        jobs = _jobs(*overrides)
         baselines = baselines or any("method=none" in job for job in jobs)
         found, there = [], set()
         for job in jobs:
-            cfg = compose_job(job)
+            cfg = _compose_job(job)
             is_baseline = cfg.method == no_method()
             baseline = tuple(_baseline(job))
             if (baselines or is_baseline) and baseline not in there:
                 there.add(baseline)
-                found.append(cfg if is_baseline else compose_job(baseline))
+                found.append(cfg if is_baseline else _compose_job(baseline))
             if not is_baseline:
                 found.append(cfg)
         return found
@@ -72,13 +72,9 @@ def _is_of_method(override: str) -> bool:
 def _sweep(*overrides: str) -> tuple[dict[str, str], DictConfig]:
     """Return what is swept, an override a key, the experiment's own sweep first, and Hydra's own node."""
     given = [text for text in overrides if text not in ("-m", "--multirun")]  # that it is a sweep need not be said
-    # What all runs share; not the settings of methods, which mean nothing where those are swept.
-    fixed = [
-        text
-        for text in given
-        if not _parsed(text).is_sweep_override() and not _parsed(text).key_or_group.startswith("method.")
-    ]
-    node = _composed(fixed, return_hydra_config=True).hydra
+    # The files that all runs share say what is swept; no value does.
+    fixed = [text for text in given if not _parsed(text).is_sweep_override() and _names_files(text)]
+    node = pickle.loads(_of_files(*fixed, return_hydra_config=True)).hydra
     own = [f"{key}={value}" for key, value in (node.sweeper.get("params") or {}).items()]
     return {_parsed(text).get_key_element(): text for text in [*own, *given]}, node
 
@@ -94,33 +90,32 @@ def _baseline(overrides: Iterable[str]) -> list[str]:
     return [*(text for text in overrides if not _is_of_method(text)), "method=none"]
 
 
-def _composer() -> Callable[[list[str]], DictConfig]:
-    """Return what composes jobs; those that name the same files read and merge them once, which takes most of the time.
+def _compose_job(job: Iterable[str]) -> DictConfig:
+    """Compose a run's configuration; where Hydra is initialised.
 
-    Hydra itself applies values to what the files make, and nothing of the files depends on a value.
+    Jobs that name the same files read and merge them once, which takes most of the time: Hydra itself applies values to
+    what the files make, and nothing of the files depends on a value.
     """
-    loader = GlobalHydra.instance().config_loader()
+    cfg = pickle.loads(_of_files(*(text for text in job if _names_files(text))))
+    with _explained(job):
+        values = [_parsed(text) for text in job if not _names_files(text)]
+        # Hydra offers no public way to it; pyproject.toml holds to the version that has this one.
+        GlobalHydra.instance().config_loader()._apply_overrides_to_config(values, cfg)
+    return cfg
 
-    @functools.cache
-    def base(*files: str) -> bytes:
-        return pickle.dumps(_composed(list(files)))  # which is read in a third of the time of a deep copy
 
-    def compose_job(job: Iterable[str]) -> DictConfig:
-        files, values = [], []
-        for text in job:
-            override = _parsed(text)
-            names = loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
-            # What is for Hydra's own node, which a composed configuration no longer has, is its affair.
-            if names or override.is_hydra_override():
-                files.append(text)
-            else:
-                values.append(override)
-        cfg = pickle.loads(base(*files))
-        with _explained(job):
-            loader._apply_overrides_to_config(values, cfg)
-        return cfg
+@functools.lru_cache(maxsize=64)
+def _of_files(*files: str, **options: Any) -> bytes:
+    """Compose what files make, pickled, which is read in a third of the time of a deep copy."""
+    return pickle.dumps(_composed(list(files), **options))
 
-    return compose_job
+
+def _names_files(text: str) -> bool:
+    """Tell whether an override chooses files, or is for Hydra's own node, which no composed configuration has."""
+    override = _parsed(text)
+    groups = GlobalHydra.instance().config_loader().repository
+    of_group = groups.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+    return of_group or override.is_hydra_override()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,7 +170,7 @@ def _hint(candidates: list[str]) -> str:
 def first(overrides: list[str]) -> DictConfig:
     """Compose the first configuration of `expand`, and no other: what all of an experiment share."""
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return _composed(_jobs(*overrides)[0])
+        return _compose_job(_jobs(*overrides)[0])
 
 
 def run_names(configs: list[DictConfig]) -> list[str]:

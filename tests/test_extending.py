@@ -22,13 +22,15 @@ PAGE = ROOT / "docs" / "extending.md"
 SCRIPT = """
 import json, sys
 import numpy as np
+from hydra import initialize_config_dir
 from PIL import Image
-from experiments import tabulate
-from experiments.configs import expand
+from experiments import PROJECT, tabulate
+from experiments.configs import _jobs, expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 
-named = [[cfg.model.name, cfg.method.name] for cfg in expand(["experiment=candidates"])]
+with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+    named = _jobs("experiment=candidates")
 configs = expand(json.loads(sys.argv[1]))
 for cfg in configs:
     generate(cfg)
@@ -106,8 +108,8 @@ def test_no_example_touches_more_than_three_files():
 
 
 def test_the_new_experiment_stands_for_the_runs_it_names(extended):
-    methods = ("none", "negtome", "farthest_first")
-    assert extended[0] == [[model, method] for model in ("mini-sdxl", "mini-flux") for method in methods]
+    models, methods = ("mini-sdxl", "mini-flux"), ("none", "negtome", "farthest_first")
+    assert extended[0] == [[f"model={model}", f"method={method}"] for model in models for method in methods]
 
 
 def test_the_new_methods_picture_is_made(extended):

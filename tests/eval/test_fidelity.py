@@ -337,6 +337,7 @@ def test_inception_score_bounds():
     assert inception_score(logits) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
 
 
+@pytest.mark.filterwarnings("ignore:std:UserWarning:torchmetrics")  # of one split, which has none
 @pytest.mark.parametrize("splits", [1, 10])
 def test_inception_score_agrees_with_the_libraries(splits):
     from torch_fidelity.metric_isc import isc_features_to_metric

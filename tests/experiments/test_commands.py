@@ -13,6 +13,7 @@ from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
 from experiments.configs import expand, launch, run_names
 from experiments.generate import _side_by_side
+from experiments.runs import Run
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -170,23 +171,24 @@ def test_ctrl_c_says_what_is_kept_and_a_second_one_ends_at_once():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_path):
+def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_path, monkeypatch, capsys):
     asked = tiny_overrides("sweep", tmp_path, "method=none", "prompts.categories=[flower,fruit,horse]", "workers=1")
-    # The first group that is ready sends the signal: no waiting for a moment that might not come.
-    script = (
-        "import os, signal, sys\n"
-        "from experiments.runs import Run\n"
-        "save = Run.save\n"
-        "def interrupted(*arguments):\n"
-        "    save(*arguments)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "Run.save = interrupted\n"
-        "from experiments.__main__ import main\n"
-        "main(['generate', *sys.argv[1:]])\n"
-    )
-    done = run("-c", script, *asked, timeout=300)
-    assert done.returncode == 130, done.stderr
-    assert re.search(r"of 3 groups were generated and are kept in .*outputs/runs;", done.stderr), done.stderr
+    save = Run.save
+
+    def interrupted(*arguments):
+        """The first group that is ready sends the signal: no waiting for a moment that might not come."""
+        save(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def ended(code):
+        raise SystemExit(code)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(Run, "save", interrupted)
+        patch.setattr(os, "_exit", ended)
+        main(["generate", *asked])
+    said = capsys.readouterr().err
+    assert re.search(r"of 3 groups were generated and are kept in .*outputs/runs;", said), said
     kept = list((tmp_path / "outputs").rglob("group.json"))
     assert len(kept) == 1
     before = kept[0].stat().st_mtime_ns

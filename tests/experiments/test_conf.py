@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.configs import _jobs, build, expand
+from experiments.configs import _compose_job, _jobs, _of_files, _sweep, build, expand
 from experiments.evaluate import NEEDS
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
@@ -44,7 +44,7 @@ PLUGINS = {
 
 def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
+        return _compose_job(list(overrides))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
@@ -353,13 +353,15 @@ def test_own_errors_are_not_buried_in_hydras():
 SWEPT = [
     ["experiment=sweep", "model=mini-sdxl", "method.alpha=0.9", "model.groups_per_category=3",
      "prompts.categories=[a,b]", "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
-    ["experiment=copyright", "hydra.job.name=mine"],
+    ["experiment=copyright", "model=mini-flux", "hydra.job.name=mine"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", SWEPT)
 def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monkeypatch):
     composed = []
+    for cache in (_of_files, _sweep):
+        cache.cache_clear()
 
     def counted(name, files=(), **options):
         composed.append(tuple(files))
@@ -368,11 +370,13 @@ def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monk
     with monkeypatch.context() as patch:
         patch.setattr("experiments.configs.compose", counted)
         found = expand(overrides)
+        count = len(composed)
+        assert expand(overrides) == found and len(composed) == count
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         expected = [compose("config", job) for job in _jobs(*overrides) if "method=none" not in job]
     for ours, theirs in zip((cfg for cfg in found if cfg.method.name != "none"), expected, strict=True):
         assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
         assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
         assert OmegaConf.is_struct(ours)
-    assert len(composed) == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
+    assert count == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
     assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)

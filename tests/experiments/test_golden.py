@@ -6,6 +6,7 @@ writes the pictures of versions that have none, into golden/<method>-<version>.p
 mini-flux, reduced to 32 x 32. Raise a method's version when its pixels are meant to change, and remove the old picture.
 """
 
+import functools
 import re
 import sys
 import tempfile
@@ -42,6 +43,7 @@ SIDE = 32
 TOLERANCE = 1.0
 
 
+@functools.cache
 def retriever():
     encoder = HFClip(folder=PROJECT / "models" / "mini-clip", name="mini-clip", device="cpu")
     return Retriever(PROJECT / "models" / "mini-protected" / "guidance", encoder, {"prompt": 0.0})

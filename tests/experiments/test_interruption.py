@@ -20,8 +20,9 @@ from experiments.generate import generate
 from experiments.locks import locked
 from experiments.runs import LOCKS, Run
 
-#: A baseline and a method, six categories.
-SWEEP = ("method=none,negtome", "prompts.categories=[flower,fruit,horse,train,hat,shoe]")
+#: A baseline and a method; of few categories, and of many where processes must meet.
+FEW = ("method=none,negtome", "prompts.categories=[flower,fruit,horse]")
+MANY = (FEW[0], "prompts.categories=[flower,fruit,horse,train,hat,shoe]")
 GENERATE = ("-m", "experiments.generate")
 
 
@@ -30,18 +31,23 @@ def leftovers(outputs):
     return [path for path in outputs.glob("runs/*/**/.*") if path.name != ".hydra"]
 
 
+@pytest.fixture(scope="module", params=[FEW], ids=["few"])
+def sweep(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_overrides, tabulated):
-    configs = expand(tiny_overrides("sweep", tmp_path_factory.mktemp("undisturbed"), *SWEEP))
+def undisturbed(sweep, tmp_path_factory, tiny_overrides, tabulated):
+    configs = expand(tiny_overrides("sweep", tmp_path_factory.mktemp("undisturbed"), *sweep))
     for cfg in configs:
         generate(cfg)
     return tabulated(configs)
 
 
 @pytest.fixture
-def asked(tmp_path, tiny_overrides):
+def asked(sweep, tmp_path, tiny_overrides):
     """The same, to be disturbed."""
-    return tiny_overrides("sweep", tmp_path, *SWEEP)
+    return tiny_overrides("sweep", tmp_path, *sweep)
 
 
 def start(program, *arguments):
@@ -70,6 +76,7 @@ def spawned(process):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sweep", [MANY], indirect=True, ids=["many"])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_path, tabulated):
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
@@ -201,6 +208,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sweep", [MANY], indirect=True, ids=["many"])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_two_commands_at_the_same_run_share_its_groups(undisturbed, asked, tmp_path, tabulated):
     """Whoever comes second takes what the first has not begun; nothing is made twice, and nobody waits for ever."""

@@ -305,6 +305,7 @@ def test_on_cuda_steps_lie_between_events_and_nobody_waits_in_between(cuda, tiny
     assert waits == ["cuda:0"] * 2, "before and after the call"
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning:torch.profiler")
 def test_on_cuda_the_parts_have_times_of_their_own_on_the_device(cuda, tiny_flux):
     config = negtome.NegToMeConfig(**EVERYTHING)
     found = profile.parts(tiny_flux, lambda: negtome.attach(tiny_flux, config), lambda: tiny_flux(**CALL), 1, "cuda:0")

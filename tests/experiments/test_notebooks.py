@@ -37,8 +37,10 @@ def test_a_notebook_holds_calls_and_prose_and_no_outputs(file):
             assert not isinstance(node, ast.ImportFrom) or node.module == "experiments"
 
 
-def tables(folder):
-    """Write the committed tables with the tested metrics and two more: the others cost time and show no more."""
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """A folder of the committed tables with the tested metrics and two more: the others cost time and show no more."""
+    folder = tmp_path_factory.mktemp("committed")
     for file in (PROJECT / "results").glob("*.csv"):
         frame = pd.read_csv(file, dtype=TEXT)
         if set(frame.columns) >= REQUIRED:
@@ -48,33 +50,29 @@ def tables(folder):
             if file.stem not in ("diversity", "sweep"):  # which the notebooks look into
                 frame = frame[frame["model"] == frame["model"].iloc[0]]
             frame.to_csv(folder / file.name, index=False)
+    return folder
 
 
-def test_the_notebooks_run_top_to_bottom_on_the_committed_tables(monkeypatch, tmp_path):
-    """In one process, since importing costs most; its names are cleared in between."""
-    tables(tmp_path)
-    client = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    for variable in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebooks = {file.stem: read(file) for file in FILES}
-    assert set(notebooks) == {"diversity", "copyright", "ablations", "pareto"}
-    together = nbformat.v4.new_notebook()
-    for name, notebook in notebooks.items():
-        together.cells.append(nbformat.v4.new_code_cell("%reset -f", id=f"{name}-reset"))
-        for cell in notebook.cells:
-            cell.id = f"{name}-{cell.id}"
-            cell.source = cell.source.replace('folder = "results"', f"folder = {str(tmp_path)!r}")
-            together.cells.append(cell)
-    resources = {"metadata": {"path": str(PROJECT / "notebooks")}}
-    done = client.NotebookClient(together, timeout=120, kernel_name="python3", resources=resources).execute()
-    for name, notebook in notebooks.items():
-        outputs = [
-            (cell.id, output) for cell in done.cells if cell.id.startswith(f"{name}-") and cell.cell_type == "code"
-            for output in cell.outputs
-        ]  # fmt: skip
-        data = {cell: output.get("data", {}) for cell, output in outputs}
-        drawn = [cell for cell, found in data.items() if "image/png" in found]
-        calls = tuple(f"figures.{kind}(" for kind in ("tradeoff", "forest", "ablation", "heat_map", "pareto"))
-        assert drawn == [cell.id for cell in notebook.cells if cell.source.startswith(calls)]
+def run(notebook):
+    """Run a notebook's code as a kernel does; return the value that each cell ends with, by the cell's id."""
+    names, values = {}, {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            body = ast.parse(cell.source).body
+            last = body.pop() if isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), cell.id, "exec"), names)
+            values[cell.id] = last and eval(compile(ast.Expression(last.value), cell.id, "eval"), names)
+    return values
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_notebook_runs_top_to_bottom_on_the_committed_tables(file, committed, monkeypatch):
+    """What a cell ends with is what a kernel shows; a figure shows itself, as a PNG."""
+    monkeypatch.chdir(file.parent)
+    notebook = read(file)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('folder = "results"', f"folder = {str(committed)!r}")
+    shown = {cell: value._repr_png_() for cell, value in run(notebook).items() if hasattr(value, "_repr_png_")}
+    assert all(png.startswith(b"\x89PNG") for png in shown.values())
+    calls = tuple(f"figures.{kind}(" for kind in ("tradeoff", "forest", "ablation", "heat_map", "pareto"))
+    assert list(shown) == [cell.id for cell in notebook.cells if cell.source.startswith(calls)]

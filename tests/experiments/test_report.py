@@ -398,22 +398,20 @@ def test_a_folder_of_something_else_is_never_replaced(made, tmp_path):
         report.report(tmp_path, folder / "outputs", tmp_path / "new")
 
 
-def test_a_run_with_an_image_gone_is_not_shown_and_a_damaged_one_is_named(made, tmp_path):
-    folder = made[0]
-    shutil.copytree(folder / "outputs", tmp_path / "outputs")
-    run = runs_of(folder / "results").loc["mini-sdxl", "negtome"]
-    images = sorted((tmp_path / "outputs" / "runs" / run).rglob("*.png"))
+def test_a_run_with_an_image_gone_is_not_shown_and_a_damaged_one_is_named(small, tmp_path):
+    results, outputs, _ = small
+    images = sorted((outputs / "runs" / runs_of(results).loc["mini-sdxl", "negtome"]).rglob("*.png"))
     images[0].write_bytes(images[0].read_bytes()[:40])
     with pytest.raises(ValueError, match=r"expected a readable image, got .*00\.png"):
-        report.report(folder / "results", tmp_path / "outputs", tmp_path / "report")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["outputs"], "something half-written"
+        report.report(results, outputs, tmp_path / "report")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"outputs", "results"}, "something half-written"
     images[0].unlink()
-    text = report.report(folder / "results", tmp_path / "outputs", tmp_path / "report").read_text()
-    assert "the images of 1 of 3 runs (NegToMe)" in text
-    text = report.report(folder / "results", tmp_path / "outputs", tmp_path / "report", groups=0).read_text()
+    text = report.report(results, outputs, tmp_path / "report").read_text()
+    assert "the images of 1 of 2 runs (NegToMe)" in text
+    text = report.report(results, outputs, tmp_path / "report", groups=0).read_text()
     assert 'class="gallery"' not in text and not list((tmp_path / "report").rglob("*.webp"))
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        report.report(folder / "results", tmp_path / "outputs", tmp_path / "report", groups=-1)
+        report.report(results, outputs, tmp_path / "report", groups=-1)
 
 
 def test_few_groups_are_spread_over_the_categories():
