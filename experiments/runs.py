@@ -138,7 +138,7 @@ class Run:
         run = cls(project_path(cfg.outputs) / RUNS / lookup(cfg, method))
         cure = "run python -m experiments.generate with the same overrides"
         if not run.complete:
-            raise FileNotFoundError(f"{run.folder} was completed once and is not: {cure}")
+            raise FileNotFoundError(f"the run of method={method.name}, {run.folder}, is unfinished or gone: {cure}")
         here = pipelines.local_fingerprint(cfg.model)
         if here not in (None, run.identity["weights"]):
             raise FileNotFoundError(

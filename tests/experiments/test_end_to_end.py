@@ -152,7 +152,7 @@ def test_an_interrupted_run_finishes_the_rest_and_equals_an_undisturbed_one(fini
     (folder / "images" / "a-photo-of-a-fish" / ".000000.left-by-a-killed-process").mkdir()
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     (cfg,) = expand(arguments)
-    with pytest.raises(FileNotFoundError, match="an unfinished one"):
+    with pytest.raises(FileNotFoundError, match="is unfinished or gone: run python"):
         Run.find(cfg)
     assert generate(cfg) == folder
     assert pngs(folder) == pngs(paper)
@@ -372,7 +372,7 @@ def test_a_push_that_cannot_happen_stops_the_run(finished, tmp_path):
 def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
     swept = ["method=negtome", "method.alpha=0.3,0.9", "method.threshold=-1,-0.5", "prompts.categories=[bird]"]
     assert main(["generate", "-m", *overrides(tmp_path, tiny_checkpoint("sdxl")), *swept]) == 0
-    runs = [Run(run) for run in (tmp_path / "outputs" / "runs").iterdir()]
+    runs = [Run(run) for run in (tmp_path / "outputs" / "runs").glob("[!.]*")]
     found = [run.identity["request"]["method"]["settings"] for run in runs]
     settings = {(one["alpha"], one["threshold"]) for one in found if one}
     assert settings == {(0.3, -1), (0.3, -0.5), (0.9, -1), (0.9, -0.5)}

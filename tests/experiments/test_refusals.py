@@ -135,7 +135,7 @@ def test_other_texts_in_the_place_of_lists(asked):
         CharacterPrompts("x", "test", {"ogre": {"direct": "an ogre"}}, (0,), 2)
     with pytest.raises(ValueError, match=r"prompts\.kinds must be a list, got 'direct'"):
         CharacterPrompts("x", "test", {"ogre": {"direct": ["an ogre"]}}, (0,), 2, kinds="direct")
-    with pytest.raises(ValueError, match="images_per_prompt must be a whole number of at least 1, got '4'"):
+    with pytest.raises(ValueError, match="images_per_prompt must be a whole number of at least 2, got '4'"):
         request(asked("prompts.images_per_prompt='4'"))
     with pytest.raises(ValueError, match=r"only must be a list of patterns, got 'direct-\*'"):
         list(configured_metrics(asked("+metric.vendi_score.only='direct-*'", f"images={PROJECT}")))

@@ -1,5 +1,6 @@
 """Every experiment that sweeps, run from the command line's overrides to table and figures, at tiny size."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
 from experiments.pages import run_labels
-from experiments.registry import experiments_of
+from experiments.registry import config_digest, experiments_of, lookup, register
 from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
@@ -158,3 +159,60 @@ def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
     shown = worth_showing(scales, pd.DataFrame(rows, columns=tables.COLUMNS))
     assert [run.id for run in shown] == ["none2", "negtome2", "none8", "negtome8"]
     assert list(shown.values())[:2] == ["m: without NegToMe guidance 2", "m: guidance 2"]
+
+
+def test_a_run_is_named_by_what_its_pictures_are_and_not_by_how_they_are_called(tmp_path):
+    """Exchanged pictures ask for another run, moved ones for the same; spelling does not count."""
+    here, there = (shutil.copytree(PROJECT / "models/mini-protected/guidance", tmp_path / name) for name in "ab")
+    asked = ["experiment=copyright", "model=mini-sdxl", "method=negtome_reference"]
+
+    def digest(*changes):
+        return config_digest(expand([*asked, *changes])[-1])
+
+    known = digest(f"model.copyright.guidance={here}")
+    assert digest(f"model.copyright.guidance={there}") == known == digest()
+    assert digest("model.source=./models/mini-sdxl", "model.call.guidance_scale=5") == known
+    shutil.rmtree(sorted(there.iterdir())[0])
+    assert digest(f"model.copyright.guidance={there}") != known
+
+
+def test_what_names_a_run_is_read_with_care(done, tmp_path):
+    cfg = done("ablate_alpha")[0][0].copy()
+    outputs, run = Path(cfg.outputs), Run.find(cfg).id
+    cfg.outputs = str(tmp_path)
+    register(cfg, run)
+    (file,) = tmp_path.glob("ablate_alpha/asked/*.json")
+    assert lookup(cfg) == run and experiments_of(tmp_path) == {run: ["ablate_alpha"]}
+    with pytest.raises(FileNotFoundError, match="is unfinished or gone: run python"):
+        Run.find(cfg)
+    shutil.copytree(outputs / "runs" / run, tmp_path / "runs" / run)
+    assert Run.find(cfg).id == run
+    cfg.model.source = str(PROJECT / "models/mini-sdxl")  # weights of its own, here
+    register(cfg, run)
+    with pytest.raises(FileNotFoundError, match=r"was made with other weights than those of .*mini-sdxl"):
+        Run.find(cfg)
+    for content in ("[]", '{"run": "../../x"}', "{"):
+        file.write_text(content)
+        cfg = done("ablate_alpha")[0][0].copy()
+        cfg.outputs = str(tmp_path)
+        with pytest.raises(ValueError, match=file.name):
+            lookup(cfg)
+    assert set(experiments_of(tmp_path)) == {run}, "the other file still names it"
+    cfg.name = "../elsewhere"
+    with pytest.raises(ValueError, match="a name without slashes"):
+        lookup(cfg)
+
+
+def test_a_run_is_paired_with_one_of_its_own_machine_and_with_one_alone(done, monkeypatch):
+    configs = done("ablate_alpha")[0]
+    with pytest.raises(ValueError, match="one run of negtome on sdxl to pair with, got several"):
+        tabulate.rows_of_runs(configs, "negtome")
+    identity = Run.identity.fget
+
+    def elsewhere(run):
+        found = identity(run)
+        return found if found["request"]["method"]["name"] == "none" else found | {"machine": {"device": "another"}}
+
+    monkeypatch.setattr(Run, "identity", property(elsewhere))
+    with pytest.raises(ValueError, match=r"of the same machine, got .*another.* generate both on one machine"):
+        tabulate.rows_of_runs(configs)

@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,8 @@ def test_what_makes_a_table_is_what_the_makefile_says(name):
 
 def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     (cfg,) = configured("primary.quality=kernel_distance_scorer")
-    monkeypatch.setattr(tabulate.Run, "find", lambda cfg, baseline=False: "baseline" if baseline else "run")
+    found = {baseline: Mock(identity={"weights": "w", "machine": "m"}) for baseline in (True, False)}
+    monkeypatch.setattr(tabulate.Run, "find", lambda cfg, baseline=False: found[baseline])
     monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
     monkeypatch.setattr(tabulate, "row_of", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
