@@ -40,6 +40,9 @@ publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and 
 latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (6 minutes on a CPU)
 	$(PY) -m experiments.latency experiment=latency $(ARGS)
 
+.PHONY: reproduce-latency
+reproduce-latency: latency
+
 report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
 	$(PY) -m experiments.report $(ARGS)
 

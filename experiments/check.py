@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -49,16 +50,20 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
             continue
         found = {"label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}", "made": _printed(row)}
         if (other := place.get(key)) is not None:
-            inside = other["ci_low"] <= row["value"] <= other["ci_high"] and (
-                pd.isna(other["difference"]) or other["difference_low"] <= row["difference"] <= other["difference_high"]
+            mine, theirs = row["value"], other["value"]
+            inside = _within(mine, theirs, other["ci_low"], other["ci_high"]) and (
+                pd.isna(other["difference"])
+                or _within(row["difference"], other["difference"], other["difference_low"], other["difference_high"])
             )
-            found |= {
-                "published": _printed(other),
-                "deviation": abs(row["value"] / other["value"] - 1),
-                "inside": bool(inside),
-            }
+            deviation = abs(mine / theirs - 1) if theirs else float(mine != theirs)
+            found |= {"published": _printed(other), "deviation": deviation, "inside": bool(inside)}
         rows.append(found)
     return pd.DataFrame(rows, columns=["label", "made", "published", "deviation", "inside"])
+
+
+def _within(mine: float, theirs: float, low: float, high: float) -> bool:
+    """Tell whether a number is in the published interval; where that could not be estimated, whether it is the same."""
+    return math.isclose(mine, theirs, rel_tol=1e-4) if pd.isna(low) else low <= mine <= high
 
 
 def _printed(row: pd.Series) -> str:

@@ -200,6 +200,8 @@ def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     configs = configs or expand(argv, baselines=True)
     if configs[0].images is not None:
+        if len(models := dict.fromkeys(cfg.model.name for cfg in configs)) > 1:
+            raise ValueError(f"expected one model, whose scorer images are measured by, got {', '.join(models)}")
         table, refused = evaluate_folder(configs[0])
         print(table.to_markdown(index=False, disable_numparse=True))
         if refused:

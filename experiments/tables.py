@@ -163,12 +163,17 @@ def put_rows(
 
     Returns:
         The CSV's content, read back: a table made now and one made from the committed file are the same.
+
+    Raises:
+        ValueError: the CSV has other columns too, whose cells would be lost.
     """
     new = csv_text(pd.DataFrame(rows, columns=columns))
     with lock(path):
         tables = [new]
         if path.exists():
-            read_csv(path)  # which refuses a damaged one
+            # which refuses a damaged one, too
+            if unknown := sorted(set(read_csv(path).columns) - set(columns)):
+                raise ValueError(f"expected a table of the same kind at {path}, got one with the columns {unknown}")
             tables.insert(0, path.read_text(encoding="utf-8"))
         by_key: dict[Key, pd.DataFrame] = {}
         for table in tables:

@@ -101,6 +101,8 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
                     f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: "
                     "there are no values of groups to exchange; choose a metric of groups, as clip_score, in `primary`"
                 )
+            if name == cfg.primary.quality and metric.higher_is_better is None:
+                raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
             if name in tested or not against:
                 reference = None if baseline == run else find_document(baseline, name, metric)
                 rows.append(row_of(cfg, run, name, find_document(run, name, metric), reference))

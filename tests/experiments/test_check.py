@@ -93,3 +93,13 @@ def test_reproducing_leaves_what_is_published_as_it_is(tiny_overrides, tmp_path)
     again = {path: path.stat().st_mtime_ns for path in images if "images" in path.parts}
     assert again and again.items() <= images.items()
     shutil.rmtree(tmp_path / "outputs")
+
+
+def test_a_published_zero_and_an_interval_that_was_not_estimable_are_compared_by_value(tmp_path, monkeypatch):
+    rows = pd.read_csv(PUBLISHED, dtype=TEXT)
+    rows = rows[primary(rows, "none")].head(1).assign(value=0.0, ci_low=float("nan"), ci_high=float("nan"))
+    for value, inside, deviation in ((0.0, True, 0.0), (0.5, False, 1.0)):
+        for name, frame in (("published", rows), ("made", rows.assign(value=value))):
+            frame.to_csv(tmp_path / f"{name}.csv", index=False)
+        (found,) = compare_tables(tmp_path / "made.csv", tmp_path / "published.csv").itertuples()
+        assert (found.inside, found.deviation) == (inside, deviation)

@@ -293,3 +293,13 @@ def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
     for thread in threads:
         thread.join(timeout=60)
     assert set(pd.read_csv(tmp_path / "e.csv")["model"]) == set("abc")
+
+
+def test_rows_are_not_put_into_a_table_of_another_kind(tmp_path):
+    """Its columns would be lost: such as the measured times of latency.csv."""
+    path = tmp_path / "latency.csv"
+    shutil.copy(PROJECT / "results" / "latency.csv", path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"a table of the same kind at .*latency\.csv, got one with the columns"):
+        tabulate.merge_rows(path, [ROW])
+    assert path.read_bytes() == before
