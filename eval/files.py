@@ -114,13 +114,19 @@ def content_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remembered_hash(path: str | Path) -> str:
-    """Return `content_hash(path)`, read again only when its size or times of change are others."""
+def settled_status(path: str | Path) -> tuple[int, int, int] | None:
+    """Return the size and times by which a file is known not to have changed; None if it changed just now."""
     status = os.stat(path)
     # the time of the inode's change cannot be set back, as that of the content is by `cp -p`
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED:
-        return content_hash(path)
-    return _hash(os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def remembered_hash(path: str | Path) -> str:
+    """Return `content_hash(path)`, read again only when its size or times of change are others."""
+    status = settled_status(path)
+    return content_hash(path) if status is None else _hash(os.path.abspath(path), *status)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from eval.files import read_json
+from eval.files import read_json, settled_status
 from eval.weights import missing_vocabulary, network_answers
 from experiments import PROJECT, project_path
 
@@ -193,13 +194,18 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
     """Return 16 hex digits of a SHA-256 over the configuration files and a sample of the weights.
 
     Weights above 16 MiB are sampled: size and 64 blocks of 64 KiB evenly spread, so that 24 GB take a second; a
-    fine-tuned or otherwise exchanged checkpoint differs in any of them.
+    fine-tuned or otherwise exchanged checkpoint differs in any of them. Read again only when a file has changed.
     """
-    digest = hashlib.sha256()
     files = [folder / "model_index.json"]
     for name, (_, stem) in _components(folder).items():
         files += sorted(path for path in (folder / name).iterdir() if path.suffix in (".json", ".txt", ".model"))
         files += [folder / name / file for file in (_weight_files(folder / name, stem, variant) if stem else ())]
+    statuses = tuple(map(settled_status, files))
+    return (_sampled if None in statuses else _remembered)(folder, tuple(files), statuses)
+
+
+def _sampled(folder: Path, files: tuple[Path, ...], _: tuple[tuple[int, ...] | None, ...]) -> str:
+    digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
@@ -211,6 +217,10 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
                     file.seek(block * (size - (1 << 16)) // 63)
                     digest.update(file.read(1 << 16))
     return digest.hexdigest()[:16]
+
+
+#: Every act asks for each of its runs whether it is of the weights that are here.
+_remembered = functools.lru_cache(maxsize=64)(_sampled)
 
 
 def load(
