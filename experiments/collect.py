@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
@@ -81,7 +82,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     folder = project_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of runs, got {folder}, which does not exist; check the path")
-    versions = metric_versions()
+    versions, known = metric_versions(), functools.cache(experiments_of)
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
 
@@ -93,7 +94,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
         try:
             if place != folder and place.is_symlink():
                 raise ValueError("a link, which is not followed: collect the folder that it links to")
-            run, images = _read_run(Run(place))
+            run, images = _read_run(Run(place), known(place.parents[1]))
         except Exception as error:  # a foreign folder may hold anything
             refuse(place, error)
             continue
@@ -135,8 +136,12 @@ def metric_versions() -> dict[str, set[int]]:
     return versions
 
 
-def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
+def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, Any], list[ManifestRow]]:
     """Return what was run and where it comes from, by column, and the run's images.
+
+    Args:
+        run: its folder.
+        experiments: see `experiments_of`.
 
     Raises:
         ValueError: it is no complete run of this version, or damaged.
@@ -146,7 +151,7 @@ def _read_run(run: Run) -> tuple[dict[str, Any], list[ManifestRow]]:
         raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
     request = identity["request"]
-    names = " ".join(experiments_of(run.folder.parents[1]).get(run.id, ())) or None
+    names = " ".join(experiments.get(run.id, ())) or None
     found = _flat({"experiment": names, "run_id": run.id, "environment": environment, **identity})
     columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": request["method"]["name"]}
     for prefix, path in SETTINGS.items():
