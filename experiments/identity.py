@@ -27,9 +27,14 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def short_digest(value: Any) -> str:
+    """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+
+
 def run_id(identity: dict[str, Any]) -> str:
-    """Return the first 12 hex digits of the SHA-256 of `identity` in canonical JSON."""
-    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+    """Return the id of the run of this identity: `request`, and what `made_by` returns."""
+    return short_digest(identity)
 
 
 def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the acts after it compose the same configurations and look their runs up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from eval.files import read_json, remembered_hash, write_text
 from experiments import PROJECT, project_path
 from experiments.configs import without
-from experiments.identity import canonical, request_apart
+from experiments.identity import canonical, request_apart, short_digest
 from experiments.methods.method import Method
 
 #: Where an experiment's folder names its runs.
@@ -39,8 +38,7 @@ def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
     spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), "device", "about")
     named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical(spelled))]
     versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
-    text = canonical([request_apart(cfg), _by_content(spelled), versions])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return short_digest([request_apart(cfg), _by_content(spelled), versions])
 
 
 def _by_content(spec: Any) -> Any:
@@ -57,10 +55,10 @@ def _by_content(spec: Any) -> Any:
 
 def register(cfg: DictConfig, run: str) -> None:
     """Name the complete run that answers a configuration, in the place of an earlier one."""
-    entry = {"run": run, "model": cfg.model.name, "method": cfg.method.name}
+    text = json.dumps({"run": run, "model": cfg.model.name, "method": cfg.method.name}, indent=1) + "\n"
     file = _file(cfg, config_digest(cfg))
-    if not file.exists() or read_json(file) != entry:
-        write_text(file, json.dumps(entry, indent=1) + "\n")
+    if not file.exists() or file.read_bytes() != text.encode():
+        write_text(file, text)
 
 
 def lookup(cfg: DictConfig, method: DictConfig | None = None) -> str:

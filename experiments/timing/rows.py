@@ -18,7 +18,7 @@ from scipy.stats import quantile_test
 
 import negtome
 from experiments.configs import flag
-from experiments.identity import canonical, current_commit
+from experiments.identity import current_commit, short_digest
 from experiments.methods import naive
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of
@@ -194,8 +194,7 @@ def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, 
         "level": cfg.bootstrap.level,
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
     }
-    setting = hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
-    return columns | {"setting": setting, "commit": current_commit()}
+    return columns | {"setting": short_digest(identity), "commit": current_commit()}
 
 
 def _cpu_name() -> str:
