@@ -50,12 +50,12 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
             continue
         found = {"label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}", "made": _printed(row)}
         if (other := place.get(key)) is not None:
-            mine, theirs = row["value"], other["value"]
-            inside = _within(mine, theirs, other["ci_low"], other["ci_high"]) and (
+            value, known = row["value"], other["value"]
+            inside = _within(value, known, other["ci_low"], other["ci_high"]) and (
                 pd.isna(other["difference"])
                 or _within(row["difference"], other["difference"], other["difference_low"], other["difference_high"])
             )
-            deviation = abs(mine / theirs - 1) if theirs else float(mine != theirs)
+            deviation = abs(value / known - 1) if known else float(value != known)
             found |= {"published": _printed(other), "deviation": deviation, "inside": bool(inside)}
         rows.append(found)
     return pd.DataFrame(rows, columns=["label", "made", "published", "deviation", "inside"])

@@ -109,9 +109,10 @@ def _compose_job(job: Iterable[str]) -> DictConfig:
     Jobs that name the same files read and merge them once, which takes most of the time: Hydra itself applies values to
     what the files make, and nothing of the files depends on a value.
     """
-    cfg = pickle.loads(_of_files(*(text for text in job if _names_files(text))))
+    files = [text for text in job if _names_files(text)]
+    cfg = pickle.loads(_of_files(*files))
     with _explained(job):
-        values = [_parsed(text) for text in job if not _names_files(text)]
+        values = [_parsed(text) for text in job if text not in files]
         # Hydra offers no public way to it; pyproject.toml holds to the version that has this one.
         GlobalHydra.instance().config_loader()._apply_overrides_to_config(values, cfg)
     return cfg

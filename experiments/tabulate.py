@@ -65,8 +65,8 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
-        ValueError: the primary metrics are not two of the
-            configured ones that can be tested; or there is no run of `against` to pair one with.
+        ValueError: the primary metrics are not two of the configured ones that can be tested; there is no run of
+            `against` to pair one with, or several; or a run and the one it is paired with are of two machines.
     """
     for cfg in configs:
         _check_primary(cfg)
