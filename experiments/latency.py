@@ -5,7 +5,7 @@
 
 The configuration says what is measured (conf/experiment/latency.yaml), experiments/timing/ how. Each case is one row a
 variant and window in `<results>/latency.csv`, written when the case is done; a case that is there already, of this
-device, these versions and this code, is skipped. Tables and figures are made of the CSV; of the CSV as it is with
+device and these versions, is skipped. Tables and figures are made of the CSV; of the CSV as it is with
 latency.cases=false latency.curves=false.
 """
 
@@ -27,8 +27,8 @@ from experiments.configs import flag
 from experiments.tables import put_rows, read_csv
 from experiments.timing import report
 from experiments.timing.cases import composed, configured_cases
-from experiments.timing.measure import find_weights, measure
-from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, origin
+from experiments.timing.measure import find_weights, measure, origin
+from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE
 
 log = logging.getLogger(__name__)
 

@@ -6,22 +6,38 @@ import contextlib
 import functools
 import gc
 import logging
+import platform
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.benchmark import Timer
 
 import negtome
 from experiments import pipelines
 from experiments.configs import flag
+from experiments.identity import current_commit, short_digest
 from experiments.methods import naive
+from experiments.methods.negtome import NegToMe
 from experiments.timing import clock, profile, random_weights
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case, Variant
 from experiments.timing.rows import profile_rows, rows_of, with_bound
 
 log = logging.getLogger(__name__)
+
+#: Raised whenever the same settings would be timed in another way; with the methods' versions, a new one has every case
+#: measured anew.
+LATENCY_VERSION = 1
+#: For how long each kernel of the floor is repeated, in seconds.
+REPEATED = 0.05
+#: Shapes of the two factors of a batched matrix product.
+Product = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def find_weights(model: DictConfig, wanted: str) -> str:
@@ -102,9 +118,9 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
             log.warning("%s: %s does not fit into the device's memory", case.label, name)
             _free()  # once the error is gone, and its frames with it
     if PLAIN in fit:
-        found = clock.products(pipe, call, configs[PLAIN], int(mask.sum()))
+        found = products(pipe, call, configs[PLAIN], int(mask.sum()))
         timings = clock.take_rounds(fit, case.rounds, run, case.label)
-        bound = clock.lower_bound(found, device, clock.denoiser_of(pipe).dtype)
+        bound = lower_bound(found, device, clock.denoiser_of(pipe).dtype)
         timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
         if case.part == "table" and METHOD in fit and not cfg.compile:
             calls = functools.partial(attach, METHOD), functools.partial(clock.time_call, pipe, call, device)
@@ -144,3 +160,77 @@ def _call(case: Case, pipe: Any, weights: str, cfg: DictConfig) -> dict[str, Any
         return call | text | {"output_type": "latent"}
     # A composed call has no image at its end; a whole one is what a user waits for.
     return call | {"prompt": "a photo of a dog", "output_type": "pil" if case.steps is None else "latent"}
+
+
+def products(pipe: Any, call: Mapping[str, Any], config: negtome.NegToMeConfig, steps: int) -> Counter[Product]:
+    """Count what one step in the window compares, of a call that has `steps` of them; costs one plain call.
+
+    Each product is of an attention's image tokens: those of all images of each half of the batch but the first, with
+    those of the first one.
+    """
+    seen: Counter[Product] = Counter()
+
+    def note(features: torch.Tensor, halves: int, _: negtome.NegToMeConfig) -> torch.Tensor:
+        images, (tokens, channels) = len(features) // halves, features.shape[1:]
+        seen[(halves, (images - 1) * tokens, channels), (halves, channels, tokens)] += 1
+        return features
+
+    with naive.attach(pipe, config, note):
+        pipe(**{**call, "output_type": "latent"})
+    return Counter({product: count // steps for product, count in seen.items()})
+
+
+def lower_bound(found: Mapping[Product, int], device: str, dtype: torch.dtype) -> float:
+    """Measure what one step of the window must cost at least, in seconds.
+
+    That is, for every site: the bare matrix product, and one pass over memory that reads and writes the tokens that
+    move, which are its first factor.
+    """
+    seconds = 0.0
+    for shapes, count in found.items():
+        left, right = (torch.randn(*shape, device=device).to(dtype) for shape in shapes)
+        names = {"bmm": torch.bmm, "left": left, "right": right, "product": left @ right, "moved": left.clone()}
+        for work in ("bmm(left, right, out=product)", "moved.copy_(left)"):
+            timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
+            seconds += count * timer.blocked_autorange(min_run_time=REPEATED).median
+    return seconds
+
+
+def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, Any]:
+    """Return the columns that all rows of a case share; `setting` identifies all that its measurement depends on."""
+    cuda = device.startswith("cuda")
+    columns = {
+        "experiment": cfg.name,
+        "model": case.model.name,
+        "weights": {"random": "random"}.get(weights, "embedded" if case.model.kind == "mini" else "checkpoint"),
+        "side": case.side,
+        "batch": case.batch,
+        "steps": case.model.call.num_inference_steps,
+        "dtype": case.model.dtype,
+        "compiled": flag(cfg, "compile"),
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name() if device == "cpu" else device,
+        "threads": cfg.latency.threads if device == "cpu" else None,
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+    }
+    model = OmegaConf.to_container(case.model, resolve=True)
+    identity = {
+        **columns,
+        "experiment": None,  # of another name, the same is measured
+        "weights": weights,
+        "model": {key: model[key] for key in ("name", "architecture", "source", "dtype", "call")},
+        "case": repr(replace(case, model=None)),
+        "level": cfg.bootstrap.level,
+        "code": [LATENCY_VERSION, NegToMe.version, naive.Naive.version],
+    }
+    return columns | {"setting": short_digest(identity), "commit": current_commit()}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import DictConfig, OmegaConf
 from scipy.stats import quantile_test
 
-import negtome
-from experiments.configs import flag
-from experiments.identity import current_commit, short_digest
-from experiments.methods import naive
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of
 from experiments.timing.profile import Part
+from negtome import NegToMeConfig
 
-#: What the numbers depend on beside settings and versions: a case is measured anew when one of these files changes.
-CODE = [
-    *sorted(Path(negtome.__file__).parent.glob("*.py")),
-    *(path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem != "report"),
-    Path(naive.__file__),
-]
 #: Columns that say what was measured on what.
 MEASURED = ["model", "weights", "side", "batch", "steps", "dtype", "compiled", "device", "threads"]
 #: Columns that tell the measured configurations apart: a new measurement of one replaces all of its rows.
@@ -88,7 +71,7 @@ def rows_of(
     case: Case,
     measured: Sequence[float],
     whole: Sequence[float],
-    configs: Mapping[str, negtome.NegToMeConfig],
+    configs: Mapping[str, NegToMeConfig],
     timings: Mapping[str, Timing],
     level: float,
 ) -> list[dict[str, Any]]:
@@ -163,43 +146,3 @@ def _statistics(
         # To every round the floor adds the same: what varies over rounds is not what is uncertain of it.
         row |= {} if variant == BOUND else {f"{what}_ratio_low": low, f"{what}_ratio_high": high}
     return row
-
-
-def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, Any]:
-    """Return the columns that all rows of a case share; `setting` identifies all that its measurement depends on."""
-    cuda = device.startswith("cuda")
-    columns = {
-        "experiment": cfg.name,
-        "model": case.model.name,
-        "weights": {"random": "random"}.get(weights, "embedded" if case.model.kind == "mini" else "checkpoint"),
-        "side": case.side,
-        "batch": case.batch,
-        "steps": case.model.call.num_inference_steps,
-        "dtype": case.model.dtype,
-        "compiled": flag(cfg, "compile"),
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name() if device == "cpu" else device,
-        "threads": cfg.latency.threads if device == "cpu" else None,
-        "torch": version("torch"),
-        "diffusers": version("diffusers"),
-        "cuda": torch.version.cuda if cuda else None,
-        "python": platform.python_version(),
-    }
-    model = OmegaConf.to_container(case.model, resolve=True)
-    identity = {
-        **columns,
-        "experiment": None,  # of another name, the same is measured
-        "weights": weights,
-        "model": {key: model[key] for key in ("name", "architecture", "source", "dtype", "call")},
-        "case": repr(replace(case, model=None)),
-        "level": cfg.bootstrap.level,
-        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
-    }
-    return columns | {"setting": short_digest(identity), "commit": current_commit()}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -16,10 +16,12 @@ from torch.autograd import DeviceType
 import negtome
 from experiments import PROJECT, latency
 from experiments.figures.scaling import curve_models, scaling
+from experiments.methods.naive import Naive
 from experiments.tables import put_rows
 from experiments.timing import cases, measure, profile, report, rows
 from experiments.timing.cases import BOUND, composed, configured_cases
-from experiments.timing.clock import Timing, inside_of, lower_bound, products, take_rounds, time_call, timesteps_of
+from experiments.timing.clock import Timing, inside_of, take_rounds, time_call, timesteps_of
+from experiments.timing.measure import lower_bound, products
 from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 
 RESULTS = PROJECT / "results"
@@ -420,14 +422,13 @@ def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "method.alpha=1", "code"])
-def test_a_changed_setting_is_measured_anew(flux, monkeypatch, tmp_path, setting):
+def test_a_changed_setting_is_measured_anew(flux, monkeypatch, setting):
     def measured(*arguments):
         raise InterruptedError
 
     monkeypatch.setattr(latency, "measure", measured)
     if setting == "code":
-        (tmp_path / "merge.py").write_text("another way")
-        monkeypatch.setattr(rows, "CODE", [*rows.CODE, tmp_path / "merge.py"])
+        monkeypatch.setattr(Naive, "version", Naive.version + 1)
     else:
         change(monkeypatch, setting)
     with pytest.raises(InterruptedError):
