@@ -10,7 +10,7 @@ import yaml
 from hydra.utils import get_class
 
 from experiments import PROJECT
-from experiments.methods.method import Method, Setting
+from experiments.methods.setting import Setting
 
 #: Colours that a method's file may name: Okabe and Ito's, told apart with any colour vision, and a shape each for print
 #: without colours. Black is for the run without a method.
@@ -25,12 +25,12 @@ class Entry:
     """A method of conf/method/.
 
     Attributes:
-        method: its class.
+        columns: the settings that tell its runs apart in tables.
         title: what figures call it.
         colour: its own in every figure, one of `PALETTE`; None: what the others of a figure leave.
     """
 
-    method: type[Method]
+    columns: tuple[Setting, ...]
     title: str
     colour: str | None
 
@@ -49,7 +49,7 @@ def entries() -> dict[str, Entry]:
         colour = about.get("colour")
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
-        found[spec["name"]] = Entry(method, about.get("title") or method.title, colour)
+        found[spec["name"]] = Entry(method.columns, about.get("title") or method.title, colour)
     return found
 
 
@@ -67,4 +67,4 @@ def _read(name: str) -> dict[str, Any]:
 def settings(*names: str) -> tuple[Setting, ...]:
     """Return the settings that methods declare for tables, each once; of all methods where none is named."""
     chosen = [entries()[name] for name in names if name in entries()] if names else list(entries().values())
-    return tuple(dict.fromkeys(setting for entry in chosen for setting in entry.method.columns))
+    return tuple(dict.fromkeys(setting for entry in chosen for setting in entry.columns))

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import project_path
-from experiments.methods.method import Setting
+from experiments.methods.setting import Setting
 from experiments.tables import CALL, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
 
 #: A difference is called one where its corrected p-value is at most this.

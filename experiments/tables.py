@@ -14,7 +14,7 @@ import pandas as pd
 from eval.files import write_text
 from experiments import catalogue, project_path
 from experiments.locks import locked
-from experiments.methods.method import Setting
+from experiments.methods.setting import Setting
 
 #: Settings of the model's calls.
 CALL = (

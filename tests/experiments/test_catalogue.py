@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import PROJECT, catalogue
-from experiments.methods.method import Setting
+from experiments.methods.setting import Setting
 
 
 @pytest.fixture
