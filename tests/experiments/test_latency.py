@@ -581,7 +581,7 @@ def test_a_profile_says_what_share_of_a_step_each_part_has():
     ):
         row = measured()[0] | {"part": "profile", "operation": operation, "operation_calls": calls}
         profiled.append(row | {"host_ms": host, "device_ms": device})
-    page = report.render_page(table_of(frame.to_dict("records"), profiled), composed(*FULL))
+    page, _ = report.pages(table_of(frame.to_dict("records"), profiled), composed(*FULL))
     assert page.count("Where it goes") == 1, "of the device that it was taken on"
     (_, line) = page.split("Where it goes")
     table = [[cell.strip() for cell in text.split("|")[1:-1]] for text in line.splitlines() if text.startswith("|")]
@@ -594,7 +594,7 @@ def test_a_profile_says_what_share_of_a_step_each_part_has():
 
 
 def test_the_published_statements_stand_on_the_page():
-    page = report.render_page(table_of(measured()), composed(*FULL))
+    page, _ = report.pages(table_of(measured()), composed(*FULL))
     (_, statements) = page.split("## The paper's statements")
     assert all(value in statements for value in ("30.62", "31.71", "4.0", "abstract")) and "nan" not in statements
 
@@ -636,7 +636,6 @@ def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path)
 def test_the_committed_page_is_what_its_csv_renders_to():
     frame, cfg = latency.read_rows(RESULTS / "latency.csv"), composed("experiment=latency")
     assert pd.read_csv(RESULTS / "latency.csv", nrows=0).columns.tolist() == COLUMNS
-    assert (RESULTS / "latency.md").read_text() == report.render_page(frame, cfg)
-    assert (RESULTS / "latency.tex").read_text() == report.render_latex(frame, cfg)
+    assert tuple((RESULTS / f"latency.{kind}").read_text() for kind in ("md", "tex")) == report.pages(frame, cfg)
     assert all((RESULTS / f"latency_{model}.png").exists() for model in curve_models(frame))
     assert frame[["device", "torch", "diffusers", "weights", "setting", "commit"]].notna().all(axis=None)
