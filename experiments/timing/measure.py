@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.benchmark import Timer
@@ -27,7 +28,7 @@ from experiments.methods import naive
 from experiments.methods.negtome import NegToMe
 from experiments.timing import clock, profile, random_weights
 from experiments.timing.cases import BOUND, METHOD, PLAIN, Case, Variant
-from experiments.timing.rows import profile_rows, rows_of, with_bound
+from experiments.timing.rows import measured_steps, rows_of, with_bound
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         with attach(name) as attachment:
             return clock.time_call(pipe, call, device, attachment)
 
-    fit, timings, parts = [], {}, []
+    fit, timings, parts = [], {}, pd.DataFrame()
     for name in variants:
         with contextlib.suppress(torch.OutOfMemoryError):
             run(name)  # what is done once is done
@@ -126,7 +127,8 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
             calls = functools.partial(attach, METHOD), functools.partial(clock.time_call, pipe, call, device)
             parts = profile.parts(pipe, *calls, case.rounds, device)
     rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
-    return [*rows, *profile_rows(parts, case, mask)]
+    profiled = {"part": "profile", "variant": METHOD, **measured_steps(case, mask)}
+    return [*rows, *(profiled | part for part in parts.reset_index().to_dict("records"))]
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -32,20 +32,14 @@ BEFORE, PUSH, AFTER = "before the denoiser", "push", "after the denoiser"
 OUTSIDE = "outside the window"
 #: Operations of the push that are told one by one; the others are added up.
 TOLD = 8
-
-
-class Part(NamedTuple):
-    """What a part of the method, or an operation of the push, takes in one step."""
-
-    operation: str
-    operation_calls: float
-    host_ms: float  # of the thread that calls; on a CPU that is all
-    device_ms: float  # between two events in the stream, or of an operation's kernels; NaN on a CPU
+#: What a part of the method, or an operation of the push, takes in one step. host_ms: of the thread that calls; on a
+#: CPU that is all. device_ms: between two events in the stream, or of an operation's kernels; NaN on a CPU.
+TAKEN = ["operation_calls", "host_ms", "device_ms"]
 
 
 def parts(
     pipe: Any, attach: Callable[[], AbstractContextManager], call: Callable[[], Any], rounds: int, device: str
-) -> list[Part]:
+) -> pd.DataFrame:
     """Take the method's part of a step, the median one, apart.
 
     Args:
@@ -56,32 +50,38 @@ def parts(
         device: torch device.
 
     Returns:
-        The parts in their order, the push followed by its operations, the longest first; then a step `OUTSIDE`.
+        `TAKEN`, by `operation`: the parts in their order, the push followed by its operations, the longest first; then
+        a step `OUTSIDE`.
     """
     cuda = device.startswith("cuda")
 
-    def run(events: bool) -> list[tuple[bool, dict[str, list[_Span]]]]:
-        with attach() as attached, _watched(pipe, attached, events) as steps:
+    def run(events: bool) -> pd.DataFrame:
+        with attach() as attached, _watched(pipe, attached, events) as spans:
             call()
         synchronize(device)
-        return list(zip([step.active for step in attached.steps], steps, strict=True))
+        told = [(span.part, span.step, 1, span.host_ms, span.device_ms) for span in spans]
+        table = pd.DataFrame(told, columns=["operation", "step", *TAKEN])
+        return table.assign(active=table["step"].map(lambda step: attached.steps[step].active))
 
-    steps = [step for _ in range(rounds) for step in run(cuda)]
-    inside = [step for active, step in steps if active]
-    outside = [step[BEFORE] + step[AFTER] for active, step in steps if not active]
-    before, push, after = (_median(part, [step[part] for step in inside]) for part in (BEFORE, PUSH, AFTER))
+    spans = pd.concat([run(cuda).assign(run=number) for number in range(rounds)])
+    spans = spans[spans["active"] | (spans["operation"] != PUSH)]
+    spans["operation"] = spans["operation"].where(spans["active"], OUTSIDE)
+    # min_count: of NaN alone, NaN.
+    median = spans.groupby(["operation", "run", "step"])[TAKEN].sum(min_count=1).groupby("operation").median()
+    # Of a site's two spans, one holds its push; a step outside the window is told by both spans of the denoiser.
+    median.loc[[PUSH, OUTSIDE], "operation_calls"] /= 2
     run(events=False)  # so that nothing is done for the first time under the profiler
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         profiled = run(events=False)
-    told = operations(profiler.events(), sum(active for active, _ in profiled), push)
-    return [before, push, *told, after, _median(OUTSIDE, outside)]
+    told = operations(profiler.events(), profiled["step"][profiled["active"]].nunique(), median.loc[PUSH])
+    return pd.concat([median.loc[[BEFORE, PUSH]], told, median.loc[[AFTER, OUTSIDE]]]).rename_axis("operation")
 
 
 class _Span:
     """Times the host and, on CUDA, the stream from now on until it ends."""
 
-    def __init__(self, part: str, cuda: bool) -> None:
-        self.part, self._range = part, record_function(part)
+    def __init__(self, part: str, step: int, cuda: bool) -> None:
+        self.part, self.step, self._range = part, step, record_function(part)
         self._range.__enter__()
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
         for event in self._events[:1]:
@@ -100,73 +100,60 @@ class _Span:
 
 
 @contextlib.contextmanager
-def _watched(pipe: Any, attached: negtome.Attachment, cuda: bool) -> Iterator[list[dict[str, list[_Span]]]]:
-    """Yield what fills with the spans of the method, by call of the denoiser and part, until the block ends."""
-    steps: list[dict[str, list[_Span]]] = []
+def _watched(pipe: Any, attached: negtome.Attachment, cuda: bool) -> Iterator[list[_Span]]:
+    """Yield what fills with the spans of the method, one after the other, until the block ends."""
+    spans: list[_Span] = []
+
+    def begin(part: str) -> None:
+        step = spans[-1].step if spans else -1
+        spans.append(_Span(part, step + (part == BEFORE), cuda))
+
+    def watch(module: torch.nn.Module, before: str, after: str) -> None:
+        cls = type(module)
+
+        def __call__(watched: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            begin(before)
+            output = cls.__call__(watched, *args, **kwargs)
+            spans[-1].end()
+            return output
+
+        module.__class__ = type(cls.__name__, (cls,), {"__call__": __call__})
+        stack.callback(setattr, module, "__class__", cls)
+        stack.callback(module.register_forward_pre_hook(lambda *_: spans[-1].end()).remove)
+        stack.callback(module.register_forward_hook(lambda *_: begin(after)).remove)
+
     with contextlib.ExitStack() as stack:
-
-        def watch(module: torch.nn.Module, before: str, after: str) -> None:
-            cls, span = type(module), None
-
-            def begin(part: str) -> None:
-                nonlocal span
-                span = _Span(part, cuda)
-
-            def end() -> None:
-                span.end()
-                steps[-1][span.part].append(span)
-
-            def __call__(watched: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-                if before == BEFORE:
-                    steps.append(defaultdict(list))
-                begin(before)
-                output = cls.__call__(watched, *args, **kwargs)
-                end()
-                return output
-
-            module.__class__ = type(cls.__name__, (cls,), {"__call__": __call__})
-            stack.callback(setattr, module, "__class__", cls)
-            stack.callback(module.register_forward_pre_hook(lambda *_: end()).remove)
-            stack.callback(module.register_forward_hook(lambda *_: begin(after)).remove)
-
         denoiser = denoiser_of(pipe)
         for name in attached.sites:
             watch(denoiser.get_submodule(name), PUSH, PUSH)
         watch(denoiser, BEFORE, AFTER)
-        yield steps
+        yield spans
 
 
-def _median(operation: str, steps: Sequence[Sequence[_Span]]) -> Part:
-    """Return the median over steps of what each step's spans take together."""
-    totals = [(len(step), sum(span.host_ms for span in step), sum(span.device_ms for span in step)) for step in steps]
-    spans, host, device = np.median(totals, axis=0).tolist()
-    # Of a site's two spans, one holds its push; a step outside the window is told by both spans of the denoiser.
-    return Part(operation, spans / 2 if operation in (PUSH, OUTSIDE) else spans, host, device)
+def operations(events: Iterable[Any], steps: int, push: pd.Series) -> pd.DataFrame:
+    """Return what the push is made of, as `parts` does, by the events of torch's profiler.
 
-
-def operations(events: Sequence[Any], steps: int, push: Part) -> list[Part]:
-    """Return what the push is made of, by the events of torch's profiler in so many steps of the window.
-
-    The host's times are scaled to those of the push as the clock saw it, without a profiler.
+    Args:
+        events: of so many `steps` of the window.
+        push: what it takes as the clock saw it, without a profiler; the host's times are scaled to it.
     """
-    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # calls, ms of the host and of the device
-    for event in events:
-        if event.device_type == DeviceType.CPU and _in_push(event):
-            totals[event.name] += [1, event.self_cpu_time_total / 1000, event.self_device_time_total / 1000]
-    on_device = np.nan if np.isnan(push.device_ms) else 1 / steps
-    scale = [1 / steps, push.host_ms / sum(host for _, host, _ in totals.values()), on_device]
-    between = totals.pop(PUSH) * scale
-    longest = sorted(
-        totals, key=lambda name: tuple(totals[name][:0:-1]), reverse=True
-    )  # on the device, then on the host
-    found = [(name, totals[name] * scale) for name in longest]
-    # Kernels may take a little longer under the profiler than all of the push without it.
-    between[[0, 2]] = push.operation_calls, np.maximum(0, push.device_ms - sum(total[2] for _, total in found))
-    rest = [("other operations", sum(total for _, total in found[TOLD:]))] if found[TOLD:] else []
-    return [
-        Part(f"{PUSH}: {name.removeprefix('aten::')}", *total.tolist())
-        for name, total in [*found[:TOLD], *rest, ("between its operations", between)]
+    told = [
+        (event.name.removeprefix("aten::"), 1, event.self_cpu_time_total / 1000, event.self_device_time_total / 1000)
+        for event in events
+        if event.device_type == DeviceType.CPU and _in_push(event)
     ]
+    found = pd.DataFrame(told, columns=["operation", *TAKEN]).groupby("operation", sort=False).sum()
+    found = found.sort_values(["device_ms", "host_ms"], ascending=False)
+    on_device = np.nan if np.isnan(push["device_ms"]) else 1 / steps
+    found *= [1 / steps, push["host_ms"] / found["host_ms"].sum(), on_device]
+    between, found = found.loc[PUSH], found.drop(PUSH)
+    table = found[:TOLD].copy()
+    if len(found) > TOLD:
+        table.loc["other operations"] = found[TOLD:].sum(skipna=False)
+    # Kernels may take a little longer under the profiler than all of the push without it.
+    left = np.maximum(0, push["device_ms"] - found["device_ms"].sum(skipna=False))
+    table.loc["between its operations"] = [push["operation_calls"], between["host_ms"], left]
+    return table.rename(index=lambda operation: f"{PUSH}: {operation}")
 
 
 def _in_push(event: Any) -> bool:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import quantile_test
 
-from experiments.timing.cases import BOUND, METHOD, PLAIN, Case
+from experiments.timing.cases import BOUND, PLAIN, Case
 from experiments.timing.clock import Timing, inside_of
-from experiments.timing.profile import Part
 from negtome import NegToMeConfig
 
 #: Columns that say what was measured on what.
@@ -95,7 +94,7 @@ def rows_of(
         for name in (*names, BOUND):
             variant, mask, config = variants.get(name), masks[name], configs.get(name)
             row = {"part": part, "variant": name, "t_low": window[0], "t_high": window[1], "steps_inside": inside}
-            row |= _measured(case, mask)
+            row |= measured_steps(case, mask)
             if name not in (PLAIN, BOUND):
                 row |= {key: getattr(config, key) for key in SETTINGS}
                 row |= {"reference": "given image"} if variant.picture else {}
@@ -122,12 +121,8 @@ def rows_of(
     return rows
 
 
-def profile_rows(parts: Sequence[Part], case: Case, mask: np.ndarray) -> list[dict[str, Any]]:
-    """Return the rows of what the method's part of a step is made of, without the columns of `origin`."""
-    return [{"part": "profile", "variant": METHOD} | _measured(case, mask) | part._asdict() for part in parts]
-
-
-def _measured(case: Case, mask: np.ndarray) -> dict[str, int]:
+def measured_steps(case: Case, mask: np.ndarray) -> dict[str, int]:
+    """Return the columns that say how much was measured, `mask` being the steps in the window."""
     return {"rounds": case.rounds, "measured_steps": len(mask), "measured_inside": int(mask.sum())}
 
 

@@ -246,24 +246,22 @@ def test_the_parts_of_a_step_are_counted_and_the_operations_add_up_to_the_push(p
     def call():
         pipe(**CALL, generator=torch.Generator().manual_seed(0))
 
-    parts = {part.operation: part for part in profile.parts(pipe, attach, call, 2, "cpu")}
+    parts = profile.parts(pipe, attach, call, 2, "cpu")
     assert [attached.summary() for attached in attachments] == [attachments[0].summary()] * (2 + 2)
     assert [type(module) for module in pipe.components.values()] == classes
     with negtome.attach(pipe, config) as unwatched:
         call()
     assert unwatched.summary() == attachments[0].summary(), "watching changes nothing"
-    told = [part for operation, part in parts.items() if operation.startswith("push: ")]
-    assert list(parts) == [
-        "before the denoiser", "push", *(part.operation for part in told), "after the denoiser", "outside the window",
-    ]  # fmt: skip
-    assert all(part.host_ms > 0 and math.isnan(part.device_ms) for part in parts.values())
-    assert math.isclose(sum(part.host_ms for part in told), parts["push"].host_ms)
-    assert {parts[one].operation_calls for one in ("before the denoiser", "after the denoiser")} == {1}
+    told = parts[parts.index.str.startswith("push: ")]
+    assert [*parts.index] == ["before the denoiser", "push", *told.index, "after the denoiser", "outside the window"]
+    assert (parts["host_ms"] > 0).all() and parts["device_ms"].isna().all()
+    assert math.isclose(told["host_ms"].sum(), parts.loc["push", "host_ms"])
+    calls = parts["operation_calls"]
+    assert calls[["before the denoiser", "after the denoiser", "outside the window"]].tolist() == [1, 1, 1]
     # One product a site that is reached and large enough; the others come out again before.
     products = sum(count.compared > 0 for count in unwatched.counts().values())
-    assert parts["push: bmm"].operation_calls == products <= parts["push"].operation_calls
-    longest = [part.host_ms for part in told[: profile.TOLD]]
-    assert longest == sorted(longest, reverse=True)
+    assert calls["push: bmm"] == products <= calls["push"] == len(unwatched.sites)
+    assert told["host_ms"].iloc[: profile.TOLD].is_monotonic_decreasing
 
 
 class Event:
@@ -310,14 +308,13 @@ def test_on_cuda_steps_lie_between_events_and_nobody_waits_in_between(cuda, tiny
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning:torch.profiler")
 def test_on_cuda_the_parts_have_times_of_their_own_on_the_device(cuda, tiny_flux):
     config = negtome.NegToMeConfig(**EVERYTHING)
-    found = profile.parts(tiny_flux, lambda: negtome.attach(tiny_flux, config), lambda: tiny_flux(**CALL), 1, "cuda:0")
-    parts = {part.operation: part for part in found}
-    sites = parts["push"].operation_calls
+    parts = profile.parts(tiny_flux, lambda: negtome.attach(tiny_flux, config), lambda: tiny_flux(**CALL), 1, "cuda:0")
+    sites, device_ms = parts.loc["push", "operation_calls"], parts["device_ms"]
     # Two events before a module's own call, and two after it.
-    assert parts["push"].device_ms == 2 * sites and parts["before the denoiser"].device_ms == 1
-    assert parts["outside the window"].device_ms == 2
+    assert device_ms["push"] == 2 * sites and device_ms["before the denoiser"] == 1
+    assert device_ms["outside the window"] == 2
     # No kernel ran, so all of it lies between them; the host's time tells them apart.
-    assert parts["push: bmm"].device_ms == 0 and parts["push: between its operations"].device_ms == 2 * sites
+    assert device_ms["push: bmm"] == 0 and device_ms["push: between its operations"] == 2 * sites
 
 
 def test_a_kernels_time_is_its_operations_and_what_is_left_lies_between():
@@ -336,9 +333,9 @@ def test_a_kernels_time_is_its_operations_and_what_is_left_lies_between():
         push, take, product, event("aten::bmm", product, host=150, device=5000), outside, outside.cpu_parent,
         event("gemm", device=5000, kind=DeviceType.CUDA), event("push", device=9000, kind=DeviceType.CUDA),
     ]  # fmt: skip
-    found = profile.operations(events, 1, profile.Part("push", 1, 1.2, 8.5))
+    found = profile.operations(events, 1, pd.Series([1, 1.2, 8.5], profile.TAKEN))
     # 0.6 ms on the host under the profiler are 1.2 without; the device's are as they are.
-    assert [(operation, calls, round(host, 9), device) for operation, calls, host, device in found] == [
+    assert [(operation, calls, round(host, 9), device) for operation, calls, host, device in found.itertuples()] == [
         ("push: bmm", 1, 0.3, 5.0), ("push: index_select", 1, 0.2, 2.0), ("push: matmul", 1, 0.1, 0.0),
         ("push: between its operations", 1, 0.6, 1.5),
     ]  # fmt: skip
