@@ -15,10 +15,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 
-def build_modules(spec: DictConfig, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Build denoiser and autoencoder of a model of `latency.random`, in their dtype, with no copy but on their device.
+def build_pipeline(spec: DictConfig, device: str | torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """Build a stock pipeline of a model of `latency.random`, without text encoders; see `embeddings` for its calls.
 
-    On the device "meta", they are shapes alone.
+    Denoiser and autoencoder are made in their dtype, with no copy but on their device; on "meta" they are shapes alone.
     """
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -27,26 +27,19 @@ def build_modules(spec: DictConfig, device: str | torch.device, dtype: torch.dty
             modules = instantiate(spec.modules, _convert_="all")
     finally:
         torch.set_default_dtype(previous)
-    return {name: module.eval().requires_grad_(False) for name, module in modules.items()}
-
-
-def build_pipeline(spec: DictConfig, device: str | torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """Build a stock pipeline around `build_modules`, without text encoders; see `embeddings` for how to call it."""
     without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = instantiate(spec.pipeline)(**build_modules(spec, device, dtype), **without)
+    pipe = instantiate(spec.pipeline)(**modules, **without)
+    for module in modules.values():
+        module.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def embeddings(pipe: DiffusionPipeline, spec: DictConfig, images: int, tokens: int | None = None) -> dict[str, Any]:
-    """Return the arguments that take the place of a prompt in a call of `build_pipeline`'s pipelines.
-
-    Each image has its own copy, as it has with a prompt: FluxPipeline does not copy embeddings that it is given.
+    """Return the arguments that take the place of a prompt in a call of a pipeline that was built of `spec`.
 
     Args:
-        pipe: the pipeline.
-        spec: that it was built of.
-        images: in the call, all of one prompt.
+        images: in the call, all of one prompt, each with its own copy: FluxPipeline makes none of given embeddings.
         tokens: text tokens of the prompt; None: as many as are usual.
     """
     generator = torch.Generator().manual_seed(0)

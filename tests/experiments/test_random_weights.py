@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 import negtome
 from experiments import PROJECT
-from experiments.timing.random_weights import build_modules, build_pipeline, embeddings
+from experiments.timing.random_weights import build_pipeline, embeddings
 
 PUBLISHED = OmegaConf.load(PROJECT / "conf" / "experiment" / "latency.yaml").latency.random
 SMALLER = {
@@ -43,7 +43,7 @@ TINY = OmegaConf.merge(PUBLISHED, SMALLER)
     [("sdxl", "unet", torch.float16, 2_567_463_684), ("flux", "transformer", torch.bfloat16, 11_901_408_320)],
 )
 def test_the_denoisers_have_the_published_number_of_parameters(architecture, denoiser, dtype, parameters):
-    module = build_modules(PUBLISHED[architecture], "meta", dtype)[denoiser]
+    module = getattr(build_pipeline(PUBLISHED[architecture], "meta", dtype), denoiser)
     assert sum(parameter.numel() for parameter in module.parameters()) == parameters
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
     assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
