@@ -9,11 +9,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.figures.ablation import ablation
-from experiments.figures.forest import forest
-from experiments.figures.heat_map import heat_map
-from experiments.figures.pareto import pareto
-from experiments.figures.tradeoff import tradeoff
+from experiments.figures.comparisons import ablation, forest, heat_map, pareto, tradeoff
 from experiments.tables import of_model, primary_pair, swept_settings, with_window, words
 
 __all__ = ["ablation", "called_for", "forest", "heat_map", "pareto", "tradeoff"]

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import FAINT, errors, labelled, new_figure, numbered, styled
+from experiments.figures.style import FAINT, errors, legend_below, new_figure, numbered, styled
 from experiments.timing.cases import BOUND, PLAIN
 
 #: Columns that say on what was measured: a figure has a row of panels for each.
@@ -84,8 +84,7 @@ def scaling(frame: pd.DataFrame, model: str, titles: Mapping[str, str]) -> Figur
             axis.set_title(", ".join(SAME[name].format(value) for name, value in zip(panel.same, same, strict=True)))
         if len(setups) > 1:
             line[0].set_ylabel(f"{setup_of(rows.iloc[0])}\n{line[0].get_ylabel()}")
-    handles = labelled(*axes.flat)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    legend_below(figure, *axes.flat)
     where = f" on {setup_of(setups[0].iloc[0])}" if len(setups) == 1 else ""
     figure.suptitle(f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals")
     return figure

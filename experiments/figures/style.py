@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,9 @@ def labelled(*axes: Axes) -> dict[str, Any]:
     return {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
 
 
-def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """Put a legend, label -> handle, below the axes, which keep their height, in as many columns as have room."""
+def legend_below(figure: Figure, *axes: Axes) -> None:
+    """Put the legend below the axes, which keep their height, in as many columns as have room."""
+    handles = labelled(*axes)
     column = 0.45 + 0.075 * max(map(len, handles), default=0)  # inches: the mark, and letters of the style's size
     columns = min(max(int(figure.get_figwidth() / column), 1), len(handles) or 1)
     figure.set_figheight(figure.get_figheight() + 0.19 * (-(-len(handles) // columns) - 1))

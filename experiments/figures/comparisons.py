@@ -1,0 +1,306 @@
+"""What methods and their settings do to metrics: figures of an experiment's table.
+
+Of each, `frame` is the experiment's CSV and `model` one of its models; ValueError where the table lacks what is to be
+drawn, with the names that it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from experiments.choose import chosen_run, differences, pareto_front
+from experiments.figures.style import (
+    COLOURS,
+    FAINT,
+    TITLES,
+    bounds,
+    errors,
+    labelled,
+    legend_below,
+    look,
+    named,
+    new_figure,
+    numbered,
+    styled,
+    title,
+)
+from experiments.pages import arrow, change, run_labels
+from experiments.tables import (
+    SETTING,
+    UNSET,
+    direction,
+    of_model,
+    some_of,
+    spelled,
+    swept_settings,
+    with_window,
+    words,
+)
+
+#: Better and worse: blue and red, white where nothing changed.
+DIVERGING = "RdBu"
+
+
+@styled
+def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str = "clip_score") -> Figure:
+    """Draw what a method is for against quality, one panel a model, crosses for the 95 % intervals.
+
+    Args:
+        claim: metric on the x axis, such as the experiment's primary one of diversity.
+        quality: metric on the y axis.
+    """
+    # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
+    frame = frame[frame["metric"].isin([claim, quality])]
+    models, methods = list(frame["model"].unique()), list(frame["method"].unique())
+    figure, (axes,) = new_figure(len(models), 4.2 * len(models), 3.6)
+    for axis, model in zip(axes, models, strict=True):
+        part = frame[frame["model"] == model]
+        for _, rows in part.groupby("run_id", sort=False):
+            points = rows.drop_duplicates("metric").set_index("metric")  # the first encoder's
+            if claim not in points.index or quality not in points.index:
+                continue
+            x, y, method = points.loc[claim], points.loc[quality], rows["method"].iloc[0]
+            axis.errorbar(
+                x["value"], y["value"], xerr=errors(x, "value"), yerr=errors(y, "value"), linestyle="none",
+                label=title(method, method), **look(method, methods),
+            )  # fmt: skip
+        count = f"n = {part['n_groups'].iloc[0]} groups"
+        axis.set(title=f"{model} ({count})", xlabel=named(frame, claim), ylabel=named(frame, quality))
+        axis.grid()
+    legend_below(figure, *axes)
+    figure.suptitle(f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")
+    return figure
+
+
+@styled
+def forest(frame: pd.DataFrame, model: str) -> Figure:
+    """Draw the paired differences of all metrics to the run without a method, one line a metric and run.
+
+    Right is better. Every metric has its own scale, that of its largest interval: the numbers stand beside.
+    """
+    part = of_model(frame, model)
+    part = some_of(part[part["difference"].notna()], model, "a paired difference")
+    labels, methods = run_labels(frame), list(frame["method"].unique())
+    runs = part.drop_duplicates("run_id").set_index("run_id")["method"]
+    metrics = list(part["metric"].unique())
+    metrics.sort(key=lambda metric: part.loc[part["metric"] == metric, "primary"].isna().all())  # the tested ones first
+    figure, ((axis,),) = new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
+    place, ticks = 0.0, []  # of each metric: where it stands, what it is called, and how heavily
+    for metric in metrics:
+        rows = part[part["metric"] == metric]
+        sign = -1 if direction(rows, metric) is False else 1
+        scale = rows[["difference", "difference_low", "difference_high"]].abs().max(axis=None) or 1.0
+        name = f"{words(metric)} ({arrow(rows.iloc[0])})"
+        ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
+        for _, row in rows.iterrows():
+            point, sides = sign * row["difference"] / scale, errors(row, "difference")[::sign] / scale
+            axis.errorbar(point, place, xerr=sides, linestyle="none", **look(row["method"], methods))
+            beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7.5, "color": "black"}
+            axis.text(1.02, place, change(row), **beside)
+            place += 1
+        place += 0.8
+        axis.axhline(place - 0.9, color="black", alpha=0.12, linewidth=0.6)
+    axis.axvline(0, color="black", linewidth=0.8)
+    places, names, weights = zip(*ticks, strict=True)
+    axis.set_yticks(places, names)
+    for label, weight in zip(axis.get_yticklabels(), weights, strict=True):
+        label.set_fontweight(weight)
+    axis.tick_params(axis="y", length=0)
+    meaning = "worse  ←  paired difference to the same noises without, every metric on its own scale  →  better"
+    axis.set(xlim=(-1.05, 1.05), ylim=(place - 0.4, -0.8), xticks=[], xlabel=meaning)
+    axis.spines["left"].set_visible(False)
+    for run, method in runs.items():
+        axis.plot([], [], linestyle="none", label=title(labels[run], method), **look(method, methods))
+    legend_below(figure, axis)
+    figure.suptitle(f"{model}: bars are 95 % intervals, none where not estimable; bold: tested")
+    return figure
+
+
+@styled
+def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bool = True) -> Figure:
+    """Draw a metric over one setting, with the 95 % interval as a band; one line for each choice of the others.
+
+    Args:
+        metric: what is drawn.
+        over: the setting: a column of the CSV such as `alpha`, `threshold`, `guidance_scale`, `matching` or `method`,
+            or `window` for t_high and t_low together. Numbers make curves, anything else points side by side.
+        paired: whether the paired difference to the run without a method is drawn, or the value itself.
+    """
+    part = with_window(of_model(frame, model, metric))
+    part = part.sort_values(["t_high", "t_low"], ascending=False, kind="stable", na_position="first")
+    if over not in part:
+        raise ValueError(f"expected a setting of the table ({', '.join(SETTING)}) or window, got {over!r}")
+    value = "difference" if paired else "value"
+    low, high = bounds(value)
+    without = part["method"] == "none"
+    # Without a method there is no choice of the method's settings: the value is one level under all of them.
+    level = part[without & (part[over].isna() | (over == "window"))]
+    moved = part[part[value].notna() & ~(without & paired) & ~part.index.isin(level.index)]
+    some_of(moved, model, f"a {value} of {metric}")
+    others = [name for name in swept_settings(moved) if name != over]
+    if over not in ("method", "matching") and moved["method"].nunique() > 1:
+        others.insert(0, "method")
+    figure, axis, places = _over(moved[over], legend_beside=bool(others))
+    methods, groups = list(frame["method"].unique()), moved.groupby(others or ["method"], sort=False, dropna=False)
+    for number, (key, rows) in enumerate(groups):
+        cycle, place = divmod(number, len(COLOURS) - 1)
+        # Black is without a method.
+        drawn = look(key[0], methods) if others in ([], ["method"]) else numbered(place + 1)
+        drawn["label"] = ", ".join(map(_choice, others, key)) or None
+        if places is None:
+            rows = rows.sort_values(over)
+            axis.plot(rows[over], rows[value], ("-", "--", ":", "-.")[cycle % 4], **drawn)
+            axis.fill_between(rows[over], rows[low], rows[high], alpha=0.15, linewidth=0, color=drawn["color"])
+        else:
+            shift = (number - (len(groups) - 1) / 2) * min(0.5 / len(groups), 0.15) if others else 0
+            x = rows[over].map(lambda choice: places[spelled(choice, UNSET)]) + shift
+            axis.errorbar(x, rows[value], yerr=errors(rows, value), linestyle="none", **drawn)
+    if paired:
+        axis.axhline(0, color="black", linewidth=0.8)
+    elif len(level):
+        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=TITLES["none"])
+        axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
+    noun = "paired differences to the same noises without" if paired else "values"
+    axis.set(title=f"{model}: {noun}; 95 % intervals", xlabel=words(over))
+    axis.set_ylabel(named(frame, metric, paired, separator="\n"))
+    if handles := labelled(axis):
+        place = "outside right upper" if others else "outside lower center"
+        figure.legend(handles.values(), handles.keys(), loc=place, fontsize=7.5)
+    return figure
+
+
+def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[str, int] | None]:
+    """Return a figure, its axis over a setting and, unless that is of numbers, where each choice of it stands."""
+    room, places = 2.8 * legend_beside, None
+    if pd.api.types.is_numeric_dtype(choices):
+        figure, ((axis,),) = new_figure(1, 5.2 + room, 3.4)
+        measured = sorted(choices.unique())
+        if len(measured) <= 8:
+            axis.set_xticks(measured, map(spelled, measured))  # where it was measured, and nowhere else
+    else:
+        places = {name: place for place, name in enumerate(dict.fromkeys(spelled(choice, UNSET) for choice in choices))}
+        lines = [TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in places]
+        letters = max(len(line) for text in lines for line in text.split("\n"))
+        figure, ((axis,),) = new_figure(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
+        axis.set_xticks(range(len(places)), lines)
+        axis.set_xlim(-0.6, len(places) - 0.4)
+    axis.grid(axis="y" if places else "both")
+    return figure, axis, places
+
+
+def _choice(setting: str, value: Any) -> str:
+    return TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"
+
+
+@styled
+def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str] = ("alpha", "threshold")) -> Figure:
+    """Draw a metric's paired differences over two settings, one panel a window of timesteps.
+
+    Blue is better than without, red is worse; numbers are the difference and its 95 % interval, bold where that
+    excludes 0.
+
+    Args:
+        frame: of one method over a grid of the two settings and the window, one run a cell.
+        metric: what is drawn.
+        over: the settings of the rows and of the columns: columns of the CSV, or `window` for t_high and t_low
+            together, which makes one panel.
+    """
+    rows = with_window(of_model(frame, model, metric))
+    if missing := set(over) - set(rows):
+        raise ValueError(f"expected two settings of the table or window, got {over}: it lacks {sorted(missing)}")
+    rows = rows[rows[[*over]].notna().all(axis=1) & rows["difference"].notna()]
+    some_of(rows, model, f"a paired difference over {' and '.join(over)}")
+    if rows.duplicated([*over, "window"]).any():
+        raise ValueError(
+            f"expected one run for every {', '.join(dict.fromkeys([*over, 'window']))}, got several: choose one method "
+            "and one value of every other setting of the table first"
+        )
+    rows = rows.sort_values(["t_high", "t_low"], ascending=False, kind="stable")
+    windows = [None] if "window" in over else list(rows["window"].unique())
+    down, across = (list(rows[name].unique()) for name in over)
+    down, across = (sorted(ticks) if pd.api.types.is_number(ticks[0]) else ticks for ticks in (down, across))
+    down = down[::-1] if over[0] != "window" else down
+    higher = direction(frame, metric)
+    limit = rows["difference"].abs().max() or 1.0
+    width = max(1.3 + len(windows) * (0.45 + 1.1 * len(across)), 4.6)  # the title's width
+    figure, (axes,) = new_figure(len(windows), width, 1.4 + 0.55 * len(down))
+    for axis, window in zip(axes, windows, strict=True):
+        here = rows[(rows["window"] == window) | (window is None)]
+        table = here.pivot(index=over[0], columns=over[1], values="difference").reindex(down, columns=across)
+        colours = DIVERGING if higher is not False else f"{DIVERGING}_r"
+        image = axis.imshow(table.to_numpy(dtype=float), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
+        for _, row in here.iterrows():
+            sure = row["difference_low"] > 0 or row["difference_high"] < 0
+            axis.text(
+                across.index(row[over[1]]), down.index(row[over[0]]), change(row).replace(" [", "\n["),
+                ha="center", va="center", fontsize=7.5, fontweight="bold" if sure else "normal",
+                color="white" if abs(row["difference"]) > 0.62 * limit else "black",
+            )  # fmt: skip
+        axis.set_xticks(range(len(across)), map(spelled, across))
+        axis.set_yticks(range(len(down)), map(spelled, down))
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set(title=f"timesteps {window}" if window else "", xlabel=words(over[1]))
+    axes[0].set_ylabel(words(over[0]))
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("" if higher is None else "blue: better")
+    figure.suptitle(
+        f"{model}: paired {named(frame, metric, paired=True)}\nwith its 95 % interval; bold where that excludes 0"
+    )
+    return figure
+
+
+@styled
+def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
+    """Draw what every setting does for a claim against what it costs in quality, and the front of those never beaten.
+
+    Both as paired differences to the run without a method, which is the origin; crosses for the 95 % intervals; a star
+    for the setting that `experiments.choose.chosen_run` names.
+    """
+    points = differences(frame, claim, quality, model)
+    front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
+    labels, without = run_labels(frame), points["method"] == "none"
+    figure, ((axis,),) = new_figure(1, 8.6, max(4.0, 1.2 + 0.165 * len(front)))  # the legend names all of the front
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.axvline(0, color="black", linewidth=0.6)
+    for run, point in points.iterrows():
+        seen = {"ecolor": COLOURS[1], "alpha": 0.55, "linewidth": 1.0}
+        seen = seen if run in front else {"ecolor": FAINT, "alpha": 0.3, "linewidth": 0.7}
+        axis.errorbar(point["x"], point["y"], xerr=errors(point, "x"), yerr=errors(point, "y"), fmt="none", **seen)
+    rest = points[~points.index.isin(front) & ~without]
+    axis.plot(rest["x"], rest["y"], "o", color=FAINT, markersize=4, label="beaten in both by another setting")
+    line = points.loc[front]
+    axis.plot(line["x"], line["y"], color=COLOURS[1], drawstyle="steps-pre", label="front: none is better in both")
+    names = []
+    for number, (run, point) in enumerate(line[line["method"] != "none"].iterrows(), start=1):
+        names.append(f"{number}  {title(labels[run], point['method'], brief=True)}")
+        axis.plot(point["x"], point["y"], "o", color=COLOURS[1], markersize=5)
+        axis.annotate(
+            f"{number}", (point["x"], point["y"]), (5, 5), textcoords="offset points", fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # legible across bars
+        )  # fmt: skip
+    if without.any():
+        axis.plot(points["x"][without], points["y"][without], "s", color="black", label=TITLES["none"])
+    margin = points["margin"].dropna()
+    if len(margin):
+        bound = -margin.iloc[0] * points["y_sign"].iloc[0]
+        axis.axhline(bound, color=COLOURS[2], linestyle="--", linewidth=1, label="largest loss that may be chosen")
+    if chosen is not None:
+        point = points.loc[chosen]
+        axis.plot(
+            point["x"], point["y"], "*", color=COLOURS[2], markersize=14, markeredgecolor="black",
+            markeredgewidth=0.5, label=f"chosen: {title(labels[chosen], point['method'], brief=True)}",
+        )  # fmt: skip
+    axis.set(xlabel=named(frame, claim, paired=True), ylabel=named(frame, quality, paired=True))
+    axis.grid()
+    for text in names:
+        axis.plot([], [], " ", label=text)
+    figure.legend(loc="outside right upper", fontsize=7.5, handlelength=1.4)
+    axis.set_title(f"{model}: paired differences to the same noises without; bars: 95 % intervals")
+    return figure
