@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -86,7 +87,8 @@ def scaling(frame: pd.DataFrame, model: str, titles: Mapping[str, str]) -> Figur
             line[0].set_ylabel(f"{setup_of(rows.iloc[0])}\n{line[0].get_ylabel()}")
     legend_below(figure, *axes.flat)
     where = f" on {setup_of(setups[0].iloc[0])}" if len(setups) == 1 else ""
-    figure.suptitle(f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals")
+    title = f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals"
+    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())))  # as many letters to an inch
     return figure
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from omegaconf import OmegaConf
 from scipy.stats import binom
 from torch.autograd import DeviceType
@@ -625,6 +626,11 @@ def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path)
         "steps in the window, of 25",
         "images in a call",
     ]
+    one_panel = scaling(frame[frame["part"] == "window"], "flux-dev", cfg.latency.titles)
+    canvas = FigureCanvasAgg(one_panel)
+    canvas.draw()
+    box = one_panel.get_tightbbox(canvas.get_renderer())
+    assert box.x0 >= 0 and box.x1 <= one_panel.get_figwidth(), "nothing is cut off at the edges"
     with pytest.raises(ValueError, match=r"model with curves \(flux-dev\), got 'sdxl'"):
         scaling(frame, "sdxl", {})
 
