@@ -14,21 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from experiments.choose import chosen_run, differences, pareto_front
-from experiments.figures.style import (
-    COLOURS,
-    FAINT,
-    TITLES,
-    bounds,
-    errors,
-    labelled,
-    legend_below,
-    look,
-    named,
-    new_figure,
-    numbered,
-    styled,
-    title,
-)
+from experiments.figures import style
 from experiments.pages import arrow, change, run_labels
 from experiments.tables import (
     SETTING,
@@ -46,7 +32,7 @@ from experiments.tables import (
 DIVERGING = "RdBu"
 
 
-@styled
+@style.styled
 def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str = "clip_score") -> Figure:
     """Draw what a method is for against quality, one panel a model, crosses for the 95 % intervals.
 
@@ -57,7 +43,7 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
     # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
     frame = frame[frame["metric"].isin([claim, quality])]
     models, methods = list(frame["model"].unique()), list(frame["method"].unique())
-    figure, (axes,) = new_figure(len(models), 4.2 * len(models), 3.6)
+    figure, (axes,) = style.new_figure(len(models), 4.2 * len(models), 3.6)
     for axis, model in zip(axes, models, strict=True):
         part = frame[frame["model"] == model]
         for _, rows in part.groupby("run_id", sort=False):
@@ -66,18 +52,18 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
                 continue
             x, y, method = points.loc[claim], points.loc[quality], rows["method"].iloc[0]
             axis.errorbar(
-                x["value"], y["value"], xerr=errors(x, "value"), yerr=errors(y, "value"), linestyle="none",
-                label=title(method, method), **look(method, methods),
+                x["value"], y["value"], xerr=style.errors(x, "value"), yerr=style.errors(y, "value"), linestyle="none",
+                label=style.title(method, method), **style.look(method, methods),
             )  # fmt: skip
         count = f"n = {part['n_groups'].iloc[0]} groups"
-        axis.set(title=f"{model} ({count})", xlabel=named(frame, claim), ylabel=named(frame, quality))
+        axis.set(title=f"{model} ({count})", xlabel=style.named(frame, claim), ylabel=style.named(frame, quality))
         axis.grid()
-    legend_below(figure, *axes)
+    style.legend_below(figure, *axes)
     figure.suptitle(f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")
     return figure
 
 
-@styled
+@style.styled
 def forest(frame: pd.DataFrame, model: str) -> Figure:
     """Draw the paired differences of all metrics to the run without a method, one line a metric and run.
 
@@ -89,7 +75,7 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
     runs = part.drop_duplicates("run_id").set_index("run_id")["method"]
     metrics = list(part["metric"].unique())
     metrics.sort(key=lambda metric: part.loc[part["metric"] == metric, "primary"].isna().all())  # the tested ones first
-    figure, ((axis,),) = new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
+    figure, ((axis,),) = style.new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
     place, ticks = 0.0, []  # of each metric: where it stands, what it is called, and how heavily
     for metric in metrics:
         rows = part[part["metric"] == metric]
@@ -98,8 +84,8 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
         name = f"{words(metric)} ({arrow(rows.iloc[0])})"
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
-            point, sides = sign * row["difference"] / scale, errors(row, "difference")[::sign] / scale
-            axis.errorbar(point, place, xerr=sides, linestyle="none", **look(row["method"], methods))
+            point, sides = sign * row["difference"] / scale, style.errors(row, "difference")[::sign] / scale
+            axis.errorbar(point, place, xerr=sides, linestyle="none", **style.look(row["method"], methods))
             beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7.5, "color": "black"}
             axis.text(1.02, place, change(row), **beside)
             place += 1
@@ -115,13 +101,13 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
     axis.set(xlim=(-1.05, 1.05), ylim=(place - 0.4, -0.8), xticks=[], xlabel=meaning)
     axis.spines["left"].set_visible(False)
     for run, method in runs.items():
-        axis.plot([], [], linestyle="none", label=title(labels[run], method), **look(method, methods))
-    legend_below(figure, axis)
+        axis.plot([], [], linestyle="none", label=style.title(labels[run], method), **style.look(method, methods))
+    style.legend_below(figure, axis)
     figure.suptitle(f"{model}: bars are 95 % intervals, none where not estimable; bold: tested")
     return figure
 
 
-@styled
+@style.styled
 def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bool = True) -> Figure:
     """Draw a metric over one setting, with the 95 % interval as a band; one line for each choice of the others.
 
@@ -136,7 +122,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     if over not in part:
         raise ValueError(f"expected a setting of the table ({', '.join(SETTING)}) or window, got {over!r}")
     value = "difference" if paired else "value"
-    low, high = bounds(value)
+    low, high = style.bounds(value)
     without = part["method"] == "none"
     # Without a method there is no choice of the method's settings: the value is one level under all of them.
     level = part[without & (part[over].isna() | (over == "window"))]
@@ -148,9 +134,9 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     figure, axis, places = _over(moved[over], legend_beside=bool(others))
     methods, groups = list(frame["method"].unique()), moved.groupby(others or ["method"], sort=False, dropna=False)
     for number, (key, rows) in enumerate(groups):
-        cycle, place = divmod(number, len(COLOURS) - 1)
+        cycle, place = divmod(number, len(style.COLOURS) - 1)
         # Black is without a method.
-        drawn = look(key[0], methods) if others in ([], ["method"]) else numbered(place + 1)
+        drawn = style.look(key[0], methods) if others in ([], ["method"]) else style.numbered(place + 1)
         drawn["label"] = ", ".join(map(_choice, others, key)) or None
         if places is None:
             rows = rows.sort_values(over)
@@ -159,16 +145,16 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         else:
             shift = (number - (len(groups) - 1) / 2) * min(0.5 / len(groups), 0.15) if others else 0
             x = rows[over].map(lambda choice: places[spelled(choice, UNSET)]) + shift
-            axis.errorbar(x, rows[value], yerr=errors(rows, value), linestyle="none", **drawn)
+            axis.errorbar(x, rows[value], yerr=style.errors(rows, value), linestyle="none", **drawn)
     if paired:
         axis.axhline(0, color="black", linewidth=0.8)
     elif len(level):
-        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=TITLES["none"])
+        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=style.TITLES["none"])
         axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
     noun = "paired differences to the same noises without" if paired else "values"
     axis.set(title=f"{model}: {noun}; 95 % intervals", xlabel=words(over))
-    axis.set_ylabel(named(frame, metric, paired, separator="\n"))
-    if handles := labelled(axis):
+    axis.set_ylabel(style.named(frame, metric, paired, separator="\n"))
+    if handles := style.labelled(axis):
         place = "outside right upper" if others else "outside lower center"
         figure.legend(handles.values(), handles.keys(), loc=place, fontsize=7.5)
     return figure
@@ -178,15 +164,15 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
     """Return a figure, its axis over a setting and, unless that is of numbers, where each choice of it stands."""
     room, places = 2.8 * legend_beside, None
     if pd.api.types.is_numeric_dtype(choices):
-        figure, ((axis,),) = new_figure(1, 5.2 + room, 3.4)
+        figure, ((axis,),) = style.new_figure(1, 5.2 + room, 3.4)
         measured = sorted(choices.unique())
         if len(measured) <= 8:
             axis.set_xticks(measured, map(spelled, measured))  # where it was measured, and nowhere else
     else:
         places = {name: place for place, name in enumerate(dict.fromkeys(spelled(choice, UNSET) for choice in choices))}
-        lines = [TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in places]
+        lines = [style.TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in places]
         letters = max(len(line) for text in lines for line in text.split("\n"))
-        figure, ((axis,),) = new_figure(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
+        figure, ((axis,),) = style.new_figure(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
         axis.set_xticks(range(len(places)), lines)
         axis.set_xlim(-0.6, len(places) - 0.4)
     axis.grid(axis="y" if places else "both")
@@ -194,10 +180,10 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
 
 
 def _choice(setting: str, value: Any) -> str:
-    return TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"
+    return style.TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"
 
 
-@styled
+@style.styled
 def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str] = ("alpha", "threshold")) -> Figure:
     """Draw a metric's paired differences over two settings, one panel a window of timesteps.
 
@@ -228,7 +214,7 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     higher = direction(frame, metric)
     limit = rows["difference"].abs().max() or 1.0
     width = max(1.3 + len(windows) * (0.45 + 1.1 * len(across)), 4.6)  # the title's width
-    figure, (axes,) = new_figure(len(windows), width, 1.4 + 0.55 * len(down))
+    figure, (axes,) = style.new_figure(len(windows), width, 1.4 + 0.55 * len(down))
     for axis, window in zip(axes, windows, strict=True):
         here = rows[(rows["window"] == window) | (window is None)]
         table = here.pivot(index=over[0], columns=over[1], values="difference").reindex(down, columns=across)
@@ -251,12 +237,12 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     bar.outline.set_visible(False)
     bar.set_label("" if higher is None else "blue: better")
     figure.suptitle(
-        f"{model}: paired {named(frame, metric, paired=True)}\nwith its 95 % interval; bold where that excludes 0"
+        f"{model}: paired {style.named(frame, metric, paired=True)}\nwith its 95 % interval; bold where that excludes 0"
     )
     return figure
 
 
-@styled
+@style.styled
 def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     """Draw what every setting does for a claim against what it costs in quality, and the front of those never beaten.
 
@@ -266,38 +252,45 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     points = differences(frame, claim, quality, model)
     front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
     labels, without = run_labels(frame), points["method"] == "none"
-    figure, ((axis,),) = new_figure(1, 8.6, max(4.0, 1.2 + 0.165 * len(front)))  # the legend names all of the front
+    height = max(4.0, 1.2 + 0.165 * len(front))  # the legend names all of the front
+    figure, ((axis,),) = style.new_figure(1, 8.6, height)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.6)
     for run, point in points.iterrows():
-        seen = {"ecolor": COLOURS[1], "alpha": 0.55, "linewidth": 1.0}
-        seen = seen if run in front else {"ecolor": FAINT, "alpha": 0.3, "linewidth": 0.7}
-        axis.errorbar(point["x"], point["y"], xerr=errors(point, "x"), yerr=errors(point, "y"), fmt="none", **seen)
+        seen = {"ecolor": style.COLOURS[1], "alpha": 0.55, "linewidth": 1.0}
+        seen = seen if run in front else {"ecolor": style.FAINT, "alpha": 0.3, "linewidth": 0.7}
+        axis.errorbar(
+            point["x"], point["y"], xerr=style.errors(point, "x"), yerr=style.errors(point, "y"), fmt="none", **seen
+        )
     rest = points[~points.index.isin(front) & ~without]
-    axis.plot(rest["x"], rest["y"], "o", color=FAINT, markersize=4, label="beaten in both by another setting")
+    axis.plot(rest["x"], rest["y"], "o", color=style.FAINT, markersize=4, label="beaten in both by another setting")
     line = points.loc[front]
-    axis.plot(line["x"], line["y"], color=COLOURS[1], drawstyle="steps-pre", label="front: none is better in both")
+    axis.plot(
+        line["x"], line["y"], color=style.COLOURS[1], drawstyle="steps-pre", label="front: none is better in both"
+    )
     names = []
     for number, (run, point) in enumerate(line[line["method"] != "none"].iterrows(), start=1):
-        names.append(f"{number}  {title(labels[run], point['method'], brief=True)}")
-        axis.plot(point["x"], point["y"], "o", color=COLOURS[1], markersize=5)
+        names.append(f"{number}  {style.title(labels[run], point['method'], brief=True)}")
+        axis.plot(point["x"], point["y"], "o", color=style.COLOURS[1], markersize=5)
         axis.annotate(
             f"{number}", (point["x"], point["y"]), (5, 5), textcoords="offset points", fontweight="bold",
             path_effects=[withStroke(linewidth=3, foreground="white")],  # legible across bars
         )  # fmt: skip
     if without.any():
-        axis.plot(points["x"][without], points["y"][without], "s", color="black", label=TITLES["none"])
+        axis.plot(points["x"][without], points["y"][without], "s", color="black", label=style.TITLES["none"])
     margin = points["margin"].dropna()
     if len(margin):
         bound = -margin.iloc[0] * points["y_sign"].iloc[0]
-        axis.axhline(bound, color=COLOURS[2], linestyle="--", linewidth=1, label="largest loss that may be chosen")
+        axis.axhline(
+            bound, color=style.COLOURS[2], linestyle="--", linewidth=1, label="largest loss that may be chosen"
+        )
     if chosen is not None:
         point = points.loc[chosen]
         axis.plot(
-            point["x"], point["y"], "*", color=COLOURS[2], markersize=14, markeredgecolor="black",
-            markeredgewidth=0.5, label=f"chosen: {title(labels[chosen], point['method'], brief=True)}",
+            point["x"], point["y"], "*", color=style.COLOURS[2], markersize=14, markeredgecolor="black",
+            markeredgewidth=0.5, label=f"chosen: {style.title(labels[chosen], point['method'], brief=True)}",
         )  # fmt: skip
-    axis.set(xlabel=named(frame, claim, paired=True), ylabel=named(frame, quality, paired=True))
+    axis.set(xlabel=style.named(frame, claim, paired=True), ylabel=style.named(frame, quality, paired=True))
     axis.grid()
     for text in names:
         axis.plot([], [], " ", label=text)
