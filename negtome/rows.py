@@ -213,14 +213,14 @@ class ReferenceRows:
                     "NegToMe got a mask that covers more than half of no token: the largest feature map has "
                     f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
                 )
-            device = call.sample.device
+            device = call.prompts.device
             allowed = {
                 n: mask.nonzero().flatten().to(device) if mask is not None and mask.any() else None
                 for n, mask in masks.items()
             }
             masks = {n: None if mask is None else mask.to(device) for n, mask in masks.items()}
             routes.append(Route(_runs(members), (start, images + len(lenders)), masks, allowed))
-        half = torch.tensor([*range(images), *lenders], device=call.sample.device)
+        half = torch.tensor([*range(images), *lenders], device=call.prompts.device)
         index = torch.cat([half + images * k for k in range(call.halves)])
         return _Plan(tuple(slots), size, Layout(call.halves, images, len(lenders), tuple(routes)), index)
 

@@ -47,7 +47,6 @@ class DenoiserCall:
         pooled: [rows, P] the pooled text embedding, or [1, P]. Flux's is of `prompt`, the other of `prompt_2`.
         text_length: text tokens in front of the image tokens where a place has `text_first`.
         latent: (height, width) of the latent where feature maps of several sizes exist, else None.
-        sample: the argument that holds the latents.
     """
 
     timestep: torch.Tensor | float
@@ -57,7 +56,6 @@ class DenoiserCall:
     pooled: torch.Tensor
     text_length: int
     latent: tuple[int, int] | None
-    sample: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,6 @@ def _read_sdxl(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
         pooled=arguments["added_cond_kwargs"]["text_embeds"],
         text_length=0,
         latent=(sample.shape[-2], sample.shape[-1]),
-        sample=sample,
     )
 
 
@@ -216,18 +213,17 @@ def _sdxl_embed(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> dict[st
 
 def _read_flux(pipe: Any, arguments: Mapping[str, Any]) -> DenoiserCall:
     """Read a call of Flux's transformer: true guidance is a second call, so a batch is never halved."""
-    tokens, prompts = arguments["hidden_states"], arguments["encoder_hidden_states"]
+    prompts = arguments["encoder_hidden_states"]
     return DenoiserCall(
         # The transformer gets t / 1000 in the dtype of the latents: in bfloat16 that is off by up to 4 timesteps, and
         # 900 arrives as 898. The pipeline keeps the scheduler's own value.
         timestep=pipe.current_timestep,
-        rows=tokens.shape[0],
+        rows=arguments["hidden_states"].shape[0],
         halves=1,
         prompts=prompts,
         pooled=arguments["pooled_projections"],
         text_length=prompts.shape[1],
         latent=None,
-        sample=tokens,
     )
 
 
