@@ -134,6 +134,7 @@ class ReferenceRows:
                 a token.
         """
         architecture = self._architecture
+        arguments = dict(arguments)
         for name in architecture.broadcast:
             if len(arguments[name]) not in (1, call.rows):
                 raise ValueError(
@@ -141,10 +142,7 @@ class ReferenceRows:
                     f"a reference, got {len(arguments[name])}; repeat prompt_embeds and pooled_prompt_embeds along "
                     "their first dimension."
                 )
-        arguments = {
-            name: value.expand(call.rows, *value.shape[1:]) if name in architecture.broadcast else value
-            for name, value in arguments.items()
-        }
+            arguments[name] = arguments[name].expand(call.rows, *arguments[name].shape[1:])
         plan = next((plan for prompts, plan in self._plans if prompts is call.prompts), None)
         if plan is None:
             plan = self._plan(pipe, call, conditional, architecture.latent_size(arguments), fewest_tokens)
