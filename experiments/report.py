@@ -41,7 +41,7 @@ from experiments.figures.style import encode, title
 from experiments.locks import locked
 from experiments.methods.assets import read_assets
 from experiments.runs import RUNS, Run
-from experiments.tables import CALL, REQUIRED, check_names, commands, read_csv, spelled, whole
+from experiments.tables import CALL, REQUIRED, check_names, commands, printed, read_csv, spelled, whole
 from experiments.templates import render
 from experiments.timing.report import case_tables, target_table
 from experiments.timing.rows import MEASURED
@@ -144,7 +144,6 @@ def _section(name: str, results: Path, outputs: Path, pictures: Pictures, groups
     check_names(frame, path)
     frame = whole(frame)
     runs = _runs(frame, outputs)
-    settings = pd.DataFrame([run["settings"] for run in runs]).replace("", None).dropna(axis="columns", how="all")
     return section | {
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
         "findings": [finding.removeprefix("- ").split(": ", 1) for finding in pages.findings(frame)],
@@ -160,7 +159,7 @@ def _section(name: str, results: Path, outputs: Path, pictures: Pictures, groups
             _gallery(name, model, [run for run in runs if run["model"] == model], results, pictures, groups)
             for model in section["models"]
         ],
-        "settings": settings.fillna(""),
+        "settings": printed(run["settings"] for run in runs),
         "foreign": None,
     }
 

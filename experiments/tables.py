@@ -193,6 +193,12 @@ def lock(path: Path) -> contextlib.AbstractContextManager[bool]:
     return locked(path.with_name(f".{path.name}.lock"))
 
 
+def printed(table: Iterable[Mapping[str, str]]) -> pd.DataFrame:
+    """Return rows of cells, by heading, as a table of texts, without the columns that are blank."""
+    frame = pd.DataFrame(table).fillna("")
+    return frame.loc[:, (frame != "").any()]
+
+
 def markdown(table: pd.DataFrame) -> str:
     """Return a table of texts as Markdown."""
     return table.to_markdown(index=False, disable_numparse=True)

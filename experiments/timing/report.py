@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from eval.files import write_text
 from experiments.figures.scaling import SETUP, curve_models, scaling, setup_of
 from experiments.figures.style import save
 from experiments.pages import paper_table, with_interval
-from experiments.tables import latex, markdown
+from experiments.tables import latex, markdown, printed
 from experiments.templates import render
 from experiments.timing.cases import METHOD, PLAIN
 from experiments.timing.profile import OUTSIDE
@@ -115,12 +115,6 @@ def where(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
     for column, value in values.items():
         frame = frame[frame[column].isna() if pd.isna(value) else frame[column] == value]
     return frame
-
-
-def printed(table: Iterable[Mapping[str, str]]) -> pd.DataFrame:
-    """Return rows of cells, by heading, as a table without the columns that are blank."""
-    frame = pd.DataFrame(table).fillna("")
-    return frame.loc[:, (frame != "").any()]
 
 
 def _verdict(value: float, low: float, high: float, limit: float) -> str:
