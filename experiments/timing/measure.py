@@ -102,12 +102,10 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         name: case.strengths.replace(**{**variant.config, "timestep_range": windows[name]})
         for name, variant in variants.items()
     }
-
-    def attach(name: str) -> contextlib.AbstractContextManager:
-        return attached(pipe, variants[name], configs[name], picture)
+    attach = {name: functools.partial(attached, pipe, variants[name], configs[name], picture) for name in variants}
 
     def run(name: str) -> clock.Timing:
-        with attach(name) as attachment:
+        with attach[name]() as attachment:
             return clock.time_call(pipe, call, device, attachment)
 
     fit, timings, parts = [], {}, pd.DataFrame()
@@ -124,8 +122,8 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
         bound = lower_bound(found, device, clock.denoiser_of(pipe).dtype)
         timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
         if case.part == "table" and METHOD in fit and not cfg.compile:
-            calls = functools.partial(attach, METHOD), functools.partial(clock.time_call, pipe, call, device)
-            parts = profile.parts(pipe, *calls, case.rounds, device)
+            once = functools.partial(clock.time_call, pipe, call, device)
+            parts = profile.parts(pipe, attach[METHOD], once, case.rounds, device)
     rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
     profiled = {"part": "profile", "variant": METHOD, **measured_steps(case, mask)}
     return [*rows, *(profiled | part for part in parts.reset_index().to_dict("records"))]

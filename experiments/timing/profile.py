@@ -65,7 +65,7 @@ def parts(
 
     spans = pd.concat([run(cuda).assign(run=number) for number in range(rounds)])
     spans = spans[spans["active"] | (spans["operation"] != PUSH)]
-    spans["operation"] = spans["operation"].where(spans["active"], OUTSIDE)
+    spans = spans.assign(operation=spans["operation"].where(spans["active"], OUTSIDE))
     # min_count: of NaN alone, NaN.
     median = spans.groupby(["operation", "run", "step"])[TAKEN].sum(min_count=1).groupby("operation").median()
     # Of a site's two spans, one holds its push; a step outside the window is told by both spans of the denoiser.
