@@ -107,7 +107,7 @@ def _draw(axis: Axes, panel: Panel, rows: pd.DataFrame, titles: Mapping[str, str
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{value:.0f}" for value in ticks])
         axis.minorticks_off()
-    axis.set_xlabel(f"{panel.xlabel}, of {rows['steps'].max():.0f}" if panel.part == "window" else panel.xlabel)
-    axis.set_ylabel(panel.ylabel)
+    of = f", of {rows['steps'].max():.0f}" if panel.part == "window" else ""
+    axis.set(xlabel=f"{panel.xlabel}{of}", ylabel=panel.ylabel)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.grid()

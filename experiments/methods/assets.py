@@ -244,11 +244,9 @@ class Retriever:
     def _nearest(self, query: torch.Tensor, threshold: float) -> list[tuple[Asset, float]]:
         """Return the pictures of the asset nearest to a query [1, D], if that is above the threshold."""
         scores = (self._index @ query[0]).tolist()
-        name = self.assets[max(range(len(scores)), key=scores.__getitem__)].name
-        if max(scores) <= threshold:
-            return []
-        found = [pair for pair in zip(self.assets, scores, strict=True) if pair[0].name == name]
-        return sorted(found, key=lambda pair: -pair[1])
+        found = sorted(zip(self.assets, scores, strict=True), key=lambda pair: -pair[1])
+        nearest, score = found[0]
+        return [pair for pair in found if pair[0].name == nearest.name] if score > threshold else []
 
     @functools.cached_property
     def _index(self) -> torch.Tensor:
