@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from eval.encoders import Encoder
 from eval.files import content_hash
@@ -57,10 +56,6 @@ class Asset:
     def mask(self) -> torch.Tensor | None:
         """Where the asset is, bool [H, W], or None: everywhere."""
         return None if self.mask_file is None else load_image(self.mask_file)[0] > 127
-
-    def picture(self) -> Image.Image:
-        """Return the picture as PIL RGB."""
-        return Image.fromarray(self.image.permute(1, 2, 0).numpy())
 
 
 def read_assets(folder: str | Path | None) -> list[Asset]:

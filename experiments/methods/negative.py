@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from eval.images import load_picture
 from experiments.methods.assets import Retriever
 from experiments.methods.method import Applied, Method, Setting
 from experiments.prompts import Group
@@ -105,7 +106,7 @@ class NegativeIPAdapter(Method):
         pipe.load_ip_adapter(**self.weights)
         try:
             pipe.set_ip_adapter_scale(self.scale)
-            pictures = [asset.picture() for asset, _ in found]
+            pictures = [load_picture(asset.file) for asset, _ in found]
             # The adapter's layout: [unconditional, conditional], where the former shows nothing: zeros, or the
             # embedding of a black picture, as the adapter was trained.
             with torch.no_grad():

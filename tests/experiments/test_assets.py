@@ -54,7 +54,6 @@ def test_a_folder_is_read_with_its_masks(folder):
     assert assets[0].mask is None
     assert assets[1].image.shape == (3, 8, 12) and assets[1].image[:, 0, 0].tolist() == [255, 0, 0]
     assert torch.equal(assets[1].mask, (torch.arange(12) < 6).expand(8, 12))
-    assert assets[1].picture().getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_pictures_that_differ_in_their_suffix_share_a_mask(folder):

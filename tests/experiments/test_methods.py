@@ -12,6 +12,7 @@ from PIL import Image
 from stand_ins import Colours, save_ip_adapter
 
 import negtome
+from eval.images import load_picture
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
 from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
@@ -301,7 +302,7 @@ def test_a_negative_ip_adapter_shows_the_assets_to_the_unconditional_half(tiny_s
         assert np.array_equal(images, generate(tiny_sdxl, Baseline(), FAR, call)[0]) and applied.references == {}
     # What the pipeline itself makes of an image prompt, with the halves exchanged: both of its pictures on the one
     # side, and on the other what the adapter was trained to take for none.
-    pictures = [asset.picture() for asset, _ in retriever().find(None, NEAR, {})]
+    pictures = [load_picture(asset.file) for asset, _ in retriever().find(None, NEAR, {})]
     with NegativeIPAdapter("m", retriever(), ip_adapter).apply(tiny_sdxl, NEAR, call) as applied, torch.no_grad():
         (usual,) = tiny_sdxl.prepare_ip_adapter_image_embeds([pictures], None, "cpu", 1, True)
         (given,) = applied.call["ip_adapter_image_embeds"]
