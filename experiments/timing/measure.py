@@ -32,8 +32,8 @@ from experiments.timing.rows import measured_steps, rows_of, with_bound
 
 log = logging.getLogger(__name__)
 
-#: Raised whenever the same settings would be timed in another way; with the methods' versions, a new one has every case
-#: measured anew.
+#: Raised whenever the same settings would take another time: where what is timed has become faster or slower, or is
+#: timed in another way. A new one, or a new version of a timed method, has every case measured anew.
 LATENCY_VERSION = 1
 #: For how long each kernel of the floor is repeated, in seconds.
 REPEATED = 0.05

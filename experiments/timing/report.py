@@ -44,14 +44,14 @@ def case_tables(frame: pd.DataFrame, titles: Mapping[str, str]) -> list[tuple[pd
 
 def profile_table(rows: pd.DataFrame, plain: Mapping[str, float]) -> pd.DataFrame:
     """Return what the method's part of a step is made of, from a case's profile and its row without NegToMe."""
-    time, where = ("device_ms", "on the device, ") if rows["device_ms"].notna().any() else ("host_ms", "")
+    time, whose = ("device_ms", "on the device, ") if rows["device_ms"].notna().any() else ("host_ms", "")
     return printed(
         {
             "what": row["operation"],
             "calls a step": _whole(row["operation_calls"]),
             "host, ms": _short(row["host_ms"]),
             "device, ms": _short(row["device_ms"]),
-            f"{where}of a step without":
+            f"{whose}of a step without":
                 f"{100 * row[time] / plain['outside_ms' if row['operation'] == OUTSIDE else 'inside_ms']:.2f} %",
         }
         for _, row in rows.iterrows()
