@@ -11,34 +11,12 @@ import pandas as pd
 from experiments import project_path
 from experiments.methods.setting import Setting
 from experiments.tables import CALL, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
+from experiments.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
-#: What the columns of the main table, of the other metrics' and of the paper's mean.
-LEGEND = (
-    "Without a method: value [95 % interval]. With one: value; paired difference to the run without, over the same "
-    "groups [95 % interval]. pushed: share of the compared tokens that moved. p: sign-flip test of the difference, "
-    "after Holm's correction over a model's methods and primary metrics. d_z: mean difference in standard "
-    "deviations of the paired differences. wins: share of groups in which the method is better, ties halved. "
-    "quality kept: the interval excludes a loss of more than the margin; every method is judged by itself, so "
-    "that the chance to call quality kept by one that loses it grows with their number. "
-    "units: what intervals resample and tests exchange whole, categories unless configured otherwise; intervals of "
-    "fewer than four are not estimable."
-)
-OTHER_LEGEND = (
-    "All other metrics, described, not tested: value [95 % interval], with a method value; paired difference "
-    "[95 % interval]. units: how many were resampled; where no interval stands, they are too few or all alike. "
-    "What each metric is, and by what it is biased: docs/metrics.md."
-)
-PAPER_LEGEND = (
-    "The paper's own numbers (results/paper.csv; DreamSim similarity, other models, other images: not the same "
-    "scale as above):"
-)
-AGAINST_LEGEND = (
-    "Paired differences of each method to {against}, over the same groups and noises, with 95 % intervals; p after "
-    "Holm's correction over a model's methods and metrics. {models}"
-)
-MINI = "Models named mini-* are this project's small models: their numbers are not SDXL's or Flux's."
+#: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
+LEGENDS = TEMPLATES.get_template("legends.j2").module
 
 
 def change(row: pd.Series) -> str:
@@ -236,25 +214,26 @@ def _finding(row: pd.Series) -> str:
 def scored_by(frame: pd.DataFrame) -> str:
     """Say which networks measured the primary metrics, and what the models' names mean."""
     encoders = frame.loc[frame["primary"].isin(ROLES), "encoder"].dropna().unique()
-    return f"Scored by {', '.join(sorted(encoders))}. {MINI}"
+    return f"Scored by {', '.join(sorted(encoders))}. {LEGENDS.mini}"
 
 
 def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.DataFrame) -> str:
     """Return the Markdown page of one experiment: ours, how it was measured, and the paper's beside it."""
     name, others = frame["experiment"].iloc[0], other_table(frame)
-    parts = [f"# {name}", description, main_table(frame), f"{LEGEND} {scored_by(frame)}", "\n".join(findings(frame))]
-    parts += [OTHER_LEGEND, others] if len(others) else []
-    parts += [PAPER_LEGEND, paper] if len(paper) else []
+    parts = [f"# {name}", description, main_table(frame), f"{LEGENDS.main} {scored_by(frame)}"]
+    parts.append("\n".join(findings(frame)))
+    parts += [LEGENDS.others, others] if len(others) else []
+    parts += [f"{LEGENDS.paper}:", paper] if len(paper) else []
     return _page(parts)
 
 
 def render_against(frame: pd.DataFrame, against: str) -> str:
     """Return `against_table` as a Markdown page."""
-    legend = AGAINST_LEGEND.format(against=against, models=MINI)
+    legend = f"Paired differences of each method to {against}, {LEGENDS.against} {LEGENDS.mini}"
     return _page([f"# {frame['experiment'].iloc[0]} against {against}", legend, against_table(frame, against)])
 
 
-def _page(parts: list[Any]) -> str:
+def _page(parts: list[str | pd.DataFrame | None]) -> str:
     """Return paragraphs and tables as Markdown, a blank line between them."""
     texts = (markdown(part) if isinstance(part, pd.DataFrame) else part for part in parts)
     return "\n\n".join(filter(None, texts)) + "\n"
