@@ -37,8 +37,7 @@ from eval.files import write_bytes
 from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
-from experiments.identity import GENERATION_VERSION, canonical
-from experiments.registry import experiments_of
+from experiments.identity import GENERATION_VERSION, canonical, experiments_of
 from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.

@@ -45,10 +45,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from experiments import pipelines, select_device
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
-from experiments.identity import request
+from experiments.identity import register, request
 from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
-from experiments.registry import register
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)

@@ -1,25 +1,38 @@
-"""What a run is: what was asked for, and by which weights, machine and software; its id is a hash of both."""
+"""What a run is, and which run answers what a configuration asks for.
+
+A run is what was asked for, and by which weights, machine and software; its id is a hash of both. The act that
+generates registers every run that is complete, a file a configuration in `<outputs>/<experiment>/asked/`; the acts
+after it compose the same configurations and look their runs up.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
-from experiments import PROJECT, pipelines
-from experiments.configs import build, flag
+from eval.files import read_json, remembered_hash, write_text
+from experiments import PROJECT, pipelines, project_path
+from experiments.configs import build, flag, without
 from experiments.methods.method import Method
 from experiments.prompts import PromptSet
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+
+#: Where an experiment's folder names its runs.
+ASKED = "asked"
 
 
 def canonical(value: Any) -> str:
@@ -28,13 +41,8 @@ def canonical(value: Any) -> str:
 
 
 def short_digest(value: Any) -> str:
-    """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON."""
+    """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON: of a run's identity, its id."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
-
-
-def run_id(identity: dict[str, Any]) -> str:
-    """Return the id of the run of this identity: `request`, and what `made_by` returns."""
-    return short_digest(identity)
 
 
 def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
@@ -108,3 +116,82 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else None,
     }
+
+
+def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
+    """Return a digest of what is asked for, a method as its configuration spells it: none is built, no encoder loaded.
+
+    Pictures and weights that a method is given count by their content, wherever they lie.
+
+    Args:
+        cfg: the composed configuration.
+        method: in place of the configured one.
+    """
+    # Wherever things are computed, and whatever is said of a method.
+    spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), "device", "about")
+    named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical(spelled))]
+    versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
+    return short_digest([request_apart(cfg), _by_content(spelled), versions])
+
+
+def _by_content(spec: Any) -> Any:
+    """Return a configuration with what its folders hold in the place of their names."""
+    if isinstance(spec, dict):
+        return {key: _by_content(value) for key, value in spec.items()}
+    if isinstance(spec, list):
+        return [_by_content(value) for value in spec]
+    if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
+    return spec
+
+
+def register(cfg: DictConfig, run: str) -> None:
+    """Name the complete run that answers a configuration, in the place of an earlier one."""
+    text = json.dumps({"run": run, "model": cfg.model.name, "method": cfg.method.name}, indent=1) + "\n"
+    file = _file(cfg, config_digest(cfg))
+    if not file.exists() or file.read_bytes() != text.encode():
+        write_text(file, text)
+
+
+def lookup(cfg: DictConfig, method: DictConfig | None = None) -> str:
+    """Return the id of the run that answers a configuration; see `config_digest`.
+
+    Raises:
+        FileNotFoundError: none was completed; the message names the command.
+        ValueError: the file that names it is damaged.
+    """
+    file = _file(cfg, config_digest(cfg, method))
+    if not file.exists():
+        name = (cfg.method if method is None else method).name
+        raise FileNotFoundError(
+            f"No complete run of model={cfg.model.name} method={name} with these settings is named in {file.parent}: "
+            "run python -m experiments.generate with the same overrides, which keeps what is there"
+        )
+    return _read(file)["run"]
+
+
+def _file(cfg: DictConfig, digest: str) -> Path:
+    if not re.fullmatch(r"\w[\w.+-]*", str(cfg.name)):  # it names a folder of outputs, and files of results
+        raise ValueError(f"expected a name without slashes and spaces, got {cfg.name!r}: give name=NAME")
+    return project_path(cfg.outputs) / cfg.name / ASKED / f"{digest}.json"
+
+
+def _read(file: Path) -> dict[str, str]:
+    entry = read_json(file)
+    if not isinstance(entry, dict) or not re.fullmatch("[0-9a-f]{12}", str(entry.get("run"))):
+        raise ValueError(f"expected the id of a run in {file}, got other JSON: delete it and run experiments.generate")
+    return entry
+
+
+def experiments_of(outputs: Path) -> dict[str, list[str]]:
+    """Return, by the id of each run, the names of the experiments that asked for it; damaged files name none."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(outputs.glob(f"*/{ASKED}/*.json")):
+        try:
+            names = found.setdefault(_read(file)["run"], [])
+        except ValueError:
+            continue
+        if (name := file.parents[1].name) not in names:
+            names.append(name)
+    return found

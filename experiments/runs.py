@@ -29,11 +29,10 @@ from eval.files import content_hash, read_json, read_regular, remembered_hash, s
 from eval.images import MANIFEST, ManifestRow, write_manifest
 from experiments import pipelines, project_path
 from experiments.configs import build, no_method
-from experiments.identity import environment, made_by, request, run_id
+from experiments.identity import environment, lookup, made_by, request, short_digest
 from experiments.locks import locked
 from experiments.methods.method import Method
 from experiments.prompts import Group
-from experiments.registry import lookup
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Run:
         try:
             status = path.stat()
             identity = _read_identity(path, status.st_size, status.st_mtime_ns)
-            found = run_id(identity)
+            found = short_digest(identity)
             _ = identity["request"], identity["machine"]
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -114,7 +113,7 @@ class Run:
         """
         method: Method = build(cfg.method)
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
-        run = cls(project_path(cfg.outputs) / RUNS / run_id(identity))
+        run = cls(project_path(cfg.outputs) / RUNS / short_digest(identity))
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / "config.yaml").exists():
             files.write_json(run.folder / "environment.json", environment(device))

@@ -36,8 +36,8 @@ from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_
 from experiments import catalogue, project_path
 from experiments.configs import expand, flag, no_method
 from experiments.evaluate import NEEDS, configured_metrics, document_path
+from experiments.identity import config_digest
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
-from experiments.registry import config_digest
 from experiments.runs import Run
 from experiments.tables import (
     COLUMNS,

@@ -9,7 +9,7 @@ from experiments import PROJECT, collect, pipelines
 from experiments.configs import expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_all, prepare
-from experiments.identity import request, run_id
+from experiments.identity import request, short_digest
 from experiments.methods.negtome import NegToMe
 from experiments.runs import Run
 
@@ -118,14 +118,14 @@ def test_what_means_the_same_is_one_run(ours, theirs, tiny_overrides, tmp_path):
     for changes in (ours, theirs):
         method = [] if any(change.startswith("method=") for change in changes) else ["method=none"]
         (cfg,) = expand(tiny_overrides("sweep", tmp_path, *method, *changes))
-        ids.add(run_id(request(cfg)))
+        ids.add(short_digest(request(cfg)))
     assert len(ids) == 1
 
 
 def test_the_committed_spelling_keeps_its_ids():
     """As far as they do not depend on weights, machine and code: the committed tables name runs by them."""
     configs = expand(["experiment=diversity", "model=mini-sdxl,mini-flux,flux-dev", "method=none"])
-    assert {cfg.model.name: run_id(request(cfg)) for cfg in configs} == {
+    assert {cfg.model.name: short_digest(request(cfg)) for cfg in configs} == {
         "mini-sdxl": "abc876671e10", "mini-flux": "73617d507637", "flux-dev": "875f905ae089",
     }  # fmt: skip
 

@@ -21,8 +21,8 @@ from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, report
 from experiments.figures import called_for
 from experiments.figures.style import encode
+from experiments.identity import short_digest
 from experiments.pages import findings, main_table
-from experiments.runs import run_id
 from experiments.tables import TEXT, commands, read_table, whole
 from experiments.tabulate import merge_rows
 
@@ -72,7 +72,7 @@ def write_run(outputs, model, method, size=32):
     identity = {"request": {"model": {"name": model}, "method": {"name": method, "settings": {}}},
                 "weights": "w", "machine": {"device": "cpu", "torch": "2.9.0", "diffusers": "0.42.1",
                                             "transformers": "4.56.0"}, "code": "c"}  # fmt: skip
-    folder = outputs / "runs" / run_id(identity)
+    folder = outputs / "runs" / short_digest(identity)
     rows = [
         ManifestRow(f"images/{prompt_id}/{seed:06d}/{index:02d}.png", prompt_id, prompt, category, seed, index, index,
                     {"ogre/a.png": 0.875} if method == "negtome_released" else None)

@@ -13,8 +13,8 @@ from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
+from experiments.identity import config_digest, experiments_of, lookup, register
 from experiments.pages import run_labels
-from experiments.registry import config_digest, experiments_of, lookup, register
 from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
