@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -42,7 +43,7 @@ from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.
 MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")
-#: Columns before the settings, and where their values are in a run's identity and environment.
+#: Columns before the settings, and where their values are in a run's identity.
 HEAD = {
     "experiment": "experiment", "model": "request.model.name", "kind": "request.model.kind",
     "architecture": "request.model.architecture", "source": "request.model.source", "dtype": "request.model.dtype",
@@ -50,7 +51,7 @@ HEAD = {
 }  # fmt: skip
 #: What the columns of the settings of the call and of the method begin with, and where these are.
 SETTINGS = {"call.": "request.model.call.", "method.": "request.method.settings."}
-#: Columns after the settings: of the run, of a metric's document, and of one of its groups.
+#: Columns after the settings: of the run's identity and environment, of a metric's document, and of one of its groups.
 RUN = {
     "prompts": "request.prompts.name", "split": "request.prompts.split", "run_id": "run_id", "weights": "weights",
     "code": "code", "device": "machine.device", "torch": "machine.torch", "diffusers": "machine.diffusers",
@@ -85,26 +86,27 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
 
-    def refuse(path: Path, error: Exception) -> None:
-        reason = f"{error}" if isinstance(error, ValueError) else f"damaged or foreign: {type(error).__name__}: {error}"
-        problems.append({"path": path.relative_to(folder).as_posix(), "problem": " ".join(reason.split())})
+    @contextlib.contextmanager
+    def refused(path: Path) -> Iterator[None]:
+        """Note what keeps a run or a score from being taken: a foreign folder may hold anything."""
+        try:
+            yield
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"damaged or foreign: {type(error).__name__}: "
+            problem = " ".join(f"{kind}{error}".split())
+            problems.append({"path": path.relative_to(folder).as_posix(), "problem": problem})
 
     for place in run_folders(folder):
-        try:
+        with refused(place):
             if place != folder and place.is_symlink():
                 raise ValueError("a link, which is not followed: collect the folder that it links to")
             run, images = _read_run(Run(place), known(place.parents[1]))
-        except Exception as error:  # a foreign folder may hold anything
-            refuse(place, error)
-            continue
-        files = sorted((place / METRICS).glob("*.json"))
-        if not files:
-            refuse(place, ValueError("not scored: run experiments.evaluate with its settings"))
-        for file in files:
-            try:
-                rows += [run | row for row in _read_score(file, images, versions)]
-            except Exception as error:
-                refuse(file, error)
+            files = sorted((place / METRICS).glob("*.json"))
+            if not files:
+                raise ValueError("not scored: run experiments.evaluate with its settings")
+            for file in files:
+                with refused(file):
+                    rows += [run | row for row in _read_score(file, images, versions)]
     head, tail = [*HEAD], [*RUN, *DOCUMENT, *GROUP]
     settings = sorted({name for row in rows for name in row} - {*head, *tail})
     settings.sort(key=lambda name: not name.startswith("call."))
@@ -136,15 +138,11 @@ def metric_versions() -> dict[str, set[int]]:
 
 
 def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, Any], list[ManifestRow]]:
-    """Return what was run and where it comes from, by column, and the run's images.
+    """Return what was run and where it comes from, by column, and the images of a complete run of this version.
 
     Args:
         run: its folder.
         experiments: see `experiments_of`.
-
-    Raises:
-        ValueError: it is no complete run of this version, or damaged.
-        Exception: any other, of a foreign folder.
     """
     if not (run.folder / "config.yaml").is_file():
         raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
@@ -171,12 +169,7 @@ def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, An
 
 
 def _read_score(file: Path, images: list[ManifestRow], versions: dict[str, set[int]]) -> list[dict[str, Any]]:
-    """Return what was measured, by column: a row a group, or one where groups have no number of their own.
-
-    Raises:
-        ValueError: it is of another version of the metric, of other images, or damaged.
-        Exception: any other, of a foreign file.
-    """
+    """Return what was measured, by column: a row a group, or one where groups have no number of their own."""
     document = read_document(file)
     name, version, only = document["metric"], document["version"], document.get("only")
     if version not in versions.get(name, {version}):
