@@ -78,9 +78,8 @@ def find_checkpoint(model: DictConfig, fetch: bool = True) -> Checkpoint:
     folder = _local(model.source) or _from_hub(model, fetch)
     missing = missing_files(folder, model.architecture, model.variant)
     if missing:
-        raise FileNotFoundError(
-            _advice(model, f"{folder} is not a complete {model.architecture} pipeline folder", missing)
-        )
+        problem = f"{folder} is not a complete {model.architecture} pipeline folder"
+        raise FileNotFoundError(_advice(model, problem, missing))
     _check_size(model, folder)
     return Checkpoint(folder, fingerprint(folder, model.variant))
 
@@ -162,12 +161,8 @@ def _components(folder: Path) -> dict[str, tuple[str, str | None]]:
         if not isinstance(made_of, list) or made_of[0] is None:
             continue
         library, kind = made_of
-        for sort in ("scheduler", "tokenizer"):
-            if sort in kind.lower():
-                components[name] = f"{sort}_config.json", None
-                break
-        else:
-            components[name] = "config.json", STEMS[library == "diffusers"]
+        sort = next((sort for sort in ("scheduler", "tokenizer") if sort in kind.lower()), None)
+        components[name] = (f"{sort}_config.json", None) if sort else ("config.json", STEMS[library == "diffusers"])
     return components
 
 
@@ -179,14 +174,10 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
     needed = (ARCHITECTURES[architecture].denoiser, "vae")
     missing = [f"{name}/config.json" for name in needed if name not in components]
     for name, (config, stem) in components.items():
-        if not (folder / name / config).is_file():
-            missing.append(f"{name}/{config}")
+        wanted = [config, *_weight_files(folder / name, stem, variant)]
+        missing += [f"{name}/{file}" for file in wanted if not (folder / name / file).is_file()]
         if config == "tokenizer_config.json":
             missing += [f"{name}/{file}" for file in missing_vocabulary(folder / name)]
-        if stem:
-            files = _weight_files(folder / name, stem, variant)
-            files = files or [f"{stem}{f'.{variant}' if variant else ''}.safetensors"]
-            missing += [f"{name}/{file}" for file in files if not (folder / name / file).is_file()]
     return missing
 
 
@@ -199,7 +190,7 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
     files = [folder / "model_index.json"]
     for name, (_, stem) in _components(folder).items():
         files += sorted(path for path in (folder / name).iterdir() if path.suffix in (".json", ".txt", ".model"))
-        files += [folder / name / file for file in (_weight_files(folder / name, stem, variant) if stem else ())]
+        files += [folder / name / file for file in _weight_files(folder / name, stem, variant)]
     statuses = tuple(map(settled_status, files))
     return (_sampled if None in statuses else _remembered)(folder, tuple(files), statuses)
 
@@ -265,19 +256,23 @@ def load(
     return pipe
 
 
-def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
+def _weight_files(folder: Path, stem: str | None, variant: str | None) -> list[str]:
     """Return the weight files of one component's folder, as the index names them where they are in several.
 
-    The variant's files are preferred; a component without them falls back to the plain ones, as diffusers does.
+    The variant's files are preferred; a component without them falls back to the plain ones, as diffusers does. Where
+    there are none at all, it is the variant's file that is wanted.
     """
-    for suffix in [f".{variant}", ""] if variant else [""]:
+    if stem is None:
+        return []
+    suffixes = [f".{variant}", ""] if variant else [""]
+    for suffix in suffixes:
         single = f"{stem}{suffix}.safetensors"
         if (folder / single).is_file():
             return [single]
         for index in (f"{stem}.safetensors.index{suffix}.json", f"{stem}{suffix}.safetensors.index.json"):
             if (folder / index).is_file():
                 return sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-    return []
+    return [f"{stem}{suffixes[0]}.safetensors"]
 
 
 def _from_hub(model: DictConfig, fetch: bool) -> Path:
@@ -291,9 +286,8 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
             return cached
     problem = f"{model.source} is not in the hub's cache"
     if not (fetch and network_answers(None)):
-        raise FileNotFoundError(
-            _advice(model, f"{problem}, and the network is switched off, not asked or does not answer")
-        )
+        problem += ", and the network is switched off, not asked or does not answer"
+        raise FileNotFoundError(_advice(model, problem))
     try:
         return Path(snapshot_download(**arguments))
     except HfHubHTTPError as error:
@@ -308,21 +302,16 @@ def _patterns(variant: str | None) -> list[str]:
 
 
 def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
-    # A local folder tells nothing about where it came from: point at the configured repository only if it is one.
-    repository = (
-        model.source if model.source.count("/") == 1 and not project_path(model.source).exists() else "OWNER/NAME"
-    )
-    gated = (
-        " (a gated repository: accept its licence on its page and run `hf auth login` first)"
-        if repository.startswith("black-forest-labs/")
-        else ""
-    )
-    return (
-        f"model={model.name}: {problem}.\n"
-        + "".join(f"  missing: {name}\n" for name in files)
-        + f"To get them, on a machine with a network: hf download {repository} "
-        + " ".join(f"--include '{pattern}'" for pattern in _patterns(model.variant))
-        + f"{gated}\n"
-        "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder\n"
-        "The embedded models need no download: model=mini-sdxl or model=mini-flux."
-    )
+    # A local folder tells nothing about where it came from.
+    repository = model.source if _local(model.source) is None else "OWNER/NAME"
+    gated = " (a gated repository: accept its licence on its page and run `hf auth login` first)"
+    patterns = " ".join(f"--include '{pattern}'" for pattern in _patterns(model.variant))
+    lines = [
+        f"model={model.name}: {problem}.",
+        *(f"  missing: {name}" for name in files),
+        f"To get them, on a machine with a network: hf download {repository} {patterns}"
+        f"{gated if repository.startswith('black-forest-labs/') else ''}",
+        "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder",
+        "The embedded models need no download: model=mini-sdxl or model=mini-flux.",
+    ]
+    return "\n".join(lines)
