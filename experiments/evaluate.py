@@ -22,7 +22,6 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from hydra.utils import instantiate
@@ -87,12 +86,11 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         ValueError: there are no images in it, or no metric can measure them.
     """
     if cfg.model.kind == "mini":
-        log.warning(
+        text = (
             "model=%s: labels, reference images and the scorer %s are those of the mini models, which know emoji "
-            "artwork alone; for other images give model=sdxl",
-            cfg.model.name,
-            cfg.model.scorer.get("name", cfg.model.scorer._target_),
+            "artwork alone; for other images give model=sdxl"
         )
+        log.warning(text, cfg.model.name, cfg.model.scorer.get("name", cfg.model.scorer._target_))
     images = _open(cfg, Path(cfg.images).expanduser().resolve())
     scores = images.folder / METRICS if cfg.scores is None else Path(cfg.scores).expanduser().resolve()
     # Whoever made the images may have made the numbers beside them, too.
@@ -166,33 +164,24 @@ def _open(cfg: DictConfig, folder: Path) -> ImageSet:
     return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=True)
 
 
-def _stored(file: Path) -> dict[str, Any] | None:
-    """Return what was measured before; None where there is nothing, or a file that cannot be relied on."""
-    try:
-        return read_document(file) if file.exists() else None
-    except ValueError as error:
-        log.warning("measured anew: %s", error)
-        return None
-
-
 def _score(
     images: ImageSet, name: str, metric: Metric, folder: Path, label: str, trusted: bool = True
 ) -> tuple[Path, bool]:
     """Return the file of a metric's values, and whether they were measured now; what is not trusted is not read."""
     file = document_path(folder, name, metric)
-    document = _stored(file) if trusted else None
+    document = None
+    try:
+        document = read_document(file) if trusted and file.exists() else None
+    except ValueError as error:
+        log.warning("measured anew: %s", error)
     if document is not None and is_current(document, metric, images):
         return file, False
     label = f"{label}: {name} by {metric.encoder.name}"
     log.info("%s", label)
-    document = measure(metric, images, path=file)
-    if cut := document["details"].get("n_prompts_truncated"):
-        log.warning(
-            "%s: %d of %d prompts are longer than it reads; their ends count nothing",
-            label,
-            cut,
-            document["details"]["n_prompts"],
-        )
+    details = measure(metric, images, path=file)["details"]
+    if cut := details.get("n_prompts_truncated"):
+        text = "%s: %d of %d prompts are longer than it reads; their ends count nothing"
+        log.warning(text, label, cut, details["n_prompts"])
     return file, True
 
 
