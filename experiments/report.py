@@ -21,7 +21,6 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from experiments.figures.style import encode, title
 from experiments.locks import locked
 from experiments.methods.assets import read_assets
 from experiments.runs import RUNS, Run
-from experiments.tables import CALL, REQUIRED, check_names, commands, printed, read_csv, spelled, whole
+from experiments.tables import CALL, REQUIRED, commands, printed, read_csv, read_table, spelled
 from experiments.templates import render
 from experiments.timing.report import case_tables, target_table
 from experiments.timing.rows import MEASURED
@@ -130,8 +129,7 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
 
 def _section(name: str, results: Path, outputs: Path, pictures: Pictures, groups: int) -> dict[str, Any]:
     """Return what the page says of one table."""
-    path = results / f"{name}.csv"
-    frame = read_csv(path)
+    frame = read_csv(results / f"{name}.csv")
     configured = PROJECT / "conf" / "experiment" / f"{name}.yaml"
     section = {
         "name": name,
@@ -141,16 +139,11 @@ def _section(name: str, results: Path, outputs: Path, pictures: Pictures, groups
     }
     if not set(frame.columns) >= REQUIRED or not (frame["experiment"] == name).all() or frame.empty:
         return section | _foreign(name, frame, results, pictures)
-    check_names(frame, path)
-    frame = whole(frame)
+    frame = read_table(name, results)
     runs = _runs(frame, outputs)
     return section | {
+        "frame": frame,
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
-        "findings": [finding.removeprefix("- ").split(": ", 1) for finding in pages.findings(frame)],
-        "main": pages.main_table(frame),
-        "scored_by": pages.scored_by(frame),
-        "paper": pages.paper_table(name),
-        "others": pages.other_table(frame),
         "figures": [
             pictures.plate(encode(figure, "svg"), "svg", 96 * figure.get_size_inches(), what)
             for figure, what in called_for(frame).values()
@@ -238,7 +231,6 @@ def _gallery(
     name: str, model: str, runs: list[dict[str, Any]], results: Path, pictures: Pictures, limit: int
 ) -> dict[str, Any]:
     """Return what is needed to choose among a model's images."""
-    absent = [run["title"] for run in runs if run["manifest"] is None]
     here = [run for run in runs if run["manifest"] is not None]
     everything = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
     chosen = _spread(everything, limit)
@@ -250,7 +242,8 @@ def _gallery(
         for run in here:
             rows = run["manifest"].get(group, [])
             images = [pictures.put(_reduced(run["folder"] / row.path), "webp") for row in rows]
-            shown.append({"title": run["title"], "images": images, "away": _away(rows)})
+            references = rows[0].references if rows else None
+            shown.append({"title": run["title"], "images": images, "references": references})
         asset = pictures.put(_reduced(assets[row.category]), "webp") if row.category in assets else None
         groups.append(
             {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "asset": asset, "runs": shown}
@@ -260,25 +253,7 @@ def _gallery(
     if not here and sheet.exists() and not _is_elsewhere(sheet, results):
         what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
         picture = pictures.copy(sheet, what)
-    return {
-        "id": f"{name}-{model}",
-        "model": model,
-        "absent": absent,
-        "n_runs": len(runs),
-        "n_groups": len(everything),
-        "sheet": picture,
-        "shown": [run["title"] for run in here],
-        "groups": groups,
-    }
-
-
-def _away(rows: Sequence[ManifestRow]) -> str:
-    """Say from which pictures a group was pushed; empty where the method takes none."""
-    if not rows or rows[0].references is None:
-        return ""
-    if not rows[0].references:
-        return "found no asset to stay away from"
-    return "away from " + ", ".join(f"{label} ({score:.2f})" for label, score in rows[0].references.items())
+    return {"model": model, "runs": runs, "n_groups": len(everything), "sheet": picture, "groups": groups}
 
 
 def _spread(groups: dict[str, list[ManifestRow]], limit: int) -> list[str]:

@@ -49,7 +49,7 @@ TEXT = dict.fromkeys(
 NUMBERS = {column for setting in catalogue.settings() if setting.number for column in setting.columns}
 NUMBERS |= {*STATISTICS, *AMOUNTS}
 Key = tuple[str, ...]
-#: Columns that name folders and files, and what they may hold.
+#: Columns that name folders and files, and what they may hold: no run is looked for outside of its folder.
 NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
 #: What a row's metric may be primary for, in the order of the main table's columns.
 ROLES = ("diversity", "resemblance", "quality")
@@ -77,7 +77,13 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
             f"expected an experiment's table in {path}, got none of the columns {sorted(missing)[:5]}: "
             f"make it again with {commands(name)[0]}"
         )
-    check_names(frame, path)
+    for column, pattern in NAMES.items():
+        for value in frame[column].unique():
+            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                raise ValueError(
+                    f"expected the name of a folder for {column} in {path}, got {value!r}: correct the table, or make "
+                    "it again"
+                )
     return whole(frame)
 
 
@@ -207,21 +213,6 @@ def markdown(table: pd.DataFrame) -> str:
 def latex(tables: Iterable[pd.DataFrame]) -> str:
     """Return tables of texts as LaTeX, without those that are empty."""
     return "\n".join(table.to_latex(index=False, escape=True) for table in tables if len(table))
-
-
-def check_names(frame: pd.DataFrame, path: Path) -> None:
-    """Refuse a table whose runs could lie outside of the folders that they are looked for in.
-
-    Raises:
-        ValueError: an experiment, model, method or run id is no name of a folder; the message names the file.
-    """
-    for column, pattern in NAMES.items():
-        for value in frame[column].unique():
-            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
-                raise ValueError(
-                    f"expected the name of a folder for {column} in {path}, got {value!r}: correct the table, or make "
-                    "it again"
-                )
 
 
 def commands(name: str) -> list[str]:
