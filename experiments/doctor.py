@@ -15,23 +15,15 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from eval.weights import WeightsFacts
-from experiments import PROJECT, project_path
+from experiments import PROJECT
 from experiments.pipelines import find_checkpoint
-
-#: Of the published checkpoints in conf/model, as far as known; their pages have the terms.
-LICENCES = {
-    "SG161222/RealVisXL_V4.0": "CreativeML Open RAIL++-M",
-    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] non-commercial, gated",
-    "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
-}
 
 
 @dataclass(frozen=True)
@@ -56,18 +48,19 @@ def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
         conf: a folder of configuration with `config.yaml` and the groups `scorer`, `metric` and `model`.
     """
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        looks = {f"scorer={name}": partial(_scorer, name) for name in _names(conf, "scorer")}
-        looks |= {f"metric={name}": partial(_metric, spec) for name, spec in _with_networks(conf)}
-        looks |= {f"model={name}": partial(_model, name) for name in _names(conf, "model")}
-        return [_look(option, look) for option, look in looks.items()]
+        return [
+            *(_look(f"scorer={name}", _scorer, name) for name in _names(conf, "scorer")),
+            *(_look(f"metric={name}", _metric, spec) for name, spec in _with_networks(conf).values()),
+            *(_look(f"model={name}", _model, name) for name in _names(conf, "model")),
+        ]
 
 
 def _names(conf: Path, group: str) -> list[str]:
     return sorted(file.stem for file in (conf / group).glob("*.yaml"))
 
 
-def _with_networks(conf: Path) -> list[tuple[str, DictConfig]]:
-    """Return the metrics that are given no encoder as "suite: name"; one that several suites have, once."""
+def _with_networks(conf: Path) -> dict[str, tuple[str, DictConfig]]:
+    """Return the metrics that are given no encoder, "suite: name" and configuration; what several suites have, once."""
     found: dict[str, tuple[str, DictConfig]] = {}
     for suite in _names(conf, "metric"):
         # Not composed: a suite may name what only some model has.
@@ -77,26 +70,27 @@ def _with_networks(conf: Path) -> list[tuple[str, DictConfig]]:
             # One with a baseline compares two runs, and is told at the time which.
             if isinstance(spec, DictConfig) and "_target_" in spec and not {"encoder", "baseline"} & spec.keys():
                 found.setdefault(OmegaConf.to_yaml(spec), (f"{suite}: {name}", spec))
-    return list(found.values())
+    return found
 
 
-def _look(option: str, look: Callable[[], tuple[bool, dict[str, str]]]) -> Finding:
+def _look(option: str, look: Callable[[Any], tuple[bool, dict[str, str]]], what: Any) -> Finding:
     try:
-        present, facts = look()
+        present, facts = look(what)
     except Exception as error:  # one broken option must not hide the others
         return Finding(option, "broken", {"error": f"{type(error).__name__}: {error}"})
     return Finding(option, "ready" if present else "missing", facts)
 
 
 def _scorer(name: str) -> tuple[bool, dict[str, str]]:
-    return _printed(instantiate(compose("config", [f"+scorer={name}", "device=cpu"]).scorer).weights())
+    return _weights(instantiate(compose("config", [f"+scorer={name}", "device=cpu"]).scorer))
 
 
 def _metric(spec: DictConfig) -> tuple[bool, dict[str, str]]:
-    return _printed(instantiate(spec).encoder.weights())
+    return _weights(instantiate(spec).encoder)
 
 
-def _printed(facts: WeightsFacts) -> tuple[bool, dict[str, str]]:
+def _weights(encoder: Any) -> tuple[bool, dict[str, str]]:
+    facts = encoder.weights()
     printed = {"encoder": facts.encoder}
     if not facts.looked_in:
         printed["weights"] = "none needed"
@@ -115,8 +109,7 @@ def _printed(facts: WeightsFacts) -> tuple[bool, dict[str, str]]:
 
 def _model(name: str) -> tuple[bool, dict[str, str]]:
     model = compose("config", [f"model={name}", "device=cpu"]).model
-    default = "as the folder's README.md says" if project_path(model.source).is_dir() else "as its page says"
-    printed = {"checkpoint": model.source, "licence": LICENCES.get(model.source, default)}
+    printed = {"checkpoint": model.source, "licence": model.get("licence", "as its page says")}
     try:
         checkpoint = find_checkpoint(model, fetch=False)
     except FileNotFoundError as error:
@@ -133,13 +126,9 @@ def render(findings: list[Finding]) -> str:
             first, *rest = value.splitlines() or [""]
             lines.append(f"        {label + ':':13}{first}")
             lines += [f"{'':21}{line}" for line in rest]
-    states = [finding.state for finding in findings]
-    lines += [
-        "",
-        f"{states.count('ready')} of {len(states)} are ready. The others are needed only where they are named; with a "
-        "network they are fetched then.",
-    ]
-    return "\n".join(lines)
+    ready = sum(finding.state == "ready" for finding in findings)
+    needed = "The others are needed only where they are named; with a network they are fetched then."
+    return "\n".join([*lines, "", f"{ready} of {len(findings)} are ready. {needed}"])
 
 
 def main(argv: list[str]) -> None:

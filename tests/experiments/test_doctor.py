@@ -27,7 +27,7 @@ def write(folder, **files):
 def configuration(tmp_path, tiny_checkpoint):
     """A folder of configuration: encoders and models that are ready, missing and broken."""
     device = "device: ${torch_device:${device}}\n"
-    model = "architecture: {}\nrevision: null\nvariant: null\n"
+    model = "architecture: {}\nrevision: null\nvariant: null\nlicence: non-commercial\n"
     lpips = f"  _target_: eval.perceptual.LpipsDistance\n  net: squeeze\n  weights_dir: {tmp_path}\n"
     cosine = "  _target_: eval.diversity.PairwiseDistance\n  encoder: ${model.scorer}\n"
     write(
