@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,32 +165,29 @@ def _generate_groups(job: Job) -> Iterator[Group]:
     """
     workers, left = count_workers(job.cfg, job.device), dict.fromkeys(job.missing)
     # All that is needed, resolved: a worker composes nothing.
-    what = (OmegaConf.to_container(job.cfg, resolve=True), job.checkpoint, job.device, job.run)
+    job = replace(job, cfg=OmegaConf.create(OmegaConf.to_container(job.cfg, resolve=True)), groups=[], missing=[])
     for wait in (False, True):
-        groups = list(left)
         if workers == 1:
-            ready = (group for group in groups if _generate_group(*what, group, wait))
+            ready = (group for group in list(left) if _generate_group(job, group, wait))
         else:
-            ready = _side_by_side(what, groups, wait, workers)
+            ready = _side_by_side(job, list(left), wait, workers)
         for group in ready:
             del left[group]
             yield group
 
 
-def _side_by_side(what: tuple[Any, ...], groups: list[Group], wait: bool, workers: int) -> Iterator[Group]:
+def _side_by_side(job: Job, left: list[Group], wait: bool, workers: int) -> Iterator[Group]:
     """Generate in several processes; where one of them is lost, new ones go on."""
-    left = list(groups)
     losses = 0  # in a row, without a group between them
     while left:
         futures, before = {}, len(left)
         try:
             executor = _executor(workers)
             with _quiet_children():
-                futures = {executor.submit(_generate_group, *what, group, wait): group for group in left}
+                futures = {executor.submit(_generate_group, job, group, wait): group for group in left}
             for future in as_completed(futures):
-                group = futures[future]
                 there = future.result()
-                left.remove(group)
+                left.remove(group := futures[future])
                 if there:
                     yield group
         except BrokenProcessPool as error:
@@ -207,22 +204,20 @@ def _side_by_side(what: tuple[Any, ...], groups: list[Group], wait: bool, worker
                 future.cancel()
 
 
-def _generate_group(
-    config: dict[str, Any], checkpoint: pipelines.Checkpoint, device: str, run: Run, group: Group, wait: bool
-) -> bool:
+def _generate_group(job: Job, group: Group, wait: bool) -> bool:
     """Generate and save a group, unless it is there; tell whether it is now, and no other process is at it."""
-    with run.claim(group, wait) as mine:
+    with job.run.claim(group, wait) as mine:
         if not mine:
-            return run.has(group)
-        cfg = OmegaConf.create(config)
-        pipe = _pipeline(OmegaConf.to_yaml(cfg.model), checkpoint, device, cfg.compile, cfg.offload)
+            return job.run.has(group)
+        cfg = job.cfg
+        pipe = _pipeline(OmegaConf.to_yaml(cfg.model), job.checkpoint, job.device, cfg.compile, cfg.offload)
         method = _method(OmegaConf.to_yaml(cfg.method))
         start = time.perf_counter()
         drawn = method.draw(pipe, group, pipelines.call_arguments(cfg.model))
         images = _pictures(pipe, drawn.images, cfg.model)
         seconds = time.perf_counter() - start
         statistics = {"seconds": round(seconds, 3), **drawn.statistics}
-        run.save(group, images, statistics, drawn.references)
+        job.run.save(group, images, statistics, drawn.references)
         return True
 
 

@@ -129,7 +129,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
             return future
 
     monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
-    assert set(_side_by_side((), ["a", "b"], True, 2)) == {"a", "b"}
+    assert set(_side_by_side(None, ["a", "b"], True, 2)) == {"a", "b"}
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 
