@@ -29,12 +29,11 @@ def select_device(name: str) -> str:
     """
     import torch  # not with the package: a command's help must not wait for it
 
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [kind for kind in available if available[kind]]
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = str(name).split(":")[0]
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(kind, False):
-        there = [kind for kind, available in present.items() if available]
+        return "cuda" if available["cuda"] else "cpu"
+    if str(name).split(":")[0] not in there:
         raise ValueError(f"device={name} is not available here: expected auto or one of {there}")
     return name
 

@@ -77,10 +77,6 @@ def no_method() -> DictConfig:
     return OmegaConf.load(PROJECT / "conf" / "method" / "none.yaml")
 
 
-def _is_of_method(override: str) -> bool:
-    return _parsed(override).key_or_group.partition(".")[0] == "method"
-
-
 @functools.lru_cache(maxsize=16)
 def _sweep(*overrides: str) -> tuple[dict[str, str], DictConfig]:
     """Return what is swept, an override a key, the experiment's own sweep first, and Hydra's own node."""
@@ -93,14 +89,15 @@ def _sweep(*overrides: str) -> tuple[dict[str, str], DictConfig]:
 
 
 def _jobs(*overrides: str) -> list[list[str]]:
-    """List each run's overrides, as Hydra's basic sweeper does; those of methods' settings are not for `none`."""
+    """List each run's overrides, as Hydra's basic sweeper does."""
     axes, _ = _sweep(*overrides)
     (jobs,) = BasicSweeper.split_arguments(list(map(_parsed, axes.values())), max_batch_size=None)
     return [_baseline(job) if "method=none" in job else list(job) for job in jobs]
 
 
 def _baseline(overrides: Iterable[str]) -> list[str]:
-    return [*(text for text in overrides if not _is_of_method(text)), "method=none"]
+    """Return the overrides of the run without a method: those of methods and their settings are not for it."""
+    return [*(text for text in overrides if _parsed(text).key_or_group.partition(".")[0] != "method"), "method=none"]
 
 
 def _compose_job(job: Iterable[str]) -> DictConfig:
@@ -159,16 +156,11 @@ def _explained(overrides: Iterable[str]) -> Iterator[None]:
         if not unknown:
             raise
         key = unknown[1]
-        rest = [text for text in overrides if _parsed(text).key_or_group != key]
-        hint = _similar(key, _composed(rest))
+        rest = _composed([text for text in overrides if _parsed(text).key_or_group != key])
+        known = list(_keys(OmegaConf.to_container(rest)))
+        elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
+        hint = _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))
         raise ValueError(f"{key}: expected a key of the configuration, got none of this name{hint}") from error
-
-
-def _similar(key: str, cfg: DictConfig) -> str:
-    """Say which key was probably meant by an unknown one: one spelled alike, or of the same name elsewhere."""
-    known = list(_keys(OmegaConf.to_container(cfg)))
-    elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
-    return _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))
 
 
 def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
@@ -189,10 +181,8 @@ def first(overrides: list[str]) -> DictConfig:
 
 def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
-    settings = []
-    for cfg in configs:
-        parts = [without(OmegaConf.to_container(part, resolve=True), "about") for part in (cfg.model.call, cfg.method)]
-        settings.append({key: value for part in parts for key, value in part.items()})
+    parts = [[OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)] for cfg in configs]
+    settings = [without(call | method, "about") for call, method in parts]
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
         alike = [i for i, other in enumerate(names) if other == name]
