@@ -1,7 +1,7 @@
 """Gather all runs below a folder into one tidy table, for any analysis that no experiment here foresaw.
 
     python -m experiments.collect                       # outputs/ -> outputs/collected.csv (and .parquet with pyarrow)
-    python -m experiments.collect FOLDER --to TABLE     # any folder -> TABLE.csv ...
+    python -m experiments.collect FOLDER --to TABLE     # any folder, or a run's -> TABLE.csv ...
 
 One row a group and metric: what was run (the experiments that asked for it, model, call, method with all settings,
 prompts, split), where it comes from (run id, weights, code, software, device, commit), what was measured (metric,
@@ -26,7 +26,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ import yaml
 from hydra.utils import get_class
 
 from eval.files import write_bytes
-from eval.images import METRICS, ManifestRow, group_rows, read_manifest, rows_hash
+from eval.images import METRICS
+from eval.imageset import ImageSet
 from eval.measure import read_document
 from experiments import PROJECT, catalogue, project_path
 from experiments.identity import GENERATION_VERSION, canonical, experiments_of
@@ -137,13 +137,8 @@ def metric_versions() -> dict[str, set[int]]:
     return versions
 
 
-def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, Any], list[ManifestRow]]:
-    """Return what was run and where it comes from, by column, and the images of a complete run of this version.
-
-    Args:
-        run: its folder.
-        experiments: see `experiments_of`.
-    """
+def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, Any], ImageSet]:
+    """Return what was run and where it comes from, by column, and the images of a complete run of this version."""
     if not (run.folder / "config.yaml").is_file():
         raise ValueError("damaged or foreign: expected a run folder, got one without config.yaml")
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
@@ -163,29 +158,29 @@ def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, An
     if request["version"] != GENERATION_VERSION:
         raise ValueError(f"of another version: expected images of version {GENERATION_VERSION}; generate them again")
     run.check_manifest()
-    images = read_manifest(run.folder)
-    rows_hash(run.folder, images)
+    images = ImageSet.open(run.folder)
+    _ = images.manifest_hash  # all of them are here, and as they were
     return columns, images
 
 
-def _read_score(file: Path, images: list[ManifestRow], versions: dict[str, set[int]]) -> list[dict[str, Any]]:
+def _read_score(file: Path, images: ImageSet, versions: dict[str, set[int]]) -> list[dict[str, Any]]:
     """Return what was measured, by column: a row a group, or one where groups have no number of their own."""
     document = read_document(file)
-    name, version, only = document["metric"], document["version"], document.get("only")
+    name, version = document["metric"], document["version"]
     if version not in versions.get(name, {version}):
         known = " or ".join(map(str, sorted(versions[name])))
         raise ValueError(f"of another version: expected {known}, got {version}; evaluate again")
-    measured = [row for row in images if only is None or any(fnmatchcase(row.prompt_id, one) for one in only)]
-    if rows_hash(file.parents[1], measured) != document["manifest_sha256"]:
+    measured = images.only(document.get("only"))
+    if measured.manifest_hash != document["manifest_sha256"]:
         raise ValueError("stale: the images are others than those that were scored; evaluate again")
-    found, groups = _flat(document), group_rows(measured)
+    found = _flat(document)
     columns = {column: found[path] for column, path in DOCUMENT.items()}
     rows = []
     for group in document["groups"]:
         if "value" in group:
             row = columns | {key: group[key] for key in ("group", "category", "n_images", "value")}
-            if group["group"] in groups:  # no pool of groups, as a category's
-                first = groups[group["group"]][0]
+            if group["group"] in measured.groups:  # no pool of groups, as a category's
+                first = measured.rows[measured.groups[group["group"]][0]]
                 row |= {"prompt_id": first.prompt_id, "prompt": first.prompt, "seed": first.group_seed}
             rows.append(row)
     return rows or [columns | {key: document[key] for key in ("n_images", "value")}]
@@ -216,8 +211,8 @@ def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("collect", usage="python -m experiments collect [FOLDER] [--to TABLE] [--help]")
-    parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie, or a run (default: outputs)")
-    parser.add_argument("--to", type=Path, help="the table, without a suffix (default: collected, in the folder)")
+    parser.add_argument("folder", nargs="?", default="outputs")
+    parser.add_argument("--to", type=Path)
     arguments = parser.parse_args(argv)
     table, problems = collect(arguments.folder)
     files = write(table, problems, arguments.to or project_path(arguments.folder) / "collected")
