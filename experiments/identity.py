@@ -48,9 +48,7 @@ def short_digest(value: Any) -> str:
 def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
     """Return what the configuration asks for, as far as it affects pixels: no weights or machine needed to know it.
 
-    Args:
-        cfg: the composed configuration.
-        method: in place of the configured one.
+    A `method` that is given stands in place of the configured one.
     """
     method = build(cfg.method) if method is None else method
     return {**request_apart(cfg), "method": {"name": method.name, "settings": json.loads(canonical(method.settings()))}}
@@ -121,11 +119,8 @@ def environment(device: str) -> dict[str, Any]:
 def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
     """Return a digest of what is asked for, a method as its configuration spells it: none is built, no encoder loaded.
 
-    Pictures and weights that a method is given count by their content, wherever they lie.
-
-    Args:
-        cfg: the composed configuration.
-        method: in place of the configured one.
+    Pictures and weights that a method is given count by their content, wherever they lie. A `method` that is given
+    stands in place of the configured one.
     """
     # Wherever things are computed, and whatever is said of a method.
     spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), "device", "about")

@@ -215,19 +215,11 @@ _remembered = functools.lru_cache(maxsize=64)(_sampled)
 
 
 def load(
-    model: DictConfig,
-    checkpoint: Checkpoint,
-    device: str,
-    *,
-    compile_denoiser: bool = False,
-    offload: bool = False,
+    model: DictConfig, checkpoint: Checkpoint, device: str, *, compile_denoiser: bool = False, offload: bool = False
 ) -> DiffusionPipeline:
-    """Load the stock pipeline of `model` from `checkpoint`.
+    """Load the stock pipeline of `model` from what `find_checkpoint` found.
 
     Args:
-        model: a conf/model/ group.
-        checkpoint: from `find_checkpoint`.
-        device: torch device.
         compile_denoiser: `torch.compile` the denoiser in place.
         offload: keep on `device` only the component that works (`enable_model_cpu_offload`).
 

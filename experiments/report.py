@@ -58,7 +58,11 @@ PICTURES = "pictures"
 
 
 class Pictures(dict[str, bytes]):
-    """What lies beside a page, by names that are made of the contents: nothing is put there twice, or replaced."""
+    """What lies beside a page, by names that are made of the contents.
+
+    None takes another's place: a page of before stays whole until the new one replaces it, and whoever is killed or
+    comes second leaves a whole page.
+    """
 
     def put(self, content: bytes, kind: str) -> str:
         """Take a picture of a kind, such as png; return its address on the page."""
@@ -88,19 +92,13 @@ class Pictures(dict[str, bytes]):
 
 
 def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
-    """Write the page and what it shows into a folder; nothing else in it is touched.
-
-    As pictures are named after their content, none takes another's place: a page of before stays whole until the new
-    one replaces it, and whoever is killed or comes second leaves a whole page.
+    """Write the page, `into/index.html`, and what it shows; nothing else in that folder is touched.
 
     Args:
         results: folder of the tables.
         outputs: folder of the runs; it need not exist.
         into: folder of the page; either it holds an earlier page, or nothing, or it does not exist.
         groups: of how many groups of a model the images are shown, evenly over the categories.
-
-    Returns:
-        The page, `into/index.html`.
 
     Raises:
         FileNotFoundError: there are no tables.

@@ -104,13 +104,7 @@ class Run:
 
     @classmethod
     def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:
-        """Open the run that `cfg` asks for, making its folder if it is new.
-
-        Args:
-            cfg: the composed configuration.
-            weights: fingerprint of the checkpoint's content (`pipelines.Checkpoint.fingerprint`).
-            device: torch device.
-        """
+        """Open the run that `cfg` asks for, making its folder if it is new; `weights` is a checkpoint's fingerprint."""
         method: Method = build(cfg.method)
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
         run = cls(project_path(cfg.outputs) / RUNS / short_digest(identity))
@@ -125,9 +119,7 @@ class Run:
     def find(cls, cfg: DictConfig, baseline: bool = False) -> Run:
         """Return the run that `experiments.generate` completed for what `cfg` asks for, on whatever machine.
 
-        Args:
-            cfg: the composed configuration.
-            baseline: the run without any method is meant that is otherwise as `cfg` asks.
+        With `baseline` the run without any method is meant that is otherwise as `cfg` asks.
 
         Raises:
             FileNotFoundError: there is none, or it was made with other weights than those that are here.
@@ -195,10 +187,8 @@ class Run:
         """Write a group's images and record; they appear together, by one rename.
 
         Args:
-            group: what was generated.
-            images: as many as the group's size.
-            statistics: what the log should keep, as JSON values.
-            references: pictures that the method was given, with the score by which each was found.
+            group, images: what was generated.
+            statistics, references: see `experiments.methods.method.Drawn`.
         """
         folder = self.group_folder(group)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -235,12 +225,8 @@ class Run:
     def claim(self, group: Group, wait: bool) -> Iterator[bool]:
         """Reserve a group for the length of a `with` block, so that no two processes generate it.
 
-        Args:
-            group: what is to be generated.
-            wait: whether to wait where another process has reserved it.
-
-        Yields:
-            Whether the group is this process's to generate: it is not there, and no other has reserved it.
+        Where another process has reserved it, `wait` until that is done with it. Yields whether the group is this
+        process's to generate: it is not there, and no other has reserved it.
         """
         if self.has(group):
             yield False
