@@ -61,7 +61,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{command}: interrupted. {kept}", file=sys.stderr, flush=True)
         os._exit(130)  # not waiting for other processes: they end with this one, and leave whole files only
     except Exception as error:
-        if os.environ.get("NEGTOME_TRACEBACK") or not isinstance(error, _input_errors()):
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        # What is raised of input, files and machines, and not of a mistake in the code.
+        of_input = ValueError, OSError, RuntimeError, ImportError, HydraException, OmegaConfBaseException
+        if os.environ.get("NEGTOME_TRACEBACK") or not isinstance(error, of_input):
             raise
         return _refuse(command, str(error))
 
@@ -69,14 +74,6 @@ def main(argv: Sequence[str]) -> int:
 def run_module(file: str) -> None:
     """Run the command whose module was started by its own name, and exit."""
     sys.exit(main([Path(file).stem, *sys.argv[1:]]))
-
-
-def _input_errors() -> tuple[type[Exception], ...]:
-    """Return what is raised of input, files and machines, and not of a mistake in the code."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    return ValueError, OSError, RuntimeError, ImportError, HydraException, OmegaConfBaseException
 
 
 def _refuse(command: str, message: str) -> int:

@@ -108,12 +108,10 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     compiled, offload = flag(cfg, "compile"), flag(cfg, "offload")
     checkpoint = pipelines.find_checkpoint(cfg.model)
     pipe = pipelines.load(cfg.model, checkpoint, select_device(cfg.device), compile_denoiser=compiled, offload=offload)
-    results = project_path(cfg.results)
-    results.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, spec in cfg.applications.items():
-        sheet = draw(pipe, dict(cfg.model.call), method.config, **OmegaConf.to_container(spec, resolve=True))
-        files.append(save_sheet(sheet, results / f"applications_{name}_{cfg.model.name}.png"))
+    for name, spec in OmegaConf.to_container(cfg.applications, resolve=True).items():
+        sheet = draw(pipe, dict(cfg.model.call), method.config, **spec)
+        files.append(save_sheet(sheet, project_path(cfg.results) / f"applications_{name}_{cfg.model.name}.png"))
     return files
 
 

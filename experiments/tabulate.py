@@ -217,10 +217,7 @@ def find_document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
 
 
 def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Put `rows` into the CSV at `path`: they replace the rows with their `KEY`, all others stay.
-
-    Returns:
-        The CSV's content, read back: a table made now and one made from the committed file are the same.
+    """Put `rows` into the CSV at `path`, see `put_rows`.
 
     Raises:
         ValueError: two of the runs have the same key, and are to be told apart.
@@ -255,24 +252,19 @@ def _correct(frame: pd.DataFrame) -> None:
 
 
 def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `configs`.
-
-    Args:
-        configs: of one experiment, see `rows_of_runs`.
+    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `configs`, which are of one experiment.
 
     Returns:
         The table with all rows that were in it before, and the Markdown.
     """
     cfg = configs[0]
-    folder = project_path(cfg.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{cfg.name}.csv"
+    path = project_path(cfg.results) / f"{cfg.name}.csv"
     merge_rows(path, rows_of_runs(configs))
     with lock(path):
         frame = whole(read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, cfg.description, paper_table(cfg.name))
-        write_text(folder / f"{cfg.name}.md", page)
-        write_text(folder / f"{cfg.name}.tex", render_latex(frame))
+        write_text(path.with_suffix(".md"), page)
+        write_text(path.with_suffix(".tex"), render_latex(frame))
     return frame, page
 
 
