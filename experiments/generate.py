@@ -78,11 +78,11 @@ def prepare(cfg: DictConfig) -> Job:
     groups = prompts.groups()
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
-    label = f"{cfg.model.name} {cfg.method.name}"
-    missing = [group for group in groups if not run.has(group)]
-    if faults := [fault for group in missing if run.group_folder(group).exists() and (fault := run.fault(group))]:
+    missing = {group: fault for group in groups if (fault := run.fault(group))}
+    if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
+        label = f"{cfg.model.name} {cfg.method.name}"
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
-    return Job(cfg, device, checkpoint, run, groups, missing)
+    return Job(cfg, device, checkpoint, run, groups, [*missing])
 
 
 def check(cfg: DictConfig) -> None:

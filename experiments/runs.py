@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import os
 import shutil
 import uuid
@@ -33,8 +32,6 @@ from experiments.identity import environment, lookup, made_by, request, short_di
 from experiments.locks import locked
 from experiments.methods.method import Method
 from experiments.prompts import Group
-
-log = logging.getLogger(__name__)
 
 #: What was generated in a group's folder: the manifest's rows, and the log's numbers.
 RECORD = "group.json"
