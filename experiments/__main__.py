@@ -8,8 +8,6 @@ Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows where it w
 130, and a second one at once: what is complete is on disk, and the same command goes on from there.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import os

@@ -7,8 +7,6 @@ Every application of conf/applications/ is one prompt, one reference and a row o
 row is the same. Writes `<results>/applications_<name>_<model>.png`. These are pictures to look at, not measurements.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

@@ -1,7 +1,5 @@
 """What the methods of conf/method/ say of themselves to tables and figures, which know none of them by name."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import Any

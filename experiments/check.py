@@ -8,8 +8,6 @@ without a method inside that of the difference: CPUs of other makes round differ
 must not. Exit code 1 where one does not; values that are not published are named and decide nothing.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

@@ -1,7 +1,5 @@
 """Which settings are worth having: the front of those that no other one beats, and the rule that chooses one."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from experiments.tables import direction, of_model, some_of

@@ -12,8 +12,6 @@ What cannot be taken is in `<table>_problems.csv`, a line a file or folder with 
 foreign runs; scores of another version or of other images than there are now; runs that were not scored.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

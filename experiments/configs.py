@@ -1,7 +1,5 @@
 """The configurations that a command line stands for, sweeps expanded: what Hydra's own multirun would launch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

@@ -5,8 +5,6 @@
 Looks only: nothing is loaded and nothing fetched.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

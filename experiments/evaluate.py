@@ -11,8 +11,6 @@ CLIP model, labels and reference images are used follows from `model`, here as t
 default, are for emoji artwork alone, and the log says so.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

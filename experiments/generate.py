@@ -14,8 +14,6 @@ often as you like at the same time, on one machine or on several with a shared d
 A launcher sends the runs of a sweep to other processes or machines.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

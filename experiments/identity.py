@@ -5,8 +5,6 @@ generates registers every run that is complete, a file a configuration in `<outp
 after it compose the same configurations and look their runs up.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

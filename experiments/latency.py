@@ -9,8 +9,6 @@ device and these versions, is skipped. Tables and figures are made of the CSV; o
 latency.cases=false latency.curves=false.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

@@ -4,8 +4,6 @@ They save work, not correctness: whatever is written appears by one atomic renam
 file system knows no locks (some network file systems; Windows), the work goes on without.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 from collections.abc import Iterator

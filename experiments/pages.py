@@ -1,7 +1,5 @@
 """How an experiment's table is printed: its numbers, the tables that people read, findings in words, and pages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A configured model becomes a stock diffusers pipeline, or an error that says which files are missing."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -216,7 +214,7 @@ _remembered = functools.lru_cache(maxsize=64)(_sampled)
 
 def load(
     model: DictConfig, checkpoint: Checkpoint, device: str, *, compile_denoiser: bool = False, offload: bool = False
-) -> DiffusionPipeline:
+) -> "DiffusionPipeline":
     """Load the stock pipeline of `model` from what `find_checkpoint` found.
 
     Args:

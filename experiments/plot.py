@@ -6,8 +6,6 @@ What a table calls for is drawn from the CSV alone; an image grid sets the same 
 side for every method. The notebooks and the report call the same functions, those of `experiments.figures`.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

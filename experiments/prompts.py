@@ -1,7 +1,5 @@
 """Which prompts, in which groups, from which seeds."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import random

@@ -8,8 +8,6 @@ Reduced copies of them lie beside the page, so that its folder (default: outputs
 is. Equal inputs give equal bytes.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

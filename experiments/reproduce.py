@@ -7,8 +7,6 @@
 same overrides, in one process that imports what they share once. What is there already is not made again.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

@@ -5,8 +5,6 @@ weights' content, the software and the kind of device. A group of images appears
 an interruption at any moment leaves whole groups only, and several processes may work in one folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -17,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -100,7 +98,7 @@ class Run:
         return recorded
 
     @classmethod
-    def start(cls, cfg: DictConfig, weights: str, device: str) -> Run:
+    def start(cls, cfg: DictConfig, weights: str, device: str) -> Self:
         """Open the run that `cfg` asks for, making its folder if it is new; `weights` is a checkpoint's fingerprint."""
         method: Method = build(cfg.method)
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
@@ -113,7 +111,7 @@ class Run:
         return run
 
     @classmethod
-    def find(cls, cfg: DictConfig, baseline: bool = False) -> Run:
+    def find(cls, cfg: DictConfig, baseline: bool = False) -> Self:
         """Return the run that `experiments.generate` completed for what `cfg` asks for, on whatever machine.
 
         With `baseline` the run without any method is meant that is otherwise as `cfg` asks.

@@ -1,7 +1,5 @@
 """Tables as files: a CSV whose rows replace their predecessors, and what the columns of an experiment's one mean."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -11,8 +11,6 @@ An experiment declares one primary metric of diversity and one of quality: these
 number, and make the main table and the findings. All other metrics are described, with intervals, in a table below.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
     from experiments.__main__ import run_module
 

@@ -1,7 +1,5 @@
 """Texts of many lines from templates: the report, the page of latency and the cards of models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
