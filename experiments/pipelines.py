@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,9 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from eval.files import read_json, settled_status
 from eval.weights import missing_vocabulary, network_answers
 from experiments import PROJECT, project_path
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 # diffusers is imported where a pipeline is loaded: nothing else needs the seconds that it takes.
 
@@ -214,7 +211,7 @@ _remembered = functools.lru_cache(maxsize=64)(_sampled)
 
 def load(
     model: DictConfig, checkpoint: Checkpoint, device: str, *, compile_denoiser: bool = False, offload: bool = False
-) -> "DiffusionPipeline":
+) -> Any:
     """Load the stock pipeline of `model` from what `find_checkpoint` found.
 
     Args:

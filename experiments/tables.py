@@ -46,7 +46,6 @@ TEXT = dict.fromkeys(
 #: Columns that hold numbers alone.
 NUMBERS = {column for setting in catalogue.settings() if setting.number for column in setting.columns}
 NUMBERS |= {*STATISTICS, *AMOUNTS}
-Key = tuple[str, ...]
 #: Columns that name folders and files, and what they may hold: no run is looked for outside of its folder.
 NAMES = {**dict.fromkeys(("experiment", "model", "method"), r"[^./\\\0][^/\\\0]*"), "run_id": "[0-9a-f]{12}"}
 #: What a row's metric may be primary for, in the order of the main table's columns.
@@ -124,7 +123,7 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 def row_keys(
     file: Path | io.StringIO, columns: Sequence[str], alike: Mapping[str, Mapping[str, str]] | None = None
-) -> list[Key]:
+) -> list[tuple[str, ...]]:
     """Return what each row of a CSV holds in `columns`, in one spelling: 1, 1.0 and 1.00 are one setting.
 
     Args:
@@ -179,7 +178,7 @@ def put_rows(
             if unknown := sorted(set(read_csv(path).columns) - set(columns)):
                 raise ValueError(f"expected a table of the same kind at {path}, got one with the columns {unknown}")
             tables.insert(0, path.read_text(encoding="utf-8"))
-        by_key: dict[Key, pd.DataFrame] = {}
+        by_key: dict[tuple[str, ...], pd.DataFrame] = {}
         for table in tables:
             keys = pd.Series(row_keys(io.StringIO(table), key, alike), dtype=object)
             # New rows stand where their predecessors stood: no table tells when something was measured.

@@ -31,27 +31,12 @@ from eval.intervals import SUBSETS, difference_of, interval_of, n_units, paired_
 from eval.measure import is_current, read_document
 from eval.metric import Metric
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
-from experiments import catalogue, project_path
+from experiments import catalogue, project_path, tables
 from experiments.configs import expand, flag, no_method
 from experiments.evaluate import NEEDS, configured_metrics, document_path
 from experiments.identity import config_digest
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run
-from experiments.tables import (
-    COLUMNS,
-    KEY,
-    REQUIRED,
-    ROLES,
-    SETTING,
-    Key,
-    csv_text,
-    lock,
-    put_rows,
-    read_csv,
-    row_keys,
-    settings_in,
-    whole,
-)
 
 
 def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
@@ -109,14 +94,16 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:
     """Return the metrics that an experiment tests, by their roles."""
-    return {role: cfg.primary[role] for role in ROLES if cfg.primary[role] is not None}
+    return {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
 
 
 def _check_primary(cfg: DictConfig) -> None:
     """Refuse an experiment whose primary metrics are not different ones of those that are measured."""
     primary = primary_metrics(cfg)
     if len(primary) < 2 or "quality" not in primary:
-        raise ValueError(f"expected primary.quality and one of {', '.join(ROLES[:-1])} to be given, got {primary}")
+        raise ValueError(
+            f"expected primary.quality and one of {', '.join(tables.ROLES[:-1])} to be given, got {primary}"
+        )
     for role, name in primary.items():
         spec = cfg.metric.get(name)
         if spec is None or any(need in spec and spec[need] is None for need in NEEDS):
@@ -220,30 +207,30 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     Raises:
         ValueError: two of the runs have the same key, and are to be told apart.
     """
-    runs: dict[Key, str] = {}
-    keys = row_keys(io.StringIO(csv_text(pd.DataFrame(rows, columns=COLUMNS))), KEY)
+    runs: dict[tuple[str, ...], str] = {}
+    keys = tables.row_keys(io.StringIO(tables.csv_text(pd.DataFrame(rows, columns=tables.COLUMNS))), tables.KEY)
     for key, run in zip(keys, (row["run_id"] for row in rows), strict=True):
         if runs.setdefault(key, run) != run:
             raise ValueError(
-                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(SETTING)}), so that one "
-                "would replace the other: give them names of their own (method.name=NAME), or tabulate them into other "
-                "folders (results=FOLDER)"
+                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(tables.SETTING)}), so "
+                "that one would replace the other: give them names of their own (method.name=NAME), or tabulate them "
+                "into other folders (results=FOLDER)"
             )
-    return whole(put_rows(path, rows, COLUMNS, KEY, finish=_finish))
+    return tables.whole(tables.put_rows(path, rows, tables.COLUMNS, tables.KEY, finish=_finish))
 
 
 def _finish(frame: pd.DataFrame) -> None:
     """Fill what depends on all rows of a table, and leave out the columns of methods that are not in it."""
     _correct(frame)
-    declared = {column for setting in settings_in(frame) for column in setting.columns}
-    for name in set(frame.columns) - REQUIRED - declared:
+    declared = {column for setting in tables.settings_in(frame) for column in setting.columns}
+    for name in set(frame.columns) - tables.REQUIRED - declared:
         del frame[name]
 
 
 def _correct(frame: pd.DataFrame) -> None:
     """Correct the primary metrics' p-values by Holm's method; a family is all of a model's tests in the table."""
     corrected = pd.Series(float("nan"), index=frame.index)
-    tested = frame[frame["primary"].isin(ROLES) & frame["p_value"].notna()]
+    tested = frame[frame["primary"].isin(tables.ROLES) & frame["p_value"].notna()]
     for _, family in tested.groupby("model", sort=False):
         corrected[family.index] = holm(family["p_value"].astype(float).tolist())
     frame["p_holm"] = corrected
@@ -258,8 +245,8 @@ def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
     cfg = configs[0]
     path = project_path(cfg.results) / f"{cfg.name}.csv"
     merge_rows(path, rows_of_runs(configs))
-    with lock(path):
-        frame = whole(read_csv(path))  # another process may have merged its rows meanwhile
+    with tables.lock(path):
+        frame = tables.whole(tables.read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, cfg.description, paper_table(cfg.name))
         write_text(path.with_suffix(".md"), page)
         write_text(path.with_suffix(".tex"), render_latex(frame))
@@ -273,7 +260,7 @@ def write_comparison(configs: list[DictConfig], against: str) -> tuple[pd.DataFr
         The rows, in full precision, and the Markdown.
     """
     cfg = configs[0]
-    frame = pd.DataFrame(rows_of_runs(configs, against), columns=COLUMNS)
+    frame = pd.DataFrame(rows_of_runs(configs, against), columns=tables.COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
     write_text(project_path(cfg.results) / f"{cfg.name}_against_{against}.md", page)
