@@ -1,8 +1,7 @@
 """What the methods of conf/method/ say of themselves to tables and figures, which know none of them by name."""
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from hydra.utils import get_class
@@ -18,8 +17,7 @@ PALETTE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A method of conf/method/.
 
     Attributes:

@@ -12,9 +12,8 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -24,8 +23,7 @@ from experiments import PROJECT
 from experiments.pipelines import find_checkpoint
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What is known of one encoder or model of the configuration.
 
     Attributes:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +48,7 @@ FLOATS = {"denoising_end", "eta", "guidance_rescale", "guidance_scale", "sigmas"
 STEMS = ("model", "diffusion_pytorch_model")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint on disk: its folder, and a fingerprint of its content (independent of where it lies)."""
 
     folder: Path
