@@ -147,15 +147,17 @@ def local_fingerprint(model: DictConfig) -> str | None:
     return fingerprint(folder, model.variant)
 
 
-def _components(folder: Path) -> dict[str, tuple[str, str | None]]:
-    """Return what the pipeline in a folder consists of: name -> configuration file, and stem of the weights if any."""
+def _components(folder: Path, variant: str | None) -> dict[str, tuple[str, list[str]]]:
+    """Return what the pipeline in a folder consists of: name -> configuration file, and files of weights if any."""
     components = {}
     for name, made_of in sorted(read_json(folder / "model_index.json").items()):
         if not isinstance(made_of, list) or made_of[0] is None:
             continue
         library, kind = made_of
-        sort = next((sort for sort in ("scheduler", "tokenizer") if sort in kind.lower()), None)
-        components[name] = (f"{sort}_config.json", None) if sort else ("config.json", STEMS[library == "diffusers"])
+        if sort := next((sort for sort in ("scheduler", "tokenizer") if sort in kind.lower()), None):
+            components[name] = f"{sort}_config.json", []
+        else:
+            components[name] = "config.json", _weight_files(folder / name, STEMS[library == "diffusers"], variant)
     return components
 
 
@@ -163,12 +165,11 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
     """Return the files of the diffusers layout that `folder` lacks, as relative paths."""
     if not (folder / "model_index.json").is_file():
         return ["model_index.json"]
-    components = _components(folder)
+    components = _components(folder, variant)
     needed = (ARCHITECTURES[architecture].denoiser, "vae")
     missing = [f"{name}/config.json" for name in needed if name not in components]
-    for name, (config, stem) in components.items():
-        wanted = [config, *_weight_files(folder / name, stem, variant)]
-        missing += [f"{name}/{file}" for file in wanted if not (folder / name / file).is_file()]
+    for name, (config, weights) in components.items():
+        missing += [f"{name}/{file}" for file in (config, *weights) if not (folder / name / file).is_file()]
         if config == "tokenizer_config.json":
             missing += [f"{name}/{file}" for file in missing_vocabulary(folder / name)]
     return missing
@@ -181,9 +182,9 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
     fine-tuned or otherwise exchanged checkpoint differs in any of them. Read again only when a file has changed.
     """
     files = [folder / "model_index.json"]
-    for name, (_, stem) in _components(folder).items():
+    for name, (_, weights) in _components(folder, variant).items():
         files += sorted(path for path in (folder / name).iterdir() if path.suffix in (".json", ".txt", ".model"))
-        files += [folder / name / file for file in _weight_files(folder / name, stem, variant)]
+        files += [folder / name / file for file in weights]
     statuses = tuple(map(settled_status, files))
     return (_sampled if None in statuses else _remembered)(folder, tuple(files), statuses)
 
@@ -241,14 +242,12 @@ def load(
     return pipe
 
 
-def _weight_files(folder: Path, stem: str | None, variant: str | None) -> list[str]:
+def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
     """Return the weight files of one component's folder, as the index names them where they are in several.
 
     The variant's files are preferred; a component without them falls back to the plain ones, as diffusers does. Where
     there are none at all, it is the variant's file that is wanted.
     """
-    if stem is None:
-        return []
     suffixes = [f".{variant}", ""] if variant else [""]
     for suffix in suffixes:
         single = f"{stem}{suffix}.safetensors"
