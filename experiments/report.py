@@ -76,18 +76,6 @@ class Pictures(dict[str, bytes]):
     def copy(self, file: Path, what: str) -> dict[str, Any]:
         return self.plate(file.read_bytes(), "png", load_picture(file).size, what)
 
-    def write(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        for name, content in self.items():
-            if not ((folder / name).is_file() and (folder / name).read_bytes() == content):
-                (folder / name).write_bytes(content)
-
-    def remove_others(self, folder: Path) -> None:
-        """Remove the pictures of an earlier page, and no file of another name."""
-        for file in folder.iterdir():
-            if re.fullmatch(r"[0-9a-f]{16}\.[a-z]+", file.name) and file.name not in self:
-                file.unlink()
-
 
 def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
     """Write the page, `into/index.html`, and what it shows; nothing else in that folder is touched.
@@ -117,9 +105,15 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
     sections = [_section(name, results, outputs, pictures, groups) for name in names]
     text = render("report.html", sections=sections, mark=Markup(MARK), pages=pages, lines=_lines)
     with locked(into / ".lock"):
-        pictures.write(into / PICTURES)
+        beside = into / PICTURES
+        beside.mkdir(exist_ok=True)
+        for name, content in pictures.items():
+            if not ((beside / name).is_file() and (beside / name).read_bytes() == content):
+                (beside / name).write_bytes(content)
         write_text(page, text)
-        pictures.remove_others(into / PICTURES)
+        for file in beside.iterdir():  # of an earlier page; files of other names stay
+            if re.fullmatch(r"[0-9a-f]{16}\.[a-z]+", file.name) and file.name not in pictures:
+                file.unlink()
     return page
 
 
@@ -241,9 +235,7 @@ def _gallery(
             references = rows[0].references if rows else None
             shown.append({"title": run["title"], "images": images, "references": references})
         asset = pictures.put(_reduced(assets[row.category]), "webp") if row.category in assets else None
-        groups.append(
-            {"prompt": row.prompt, "category": row.category, "seed": row.group_seed, "asset": asset, "runs": shown}
-        )
+        groups.append({"row": row, "asset": asset, "runs": shown})
     sheet = results / f"{name}_grid_{model}.png"
     picture = None
     if not here and sheet.exists() and not _is_elsewhere(sheet, results):
