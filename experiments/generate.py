@@ -117,10 +117,7 @@ def generate_all(jobs: list[Job]) -> None:
     jobs = list({job.run: job for job in jobs}.values())
     names = run_names([job.cfg for job in jobs])
     total = sum(len(job.missing) for job in jobs)
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=total, unit="group", dynamic_ncols=True, disable=not total) as bar,
-    ):
+    with logging_redirect_tqdm(), tqdm(total=total, unit="group", dynamic_ncols=True, disable=not total) as bar:
         try:
             for number, (job, name) in enumerate(zip(jobs, names, strict=True), 1):
                 bar.set_description(f"run {number} of {len(jobs)}: {name}")
