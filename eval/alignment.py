@@ -2,19 +2,18 @@
 
 Hessel et al. (EMNLP 2021) define 2.5 * max(cos, 0). Here, as in most later papers and in torchmetrics, the
 factor is 100; some papers print max(cos, 0) itself. Values depend on the CLIP model: compare within one model
-only.
+only. torchmetrics' own class clamps the mean instead of each image's cosine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from eval.imageset import ImageSet
-from eval.metric import ImageMetric
-
-SCALE = 100.0
+from eval.metric import Metric
 
 
 def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
@@ -26,11 +25,11 @@ def clip_score(image_embeddings: torch.Tensor, text_embeddings: torch.Tensor) ->
         )
     # in float64: the scores of methods differ in the third digit
     cosine = torch.nn.functional.cosine_similarity(image_embeddings.double(), text_embeddings.double(), dim=-1)
-    return SCALE * cosine.clamp(min=0)
+    return 100 * cosine.clamp(min=0)
 
 
-class ClipScore(ImageMetric):
-    """Mean CLIPScore of the images of a group against their prompt."""
+class ClipScore(Metric):
+    """Mean CLIPScore of the images of a group against their prompt; `update` takes N images and N texts."""
 
     name = "clip_score"
     version = 1
@@ -38,9 +37,10 @@ class ClipScore(ImageMetric):
     unit = "100 max(cosine, 0), 0 to 100"
     bounds = (0, 100)
     description = "mean over a group's images of 100 max(cos, 0) of image and prompt (Hessel et al. 2021 use 2.5)"
+    score = staticmethod(clip_score)
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        return clip_score(images.embeddings(self.encoder), images.text_embeddings(self.encoder))
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.features(self.encoder, positions), images.text_embeddings(self.encoder)[positions]
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many different prompts there are and how many the text tower cannot read to the end."""

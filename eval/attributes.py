@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torchmetrics.utilities import dim_zero_cat
 
-from eval.aggregates import MINIMUM_IMAGES, GroupValue
+from eval.aggregates import MINIMUM_IMAGES, GroupValue, entropy
 from eval.encoders import Encoder
 from eval.imageset import ImageSet
 from eval.metric import Metric
@@ -63,7 +64,8 @@ class AttributeEntropy(Metric):
     """Entropy of zero-shot labels, pooled over the groups of a category, mean over categories.
 
     A category with fewer images than `minimum_images` of its labels is left out, by its number of images alone and so
-    the same for every method; the document lists it.
+    the same for every method; the document lists it. `update` takes images of one category, [N, D], and the embeddings
+    of its labels, [L, D].
 
     Args:
         encoder: one with a text tower.
@@ -78,11 +80,12 @@ class AttributeEntropy(Metric):
     bounds = (0, None)
     description = "mean over categories of the entropy (Miller-Madow, nats) of the pooled zero-shot labels"
     aggregate = "category_entropy"
+    score = staticmethod(zero_shot_labels)
 
     def __init__(
         self,
-        encoder: Encoder,
-        labels: Mapping[str, Sequence[str]] | Sequence[str],
+        encoder: Encoder | None = None,
+        labels: Mapping[str, Sequence[str]] | Sequence[str] = (),
         templates: Sequence[str] = ("a photo of a {}",),
         name: str | None = None,
     ) -> None:
@@ -95,6 +98,11 @@ class AttributeEntropy(Metric):
         self.labels = {str(key): [*map(str, labels[key])] for key in labels} if several else [*map(str, labels)]
         self.templates = [*map(str, templates)]
 
+    def compute(self) -> torch.Tensor:
+        """Return the entropy of all labels, in nats, float64 []."""
+        chosen = dim_zero_cat(getattr(self, self._state)).long()
+        return torch.tensor(entropy(chosen.bincount().tolist()), dtype=torch.float64)
+
     def settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "templates": self.templates}
 
@@ -102,7 +110,6 @@ class AttributeEntropy(Metric):
         return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        embeddings = images.embeddings(self.encoder)
         left_out, too_small = self.details(images).values()
         texts: dict[str, torch.Tensor] = {}
         values = []
@@ -113,8 +120,8 @@ class AttributeEntropy(Metric):
             labels = self._labels_of(category)
             if category not in texts:
                 texts[category] = label_embeddings(self.encoder, labels, self.templates)
-            chosen = zero_shot_labels(embeddings[members], texts[category]).tolist()
-            counts = Counter(labels[index] for index in chosen)
+            chosen = self.score(*self.inputs(images, members), texts[category])
+            counts = Counter(labels[index] for index in chosen.tolist())
             values.append(images.group_value(group, counts=dict(sorted(counts.items()))))
         if not values and too_small:
             raise ValueError(

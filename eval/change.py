@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from eval.encoders import Pixels, Scorer
-from eval.images import load_image
 from eval.imageset import ImageSet
-from eval.metric import ImageMetric
+from eval.metric import Metric
 
 
-class BaselineMetric(ImageMetric):
+class BaselineMetric(Metric):
     """A metric of images and of those that another run made of the same prompts and noises.
+
+    `update` takes both, N images each.
 
     Args:
         encoder: what embeds or compares both.
@@ -26,9 +28,12 @@ class BaselineMetric(ImageMetric):
     version = 1
     higher_is_better = False
 
-    def __init__(self, encoder: Scorer, baseline: str | Path, name: str | None = None) -> None:
+    def __init__(
+        self, encoder: Scorer | None = None, baseline: str | Path | None = None, name: str | None = None
+    ) -> None:
         super().__init__(encoder, name)
-        self.baseline = Path(baseline)
+        self.baseline = baseline
+        self._paired: tuple[ImageSet, ImageSet] | None = None
 
     @cached_property
     def _others(self) -> ImageSet:
@@ -53,6 +58,12 @@ class BaselineMetric(ImageMetric):
             )
         return images.beside(ImageSet(self.baseline, [rows[i] for group in images.groups for i in groups[group]]))
 
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, Any]:
+        if self._paired is None or self._paired[0] is not images:
+            self._paired = images, self.paired(images)
+        mine, theirs = (each.features(self.encoder, positions) for each in self._paired)
+        return mine, theirs
+
 
 class Change(BaselineMetric):
     """Mean cosine distance of a group's images to the other run's, image by image; 0 where nothing changed."""
@@ -62,10 +73,10 @@ class Change(BaselineMetric):
     description = "mean over a group's images of 1 - cosine with the image of the same noise in the baseline's run"
     bounds = (0.0, 2.0)
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        mine, theirs = (each.embeddings(self.encoder).double() for each in (images, self.paired(images)))
+    def score(self, mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         # 1 - cosine as half the squared distance of unit vectors, which is exactly 0 for equal ones.
-        return (F.normalize(mine, dim=1) - F.normalize(theirs, dim=1)).square().sum(dim=1).div(2)
+        difference = F.normalize(mine.double(), dim=-1) - F.normalize(theirs.double(), dim=-1)
+        return difference.square().sum(dim=-1).div(2)
 
 
 class ChangedShare(BaselineMetric):
@@ -80,11 +91,8 @@ class ChangedShare(BaselineMetric):
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
 
-    def __init__(self, baseline: str | Path, name: str | None = None) -> None:
+    def __init__(self, baseline: str | Path | None = None, name: str | None = None) -> None:
         super().__init__(Pixels(), baseline, name)
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        others = self.paired(images)
-        pairs = zip(images.rows, others.rows, strict=True)
-        same = [torch.equal(load_image(images.folder / a.path), load_image(others.folder / b.path)) for a, b in pairs]
-        return 1 - torch.tensor(same, dtype=torch.float64)
+    def score(self, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([not torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)])

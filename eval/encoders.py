@@ -34,12 +34,26 @@ class Scorer:
     name: str
     id: str
 
+    def features(self, given: Any) -> Any:
+        """Return what a metric computes with: features of images and texts, and whatever else as it is."""
+        return given
+
     def prepare(self) -> None:
         """Load the weights now, so that a missing file is found before any work is done."""
 
     def weights(self) -> WeightsFacts:
         """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
         return WeightsFacts.of("none", self.name)
+
+
+class Given(Scorer):
+    """In the place of an encoder: features are given, and a folder of images cannot be measured."""
+
+    name = "features as given"
+
+    @property
+    def id(self) -> str:
+        raise TypeError("expected an encoder to measure a folder of images with, got None; give one")
 
 
 class Pixels(Scorer):
@@ -69,6 +83,14 @@ class Encoder(Scorer, ABC):
         Returns:
             float32 [N, D], each row of length 1 if `normalised`.
         """
+
+    def features(self, given: Any) -> Any:
+        """Embed uint8 images [..., 3, H, W] or a list of texts: float32 [..., D]; features pass."""
+        if isinstance(given, torch.Tensor):
+            if given.dtype != torch.uint8:
+                return given
+            return self.embed_images(given.flatten(0, -4).unbind()).unflatten(0, given.shape[:-3])
+        return self.embed_texts(given) if isinstance(given, list) else given
 
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
         """Apply the classifier that belongs to the network: float32 [N, D] features to [N, classes] logits."""
@@ -223,3 +245,11 @@ def checked(image: torch.Tensor) -> torch.Tensor:
             f"expected uint8 images [3, H, W], got {image.dtype} {list(image.shape)}; read them with load_image"
         )
     return image
+
+
+def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
+    """Bring embeddings [..., D] to length 1, in float64; those that are not finite or zero are a ValueError."""
+    norms = embeddings.double().norm(dim=-1)
+    if not torch.isfinite(norms).all() or (norms == 0).any():
+        raise ValueError("expected finite embeddings that are not zero, got others; cosine is undefined for them")
+    return F.normalize(embeddings.double(), dim=-1)

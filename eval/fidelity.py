@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchmetrics.utilities import dim_zero_cat
 
-from eval.encoders import Encoder
+from eval.encoders import Scorer
 from eval.images import ManifestRow, read_manifest
 from eval.imageset import ImageSet
 from eval.metric import SetMetric
 
 CMMD_SIGMA = 10.0
-CMMD_SCALE = 1000.0
 # Rows of a matrix of kernel values or distances that are in memory at once.
 ROWS = 2048
 
@@ -99,25 +99,6 @@ def frechet_distance_of_gaussians(a: Gaussian, b: Gaussian) -> float:
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     means = (a.mean - b.mean).square().sum()
     return (means + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
-
-
-def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the Frechet distance between the Gaussians fitted to two sets of features; FID where Inception's.
-
-    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS
-    2017). It is biased up by about a constant over N, the constant depending on what generated the images, so that
-    two methods may change places with N (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and
-    Where to Find Them", CVPR 2020).
-
-    Args:
-        features: [N, D], N > D.
-        reference: [M, D], M > D.
-
-    Returns:
-        >= 0, lower is better.
-    """
-    features, reference = checked_pair(features, reference)
-    return frechet_distance_of_gaussians(Gaussian.of(features), Gaussian.of(reference, "reference images"))
 
 
 def cubic_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -197,25 +178,6 @@ def kernel_mean_within(kernel: Kernel, x: torch.Tensor, design: Design | None = 
     return (shares @ (sums / pairs) @ shares).item()
 
 
-def squared_mmd(kernel: Kernel, features: torch.Tensor, reference: torch.Tensor, unbiased: bool = True) -> float:
-    """Return the squared maximum mean discrepancy of two sets of independent images, as `KernelDistance` and `Cmmd`.
-
-    Args:
-        kernel: of [N, D] and [M, D] to [N, M].
-        features: [N, D], N >= 2.
-        reference: [M, D], M >= 2; M and N may differ.
-        unbiased: leave out the pairs of an image with itself.
-
-    Returns:
-        Lower is better; 0 in expectation for equal distributions, hence sometimes negative; >= 0 if biased.
-    """
-    features, reference = checked_pair(features, reference)
-    require_images(features, 2, "images", PAIRS)
-    require_images(reference, 2, "reference images", PAIRS)
-    within = [kernel_mean_within(kernel, x) if unbiased else kernel_mean(kernel, x, x) for x in (features, reference)]
-    return sum(within) - 2 * kernel_mean(kernel, features, reference)
-
-
 class FidelityMetric(SetMetric):
     """A number of a set of images and a set of real ones.
 
@@ -223,14 +185,44 @@ class FidelityMetric(SetMetric):
         reference: folder of the real images: a run, one subfolder a category, or images without subfolders.
     """
 
-    def __init__(self, encoder: Encoder, reference: str | Path, name: str | None = None) -> None:
+    def __init__(
+        self, encoder: Scorer | None = None, reference: str | Path | None = None, name: str | None = None
+    ) -> None:
         super().__init__(encoder, name)
-        self.reference = Path(reference)
+        self.reference = reference
         self._summary: Any = None
+        self.add_state("real_features", [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def summarise(self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None) -> Any:
+        """Compute from the reference's features, float64 [M, D], what every comparison needs."""
+
+    @abstractmethod
+    def score(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow] | None = None) -> float:
+        """Measure features, float64 [N, D], of N images against the summary of the reference.
+
+        Args:
+            rows: what is known of the images; independent ones if not given.
+        """
+
+    def update(self, images: torch.Tensor, real: bool = False) -> None:
+        """Add images to measure, or `real` ones to compare with: uint8 [N, 3, H, W], or their features [N, D]."""
+        (self.real_features if real else getattr(self, self._state)).append(self.encoder.features(images))
+
+    def compute(self) -> torch.Tensor:
+        features, real = checked_pair(*map(dim_zero_cat, (getattr(self, self._state), self.real_features)))
+        return torch.tensor(self.score(features, self.summarise(real)), dtype=torch.float64)
 
     @cached_property
     def real(self) -> ImageSet:
         return ImageSet(self.reference, read_manifest(self.reference, flat=True))
+
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, Any, list[ManifestRow]]:
+        if self._summary is None:  # once for all subsets
+            real = images.beside(self.real).embeddings(self.encoder).double()
+            self._summary = self.summarise(real, self.real.rows)
+        features = images.features(self.encoder, positions).double()
+        return features, self._summary, [images.rows[position] for position in positions]
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""
@@ -239,33 +231,20 @@ class FidelityMetric(SetMetric):
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many real images there are, and what the features are."""
         return {
-            "reference": self.reference.name,
+            "reference": self.real.folder.name,
             "n_reference": len(self.real.rows),
             "feature_dimension": images.embeddings(self.encoder).shape[1],
             "features": "length 1" if self.encoder.normalised else "raw",
         }
 
-    def prepare(self) -> None:
-        _ = self.real  # a missing folder is found now, too
-        super().prepare()
-
-    def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        if self._summary is None:  # once for all subsets
-            self._summary = self.summarise(images.beside(self.real).embeddings(self.encoder).double())
-        features = images.embeddings(self.encoder)[positions].double()
-        return self.compare(features, self._summary, [images.rows[position] for position in positions])
-
-    @abstractmethod
-    def summarise(self, reference: torch.Tensor) -> Any:
-        """Compute from the reference's features, float64 [M, D], what every comparison needs."""
-
-    @abstractmethod
-    def compare(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow]) -> float:
-        """Measure features, float64 [N, D], of N images against the summary of the reference."""
-
 
 class FrechetDistance(FidelityMetric):
-    """Frechet distance; "FID" if the encoder is Inception.
+    """Frechet distance between the Gaussians fitted to two sets of features; "FID" if the encoder is Inception.
+
+    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS
+    2017). It is biased up by about a constant over N, the constant depending on what generated the images, so that
+    two methods may change places with N (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and
+    Where to Find Them", CVPR 2020).
 
     Args:
         encoder: what embeds the images, raw features [N, D]; `minimum` is D + 1, known once they are there.
@@ -287,20 +266,21 @@ class FrechetDistance(FidelityMetric):
         self.minimum = images.embeddings(self.encoder).shape[1] + 1
         return super().results(images)
 
-    def summarise(self, reference: torch.Tensor) -> Gaussian:
+    def summarise(self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None) -> Gaussian:
         return Gaussian.of(reference, "reference images")
 
-    def compare(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow]) -> float:
+    def score(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow] | None = None) -> float:
         return frechet_distance_of_gaussians(Gaussian.of(features), summary)
 
 
 class KernelDistance(FidelityMetric):
-    """Squared MMD under the kernel (x.y / D + 1)^3; "KID" if the encoder is Inception.
+    """Squared maximum mean discrepancy under the kernel (x.y / D + 1)^3; "KID" if the encoder is Inception.
 
     Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of 1,000,
     which has the same expectation and more variance. Many papers print it times 1000; this is times 1.
 
     Unbiased at every n, given which images were made together: see `kernel_mean_within`, and `Design` of where not.
+    0 in expectation for equal distributions, hence sometimes negative.
     """
 
     name = "kernel_distance"
@@ -312,18 +292,24 @@ class KernelDistance(FidelityMetric):
     scale = 1.0
     unbiased = True
 
-    def _within(self, features: torch.Tensor, rows: Sequence[ManifestRow], together: bool = True) -> float:
+    def _within(self, features: torch.Tensor, rows: Sequence[ManifestRow] | None, together: bool = True) -> float:
         if not self.unbiased:
             return kernel_mean(self.kernel, features, features)
-        return kernel_mean_within(self.kernel, features, Design.of(rows, together))
+        return kernel_mean_within(self.kernel, features, None if rows is None else Design.of(rows, together))
 
-    def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def summarise(
+        self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None
+    ) -> tuple[torch.Tensor, float]:
         require_images(reference, 2, "reference images", PAIRS)
-        return reference, self._within(reference, self.real.rows, together=False)
+        return reference, self._within(reference, rows, together=False)
 
-    def compare(
-        self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Sequence[ManifestRow]
+    def score(
+        self,
+        features: torch.Tensor,
+        summary: tuple[torch.Tensor, float],
+        rows: Sequence[ManifestRow] | None = None,
     ) -> float:
+        require_images(features, 2, "images", PAIRS)
         reference, within = summary
         across = kernel_mean(self.kernel, features, reference)
         return self.scale * (self._within(features, rows) + within - 2 * across)
@@ -348,10 +334,14 @@ class Cmmd(KernelDistance):
     unit = "1000 x squared MMD"
     description = "1000 x squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10"
     kernel: Kernel = staticmethod(gaussian_kernel)
-    scale = CMMD_SCALE
+    scale = 1000.0
 
     def __init__(
-        self, encoder: Encoder, reference: str | Path, unbiased: bool = False, name: str | None = None
+        self,
+        encoder: Scorer | None = None,
+        reference: str | Path | None = None,
+        unbiased: bool = False,
+        name: str | None = None,
     ) -> None:
         super().__init__(encoder, reference, name)
         self.unbiased = unbiased

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eval.aggregates import GroupValue
 from eval.cache import EmbeddingCache
-from eval.encoders import Encoder
+from eval.encoders import Encoder, Pixels, Scorer
 from eval.files import remembered_hash
 from eval.images import ManifestRow, canonical_order, load_image, load_picture, read_manifest, rows_hash
 
@@ -89,6 +89,11 @@ class ImageSet:
         """Identity of the set of images; see `eval.images.rows_hash`."""
         return rows_hash(self.folder, self.rows)
 
+    @functools.cached_property
+    def hashes(self) -> list[str]:
+        """The content hash of each image."""
+        return [remembered_hash(self.folder / row.path) for row in self.rows]
+
     def embeddings(self, encoder: Encoder) -> torch.Tensor:
         """Return the images' embeddings, float32 [N, D], in the order of `rows`; what the cache lacks is added to it.
 
@@ -102,11 +107,16 @@ class ImageSet:
             self._images[encoder.id] = self._embedded(encoder)
         return self._images[encoder.id]
 
+    def features(self, encoder: Scorer, positions: Sequence[int]) -> torch.Tensor | list[torch.Tensor]:
+        """Return of some images the embeddings, [N, D], or, if the scorer embeds none, the images, uint8 [3, H, W]."""
+        if isinstance(encoder, Pixels):
+            return [load_image(self.folder / self.rows[position].path) for position in positions]
+        return self.embeddings(encoder)[positions]
+
     def _embedded(self, encoder: Encoder) -> torch.Tensor:
         paths = [self.folder / row.path for row in self.rows]
-        hashes = [remembered_hash(path) for path in paths]
-        found = self.cache.get(encoder.id, hashes) if self.cache else {}
-        todo = {key: path for key, path in zip(hashes, paths, strict=True) if key not in found}
+        found = self.cache.get(encoder.id, self.hashes) if self.cache else {}
+        todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in found}
         self._check_readable(todo)
         fresh: dict[str, torch.Tensor] = {}
         shown = self.progress and todo
@@ -124,7 +134,7 @@ class ImageSet:
             if self.cache:
                 self.cache.put(encoder.id, fresh)
         found |= fresh
-        return torch.stack([found[key] for key in hashes])
+        return torch.stack([found[key] for key in self.hashes])
 
     def _check_readable(self, images: Mapping[str, Path]) -> None:
         """Look at images, given by content hash, unless they are as they were generated."""
@@ -158,9 +168,9 @@ class ImageSet:
             found.setdefault(f"{row.category}/all", []).append(position)
         return dict(sorted(found.items()))
 
-    def group_value(self, group_id: str, **found: Any) -> GroupValue:
-        """Describe a group for a result: id, category and number of images, and what was found in it."""
-        members = self.groups[group_id]
+    def group_value(self, group_id: str, members: Sequence[int] | None = None, **found: Any) -> GroupValue:
+        """Describe a group, or a pool of members, for a result: id, category, number of images, what was found."""
+        members = self.groups[group_id] if members is None else members
         category = self.rows[members[0]].category
         return {"group": group_id, "category": category, "n_images": len(members), **found}
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.encoders import Encoder
-from eval.imageset import ImageSet
+from eval.encoders import Encoder, Scorer
 from eval.metric import SetMetric
 
 # Images a split must have: a mean prediction of fewer says nothing about variety.
@@ -55,6 +54,8 @@ def inception_score(logits: torch.Tensor, splits: int = 1, seed: int = 2020) -> 
 class InceptionScore(SetMetric):
     """The Inception Score if the encoder is Inception; `minimum` is that of `inception_score`.
 
+    `update` takes images, or logits [N, C] where there is no encoder.
+
     Args:
         encoder: one with a classifier head, `logits_from_features`.
         splits: the score is averaged over so many parts.
@@ -67,9 +68,9 @@ class InceptionScore(SetMetric):
     unit = "classes, 1 to the classifier's number of them"
     description = "exp of the mean KL divergence of the images' predicted classes from their mean"
 
-    def __init__(self, encoder: Encoder, splits: int = 1, name: str | None = None) -> None:
+    def __init__(self, encoder: Scorer | None = None, splits: int = 1, name: str | None = None) -> None:
         super().__init__(encoder, name)
-        if type(encoder).logits_from_features is Encoder.logits_from_features:
+        if getattr(type(encoder), "logits_from_features", None) is Encoder.logits_from_features:
             raise TypeError(
                 f"expected an encoder with a classifier head for {self.name}, got {encoder.name}; "
                 "use Inception or EfficientNet-lite0"
@@ -82,6 +83,6 @@ class InceptionScore(SetMetric):
     def settings(self) -> dict[str, Any]:
         return {"splits": self.splits}
 
-    def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        logits = self.encoder.logits_from_features(images.embeddings(self.encoder)[positions])
-        return inception_score(logits, self.splits)
+    def score(self, features: torch.Tensor) -> float:
+        classified = self.encoder.logits_from_features(features) if isinstance(self.encoder, Encoder) else features
+        return inception_score(classified, self.splits)

@@ -1,9 +1,9 @@
-"""What a metric is: one interface for whatever is measured of a folder of images.
+"""What a metric is: a `torchmetrics.Metric` that can also measure a folder of images.
 
-A metric gives every group a value, or label counts, and names the aggregate that makes one number of them
-(see `eval.aggregates`). Its document (see `eval.measure`) holds the groups' values, so that intervals, paired
-differences and tables need neither images nor encoder. Each question has a file of its own, with the arithmetic
-as functions first and then as metrics.
+The arithmetic of every metric is its `score`, of tensors. `update` and `compute` apply it to whatever tensors come, as
+all of torchmetrics does, in a `MetricCollection` too; the suite applies it to the groups of a folder, since intervals
+and paired differences need every group's value. A document (see `eval.measure`) holds those, or label counts, and names
+the aggregate that makes one number of them (see `eval.aggregates`), so that tables need neither images nor encoder.
 
 A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
 it on all images and again on seeded halves of the categories; the document holds those numbers instead.
@@ -12,20 +12,26 @@ it on all images and again on seeded halves of the categories; the document hold
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+import itertools
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torchmetrics
+from torchmetrics.utilities import dim_zero_cat
 
 from eval.aggregates import GroupValue, mean_of, values_of
-from eval.encoders import Scorer
+from eval.encoders import Given, Scorer
 from eval.files import canonical_json
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, clusters_of
 
+_numbers = itertools.count()
 
-class Metric(ABC):
+
+class Metric(torchmetrics.Metric):
     """Something measured of every group of images.
 
     Attributes:
@@ -39,9 +45,13 @@ class Metric(ABC):
             a share of it a margin.
         aggregate: what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
         encoder: what embeds the images, or compares or scores them; `Pixels()` where a metric takes them as they are.
+            Features need none, folders do.
+        minimum: images that each group must have.
+        pooled: what images must share to be measured together; None for those of a group.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
     """
 
+    full_state_update = False
     name: str
     version: int
     higher_is_better: bool | None
@@ -49,18 +59,42 @@ class Metric(ABC):
     description: str
     bounds: tuple[float | None, float | None] = (None, None)
     aggregate: str = "mean"
-    encoder: Any = None
+    encoder: Any = Given()
+    minimum: int = 1
+    pooled: Literal["category"] | None = None
     only: tuple[str, ...] | None = None
 
     def __init__(self, encoder: Scorer | None = None, name: str | None = None) -> None:
+        super().__init__()
         if encoder is not None:
             self.encoder = encoder
         if name is not None:
             self.name = name
-        if self.encoder is None:
-            raise TypeError(
-                f"expected an encoder for {self.name}, got None; give one, or define `encoder` in {type(self).__name__}"
-            )
+        # A name of its own: a collection takes metrics for one whose states have one name and are equal at first.
+        self._state = f"values{next(_numbers)}"
+        self.add_state(self._state, [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def score(self, *inputs: Any) -> Any:
+        """Return the number of each image or group, of a `SetMetric` of the set: the arithmetic, in float64."""
+
+    def update(self, *inputs: Any) -> None:
+        """Add images or groups.
+
+        Args:
+            inputs: what `score` takes. Images may stand for their features, uint8 [..., 3, H, W], and texts for theirs,
+                where there is an encoder.
+        """
+        scores = self.score(*(self.encoder.features(given) for given in inputs))
+        getattr(self, self._state).append(scores.double().flatten())
+
+    def compute(self) -> torch.Tensor:
+        """Return the mean of all numbers, each counted once, float64 []."""
+        return dim_zero_cat(getattr(self, self._state)).mean()
+
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
+        """Return what `score` takes of some images of a folder: their embeddings, or the images without an encoder."""
+        return (images.features(self.encoder, positions),)
 
     def settings(self) -> dict[str, Any]:
         """Return whatever else changes the number, as JSON values."""
@@ -75,12 +109,27 @@ class Metric(ABC):
         return {}
 
     def prepare(self) -> None:
-        """Load the encoder now, so that missing weights are found before any work is done."""
+        """Load the encoder and read other folders now, so that what is missing is found before any work is done."""
+        _ = self.settings()
         self.encoder.prepare()
 
-    @abstractmethod
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """Measure every group, in canonical order."""
+        """Measure every group, in canonical order; where images score by themselves, a group has their mean."""
+        pools = images.pools(self.pooled)
+        small = [pool for pool, members in pools.items() if len(members) < self.minimum]
+        if small:
+            raise ValueError(
+                f"expected at least {self.minimum} images in every {self.pooled or 'group'} for {self.name}, got fewer "
+                f"in {len(small)}: {', '.join(small[:10])}; generate more images"
+            )
+        values = []
+        for pool, members in pools.items():
+            try:
+                value = self.score(*self.inputs(images, members)).double().mean().item()
+            except ValueError as error:
+                raise ValueError(f"in {self.pooled or 'group'} {pool}: {error}") from error
+            values.append(images.group_value(pool, members, value=value))
+        return values
 
     def results(self, images: ImageSet) -> dict[str, Any]:
         """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
@@ -91,20 +140,6 @@ class Metric(ABC):
             "n_images": sum(group["n_images"] for group in groups),
             "groups": groups,
         }
-
-
-class ImageMetric(Metric):
-    """A metric that scores every image by itself; a group has the mean of its images."""
-
-    @abstractmethod
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        """Return a score for every image, [N], in the order of `images.rows`."""
-
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        scores = self.scores(images).double()
-        return [
-            images.group_value(group, value=scores[members].mean().item()) for group, members in images.groups.items()
-        ]
 
 
 class SetMetric(Metric):
@@ -126,27 +161,19 @@ class SetMetric(Metric):
     SHARE: ClassVar[float] = 0.5
     FEWEST: ClassVar[int] = 6
     cluster: Cluster | None = "category"
-    minimum: int = 2
+    minimum = 2
     aggregate = "subsets"
+
+    def update(self, images: torch.Tensor) -> None:
+        """Add images, uint8 [N, 3, H, W], or their features [N, D]."""
+        getattr(self, self._state).append(self.encoder.features(images))
+
+    def compute(self) -> torch.Tensor:
+        """Return the number of all images together, float64 []."""
+        return torch.tensor(self.score(dim_zero_cat(getattr(self, self._state))), dtype=torch.float64)
 
     def design(self) -> dict[str, Any]:
         return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
-
-    @abstractmethod
-    def value_of(self, images: ImageSet, positions: list[int]) -> float:
-        """Measure some of the images.
-
-        Args:
-            images: the set; features come from `images.embeddings`, which embeds all of it once.
-            positions: which rows to measure, ascending; at least `minimum`.
-
-        Returns:
-            The number, finite.
-        """
-
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """Return nothing: groups have no numbers of their own."""
-        return []
 
     def results(self, images: ImageSet) -> dict[str, Any]:
         """Measure all images and every half; see `Metric.results`.
@@ -176,20 +203,16 @@ class SetMetric(Metric):
         # A number of half the images that may be refused is no measure of the whole's variation.
         if len(clusters) < self.FEWEST or any(len(half) < self.minimum for half in halves):
             halves = []
+        value, *values = (float(self.score(*self.inputs(images, part))) for part in (list(range(n_images)), *halves))
         return {
-            "value": float(self.value_of(images, list(range(n_images)))),
+            "value": value,
             "n_groups": len(groups),
             "n_images": n_images,
             "groups": [],
             "groups_sha256": hashlib.sha256(canonical_json(groups).encode()).hexdigest(),
             "n_units": len(clusters),
             "subsets": [
-                {
-                    "seed": seed,
-                    "n_units": n_drawn,
-                    "n_images": len(half),
-                    "value": float(self.value_of(images, half)),
-                }
-                for seed, half in enumerate(halves)
+                {"seed": seed, "n_units": n_drawn, "n_images": len(half), "value": found}
+                for seed, (half, found) in enumerate(zip(halves, values, strict=True))
             ],
         }

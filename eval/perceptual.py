@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from eval.aggregates import GroupValue
-from eval.encoders import Network
+from eval.encoders import Network, Scorer
 from eval.features import EffNetLite0
 from eval.images import load_image
 from eval.imageset import ImageSet
@@ -115,29 +114,19 @@ class Lpips(Network):
 
 
 class PairMetric(Metric):
-    """The mean of the distances among the images of a group, as `encoder.pairwise` finds them."""
+    """The mean of the distances among the images of a group, as `encoder.pairwise` finds them.
 
-    def _load(self, path: Path) -> torch.Tensor:
-        return load_image(path)
+    `update` takes the images of one group, uint8 [K, 3, H, W].
+    """
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        # the features of all images would be too large to keep
-        single = [group for group, members in images.groups.items() if len(members) < 2]
-        if single:
-            raise ValueError(
-                f"expected at least 2 images in every group for {self.name}, got fewer in {len(single)} groups: "
-                f"{', '.join(single[:10])}; generate more images a group"
-            )
-        values = []
-        for group, members in images.groups.items():
-            loaded = [self._load(images.folder / images.rows[member].path) for member in members]
-            try:
-                distances = self.encoder.pairwise(loaded, images.batch_size)
-            except ValueError as error:
-                raise ValueError(f"in group {group}: {error}") from error
-            i, j = torch.triu_indices(len(members), len(members), offset=1)
-            values.append(images.group_value(group, value=distances[i, j].mean().item()))
-        return values
+    minimum = 2
+
+    def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        i, j = torch.triu_indices(len(images), len(images), offset=1)
+        return self.encoder.pairwise(images)[i, j].mean()
+
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[list[torch.Tensor]]:
+        return ([load_image(images.folder / images.rows[position].path) for position in positions],)
 
 
 class LpipsDistance(PairMetric):
@@ -173,8 +162,10 @@ class LpipsDistance(PairMetric):
     def settings(self) -> dict[str, Any]:
         return {"size": self.size}
 
-    def _load(self, path: Path) -> torch.Tensor:
-        image = load_image(path)
+    def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return super().score([self._smaller(image) for image in images])
+
+    def _smaller(self, image: torch.Tensor) -> torch.Tensor:
         if self.size is None or min(image.shape[1:]) <= self.size:
             return image
         return resize(image, [self.size], InterpolationMode.BILINEAR, antialias=True)
@@ -186,6 +177,8 @@ class EffNetLayers(EffNetLite0):
     At every position of every stage the channels are brought to length 1; the squared distance of two images there, 0
     to 4, is averaged over positions and then over the seven stages. Preparation and weights are the encoder's.
     """
+
+    features = Scorer.features  # images themselves are compared
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device=device)

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from eval.aggregates import GroupValue
-from eval.encoders import Encoder
-from eval.files import remembered_hash
+from eval.encoders import Encoder, unit_vectors
 from eval.imageset import ImageSet
-from eval.metric import ImageMetric
+from eval.metric import Metric
 
 
 def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -34,11 +32,7 @@ def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Te
             f"expected embeddings [N, D] and at least one reference [R, D], got {list(embeddings.shape)} and "
             f"{list(references.shape)}; embed both with one encoder"
         )
-    x, y = embeddings.double(), references.double()
-    norms = torch.cat([x.norm(dim=-1), y.norm(dim=-1)])
-    if not torch.isfinite(norms).all() or (norms == 0).any():
-        raise ValueError("expected finite embeddings that are not zero, got others; cosine is undefined for them")
-    return (F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T).clamp(-1, 1)
+    return (unit_vectors(embeddings) @ unit_vectors(references).T).clamp(-1, 1)
 
 
 def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive_rate: float = 0.05) -> float:
@@ -71,8 +65,8 @@ def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive
     return negative.sort().values[rank - 1].item()
 
 
-class ReferenceMetric(ImageMetric):
-    """A metric of images and a set of references.
+class ReferenceMetric(Metric):
+    """A metric of images and a set of references; `update` takes N images and R references first.
 
     Args:
         references: folder with one subfolder an asset.
@@ -80,12 +74,14 @@ class ReferenceMetric(ImageMetric):
 
     version = 1
     # more resemblance is what protection is to prevent
-    higher_is_better: bool | None = False
+    higher_is_better = False
     bounds = (-1.0, 1.0)
 
-    def __init__(self, encoder: Encoder, references: str | Path, name: str | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder | None = None, references: str | Path | None = None, name: str | None = None
+    ) -> None:
         super().__init__(encoder, name)
-        self.references = Path(references)
+        self.references = references
         self._embeddings: torch.Tensor | None = None
 
     @cached_property
@@ -104,21 +100,16 @@ class ReferenceMetric(ImageMetric):
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many assets and references there are."""
         return {
-            "references": self.references.name,
+            "references": self._references.folder.name,
             "n_references": len(self.assets),
             "n_assets": len(set(self.assets)),
         }
 
-    def prepare(self) -> None:
-        """Read the folders that the settings tell of, and load the encoder."""
-        _ = self.settings()
-        super().prepare()
-
-    def similarities(self, images: ImageSet) -> torch.Tensor:
-        """Return the `similarities` of images and references, which are embedded through the cache of `images`."""
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
+        """Return the images' and the references' embeddings, which are made through the cache of `images`."""
         if self._embeddings is None:
             self._embeddings = images.beside(self._references).embeddings(self.encoder)
-        return similarities(images.embeddings(self.encoder), self._embeddings)
+        return images.features(self.encoder, positions), self._embeddings
 
 
 class MaximumResemblance(ReferenceMetric):
@@ -128,8 +119,8 @@ class MaximumResemblance(ReferenceMetric):
     unit = "cosine, -1 to 1"
     description = "mean over a group's images of the largest cosine with a protected reference"
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        return self.similarities(images).amax(dim=1)
+    def score(self, embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        return similarities(embeddings, references).amax(dim=1)
 
 
 class MeanResemblance(ReferenceMetric):
@@ -139,15 +130,15 @@ class MeanResemblance(ReferenceMetric):
     unit = "cosine, -1 to 1"
     description = "mean over a group's images of the mean cosine with the protected references"
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        return self.similarities(images).mean(dim=1)
+    def score(self, embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        return similarities(embeddings, references).mean(dim=1)
 
 
 class Identification(ReferenceMetric):
     """Share of a group's images whose most similar reference is of the asset that their prompt asks for.
 
     The groups' categories are the assets' names; groups of other categories are left out. Chance is about one over
-    the number of assets.
+    the number of assets. `update` takes, beside, the assets of the references and those asked for, int [R] and [N].
     """
 
     name = "identification"
@@ -155,12 +146,16 @@ class Identification(ReferenceMetric):
     bounds = (0.0, 1.0)
     description = "share of a group's images whose nearest reference is of the asset named by their category"
 
-    def _nearest(self, images: ImageSet) -> list[str]:
-        return [self.assets[index] for index in self.similarities(images).argmax(dim=1).tolist()]
+    def score(
+        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        return assets[similarities(embeddings, references).argmax(dim=1)] == wanted
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        pairs = zip(self._nearest(images), images.rows, strict=True)
-        return torch.tensor([asset == row.category for asset, row in pairs])
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
+        numbers = {asset: number for number, asset in enumerate(dict.fromkeys(self.assets))}
+        wanted = [numbers.get(images.rows[position].category, -1) for position in positions]
+        assets = torch.tensor([numbers[asset] for asset in self.assets])
+        return *super().inputs(images, positions), assets, torch.tensor(wanted)
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         assets = set(self.assets)
@@ -175,16 +170,20 @@ class Identification(ReferenceMetric):
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say which assets the images resemble most, and which categories are no assets."""
+        embeddings, references, *_ = self.inputs(images, range(len(images.rows)))
+        nearest = similarities(embeddings, references).argmax(dim=1).tolist()
         categories = {row.category for row in images.rows}
         return {
             **super().details(images),
-            "nearest": dict(sorted(Counter(self._nearest(images)).items())),
+            "nearest": dict(sorted(Counter(self.assets[index] for index in nearest).items())),
             "categories_left_out": sorted(categories - set(self.assets)),
         }
 
 
 class DetectionRate(ReferenceMetric):
     """Share of a group's images that resemble some reference more than images without the assets do.
+
+    `update` takes, beside, the threshold.
 
     Args:
         references: folder with one subfolder an asset.
@@ -200,23 +199,23 @@ class DetectionRate(ReferenceMetric):
 
     def __init__(
         self,
-        encoder: Encoder,
-        references: str | Path,
-        held_out: str | Path,
+        encoder: Encoder | None = None,
+        references: str | Path | None = None,
+        held_out: str | Path | None = None,
         false_positive_rate: float = 0.05,
         name: str | None = None,
     ) -> None:
         super().__init__(encoder, references, name)
-        self.held_out = Path(held_out)
+        self.held_out = held_out
         self.false_positive_rate = false_positive_rate
         self._calibration: dict[str, Any] = {}
 
     @cached_property
     def _held_out(self) -> ImageSet:
         held_out = ImageSet.open(self.held_out)
-        known = {remembered_hash(self.references / row.path): row.path for row in self._references.rows}
-        pairs = ((row.path, known.get(remembered_hash(self.held_out / row.path))) for row in held_out.rows)
-        shared = [f"{path} is {reference}" for path, reference in pairs if reference]
+        known = dict(zip(self._references.hashes, (row.path for row in self._references.rows), strict=True))
+        pairs = zip(held_out.rows, held_out.hashes, strict=True)
+        shared = [f"{row.path} is {known[digest]}" for row, digest in pairs if digest in known]
         if shared:
             raise ValueError(
                 f"expected held-out images that are no references for {self.name}, got {len(shared)} that are in both "
@@ -235,8 +234,9 @@ class DetectionRate(ReferenceMetric):
     def calibration(self, images: ImageSet) -> dict[str, Any]:
         """Return the threshold and what it makes of the held-out images."""
         if not self._calibration:
-            maxima = self.similarities(images.beside(self._held_out)).amax(dim=1)
-            shows = torch.tensor([row.category in self.assets for row in self._held_out.rows])
+            held_out = images.beside(self._held_out)
+            maxima = similarities(*super().inputs(held_out, range(len(held_out.rows)))).amax(dim=1)
+            shows = torch.tensor([row.category in self.assets for row in held_out.rows])
             positive, negative = maxima[shows], maxima[~shows]
             threshold = calibrate_threshold(negative, self.false_positive_rate)
             self._calibration = {
@@ -247,8 +247,11 @@ class DetectionRate(ReferenceMetric):
             }
         return self._calibration
 
-    def scores(self, images: ImageSet) -> torch.Tensor:
-        return self.similarities(images).amax(dim=1) > self.calibration(images)["threshold"]
+    def score(self, embeddings: torch.Tensor, references: torch.Tensor, threshold: float) -> torch.Tensor:
+        return similarities(embeddings, references).amax(dim=1) > threshold
+
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
+        return *super().inputs(images, positions), self.calibration(images)["threshold"]
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how the threshold came about."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from eval.diversity import PairwiseDistance
 from eval.encoders import PixelEncoder, Scorer
@@ -31,9 +32,8 @@ class MeanBrightness(SetMetric):
 
     name, version, higher_is_better, unit, description = "brightness", 1, None, "0 to 1", "mean of a coordinate"
 
-    def value_of(self, images, positions):
-        assert positions == sorted(set(positions))
-        return images.embeddings(self.encoder)[positions, 0].mean().item()
+    def score(self, features):
+        return features[:, 0].mean().item()
 
 
 SIX = ("bird", "cat", "dog", "fish", "horse", "insect")
@@ -76,9 +76,10 @@ def test_the_halves_hold_whole_clusters_and_are_the_same_for_every_method(make_r
     drawn = {}
 
     class Recording(MeanBrightness):
-        def value_of(self, images, positions):
+        def inputs(self, images, positions):
+            assert positions == sorted(set(positions))
             drawn.setdefault(images.folder.name, []).append(tuple(images.rows[place].path for place in positions))
-            return 0.5
+            return super().inputs(images, positions)
 
     for name, offset in (("a", 0), ("b", 500)):
         metric = Recording(PixelEncoder())
@@ -105,8 +106,8 @@ def test_the_halves_cover_where_images_of_a_category_are_alike():
     drawn = {}
 
     class Drawn(MeanBrightness):
-        def value_of(self, images, positions):
-            return drawn["values"][positions].mean()
+        def inputs(self, images, positions):
+            return (drawn["values"][positions, None],)
 
     hits = dict.fromkeys(("category", None), 0)
     for cluster in hits:
@@ -143,8 +144,11 @@ def test_a_metric_without_an_encoder_names_its_own_scorer(make_run):
         name, version, higher_is_better, unit, description = "compares", 1, None, "levels", "of nothing"
         encoder = Differ()
 
-        def per_group(self, images):
-            return [images.group_value(group, value=1.0) for group in images.groups]
+        def inputs(self, images, positions):
+            return (len(positions),)
+
+        def score(self, count):
+            return torch.ones(count)
 
     run = make_run()
     metric = Compares(None)
@@ -152,5 +156,6 @@ def test_a_metric_without_an_encoder_names_its_own_scorer(make_run):
     document = measure(metric, run)
     assert document["encoder"] == {"name": "pixel differences", "id": "pixel-differences-1"}
     assert is_current(document, metric, run)
-    with pytest.raises(TypeError, match="encoder for pairwise_distance, got None"):
-        PairwiseDistance(None)
+    for ask in (lambda: measure(PairwiseDistance(None), run), lambda: PairwiseDistance().encoder.id):
+        with pytest.raises(TypeError, match=r"an encoder to measure a folder .* got None"):
+            ask()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.neighbours import Manifold, coverage, density, precision, recall
+from eval.neighbours import Coverage, Density, Precision, Recall
 
 
 def sample(n, d, seed=0, scale=1.0):
@@ -14,12 +14,18 @@ def sample(n, d, seed=0, scale=1.0):
     return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale
 
 
+def computed(metric, x, y):
+    metric.update(y, real=True)
+    metric.update(x)
+    return metric.compute().item()
+
+
 def precision_recall(x, y):
-    return precision(x, Manifold(y, 3)), recall(x, Manifold(y, 3))
+    return computed(Precision(), x, y), computed(Recall(), x, y)
 
 
 def density_coverage(x, y):
-    return density(x, Manifold(y, 5)), coverage(x, Manifold(y, 5))
+    return computed(Density(), x, y), computed(Coverage(), x, y)
 
 
 def test_identical_sets():
@@ -85,17 +91,17 @@ def test_manifolds_refuse_few_images():
     with pytest.raises(ValueError, match="at least 6 reference images, got 4"):
         density_coverage(x, x)
     with pytest.raises(ValueError, match="k >= 1"):
-        Manifold(x, 0)
+        Precision(k=0)
     with pytest.raises(ValueError, match="nothing to measure"):
-        density(x[:0], Manifold(x, 1))
+        computed(Density(k=1), x[:0], x)
 
 
-@pytest.mark.parametrize("overlap", [precision, recall, density, coverage])
-def test_order_does_not_matter_and_nonsense_is_refused(overlap):
+@pytest.mark.parametrize("kind", [Precision, Recall, Density, Coverage])
+def test_order_does_not_matter_and_nonsense_is_refused(kind):
     x, y = sample(60, 4, 1), sample(50, 4, 2)
-    real = Manifold(y, 3)
-    assert overlap(x.flip(0), Manifold(y[torch.randperm(50)], 3)) == pytest.approx(overlap(x, real), rel=1e-9)
+    shuffled = computed(kind(k=3), x.flip(0), y[torch.randperm(50)])
+    assert shuffled == pytest.approx(computed(kind(k=3), x, y), rel=1e-9)
     with pytest.raises(ValueError, match="one encoder"):
-        overlap(x[:, :3], real)
+        computed(kind(), x[:, :3], y)
     with pytest.raises(ValueError, match="finite"):
-        overlap(x * np.nan, real)
+        computed(kind(), x * np.nan, y)

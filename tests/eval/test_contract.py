@@ -1,0 +1,107 @@
+"""Every metric is one of torchmetrics': on tensors, in collections, and equal to what the suite says of a folder."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torchmetrics import MetricCollection
+
+from eval.alignment import ClipScore
+from eval.attributes import AttributeEntropy
+from eval.change import Change, ChangedShare
+from eval.diversity import CategoryPooledSimilarity, PairwiseDistance, PairwiseSimilarity, VendiScore
+from eval.encoders import PixelEncoder
+from eval.fidelity import Cmmd, FrechetDistance, KernelDistance
+from eval.images import load_image
+from eval.imageset import ImageSet
+from eval.inception_score import InceptionScore
+from eval.measure import measure
+from eval.neighbours import Coverage, Density, Precision, Recall
+from eval.perceptual import LayerDistance
+from eval.resemblance import DetectionRate, Identification, MaximumResemblance, MeanResemblance
+
+OF_SETS = (FrechetDistance, KernelDistance, Cmmd, Precision, Recall, Density, Coverage)
+
+
+def features(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_collection_of_groups_has_what_each_metric_says_of_each_group():
+    kinds = (PairwiseSimilarity, PairwiseDistance, CategoryPooledSimilarity, VendiScore)
+    collection = MetricCollection([kind() for kind in kinds])
+    groups = features(6, 4, 8)
+    # What is equal at first, as of equal images, is not taken for one metric later.
+    equal = torch.ones(1, 4, 8)
+    for batch in (equal, groups[:4], groups[4]):
+        collection.update(batch)
+    expected = [torch.cat([kind().score(equal), kind().score(groups[:5])]).mean() for kind in kinds]
+    assert [value.item() for value in collection.compute().values()] == pytest.approx([e.item() for e in expected])
+    collection.reset()
+    assert collection(groups)["VendiScore"].item() == pytest.approx(VendiScore().score(groups).mean().item())
+
+
+def test_a_collection_of_sets_takes_parts_of_both_in_any_order():
+    collection = MetricCollection([kind() for kind in OF_SETS])
+    made, real = features(40, 5), features(50, 5, seed=1) + 0.3
+    collection.update(real[:20], real=True)
+    for part in made.split(15):
+        collection.update(part, real=False)
+    collection.update(real[20:], real=True)
+    found = {name: value.item() for name, value in collection.compute().items()}
+    pair = made.double(), real.double()
+    assert found == pytest.approx({kind.__name__: kind().score(pair[0], kind().summarise(pair[1])) for kind in OF_SETS})
+    assert collection["FrechetDistance"].higher_is_better is False and collection["Coverage"].higher_is_better
+
+
+def test_images_and_texts_are_embedded_where_there_is_an_encoder(make_run, tiny_clip):
+    from eval.clip import HFClip
+
+    run = make_run()
+    images = ImageSet.open(run)
+    pixels = torch.stack([load_image(run / row.path) for row in images.rows])
+    for encoder in (PixelEncoder(), HFClip(tiny_clip)):
+        metric = PairwiseDistance(encoder)
+        metric.update(pixels.unflatten(0, (4, 4)))
+        assert metric.compute().item() == pytest.approx(measure(PairwiseDistance(encoder), images)["value"], abs=1e-6)
+    clip = ClipScore(encoder)
+    clip.update(pixels, images.texts)
+    assert clip.compute().item() == pytest.approx(measure(ClipScore(encoder), images)["value"], abs=1e-4)
+    distance = LayerDistance()
+    distance.update(pixels[:4])
+    assert distance.compute().item() == pytest.approx(measure(LayerDistance(), images)["groups"][0]["value"], abs=1e-6)
+    change, share = Change(), ChangedShare()
+    change.update(features(4, 8), features(4, 8))
+    share.update(pixels[:2], torch.stack([pixels[0], pixels[2]]))
+    assert change.compute() == 0 and share.compute() == 0.5
+
+
+def test_what_else_they_take():
+    made, references = torch.eye(3), torch.eye(3)[[0, 0, 1]]
+    for metric, inputs, expected in (
+        (MaximumResemblance(), (), 2 / 3),
+        (MeanResemblance(), (), 1 / 3),
+        (Identification(), (torch.tensor([7, 7, 8]), torch.tensor([7, 8, 9])), 2 / 3),
+        (DetectionRate(), (0.5,), 2 / 3),
+    ):
+        metric.update(made, references, *inputs)
+        assert metric.compute().item() == pytest.approx(expected), metric.name
+    entropy = AttributeEntropy()
+    for part in torch.eye(2).repeat(8, 1).split(5):
+        entropy.update(part, torch.eye(2))
+    assert entropy.compute().item() == pytest.approx(torch.log(torch.tensor(2.0)).item() + 1 / 32)
+    score = InceptionScore()
+    score.update(torch.eye(5).repeat(4, 1) * 1000)
+    assert score.compute().item() == pytest.approx(5)
+
+
+def test_they_are_copied_pickled_and_moved_as_all_metrics_are():
+    metric = VendiScore()
+    metric.update(features(2, 4, 8))
+    for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.clone().to("cpu")):
+        assert other.compute() == metric.compute()
+        other.update(features(2, 4, 8, seed=1))
+        assert other.compute() != metric.compute()
