@@ -87,9 +87,9 @@ class AttributeEntropy(Metric):
         encoder: Encoder | None = None,
         labels: Mapping[str, Sequence[str]] | Sequence[str] = (),
         templates: Sequence[str] = ("a photo of a {}",),
-        name: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(encoder, name)
+        super().__init__(encoder, **options)
         for given in (templates, labels, *(labels.values() if isinstance(labels, Mapping) else ())):
             if isinstance(given, str):
                 raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")

@@ -28,10 +28,8 @@ class BaselineMetric(Metric):
     version = 1
     higher_is_better = False
 
-    def __init__(
-        self, encoder: Scorer | None = None, baseline: str | Path | None = None, name: str | None = None
-    ) -> None:
-        super().__init__(encoder, name)
+    def __init__(self, encoder: Scorer | None = None, baseline: str | Path | None = None, **options: Any) -> None:
+        super().__init__(encoder, **options)
         self.baseline = baseline
         self._paired: tuple[ImageSet, ImageSet] | None = None
 
@@ -80,19 +78,15 @@ class Change(BaselineMetric):
 
 
 class ChangedShare(BaselineMetric):
-    """Share of a group's images that differ from the other run's in any pixel.
-
-    Args:
-        baseline: the other run's folder.
-    """
+    """Share of a group's images that differ from the other run's in any pixel."""
 
     name = "changed_share"
     unit = "share of images, 0 to 1"
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
 
-    def __init__(self, baseline: str | Path | None = None, name: str | None = None) -> None:
-        super().__init__(Pixels(), baseline, name)
+    def __init__(self, baseline: str | Path | None = None, **options: Any) -> None:
+        super().__init__(Pixels(), baseline, **options)
 
     def score(self, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.tensor([not torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)])

@@ -130,8 +130,8 @@ class VendiScore(Metric):
     bounds = (1, None)
     description = "effective number of different images of a group: exp of the entropy of the eigenvalues of K / n"
 
-    def __init__(self, encoder: Scorer | None = None, q: float = 1.0, name: str | None = None) -> None:
-        super().__init__(encoder, name)
+    def __init__(self, encoder: Scorer | None = None, q: float = 1.0, **options: Any) -> None:
+        super().__init__(encoder, **options)
         if not q > 0:
             raise ValueError(f"expected an order q > 0, got {q}; 1 is the Vendi Score")
         self.q = float(q)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from eval.weights import WeightsFacts, fetch_once
+from eval.weights import WeightsFacts
 
 
 class Scorer:
@@ -132,6 +132,10 @@ class PixelEncoder(Encoder):
 UNREADABLE = (RuntimeError, KeyError, TypeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
+#: Fetches that failed in this process, by what was wanted for whom and where, with what was said.
+_failed: dict[tuple[str, str, tuple[Path, ...]], str] = {}
+
+
 class Network(Scorer, ABC):
     """Something with weights: they are found or fetched, and loaded once, when they are first needed.
 
@@ -167,12 +171,20 @@ class Network(Scorer, ABC):
         """Return the facts of weights that are here, having fetched them if they were not.
 
         Raises:
-            FileNotFoundError: they are missing and cannot be fetched.
+            FileNotFoundError: they are missing and cannot be fetched; once that failed, at once.
         """
         facts = self.weights()
-        if not facts.present:
-            fetch_once(facts, self._fetch)
-            facts = self.weights()
+        if facts.present:
+            return facts
+        key = (facts.encoder, facts.source, facts.looked_in)
+        if key in _failed:
+            raise FileNotFoundError(_failed[key])
+        try:
+            self._fetch(facts)
+        except FileNotFoundError as error:
+            _failed[key] = str(error)
+            raise
+        facts = self.weights()
         if not facts.present:
             raise facts.missing("a file is lacking in what was downloaded")
         return facts

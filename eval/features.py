@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from eval.encoders import ImageNetwork, checked, quiet_transformers
-from eval.weights import FACTS, WeightsFacts, hub_folder
+from eval.weights import FACTS, WeightsFacts
 
 
 class Standardised(ImageNetwork):
@@ -100,7 +100,7 @@ class DreamSim(ImageNetwork):
         )
 
     def _folder(self) -> Path:
-        return self.given or hub_folder() / "dreamsim"
+        return self.given or Path(torch.hub.get_dir()) / "dreamsim"
 
     def _fetch(self, facts: WeightsFacts) -> None:
         folder, archive = self._folder(), self._folder() / "pretrained.zip"

@@ -34,6 +34,8 @@ ROWS = 2048
 
 PAIRS = "the kernel is averaged over pairs"
 
+#: What is known of images, of which those of a group or category depend on each other; None for independent ones.
+Rows = Sequence[ManifestRow] | None
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -185,25 +187,19 @@ class FidelityMetric(SetMetric):
         reference: folder of the real images: a run, one subfolder a category, or images without subfolders.
     """
 
-    def __init__(
-        self, encoder: Scorer | None = None, reference: str | Path | None = None, name: str | None = None
-    ) -> None:
-        super().__init__(encoder, name)
+    def __init__(self, encoder: Scorer | None = None, reference: str | Path | None = None, **options: Any) -> None:
+        super().__init__(encoder, **options)
         self.reference = reference
         self._summary: Any = None
         self.add_state("real_features", [], dist_reduce_fx="cat")
 
     @abstractmethod
-    def summarise(self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None) -> Any:
+    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Any:
         """Compute from the reference's features, float64 [M, D], what every comparison needs."""
 
     @abstractmethod
-    def score(self, features: torch.Tensor, summary: Any, rows: Sequence[ManifestRow] | None = None) -> float:
-        """Measure features, float64 [N, D], of N images against the summary of the reference.
-
-        Args:
-            rows: what is known of the images; independent ones if not given.
-        """
+    def score(self, features: torch.Tensor, summary: Any, rows: Rows = None) -> float:
+        """Measure features, float64 [N, D], of N images against the summary of the reference."""
 
     def update(self, images: torch.Tensor, real: bool = False) -> None:
         """Add images to measure, or `real` ones to compare with: uint8 [N, 3, H, W], or their features [N, D]."""
@@ -266,10 +262,10 @@ class FrechetDistance(FidelityMetric):
         self.minimum = images.embeddings(self.encoder).shape[1] + 1
         return super().results(images)
 
-    def summarise(self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None) -> Gaussian:
+    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Gaussian:
         return Gaussian.of(reference, "reference images")
 
-    def score(self, features: torch.Tensor, summary: Gaussian, rows: Sequence[ManifestRow] | None = None) -> float:
+    def score(self, features: torch.Tensor, summary: Gaussian, rows: Rows = None) -> float:
         return frechet_distance_of_gaussians(Gaussian.of(features), summary)
 
 
@@ -292,23 +288,16 @@ class KernelDistance(FidelityMetric):
     scale = 1.0
     unbiased = True
 
-    def _within(self, features: torch.Tensor, rows: Sequence[ManifestRow] | None, together: bool = True) -> float:
+    def _within(self, features: torch.Tensor, rows: Rows, together: bool = True) -> float:
         if not self.unbiased:
             return kernel_mean(self.kernel, features, features)
         return kernel_mean_within(self.kernel, features, None if rows is None else Design.of(rows, together))
 
-    def summarise(
-        self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None
-    ) -> tuple[torch.Tensor, float]:
+    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> tuple[torch.Tensor, float]:
         require_images(reference, 2, "reference images", PAIRS)
         return reference, self._within(reference, rows, together=False)
 
-    def score(
-        self,
-        features: torch.Tensor,
-        summary: tuple[torch.Tensor, float],
-        rows: Sequence[ManifestRow] | None = None,
-    ) -> float:
+    def score(self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Rows = None) -> float:
         require_images(features, 2, "images", PAIRS)
         reference, within = summary
         across = kernel_mean(self.kernel, features, reference)
@@ -341,9 +330,9 @@ class Cmmd(KernelDistance):
         encoder: Scorer | None = None,
         reference: str | Path | None = None,
         unbiased: bool = False,
-        name: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(encoder, reference, name)
+        super().__init__(encoder, reference, **options)
         self.unbiased = unbiased
         self.bounds = (None, None) if unbiased else (0.0, None)
         self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"

@@ -68,8 +68,8 @@ class InceptionScore(SetMetric):
     unit = "classes, 1 to the classifier's number of them"
     description = "exp of the mean KL divergence of the images' predicted classes from their mean"
 
-    def __init__(self, encoder: Scorer | None = None, splits: int = 1, name: str | None = None) -> None:
-        super().__init__(encoder, name)
+    def __init__(self, encoder: Scorer | None = None, splits: int = 1, **options: Any) -> None:
+        super().__init__(encoder, **options)
         if getattr(type(encoder), "logits_from_features", None) is Encoder.logits_from_features:
             raise TypeError(
                 f"expected an encoder with a classifier head for {self.name}, got {encoder.name}; "

@@ -64,8 +64,8 @@ class Metric(torchmetrics.Metric):
     pooled: Literal["category"] | None = None
     only: tuple[str, ...] | None = None
 
-    def __init__(self, encoder: Scorer | None = None, name: str | None = None) -> None:
-        super().__init__()
+    def __init__(self, encoder: Scorer | None = None, name: str | None = None, **options: Any) -> None:
+        super().__init__(**options)  # what all of torchmetrics takes, such as `compute_on_cpu`
         if encoder is not None:
             self.encoder = encoder
         if name is not None:

@@ -11,15 +11,14 @@ Density and coverage are those of Naeem et al., "Reliable Fidelity and Diversity
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eval.encoders import Scorer
-from eval.fidelity import ROWS, FidelityMetric, checked_pair, require_images
-from eval.images import ManifestRow
+from eval.fidelity import ROWS, FidelityMetric, Rows, checked_pair, require_images
 
 
 class Manifold:
@@ -70,9 +69,9 @@ class NeighbourMetric(FidelityMetric):
         encoder: Scorer | None = None,
         reference: str | Path | None = None,
         k: int | None = None,
-        name: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(encoder, reference, name)
+        super().__init__(encoder, reference, **options)
         self.k = self.default_k if k is None else k
         if self.k < 1:
             raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
@@ -81,7 +80,7 @@ class NeighbourMetric(FidelityMetric):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "k": self.k}
 
-    def summarise(self, reference: torch.Tensor, rows: Sequence[ManifestRow] | None = None) -> Manifold:
+    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Manifold:
         return Manifold(reference, self.k)
 
 
@@ -93,7 +92,7 @@ class Precision(NeighbourMetric):
     description = "share of images within a real image's distance to its k-th real neighbour"
     default_k = 3
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Sequence[ManifestRow] | None = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return summary.holds(features, surface=True).any(dim=1).double().mean().item()
 
 
@@ -105,7 +104,7 @@ class Recall(NeighbourMetric):
     description = "share of real images within an image's distance to its k-th neighbour among the images"
     default_k = 3
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Sequence[ManifestRow] | None = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return (
             Manifold(features, self.k, "images").holds(summary.points, surface=True).any(dim=1).double().mean().item()
         )
@@ -120,7 +119,7 @@ class Density(NeighbourMetric):
     description = "mean over images of the real images within whose k-th neighbour they lie, over k"
     default_k = 5
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Sequence[ManifestRow] | None = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return summary.holds(features, surface=False).sum(dim=1).double().mean().item() / self.k
 
 
@@ -132,5 +131,5 @@ class Coverage(NeighbourMetric):
     description = "share of real images with an image nearer than their k-th real neighbour"
     default_k = 5
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Sequence[ManifestRow] | None = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return summary.holds(features, surface=False).any(dim=0).double().mean().item()

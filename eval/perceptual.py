@@ -151,10 +151,10 @@ class LpipsDistance(PairMetric):
         net: str = "alex",
         size: int | None = 256,
         weights_dir: str | Path | None = None,
-        name: str | None = None,
         device: str = "cpu",
+        **options: Any,
     ) -> None:
-        super().__init__(Lpips(net, weights_dir, device), name)
+        super().__init__(Lpips(net, weights_dir, device), **options)
         if size is not None and size < SMALLEST:
             raise ValueError(f"expected a size of at least {SMALLEST} pixels, got {size}; 256 is usual")
         self.size = size
@@ -205,5 +205,5 @@ class LayerDistance(PairMetric):
         "at the same place, averaged over places and stages"
     )
 
-    def __init__(self, name: str | None = None, device: str = "cpu") -> None:
-        super().__init__(EffNetLayers(device), name)
+    def __init__(self, device: str = "cpu", **options: Any) -> None:
+        super().__init__(EffNetLayers(device), **options)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from eval.aggregates import GroupValue
-from eval.encoders import Encoder, unit_vectors
+from eval.encoders import Scorer, unit_vectors
 from eval.imageset import ImageSet
 from eval.metric import Metric
 
@@ -77,10 +77,8 @@ class ReferenceMetric(Metric):
     higher_is_better = False
     bounds = (-1.0, 1.0)
 
-    def __init__(
-        self, encoder: Encoder | None = None, references: str | Path | None = None, name: str | None = None
-    ) -> None:
-        super().__init__(encoder, name)
+    def __init__(self, encoder: Scorer | None = None, references: str | Path | None = None, **options: Any) -> None:
+        super().__init__(encoder, **options)
         self.references = references
         self._embeddings: torch.Tensor | None = None
 
@@ -199,13 +197,13 @@ class DetectionRate(ReferenceMetric):
 
     def __init__(
         self,
-        encoder: Encoder | None = None,
+        encoder: Scorer | None = None,
         references: str | Path | None = None,
         held_out: str | Path | None = None,
         false_positive_rate: float = 0.05,
-        name: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(encoder, references, name)
+        super().__init__(encoder, references, **options)
         self.held_out = held_out
         self.false_positive_rate = false_positive_rate
         self._calibration: dict[str, Any] = {}

@@ -74,22 +74,22 @@ class WeightsFacts:
             values: what stands for the braces in the row's texts.
         """
         facts = {**FACTS[row], **(FACTS[row].get("given", {}) if given else {})}
-        values["url"] = url = facts["url"].format(**values) if "url" in facts else None
-        hub = "repository" in facts and {
-            "repo_id": facts["repository"].format(**values),
+        values["url"] = facts.get("url", "").format(**values)
+        texts = {key: text.format(**values) for key, text in facts.items() if isinstance(text, str)}
+        hub = {
+            "repo_id": texts.get("repository"),
             "revision": values.get("revision"),
-            "allow_patterns": facts["files"],
+            "allow_patterns": facts.get("files"),
         }
         names = [Path(name.format(**values)).name for name in facts.get("files", ())]
         published = len(files) == 1 and files[0].name in names
-        texts = ("source", "resize", "input_range", "licence", "how_to_get")
         return cls(
             encoder=encoder,
             files=tuple(files),
             looked_in=tuple(looked_in),
-            **{text: facts[text].format(**values) for text in texts},
-            url=None if given else url,
-            hub=None if given else hub or None,
+            **{text: texts[text] for text in ("source", "resize", "input_range", "licence", "how_to_get")},
+            url=None if given else texts.get("url"),
+            hub=None if given or not hub["repo_id"] else hub,
             expected=published_hash(facts, files[0].name) if published else "",
         )
 
@@ -98,25 +98,22 @@ class WeightsFacts:
         """Look for the weights of a row where the user says, or else where their publishers' own code puts them.
 
         Args:
-            row: one with a `url` or a `repository`.
-            encoder: the network's name.
+            row: one with a `url`, of whose files any will do, or a `repository`, all of whose files are needed.
             given: the file, or of a repository the folder, that the user named.
-            values: see `of`.
         """
         names = [name.format(**values) for name in FACTS[row]["files"]]
-        if "repository" in FACTS[row]:
-            repository = FACTS[row]["repository"].format(**values)
+        if repository := FACTS[row].get("repository", "").format(**values):
             places = [given or hub_cache(repository)]
-            if given:
-                files = [given / name for name in names if (given / name).is_file()]
-            else:
-                files = in_hub_cache(repository, names, values.get("revision"))
-            files = files if len(files) == len(names) else []
+            found = (
+                [given / name for name in names] if given else in_hub_cache(repository, names, values.get("revision"))
+            )
+            found = [file for file in found if file.is_file()]
+            files = found if len(found) == len(names) else []
         else:
-            places = [given] if given else [hub_folder() / "checkpoints" / name for name in names]
+            places = [given] if given else [Path(torch.hub.get_dir()) / "checkpoints" / name for name in names]
             files = [place for place in places if place.is_file()][:1]
-        found = (files or places)[0]
-        return cls.of(row, encoder, files, places, given is not None, found=found.name, folder=found.parent, **values)
+        first = (files or places)[0]
+        return cls.of(row, encoder, files, places, given is not None, found=first.name, folder=first.parent, **values)
 
     @property
     def present(self) -> bool:
@@ -174,13 +171,13 @@ class WeightsFacts:
     def download(self, url: str, path: Path) -> None:
         """Download one of the files, written only when complete, or raise as `fetch`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._from_network(url, torch.hub.download_url_to_file, url, str(path))
+        self._from_network(url, torch.hub.download_url_to_file, url=url, dst=str(path))
 
-    def _from_network(self, address: str | None, get: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    def _from_network(self, address: str | None, get: Callable[..., Any], **options: Any) -> None:
         if not network_answers(address):
             raise self.missing("the network is switched off or does not answer")
         try:
-            get(*arguments, **options)
+            get(**options)
         except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
             raise self.missing(str(error)) from error
 
@@ -199,35 +196,11 @@ def published_hash(facts: Mapping[str, Any], name: str) -> str:
     return facts.get("sha256", found[1] if found else "")
 
 
-#: Fetches that failed, by what was wanted for whom and where, with what was said.
-_failed: dict[tuple[str, str, tuple[Path, ...]], str] = {}
-
-
-def fetch_once(facts: WeightsFacts, fetch: Callable[[WeightsFacts], None]) -> None:
-    """Fetch weights, unless that failed before in this process, where another try is an error at once."""
-    key = (facts.encoder, facts.source, facts.looked_in)
-    if key in _failed:
-        raise FileNotFoundError(_failed[key])
-    try:
-        fetch(facts)
-    except FileNotFoundError as error:
-        _failed[key] = str(error)
-        raise
-
-
-# What a tokenizer of transformers may be stored as, each enough by itself.
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-
-
-def hub_folder() -> Path:
-    """Return torch.hub's folder as it is now: `$TORCH_HOME/hub`, or `~/.cache/torch/hub`."""
-    return Path(torch.hub.get_dir())
-
-
 def missing_vocabulary(folder: Path) -> list[str]:
     """Return the file that a tokenizer's folder lacks: without a vocabulary transformers makes one up in silence."""
-    found = [names for names in VOCABULARIES if all((folder / name).is_file() for name in names)]
-    return [] if found else [VOCABULARIES[0][0]]
+    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+    whole = any(all((folder / name).is_file() for name in names) for names in vocabularies)
+    return [] if whole else [vocabularies[0][0]]
 
 
 def in_hub_cache(repository: str, names: Iterable[str], revision: str | None = None) -> list[Path]:

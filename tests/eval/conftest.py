@@ -24,7 +24,7 @@ def save_noise(path, seed, size=(16, 16)):
 def unpublished(monkeypatch):
     """Random weights may have the names of published ones, and a fetch that failed in another test is tried again."""
     monkeypatch.setattr("eval.weights.published_hash", lambda *_: "")
-    monkeypatch.setattr("eval.weights._failed", {})
+    monkeypatch.setattr("eval.encoders._failed", {})
 
 
 @pytest.fixture
