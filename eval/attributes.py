@@ -1,7 +1,7 @@
 """Which kinds of the thing asked for are shown, and how evenly? Zero-shot labels and the entropy of their counts.
 
 Labels are the argmax of the cosine to text embeddings, each the normalised mean over prompt templates
-(Radford et al. 2021, Sec. 3.1.4). The entropy itself is in `eval.aggregates`; its correction does not help where
+(Radford et al. 2021, Sec. 3.1.4). The entropy itself is in `eval.intervals`; its correction does not help where
 there are few images for the labels: see `minimum_images`.
 """
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.utilities import dim_zero_cat
 
-from eval.aggregates import MINIMUM_IMAGES, GroupValue, entropy
 from eval.encoders import Encoder
 from eval.imageset import ImageSet
+from eval.intervals import MINIMUM_IMAGES, GroupValue, entropy
 from eval.metric import Metric
 
 IMAGES_A_LABEL = 2

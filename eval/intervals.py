@@ -1,5 +1,7 @@
-"""How sure is a number? Bootstrap intervals, alone and paired between two methods.
+"""From the values of groups to a number, and how sure it is: bootstrap intervals, alone and paired between two methods.
 
+All of it needs only what is in a result file, no images and no encoder. Every aggregate is a mean, of groups' values or
+of categories' entropies: what it is a mean of is what can be resampled, exchanged and paired.
 What is resampled and why, how well intervals cover, and what None means: docs/metrics.md, "How sure a number is". How:
 
 * Whole clusters are drawn with replacement, each with all its groups. Groups are not drawn again within them, since
@@ -18,18 +20,18 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
-
-from eval.aggregates import GroupValue, mean_of, values_of
+from scipy.special import entr, ndtri, stdtrit
 
 Cluster = Literal["prompt", "category"]
 
 #: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metric.SetMetric`.
 SUBSETS = "subsets"
+#: Fewer images than this have no entropy, however few the labels.
+MINIMUM_IMAGES = 8
 #: Clusters below which a bootstrap says nothing.
 FEWEST = 4
 #: What two documents must have in common for their difference to mean anything.
@@ -37,6 +39,86 @@ SAME = ("metric", "version", "settings", "aggregate", "encoder")
 
 #: Draws and signs [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
 BLOCK = 4_000_000
+
+
+class GroupValue(TypedDict):
+    """What a metric found in one group: a `value`, or `counts` of labels.
+
+    `group` is `prompt_id/group_seed`; `category` what the prompt asks for; `n_images` how many images were used.
+    """
+
+    group: str
+    category: str
+    n_images: int
+    value: NotRequired[float]
+    counts: NotRequired[dict[str, int]]
+
+
+def entropy(counts: Sequence[int], miller_madow: bool = True) -> float:
+    """Estimate a Shannon entropy from label counts [L], in nats; 0 where all images have one label.
+
+    The plug-in estimate is biased down by about (m - 1) / 2n (m labels seen, n images). Miller and Madow's correction
+    adds just that, so it may lie a little above log(number of labels).
+
+    Raises:
+        ValueError: n, the sum of counts, below `MINIMUM_IMAGES`.
+    """
+    seen = np.asarray(counts, dtype=np.float64)
+    n = seen.sum()
+    if n < MINIMUM_IMAGES:
+        raise ValueError(
+            f"expected at least {MINIMUM_IMAGES} images for an entropy, got {int(n)}; "
+            "its bias would exceed the differences looked for: generate more images or pool more groups"
+        )
+    return float(entr(seen / n).sum() + miller_madow * ((seen > 0).sum() - 1) / (2 * n))
+
+
+def _category_entropies(groups: Sequence[GroupValue]) -> list[GroupValue]:
+    """Return for each category the entropy of its pooled label counts.
+
+    Categories are what is resampled: labels within one say nothing of others, and an entropy of resampled groups is
+    lower than that of the groups themselves, since repeated groups show fewer labels.
+    """
+    values: list[GroupValue] = []
+    for category in sorted({group["category"] for group in groups}):
+        own = [group for group in groups if group["category"] == category]
+        counts = sum((Counter(group["counts"]) for group in own), Counter())
+        try:
+            value = entropy([counts[label] for label in sorted(counts)])
+        except ValueError as error:
+            raise ValueError(f"in category {category!r}: {error}") from error
+        # named as groups are, so that a category is a cluster of its own however clusters are formed
+        n_images = sum(group["n_images"] for group in own)
+        values.append({"group": f"{category}/all", "category": category, "n_images": n_images, "value": value})
+    return values
+
+
+#: From groups to what the number is the mean of, by the name that is written into result files.
+AGGREGATES: Mapping[str, Callable[[Sequence[GroupValue]], list[GroupValue]]] = {
+    "mean": list,
+    "category_entropy": _category_entropies,
+}
+
+
+def values_of(groups: Sequence[GroupValue], aggregate: str = "mean") -> list[GroupValue]:
+    """Return what an aggregate is the mean of, each with a finite `value`, in the order of their ids.
+
+    Raises:
+        ValueError: no groups, a value that is not finite, or too few images in a category for its entropy.
+    """
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"expected an aggregate among {sorted(AGGREGATES)}, got {aggregate!r}; measure again")
+    if not groups:
+        raise ValueError("expected at least one group, got none; measure a folder with images")
+    values = AGGREGATES[aggregate](sorted(groups, key=lambda group: group["group"]))
+    if bad := [entry["group"] for entry in values if not np.isfinite(entry["value"])]:
+        raise ValueError(f"expected finite values, got others in {bad[:10]}; look at their images")
+    return values
+
+
+def mean_of(values: Sequence[GroupValue]) -> float:
+    """Return the mean of `values_of` groups, every value counted once."""
+    return float(np.mean([entry["value"] for entry in values]))
 
 
 class Interval(NamedTuple):
@@ -57,15 +139,11 @@ class Difference(NamedTuple):
 
 
 def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
-    """Return the interval of a metric's document, in the way that its aggregate asks for.
+    """Return the interval of a metric's document, in the way that its aggregate asks for, within its `bounds`.
 
     Args:
-        document: as `eval.measure.measure` writes it.
         options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
             when they were measured, by the clusters that the document names.
-
-    Returns:
-        Value, low, high; the limits within the metric's `bounds`.
     """
     if document["aggregate"] == SUBSETS:
         value, low, high = _interval_from_halves(document, options.get("level", 0.95))
@@ -79,15 +157,7 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
 
 
 def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], **options: Any) -> Difference:
-    """Return by how much one document's number exceeds another's, paired; see `interval_of`.
-
-    Args:
-        document_a: of the method.
-        document_b: of the baseline: the same metric on the same groups.
-        options: see `interval_of`.
-
-    Returns:
-        a - b, low, high, number of paired groups.
+    """Return by how much a method's number exceeds the baseline's, paired; `options` as of `interval_of`.
 
     Raises:
         ValueError: two metrics, versions, settings or encoders, or groups that only one of them has.
@@ -158,16 +228,13 @@ def bootstrap_interval(
     """Estimate an aggregate of groups and its bootstrap interval.
 
     Args:
-        groups: one a group, as in a metric's JSON; the order does not matter.
-        aggregate: how groups become one number, as named in the JSON.
+        groups: as in a metric's document; the order does not matter.
+        aggregate: how groups become one number, as named in the document.
         n_resamples: how many resamples, >= 1.
         seed: of the resampling; equal seeds give equal intervals.
         level: coverage in (0, 1).
         cluster: what is resampled: whole categories, whole prompts, or (None) groups. Where the aggregate is a mean
             of categories, it is categories always.
-
-    Returns:
-        Value, low, high.
     """
     _check_level(level)
     if n_resamples < 1:
@@ -194,15 +261,7 @@ def bootstrap_interval(
 def paired_differences(
     groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str = "mean"
 ) -> list[GroupValue]:
-    """Subtract two methods' values of whatever the aggregate is a mean of: groups, or categories.
-
-    Args:
-        groups_a: groups of the method.
-        groups_b: groups of the baseline: the same group ids, categories and numbers of images.
-        aggregate: how groups become one number, as named in the documents.
-
-    Returns:
-        One a group or category, in the order of their ids; its `value` is a - b.
+    """Subtract two methods' values, a - b, of whatever the aggregate is a mean of: groups, or categories, by their ids.
 
     Raises:
         ValueError: groups that only one of them has, or that differ in category or size; the message lists them.

@@ -1,9 +1,9 @@
-"""What a metric is: a `torchmetrics.Metric` that can also measure a folder of images.
+"""What a metric is, a `torchmetrics.Metric` that can also measure a folder of images, and the JSON document of that.
 
 The arithmetic of every metric is its `score`, of tensors. `update` and `compute` apply it to whatever tensors come, as
 all of torchmetrics does, in a `MetricCollection` too; the suite applies it to the groups of a folder, since intervals
-and paired differences need every group's value. A document (see `eval.measure`) holds those, or label counts, and names
-the aggregate that makes one number of them (see `eval.aggregates`), so that tables need neither images nor encoder.
+and paired differences need every group's value. A document (see `measure`) holds those, or label counts, and names
+the aggregate that makes one number of them (see `eval.intervals`), so that tables need neither images nor encoder.
 
 A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
 it on all images and again on seeded halves of the categories; the document holds those numbers instead.
@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import platform
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,12 +26,14 @@ import torch
 import torchmetrics
 from torchmetrics.utilities import dim_zero_cat
 
-from eval.aggregates import GroupValue, mean_of, values_of
 from eval.encoders import Given, Scorer
-from eval.files import canonical_json
+from eval.files import canonical_json, check_seal, read_json, sealed, write_json
+from eval.images import METRICS
 from eval.imageset import ImageSet
-from eval.intervals import Cluster, clusters_of
+from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 
+#: Packages that a value may depend on.
+PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
 _numbers = itertools.count()
 
 
@@ -43,7 +49,7 @@ class Metric(torchmetrics.Metric):
         bounds: the least and the largest number there can be, None where there is no end to it: an unbiased estimate
             of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
             a share of it a margin.
-        aggregate: what makes one number of the groups'; a key of `eval.aggregates.AGGREGATES`.
+        aggregate: what makes one number of the groups'; a key of `eval.intervals.AGGREGATES`.
         encoder: what embeds the images, or compares or scores them; `Pixels()` where a metric takes them as they are.
             Features need none, folders do.
         minimum: images that each group must have.
@@ -216,3 +222,78 @@ class SetMetric(Metric):
                 for seed, (half, found) in enumerate(zip(halves, values, strict=True))
             ],
         }
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Read a metric's document.
+
+    Raises:
+        ValueError: it is none, or holds other values than were written; the message names it.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or not {"metric", "groups"} <= document.keys():
+        raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
+    check_seal(document, path)
+    return document
+
+
+def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
+    """Tell whether a document says what `metric` would find in `folder` now, without computing it.
+
+    Metric, version, settings, aggregate, bounds, how subsets are drawn, the encoder's (or other scorer's) id and the
+    folder's set of images must agree.
+    """
+    images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
+    expected = _identity(metric, images.only(metric.only).manifest_hash)
+    return {key: document.get(key) for key in expected} == expected
+
+
+def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | None = None) -> dict[str, Any]:
+    """Measure a folder and write the metric's document, atomically.
+
+    Args:
+        metric: what to measure.
+        folder: a run folder, a plain folder, or an `ImageSet`, which shares embeddings among metrics.
+        path: where the document goes; `metrics/<metric's name>.json` in the folder if not given.
+
+    Returns:
+        The document, as written.
+    """
+    images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
+    images = images.only(metric.only)
+    document = sealed(
+        {
+            **_identity(metric, images.manifest_hash),
+            "description": metric.description,
+            "unit": metric.unit,
+            "higher_is_better": metric.higher_is_better,
+            **metric.results(images),
+            "details": metric.details(images),
+            "environment": environment(),
+        }
+    )
+    write_json(path or images.folder / METRICS / f"{metric.name}.json", document)
+    return document
+
+
+def environment() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a value may depend on, where installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
+    return {
+        "metric": metric.name,
+        "version": metric.version,
+        "settings": metric.settings(),
+        "aggregate": metric.aggregate,
+        **metric.design(),
+        "bounds": list(metric.bounds),
+        **({} if metric.only is None else {"only": list(metric.only)}),
+        "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
+        "manifest_sha256": images_hash,
+    }

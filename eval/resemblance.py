@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from eval.aggregates import GroupValue
 from eval.encoders import Scorer, unit_vectors
 from eval.imageset import ImageSet
+from eval.intervals import GroupValue
 from eval.metric import Metric
 
 

@@ -22,8 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.aggregates import GroupValue
-from eval.intervals import BLOCK, Cluster, Difference, cluster_sums
+from eval.intervals import BLOCK, Cluster, Difference, GroupValue, cluster_sums
 
 
 def sign_flip_p(

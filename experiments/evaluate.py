@@ -25,12 +25,10 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from eval.cache import EmbeddingCache
 from eval.images import METRICS
-from eval.imageset import ImageSet
+from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import interval_of, n_units
-from eval.measure import is_current, measure, read_document
-from eval.metric import Metric, SetMetric
+from eval.metric import Metric, SetMetric, is_current, measure, read_document
 from experiments import project_path
 from experiments.configs import expand, has_launcher, launch
 from experiments.runs import Run

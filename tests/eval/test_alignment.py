@@ -7,7 +7,7 @@ import torch
 
 from eval.alignment import ClipScore, clip_score
 from eval.encoders import PixelEncoder
-from eval.measure import measure
+from eval.metric import measure
 
 
 def test_closed_forms():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.aggregates import MINIMUM_IMAGES, entropy
 from eval.attributes import AttributeEntropy, label_embeddings, minimum_images, zero_shot_labels
 from eval.encoders import Encoder
-from eval.measure import is_current, measure
+from eval.intervals import MINIMUM_IMAGES, entropy
+from eval.metric import is_current, measure
 
 
 @pytest.mark.parametrize("labels", [2, 3, 8, 20, 60])

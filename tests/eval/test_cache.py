@@ -7,11 +7,10 @@ import shutil
 import pytest
 import torch
 
-from eval.cache import EmbeddingCache
 from eval.encoders import Encoder, PixelEncoder
 from eval.files import content_hash
 from eval.images import load_image, read_manifest
-from eval.imageset import ImageSet
+from eval.imageset import EmbeddingCache, ImageSet
 
 
 class Counting(PixelEncoder):
@@ -121,7 +120,7 @@ def test_a_shard_that_cannot_be_read_is_named_and_stays(make_run, tmp_path, capl
     def refused(*_, **__):
         raise PermissionError("not yours")
 
-    monkeypatch.setattr("eval.cache.safe_open", refused)
+    monkeypatch.setattr("eval.imageset.safe_open", refused)
     assert cache.get(encoder.id, keys) == {} and shard.is_file()
     assert f"{shard} cannot be read (not yours)" in caplog.text
     monkeypatch.undo()

@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.cache import EmbeddingCache
 from eval.change import Change, ChangedShare
 from eval.encoders import Encoder, PixelEncoder
 from eval.images import ManifestRow, write_manifest
-from eval.imageset import ImageSet
+from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import difference_of, interval_of
-from eval.measure import is_current, measure
+from eval.metric import is_current, measure
 
 
 class Directions(Encoder):

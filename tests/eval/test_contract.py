@@ -18,7 +18,7 @@ from eval.fidelity import Cmmd, FrechetDistance, KernelDistance
 from eval.images import load_image
 from eval.imageset import ImageSet
 from eval.inception_score import InceptionScore
-from eval.measure import measure
+from eval.metric import measure
 from eval.neighbours import Coverage, Density, Precision, Recall
 from eval.perceptual import LayerDistance
 from eval.resemblance import DetectionRate, Identification, MaximumResemblance, MeanResemblance

@@ -21,7 +21,7 @@ from eval.encoders import PixelEncoder
 from eval.images import read_manifest
 from eval.imageset import ImageSet
 from eval.intervals import interval_of
-from eval.measure import measure
+from eval.metric import measure
 
 
 def mean_pairwise_distance(embeddings):

@@ -11,7 +11,6 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from eval.cache import EmbeddingCache
 from eval.encoders import Encoder, PixelEncoder
 from eval.fidelity import (
     Cmmd,
@@ -26,9 +25,9 @@ from eval.fidelity import (
     kernel_mean_within,
 )
 from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
-from eval.imageset import ImageSet
+from eval.imageset import EmbeddingCache, ImageSet
 from eval.inception_score import InceptionScore, inception_score
-from eval.measure import is_current, measure
+from eval.metric import is_current, measure
 from eval.neighbours import Coverage, Density, Precision, Recall
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from eval.alignment import ClipScore
 from eval.clip import HpsClip
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
-from eval.measure import is_current, measure
+from eval.metric import is_current, measure
 from eval.weights import FACTS
 
 PROMPTS = {"bird": "a photo of a bird", "fish": "a {red} fish"}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from eval.cache import EmbeddingCache
 from eval.encoders import PixelEncoder
 from eval.images import read_manifest
-from eval.imageset import ImageSet
+from eval.imageset import EmbeddingCache, ImageSet
 
 
 def test_image_set(make_run, tmp_path):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.aggregates import entropy
-from eval.intervals import bootstrap_interval, difference_of, interval_of, n_units
+from eval.intervals import bootstrap_interval, difference_of, entropy, interval_of, n_units
 
 
 def valued(values, prompts=None, categories=None):

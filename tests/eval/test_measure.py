@@ -6,15 +6,14 @@ import json
 
 import pytest
 
-from eval.aggregates import mean_of, values_of
 from eval.alignment import ClipScore
 from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
 from eval.imageset import ImageSet
-from eval.intervals import bootstrap_interval, n_units
-from eval.measure import is_current, measure, read_document
+from eval.intervals import bootstrap_interval, mean_of, n_units, values_of
+from eval.metric import is_current, measure, read_document
 
 ALL = [
     (PairwiseSimilarity, {}),

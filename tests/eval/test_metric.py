@@ -11,8 +11,7 @@ from eval.encoders import PixelEncoder, Scorer
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
 from eval.intervals import difference_of, interval_of
-from eval.measure import is_current, measure, read_document
-from eval.metric import Metric, SetMetric
+from eval.metric import Metric, SetMetric, is_current, measure, read_document
 
 
 def test_prepare_loads_the_encoder(make_run):

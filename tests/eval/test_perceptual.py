@@ -14,7 +14,7 @@ from PIL import Image
 from eval.features import EffNetLite0
 from eval.images import ManifestRow, load_image, read_manifest, write_manifest
 from eval.imageset import ImageSet
-from eval.measure import is_current, measure
+from eval.metric import is_current, measure
 from eval.perceptual import BACKBONES, EffNetLayers, LayerDistance, Lpips, LpipsDistance
 
 NETS = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.cache import EmbeddingCache
 from eval.encoders import PixelEncoder
 from eval.images import ManifestRow
-from eval.imageset import ImageSet
-from eval.measure import is_current, measure
+from eval.imageset import EmbeddingCache, ImageSet
+from eval.metric import is_current, measure
 from eval.resemblance import (
     DetectionRate,
     Identification,

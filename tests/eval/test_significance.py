@@ -7,8 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from eval.aggregates import values_of
-from eval.intervals import Difference, bootstrap_interval, paired_differences
+from eval.intervals import Difference, bootstrap_interval, paired_differences, values_of
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from eval.files import sealed
-from eval.measure import read_document
+from eval.metric import read_document
 from experiments import collect as module
 from experiments.collect import collect, write
 from experiments.configs import expand

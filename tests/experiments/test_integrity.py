@@ -8,7 +8,7 @@ from PIL import Image
 
 from eval.files import sealed
 from eval.images import read_manifest
-from eval.measure import read_document
+from eval.metric import read_document
 from experiments import tabulate
 from experiments.collect import collect
 from experiments.configs import expand

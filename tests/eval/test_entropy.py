@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.aggregates import MINIMUM_IMAGES, entropy
+from eval.intervals import MINIMUM_IMAGES, entropy
 
 
 @pytest.mark.parametrize(
