@@ -40,7 +40,7 @@ class ClipScore(Metric):
     score = staticmethod(clip_score)
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return images.features(self.encoder, positions), images.text_embeddings(self.encoder)[positions]
+        return self.encoder.of(images, positions), images.text_embeddings(self.encoder)[positions]
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many different prompts there are and how many the text tower cannot read to the end."""

@@ -59,7 +59,7 @@ class BaselineMetric(Metric):
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, Any]:
         if self._paired is None or self._paired[0] is not images:
             self._paired = images, self.paired(images)
-        mine, theirs = (each.features(self.encoder, positions) for each in self._paired)
+        mine, theirs = (self.encoder.of(each, positions) for each in self._paired)
         return mine, theirs
 
 

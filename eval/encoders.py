@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from eval.weights import WeightsFacts
+
+if TYPE_CHECKING:
+    from eval.imageset import ImageSet
 
 
 class Scorer:
@@ -38,22 +41,16 @@ class Scorer:
         """Return what a metric computes with: features of images and texts, and whatever else as it is."""
         return given
 
+    def of(self, images: ImageSet, positions: Sequence[int]) -> Any:
+        """Return the same of some images of a folder: here the images, a list of uint8 [3, H, W]."""
+        return images.load(positions)
+
     def prepare(self) -> None:
         """Load the weights now, so that a missing file is found before any work is done."""
 
     def weights(self) -> WeightsFacts:
         """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
         return WeightsFacts.of("none", self.name)
-
-
-class Given(Scorer):
-    """In the place of an encoder: features are given, and a folder of images cannot be measured."""
-
-    name = "features as given"
-
-    @property
-    def id(self) -> str:
-        raise TypeError("expected an encoder to measure a folder of images with, got None; give one")
 
 
 class Pixels(Scorer):
@@ -92,6 +89,10 @@ class Encoder(Scorer, ABC):
             return self.embed_images(given.flatten(0, -4).unbind()).unflatten(0, given.shape[:-3])
         return self.embed_texts(given) if isinstance(given, list) else given
 
+    def of(self, images: ImageSet, positions: Sequence[int]) -> torch.Tensor:
+        """Return the embeddings of some images of a folder, float32 [N, D]."""
+        return images.embeddings(self)[positions]
+
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
         """Apply the classifier that belongs to the network: float32 [N, D] features to [N, classes] logits."""
         raise TypeError(f"expected an encoder with a classifier, got {self.name}; use Inception or EfficientNet-lite0")
@@ -103,6 +104,17 @@ class Encoder(Scorer, ABC):
     def count_truncated(self, texts: Sequence[str]) -> int:
         """Count the texts that are longer than the text tower reads and lose their end in `embed_texts`."""
         raise TypeError(f"expected an encoder with a text tower, got {self.name}; use a CLIP model")
+
+
+class Given(Scorer):
+    """In the place of an encoder: features are given, and a folder of images cannot be measured."""
+
+    name = "features as given"
+    of = Encoder.of
+
+    @property
+    def id(self) -> str:
+        raise TypeError("expected an encoder to measure a folder of images with, got None; give one")
 
 
 class PixelEncoder(Encoder):

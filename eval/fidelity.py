@@ -1,19 +1,21 @@
-"""How close is a set of images to a set of real ones? Pure functions on features [N, D], and the metrics.
+"""How close is a set of images to a set of real ones? Distances of distributions, overlap of neighbourhoods.
 
-All of it is arithmetic on the features of some network, and a number means little without that network's name:
-"FID" is the Frechet distance of Inception's features, CMMD is of CLIP's. The metrics therefore carry the names of
-the functions, and the table's column says whose features they are. Preprocessing (aspect-preserving resize, centre
-crop, antialiasing) is the encoder's, and the same for real and generated images.
-
-Computed in float64. No number here can be compared between sets of different sizes, but for the unbiased kernel
+All of it is arithmetic on the features of some network, in float64, and a number means little without that network's
+name: "FID" is the Frechet distance of Inception's features, CMMD is of CLIP's. The metrics therefore carry the names of
+the functions, and the table's column says whose features they are. Preprocessing is the encoder's, the same for real and
+generated images. No number here can be compared between sets of different sizes, but for the unbiased kernel
 distances; every document states both sizes.
+
+Precision and recall are those of Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative
+Models" (NeurIPS 2019), with k = 3: one outlier makes a large ball, and both grow with the set whose balls they are.
+Density and coverage are those of Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (ICML
+2020), with k = 5: balls only around real images, surface excluded.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,47 +62,30 @@ def require_images(features: torch.Tensor, minimum: int, what: str, why: str) ->
         )
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """The first two moments of a set of features.
-
-    Attributes:
-        mean: float64 [D].
-        covariance: float64 [D, D], unbiased (divided by n - 1).
-    """
+class Gaussian(NamedTuple):
+    """The first two moments of a set of features: `mean` [D], and `root` [D, D], root.T @ root the covariance."""
 
     mean: torch.Tensor
-    covariance: torch.Tensor
+    root: torch.Tensor
 
     @classmethod
     def of(cls, features: torch.Tensor, what: str = "images") -> Gaussian:
-        """Fit features, float64 [N, D], N > D: with fewer, the distance measures what is missing, not what differs.
-
-        Raises:
-            ValueError: there are fewer; `what` they are is said in it.
-        """
+        """Fit features, float64 [N, D], N > D: with fewer, the distance measures what is missing, not what differs."""
         d = features.shape[1]
         what = f"{what} for a Frechet distance of {d} features"
         require_images(features, d + 1, what, "with fewer, the covariance is singular")
-        return cls(features.mean(dim=0), features.T.cov())
-
-    @cached_property
-    def root(self) -> torch.Tensor:
-        """The symmetric square root of the covariance, float64 [D, D]."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        mean = features.mean(dim=0)
+        return cls(mean, torch.linalg.qr(features - mean, mode="r").R / (len(features) - 1) ** 0.5)
 
 
 def frechet_distance_of_gaussians(a: Gaussian, b: Gaussian) -> float:
     """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
 
-    The eigenvalues of A B are those of the symmetric B^(1/2) A B^(1/2), so that no complex square root of a
+    The trace of the last is the sum of the singular values of root_a @ root_b.T, so that no complex square root of a
     nearly singular product is needed, which the usual implementations patch up.
     """
-    product = b.root @ a.covariance @ b.root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    means = (a.mean - b.mean).square().sum()
-    return (means + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
+    cross = torch.linalg.svdvals(a.root @ b.root.T).sum()
+    return ((a.mean - b.mean).square().sum() + a.root.square().sum() + b.root.square().sum() - 2 * cross).item()
 
 
 def cubic_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -117,9 +102,8 @@ def gaussian_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 class Design(NamedTuple):
     """How images were sampled, as far as it makes some of them more alike than independent draws are.
 
-    Attributes:
-        groups: which were made together, int64 [N].
-        strata: which are of one category, where how many images each has was fixed beforehand, int64 [N].
+    `groups` [N] says which were made together, `strata` [N] which are of one category, where how many images each has
+    was fixed beforehand; int64.
     """
 
     groups: torch.Tensor
@@ -127,14 +111,10 @@ class Design(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[ManifestRow], together: bool = True) -> Design:
-        """Describe the images of rows. Where a category has a single group, the groups are taken for draws.
+        """Describe the images of rows; `together` tells whether those of a group depend on each other.
 
-        A distance is too low then, the more so the fewer and the more different the categories, but alike for every
-        method.
-
-        Args:
-            rows: N of them.
-            together: whether the images of a group depend on each other; those of a real set do not.
+        Where a category has a single group, the groups are taken for draws. A distance is too low then, the more so the
+        fewer and the more different the categories, but alike for every method.
 
         Raises:
             ValueError: there is one group only.
@@ -162,12 +142,8 @@ def kernel_mean_within(kernel: Kernel, x: torch.Tensor, design: Design | None = 
     Images that were made together are no such pair: they are more alike, so they make a set seem narrower than it is,
     and a method that pushes them apart would be credited with quality. Nor is a pair of different groups where every
     category has its fixed number of images: it is too seldom of one category. So a mean over pairs of different groups
-    is taken for every pair of categories, and counts by the images that both have.
-
-    Args:
-        kernel: of [N, D] and [M, D] to [N, M].
-        x: float64 [N, D], N >= 2.
-        design: independent images if not given; it is then the mean over all pairs of different ones, as published.
+    is taken for every pair of categories, and counts by the images that both have. Of independent images, without a
+    design, it is the mean over all pairs of different ones, as published.
     """
     groups, strata = design or (torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64))
     member = F.one_hot(strata).double()
@@ -217,7 +193,7 @@ class FidelityMetric(SetMetric):
         if self._summary is None:  # once for all subsets
             real = images.beside(self.real).embeddings(self.encoder).double()
             self._summary = self.summarise(real, self.real.rows)
-        features = images.features(self.encoder, positions).double()
+        features = self.encoder.of(images, positions).double()
         return features, self._summary, [images.rows[position] for position in positions]
 
     def settings(self) -> dict[str, Any]:
@@ -242,9 +218,7 @@ class FrechetDistance(FidelityMetric):
     two methods may change places with N (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and
     Where to Find Them", CVPR 2020).
 
-    Args:
-        encoder: what embeds the images, raw features [N, D]; `minimum` is D + 1, known once they are there.
-        reference: folder of the real images, more than D.
+    Of raw features [N, D]: `minimum` is D + 1, known once they are there, and of real images there must be as many.
     """
 
     name = "frechet_distance"
@@ -314,8 +288,6 @@ class Cmmd(KernelDistance):
     It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
 
     Args:
-        encoder: a CLIP model.
-        reference: folder of the real images.
         unbiased: unlike the paper's code, take the estimate of `KernelDistance`.
     """
 
@@ -339,3 +311,117 @@ class Cmmd(KernelDistance):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "unbiased": self.unbiased}
+
+
+class Manifold:
+    """The balls around a set's points that reach to their k-th neighbours.
+
+    Distances are of differences, not of products, whose rounding would tear ties: the k-th neighbour lies on the ball.
+
+    Args:
+        points: [M, D].
+        k: which neighbour; M > k.
+        what: the points are, for the error.
+    """
+
+    def __init__(self, points: torch.Tensor, k: int, what: str = "reference images") -> None:
+        require_images(points, k + 1, what, f"each needs a neighbour number {k}")
+        self.points = points.double()
+        self.k = k
+        # a point is its own nearest neighbour, hence k + 1
+        self.radii = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in self.distances(points)])
+
+    def distances(self, points: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the distances of some of N points to each of the M, [.., M]."""
+        points, centres = checked_pair(points, self.points)
+        require_images(points, 1, "images", "there is nothing to measure")
+        for rows in points.split(ROWS):
+            yield torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def holds(self, points: torch.Tensor, surface: bool) -> torch.Tensor:
+        """Tell of each of N points which of the M balls it lies in: [N, D] -> bool [N, M]."""
+        within = torch.le if surface else torch.lt
+        return torch.cat([within(distances, self.radii) for distances in self.distances(points)])
+
+
+class NeighbourMetric(FidelityMetric):
+    """A measure of overlap of two sets by their nearest neighbours; `minimum` leaves every image a k-th neighbour.
+
+    Attributes:
+        default_k: `k` where none is given: that of the paper.
+    """
+
+    version = 1
+    higher_is_better = True
+    bounds = (0.0, 1.0)
+    default_k: int
+
+    def __init__(
+        self,
+        encoder: Scorer | None = None,
+        reference: str | Path | None = None,
+        k: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(encoder, reference, **options)
+        self.k = self.default_k if k is None else k
+        if self.k < 1:
+            raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
+        self.minimum = self.k + 1
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "k": self.k}
+
+    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Manifold:
+        return Manifold(reference, self.k)
+
+
+class Precision(NeighbourMetric):
+    """Share of images that lie in a ball of a real one."""
+
+    name = "precision"
+    unit = "share of images, 0 to 1"
+    description = "share of images within a real image's distance to its k-th real neighbour"
+    default_k = 3
+
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+        return summary.holds(features, surface=True).any(dim=1).double().mean().item()
+
+
+class Recall(NeighbourMetric):
+    """Share of real images that lie in a ball of an image."""
+
+    name = "recall"
+    unit = "share of real images, 0 to 1"
+    description = "share of real images within an image's distance to its k-th neighbour among the images"
+    default_k = 3
+
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+        return (
+            Manifold(features, self.k, "images").holds(summary.points, surface=True).any(dim=1).double().mean().item()
+        )
+
+
+class Density(NeighbourMetric):
+    """In how many real images' balls an image lies, over k: 1 in expectation for equal distributions."""
+
+    name = "density"
+    bounds = (0.0, None)
+    unit = "1 for equal distributions, >= 0"
+    description = "mean over images of the real images within whose k-th neighbour they lie, over k"
+    default_k = 5
+
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+        return summary.holds(features, surface=False).sum(dim=1).double().mean().item() / self.k
+
+
+class Coverage(NeighbourMetric):
+    """Share of the real images' balls that hold an image."""
+
+    name = "coverage"
+    unit = "share of real images, 0 to 1"
+    description = "share of real images with an image nearer than their k-th real neighbour"
+    default_k = 5
+
+    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+        return summary.holds(features, surface=False).any(dim=0).double().mean().item()

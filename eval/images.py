@@ -234,9 +234,8 @@ def load_image(path: str | Path) -> torch.Tensor:
 def load_picture(path: str | Path) -> Image.Image:
     """Read an image as Pillow's 8-bit RGB.
 
-    Transparency is composited on white, grey is repeated over the channels, a palette is looked up and a
-    camera's orientation tag is applied. Colour spaces that would have to be guessed (CMYK, 16-bit grey, ...)
-    and animations are refused.
+    Transparency is composited on white and a camera's orientation tag is applied. Colour spaces that would have to be
+    guessed (CMYK, 16-bit grey, ...) and animations are refused.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -268,11 +267,7 @@ def load_picture(path: str | Path) -> Image.Image:
 
 
 def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
-    """Return a SHA-256 that changes when any image or its row changes; the order of `rows` does not matter.
-
-    Args:
-        folder: what the rows' paths are relative to.
-        rows: the images.
+    """Return a SHA-256 that changes when any image of a folder or its row changes; their order does not matter.
 
     Raises:
         FileNotFoundError: an image is missing.

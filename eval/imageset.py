@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import torch
@@ -18,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from eval.encoders import Encoder, Pixels, Scorer
 from eval.files import remembered_hash, sweep, write_bytes
 from eval.images import ManifestRow, canonical_order, load_image, load_picture, read_manifest, rows_hash
 from eval.intervals import GroupValue
+
+if TYPE_CHECKING:
+    from eval.encoders import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -181,11 +183,9 @@ class ImageSet:
             self._images[encoder.id] = self._embedded(encoder)
         return self._images[encoder.id]
 
-    def features(self, encoder: Scorer, positions: Sequence[int]) -> torch.Tensor | list[torch.Tensor]:
-        """Return of some images the embeddings, [N, D], or, if the scorer embeds none, the images, uint8 [3, H, W]."""
-        if isinstance(encoder, Pixels):
-            return [load_image(self.folder / self.rows[position].path) for position in positions]
-        return self.embeddings(encoder)[positions]
+    def load(self, positions: Sequence[int]) -> list[torch.Tensor]:
+        """Read some images, uint8 [3, H, W]."""
+        return [load_image(self.folder / self.rows[position].path) for position in positions]
 
     def _embedded(self, encoder: Encoder) -> torch.Tensor:
         paths = [self.folder / row.path for row in self.rows]

@@ -100,7 +100,7 @@ class Metric(torchmetrics.Metric):
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
         """Return what `score` takes of some images of a folder: their embeddings, or the images without an encoder."""
-        return (images.features(self.encoder, positions),)
+        return (self.encoder.of(images, positions),)
 
     def settings(self) -> dict[str, Any]:
         """Return whatever else changes the number, as JSON values."""

@@ -23,8 +23,6 @@ from torchvision.transforms.functional import resize
 
 from eval.encoders import Network, Scorer
 from eval.features import EffNetLite0
-from eval.images import load_image
-from eval.imageset import ImageSet
 from eval.metric import Metric
 from eval.weights import WeightsFacts
 
@@ -125,9 +123,6 @@ class PairMetric(Metric):
         i, j = torch.triu_indices(len(images), len(images), offset=1)
         return self.encoder.pairwise(images)[i, j].mean()
 
-    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[list[torch.Tensor]]:
-        return ([load_image(images.folder / images.rows[position].path) for position in positions],)
-
 
 class LpipsDistance(PairMetric):
     """Mean LPIPS over the pairs of images of a group.
@@ -178,7 +173,7 @@ class EffNetLayers(EffNetLite0):
     to 4, is averaged over positions and then over the seven stages. Preparation and weights are the encoder's.
     """
 
-    features = Scorer.features  # images themselves are compared
+    features, of = Scorer.features, Scorer.of  # images themselves are compared
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device=device)

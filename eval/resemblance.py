@@ -107,7 +107,7 @@ class ReferenceMetric(Metric):
         """Return the images' and the references' embeddings, which are made through the cache of `images`."""
         if self._embeddings is None:
             self._embeddings = images.beside(self._references).embeddings(self.encoder)
-        return images.features(self.encoder, positions), self._embeddings
+        return self.encoder.of(images, positions), self._embeddings
 
 
 class MaximumResemblance(ReferenceMetric):

@@ -2,17 +2,7 @@
 
 All of it on `eval.intervals.paired_differences`: the same group, made by either method from the same noises.
 
-* The sign-flip test asks how often a difference as large as the one found would come about if the method's
-  name meant nothing: then the two results of a group might as well be exchanged, and its difference has either
-  sign. Nothing is assumed of the values' distribution. With few clusters all 2^k exchanges are tried; beyond, B
-  seeded ones, and the p-value is (1 + b) / (1 + B), b the exchanges that differ by as much (Phipson and Smyth
-  2010: never 0, and valid at any B). Groups of one category, asked for in nearly the same words, are no
-  independent witnesses for other categories: they are exchanged together unless told otherwise.
-* Holm's correction keeps the chance of any false finding in a family of tests below the level (Holm 1979).
-* d_z is the mean paired difference in units of the differences' standard deviation (Cohen 1988): it does not
-  grow with n, as a p-value shrinks.
-* "No significant loss of quality" is no evidence of quality kept: few groups show it always. Non-inferiority
-  turns the burden round: the loss that the interval still allows must lie within a margin stated beforehand.
+What the numbers mean: docs/metrics.md, "How sure a number is".
 """
 
 from __future__ import annotations
@@ -28,18 +18,21 @@ from eval.intervals import BLOCK, Cluster, Difference, GroupValue, cluster_sums
 def sign_flip_p(
     differences: Sequence[GroupValue], n_flips: int = 10_000, seed: int = 0, cluster: Cluster | None = "category"
 ) -> float:
-    """Test whether two methods differ, two-sided, by exchanging their results group by group.
+    """Test whether two methods differ, two-sided: return a p-value in (0, 1], of k clusters no less than 2 / 2^k.
+
+    How often would a difference as large as the one found come about if the method's name meant nothing? Then the two
+    results of a group might as well be exchanged, and its difference has either sign. Nothing is assumed of the values'
+    distribution. Where all 2^k exchanges are no more than `n_flips`, all are tried; beyond, B = `n_flips` seeded ones,
+    and the p-value is (1 + b) / (1 + B), b those that differ by as much (Phipson and Smyth 2010: never 0, and valid at
+    any B).
 
     Args:
         differences: paired, method minus baseline.
-        n_flips: random exchanges, >= 1. Where all of them together are no more than this, all are tried and the
-            p-value is exact.
+        n_flips: >= 1.
         seed: of the exchanges; equal seeds give equal p-values.
-        cluster: what is exchanged together: all groups of a category, of a prompt, or (None) each group by itself.
-            Where the aggregate is a mean of categories, it is categories always.
-
-    Returns:
-        The p-value, in (0, 1]. With k clusters it cannot lie below 2 / 2^k.
+        cluster: what is exchanged together: all groups of a category, since asked for in nearly the same words they are
+            no independent witnesses for others; of a prompt; or (None) each group by itself. Where the aggregate is a
+            mean of categories, it is categories always.
     """
     if n_flips < 1:
         raise ValueError(f"expected n_flips >= 1, got {n_flips}; 10000 is usual")
@@ -63,13 +56,9 @@ def sign_flip_p(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of a family of tests: reject where the adjusted one is below the level.
+    """Adjust the p-values of all tests of a family, in [0, 1], so that any false finding is rarer than the level (1979).
 
-    Args:
-        p_values: of all tests of the family, in [0, 1].
-
-    Returns:
-        The adjusted values, in the same order: the running maximum of (m - rank) p, at most 1.
+    Reject where the adjusted one is below the level: the running maximum of (m - rank) p, at most 1, in the same order.
     """
     p = np.asarray(p_values, dtype=float)
     if not ((p >= 0) & (p <= 1)).all():
@@ -81,10 +70,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def effect_size(differences: Sequence[GroupValue]) -> float | None:
-    """Return d_z: the mean of paired differences (of groups, or categories) over their standard deviation.
+    """Return d_z, the mean of paired differences over their standard deviation (Cohen 1988).
 
-    Returns:
-        The effect, None where it has no meaning: fewer than two differences, or all of them the same.
+    None where it has no meaning: fewer than two differences, or all of them the same.
     """
     values = np.array([pair["value"] for pair in differences], dtype=float)
     if len(values) < 2:
@@ -103,16 +91,12 @@ def win_rate(differences: Sequence[GroupValue], higher_is_better: bool = True) -
 def non_inferior(difference: Difference, margin: float, higher_is_better: bool = True) -> bool | None:
     """Tell whether a method is at most `margin` worse than the baseline, as surely as the interval says.
 
-    The whole interval must lie on the better side of the margin. A two-sided interval of 95 % makes a one-sided
-    test at 2.5 %.
+    "No significant loss of quality" is no evidence of quality kept: few groups show it always. Here the whole interval of
+    the difference, method minus baseline, must lie on the better side of the margin; one of 95 % makes a one-sided test
+    at 2.5 %. None where it is not estimable.
 
     Args:
-        difference: method minus baseline, with its interval.
         margin: the largest loss that counts as quality kept, in the metric's unit, > 0; chosen beforehand.
-        higher_is_better: of the metric.
-
-    Returns:
-        True or False; None where the interval is not estimable.
     """
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"expected a margin > 0 in the metric's unit, got {margin}; state the loss you would accept")

@@ -14,10 +14,14 @@ from PIL import Image
 from eval.encoders import Encoder, PixelEncoder
 from eval.fidelity import (
     Cmmd,
+    Coverage,
+    Density,
     Design,
     FrechetDistance,
     Gaussian,
     KernelDistance,
+    Precision,
+    Recall,
     cubic_kernel,
     frechet_distance_of_gaussians,
     gaussian_kernel,
@@ -28,7 +32,6 @@ from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.inception_score import InceptionScore, inception_score
 from eval.metric import is_current, measure
-from eval.neighbours import Coverage, Density, Precision, Recall
 
 
 def computed(metric, features, reference):
@@ -118,15 +121,15 @@ def metrics(reference, encoder=None):
 
 def test_frechet_distance_of_known_gaussians():
     mean_a, mean_b = torch.tensor([1.0, 0, 0]).double(), torch.tensor([0, 2.0, 0]).double()
-    a = Gaussian(mean_a, torch.diag(torch.tensor([4.0, 9.0, 1.0])).double())
-    b = Gaussian(mean_b, torch.diag(torch.tensor([1.0, 1.0, 16.0])).double())
+    a = Gaussian(mean_a, torch.diag(torch.tensor([2.0, 3.0, 1.0])).double())
+    b = Gaussian(mean_b, torch.diag(torch.tensor([1.0, 1.0, 4.0])).double())
     # diagonal covariances: |difference of means|^2 + sum of (sigma_a - sigma_b)^2
     assert frechet_distance_of_gaussians(a, b) == pytest.approx(5 + 1 + 4 + 9)
     assert frechet_distance_of_gaussians(a, a) == pytest.approx(0, abs=1e-9)
     # covariances that do not commute, in two dimensions: tr sqrt(AB) = sqrt(tr AB + 2 sqrt(det AB))
-    a = Gaussian(torch.zeros(2).double(), torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double())
-    b = Gaussian(torch.zeros(2).double(), torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double())
-    product = a.covariance @ b.covariance
+    covariances = torch.tensor([[[2.0, 1.0], [1.0, 3.0]], [[5.0, -2.0], [-2.0, 1.0]]]).double()
+    a, b = (Gaussian(torch.zeros(2).double(), torch.linalg.cholesky(found).T) for found in covariances)
+    product = covariances[0] @ covariances[1]
     root = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
     assert frechet_distance_of_gaussians(a, b) == pytest.approx(11 - 2 * root)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.neighbours import Coverage, Density, Precision, Recall
+from eval.fidelity import Coverage, Density, Precision, Recall
 
 
 def sample(n, d, seed=0, scale=1.0):
