@@ -32,7 +32,6 @@ class ClipScore(Metric):
     """Mean CLIPScore of the images of a group against their prompt; `update` takes N images and N texts."""
 
     name = "clip_score"
-    version = 1
     higher_is_better = True
     unit = "100 max(cosine, 0), 0 to 100"
     bounds = (0, 100)

@@ -7,6 +7,7 @@ there are few images for the labels: see `minimum_images`.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,31 +21,18 @@ from eval.imageset import ImageSet
 from eval.intervals import MINIMUM_IMAGES, GroupValue, entropy
 from eval.metric import Metric
 
-IMAGES_A_LABEL = 2
-
 
 def minimum_images(labels: int) -> int:
     """Return how many images an entropy of so many labels needs: two a label, and `MINIMUM_IMAGES`.
 
-    What bias the correction leaves depends on images a label. Simulated for 2 to 400 labels that are equally frequent,
-    or as 1 / rank: at two images a label at most 0.13 nats are missing, at one 0.26, at 8 images of 20 labels 0.8, and
-    more in the more even, more diverse set. It counts the labels to choose among, not those seen: who would go by
-    those would refuse just the more diverse set.
+    What bias the correction leaves depends on images a label (see docs/metrics.md). It counts the labels to choose
+    among, not those seen: who would go by those would refuse just the more diverse set.
     """
-    return max(MINIMUM_IMAGES, IMAGES_A_LABEL * labels)
+    return max(MINIMUM_IMAGES, 2 * labels)
 
 
 def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
-    """Embed labels as the normalised mean of the embeddings of their texts.
-
-    Args:
-        encoder: one with a text tower.
-        labels: L different labels, L >= 2.
-        templates: texts with one `{}` for the label, e.g. "a photo of a {}".
-
-    Returns:
-        float32 [L, D], each row of length 1.
-    """
+    """Embed labels, at least 2, as the normalised mean over templates with one `{}` for the label: float32 [L, D]."""
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise ValueError(f"expected at least 2 different labels, got {list(labels)}; entropy needs a choice")
     wrong = [template for template in templates if template.count("{}") != 1]
@@ -111,17 +99,16 @@ class AttributeEntropy(Metric):
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         left_out, too_small = self.details(images).values()
-        texts: dict[str, torch.Tensor] = {}
+        embedded = functools.cache(
+            lambda category: label_embeddings(self.encoder, self._labels_of(category), self.templates)
+        )
         values = []
         for group, members in images.groups.items():
             category = images.rows[members[0]].category
             if category in left_out or category in too_small:
                 continue
-            labels = self._labels_of(category)
-            if category not in texts:
-                texts[category] = label_embeddings(self.encoder, labels, self.templates)
-            chosen = self.score(*self.inputs(images, members), texts[category])
-            counts = Counter(labels[index] for index in chosen.tolist())
+            chosen = self.score(*self.inputs(images, members), embedded(category))
+            counts = Counter(self._labels_of(category)[index] for index in chosen.tolist())
             values.append(images.group_value(group, counts=dict(sorted(counts.items()))))
         if not values and too_small:
             raise ValueError(

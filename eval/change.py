@@ -25,7 +25,6 @@ class BaselineMetric(Metric):
         baseline: the other run's folder.
     """
 
-    version = 1
     higher_is_better = False
 
     def __init__(self, encoder: Scorer | None = None, baseline: str | Path | None = None, **options: Any) -> None:

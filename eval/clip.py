@@ -34,6 +34,10 @@ class Clip(ImageNetwork):
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         """Return [N, D] for N texts."""
 
+    @abstractmethod
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """Count the texts that are longer than the text tower reads and lose their end in `embed_texts`."""
+
 
 class HFClip(Clip):
     """A CLIP model of transformers in a local folder (config.json, model.safetensors, tokenizer, image processor).
@@ -126,11 +130,7 @@ class OpenClip(Clip):
         super().__init__(f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
 
     def weights(self) -> WeightsFacts:
-        """State the weights; those that only the hub's cache has count as present.
-
-        Raises:
-            ValueError: open_clip knows no such architecture, or no such tag of it.
-        """
+        """State the weights; ValueError where open_clip knows no such architecture, or no such tag of it."""
         published, repository, names = self._published()
         found = [place for place in self._places if place.is_file()]
         if not self._places:

@@ -75,7 +75,6 @@ class PairwiseSimilarity(Metric):
     """Mean cosine similarity over the pairs of images of a group; `update` takes groups, [..., K, D]."""
 
     name = "pairwise_similarity"
-    version = 1
     higher_is_better = False
     unit = "cosine, -1 to 1"
     bounds = (-1, 1)
@@ -88,7 +87,6 @@ class PairwiseDistance(Metric):
     """1 - `PairwiseSimilarity`."""
 
     name = "pairwise_distance"
-    version = 1
     higher_is_better = True
     unit = "1 - cosine, 0 to 2"
     bounds = (0, 2)
@@ -124,7 +122,6 @@ class VendiScore(Metric):
     """
 
     name = "vendi_score"
-    version = 1
     higher_is_better = True
     unit = "images, 1 to the group's size"
     bounds = (1, None)

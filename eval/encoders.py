@@ -101,10 +101,6 @@ class Encoder(Scorer, ABC):
         """Embed texts into the images' space: float32 [N, D], each row of length 1; too long ones are cut."""
         raise TypeError(f"expected an encoder with a text tower, got {self.name}; use a CLIP model")
 
-    def count_truncated(self, texts: Sequence[str]) -> int:
-        """Count the texts that are longer than the text tower reads and lose their end in `embed_texts`."""
-        raise TypeError(f"expected an encoder with a text tower, got {self.name}; use a CLIP model")
-
 
 class Given(Scorer):
     """In the place of an encoder: features are given, and a folder of images cannot be measured."""

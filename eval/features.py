@@ -80,13 +80,11 @@ class DreamSim(ImageNetwork):
         self.dreamsim_type = dreamsim_type
 
     def weights(self) -> WeightsFacts:
-        folder, (*names, adapter) = self._folder(), self.TYPES[self.dreamsim_type]
+        folder, (*names, adapter) = self._folder, self.TYPES[self.dreamsim_type]
         forms = [f"{adapter}/adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
         names += [f"{adapter}/adapter_config.json", next((f for f in forms if (folder / f).is_file()), forms[0])]
-        besides = ""
-        if names[0].startswith("dino"):
-            names.append(self.DINO)
-            besides = f"; besides, put {FACTS[self.ROW]['dino']} into its folder checkpoints"
+        dino = names[0].startswith("dino")
+        names += [self.DINO] if dino else []
         missing = [name for name in names if not (folder / name).is_file()]
         return WeightsFacts.of(
             self.ROW,
@@ -96,14 +94,15 @@ class DreamSim(ImageNetwork):
             wanted=", ".join(missing or names),
             kind=self.dreamsim_type,
             folder=folder,
-            besides=besides,
+            besides=f"; besides, put {FACTS[self.ROW]['dino']} into its folder checkpoints" if dino else "",
         )
 
+    @property
     def _folder(self) -> Path:
         return self.given or Path(torch.hub.get_dir()) / "dreamsim"
 
     def _fetch(self, facts: WeightsFacts) -> None:
-        folder, archive = self._folder(), self._folder() / "pretrained.zip"
+        folder, archive = self._folder, self._folder / "pretrained.zip"
         wanted = facts.source.split(", ")
         if self.DINO in wanted:
             facts.download(FACTS[self.ROW]["dino"], folder / self.DINO)
@@ -129,9 +128,7 @@ class DreamSim(ImageNetwork):
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 # The package wraps its network twice in peft, which finds that odd.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                return dreamsim(
-                    device=str(self.device), cache_dir=str(self._folder()), dreamsim_type=self.dreamsim_type
-                )
+                return dreamsim(device=str(self.device), cache_dir=str(self._folder), dreamsim_type=self.dreamsim_type)
         finally:
             torch.hub.load = load
             # DINO's loader sets it for the whole process, and LPIPS and Inception would look for theirs there.
@@ -143,7 +140,7 @@ class DreamSim(ImageNetwork):
         from dreamsim.feature_extraction.vision_transformer import vit_base
 
         network = vit_base(patch_size=16)
-        network.load_state_dict(torch.load(self._folder() / self.DINO, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(self._folder / self.DINO, map_location="cpu", weights_only=True))
         return network
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
@@ -223,7 +220,6 @@ class Inception(ImageNetwork):
     Args:
         weights: the weights file; among torch.hub's checkpoints if not given, where torch-fidelity, torchmetrics
             and pytorch-fid keep it under one of two names.
-        resize: one of the three above.
     """
 
     ROW = "inception"

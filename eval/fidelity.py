@@ -2,9 +2,8 @@
 
 All of it is arithmetic on the features of some network, in float64, and a number means little without that network's
 name: "FID" is the Frechet distance of Inception's features, CMMD is of CLIP's. The metrics therefore carry the names of
-the functions, and the table's column says whose features they are. Preprocessing is the encoder's, the same for real and
-generated images. No number here can be compared between sets of different sizes, but for the unbiased kernel
-distances; every document states both sizes.
+the functions, and the table's column says whose features they are. No number here can be compared between sets of
+different sizes, but for the unbiased kernel distances; every document states both sizes.
 
 Precision and recall are those of Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative
 Models" (NeurIPS 2019), with k = 3: one outlier makes a large ball, and both grow with the set whose balls they are.
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
 from eval.encoders import Scorer
@@ -54,38 +54,11 @@ def checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch
 
 
 def require_images(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
-    """Raise a ValueError if there are fewer rows than `minimum`."""
     if len(features) < minimum:
         raise ValueError(
             f"expected at least {minimum} {what}, got {len(features)}: {why}; give more images, or leave this "
             "number out"
         )
-
-
-class Gaussian(NamedTuple):
-    """The first two moments of a set of features: `mean` [D], and `root` [D, D], root.T @ root the covariance."""
-
-    mean: torch.Tensor
-    root: torch.Tensor
-
-    @classmethod
-    def of(cls, features: torch.Tensor, what: str = "images") -> Gaussian:
-        """Fit features, float64 [N, D], N > D: with fewer, the distance measures what is missing, not what differs."""
-        d = features.shape[1]
-        what = f"{what} for a Frechet distance of {d} features"
-        require_images(features, d + 1, what, "with fewer, the covariance is singular")
-        mean = features.mean(dim=0)
-        return cls(mean, torch.linalg.qr(features - mean, mode="r").R / (len(features) - 1) ** 0.5)
-
-
-def frechet_distance_of_gaussians(a: Gaussian, b: Gaussian) -> float:
-    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Dowson and Landau 1982).
-
-    The trace of the last is the sum of the singular values of root_a @ root_b.T, so that no complex square root of a
-    nearly singular product is needed, which the usual implementations patch up.
-    """
-    cross = torch.linalg.svdvals(a.root @ b.root.T).sum()
-    return ((a.mean - b.mean).square().sum() + a.root.square().sum() + b.root.square().sum() - 2 * cross).item()
 
 
 def cubic_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -211,7 +184,7 @@ class FidelityMetric(SetMetric):
 
 
 class FrechetDistance(FidelityMetric):
-    """Frechet distance between the Gaussians fitted to two sets of features; "FID" if the encoder is Inception.
+    """torchmetrics' Frechet distance of Gaussians fitted to two sets of features; "FID" if the encoder is Inception.
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS
     2017). It is biased up by about a constant over N, the constant depending on what generated the images, so that
@@ -222,7 +195,6 @@ class FrechetDistance(FidelityMetric):
     """
 
     name = "frechet_distance"
-    version = 1
     higher_is_better = False
     unit = "squared distance of features, >= 0"
     description = "Frechet distance between Gaussians fitted to the features of the images and of the real ones"
@@ -236,11 +208,23 @@ class FrechetDistance(FidelityMetric):
         self.minimum = images.embeddings(self.encoder).shape[1] + 1
         return super().results(images)
 
-    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Gaussian:
-        return Gaussian.of(reference, "reference images")
+    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> FrechetInceptionDistance:
+        given = torch.nn.Identity()
+        given.num_features = reference.shape[1]
+        distance = FrechetInceptionDistance(given, reset_real_features=False).set_dtype(torch.float64)
+        self._add(distance, reference, "reference images")
+        return distance
 
-    def score(self, features: torch.Tensor, summary: Gaussian, rows: Rows = None) -> float:
-        return frechet_distance_of_gaussians(Gaussian.of(features), summary)
+    def score(self, features: torch.Tensor, summary: FrechetInceptionDistance, rows: Rows = None) -> float:
+        summary.reset()
+        self._add(summary, features, "images")
+        return summary.compute().item()
+
+    def _add(self, distance: FrechetInceptionDistance, features: torch.Tensor, what: str) -> None:
+        d, real = features.shape[1], what != "images"
+        why = "with fewer, the covariance is singular, and what is missing is measured, not what differs"
+        require_images(features, d + 1, f"{what} for a Frechet distance of {d} features", why)
+        distance.update(features, real=real)
 
 
 class KernelDistance(FidelityMetric):
@@ -351,7 +335,6 @@ class NeighbourMetric(FidelityMetric):
         default_k: `k` where none is given: that of the paper.
     """
 
-    version = 1
     higher_is_better = True
     bounds = (0.0, 1.0)
     default_k: int

@@ -1,10 +1,7 @@
 """The format of a folder of images: its manifest, its groups, and how one image is read.
 
-A run folder holds `manifest.jsonl` (one `ManifestRow` a line) and the PNG files it names. Any other folder
-can be measured as well: one subfolder a prompt, the images of one group in each (see `read_manifest`).
-
-A group is what was generated together, (prompt_id, group_seed); it is the unit of every statistic in this
-package.
+A run folder holds `manifest.jsonl` (one `ManifestRow` a line) and the PNG files it names; any other folder can be
+measured as well (see `read_manifest`). A group is what was generated together, (prompt_id, group_seed).
 """
 
 from __future__ import annotations
@@ -102,12 +99,10 @@ def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
     prompt_id and category. A file `prompts.json` in the folder may say otherwise, for some or all subfolders:
     `{"subfolder": "the prompt"}` or `{"subfolder": {"prompt": "the prompt", "category": "bird"}}`.
 
-    Args:
-        folder: a run folder or a plain folder.
-        flat: also read images without any subfolder, as one group.
+    Images of a plain folder are numbered by file name; their seeds are `UNKNOWN_SEED`.
 
-    Returns:
-        The rows; where the folder is plain, images are numbered by file name and seeds are `UNKNOWN_SEED`.
+    Args:
+        flat: also read images without any subfolder, as one group.
 
     Raises:
         FileNotFoundError: the folder does not exist.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 # Images a file of the cache: what a killed run loses at most.
 IMAGES_PER_SHARD = 512
-
-
 # Part of the cache's path: raise it when load_image or the layout changes what is stored.
 CACHE_VERSION = "v2"
 
@@ -92,11 +90,9 @@ def _read(shard: Path) -> dict[str, torch.Tensor]:
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a digest of embeddings and their keys, whatever the order."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode() + tensors[key].numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(
+        b"".join(key.encode() + tensors[key].numpy().tobytes() for key in sorted(tensors))
+    ).hexdigest()
 
 
 @dataclass(eq=False)
@@ -192,19 +188,26 @@ class ImageSet:
         found = self.cache.get(encoder.id, self.hashes) if self.cache else {}
         todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in found}
         self._check_readable(todo)
-        fresh: dict[str, torch.Tensor] = {}
+        keys, fresh = list(todo), {}
         shown = self.progress and todo
-        bar = tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=not shown)
         try:
-            for batch in _batches(todo, encoder, self.batch_size):
-                fresh |= batch
-                if self.cache and len(fresh) >= IMAGES_PER_SHARD:
-                    self.cache.put(encoder.id, fresh)
-                    found |= fresh
-                    fresh = {}
-                bar.update(len(batch))
+            with tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=not shown) as bar:
+                for start in range(0, len(keys), self.batch_size):
+                    batch = keys[start : start + self.batch_size]
+                    embeddings = encoder.embed_images([load_image(todo[key]) for key in batch])
+                    if bad := [
+                        todo[key] for key, row in zip(batch, embeddings, strict=True) if not row.isfinite().all()
+                    ]:
+                        raise ValueError(
+                            f"expected finite embeddings from {encoder.name}, got NaN or infinity for {bad[0]}; "
+                            "check the image and the weights"
+                        )
+                    fresh |= zip(batch, embeddings, strict=True)
+                    if self.cache and len(fresh) >= IMAGES_PER_SHARD:
+                        self.cache.put(encoder.id, fresh)
+                        found, fresh = found | fresh, {}
+                    bar.update(len(batch))
         finally:
-            bar.close()
             if self.cache:
                 self.cache.put(encoder.id, fresh)
         found |= fresh
@@ -228,9 +231,8 @@ class ImageSet:
         """Return the prompts' embeddings, float32 [N, D], in the order of `rows`."""
         if encoder.id not in self._texts:
             unique = list(dict.fromkeys(self.texts))
-            embedded = encoder.embed_texts(unique)
-            position = {text: index for index, text in enumerate(unique)}
-            self._texts[encoder.id] = embedded[[position[text] for text in self.texts]]
+            embedded = dict(zip(unique, encoder.embed_texts(unique), strict=True))
+            self._texts[encoder.id] = torch.stack([embedded[text] for text in self.texts])
         return self._texts[encoder.id]
 
     def pools(self, shared: Literal["category"] | None) -> dict[str, list[int]]:
@@ -247,20 +249,6 @@ class ImageSet:
         members = self.groups[group_id] if members is None else members
         category = self.rows[members[0]].category
         return {"group": group_id, "category": category, "n_images": len(members), **found}
-
-
-def _batches(images: Mapping[str, Path], encoder: Encoder, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    keys = list(images)
-    for start in range(0, len(keys), batch_size):
-        batch = keys[start : start + batch_size]
-        embeddings = encoder.embed_images([load_image(images[key]) for key in batch])
-        for key, embedding in zip(batch, embeddings, strict=True):
-            if not torch.isfinite(embedding).all():
-                raise ValueError(
-                    f"expected finite embeddings from {encoder.name}, got NaN or infinity for {images[key]}; "
-                    "check the image and the weights"
-                )
-        yield dict(zip(batch, embeddings, strict=True))
 
 
 @functools.cache

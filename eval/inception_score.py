@@ -62,7 +62,6 @@ class InceptionScore(SetMetric):
     """
 
     name = "inception_score"
-    version = 1
     higher_is_better = True
     bounds = (1.0, None)
     unit = "classes, 1 to the classifier's number of them"

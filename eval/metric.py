@@ -59,7 +59,7 @@ class Metric(torchmetrics.Metric):
 
     full_state_update = False
     name: str
-    version: int
+    version: int = 1
     higher_is_better: bool | None
     unit: str
     description: str
@@ -182,15 +182,10 @@ class SetMetric(Metric):
         return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
 
     def results(self, images: ImageSet) -> dict[str, Any]:
-        """Measure all images and every half; see `Metric.results`.
+        """Measure all images and every half: as `Metric.results`, with an empty `groups`, and beside
 
-        Returns:
-            `value`, `n_groups`, `n_images`, an empty `groups`, `groups_sha256` (which groups, of which category and
-            how large: two documents are paired where it agrees), `n_units` (clusters to draw from) and `subsets`:
-            `seed`, `n_units`, `n_images`, `value` of each.
-
-        Raises:
-            ValueError: fewer images than `minimum`.
+        `groups_sha256` (which groups, of which category and how large: two documents are paired where it agrees),
+        `n_units` (clusters to draw from) and `subsets`: `seed`, `n_units`, `n_images`, `value` of each.
         """
         n_images = len(images.rows)
         if n_images < self.minimum:
@@ -238,26 +233,18 @@ def read_document(path: str | Path) -> dict[str, Any]:
 
 
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
-    """Tell whether a document says what `metric` would find in `folder` now, without computing it.
-
-    Metric, version, settings, aggregate, bounds, how subsets are drawn, the encoder's (or other scorer's) id and the
-    folder's set of images must agree.
-    """
+    """Tell whether a document says what `metric` would find in `folder` now, without computing it."""
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     expected = _identity(metric, images.only(metric.only).manifest_hash)
     return {key: document.get(key) for key in expected} == expected
 
 
 def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | None = None) -> dict[str, Any]:
-    """Measure a folder and write the metric's document, atomically.
+    """Measure a folder, and write and return the metric's document, atomically.
 
     Args:
-        metric: what to measure.
         folder: a run folder, a plain folder, or an `ImageSet`, which shares embeddings among metrics.
         path: where the document goes; `metrics/<metric's name>.json` in the folder if not given.
-
-    Returns:
-        The document, as written.
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     images = images.only(metric.only)

@@ -135,7 +135,6 @@ class LpipsDistance(PairMetric):
     """
 
     name = "lpips"
-    version = 1
     higher_is_better = True
     bounds = (0.0, None)
     unit = "LPIPS v0.1, >= 0"
@@ -191,7 +190,6 @@ class LayerDistance(PairMetric):
     """Mean distance of EfficientNet-lite0's layers over the pairs of images of a group. Not LPIPS."""
 
     name = "layer_distance_efflite0"
-    version = 1
     higher_is_better = True
     unit = "squared distance of unit vectors, 0 to 4"
     bounds = (0, 4)

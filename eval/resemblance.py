@@ -43,11 +43,8 @@ def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive
     promises less at small n.
 
     Args:
-        negative: largest similarities [N] of held-out images that show none of the assets.
+        negative: largest similarities [N] of held-out images that show none of the assets, N >= 1 / rate - 1.
         false_positive_rate: in (0, 1).
-
-    Raises:
-        ValueError: too few negatives for the rate: 1 / rate - 1 are needed.
     """
     if not 0 < false_positive_rate < 1:
         raise ValueError(f"expected a false positive rate between 0 and 1, got {false_positive_rate}; 0.05 is usual")
@@ -72,7 +69,6 @@ class ReferenceMetric(Metric):
         references: folder with one subfolder an asset.
     """
 
-    version = 1
     # more resemblance is what protection is to prevent
     higher_is_better = False
     bounds = (-1.0, 1.0)
@@ -96,12 +92,8 @@ class ReferenceMetric(Metric):
         return {"references_sha256": self._references.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say how many assets and references there are."""
-        return {
-            "references": self._references.folder.name,
-            "n_references": len(self.assets),
-            "n_assets": len(set(self.assets)),
-        }
+        name, n_assets = self._references.folder.name, len(set(self.assets))
+        return {"references": name, "n_references": len(self.assets), "n_assets": n_assets}
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
         """Return the images' and the references' embeddings, which are made through the cache of `images`."""
@@ -211,9 +203,9 @@ class DetectionRate(ReferenceMetric):
     @cached_property
     def _held_out(self) -> ImageSet:
         held_out = ImageSet.open(self.held_out)
-        known = dict(zip(self._references.hashes, (row.path for row in self._references.rows), strict=True))
+        known = dict(zip(self._references.hashes, self._references.rows, strict=True))
         pairs = zip(held_out.rows, held_out.hashes, strict=True)
-        shared = [f"{row.path} is {known[digest]}" for row, digest in pairs if digest in known]
+        shared = [f"{row.path} is {known[digest].path}" for row, digest in pairs if digest in known]
         if shared:
             raise ValueError(
                 f"expected held-out images that are no references for {self.name}, got {len(shared)} that are in both "

@@ -56,9 +56,9 @@ def sign_flip_p(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of all tests of a family, in [0, 1], so that any false finding is rarer than the level (1979).
+    """Adjust the p-values of all tests of a family (Holm 1979): the running maximum of (m - rank) p, at most 1.
 
-    Reject where the adjusted one is below the level: the running maximum of (m - rank) p, at most 1, in the same order.
+    To reject where the adjusted one is below a level keeps the chance of any false finding in the family below it.
     """
     p = np.asarray(p_values, dtype=float)
     if not ((p >= 0) & (p <= 1)).all():
@@ -91,9 +91,9 @@ def win_rate(differences: Sequence[GroupValue], higher_is_better: bool = True) -
 def non_inferior(difference: Difference, margin: float, higher_is_better: bool = True) -> bool | None:
     """Tell whether a method is at most `margin` worse than the baseline, as surely as the interval says.
 
-    "No significant loss of quality" is no evidence of quality kept: few groups show it always. Here the whole interval of
-    the difference, method minus baseline, must lie on the better side of the margin; one of 95 % makes a one-sided test
-    at 2.5 %. None where it is not estimable.
+    "No significant loss of quality" is no evidence of quality kept: few groups show it always. Here the interval of the
+    difference, method minus baseline, must lie on the better side of the margin as a whole; one of 95 % makes a
+    one-sided test at 2.5 %. None where it is not estimable.
 
     Args:
         margin: the largest loss that counts as quality kept, in the metric's unit, > 0; chosen beforehand.

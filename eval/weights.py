@@ -171,13 +171,13 @@ class WeightsFacts:
     def download(self, url: str, path: Path) -> None:
         """Download one of the files, written only when complete, or raise as `fetch`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._from_network(url, torch.hub.download_url_to_file, url=url, dst=str(path))
+        self._from_network(url, torch.hub.download_url_to_file, url, str(path))
 
-    def _from_network(self, address: str | None, get: Callable[..., Any], **options: Any) -> None:
+    def _from_network(self, address: str | None, get: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         if not network_answers(address):
             raise self.missing("the network is switched off or does not answer")
         try:
-            get(**options)
+            get(*arguments, **options)
         except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
             raise self.missing(str(error)) from error
 

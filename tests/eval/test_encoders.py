@@ -11,8 +11,6 @@ from eval.encoders import PixelEncoder
 def test_pixels_have_no_texts():
     with pytest.raises(TypeError, match="text tower"):
         PixelEncoder().embed_texts(["a"])
-    with pytest.raises(TypeError, match="text tower"):
-        PixelEncoder().count_truncated(["a"])
     with pytest.raises(ValueError, match="at least 1 pixel"):
         PixelEncoder(0)
 
