@@ -219,10 +219,9 @@ class OpenClip(Clip):
 
 
 class HpsClip(OpenClip):
-    """The CLIP model of Human Preference Score v2.1 (Wu et al. 2023): a ViT-H/14 fine-tuned on people's choices.
+    """The CLIP model of Human Preference Score v2.1 (Wu et al. 2023), a ViT-H/14: the CLIPScore by it is the score.
 
-    The score is the CLIPScore by it. Images are padded and not cropped, as the authors' package does, which computes in
-    mixed precision.
+    Images are padded and not cropped, as the authors' package does, which computes in mixed precision.
 
     Args:
         file: the checkpoint; the Hugging Face cache's if not given.

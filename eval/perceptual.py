@@ -3,9 +3,6 @@
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), version 0.1,
 by the `lpips` package. Images are compared position by position, so a shifted copy is "different": LPIPS rewards
 artefacts, noise and mere displacement. It is a second opinion on diversity, never the first.
-
-`LayerDistance` is what is left of it without the learned weights, on a network that a public package ships: it needs no
-download, and is not LPIPS.
 """
 
 from __future__ import annotations
@@ -54,9 +51,7 @@ def _distances(
 
 
 class Lpips(Network):
-    """LPIPS with one of its three networks.
-
-    The linear heads are those that the `lpips` package ships.
+    """LPIPS with one of its three networks, and the linear heads that the `lpips` package ships.
 
     Args:
         net: "alex" (the authors' choice for measuring), "vgg" or "squeeze". Their numbers cannot be compared.
@@ -87,15 +82,7 @@ class Lpips(Network):
 
     @torch.inference_mode()
     def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
-        """Return the distances among images; each goes through the network once.
-
-        Args:
-            images: K uint8 tensors [3, H, W] of one size, H and W >= 32.
-            batch_size: images in the network at once; does not change the result.
-
-        Returns:
-            float64 [K, K], symmetric, zeros on the diagonal.
-        """
+        """Return the distances among K uint8 images [3, H, W] of one size, H and W >= 32: float64 [K, K], symmetric."""
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) != 1 or not all(image.dtype == torch.uint8 and image.ndim == 3 for image in images):
             raise ValueError(

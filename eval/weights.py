@@ -66,10 +66,6 @@ class WeightsFacts:
         """State a row of `FACTS`.
 
         Args:
-            row: its name.
-            encoder: the network's name.
-            files: what was found.
-            looked_in: where.
             given: whether the user named the place, where nothing is downloaded then.
             values: what stands for the braces in the row's texts.
         """
@@ -137,8 +133,6 @@ class WeightsFacts:
     def fingerprint(self) -> str:
         """Identity of what is embedded: 12 digits of `sha256`, and 4 of a hash of `resize` and `input_range`.
 
-        Whoever changes how images are prepared changes these texts, and no embedding of before is taken for a new one.
-
         Raises:
             FileNotFoundError: the weights are missing.
             ValueError: they are not those of their publishers.
@@ -154,11 +148,7 @@ class WeightsFacts:
         return "-".join(part for part in ((self.sha256 or "")[:12], preparation[:4]) if part)
 
     def fetch(self) -> None:
-        """Download what is missing, or raise the error that says what to do, within seconds.
-
-        Raises:
-            FileNotFoundError: the place was given, there is no network, or the server refused.
-        """
+        """Download what is missing, or raise within seconds the FileNotFoundError that says what to do."""
         if self.url:
             self.download(self.url, self.looked_in[0])
         elif self.hub:

@@ -14,10 +14,9 @@ from eval.attributes import AttributeEntropy
 from eval.change import Change, ChangedShare
 from eval.diversity import CategoryPooledSimilarity, PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
-from eval.fidelity import Cmmd, Coverage, Density, FrechetDistance, KernelDistance, Precision, Recall
+from eval.fidelity import Cmmd, Coverage, Density, FrechetDistance, InceptionScore, KernelDistance, Precision, Recall
 from eval.images import load_image
 from eval.imageset import ImageSet
-from eval.inception_score import InceptionScore
 from eval.metric import measure
 from eval.perceptual import LayerDistance
 from eval.resemblance import DetectionRate, Identification, MaximumResemblance, MeanResemblance

@@ -18,6 +18,7 @@ from eval.fidelity import (
     Density,
     Design,
     FrechetDistance,
+    InceptionScore,
     KernelDistance,
     Precision,
     Recall,
@@ -28,7 +29,6 @@ from eval.fidelity import (
 )
 from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
 from eval.imageset import EmbeddingCache, ImageSet
-from eval.inception_score import InceptionScore, inception_score
 from eval.metric import is_current, measure
 
 
@@ -37,6 +37,10 @@ def computed(metric, features, reference):
     metric.update(reference, real=True)
     metric.update(features, real=False)
     return metric.compute().item()
+
+
+def inception_score(logits, splits=1):
+    return InceptionScore(splits=splits).score(logits)
 
 
 def frechet_distance(features, reference):
