@@ -68,6 +68,7 @@ class AttributeEntropy(Metric):
     bounds = (0, None)
     description = "mean over categories of the entropy (Miller-Madow, nats) of the pooled zero-shot labels"
     aggregate = "category_entropy"
+    SETTINGS = ("labels", "templates")
     score = staticmethod(zero_shot_labels)
 
     def __init__(
@@ -90,9 +91,6 @@ class AttributeEntropy(Metric):
         """Return the entropy of all labels, in nats, float64 []."""
         chosen = dim_zero_cat(getattr(self, self._state)).long()
         return torch.tensor(entropy(chosen.bincount().tolist()), dtype=torch.float64)
-
-    def settings(self) -> dict[str, Any]:
-        return {"labels": self.labels, "templates": self.templates}
 
     def _labels_of(self, category: str) -> list[str] | None:
         return self.labels.get(category) if isinstance(self.labels, dict) else self.labels

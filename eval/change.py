@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 
 from eval.encoders import Pixels, Scorer
 from eval.imageset import ImageSet
-from eval.metric import Metric
+from eval.metric import Folder, Metric
 
 
 class BaselineMetric(Metric):
@@ -27,7 +26,7 @@ class BaselineMetric(Metric):
 
     higher_is_better = False
 
-    def __init__(self, encoder: Scorer | None = None, baseline: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, encoder: Scorer | None = None, baseline: Folder = None, **options: Any) -> None:
         super().__init__(encoder, **options)
         self.baseline = baseline
         self._paired: tuple[ImageSet, ImageSet] | None = None
@@ -84,7 +83,7 @@ class ChangedShare(BaselineMetric):
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
 
-    def __init__(self, baseline: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, baseline: Folder = None, **options: Any) -> None:
         super().__init__(Pixels(), baseline, **options)
 
     def score(self, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -133,8 +133,7 @@ class OpenClip(Clip):
         """State the weights; ValueError where open_clip knows no such architecture, or no such tag of it."""
         published, repository, names = self._published()
         found = [place for place in self._places if place.is_file()]
-        if not self._places:
-            found = in_hub_cache(repository, names)
+        found = found if self._places else in_hub_cache(repository, names)
         return WeightsFacts.of(
             self.ROW,
             self.name,

@@ -76,7 +76,7 @@ class Encoder(Scorer, ABC):
             if given.dtype != torch.uint8:
                 return given
             return self.embed_images(given.flatten(0, -4).unbind()).unflatten(0, given.shape[:-3])
-        return self.embed_texts(given) if isinstance(given, list) else given
+        return self.embed_texts(given) if isinstance(given, (list, tuple)) else given
 
     def of(self, images: ImageSet, positions: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of some images of a folder, float32 [N, D]."""

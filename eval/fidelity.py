@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from torchmetrics.utilities import dim_zero_cat
 from eval.encoders import Encoder, Scorer
 from eval.images import ManifestRow, read_manifest
 from eval.imageset import ImageSet
-from eval.metric import SetMetric
+from eval.metric import Folder, SetMetric
 
 CMMD_SIGMA = 10.0
 # Rows of a matrix of kernel values or distances that are in memory at once.
@@ -136,7 +135,7 @@ class FidelityMetric(SetMetric):
         reference: folder of the real images: a run, one subfolder a category, or images without subfolders.
     """
 
-    def __init__(self, encoder: Scorer | None = None, reference: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, encoder: Scorer | None = None, reference: Folder = None, **options: Any) -> None:
         super().__init__(encoder, **options)
         self.reference = reference
         self._summary: Any = None
@@ -171,7 +170,7 @@ class FidelityMetric(SetMetric):
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""
-        return {"reference_sha256": self.real.manifest_hash}
+        return {**super().settings(), "reference_sha256": self.real.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say how many real images there are, and what the features are."""
@@ -199,10 +198,8 @@ class FrechetDistance(FidelityMetric):
     unit = "squared distance of features, >= 0"
     description = "Frechet distance between Gaussians fitted to the features of the images and of the real ones"
     bounds = (0.0, None)
-
-    def settings(self) -> dict[str, Any]:
-        # as every document of this version says
-        return {**super().settings(), "extrapolate": False}
+    extrapolate = False  # as every document of this version says
+    SETTINGS = ("extrapolate",)
 
     def results(self, images: ImageSet) -> dict[str, Any]:
         self.minimum = images.embeddings(self.encoder).shape[1] + 1
@@ -280,21 +277,15 @@ class Cmmd(KernelDistance):
     description = "1000 x squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10"
     kernel: Kernel = staticmethod(gaussian_kernel)
     scale = 1000.0
+    SETTINGS = ("unbiased",)
 
     def __init__(
-        self,
-        encoder: Scorer | None = None,
-        reference: str | Path | None = None,
-        unbiased: bool = False,
-        **options: Any,
+        self, encoder: Scorer | None = None, reference: Folder = None, unbiased: bool = False, **options: Any
     ) -> None:
         super().__init__(encoder, reference, **options)
         self.unbiased = unbiased
         self.bounds = (None, None) if unbiased else (0.0, None)
         self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "unbiased": self.unbiased}
 
 
 class Manifold:
@@ -329,31 +320,22 @@ class Manifold:
 
 
 class NeighbourMetric(FidelityMetric):
-    """A measure of overlap of two sets by their nearest neighbours; `minimum` leaves every image a k-th neighbour.
-
-    Attributes:
-        default_k: `k` where none is given: that of the paper.
-    """
+    """Overlap of two sets by nearest neighbours, `k` as in the paper; `minimum` leaves every image a k-th neighbour."""
 
     higher_is_better = True
     bounds = (0.0, 1.0)
-    default_k: int
+    k: int
+    SETTINGS = ("k",)
 
     def __init__(
-        self,
-        encoder: Scorer | None = None,
-        reference: str | Path | None = None,
-        k: int | None = None,
-        **options: Any,
+        self, encoder: Scorer | None = None, reference: Folder = None, k: int | None = None, **options: Any
     ) -> None:
         super().__init__(encoder, reference, **options)
-        self.k = self.default_k if k is None else k
+        if k is not None:
+            self.k = k
         if self.k < 1:
             raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
         self.minimum = self.k + 1
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "k": self.k}
 
     def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Manifold:
         return Manifold(reference, self.k)
@@ -365,7 +347,7 @@ class Precision(NeighbourMetric):
     name = "precision"
     unit = "share of images, 0 to 1"
     description = "share of images within a real image's distance to its k-th real neighbour"
-    default_k = 3
+    k = 3
 
     def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return summary.holds(features, surface=True).any(dim=1).double().mean().item()
@@ -377,12 +359,11 @@ class Recall(NeighbourMetric):
     name = "recall"
     unit = "share of real images, 0 to 1"
     description = "share of real images within an image's distance to its k-th neighbour among the images"
-    default_k = 3
+    k = 3
 
     def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
-        return (
-            Manifold(features, self.k, "images").holds(summary.points, surface=True).any(dim=1).double().mean().item()
-        )
+        made = Manifold(features, self.k, "images")
+        return made.holds(summary.points, surface=True).any(dim=1).double().mean().item()
 
 
 class Density(NeighbourMetric):
@@ -392,7 +373,7 @@ class Density(NeighbourMetric):
     bounds = (0.0, None)
     unit = "1 for equal distributions, >= 0"
     description = "mean over images of the real images within whose k-th neighbour they lie, over k"
-    default_k = 5
+    k = 5
 
     def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return summary.holds(features, surface=False).sum(dim=1).double().mean().item() / self.k
@@ -404,7 +385,7 @@ class Coverage(NeighbourMetric):
     name = "coverage"
     unit = "share of real images, 0 to 1"
     description = "share of real images with an image nearer than their k-th real neighbour"
-    default_k = 5
+    k = 5
 
     def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
         return summary.holds(features, surface=False).any(dim=0).double().mean().item()
@@ -427,6 +408,7 @@ class InceptionScore(SetMetric):
     bounds = (1.0, None)
     unit = "classes, 1 to the classifier's number of them"
     description = "exp of the mean KL divergence of the images' predicted classes from their mean"
+    SETTINGS = ("splits",)
     # A mean prediction of fewer images says nothing about variety.
     IMAGES_A_SPLIT = 10
 
@@ -441,9 +423,6 @@ class InceptionScore(SetMetric):
             raise ValueError(f"expected at least one split, got {splits}; 1 or 10 is usual")
         self.splits = splits
         self.minimum = self.IMAGES_A_SPLIT * splits
-
-    def settings(self) -> dict[str, Any]:
-        return {"splits": self.splits}
 
     def score(self, features: torch.Tensor) -> float:
         logits = self.encoder.logits_from_features(features) if isinstance(self.encoder, Encoder) else features

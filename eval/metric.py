@@ -34,6 +34,8 @@ from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 
 #: Packages that a value may depend on.
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
+#: Where a metric finds what it compares a folder of images with; where all is given as features, None.
+Folder = str | Path | None
 _numbers = itertools.count()
 
 
@@ -57,6 +59,7 @@ class Metric(torchmetrics.Metric):
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
     """
 
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
     full_state_update = False
     name: str
     version: int = 1
@@ -103,8 +106,8 @@ class Metric(torchmetrics.Metric):
         return (self.encoder.of(images, positions),)
 
     def settings(self) -> dict[str, Any]:
-        """Return whatever else changes the number, as JSON values."""
-        return {}
+        """Return whatever else changes the number, as JSON values: the attributes that `SETTINGS` names."""
+        return {name: getattr(self, name) for name in self.SETTINGS}
 
     def design(self) -> dict[str, Any]:
         """Return how parts of the images are drawn to tell how sure the number is, as JSON values."""
@@ -130,8 +133,9 @@ class Metric(torchmetrics.Metric):
             )
         values = []
         for pool, members in pools.items():
+            inputs = self.inputs(images, members)
             try:
-                value = self.score(*self.inputs(images, members)).double().mean().item()
+                value = self.score(*inputs).double().mean().item()
             except ValueError as error:
                 raise ValueError(f"in {self.pooled or 'group'} {pool}: {error}") from error
             values.append(images.group_value(pool, members, value=value))

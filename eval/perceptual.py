@@ -126,6 +126,7 @@ class LpipsDistance(PairMetric):
     bounds = (0.0, None)
     unit = "LPIPS v0.1, >= 0"
     description = "mean LPIPS over the pairs of different images of a group"
+    SETTINGS = ("size",)
 
     def __init__(
         self,
@@ -139,9 +140,6 @@ class LpipsDistance(PairMetric):
         if size is not None and size < SMALLEST:
             raise ValueError(f"expected a size of at least {SMALLEST} pixels, got {size}; 256 is usual")
         self.size = size
-
-    def settings(self) -> dict[str, Any]:
-        return {"size": self.size}
 
     def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         return super().score([self._smaller(image) for image in images])

@@ -14,7 +14,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch
 from eval.encoders import Scorer, unit_vectors
 from eval.imageset import ImageSet
 from eval.intervals import GroupValue
-from eval.metric import Metric
+from eval.metric import Folder, Metric
 
 
 def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -73,7 +72,7 @@ class ReferenceMetric(Metric):
     higher_is_better = False
     bounds = (-1.0, 1.0)
 
-    def __init__(self, encoder: Scorer | None = None, references: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, encoder: Scorer | None = None, references: Folder = None, **options: Any) -> None:
         super().__init__(encoder, **options)
         self.references = references
         self._embeddings: torch.Tensor | None = None
@@ -89,7 +88,7 @@ class ReferenceMetric(Metric):
 
     def settings(self) -> dict[str, Any]:
         """Identify the references by their content, wherever they lie."""
-        return {"references_sha256": self._references.manifest_hash}
+        return {**super().settings(), "references_sha256": self._references.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         name, n_assets = self._references.folder.name, len(set(self.assets))
@@ -186,12 +185,13 @@ class DetectionRate(ReferenceMetric):
     unit = "share of images, 0 to 1"
     bounds = (0.0, 1.0)
     description = "share of a group's images whose largest cosine with a protected reference is above the threshold"
+    SETTINGS = ("false_positive_rate",)
 
     def __init__(
         self,
         encoder: Scorer | None = None,
-        references: str | Path | None = None,
-        held_out: str | Path | None = None,
+        references: Folder = None,
+        held_out: Folder = None,
         false_positive_rate: float = 0.05,
         **options: Any,
     ) -> None:
@@ -215,11 +215,7 @@ class DetectionRate(ReferenceMetric):
         return held_out
 
     def settings(self) -> dict[str, Any]:
-        return {
-            **super().settings(),
-            "held_out_sha256": self._held_out.manifest_hash,
-            "false_positive_rate": self.false_positive_rate,
-        }
+        return {**super().settings(), "held_out_sha256": self._held_out.manifest_hash}
 
     def calibration(self, images: ImageSet) -> dict[str, Any]:
         """Return the threshold and what it makes of the held-out images."""
