@@ -1,8 +1,7 @@
 """Does the image still show what the prompt asked for? The CLIPScore.
 
 Hessel et al. (EMNLP 2021) define 2.5 * max(cos, 0). Here, as in most later papers and in torchmetrics, the
-factor is 100; some papers print max(cos, 0) itself. Values depend on the CLIP model: compare within one model
-only. torchmetrics' own class clamps the mean instead of each image's cosine.
+factor is 100; torchmetrics' own class clamps the mean instead of each image's cosine.
 """
 
 from __future__ import annotations

@@ -1,15 +1,7 @@
-"""How different are the images of one group? Pure functions on embeddings [..., K, D] -> [...], and the metrics.
+"""How different are the images of one group? Functions of embeddings [..., K, D] -> [...], and the metrics.
 
-Groups of K images, D dimensions. Which of the possible definitions:
-
-* similarity is the cosine, averaged over the K (K - 1) / 2 unordered pairs of DIFFERENT images. The diagonal
-  of ones is left out; with it the figure would depend on K.
-* distance is 1 - similarity, so the two never disagree. Papers print one or the other: label the column.
-* the Vendi Score takes the entropy of the eigenvalues of K / n (Friedman and Dieng, "The Vendi Score: A
-  Diversity Evaluation Metric for Machine Learning", TMLR 2023, Definition 3.1). It lies in [1, n] and grows
-  with n: compare equal n only.
-
-Computed in float64, since the differences between methods can be small.
+Which of the possible definitions each is, and its bias: docs/metrics.md. Computed in float64, since the differences
+between methods can be small.
 """
 
 from __future__ import annotations
@@ -38,7 +30,7 @@ def _gram(embeddings: torch.Tensor, minimum: int) -> torch.Tensor:
 
 
 def mean_pairwise_similarity(embeddings: torch.Tensor) -> torch.Tensor:
-    """Average the cosine over the pairs of groups [..., K, D], K >= 2: float64 [...] in [-1, 1]."""
+    """Average the cosine over the pairs of different images of groups [..., K, D], K >= 2: float64 [...] in [-1, 1]."""
     gram = _gram(embeddings, minimum=2)
     i, j = torch.triu_indices(*gram.shape[-2:], offset=1)
     return gram[..., i, j].mean(dim=-1)
@@ -48,7 +40,8 @@ def vendi_score(embeddings: torch.Tensor, q: float = 1.0) -> torch.Tensor:
     """Return the effective number of different images in each group.
 
     exp of the Renyi entropy of order q of the eigenvalues of K / n, K the cosine similarities. q = 1 is the
-    Vendi Score, exp(-sum l log l); larger q weighs frequent modes more (Pasarkar and Dieng, AISTATS 2024).
+    Vendi Score, exp(-sum l log l) (Friedman and Dieng, "The Vendi Score: A Diversity Evaluation Metric for Machine
+    Learning", TMLR 2023); larger q weighs frequent modes more (Pasarkar and Dieng, AISTATS 2024).
 
     Args:
         embeddings: [..., K, D], K >= 1. Scores of groups of different K cannot be compared.
@@ -100,10 +93,8 @@ class PairwiseDistance(Metric):
 class CategoryPooledSimilarity(PairwiseSimilarity):
     """Mean cosine similarity over all pairs of all images of a category: what the paper's script reports.
 
-    Most of these pairs come from different groups, and say little about images that were made together: report
-    `PairwiseSimilarity` beside it. An image occurs in pairs with every other one of its category, so neither pairs nor
-    groups are independent: the document's "groups" are whole categories, and intervals and tests say how the number
-    would vary with others.
+    Most of these pairs come from different groups: report `PairwiseSimilarity` beside it. The document's "groups" are
+    whole categories, since an image occurs in pairs with every other one of its category.
     """
 
     name = "category_pooled_similarity"

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -202,19 +203,15 @@ class Network(Scorer, ABC):
 
 
 class ImageNetwork(Network, Encoder):
-    """An encoder that is a network: images of one size go through it together."""
+    """An encoder that is a network: images that are of one size and follow each other go through it together."""
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         self.prepare()
-        pixels = [self._preprocess(checked(image)) for image in images]
-        rows: dict[int, torch.Tensor] = {}
-        for shape in dict.fromkeys(tensor.shape for tensor in pixels):
-            places = [place for place, tensor in enumerate(pixels) if tensor.shape == shape]
-            batch = torch.stack([pixels[place] for place in places])
-            rows.update(zip(places, self._features(batch.to(self.device)).float().cpu(), strict=True))
-        stacked = torch.stack([rows[place] for place in range(len(pixels))])
-        return F.normalize(stacked, dim=-1) if self.normalised else stacked
+        pixels = (self._preprocess(checked(image)) for image in images)
+        batches = (torch.stack(list(alike)) for _, alike in groupby(pixels, lambda tensor: tensor.shape))
+        rows = torch.cat([self._features(batch.to(self.device)).float().cpu() for batch in batches])
+        return F.normalize(rows, dim=-1) if self.normalised else rows
 
     @abstractmethod
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:

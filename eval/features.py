@@ -210,11 +210,7 @@ class Inception(ImageNetwork):
     """
 
     ROW = "inception"
-    RESIZES: ClassVar = {
-        "antialiased": "shortest side to 299, bilinear, antialiased, centre crop 299x299",
-        "tensorflow": "squashed to 299x299, TensorFlow 1's bilinear, not antialiased",
-        "clean": "squashed to 299x299, bicubic, antialiased, floating point",
-    }
+    RESIZES: ClassVar = FACTS[ROW]["resizes"]
     normalised = False
 
     def __init__(self, weights: str | Path | None = None, resize: str = "antialiased", device: str = "cpu") -> None:

@@ -6,9 +6,8 @@ the functions, and the table's column says whose features they are. No number he
 different sizes, but for the unbiased kernel distances; every document states both sizes.
 
 Precision and recall are those of Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative
-Models" (NeurIPS 2019), with k = 3: one outlier makes a large ball, and both grow with the set whose balls they are.
-Density and coverage are those of Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (ICML
-2020), with k = 5: balls only around real images, surface excluded.
+Models" (NeurIPS 2019), density and coverage those of Naeem et al., "Reliable Fidelity and Diversity Metrics for
+Generative Models" (ICML 2020), with balls only around real images, surface excluded.
 """
 
 from __future__ import annotations
@@ -185,11 +184,8 @@ class FidelityMetric(SetMetric):
 class FrechetDistance(FidelityMetric):
     """torchmetrics' Frechet distance of Gaussians fitted to two sets of features; "FID" if the encoder is Inception.
 
-    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS
-    2017). It is biased up by about a constant over N, the constant depending on what generated the images, so that
-    two methods may change places with N (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and
-    Where to Find Them", CVPR 2020).
-
+    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS 2017).
+    Biased up (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them", CVPR 2020).
     Of raw features [N, D]: `minimum` is D + 1, known once they are there, and of real images there must be as many.
     """
 
@@ -263,10 +259,9 @@ class Cmmd(KernelDistance):
     """1000 times the squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10.
 
     Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
-    embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included, and
-    calls the difference small, as it is at their 30,000 images. It is the default here, so that numbers can be
-    compared with theirs, for square images: they squash others to 336 x 336, where `eval.clip.OpenClip` crops.
-    It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
+    embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included. So does
+    this by default, to be compared with theirs, for square images: they squash others, where `eval.clip.OpenClip`
+    crops. It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
 
     Args:
         unbiased: unlike the paper's code, take the estimate of `KernelDistance`.

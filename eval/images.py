@@ -99,10 +99,8 @@ def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
     prompt_id and category. A file `prompts.json` in the folder may say otherwise, for some or all subfolders:
     `{"subfolder": "the prompt"}` or `{"subfolder": {"prompt": "the prompt", "category": "bird"}}`.
 
-    Images of a plain folder are numbered by file name; their seeds are `UNKNOWN_SEED`.
-
-    Args:
-        flat: also read images without any subfolder, as one group.
+    Images of a plain folder are numbered by file name; their seeds are `UNKNOWN_SEED`. If `flat`, images without any
+    subfolder are read too, as one group.
 
     Raises:
         FileNotFoundError: the folder does not exist.

@@ -38,10 +38,8 @@ class EmbeddingCache:
 
     Layout: `folder/v2/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
     hash, and a digest of all of them. Shards are written once, under a name made of their keys, by an atomic rename, so
-    several processes may share a cache. A damaged one is removed with a warning, and its images are embedded again.
-
-    Args:
-        folder: made when first needed; can be deleted at any time.
+    several processes may share a cache. A damaged one is removed with a warning, and its images are embedded again. The
+    folder is made when first needed, and can be deleted at any time.
     """
 
     def __init__(self, folder: str | Path) -> None:

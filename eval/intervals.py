@@ -1,8 +1,8 @@
 """From the values of groups to a number, and how sure it is: bootstrap intervals, alone and paired between two methods.
 
-All of it needs only what is in a result file, no images and no encoder. Every aggregate is a mean, of groups' values or
-of categories' entropies: what it is a mean of is what can be resampled, exchanged and paired.
-What is resampled and why, how well intervals cover, and what None means: docs/metrics.md, "How sure a number is". How:
+All of it needs only what is in a result file. Every aggregate is a mean, of groups' values or of categories' entropies:
+what it is a mean of is what can be resampled, exchanged and paired. What is resampled and why, how well that covers and
+what None means: docs/metrics.md, "How sure a number is". How:
 
 * Whole clusters are drawn with replacement, each with all its groups. Groups are not drawn again within them, since
   their variation is in that of the clusters already (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").

@@ -156,15 +156,13 @@ class SetMetric(Metric):
     """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
 
     Repeated images are no new images, and such numbers are biased by their count, so that nothing is resampled: the
-    number is measured on `SUBSETS` halves, drawn without replacement (see `eval.intervals`). What is drawn are whole
-    categories, since groups of one are not independent; which, depends on the groups' ids and categories alone, so that
-    two methods get the same halves and their differences are paired.
+    number is measured on `SUBSETS` halves, drawn without replacement (see `eval.intervals`). Which clusters are drawn
+    depends on their names alone, so that two methods get the same halves and their differences are paired.
 
     Attributes:
         cluster: what is drawn as one: "category", "prompt", or None for single groups.
         minimum: images below which the number is refused, for the set itself; where a half is smaller, or there
             are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval is not estimable.
-            A subclass says why it is what it is.
     """
 
     SUBSETS: ClassVar[int] = 20

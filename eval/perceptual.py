@@ -21,13 +21,9 @@ from torchvision.transforms.functional import resize
 from eval.encoders import Network, Scorer
 from eval.features import EffNetLite0
 from eval.metric import Metric
-from eval.weights import WeightsFacts
+from eval.weights import FACTS, WeightsFacts
 
-BACKBONES = {
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
+BACKBONES = FACTS["lpips"]["backbones"]
 # The shortest side that leaves every network's last layer a pixel.
 SMALLEST = 32
 

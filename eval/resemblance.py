@@ -1,11 +1,8 @@
 """How much do images look like a set of protected references? Pure functions on embeddings, and the metrics.
 
 The references are a folder with one subfolder an asset (a character, a logo, an artist's picture), some images in
-each. Similarity is the cosine. The maximum over references says whether an image resembles any of them; the mean says
-how near it is to all of them, and moves with anything that images have in common.
-
-References that a method was given (as its negative, say) measure only whether it avoids those very images: keep
-some of each asset for measuring.
+each. Those that a method was given (as its negative, say) measure only whether it avoids those very images: keep some
+of each asset for measuring.
 """
 
 from __future__ import annotations

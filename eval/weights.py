@@ -25,17 +25,12 @@ FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suff
 
 @dataclass(frozen=True)
 class WeightsFacts:
-    """What there is to know about a network's weights before they are loaded.
+    """What there is to know about a network's weights before they are loaded; its texts are those of `weights.yaml`.
 
     Attributes:
         encoder: the network's name.
-        source: the file or repository that is wanted, as its publishers call it.
         files: the files on this machine that decide what is embedded; empty if any of them is missing.
         looked_in: the paths that were looked at, in this order; empty if no file is needed.
-        resize: how an image is brought to the network's size.
-        input_range: what the network is fed with, after normalisation.
-        licence: of the weights, as far as known.
-        how_to_get: what to do if they are missing.
         url: of the file that is downloaded to the first place looked in; None if there is none.
         hub: arguments of `huggingface_hub.snapshot_download` that fetch the files; None if they are not on the hub.
         expected: the beginning of `sha256`, where the publishers' file is known by it.
