@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 from eval.alignment import ClipScore
 from eval.attributes import AttributeEntropy
 from eval.change import Change, ChangedShare
+from eval.clip import HFClip
 from eval.diversity import CategoryPooledSimilarity, PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
 from eval.fidelity import Cmmd, Coverage, Density, FrechetDistance, InceptionScore, KernelDistance, Precision, Recall
@@ -56,8 +57,6 @@ def test_a_collection_of_sets_takes_parts_of_both_in_any_order():
 
 
 def test_images_and_texts_are_embedded_where_there_is_an_encoder(make_run, tiny_clip):
-    from eval.clip import HFClip
-
     run = make_run()
     images = ImageSet.open(run)
     pixels = torch.stack([load_image(run / row.path) for row in images.rows])
@@ -75,6 +74,32 @@ def test_images_and_texts_are_embedded_where_there_is_an_encoder(make_run, tiny_
     change.update(features(4, 8), features(4, 8))
     share.update(pixels[:2], torch.stack([pixels[0], pixels[2]]))
     assert change.compute() == 0 and share.compute() == 0.5
+
+
+def test_an_images_clip_score_is_that_of_torchmetrics(make_run, tiny_clip):
+    """Whose class clamps the mean of images, where this has the mean of clamped ones."""
+    from torchmetrics.functional.multimodal import clip_score
+    from transformers import CLIPModel, CLIPProcessor
+
+    images = ImageSet.open(make_run(images=1))
+    pixels = images.load(range(4))
+    texts = ["a cat", "a dog", "a", "b"]
+    ours = ClipScore(HFClip(tiny_clip)).score(*map(HFClip(tiny_clip).features, (torch.stack(pixels), texts)))
+
+    class Tensors(CLIPModel):
+        """Of transformers 5 too, which returns what torchmetrics 1.9 does not know."""
+
+        def get_image_features(self, *given, **named):
+            found = super().get_image_features(*given, **named)
+            return getattr(found, "pooler_output", found)
+
+        def get_text_features(self, *given, **named):
+            found = super().get_text_features(*given, **named)
+            return getattr(found, "pooler_output", found)
+
+    model = Tensors.from_pretrained(tiny_clip), CLIPProcessor.from_pretrained(tiny_clip)
+    theirs = [clip_score(image, text, lambda: model).item() for image, text in zip(pixels, texts, strict=True)]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-4) and max(theirs) > 0
 
 
 def test_what_else_they_take():
