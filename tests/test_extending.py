@@ -71,10 +71,8 @@ def naive_colourfulness(file):
     return math.sqrt(variance_rg + variance_yb) + 0.3 * math.sqrt(mean_rg**2 + mean_yb**2)
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory, tiny_overrides):
-    """Apply the page's blocks to a copy and run them there: what was printed, and where outputs and results lie."""
-    copy, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("extended")
+def extend(copy, folder, tiny_overrides):
+    """Apply the page's blocks to a copy of the checkout and run them there; return what was printed."""
     for part in ("conf", "docs", "eval", "experiments", "negtome", "tests"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("models", "results"):
@@ -94,7 +92,7 @@ def extended(tmp_path_factory, tiny_overrides):
     command = [sys.executable, "-c", SCRIPT, json.dumps(overrides)]
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return *json.loads(done.stdout.splitlines()[-1]), folder
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_no_example_touches_more_than_three_files():
@@ -107,20 +105,15 @@ def test_no_example_touches_more_than_three_files():
     }  # fmt: skip
 
 
-def test_the_new_experiment_stands_for_the_runs_it_names(extended):
-    models, methods = ("mini-sdxl", "mini-flux"), ("none", "negtome", "farthest_first")
-    named = [{text for text in job if not text.startswith("experiment=")} for job in extended[0]]
-    assert named == [{f"model={model}", f"method={method}"} for model in models for method in methods]
-
-
-def test_the_new_methods_picture_is_made(extended):
-    """Of two images of both mini models; their first is that without a method."""
-    first, second, third, fourth = extended[1]
+def test_what_is_added_runs_and_stands_in_the_table(tmp_path, tiny_overrides):
+    """In one test: two would extend the checkout twice, where they are given to two processes."""
+    folder = tmp_path / "extended"
+    named, apart = extend(tmp_path / "checkout", folder, tiny_overrides)
+    models, names = ("mini-sdxl", "mini-flux"), ("none", "negtome", "farthest_first")
+    asked = [{text for text in job if not text.startswith("experiment=")} for job in named]
+    assert asked == [{f"model={model}", f"method={method}"} for model in models for method in names]
+    first, second, third, fourth = apart  # two images of both mini models, and their first is that without a method
     assert max(first, third) < 1 and min(second, fourth) > 2, "the first is off by rounding at most"
-
-
-def test_the_new_method_and_metric_stand_in_the_table(extended):
-    folder = extended[2]
     frame = pd.read_csv(folder / "results" / "candidates.csv").set_index(["method", "metric"])
     assert (frame.loc["farthest_first", "candidates"] == 3).all() and frame.loc["none", "candidates"].isna().all()
     values, images = {}, {}
