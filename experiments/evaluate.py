@@ -16,6 +16,8 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import contextlib
+import ctypes
 import logging
 import re
 from collections.abc import Iterator
@@ -181,8 +183,19 @@ def _score(
     return file, True
 
 
+def _keep_memory() -> None:
+    """Have glibc keep the memory of tensors that are freed for the next ones.
+
+    Else it gives large ones back, and the kernel clears every page of the next: half of an encoder's time on a CPU.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
+
+
 def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _keep_memory()
     configs = configs or expand(argv, baselines=True)
     if configs[0].images is not None:
         if len(models := dict.fromkeys(cfg.model.name for cfg in configs)) > 1:
