@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 def pytest_collection_finish():
     """Have the garbage collector leave out what the tests imported, half a million objects that stay anyway.
 
-    And look less often at what they make: composing configurations and calling pipelines makes many objects in no circle,
+    And look less often at what they make: composing and calling pipelines makes many objects in no circle,
     and going over them took a sixth of the suite's time.
     """
     gc.collect()
