@@ -30,9 +30,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from experiments import pipelines, select_device
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.identity import register, request
-from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run
 
@@ -61,6 +60,24 @@ class Job:
     run: Run
     groups: list[Group]
     missing: list[Group]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that generating a group of a run needs, model and method as YAML: who generates composes nothing."""
+
+    run: Run
+    checkpoint: pipelines.Checkpoint
+    device: str
+    model: str
+    method: str
+    compile: bool
+    offload: bool
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        model, method = (OmegaConf.to_yaml(part, resolve=True) for part in (job.cfg.model, job.cfg.method))
+        return cls(job.run, job.checkpoint, job.device, model, method, job.cfg.compile, job.cfg.offload)
 
 
 def prepare(cfg: DictConfig) -> Job:
@@ -159,19 +176,18 @@ def _generate_groups(job: Job) -> Iterator[Group]:
     Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
     """
     workers, left = count_workers(job.cfg, job.device), dict.fromkeys(job.missing)
-    # All that is needed, resolved: a worker composes nothing.
-    job = replace(job, cfg=OmegaConf.create(OmegaConf.to_container(job.cfg, resolve=True)), groups=[], missing=[])
+    task = Task.of(job)
     for wait in (False, True):
         if workers == 1:
-            ready = (group for group in list(left) if _generate_group(job, group, wait))
+            ready = (group for group in list(left) if _generate_group(task, group, wait))
         else:
-            ready = _side_by_side(job, list(left), wait, workers)
+            ready = _side_by_side(task, list(left), wait, workers)
         for group in ready:
             del left[group]
             yield group
 
 
-def _side_by_side(job: Job, left: list[Group], wait: bool, workers: int) -> Iterator[Group]:
+def _side_by_side(task: Task, left: list[Group], wait: bool, workers: int) -> Iterator[Group]:
     """Generate in several processes; where one of them is lost, new ones go on."""
     losses = 0  # in a row, without a group between them
     while left:
@@ -179,7 +195,7 @@ def _side_by_side(job: Job, left: list[Group], wait: bool, workers: int) -> Iter
         try:
             executor = _executor(workers)
             with _quiet_children():
-                futures = {executor.submit(_generate_group, job, group, wait): group for group in left}
+                futures = {executor.submit(_generate_group, task, group, wait): group for group in left}
             for future in as_completed(futures):
                 there = future.result()
                 left.remove(group := futures[future])
@@ -199,20 +215,19 @@ def _side_by_side(job: Job, left: list[Group], wait: bool, workers: int) -> Iter
                 future.cancel()
 
 
-def _generate_group(job: Job, group: Group, wait: bool) -> bool:
+def _generate_group(task: Task, group: Group, wait: bool) -> bool:
     """Generate and save a group, unless it is there; tell whether it is now, and no other process is at it."""
-    with job.run.claim(group, wait) as mine:
+    with task.run.claim(group, wait) as mine:
         if not mine:
-            return job.run.has(group)
-        cfg = job.cfg
-        pipe = _pipeline(OmegaConf.to_yaml(cfg.model), job.checkpoint, job.device, cfg.compile, cfg.offload)
-        method = _method(OmegaConf.to_yaml(cfg.method))
+            return task.run.has(group)
+        model, method = _built(task.model), _built(task.method)
+        pipe = _pipeline(task.model, task.checkpoint, task.device, task.compile, task.offload)
         start = time.perf_counter()
-        drawn = method.draw(pipe, group, pipelines.call_arguments(cfg.model))
-        images = _pictures(pipe, drawn.images, cfg.model)
+        drawn = method.draw(pipe, group, pipelines.call_arguments(model))
+        images = _pictures(pipe, drawn.images, model)
         seconds = time.perf_counter() - start
         statistics = {"seconds": round(seconds, 3), **drawn.statistics}
-        job.run.save(group, images, statistics, drawn.references)
+        task.run.save(group, images, statistics, drawn.references)
         return True
 
 
@@ -231,18 +246,23 @@ def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Im
     return pipe.image_processor.numpy_to_pil(images)
 
 
-@functools.lru_cache(maxsize=1)
-def _method(spec: str) -> Method:
-    """Build a method, or return the last one: one that looks for assets holds an encoder."""
-    return build(OmegaConf.create(spec))
+@functools.lru_cache(maxsize=2)
+def _built(spec: str) -> Any:
+    """Return a model's configuration, or build a method, or return the last ones of both.
+
+    Reading one takes as long as a step of a mini model, and a method that looks for assets holds an encoder.
+    """
+    cfg = OmegaConf.create(spec)
+    return build(cfg) if "_target_" in cfg else cfg
 
 
 @functools.lru_cache(maxsize=1)
 def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compiled: bool, offload: bool) -> Any:
     """Load a pipeline, or return the last one: the runs of a sweep mostly share theirs."""
-    if device == "cpu" and OmegaConf.create(model).kind == "mini":
+    cfg = _built(model)
+    if device == "cpu" and cfg.kind == "mini":
         torch.set_num_threads(1)
-    return pipelines.load(OmegaConf.create(model), checkpoint, device, compile_denoiser=compiled, offload=offload)
+    return pipelines.load(cfg, checkpoint, device, compile_denoiser=compiled, offload=offload)
 
 
 @functools.cache
