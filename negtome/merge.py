@@ -14,8 +14,6 @@ threshold; and one interpolation with a weight of -alpha or 0 moves what has to 
 Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, get_args
 

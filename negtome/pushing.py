@@ -7,8 +7,6 @@ torch.compile guards on the types of modules, so code that was compiled before i
 that is added after compilation would silently be ignored.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any

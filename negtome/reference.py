@@ -1,7 +1,5 @@
 """A given image to push away from: what a user hands to `attach`, and how it is brought to the size of the output."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Outside references as further rows of the denoiser's batch: neither what calls it nor what it returns has them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ This is the only file that knows diffusers' module names, argument names and uni
 name, so nothing of diffusers is imported. A further architecture is a further row in `ARCHITECTURES`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

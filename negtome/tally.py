@@ -1,7 +1,5 @@
 """What happened in a call of a pipeline, and the reason where nothing did."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Sequence

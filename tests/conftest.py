@@ -3,8 +3,6 @@
 They prove the plumbing, and nothing about what the method does to pictures.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import os

@@ -4,8 +4,6 @@
 `called_for` chooses among them.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 

@@ -4,8 +4,6 @@ Of each, `frame` is the experiment's CSV and `model` one of its models; ValueErr
 drawn, with the names that it has.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

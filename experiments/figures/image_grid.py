@@ -1,7 +1,5 @@
 """Images side by side: any on a contact sheet, and the same groups of several runs."""
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Mapping, Sequence

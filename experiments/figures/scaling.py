@@ -1,7 +1,5 @@
 """What NegToMe adds to a call, over the batch, the resolution and the length of the window."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """How figures look: one style, a colour and a shape for every method, and files that are equal byte for byte."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

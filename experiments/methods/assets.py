@@ -1,7 +1,5 @@
 """Protected assets: a folder of pictures to stay away from, and which of them a prompt comes nearest to."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence

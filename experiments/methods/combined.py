@@ -1,7 +1,5 @@
 """Several methods at once."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

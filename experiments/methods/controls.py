@@ -4,8 +4,6 @@
 direction. Whatever they do as well as NegToMe is owed to disturbing the features, not to pushing them apart.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a method is: it makes the images of a group with a stock pipeline, and leaves that as it was."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

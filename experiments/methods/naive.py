@@ -6,8 +6,6 @@ images with the first one among them, and a concatenation. It is put into a stoc
 those of `negtome.sites`. Images are square, and all images of a call are one group. `Naive` is the same as a method.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math

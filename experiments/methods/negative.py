@@ -1,7 +1,5 @@
 """What models offer themselves to stay away from protected assets: a negative prompt, and a negative image prompt."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """NegToMe: among the images of a group, or away from protected assets."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """How a setting of a method stands in tables."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

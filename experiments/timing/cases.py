@@ -1,7 +1,5 @@
 """The cases that are measured, and the variants of a pipeline's call that are compared in each."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

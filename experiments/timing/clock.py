@@ -1,7 +1,5 @@
 """How calls of a pipeline are timed: step by step, every variant in its turn."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import time

@@ -1,7 +1,5 @@
 """A case is measured: its pipeline, every variant in turns, the floor and the profile."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

@@ -9,8 +9,6 @@ What is timed is what attaching added to the calls of the denoiser and of the si
 where the module's own begins, and from where that ends to where the call is left.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator

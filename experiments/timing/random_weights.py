@@ -5,8 +5,6 @@ denoiser; the text encoders, which every method runs alike, are replaced by rand
 tiny one of the right shapes, for references alone: images are never decoded.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The table of what the method costs becomes a page, LaTeX and figures: from the CSV alone, the same each time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from math import nan

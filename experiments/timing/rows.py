@@ -1,7 +1,5 @@
 """Timings become the rows of the table: statistics of steps, whole calls and memory, and what was measured on what."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ losses are those that a training logs: of 256 training rows and of 256 held-out 
 (0, 1) whatever the recipe draws, with noises of their own, of the averaged weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

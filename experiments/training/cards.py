@@ -1,7 +1,5 @@
 """Model cards: what each small model is, of what it was made, and how it was really trained; texts in cards/*.md.j2."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

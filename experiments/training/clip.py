@@ -1,7 +1,5 @@
 """Contrastive image-text models: two give the frozen text encoders, a third one only scores."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ The result is one folder with `images.npy` (uint8 RGBA [N, 128, 128, 4]), `table
 the statistics) and `rows.npz` + `captions.json` (pairs of image and caption, drawn with the weights of the taxonomy).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

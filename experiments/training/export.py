@@ -4,8 +4,6 @@ Weights are stored in half precision. The text encoders' configs say float32 all
 config's type, diffusers in float32, and a pipeline of mixed types fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """The denoiser of the Flux-style pipeline: a flow transformer and its T5, then distilled guidance."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -19,8 +19,6 @@ trained with. All candidates are laid out and measured, and those that are not k
 The unit of the intervals is the prompt. Writes results/memorised.csv, .md and .png, and memorised_by_character.csv.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import time

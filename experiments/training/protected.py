@@ -12,8 +12,6 @@ other folder shows none of the characters. Those others come from two kinds of e
 - left out of every training data set (clocks, symbols, flags): no part of any mini model has ever seen them.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import re

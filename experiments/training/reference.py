@@ -6,8 +6,6 @@ A seeded draw from the artwork that the models were trained on, the same number 
 KID and CMMD need as the "real" side. Not a held-out set: it says how near the models come to their training artwork.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import shutil

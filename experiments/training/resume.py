@@ -7,8 +7,6 @@ The tokenizers, text encoders and autoencoder of the earlier models stay as they
 earlier tokenizers, latents with the earlier autoencoder.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

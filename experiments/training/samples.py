@@ -1,7 +1,5 @@
 """Contact sheets of the small models: one row a category, seeds 0 to 3, drawn with the stock pipelines on the CPU."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Emoji artwork from the npm packages of sources.yaml: fetched, told apart by emojibase's names, rasterised."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

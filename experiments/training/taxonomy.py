@@ -1,7 +1,5 @@
 """What each emoji is an example of: the categories of taxonomy.yaml, and the rules for people."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

@@ -1,7 +1,5 @@
 """Two small tokenizers over the captions' vocabulary: byte-pair for CLIP, whole words for T5."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

@@ -5,8 +5,6 @@ same time: while the denoisers compile, the text encoders, the scoring CLIP and 
 denoisers, with the refinement of the decoder in the gaps. A stage that dies is reported at once; the others go on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

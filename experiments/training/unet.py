@@ -1,7 +1,5 @@
 """The denoiser of the SDXL-style pipeline: v-prediction with zero terminal signal, on the shared latents."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """The autoencoder that both pipelines share: 128 x 128 images to 16 latent channels on a grid of 16 x 16."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

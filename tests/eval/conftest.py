@@ -1,7 +1,5 @@
 """A folder of small images, and a CLIP model with random weights, both as the real ones lie on disk."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """CLIPScore against its definition."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

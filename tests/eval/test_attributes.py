@@ -1,7 +1,5 @@
 """Entropies with known values, and zero-shot labels with known neighbours."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Embeddings of a folder and the cache that keeps them."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """What a method did to images that it should have left alone, in closed form."""
 
-from __future__ import annotations
-
 import math
 import shutil
 

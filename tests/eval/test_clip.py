@@ -1,7 +1,5 @@
 """The CLIP encoders on real loading code with random weights."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

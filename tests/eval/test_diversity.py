@@ -1,7 +1,5 @@
 """Closed forms and independent implementations of the measures within a group."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The encoder that needs no weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

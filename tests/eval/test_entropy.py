@@ -1,7 +1,5 @@
 """Entropies with known values, their bias, and the numbers that groups become."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

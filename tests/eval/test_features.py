@@ -1,7 +1,5 @@
 """Encoders of images alone: their real loading code on random weights, laid down in the real format and place."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

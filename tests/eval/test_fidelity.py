@@ -1,7 +1,5 @@
 """Closed forms, independent implementations and constructed sets for the distances between sets of images."""
 
-from __future__ import annotations
-
 import inspect
 import math
 

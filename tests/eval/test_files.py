@@ -1,7 +1,5 @@
 """Hashes that follow a file's content, and writing in one step."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

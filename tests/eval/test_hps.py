@@ -1,7 +1,5 @@
 """The Human Preference Score: its real loading code on random weights, laid down in the real format and place."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The folder format: round trips, plain folders, and every kind of image file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

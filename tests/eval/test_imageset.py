@@ -1,7 +1,5 @@
 """The images of a folder in groups, embedded at most once."""
 
-from __future__ import annotations
-
 import torch
 
 from eval.encoders import PixelEncoder

@@ -1,7 +1,5 @@
 """Intervals: coverage, pairing, determinism, and what cannot be estimated."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The documents of metrics: what they hold, and when one may be used again."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What a metric is: its halves, its scorer, and when it loads it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

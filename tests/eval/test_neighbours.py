@@ -1,7 +1,5 @@
 """Constructed sets, an independent implementation and the definitions for the overlap of two sets."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

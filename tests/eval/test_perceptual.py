@@ -1,7 +1,5 @@
 """LPIPS through its real loading code, on networks with random weights laid down as torchvision's files are."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 import warnings

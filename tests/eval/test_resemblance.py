@@ -1,7 +1,5 @@
 """Planted assets are found, and a calibrated threshold keeps its promise on new images."""
 
-from __future__ import annotations
-
 import math
 import shutil
 

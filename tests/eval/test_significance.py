@@ -1,7 +1,5 @@
 """Tests of differences: closed forms, and how often they err in simulations."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

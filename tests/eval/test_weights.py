@@ -1,7 +1,5 @@
 """The table of weights, and what is found, fetched and said by its rows."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

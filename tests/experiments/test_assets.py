@@ -1,7 +1,5 @@
 """Protected assets: which folders are read, which are refused and why, and which asset a prompt or a preview finds."""
 
-from __future__ import annotations
-
 import shutil
 import weakref
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Every method at work on tiny pipelines: what it changes, what it leaves alone, and what it says that it did."""
 
-from __future__ import annotations
-
 import contextlib
 from types import SimpleNamespace
 

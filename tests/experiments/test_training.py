@@ -1,7 +1,5 @@
 """Small-model training: tokenizers, losses, optimizers and the folding of latent statistics."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Taxonomy, captions and split of the small models' data, without the npm packages."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """Export of the small models: a made-up work folder must become folders that the stock classes load."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The protected designs of the mini models: what lies where, and the prompts about them."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 
