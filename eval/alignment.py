@@ -4,8 +4,6 @@ Hessel et al. (EMNLP 2021) define 2.5 * max(cos, 0). Here, as in most later pape
 factor is 100; torchmetrics' own class clamps the mean instead of each image's cosine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

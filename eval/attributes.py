@@ -5,8 +5,6 @@ Labels are the argmax of the cosine to text embeddings, each the normalised mean
 there are few images for the labels: see `minimum_images`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence

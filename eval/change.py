@@ -1,7 +1,5 @@
 """How much did a method change images that it should have left alone? Compared with the same groups of another run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any

@@ -1,7 +1,5 @@
 """CLIP models: encoders of images and of texts into one space. Both are computed in float32."""
 
-from __future__ import annotations
-
 import os
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Which of the possible definitions each is, and its bias: docs/metrics.md. Comput
 between methods can be small.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

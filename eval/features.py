@@ -3,8 +3,6 @@
 Weights lie where their publishers' own code puts them, or where the arguments say.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

@@ -1,7 +1,5 @@
 """Files that others may have written or may be reading: read with limits, written in one step, and their hashes."""
 
-from __future__ import annotations
-
 import functools
 import glob
 import hashlib

@@ -4,8 +4,6 @@ A run folder holds `manifest.jsonl` (one `ManifestRow` a line) and the PNG files
 measured as well (see `read_manifest`). A group is what was generated together, (prompt_id, group_seed).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -16,8 +16,6 @@ what None means: docs/metrics.md, "How sure a number is". How:
   every half and drops out.
 """
 
-from __future__ import annotations
-
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -9,8 +9,6 @@ A number of a whole set of images, such as a Frechet distance, has no values of 
 it on all images and again on seeded halves of the categories; the document holds those numbers instead.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import platform

@@ -5,8 +5,6 @@ by the `lpips` package. Images are compared position by position, so a shifted c
 artefacts, noise and mere displacement. It is a second opinion on diversity, never the first.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial

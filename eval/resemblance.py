@@ -5,8 +5,6 @@ each. Those that a method was given (as its negative, say) measure only whether 
 of each asset for measuring.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ All of it on `eval.intervals.paired_differences`: the same group, made by either
 What the numbers mean: docs/metrics.md, "How sure a number is".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
