@@ -8,6 +8,7 @@ of each asset for measuring.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -96,34 +97,90 @@ class ReferenceMetric(Metric):
         return self.encoder.of(images, positions), self._embeddings
 
 
-class MaximumResemblance(ReferenceMetric):
-    """Mean over a group's images of the largest similarity with a reference."""
+class AskedMetric(ReferenceMetric):
+    """A metric of images and the asset that their prompt asks for.
+
+    The groups' categories are the assets' names; groups of other categories are left out. `update` takes, beside, the
+    assets of the references and those asked for, int [R] and [N].
+    """
+
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
+        numbers = {asset: number for number, asset in enumerate(dict.fromkeys(self.assets))}
+        wanted = [numbers[images.rows[position].category] for position in positions]
+        assets = torch.tensor([numbers[asset] for asset in self.assets])
+        return *super().inputs(images, positions), assets, torch.tensor(wanted)
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        asked = [row for row in images.rows if row.category in self.assets]
+        if not asked:
+            found = sorted({row.category for row in images.rows})
+            raise ValueError(
+                f"expected images of the assets {sorted(set(self.assets))[:10]} for {self.name}, got the categories "
+                f"{found[:10]}; name the references' subfolders as the prompts' categories"
+            )
+        return super().per_group(replace(images, rows=asked))
+
+    def details(self, images: ImageSet) -> dict[str, Any]:
+        """Say which categories are no assets."""
+        left_out = {row.category for row in images.rows} - set(self.assets)
+        return {**super().details(images), "categories_left_out": sorted(left_out)}
+
+
+class MaximumResemblance(AskedMetric):
+    """Mean over a group's images of the largest similarity with a reference of the asset asked for."""
 
     name = "maximum_resemblance"
+    version = 2
     unit = "cosine, -1 to 1"
-    description = "mean over a group's images of the largest cosine with a protected reference"
+    description = "mean over a group's images of the largest cosine with a reference of the asset asked for"
+
+    def score(
+        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        return _of_asked(embeddings, references, assets, wanted).nan_to_num(-torch.inf).amax(dim=1)
+
+
+class MeanResemblance(AskedMetric):
+    """Mean over a group's images of the mean similarity with the references of the asset asked for."""
+
+    name = "mean_resemblance"
+    version = 2
+    unit = "cosine, -1 to 1"
+    description = "mean over a group's images of the mean cosine with the references of the asset asked for"
+
+    def score(
+        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        return _of_asked(embeddings, references, assets, wanted).nanmean(dim=1)
+
+
+def _of_asked(
+    embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """Return `similarities`, [N, R], NaN with the references of other assets than the image's."""
+    others = assets[None] != wanted[:, None]
+    if others.all(dim=1).any():
+        raise ValueError("expected references of every asset that is asked for, got images of which there is none")
+    return similarities(embeddings, references).masked_fill(others, torch.nan)
+
+
+class AnyResemblance(ReferenceMetric):
+    """Mean over a group's images of the largest similarity with a reference of any asset.
+
+    Away from one asset an image may come nearer to another, which the resemblance to the one asked for does not see. It
+    grows with the number of references.
+    """
+
+    name = "any_resemblance"
+    unit = "cosine, -1 to 1"
+    description = "mean over a group's images of the largest cosine with a reference of any protected asset"
 
     def score(self, embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         return similarities(embeddings, references).amax(dim=1)
 
 
-class MeanResemblance(ReferenceMetric):
-    """Mean over a group's images of the mean similarity with the references."""
-
-    name = "mean_resemblance"
-    unit = "cosine, -1 to 1"
-    description = "mean over a group's images of the mean cosine with the protected references"
-
-    def score(self, embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        return similarities(embeddings, references).mean(dim=1)
-
-
-class Identification(ReferenceMetric):
-    """Share of a group's images whose most similar reference is of the asset that their prompt asks for.
-
-    The groups' categories are the assets' names; groups of other categories are left out. Chance is about one over
-    the number of assets. `update` takes, beside, the assets of the references and those asked for, int [R] and [N].
-    """
+class Identification(AskedMetric):
+    """Share of a group's images whose most similar reference is of the asset asked for; by chance, 1 / assets."""
 
     name = "identification"
     unit = "share of images, 0 to 1"
@@ -135,32 +192,13 @@ class Identification(ReferenceMetric):
     ) -> torch.Tensor:
         return assets[similarities(embeddings, references).argmax(dim=1)] == wanted
 
-    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
-        numbers = {asset: number for number, asset in enumerate(dict.fromkeys(self.assets))}
-        wanted = [numbers.get(images.rows[position].category, -1) for position in positions]
-        assets = torch.tensor([numbers[asset] for asset in self.assets])
-        return *super().inputs(images, positions), assets, torch.tensor(wanted)
-
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        assets = set(self.assets)
-        values = [group for group in super().per_group(images) if group["category"] in assets]
-        if not values:
-            found = sorted({row.category for row in images.rows})
-            raise ValueError(
-                f"expected images of the assets {sorted(assets)[:10]} for {self.name}, got the categories "
-                f"{found[:10]}; name the references' subfolders as the prompts' categories"
-            )
-        return values
-
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say which assets the images resemble most, and which categories are no assets."""
-        embeddings, references, *_ = self.inputs(images, range(len(images.rows)))
+        """Say which assets the images resemble most."""
+        embeddings, references = ReferenceMetric.inputs(self, images, range(len(images.rows)))
         nearest = similarities(embeddings, references).argmax(dim=1).tolist()
-        categories = {row.category for row in images.rows}
         return {
             **super().details(images),
             "nearest": dict(sorted(Counter(self.assets[index] for index in nearest).items())),
-            "categories_left_out": sorted(categories - set(self.assets)),
         }
 
 

@@ -96,7 +96,7 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table people read: one row a run, with the primary metrics and their tests."""
     primary = frame[frame["primary"].isin(ROLES)]
     several = primary.groupby("metric")["encoder"].nunique() > 1
-    told = _told(frame)
+    told, claims = _told(frame), primary.loc[primary["primary"] != "quality", "metric"].nunique()
     table = []
     for _, group in frame.groupby([*(name for name in SETTING if name in frame), "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
@@ -112,8 +112,9 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
                 if role == "quality":
                     entry["quality kept"] = _kept(row)
                 else:
-                    entry["d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
-                    entry["wins"] = printed_percent(row["win_rate"])
+                    of = f"{metric}: " if claims > 1 else ""
+                    entry[f"{of}d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
+                    entry[f"{of}wins"] = printed_percent(row["win_rate"])
         if not pd.isna(first["seconds"]):
             entry["seconds"] = f"{first['seconds']:.2f}"
         counted = first if tested.empty else tested.iloc[0]

@@ -51,7 +51,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
             `against` to pair one with, or several; or a run and the one it is paired with are of two machines.
     """
     for cfg in configs:
-        _check_primary(cfg)
+        primary_metrics(cfg)  # what is wrong with them, before anything is read
     level = configs[0].bootstrap.level
     if level != 0.95:
         raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
@@ -76,14 +76,14 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
                     f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {what}, got "
                     f"{ours} and {theirs}: generate both on one machine"
                 )
-        tested = primary_metrics(cfg).values()
+        tested = primary_metrics(cfg)
         for name, metric in configured_metrics(cfg):
             if name in tested and metric.aggregate == SUBSETS:
                 raise ValueError(
                     f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: "
                     "there are no values of groups to exchange; choose a metric of groups, as clip_score, in `primary`"
                 )
-            if name == cfg.primary.quality and metric.higher_is_better is None:
+            if tested.get(name) == "quality" and metric.higher_is_better is None:
                 raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
             if name in tested or not against:
                 reference = None if baseline == run else find_document(baseline, name, metric)
@@ -92,26 +92,24 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
 
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:
-    """Return the metrics that an experiment tests, by their roles."""
-    return {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
-
-
-def _check_primary(cfg: DictConfig) -> None:
-    """Refuse an experiment whose primary metrics are not different ones of those that are measured."""
-    primary = primary_metrics(cfg)
-    if len(primary) < 2 or "quality" not in primary:
+    """Return the metrics that an experiment tests, and what each is primary for: one, several or none for a role."""
+    primary = {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
+    named = {role: [names] if isinstance(names, str) else list(names) for role, names in primary.items()}
+    claims = [name for role in named if role != "quality" for name in named[role]]
+    if not claims or len(named.get("quality", ())) != 1:
         raise ValueError(
-            f"expected primary.quality and one of {', '.join(tables.ROLES[:-1])} to be given, got {primary}"
+            f"expected one metric as primary.quality and at least one of {', '.join(tables.ROLES[:-1])}, got {named}"
         )
-    for role, name in primary.items():
+    for role, name in ((role, name) for role, names in named.items() for name in names):
         spec = cfg.metric.get(name)
         if spec is None or any(need in spec and spec[need] is None for need in NEEDS):
             raise ValueError(
                 f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
                 f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"
             )
-    if len(set(primary.values())) < len(primary):
-        raise ValueError(f"expected different primary metrics, got {primary}; see `primary`")
+    if len({*claims, *named["quality"]}) <= len(claims):
+        raise ValueError(f"expected different primary metrics, got {named}; see `primary`")
+    return {name: role for role, names in named.items() for name in names}
 
 
 def row_of(
@@ -119,7 +117,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Return a run's row of the metric `name`, compared with `reference`, the document of the run it is paired with."""
     value, low, high = interval_of(document, **cfg.bootstrap)
-    role = next((role for role, metric in primary_metrics(cfg).items() if metric == name), None)
+    role = primary_metrics(cfg).get(name)
     settings = run.identity["request"]["method"]["settings"]
     call = {
         "guidance_scale": cfg.model.call.guidance_scale,

@@ -57,6 +57,7 @@ class NegToMeFromAssets(NegToMe):
     """
 
     title = "NegToMe from the asset"
+    columns = (*NegToMe.columns, Setting("images", ("pictures",), "pictures", number=True), Setting("masks"))
     version = 1
 
     def __init__(

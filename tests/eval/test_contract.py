@@ -20,7 +20,7 @@ from eval.images import load_image
 from eval.imageset import ImageSet
 from eval.metric import measure
 from eval.perceptual import LayerDistance
-from eval.resemblance import DetectionRate, Identification, MaximumResemblance, MeanResemblance
+from eval.resemblance import AnyResemblance, DetectionRate, Identification, MaximumResemblance, MeanResemblance
 
 OF_SETS = (FrechetDistance, KernelDistance, Cmmd, Precision, Recall, Density, Coverage)
 
@@ -105,8 +105,9 @@ def test_an_images_clip_score_is_that_of_torchmetrics(make_run, tiny_clip):
 def test_what_else_they_take():
     made, references = torch.eye(3), torch.eye(3)[[0, 0, 1]]
     for metric, inputs, expected in (
-        (MaximumResemblance(), (), 2 / 3),
-        (MeanResemblance(), (), 1 / 3),
+        (AnyResemblance(), (), 2 / 3),
+        (MaximumResemblance(), (torch.tensor([7, 7, 8]), torch.tensor([7, 8, 8])), 2 / 3),
+        (MeanResemblance(), (torch.tensor([7, 8, 8]), torch.tensor([7, 8, 8])), 1 / 2),
         (Identification(), (torch.tensor([7, 7, 8]), torch.tensor([7, 8, 9])), 2 / 3),
         (DetectionRate(), (0.5,), 2 / 3),
     ):

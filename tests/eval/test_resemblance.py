@@ -13,6 +13,7 @@ from eval.images import ManifestRow
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.metric import is_current, measure
 from eval.resemblance import (
+    AnyResemblance,
     DetectionRate,
     Identification,
     MaximumResemblance,
@@ -148,24 +149,38 @@ def test_the_planted_assets_are_found(made, references):
     assert details["categories_left_out"] == ["house"]
     assert sum(details["nearest"].values()) == 12 and details["nearest"]["robot"] >= 2
     assert (details["n_assets"], details["n_references"], details["references"]) == (3, 6, "references")
-    maxima = values(measure(MaximumResemblance(encoder, references), made))
-    assert min(maxima["cat"], maxima["robot"]) > 0.99 > maxima["house"]
-    means = values(measure(MeanResemblance(encoder, references), made))
-    assert all(means[category] < maxima[category] for category in means)
+    of_any = values(measure(AnyResemblance(encoder, references), made))
+    assert min(of_any["cat"], of_any["robot"]) > 0.99 > of_any["house"]
 
 
-def test_metrics_are_the_functions_of_the_embeddings(made, references):
+def test_another_asset_than_the_one_asked_for_is_no_resemblance_to_it(made, references):
+    """Two of the four images for "robot" are stars: any reference's cosine is 1 for them, a robot's is not."""
+    maxima = values(measure(MaximumResemblance(PixelEncoder(4), references), made))
+    assert maxima.keys() == {"cat", "robot"} and maxima["cat"] > 0.99 > maxima["robot"]
+    shutil.rmtree(references / "star")
+    without = values(measure(MaximumResemblance(PixelEncoder(4), references), made))
+    assert without == pytest.approx(maxima), "other assets change nothing"
+
+
+@pytest.mark.parametrize(("kind", "of"), [(MaximumResemblance, max), (MeanResemblance, np.mean), (AnyResemblance, max)])
+def test_metrics_are_naive_loops_over_the_references(made, references, kind, of):
     encoder = PixelEncoder(4)
-    images = ImageSet.open(made)
-    x, y = images.embeddings(encoder), ImageSet.open(references).embeddings(encoder)
-    for kind, scores in (
-        (MaximumResemblance, similarities(x, y).amax(dim=1)),
-        (MeanResemblance, similarities(x, y).mean(dim=1)),
-    ):
-        found = measure(kind(encoder, references), images)
-        expected = scores.reshape(3, 4).mean(dim=1).tolist()
-        assert [group["value"] for group in found["groups"]] == pytest.approx(expected)
-        assert found["value"] == pytest.approx(np.mean(expected))
+    images, pictures = ImageSet.open(made), ImageSet.open(references)
+    x, y = (found.embeddings(encoder).double().numpy() for found in (images, pictures))
+    expected = {}
+    for row, image in zip(images.rows, x, strict=True):
+        cosines = [
+            image @ other / np.linalg.norm(image) / np.linalg.norm(other)
+            for reference, other in zip(pictures.rows, y, strict=True)
+            if kind is AnyResemblance or reference.category == row.category
+        ]
+        if cosines:
+            expected.setdefault(row.category, []).append(of(cosines))
+    found = measure(kind(encoder, references), images)
+    assert values(found) == pytest.approx({category: np.mean(scores) for category, scores in expected.items()})
+    assert found["value"] == pytest.approx(np.mean([*expected.values()]))
+    left_out = [] if kind is AnyResemblance else ["house"]
+    assert found["details"].get("categories_left_out", []) == left_out
 
 
 def test_detection_at_a_calibrated_threshold(made, references, held_out):
@@ -211,7 +226,7 @@ def test_everything_is_embedded_once(made, references, held_out, tmp_path):
     embed, seen = encoder.embed_images, []
     encoder.embed_images = lambda images: seen.extend(images) or embed(images)
     cache = EmbeddingCache(tmp_path / "cache")
-    kinds = (MaximumResemblance, MeanResemblance, Identification)
+    kinds = (MaximumResemblance, MeanResemblance, AnyResemblance, Identification)
     for metric in [*(kind(encoder, references) for kind in kinds), DetectionRate(encoder, references, held_out)]:
         measure(metric, ImageSet.open(made, cache))
     assert len(seen) == 12 + 6 + 43

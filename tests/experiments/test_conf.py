@@ -24,7 +24,7 @@ from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PromptSet
-from experiments.tables import ROLES
+from experiments.tabulate import primary_metrics
 from negtome import NegToMeConfig
 
 CONF = PROJECT / "conf"
@@ -177,12 +177,13 @@ EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 
 
 @pytest.mark.parametrize("experiment", sorted(set(EXPERIMENTS) - {"latency"}))
-def test_what_an_experiment_tests_is_one_claim_and_one_quality_that_it_measures(experiment):
+def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_quality(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
     for model in declared.hydra.sweeper.params.model.split(","):
         cfg = composed(f"experiment={experiment}", f"model={model}")
-        tested = [cfg.primary[role] for role in ROLES if cfg.primary[role] is not None]
-        assert cfg.primary.quality in tested and len(set(tested)) == len(tested) == 2
+        tested = primary_metrics(cfg)
+        assert list(tested.values()).count("quality") == 1 and len(set(tested.values())) == 2
+        assert len(tested) == (3 if experiment == "copyright" else 2), "named prompts, and others"
         assert set(tested) <= set(cfg.metric)
         assert 0 < cfg.primary.quality_margin < 1
 

@@ -571,7 +571,7 @@ def test_every_configured_number_of_the_copyright_experiment_is_measured(protect
         assert found["changed_share_benign"]["value"] == found["change_benign"]["value"] == 0, method
         assert found["changed_share_benign"]["encoder"]["id"] == "pixels"
         assert found["maximum_resemblance"]["encoder"]["id"] == "pixels-8x8"
-        assert found["clip_score"]["encoder"]["name"] == "mini-clip"
+        assert found["clip_score_unnamed"]["encoder"]["name"] == "mini-clip"
 
 
 def test_the_copyright_table_and_figures(protected):
@@ -587,7 +587,9 @@ def test_the_copyright_table_and_figures(protected):
     references = frame[frame["method"] == "negtome_reference"]
     assert set(references["reference"]) == {"assets"} and (references["pushed_share"] > 0).all()
     table = main_table(frame)
-    assert {"maximum resemblance (down)", "clip score (up)", "seconds"} <= set(table.columns)
+    claims = [f"maximum resemblance {kind}" for kind in ("direct", "indirect")]
+    expected = [f"{claim}{column}" for claim in claims for column in (" (down)", ": p", ": d_z", ": wins")]
+    assert {*expected, "clip score unnamed (up)", "quality kept", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
     files = {file.name: file for file in plot.plot(configs)}
     with Image.open(files["copyright_grid_sdxl.png"]) as grid:
@@ -641,9 +643,9 @@ def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):
     # Without pictures to score, what compares with them is left out, and no table pretends to have the claim.
     unscored = configured("model.copyright.scoring=null")
     names = [name for name, _ in configured_metrics(configured("model.copyright.scoring=null", f"images={tmp_path}"))]
-    assert names == ["clip_score", "clip_score_indirect", "clip_score_benign"]
+    assert names == [f"clip_score_{prompts}" for prompts in ("direct", "unnamed", "indirect", "benign")]
     assert "maximum_resemblance is left out" in caplog.text and "model.copyright.scoring=FOLDER" in caplog.text
-    with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance'"):
+    with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance_direct'"):
         tabulate.rows_of_runs([unscored])
 
 

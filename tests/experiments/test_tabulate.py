@@ -43,13 +43,13 @@ def document(values, bounds=(0, 100), **more):
     ("overrides", "message"),
     [
         (["primary.quality=clip_scoer"], r"primary.quality .*'clip_scoer'.*clip_score"),
-        (["primary.diversity=null"], r"primary.quality and one of diversity, resemblance to be given, .*clip_score"),
-        (["primary.quality=null"], r"primary.quality and one of diversity, resemblance .* got .*pairwise_distance"),
+        (["primary.diversity=null"], r"primary.quality and at least one of diversity, resemblance, .*clip_score"),
+        (["primary.quality=null"], r"primary.quality and at least one of .* got .*pairwise_distance"),
         (["primary.resemblance=maximum_resemblance"], r"primary.resemblance .*'maximum_resemblance'"),
-        (["primary.resemblance=clip_score"], "different primary metrics, got .*'resemblance': 'clip_score'"),
+        (["primary.resemblance=clip_score"], r"different primary metrics, got .*'resemblance': \['clip_score'\]"),
         (["~metric.clip_score"], r"primary.quality .*'clip_score'"),
         (["metric=tune", "primary.diversity=vendi_score"], r"primary.diversity .*'vendi_score'"),
-        (["primary.quality=pairwise_distance"], "different primary metrics, got .*'quality': 'pairwise_distance'"),
+        (["primary.quality=pairwise_distance"], r"different primary metrics, got .*'quality': \['pairwise_distance'\]"),
         (
             ["primary.quality=kernel_distance_scorer", "model.reference_images=null"],
             "primary.quality .*one of the metrics",
