@@ -1,26 +1,28 @@
 """How an experiment's table is printed: its numbers, the tables that people read, findings in words, and pages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from experiments import project_path
+from experiments import catalogue, project_path
 from experiments.methods.setting import Setting
 from experiments.tables import CALL, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
 from experiments.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 #: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
 LEGENDS = TEMPLATES.get_template("legends.j2").module
 
 
-def change(row: pd.Series) -> str:
+def change(row: Mapping[str, Any], sign: str = "+") -> str:
     """Return the paired difference with its interval; it is smaller than what it is a difference of."""
     digits = max(_decimals(row["value"]), 2)
-    write = f"{{:+.{digits}f}}".format
-    return with_interval(write, row["difference"], row["difference_low"], row["difference_high"])
+    write = f"{{:{sign}.{digits}f}}".format
+    return with_interval(write, *(row[name] for name in DIFFERENCE))
 
 
 def printed_p(value: float) -> str:
@@ -182,31 +184,66 @@ def paper_table(experiment: str, paper_csv: str | Path = "results/paper.csv") ->
 
 
 def findings(frame: pd.DataFrame) -> list[str]:
-    """Say in words, from the numbers alone, what each method did to each primary metric on each model."""
-    labels = run_labels(frame)
-    compared = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
-    return [
-        f"- {model}, {labels[run]}: {'; '.join(_finding(row) for _, row in rows.iterrows())} "
-        f"({rows['n_groups'].iloc[0]:.0f} groups in {rows['n_units'].iloc[0]:.0f} independent units)."
-        for (model, run), rows in compared.groupby(["model", "run_id"], sort=False)
-    ]
+    """Say in words, from the numbers alone, what each method did to each primary metric, and which others moved."""
+    labels, titles = run_labels(frame), {name: entry.title for name, entry in catalogue.entries().items()}
+    compared = frame[frame["difference"].notna()]
+    found = []
+    for (model, run), rows in compared.groupby(["model", "run_id"], sort=False):
+        tested = rows[rows["primary"].isin(ROLES)]
+        if tested.empty:
+            continue
+        method = rows["method"].iloc[0]
+        name = f"{titles.get(method, method)} {labels[run].removeprefix(method).strip()}".strip()
+        n_groups, n_units = tested[["n_groups", "n_units"]].astype(int).iloc[0]
+        others = _moved(rows[~rows["primary"].isin(ROLES)])
+        text = "; ".join(_finding(row) for _, row in tested.iterrows())
+        found.append(f"- {model}, {name}: {text} ({n_groups} groups in {n_units} independent units).{others}")
+    return found
 
 
 def _finding(row: pd.Series) -> str:
-    base = row["value"] - row["difference"]
-    moved = "raised" if row["difference"] > 0 else "lowered"
-    excluded = row["difference_low"] > 0 or row["difference_high"] < 0
-    verb = moved if row["p_holm"] <= LEVEL else f"may have {moved}" if excluded else "did not measurably change"
-    facts = [f"{100 * row['difference'] / abs(base):+.1f} %"] if base else []
+    base, metric = row["value"] - row["difference"], words(row["metric"])
+    moved, sign = ("raised", 1) if row["difference"] > 0 else ("lowered", -1)
+    clear, lowest, highest = _is_clear(row), row["difference_low"], row["difference_high"]
+    facts = []
     if not pd.isna(row["p_holm"]):
-        facts.append(f"p {printed_p(row['p_holm'])}" if row["p_holm"] < 0.001 else f"p = {printed_p(row['p_holm'])}")
+        facts.append(f"p {'' if row['p_holm'] < 0.001 else '= '}{printed_p(row['p_holm'])}")
     if not pd.isna(row["win_rate"]):
         facts.append(f"better in {printed_percent(row['win_rate'])} of the groups")
-    text = f"{verb} the {words(row['metric'])} by {change(row)} ({', '.join(facts)})"
+    if row["p_holm"] <= LEVEL or clear:
+        bounds = (lowest, highest) if sign > 0 else (-highest, -lowest)
+        size = dict(row) | dict(zip(DIFFERENCE, (sign * row["difference"], *bounds), strict=True))
+        share = [f"{100 * abs(row['difference'] / base):.1f} %"] if base else []
+        verb = moved if row["p_holm"] <= LEVEL else f"may have {moved}"
+        text = f"{verb} the {metric} by {change(size, '')} ({', '.join(share + facts)})"
+    else:
+        text = f"did not measurably change the {metric} ({', '.join([change(row), *facts])})"
+        if base and not pd.isna(lowest):
+            text += f", which excludes a fall of more than {-100 * lowest / abs(base):.1f} % and a rise of more than "
+            text += f"{100 * highest / abs(base):.1f} %"
     if not pd.isna(row["non_inferior"]):
         loss = printed_percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
-        text += f", and a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
+        text += f"; a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
     return text
+
+
+def _is_clear(row: pd.Series) -> bool:
+    """Tell whether a difference's interval lies on one side of 0."""
+    return bool(row["difference_low"] > 0 or row["difference_high"] < 0)
+
+
+def _moved(rows: pd.DataFrame) -> str:
+    """Name the metrics that are described alone whose intervals are clear of 0: the worse ones, then the better."""
+    told: dict[str, list[str]] = {"worse": [], "better": [], "moved": []}
+    for _, row in rows.iterrows():
+        if _is_clear(row):
+            up = row["difference"] > 0
+            kind = {"-": "moved"}.get(arrow(row), "better" if up == (arrow(row) == "up") else "worse")
+            base = row["value"] - row["difference"]
+            size = f"{100 * row['difference'] / abs(base):+.0f} %" if base else f"{row['difference']:+.2g}"
+            told[kind].append(f"{words(row['metric'])} {size}")
+    texts = [f"{kind}: {', '.join(names)}" for kind, names in told.items() if names]
+    return f" Not tested, by intervals clear of 0, {'; '.join(texts)}." if texts else ""
 
 
 def scored_by(frame: pd.DataFrame) -> str:

@@ -237,12 +237,28 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
         ("negtome_reference", "maximum_resemblance"), "p_holm"
     ] == pytest.approx(0.002)
     (finding,) = pages.findings(frame)
-    assert "lowered the maximum resemblance by -0.200 [-0.250, -0.150] (-25.0 %, p = 0.002" in finding
+    assert finding.startswith("- m, NegToMe from the asset: lowered the maximum resemblance by 0.200 [0.150, 0.250]")
+    assert "(25.0 %, p = 0.002, better in 88 % of the groups)" in finding
+    assert "did not measurably change the clip score (-0.50 [-1.50, +0.50], p = 0.300" in finding
+    assert "excludes a fall of more than 3.8 % and a rise of more than 1.2 %" in finding
     assert "24 groups in 11 independent units" in finding
     assert pages.other_table(frame)["metric"].tolist() == ["change benign"]
     page = pages.render_markdown(frame, "What it costs.", pd.DataFrame())
     assert "maximum resemblance (down)" in page and "2.53" in page
     assert "maximum resemblance" in pages.render_latex(frame)
+
+
+def test_a_finding_names_the_other_metrics_that_moved(tmp_path):
+    """Worse ones first, by their intervals alone; and none whose interval holds 0."""
+    moved = [("fid", False, 12.0, 4.0, 1.0), ("vendi_score", True, 2.5, 0.5, 0.1), ("skin_tone", None, 1.0, -0.5, -0.7),
+             ("recall", True, 0.5, -0.1, -0.3)]  # fmt: skip
+    further = [
+        copyright_row("negtome_reference", "b", metric, None, value=value, difference=difference, higher_is_better=up,
+                      difference_low=low, difference_high=-0.2 if metric == "skin_tone" else 6.0)
+        for metric, up, value, difference, low in moved
+    ]  # fmt: skip
+    (finding,) = pages.findings(tabulate.merge_rows(tmp_path / "copyright.csv", [*copyright_rows(None), *further]))
+    assert finding.endswith(", fid +50 %; better: vendi score +25 %; moved: skin tone -33 %.")
 
 
 def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
