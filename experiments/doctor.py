@@ -105,7 +105,7 @@ def _weights(encoder: Any) -> tuple[bool, dict[str, str]]:
 
 def _model(name: str) -> tuple[bool, dict[str, str]]:
     model = compose("config", [f"model={name}", "device=cpu"]).model
-    printed = {"checkpoint": model.source, "licence": model.get("licence", "as its page says")}
+    printed = {"checkpoint": model.source, "licence": model.get("licence", {}).get(model.source, "as its page says")}
     try:
         checkpoint = find_checkpoint(model, fetch=False)
     except FileNotFoundError as error:

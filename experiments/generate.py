@@ -93,7 +93,7 @@ def prepare(cfg: DictConfig) -> Job:
     groups = prompts.groups()
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
-    missing = {group: fault for group in groups if (fault := run.fault(group))}
+    missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
         label = f"{cfg.model.name} {cfg.method.name}"
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
@@ -220,8 +220,9 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
     with task.run.claim(group, wait) as mine:
         if not mine:
             return task.run.has(group)
-        model, method = _built(task.model), _built(task.method)
+        # In this order a new model takes the place of the last one, and not of the method.
         pipe = _pipeline(task.model, task.checkpoint, task.device, task.compile, task.offload)
+        model, method = _built(task.model), _built(task.method)
         start = time.perf_counter()
         drawn = method.draw(pipe, group, pipelines.call_arguments(model))
         images = _pictures(pipe, drawn.images, model)

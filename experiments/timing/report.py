@@ -96,7 +96,7 @@ def target_table(frame: pd.DataFrame, cfg: DictConfig) -> pd.DataFrame:
     for model, sides in cfg.latency.growth.items():
         limit, found = (sides[1] / sides[0]) ** 2, []
         rows = where(frame, part="resolution", batch=cfg.latency.target_batch, model=model)
-        for _, here in rows.groupby(SETUP, sort=False, dropna=False):
+        for _, here in rows.groupby([*SETUP, "steps"], sort=False, dropna=False):
             peaks = here.set_index(["variant", "side"])["peak_mib"]
             before, after = (peaks.get((METHOD, side), nan) - peaks.get((PLAIN, side), nan) for side in sides)
             if not pd.isna(before + after):

@@ -27,7 +27,9 @@ def write(folder, **files):
 def configuration(tmp_path, tiny_checkpoint):
     """A folder of configuration: encoders and models that are ready, missing and broken."""
     device = "device: ${torch_device:${device}}\n"
-    model = "architecture: {}\nrevision: null\nvariant: null\nlicence: non-commercial\n"
+    model = (
+        "architecture: {}\nrevision: null\nvariant: null\nlicence: {{black-forest-labs/FLUX.1-dev: non-commercial}}\n"
+    )
     lpips = f"  _target_: eval.perceptual.LpipsDistance\n  net: squeeze\n  weights_dir: {tmp_path}\n"
     cosine = "  _target_: eval.diversity.PairwiseDistance\n  encoder: ${model.scorer}\n"
     write(
@@ -59,6 +61,7 @@ def test_everything_is_listed_with_what_to_do(configuration):
     assert "NC" in absent["licence"] and "dl.fbaipublicfiles.com" in absent["to do"] and "288" in absent["resize"]
     assert "Nothing" in findings["scorer=broken"].facts["error"]
     assert re.fullmatch("[0-9a-f]{16}", findings["model=here"].facts["fingerprint"])
+    assert findings["model=here"].facts["licence"] == "as its page says", "that of another source is not told"
     there = findings["model=there"].facts
     assert "hf download black-forest-labs/FLUX.1-dev" in there["to do"] and "non-commercial" in there["licence"]
 

@@ -14,7 +14,7 @@ import experiments
 from eval.images import read_manifest
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
-from experiments.configs import expand
+from experiments.configs import build, expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.identity import request
@@ -624,6 +624,17 @@ def test_other_assets_make_another_run_and_moved_ones_do_not(protected, tmp_path
     assert request_of(tmp_path / "moved") == stored
     next(path for path in (tmp_path / "moved" / "ogre").iterdir() if ".mask" in path.name).unlink()
     assert request_of(tmp_path / "moved") != stored
+
+
+def test_a_method_that_looks_for_assets_is_built_once_for_all_runs_of_a_model(protected, tmp_path, monkeypatch):
+    """Whatever the runs differ in besides: it holds an encoder and the pictures' embeddings."""
+    arguments, _ = protected
+    built = []
+    monkeypatch.setattr("experiments.generate.build", lambda spec: built.append(spec.get("name")) or build(spec))
+    kinds, scales = "prompts.kinds=[indirect]", "model.call.guidance_scale=2,3,4"
+    for cfg in expand([*arguments, "method=negtome_reference", kinds, scales, f"outputs={tmp_path}"]):
+        generate(cfg)
+    assert built.count("negtome_reference") == 1
 
 
 def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):

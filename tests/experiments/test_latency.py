@@ -591,6 +591,18 @@ def test_a_profile_says_what_share_of_a_step_each_part_has():
     assert shares.tolist() == ["5.00 %", "1.00 %", "1.00 %", "0.50 %"]
 
 
+def test_growth_is_of_one_number_of_steps_each():
+    rows = [
+        row | {"steps": steps}
+        for steps, extra in ((25, (10, 45)), (50, (10, 20)))
+        for side, more in zip((1024, 2048), extra, strict=True)
+        for row in measured(part="resolution", side=side, first=(1.2, 1, 1.2, 1000 + more))
+    ]
+    table = report.target_table(pd.DataFrame(rows, columns=COLUMNS), composed(*FULL))
+    grown = table[table["what"].str.startswith("extra peak") & (table["of"] == "flux-dev")]
+    assert grown["measured"].tolist() == ["x 4.50 (10 to 45 MiB)", "x 2.00 (10 to 20 MiB)"]
+
+
 def test_the_published_statements_stand_on_the_page():
     page, _ = report.pages(table_of(measured()), composed(*FULL))
     (_, statements) = page.split("## The paper's statements")
