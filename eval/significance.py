@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from eval.intervals import BLOCK, Cluster, Difference, GroupValue, cluster_sums
 
@@ -101,3 +102,21 @@ def non_inferior(difference: Difference, margin: float, higher_is_better: bool =
     if difference.low is None or difference.high is None:
         return None
     return difference.low > -margin if higher_is_better else difference.high < margin
+
+
+def non_inferiority_power(low: float, high: float, margin: float, level: float = 0.95) -> float:
+    """Return the chance that a method which loses nothing is found to be `non_inferior`, at this many groups.
+
+    Of a difference that is 0 in truth and normal with the error that its interval tells: the interval must reach less
+    far below its middle than the margin lies.
+
+    Args:
+        low, high: the interval of the difference.
+        margin: as of `non_inferior`.
+        level: the interval's coverage.
+
+    Returns:
+        In [0, 1]: the probability that a "not shown" is no matter of too few groups.
+    """
+    reach, z = (high - low) / 2, float(ndtri((1 + level) / 2))
+    return float(ndtr(z * (margin / reach - 1))) if reach > 0 else 1.0

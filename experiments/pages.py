@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from eval.significance import non_inferiority_power
 from experiments import catalogue, project_path
 from experiments.methods.setting import Setting
 from experiments.tables import CALL, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
@@ -130,7 +131,9 @@ def _kept(row: pd.Series) -> str:
         return ""
     if pd.isna(row["non_inferior"]):
         return "not estimable"
-    return f"{'yes' if row['non_inferior'] else 'not shown'} (margin {row['margin']:.2g})"
+    power = non_inferiority_power(row["difference_low"], row["difference_high"], row["margin"])
+    verdict = "yes" if row["non_inferior"] else "not shown"
+    return f"{verdict} (margin {row['margin']:.2g}, power {printed_percent(power)})"
 
 
 def other_table(frame: pd.DataFrame) -> pd.DataFrame:

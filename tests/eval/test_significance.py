@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.intervals import Difference, bootstrap_interval, paired_differences, values_of
-from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
+from eval.significance import effect_size, holm, non_inferior, non_inferiority_power, sign_flip_p, win_rate
 
 
 def valued(values, prompts=None):
@@ -162,3 +162,15 @@ def test_non_inferiority_errs_as_rarely_as_its_interval():
 def test_no_exchanges_are_refused():
     with pytest.raises(ValueError, match="n_flips"):
         sign_flip_p(valued([1, 2, 3]), n_flips=0)
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5, 1.0])
+def test_the_power_of_non_inferiority_is_how_often_a_harmless_method_is_found_so(margin):
+    """Simulated: differences of 25 categories, 0 in truth."""
+    rng = np.random.default_rng(0)
+    n, error = 25, 0.2
+    means = rng.normal(0, error, 4000)
+    reach = 1.959964 * error
+    found = np.mean([non_inferior(Difference(mean, mean - reach, mean + reach, n), margin) for mean in means])
+    assert non_inferiority_power(-reach, reach, margin) == pytest.approx(found, abs=0.03)
+    assert non_inferiority_power(0.3 - reach, 0.3 + reach, margin) == non_inferiority_power(-reach, reach, margin)

@@ -189,7 +189,7 @@ def test_the_page_says_what_was_resampled_and_what_is_not_corrected():
     assert pages.other_table(frame)["units"].tolist() == ["2"]
     page = pages.render_markdown(frame, None, pd.DataFrame())
     assert "40 groups in 20 independent units" in page
-    assert "every method is judged by itself" in page and "intervals of fewer than four are not estimable" in page
+    assert "very method is judged by itself" in page and "intervals of fewer than four are not estimable" in page
 
 
 def copyright_row(method, run, metric, role, **more):
@@ -230,7 +230,7 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
     ]  # fmt: skip
     none, pushed = table.to_dict("records")
     assert pushed["maximum resemblance (down)"] == "0.600; -0.200 [-0.250, -0.150]"
-    assert (pushed["d_z"], pushed["wins"], pushed["quality kept"]) == ("-1.50", "88 %", "yes (margin 2)")
+    assert (pushed["d_z"], pushed["wins"], pushed["quality kept"]) == ("-1.50", "88 %", "yes (margin 2, power 98 %)")
     assert (none["maximum resemblance (down)"], none["d_z"], none["quality kept"]) == ("0.800 [0.700, 0.900]", "", "")
     # One family of two tests, in which the smaller p-value counts double.
     assert frame.set_index(["method", "metric"]).loc[
