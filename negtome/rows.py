@@ -6,34 +6,9 @@ from typing import Any, NamedTuple
 import torch
 
 from negtome.merge import Matching
+from negtome.pushing import Layout, Route
 from negtome.reference import Reference, fit, token_mask
 from negtome.sites import Architecture, DenoiserCall
-
-
-class Route(NamedTuple):
-    """Which images are pushed from which rows.
-
-    Attributes:
-        images: runs (start, stop) of places of the images in a half of the batch.
-        rows: run of places of the R reference rows in a half of the batch, in which they follow the images.
-        masks: for each feature map, by its number N of tokens: bool [R * N], or None for all tokens.
-        allowed: the same as numbers of the tokens inside, so that the others need not be compared; None where the
-            mask is None or empty.
-    """
-
-    images: tuple[tuple[int, int], ...]
-    rows: tuple[int, int]
-    masks: Mapping[int, torch.Tensor | None]
-    allowed: Mapping[int, torch.Tensor | None]
-
-
-class Layout(NamedTuple):
-    """How a call's batch is made: `halves` times the `images` and after them the reference `rows`."""
-
-    halves: int
-    images: int
-    rows: int
-    routes: tuple[Route, ...]
 
 
 class _Encoded(NamedTuple):
