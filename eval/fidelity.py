@@ -116,10 +116,11 @@ def kernel_mean_within(kernel: Kernel, x: torch.Tensor, design: Design | None = 
     is taken for every pair of categories, and counts by the images that both have. Of independent images, without a
     design, it is the mean over all pairs of different ones, as published.
     """
-    groups, strata = design or (torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64))
+    independent = torch.arange(len(x), device=x.device)
+    groups, strata = design or (independent, torch.zeros_like(independent))
     member = F.one_hot(strata).double()
-    sums = pairs = torch.zeros(member.shape[1], member.shape[1], dtype=torch.float64)
-    for rows in torch.arange(len(x)).split(ROWS):
+    sums = pairs = member.new_zeros(member.shape[1], member.shape[1])
+    for rows in independent.split(ROWS):
         apart = groups[rows, None] != groups
         sums = sums + member[rows].T @ (kernel(x[rows], x) * apart) @ member
         pairs = pairs + member[rows].T @ apart.double() @ member
@@ -204,7 +205,9 @@ class FrechetDistance(FidelityMetric):
     def summarise(self, reference: torch.Tensor, rows: Rows = None) -> FrechetInceptionDistance:
         given = torch.nn.Identity()
         given.num_features = reference.shape[1]
-        distance = FrechetInceptionDistance(given, reset_real_features=False).set_dtype(torch.float64)
+        # what is here is of all processes already
+        distance = FrechetInceptionDistance(given, reset_real_features=False, sync_on_compute=False)
+        distance = distance.set_dtype(torch.float64).to(reference.device)
         self._add(distance, reference, "reference images")
         return distance
 

@@ -15,7 +15,18 @@ from eval.change import Change, ChangedShare
 from eval.clip import HFClip
 from eval.diversity import CategoryPooledSimilarity, PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
-from eval.fidelity import Cmmd, Coverage, Density, FrechetDistance, InceptionScore, KernelDistance, Precision, Recall
+from eval.fidelity import (
+    Cmmd,
+    Coverage,
+    Density,
+    FrechetDistance,
+    InceptionScore,
+    KernelDistance,
+    Precision,
+    Recall,
+    cubic_kernel,
+    kernel_mean_within,
+)
 from eval.images import load_image
 from eval.imageset import ImageSet
 from eval.metric import measure
@@ -129,3 +140,23 @@ def test_they_are_copied_pickled_and_moved_as_all_metrics_are():
         assert other.compute() == metric.compute()
         other.update(features(2, 4, 8, seed=1))
         assert other.compute() != metric.compute()
+
+
+def test_a_frechet_distance_of_several_processes_is_not_gathered_twice(monkeypatch):
+    """Two processes, each of which finds the other to have what it has itself."""
+    made, real = features(20, 5), features(20, 5, seed=1)
+    twice = FrechetDistance()
+    twice.update(real.repeat(2, 1), real=True)
+    twice.update(made.repeat(2, 1))
+    expected = twice.compute().item()
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    metric = FrechetDistance(dist_sync_fn=lambda state, group: [state, state])
+    metric.update(real, real=True)
+    metric.update(made)
+    assert metric.compute().item() == pytest.approx(expected)
+
+
+def test_a_kernel_is_averaged_where_the_features_are():
+    """A device of shapes alone lets all but the last step pass, which makes a number."""
+    with pytest.raises(RuntimeError, match="item"):
+        kernel_mean_within(cubic_kernel, torch.ones(5, 3, dtype=torch.float64, device="meta"))
