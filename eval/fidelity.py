@@ -31,6 +31,8 @@ from eval.metric import Folder, SetMetric
 CMMD_SIGMA = 10.0
 # Rows of a matrix of kernel values or distances that are in memory at once.
 ROWS = 2048
+# Relative to the squared lengths: more than a product of float64 is off, and less than float32 features resolve.
+TIE = 1e-12
 
 PAIRS = "the kernel is averaged over pairs"
 
@@ -289,7 +291,8 @@ class Cmmd(KernelDistance):
 class Manifold:
     """The balls around a set's points that reach to their k-th neighbours.
 
-    Distances are of differences, not of products, whose rounding would tear ties: the k-th neighbour lies on the ball.
+    Distances, squared, are of products, which are many times faster than differences. Their rounding would tear ties,
+    which are common, since the k-th neighbour lies on the ball: what is within `TIE` of equal is equal.
 
     Args:
         points: [M, D].
@@ -302,19 +305,24 @@ class Manifold:
         self.points = points.double()
         self.k = k
         # a point is its own nearest neighbour, hence k + 1
-        self.radii = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in self.distances(points)])
+        self.radii = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows, _ in self.distances(points)])
 
-    def distances(self, points: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the distances of some of N points to each of the M, [.., M]."""
+    def distances(self, points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the squared distances of some of N points to each of the M, and how far they may be off, [.., M]."""
         points, centres = checked_pair(points, self.points)
         require_images(points, 1, "images", "there is nothing to measure")
-        for rows in points.split(ROWS):
-            yield torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        middle = centres.mean(dim=0)  # lengths from there are smaller than those from the origin, and so is the rounding
+        centres = centres - middle
+        for rows in (points - middle).split(ROWS):
+            lengths = rows.square().sum(dim=1)[:, None] + centres.square().sum(dim=1)
+            yield lengths - 2 * rows @ centres.T, TIE * lengths
 
     def holds(self, points: torch.Tensor, surface: bool) -> torch.Tensor:
         """Tell of each of N points which of the M balls it lies in: [N, D] -> bool [N, M]."""
-        within = torch.le if surface else torch.lt
-        return torch.cat([within(distances, self.radii) for distances in self.distances(points)])
+        found = self.distances(points)
+        if surface:
+            return torch.cat([distances <= self.radii + tie for distances, tie in found])
+        return torch.cat([distances < self.radii - tie for distances, tie in found])
 
 
 class NeighbourMetric(FidelityMetric):

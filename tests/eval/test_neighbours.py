@@ -103,3 +103,16 @@ def test_order_does_not_matter_and_nonsense_is_refused(kind):
         computed(kind(), x[:, :3], y)
     with pytest.raises(ValueError, match="finite"):
         computed(kind(), x * np.nan, y)
+
+
+@pytest.mark.parametrize("shift", [0, 30])
+def test_equal_distances_are_ties_whatever_their_rounding(shift):
+    """Points of a grid, of which integers tell exactly how far they are from each other."""
+    generator = torch.Generator().manual_seed(0)
+    made, real = (torch.randint(0, 3, (n, 4), generator=generator) for n in (60, 50))
+    radii = torch.cdist(real.double(), real.double()).square().round().sort(dim=1).values[:, 3]
+    apart = (made[:, None] - real).square().sum(dim=2)
+    found = [computed(kind(k=3), made * 0.1 + shift, real * 0.1 + shift) for kind in (Precision, Density, Coverage)]
+    within = apart < radii
+    expected = [(apart <= radii).any(dim=1), within.sum(dim=1) / 3, within.any(dim=0)]
+    assert found == pytest.approx([each.double().mean().item() for each in expected])
