@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchmetrics.utilities import dim_zero_cat
 
 from eval.encoders import Encoder
 from eval.imageset import ImageSet
@@ -87,7 +86,7 @@ class AttributeEntropy(Metric):
 
     def compute(self) -> torch.Tensor:
         """Return the entropy of all labels, in nats, float64 []."""
-        chosen = dim_zero_cat(getattr(self, self._state)).long()
+        chosen = self._all("scores").long()
         return torch.tensor(entropy(chosen.bincount().tolist()), dtype=torch.float64)
 
     def _labels_of(self, category: str) -> list[str] | None:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities import dim_zero_cat
 
 from eval.encoders import Encoder, Scorer
 from eval.images import ManifestRow, read_manifest
@@ -141,7 +140,6 @@ class FidelityMetric(SetMetric):
         super().__init__(encoder, **options)
         self.reference = reference
         self._summary: Any = None
-        self.add_state("real_features", [], dist_reduce_fx="cat")
 
     @abstractmethod
     def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Any:
@@ -151,12 +149,8 @@ class FidelityMetric(SetMetric):
     def score(self, features: torch.Tensor, summary: Any, rows: Rows = None) -> float:
         """Measure features, float64 [N, D], of N images against the summary of the reference."""
 
-    def update(self, images: torch.Tensor, real: bool = False) -> None:
-        """Add images to measure, or `real` ones to compare with: uint8 [N, 3, H, W], or their features [N, D]."""
-        (self.real_features if real else getattr(self, self._state)).append(self.encoder.features(images))
-
     def compute(self) -> torch.Tensor:
-        features, real = checked_pair(*map(dim_zero_cat, (getattr(self, self._state), self.real_features)))
+        features, real = checked_pair(*map(self._all, self.STATES))
         return torch.tensor(self.score(features, self.summarise(real)), dtype=torch.float64)
 
     @cached_property
@@ -311,7 +305,9 @@ class Manifold:
         """Yield the squared distances of some of N points to each of the M, and how far they may be off, [.., M]."""
         points, centres = checked_pair(points, self.points)
         require_images(points, 1, "images", "there is nothing to measure")
-        middle = centres.mean(dim=0)  # lengths from there are smaller than those from the origin, and so is the rounding
+        middle = centres.mean(
+            dim=0
+        )  # lengths from there are smaller than those from the origin, and so is the rounding
         centres = centres - middle
         for rows in (points - middle).split(ROWS):
             lengths = rows.square().sum(dim=1)[:, None] + centres.square().sum(dim=1)

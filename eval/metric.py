@@ -10,7 +10,6 @@ it on all images and again on seeded halves of the categories; the document hold
 """
 
 import hashlib
-import itertools
 import platform
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,6 @@ from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
 #: Where a metric finds what it compares a folder of images with; where all is given as features, None.
 Folder = str | Path | None
-_numbers = itertools.count()
 
 
 class Metric(torchmetrics.Metric):
@@ -58,6 +56,7 @@ class Metric(torchmetrics.Metric):
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()
+    STATES: ClassVar[tuple[str, ...]] = ("scores",)
     full_state_update = False
     name: str
     version: int = 1
@@ -77,9 +76,16 @@ class Metric(torchmetrics.Metric):
             self.encoder = encoder
         if name is not None:
             self.name = name
-        # A name of its own: a collection takes metrics for one whose states have one name and are equal at first.
-        self._state = f"values{next(_numbers)}"
-        self.add_state(self._state, [], dist_reduce_fx="cat")
+        for state in self.STATES:
+            self.add_state(state, [], dist_reduce_fx="cat")
+        self.add_state("shared", self._shared(), dist_reduce_fx="max")
+
+    def _shared(self) -> torch.Tensor:
+        """Return what metrics must have equal to share states, as a collection lets them where all are equal at first.
+
+        Scores are a metric's own, and NaN equals nothing.
+        """
+        return torch.tensor(torch.nan)
 
     @abstractmethod
     def score(self, *inputs: Any) -> Any:
@@ -93,11 +99,18 @@ class Metric(torchmetrics.Metric):
                 where there is an encoder.
         """
         scores = self.score(*(self.encoder.features(given) for given in inputs))
-        getattr(self, self._state).append(scores.double().flatten())
+        self.scores.append(scores.double().flatten())
 
     def compute(self) -> torch.Tensor:
         """Return the mean of all numbers, each counted once, float64 []."""
-        return dim_zero_cat(getattr(self, self._state)).mean()
+        return self._all("scores").mean()
+
+    def _all(self, state: str) -> torch.Tensor:
+        """Return what all updates added to a state."""
+        if not len(getattr(self, state)):
+            how = "images, real=True" if state == "real_features" else "images"
+            raise ValueError(f"expected {state.replace('_', ' ')} for {self.name}, got none; add some by update({how})")
+        return dim_zero_cat(getattr(self, state))
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
         """Return what `score` takes of some images of a folder: their embeddings, or the images without an encoder."""
@@ -163,6 +176,7 @@ class SetMetric(Metric):
             are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval is not estimable.
     """
 
+    STATES = ("features", "real_features")
     SUBSETS: ClassVar[int] = 20
     SHARE: ClassVar[float] = 0.5
     FEWEST: ClassVar[int] = 6
@@ -170,13 +184,17 @@ class SetMetric(Metric):
     minimum = 2
     aggregate = "subsets"
 
-    def update(self, images: torch.Tensor) -> None:
-        """Add images, uint8 [N, 3, H, W], or their features [N, D]."""
-        getattr(self, self._state).append(self.encoder.features(images))
+    def _shared(self) -> torch.Tensor:
+        """Features of one encoder are features of it, whatever is made of them."""
+        return torch.tensor([*self.encoder.name.encode()])
+
+    def update(self, images: torch.Tensor, real: bool = False) -> None:
+        """Add images, uint8 [N, 3, H, W], or their features [N, D]; `real` ones are only compared with, if at all."""
+        (self.real_features if real else self.features).append(self.encoder.features(images))
 
     def compute(self) -> torch.Tensor:
         """Return the number of all images together, float64 []."""
-        return torch.tensor(self.score(dim_zero_cat(getattr(self, self._state))), dtype=torch.float64)
+        return torch.tensor(self.score(self._all("features")), dtype=torch.float64)
 
     def design(self) -> dict[str, Any]:
         return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}

@@ -160,3 +160,84 @@ def test_a_kernel_is_averaged_where_the_features_are():
     """A device of shapes alone lets all but the last step pass, which makes a number."""
     with pytest.raises(RuntimeError, match="item"):
         kernel_mean_within(cubic_kernel, torch.ones(5, 3, dtype=torch.float64, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_states_are_loaded_and_merged_as_all_metrics_are():
+    for kind, groups in ((VendiScore, features(6, 4, 8)), (InceptionScore, features(40, 8))):
+        both, first, second, loaded = (kind() for _ in range(4))
+        both.update(groups)
+        first.update(groups[: len(groups) // 4])
+        second.update(groups[len(groups) // 4 :])
+        first.merge_state(second)
+        first.persistent(True)
+        loaded.load_state_dict(first.state_dict())
+        assert first.compute().item() == loaded.compute().item() == pytest.approx(both.compute().item())
+
+
+def test_a_collection_never_takes_one_setting_for_another():
+    """Copies have the same history, and other settings since."""
+    metrics = {"vendi": VendiScore(), "precision": Precision(), "inception": InceptionScore()}
+    copies = {f"other {name}": copy.deepcopy(metric) for name, metric in metrics.items()}
+    copies["other vendi"].q, copies["other precision"].k, copies["other inception"].splits = 3.0, 10, 4
+    groups, (made, real) = features(6, 4, 8), features(2, 40, 5)
+    for names, updates in (
+        (("vendi",), ((torch.ones(1, 4, 8),), (groups,))),
+        (("precision", "inception"), ((real, True), (made[:15], False), (made[15:], False))),
+    ):
+        collection = MetricCollection({n: m for n, m in (metrics | copies).items() if n.endswith(names)})
+        for update in updates:
+            collection.update(*update)
+        for name, found in collection.compute().items():
+            alone = copy.deepcopy((metrics | copies)[name])
+            alone.reset()
+            for update in updates:
+                alone.update(*update)
+            assert found == alone.compute(), name
+            assert found != collection.compute()[name.removeprefix("other ")] or not name.startswith("other ")
+
+
+class Counting(PixelEncoder):
+    def __init__(self, size):
+        super().__init__(size)
+        self.embedded = 0
+
+    def embed_images(self, images):
+        self.embedded += len(images)
+        return super().embed_images(images)
+
+
+def test_a_collection_embeds_once_what_is_of_one_encoder_and_never_mixes_two():
+    """Of images of one colour, at first, features of another encoder may be the same."""
+    images = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    class Squared(Counting):
+        def embed_images(self, images):
+            return super().embed_images(images) ** 2
+
+    one, other = Counting(1), Squared(1)
+    other.name = "squared"
+    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    collection = MetricCollection({"p": KernelDistance(one), "r": Cmmd(one), "o": KernelDistance(other)})
+    for given, real in ((black, True), (images[:20], True), (images[20:], False)):
+        collection.update(given, real=real)
+    assert one.embedded == 2 + 2 + 40 and other.embedded == 42
+    alone = KernelDistance(other)
+    for given, real in ((black, True), (images[:20], True), (images[20:], False)):
+        alone.update(given, real=real)
+    found = collection.compute()
+    assert found["o"] == alone.compute() and found["o"] != found["p"]
+
+
+def test_real_images_are_none_that_were_made():
+    made, real = features(2, 40, 5)
+    collection = MetricCollection([KernelDistance(), InceptionScore()])
+    collection.update(real, real=True)
+    collection.update(made)
+    alone = InceptionScore()
+    alone.update(made)
+    assert collection.compute()["InceptionScore"] == alone.compute()
+    metric = KernelDistance()
+    metric.update(made)
+    with pytest.raises(ValueError, match="expected real features for kernel_distance, got none"):
+        metric.compute()
