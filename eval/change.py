@@ -5,9 +5,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from eval.encoders import Pixels, Scorer
+from eval.encoders import Pixels, Scorer, unit_vectors
 from eval.imageset import ImageSet
 from eval.metric import Folder, Metric
 
@@ -31,7 +30,7 @@ class BaselineMetric(Metric):
 
     @cached_property
     def _others(self) -> ImageSet:
-        return ImageSet.open(self.baseline)
+        return ImageSet.open(self.folder("baseline"))
 
     def settings(self) -> dict[str, Any]:
         """Identify the other run by its images."""
@@ -69,8 +68,8 @@ class Change(BaselineMetric):
 
     def score(self, mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         # 1 - cosine as half the squared distance of unit vectors, which is exactly 0 for equal ones.
-        difference = F.normalize(mine.double(), dim=-1) - F.normalize(theirs.double(), dim=-1)
-        return difference.square().sum(dim=-1).div(2)
+        _check_counts(mine.shape, theirs.shape)
+        return (unit_vectors(mine) - unit_vectors(theirs)).square().sum(dim=-1).div(2)
 
 
 class ChangedShare(BaselineMetric):
@@ -80,9 +79,16 @@ class ChangedShare(BaselineMetric):
     unit = "share of images, 0 to 1"
     description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
+    encoder = Pixels()
 
     def __init__(self, baseline: Folder = None, **options: Any) -> None:
-        super().__init__(Pixels(), baseline, **options)
+        super().__init__(None, baseline, **options)
 
     def score(self, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> torch.Tensor:
+        _check_counts([len(mine)], [len(theirs)])
         return torch.tensor([not torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)])
+
+
+def _check_counts(mine: Sequence[int], theirs: Sequence[int]) -> None:
+    if mine != theirs:
+        raise ValueError(f"expected as many of the baseline's images, got {list(mine)} and {list(theirs)}; pair them")

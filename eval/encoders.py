@@ -39,8 +39,8 @@ class Scorer:
     id: str
 
     def features(self, given: Any) -> Any:
-        """Return what a metric computes with: features of images and texts, and whatever else as it is."""
-        return given
+        """Return what a metric computes with: here images [..., 3, H, W] as a list of uint8 [3, H, W]."""
+        return images_of(given)
 
     def of(self, images: ImageSet, positions: Sequence[int]) -> Any:
         """Return the same of some images of a folder: here the images, a list of uint8 [3, H, W]."""
@@ -72,12 +72,17 @@ class Encoder(Scorer, ABC):
         """Embed N RGB images, uint8 [3, H, W], whose sizes may differ: float32 [N, D], of length 1 if `normalised`."""
 
     def features(self, given: Any) -> Any:
-        """Embed uint8 images [..., 3, H, W] or a list of texts: float32 [..., D]; features pass."""
+        """Embed images, uint8 [..., 3, H, W] or a list of [3, H, W], or a list of texts: float32 [..., D].
+
+        Features pass, and so does whatever else there is.
+        """
         if isinstance(given, torch.Tensor):
-            if given.dtype != torch.uint8:
-                return given
-            return self.embed_images(given.flatten(0, -4).unbind()).unflatten(0, given.shape[:-3])
-        return self.embed_texts(given) if isinstance(given, (list, tuple)) else given
+            if given.dtype == torch.uint8 or (given.ndim > 3 and given.shape[-3] == 3):
+                return self.embed_images(images_of(given)).reshape(*given.shape[:-3], -1)
+        elif isinstance(given, (list, tuple)):
+            texts = given and isinstance(given[0], str)
+            return self.embed_texts(given) if texts else self.embed_images(images_of(given))
+        return given
 
     def of(self, images: ImageSet, positions: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of some images of a folder, float32 [N, D]."""
@@ -98,9 +103,17 @@ class Given(Scorer):
     name = "features as given"
     of = Encoder.of
 
+    def features(self, given: Any) -> Any:
+        if isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.dtype == torch.uint8):
+            raise TypeError("expected features where there is no encoder, got images or texts; give an encoder")
+        return given
+
     @property
     def id(self) -> str:
         raise TypeError("expected an encoder to measure a folder of images with, got None; give one")
+
+    def prepare(self) -> None:
+        _ = self.id
 
 
 class PixelEncoder(Encoder):
@@ -236,12 +249,21 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def images_of(given: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return images, uint8 [..., 3, H, W] or a sequence of [3, H, W] of any sizes, as a list of at least one."""
+    if isinstance(given, torch.Tensor) and given.ndim > 2:
+        given = given[None].flatten(0, -4)
+    images = [checked(image) for image in given]
+    if not images:
+        raise ValueError("expected at least one image or text, got none; give some")
+    return images
+
+
 def checked(image: torch.Tensor) -> torch.Tensor:
     """Return `image` if it is uint8 RGB [3, H, W], else raise ValueError."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(
-            f"expected uint8 images [3, H, W], got {image.dtype} {list(image.shape)}; read them with load_image"
-        )
+    if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+        raise ValueError(f"expected uint8 images [3, H, W], got {got}; read them with load_image")
     return image
 
 

@@ -155,7 +155,7 @@ class FidelityMetric(SetMetric):
 
     @cached_property
     def real(self) -> ImageSet:
-        return ImageSet(self.reference, read_manifest(self.reference, flat=True))
+        return ImageSet(self.reference, read_manifest(self.folder("reference"), flat=True))
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, Any, list[ManifestRow]]:
         if self._summary is None:  # once for all subsets
@@ -305,9 +305,7 @@ class Manifold:
         """Yield the squared distances of some of N points to each of the M, and how far they may be off, [.., M]."""
         points, centres = checked_pair(points, self.points)
         require_images(points, 1, "images", "there is nothing to measure")
-        middle = centres.mean(
-            dim=0
-        )  # lengths from there are smaller than those from the origin, and so is the rounding
+        middle = centres.mean(dim=0)  # lengths from there are smaller, and so is the rounding
         centres = centres - middle
         for rows in (points - middle).split(ROWS):
             lengths = rows.square().sum(dim=1)[:, None] + centres.square().sum(dim=1)
@@ -416,7 +414,7 @@ class InceptionScore(SetMetric):
 
     def __init__(self, encoder: Scorer | None = None, splits: int = 1, **options: Any) -> None:
         super().__init__(encoder, **options)
-        if getattr(type(encoder), "logits_from_features", None) is Encoder.logits_from_features:
+        if encoder is not None and type(encoder).logits_from_features is Encoder.logits_from_features:
             raise TypeError(
                 f"expected an encoder with a classifier head for {self.name}, got {encoder.name}; "
                 "use Inception or EfficientNet-lite0"

@@ -23,7 +23,7 @@ import torch
 import torchmetrics
 from torchmetrics.utilities import dim_zero_cat
 
-from eval.encoders import Given, Scorer
+from eval.encoders import Encoder, Given, Scorer
 from eval.files import canonical_json, check_seal, read_json, sealed, write_json
 from eval.images import METRICS
 from eval.imageset import ImageSet
@@ -73,6 +73,8 @@ class Metric(torchmetrics.Metric):
     def __init__(self, encoder: Scorer | None = None, name: str | None = None, **options: Any) -> None:
         super().__init__(**options)  # what all of torchmetrics takes, such as `compute_on_cpu`
         if encoder is not None:
+            if isinstance(self.encoder, Given) and not isinstance(encoder, Encoder):
+                raise TypeError(f"expected an encoder of images for {self.name}, got {encoder!r}; PixelEncoder is one")
             self.encoder = encoder
         if name is not None:
             self.name = name
@@ -95,15 +97,24 @@ class Metric(torchmetrics.Metric):
         """Add images or groups.
 
         Args:
-            inputs: what `score` takes. Images may stand for their features, uint8 [..., 3, H, W], and texts for theirs,
-                where there is an encoder.
+            inputs: what `score` takes. Images may stand for their features, uint8 [..., 3, H, W] or a list of those of
+                any sizes, and texts for theirs, where there is an encoder.
         """
-        scores = self.score(*(self.encoder.features(given) for given in inputs))
-        self.scores.append(scores.double().flatten())
+        scores = self.score(*map(self._features, inputs)).double().flatten()
+        if not len(scores) or not scores.isfinite().all():
+            raise ValueError(f"expected images with finite numbers for {self.name}, got {scores.tolist()[:10]}")
+        self.scores.append(scores)
 
     def compute(self) -> torch.Tensor:
         """Return the mean of all numbers, each counted once, float64 []."""
         return self._all("scores").mean()
+
+    def _features(self, given: Any) -> Any:
+        """Return what `score` takes of an input; ValueError where it is not finite, which a number might hide."""
+        features = self.encoder.features(given)
+        if isinstance(features, (torch.Tensor, float)) and not torch.as_tensor(features).isfinite().all():
+            raise ValueError(f"expected finite inputs for {self.name}, got NaN or infinity; look at what made them")
+        return features
 
     def _all(self, state: str) -> torch.Tensor:
         """Return what all updates added to a state."""
@@ -127,6 +138,12 @@ class Metric(torchmetrics.Metric):
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Return what a reader should know about this measurement, as JSON values."""
         return {}
+
+    def folder(self, argument: str) -> str | Path:
+        """Return the folder that an argument names, which `update` does not need."""
+        if (found := getattr(self, argument)) is None:
+            raise TypeError(f"expected a folder as `{argument}` of {self.name} to measure a folder of images, got None")
+        return found
 
     def prepare(self) -> None:
         """Load the encoder and read other folders now, so that what is missing is found before any work is done."""
@@ -189,8 +206,9 @@ class SetMetric(Metric):
         return torch.tensor([*self.encoder.name.encode()])
 
     def update(self, images: torch.Tensor, real: bool = False) -> None:
-        """Add images, uint8 [N, 3, H, W], or their features [N, D]; `real` ones are only compared with, if at all."""
-        (self.real_features if real else self.features).append(self.encoder.features(images))
+        """Add images, uint8 [..., 3, H, W], or features [..., D]; `real` ones are only compared with, if at all."""
+        features = self._features(images)
+        (self.real_features if real else self.features).append(features.reshape(-1, features.shape[-1]))
 
     def compute(self) -> torch.Tensor:
         """Return the number of all images together, float64 []."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from eval.encoders import Network, Scorer
+from eval.encoders import Network, Pixels, Scorer
 from eval.features import EffNetLite0
 from eval.metric import Metric
 from eval.weights import FACTS, WeightsFacts
@@ -98,9 +98,12 @@ class PairMetric(Metric):
     `update` takes the images of one group, uint8 [K, 3, H, W].
     """
 
+    encoder = Pixels()  # a subclass has what compares them
     minimum = 2
 
     def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(images) < self.minimum:
+            raise ValueError(f"expected at least 2 images a group for {self.name}, got {len(images)}; generate more")
         i, j = torch.triu_indices(len(images), len(images), offset=1)
         return self.encoder.pairwise(images)[i, j].mean()
 

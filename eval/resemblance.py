@@ -75,7 +75,7 @@ class ReferenceMetric(Metric):
 
     @cached_property
     def _references(self) -> ImageSet:
-        return ImageSet.open(self.references)
+        return ImageSet.open(self.folder("references"))
 
     @cached_property
     def assets(self) -> list[str]:
@@ -158,10 +158,21 @@ def _of_asked(
     embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
     """Return `similarities`, [N, R], NaN with the references of other assets than the image's."""
-    others = assets[None] != wanted[:, None]
+    cosines = similarities(embeddings, references)
+    others = ~_asked(cosines, assets, wanted)
     if others.all(dim=1).any():
         raise ValueError("expected references of every asset that is asked for, got images of which there is none")
-    return similarities(embeddings, references).masked_fill(others, torch.nan)
+    return cosines.masked_fill(others, torch.nan)
+
+
+def _asked(cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Tell which references are of the asset that is asked for, bool [N, R]."""
+    if (*wanted.shape, *assets.shape) != cosines.shape:
+        raise ValueError(
+            f"expected an asset of each of {cosines.shape[1]} references and {cosines.shape[0]} images, got "
+            f"{list(assets.shape)} and {list(wanted.shape)}"
+        )
+    return assets == wanted[:, None]
 
 
 class AnyResemblance(ReferenceMetric):
@@ -190,7 +201,8 @@ class Identification(AskedMetric):
     def score(
         self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
     ) -> torch.Tensor:
-        return assets[similarities(embeddings, references).argmax(dim=1)] == wanted
+        cosines = similarities(embeddings, references)
+        return _asked(cosines, assets, wanted).gather(1, cosines.argmax(dim=1, keepdim=True)).flatten()
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say which assets the images resemble most."""
@@ -235,7 +247,7 @@ class DetectionRate(ReferenceMetric):
 
     @cached_property
     def _held_out(self) -> ImageSet:
-        held_out = ImageSet.open(self.held_out)
+        held_out = ImageSet.open(self.folder("held_out"))
         known = dict(zip(self._references.hashes, self._references.rows, strict=True))
         pairs = zip(held_out.rows, held_out.hashes, strict=True)
         shared = [f"{row.path} is {known[digest].path}" for row, digest in pairs if digest in known]

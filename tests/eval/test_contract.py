@@ -14,7 +14,7 @@ from eval.attributes import AttributeEntropy
 from eval.change import Change, ChangedShare
 from eval.clip import HFClip
 from eval.diversity import CategoryPooledSimilarity, PairwiseDistance, PairwiseSimilarity, VendiScore
-from eval.encoders import PixelEncoder
+from eval.encoders import PixelEncoder, Pixels
 from eval.fidelity import (
     Cmmd,
     Coverage,
@@ -241,3 +241,73 @@ def test_real_images_are_none_that_were_made():
     metric.update(made)
     with pytest.raises(ValueError, match="expected real features for kernel_distance, got none"):
         metric.compute()
+
+
+def test_images_come_in_any_shape_and_as_a_list(make_run):
+    images = ImageSet.open(make_run(categories=("bird",), seeds=(0,))).load(range(4))
+    expected = PixelEncoder().embed_images(images)
+    lists, stacked, single, sets = Change(PixelEncoder()), PairwiseDistance(PixelEncoder()), PixelEncoder(), Precision()
+    lists.update([images[0][:, :8], *images], [images[0][:, :8], *images])
+    stacked.update(torch.stack(images)[None, None])
+    assert lists.compute() == 0 and stacked.compute() == PairwiseDistance().score(expected)
+    assert torch.equal(single.features(images[0]), expected[0])
+    sets.encoder = single
+    for image in images:
+        sets.update(image)
+    sets.update(expected[None], real=True)
+    assert sets.compute() == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "inputs", "error", "match"),
+    [
+        (PairwiseDistance(), [torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8)], TypeError, "got images or texts"),
+        (ClipScore(), [features(1, 8), ["a cat"]], TypeError, "got images or texts"),
+        (PairwiseDistance(PixelEncoder()), [features(4, 3, 8, 8)], ValueError, "uint8 images"),
+        (KernelDistance(PixelEncoder()), [features(4, 3, 8, 8)], ValueError, "uint8 images"),
+        (ChangedShare(), [features(4, 3, 8, 8)] * 2, ValueError, "uint8 images"),
+        (PairwiseDistance(PixelEncoder()), [torch.zeros(0, 3, 8, 8, dtype=torch.uint8)], ValueError, "at least one"),
+        (PairwiseDistance(PixelEncoder()), [[]], ValueError, "at least one"),
+        (PairwiseDistance(PixelEncoder()), [["a cat"]], TypeError, "text tower"),
+        (PairwiseDistance(PixelEncoder()), [[1, 2]], ValueError, "got int"),
+        (LayerDistance(), [torch.zeros(1, 3, 32, 32, dtype=torch.uint8)], ValueError, "at least 2 images a group"),
+        (PairwiseDistance(), [torch.zeros(0, 4, 8)], ValueError, "finite numbers"),
+        (Change(), [features(5, 8), features(1, 8)], ValueError, "as many"),
+        (Change(), [features(5, 8), features(8)], ValueError, "as many"),
+        (Change(), [features(2, 8), torch.zeros(2, 8)], ValueError, "not zero"),
+        (Change(), [features(2, 8), features(2, 8) * torch.nan], ValueError, "finite"),
+        (ChangedShare(), [torch.zeros(n, 3, 8, 8, dtype=torch.uint8) for n in (3, 2)], ValueError, "as many"),
+        (AttributeEntropy(), [features(9, 8) * torch.nan, features(2, 8)], ValueError, "finite"),
+        (InceptionScore(), [features(20, 8) * torch.nan], ValueError, "finite"),
+        (DetectionRate(), [features(5, 8), features(2, 8), float("nan")], ValueError, "finite"),
+        *(
+            (kind(), [features(5, 8), features(2, 8), *map(torch.tensor, (assets, wanted))], ValueError, "an asset of")
+            for kind in (Identification, MaximumResemblance, MeanResemblance)
+            for assets, wanted in (([0, 1], [0]), ([0], [0] * 5), ([0, 1], 0))
+        ),
+    ],
+)
+def test_what_would_be_nonsense_is_refused(metric, inputs, error, match):
+    with pytest.raises(error, match=match):
+        metric.update(*inputs)
+
+
+@pytest.mark.parametrize("kind", [PairwiseDistance, KernelDistance, InceptionScore])
+def test_what_embeds_nothing_is_no_encoder(kind):
+    with pytest.raises(TypeError, match="expected an encoder"):
+        kind(Pixels())
+
+
+def test_a_folder_that_is_lacking_is_named(make_run):
+    run, encoder = make_run(), PixelEncoder()
+    for metric, argument in (
+        (KernelDistance(encoder), "reference"),
+        (MaximumResemblance(encoder), "references"),
+        (DetectionRate(encoder, run), "held_out"),
+        (ChangedShare(), "baseline"),
+    ):
+        for ask in (metric.prepare, lambda metric=metric: measure(metric, run)):
+            with pytest.raises(TypeError, match=f"a folder as `{argument}` of {metric.name} "):
+                ask()
+    with pytest.raises(TypeError, match="expected an encoder"):
+        VendiScore().prepare()
