@@ -69,6 +69,19 @@ def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Read a metric's document.
+
+    Raises:
+        ValueError: it is none, or holds other values than were written; the message names it.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or not {"metric", "groups"} <= document.keys():
+        raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
+    check_seal(document, path)
+    return document
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file so that readers see the old content or the new, never a part."""
     return write_bytes(path, text.encode())

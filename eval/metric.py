@@ -24,7 +24,7 @@ import torchmetrics
 from torchmetrics.utilities import dim_zero_cat
 
 from eval.encoders import Encoder, Given, Scorer
-from eval.files import canonical_json, check_seal, read_json, sealed, write_json
+from eval.files import canonical_json, sealed, write_json
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
@@ -253,19 +253,6 @@ class SetMetric(Metric):
                 for seed, (half, found) in enumerate(zip(halves, values, strict=True))
             ],
         }
-
-
-def read_document(path: str | Path) -> dict[str, Any]:
-    """Read a metric's document.
-
-    Raises:
-        ValueError: it is none, or holds other values than were written; the message names it.
-    """
-    document = read_json(path)
-    if not isinstance(document, dict) or not {"metric", "groups"} <= document.keys():
-        raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
-    check_seal(document, path)
-    return document
 
 
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:

@@ -31,10 +31,9 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.files import write_bytes
+from eval.files import read_document, write_bytes
 from eval.images import METRICS
 from eval.imageset import ImageSet
-from eval.metric import read_document
 from experiments import PROJECT, catalogue, project_path
 from experiments.identity import GENERATION_VERSION, canonical, experiments_of
 from experiments.runs import Run

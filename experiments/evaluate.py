@@ -27,10 +27,11 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from eval.files import read_document
 from eval.images import METRICS
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import interval_of, n_units
-from eval.metric import Metric, SetMetric, is_current, measure, read_document
+from eval.metric import Metric, SetMetric, is_current, measure
 from experiments import project_path
 from experiments.configs import expand, has_launcher, launch
 from experiments.runs import Run

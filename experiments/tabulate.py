@@ -25,10 +25,10 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
-from eval.files import write_text
+from eval.files import read_document, write_text
 from eval.images import METRICS
 from eval.intervals import SUBSETS, difference_of, interval_of, n_units, paired_differences
-from eval.metric import Metric, is_current, read_document
+from eval.metric import Metric, is_current
 from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
 from experiments import catalogue, project_path, tables
 from experiments.configs import expand, flag, no_method

@@ -54,8 +54,14 @@ def test_the_arithmetic_and_the_settings_know_no_diffusers():
     assert imported(ROOT / "negtome" / "config.py") == {"negtome"}
 
 
-def test_importing_negtome_is_light():
-    heavy = ["hydra", "pandas", "matplotlib", "open_clip", "torchmetrics", "transformers", "diffusers"]
-    code = f"import sys, negtome; print([name for name in {heavy} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("negtome", ["hydra", "pandas", "matplotlib", "open_clip", "torchmetrics", "transformers", "diffusers"]),
+        ("experiments.collect", ["torchmetrics", "transformers", "diffusers"]),
+    ],
+)
+def test_importing_is_light(module, heavy):
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

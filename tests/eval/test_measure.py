@@ -9,9 +9,10 @@ from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
 from eval.encoders import PixelEncoder
+from eval.files import read_document
 from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval, mean_of, n_units, values_of
-from eval.metric import is_current, measure, read_document
+from eval.metric import is_current, measure
 
 ALL = [
     (PairwiseSimilarity, {}),

@@ -6,10 +6,11 @@ import torch
 
 from eval.diversity import PairwiseDistance
 from eval.encoders import PixelEncoder, Scorer
+from eval.files import read_document
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
 from eval.intervals import difference_of, interval_of
-from eval.metric import Metric, SetMetric, is_current, measure, read_document
+from eval.metric import Metric, SetMetric, is_current, measure
 
 
 def test_prepare_loads_the_encoder(make_run):

@@ -7,8 +7,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from eval.files import sealed
-from eval.metric import read_document
+from eval.files import read_document, sealed
 from experiments import collect as module
 from experiments.collect import collect, write
 from experiments.configs import expand

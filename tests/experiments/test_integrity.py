@@ -6,9 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from eval.files import sealed
+from eval.files import read_document, sealed
 from eval.images import read_manifest
-from eval.metric import read_document
 from experiments import tabulate
 from experiments.collect import collect
 from experiments.configs import expand
