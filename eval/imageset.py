@@ -101,7 +101,7 @@ class ImageSet:
         folder: what the rows' paths are relative to.
         rows: the images, at least one; put into canonical order.
         cache: where embeddings are kept between runs; None keeps them in this object only.
-        batch_size: images a call of an encoder, >= 1; does not change any result.
+        batch_size: images that are embedded at once, >= 1; does not change any result.
         progress: show a bar while images are embedded.
         groups: for each group id the positions of its images in `rows`, in canonical order.
         texts: the prompt of each row.

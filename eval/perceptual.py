@@ -22,6 +22,8 @@ from eval.metric import Metric
 from eval.weights import FACTS, WeightsFacts
 
 BACKBONES = FACTS["lpips"]["backbones"]
+# Images that go through a network together.
+BATCH = 32
 # The shortest side that leaves every network's last layer a pixel.
 SMALLEST = 32
 
@@ -75,7 +77,7 @@ class Lpips(Network):
         return model.requires_grad_(False).eval().to(self.device)
 
     @torch.inference_mode()
-    def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
+    def pairwise(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the distances among K uint8 images [3, H, W] of one size, H and W >= 32: float64 [K, K], symmetric."""
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) != 1 or not all(image.dtype == torch.uint8 and image.ndim == 3 for image in images):
@@ -88,7 +90,7 @@ class Lpips(Network):
                 "need them: leave LPIPS out"
             )
         network = self._network
-        batches = (batch.to(self.device).float() / 127.5 - 1 for batch in torch.stack(list(images)).split(batch_size))
+        batches = (batch.to(self.device).float() / 127.5 - 1 for batch in torch.stack(list(images)).split(BATCH))
         return _distances([network.net(network.scaling_layer(batch)) for batch in batches], network.lins)
 
 
@@ -160,10 +162,9 @@ class EffNetLayers(EffNetLite0):
         super().__init__(device=device)
         self.name, self.slug = f"layers of {self.name}", f"layers{len(self.STAGES)}-{self.slug}"
 
-    def pairwise(self, images: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
+    def pairwise(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the distances among K uint8 images [3, H, W], which may differ in size; see `Lpips.pairwise`."""
-        starts = range(0, len(images), batch_size)
-        batches = [self.layers(images[start : start + batch_size]) for start in starts]
+        batches = [self.layers(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
         heads = [partial(torch.sum, dim=1, keepdim=True)] * len(self.STAGES)
         return _distances(batches, heads) / len(heads)
 

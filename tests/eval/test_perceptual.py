@@ -102,11 +102,12 @@ def test_identical_images_are_at_distance_zero(weights):
     assert found.diagonal().tolist() == [0, 0, 0]
 
 
-def test_neither_order_nor_batch_size_matters(weights):
+def test_neither_order_nor_batch_size_matters(weights, monkeypatch):
     scorer, images = Lpips("squeeze"), noise(5)
     found = scorer.pairwise(images)
-    for batch_size in (1, 2):
-        torch.testing.assert_close(scorer.pairwise(images, batch_size), found, atol=1e-6, rtol=0)
+    for size in (1, 2):
+        monkeypatch.setattr("eval.perceptual.BATCH", size)
+        torch.testing.assert_close(scorer.pairwise(images), found, atol=1e-6, rtol=0)
     order = [3, 0, 4, 1, 2]
     torch.testing.assert_close(scorer.pairwise([images[i] for i in order]), found[order][:, order], atol=1e-6, rtol=0)
 
@@ -228,7 +229,7 @@ def test_groups_do_not_mix_and_order_does_not_matter(weights, tmp_path):
     write_manifest(run, rows)
     metric = LpipsDistance("squeeze")
     values = metric.per_group(ImageSet(run, rows))
-    again = metric.per_group(ImageSet(run, rows[::-1], batch_size=2))
+    again = metric.per_group(ImageSet(run, rows[::-1]))
     assert [value["group"] for value in values] == [value["group"] for value in again] == ["bird/000000", "bird/000001"]
     assert [value["value"] for value in values] == pytest.approx([value["value"] for value in again], abs=1e-6)
     first = metric.per_group(ImageSet(run, rows[:3]))
@@ -251,7 +252,7 @@ def test_layer_distance_by_hand():
     assert 0.05 < found[0, 1] < 4
 
 
-def test_layer_distance_is_a_distance_of_what_is_seen():
+def test_layer_distance_is_a_distance_of_what_is_seen(monkeypatch):
     scorer = EffNetLayers()
     a, b = noise(2, (64, 64))
     slightly = (a.int() + 4).clamp(0, 255).byte()
@@ -260,7 +261,8 @@ def test_layer_distance_is_a_distance_of_what_is_seen():
     torch.testing.assert_close(found, found.T)
     assert 0 < found[0, 3] < 0.5 * found[0, 1], "a little brighter is less different than another picture"
     order = [2, 3, 0, 1]
-    again = scorer.pairwise([[a, b, a.clone(), slightly][i] for i in order], batch_size=3)
+    monkeypatch.setattr("eval.perceptual.BATCH", 3)
+    again = scorer.pairwise([[a, b, a.clone(), slightly][i] for i in order])
     torch.testing.assert_close(again, found[order][:, order], atol=1e-5, rtol=0)
     assert scorer.pairwise([a, noise(1, (90, 64))[0]])[0, 1] > 0  # sizes may differ: all become 224 x 224
 
