@@ -15,16 +15,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from eval.weights import WeightsFacts
-
-if TYPE_CHECKING:
-    from eval.imageset import ImageSet
 
 
 class Scorer:
@@ -42,8 +39,8 @@ class Scorer:
         """Return what a metric computes with: here images [..., 3, H, W] as a list of uint8 [3, H, W]."""
         return images_of(given)
 
-    def of(self, images: ImageSet, positions: Sequence[int]) -> Any:
-        """Return the same of some images of a folder: here the images, a list of uint8 [3, H, W]."""
+    def of(self, images: Any, positions: Sequence[int]) -> Any:
+        """Return the same of some images of an `eval.imageset.ImageSet`: here the images, a list of uint8 [3, H, W]."""
         return images.load(positions)
 
     def prepare(self) -> None:
@@ -84,8 +81,8 @@ class Encoder(Scorer, ABC):
             return self.embed_texts(given) if texts else self.embed_images(images_of(given))
         return given
 
-    def of(self, images: ImageSet, positions: Sequence[int]) -> torch.Tensor:
-        """Return the embeddings of some images of a folder, float32 [N, D]."""
+    def of(self, images: Any, positions: Sequence[int]) -> torch.Tensor:
+        """Return the embeddings of some images of an `eval.imageset.ImageSet`, float32 [N, D]."""
         return images.embeddings(self)[positions]
 
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:

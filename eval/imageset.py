@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 import torch
@@ -18,12 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from eval.encoders import Encoder
 from eval.files import remembered_hash, sweep, write_bytes
 from eval.images import ManifestRow, canonical_order, load_image, load_picture, read_manifest, rows_hash
 from eval.intervals import GroupValue
-
-if TYPE_CHECKING:
-    from eval.encoders import Encoder
 
 log = logging.getLogger(__name__)
 

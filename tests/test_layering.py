@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,29 @@ def test_a_package_imports_only_what_it_may(package):
     assert files
     found = {path.name: imported(path) - ALLOWED[package] for path in files}
     assert {name: extra for name, extra in found.items() if extra} == {}
+
+
+@pytest.mark.parametrize("package", ["negtome", "eval", "experiments"])
+def test_no_chain_of_imports_has_more_than_seven_modules_or_closes(package):
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / package).rglob("*.py")
+        if "training" not in path.parts
+    }
+    graph = {}
+    for module, path in files.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in files else node.module for name in whole}
+        graph[module] = (names & files.keys()) - {module}
+    floors = {}
+    for module in TopologicalSorter(graph).static_order():  # which refuses a circle
+        floors[module] = 1 + max((floors[name] for name in graph[module]), default=0)
+    assert max(floors.values()) <= 7, [module for module, floor in floors.items() if floor > 7]
 
 
 def test_a_method_knows_of_the_experiments_only_what_a_group_is():
