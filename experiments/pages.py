@@ -225,7 +225,7 @@ def _finding(row: pd.Series) -> str:
             text += f", which excludes a fall of more than {-100 * lowest / abs(base):.1f} % and a rise of more than "
             text += f"{100 * highest / abs(base):.1f} %"
     if not pd.isna(row["non_inferior"]):
-        loss = printed_percent(row["margin"] / abs(base)) if base else f"{row['margin']:g}"
+        loss = f"{100 * row['margin'] / abs(base):.2g} %" if base else f"{row['margin']:g}"
         text += f"; a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
     return text
 
