@@ -249,7 +249,11 @@ def some_of(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
 
 def direction(frame: pd.DataFrame, metric: str) -> bool | None:
     """Return whether higher values of a metric are better; None where neither is."""
-    higher = frame.loc[frame["metric"] == metric, "higher_is_better"].iloc[0]
+    rows = frame.loc[frame["metric"] == metric, "higher_is_better"]
+    if rows.empty:
+        there = ", ".join(frame["metric"].unique())
+        raise ValueError(f"expected a metric of the table, got {metric!r}: it has {there}")
+    higher = rows.iloc[0]
     return None if pd.isna(higher) else str(higher) == "True"
 
 

@@ -37,7 +37,12 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
     Args:
         claim: metric on the x axis, such as the experiment's primary one of diversity.
         quality: metric on the y axis.
+
+    Raises:
+        ValueError: the table has no such metric.
     """
+    for metric in (claim, quality):
+        direction(frame, metric)
     # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
     frame = frame[frame["metric"].isin([claim, quality])]
     models, methods = list(frame["model"].unique()), list(frame["method"].unique())

@@ -336,7 +336,7 @@ def test_the_methods_with_assets_differ_in_what_they_say():
     paper, released = method["negtome_reference"], method["negtome_reference_released"]
     assert isinstance(paper, NegToMeFromAssets) and isinstance(method["negative_prompt"], NegativePrompt)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
-    assert changed == {"matching", "noise", "posterior", "images"}
+    assert changed == {"matching", "noise", "posterior", "images", "masks"}
     assert method["negative_prompt"].true_cfg_scale == 2.0, "or Flux would not heed it"
     assert build(composed("method=negative_prompt", "model=mini-sdxl").method).true_cfg_scale is None
     both = method["negtome_and_negative_prompt"]

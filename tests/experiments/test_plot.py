@@ -272,3 +272,8 @@ def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
     with pytest.raises(ValueError, match=rf"got a damaged or foreign file: {tmp_path}/00\.png") as error:
         contact_sheet(["one"], [("", [[tmp_path / "00.png"]])])
     assert "\n" not in str(error.value)
+
+
+def test_a_figure_of_a_metric_that_the_table_lacks_says_which_there_are():
+    with pytest.raises(ValueError, match=r"of the table, got 'clip_skore': it has pairwise_distance, clip"):
+        figures.tradeoff(table({}), "pairwise_distance", "clip_skore")
