@@ -190,6 +190,28 @@ class AnyResemblance(ReferenceMetric):
         return similarities(embeddings, references).amax(dim=1)
 
 
+class Likeness(AnyResemblance):
+    """Mean over a group's images of the largest similarity with a real image, not below 0.
+
+    What is left of a picture: noise resembles no protected asset, and nothing else either.
+
+    Args:
+        reference: folder of real images.
+    """
+
+    name = "likeness"
+    higher_is_better = True
+    unit = "cosine, 0 to 1"
+    bounds = (0.0, 1.0)
+    description = "mean over a group's images of the largest cosine with a real image"
+
+    def __init__(self, encoder: Scorer | None = None, reference: Folder = None, **options: Any) -> None:
+        super().__init__(encoder, reference, **options)
+
+    def score(self, embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        return super().score(embeddings, references).clamp(min=0)
+
+
 class Identification(AskedMetric):
     """Share of a group's images whose most similar reference is of the asset asked for; by chance, 1 / assets."""
 

@@ -99,7 +99,9 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table people read: one row a run, with the primary metrics and their tests."""
     primary = frame[frame["primary"].isin(ROLES)]
     several = primary.groupby("metric")["encoder"].nunique() > 1
-    told, claims = _told(frame), primary.loc[primary["primary"] != "quality", "metric"].nunique()
+    told = _told(frame)
+    n_quality, n_primary = primary.loc[primary["primary"] == "quality", "metric"].nunique(), primary["metric"].nunique()
+    several_of = {role: n_quality if role == "quality" else n_primary - n_quality for role in ROLES}
     table = []
     for _, group in frame.groupby([*(name for name in SETTING if name in frame), "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
@@ -112,10 +114,10 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
                 metric = f"{words(row['metric'])}{by}"
                 entry[f"{metric} ({arrow(row)})"] = _cell(row)
                 entry[f"{metric}: p"] = printed_p(row["p_holm"])
+                of = f"{metric}: " if several_of[role] > 1 else ""
                 if role == "quality":
-                    entry["quality kept"] = _kept(row)
+                    entry[f"{of}quality kept"] = _kept(row)
                 else:
-                    of = f"{metric}: " if claims > 1 else ""
                     entry[f"{of}d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
                     entry[f"{of}wins"] = printed_percent(row["win_rate"])
         if not pd.isna(first["seconds"]):

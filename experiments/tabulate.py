@@ -96,10 +96,8 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
     primary = {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
     named = {role: [names] if isinstance(names, str) else list(names) for role, names in primary.items()}
     claims = [name for role in named if role != "quality" for name in named[role]]
-    if not claims or len(named.get("quality", ())) != 1:
-        raise ValueError(
-            f"expected one metric as primary.quality and at least one of {', '.join(tables.ROLES[:-1])}, got {named}"
-        )
+    if not claims or not named.get("quality"):
+        raise ValueError(f"expected primary.quality and one of {', '.join(tables.ROLES[:-1])} to be given, got {named}")
     for role, name in ((role, name) for role, names in named.items() for name in names):
         spec = cfg.metric.get(name)
         if spec is None or any(need in spec and spec[need] is None for need in NEEDS):
@@ -107,7 +105,7 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
                 f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
                 f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"
             )
-    if len({*claims, *named["quality"]}) <= len(claims):
+    if len({*claims, *named["quality"]}) < len(claims) + len(named["quality"]):
         raise ValueError(f"expected different primary metrics, got {named}; see `primary`")
     return {name: role for role, names in named.items() for name in names}
 
@@ -141,7 +139,7 @@ def row_of(
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        **({} if reference is None else comparison(cfg, role, document, reference)),
+        **({} if reference is None else comparison(cfg, name, role, document, reference)),
         "n_units": n_units(document, cfg.bootstrap.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
@@ -159,7 +157,7 @@ def row_of(
 
 
 def comparison(
-    cfg: DictConfig, role: str | None, document: dict[str, Any], reference: dict[str, Any]
+    cfg: DictConfig, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the columns that compare a run with the one it is paired with, group by group."""
     aggregate, higher = document["aggregate"], document["higher_is_better"]
@@ -178,7 +176,8 @@ def comparison(
     least, base = reference["bounds"][0], reference["value"]
     # A share of a number that may be 0 or less is no margin.
     if role == "quality" and least is not None and least >= 0 and base > 0:
-        columns["margin"] = cfg.primary.quality_margin * base
+        shares = cfg.primary.quality_margin
+        columns["margin"] = (shares[name] if isinstance(shares, DictConfig) else shares) * base
         columns["non_inferior"] = non_inferior(difference, columns["margin"], higher)
     return columns
 

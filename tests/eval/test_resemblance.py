@@ -16,6 +16,7 @@ from eval.resemblance import (
     AnyResemblance,
     DetectionRate,
     Identification,
+    Likeness,
     MaximumResemblance,
     MeanResemblance,
     calibrate_threshold,
@@ -181,6 +182,14 @@ def test_metrics_are_naive_loops_over_the_references(made, references, kind, of)
     assert found["value"] == pytest.approx(np.mean([*expected.values()]))
     left_out = [] if kind is AnyResemblance else ["house"]
     assert found["details"].get("categories_left_out", []) == left_out
+
+
+def test_likeness_is_the_largest_cosine_with_any_real_image_and_not_below_0(made, references):
+    any_of, likeness = (measure(kind(PixelEncoder(4), references), made) for kind in (AnyResemblance, Likeness))
+    assert values(likeness) == values(any_of) and likeness["higher_is_better"] and not any_of["higher_is_better"]
+    assert Likeness().score(torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])).tolist() == [0]
+    with pytest.raises(TypeError, match=r"`reference` of likeness|`references` of likeness"):
+        Likeness(PixelEncoder(4)).prepare()
 
 
 def test_detection_at_a_calibrated_threshold(made, references, held_out):

@@ -274,6 +274,18 @@ def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_chosen_keeps_every_quality():
+    frame = table(NOTHING, *GRID)
+    chosen = choose.chosen_run(frame, "pairwise_distance", "clip_score", "m")
+    assert chosen is not None
+    further = frame["metric"] == "gender_entropy"
+    frame.loc[further, "primary"], frame.loc[further, "margin"] = "quality", 1.0
+    frame.loc[further & (frame["method"] != "none"), "difference"] = 0.0
+    assert choose.chosen_run(frame, "pairwise_distance", "clip_score", "m") == chosen
+    frame.loc[further & (frame["run_id"] == chosen), "difference"] = -1.5
+    assert choose.chosen_run(frame, "pairwise_distance", "clip_score", "m") not in (chosen, None)
+
+
 def test_a_figure_of_a_metric_that_the_table_lacks_says_which_there_are():
     with pytest.raises(ValueError, match=r"of the table, got 'clip_skore': it has pairwise_distance, clip"):
         figures.tradeoff(table({}), "pairwise_distance", "clip_skore")

@@ -43,8 +43,8 @@ def document(values, bounds=(0, 100), **more):
     ("overrides", "message"),
     [
         (["primary.quality=clip_scoer"], r"primary.quality .*'clip_scoer'.*clip_score"),
-        (["primary.diversity=null"], r"primary.quality and at least one of diversity, resemblance, .*clip_score"),
-        (["primary.quality=null"], r"primary.quality and at least one of .* got .*pairwise_distance"),
+        (["primary.diversity=null"], r"primary.quality and one of diversity, resemblance to be given, .*clip_score"),
+        (["primary.quality=null"], r"primary.quality and one of diversity, resemblance .* got .*pairwise_distance"),
         (["primary.resemblance=maximum_resemblance"], r"primary.resemblance .*'maximum_resemblance'"),
         (["primary.resemblance=clip_score"], r"different primary metrics, got .*'resemblance': \['clip_score'\]"),
         (["~metric.clip_score"], r"primary.quality .*'clip_score'"),
@@ -108,11 +108,14 @@ def test_the_configured_cluster_reaches_the_halves_too():
 def test_quality_is_held_against_its_margin():
     base, change = np.linspace(20, 40, 12), np.linspace(-2.5, 0.5, 12)
     for margin, kept in ((0.1, True), (0.04, False)):
-        (cfg,) = configured(f"primary.quality_margin={margin}")
-        columns = tabulate.comparison(cfg, "quality", document(base + change), document(base))
-        assert columns["margin"] == pytest.approx(margin * 30)
-        assert (columns["difference_low"] > -columns["margin"]) == columns["non_inferior"] == kept
-        assert "margin" not in tabulate.comparison(cfg, "diversity", document(base + change), document(base))
+        for given in (margin, f"{{clip_score:{margin},other:1}}"):
+            (cfg,) = configured(f"primary.quality_margin={given}")
+            columns = tabulate.comparison(cfg, "clip_score", "quality", document(base + change), document(base))
+            assert columns["margin"] == pytest.approx(margin * 30)
+            assert (columns["difference_low"] > -columns["margin"]) == columns["non_inferior"] == kept
+        assert "margin" not in tabulate.comparison(
+            cfg, "clip_score", "diversity", document(base + change), document(base)
+        )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_quality_is_held_against_its_margin():
 def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds, tmp_path):
     (cfg,) = configured()
     changed = document(base + np.linspace(0, 0.3, 8), bounds)
-    columns = tabulate.comparison(cfg, "quality", changed, document(base, bounds))
+    columns = tabulate.comparison(cfg, "clip_score", "quality", changed, document(base, bounds))
     assert "margin" not in columns and "non_inferior" not in columns
     assert columns["difference_low"] > 0
     unknown = {"margin": None, "non_inferior": None}
@@ -143,7 +146,7 @@ def test_differences_and_tests_go_by_category():
     columns = {}
     for cluster in ("category", "null"):
         (cfg,) = configured(f"bootstrap.cluster={cluster}")
-        columns[cluster] = tabulate.comparison(cfg, "diversity", *documents)
+        columns[cluster] = tabulate.comparison(cfg, "clip_score", "diversity", *documents)
     assert columns["category"]["p_value"] == 2 / 2**4 and columns["null"]["p_value"] < 0.001
     widths = {name: found["difference_high"] - found["difference_low"] for name, found in columns.items()}
     # 10**0.5 by the number of units; Student's t with 3 degrees of freedom against 39
