@@ -236,7 +236,7 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert frame.loc[paired & (frame["metric"] == "vendi_score"), "margin"].notna().all()
     assert frame["non_inferior"].isna().all() and "not estimable" in markdown
     assert "0.812" in markdown and "sdxl" in markdown
-    assert "- sdxl, negtome_released: " in markdown and "All other metrics" in markdown
+    assert "- sdxl, NegToMe, released matching: " in markdown and "All other metrics" in markdown
     # The table is what its CSV says, to the byte, however often it is made.
     assert tabulate.write_table(expand(arguments))[1] == markdown
 
