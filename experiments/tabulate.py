@@ -7,7 +7,7 @@ The overrides are those of `experiments.generate`. Rows of models that are not a
 With --against METHOD, all methods are paired with that one instead of the run without any, and only a page is written,
 `<results>/<experiment>_against_<method>.md`.
 
-An experiment declares one primary metric of diversity and one of quality: these two are tested, corrected for their
+An experiment declares primary metrics of what it is for and of what that may cost: they are tested, corrected for their
 number, and make the main table and the findings. All other metrics are described, with intervals, in a table below.
 """
 
