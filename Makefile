@@ -56,7 +56,7 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.training.protected --npm outputs/npm --out models/mini-protected
 	$(PY) -m experiments.training.memorised
 
-test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (4 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (3 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, joblib, Slurm's local executor, several processes
