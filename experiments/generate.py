@@ -44,6 +44,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from experiments import pipelines, select_device
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.identity import register, request
+from experiments.methods.method import Method
 from experiments.prompts import Group, PromptSet
 from experiments.runs import Run
 
@@ -220,9 +221,8 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
     with task.run.claim(group, wait) as mine:
         if not mine:
             return task.run.has(group)
-        # In this order a new model takes the place of the last one, and not of the method.
+        model, method = _model(task.model), _method(task.method)
         pipe = _pipeline(task.model, task.checkpoint, task.device, task.compile, task.offload)
-        model, method = _built(task.model), _built(task.method)
         start = time.perf_counter()
         drawn = method.draw(pipe, group, pipelines.call_arguments(model))
         images = _pictures(pipe, drawn.images, model)
@@ -247,20 +247,22 @@ def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Im
     return pipe.image_processor.numpy_to_pil(images)
 
 
-@functools.lru_cache(maxsize=2)
-def _built(spec: str) -> Any:
-    """Return a model's configuration, or build a method, or return the last ones of both.
+@functools.lru_cache(maxsize=1)
+def _model(spec: str) -> DictConfig:
+    """Read a model's configuration, or return the last one: it takes as long as a step of a mini model."""
+    return OmegaConf.create(spec)
 
-    Reading one takes as long as a step of a mini model, and a method that looks for assets holds an encoder.
-    """
-    cfg = OmegaConf.create(spec)
-    return build(cfg) if "_target_" in cfg else cfg
+
+@functools.lru_cache(maxsize=1)
+def _method(spec: str) -> Method:
+    """Build a method, or return the last one: one that looks for assets holds an encoder."""
+    return build(OmegaConf.create(spec))
 
 
 @functools.lru_cache(maxsize=1)
 def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compiled: bool, offload: bool) -> Any:
     """Load a pipeline, or return the last one: the runs of a sweep mostly share theirs."""
-    cfg = _built(model)
+    cfg = _model(model)
     if device == "cpu" and cfg.kind == "mini":
         torch.set_num_threads(1)
     return pipelines.load(cfg, checkpoint, device, compile_denoiser=compiled, offload=offload)
