@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from experiments.tables import direction, of_model, some_of
+from experiments.tables import DIFFERENCE, direction, of_model, some_of
 
 
 def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str | None:
@@ -22,12 +22,12 @@ def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str
     Raises:
         ValueError: the table lacks the model or a metric, or nothing was compared.
     """
-    points = differences(frame, claim, quality, model)
-    gain = points["x"] * points["x_sign"]
+    further = frame.loc[frame["primary"] == "quality", "metric"]
+    kept = [differences(frame, claim, metric, model) for metric in dict.fromkeys((quality, *further))]
+    gain = kept[0]["x"] * kept[0]["x_sign"]
     gain = gain[gain > 0]
-    for metric in dict.fromkeys((quality, *frame.loc[frame["primary"] == "quality", "metric"])):
-        kept = differences(frame, claim, metric, model)
-        gain = gain[(kept["y"] * kept["y_sign"] >= -kept["margin"]).reindex(gain.index)]
+    for points in kept:
+        gain = gain[(points["y"] * points["y_sign"] >= -points["margin"]).reindex(gain.index)]
     return None if gain.empty else gain.idxmax()
 
 
@@ -56,7 +56,7 @@ def differences(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd
     tables = []
     for metric, name in ((claim, "x"), (quality, "y")):
         rows = part[part["metric"] == metric].drop_duplicates("run_id").set_index("run_id")
-        table = rows[["difference", "difference_low", "difference_high"]]
+        table = rows[DIFFERENCE]
         table = table.set_axis([name, f"{name}_low", f"{name}_high"], axis="columns")
         table = table.where(rows["method"] != "none", 0.0).astype(float)
         # Of metrics that have no direction, more counts as better: there is no other way to draw a front.

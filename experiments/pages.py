@@ -9,12 +9,11 @@ import pandas as pd
 from eval.significance import non_inferiority_power
 from experiments import catalogue, project_path
 from experiments.methods.setting import Setting
-from experiments.tables import CALL, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
+from experiments.tables import CALL, DIFFERENCE, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
 from experiments.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
-DIFFERENCE = ("difference", "difference_low", "difference_high")
 #: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
 LEGENDS = TEMPLATES.get_template("legends.j2").module
 
@@ -209,7 +208,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
 def _finding(row: pd.Series) -> str:
     base, metric = row["value"] - row["difference"], words(row["metric"])
     moved, sign = ("raised", 1) if row["difference"] > 0 else ("lowered", -1)
-    clear, lowest, highest = _is_clear(row), row["difference_low"], row["difference_high"]
+    clear, lowest, highest = is_clear(row), row["difference_low"], row["difference_high"]
     facts = []
     if not pd.isna(row["p_holm"]):
         facts.append(f"p {'' if row['p_holm'] < 0.001 else '= '}{printed_p(row['p_holm'])}")
@@ -232,7 +231,7 @@ def _finding(row: pd.Series) -> str:
     return text
 
 
-def _is_clear(row: pd.Series) -> bool:
+def is_clear(row: pd.Series) -> bool:
     """Tell whether a difference's interval lies on one side of 0."""
     return bool(row["difference_low"] > 0 or row["difference_high"] < 0)
 
@@ -241,7 +240,7 @@ def _moved(rows: pd.DataFrame) -> str:
     """Name the metrics that are described alone whose intervals are clear of 0: the worse ones, then the better."""
     told: dict[str, list[str]] = {"worse": [], "better": [], "moved": []}
     for _, row in rows.iterrows():
-        if _is_clear(row):
+        if is_clear(row):
             up = row["difference"] > 0
             kind = {"-": "moved"}.get(arrow(row), "better" if up == (arrow(row) == "up") else "worse")
             base = row["value"] - row["difference"]

@@ -29,9 +29,10 @@ SETTING = [
     *(column for column in OF_METHODS if column != "true_cfg_scale"),
 ]  # fmt: skip
 KEY = ["experiment", *SETTING, "metric"]
+#: A paired difference and the ends of its interval.
+DIFFERENCE = ["difference", "difference_low", "difference_high"]
 STATISTICS = [
-    "value", "ci_low", "ci_high", "difference", "difference_low", "difference_high", "p_value", "p_holm", "effect_size",
-    "win_rate", "margin",
+    "value", "ci_low", "ci_high", *DIFFERENCE, "p_value", "p_holm", "effect_size", "win_rate", "margin",
 ]  # fmt: skip
 AMOUNTS = ["n_units", "n_groups", "n_images", "pushed_share", "seconds"]
 COLUMNS = [

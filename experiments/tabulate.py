@@ -87,7 +87,8 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
                 raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
             if name in tested or not against:
                 reference = None if baseline == run else find_document(baseline, name, metric)
-                rows.append(row_of(cfg, run, name, find_document(run, name, metric), reference))
+                document = find_document(run, name, metric)
+                rows.append(row_of(cfg, run, name, tested.get(name), document, reference))
     return rows
 
 
@@ -111,11 +112,14 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
 
 
 def row_of(
-    cfg: DictConfig, run: Run, name: str, document: dict[str, Any], reference: dict[str, Any] | None
+    cfg: DictConfig, run: Run, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return a run's row of the metric `name`, compared with `reference`, the document of the run it is paired with."""
+    """Return a run's row of the metric `name`, compared with `reference`, the document of the run it is paired with.
+
+    Args:
+        role: what the metric is primary for, if anything.
+    """
     value, low, high = interval_of(document, **cfg.bootstrap)
-    role = primary_metrics(cfg).get(name)
     settings = run.identity["request"]["method"]["settings"]
     call = {
         "guidance_scale": cfg.model.call.guidance_scale,

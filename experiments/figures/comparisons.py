@@ -13,8 +13,9 @@ from matplotlib.patheffects import withStroke
 
 from experiments.choose import chosen_run, differences, pareto_front
 from experiments.figures import style
-from experiments.pages import arrow, change, run_labels
+from experiments.pages import arrow, change, is_clear, run_labels
 from experiments.tables import (
+    DIFFERENCE,
     SETTING,
     UNSET,
     direction,
@@ -83,7 +84,7 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
     for metric in metrics:
         rows = part[part["metric"] == metric]
         sign = -1 if direction(rows, metric) is False else 1
-        scale = rows[["difference", "difference_low", "difference_high"]].abs().max(axis=None) or 1.0
+        scale = rows[DIFFERENCE].abs().max(axis=None) or 1.0
         name = f"{words(metric)} ({arrow(rows.iloc[0])})"
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
@@ -224,10 +225,9 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
         colours = DIVERGING if higher is not False else f"{DIVERGING}_r"
         image = axis.imshow(table.to_numpy(dtype=float), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
         for _, row in here.iterrows():
-            sure = row["difference_low"] > 0 or row["difference_high"] < 0
             axis.text(
                 across.index(row[over[1]]), down.index(row[over[0]]), change(row).replace(" [", "\n["),
-                ha="center", va="center", fontsize=7.5, fontweight="bold" if sure else "normal",
+                ha="center", va="center", fontsize=7.5, fontweight="bold" if is_clear(row) else "normal",
                 color="white" if abs(row["difference"]) > 0.62 * limit else "black",
             )  # fmt: skip
         axis.set_xticks(range(len(across)), map(spelled, across))

@@ -289,7 +289,7 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
     for report, seconds in ((True, 5.0 / 4), (False, None)):
         (cfg,) = configured(f"report_seconds={report}")
         assert cfg.prompts.images_per_prompt == 4
-        row = tabulate.row_of(cfg, run, "clip_score", measured, None)
+        row = tabulate.row_of(cfg, run, "clip_score", "quality", measured, None)
         assert row["seconds"] == seconds and set(row) <= set(tables.COLUMNS)
 
 
