@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eval.encoders import Encoder, Scorer
-from eval.images import ManifestRow, read_manifest
+from eval.images import read_manifest
 from eval.imageset import ImageSet
 from eval.metric import Folder, SetMetric
 
@@ -33,10 +33,6 @@ ROWS = 2048
 # Relative to the squared lengths: more than a product of float64 is off, and less than float32 features resolve.
 TIE = 1e-12
 
-PAIRS = "the kernel is averaged over pairs"
-
-#: What is known of images, of which those of a group or category depend on each other; None for independent ones.
-Rows = Sequence[ManifestRow] | None
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -71,62 +67,13 @@ def gaussian_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T - 1) / CMMD_SIGMA**2).exp()
 
 
-class Design(NamedTuple):
-    """How images were sampled, as far as it makes some of them more alike than independent draws are.
-
-    `groups` [N] says which were made together, `strata` [N] which are of one category, where how many images each has
-    was fixed beforehand; int64.
-    """
-
-    groups: torch.Tensor
-    strata: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[ManifestRow], together: bool = True) -> Design:
-        """Describe the images of rows; `together` tells whether those of a group depend on each other.
-
-        Where a category has a single group, the groups are taken for draws. A distance is too low then, the more so the
-        fewer and the more different the categories, but alike for every method.
-
-        Raises:
-            ValueError: there is one group only.
-        """
-        names = np.array([(row.group_id, row.category) for row in rows])
-        groups, strata = (torch.from_numpy(np.unique(column, return_inverse=True)[1]) for column in names.T)
-        groups = groups if together else torch.arange(len(rows))
-        if groups.max() == 0:
-            raise ValueError(
-                "expected images of at least 2 groups, got 1: the images of a group are alike, and the kernel is "
-                "averaged over pairs of different ones; generate more groups, or leave this number out"
-            )
-        groups_of = torch.stack([groups, strata]).unique(dim=1)[1].bincount()
-        return cls(groups, strata if groups_of.min() > 1 else torch.zeros_like(strata))
-
-
-def kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Average a kernel over all pairs of rows of x and y."""
-    return sum(kernel(rows, y).sum().item() for rows in x.split(ROWS)) / (len(x) * len(y))
-
-
-def kernel_mean_within(kernel: Kernel, x: torch.Tensor, design: Design | None = None) -> float:
-    """Estimate without bias the mean of a kernel over pairs of independent draws like the rows of x.
-
-    Images that were made together are no such pair: they are more alike, so they make a set seem narrower than it is,
-    and a method that pushes them apart would be credited with quality. Nor is a pair of different groups where every
-    category has its fixed number of images: it is too seldom of one category. So a mean over pairs of different groups
-    is taken for every pair of categories, and counts by the images that both have. Of independent images, without a
-    design, it is the mean over all pairs of different ones, as published.
-    """
-    independent = torch.arange(len(x), device=x.device)
-    groups, strata = design or (independent, torch.zeros_like(independent))
-    member = F.one_hot(strata).double()
-    sums = pairs = member.new_zeros(member.shape[1], member.shape[1])
-    for rows in independent.split(ROWS):
-        apart = groups[rows, None] != groups
-        sums = sums + member[rows].T @ (kernel(x[rows], x) * apart) @ member
-        pairs = pairs + member[rows].T @ apart.double() @ member
-    shares = member.mean(dim=0)
-    return (shares @ (sums / pairs) @ shares).item()
+def kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) -> float:
+    """Average a kernel over all pairs of a row of x and one of y; without y, of two different rows of x."""
+    total = 0.0
+    for start in range(0, len(x), ROWS):
+        values = kernel(x[start : start + ROWS], x if y is None else y)
+        total += (values.sum() if y is not None else values.sum() - values.diagonal(start).sum()).item()
+    return total / (len(x) * (len(x) - 1 if y is None else len(y)))
 
 
 class FidelityMetric(SetMetric):
@@ -142,11 +89,11 @@ class FidelityMetric(SetMetric):
         self._summary: Any = None
 
     @abstractmethod
-    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Any:
+    def summarise(self, reference: torch.Tensor) -> Any:
         """Compute from the reference's features, float64 [M, D], what every comparison needs."""
 
     @abstractmethod
-    def score(self, features: torch.Tensor, summary: Any, rows: Rows = None) -> float:
+    def score(self, features: torch.Tensor, summary: Any) -> float:
         """Measure features, float64 [N, D], of N images against the summary of the reference."""
 
     def compute(self) -> torch.Tensor:
@@ -157,12 +104,11 @@ class FidelityMetric(SetMetric):
     def real(self) -> ImageSet:
         return ImageSet(self.reference, read_manifest(self.folder("reference"), flat=True))
 
-    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, Any, list[ManifestRow]]:
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, Any]:
         if self._summary is None:  # once for all subsets
             real = images.beside(self.real).embeddings(self.encoder).double()
-            self._summary = self.summarise(real, self.real.rows)
-        features = self.encoder.of(images, positions).double()
-        return features, self._summary, [images.rows[position] for position in positions]
+            self._summary = self.summarise(real)
+        return self.encoder.of(images, positions).double(), self._summary
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""
@@ -198,7 +144,7 @@ class FrechetDistance(FidelityMetric):
         self.minimum = images.embeddings(self.encoder).shape[1] + 1
         return super().results(images)
 
-    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> FrechetInceptionDistance:
+    def summarise(self, reference: torch.Tensor) -> FrechetInceptionDistance:
         given = torch.nn.Identity()
         given.num_features = reference.shape[1]
         # what is here is of all processes already
@@ -207,7 +153,7 @@ class FrechetDistance(FidelityMetric):
         self._add(distance, reference, "reference images")
         return distance
 
-    def score(self, features: torch.Tensor, summary: FrechetInceptionDistance, rows: Rows = None) -> float:
+    def score(self, features: torch.Tensor, summary: FrechetInceptionDistance) -> float:
         summary.reset()
         self._add(summary, features, "images")
         return summary.compute().item()
@@ -225,12 +171,12 @@ class KernelDistance(FidelityMetric):
     Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of 1,000,
     which has the same expectation and more variance. Many papers print it times 1000; this is times 1.
 
-    Unbiased at every n, given which images were made together: see `kernel_mean_within`, and `Design` of where not.
-    0 in expectation for equal distributions, hence sometimes negative.
+    Unbiased for independent images: within a set, every pair of different images counts once. 0 in expectation for
+    equal distributions, hence sometimes negative.
     """
 
     name = "kernel_distance"
-    version = 2
+    version = 3
     higher_is_better = False
     unit = "squared MMD, times 1"
     description = "unbiased squared MMD under the kernel (x.y / D + 1)^3 of the features; times 1, not 1000"
@@ -238,20 +184,17 @@ class KernelDistance(FidelityMetric):
     scale = 1.0
     unbiased = True
 
-    def _within(self, features: torch.Tensor, rows: Rows, together: bool = True) -> float:
-        if not self.unbiased:
-            return kernel_mean(self.kernel, features, features)
-        return kernel_mean_within(self.kernel, features, None if rows is None else Design.of(rows, together))
+    def _within(self, features: torch.Tensor, what: str) -> float:
+        require_images(features, 2, what, "the kernel is averaged over pairs")
+        return kernel_mean(self.kernel, features, None if self.unbiased else features)
 
-    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> tuple[torch.Tensor, float]:
-        require_images(reference, 2, "reference images", PAIRS)
-        return reference, self._within(reference, rows, together=False)
+    def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return reference, self._within(reference, "reference images")
 
-    def score(self, features: torch.Tensor, summary: tuple[torch.Tensor, float], rows: Rows = None) -> float:
-        require_images(features, 2, "images", PAIRS)
+    def score(self, features: torch.Tensor, summary: tuple[torch.Tensor, float]) -> float:
         reference, within = summary
         across = kernel_mean(self.kernel, features, reference)
-        return self.scale * (self._within(features, rows) + within - 2 * across)
+        return self.scale * (self._within(features, "images") + within - 2 * across)
 
 
 class Cmmd(KernelDistance):
@@ -337,7 +280,7 @@ class NeighbourMetric(FidelityMetric):
             raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
         self.minimum = self.k + 1
 
-    def summarise(self, reference: torch.Tensor, rows: Rows = None) -> Manifold:
+    def summarise(self, reference: torch.Tensor) -> Manifold:
         return Manifold(reference, self.k)
 
 
@@ -349,7 +292,7 @@ class Precision(NeighbourMetric):
     description = "share of images within a real image's distance to its k-th real neighbour"
     k = 3
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold) -> float:
         return summary.holds(features, surface=True).any(dim=1).double().mean().item()
 
 
@@ -361,7 +304,7 @@ class Recall(NeighbourMetric):
     description = "share of real images within an image's distance to its k-th neighbour among the images"
     k = 3
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold) -> float:
         made = Manifold(features, self.k, "images")
         return made.holds(summary.points, surface=True).any(dim=1).double().mean().item()
 
@@ -375,7 +318,7 @@ class Density(NeighbourMetric):
     description = "mean over images of the real images within whose k-th neighbour they lie, over k"
     k = 5
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold) -> float:
         return summary.holds(features, surface=False).sum(dim=1).double().mean().item() / self.k
 
 
@@ -387,7 +330,7 @@ class Coverage(NeighbourMetric):
     description = "share of real images with an image nearer than their k-th real neighbour"
     k = 5
 
-    def score(self, features: torch.Tensor, summary: Manifold, rows: Rows = None) -> float:
+    def score(self, features: torch.Tensor, summary: Manifold) -> float:
         return summary.holds(features, surface=False).any(dim=0).double().mean().item()
 
 

@@ -25,7 +25,7 @@ from eval.fidelity import (
     Precision,
     Recall,
     cubic_kernel,
-    kernel_mean_within,
+    kernel_mean,
 )
 from eval.images import load_image
 from eval.imageset import ImageSet
@@ -159,7 +159,7 @@ def test_a_frechet_distance_of_several_processes_is_not_gathered_twice(monkeypat
 def test_a_kernel_is_averaged_where_the_features_are():
     """A device of shapes alone lets all but the last step pass, which makes a number."""
     with pytest.raises(RuntimeError, match="item"):
-        kernel_mean_within(cubic_kernel, torch.ones(5, 3, dtype=torch.float64, device="meta"))
+        kernel_mean(cubic_kernel, torch.ones(5, 3, dtype=torch.float64, device="meta"))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,18 +15,13 @@ from eval.fidelity import (
     Cmmd,
     Coverage,
     Density,
-    Design,
     FrechetDistance,
     InceptionScore,
     KernelDistance,
     Precision,
     Recall,
-    cubic_kernel,
-    gaussian_kernel,
-    kernel_mean,
-    kernel_mean_within,
 )
-from eval.images import UNKNOWN_SEED, ManifestRow, read_manifest
+from eval.images import read_manifest
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.metric import is_current, measure
 
@@ -222,82 +218,6 @@ def test_kernel_distance_is_unbiased():
     assert min(values) < 0
 
 
-def grouped(categories, groups, images, d, alike, seed, means=None):
-    """Draw categories x groups x images that share `alike` of their variance within a group: features and rows."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, d, generator=generator, dtype=torch.float64)
-
-    x = alike**0.5 * normal(categories, groups, 1) + (1 - alike) ** 0.5 * normal(categories, groups, images)
-    if means is not None:
-        x = x + means[:, None, None]
-    rows = [
-        ManifestRow(f"{c}/{g}/{i}.png", str(c), str(c), str(c), g, i, UNKNOWN_SEED)
-        for c in range(categories)
-        for g in range(groups)
-        for i in range(images)
-    ]
-    return x.reshape(-1, d), rows
-
-
-def distance_of_designs(kernel, x, y, *designs):
-    within = [kernel_mean_within(kernel, z, design) for z, design in zip((x, y), designs, strict=True)]
-    return sum(within) - 2 * kernel_mean(kernel, x, y)
-
-
-def mean_of_kernel_distances(alike, design_of, means=None, repeats=120):
-    """Average the kernel distance of grouped images to others of the very same distribution: mean and its error."""
-    found = []
-    for seed in range(repeats):
-        x, rows = grouped(10, 2, 4, 8, alike, 2 * seed, means)
-        y, real = grouped(10, 16, 1, 8, 0, 2 * seed + 1, means)
-        found.append(distance_of_designs(cubic_kernel, x, y, design_of(rows), Design.of(real, together=False)))
-    return np.mean(found), np.std(found) / math.sqrt(repeats)
-
-
-@pytest.mark.parametrize("alike", [0, 0.8])
-@pytest.mark.parametrize("fixed", [False, True])
-def test_images_made_together_do_not_move_the_kernel_distance(alike, fixed):
-    """0 in expectation, however alike the images of a group, and whether or not categories differ."""
-    means = 1.2 * sample(10, 8, 5) if fixed else None
-    mean, error = mean_of_kernel_distances(alike, Design.of, means)
-    assert abs(mean) < 4 * error
-    # taken for independent images, those of a group add to the distance just by being alike
-    naive = [mean_of_kernel_distances(a, lambda _: None, means)[0] for a in (0, 0.8)]
-    assert naive[1] - naive[0] > 5 * error
-
-
-def weights(design, n):
-    """Return how much each of n x n pairs counts, n^2 in sum: the mean of a kernel that is 1 there, 0 elsewhere."""
-
-    def alone(i, j):
-        return lambda x, y: x[:, i, None] * y[None, :, j]
-
-    x = torch.eye(n).double()
-    return torch.tensor([[n**2 * kernel_mean_within(alone(i, j), x, design) for j in range(n)] for i in range(n)])
-
-
-def test_a_design_weighs_pairs_by_hand(monkeypatch):
-    _, rows = grouped(2, 2, 2, 3, 0, 0)
-    found = weights(Design.of(rows), 8)
-    # 4 images a category: 8 ordered pairs of different groups stand for 16
-    torch.testing.assert_close(found[0], torch.tensor([0.0, 0, 2, 2, 1, 1, 1, 1]))
-    assert found.sum() == pytest.approx(64) and torch.equal(found, found.T)
-    monkeypatch.setattr("eval.fidelity.ROWS", 3)  # the sums are taken in blocks
-    torch.testing.assert_close(weights(Design.of(rows), 8), found)
-    # a category of one group has no pairs to stand for its own: the groups are all draws
-    single = weights(Design.of(rows[:6]), 6)
-    assert single[0, :2].tolist() == [0, 0] and len(single[0, 2:].unique()) == 1
-    assert single.sum().item() == pytest.approx(36)
-    real = weights(Design.of(rows, together=False), 8)
-    assert real.diagonal().tolist() == [0] * 8 and real.sum().item() == pytest.approx(64)
-    # independent images: the usual unbiased estimate
-    torch.testing.assert_close(weights(None, 8), (1 - torch.eye(8)) * 64 / 56)
-    with pytest.raises(ValueError, match="at least 2 groups, got 1"):
-        Design.of(rows[:2])
-
-
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_cmmd_against_the_definition(unbiased, monkeypatch):
     x, y = sample(11, 6, 1), sample(14, 6, 2, shift=0.4)
@@ -382,13 +302,11 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     found = {metric.name: measure(metric, images) for metric in metrics(real, encoder)}
     x = images.embeddings(encoder)
     y = ImageSet.open(real).embeddings(encoder)
-    pair = x.double(), y.double()
-    designs = Design.of(images.rows), Design.of(read_manifest(real, flat=True), together=False)
     expected = {
         "frechet_distance": frechet_distance(x, y),
-        "kernel_distance": distance_of_designs(cubic_kernel, *pair, *designs),
+        "kernel_distance": kernel_distance(x, y),
         "cmmd": cmmd(x, y),
-        "cmmd_unbiased": 1000 * distance_of_designs(gaussian_kernel, *pair, *designs),
+        "cmmd_unbiased": cmmd(x, y, unbiased=True),
         **{kind.name: computed(kind(), x, y) for kind in (Precision, Recall, Density, Coverage)},
         "inception_score": inception_score(encoder.logits_from_features(x)),
         "inception_score_2": inception_score(encoder.logits_from_features(x), splits=2),
@@ -402,9 +320,16 @@ def test_metrics_are_the_functions_of_the_features(made, real):
     groups = sorted(images.groups)
     drawn = np.random.default_rng(3).permutation(12)[:6]
     positions = sorted(position for index in drawn for position in images.groups[groups[index]])
-    half = Design.of([images.rows[position] for position in positions])
-    by_hand = distance_of_designs(cubic_kernel, pair[0][positions], pair[1], half, designs[1])
-    assert seeded["value"] == pytest.approx(by_hand)
+    assert seeded["value"] == pytest.approx(kernel_distance(x[positions], y))
+
+
+def test_which_images_were_made_together_does_not_change_a_kernel_distance(made, real):
+    rows = read_manifest(made)  # one subfolder a prompt: one group a category
+    grouped = [replace(row, group_seed=row.index // 2, index=row.index % 2) for row in rows]
+    for metric in (KernelDistance(RawPixels(), real), Cmmd(RawPixels(), real, unbiased=True)):
+        one, two = (metric.results(ImageSet(made, each)) for each in (rows, grouped))
+        assert (one["n_groups"], two["n_groups"]) == (12, 24)
+        assert one["value"] == two["value"]
 
 
 def test_a_document_states_its_reference(made, real):
