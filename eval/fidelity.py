@@ -83,32 +83,53 @@ class FidelityMetric(SetMetric):
         reference: folder of the real images: a run, one subfolder a category, or images without subfolders.
     """
 
+    version = 2
+
     def __init__(self, encoder: Scorer | None = None, reference: Folder = None, **options: Any) -> None:
         super().__init__(encoder, **options)
         self.reference = reference
-        self._summary: Any = None
+        self._embeddings: torch.Tensor | None = None
 
     @abstractmethod
-    def summarise(self, reference: torch.Tensor) -> Any:
-        """Compute from the reference's features, float64 [M, D], what every comparison needs."""
-
-    @abstractmethod
-    def score(self, features: torch.Tensor, summary: Any) -> float:
-        """Measure features, float64 [N, D], of N images against the summary of the reference."""
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        """Measure features of N images, float64 [N, D], against those of M real ones, [M, D]."""
 
     def compute(self) -> torch.Tensor:
-        features, real = checked_pair(*map(self._all, self.STATES))
-        return torch.tensor(self.score(features, self.summarise(real)), dtype=torch.float64)
+        return torch.tensor(self.score(*checked_pair(*map(self._all, self.STATES))), dtype=torch.float64)
 
     @cached_property
     def real(self) -> ImageSet:
         return ImageSet(self.reference, read_manifest(self.folder("reference"), flat=True))
 
-    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        if self._summary is None:  # once for all subsets
-            real = images.beside(self.real).embeddings(self.encoder).double()
-            self._summary = self.summarise(real)
-        return self.encoder.of(images, positions).double(), self._summary
+    def half(self, images: ImageSet, positions: Sequence[int], seed: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Return real images too: of each category the share that is drawn of the images', so that contents agree.
+
+        Of categories that no image has, a random half: of categories where those are drawn and it has several, else of
+        their images.
+        """
+        rng, drawn = np.random.default_rng(seed), set(positions)
+        pools = images.pools("category")
+        chosen: list[int] = []
+        others: list[list[int]] = []
+        for category, members in self.real.pools("category").items():
+            if category in pools:
+                share = len(drawn.intersection(pools[category])) / len(pools[category])
+                chosen += [*rng.permutation(members)[: round(share * len(members))]]
+            else:
+                others.append(members)
+        if self.cluster != "category" or len(others) == 1:
+            others = [[position] for members in others for position in members]
+        for index in rng.permutation(len(others))[: int(len(others) * self.SHARE)]:
+            chosen += others[index]
+        return positions, sorted(chosen)
+
+    def inputs(
+        self, images: ImageSet, positions: Sequence[int], real: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._embeddings is None:  # once for all halves
+            self._embeddings = images.beside(self.real).embeddings(self.encoder)
+        reference = self._embeddings if real is None else self._embeddings[real]
+        return self.encoder.of(images, positions).double(), reference.double()
 
     def settings(self) -> dict[str, Any]:
         """Identify the reference by its content, wherever it lies."""
@@ -129,7 +150,7 @@ class FrechetDistance(FidelityMetric):
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS 2017).
     Biased up (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them", CVPR 2020).
-    Of raw features [N, D]: `minimum` is D + 1, known once they are there, and of real images there must be as many.
+    Of raw features [N, D]: `minimum` is D + 1, known once they are there.
     """
 
     name = "frechet_distance"
@@ -144,25 +165,17 @@ class FrechetDistance(FidelityMetric):
         self.minimum = images.embeddings(self.encoder).shape[1] + 1
         return super().results(images)
 
-    def summarise(self, reference: torch.Tensor) -> FrechetInceptionDistance:
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        d = features.shape[1]
         given = torch.nn.Identity()
-        given.num_features = reference.shape[1]
+        given.num_features = d
         # what is here is of all processes already
-        distance = FrechetInceptionDistance(given, reset_real_features=False, sync_on_compute=False)
-        distance = distance.set_dtype(torch.float64).to(reference.device)
-        self._add(distance, reference, "reference images")
-        return distance
-
-    def score(self, features: torch.Tensor, summary: FrechetInceptionDistance) -> float:
-        summary.reset()
-        self._add(summary, features, "images")
-        return summary.compute().item()
-
-    def _add(self, distance: FrechetInceptionDistance, features: torch.Tensor, what: str) -> None:
-        d, real = features.shape[1], what != "images"
+        distance = FrechetInceptionDistance(given, sync_on_compute=False).set_dtype(torch.float64).to(features.device)
         why = "with fewer, the covariance is singular, and what is missing is measured, not what differs"
-        require_images(features, d + 1, f"{what} for a Frechet distance of {d} features", why)
-        distance.update(features, real=real)
+        for what, of, real in (("reference images", reference, True), ("images", features, False)):
+            require_images(of, d + 1, f"{what} for a Frechet distance of {d} features", why)
+            distance.update(of, real=real)
+        return distance.compute().item()
 
 
 class KernelDistance(FidelityMetric):
@@ -176,7 +189,7 @@ class KernelDistance(FidelityMetric):
     """
 
     name = "kernel_distance"
-    version = 3
+    version = 4
     higher_is_better = False
     unit = "squared MMD, times 1"
     description = "unbiased squared MMD under the kernel (x.y / D + 1)^3 of the features; times 1, not 1000"
@@ -184,17 +197,12 @@ class KernelDistance(FidelityMetric):
     scale = 1.0
     unbiased = True
 
-    def _within(self, features: torch.Tensor, what: str) -> float:
-        require_images(features, 2, what, "the kernel is averaged over pairs")
-        return kernel_mean(self.kernel, features, None if self.unbiased else features)
-
-    def summarise(self, reference: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return reference, self._within(reference, "reference images")
-
-    def score(self, features: torch.Tensor, summary: tuple[torch.Tensor, float]) -> float:
-        reference, within = summary
-        across = kernel_mean(self.kernel, features, reference)
-        return self.scale * (self._within(features, "images") + within - 2 * across)
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        within = 0.0
+        for what, of in (("reference images", reference), ("images", features)):
+            require_images(of, 2, what, "the kernel is averaged over pairs")
+            within += kernel_mean(self.kernel, of, None if self.unbiased else of)
+        return self.scale * (within - 2 * kernel_mean(self.kernel, features, reference))
 
 
 class Cmmd(KernelDistance):
@@ -280,9 +288,6 @@ class NeighbourMetric(FidelityMetric):
             raise ValueError(f"expected a neighbour k >= 1, got {k}; 3 and 5 are usual")
         self.minimum = self.k + 1
 
-    def summarise(self, reference: torch.Tensor) -> Manifold:
-        return Manifold(reference, self.k)
-
 
 class Precision(NeighbourMetric):
     """Share of images that lie in a ball of a real one."""
@@ -292,8 +297,8 @@ class Precision(NeighbourMetric):
     description = "share of images within a real image's distance to its k-th real neighbour"
     k = 3
 
-    def score(self, features: torch.Tensor, summary: Manifold) -> float:
-        return summary.holds(features, surface=True).any(dim=1).double().mean().item()
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        return Manifold(reference, self.k).holds(features, surface=True).any(dim=1).double().mean().item()
 
 
 class Recall(NeighbourMetric):
@@ -304,9 +309,10 @@ class Recall(NeighbourMetric):
     description = "share of real images within an image's distance to its k-th neighbour among the images"
     k = 3
 
-    def score(self, features: torch.Tensor, summary: Manifold) -> float:
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        require_images(reference, self.k + 1, "reference images", "as many as for precision")
         made = Manifold(features, self.k, "images")
-        return made.holds(summary.points, surface=True).any(dim=1).double().mean().item()
+        return made.holds(reference, surface=True).any(dim=1).double().mean().item()
 
 
 class Density(NeighbourMetric):
@@ -318,8 +324,8 @@ class Density(NeighbourMetric):
     description = "mean over images of the real images within whose k-th neighbour they lie, over k"
     k = 5
 
-    def score(self, features: torch.Tensor, summary: Manifold) -> float:
-        return summary.holds(features, surface=False).sum(dim=1).double().mean().item() / self.k
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        return Manifold(reference, self.k).holds(features, surface=False).sum(dim=1).double().mean().item() / self.k
 
 
 class Coverage(NeighbourMetric):
@@ -330,8 +336,8 @@ class Coverage(NeighbourMetric):
     description = "share of real images with an image nearer than their k-th real neighbour"
     k = 5
 
-    def score(self, features: torch.Tensor, summary: Manifold) -> float:
-        return summary.holds(features, surface=False).any(dim=0).double().mean().item()
+    def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
+        return Manifold(reference, self.k).holds(features, surface=False).any(dim=0).double().mean().item()
 
 
 class InceptionScore(SetMetric):

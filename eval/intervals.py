@@ -12,8 +12,8 @@ what None means: docs/metrics.md, "How sure a number is". How:
 * A number of a whole set of images has those of random halves of its clusters. A half drawn without replacement varies
   about the whole as the whole does about its expectation (Politis, Romano and Wolf, "Subsampling", 1999: the
   finite-population factor (1 - share) / share is 1 at one half), so that the standard deviation among halves is the
-  standard error of the whole. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in
-  every half and drops out.
+  standard error of the whole. What it is compared with is halved alike: half of the categories differ from all of
+  them. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in every half and drops out.
 """
 
 import reprlib

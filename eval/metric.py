@@ -189,8 +189,9 @@ class SetMetric(Metric):
 
     Attributes:
         cluster: what is drawn as one: "category", "prompt", or None for single groups.
-        minimum: images below which the number is refused, for the set itself; where a half is smaller, or there
-            are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval is not estimable.
+        minimum: images below which the number is refused, for the set itself; where a half is smaller, of real images
+            if need be, or there are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval
+            is not estimable.
     """
 
     STATES = ("features", "real_features")
@@ -217,6 +218,10 @@ class SetMetric(Metric):
     def design(self) -> dict[str, Any]:
         return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
 
+    def half(self, images: ImageSet, positions: Sequence[int], seed: int) -> tuple[Sequence[int], ...]:
+        """Return what `inputs` takes of a half of the images: their positions, and those in other sets."""
+        return (positions,)
+
     def results(self, images: ImageSet) -> dict[str, Any]:
         """Measure all images and every half: as `Metric.results`, with an empty `groups`, and beside
 
@@ -235,12 +240,15 @@ class SetMetric(Metric):
             clusters.setdefault(cluster, []).extend(images.groups[group["group"]])
         members = [clusters[name] for name in sorted(clusters)]
         n_drawn = int(len(members) * self.SHARE)
-        draws = (np.random.default_rng(seed).permutation(len(members))[:n_drawn] for seed in range(self.SUBSETS))
-        halves = [sorted(position for index in drawn for position in members[index]) for drawn in draws]
+        halves = []
+        for seed in range(self.SUBSETS):
+            drawn = np.random.default_rng(seed).permutation(len(members))[:n_drawn]
+            halves.append(self.half(images, sorted(place for index in drawn for place in members[index]), seed))
         # A number of half the images that may be refused is no measure of the whole's variation.
-        if len(clusters) < self.FEWEST or any(len(half) < self.minimum for half in halves):
+        if len(clusters) < self.FEWEST or any(len(part) < self.minimum for half in halves for part in half):
             halves = []
-        value, *values = (float(self.score(*self.inputs(images, part))) for part in (list(range(n_images)), *halves))
+        parts = ((list(range(n_images)),), *halves)
+        value, *values = (float(self.score(*self.inputs(images, *part))) for part in parts)
         return {
             "value": value,
             "n_groups": len(groups),
@@ -249,7 +257,7 @@ class SetMetric(Metric):
             "groups_sha256": hashlib.sha256(canonical_json(groups).encode()).hexdigest(),
             "n_units": len(clusters),
             "subsets": [
-                {"seed": seed, "n_units": n_drawn, "n_images": len(half), "value": found}
+                {"seed": seed, "n_units": n_drawn, "n_images": len(half[0]), "value": found}
                 for seed, (half, found) in enumerate(zip(halves, values, strict=True))
             ],
         }

@@ -63,7 +63,7 @@ def test_a_collection_of_sets_takes_parts_of_both_in_any_order():
     collection.update(real[20:], real=True)
     found = {name: value.item() for name, value in collection.compute().items()}
     pair = made.double(), real.double()
-    assert found == pytest.approx({kind.__name__: kind().score(pair[0], kind().summarise(pair[1])) for kind in OF_SETS})
+    assert found == pytest.approx({kind.__name__: kind().score(*pair) for kind in OF_SETS})
     assert collection["FrechetDistance"].higher_is_better is False and collection["Coverage"].higher_is_better
 
 
