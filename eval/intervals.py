@@ -1,7 +1,7 @@
 """From the values of groups to a number, and how sure it is: bootstrap intervals, alone and paired between two methods.
 
 All of it needs only what is in a result file. Every aggregate is a mean, of groups' values or of categories' entropies:
-what it is a mean of is what can be resampled, exchanged and paired. What is resampled and why, how well that covers and
+what it is a mean of is what can be resampled and paired. What is resampled and why, how well that covers and
 what None means: docs/metrics.md, "How sure a number is". How:
 
 * Whole clusters are drawn with replacement, each with all its groups. Groups are not drawn again within them, since
@@ -18,7 +18,7 @@ what None means: docs/metrics.md, "How sure a number is". How:
 
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
@@ -35,7 +35,7 @@ FEWEST = 4
 #: What two documents must have in common for their difference to mean anything.
 SAME = ("metric", "version", "settings", "aggregate", "encoder")
 
-#: Draws and signs [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
+#: Draws [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
 BLOCK = 4_000_000
 
 
@@ -194,7 +194,7 @@ def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -
 def _interval_from_halves(document: Mapping[str, Any], level: float) -> Interval:
     _check_level(level)
     value, halves = float(document["value"]), np.array([subset["value"] for subset in document["subsets"]], dtype=float)
-    if len(halves) < 2 or _constant(halves):
+    if len(halves) < 2 or constant(halves):
         return Interval(value, None, None)
     drawn, whole = document["subsets"][0]["n_units"], document["n_units"]
     # 1 for an exact half; an odd number of clusters has none
@@ -205,7 +205,7 @@ def _interval_from_halves(document: Mapping[str, Any], level: float) -> Interval
     return Interval(value, value - reach, value + reach)
 
 
-def _constant(values: np.ndarray) -> bool:
+def constant(values: np.ndarray) -> bool:
     """Tell whether numbers differ by no more than rounding."""
     return float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max())
 
@@ -235,25 +235,29 @@ def bootstrap_interval(
             of categories, it is categories always.
     """
     _check_level(level)
-    if n_resamples < 1:
-        raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
     values = values_of(_unique(groups), aggregate)
     value = mean_of(values)
     sums, sizes = cluster_sums(values, cluster)
-    k = len(sums)
+    k, draws = len(sums), drawn_clusters(len(sums), n_resamples, seed)
     if k < FEWEST:
         return Interval(value, None, None)
-    rng = np.random.default_rng(seed)
-    block = max(1, BLOCK // k)
-    draws = (rng.integers(k, size=(min(block, n_resamples - start), k)) for start in range(0, n_resamples, block))
     estimates = np.concatenate([sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) for drawn in draws])
-    if _constant(estimates):
+    if constant(estimates):
         return Interval(value, None, None)
     percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     stretch = (k / (k - 1)) ** 0.5 * float(stdtrit(k - 1, (1 + level) / 2)) / float(ndtri((1 + level) / 2))
     low, high = value + stretch * (percentiles - estimates.mean())
     # of few resamples, or very skewed ones, both percentiles may lie on one side of their mean
     return Interval(value, min(float(low), value), max(float(high), value))
+
+
+def drawn_clusters(k: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw k of k clusters with replacement, `n_resamples` times: their indices [R, k], in blocks."""
+    if n_resamples < 1:
+        raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK // k)
+    return (rng.integers(k, size=(min(block, n_resamples - start), k)) for start in range(0, n_resamples, block))
 
 
 def paired_differences(
@@ -281,7 +285,7 @@ def paired_differences(
 
 
 def clusters_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
-    """Return for each group the name of what is resampled or exchanged as one: itself, its prompt or category."""
+    """Return for each group the name of what is resampled as one: itself, its prompt or category."""
     if cluster not in (None, "prompt", "category"):
         raise ValueError(f"expected cluster to be None, 'prompt' or 'category', got {cluster!r}; choose one")
     if cluster == "prompt":

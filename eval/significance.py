@@ -11,47 +11,52 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from eval.intervals import BLOCK, Cluster, Difference, GroupValue, cluster_sums
+from eval.intervals import FEWEST, Cluster, Difference, GroupValue, cluster_sums, constant, drawn_clusters
 
 
-def sign_flip_p(
-    differences: Sequence[GroupValue], n_flips: int = 10_000, seed: int = 0, cluster: Cluster | None = "category"
-) -> float:
-    """Test whether two methods differ, two-sided: return a p-value in (0, 1], of k clusters no less than 2 / 2^k.
+def bootstrap_t_p(
+    differences: Sequence[GroupValue], n_resamples: int = 10_000, seed: int = 0, cluster: Cluster | None = "category"
+) -> float | None:
+    """Test whether two methods differ, two-sided, by a symmetric bootstrap-t: return a p-value in (0, 1].
 
-    How often would a difference as large as the one found come about if the method's name meant nothing? Then the two
-    results of a group might as well be exchanged, and its difference has either sign. Nothing is assumed of the values'
-    distribution. Where all 2^k exchanges are no more than `n_flips`, all are tried; beyond, B = `n_flips` seeded ones,
-    and the p-value is (1 + b) / (1 + B), b those that differ by as much (Phipson and Smyth 2010: never 0, and valid at
-    any B).
+    How often does a resample's mean lie as many of its own standard errors away from the mean found as that lies from
+    0? Of B = `n_resamples`, b do, and p is (1 + b) / (1 + B) (Davison and Hinkley 1997, Sec. 4.4). An error of its own
+    for every resample is what copes with skewed differences; one of clusters that are all the same has none, and counts
+    as that far away.
+
+    None, as with `bootstrap_interval`, of fewer than four clusters, or of clusters that are all the same; but 1 where
+    all are 0.
 
     Args:
         differences: paired, method minus baseline.
-        n_flips: >= 1.
-        seed: of the exchanges; equal seeds give equal p-values.
-        cluster: what is exchanged together: all groups of a category, since asked for in nearly the same words they are
-            no independent witnesses for others; of a prompt; or (None) each group by itself. Where the aggregate is a
-            mean of categories, it is categories always.
+        n_resamples, seed, cluster: as of `bootstrap_interval`; equal ones draw the same clusters.
     """
-    if n_flips < 1:
-        raise ValueError(f"expected n_flips >= 1, got {n_flips}; 10000 is usual")
-    sums, _ = cluster_sums(differences, cluster)
-    k, found = len(sums), abs(sums.sum())
-    exact = k < 60 and 2**k <= n_flips
-    total = 2**k if exact else n_flips
-    rng = np.random.default_rng(seed)
-    block = max(1, BLOCK // k)
+    sums, sizes = cluster_sums(differences, cluster)
+    draws = drawn_clusters(len(sums), n_resamples, seed)
+    if len(sums) < FEWEST:
+        return None
+    of_each = sums / sizes
+    if constant(of_each):
+        return None if of_each.any() else 1.0
+    mean, error = _mean_and_error(sums, sizes)
+    # Distances that only rounding makes different are the same.
+    rounding = 1e-12 * np.abs(of_each).max()
     count = 0
-    for start in range(0, total, block):
-        size = min(block, total - start)
-        if exact:
-            flips = (np.arange(start, start + size)[:, None] >> np.arange(k)) & 1 == 1
-        else:
-            flips = rng.integers(2, size=(size, k), dtype=np.uint8) == 1
-        sizes = np.abs((1 - 2.0 * flips) @ sums)
-        # An exchange that only rounds to another number is as large.
-        count += int((sizes >= found - 1e-12 * np.abs(sums).sum()).sum())
-    return count / total if exact else (1 + count) / (1 + total)
+    for drawn in draws:
+        means, errors = _mean_and_error(sums[drawn], sizes[drawn])
+        count += int((np.abs(means - mean) >= abs(mean) / error * errors - rounding).sum())
+    return (1 + count) / (1 + n_resamples)
+
+
+def _mean_and_error(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of all values of k clusters, [..., k] -> [...], and the linearised standard error of that ratio.
+
+    The error without its factor (k / (k - 1))^0.5, which is the same for all that have k clusters.
+    """
+    total = sizes.sum(-1)
+    mean = sums.sum(-1) / total
+    residuals = sums - mean[..., None] * sizes
+    return mean, np.sqrt((residuals**2).sum(-1)) / total
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -29,7 +29,7 @@ from eval.files import read_document, write_text
 from eval.images import METRICS
 from eval.intervals import SUBSETS, difference_of, interval_of, n_units, paired_differences
 from eval.metric import Metric, is_current
-from eval.significance import effect_size, holm, non_inferior, sign_flip_p, win_rate
+from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
 from experiments import catalogue, project_path, tables
 from experiments.configs import expand, flag, no_method
 from experiments.evaluate import NEEDS, configured_metrics, document_path
@@ -81,7 +81,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
             if name in tested and metric.aggregate == SUBSETS:
                 raise ValueError(
                     f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: "
-                    "there are no values of groups to exchange; choose a metric of groups, as clip_score, in `primary`"
+                    "there are no values of groups to resample; choose a metric of groups, as clip_score, in `primary`"
                 )
             if tested.get(name) == "quality" and metric.higher_is_better is None:
                 raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
@@ -171,10 +171,10 @@ def comparison(
         "difference_low": difference.low,
         "difference_high": difference.high,
     }
-    # A number of a whole set has no results of groups that could be exchanged.
+    # A number of a whole set has no results of groups that could be resampled.
     if aggregate != SUBSETS:
         pairs, resampling = paired_differences(document["groups"], reference["groups"], aggregate), cfg.bootstrap
-        columns["p_value"] = sign_flip_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
+        columns["p_value"] = bootstrap_t_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
         columns["effect_size"] = effect_size(pairs)
         columns["win_rate"] = None if higher is None else win_rate(pairs, higher)
     least, base = reference["bounds"][0], reference["value"]

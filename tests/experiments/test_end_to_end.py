@@ -224,15 +224,11 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     for method in ("negtome", "negtome_released"):
         expected = values.loc[(method, "vendi_score"), "value"] - values.loc[("none", "vendi_score"), "value"]
         assert values.loc[(method, "vendi_score"), "difference"] == pytest.approx(expected, abs=1e-5)
-    # Two prompts: of the 4 exchanges, 2 are as large; two methods by two primary metrics make a family of four tests.
     roles = {"pairwise_distance": "diversity", "vendi_score": "quality"}
     assert frame["primary"].fillna("").tolist() == [roles.get(name, "") for name in frame["metric"]]
-    primary = frame["metric"].isin(roles)
-    assert set(frame.loc[paired, "p_value"]) <= {0.5, 1.0}
-    assert frame.loc[paired & primary, "p_holm"].tolist() == [1.0] * 4
-    assert frame.loc[~(paired & primary), "p_holm"].isna().all()
+    assert frame[["p_value", "p_holm"]].isna().all(axis=None)
     assert frame.loc[paired, ["effect_size", "win_rate"]].notna().all(axis=None)
-    assert frame.loc[~paired, ["p_value", "effect_size", "win_rate", "margin", "non_inferior"]].isna().all(axis=None)
+    assert frame.loc[~paired, ["effect_size", "win_rate", "margin", "non_inferior"]].isna().all(axis=None)
     assert frame.loc[paired & (frame["metric"] == "vendi_score"), "margin"].notna().all()
     assert frame["non_inferior"].isna().all() and "not estimable" in markdown
     assert "0.812" in markdown and "sdxl" in markdown

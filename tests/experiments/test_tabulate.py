@@ -147,7 +147,7 @@ def test_differences_and_tests_go_by_category():
     for cluster in ("category", "null"):
         (cfg,) = configured(f"bootstrap.cluster={cluster}")
         columns[cluster] = tabulate.comparison(cfg, "clip_score", "diversity", *documents)
-    assert columns["category"]["p_value"] == 2 / 2**4 and columns["null"]["p_value"] < 0.001
+    assert columns["category"]["p_value"] > 0.01 and columns["null"]["p_value"] < 0.001
     widths = {name: found["difference_high"] - found["difference_low"] for name, found in columns.items()}
     # 10**0.5 by the number of units; Student's t with 3 degrees of freedom against 39
     assert widths["category"] > 4 * widths["null"]
@@ -192,7 +192,7 @@ def test_the_page_says_what_was_resampled_and_what_is_not_corrected():
     assert pages.other_table(frame)["units"].tolist() == ["2"]
     page = pages.render_markdown(frame, None, pd.DataFrame())
     assert "40 groups in 20 independent units" in page
-    assert "very method is judged by itself" in page and "intervals of fewer than four are not estimable" in page
+    assert "very method is judged by itself" in page and "intervals and p of fewer than four are not" in page
 
 
 def copyright_row(method, run, metric, role, **more):
