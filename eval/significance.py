@@ -73,23 +73,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def effect_size(differences: Sequence[GroupValue]) -> float | None:
-    """Return d_z, the mean of paired differences over their standard deviation (Cohen 1988).
+def effect_size(differences: Sequence[GroupValue], cluster: Cluster | None = "category") -> float | None:
+    """Return d_z, the mean of clusters' mean differences over their standard deviation (Cohen 1988).
 
-    None where it has no meaning: fewer than two differences, or all of them the same.
+    None where it has no meaning: fewer than two clusters, or all of them the same.
     """
-    values = np.array([pair["value"] for pair in differences], dtype=float)
-    if len(values) < 2:
-        return None
-    spread = float(values.std(ddof=1))
-    # Rounding leaves about this much of a standard deviation of 0.
-    return None if spread <= 1e-12 * float(np.abs(values).max()) else float(values.mean()) / spread
+    means = _cluster_means(differences, cluster)
+    return None if constant(means) else float(means.mean() / means.std(ddof=1))
 
 
-def win_rate(differences: Sequence[GroupValue], higher_is_better: bool = True) -> float:
-    """Return the share of groups (or categories) in which the method is better, ties counted as one half, in [0, 1]."""
-    signs = np.sign([pair["value"] for pair in differences])
+def win_rate(
+    differences: Sequence[GroupValue], higher_is_better: bool = True, cluster: Cluster | None = "category"
+) -> float:
+    """Return the share of clusters in whose mean the method is better, ties counted as one half, in [0, 1]."""
+    signs = np.sign(_cluster_means(differences, cluster))
     return float((((signs if higher_is_better else -signs) + 1) / 2).mean())
+
+
+def _cluster_means(differences: Sequence[GroupValue], cluster: Cluster | None) -> np.ndarray:
+    sums, sizes = cluster_sums(differences, cluster)
+    return sums / sizes
 
 
 def non_inferior(difference: Difference, margin: float, higher_is_better: bool = True) -> bool | None:

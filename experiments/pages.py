@@ -29,6 +29,10 @@ def printed_p(value: float) -> str:
     return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def printed_effect(size: float) -> str:
+    return "" if pd.isna(size) else f"{size:+.2f}"
+
+
 def printed_percent(share: float) -> str:
     return "" if pd.isna(share) else f"{100 * share:.0f} %"
 
@@ -117,7 +121,7 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
                 if role == "quality":
                     entry[f"{of}quality kept"] = _kept(row)
                 else:
-                    entry[f"{of}d_z"] = "" if pd.isna(row["effect_size"]) else f"{row['effect_size']:+.2f}"
+                    entry[f"{of}d_z"] = printed_effect(row["effect_size"])
                     entry[f"{of}wins"] = printed_percent(row["win_rate"])
         if not pd.isna(first["seconds"]):
             entry["seconds"] = f"{first['seconds']:.2f}"
@@ -165,7 +169,7 @@ def against_table(frame: pd.DataFrame, against: str) -> pd.DataFrame:
             against: f"{row['value'] - row['difference']:.3f}",
             "difference": change(row),
             "p": printed_p(row["p_holm"]),
-            "d_z": f"{row['effect_size']:+.2f}",
+            "d_z": printed_effect(row["effect_size"]),
             "wins": printed_percent(row["win_rate"]),
             "units": f"{row['n_units']:.0f}",
             "groups": f"{row['n_groups']:.0f}",
@@ -213,7 +217,7 @@ def _finding(row: pd.Series) -> str:
     if not pd.isna(row["p_holm"]):
         facts.append(f"p {'' if row['p_holm'] < 0.001 else '= '}{printed_p(row['p_holm'])}")
     if not pd.isna(row["win_rate"]):
-        facts.append(f"better in {printed_percent(row['win_rate'])} of the groups")
+        facts.append(f"better in {printed_percent(row['win_rate'])} of the units")
     if row["p_holm"] <= LEVEL or clear:
         bounds = (lowest, highest) if sign > 0 else (-highest, -lowest)
         size = dict(row) | dict(zip(DIFFERENCE, (sign * row["difference"], *bounds), strict=True))

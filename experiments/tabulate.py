@@ -175,8 +175,8 @@ def comparison(
     if aggregate != SUBSETS:
         pairs, resampling = paired_differences(document["groups"], reference["groups"], aggregate), cfg.bootstrap
         columns["p_value"] = bootstrap_t_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
-        columns["effect_size"] = effect_size(pairs)
-        columns["win_rate"] = None if higher is None else win_rate(pairs, higher)
+        columns["effect_size"] = effect_size(pairs, resampling.cluster)
+        columns["win_rate"] = None if higher is None else win_rate(pairs, higher, resampling.cluster)
     least, base = reference["bounds"][0], reference["value"]
     # A share of a number that may be 0 or less is no margin.
     if role == "quality" and least is not None and least >= 0 and base > 0:

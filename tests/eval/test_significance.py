@@ -118,8 +118,12 @@ def test_groups_of_a_cluster_count_as_one():
     by_category, by_prompt = bootstrap_t_p(differences), bootstrap_t_p(differences, cluster="prompt")
     assert by_category == by_prompt > 0.1, "categories, unless told otherwise"
     assert bootstrap_t_p(differences, cluster=None) < 0.001
-    with pytest.raises(ValueError, match="cluster"):
-        bootstrap_t_p(differences, cluster="image")
+    assert effect_size(differences) == pytest.approx(np.mean(means) / np.std(means, ddof=1), rel=0.05)
+    assert (win_rate(differences), win_rate(differences, cluster=None)) == (4 / 5, 26 / 33)
+    assert win_rate(of_clusters([[3.0, -1.0, -1.0], [-1.0]])) == 1 / 2, "by its mean, not by how many of its groups"
+    for test in (bootstrap_t_p, effect_size, win_rate):
+        with pytest.raises(ValueError, match="cluster"):
+            test(differences, cluster="image")
 
 
 def test_entropies_are_tested_by_category():
@@ -131,10 +135,9 @@ def test_entropies_are_tested_by_category():
     x, y = ([entry["value"] for entry in values_of(side, "category_entropy")] for side in (a, b))
     assert len(x) == 7
     differences, expected = paired_differences(a, b, "category_entropy"), valued(np.subtract(x, y))
-    for cluster in (None, "prompt", "category"):
-        assert bootstrap_t_p(differences, cluster=cluster) == pytest.approx(bootstrap_t_p(expected))
-    assert effect_size(differences) == pytest.approx(effect_size(expected))
-    assert win_rate(differences) == win_rate(expected)
+    for test in (bootstrap_t_p, effect_size, win_rate):
+        for cluster in (None, "prompt", "category"):
+            assert test(differences, cluster=cluster) == pytest.approx(test(expected))
 
 
 def size_of_test(draw, trials, sizes=None):

@@ -148,9 +148,18 @@ def test_differences_and_tests_go_by_category():
         (cfg,) = configured(f"bootstrap.cluster={cluster}")
         columns[cluster] = tabulate.comparison(cfg, "clip_score", "diversity", *documents)
     assert columns["category"]["p_value"] > 0.01 and columns["null"]["p_value"] < 0.001
+    assert columns["category"]["effect_size"] == pytest.approx(1.25 / np.std([0.5, 1, 1.5, 2], ddof=1), rel=0.02)
+    assert columns["null"]["effect_size"] > 1.1 * columns["category"]["effect_size"]
     widths = {name: found["difference_high"] - found["difference_low"] for name, found in columns.items()}
     # 10**0.5 by the number of units; Student's t with 3 degrees of freedom against 39
     assert widths["category"] > 4 * widths["null"]
+
+
+def test_what_has_no_test_and_no_spread_is_blank():
+    """As in a comparison of two methods on prompts of one category."""
+    untested = ROW | {"p_holm": None, "effect_size": None, "difference_low": None}
+    (cells,) = pages.against_table(pd.DataFrame([untested]), "random_match").to_dict("records")
+    assert (cells["p"], cells["d_z"], cells["wins"]) == ("", "", "100 %")
 
 
 def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
@@ -241,7 +250,7 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
     ] == pytest.approx(0.002)
     (finding,) = pages.findings(frame)
     assert finding.startswith("- m, NegToMe from the asset: lowered the maximum resemblance by 0.200 [0.150, 0.250]")
-    assert "(25.0 %, p = 0.002, better in 88 % of the groups)" in finding
+    assert "(25.0 %, p = 0.002, better in 88 % of the units)" in finding
     assert "did not measurably change the clip score (-0.50 [-1.50, +0.50], p = 0.300" in finding
     assert "excludes a fall of more than 3.8 % and a rise of more than 1.2 %" in finding
     assert "24 groups in 11 independent units" in finding
