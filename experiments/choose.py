@@ -8,7 +8,8 @@ from experiments.tables import DIFFERENCE, direction, of_model, some_of
 def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str | None:
     """Return the run id of the setting that does most for `claim` while `quality` loses no more than its margin.
 
-    The rule by which settings are chosen on development prompts (results/README.md), on the differences themselves.
+    Judged by the differences themselves, not their intervals: a grid that is chosen from has a narrow margin instead
+    (`primary.quality_margin` in conf/experiment/sweep.yaml).
 
     Args:
         frame: an experiment's CSV.

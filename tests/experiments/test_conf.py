@@ -190,6 +190,13 @@ def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_qual
         assert all(0 < margin < 1 for margin in (margins.values() if OmegaConf.is_config(margins) else [margins]))
 
 
+def test_settings_are_chosen_within_half_the_margin_that_is_reported():
+    names = ("sweep", "diversity", "copyright_sweep", "copyright")
+    margins = {name: composed(f"experiment={name}").primary.quality_margin for name in names}
+    assert margins["sweep"] == margins["diversity"] / 2
+    assert margins["copyright_sweep"].clip_score_unnamed == margins["copyright"] / 2
+
+
 def test_the_labels_at_full_size_are_of_their_categories():
     labels = OmegaConf.to_container(OmegaConf.load(CONF / "labels" / "imagenet.yaml"))
     assert all(len(set(kinds)) == len(kinds) for kinds in labels.values())
