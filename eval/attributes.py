@@ -56,6 +56,8 @@ class AttributeEntropy(Metric):
         encoder: one with a text tower.
         labels: for each category its own, or one list for all. Images of a category that is not named are left out.
         templates: texts with one `{}` for the label; their embeddings are averaged.
+        miller_madow: correct the bias of few images. The plain estimate needs `MINIMUM_IMAGES` alone, and its document
+            has the entropy of each category.
     """
 
     name = "attribute_entropy"
@@ -73,6 +75,7 @@ class AttributeEntropy(Metric):
         encoder: Encoder | None = None,
         labels: Mapping[str, Sequence[str]] | Sequence[str] = (),
         templates: Sequence[str] = ("a photo of a {}",),
+        miller_madow: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(encoder, **options)
@@ -83,11 +86,15 @@ class AttributeEntropy(Metric):
         several = isinstance(labels, Mapping)
         self.labels = {str(key): [*map(str, labels[key])] for key in labels} if several else [*map(str, labels)]
         self.templates = [*map(str, templates)]
+        self.miller_madow = miller_madow
+        if not miller_madow:  # which tells the documents of the two apart, too
+            self.aggregate, self.pooled = "mean", "category"
+            self.description = self.description.replace("Miller-Madow", "plug-in")
 
     def compute(self) -> torch.Tensor:
         """Return the entropy of all labels, in nats, float64 []."""
         chosen = self._all("scores").long()
-        return torch.tensor(entropy(chosen.bincount().tolist()), dtype=torch.float64)
+        return torch.tensor(entropy(chosen.bincount().tolist(), self.miller_madow), dtype=torch.float64)
 
     def _labels_of(self, category: str) -> list[str] | None:
         return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
@@ -98,16 +105,18 @@ class AttributeEntropy(Metric):
             lambda category: label_embeddings(self.encoder, self._labels_of(category), self.templates)
         )
         values = []
-        for group, members in images.groups.items():
+        for pool, members in images.pools(self.pooled).items():
             category = images.rows[members[0]].category
             if category in left_out or category in too_small:
                 continue
             chosen = self.score(*self.inputs(images, members), embedded(category))
             counts = Counter(self._labels_of(category)[index] for index in chosen.tolist())
-            values.append(images.group_value(group, counts=dict(sorted(counts.items()))))
+            found = {} if self.miller_madow else {"value": entropy(list(counts.values()), miller_madow=False)}
+            values.append(images.group_value(pool, members, counts=dict(sorted(counts.items())), **found))
         if not values and too_small:
             raise ValueError(
-                f"expected at least two images a label, and {MINIMUM_IMAGES}, in a category for {self.name}, got "
+                f"expected at least {'two images a label, and ' * self.miller_madow}{MINIMUM_IMAGES} images in a "
+                f"category for {self.name}, got "
                 f"{', '.join(f'{name}: {found}' for name, found in list(too_small.items())[:10])}; generate more "
                 "groups a category, give fewer labels, or leave this metric out"
             )
@@ -124,6 +133,6 @@ class AttributeEntropy(Metric):
         for category, n in sorted(Counter(row.category for row in images.rows).items()):
             if (labels := self._labels_of(category)) is None:
                 left_out.append(category)
-            elif n < (needed := minimum_images(len(labels))):
+            elif n < (needed := minimum_images(len(labels)) if self.miller_madow else MINIMUM_IMAGES):
                 too_small[category] = f"{n} of {needed} images"
         return {"categories_left_out": left_out, "categories_too_small": too_small}

@@ -103,6 +103,20 @@ class CategoryPooledSimilarity(PairwiseSimilarity):
     pooled = "category"
 
 
+class PromptPooledSimilarity(PairwiseSimilarity):
+    """Mean cosine similarity over all pairs of all images of a prompt, of whatever seeds.
+
+    Most likely the DreamSim of the paper's printed table, whose script gathers the images of a prompt from all seeds.
+    Of these pairs, (K - 1) / (S K - 1) were made together where there are S groups of K images.
+    """
+
+    name = "prompt_pooled_similarity"
+    description = (
+        "mean cosine similarity over the pairs of different images of a prompt, whatever their group; mean over prompts"
+    )
+    pooled = "prompt"
+
+
 class VendiScore(Metric):
     """Effective number of different images in a group; only for groups of one size. `update` takes [..., K, D].
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from eval.encoders import Encoder
 from eval.files import remembered_hash, sweep, write_bytes
 from eval.images import ManifestRow, canonical_order, load_image, load_picture, read_manifest, rows_hash
-from eval.intervals import GroupValue
+from eval.intervals import Cluster, GroupValue
 
 log = logging.getLogger(__name__)
 
@@ -231,13 +231,14 @@ class ImageSet:
             self._texts[encoder.id] = torch.stack([embedded[text] for text in self.texts])
         return self._texts[encoder.id]
 
-    def pools(self, shared: Literal["category"] | None) -> dict[str, list[int]]:
-        """Return positions by group, or by category: pools that are named as groups are, `bird/all`, for clusters."""
+    def pools(self, shared: Cluster | None) -> dict[str, list[int]]:
+        """Return positions by group, prompt or category: pools are named as groups are, `bird/all`, for clusters."""
         if shared is None:
             return self.groups
         found: dict[str, list[int]] = {}
         for position, row in enumerate(self.rows):
-            found.setdefault(f"{row.category}/all", []).append(position)
+            name = row.category if shared == "category" else row.prompt_id
+            found.setdefault(f"{name}/all", []).append(position)
         return dict(sorted(found.items()))
 
     def group_value(self, group_id: str, members: Sequence[int] | None = None, **found: Any) -> GroupValue:

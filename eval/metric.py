@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Metric(torchmetrics.Metric):
     aggregate: str = "mean"
     encoder: Any = Given()
     minimum: int = 1
-    pooled: Literal["category"] | None = None
+    pooled: Cluster | None = None
     only: tuple[str, ...] | None = None
 
     def __init__(self, encoder: Scorer | None = None, name: str | None = None, **options: Any) -> None:

@@ -93,7 +93,7 @@ def test_attribute_entropy_refuses_few_images(numbered_run, scripted):
     texts = {"hen": [1, 0], "owl": [0, 1]}
     metric = AttributeEntropy(scripted([[1, 0]] * 4, texts), ["hen", "owl"], ["{}"], name="species_entropy")
     assert metric.name == "species_entropy"
-    with pytest.raises(ValueError, match=r"two images a label, and 8, .*species_entropy, got bird: 4 of 8 images"):
+    with pytest.raises(ValueError, match=r"two images a label, and 8 .*species_entropy, got bird: 4 of 8 images"):
         measure(metric, run)
     assert not (run / "metrics").exists(), "a refused number must leave nothing behind"
 
@@ -106,6 +106,24 @@ def test_a_category_with_too_few_images_for_its_labels_is_left_out_and_listed(nu
     document = measure(AttributeEntropy(scripted([[1, 0]] * 16, texts), labels, ["{}"]), run)
     assert {group["category"] for group in document["groups"]} == {"bird"}
     assert document["details"] == {"categories_left_out": [], "categories_too_small": {"fish": "8 of 10 images"}}
+
+
+def test_the_plain_entropy_needs_no_two_images_a_label(numbered_run, scripted):
+    run = numbered_run(categories=("bird", "fish"), seeds=(0, 1), images=4)
+    texts = {"carp": [1, 0], "tuna": [0, 1], "eel": [-1, 0], "ray": [0, -1], "cod": [1, -1]}
+    encoder = scripted([[1, 0]] * 4 + [[0, 1]] * 4 + [[1, 0]] * 8, texts)
+    plain = AttributeEntropy(encoder, list(texts), ["{}"], miller_madow=False)
+    document = measure(plain, run)
+    assert [(group["group"], group["counts"]) for group in document["groups"]] == [
+        ("bird/all", {"carp": 4, "tuna": 4}),
+        ("fish/all", {"carp": 8}),
+    ]
+    assert [group["value"] for group in document["groups"]] == pytest.approx([math.log(2), 0])
+    assert document["value"] == pytest.approx(math.log(2) / 2) and document["n_images"] == 16
+    corrected = AttributeEntropy(encoder, ["carp", "tuna"], ["{}"])
+    assert not is_current(measure(corrected, run), AttributeEntropy(encoder, ["carp", "tuna"], ["{}"], False), run)
+    plain.update(torch.eye(2).repeat(4, 1), torch.eye(2))
+    assert plain.compute().item() == pytest.approx(math.log(2))
 
 
 def test_current_depends_on_labels(numbered_run, scripted):

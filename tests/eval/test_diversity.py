@@ -1,6 +1,7 @@
 """Closed forms and independent implementations of the measures within a group."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from eval.diversity import (
     CategoryPooledSimilarity,
     PairwiseDistance,
     PairwiseSimilarity,
+    PromptPooledSimilarity,
     VendiScore,
     mean_pairwise_similarity,
     vendi_score,
@@ -159,6 +161,18 @@ def test_pooled_similarity_takes_all_pairs_of_a_category(numbered_run, make_run,
     assert len(set(found)) == 1 and found[0].low is not None
     with pytest.raises(ValueError, match=r"at least 2 images in every category.*fish"):
         metric.per_group(ImageSet(run, read_manifest(run)[:5]))
+
+
+def test_prompts_are_pooled_over_their_seeds_alone(make_run):
+    """As the categories are of the same images, where every prompt is one."""
+    run, encoder = make_run(seeds=(0, 1), images=2), PixelEncoder()
+    by_category = measure(CategoryPooledSimilarity(encoder), run)
+    rows = [replace(row, category="animal") for row in read_manifest(run)]
+    by_prompt = measure(PromptPooledSimilarity(encoder), ImageSet(run, rows))
+    assert [group["group"] for group in by_prompt["groups"]] == ["bird/all", "fish/all"]
+    assert [group["value"] for group in by_prompt["groups"]] == [group["value"] for group in by_category["groups"]]
+    assert {group["category"] for group in by_prompt["groups"]} == {"animal"}
+    assert interval_of(by_prompt, cluster="prompt") == interval_of(by_category, cluster="prompt")
 
 
 def test_where_a_category_is_one_group_pooled_is_within(make_run):
