@@ -201,6 +201,8 @@ class Inception(ImageNetwork):
     - `tensorflow`: squashed to 299 x 299 by TensorFlow 1's bilinear interpolation, not antialiased. The original
       FID, torch-fidelity's; most published numbers.
     - `clean`: squashed to 299 x 299, bicubic, antialiased, in floating point: clean-fid's.
+    - `released`: the longer side alone, of a square the height, resized to 256, of which the middle 256 x 256 are then
+      squashed as by `tensorflow`: the paper's evaluation script, with the torchmetrics 1.4.0.post0 that it pins.
 
     Args:
         weights: the weights file; among torch.hub's checkpoints if not given, where torch-fidelity, torchmetrics
@@ -226,7 +228,11 @@ class Inception(ImageNetwork):
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(facts.files[0])).to(self.device)
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        if self.resize == "tensorflow":
+        if self.resize == "released":  # 8 bits by truncation, as there
+            height, width = image.shape[1:]
+            size = [height, 256] if height < width else [256, width]
+            image = (_resized(image / 255, size, "bilinear", 256) * 255).byte()
+        if self.resize in ("tensorflow", "released"):
             from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
             resize = interpolate_bilinear_2d_like_tensorflow1x
@@ -249,6 +255,39 @@ class Inception(ImageNetwork):
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
         # 1008 classes, without the bias, as the Inception Score takes them
         return (features.to(self.device) @ self._network.fc.weight.T).cpu()
+
+
+class TorchvisionInception(ImageNetwork):
+    """torchvision's Inception-v3, trained on ImageNet: the network of the paper's Inception Score, not that of FID.
+
+    Features are its 1000 logits. Images are squashed to 299 x 299 by Pillow, as there, and brought to [-1, 1].
+
+    Args:
+        weights: the weights file; torchvision's, among torch.hub's checkpoints, if not given.
+    """
+
+    ROW = "inception_torchvision"
+    normalised = False
+
+    def __init__(self, weights: str | Path | None = None, device: str = "cpu") -> None:
+        super().__init__("Inception-v3 (ImageNet, torchvision)", "inception-torchvision", device, weights)
+
+    def _load(self, facts: WeightsFacts) -> Any:
+        from torchvision.models import inception_v3
+
+        network = inception_v3(weights=None, init_weights=False)
+        network.load_state_dict(torch.load(facts.files[0], map_location="cpu", weights_only=True))
+        return network.eval().requires_grad_(False).to(self.device)
+
+    def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((299, 299), Image.BILINEAR)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 127.5 - 1
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._network(pixels)
+
+    def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
+        return features
 
 
 class EffNetLite0(Standardised):
@@ -316,10 +355,10 @@ class EffNetLite0(Standardised):
         return self._network._fc(features.to(self.device)).cpu()
 
 
-def _resized(image: torch.Tensor, side: int, mode: str, crop: int | None) -> torch.Tensor:
-    """Resize [3, H, W] to a shortest side, antialiased, and crop its centre; 8-bit images stay 8-bit."""
+def _resized(image: torch.Tensor, size: int | list[int], mode: str, crop: int | None) -> torch.Tensor:
+    """Resize [3, H, W] to a shortest side or to both, antialiased, and crop its centre; 8-bit images stay 8-bit."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 
-    image = resize(image, [side], interpolation=InterpolationMode(mode), antialias=True)
+    image = resize(image, size, interpolation=InterpolationMode(mode), antialias=True)
     return image if crop is None else center_crop(image, [crop, crop])

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from eval.features import DinoV2, DreamSim, EffNetLite0, Inception, Sscd
+from eval.features import DinoV2, DreamSim, EffNetLite0, Inception, Sscd, TorchvisionInception
 from eval.weights import FACTS
 
-KINDS = ["dreamsim", "dinov2", "sscd", "inception", "efficientnet"]
+KINDS = ["dreamsim", "dinov2", "sscd", "inception", "torchvision", "efficientnet"]
 
 
 def pictures(n, size=(40, 40), seed=0):
@@ -87,22 +87,31 @@ def sscd_file(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """The weights' format is torchvision's Inception-v3 with 1008 classes and no auxiliary ones."""
+def save_inception(file, **settings):
     from torchvision.models import inception_v3
 
     torch.manual_seed(0)
-    network = inception_v3(weights=None, aux_logits=False, num_classes=1008, init_weights=False)
+    network = inception_v3(weights=None, init_weights=False, **settings)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):  # else nothing is left of the picture after 90 layers
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    file = tmp_path_factory.mktemp("inception") / "weights-inception-2015-12-05-6726825d.pth"
     torch.save(network.state_dict(), file)
     return file
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "inception-tensorflow", "inception-clean"])
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """The weights' format is torchvision's Inception-v3 with 1008 classes and no auxiliary ones."""
+    file = tmp_path_factory.mktemp("inception") / "weights-inception-2015-12-05-6726825d.pth"
+    return save_inception(file, aux_logits=False, num_classes=1008)
+
+
+@pytest.fixture(scope="module")
+def torchvision_file(tmp_path_factory):
+    return save_inception(tmp_path_factory.mktemp("torchvision") / "inception_v3_google-0cc3c7bd.pth")
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "inception-tensorflow", "inception-clean", "inception-released"])
 def encoder(request):
     def value(name):
         return request.getfixturevalue(name)
@@ -113,6 +122,7 @@ def encoder(request):
         "dinov2": lambda: DinoV2(value("dinov2_folder")),
         "sscd": lambda: Sscd(value("sscd_file")),
         "inception": lambda: Inception(value("inception_file"), resize=resize or "antialiased"),
+        "torchvision": lambda: TorchvisionInception(value("torchvision_file")),
         "efficientnet": EffNetLite0,
     }[kind]()
 
@@ -299,6 +309,35 @@ def test_inception_is_torchmetrics_on_square_images(inception_file):
     torch.testing.assert_close(Inception(inception_file).embed_images(images), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_inception_as_released_is_the_papers_script(inception_file):
+    """Which stretches and crops, truncates to 8 bits, and has a torchmetrics that does not antialias."""
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    network = NoTrainInceptionV3("x", ["2048"], str(inception_file), antialias=False)
+    encoder = Inception(inception_file, resize="released")
+    for size, stretched in (((300, 300), (256, 300)), ((310, 290), (256, 290)), ((280, 400), (280, 256)),
+                            ((100, 90), (256, 90))):  # fmt: skip
+        image = pictures(1, size)[0]
+        cut = TF.center_crop(TF.resize(image[None] / 255, stretched), (256, 256))
+        torch.testing.assert_close(encoder.embed_images([image]), network((cut * 255).byte()), atol=1e-5, rtol=1e-4)
+
+
+def test_torchvisions_inception_sees_images_as_the_papers_script(torchvision_file):
+    from torchvision import transforms
+    from torchvision.models import inception_v3
+
+    image = pictures(1, (310, 200))[0]
+    small = TF.resize(TF.to_pil_image(image), (299, 299))
+    network = inception_v3(weights=None, init_weights=False, transform_input=False).eval()
+    network.load_state_dict(torch.load(torchvision_file, weights_only=True))
+    with torch.no_grad():
+        expected = network(transforms.Normalize((0.5,) * 3, (0.5,) * 3)(TF.to_tensor(small))[None])
+    encoder = TorchvisionInception(torchvision_file)
+    found = encoder.embed_images([image])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert encoder.logits_from_features(found) is found and found.shape == (1, 1000)
+
+
 def test_inception_keeps_the_aspect():
     """Antialiased, shortest side, centre: a wide picture gives what its middle square gives."""
     wide = pictures(1, (400, 700))[0]
@@ -359,6 +398,7 @@ def without_weights(kind, folder):
         "dinov2": lambda: [DinoV2(), DinoV2(folder)],
         "sscd": lambda: [Sscd(), Sscd(folder / "sscd_disc_large.torchscript.pt")],
         "inception": lambda: [Inception(), Inception(folder / "weights.pth")],
+        "torchvision": lambda: [TorchvisionInception(), TorchvisionInception(folder / "weights.pth")],
     }[kind]()
 
 
@@ -469,7 +509,7 @@ def test_damaged_weights_are_named(kind, tmp_path, dreamsim_folder, dinov2_folde
         file, encoder = tmp_path / "model.safetensors", DinoV2(tmp_path)
     else:
         file = tmp_path / "weights.pt"
-        encoder = Sscd(file) if kind == "sscd" else Inception(file)
+        encoder = {"sscd": Sscd, "inception": Inception, "torchvision": TorchvisionInception}[kind](file)
     file.write_bytes(b"cut off")
     with pytest.raises(ValueError, match=rf"{file.name}.*cannot be loaded on cpu.*; .+"):
         encoder.prepare()
