@@ -222,11 +222,12 @@ def test_the_mini_models_entropies_have_images_enough():
 
 
 def test_numbers_of_other_networks_are_not_called_fid_or_kid():
-    for suite in ("full", "diversity"):
+    for suite in ("full", "diversity", "released"):
         cfg = composed(f"metric={suite}")
         for name, spec in cfg.metric.items():
-            if name.rpartition("_")[2] in ("fid", "kid", "inception_score"):
-                assert spec.encoder._target_ == "eval.features.Inception", name
+            if name.endswith(("fid", "kid", "inception_score")):
+                own = "TorchvisionInception" if name == "released_inception_score" else "Inception"
+                assert spec.encoder._target_ == f"eval.features.{own}", name
             if suite == "diversity" and spec._target_.startswith("eval.fidelity"):
                 assert name.endswith(("_efflite0", "_scorer")), name
 
@@ -238,7 +239,7 @@ def test_the_documentation_names_every_metric():
     titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
     headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert links <= headings
-    for suite in ("diversity", "full"):
+    for suite in ("diversity", "full", "released"):
         for name, spec in composed(f"metric={suite}").metric.items():
             assert any(fnmatch(name, pattern) for pattern in named), f"{name} ({spec._target_})"
 

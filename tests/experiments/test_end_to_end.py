@@ -4,14 +4,18 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
 import experiments
+from eval.features import EffNetLite0
 from eval.images import read_manifest
+from eval.imageset import ImageSet
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
 from experiments.configs import build, expand
@@ -458,6 +462,64 @@ def test_folders_that_cannot_be_scored_say_why(tmp_path):
     (damaged / "bird" / "1.png").write_bytes((damaged / "bird" / "1.png").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"damaged or foreign file.*bird/1\.png"):
         score(damaged)
+
+
+def released(tmp_path, *changes):
+    """Score three kinds of textures, 8 of each, by the suite of the paper's own numbers: table and refusals."""
+    rng = np.random.default_rng(0)
+    for use, number in product(("made", "real"), range(24)):
+        file = tmp_path / use / ("bird", "dog", "bus")[number // 8] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(4 + number // 8, 5, 3), dtype=np.uint8)).resize((70, 60)).save(file)
+    real = f"model.reference_images={tmp_path / 'real'}"
+    asked = [f"images={tmp_path / 'made'}", "metric=released", real, f"outputs={tmp_path / 'outputs'}", *changes]
+    return evaluate_folder(expand(asked)[0])
+
+
+def test_the_papers_own_numbers_need_weights_and_say_which(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.weights.network_answers", lambda _: False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="No configured metric") as error:
+        released(tmp_path, "model=sdxl")
+    reasons = str(error.value).splitlines()[1:]
+    assert len(reasons) == 4
+    for name in ("dreamsim", "entropy", "inception_score", "fid"):
+        (reason,) = (line for line in reasons if line.startswith(f"Not measured: released_{name}: "))
+        assert "expected the weights of" in reason and "no download" in reason
+
+
+def test_the_papers_own_numbers_are_their_formulas(tmp_path):
+    """With the networks that are here in the place of those whose weights are not."""
+    table, refused = released(
+        tmp_path, "model=mini-sdxl", "scorer@scorers.dreamsim=efficientnet-lite0",
+        "scorer@scorers.inception_torchvision=efficientnet-lite0", "metric.released_inception_score.splits=2",
+        "scorer@scorers.inception_released=efficientnet-lite0-40", "scorers.inception_released.channels=16",
+    )  # fmt: skip
+    assert not refused and not table["value"].isna().any()
+    documents = [json.loads(path.read_text()) for path in (tmp_path / "made" / "metrics").iterdir()]
+    found = {document["metric"]: document for document in documents}
+    made, real = (ImageSet.open(tmp_path / use) for use in ("made", "real"))
+
+    x = made.embeddings(EffNetLite0()).double()
+    unit = (x / x.norm(dim=1, keepdim=True)).numpy()
+    cosine = unit @ unit.T
+    of_prompts = [np.tril(cosine[k : k + 8, k : k + 8], -1).sum() / 28 for k in (0, 8, 16)]
+    assert found["released_dreamsim"]["value"] == pytest.approx(np.mean(of_prompts), rel=1e-6)
+
+    p = EffNetLite0().logits_from_features(x.float()).double().softmax(dim=1).numpy()
+    parts = [np.exp(np.mean([(row * np.log(row / part.mean(0))).sum() for row in part])) for part in (p[:12], p[12:])]
+    assert found["released_inception_score"]["value"] == pytest.approx(np.mean(parts), rel=1e-6)
+
+    a, b = (images.embeddings(EffNetLite0(channels=16)).double().numpy() for images in (made, real))
+    roots = np.sqrt(np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).astype(complex)).real.sum()
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * roots
+    assert found["released_fid"]["value"] == pytest.approx(distance, rel=1e-6)
+
+    shares = [np.array([*group["counts"].values()]) / 8 for group in found["released_entropy"]["groups"]]
+    assert len(shares) == 3
+    assert found["released_entropy"]["value"] == pytest.approx(np.mean([-(s * np.log(s)).sum() for s in shares]))
+    assert len(found["released_entropy"]["settings"]["templates"]) == 80
 
 
 def test_without_real_images_what_compares_with_them_is_left_out(tmp_path, caplog):
