@@ -127,6 +127,14 @@ def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
     return short_digest([request_apart(cfg), _by_content(spelled), versions])
 
 
+def code_digest(cfg: DictConfig, weights: str | None, metric_version: int) -> str:
+    """Return a digest of all that is declared of a number: what is asked for, by which weights, method and metric.
+
+    A table keeps it, so that one of other settings, weights or versions is found out, on any machine.
+    """
+    return short_digest([config_digest(cfg), weights, metric_version])
+
+
 def _by_content(spec: Any) -> Any:
     """Return a configuration with what its folders hold in the place of their names."""
     if isinstance(spec, dict):

@@ -36,13 +36,14 @@ STATISTICS = [
 ]  # fmt: skip
 AMOUNTS = ["n_units", "n_groups", "n_images", "pushed_share", "seconds"]
 COLUMNS = [
-    *KEY, "encoder", "primary", "higher_is_better", *STATISTICS, "non_inferior", *AMOUNTS, "run_id", "commit", "device",
+    *KEY, "encoder", "primary", "higher_is_better", *STATISTICS, "non_inferior", *AMOUNTS,
+    "run_id", "code", "commit", "device",
 ]  # fmt: skip
 #: Those that a table has whatever methods are in it.
 REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"})
 #: Columns that hold text also where they look like numbers.
 TEXT = dict.fromkeys(
-    ("run_id", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
+    ("run_id", "code", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str
 )
 #: Columns that hold numbers alone.
 NUMBERS = {column for setting in catalogue.settings() if setting.number for column in setting.columns}

@@ -33,7 +33,7 @@ from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, wi
 from experiments import catalogue, project_path, tables
 from experiments.configs import expand, flag, no_method
 from experiments.evaluate import NEEDS, configured_metrics, document_path
-from experiments.identity import config_digest
+from experiments.identity import code_digest, config_digest
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run
 
@@ -155,6 +155,7 @@ def row_of(
             else None
         ),
         "run_id": run.id,
+        "code": code_digest(cfg, run.identity["weights"], document["version"]),
         "commit": run.environment["commit"],
         "device": run.identity["machine"]["device"],
     }

@@ -35,7 +35,7 @@ def table(*runs, seed=0, directions=(True, True)):
             row = dict.fromkeys(COLUMNS) | SETTINGS | changes
             row |= {"experiment": "e", "metric": metric, "primary": role, "encoder": "clip-0", "value": value,
                     "ci_low": value - 0.5, "ci_high": value + 0.5, "n_units": 8, "n_groups": 16, "n_images": 64,
-                    "run_id": f"{number:012d}", "commit": "c", "device": "cpu",
+                    "run_id": f"{number:012d}", "code": "c", "commit": "c", "device": "cpu",
                     "higher_is_better": directions[role == "quality"]}  # fmt: skip
             if row["method"] != "none":
                 row |= {"difference": difference, "difference_low": difference - 0.3, "difference_high": difference + 1,

@@ -2,10 +2,13 @@
 
 import pandas as pd
 import pytest
+from hydra.utils import get_object
 
 from experiments import PROJECT
-from experiments.configs import first
+from experiments.configs import expand, first
+from experiments.identity import code_digest
 from experiments.pages import main_table, paper_table, render_latex, render_markdown
+from experiments.pipelines import find_checkpoint
 from experiments.tables import COLUMNS, REQUIRED, TEXT
 
 RESULTS = PROJECT / "results"
@@ -49,7 +52,19 @@ def test_the_readme_shows_the_diversity_table_as_it_is():
 def test_every_number_can_be_traced(path):
     frame = pd.read_csv(path, dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
-    traced = ["model", "method", "metric", "encoder", "value", "n_groups", "n_images", "run_id", "commit", "device"]
+    traced = [
+        "model",
+        "method",
+        "metric",
+        "encoder",
+        "value",
+        "n_groups",
+        "n_images",
+        "run_id",
+        "code",
+        "commit",
+        "device",
+    ]
     assert frame[traced].notna().all(axis=None)
     assert frame["run_id"].str.fullmatch("[0-9a-f]{12}").all()
     # An interval lies around its value; where there is none, the units were too few.
@@ -63,6 +78,20 @@ def test_every_number_can_be_traced(path):
     compared = frame[frame["method"] != "none"]
     assert compared["difference"].notna().all()
     assert (compared["difference_low"] <= compared["difference_high"])[compared["primary"].notna()].all()
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_table_is_of_todays_settings_weights_and_versions(path):
+    """Whoever changes what a number depends on, or its declared version, makes the table anew."""
+    frame = pd.read_csv(path, dtype=TEXT)
+    today = {}
+    for file in (PROJECT / "conf" / "experiment").glob("*.yaml"):
+        if first([f"experiment={file.stem}"]).name == path.stem:
+            for cfg in expand([f"experiment={file.stem}"], baselines=True):
+                weights = find_checkpoint(cfg.model).fingerprint
+                for name, spec in cfg.metric.items():
+                    today[code_digest(cfg, weights, get_object(spec._target_).version)] = (cfg.model.name, name)
+    assert set(frame["code"]) == set(today)
 
 
 def test_the_papers_numbers_are_labelled_and_never_of_our_models():

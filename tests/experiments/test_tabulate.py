@@ -290,7 +290,7 @@ def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
 def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
     """The median over groups, so that the first one, which loads and compiles, is not the message."""
     run = SimpleNamespace(
-        identity={"request": {"method": {"settings": {}}}, "machine": {"device": "cpu"}},
+        identity={"request": {"method": {"settings": {}}}, "weights": None, "machine": {"device": "cpu"}},
         environment={"commit": "c"}, id="0123",
         statistics=lambda: [{"seconds": seconds} for seconds in (90.0, 4.0, 5.0, 6.0, 4.0)],
     )  # fmt: skip
