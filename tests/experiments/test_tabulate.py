@@ -294,7 +294,8 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
         environment={"commit": "c"}, id="0123",
         statistics=lambda: [{"seconds": seconds} for seconds in (90.0, 4.0, 5.0, 6.0, 4.0)],
     )  # fmt: skip
-    measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
+    told = {"version": 1, "encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
+    measured = document(np.linspace(0.2, 0.6, 8)) | told
     for report, seconds in ((True, 5.0 / 4), (False, None)):
         (cfg,) = configured(f"report_seconds={report}")
         assert cfg.prompts.images_per_prompt == 4
