@@ -32,7 +32,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,22 +45,10 @@ from experiments import pipelines, select_device
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.identity import register, request
 from experiments.methods.method import Method
-from experiments.prompts import Group, PromptSet
+from experiments.prompts import Group
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run, and what this process has to generate of it."""
-
-    cfg: DictConfig
-    device: str
-    checkpoint: pipelines.Checkpoint
-    run: Run
-    groups: list[Group]
-    missing: list[Group]
 
 
 @dataclass(frozen=True)
@@ -75,10 +63,16 @@ class Task:
     compile: bool
     offload: bool
 
-    @classmethod
-    def of(cls, job: Job) -> Self:
-        model, method = (OmegaConf.to_yaml(part, resolve=True) for part in (job.cfg.model, job.cfg.method))
-        return cls(job.run, job.checkpoint, job.device, model, method, job.cfg.compile, job.cfg.offload)
+
+@dataclass(frozen=True)
+class Job:
+    """A run, what this process has to generate of it, and in how many processes."""
+
+    cfg: DictConfig
+    task: Task
+    groups: list[Group]
+    missing: list[Group]
+    workers: int
 
 
 def prepare(cfg: DictConfig) -> Job:
@@ -90,15 +84,17 @@ def prepare(cfg: DictConfig) -> Job:
     """
     device = select_device(cfg.device)
     flag(cfg, "offload")  # before anything is generated
-    prompts: PromptSet = build(cfg.prompts)
-    groups = prompts.groups()
+    workers = count_workers(cfg, device)
+    groups: list[Group] = build(cfg.prompts).groups()
     checkpoint = pipelines.find_checkpoint(cfg.model)
     run = Run.start(cfg, checkpoint.fingerprint, device)
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
         label = f"{cfg.model.name} {cfg.method.name}"
         log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
-    return Job(cfg, device, checkpoint, run, groups, [*missing])
+    model, method = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
+    task = Task(run, checkpoint, device, model, method, cfg.compile, cfg.offload)
+    return Job(cfg, task, groups, [*missing], workers)
 
 
 def check(cfg: DictConfig) -> None:
@@ -106,6 +102,7 @@ def check(cfg: DictConfig) -> None:
     cfg = cfg.copy()
     cfg.device = "cpu"
     flag(cfg, "offload")
+    count_workers(cfg, cfg.device)
     request(cfg)
     pipelines.find_checkpoint(cfg.model)
 
@@ -120,38 +117,48 @@ def generate(cfg: DictConfig) -> Path:
     """
     job = prepare(cfg)
     generate_all([job])
-    return job.run.folder
+    return job.task.run.folder
 
 
 def generate_all(jobs: list[Job]) -> None:
-    """Generate what is missing of all runs, one after the other; see `generate`. A run that is named twice is one.
+    """Generate what is missing of all runs, finishing each with its last group; see `generate`.
 
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
-    askers: dict[Run, list[DictConfig]] = {}
-    for job in jobs:
-        askers.setdefault(job.run, []).append(job.cfg)
-    jobs = list({job.run: job for job in jobs}.values())
-    names = run_names([job.cfg for job in jobs])
-    total = sum(len(job.missing) for job in jobs)
+    runs = {job.task.run: job for job in jobs}  # one that is named twice is one
+    names = run_names([job.cfg for job in runs.values()])
+    titles = {}
+    left = {run: len(job.missing) for run, job in runs.items()}
+    total = sum(left.values())
     with logging_redirect_tqdm(), tqdm(total=total, unit="group", dynamic_ncols=True, disable=not total) as bar:
         try:
-            for number, (job, name) in enumerate(zip(jobs, names, strict=True), 1):
-                bar.set_description(f"run {number} of {len(jobs)}: {name}")
-                there = f"{len(job.missing)} of" if job.missing else "nothing to generate, there are all"
-                log.info("%s: %s %d groups: %s", name, there, len(job.groups), job.run.folder)
-                for _ in _generate_groups(job) if job.missing else ():
-                    bar.update()
-                if not job.run.finish(job.groups):
-                    raise RuntimeError(f"Groups vanished from {job.run.folder} meanwhile: run the same command again")
-                for cfg in askers[job.run]:
-                    register(cfg, job.run.id)
+            for number, (run, name) in enumerate(zip(runs, names, strict=True), 1):
+                titles[run] = f"run {number} of {len(runs)}: {name}"
+                there = f"{left[run]} of" if left[run] else "nothing to generate, there are all"
+                log.info("%s: %s %d groups: %s", name, there, len(runs[run].groups), run.folder)
+                if not left[run]:
+                    _finish(run, jobs)
+            for run in _generate_groups(list(runs.values())):
+                bar.set_description(titles[run])
+                bar.update()
+                left[run] -= 1
+                if not left[run]:
+                    _finish(run, jobs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].run.folder.parent}; the same "
+                f"{bar.n} of {total} groups were generated and are kept in {jobs[0].task.run.folder.parent}; the same "
                 "command goes on from there."
             ) from None
+
+
+def _finish(run: Run, jobs: list[Job]) -> None:
+    """Complete a run, and name it as what answers every job that asked for it."""
+    for job in jobs:
+        if job.task.run == run:
+            if not run.finish(job.groups):
+                raise RuntimeError(f"Groups vanished from {run.folder} meanwhile: run the same command again")
+            register(job.cfg, run.id)
 
 
 def count_workers(cfg: DictConfig, device: str) -> int:
@@ -171,49 +178,44 @@ def count_workers(cfg: DictConfig, device: str) -> int:
     return cfg.workers
 
 
-def _generate_groups(job: Job) -> Iterator[Group]:
-    """See to it that the missing groups are there, yielding each when it is on disk.
+def _generate_groups(jobs: list[Job]) -> Iterator[Run]:
+    """See to it that the missing groups of all runs are there, yielding the run of each when it is on disk.
 
     Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
+    Where one of several processes that generate here is lost, new ones go on.
     """
-    workers, left = count_workers(job.cfg, job.device), dict.fromkeys(job.missing)
-    task = Task.of(job)
-    for wait in (False, True):
-        if workers == 1:
-            ready = (group for group in list(left) if _generate_group(task, group, wait))
-        else:
-            ready = _side_by_side(task, list(left), wait, workers)
-        for group in ready:
-            del left[group]
-            yield group
+    for workers in sorted({job.workers for job in jobs}, reverse=True):
+        left = {(job.task, group): job.task.run for job in jobs if job.workers == workers for group in job.missing}
+        wait, losses = False, 0  # in a row, without a group between them
+        while left:
+            before = len(left)
+            try:
+                for ready in _generate_each(list(left), wait, workers):
+                    yield left.pop(ready)
+                wait = True
+            except BrokenProcessPool as error:
+                _executor.cache_clear()
+                losses = losses + 1 if len(left) == before else 0
+                if losses == 2:
+                    raise RuntimeError(
+                        f"One of {workers} processes that generate was killed, most likely for want of memory, before "
+                        "any had finished a group, twice: what is done is kept, run the same command with workers=1"
+                    ) from error
+                log.warning("A process that generates was killed: new ones go on with the %d groups left", len(left))
 
 
-def _side_by_side(task: Task, left: list[Group], wait: bool, workers: int) -> Iterator[Group]:
-    """Generate in several processes; where one of them is lost, new ones go on."""
-    losses = 0  # in a row, without a group between them
-    while left:
-        futures, before = {}, len(left)
-        try:
-            executor = _executor(workers)
-            with _quiet_children():
-                futures = {executor.submit(_generate_group, task, group, wait): group for group in left}
-            for future in as_completed(futures):
-                there = future.result()
-                left.remove(group := futures[future])
-                if there:
-                    yield group
-        except BrokenProcessPool as error:
-            _executor.cache_clear()
-            losses = losses + 1 if len(left) == before else 0
-            if losses == 2:
-                raise RuntimeError(
-                    f"A process that generates was killed, most likely for want of memory, before any of the {workers} "
-                    "had finished a group, twice: what is done is kept, run the same command with fewer, as workers=1"
-                ) from error
-            log.warning("A process that generates was killed: new ones go on with the %d groups left", len(left))
-        finally:
-            for future in futures:
-                future.cancel()
+def _generate_each(todo: list[tuple[Task, Group]], wait: bool, workers: int) -> Iterator[tuple[Task, Group]]:
+    """Generate groups here or in several processes, yielding those that no other process is at as they are there."""
+    if workers == 1:
+        yield from (one for one in todo if _generate_group(*one, wait))
+        return
+    with _quiet_children():
+        futures = {_executor(workers).submit(_generate_group, *one, wait): one for one in todo}
+    try:
+        yield from (futures[future] for future in as_completed(futures) if future.result())
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def _generate_group(task: Task, group: Group, wait: bool) -> bool:
@@ -226,8 +228,7 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
         start = time.perf_counter()
         drawn = method.draw(pipe, group, pipelines.call_arguments(model))
         images = _pictures(pipe, drawn.images, model)
-        seconds = time.perf_counter() - start
-        statistics = {"seconds": round(seconds, 3), **drawn.statistics}
+        statistics = {"seconds": round(time.perf_counter() - start, 3), **drawn.statistics}
         task.run.save(group, images, statistics, drawn.references)
         return True
 
@@ -270,14 +271,13 @@ def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compile
 
 @functools.cache
 def _executor(workers: int) -> ProcessPoolExecutor:
-    """Return the processes that generate; they outlive a run, so that a sweep starts them once."""
+    """Return the processes that generate; they outlive a call of `generate`, and then wait for the next."""
     log.info("Starting %d processes that generate side by side; each loads the model first", workers)
     # Interrupted, Python's process that frees their semaphores would warn that it did.
     warnings = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
-    with _quiet_children():
-        return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ import pytest
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
 from experiments.configs import expand, launch, run_names
-from experiments.generate import _side_by_side
+from experiments.generate import _generate_each
+from experiments.pipelines import find_checkpoint
 from experiments.runs import Run
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
@@ -60,6 +61,7 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["latency", "experiment=latency", "latency.cases=no"], ["latency.cases must be true or false, got 'no'"]),
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
+        (["generate", "model=mini-sdxl", "workers=0"], ["workers must be auto", "got 0"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now"], ["no arguments", "now"]),
     ],
@@ -120,6 +122,7 @@ def test_the_error_of_a_launched_job_is_raised_here(tmp_path, monkeypatch):
 def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
     """Not while they import, either: they are started so, and this process listens again."""
     heard, before = [], signal.getsignal(signal.SIGINT)
+    todo = [(None, "a"), (None, "b")]
 
     class Executor:
         def submit(self, *_):
@@ -129,8 +132,31 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
             return future
 
     monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
-    assert set(_side_by_side(None, ["a", "b"], True, 2)) == {"a", "b"}
+    assert set(_generate_each(todo, True, 2)) == set(todo)
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_processes_are_given_all_runs_at_once_and_each_ends_with_its_last_group(tiny_overrides, tmp_path, monkeypatch):
+    """A process that has no group of a run left goes on with the next run's."""
+    asked = tiny_overrides("sweep", tmp_path, "method=none,negtome", "workers=2")
+    ids = [Run.start(cfg, find_checkpoint(cfg.model).fingerprint, "cpu").id for cfg in expand(asked)]
+    seen, finish = [], Run.finish
+
+    class Executor(Future):
+        """Makes what it is given here, when its result is asked for."""
+
+        def submit(self, make, task, *rest):
+            seen.append(("given", task.run.id))
+            future = Executor()
+            future.result = lambda: seen.append(("made", task.run.id)) or make(task, *rest)
+            return future
+
+    monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
+    monkeypatch.setattr("experiments.generate.as_completed", iter)
+    monkeypatch.setattr(Run, "finish", lambda run, groups: seen.append(("finished", run.id)) or finish(run, groups))
+    assert main(["generate", *asked]) == 0
+    given = [("given", run) for run in ids for _ in range(2)]
+    assert seen == given + [(what, run) for run in ids for what in ("made", "made", "finished")]
 
 
 def test_runs_are_named_by_what_differs():

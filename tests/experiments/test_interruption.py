@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
@@ -16,7 +19,7 @@ from PIL import Image
 
 from experiments import PROJECT, pipelines, select_device
 from experiments.configs import build, expand
-from experiments.generate import generate
+from experiments.generate import Job, Task, _generate_groups, generate
 from experiments.locks import locked
 from experiments.runs import LOCKS, Run
 
@@ -114,6 +117,31 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done was done again"
     assert tabulated(configs) == undisturbed
     assert not leftovers(tmp_path / "outputs")
+
+
+@pytest.mark.parametrize(
+    ("made", "ends"),
+    [((0, 3), True), ((1, 0, 2), True), ((0, 1, 0, 2), True), ((0, 0), False), ((1, 0, 0), False)],
+)
+def test_a_process_is_lost(made, ends, monkeypatch):
+    """`made` groups by each pool before it loses a process: without any twice in a row, it would not end."""
+    pools = iter(made)
+
+    class Pool:
+        def __init__(self):
+            self.left = next(pools)
+
+        def submit(self, *_):
+            future = Future()
+            future.set_result(True) if self.left > 0 else future.set_exception(BrokenProcessPool())
+            self.left -= 1
+            return future
+
+    monkeypatch.setattr("experiments.generate._executor", functools.cache(lambda _: Pool()))
+    monkeypatch.setattr("experiments.generate.as_completed", iter)
+    job = Job(None, Task("run", *[None] * 6), [], ["a", "b", "c"], workers=2)
+    with contextlib.nullcontext() if ends else pytest.raises(RuntimeError, match="workers=1"):
+        assert list(_generate_groups([job])) == ["run"] * 3
 
 
 def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated, monkeypatch):
