@@ -59,10 +59,24 @@ class Pixels(Scorer):
 
 
 class Encoder(Scorer, ABC):
-    """An image encoder, perhaps with a text tower."""
+    """An image encoder, perhaps with a text tower.
+
+    Encoders whose embeddings are columns of the same `outputs` share a `cache_id`.
+    """
 
     #: Whether embeddings have length 1, as where cosines count; raw features, for distances of distributions, have not.
     normalised: bool = True
+    #: Which columns of the outputs are the embeddings.
+    columns: slice = slice(None)
+
+    @property
+    def cache_id(self) -> str:
+        """Identity of `outputs`."""
+        return self.id
+
+    def outputs(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what is kept of N images, float32 [N, C]: the embeddings, perhaps among others."""
+        return self.embed_images(images)
 
     @abstractmethod
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -9,8 +9,9 @@ import json
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -293,7 +294,7 @@ class TorchvisionInception(ImageNetwork):
 class EffNetLite0(Standardised):
     """EfficientNet-lite0, trained on ImageNet, from a PyPI package: numbers made with it are on no published scale.
 
-    Features are the 1280 pooled activations, raw.
+    Features are the 1280 pooled activations, raw; one pass through the network finds them and those of all stages.
 
     Args:
         channels: those of an earlier stage, among `STAGES`, whose averaged activations are then the features. There are
@@ -314,6 +315,20 @@ class EffNetLite0(Standardised):
         stage, suffix = ("", "") if channels is None else (f", stage of {channels} channels", f"-{channels}")
         super().__init__(f"EfficientNet-lite0 (ImageNet){stage}", f"efficientnet-lite0{suffix}", device)
         self.channels = channels
+        width = 1280 if channels is None else channels
+        before = sum(c for c in self.STAGES if c < width)
+        self.columns = slice(before, before + width)
+
+    @cached_property
+    def cache_id(self) -> str:
+        return f"efficientnet-lite0-stages-{self.obtain().fingerprint}"
+
+    def outputs(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the averaged activations of every stage, and the last 1280: float32 [N, 2064]."""
+        return super().embed_images(images)
+
+    def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.outputs(images)[:, self.columns]
 
     def weights(self) -> WeightsFacts:
         file = Path(FACTS[self.ROW]["files"][0])
@@ -330,17 +345,15 @@ class EffNetLite0(Standardised):
         return model.eval().requires_grad_(False).to(self.device)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self.channels is None:
-            return self._network.extract_features(pixels).mean(dim=(2, 3))
-        return next(x for x in self._stages(pixels) if x.shape[1] == self.channels).mean(dim=(2, 3))
+        stages, network = self._stages(pixels), self._network
+        last = network._swish(network._bn1(network._conv_head(stages[-1])))
+        return torch.cat([x.mean(dim=(2, 3)) for x in (*stages, last)], dim=1)
 
-    def _stages(self, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the activations of each stage, [N, channels, h, w]; what is not asked for is not computed."""
+    def _stages(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Return the activations of each stage, [N, channels, h, w]."""
         x = self._network._swish(self._network._bn0(self._network._conv_stem(pixels)))
-        for number, block in enumerate(self._network._blocks):
-            x = block(x)
-            if number in self.STAGES.values():
-                yield x
+        found = [x := block(x) for block in self._network._blocks]
+        return [found[block] for block in self.STAGES.values()]
 
     @torch.inference_mode()
     def layers(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -32,9 +32,9 @@ CACHE_VERSION = "v2"
 
 
 class EmbeddingCache:
-    """Embeddings on disk, by content hash and encoder id: renamed and repeated images are embedded once.
+    """Embeddings on disk, by content hash and encoder's cache id: renamed and repeated images are embedded once.
 
-    Layout: `folder/v2/<encoder id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
+    Layout: `folder/v2/<cache id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
     hash, and a digest of all of them. Shards are written once, under a name made of their keys, by an atomic rename, so
     several processes may share a cache. A damaged one is removed with a warning, and its images are embedded again. The
     folder is made when first needed, and can be deleted at any time.
@@ -171,17 +171,17 @@ class ImageSet:
             FileNotFoundError: an image is missing.
             ValueError: images cannot be read, of which the message names all, or an embedding is not finite.
         """
-        if encoder.id not in self._images:
-            self._images[encoder.id] = self._embedded(encoder)
-        return self._images[encoder.id]
+        if encoder.cache_id not in self._images:
+            self._images[encoder.cache_id] = self._outputs(encoder)
+        return self._images[encoder.cache_id][:, encoder.columns]
 
     def load(self, positions: Sequence[int]) -> list[torch.Tensor]:
         """Read some images, uint8 [3, H, W]."""
         return [load_image(self.folder / self.rows[position].path) for position in positions]
 
-    def _embedded(self, encoder: Encoder) -> torch.Tensor:
+    def _outputs(self, encoder: Encoder) -> torch.Tensor:
         paths = [self.folder / row.path for row in self.rows]
-        found = self.cache.get(encoder.id, self.hashes) if self.cache else {}
+        found = self.cache.get(encoder.cache_id, self.hashes) if self.cache else {}
         todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in found}
         self._check_readable(todo)
         keys, fresh = list(todo), {}
@@ -190,22 +190,20 @@ class ImageSet:
             with tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=not shown) as bar:
                 for start in range(0, len(keys), self.batch_size):
                     batch = keys[start : start + self.batch_size]
-                    embeddings = encoder.embed_images([load_image(todo[key]) for key in batch])
-                    if bad := [
-                        todo[key] for key, row in zip(batch, embeddings, strict=True) if not row.isfinite().all()
-                    ]:
+                    outputs = encoder.outputs([load_image(todo[key]) for key in batch])
+                    if bad := [todo[key] for key, row in zip(batch, outputs, strict=True) if not row.isfinite().all()]:
                         raise ValueError(
                             f"expected finite embeddings from {encoder.name}, got NaN or infinity for {bad[0]}; "
                             "check the image and the weights"
                         )
-                    fresh |= zip(batch, embeddings, strict=True)
+                    fresh |= zip(batch, outputs, strict=True)
                     if self.cache and len(fresh) >= IMAGES_PER_SHARD:
-                        self.cache.put(encoder.id, fresh)
+                        self.cache.put(encoder.cache_id, fresh)
                         found, fresh = found | fresh, {}
                     bar.update(len(batch))
         finally:
             if self.cache:
-                self.cache.put(encoder.id, fresh)
+                self.cache.put(encoder.cache_id, fresh)
         found |= fresh
         return torch.stack([found[key] for key in self.hashes])
 

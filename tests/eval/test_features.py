@@ -13,6 +13,7 @@ import torch
 from torchvision.transforms import functional as TF
 
 from eval.features import DinoV2, DreamSim, EffNetLite0, Inception, Sscd, TorchvisionInception
+from eval.imageset import EmbeddingCache, ImageSet
 from eval.weights import FACTS
 
 KINDS = ["dreamsim", "dinov2", "sscd", "inception", "torchvision", "efficientnet"]
@@ -389,6 +390,18 @@ def test_efficientnets_stages():
         encoder.logits_from_features(found)
     with pytest.raises(ValueError, match=r"\[16, 24, 40, 80, 112, 192, 320\], or None, got 41"):
         EffNetLite0(channels=41)
+
+
+def test_efficientnets_stages_come_of_one_pass(make_run, tmp_path, monkeypatch):
+    images = ImageSet.open(make_run(), EmbeddingCache(tmp_path / "cache"))
+    encoders = [EffNetLite0(), *map(EffNetLite0, EffNetLite0.STAGES)]
+    expected = [encoder.embed_images(images.load([0, 1])) for encoder in encoders]
+    assert [found.shape[1] for found in expected] == [1280, *EffNetLite0.STAGES]
+    images.embeddings(encoders[0])
+    monkeypatch.setattr(EffNetLite0, "outputs", None)
+    for folder in (images, ImageSet.open(images.folder, images.cache)):
+        for encoder, found in zip(encoders, expected, strict=True):
+            torch.testing.assert_close(folder.embeddings(encoder)[:2], found, atol=1e-5, rtol=1e-4)
 
 
 def without_weights(kind, folder):
