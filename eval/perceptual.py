@@ -6,8 +6,7 @@ artefacts, noise and mere displacement. It is a second opinion on diversity, nev
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,22 @@ BATCH = 32
 SMALLEST = 32
 
 
-def _distances(
-    batches: Sequence[Sequence[torch.Tensor]], heads: Sequence[Callable[[torch.Tensor], torch.Tensor]]
-) -> torch.Tensor:
-    """Compare K images place by place by the activations of some layers, channels brought to length 1: float64 [K, K].
+def _distances(batches: Sequence[Sequence[torch.Tensor]], weights: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """Compare K images pair by pair, place by place, by activations whose channels are brought to length 1.
 
     Args:
         batches: of images; of each the activations of every layer, [N, channels, h, w].
-        heads: for each layer, what makes a distance [N, 1, h, w] of squared differences [N, channels, h, w].
+        weights: for each layer, of the channels' squared differences, [1, channels, 1, 1] or one for all, >= 0.
+
+    Returns:
+        The weighted sums of squared differences, averaged over places, added up over layers: float64 [K (K - 1) / 2].
     """
-    layers = [F.normalize(torch.cat(parts), dim=1) for parts in zip(*batches, strict=True)]
-    distances = torch.zeros(len(layers[0]), len(layers[0]), dtype=torch.float64)
-    for i in range(len(distances) - 1):
-        for head, layer in zip(heads, layers, strict=True):
-            found = head((layer[i + 1 :] - layer[i]).square()).mean(dim=(1, 2, 3))
-            distances[i, i + 1 :] += found.double().cpu()
-    return distances + distances.T
+    found = []
+    for weight, parts in zip(weights, zip(*batches, strict=True), strict=True):
+        layer = F.normalize(torch.cat(parts), dim=1) * weight**0.5
+        # not by the Gram matrix, whose rounding may tell equal images apart
+        found.append(torch.pdist(layer.flatten(1).double()).square().cpu() / layer[0, 0].numel())
+    return torch.stack(found).sum(dim=0)
 
 
 class Lpips(Network):
@@ -78,7 +77,10 @@ class Lpips(Network):
 
     @torch.inference_mode()
     def pairwise(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distances among K uint8 images [3, H, W] of one size, H and W >= 32: float64 [K, K], symmetric."""
+        """Return the distances of the pairs of K uint8 images [3, H, W] of one size, H and W >= 32.
+
+        They are float64 [K (K - 1) / 2], of (0, 1), (0, 2) and so on, then (1, 2).
+        """
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) != 1 or not all(image.dtype == torch.uint8 and image.ndim == 3 for image in images):
             raise ValueError(
@@ -91,7 +93,8 @@ class Lpips(Network):
             )
         network = self._network
         batches = (batch.to(self.device).float() / 127.5 - 1 for batch in torch.stack(list(images)).split(BATCH))
-        return _distances([network.net(network.scaling_layer(batch)) for batch in batches], network.lins)
+        weights = [head.model[-1].weight for head in network.lins]
+        return _distances([network.net(network.scaling_layer(batch)) for batch in batches], weights)
 
 
 class PairMetric(Metric):
@@ -106,8 +109,7 @@ class PairMetric(Metric):
     def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(images) < self.minimum:
             raise ValueError(f"expected at least 2 images a group for {self.name}, got {len(images)}; generate more")
-        i, j = torch.triu_indices(len(images), len(images), offset=1)
-        return self.encoder.pairwise(images)[i, j].mean()
+        return self.encoder.pairwise(images).mean()
 
 
 class LpipsDistance(PairMetric):
@@ -163,10 +165,9 @@ class EffNetLayers(EffNetLite0):
         self.name, self.slug = f"layers of {self.name}", f"layers{len(self.STAGES)}-{self.slug}"
 
     def pairwise(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distances among K uint8 images [3, H, W], which may differ in size; see `Lpips.pairwise`."""
+        """Return the distances of the pairs of K uint8 images [3, H, W] of any sizes; see `Lpips.pairwise`."""
         batches = [self.layers(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-        heads = [partial(torch.sum, dim=1, keepdim=True)] * len(self.STAGES)
-        return _distances(batches, heads) / len(heads)
+        return _distances(batches, [1 / len(self.STAGES)] * len(self.STAGES))
 
 
 class LayerDistance(PairMetric):
