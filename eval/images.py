@@ -7,7 +7,7 @@ measured as well (see `read_manifest`). A group is what was generated together, 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,7 +69,8 @@ class ManifestRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, which make it again; without what there is none of."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if value is not None}
 
 
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:

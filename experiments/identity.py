@@ -127,12 +127,12 @@ def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
     return short_digest([request_apart(cfg), _by_content(spelled), versions])
 
 
-def code_digest(cfg: DictConfig, weights: str | None, metric_version: int) -> str:
-    """Return a digest of all that is declared of a number: what is asked for, by which weights, method and metric.
+def code_digest(asked: str, weights: str | None, metric_version: int) -> str:
+    """Return a digest of all that is declared of a number: what is asked for (`config_digest`), weights and metric.
 
     A table keeps it, so that one of other settings, weights or versions is found out, on any machine.
     """
-    return short_digest([config_digest(cfg), weights, metric_version])
+    return short_digest([asked, weights, metric_version])
 
 
 def _by_content(spec: Any) -> Any:

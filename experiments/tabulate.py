@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import argparse
+import functools
 import io
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from omegaconf import DictConfig
 
 from eval.files import read_document, write_text
 from eval.images import METRICS
+from eval.imageset import ImageSet
 from eval.intervals import SUBSETS, difference_of, interval_of, n_units, paired_differences
 from eval.metric import Metric, is_current
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
@@ -65,6 +67,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
         names = ", ".join(dict.fromkeys(cfg.method.name for cfg in configs))
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
     rows = []
+    images = functools.cache(lambda run: ImageSet.open(run.folder))  # whose files are looked at once
     for run, cfg in runs.items():
         baseline = others.get(config_digest(cfg, no_method())) if against else Run.find(cfg, baseline=True)
         if baseline is None:
@@ -76,7 +79,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
                     f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {what}, got "
                     f"{ours} and {theirs}: generate both on one machine"
                 )
-        tested = primary_metrics(cfg)
+        tested, asked = primary_metrics(cfg), config_digest(cfg)
         for name, metric in configured_metrics(cfg):
             if name in tested and metric.aggregate == SUBSETS:
                 raise ValueError(
@@ -86,9 +89,10 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
             if tested.get(name) == "quality" and metric.higher_is_better is None:
                 raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
             if name in tested or not against:
-                reference = None if baseline == run else find_document(baseline, name, metric)
-                document = find_document(run, name, metric)
-                rows.append(row_of(cfg, run, name, tested.get(name), document, reference))
+                reference = None if baseline == run else find_document(images(baseline), name, metric)
+                document = find_document(images(run), name, metric)
+                code = code_digest(asked, run.identity["weights"], document["version"])
+                rows.append({**row_of(cfg, run, name, tested.get(name), document, reference), "code": code})
     return rows
 
 
@@ -155,7 +159,6 @@ def row_of(
             else None
         ),
         "run_id": run.id,
-        "code": code_digest(cfg, run.identity["weights"], document["version"]),
         "commit": run.environment["commit"],
         "device": run.identity["machine"]["device"],
     }
@@ -187,16 +190,16 @@ def comparison(
     return columns
 
 
-def find_document(run: Run, name: str, metric: Metric) -> dict[str, Any]:
-    """Read a run's score.
+def find_document(images: ImageSet, name: str, metric: Metric) -> dict[str, Any]:
+    """Read the score of a run's images.
 
     Raises:
         FileNotFoundError: it was not measured, or by another version or of other images.
         ValueError: the file, or an image, is not as it was written; the message names it.
     """
-    path = document_path(run.folder / METRICS, name, metric)
+    path = document_path(images.folder / METRICS, name, metric)
     document = read_document(path) if path.exists() else None
-    if document is None or not is_current(document, metric, run.folder):
+    if document is None or not is_current(document, metric, images):
         state = "missing" if document is None else "of another version"
         raise FileNotFoundError(f"{path} is {state}: run python -m experiments.evaluate with the same overrides")
     return document

@@ -89,7 +89,8 @@ def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
     (cfg,) = configured("primary.quality=kernel_distance_scorer")
     found = {baseline: Mock(identity={"weights": "w", "machine": "m"}) for baseline in (True, False)}
     monkeypatch.setattr(tabulate.Run, "find", lambda cfg, baseline=False: found[baseline])
-    monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {})
+    monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {"version": 1})
+    monkeypatch.setattr(tabulate, "ImageSet", Mock())
     monkeypatch.setattr(tabulate, "row_of", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
         tabulate.rows_of_runs([cfg])
@@ -290,12 +291,11 @@ def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
 def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
     """The median over groups, so that the first one, which loads and compiles, is not the message."""
     run = SimpleNamespace(
-        identity={"request": {"method": {"settings": {}}}, "weights": None, "machine": {"device": "cpu"}},
+        identity={"request": {"method": {"settings": {}}}, "machine": {"device": "cpu"}},
         environment={"commit": "c"}, id="0123",
         statistics=lambda: [{"seconds": seconds} for seconds in (90.0, 4.0, 5.0, 6.0, 4.0)],
     )  # fmt: skip
-    told = {"version": 1, "encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
-    measured = document(np.linspace(0.2, 0.6, 8)) | told
+    measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
     for report, seconds in ((True, 5.0 / 4), (False, None)):
         (cfg,) = configured(f"report_seconds={report}")
         assert cfg.prompts.images_per_prompt == 4
