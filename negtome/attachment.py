@@ -5,27 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from negtome.architectures import Architecture
+from negtome.calls import DenoiserCall, asked_of, calling_pipeline, images_of
 from negtome.config import NegToMeConfig
 from negtome.merge import plain
 from negtome.pushing import ATTRIBUTE, Now, Push, Site, path, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
-from negtome.sites import (
-    Architecture,
-    DenoiserCall,
-    calling_pipeline,
-    check_denoiser,
-    fewest_tokens,
-    find_architecture,
-    find_sites,
-    unwrap,
-)
+from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, unwrap
 from negtome.tally import Run, SiteCount, Step, check_pushed, check_side, check_window
 
 
@@ -49,7 +43,8 @@ def attach(
     inside stays attached until `detach`.
 
     Args:
-        pipe: a stock `StableDiffusionXLPipeline` or `FluxPipeline`; compiled or offloaded if you like.
+        pipe: a stock pipeline of `negtome.architectures`, such as `StableDiffusionXLPipeline` or `FluxPipeline`;
+            compiled or offloaded if you like.
         config: the method's settings. None: those published for the pipeline's architecture.
         group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
             pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
@@ -135,13 +130,14 @@ class Attachment:
         self.steps: list[Step] = []
         self._pipe = pipe
         self._architecture = architecture
+        self._pipeline = type(pipe).__name__
         self._denoiser = unwrap(denoiser)
         check_denoiser(self._denoiser, adds_rows=given is not None)
         self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
         self._now = Now()
         self._rows = None if given is None else ReferenceRows(architecture, given, config.matching)
         if self._rows is not None:
-            self._rows.start(pipe)  # for what it refuses
+            self._rows.check(pipe)
         found = find_sites(self._denoiser, architecture, config)
         self._sites = [Site(name, place, config, self._now, push) for name, _, place in found]
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
@@ -201,22 +197,22 @@ class Attachment:
         self.remove()
         if kind is None and not self._finished_runs:
             raise RuntimeError(
-                f"NegToMe was attached to a {self._architecture.pipeline}, but no call of it finished in the block: "
+                f"NegToMe was attached to a {self._pipeline}, but no call of it finished in the block: "
                 "expected at least one; call this very pipeline inside the `with` block."
             )
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, asked: Mapping[str, Any]) -> Iterator[None]:
         """Surround one call of the pipeline, and check afterwards that something happened in it."""
         if self._run is not None:
             raise RuntimeError(
-                f"NegToMe expects one call of its {self._architecture.pipeline} at a time, but it was called again "
+                f"NegToMe expects one call of its {self._pipeline} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
-        self._run = run = Run()
+        self._run = run = Run(self._architecture, images_of(asked))
         try:
             if self._rows is not None:
-                self._rows.start(self._pipe)
+                self._rows.start(self._pipe, asked)
             yield
         finally:
             self._run = None
@@ -253,35 +249,27 @@ class Attachment:
         if any(children.get(key) is not child for children, key, child in self._links):
             self._follow()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        call = self._architecture.read(self._pipe, arguments)
+        call = run.reader.read(self._pipe, arguments, run.images)
         if self._rows is None:
             now.group_size = self._images_in_group(call)
-            if self.group_size is None and not any(call.prompts is known for known in run.prompts):
+            if self.group_size is None and not any(call.prompts[0] is known for known in run.prompts):
                 _check_one_prompt(call)
-                run.prompts.append(call.prompts)
+                run.prompts.append(call.prompts[0])
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
-        timestep = run.timesteps.read(self._pipe, call.timestep)
-        if not run.steps and run.timesteps.schedule:
-            check_window(self.config, run.timesteps.schedule)
-        if call.latent is not None and call.latent != run.latent:
-            run.latent = call.latent
-            check_side(self.config, self._denoiser, self.sites, call.latent)
-            now.fewest_tokens = fewest_tokens(call.latent, self.config.min_side)
-        now.active = self.config.is_active(timestep)
-        now.rows, now.text_length, now.layout = call.rows, call.text_length, None
-        step = Step(timestep, now.active)
-        # True guidance calls Flux a second time in a step, for the negative prompt. A timestep alone says nothing:
-        # schedulers of second order have each one twice.
-        again = bool(run.steps) and run.steps[-1] == step and call.prompts is not run.conditioned_on
-        conditional = not (self._architecture.guided_apart and again)
-        if conditional:
-            run.steps.append(step)
-            run.conditioned_on = call.prompts
+            if run.reader.schedule:
+                check_window(self.config, run.reader.schedule)
+        if call.grid != run.grid:
+            run.grid, now.fewest_tokens = call.grid, 0
+            if self._architecture.levels:
+                check_side(self.config, self._denoiser, self.sites, call.grid)
+                now.fewest_tokens = fewest_tokens(call.grid, self.config.min_side)
+        now.active = self.config.is_active(call.timestep)
+        now.rows, now.tokens, now.stream, now.layout = call.rows, math.prod(call.grid), call.stream, None
+        if not call.again:
+            run.steps.append(Step(call.timestep, now.active))
         if self._rows is not None and now.active:
-            arguments, now.layout = self._rows.extend(
-                self._pipe, call, arguments, conditional=conditional, fewest_tokens=now.fewest_tokens
-            )
+            arguments, now.layout = self._rows.extend(self._pipe, call, arguments, now.fewest_tokens)
         return arguments
 
     def _end(self, output: Any) -> Any:
@@ -318,7 +306,7 @@ class Attachment:
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
-        images = call.rows // call.halves
+        images = call.images
         size = images if self.group_size is None else self.group_size
         if size < 2:
             raise ValueError(
@@ -335,7 +323,7 @@ class Attachment:
 
 def _check_one_prompt(call: DenoiserCall) -> None:
     """Refuse a batch of several prompts where all images of a call are to be one group."""
-    for embedding in (call.prompts, call.pooled):
+    for embedding in call.prompts:
         halves = embedding.unflatten(0, (call.halves, -1)).float()  # [halves, images, ...]
         # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
         if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
@@ -375,7 +363,7 @@ def _run_around(original: Callable) -> Callable:
         attachment = _attachment_of(self)
         if attachment is None or attachment._pipe is not self:  # made as type(pipe)(...) or copy.copy(pipe) inside
             return original(self, *args, **kwargs)
-        with attachment._running():
+        with attachment._running(asked_of(self, args, kwargs)):
             return original(self, *args, **kwargs)
 
     return __call__

@@ -114,7 +114,9 @@ class NegToMeConfig:
         | "flux"       | "paper"      | 0.9   | 0.65      | 900-1000  | paper    |                 | [P][R] |
         | "flux"       | "released"   | 0.9   | 0.65      | 900-1000  | released |                 | [R]    |
         | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
+        | any other    | none         | 0.9   | 0.7       | 900-1000  | paper    | no              | none   |
 
+        There is no published setting for the other architectures: the last line is what their None becomes.
         "paper" is the method as the paper describes it, with the numbers of the release. "released" differs from the
         release where a call is not guided (SDXL with guidance_scale <= 1): that takes the batch for two halves all the
         same and pushes them apart one by one, while here all images of the call stay one group.
@@ -139,15 +141,11 @@ class NegToMeConfig:
         """Return a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
-    def published_for(self, architecture: Literal["sdxl", "flux"]) -> NegToMeConfig:
-        """Return a copy with the numbers published for an architecture in the place of None.
-
-        Raises:
-            ValueError: for an unknown architecture.
-        """
-        published = self.preset(architecture)
+    def published_for(self, architecture: str) -> NegToMeConfig:
+        """Return a copy with the numbers published for an architecture, or the usual ones, in the place of None."""
+        published = _PRESETS.get((architecture, "paper"), _UNPUBLISHED)
         absent = [name for name in ("threshold", "timestep_range") if getattr(self, name) is None]
-        return self.replace(**{name: getattr(published, name) for name in absent})
+        return self.replace(**{name: published[name] for name in absent})
 
     def is_active(self, timestep: float) -> bool:
         """Tell whether a training timestep lies in the window, which must not be None."""
@@ -157,6 +155,7 @@ class NegToMeConfig:
 
 _SDXL = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000), "min_side": 32}
 _FLUX = {"alpha": 0.9, "threshold": 0.65, "timestep_range": (900, 1000)}
+_UNPUBLISHED = {"threshold": 0.7, "timestep_range": (900, 1000)}
 _PRESETS = {
     ("sdxl", "paper"): _SDXL,
     ("sdxl", "released"): _SDXL | {"matching": "released", "cross_attention": True},

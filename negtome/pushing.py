@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from negtome.architectures import Place
 from negtome.config import NegToMeConfig
 from negtome.merge import push_from, push_groups
-from negtome.sites import Place, unwrap
+from negtome.sites import unwrap
 
 #: The one attribute that an attached object carries beside its own.
 ATTRIBUTE = "_negtome"
@@ -56,7 +57,8 @@ class Now:
         self.active = False
         self.group_size = 0
         self.rows = 0  # that the pipeline asked for
-        self.text_length = 0
+        self.tokens = 0  # of the generated image, where a place has others too
+        self.stream = 0  # tokens of all images of a row
         self.fewest_tokens = 0  # of a feature map that takes part
         self.layout: Layout | None = None  # of a batch with rows of outside references
 
@@ -91,8 +93,11 @@ class Site:
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
         config, now = self.config, self.now
-        text = now.text_length if self.place.text_first else 0
-        tokens = features[:, text:] if text else features
+        length = features.shape[1]
+        first = length - now.stream if self.place.image == "last" else 0
+        last = length if self.place.image == "all" else first + now.tokens
+        whole = (first, last) == (0, length)
+        tokens = features if whole else features[:, first:last]
         if tokens.shape[1] < now.fewest_tokens:
             return features
         strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
@@ -104,7 +109,7 @@ class Site:
         if self.similarity is not None:  # a module that is called twice
             similarity = torch.cat([self.similarity, similarity], dim=1)
         self.similarity = similarity
-        return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
+        return tokens if whole else torch.cat([features[:, :first], tokens, features[:, last:]], dim=1)
 
 
 @torch.compiler.disable  # it may draw; and the name, which differs between sites, stays out of what is compiled
@@ -181,7 +186,9 @@ def _push_output(original: Callable) -> Callable:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         site = self._negtome
-        return site.push(output) if site.now.active else output
+        if not site.now.active:
+            return output
+        return (site.push(output[0]), *output[1:]) if isinstance(output, tuple) else site.push(output)
 
     return __call__
 

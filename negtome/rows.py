@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from negtome.architectures import Architecture
+from negtome.calls import DenoiserCall, value_at, with_value
+from negtome.encoding import embed, encode, noised, scaled
 from negtome.merge import Matching
 from negtome.pushing import Layout, Route
 from negtome.reference import Reference, fit, token_mask
-from negtome.sites import Architecture, DenoiserCall
+from negtome.sites import feature_maps
 
 
 class _Encoded(NamedTuple):
@@ -20,8 +23,10 @@ class _Encoded(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Who rides along in the calls with certain prompts."""
+    """Who rides along in the calls with certain prompts, in certain halves."""
 
+    prompts: torch.Tensor  # kept, so that no other tensor gets its identity
+    conditional: tuple[int, ...]
     slots: tuple[tuple[Reference, int], ...]  # a reference, and the image that lends it its conditioning
     size: tuple[int, int]  # of the latent
     layout: Layout
@@ -66,29 +71,38 @@ class ReferenceRows:
         self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
         self._vae: Any = None  # that encoded them; another one encodes anew
 
-    def start(self, pipe: Any) -> None:
-        """Begin a call of the pipeline: each one draws the same noise.
+    def check(self, pipe: Any) -> None:
+        """Refuse a pipeline that lacks what encodes the references or their prompts.
 
         Raises:
-            ValueError: the pipeline lacks what encodes the references or their prompts.
+            ValueError: it does.
         """
         if pipe.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
         prompted = any(reference.prompt is not None for reference in self._given)
-        if prompted and None in (pipe.text_encoder, pipe.text_encoder_2):
+        if prompted and None in (getattr(pipe, name, ...) for name in ("text_encoder", "text_encoder_2")):
             raise ValueError(
-                "NegToMe expected both text encoders, to embed a Reference's prompt, got None; load them too, or leave "
+                "NegToMe expected all text encoders, to embed a Reference's prompt, got None; load them too, or leave "
                 "the prompt out, and each image lends its own."
             )
+
+    def start(self, pipe: Any, asked: Mapping[str, Any]) -> None:
+        """Begin a call of the pipeline with the arguments `asked`: each one draws the same noise.
+
+        Raises:
+            ValueError: the pipeline lacks what encodes the references or their prompts.
+        """
+        self.check(pipe)
         if pipe.vae is not self._vae:
             self._encoded.clear()
             self._vae = pipe.vae
-        self._plans: list[tuple[torch.Tensor, _Plan]] = []
+        self._asked = asked
+        self._plans: list[_Plan] = []
         self._noise: dict[Reference, tuple[torch.Tensor, torch.Generator]] = {}
-        self._embedded: dict[Reference, dict[str, Any]] = {}
+        self._embedded: dict[Reference, dict[str, torch.Tensor]] = {}
 
     def extend(
-        self, pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], conditional: bool, fewest_tokens: int
+        self, pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], fewest_tokens: int
     ) -> tuple[dict[str, Any], Layout]:
         """Add the reference rows to the denoiser's arguments.
 
@@ -96,7 +110,6 @@ class ReferenceRows:
             pipe: the pipeline.
             call: what `arguments` say.
             arguments: the denoiser's arguments by name.
-            conditional: whether the last half of the batch is conditioned on the prompt.
             fewest_tokens: tokens of the smallest feature map that takes part.
 
         Returns:
@@ -107,19 +120,20 @@ class ReferenceRows:
                 a token.
         """
         architecture = self._architecture
-        arguments = dict(arguments)
-        for name in architecture.broadcast:
-            if len(arguments[name]) not in (1, call.rows):
+        for name, value in zip(filter(None, architecture.prompts), call.prompts, strict=True):
+            if len(value) not in (1, call.rows):
                 raise ValueError(
                     f"NegToMe expected text embeddings with one row, or one for each of the {call.rows} images, beside "
-                    f"a reference, got {len(arguments[name])}; repeat prompt_embeds and pooled_prompt_embeds along "
-                    "their first dimension."
+                    f"a reference, got {len(value)}; repeat prompt_embeds and pooled_prompt_embeds along their first "
+                    "dimension."
                 )
-            arguments[name] = arguments[name].expand(call.rows, *arguments[name].shape[1:])
-        plan = next((plan for prompts, plan in self._plans if prompts is call.prompts), None)
+            arguments = with_value(arguments, name, value.expand(call.rows, *value.shape[1:]))
+        plan = next(
+            (p for p in self._plans if p.prompts is call.prompts[0] and p.conditional == call.conditional), None
+        )
         if plan is None:
-            plan = self._plan(pipe, call, conditional, architecture.latent_size(arguments), fewest_tokens)
-            self._plans.append((call.prompts, plan))  # kept, so that no other tensor gets its identity
+            plan = self._plan(pipe, call, fewest_tokens)
+            self._plans.append(plan)
         layout, size = plan.layout, plan.size
 
         extended = {
@@ -130,20 +144,20 @@ class ReferenceRows:
         for reference, _ in plan.slots:
             stop = start + len(reference.images)
             latents, noise = self._draw(pipe, reference, size)
-            noised = architecture.noised(pipe, latents, noise, arguments)
+            rows = noised(pipe, latents, noise, call)
             # The new tensors are ours: what was indexed is a copy.
-            _put(extended[architecture.sample], noised, layout, start, stop, range(layout.halves))
-            if conditional and reference.prompt is not None:
+            _put(extended[architecture.sample], rows, layout, start, stop, range(layout.halves))
+            if call.conditional and reference.prompt is not None:
                 if reference not in self._embedded:
-                    self._embedded[reference] = architecture.embed(pipe, reference.prompt, arguments)
-                _put(extended, self._embedded[reference], layout, start, stop, [layout.halves - 1])
+                    self._embedded[reference] = embed(architecture, pipe, reference.prompt, call, self._asked)
+                for name, row in self._embedded[reference].items():
+                    _put(value_at(extended, name), row, layout, start, stop, call.conditional)
             start = stop
         return extended, layout
 
-    def _plan(
-        self, pipe: Any, call: DenoiserCall, conditional: bool, size: tuple[int, int], fewest_tokens: int
-    ) -> _Plan:
-        images = call.rows // call.halves
+    def _plan(self, pipe: Any, call: DenoiserCall, fewest_tokens: int) -> _Plan:
+        images, (height, width), patch = call.images, call.grid, self._architecture.patch
+        size = (patch * height, patch * width)
         wanted = self._references
         if isinstance(wanted, Reference):
             wanted = [wanted] * images
@@ -154,14 +168,14 @@ class ReferenceRows:
             )
         conditions = [
             embedding.expand(call.rows, *embedding.shape[1:]).unflatten(0, (call.halves, images))
-            for embedding in (call.prompts, call.pooled)
+            for embedding in call.prompts
         ]  # [halves, images, ...]
         slots: dict[tuple[Reference, int], list[int]] = {}
         for image, reference in enumerate(wanted):
             if reference is None:
                 continue
-            # A prompt of its own takes the place of the image's in the conditional part.
-            lent = slice(-1) if conditional and reference.prompt is not None else slice(None)
+            # A prompt of its own takes the place of the image's in the conditional halves.
+            lent = [h for h in range(call.halves) if reference.prompt is None or h not in call.conditional]
             lender = next(
                 (
                     other
@@ -177,23 +191,25 @@ class ReferenceRows:
             start = images + len(lenders)
             lenders += [lender] * len(reference.images)
             shares = self._encode(pipe, reference, size).shares
-            grids = [(h, w) for h, w in self._architecture.grids(size) if h * w >= fewest_tokens]
+            maps = feature_maps(call.grid) if self._architecture.levels else [call.grid]
+            grids = [(h, w) for h, w in maps if h * w >= fewest_tokens]
             masks = {h * w: _mask(shares, h, w) for h, w in grids}
             if masks and all(mask is not None and not mask.any() for mask in masks.values()):
                 raise ValueError(
                     "NegToMe got a mask that covers more than half of no token: the largest feature map has "
                     f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
                 )
-            device = call.prompts.device
+            device = call.prompts[0].device
             allowed = {
                 n: mask.nonzero().flatten().to(device) if mask is not None and mask.any() else None
                 for n, mask in masks.items()
             }
             masks = {n: None if mask is None else mask.to(device) for n, mask in masks.items()}
             routes.append(Route(_runs(members), (start, images + len(lenders)), masks, allowed))
-        half = torch.tensor([*range(images), *lenders], device=call.prompts.device)
+        half = torch.tensor([*range(images), *lenders], device=call.prompts[0].device)
         index = torch.cat([half + images * k for k in range(call.halves)])
-        return _Plan(tuple(slots), size, Layout(call.halves, images, len(lenders), tuple(routes)), index)
+        layout = Layout(call.halves, images, len(lenders), tuple(routes))
+        return _Plan(call.prompts[0], call.conditional, tuple(slots), size, layout, index)
 
     def _encode(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> _Encoded:
         """Encode a reference for a size of the latent, at most once."""
@@ -201,23 +217,12 @@ class ReferenceRows:
         if key not in self._encoded:
             height, width = (side * pipe.vae_scale_factor for side in size)
             fitted = [fit(i, m, height, width) for i, m in zip(reference.images, reference.mask, strict=True)]
-            vae = pipe.vae
-            # The autoencoder of SDXL overflows in float16; float16 survives the way there and back unchanged.
-            upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-            pixels = 2 * torch.stack([image for image, _ in fitted]) - 1
-            try:
-                if upcast:
-                    vae.to(dtype=torch.float32)
-                encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
-            finally:
-                if upcast:
-                    vae.to(dtype=torch.float16)
-            posterior = getattr(encoded, "latent_dist", None)  # AutoencoderTiny returns the latents alone
+            latents, posterior = encode(pipe, 2 * torch.stack([image for image, _ in fitted]) - 1)
             if posterior is None and reference.posterior == "sample":
                 raise ValueError(
-                    f'posterior="sample" needs an autoencoder that has one, got a {type(vae).__name__}; use "mode".'
+                    f'posterior="sample" needs an autoencoder that has one, got a {type(pipe.vae).__name__}; use '
+                    '"mode".'
                 )
-            latents = encoded.latents if posterior is None else posterior.mode()
             self._encoded[key] = _Encoded(latents, posterior, tuple(share for _, share in fitted))
         return self._encoded[key]
 
@@ -231,8 +236,10 @@ class ReferenceRows:
             self._noise[reference] = (noise, generator)
         noise, generator = self._noise[reference]
         latents = encoded.latents if reference.posterior == "mode" else encoded.posterior.sample(generator)
-        pack, scale = self._architecture.pack, self._architecture.scale
-        return pack(pipe, scale(pipe, latents.float())), pack(pipe, noise) if reference.noise else None
+        latents = scaled(pipe, latents.float())
+        if (pack := self._architecture.pack) is not None:
+            latents, noise = pack(pipe, latents), pack(pipe, noise)
+        return latents, noise if reference.noise else None
 
 
 def shrink(output: Any, layout: Layout) -> Any:
@@ -273,12 +280,11 @@ def _map(value: Any, rows: int, change: Callable[[torch.Tensor], torch.Tensor]) 
     return value
 
 
-def _put(target: Any, rows: Any, layout: Layout, start: int, stop: int, halves: Sequence[int]) -> None:
-    """Write rows into places start to stop of some halves of a batch, or of each tensor of a nest of batches."""
-    if isinstance(rows, Mapping):
-        for key, item in rows.items():
-            _put(target[key], item, layout, start, stop, halves)
-    else:
-        batch = target.unflatten(0, (layout.halves, -1))
-        for half in halves:
-            batch[half, start:stop] = rows.to(batch)
+def _put(
+    target: torch.Tensor, rows: torch.Tensor, layout: Layout, start: int, stop: int, halves: Sequence[int]
+) -> None:
+    """Write rows into places start to stop of some halves of a batch: their channels and tokens are its first ones."""
+    batch = target.unflatten(0, (layout.halves, -1))
+    leading = tuple(slice(size) for size in rows.shape[1:])
+    for half in halves:
+        batch[half, start:stop][:, *leading] = rows.to(batch)

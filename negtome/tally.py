@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from negtome.architectures import Architecture
+from negtome.calls import CallReader
 from negtome.config import NegToMeConfig
 from negtome.pushing import Site
-from negtome.sites import Timesteps, largest_map
+from negtome.sites import largest_map
 
 
 class Step(NamedTuple):
@@ -27,14 +29,19 @@ class SiteCount(NamedTuple):
 
 
 class Run:
-    """What is remembered during one call of the pipeline."""
+    """What is remembered during one call of the pipeline.
 
-    def __init__(self) -> None:
+    Args:
+        architecture: of the pipeline.
+        images: that the call generates, as far as its arguments say.
+    """
+
+    def __init__(self, architecture: Architecture, images: int | None) -> None:
+        self.images = images
         self.steps: list[Step] = []
-        self.timesteps = Timesteps()
+        self.reader = CallReader(architecture)
         self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
-        self.conditioned_on: torch.Tensor | None = None  # prompts of the first call of the last step
-        self.latent: tuple[int, int] | None = None
+        self.grid: tuple[int, int] | None = None
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
 
@@ -78,9 +85,9 @@ def check_window(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
         )
 
 
-def check_side(config: NegToMeConfig, denoiser: torch.nn.Module, sites: Sequence[str], latent: tuple[int, int]) -> None:
-    """Refuse a latent whose feature maps are all too small to take part."""
-    height, width = largest_map(denoiser, sites, latent)
+def check_side(config: NegToMeConfig, denoiser: torch.nn.Module, sites: Sequence[str], grid: tuple[int, int]) -> None:
+    """Refuse a UNet's grid of tokens whose feature maps are all too small to take part."""
+    height, width = largest_map(denoiser, sites, grid)
     if min(height, width) < config.min_side:
         raise RuntimeError(
             f"NegToMe has nothing to do: its largest feature map is {height}x{width} tokens and min_side="

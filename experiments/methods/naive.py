@@ -18,7 +18,9 @@ from experiments.methods.method import Applied
 from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 from negtome import NegToMeConfig
-from negtome.sites import DenoiserCall, Place, find_architecture, find_sites
+from negtome.architectures import Place
+from negtome.calls import CallReader, DenoiserCall
+from negtome.sites import find_architecture, find_sites
 
 
 def push(tokens: torch.Tensor, halves: int, config: NegToMeConfig) -> torch.Tensor:
@@ -65,17 +67,20 @@ def attach(
     architecture = find_architecture(pipe)
     denoiser = getattr(pipe, architecture.denoiser)
     names = tuple(inspect.signature(denoiser.forward).parameters)
+    reader = CallReader(architecture)
     call: DenoiserCall | None = None  # the one that is running, if it is in the window
 
     def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal call
-        call = architecture.read(pipe, dict(zip(names, args, strict=False)) | kwargs)
-        call = call if config.is_active(float(call.timestep)) else None
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        halves = 2 if architecture.guidance == "batch" and pipe.do_classifier_free_guidance else 1
+        call = reader.read(pipe, arguments, len(arguments[architecture.sample]) // halves)
+        call = call if config.is_active(call.timestep) else None
 
     def changed(features: torch.Tensor, place: Place) -> torch.Tensor:
-        if call is None or (call.latent is not None and math.isqrt(features.shape[1]) < config.min_side):
+        if call is None or (architecture.levels and math.isqrt(features.shape[1]) < config.min_side):
             return features
-        text = call.text_length if place.text_first else 0
+        text = features.shape[1] - call.stream if place.image == "last" else 0
         tokens = change(features[:, text:], call.halves, config)
         return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
 

@@ -7,9 +7,10 @@ import torch
 
 import negtome
 from negtome import NegToMeConfig
-from negtome.sites import ARCHITECTURES, feature_maps, fewest_tokens, find_architecture, find_sites, largest_map
+from negtome.architectures import ARCHITECTURES
+from negtome.sites import feature_maps, fewest_tokens, find_architecture, find_sites, largest_map
 
-SDXL, FLUX = ARCHITECTURES
+SDXL, FLUX = (next(a for a in ARCHITECTURES if a.name == name) for name in ("SDXL", "Flux"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
     assert [name for name, _, _ in sites] == [f"transformer_blocks.{i}.attn.to_out.0" for i in range(19)] + [
         f"single_transformer_blocks.{i}.attn" for i in range(38)
     ]
-    assert [(place.where, place.text_first) for _, _, place in sites] == [("input", False)] * 19 + [
-        ("output", True)
+    assert [(place.where, place.image) for _, _, place in sites] == [("input", "first")] * 19 + [
+        ("output", "last")
     ] * 38
     assert all(module is transformer.get_submodule(name) for name, module, _ in sites)
 
@@ -60,14 +61,12 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
 def test_the_names_of_the_table_exist_in_diffusers(architecture):
     import diffusers
 
-    pipeline = getattr(diffusers, architecture.pipeline)
     denoiser = getattr(diffusers, architecture.denoiser_class)
-    assert architecture.denoiser in inspect.signature(pipeline.__init__).parameters
-    arguments = {"SDXL": {"sample", "timestep"}, "Flux": {"hidden_states"}}[architecture.name]
-    assert arguments | {"encoder_hidden_states"} <= set(inspect.signature(denoiser.forward).parameters)
-    members = {"SDXL": ("do_classifier_free_guidance", "clip_skip"), "Flux": ("current_timestep",)}
-    for name in (*members[architecture.name], "num_timesteps"):
-        assert isinstance(inspect.getattr_static(pipeline, name), property)
+    for name in architecture.pipelines:
+        assert architecture.denoiser in inspect.signature(getattr(diffusers, name).__init__).parameters
+    prompts = (name.partition(".")[0] for name in architecture.prompts if name)
+    named = {architecture.sample, architecture.time, *prompts, *architecture.shared}
+    assert named <= set(inspect.signature(denoiser.forward).parameters)
 
 
 def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
@@ -97,11 +96,12 @@ def test_the_sites_of_an_attachment_may_be_chosen_one_by_one(tiny_sdxl, tiny_flu
 
 
 def test_other_pipelines_are_refused_by_name(tiny_sdxl):
-    from diffusers import StableDiffusionXLImg2ImgPipeline
+    from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
     assert find_architecture(tiny_sdxl) is SDXL
-    other = StableDiffusionXLImg2ImgPipeline(**tiny_sdxl.components)
-    for pipe, name in ((other, "StableDiffusionXLImg2ImgPipeline"), (object(), "object")):
+    components = {n: p for n, p in tiny_sdxl.components.items() if n not in ("feature_extractor", "image_encoder")}
+    other = StableDiffusionXLInstructPix2PixPipeline(**components)
+    for pipe, name in ((other, "StableDiffusionXLInstructPix2PixPipeline"), (object(), "object")):
         with pytest.raises(TypeError, match=f"to a {name}; supported are StableDiffusionXLPipeline.*FluxPipeline"):
             find_architecture(pipe)
 

@@ -1,0 +1,132 @@
+"""The architectures that NegToMe can be attached to, as a table: names and units of diffusers, and nothing that runs.
+
+A further architecture is a further row of `ARCHITECTURES`, a further pipeline of one is a further name in its row, and
+both need a tiny pipeline in the tests. Everything is matched by name, so nothing of diffusers is imported.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """A kind of site: where in a denoiser the image tokens of an attention can be had.
+
+    Attributes:
+        pattern: the modules' names in the denoiser, with * as a wildcard.
+        where: "output" or "input" (its first argument) of the module; of an output that is a tuple, its first item.
+        cross: whether these are outputs of attention to the text.
+        image: where the tokens of the images stand, those of the generated image before those of given ones: "all"
+            (there is nothing else), "first", or "last" (behind a text).
+    """
+
+    pattern: str
+    where: Literal["output", "input"]
+    cross: bool = False
+    image: Literal["all", "first", "last"] = "all"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table.
+
+    Names of the denoiser's arguments may lead into mappings: "added_cond_kwargs.text_embeds".
+
+    Attributes:
+        name: as in `NegToMeConfig.preset`, which has it in lower case.
+        pipelines: names of the pipeline classes (subclasses included), each of which is tested.
+        denoiser: the pipelines' attribute that holds the denoiser.
+        denoiser_class: name of its class.
+        blocks: the blocks that take part where the config does not say.
+        places: the kinds of sites.
+        prompts: names of the denoiser's arguments that hold the text, each with a row for an image, in the order in
+            which the pipeline's `encode_prompt` returns their values; None for a value that is not one of them.
+        guidance: "batch": one batch [unconditional, conditional], and after that whatever else is conditioned on the
+            prompt (perturbed attention). "calls": two calls of the denoiser in a step, conditional and unconditional.
+        sample: name of the argument that holds the latents, [rows, c, h, w] or packed [rows, N, C]. Given images may
+            stand in further channels, or in further tokens.
+        time: name of the argument that holds the time.
+        clock: its value -> training timesteps, 1000 = pure noise; for calls of which the scheduler knows nothing yet.
+        shared: names of the arguments that have no row for each image, whatever their shape.
+        grid: (height, width) of the generated image in tokens, of the largest feature map, from the denoiser's
+            arguments.
+        levels: whether there are smaller feature maps too, each half as high and wide as the one before.
+        patch: side of a token in the latent.
+        pack: pipeline, latents or noise [R, c, h, w] -> as the denoiser takes them.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoiser: str
+    denoiser_class: str
+    blocks: tuple[str, ...]
+    places: tuple[Place, ...]
+    prompts: tuple[str | None, ...]
+    guidance: Literal["batch", "calls"]
+    grid: Callable[[Mapping[str, Any]], tuple[int, int]]
+    sample: str = "hidden_states"
+    time: str = "timestep"
+    clock: Callable[[float], float] = float
+    shared: tuple[str, ...] = ()
+    levels: bool = False
+    patch: int = 1
+    pack: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+
+def _by_ids(name: str) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
+    """Read the grid from an argument [.., N, 3 or 4]: of every image token the number of its image, row and column."""
+
+    def grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
+        ids = arguments[name].flatten(end_dim=-2)
+        height, width = (ids[ids[:, 0] == 0, 1:3].amax(dim=0) + 1).tolist()  # the generated image's number is 0
+        return int(height), int(width)
+
+    return grid
+
+
+_UNET = {
+    "denoiser": "unet",
+    "denoiser_class": "UNet2DConditionModel",
+    "blocks": ("up_blocks",),
+    "places": (
+        # After the output projection, as in the release for SDXL.
+        Place("*.attn1", "output"),
+        Place("*.attn2", "output", cross=True),
+    ),
+    "guidance": "batch",
+    "sample": "sample",
+    "grid": lambda arguments: tuple(arguments["sample"].shape[-2:]),
+    "levels": True,
+}
+
+ARCHITECTURES = (
+    Architecture(
+        name="SDXL",
+        pipelines=("StableDiffusionXLPipeline",),
+        prompts=("encoder_hidden_states", None, "added_cond_kwargs.text_embeds", None),
+        **_UNET,
+    ),
+    Architecture(
+        name="Flux",
+        pipelines=("FluxPipeline",),
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        places=(
+            # Before the output projection, as in the release. Text and image have been separated here.
+            Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),
+            # These attentions have no output projection: their output is text and image together.
+            Place("single_transformer_blocks.*.attn", "output", image="last"),
+        ),
+        prompts=("encoder_hidden_states", "pooled_projections", None),
+        guidance="calls",  # true guidance
+        clock=lambda time: 1000 * time,
+        shared=("img_ids", "txt_ids"),
+        grid=_by_ids("img_ids"),
+        patch=2,
+        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+    ),
+)

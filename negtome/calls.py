@@ -1,0 +1,203 @@
+"""How the calls of a pipeline and of its denoiser are read: how many images, which step, where their tokens are."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from negtome.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """What one call of the denoiser says about itself.
+
+    Attributes:
+        timestep: in training timesteps, 1000 = pure noise.
+        time: [1] the same, as the scheduler holds it.
+        again: whether the call before was of the same step.
+        rows: of the batch, all halves included.
+        halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and conditional
+            in one batch, 3 with a perturbed one, else 1.
+        conditional: the halves that are conditioned on the prompt.
+        prompts: [rows, ...] the embeddings of the text, or [1, ...] of all rows.
+        grid: (height, width) of the generated image in tokens, of the largest feature map.
+        stream: tokens of all images of a row, generated and given, where the sample is packed; else of the grid.
+    """
+
+    timestep: float
+    time: torch.Tensor
+    again: bool
+    rows: int
+    halves: int
+    conditional: tuple[int, ...]
+    prompts: tuple[torch.Tensor, ...]
+    grid: tuple[int, int]
+    stream: int
+
+    @property
+    def images(self) -> int:
+        """Images that are generated."""
+        return self.rows // self.halves
+
+
+class CallReader:
+    """Reads the calls of the denoiser in one call of a pipeline, without waiting for the device at every one.
+
+    A UNet gets its timestep as a view of one element of `scheduler.timesteps`, and where that lies in memory says
+    which. Transformers get it divided and rounded to the dtype of the latents, in bfloat16 by up to 4 timesteps: there
+    the scheduler's own counter says which. The values are fetched once.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
+        self._version: int | None = None
+        self._values: list[float] = []
+        self._step: tuple[int | None, float] | None = None  # of the last call
+        self._grids: dict[torch.Size, tuple[int, int]] = {}
+        self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
+
+    def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
+        """Read a call of the denoiser.
+
+        Args:
+            pipe: that calls it.
+            arguments: the denoiser's, by name.
+            images: that the call of the pipeline generates; see `images_of`.
+
+        Raises:
+            ValueError: the time, or another of the schedule, is no training timestep; or the rows are not `images`
+                times something.
+        """
+        architecture = self._architecture
+        sample = arguments[architecture.sample]
+        rows = len(sample)
+        if architecture.guidance == "calls":
+            images = rows
+        elif not images or rows % images:
+            raise ValueError(
+                f"NegToMe expected a multiple of the images as rows, got {rows} rows for {images} images (of prompt or "
+                "prompt_embeds, times num_images_per_prompt); give a prompt, or a row of embeddings, for each image."
+            )
+        halves = rows // images
+        index, timestep, time = self._when(pipe, arguments[architecture.time])
+        step = (index, timestep)
+        again, self._step = step == self._step, step
+        if sample.shape not in self._grids:
+            self._grids[sample.shape] = architecture.grid(arguments)
+        height, width = grid = self._grids[sample.shape]
+        perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
+        guided = architecture.guidance == "batch"
+        prompts = [value_at(arguments, name) for name in filter(None, architecture.prompts)]
+        return DenoiserCall(
+            timestep=timestep,
+            time=time,
+            again=again,
+            rows=rows,
+            halves=halves,
+            conditional=tuple(range(max(halves - 1 - perturbed, 0), halves)) if guided else (() if again else (0,)),
+            prompts=tuple(prompts),
+            grid=grid,
+            stream=sample.shape[1] if sample.dim() == 3 else height * width,
+        )
+
+    def _when(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
+        """Return which of the scheduler's timesteps a call is at, the timestep itself, and as a tensor [1]."""
+        scheduler, clock = pipe.scheduler, self._architecture.clock
+        known = getattr(scheduler, "timesteps", None)
+        if not isinstance(known, torch.Tensor):
+            _check_unit(scheduler, value := clock(_first(time)))
+            return None, value, torch.tensor([value])
+        version = None if known.is_inference() else known._version  # which writing to it changes
+        if known is not self._known or version != self._version:
+            self._known, self._version, self._values = known, version, known.tolist()
+            self.schedule = []
+            _check_unit(scheduler, *self._values)
+        index = _number_in(known, time) if isinstance(time, torch.Tensor) else None
+        if index is None:  # the counter is there after the first step, and where a loop begins is often said before
+            index = getattr(scheduler, "step_index", None)
+        if index is None:
+            index = getattr(scheduler, "begin_index", None)
+        if index is None:
+            value = clock(_first(time))
+            index = min(range(len(self._values)), key=lambda number: abs(self._values[number] - value))
+            if abs(self._values[index] - value) > 4:  # more than bfloat16 rounds: none of them
+                _check_unit(scheduler, value)
+                return None, value, known.new_tensor([value])
+        if not self.schedule:  # it begins later than the scheduler's with a given image, and may end before
+            self.schedule = self._values[index:][: getattr(pipe, "num_timesteps", None)]
+        return index, float(self._values[index]), known[index : index + 1]
+
+
+def _first(time: torch.Tensor | float) -> float:
+    return float(time.flatten()[0] if isinstance(time, torch.Tensor) else time)
+
+
+def _check_unit(scheduler: Any, *timesteps: float) -> None:
+    """Refuse what cannot be training timesteps, of which a window is made."""
+    if not all(-1e-3 <= timestep <= 1000 + 1e-3 for timestep in timesteps):
+        raise ValueError(
+            f"NegToMe's window is in training timesteps, from 0 to 1000, but the timesteps of this "
+            f"{type(scheduler).__name__} go from {min(timesteps):g} to {max(timesteps):g} (EDM's are logarithms of the "
+            "noise level); choose a scheduler in training timesteps, such as EulerDiscreteScheduler."
+        )
+
+
+def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Tell which element of a list of values [n] a tensor of one element is a view of, if any."""
+    if values.dim() != 1 or value.numel() != 1 or value.dtype != values.dtype or values.stride(0) < 1:
+        return None
+    if value.device != values.device or value.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+        return None
+    number, between = divmod(value.storage_offset() - values.storage_offset(), values.stride(0))
+    return number if not between and 0 <= number < len(values) else None
+
+
+def asked_of(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a pipeline by name, defaults included; a subclass may only pass them on."""
+    signatures = (inspect.signature(cls.__call__) for cls in type(pipe).__mro__ if "__call__" in vars(cls))
+    signature = next(s for s in signatures if "num_images_per_prompt" in s.parameters)
+    known = list(signature.parameters.values())[1:]  # but for self
+    defaults = {p.name: p.default for p in known if p.default is not p.empty}
+    return defaults | dict(zip((p.name for p in known), args, strict=False)) | dict(kwargs)
+
+
+def images_of(asked: Mapping[str, Any]) -> int | None:
+    """Count the images that a call of a pipeline generates, from its arguments; None if they do not say it."""
+    prompt = asked.get("prompt")
+    prompts = asked.get("prompt_embeds") if prompt is None else prompt
+    if prompts is None:
+        return None
+    return (1 if isinstance(prompts, str) else len(prompts)) * (asked.get("num_images_per_prompt") or 1)
+
+
+def value_at(arguments: Mapping[str, Any], name: str) -> Any:
+    """Look an argument up by a name that may lead into mappings, as "added_cond_kwargs.text_embeds"."""
+    for key in name.split("."):
+        arguments = arguments[key]
+    return arguments
+
+
+def with_value(arguments: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Return arguments in which another value stands at such a name."""
+    key, _, rest = name.partition(".")
+    return {**arguments, key: with_value(arguments[key], rest, value) if rest else value}
+
+
+def calling_pipeline() -> Any:
+    """Return the pipeline that the caller is called by, the innermost one on the stack, or None.
+
+    Several pipelines may share a denoiser, and a callback of one may call another.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if any(cls.__name__ == "DiffusionPipeline" for cls in type(owner).__mro__):
+                return owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,95 @@
+"""Given images and prompts, encoded, scaled and noised as a pipeline does with those of its own."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from negtome.architectures import Architecture
+from negtome.calls import DenoiserCall
+
+
+def encode(pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Encode images [R, 3, H, W] in [-1, 1]; return the mode of the latents [R, c, h, w] and the posterior, if any."""
+    vae = pipe.vae
+    # The autoencoder of SDXL overflows in float16; float16 survives the way there and back unchanged.
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    try:
+        if upcast:
+            vae.to(dtype=torch.float32)
+        encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
+    finally:
+        if upcast:
+            vae.to(dtype=torch.float16)
+    posterior = getattr(encoded, "latent_dist", None)  # AutoencoderTiny returns the latents alone
+    return encoded.latents if posterior is None else posterior.mode(), posterior
+
+
+def scaled(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Scale the autoencoder's latents [R, c, h, w] as the pipeline denoises them."""
+    config = pipe.vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        mean, std = (latents.new_tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+        latents = (latents - mean) / std
+    elif shift := getattr(config, "shift_factor", None):
+        latents = latents - shift
+    return latents * config.scaling_factor
+
+
+def noised(pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, call: DenoiserCall) -> torch.Tensor:
+    """Noise latents, packed or not, to the level of a call's step, as the denoiser gets them from the scheduler."""
+    scheduler = pipe.scheduler
+    if noise is not None:
+        between = any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma"))
+        if hasattr(scheduler, "scale_noise"):  # a flow's: (1 - sigma) latents + sigma noise
+            latents = scheduler.scale_noise(latents, call.time, noise)
+        elif between and not scheduler.state_in_first_order:
+            # A step of KDPM2 or DPM-Solver-SDE between two of the schedule, whose level add_noise does not know: the
+            # one that 1 is scaled by, 1 / sqrt(sigma^2 + 1).
+            scale = scheduler.scale_model_input(latents.new_ones((), dtype=torch.float64), call.time[0])
+            latents = latents + (1 / scale**2 - 1).sqrt().to(latents) * noise
+        else:
+            latents = scheduler.add_noise(latents, noise, call.time)
+    return scheduler.scale_model_input(latents, call.time[0]) if hasattr(scheduler, "scale_model_input") else latents
+
+
+def embed(
+    architecture: Architecture, pipe: Any, prompt: str, call: DenoiserCall, asked: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Embed a prompt as the pipeline does those of a call.
+
+    Args:
+        architecture: of the pipeline.
+        pipe: the pipeline.
+        prompt: one text.
+        call: of the denoiser, in which it is to stand.
+        asked: the arguments of the pipeline's call, whose options, such as clip_skip, are of this prompt too.
+
+    Returns:
+        [1, ...] for every name of the denoiser's arguments that hold the text.
+
+    Raises:
+        ValueError: the call's embeddings have more or fewer tokens, which the pipeline cannot make of a prompt.
+    """
+    options = {name: value for name, value in asked.items() if "prompt" not in name}
+    if asked.get("prompt") is None:  # where it says nothing about the embeddings that were given
+        options["max_sequence_length"] = call.prompts[0].shape[1]
+    options |= {
+        "prompt": prompt,
+        "prompt_2": None,
+        "device": pipe._execution_device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    }
+    known = inspect.signature(pipe.encode_prompt).parameters
+    values = pipe.encode_prompt(**{name: value for name, value in options.items() if name in known})
+    embedded = {name: value for name, value in zip(architecture.prompts, values, strict=False) if name is not None}
+    for value, expected in zip(embedded.values(), call.prompts, strict=True):
+        if value.shape[1:] != expected.shape[1:]:
+            raise ValueError(
+                f"NegToMe expected text embeddings of {value.shape[1]} tokens, as those of a Reference's prompt, got "
+                f"{expected.shape[1]}; shorten the prompts, or leave that prompt out, and each image lends its own."
+            )
+    return embedded
