@@ -105,13 +105,31 @@ _UNET = {
 ARCHITECTURES = (
     Architecture(
         name="SDXL",
-        pipelines=("StableDiffusionXLPipeline",),
+        pipelines=(
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLControlNetUnionPipeline",
+            "StableDiffusionXLPAGPipeline",
+            "StableDiffusionXLAdapterPipeline",
+        ),
         prompts=("encoder_hidden_states", None, "added_cond_kwargs.text_embeds", None),
         **_UNET,
     ),
     Architecture(
         name="Flux",
-        pipelines=("FluxPipeline",),
+        pipelines=(
+            "FluxPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
+            "FluxFillPipeline",
+            "FluxControlPipeline",
+            "FluxControlNetPipeline",
+            "FluxKontextPipeline",
+        ),
         denoiser="transformer",
         denoiser_class="FluxTransformer2DModel",
         blocks=("transformer_blocks", "single_transformer_blocks"),

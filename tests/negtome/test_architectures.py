@@ -1,14 +1,17 @@
 """Every pipeline of the table, tiny and with random weights: what holds for all of them."""
 
+import dataclasses
 import inspect
 
 import pytest
 import tiny
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import negtome
-from negtome import NegToMeConfig, Reference
-from negtome.architectures import ARCHITECTURES
+from negtome import NegToMeConfig, Reference, sites
+from negtome.architectures import ARCHITECTURES, Place
+from negtome.calls import CallReader
 from negtome.sites import find_architecture
 
 #: Everything, everywhere, all the time.
@@ -21,6 +24,12 @@ def case(request, _tiny_pipelines):
     pipe, options = tiny.build(request.param, _tiny_pipelines)
     generate(pipe, options)  # diffusers keeps attributes of the last call
     return pipe, options
+
+
+@pytest.fixture(autouse=True)
+def _certain(monkeypatch):
+    """Leave nothing to chance in what encodes: pipelines draw that for all images from the first one's generator."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
 
 def generate(pipe, options, seeds=(0, 1, 2), prompt="a dog"):
@@ -79,24 +88,30 @@ def test_images_of_a_group_move_and_no_others(case):
     assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 2))
     summary = attached.summary()
     assert summary["tokens_pushed"] == summary["tokens_compared"] > 0
-    assert summary["timesteps"] == pipe.scheduler.timesteps.tolist()[-2:], "every step once, as the scheduler has it"
+    steps = pipe.scheduler.timesteps.tolist()[-getattr(pipe, "num_timesteps", 2) :]  # all, or the last after an image
+    assert summary["timesteps"] == steps, "each once"
     with negtome.attach(pipe, CONFIG.replace(alpha=0)):
         assert torch.equal(generate(pipe, options), base)
     assert state(pipe) == before
     assert torch.equal(generate(pipe, options), base)
+    base = generate(pipe, options, (0, 1, 2, 3))
     with negtome.attach(pipe, CONFIG, group_size=2):
-        together, *others = (generate(pipe, options, seeds) for seeds in ((0, 1, 2, 3), (0, 1, 8, 9), (8, 9, 2, 3)))
-    assert torch.equal(together[:2], others[0][:2]) and torch.equal(together[2:], others[1][2:])
-    assert not torch.equal(together[3], others[0][3])
-    assert torch.equal(together[0], base[0]) and not torch.equal(together[2], result[2])
+        result, *others = (generate(pipe, options, seeds) for seeds in ((0, 1, 2, 3), (0, 1, 8, 9), (8, 9, 2, 3)))
+    assert torch.equal(result[:2], others[0][:2]) and torch.equal(result[2:], others[1][2:])
+    assert torch.equal(result[::2], base[::2])
+    assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
 
 
 def test_the_tokens_of_the_image_are_pushed_and_no_others(case, monkeypatch):
     """Where every token attends to itself alone, what changes in the latents changes its own token only."""
     pipe, options = case
-    if find_architecture(pipe).levels:
-        pytest.skip("convolutions mix them; and there is nothing else in its self-attention")
     shape = generate(pipe, options).shape
+    if find_architecture(pipe).levels:  # convolutions mix them; there is nothing else in self-attention
+        lengths = set()
+        with negtome.attach(pipe, CONFIG, push=lambda site, old, new, size: lengths.add(old.shape[1]) or old):
+            generate(pipe, options)
+        assert lengths == {shape[2] * shape[3], shape[2] * shape[3] // 4}
+        return
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, key, value, **_: value)
 
     def pushed(token=None):
@@ -160,3 +175,64 @@ def test_a_reference_rides_along(case, monkeypatch):
     assert (result[0] - base[0]).abs().max() > 1e-3
     torch.testing.assert_close(result[1:], base[1:], rtol=1e-3, atol=1e-3)
     assert state(pipe) == before
+
+
+def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_first_step(_tiny_pipelines):
+    pipe, options = tiny.build("SDXL img2img", _tiny_pipelines)
+    attachment = negtome.attach(pipe, CONFIG.replace(timestep_range=(600, 1000)))
+    with pytest.raises(RuntimeError, match=r"no step lies in the window.*of this call are 251, 1;"), attachment:
+        pipe.unet.forward = None  # which is not called
+        generate(pipe, options)
+
+
+def test_a_subclass_may_only_pass_its_arguments_on(tiny_sdxl):
+    class Own(type(tiny_sdxl)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe = Own(**tiny_sdxl.components)
+    pipe.set_progress_bar_config(disable=True)
+    with negtome.attach(pipe, CONFIG) as attached:
+        pipe("a dog", num_images_per_prompt=2, num_inference_steps=1, height=32, width=32, output_type="latent")
+    compared = {name: count.compared for name, count in attached.counts().items()}
+    assert set(compared.values()) == {2 * 64, 2 * 256}, "one image of a half"
+
+
+def test_of_an_attention_that_returns_a_tuple_the_first_is_pushed(tiny_flux, monkeypatch):
+    flux = find_architecture(tiny_flux)
+    place = Place("transformer_blocks.*.attn", "output", image="first")
+    changed = dataclasses.replace(flux, places=(place,), blocks=("transformer_blocks",))
+    monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
+    options = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 12}
+    base = generate(tiny_flux, options)
+    with negtome.attach(tiny_flux, CONFIG) as attached:
+        result = generate(tiny_flux, options)
+    assert torch.equal(result[0], base[0]) and not torch.equal(result[1], base[1])
+    assert attached.sites == ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
+
+
+def test_rows_that_are_no_multiple_of_the_images_are_refused(tiny_sdxl):
+    reader, sample = CallReader(find_architecture(tiny_sdxl)), torch.zeros(5, 4, 16, 16)
+    for images in (2, None):
+        with pytest.raises(ValueError, match=f"got 5 rows for {images} images.*row of embeddings, for each image"):
+            reader.read(tiny_sdxl, {"sample": sample}, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_time_that_nobody_counts_is_the_nearest_of_the_schedule(tiny_flux, dtype):
+    tiny_flux.scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.5])
+    arguments = {
+        "hidden_states": torch.zeros(2, 6, 4, dtype=dtype),
+        "timestep": torch.full((2,), 0.9, dtype=dtype),
+        "img_ids": torch.tensor([[0, row, column] for row in range(2) for column in range(3)]),
+        "encoder_hidden_states": torch.zeros(2, 12, 32),
+        "pooled_projections": torch.zeros(2, 32),
+    }
+    reader = CallReader(find_architecture(tiny_flux))
+    first, second = (reader.read(tiny_flux, arguments, None) for _ in range(2))
+    assert first.timestep == second.timestep == float(tiny_flux.scheduler.timesteps[1])
+    assert (first.again, second.again) == (False, True)
+    assert (first.conditional, second.conditional) == ((0,), ())
+    assert (first.grid, first.stream, first.images) == ((2, 3), 6, 2)
+    arguments["timestep"] = torch.full((2,), 0.7, dtype=dtype)
+    assert reader.read(tiny_flux, arguments, None).timestep == pytest.approx(700, abs=2), "none of them"

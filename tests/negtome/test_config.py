@@ -93,5 +93,4 @@ def test_presets_are_the_published_settings():
     assert NegToMeConfig.preset("flux", alpha=1.5) == flux.replace(alpha=1.5)
     with pytest.raises(ValueError, match="the presets are sdxl/paper"):
         NegToMeConfig.preset("sd3")
-    with pytest.raises(ValueError, match="the presets are sdxl/paper"):
-        NegToMeConfig().published_for("sd3")
+    assert NegToMeConfig(alpha=2).published_for("sd3") == NegToMeConfig(2, 0.7, (900, 1000)), "nothing was published"

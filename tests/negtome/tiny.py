@@ -62,26 +62,29 @@ def _flux_controlnet(transformer):
 
 
 def _adapter():
-    return diffusers.T2IAdapter(
-        channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
-    ).eval()
+    channels = [16, 32, 32, 32]
+    adapter = diffusers.T2IAdapter(
+        channels=channels, num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
+    )
+    return adapter.eval()
 
 
 def _sd15(sdxl):
-    """Return the parts of a StableDiffusionPipeline, of those of SDXL's."""
+    """Return the parts of a StableDiffusionPipeline, made of those of SDXL's."""
     unset = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
     config = {**sdxl["unet"].config, **dict.fromkeys(unset), "cross_attention_dim": 32}
-    unet = diffusers.UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(
-        {name: value for name, value in sdxl["unet"].state_dict().items() if "attn2" not in name and "add_" not in name},
-        strict=False,
-    )
-    missing = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    parts = {name: sdxl[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    return parts | missing | {"unet": unet.eval()}
+    unet, weights = diffusers.UNet2DConditionModel.from_config(config).eval(), sdxl["unet"].state_dict()
+    fitting = {n: weights[n] for n, own in unet.state_dict().items() if n in weights and weights[n].shape == own.shape}
+    unet.load_state_dict(fitting, strict=False)
+    absent = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return {**sdxl, **absent, "requires_safety_checker": False, "unet": unet}
 
 
-_STRENGTH = {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4}
+def _scheduler(parts, name, **options):
+    return getattr(diffusers, f"{name}Scheduler").from_config(parts["scheduler"].config, **options)
+
+
+_STRENGTH = {"image": PICTURE, "strength": 0.5, "num_inference_steps": 4}
 _INPAINT = _STRENGTH | {"mask_image": MASK}
 _CFG = {"true_cfg_scale": 3.0, "negative_prompt": "a cat"}
 
@@ -93,7 +96,8 @@ CASES = {
     "SDXL img2img": ("StableDiffusionXLImg2ImgPipeline", "sdxl", {}, _STRENGTH),
     "SDXL inpaint": ("StableDiffusionXLInpaintPipeline", "sdxl", {}, _INPAINT),
     "SDXL inpaint, 9 channels": (
-        "StableDiffusionXLInpaintPipeline", "sdxl", {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)}, _INPAINT,
+        "StableDiffusionXLInpaintPipeline", "sdxl", {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)},
+        _INPAINT,
     ),
     "SDXL ControlNet": (
         "StableDiffusionXLControlNetPipeline", "sdxl", {"controlnet": lambda parts: _controlnet(parts["unet"])},
@@ -150,14 +154,13 @@ def build(case, bases):
     """Return the pipeline of a case, and the options of its call; `bases` are those of `conftest.py`."""
     name, base, changes, options = CASES[case]
     torch.manual_seed(0)
-    parts = copy.deepcopy(bases[base].components)
+    parts = copy.deepcopy(bases["sdxl" if base == "sd1.5" else base].components) | {"add_watermarker": False}
+    if base == "sd1.5":
+        parts = _sd15(parts)
     if base == "flux":
         options = options | {"max_sequence_length": 12}
-    else:
-        parts["add_watermarker"] = False
     parts |= {part: change(parts) for part, change in changes.items()}
     cls = getattr(diffusers, name)
-    known = inspect.signature(cls.__init__).parameters
-    pipe = cls(**{part: value for part, value in parts.items() if part in known})
+    pipe = cls(**{part: value for part, value in parts.items() if part in inspect.signature(cls.__init__).parameters})
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {"num_inference_steps": 2, "height": 32, "width": 32, **options}
+    return pipe, {"num_inference_steps": 2, "height": 32, "width": 32} | options
