@@ -120,6 +120,17 @@ ARCHITECTURES = (
         **_UNET,
     ),
     Architecture(
+        name="SD1.5",
+        pipelines=(
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionControlNetPipeline",
+        ),
+        prompts=("encoder_hidden_states", None),
+        **_UNET,
+    ),
+    Architecture(
         name="Flux",
         pipelines=(
             "FluxPipeline",

@@ -125,6 +125,24 @@ CASES = {
     "SDXL T2I-Adapter": (
         "StableDiffusionXLAdapterPipeline", "sdxl", {"adapter": lambda parts: _adapter()}, {"image": OTHER},
     ),
+    "SD1.5": (
+        "StableDiffusionPipeline", "sd1.5",
+        {"scheduler": lambda parts: _scheduler(parts, "DDIM", clip_sample=False)}, {},
+    ),
+    "SD1.5, unguided": (
+        "StableDiffusionPipeline", "sd1.5",
+        {"scheduler": lambda parts: _scheduler(parts, "PNDM", skip_prk_steps=True)}, {"guidance_scale": 1.0},
+    ),
+    "SD1.5 img2img": ("StableDiffusionImg2ImgPipeline", "sd1.5", {}, _STRENGTH),
+    "SD1.5 inpaint": ("StableDiffusionInpaintPipeline", "sd1.5", {}, _INPAINT),
+    "SD1.5 inpaint, 9 channels": (
+        "StableDiffusionInpaintPipeline", "sd1.5", {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)},
+        _INPAINT,
+    ),
+    "SD1.5 ControlNet": (
+        "StableDiffusionControlNetPipeline", "sd1.5", {"controlnet": lambda parts: _controlnet(parts["unet"])},
+        {"image": OTHER},
+    ),
     "Flux": ("FluxPipeline", "flux", {}, {}),
     "Flux, true guidance": ("FluxPipeline", "flux", {}, _CFG),
     "Flux img2img": ("FluxImg2ImgPipeline", "flux", {}, _STRENGTH | _CFG),
