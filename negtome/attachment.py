@@ -45,7 +45,7 @@ def attach(
     Args:
         pipe: a stock pipeline of `negtome.architectures`, such as `StableDiffusionXLPipeline` or `FluxPipeline`;
             compiled or offloaded if you like.
-        config: the method's settings. None: those published for the pipeline's architecture.
+        config: the method's settings. None: those published for the pipeline's architecture, or the usual ones.
         group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
             pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
             images of a call are one group, and must share their prompt. Without meaning where images are given.

@@ -24,22 +24,23 @@ class NegToMeConfig:
         alpha: strength of the push in x + alpha * (x - match), any finite number. Positive pushes apart, negative
             pulls together, 0 leaves every image bit-identical. 0.9 in [R] and [S]; 1.9 for Flux in [S].
         threshold: cosine similarity in [-1, 1] which the match must exceed for a token to move; tau in [P]. 1 is
-            off. None: 0.7 for SDXL and 0.65 for Flux [R].
+            off. None: 0.7 for SDXL and 0.65 for Flux [R]; 0.7 elsewhere, where none was published.
         timestep_range: (low, high) in training timesteps, 0 to 1000 with 1000 = pure noise, both ends inclusive
             (to 0.001, for the rounding of 1000 * sigma). None: SDXL (800, 1000), which is 10 of 50 steps, and Flux
-            (900, 1000), which is 6 of 25 steps at 768x768 [R]. [S]: SDXL (600, 1000), 20 of 50 steps.
+            (900, 1000), which is 6 of 25 steps at 768x768 [R]. [S]: SDXL (600, 1000), 20 of 50 steps. (900, 1000)
+            elsewhere, where none was published.
         matching: "paper": the nearest reference token of every token [P]. "released": the axis of the released
             code [R], which is another method; see `negtome.negative_merge`. Only with reference="first".
         reference: which images of its group an image is pushed from, where `attach` is given none from outside.
             "first": the first one, which does not move [R]. "previous": all earlier ones together. "others": all
             others together. References are always the features before the push.
         sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", within which attentions are
-            taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL;
-            "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R].
+            taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL,
+            and of SD1.5 alike; "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R].
         cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
             an attention's image tokens, which we read as self-attention. Flux has none, so it has no effect there.
-        min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. SDXL only: Flux has a
-            single resolution, so it has no effect there.
+        min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. UNets only (SDXL, SD1.5):
+            Flux has a single resolution, so it has no effect there.
     """
 
     alpha: float = 0.9
@@ -114,9 +115,7 @@ class NegToMeConfig:
         | "flux"       | "paper"      | 0.9   | 0.65      | 900-1000  | paper    |                 | [P][R] |
         | "flux"       | "released"   | 0.9   | 0.65      | 900-1000  | released |                 | [R]    |
         | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
-        | any other    | none         | 0.9   | 0.7       | 900-1000  | paper    | no              | none   |
-
-        There is no published setting for the other architectures: the last line is what their None becomes.
+        | all others   | no published setting; NegToMeConfig() stands for 0.7 and 900-1000 there                 |
         "paper" is the method as the paper describes it, with the numbers of the release. "released" differs from the
         release where a call is not guided (SDXL with guidance_scale <= 1): that takes the batch for two halves all the
         same and pushes them apart one by one, while here all images of the call stay one group.
