@@ -21,12 +21,14 @@ class Place:
         cross: whether these are outputs of attention to the text.
         image: where the tokens of the images stand, those of the generated image before those of given ones: "all"
             (there is nothing else), "first", or "last" (behind a text).
+        width: where the features are the leading channels only, the attribute of the module's parent that counts them.
     """
 
     pattern: str
     where: Literal["output", "input"]
     cross: bool = False
     image: Literal["all", "first", "last"] = "all"
+    width: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Architecture:
         prompts: names of the denoiser's arguments that hold the text, each with a row for an image, in the order in
             which the pipeline's `encode_prompt` returns their values; None for a value that is not one of them.
         guidance: "batch": one batch [unconditional, conditional], and after that whatever else is conditioned on the
-            prompt (perturbed attention). "calls": two calls of the denoiser in a step, conditional and unconditional.
+            prompt (perturbed attention). "batch, reversed": [conditional, unconditional]. "calls": two calls of the
+            denoiser in a step, conditional and unconditional.
         sample: name of the argument that holds the latents, [rows, c, h, w] or packed [rows, N, C]. Given images may
             stand in further channels, or in further tokens.
         time: name of the argument that holds the time.
@@ -65,7 +68,7 @@ class Architecture:
     blocks: tuple[str, ...]
     places: tuple[Place, ...]
     prompts: tuple[str | None, ...]
-    guidance: Literal["batch", "calls"]
+    guidance: Literal["batch", "batch, reversed", "calls"]
     grid: Callable[[Mapping[str, Any]], tuple[int, int]]
     sample: str = "hidden_states"
     time: str = "timestep"

@@ -297,10 +297,10 @@ class Attachment:
                     f"NegToMe's site {site.name} is gone from the {self._architecture.denoiser_class}; call "
                     "negtome.detach(pipe) before taking modules away, and attach again afterwards."
                 ) from None
-            module = way[-1][-1]
+            parent, module = [self._denoiser, *(one for _, _, one in way)][-2:]
             if module is not site.module:
                 site.leave()
-                site.enter(module)
+                site.enter(module, parent)
             links |= {(id(children), key): (children, key, child) for children, key, child in way}
         self._links = list(links.values())
 

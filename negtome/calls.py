@@ -90,8 +90,11 @@ class CallReader:
         if sample.shape not in self._grids:
             self._grids[sample.shape] = architecture.grid(arguments)
         height, width = grid = self._grids[sample.shape]
-        perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
-        guided = architecture.guidance == "batch"
+        if architecture.guidance == "batch":
+            perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
+            conditional = range(max(halves - 1 - perturbed, 0), halves)
+        else:
+            conditional = range(0 if again and architecture.guidance == "calls" else 1)
         prompts = [value_at(arguments, name) for name in filter(None, architecture.prompts)]
         return DenoiserCall(
             timestep=timestep,
@@ -99,7 +102,7 @@ class CallReader:
             again=again,
             rows=rows,
             halves=halves,
-            conditional=tuple(range(max(halves - 1 - perturbed, 0), halves)) if guided else (() if again else (0,)),
+            conditional=tuple(conditional),
             prompts=tuple(prompts),
             grid=grid,
             stream=sample.shape[1] if sample.dim() == 3 else height * width,

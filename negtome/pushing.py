@@ -73,15 +73,17 @@ class Site:
     def __init__(self, name: str, place: Place, config: NegToMeConfig, now: Now, instead: Push | None) -> None:
         self.name = name
         self.module: torch.nn.Module | None = None
+        self.width: int | None = None  # of the features among the channels, where there are others
         self.place = place
         self.config = config
         self.now = now
         self.instead = instead
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
 
-    def enter(self, module: torch.nn.Module) -> None:
+    def enter(self, module: torch.nn.Module, parent: torch.nn.Module) -> None:
         """Push what passes through a module from now on."""
         self.module = module
+        self.width = None if self.place.width is None else getattr(parent, self.place.width)
         retype(module, self, _PUSHES[self.place.where])
 
     def leave(self) -> None:
@@ -96,8 +98,8 @@ class Site:
         length = features.shape[1]
         first = length - now.stream if self.place.image == "last" else 0
         last = length if self.place.image == "all" else first + now.tokens
-        whole = (first, last) == (0, length)
-        tokens = features if whole else features[:, first:last]
+        whole = (first, last) == (0, length) and self.width is None
+        tokens = features if whole else features[:, first:last, : self.width]
         if tokens.shape[1] < now.fewest_tokens:
             return features
         strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
@@ -109,7 +111,11 @@ class Site:
         if self.similarity is not None:  # a module that is called twice
             similarity = torch.cat([self.similarity, similarity], dim=1)
         self.similarity = similarity
-        return tokens if whole else torch.cat([features[:, :first], tokens, features[:, last:]], dim=1)
+        if whole:
+            return tokens
+        if self.width is not None:
+            tokens = torch.cat([tokens, features[:, first:last, self.width :]], dim=2)
+        return torch.cat([features[:, :first], tokens, features[:, last:]], dim=1)
 
 
 @torch.compiler.disable  # it may draw; and the name, which differs between sites, stays out of what is compiled

@@ -211,6 +211,37 @@ def test_of_an_attention_that_returns_a_tuple_the_first_is_pushed(tiny_flux, mon
     assert attached.sites == ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
 
 
+def test_leading_channels_are_pushed_beside_others(tiny_flux, monkeypatch):
+    """Flux's single blocks put [attention, MLP] side by side: pushing there is pushing what the attention returns."""
+    flux = find_architecture(tiny_flux)
+    options = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 12}
+    for block in tiny_flux.transformer.single_transformer_blocks:
+        block.own_width = 32
+    results = []
+    for place in (
+        flux.places[1],
+        Place("single_transformer_blocks.*.proj_out", "input", image="last", width="own_width"),
+    ):
+        changed = dataclasses.replace(flux, places=(place,), blocks=("single_transformer_blocks",))
+        monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
+        for given in (None, Reference(tiny.OTHER[0], seed=3)):
+            with negtome.attach(tiny_flux, CONFIG, given=given):
+                results.append(generate(tiny_flux, options))
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(("guidance", "conditional"), [("batch", (1,)), ("batch, reversed", (0,))])
+def test_which_half_is_conditional_is_said_by_the_table(tiny_sdxl, guidance, conditional):
+    architecture = dataclasses.replace(find_architecture(tiny_sdxl), guidance=guidance, prompts=())
+    tiny_sdxl.scheduler.set_timesteps(2)
+    arguments = {"sample": torch.zeros(6, 4, 16, 16), "timestep": tiny_sdxl.scheduler.timesteps[1]}
+    reader = CallReader(architecture)
+    call = reader.read(tiny_sdxl, arguments, 3)
+    assert (call.halves, call.images, call.conditional) == (2, 3, conditional)
+    assert reader.read(tiny_sdxl, arguments, 6).conditional == (0,), "without guidance"
+
+
 def test_rows_that_are_no_multiple_of_the_images_are_refused(tiny_sdxl):
     reader, sample = CallReader(find_architecture(tiny_sdxl)), torch.zeros(5, 4, 16, 16)
     for images in (2, None):
