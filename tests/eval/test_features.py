@@ -112,7 +112,7 @@ def torchvision_file(tmp_path_factory):
     return save_inception(tmp_path_factory.mktemp("torchvision") / "inception_v3_google-0cc3c7bd.pth")
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "inception-tensorflow", "inception-clean", "inception-released"])
+@pytest.fixture(scope="module", params=[*KINDS, "inception-released"])
 def encoder(request):
     def value(name):
         return request.getfixturevalue(name)

@@ -85,6 +85,7 @@ def test_agrees_with_both_libraries(net, weights):
     assert found.min() > 0.01  # not all of it is zero
 
 
+@pytest.mark.slow
 def test_vgg_loads_too(tmp_path):
     lay_down(tmp_path, "vgg")
     images = noise(2, (32, 32))

@@ -201,22 +201,13 @@ def test_alpha_zero_is_bit_identical(pipe, config):
 
 
 @pytest.mark.parametrize("guidance", [True, False])
-def test_no_group_touches_another(pipe, config, kind, guidance):
+def test_a_group_is_what_it_is_alone(pipe, config, kind, guidance):
     options = {"prompt": ["a dog", "a red bus"]}
     if kind == "sdxl":
         options["guidance_scale"] = 5.0 if guidance else 1.0
     elif guidance:
         options |= {"true_cfg_scale": 3.0, "negative_prompt": ["a cat", "a cat"]}
-    base = generate(pipe, (0, 1, 2, 3), **options)
-    with negtome.attach(pipe, config, group_size=2):
-        result = generate(pipe, (0, 1, 2, 3), **options)
-        other_last = generate(pipe, (0, 1, 8, 9), **options)
-        other_first = generate(pipe, (8, 9, 2, 3), **options)
-    assert torch.equal(result[:2], other_last[:2])
-    assert torch.equal(result[2:], other_first[2:])
-    assert torch.equal(result[[0, 2]], base[[0, 2]])
-    assert all(not torch.equal(result[k], base[k]) for k in (1, 3))
-    # And each group is what it is alone; in float64, where no match hangs on rounding.
+    # In float64, where no match hangs on rounding.
     pipe.to(torch.float64)
     with negtome.attach(pipe, config, group_size=2):
         result = generate(pipe, (0, 1, 2, 3), **options)
