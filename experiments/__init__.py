@@ -56,5 +56,20 @@ def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
 # `${strength:alpha}` in conf/method/: what its `about.strengths` have for the model; null where they have nothing.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
+
+def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
+    about = OmegaConf.to_container(_parent_.about)
+    choices = {"release": None, **about["choices"].get(_root_.model.architecture, {})}
+    if about["blocks"] not in choices:
+        raise ValueError(
+            f"method.about.blocks must be one of {sorted(choices)} for model={_root_.model.name}, "
+            f"got {about['blocks']!r}"
+        )
+    return choices[about["blocks"]]
+
+
+# `${blocks:}` in conf/method/: the chosen of `about.choices`; of every architecture the library's own are one: release.
+OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
+
 # `${torch_device:${device}}`: where an encoder runs.
 OmegaConf.register_new_resolver("torch_device", select_device, replace=True)
