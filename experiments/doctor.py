@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import PROJECT
-from experiments.pipelines import find_checkpoint
+from experiments.pipelines import find_checkpoint, licence
 
 
 class Finding(NamedTuple):
@@ -105,7 +105,7 @@ def _weights(encoder: Any) -> tuple[bool, dict[str, str]]:
 
 def _model(name: str) -> tuple[bool, dict[str, str]]:
     model = compose("config", [f"model={name}", "device=cpu"]).model
-    printed = {"checkpoint": model.source, "licence": model.get("licence", {}).get(model.source, "as its page says")}
+    printed = {"checkpoint": model.source, "licence": licence(model) or "as its page says"}
     try:
         checkpoint = find_checkpoint(model, fetch=False)
     except FileNotFoundError as error:

@@ -5,8 +5,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,26 +27,65 @@ class Architecture(NamedTuple):
         pipeline: the name of diffusers' class.
         denoiser: that component's name.
         patch: latents a side of an image token of the denoiser's input.
-        options: of `from_pretrained`.
+        options: of `from_pretrained`; a component that is None there is neither loaded nor missed.
     """
 
     pipeline: str
-    denoiser: str
-    patch: int
-    options: dict[str, Any]
+    denoiser: str = "transformer"
+    patch: int = 2
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 ARCHITECTURES = {
+    # A safety checker would blacken what it suspects, and so change what is measured.
+    "sd15": Architecture(
+        "StableDiffusionPipeline",
+        "unet",
+        patch=1,
+        options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    ),
     # An installed invisible-watermark package would otherwise change SDXL's pixels.
-    "sdxl": Architecture("StableDiffusionXLPipeline", "unet", 1, {"add_watermarker": False}),
-    "flux": Architecture("FluxPipeline", "transformer", 2, {}),
+    "sdxl": Architecture("StableDiffusionXLPipeline", "unet", patch=1, options={"add_watermarker": False}),
+    "sd3": Architecture("StableDiffusion3Pipeline"),
+    "pixart": Architecture("PixArtSigmaPipeline"),
+    "sana": Architecture("SanaPipeline", patch=1),
+    "flux": Architecture("FluxPipeline"),
+    "flux2": Architecture("Flux2Pipeline"),
+    "flux2-klein": Architecture("Flux2KleinPipeline"),
+    "chroma": Architecture("ChromaPipeline"),
+    "qwen": Architecture("QwenImagePipeline"),
+    "zimage": Architecture("ZImagePipeline"),
+    "krea2": Architecture("Krea2Pipeline"),
+    "cogview4": Architecture("CogView4Pipeline"),
+    "lumina2": Architecture("Lumina2Pipeline"),
+    "auraflow": Architecture("AuraFlowPipeline"),
 }
 
 #: Arguments of the pipelines' calls that are fractional numbers, or lists of them; all other numbers are whole.
-FLOATS = {"denoising_end", "eta", "guidance_rescale", "guidance_scale", "sigmas", "true_cfg_scale"}
+FLOATS = {
+    "caption_upsample_temperature", "cfg_trunc_ratio", "cfg_truncation", "denoising_end", "eta", "guidance_rescale",
+    "guidance_scale", "mu", "sigmas", "skip_layer_guidance_scale", "skip_layer_guidance_start",
+    "skip_layer_guidance_stop", "true_cfg_scale",
+}  # fmt: skip
 
 #: Stems of the weights' files: transformers' and diffusers' conventions.
 STEMS = ("model", "diffusion_pytorch_model")
+
+#: What else than weights is read of a component: its settings, vocabulary and chat template.
+SETTINGS = (".json", ".txt", ".model", ".jinja")
+
+#: Configuration files of the components that have no weights, by what their classes' names contain; any of several.
+CONFIGURATIONS = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer_config.json",),
+    "processor": ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"),
+}
+
+#: Components that no pipeline is loaded with.
+UNUSED = {name for architecture in ARCHITECTURES.values() for name, it in architecture.options.items() if it is None}
+
+#: Where autoencoders' configurations have a list with an item a level.
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
 
 
 class Checkpoint(NamedTuple):
@@ -92,6 +132,11 @@ def canonical_source(source: str) -> str:
     return (folder.relative_to(PROJECT) if folder.is_relative_to(PROJECT) else folder).as_posix()
 
 
+def licence(model: DictConfig) -> str | None:
+    """Return what the configuration knows of the terms of the model's source, and whether it is gated."""
+    return model.get("licence", {}).get(model.source)
+
+
 def torch_dtype(model: DictConfig) -> torch.dtype:
     """Return the dtype that `model.dtype` names.
 
@@ -128,7 +173,8 @@ def _as_declared(name: str, value: Any) -> Any:
 
 def _check_size(model: DictConfig, folder: Path) -> None:
     """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
-    levels = len(json.loads((folder / "vae" / "config.json").read_text()).get("block_out_channels", ()))
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    levels = next((len(vae[name]) for name in LEVELS if name in vae), 0)
     # Pixels a side of an image token: the autoencoder halves them once a level but the last.
     multiple = 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
     for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
@@ -150,12 +196,16 @@ def local_fingerprint(model: DictConfig) -> str | None:
 def _components(folder: Path, variant: str | None) -> dict[str, tuple[str, list[str]]]:
     """Return what the pipeline in a folder consists of: name -> configuration file, and files of weights if any."""
     components = {}
-    for name, made_of in sorted(read_json(folder / "model_index.json").items()):
-        if not isinstance(made_of, list) or made_of[0] is None:
+    index = read_json(folder / "model_index.json")
+    for name, made_of in sorted(index.items()):
+        # Beside the components, [library, class] or [null, null], stand settings of the pipeline, some of them lists.
+        is_component = isinstance(made_of, list) and len(made_of) == 2 and all(isinstance(one, str) for one in made_of)
+        if not is_component or name in UNUSED:
             continue
         library, kind = made_of
-        if sort := next((sort for sort in ("scheduler", "tokenizer") if sort in kind.lower()), None):
-            components[name] = f"{sort}_config.json", []
+        names = next((names for part, names in CONFIGURATIONS.items() if part in kind.lower()), None)
+        if names:
+            components[name] = next((file for file in names if (folder / name / file).is_file()), names[0]), []
         else:
             components[name] = "config.json", _weight_files(folder / name, STEMS[library == "diffusers"], variant)
     return components
@@ -183,7 +233,7 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
     """
     files = [folder / "model_index.json"]
     for name, (_, weights) in _components(folder, variant).items():
-        files += sorted(path for path in (folder / name).iterdir() if path.suffix in (".json", ".txt", ".model"))
+        files += sorted(path for path in (folder / name).iterdir() if path.suffix in SETTINGS)
         files += [folder / name / file for file in weights]
     statuses = tuple(map(settled_status, files))
     return (_sampled if None in statuses else _remembered)(folder, tuple(files), statuses)
@@ -281,20 +331,21 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
 def _patterns(variant: str | None) -> list[str]:
     """Return what to fetch of a repository: the components' folders, and the variant's weights alone."""
     suffix = f".{variant}" if variant else ""
-    weights = [f"*/{stem}{rest}.safetensors" for stem in STEMS for rest in (suffix, "-0*")]
-    return ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", *weights]
+    shards = dict.fromkeys((suffix, f"{suffix}-0*", "-0*"))
+    weights = [f"*/{stem}{rest}.safetensors" for stem in STEMS for rest in shards]
+    return ["model_index.json", *(f"*/*{suffix}" for suffix in SETTINGS), *weights]
 
 
 def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
     # A local folder tells nothing about where it came from.
     repository = model.source if _local(model.source) is None else "OWNER/NAME"
-    gated = " (a gated repository: accept its licence on its page and run `hf auth login` first)"
+    gated = "gated" in (licence(model) or "")
     patterns = " ".join(f"--include '{pattern}'" for pattern in _patterns(model.variant))
     lines = [
         f"model={model.name}: {problem}.",
         *(f"  missing: {name}" for name in files),
         f"To get them, on a machine with a network: hf download {repository} {patterns}"
-        f"{gated if repository.startswith('black-forest-labs/') else ''}",
+        f"{' (a gated repository: accept its licence on its page and run `hf auth login` first)' if gated else ''}",
         "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder",
         "The embedded models need no download: model=mini-sdxl or model=mini-flux.",
     ]

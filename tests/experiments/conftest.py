@@ -8,6 +8,8 @@ import pytest
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 
+from experiments.configs import expand
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _files_are_parsed_once():
@@ -28,3 +30,9 @@ def _files_are_parsed_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "load_config", load_config)
         yield
+
+
+@pytest.fixture(scope="session")
+def with_model():
+    """Compose the diversity experiment with a model, once for all tests: `with_model("sdxl")`. Not to be changed."""
+    return functools.cache(lambda name: expand(["experiment=diversity", f"model={name}", "method=none"])[0])

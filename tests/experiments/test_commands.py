@@ -56,7 +56,7 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["tabulate", "method.alpha=0.3"], ["method.alpha: expected a key"]),
         (["plot", "-m", "alpha"], ["override 'alpha'", "missing EQUAL"]),
         (["generate", "device=null"], ["device=None", "auto"]),
-        (["generate", "model=mini-sdxl", "model.architecture=dit"], ["one of ['flux', 'sdxl'], got 'dit'"]),
+        (["generate", "model=mini-sdxl", "model.architecture=dit"], ["must be one of ['auraflow', ", "got 'dit'"]),
         (["generate", "model=mini-sdxl", "model.call.guidance_scale=high"], ["must be a number, got 'high'"]),
         (["latency", "experiment=latency", "latency.cases=no"], ["latency.cases must be true or false, got 'no'"]),
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),

@@ -48,11 +48,11 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
-def test_every_option_composes_and_resolves(group, option):
+def test_every_option_composes_and_resolves(group, option, with_model):
     if option in PLUGINS:
         pytest.importorskip(f"hydra_plugins.{PLUGINS[option]}", reason=f"the plugin of launcher={option} is an extra")
     weights = ["method.weights={subfolder: s, weight_name: w}"] if option == "negative_ip_adapter" else []
-    cfg = composed(f"{group}={option}", *weights)
+    cfg = with_model(option) if group == "model" else composed(f"{group}={option}", *weights)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     method = build(cfg.method)
     assert method.name == cfg.method.name
@@ -153,19 +153,20 @@ def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers
     assert build(composed("model=sdxl", "model.name=mine", "method=negtome", "method.alpha=2").method).config.alpha == 2
 
 
-def test_models_know_no_method():
+def test_models_know_no_method(with_model):
     methods = {option for group, option in OPTIONS if group == "method"}
     for option in (option for group, option in OPTIONS if group == "model"):
-        model = composed(f"model={option}").model
+        model = with_model(option).model
         assert not methods & {*model, *model.copyright}, option
 
 
-def test_every_model_is_measured_by_the_suite_that_fits_it():
+def test_every_model_is_measured_by_the_suite_that_fits_it(with_model):
     """In a sweep too; and a suite on the command line, or an experiment's, replaces it."""
-    models = [option for group, option in OPTIONS if group == "model"]
-    configs = expand(["experiment=diversity", f"model={','.join(models)}", "method=none"])
-    suites = {cfg.model.name: set(cfg.metric) for cfg in configs}
-    assert suites["mini-sdxl"] == suites["mini-flux"] and suites["sdxl"] == suites["flux-dev"] == suites["flux-schnell"]
+    swept = expand(["experiment=diversity", "model=mini-sdxl,sdxl", "method=none"])
+    suites = {cfg.model.name: set(cfg.metric) for cfg in swept}
+    for option in (option for group, option in OPTIONS if group == "model"):
+        cfg = with_model(option)
+        assert set(cfg.metric) == suites["mini-sdxl" if cfg.model.kind == "mini" else "sdxl"], option
     assert "fid" in suites["sdxl"] and not {"fid", "kid", "lpips_alex"} & suites["mini-sdxl"]
     core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
@@ -251,10 +252,10 @@ def test_a_misspelt_key_is_named():
         build(expand(["method=negtome", "+method.alpah=1"])[0].method)
 
 
-def test_every_key_of_the_models_is_the_same_set():
+def test_every_key_of_the_models_is_the_same_set(with_model):
     keys = {}
     for option in (option for group, option in OPTIONS if group == "model"):
-        keys[option] = set(composed(f"model={option}").model)
+        keys[option] = set(with_model(option).model)
     assert len(set(map(frozenset, keys.values()))) == 1, keys
 
 

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from experiments import pipelines
+from experiments import PROJECT, pipelines
 from experiments.configs import expand
 
 
@@ -66,17 +66,63 @@ def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
     assert pipelines.missing_files(folder, "flux") == ["transformer/diffusion_pytorch_model-00002-of-00002.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux-dev", "flux-schnell"])
-def test_without_weights_and_network_the_message_says_what_to_fetch(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+AUTOENCODERS = {
+    "KL": {"block_out_channels": [128, 256, 512, 512]},
+    "DC": {"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
+    "Qwen": {"dim_mult": [1, 2, 4, 4]},
+}
+
+
+@pytest.fixture
+def outline(tmp_path):
+    """A folder of a model's parts without content, as they are named: those of the denoiser and of an autoencoder."""
+
+    def lay_down(denoiser, autoencoder, **more):
+        index = {denoiser: ["diffusers", "Denoiser"], "vae": ["diffusers", f"Autoencoder{autoencoder}"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index | more))
+        for name, config in ((denoiser, {}), ("vae", AUTOENCODERS[autoencoder])):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+            (tmp_path / name / "diffusion_pytorch_model.safetensors").touch()
+        return tmp_path
+
+    return lay_down
+
+
+@pytest.mark.parametrize(
+    ("name", "autoencoder", "multiple"),
+    [("sd15", "KL", 8), ("sd3.5-large", "KL", 16), ("sana", "DC", 32), ("qwen-image", "Qwen", 16)],
+)
+def test_a_size_that_the_pipeline_would_round_is_refused(name, autoencoder, multiple, outline):
     config = model(name)
-    with pytest.raises(FileNotFoundError) as error:
+    config.source = str(outline(pipelines.ARCHITECTURES[config.architecture].denoiser, autoencoder))
+    assert pipelines.find_checkpoint(config).fingerprint
+    config.call.width += multiple
+    pipelines.find_checkpoint(config)
+    config.call.width += multiple // 2
+    with pytest.raises(ValueError, match=rf"width must be a positive multiple of {multiple} for model={name}"):
         pipelines.find_checkpoint(config)
-    message = str(error.value)
-    assert f"hf download {config.source}" in message
-    assert "model_index.json" in message
-    assert ("gated" in message) == config.source.startswith("black-forest-labs/")
+
+
+def test_of_an_index_the_components_are_wanted_that_are_loaded(outline):
+    """And neither lists among its settings, nor what is switched off, nor the weights of what has none."""
+    layers, none = {"text_encoder_select_layers": [2, 5, 8], "patch_sizes": [2, 2]}, {"image_encoder": [None, None]}
+    checker = {"safety_checker": ["stable_diffusion", "Checker"], "feature_extractor": ["transformers", "Extractor"]}
+    folder = outline("unet", "KL", processor=["transformers", "PixtralProcessor"], **layers, **none, **checker)
+    assert pipelines.missing_files(folder, "sd15") == ["processor/preprocessor_config.json"]
+    (folder / "processor").mkdir()
+    (folder / "processor" / "processor_config.json").write_text("{}")
+    before = pipelines.fingerprint(folder)
+    assert not pipelines.missing_files(folder, "sd15")
+    (folder / "processor" / "chat_template.jinja").write_text("{{ prompt }}")
+    assert pipelines.fingerprint(folder) != before
+
+
+def test_every_call_is_one_that_its_pipeline_takes(with_model):
+    for name in (file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml")):
+        config = with_model(name).model
+        pipeline = getattr(diffusers, pipelines.ARCHITECTURES[config.architecture].pipeline)
+        inspect.signature(pipeline.__call__).bind(None, prompt="a cat", **pipelines.call_arguments(config))
 
 
 def test_the_fingerprint_is_the_contents_and_not_the_places(tiny_checkpoint, tmp_path):
@@ -96,5 +142,5 @@ def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint):
     config = model("sdxl", source=tiny_checkpoint("sdxl"), dtype="half_precision")
     with pytest.raises(ValueError, match="half_precision"):
         pipelines.load(config, pipelines.find_checkpoint(config), "cpu")
-    with pytest.raises(ValueError, match=r"architecture must be one of .*'pixart'"):
-        pipelines.find_checkpoint(model("sdxl", architecture="pixart"))
+    with pytest.raises(ValueError, match=r"architecture must be one of .*'dit'"):
+        pipelines.find_checkpoint(model("sdxl", architecture="dit"))
