@@ -1,4 +1,6 @@
-"""Every model of conf/model/: it goes with every method, and says what is missing without weights."""
+"""Every model of conf/model/: it goes with every method, says what is missing without weights, and is documented."""
+
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -58,3 +60,17 @@ def test_without_weights_and_network_the_message_says_what_to_fetch(name, with_m
     message = str(error.value)
     assert f"hf download {model.source}" in message and "model_index.json" in message
     assert ("gated" in message) == ("gated" in model.licence[model.source])
+
+
+def row(model, method):
+    """The line of a model in the documentation's table."""
+    call, window = model.call, method.timestep_range
+    scale = call.true_cfg_scale if call.guidance_scale is None else call.guidance_scale
+    cells = [f"`{model.name}`", model.source, model.licence[model.source], f"{call.num_inference_steps}, {scale:g}"]
+    return " | ".join([*cells, f"{window[1]} to {window[0]}" if window else "none"])
+
+
+def test_the_documentation_lists_the_real_models_as_they_are_configured(with_model, method_of):
+    lines = (PROJECT / "docs" / "running.md").read_text().splitlines()
+    rows = [re.sub(" +", " ", line).strip("| ") for line in lines if line.startswith("| `") and "`model=`" not in line]
+    assert sorted(rows) == sorted(row(with_model(name).model, method_of(name, "negtome")) for name in REAL)
