@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ import negtome
 from negtome import NegToMeConfig, Reference, sites
 from negtome.architectures import ARCHITECTURES, Place
 from negtome.calls import CallReader
+from negtome.config import _PRESETS
 from negtome.sites import find_architecture
 
 #: Everything, everywhere, all the time.
@@ -267,3 +269,14 @@ def test_a_time_that_nobody_counts_is_the_nearest_of_the_schedule(tiny_flux, dty
     assert (first.grid, first.stream, first.images) == ((2, 3), 6, 2)
     arguments["timestep"] = torch.full((2,), 0.7, dtype=dtype)
     assert reader.read(tiny_flux, arguments, None).timestep == pytest.approx(700, abs=2), "none of them"
+
+
+def test_the_readme_lists_what_is_supported():
+    """One line an architecture; of the classes that begin with the first one's name, their ends."""
+    lines = ["| architecture | pipelines | published setting |", "|---|---|---|"]
+    for row in ARCHITECTURES:
+        first, *others = (name.removesuffix("Pipeline") for name in row.pipelines)
+        shown = f"{first}, with {', '.join(name.removeprefix(first) for name in others)}" if others else first
+        published = (row.name.lower(), "paper") in _PRESETS
+        lines.append(f"| {row.name} | {shown} | {'yes' if published else 'none'} |")
+    assert "\n".join(lines) in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
