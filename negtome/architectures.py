@@ -90,6 +90,16 @@ def _by_ids(name: str) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
     return grid
 
 
+def _by_shape(name: str, patch: int) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
+    """Read the grid from an argument [.., h, w], of whose elements a token has patch x patch."""
+
+    def grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
+        height, width = arguments[name].shape[-2:]
+        return height // patch, width // patch
+
+    return grid
+
+
 _UNET = {
     "denoiser": "unet",
     "denoiser_class": "UNet2DConditionModel",
@@ -101,7 +111,7 @@ _UNET = {
     ),
     "guidance": "batch",
     "sample": "sample",
-    "grid": lambda arguments: tuple(arguments["sample"].shape[-2:]),
+    "grid": _by_shape("sample", 1),
     "levels": True,
 }
 
@@ -160,5 +170,62 @@ ARCHITECTURES = (
         grid=_by_ids("img_ids"),
         patch=2,
         pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+    ),
+    Architecture(
+        name="SD3",
+        pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+        denoiser="transformer",
+        denoiser_class="SD3Transformer2DModel",
+        blocks=("transformer_blocks",),
+        places=(
+            Place("transformer_blocks.*.attn.to_out.0", "input"),
+            # Of SD3.5 medium: a second attention of the images to themselves.
+            Place("transformer_blocks.*.attn2.to_out.0", "input"),
+        ),
+        prompts=("encoder_hidden_states", None, "pooled_projections", None),
+        guidance="batch",
+        grid=_by_shape("hidden_states", 2),
+        patch=2,
+    ),
+    Architecture(
+        name="PixArt",
+        pipelines=("PixArtSigmaPipeline",),
+        denoiser="transformer",
+        denoiser_class="PixArtTransformer2DModel",
+        blocks=("transformer_blocks",),
+        places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
+        prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
+        guidance="batch",
+        grid=_by_shape("hidden_states", 2),
+        patch=2,
+    ),
+    Architecture(
+        name="AuraFlow",
+        pipelines=("AuraFlowPipeline",),
+        denoiser="transformer",
+        denoiser_class="AuraFlowTransformer2DModel",
+        blocks=("joint_transformer_blocks", "single_transformer_blocks"),
+        places=(
+            Place("joint_transformer_blocks.*.attn.to_out.0", "input"),
+            # Behind registers and the text.
+            Place("single_transformer_blocks.*.attn.to_out.0", "input", image="last"),
+        ),
+        prompts=("encoder_hidden_states", None, None, None),
+        guidance="batch",
+        clock=lambda time: 1000 * time,
+        grid=_by_shape("hidden_states", 2),
+        patch=2,
+    ),
+    Architecture(
+        name="CogView4",
+        pipelines=("CogView4Pipeline",),
+        denoiser="transformer",
+        denoiser_class="CogView4Transformer2DModel",
+        blocks=("transformer_blocks",),
+        places=(Place("transformer_blocks.*.attn1.to_out.0", "input", image="last"),),
+        prompts=("encoder_hidden_states", None),
+        guidance="calls",
+        grid=_by_shape("hidden_states", 2),
+        patch=2,
     ),
 )

@@ -47,9 +47,10 @@ class DenoiserCall:
 class CallReader:
     """Reads the calls of the denoiser in one call of a pipeline, without waiting for the device at every one.
 
-    A UNet gets its timestep as a view of one element of `scheduler.timesteps`, and where that lies in memory says
-    which. Transformers get it divided and rounded to the dtype of the latents, in bfloat16 by up to 4 timesteps: there
-    the scheduler's own counter says which. The values are fetched once.
+    A UNet gets its timestep as a view of one element of `scheduler.timesteps`, some transformers one that is expanded
+    to the rows, and where that lies in memory says which. Others get it divided and rounded to the dtype of the
+    latents, in bfloat16 by up to 4 timesteps: there the scheduler's own counter says which. The values are fetched
+    once.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -120,7 +121,7 @@ class CallReader:
             self._known, self._version, self._values = known, version, known.tolist()
             self.schedule = []
             _check_unit(scheduler, *self._values)
-        index = _number_in(known, time) if isinstance(time, torch.Tensor) else None
+        index = _number_in(known, time.flatten()[:1]) if isinstance(time, torch.Tensor) else None
         if index is None:  # the counter is there after the first step, and where a loop begins is often said before
             index = getattr(scheduler, "step_index", None)
         if index is None:

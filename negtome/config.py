@@ -36,11 +36,12 @@ class NegToMeConfig:
             others together. References are always the features before the push.
         sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", within which attentions are
             taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL,
-            and of SD1.5 alike; "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R].
+            and of SD1.5 alike; "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R];
+            every block of other transformers.
         cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
-            an attention's image tokens, which we read as self-attention. Flux has none, so it has no effect there.
+            an attention's image tokens, which we read as self-attention. UNets only (SDXL, SD1.5).
         min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. UNets only (SDXL, SD1.5):
-            Flux has a single resolution, so it has no effect there.
+            transformers have a single resolution, so it has no effect there.
     """
 
     alpha: float = 0.9

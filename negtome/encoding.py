@@ -79,6 +79,7 @@ def embed(
     options |= {
         "prompt": prompt,
         "prompt_2": None,
+        "prompt_3": None,
         "device": pipe._execution_device,
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,

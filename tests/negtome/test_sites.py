@@ -57,6 +57,25 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
     assert all(module is transformer.get_submodule(name) for name, module, _ in sites)
 
 
+@pytest.mark.parametrize(
+    ("name", "attentions", "options"),
+    [
+        # SD3.5 medium: 13 of its blocks have two.
+        ("SD3", 24 + 13, {"num_layers": 24, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
+        ("PixArt", 28, {}),
+        ("AuraFlow", 4 + 32, {}),
+        ("CogView4", 30, {}),
+    ],
+)
+def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, options):
+    import diffusers
+
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, architecture.denoiser_class)(**options)
+    assert len(find_sites(denoiser, architecture, NegToMeConfig())) == attentions
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_the_names_of_the_table_exist_in_diffusers(architecture):
     import diffusers

@@ -80,6 +80,65 @@ def _sd15(sdxl):
     return {**sdxl, **absent, "requires_safety_checker": False, "unet": unet}
 
 
+def _sharp(module, *endings, by=3):
+    """Keep attention from averaging over everything, which makes all of its outputs alike."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(endings):
+            parameter.data *= by
+    return module.eval()
+
+
+def _on_t5(vae, transformer):
+    """Return the parts of a pipeline with one text encoder, in the place of which Flux's T5 stands, whatever it is."""
+
+    def parts(sdxl, flux):
+        return {
+            "text_encoder": flux["text_encoder_2"], "tokenizer": flux["tokenizer_2"], "scheduler": flux["scheduler"],
+            "vae": vae(sdxl, flux), "transformer": transformer(),
+        }  # fmt: skip
+
+    return parts
+
+
+def _sd3(sdxl, flux):
+    clip = {"text_encoder": sdxl["text_encoder_2"], "tokenizer": sdxl["tokenizer"]}
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=1, out_channels=1, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64,
+        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    return {
+        **clip, **{f"{name}_2": part for name, part in clip.items()},
+        "text_encoder_3": flux["text_encoder_2"], "tokenizer_3": flux["tokenizer_2"],
+        "scheduler": flux["scheduler"], "vae": flux["vae"],
+        "transformer": _sharp(transformer, "norm_q.weight", "norm_k.weight"),
+    }  # fmt: skip
+
+
+def _pixart():
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, cross_attention_dim=32,
+        caption_channels=32,
+    )  # fmt: skip
+    return _sharp(transformer, "to_q.weight", "to_k.weight")
+
+
+def _auraflow():
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+    return _sharp(transformer, "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
+
+
+def _cogview4():
+    transformer = diffusers.CogView4Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        text_embed_dim=32, time_embed_dim=8, condition_dim=4, pos_embed_max_size=16, rope_axes_dim=(8, 8),
+    )  # fmt: skip
+    return transformer.eval()
+
+
 def _scheduler(parts, name, **options):
     return getattr(diffusers, f"{name}Scheduler").from_config(parts["scheduler"].config, **options)
 
@@ -87,6 +146,20 @@ def _scheduler(parts, name, **options):
 _STRENGTH = {"image": PICTURE, "strength": 0.5, "num_inference_steps": 4}
 _INPAINT = _STRENGTH | {"mask_image": MASK}
 _CFG = {"true_cfg_scale": 3.0, "negative_prompt": "a cat"}
+
+#: Parts of a pipeline, by the name of its architecture in lower case, from those of SDXL and of Flux.
+_PARTS = {
+    "sdxl": lambda sdxl, flux: sdxl | {"add_watermarker": False},
+    "sd1.5": lambda sdxl, flux: _sd15(sdxl),
+    "flux": lambda sdxl, flux: flux,
+    "sd3": _sd3,
+    "pixart": _on_t5(lambda sdxl, flux: sdxl["vae"], _pixart),
+    "auraflow": _on_t5(lambda sdxl, flux: sdxl["vae"], _auraflow),
+    "cogview4": _on_t5(lambda sdxl, flux: sdxl["vae"], _cogview4),
+}
+
+_UNGUIDED = {"guidance_scale": 1.0}
+_UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
 
 #: By a name: the pipeline's class, which architecture's parts it has, what is put in their place (a function of them),
 #: and how it is called.
@@ -165,6 +238,26 @@ CASES = {
     "Flux Kontext, true guidance": (
         "FluxKontextPipeline", "flux", {}, _CFG | {"image": OTHER, "max_area": 32 * 32, "_auto_resize": False},
     ),
+    "SD3": ("StableDiffusion3Pipeline", "sd3", {}, {}),
+    "SD3, unguided": ("StableDiffusion3Pipeline", "sd3", {}, _UNGUIDED),
+    "SD3, a layer skipped": (
+        "StableDiffusion3Pipeline", "sd3", {}, {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9},
+    ),
+    "SD3 img2img": (
+        "StableDiffusion3Img2ImgPipeline", "sd3", {}, _STRENGTH | {"image": PICTURE.expand(4, -1, -1, -1)},
+    ),
+    "PixArt": (
+        "PixArtSigmaPipeline", "pixart",
+        {"scheduler": lambda parts: _scheduler(parts, "DPMSolverMultistep")}, _UNBINNED,
+    ),
+    "PixArt, unguided": (
+        "PixArtSigmaPipeline", "pixart",
+        {"scheduler": lambda parts: _scheduler(parts, "DDIM", clip_sample=False)}, _UNBINNED | _UNGUIDED,
+    ),
+    "AuraFlow": ("AuraFlowPipeline", "auraflow", {}, {}),
+    "AuraFlow, unguided": ("AuraFlowPipeline", "auraflow", {}, _UNGUIDED),
+    "CogView4": ("CogView4Pipeline", "cogview4", {}, {}),
+    "CogView4, unguided": ("CogView4Pipeline", "cogview4", {}, _UNGUIDED),
 }  # fmt: skip
 
 
@@ -172,10 +265,8 @@ def build(case, bases):
     """Return the pipeline of a case, and the options of its call; `bases` are those of `conftest.py`."""
     name, base, changes, options = CASES[case]
     torch.manual_seed(0)
-    parts = copy.deepcopy(bases["sdxl" if base == "sd1.5" else base].components) | {"add_watermarker": False}
-    if base == "sd1.5":
-        parts = _sd15(parts)
-    if base == "flux":
+    parts = _PARTS[base](*(copy.deepcopy(bases[name].components) for name in ("sdxl", "flux")))
+    if "transformer" in parts:
         options = options | {"max_sequence_length": 12}
     parts |= {part: change(parts) for part, change in changes.items()}
     cls = getattr(diffusers, name)
