@@ -188,6 +188,25 @@ ARCHITECTURES = (
         patch=2,
     ),
     Architecture(
+        name="Chroma",
+        pipelines=("ChromaPipeline",),
+        denoiser="transformer",
+        denoiser_class="ChromaTransformer2DModel",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        places=(
+            Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),
+            Place("single_transformer_blocks.*.attn", "output", image="last"),
+        ),
+        # The pipeline lengthens the mask by the tokens of the image.
+        prompts=("encoder_hidden_states", None, "attention_mask", None, None, None),
+        guidance="calls",
+        clock=lambda time: 1000 * time,
+        shared=("img_ids", "txt_ids"),
+        grid=_by_ids("img_ids"),
+        patch=2,
+        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+    ),
+    Architecture(
         name="PixArt",
         pipelines=("PixArtSigmaPipeline",),
         denoiser="transformer",

@@ -87,10 +87,10 @@ def embed(
     known = inspect.signature(pipe.encode_prompt).parameters
     values = pipe.encode_prompt(**{name: value for name, value in options.items() if name in known})
     embedded = {name: value for name, value in zip(architecture.prompts, values, strict=False) if name is not None}
-    for value, expected in zip(embedded.values(), call.prompts, strict=True):
-        if value.shape[1:] != expected.shape[1:]:
-            raise ValueError(
-                f"NegToMe expected text embeddings of {value.shape[1]} tokens, as those of a Reference's prompt, got "
-                f"{expected.shape[1]}; shorten the prompts, or leave that prompt out, and each image lends its own."
-            )
+    value, expected = next(iter(embedded.values())), call.prompts[0]  # a mask may go on over the tokens of the image
+    if value.shape[1:] != expected.shape[1:]:
+        raise ValueError(
+            f"NegToMe expected text embeddings of {value.shape[1]} tokens, as those of a Reference's prompt, got "
+            f"{expected.shape[1]}; shorten the prompts, or leave that prompt out, and each image lends its own."
+        )
     return embedded

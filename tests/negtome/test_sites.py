@@ -62,6 +62,7 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
     [
         # SD3.5 medium: 13 of its blocks have two.
         ("SD3", 24 + 13, {"num_layers": 24, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
+        ("Chroma", 19 + 38, {}),
         ("PixArt", 28, {}),
         ("AuraFlow", 4 + 32, {}),
         ("CogView4", 30, {}),

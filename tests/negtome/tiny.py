@@ -115,6 +115,15 @@ def _sd3(sdxl, flux):
     }  # fmt: skip
 
 
+def _chroma():
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=1,
+    )  # fmt: skip
+    return _sharp(transformer, "norm_q.weight", "norm_k.weight")
+
+
 def _pixart():
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, cross_attention_dim=32,
@@ -153,6 +162,7 @@ _PARTS = {
     "sd1.5": lambda sdxl, flux: _sd15(sdxl),
     "flux": lambda sdxl, flux: flux,
     "sd3": _sd3,
+    "chroma": _on_t5(lambda sdxl, flux: flux["vae"], _chroma),
     "pixart": _on_t5(lambda sdxl, flux: sdxl["vae"], _pixart),
     "auraflow": _on_t5(lambda sdxl, flux: sdxl["vae"], _auraflow),
     "cogview4": _on_t5(lambda sdxl, flux: sdxl["vae"], _cogview4),
@@ -246,6 +256,8 @@ CASES = {
     "SD3 img2img": (
         "StableDiffusion3Img2ImgPipeline", "sd3", {}, _STRENGTH | {"image": PICTURE.expand(4, -1, -1, -1)},
     ),
+    "Chroma": ("ChromaPipeline", "chroma", {}, {}),
+    "Chroma, unguided": ("ChromaPipeline", "chroma", {}, _UNGUIDED),
     "PixArt": (
         "PixArtSigmaPipeline", "pixart",
         {"scheduler": lambda parts: _scheduler(parts, "DPMSolverMultistep")}, _UNBINNED,
