@@ -58,6 +58,8 @@ class Architecture:
             arguments.
         levels: whether there are smaller feature maps too, each half as high and wide as the one before.
         patch: side of a token in the latent.
+        mixed: name of the text's mask, where the pipeline gives an image those of other prompts: with several prompts
+            and several images of each, [p, q, p, q] beside embeddings [p, p, q, q].
         pack: pipeline, latents or noise [R, c, h, w] -> as the denoiser takes them.
     """
 
@@ -76,6 +78,7 @@ class Architecture:
     shared: tuple[str, ...] = ()
     levels: bool = False
     patch: int = 1
+    mixed: str | None = None
     pack: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
 
@@ -217,6 +220,18 @@ ARCHITECTURES = (
         guidance="batch",
         grid=_by_shape("hidden_states", 2),
         patch=2,
+    ),
+    Architecture(
+        name="Sana",
+        pipelines=("SanaPipeline",),
+        denoiser="transformer",
+        denoiser_class="SanaTransformer2DModel",
+        blocks=("transformer_blocks",),
+        places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
+        prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
+        mixed="encoder_attention_mask",
+        guidance="batch",
+        grid=_by_shape("hidden_states", 1),
     ),
     Architecture(
         name="AuraFlow",

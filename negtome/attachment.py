@@ -209,7 +209,9 @@ class Attachment:
                 f"NegToMe expects one call of its {self._pipeline} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
-        self._run = run = Run(self._architecture, images_of(asked))
+        several = (asked.get("num_images_per_prompt") or 1) > 1
+        mask = self._architecture.mixed if several else None
+        self._run = run = Run(self._architecture, images_of(asked), mask)
         try:
             if self._rows is not None:
                 self._rows.start(self._pipe, asked)
@@ -252,9 +254,12 @@ class Attachment:
         call = run.reader.read(self._pipe, arguments, run.images)
         if self._rows is None:
             now.group_size = self._images_in_group(call)
-            if self.group_size is None and not any(call.prompts[0] is known for known in run.prompts):
+        if not any(call.prompts[0] is known for known in run.prompts):
+            if self._rows is None and self.group_size is None:
                 _check_one_prompt(call)
-                run.prompts.append(call.prompts[0])
+            if run.mask is not None:
+                _check_one_length(call, arguments[run.mask])
+            run.prompts.append(call.prompts[0])
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
             if run.reader.schedule:
@@ -331,6 +336,17 @@ def _check_one_prompt(call: DenoiserCall) -> None:
                 "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
                 "group_size=num_images_per_prompt to attach, so that only images of a prompt are pushed apart."
             )
+
+
+def _check_one_length(call: DenoiserCall, mask: torch.Tensor) -> None:
+    """Refuse prompts of several lengths where the pipeline mixes up their masks [rows, T]."""
+    halves = mask.unflatten(0, (call.halves, -1))
+    if (halves != halves[:, :1]).any():
+        raise ValueError(
+            "NegToMe expected prompts of one length, got several: with num_images_per_prompt > 1, diffusers gives "
+            "images the text masks of other prompts here (its issue 13634 describes how); give each prompt a call of "
+            "its own, or repeat it in the list of prompts, with num_images_per_prompt=1."
+        )
 
 
 def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:

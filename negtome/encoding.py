@@ -22,8 +22,8 @@ def encode(pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
     finally:
         if upcast:
             vae.to(dtype=torch.float16)
-    posterior = getattr(encoded, "latent_dist", None)  # AutoencoderTiny returns the latents alone
-    return encoded.latents if posterior is None else posterior.mode(), posterior
+    posterior = getattr(encoded, "latent_dist", None)  # AutoencoderTiny and AutoencoderDC return the latents alone
+    return encoded[0] if posterior is None else posterior.mode(), posterior
 
 
 def scaled(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

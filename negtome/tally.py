@@ -34,13 +34,15 @@ class Run:
     Args:
         architecture: of the pipeline.
         images: that the call generates, as far as its arguments say.
+        mask: name of the denoiser's argument that must be the same for all images of a half.
     """
 
-    def __init__(self, architecture: Architecture, images: int | None) -> None:
+    def __init__(self, architecture: Architecture, images: int | None, mask: str | None) -> None:
         self.images = images
+        self.mask = mask
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
-        self.prompts: list[torch.Tensor] = []  # embeddings found to be of one prompt
+        self.prompts: list[torch.Tensor] = []  # embeddings found to be as they should
         self.grid: tuple[int, int] | None = None
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []

@@ -197,6 +197,25 @@ def test_a_reference_rides_along(case, monkeypatch):
     assert state(pipe) == before
 
 
+def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines):
+    pipe, options = tiny.build("Sana", _tiny_pipelines)
+    seeds = (0, 1, 2, 3)
+
+    def images(prompts, each, seeds=seeds, **settings):
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with negtome.attach(pipe, CONFIG, **settings):
+            return pipe(prompts, num_images_per_prompt=each, output_type="latent", **options).images
+
+    for settings in ({"group_size": 2}, {"given": Reference(tiny.OTHER[0])}):
+        with pytest.raises(ValueError, match=r"prompts of one length.*num_images_per_prompt=1"):
+            images(["a dog", "a mouse"], 2, **settings)
+    result = images(["a dog", "a dog", "a mouse", "a mouse"], 1, group_size=2)
+    for half, prompt in (slice(0, 2), "a dog"), (slice(2, 4), "a mouse"):
+        torch.testing.assert_close(images(prompt, 2, seeds[half]), result[half], rtol=1e-3, atol=1e-3)
+    same = images(["a dog", "a cat"], 2, group_size=2)
+    torch.testing.assert_close(same[:2], result[:2], rtol=1e-3, atol=1e-3)
+
+
 def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_first_step(_tiny_pipelines):
     pipe, options = tiny.build("SDXL img2img", _tiny_pipelines)
     attachment = negtome.attach(pipe, CONFIG.replace(timestep_range=(600, 1000)))

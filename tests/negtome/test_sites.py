@@ -64,6 +64,7 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
         ("SD3", 24 + 13, {"num_layers": 24, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
         ("Chroma", 19 + 38, {}),
         ("PixArt", 28, {}),
+        ("Sana", 20, {}),
         ("AuraFlow", 4 + 32, {}),
         ("CogView4", 30, {}),
     ],

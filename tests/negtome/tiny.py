@@ -132,6 +132,24 @@ def _pixart():
     return _sharp(transformer, "to_q.weight", "to_k.weight")
 
 
+def _sana():
+    transformer = diffusers.SanaTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32,
+    )  # fmt: skip
+    return _sharp(transformer, "to_q.weight", "to_k.weight")
+
+
+def _deep():
+    """Return an autoencoder without a posterior, 4 pixels to an element of the latent."""
+    options = {"decoder_" + name: value for name, value in _DEEP.items()}
+    options |= {"encoder_" + name: value for name, value in _DEEP.items()}
+    return diffusers.AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **options).eval()
+
+
+_DEEP = {"block_out_channels": (8, 8, 8), "layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), ())}
+
+
 def _auraflow():
     transformer = diffusers.AuraFlowTransformer2DModel(
         sample_size=16, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -164,12 +182,14 @@ _PARTS = {
     "sd3": _sd3,
     "chroma": _on_t5(lambda sdxl, flux: flux["vae"], _chroma),
     "pixart": _on_t5(lambda sdxl, flux: sdxl["vae"], _pixart),
+    "sana": _on_t5(lambda sdxl, flux: _deep(), _sana),
     "auraflow": _on_t5(lambda sdxl, flux: sdxl["vae"], _auraflow),
     "cogview4": _on_t5(lambda sdxl, flux: sdxl["vae"], _cogview4),
 }
 
 _UNGUIDED = {"guidance_scale": 1.0}
 _UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
+_SANA = _UNBINNED | {"complex_human_instruction": ["go on:"]}
 
 #: By a name: the pipeline's class, which architecture's parts it has, what is put in their place (a function of them),
 #: and how it is called.
@@ -265,6 +285,13 @@ CASES = {
     "PixArt, unguided": (
         "PixArtSigmaPipeline", "pixart",
         {"scheduler": lambda parts: _scheduler(parts, "DDIM", clip_sample=False)}, _UNBINNED | _UNGUIDED,
+    ),
+    "Sana": ("SanaPipeline", "sana", {}, _SANA),
+    "Sana, unguided": (
+        "SanaPipeline", "sana",
+        {"scheduler": lambda parts: _scheduler(
+            parts, "DPMSolverMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
+        _SANA | _UNGUIDED,
     ),
     "AuraFlow": ("AuraFlowPipeline", "auraflow", {}, {}),
     "AuraFlow, unguided": ("AuraFlowPipeline", "auraflow", {}, _UNGUIDED),
