@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale publish latency report doctor mini-models test test-slow test-gpu lint
+.PHONY: help install sweep cfg-scale publish latency report doctor mini-models test test-slow test-gpu test-versions lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,17 @@ test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, jo
 
 test-gpu: $(VENV)/.installed-dev  ## what only CUDA shows: kernels in halves, memory, that nothing waits for the device
 	$(PY) -m pytest -m gpu $(ARGS)
+
+# The library's alone, in environments of their own: the lowest of each as pyproject.toml promises, and the newest there are.
+LOWEST := torch==2.6.0 diffusers==0.36.0
+NEWEST := torch diffusers
+test-versions: $(VENV)/bin/python  ## the library's tests on the lowest torch and diffusers promised, and on the newest (a download)
+	for versions in "$(LOWEST)" "$(NEWEST)"; do \
+	  $(PYTHON) -m venv --clear outputs/versions && \
+	  outputs/versions/bin/python -m pip install --quiet --editable . $$versions transformers accelerate peft pillow protobuf \
+	    sentencepiece psutil pytest pytest-xdist hypothesis && \
+	  OMP_NUM_THREADS=1 outputs/versions/bin/python -m pytest -n auto tests/negtome $(ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -856,7 +856,7 @@ def offload_denoiser(pipe):
 
 
 def offload_groups(pipe):
-    if Version(diffusers.__version__) < Version("0.42") and torch.accelerator.current_accelerator() is None:
+    if Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available():
         pytest.skip("this diffusers offloads groups where there is an accelerator only")
     denoiser(pipe).enable_group_offload(
         onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
