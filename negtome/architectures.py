@@ -60,7 +60,11 @@ class Architecture:
         patch: side of a token in the latent.
         mixed: name of the text's mask, where the pipeline gives an image those of other prompts: with several prompts
             and several images of each, [p, q, p, q] beside embeddings [p, p, q, q].
-        pack: pipeline, latents or noise [R, c, h, w] -> as the denoiser takes them.
+        scale: pipeline, the autoencoder's latents [R, c, h, w] -> as they are noised, where that is not by the
+            numbers in its config.
+        pack: pipeline, scaled latents or noise -> as the denoiser takes them.
+        frames: whether the autoencoder is one of videos: [R, 3, 1, H, W] -> [R, c, 1, h, w].
+        listed: whether latents, text and output are lists with a tensor for each row.
     """
 
     name: str
@@ -79,7 +83,10 @@ class Architecture:
     levels: bool = False
     patch: int = 1
     mixed: str | None = None
+    scale: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     pack: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    frames: bool = False
+    listed: bool = False
 
 
 def _by_ids(name: str) -> Callable[[Mapping[str, Any]], tuple[int, int]]:

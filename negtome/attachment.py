@@ -254,12 +254,12 @@ class Attachment:
         call = run.reader.read(self._pipe, arguments, run.images)
         if self._rows is None:
             now.group_size = self._images_in_group(call)
-        if not any(call.prompts[0] is known for known in run.prompts):
+        if not any(call.text is known for known in run.prompts):
             if self._rows is None and self.group_size is None:
                 _check_one_prompt(call)
-            if run.mask is not None:
-                _check_one_length(call, arguments[run.mask])
-            run.prompts.append(call.prompts[0])
+            if run.mask in call.prompts:
+                _check_one_length(call, call.prompts[run.mask])
+            run.prompts.append(call.text)
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
             if run.reader.schedule:
@@ -283,7 +283,7 @@ class Attachment:
         if now.active:
             self._run.count(self._sites, self.config.threshold)
             now.active = False  # whoever calls the modules next may be another pipeline, past the compiled denoiser
-        output = output if now.layout is None else shrink(output, now.layout)
+        output = output if now.layout is None else shrink(output, now.layout, self._architecture.listed)
         if len(output[0]) != now.rows:
             raise RuntimeError(
                 f"NegToMe expected the {self._architecture.denoiser_class} to return the {now.rows} rows that the "
@@ -328,7 +328,7 @@ class Attachment:
 
 def _check_one_prompt(call: DenoiserCall) -> None:
     """Refuse a batch of several prompts where all images of a call are to be one group."""
-    for embedding in call.prompts:
+    for embedding in call.prompts.values():
         halves = embedding.unflatten(0, (call.halves, -1)).float()  # [halves, images, ...]
         # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
         if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
@@ -344,7 +344,7 @@ def _check_one_length(call: DenoiserCall, mask: torch.Tensor) -> None:
     if (halves != halves[:, :1]).any():
         raise ValueError(
             "NegToMe expected prompts of one length, got several: with num_images_per_prompt > 1, diffusers gives "
-            "images the text masks of other prompts here (its issue 13634 describes how); give each prompt a call of "
+            "images the text masks of other prompts here (its PR #14147 describes how); give each prompt a call of "
             "its own, or repeat it in the list of prompts, with num_images_per_prompt=1."
         )
 

@@ -23,7 +23,8 @@ class DenoiserCall:
         halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and conditional
             in one batch, 3 with a perturbed one, else 1.
         conditional: the halves that are conditioned on the prompt.
-        prompts: [rows, ...] the embeddings of the text, or [1, ...] of all rows.
+        prompts: [rows, ...] the embeddings of the text, or [1, ...] of all rows, by the names of their arguments;
+            without those that are None. Of texts in a list, padded with zeros.
         grid: (height, width) of the generated image in tokens, of the largest feature map.
         stream: tokens of all images of a row, generated and given, where the sample is packed; else of the grid.
     """
@@ -34,7 +35,7 @@ class DenoiserCall:
     rows: int
     halves: int
     conditional: tuple[int, ...]
-    prompts: tuple[torch.Tensor, ...]
+    prompts: Mapping[str, torch.Tensor]
     grid: tuple[int, int]
     stream: int
 
@@ -42,6 +43,11 @@ class DenoiserCall:
     def images(self) -> int:
         """Images that are generated."""
         return self.rows // self.halves
+
+    @property
+    def text(self) -> torch.Tensor:
+        """The first of `prompts`: the same object in every call with the same text."""
+        return next(iter(self.prompts.values()))
 
 
 class CallReader:
@@ -60,6 +66,7 @@ class CallReader:
         self._values: list[float] = []
         self._step: tuple[int | None, float] | None = None  # of the last call
         self._grids: dict[torch.Size, tuple[int, int]] = {}
+        self._padded: list[tuple[list[torch.Tensor], torch.Tensor]] = []  # texts, and what was made of them
         self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
@@ -76,7 +83,7 @@ class CallReader:
         """
         architecture = self._architecture
         sample = arguments[architecture.sample]
-        rows = len(sample)
+        rows, shape = len(sample), sample[0].shape
         if architecture.guidance == "calls":
             images = rows
         elif not images or rows % images:
@@ -88,15 +95,17 @@ class CallReader:
         index, timestep, time = self._when(pipe, arguments[architecture.time])
         step = (index, timestep)
         again, self._step = step == self._step, step
-        if sample.shape not in self._grids:
-            self._grids[sample.shape] = architecture.grid(arguments)
-        height, width = grid = self._grids[sample.shape]
+        if shape not in self._grids:
+            self._grids[shape] = architecture.grid(arguments)
+        height, width = grid = self._grids[shape]
         if architecture.guidance == "batch":
             perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
             conditional = range(max(halves - 1 - perturbed, 0), halves)
         else:
             conditional = range(0 if again and architecture.guidance == "calls" else 1)
-        prompts = [value_at(arguments, name) for name in filter(None, architecture.prompts)]
+        prompts = {name: value_at(arguments, name) for name in filter(None, architecture.prompts)}
+        if architecture.listed:
+            prompts = {name: self._pad(value) for name, value in prompts.items()}
         return DenoiserCall(
             timestep=timestep,
             time=time,
@@ -104,10 +113,19 @@ class CallReader:
             rows=rows,
             halves=halves,
             conditional=tuple(conditional),
-            prompts=tuple(prompts),
+            prompts={name: value for name, value in prompts.items() if value is not None},
             grid=grid,
-            stream=sample.shape[1] if sample.dim() == 3 else height * width,
+            stream=shape[0] if len(shape) == 2 else height * width,
         )
+
+    def _pad(self, texts: list[torch.Tensor]) -> torch.Tensor:
+        """Return texts [L, D] as one tensor, the same one in every step, in which a pipeline may make a new list."""
+        for known, padded in self._padded:
+            if len(known) == len(texts) and all(one is other for one, other in zip(known, texts, strict=True)):
+                return padded
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        self._padded.append((list(texts), padded))
+        return padded
 
     def _when(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
         """Return which of the scheduler's timesteps a call is at, the timestep itself, and as a tensor [1]."""

@@ -10,8 +10,9 @@ from negtome.architectures import Architecture
 from negtome.calls import DenoiserCall
 
 
-def encode(pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Encode images [R, 3, H, W] in [-1, 1]; return the mode of the latents [R, c, h, w] and the posterior, if any."""
+def encode(architecture: Architecture, pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Encode images [R, 3, H, W] in [-1, 1]; return the mode of the latents and the posterior, if any."""
+    pixels = pixels.unsqueeze(2) if architecture.frames else pixels
     vae = pipe.vae
     # The autoencoder of SDXL overflows in float16; float16 survives the way there and back unchanged.
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
@@ -26,8 +27,12 @@ def encode(pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return encoded[0] if posterior is None else posterior.mode(), posterior
 
 
-def scaled(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Scale the autoencoder's latents [R, c, h, w] as the pipeline denoises them."""
+def scaled(architecture: Architecture, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Scale the autoencoder's latents as the pipeline denoises them: float32 [R, c, h, w]."""
+    latents = latents.float()
+    latents = latents.squeeze(2) if architecture.frames else latents
+    if architecture.scale is not None:
+        return architecture.scale(pipe, latents)
     config = pipe.vae.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
@@ -35,7 +40,7 @@ def scaled(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         latents = (latents - mean) / std
     elif shift := getattr(config, "shift_factor", None):
         latents = latents - shift
-    return latents * config.scaling_factor
+    return latents * getattr(config, "scaling_factor", 1)
 
 
 def noised(pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, call: DenoiserCall) -> torch.Tensor:
@@ -74,8 +79,8 @@ def embed(
         ValueError: the call's embeddings have more or fewer tokens, which the pipeline cannot make of a prompt.
     """
     options = {name: value for name, value in asked.items() if "prompt" not in name}
-    if asked.get("prompt") is None:  # where it says nothing about the embeddings that were given
-        options["max_sequence_length"] = call.prompts[0].shape[1]
+    if asked.get("prompt") is None and not architecture.listed:  # it says nothing about the embeddings that were given
+        options["max_sequence_length"] = call.text.shape[1]
     options |= {
         "prompt": prompt,
         "prompt_2": None,
@@ -86,8 +91,13 @@ def embed(
     }
     known = inspect.signature(pipe.encode_prompt).parameters
     values = pipe.encode_prompt(**{name: value for name, value in options.items() if name in known})
-    embedded = {name: value for name, value in zip(architecture.prompts, values, strict=False) if name is not None}
-    value, expected = next(iter(embedded.values())), call.prompts[0]  # a mask may go on over the tokens of the image
+    embedded = {name: value for name, value in zip(architecture.prompts, values, strict=False) if name in call.prompts}
+    if architecture.listed:
+        return {name: texts[0].unsqueeze(0) for name, texts in embedded.items()}
+    for name, value in embedded.items():
+        if value is None:  # a mask: all of it is text
+            embedded[name] = torch.ones_like(call.prompts[name][:1])
+    value, expected = next(iter(embedded.values())), call.text  # a mask may go on over the tokens of the image
     if value.shape[1:] != expected.shape[1:]:
         raise ValueError(
             f"NegToMe expected text embeddings of {value.shape[1]} tokens, as those of a Reference's prompt, got "

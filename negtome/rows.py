@@ -1,5 +1,6 @@
 """Outside references as further rows of the denoiser's batch: neither what calls it nor what it returns has them."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from negtome.sites import feature_maps
 
 
 class _Encoded(NamedTuple):
-    """A reference at the size of the output: latents [R, c, h, w], what they are the mode of, what may be matched."""
+    """A reference at the size of the output: scaled latents, what they are the mode of, what may be matched."""
 
     latents: torch.Tensor
     posterior: Any
@@ -30,7 +31,8 @@ class _Plan(NamedTuple):
     slots: tuple[tuple[Reference, int], ...]  # a reference, and the image that lends it its conditioning
     size: tuple[int, int]  # of the latent
     layout: Layout
-    index: torch.Tensor  # [halves * (images + rows)] the original row that each new row copies
+    order: list[int]  # [halves * (images + rows)] the original row that each new row copies
+    index: torch.Tensor  # the same on the device
 
 
 class ReferenceRows:
@@ -75,7 +77,7 @@ class ReferenceRows:
         """Refuse a pipeline that lacks what encodes the references or their prompts.
 
         Raises:
-            ValueError: it does.
+            ValueError: it does, or reads prompts together with images.
         """
         if pipe.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
@@ -84,6 +86,11 @@ class ReferenceRows:
             raise ValueError(
                 "NegToMe expected all text encoders, to embed a Reference's prompt, got None; load them too, or leave "
                 "the prompt out, and each image lends its own."
+            )
+        if prompted and "image" in inspect.signature(pipe.encode_prompt).parameters:
+            raise ValueError(
+                f"a {type(pipe).__name__} reads the prompt together with the image to edit, which a Reference's prompt "
+                "cannot be; leave that prompt out, and each image lends its own."
             )
 
     def start(self, pipe: Any, asked: Mapping[str, Any]) -> None:
@@ -120,24 +127,26 @@ class ReferenceRows:
                 a token.
         """
         architecture = self._architecture
-        for name, value in zip(filter(None, architecture.prompts), call.prompts, strict=True):
+        for name, value in call.prompts.items():
             if len(value) not in (1, call.rows):
                 raise ValueError(
                     f"NegToMe expected text embeddings with one row, or one for each of the {call.rows} images, beside "
                     f"a reference, got {len(value)}; repeat prompt_embeds and pooled_prompt_embeds along their first "
                     "dimension."
                 )
-            arguments = with_value(arguments, name, value.expand(call.rows, *value.shape[1:]))
-        plan = next(
-            (p for p in self._plans if p.prompts is call.prompts[0] and p.conditional == call.conditional), None
-        )
+            if not architecture.listed:
+                arguments = with_value(arguments, name, value.expand(call.rows, *value.shape[1:]))
+        plan = next((p for p in self._plans if p.prompts is call.text and p.conditional == call.conditional), None)
         if plan is None:
             plan = self._plan(pipe, call, fewest_tokens)
             self._plans.append(plan)
         layout, size = plan.layout, plan.size
 
+        def take(rows: torch.Tensor | list) -> torch.Tensor | list:
+            return [rows[k] for k in plan.order] if isinstance(rows, list) else rows[plan.index]
+
         extended = {
-            name: value if name in architecture.shared else _map(value, call.rows, lambda rows: rows[plan.index])
+            name: value if name in architecture.shared else _map(value, call.rows, take, architecture.listed)
             for name, value in arguments.items()
         }
         start = layout.images
@@ -168,7 +177,7 @@ class ReferenceRows:
             )
         conditions = [
             embedding.expand(call.rows, *embedding.shape[1:]).unflatten(0, (call.halves, images))
-            for embedding in call.prompts
+            for embedding in call.prompts.values()
         ]  # [halves, images, ...]
         slots: dict[tuple[Reference, int], list[int]] = {}
         for image, reference in enumerate(wanted):
@@ -199,17 +208,17 @@ class ReferenceRows:
                     "NegToMe got a mask that covers more than half of no token: the largest feature map has "
                     f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
                 )
-            device = call.prompts[0].device
+            device = call.text.device
             allowed = {
                 n: mask.nonzero().flatten().to(device) if mask is not None and mask.any() else None
                 for n, mask in masks.items()
             }
             masks = {n: None if mask is None else mask.to(device) for n, mask in masks.items()}
             routes.append(Route(_runs(members), (start, images + len(lenders)), masks, allowed))
-        half = torch.tensor([*range(images), *lenders], device=call.prompts[0].device)
-        index = torch.cat([half + images * k for k in range(call.halves)])
+        order = [images * half + image for half in range(call.halves) for image in (*range(images), *lenders)]
+        index = torch.tensor(order, device=call.text.device)
         layout = Layout(call.halves, images, len(lenders), tuple(routes))
-        return _Plan(call.prompts[0], call.conditional, tuple(slots), size, layout, index)
+        return _Plan(call.text, call.conditional, tuple(slots), size, layout, order, index)
 
     def _encode(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> _Encoded:
         """Encode a reference for a size of the latent, at most once."""
@@ -217,35 +226,43 @@ class ReferenceRows:
         if key not in self._encoded:
             height, width = (side * pipe.vae_scale_factor for side in size)
             fitted = [fit(i, m, height, width) for i, m in zip(reference.images, reference.mask, strict=True)]
-            latents, posterior = encode(pipe, 2 * torch.stack([image for image, _ in fitted]) - 1)
+            pixels = 2 * torch.stack([image for image, _ in fitted]) - 1
+            latents, posterior = encode(self._architecture, pipe, pixels)
             if posterior is None and reference.posterior == "sample":
                 raise ValueError(
                     f'posterior="sample" needs an autoencoder that has one, got a {type(pipe.vae).__name__}; use '
                     '"mode".'
                 )
+            latents = scaled(self._architecture, pipe, latents)
             self._encoded[key] = _Encoded(latents, posterior, tuple(share for _, share in fitted))
         return self._encoded[key]
 
     def _draw(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a reference's latents and noise for this step, float32, packed as the denoiser takes them."""
-        encoded = self._encode(pipe, reference, size)
+        latents, posterior, _ = self._encode(pipe, reference, size)
         if reference not in self._noise:
             # On the CPU: the same on every device.
             generator = torch.Generator().manual_seed(reference.seed)
-            noise = torch.randn(encoded.latents.shape, generator=generator).to(encoded.latents.device)
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
             self._noise[reference] = (noise, generator)
         noise, generator = self._noise[reference]
-        latents = encoded.latents if reference.posterior == "mode" else encoded.posterior.sample(generator)
-        latents = scaled(pipe, latents.float())
+        if reference.posterior == "sample":
+            latents = scaled(self._architecture, pipe, posterior.sample(generator))
         if (pack := self._architecture.pack) is not None:
             latents, noise = pack(pipe, latents), pack(pipe, noise)
         return latents, noise if reference.noise else None
 
 
-def shrink(output: Any, layout: Layout) -> Any:
-    """Take the reference rows out of what the denoiser returned."""
-    rows = layout.halves * (layout.images + layout.rows)
-    return _map(output, rows, lambda x: x.unflatten(0, (layout.halves, -1))[:, : layout.images].flatten(0, 1))
+def shrink(output: Any, layout: Layout, listed: bool) -> Any:
+    """Take the reference rows out of what the denoiser returned, which is a list of rows or holds tensors of them."""
+    half = layout.images + layout.rows
+
+    def keep(rows: torch.Tensor | list) -> torch.Tensor | list:
+        if isinstance(rows, list):
+            return [row for place, row in enumerate(rows) if place % half < layout.images]
+        return rows.unflatten(0, (layout.halves, half))[:, : layout.images].flatten(0, 1)
+
+    return _map(output, layout.halves * half, keep, listed)
 
 
 def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -268,22 +285,31 @@ def _mask(shares: Sequence[torch.Tensor | None], height: int, width: int) -> tor
     return torch.cat(masks)
 
 
-def _map(value: Any, rows: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Change every tensor with this many rows, in dicts, lists, tuples and the outputs of models."""
+def _map(value: Any, rows: int, change: Callable[[Any], Any], listed: bool) -> Any:
+    """Change every tensor with this many rows, in dicts, lists, tuples and the outputs of models.
+
+    Where rows are `listed`, a list of this many is changed itself.
+    """
     if isinstance(value, torch.Tensor):
         return change(value) if value.dim() and value.shape[0] == rows else value
     if isinstance(value, Mapping):
-        changed = {key: _map(item, rows, change) for key, item in value.items()}
+        changed = {key: _map(item, rows, change, listed) for key, item in value.items()}
         return changed if type(value) is dict else type(value)(**changed)  # a model's output takes its fields
+    if listed and type(value) is list:
+        return change(value) if len(value) == rows else value
     if type(value) in (list, tuple):
-        return type(value)(_map(item, rows, change) for item in value)
+        return type(value)(_map(item, rows, change, listed) for item in value)
     return value
 
 
 def _put(
-    target: torch.Tensor, rows: torch.Tensor, layout: Layout, start: int, stop: int, halves: Sequence[int]
+    target: torch.Tensor | list, rows: torch.Tensor, layout: Layout, start: int, stop: int, halves: Sequence[int]
 ) -> None:
     """Write rows into places start to stop of some halves of a batch: their channels and tokens are its first ones."""
+    if isinstance(target, list):
+        for first in (half * (layout.images + layout.rows) for half in halves):
+            target[first + start : first + stop] = rows.to(target[first]).expand(stop - start, *rows.shape[1:])
+        return
     batch = target.unflatten(0, (layout.halves, -1))
     leading = tuple(slice(size) for size in rows.shape[1:])
     for half in halves:

@@ -67,7 +67,9 @@ def calls(pipe, options, monkeypatch, change=None, **others):
             change(arguments[architecture.sample])
         within = [(name, value) for name, value in arguments.items() if isinstance(value, dict)]
         within = {f"{name}.{key}": value for name, values in within for key, value in values.items()}
-        found.append({name: value for name, value in (arguments | within).items() if isinstance(value, torch.Tensor)})
+        rows = (torch.Tensor, list) if architecture.listed else torch.Tensor
+        with_rows = {name: value for name, value in (arguments | within).items() if isinstance(value, rows)}
+        found.append(with_rows)
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -124,17 +126,18 @@ def test_the_tokens_of_the_image_are_pushed_and_no_others(case, monkeypatch):
 
     def pushed(token=None):
         def change(sample):
-            if token is not None and sample.dim() == 3:
-                sample[:, token, 0] += 1
-            elif token is not None:
-                row, column = divmod(token, shape[3] // patch)
-                sample[:, 0, row * patch, column * patch] += 1
+            if token is None:
+                return
+            row, column = divmod(token, shape[-1] // patch)
+            for one in sample:  # [N, C], [c, h, w] or [c, 1, h, w]
+                place = (token, 0) if one.dim() == 2 else (0, ..., row * patch, column * patch)
+                one[place] += 1
 
         tokens = []
         with negtome.attach(pipe, CONFIG, push=lambda site, old, new, size: tokens.append((site, old)) or old) as found:
             seen = calls(pipe, options, monkeypatch, change)
-        sample = seen[0][architecture.sample]
-        return tokens[: len(found.sites)], sample.shape[1] if sample.dim() == 3 else length
+        sample = seen[0][architecture.sample][0]
+        return tokens[: len(found.sites)], len(sample) if sample.dim() == 2 else length
 
     plain, total = pushed()
     for token in (0, 13, length - 1, *range(length, total, 30)):
@@ -144,28 +147,54 @@ def test_the_tokens_of_the_image_are_pushed_and_no_others(case, monkeypatch):
             assert changed == ([token] if token < length else []), site
 
 
+def encoded(pipe, image):
+    """Return an image's latents [1, c, h, w] as the pipeline noises them, and how it packs such, by its own code."""
+    name, vae, pixels = find_architecture(pipe).name, pipe.vae, 2 * image[None] - 1
+    if name in ("Qwen", "Krea2"):
+        latents = vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+        mean, std = (torch.tensor(vae.config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return (latents - mean) / std, lambda latents: pipe._pack_latents(latents, *latents.shape)
+    latents = vae.encode(pixels)[0]
+    latents = latents if isinstance(latents, torch.Tensor) else latents.mean
+    if name == "Flux2":
+        latents = vae.bn(torch.nn.functional.pixel_unshuffle(latents, 2))
+        return latents, lambda latents: latents.flatten(2).mT
+    latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    if name == "ZImage":
+        return latents, lambda latents: latents[:, :, None]
+    packs = name in ("Flux", "Chroma")
+    return latents, lambda latents: pipe._pack_latents(latents, *latents.shape) if packs else latents
+
+
+def halved(rows, halves):
+    """Return the halves of a batch, be it a tensor or a list."""
+    size = len(rows) // halves
+    return [rows[k * size : (k + 1) * size] for k in range(halves)]
+
+
 def test_a_reference_rides_along(case, monkeypatch):
     """Its row is its image, noised as the others are, under its own prompt; no other row changes."""
     pipe, options = case
     architecture, image = find_architecture(pipe), tiny.OTHER[0].flip(2)
     generator = torch.Generator().manual_seed(3)
-    encoded = pipe.vae.encode(2 * image[None] - 1)[0]
-    latents = encoded if isinstance(encoded, torch.Tensor) else encoded.mean
-    latents = (latents - (pipe.vae.config.get("shift_factor") or 0)) * pipe.vae.config.scaling_factor
+    latents, pack = encoded(pipe, image)
     noise = torch.randn(latents.shape, generator=generator)
     before, base = state(pipe), generate(pipe, options)
-    plain, mouse = (calls(pipe, options, monkeypatch, prompt=prompt) for prompt in ("a dog", "a mouse"))
-    given = [Reference(image, seed=3, prompt="a mouse"), None, None]
+    other = "a mouse"
+    plain, mouse = (calls(pipe, options, monkeypatch, prompt=prompt) for prompt in ("a dog", other))
+    posterior = "sample" if architecture.frames else "mode"  # the same here
+    given = [Reference(image, seed=3, prompt=other, posterior=posterior), None, None]
     with negtome.attach(pipe, CONFIG.replace(alpha=0), given=given):
         still = calls(pipe, options, monkeypatch)
         torch.testing.assert_close(generate(pipe, options), base, rtol=1e-3, atol=1e-3)
     assert len(still) == len(plain) == len(mouse)
     for number, (found, stock, own) in enumerate(zip(still, plain, mouse, strict=True)):
         halves = len(stock[architecture.sample]) // 3
-        half, stock_half = (x[architecture.sample].unflatten(0, (halves, -1)) for x in (found, stock))
-        assert half.shape[1] == 4
+        batch, stock_batch = (halved(x[architecture.sample], halves) for x in (found, stock))
+        assert {len(half) for half in batch} == {4}
         if not number:
-            assert torch.equal(half[:, :3], stock_half)
+            for half, stock_half in zip(batch, stock_batch, strict=True):
+                assert all(torch.equal(*rows) for rows in zip(half[:3], stock_half, strict=True))
         time = torch.as_tensor(stock[architecture.time]).flatten()[0]
         if hasattr(pipe.scheduler, "scale_noise") or pipe.scheduler.config.get("use_flow_sigmas"):
             sigmas, sigma = pipe.scheduler.sigmas, architecture.clock(time) / 1000
@@ -174,22 +203,21 @@ def test_a_reference_rides_along(case, monkeypatch):
         else:
             share = pipe.scheduler.alphas_cumprod[int(time)]
             row = share.sqrt() * latents + (1 - share).sqrt() * noise
-        if architecture.pack is not None:
-            row = pipe._pack_latents(row, *row.shape)
+        row = pack(row)
         leading = tuple(slice(size) for size in row.shape[1:])
-        for one in half:
+        for one in batch:
             torch.testing.assert_close(one[3][leading], row[0], rtol=1e-3, atol=1e-3)
             lent = torch.ones_like(one[3], dtype=torch.bool)
             lent[leading] = False
             assert torch.equal(one[3][lent], one[0][lent])
         # Whatever else has a row for an image, but for what a ControlNet made of its lender.
-        others = {name for name, value in found.items() if value.shape[:1] == (4 * halves,)}
+        others = {name for name, value in found.items() if isinstance(value, list) or value.shape[:1] == (4 * halves,)}
         others -= {architecture.sample, "mid_block_additional_residual"}
-        assert others >= set(filter(None, architecture.prompts))
+        assert others >= {name for name in filter(None, architecture.prompts) if name in stock}
         for name in others:
-            text, dog, cat = (x[name].unflatten(0, (halves, -1)) for x in (found, stock, own))
-            assert torch.equal(text[:, :3], dog)
-            torch.testing.assert_close(text[:, 3], cat[:, 0], rtol=1e-4, atol=1e-4)
+            for text, dog, cat in zip(*(halved(x[name], halves) for x in (found, stock, own)), strict=True):
+                assert all(torch.equal(*rows) for rows in zip(text[:3], dog, strict=True))
+                torch.testing.assert_close(text[3], cat[0], rtol=1e-4, atol=1e-4)
     with negtome.attach(pipe, CONFIG, given=given):
         result = generate(pipe, options)
     assert (result[0] - base[0]).abs().max() > 1e-3
