@@ -110,6 +110,13 @@ def _by_shape(name: str, patch: int) -> Callable[[Mapping[str, Any]], tuple[int,
     return grid
 
 
+def _patched_and_normalised(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Put 2x2 patches of latents into their channels, and scale these by the statistics of the autoencoder."""
+    mean, variance = (values.to(latents) for values in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
+    epsilon = pipe.vae.config.batch_norm_eps
+    return torch.nn.functional.batch_norm(pipe._patchify_latents(latents), mean, variance, eps=epsilon)
+
+
 _UNET = {
     "denoiser": "unet",
     "denoiser_class": "UNet2DConditionModel",
@@ -268,5 +275,24 @@ ARCHITECTURES = (
         guidance="calls",
         grid=_by_shape("hidden_states", 2),
         patch=2,
+    ),
+    Architecture(
+        name="Flux2",
+        pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+        denoiser="transformer",
+        denoiser_class="Flux2Transformer2DModel",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        places=(
+            Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),
+            # These project [attention, MLP] together.
+            Place("single_transformer_blocks.*.attn.to_out", "input", image="last", width="inner_dim"),
+        ),
+        prompts=("encoder_hidden_states", None),
+        guidance="calls",  # klein's; dev has its own embedded
+        clock=lambda time: 1000 * time,
+        grid=_by_ids("img_ids"),
+        patch=2,
+        scale=_patched_and_normalised,
+        pack=lambda pipe, latents: pipe._pack_latents(latents),
     ),
 )

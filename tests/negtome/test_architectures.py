@@ -1,6 +1,7 @@
 """Every pipeline of the table, tiny and with random weights: what holds for all of them."""
 
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 
@@ -225,8 +226,9 @@ def test_a_reference_rides_along(case, monkeypatch):
     assert state(pipe) == before
 
 
-def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines):
-    pipe, options = tiny.build("Sana", _tiny_pipelines)
+@pytest.mark.parametrize("name", ["Sana"])
+def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
+    pipe, options = tiny.build(name, _tiny_pipelines)
     seeds = (0, 1, 2, 3)
 
     def images(prompts, each, seeds=seeds, **settings):
@@ -242,6 +244,43 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines):
         torch.testing.assert_close(images(prompt, 2, seeds[half]), result[half], rtol=1e-3, atol=1e-3)
     same = images(["a dog", "a cat"], 2, group_size=2)
     torch.testing.assert_close(same[:2], result[:2], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "places"),
+    [
+        # 64 tokens of the image and 256 of the given one, at last behind 12 of the text and with the MLP beside them.
+        (
+            "FLUX.2 dev, given image", {},
+            {"transformer_blocks.0.attn.to_out.0": (320, 0, 64, 32)}
+            | {f"single_transformer_blocks.{k}.attn.to_out": (332, 12, 76, 32) for k in range(2)},
+        ),
+    ],
+)  # fmt: skip
+def test_the_push_is_what_it_is_when_written_out(_tiny_pipelines, name, size, places):
+    pipe, options = tiny.build(name, _tiny_pipelines)
+    options |= size
+    with negtome.attach(pipe, CONFIG.replace(alpha=0.7)) as attached:
+        result = generate(pipe, options)
+    assert attached.sites == tuple(places)
+
+    def push(module, arguments, place):
+        length, first, last, width = place
+        assert arguments[0].shape[1] == length
+        new = arguments[0].clone()
+        for start in range(0, len(new), 3):
+            source = new[start, first:last, :width]
+            for row in (start + 1, start + 2):
+                tokens = new[row, first:last, :width]
+                similarity = torch.nn.functional.cosine_similarity(tokens[:, None], source[None], dim=-1)
+                tokens += 0.7 * (tokens - source[similarity.argmax(dim=1)])
+        return (new, *arguments[1:])
+
+    base = generate(pipe, options)
+    for site, place in places.items():
+        pipe.transformer.get_submodule(site).register_forward_pre_hook(functools.partial(push, place=place))
+    torch.testing.assert_close(result, generate(pipe, options), rtol=1e-4, atol=1e-4)
+    assert (result[1:] - base[1:]).abs().amax(dim=tuple(range(1, base.dim()))).min() > 1e-3
 
 
 def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_first_step(_tiny_pipelines):

@@ -2,9 +2,11 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import diffusers
 import torch
+from PIL import Image
 
 
 def _picture(seed):
@@ -166,6 +168,53 @@ def _cogview4():
     return transformer.eval()
 
 
+class _Language(torch.nn.Module):
+    """What the pipelines ask of a language model: of its "layers" [B, T, 16], one looks back and forth."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(tokens, 16)
+
+    def forward(self, input_ids, attention_mask, **options):
+        tokens = self.embedding(input_ids) * attention_mask[..., None]
+        sums = tokens.sum(1, keepdim=True) / attention_mask.sum(1)[:, None, None]
+        return SimpleNamespace(hidden_states=(tokens, tokens + sums, tokens - sums))
+
+
+def _with_language(parts, vae, transformer):
+    """Return the parts of a pipeline whose text goes through a language model, with a chat's template."""
+    tokenizer = parts["tokenizer_2"]
+    tokenizer.chat_template = (
+        "{% set text = messages[-1].content %}{{ text if text is string else text[0].text }}"  # no system prompt
+    )
+    for name, parameter in transformer.named_parameters():
+        if name.endswith(("norm_q.weight", "norm_k.weight")):
+            parameter.data = parameter.data * 3 + (0 if parameter.any() else 2)  # as in `conftest.py`
+    return {
+        "scheduler": parts["scheduler"], "tokenizer": tokenizer, "text_encoder": _Language(len(tokenizer)),
+        "vae": vae.eval(), "transformer": transformer.eval(),
+    }  # fmt: skip
+
+
+_SMALL = {"attention_head_dim": 16, "num_attention_heads": 2}
+
+
+def _flux2(parts):
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=1,
+        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=2, joint_attention_dim=48, timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4), **_SMALL,
+    )  # fmt: skip
+    return _with_language(parts, vae, transformer)
+
+
 def _scheduler(parts, name, **options):
     return getattr(diffusers, f"{name}Scheduler").from_config(parts["scheduler"].config, **options)
 
@@ -185,11 +234,20 @@ _PARTS = {
     "sana": _on_t5(lambda sdxl, flux: _deep(), _sana),
     "auraflow": _on_t5(lambda sdxl, flux: sdxl["vae"], _auraflow),
     "cogview4": _on_t5(lambda sdxl, flux: sdxl["vae"], _cogview4),
+    "flux2": lambda sdxl, flux: _flux2(flux),
 }
 
 _UNGUIDED = {"guidance_scale": 1.0}
 _UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
 _SANA = _UNBINNED | {"complex_human_instruction": ["go on:"]}
+_FLUX2 = {"text_encoder_out_layers": (0, 1, 2)}
+_GIVEN = {"image": Image.new("RGB", (64, 64), "red")}
+
+#: What the pipelines put around a prompt, a token a character.
+_AROUND = {
+    "prompt_template_encode": "{}", "prompt_template_encode_prefix": "", "prompt_template_encode_suffix": "",
+    "prompt_template_encode_start_idx": 0, "prompt_template_encode_num_suffix_tokens": 1,
+}  # fmt: skip
 
 #: By a name: the pipeline's class, which architecture's parts it has, what is put in their place (a function of them),
 #: and how it is called.
@@ -297,6 +355,10 @@ CASES = {
     "AuraFlow, unguided": ("AuraFlowPipeline", "auraflow", {}, _UNGUIDED),
     "CogView4": ("CogView4Pipeline", "cogview4", {}, {}),
     "CogView4, unguided": ("CogView4Pipeline", "cogview4", {}, _UNGUIDED),
+    "FLUX.2 dev": ("Flux2Pipeline", "flux2", {}, _FLUX2),
+    "FLUX.2 dev, given image": ("Flux2Pipeline", "flux2", {}, _FLUX2 | _GIVEN),
+    "FLUX.2 klein": ("Flux2KleinPipeline", "flux2", {}, _FLUX2),
+    "FLUX.2 klein, unguided": ("Flux2KleinPipeline", "flux2", {}, _FLUX2 | {"guidance_scale": 1.0}),
 }  # fmt: skip
 
 
@@ -310,5 +372,8 @@ def build(case, bases):
     parts |= {part: change(parts) for part, change in changes.items()}
     cls = getattr(diffusers, name)
     pipe = cls(**{part: value for part, value in parts.items() if part in inspect.signature(cls.__init__).parameters})
+    for attribute, value in _AROUND.items():
+        if hasattr(pipe, attribute):
+            setattr(pipe, attribute, value)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"num_inference_steps": 2, "height": 32, "width": 32} | options
