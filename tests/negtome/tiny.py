@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from types import SimpleNamespace
 
 import diffusers
@@ -183,6 +184,11 @@ class _Language(torch.nn.Module):
         return SimpleNamespace(hidden_states=(tokens, tokens + sums, tokens - sums))
 
 
+def _processor(tokenizer):
+    """Return what takes pictures beside texts, and leaves them out."""
+    return lambda text, images=None, **options: tokenizer(text, **options)
+
+
 def _with_language(parts, vae, transformer):
     """Return the parts of a pipeline whose text goes through a language model, with a chat's template."""
     tokenizer = parts["tokenizer_2"]
@@ -194,7 +200,7 @@ def _with_language(parts, vae, transformer):
             parameter.data = parameter.data * 3 + (0 if parameter.any() else 2)  # as in `conftest.py`
     return {
         "scheduler": parts["scheduler"], "tokenizer": tokenizer, "text_encoder": _Language(len(tokenizer)),
-        "vae": vae.eval(), "transformer": transformer.eval(),
+        "processor": _processor(tokenizer), "vae": vae.eval(), "transformer": transformer.eval(),
     }  # fmt: skip
 
 
@@ -213,6 +219,20 @@ def _flux2(parts):
         axes_dims_rope=(4, 4, 4, 4), **_SMALL,
     )  # fmt: skip
     return _with_language(parts, vae, transformer)
+
+
+def _qwen_vae():
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=2, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.3, -0.2], latents_std=[1.5, 0.8],
+    )  # fmt: skip
+
+
+def _qwen(parts):
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=8, out_channels=2, num_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8), **_SMALL
+    )
+    return _with_language(parts, _qwen_vae(), transformer)
 
 
 def _scheduler(parts, name, **options):
@@ -235,6 +255,7 @@ _PARTS = {
     "auraflow": _on_t5(lambda sdxl, flux: sdxl["vae"], _auraflow),
     "cogview4": _on_t5(lambda sdxl, flux: sdxl["vae"], _cogview4),
     "flux2": lambda sdxl, flux: _flux2(flux),
+    "qwen": lambda sdxl, flux: _qwen(flux),
 }
 
 _UNGUIDED = {"guidance_scale": 1.0}
@@ -359,6 +380,11 @@ CASES = {
     "FLUX.2 dev, given image": ("Flux2Pipeline", "flux2", {}, _FLUX2 | _GIVEN),
     "FLUX.2 klein": ("Flux2KleinPipeline", "flux2", {}, _FLUX2),
     "FLUX.2 klein, unguided": ("Flux2KleinPipeline", "flux2", {}, _FLUX2 | {"guidance_scale": 1.0}),
+    "Qwen-Image": ("QwenImagePipeline", "qwen", {}, {"true_cfg_scale": 1.0}),
+    "Qwen-Image, guided": ("QwenImagePipeline", "qwen", {}, _CFG),
+    "Qwen-Image img2img": ("QwenImageImg2ImgPipeline", "qwen", {}, _STRENGTH | _CFG),
+    "Qwen-Image Edit": ("QwenImageEditPipeline", "qwen", {}, _CFG | _GIVEN),
+    "Qwen-Image Edit-Plus": ("QwenImageEditPlusPipeline", "qwen", {}, _GIVEN | {"true_cfg_scale": 1.0}),
 }  # fmt: skip
 
 
@@ -375,5 +401,7 @@ def build(case, bases):
     for attribute, value in _AROUND.items():
         if hasattr(pipe, attribute):
             setattr(pipe, attribute, value)
+    if "Edit" in name:  # which makes every given image a megapixel
+        sys.modules[cls.__module__].calculate_dimensions = lambda area, ratio: (32, 32, None)[: 3 - ("Plus" in name)]
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"num_inference_steps": 2, "height": 32, "width": 32} | options
