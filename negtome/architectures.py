@@ -317,4 +317,25 @@ ARCHITECTURES = (
         frames=True,
         mixed="encoder_hidden_states_mask",
     ),
+    Architecture(
+        name="ZImage",
+        pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
+        denoiser="transformer",
+        denoiser_class="ZImageTransformer2DModel",
+        blocks=("noise_refiner", "layers"),
+        places=(
+            # The image, padded to a multiple of 32 tokens, and in the layers the text behind it.
+            Place("noise_refiner.*.attention.to_out.0", "input", image="first"),
+            Place("layers.*.attention.to_out.0", "input", image="first"),
+        ),
+        prompts=("cap_feats", None),
+        guidance="batch, reversed",
+        sample="x",
+        time="t",
+        clock=lambda time: 1000 * (1 - time),
+        grid=lambda arguments: tuple(side // 2 for side in arguments["x"][0].shape[-2:]),
+        patch=2,
+        pack=lambda pipe, latents: latents.unsqueeze(2),
+        listed=True,
+    ),
 )

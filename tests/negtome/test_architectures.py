@@ -253,6 +253,11 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
 @pytest.mark.parametrize(
     ("name", "size", "places"),
     [
+        # 66 tokens of the image, padded to 96, and from the second block on those of the text, to 32.
+        (
+            "Z-Image", {"height": 24, "width": 44},
+            {"noise_refiner.0.attention.to_out.0": (96, 0, 66, 32), "layers.0.attention.to_out.0": (128, 0, 66, 32)},
+        ),
         # 64 tokens of the image and 256 of the given one, at last behind 12 of the text and with the MLP beside them.
         (
             "FLUX.2 dev, given image", {},
@@ -285,6 +290,22 @@ def test_the_push_is_what_it_is_when_written_out(_tiny_pipelines, name, size, pl
         pipe.transformer.get_submodule(site).register_forward_pre_hook(functools.partial(push, place=place))
     torch.testing.assert_close(result, generate(pipe, options), rtol=1e-4, atol=1e-4)
     assert (result[1:] - base[1:]).abs().amax(dim=tuple(range(1, base.dim()))).min() > 1e-3
+
+
+def test_rows_in_lists_do_not_depend_on_what_is_beside_them(_tiny_pipelines):
+    pipe, options = tiny.build("Z-Image", _tiny_pipelines)
+    reference = Reference(tiny.OTHER[0])
+
+    def call(prompts, seeds, given):
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with negtome.attach(pipe, CONFIG, given=given):
+            return pipe(prompts, generator=generator, output_type="latent", **options).images
+
+    together = call(["a dog", "a mouse", "a cat"], (0, 1, 2), [reference, reference, None])
+    for k, prompt in enumerate(("a dog", "a mouse")):
+        torch.testing.assert_close(together[k : k + 1], call([prompt], [k], reference), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="got several prompts"), negtome.attach(pipe, CONFIG):
+        pipe(["a dog", "a mouse"], **options)
 
 
 def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_first_step(_tiny_pipelines):

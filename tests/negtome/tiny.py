@@ -235,6 +235,14 @@ def _qwen(parts):
     return _with_language(parts, _qwen_vae(), transformer)
 
 
+def _zimage(parts):
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=1, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 4, 8], axes_lens=[256, 64, 64],
+    )  # fmt: skip
+    return _with_language(parts, parts["vae"], transformer)
+
+
 def _scheduler(parts, name, **options):
     return getattr(diffusers, f"{name}Scheduler").from_config(parts["scheduler"].config, **options)
 
@@ -256,6 +264,7 @@ _PARTS = {
     "cogview4": _on_t5(lambda sdxl, flux: sdxl["vae"], _cogview4),
     "flux2": lambda sdxl, flux: _flux2(flux),
     "qwen": lambda sdxl, flux: _qwen(flux),
+    "zimage": lambda sdxl, flux: _zimage(flux),
 }
 
 _UNGUIDED = {"guidance_scale": 1.0}
@@ -385,6 +394,10 @@ CASES = {
     "Qwen-Image img2img": ("QwenImageImg2ImgPipeline", "qwen", {}, _STRENGTH | _CFG),
     "Qwen-Image Edit": ("QwenImageEditPipeline", "qwen", {}, _CFG | _GIVEN),
     "Qwen-Image Edit-Plus": ("QwenImageEditPlusPipeline", "qwen", {}, _GIVEN | {"true_cfg_scale": 1.0}),
+    "Z-Image": ("ZImagePipeline", "zimage", {}, {}),
+    "Z-Image, unguided": ("ZImagePipeline", "zimage", {}, {"guidance_scale": 0.0}),
+    "Z-Image, guidance truncated": ("ZImagePipeline", "zimage", {}, {"cfg_truncation": 0.2}),
+    "Z-Image img2img": ("ZImageImg2ImgPipeline", "zimage", {}, _STRENGTH),
 }  # fmt: skip
 
 
