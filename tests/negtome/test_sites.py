@@ -71,6 +71,7 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
         ("Flux2", 5 + 20, {"num_layers": 5, "num_single_layers": 20}),  # klein 4B
         ("Qwen", 60, {}),
         ("ZImage", 2 + 30, {}),
+        ("Krea2", 28, {}),
     ],
 )
 def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, options):

@@ -243,6 +243,16 @@ def _zimage(parts):
     return _with_language(parts, parts["vae"], transformer)
 
 
+def _krea2(parts):
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=8, num_layers=2, num_key_value_heads=2, intermediate_size=32, timestep_embed_dim=16,
+        text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
+        text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 8),
+        **_SMALL,
+    )  # fmt: skip
+    return _with_language(parts, _qwen_vae(), transformer) | {"text_encoder_select_layers": (0, 1)}
+
+
 def _scheduler(parts, name, **options):
     return getattr(diffusers, f"{name}Scheduler").from_config(parts["scheduler"].config, **options)
 
@@ -265,6 +275,7 @@ _PARTS = {
     "flux2": lambda sdxl, flux: _flux2(flux),
     "qwen": lambda sdxl, flux: _qwen(flux),
     "zimage": lambda sdxl, flux: _zimage(flux),
+    "krea2": lambda sdxl, flux: _krea2(flux),
 }
 
 _UNGUIDED = {"guidance_scale": 1.0}
@@ -398,6 +409,8 @@ CASES = {
     "Z-Image, unguided": ("ZImagePipeline", "zimage", {}, {"guidance_scale": 0.0}),
     "Z-Image, guidance truncated": ("ZImagePipeline", "zimage", {}, {"cfg_truncation": 0.2}),
     "Z-Image img2img": ("ZImageImg2ImgPipeline", "zimage", {}, _STRENGTH),
+    "Krea 2": ("Krea2Pipeline", "krea2", {}, {}),
+    "Krea 2, unguided": ("Krea2Pipeline", "krea2", {}, {"guidance_scale": 0.0}),
 }  # fmt: skip
 
 
