@@ -5,10 +5,12 @@ import functools
 import inspect
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from packaging.version import Version
 
 import negtome
 from negtome import NegToMeConfig, Reference, sites
@@ -243,6 +245,10 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
     for settings in ({"group_size": 2}, {"given": Reference(tiny.OTHER[0])}):
         with pytest.raises(ValueError, match=r"prompts of one length.*PR #14147.*num_images_per_prompt=1"):
             images(["a dog", "a mouse"], 2, **settings)
+    if name == "Qwen-Image" and Version(diffusers.__version__) < Version("0.42"):
+        pytest.skip(
+            "this diffusers takes no notice of the masks, so that images depend on the others' prompts without us"
+        )
     result = images(["a dog", "a dog", "a mouse", "a mouse"], 1, group_size=2)
     for half, prompt in (slice(0, 2), "a dog"), (slice(2, 4), "a mouse"):
         torch.testing.assert_close(images(prompt, 2, seeds[half]), result[half], rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import tiny
 import torch
 
 import negtome
@@ -78,6 +79,7 @@ def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, opti
     import diffusers
 
     architecture = next(a for a in ARCHITECTURES if a.name == name)
+    tiny.since(architecture.denoiser_class)
     with torch.device("meta"):
         denoiser = getattr(diffusers, architecture.denoiser_class)(**options)
     assert len(find_sites(denoiser, architecture, NegToMeConfig())) == attentions
@@ -87,6 +89,7 @@ def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, opti
 def test_the_names_of_the_table_exist_in_diffusers(architecture):
     import diffusers
 
+    tiny.since(architecture.denoiser_class, *architecture.pipelines)
     denoiser = getattr(diffusers, architecture.denoiser_class)
     for name in architecture.pipelines:
         assert architecture.denoiser in inspect.signature(getattr(diffusers, name).__init__).parameters
