@@ -105,6 +105,7 @@ def test_no_example_touches_more_than_three_files():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_added_runs_and_stands_in_the_table(tmp_path, tiny_overrides):
     """In one test: two would extend the checkout twice, where they are given to two processes."""
     folder = tmp_path / "extended"

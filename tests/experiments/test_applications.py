@@ -8,7 +8,7 @@ import negtome
 from experiments import applications
 from experiments.configs import expand
 
-CALL = {"num_inference_steps": 2, "height": 64, "width": 64}
+CALL = {"num_inference_steps": 1, "height": 32, "width": 32}
 CONFIG = negtome.NegToMeConfig(threshold=-1.0, timestep_range=(0, 1000), min_side=1)
 
 

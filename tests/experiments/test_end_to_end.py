@@ -590,7 +590,7 @@ def protected(guarded):
     return arguments, {method: (run, documents[method]) for method, run in runs.items()}
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def test_the_copyright_experiment_pushes_from_what_is_asked_for_and_leaves_neighbours_alone(kind, guarded):
     _, runs = guarded(kind)
     assert list(runs) == ["none", "negative_prompt", "negtome_reference", "negtome_and_negative_prompt",

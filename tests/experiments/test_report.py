@@ -288,6 +288,7 @@ def test_a_picture_that_is_gone_from_the_page_is_put_there_again(small, tmp_path
     assert contents(page.parent) == before
 
 
+@pytest.mark.slow
 def test_killed_anywhere_there_is_a_whole_page_and_the_next_one_is_made(small, tmp_path, monkeypatch):
     """Stopped before some changes of a folder in turn, of the first page and of one in another's place."""
     results, outputs, frame = small
