@@ -489,6 +489,7 @@ def test_the_papers_own_numbers_need_weights_and_say_which(tmp_path, monkeypatch
         assert "expected the weights of" in reason and "no download" in reason
 
 
+@pytest.mark.slow
 def test_the_papers_own_numbers_are_their_formulas(tmp_path):
     """With the networks that are here in the place of those whose weights are not."""
     table, refused = released(

@@ -117,6 +117,7 @@ def test_unet_gets_finite_gradients_everywhere() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_flux_starts_at_zero_ignores_guidance_and_learns() -> None:
     model, encoder = flux.make_model(), flux.make_text_encoder(50)
     matrices, rest = loop.split_parameters(model, encoder)
