@@ -71,7 +71,7 @@ NEWEST := torch diffusers
 test-versions: $(VENV)/bin/python  ## the library's tests on the lowest torch and diffusers promised, and on the newest (a download)
 	for versions in "$(LOWEST)" "$(NEWEST)"; do \
 	  $(PYTHON) -m venv --clear outputs/versions && \
-	  outputs/versions/bin/python -m pip install --quiet --editable . $$versions transformers accelerate peft pillow protobuf \
+	  outputs/versions/bin/python -m pip install --quiet --editable . $$versions transformers accelerate peft pillow protobuf ftfy \
 	    sentencepiece psutil pytest pytest-xdist hypothesis && \
 	  OMP_NUM_THREADS=1 outputs/versions/bin/python -m pytest -n auto tests/negtome $(ARGS) || exit 1; \
 	done

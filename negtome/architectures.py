@@ -49,13 +49,13 @@ class Architecture:
         guidance: "batch": one batch [unconditional, conditional], and after that whatever else is conditioned on the
             prompt (perturbed attention). "batch, reversed": [conditional, unconditional]. "calls": two calls of the
             denoiser in a step, conditional and unconditional.
-        sample: name of the argument that holds the latents, [rows, c, h, w] or packed [rows, N, C]. Given images may
-            stand in further channels, or in further tokens.
+        sample: name of the argument that holds the latents, [rows, c, h, w], [rows, c, F, h, w] or packed [rows, N, C].
+            Given images may stand in further channels, or in further tokens.
         time: name of the argument that holds the time.
         clock: its value -> training timesteps, 1000 = pure noise; for calls of which the scheduler knows nothing yet.
         shared: names of the arguments that have no row for each image, whatever their shape.
-        grid: (height, width) of the generated image in tokens, of the largest feature map, from the denoiser's
-            arguments.
+        grid: (height, width) of the generated image in tokens, of the largest feature map, or (frames, height, width)
+            of a video, from the denoiser's arguments.
         levels: whether there are smaller feature maps too, each half as high and wide as the one before.
         patch: side of a token in the latent.
         mixed: name of the text's mask, where the pipeline gives an image those of other prompts: with several prompts
@@ -64,6 +64,7 @@ class Architecture:
             numbers in its config.
         pack: pipeline, scaled latents or noise -> as the denoiser takes them.
         frames: whether the autoencoder is one of videos: [R, 3, 1, H, W] -> [R, c, 1, h, w].
+        video: whether a video is generated, whose frames are pushed as one image is. Experimental: takes no references.
         listed: whether latents, text and output are lists with a tensor for each row.
     """
 
@@ -75,7 +76,7 @@ class Architecture:
     places: tuple[Place, ...]
     prompts: tuple[str | None, ...]
     guidance: Literal["batch", "batch, reversed", "calls"]
-    grid: Callable[[Mapping[str, Any]], tuple[int, int]]
+    grid: Callable[[Mapping[str, Any]], tuple[int, ...]]
     sample: str = "hidden_states"
     time: str = "timestep"
     clock: Callable[[float], float] = float
@@ -86,7 +87,13 @@ class Architecture:
     scale: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     pack: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     frames: bool = False
+    video: bool = False
     listed: bool = False
+
+    @property
+    def per_prompt(self) -> str:
+        """Name of the pipelines' argument that says how many images, or videos, each prompt has."""
+        return "num_videos_per_prompt" if self.video else "num_images_per_prompt"
 
 
 def _by_ids(name: str) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
@@ -100,12 +107,12 @@ def _by_ids(name: str) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
     return grid
 
 
-def _by_shape(name: str, patch: int) -> Callable[[Mapping[str, Any]], tuple[int, int]]:
-    """Read the grid from an argument [.., h, w], of whose elements a token has patch x patch."""
+def _by_shape(name: str, patch: int) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
+    """Read the grid from an argument [rows, c, (F,) h, w], of whose elements a token has patch x patch."""
 
-    def grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
-        height, width = arguments[name].shape[-2:]
-        return height // patch, width // patch
+    def grid(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        *frames, height, width = arguments[name].shape[2:]
+        return *frames, height // patch, width // patch
 
     return grid
 
@@ -353,5 +360,31 @@ ARCHITECTURES = (
         patch=2,
         pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
         frames=True,
+    ),
+    Architecture(
+        name="Wan",
+        pipelines=("WanPipeline",),
+        denoiser="transformer",
+        denoiser_class="WanTransformer3DModel",
+        blocks=("blocks",),
+        places=(Place("blocks.*.attn1.to_out.0", "input"),),
+        prompts=("encoder_hidden_states", None),
+        guidance="calls",
+        grid=_by_shape("hidden_states", 2),
+        patch=2,
+        video=True,
+    ),
+    Architecture(
+        name="LTX",
+        pipelines=("LTXPipeline",),
+        denoiser="transformer",
+        denoiser_class="LTXVideoTransformer3DModel",
+        blocks=("transformer_blocks",),
+        places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
+        prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
+        mixed="encoder_attention_mask",
+        guidance="batch",
+        grid=lambda arguments: tuple(arguments[name] for name in ("num_frames", "height", "width")),
+        video=True,
     ),
 )

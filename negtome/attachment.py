@@ -47,8 +47,9 @@ def attach(
             compiled or offloaded if you like.
         config: the method's settings. None: those published for the pipeline's architecture, or the usual ones.
         group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
-            pass num_images_per_prompt. Groups never influence each other; what a group holds is up to you. None: all
-            images of a call are one group, and must share their prompt. Without meaning where images are given.
+            pass num_images_per_prompt (of videos, num_videos_per_prompt). Groups never influence each other; what a
+            group holds is up to you. None: all images of a call are one group, and must share their prompt. Without
+            meaning where images are given.
         given: images from outside to push away from, instead of the images of the group (`config.reference`): one
             Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
             reference image is a further row of the denoiser's batch in the steps of the window, and only there. The
@@ -64,7 +65,8 @@ def attach(
     Raises:
         TypeError: if the pipeline is not supported, the config is no NegToMeConfig, or what is given no Reference.
         ValueError: if a block named in the config holds no site, for a bad `group_size`, for a `push` beside given
-            images, or where no Reference is given, or what encodes it is missing.
+            images, or where no Reference is given, or what encodes it is missing, or the output is a video;
+            or if the pipeline has a second denoiser.
         RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
             beside a given image.
     """
@@ -117,6 +119,11 @@ class Attachment:
         config = (config or NegToMeConfig()).published_for(architecture.name.lower())
         if push is not None and given is not None:
             raise ValueError("push changes what images of a group do to each other, got given images beside it.")
+        if getattr(pipe, f"{architecture.denoiser}_2", None) is not None:
+            raise ValueError(
+                f"NegToMe acts in one denoiser, but this {type(pipe).__name__} has {architecture.denoiser}_2 for its "
+                "late steps; use a checkpoint with a single one, such as Wan 2.1 or Wan 2.2 TI2V."
+            )
         denoiser = getattr(pipe, architecture.denoiser)
         for owner in _owners(pipe, architecture):
             if _attachment_of(owner) is not None:
@@ -209,9 +216,9 @@ class Attachment:
                 f"NegToMe expects one call of its {self._pipeline} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
-        several = (asked.get("num_images_per_prompt") or 1) > 1
-        mask = self._architecture.mixed if several else None
-        self._run = run = Run(self._architecture, images_of(asked), mask)
+        architecture = self._architecture
+        mask = architecture.mixed if (asked.get(architecture.per_prompt) or 1) > 1 else None
+        self._run = run = Run(architecture, images_of(architecture, asked), mask)
         try:
             if self._rows is not None:
                 self._rows.start(self._pipe, asked)
@@ -256,9 +263,9 @@ class Attachment:
             now.group_size = self._images_in_group(call)
         if not any(call.text is known for known in run.prompts):
             if self._rows is None and self.group_size is None:
-                _check_one_prompt(call)
+                _check_one_prompt(call, self._architecture.per_prompt)
             if run.mask in call.prompts:
-                _check_one_length(call, call.prompts[run.mask])
+                _check_one_length(call, call.prompts[run.mask], self._architecture.per_prompt)
             run.prompts.append(call.text)
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
@@ -311,22 +318,21 @@ class Attachment:
 
     def _images_in_group(self, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
-        images = call.images
+        images, each = call.images, self._architecture.per_prompt
         size = images if self.group_size is None else self.group_size
         if size < 2:
             raise ValueError(
-                "NegToMe pushes the images of a group apart, expected at least 2 images, got 1; pass "
-                "num_images_per_prompt=2 or more."
+                f"NegToMe pushes the images of a group apart, expected at least 2 images, got 1; pass {each}=2 or more."
             )
         if call.rows % (call.halves * size):
             raise ValueError(
-                f"NegToMe expected whole groups of {size} images, got {images} images in one call; make "
-                "num_images_per_prompt times the number of prompts a multiple of group_size."
+                f"NegToMe expected whole groups of {size} images, got {images} images in one call; make {each} times "
+                "the number of prompts a multiple of group_size."
             )
         return size
 
 
-def _check_one_prompt(call: DenoiserCall) -> None:
+def _check_one_prompt(call: DenoiserCall, per_prompt: str) -> None:
     """Refuse a batch of several prompts where all images of a call are to be one group."""
     for embedding in call.prompts.values():
         halves = embedding.unflatten(0, (call.halves, -1)).float()  # [halves, images, ...]
@@ -334,18 +340,18 @@ def _check_one_prompt(call: DenoiserCall) -> None:
         if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
             raise ValueError(
                 "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
-                "group_size=num_images_per_prompt to attach, so that only images of a prompt are pushed apart."
+                f"group_size={per_prompt} to attach, so that only images of a prompt are pushed apart."
             )
 
 
-def _check_one_length(call: DenoiserCall, mask: torch.Tensor) -> None:
+def _check_one_length(call: DenoiserCall, mask: torch.Tensor, per_prompt: str) -> None:
     """Refuse prompts of several lengths where the pipeline mixes up their masks [rows, T]."""
     halves = mask.unflatten(0, (call.halves, -1))
     if (halves != halves[:, :1]).any():
         raise ValueError(
-            "NegToMe expected prompts of one length, got several: with num_images_per_prompt > 1, diffusers gives "
+            f"NegToMe expected prompts of one length, got several: with {per_prompt} > 1, diffusers gives "
             "images the text masks of other prompts here (its PR #14147 describes how); give each prompt a call of "
-            "its own, or repeat it in the list of prompts, with num_images_per_prompt=1."
+            f"its own, or repeat it in the list of prompts, with {per_prompt}=1."
         )
 
 
@@ -379,7 +385,7 @@ def _run_around(original: Callable) -> Callable:
         attachment = _attachment_of(self)
         if attachment is None or attachment._pipe is not self:  # made as type(pipe)(...) or copy.copy(pipe) inside
             return original(self, *args, **kwargs)
-        with attachment._running(asked_of(self, args, kwargs)):
+        with attachment._running(asked_of(attachment._architecture, self, args, kwargs)):
             return original(self, *args, **kwargs)
 
     return __call__

@@ -1,6 +1,7 @@
 """How the calls of a pipeline and of its denoiser are read: how many images, which step, where their tokens are."""
 
 import inspect
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class DenoiserCall:
         conditional: the halves that are conditioned on the prompt.
         prompts: [rows, ...] the embeddings of the text, or [1, ...] of all rows, by the names of their arguments;
             without those that are None. Of texts in a list, padded with zeros.
-        grid: (height, width) of the generated image in tokens, of the largest feature map.
+        grid: (height, width) of the generated image in tokens, of the largest feature map, or (frames, height, width).
         stream: tokens of all images of a row, generated and given, where the sample is packed; else of the grid.
     """
 
@@ -36,7 +37,7 @@ class DenoiserCall:
     halves: int
     conditional: tuple[int, ...]
     prompts: Mapping[str, torch.Tensor]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     stream: int
 
     @property
@@ -65,7 +66,7 @@ class CallReader:
         self._version: int | None = None
         self._values: list[float] = []
         self._step: tuple[int | None, float] | None = None  # of the last call
-        self._grids: dict[torch.Size, tuple[int, int]] = {}
+        self._grids: dict[torch.Size, tuple[int, ...]] = {}
         self._padded: list[tuple[list[torch.Tensor], torch.Tensor]] = []  # texts, and what was made of them
         self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
@@ -89,7 +90,8 @@ class CallReader:
         elif not images or rows % images:
             raise ValueError(
                 f"NegToMe expected a multiple of the images as rows, got {rows} rows for {images} images (of prompt or "
-                "prompt_embeds, times num_images_per_prompt); give a prompt, or a row of embeddings, for each image."
+                f"prompt_embeds, times {architecture.per_prompt}); give a prompt, or a row of embeddings, for each "
+                "image."
             )
         halves = rows // images
         index, timestep, time = self._when(pipe, arguments[architecture.time])
@@ -97,7 +99,7 @@ class CallReader:
         again, self._step = step == self._step, step
         if shape not in self._grids:
             self._grids[shape] = architecture.grid(arguments)
-        height, width = grid = self._grids[shape]
+        grid = self._grids[shape]
         if architecture.guidance == "batch":
             perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
             conditional = range(max(halves - 1 - perturbed, 0), halves)
@@ -115,7 +117,7 @@ class CallReader:
             conditional=tuple(conditional),
             prompts={name: value for name, value in prompts.items() if value is not None},
             grid=grid,
-            stream=shape[0] if len(shape) == 2 else height * width,
+            stream=shape[0] if len(shape) == 2 else math.prod(grid),
         )
 
     def _pad(self, texts: list[torch.Tensor]) -> torch.Tensor:
@@ -179,22 +181,22 @@ def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
     return number if not between and 0 <= number < len(values) else None
 
 
-def asked_of(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def asked_of(architecture: Architecture, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a pipeline by name, defaults included; a subclass may only pass them on."""
     signatures = (inspect.signature(cls.__call__) for cls in type(pipe).__mro__ if "__call__" in vars(cls))
-    signature = next(s for s in signatures if "num_images_per_prompt" in s.parameters)
+    signature = next(s for s in signatures if architecture.per_prompt in s.parameters)
     known = list(signature.parameters.values())[1:]  # but for self
     defaults = {p.name: p.default for p in known if p.default is not p.empty}
     return defaults | dict(zip((p.name for p in known), args, strict=False)) | dict(kwargs)
 
 
-def images_of(asked: Mapping[str, Any]) -> int | None:
+def images_of(architecture: Architecture, asked: Mapping[str, Any]) -> int | None:
     """Count the images that a call of a pipeline generates, from its arguments; None if they do not say it."""
     prompt = asked.get("prompt")
     prompts = asked.get("prompt_embeds") if prompt is None else prompt
     if prompts is None:
         return None
-    return (1 if isinstance(prompts, str) else len(prompts)) * (asked.get("num_images_per_prompt") or 1)
+    return (1 if isinstance(prompts, str) else len(prompts)) * (asked.get(architecture.per_prompt) or 1)
 
 
 def value_at(arguments: Mapping[str, Any], name: str) -> Any:

@@ -77,8 +77,12 @@ class ReferenceRows:
         """Refuse a pipeline that lacks what encodes the references or their prompts.
 
         Raises:
-            ValueError: it does, or reads prompts together with images.
+            ValueError: it does, or generates videos, or reads prompts together with images.
         """
+        if self._architecture.video:
+            raise ValueError(
+                f"NegToMe takes no references for a {type(pipe).__name__}, whose output is a video; use groups."
+            )
         if pipe.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
         prompted = any(reference.prompt is not None for reference in self._given)

@@ -43,7 +43,7 @@ class Run:
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
         self.prompts: list[torch.Tensor] = []  # embeddings found to be as they should
-        self.grid: tuple[int, int] | None = None
+        self.grid: tuple[int, ...] | None = None
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
 

@@ -38,14 +38,10 @@ def _certain(monkeypatch):
 
 
 def generate(pipe, options, seeds=(0, 1, 2), prompt="a dog"):
-    """Return the latents of one call, one generator an image."""
-    return pipe(
-        prompt=prompt,
-        num_images_per_prompt=len(seeds),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **options,
-    ).images
+    """Return the latents of one call, one generator an image, or a video."""
+    number = find_architecture(pipe).per_prompt
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(prompt=prompt, generator=generator, output_type="latent", **{number: len(seeds)}, **options)[0]
 
 
 def state(pipe):
@@ -113,7 +109,7 @@ def test_the_tokens_of_the_image_are_pushed_and_no_others(case, monkeypatch):
     pipe, options = case
     architecture, shape = find_architecture(pipe), generate(pipe, options).shape
     denoiser, patch = getattr(pipe, architecture.denoiser), architecture.patch
-    length = shape[1] if len(shape) == 3 else shape[2] * shape[3] // patch**2
+    length = shape[1] if len(shape) == 3 else shape[2:].numel() // patch**2
     mixing = (m for m in denoiser.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride)
     if any(max(m.kernel_size) > 1 for m in mixing):  # there is nothing else in self-attention
         lengths = set()
@@ -132,9 +128,10 @@ def test_the_tokens_of_the_image_are_pushed_and_no_others(case, monkeypatch):
             if token is None:
                 return
             row, column = divmod(token, shape[-1] // patch)
-            for one in sample:  # [N, C], [c, h, w] or [c, 1, h, w]
-                place = (token, 0) if one.dim() == 2 else (0, ..., row * patch, column * patch)
-                one[place] += 1
+            frame, row = divmod(row, shape[-2] // patch)
+            for one in sample:  # [N, C], [c, h, w] or [c, F, h, w]
+                place = (0, row * patch, column * patch) if one.dim() == 3 else (0, frame, row * patch, column * patch)
+                one[(token, 0) if one.dim() == 2 else place] += 1
 
         tokens = []
         with negtome.attach(pipe, CONFIG, push=lambda site, old, new, size: tokens.append((site, old)) or old) as found:
@@ -179,6 +176,10 @@ def test_a_reference_rides_along(case, monkeypatch):
     """Its row is its image, noised as the others are, under its own prompt; no other row changes."""
     pipe, options = case
     architecture, image = find_architecture(pipe), tiny.OTHER[0].flip(2)
+    if architecture.video:
+        with pytest.raises(ValueError, match=f"no references for a {type(pipe).__name__}.*a video; use groups"):
+            negtome.attach(pipe, CONFIG, given=Reference(image))
+        return
     generator = torch.Generator().manual_seed(3)
     latents, pack = encoded(pipe, image)
     noise = torch.randn(latents.shape, generator=generator)
@@ -232,7 +233,7 @@ def test_a_reference_rides_along(case, monkeypatch):
     assert state(pipe) == before
 
 
-@pytest.mark.parametrize("name", ["Sana", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["Sana", "Qwen-Image", "LTX"])
 def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
     pipe, options = tiny.build(name, _tiny_pipelines)
     seeds = (0, 1, 2, 3)
@@ -240,10 +241,11 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
     def images(prompts, each, seeds=seeds, **settings):
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         with negtome.attach(pipe, CONFIG, **settings):
-            return pipe(prompts, num_images_per_prompt=each, output_type="latent", **options).images
+            return pipe(prompts, output_type="latent", **{architecture.per_prompt: each}, **options)[0]
 
-    for settings in ({"group_size": 2}, {"given": Reference(tiny.OTHER[0])}):
-        with pytest.raises(ValueError, match=r"prompts of one length.*PR #14147.*num_images_per_prompt=1"):
+    architecture = find_architecture(pipe)
+    for settings in ({"group_size": 2}, {"given": Reference(tiny.OTHER[0])})[: 2 - architecture.video]:
+        with pytest.raises(ValueError, match=rf"prompts of one length.*PR #14147.*{architecture.per_prompt}=1"):
             images(["a dog", "a mouse"], 2, **settings)
     if name == "Qwen-Image" and Version(diffusers.__version__) < Version("0.42"):
         pytest.skip(
@@ -320,6 +322,13 @@ def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_
     with pytest.raises(RuntimeError, match=r"no step lies in the window.*of this call are 251, 1;"), attachment:
         pipe.unet.forward = None  # which is not called
         generate(pipe, options)
+
+
+def test_a_second_denoiser_is_refused(_tiny_pipelines):
+    pipe, _ = tiny.build("Wan", _tiny_pipelines)
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(ValueError, match="this WanPipeline has transformer_2 for its late steps; use a checkpoint"):
+        negtome.attach(pipe, CONFIG)
 
 
 def test_a_subclass_may_only_pass_its_arguments_on(tiny_sdxl):
@@ -412,6 +421,7 @@ def test_the_readme_lists_what_is_supported():
     for row in ARCHITECTURES:
         first, *others = (name.removesuffix("Pipeline") for name in row.pipelines)
         shown = f"{first}, with {', '.join(name.removeprefix(first) for name in others)}" if others else first
+        shown += " (experimental, groups only)" if row.video else ""
         published = (row.name.lower(), "paper") in _PRESETS
         lines.append(f"| {row.name} | {shown} | {'yes' if published else 'none'} |")
     assert "\n".join(lines) in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

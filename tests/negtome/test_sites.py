@@ -73,6 +73,8 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
         ("Qwen", 60, {}),
         ("ZImage", 2 + 30, {}),
         ("Krea2", 28, {}),
+        ("Wan", 40, {}),
+        ("LTX", 28, {}),
     ],
 )
 def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, options):

@@ -263,6 +263,20 @@ def _krea2(parts):
     return _with_language(parts, _qwen_vae(), transformer) | {"text_encoder_select_layers": (0, 1)}
 
 
+def _wan():
+    transformer = diffusers.WanTransformer3DModel(
+        in_channels=2, out_channels=2, num_layers=2, text_dim=32, freq_dim=16, ffn_dim=32, **_SMALL
+    )
+    return _sharp(transformer, "norm_q.weight", "norm_k.weight")
+
+
+def _ltx():
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=32, caption_channels=32, **_SMALL
+    )
+    return _sharp(transformer, "norm_q.weight", "norm_k.weight")
+
+
 def _scheduler(parts, name, **options):
     return getattr(diffusers, f"{name}Scheduler").from_config(parts["scheduler"].config, **options)
 
@@ -286,12 +300,17 @@ _PARTS = {
     "qwen": lambda sdxl, flux: _qwen(flux),
     "zimage": lambda sdxl, flux: _zimage(flux),
     "krea2": lambda sdxl, flux: _krea2(flux),
+    "wan": _on_t5(lambda sdxl, flux: None, _wan),
+    "ltx": _on_t5(lambda sdxl, flux: None, _ltx),
 }
 
 _UNGUIDED = {"guidance_scale": 1.0}
 _UNBINNED = {"use_resolution_binning": False, "clean_caption": False}
 _SANA = _UNBINNED | {"complex_human_instruction": ["go on:"]}
 _FLUX2 = {"text_encoder_out_layers": (0, 1, 2)}
+#: Two frames of 4x4 tokens, by the scales that pipelines without an autoencoder assume.
+_WAN = {"num_frames": 5, "height": 64, "width": 64}
+_LTX = {"num_frames": 9, "height": 128, "width": 128}
 _GIVEN = {"image": Image.new("RGB", (64, 64), "red")}
 
 #: What the pipelines put around a prompt, a token a character.
@@ -421,6 +440,17 @@ CASES = {
     "Z-Image img2img": ("ZImageImg2ImgPipeline", "zimage", {}, _STRENGTH),
     "Krea 2": ("Krea2Pipeline", "krea2", {}, {}),
     "Krea 2, unguided": ("Krea2Pipeline", "krea2", {}, {"guidance_scale": 0.0}),
+    "Wan": (
+        "WanPipeline", "wan",
+        {"scheduler": lambda parts: _scheduler(
+            parts, "UniPCMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
+        _WAN,
+    ),
+    "Wan, a time for each token, unguided": (
+        "WanPipeline", "wan", {"expand_timesteps": lambda parts: True}, _WAN | _UNGUIDED,
+    ),
+    "LTX": ("LTXPipeline", "ltx", {}, _LTX),
+    "LTX, unguided": ("LTXPipeline", "ltx", {}, _LTX | _UNGUIDED),
 }  # fmt: skip
 
 
