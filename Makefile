@@ -73,7 +73,8 @@ test-versions: $(VENV)/bin/python  ## the library's tests on the lowest torch an
 	  $(PYTHON) -m venv --clear outputs/versions && \
 	  outputs/versions/bin/python -m pip install --quiet --editable . $$versions transformers accelerate peft pillow protobuf ftfy \
 	    sentencepiece psutil pytest pytest-xdist hypothesis && \
-	  OMP_NUM_THREADS=1 outputs/versions/bin/python -m pytest -n auto tests/negtome $(ARGS) || exit 1; \
+	  OMP_NUM_THREADS=1 outputs/versions/bin/python -m pytest -n auto tests/negtome $(ARGS) && \
+	  OMP_NUM_THREADS=1 outputs/versions/bin/python -m pytest -n auto -m slow tests/negtome/test_architectures.py $(ARGS) || exit 1; \
 	done
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from pathlib import Path
 
 import diffusers
@@ -23,7 +24,14 @@ from negtome.sites import find_architecture
 CONFIG = NegToMeConfig(threshold=-1, timestep_range=(0, 1000), min_side=4)
 
 
-@pytest.fixture(scope="module", params=tiny.CASES)
+#: What differs from a neighbour by what begins or guides a run, and not by where tokens are, is among the slow tests.
+ALIKE = re.compile("img2img|, unguided|guess|union|T2I|, off|inpaint$")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if ALIKE.search(name) else []) for name in tiny.CASES],
+)
 def case(request, _tiny_pipelines):
     """A tiny pipeline and the options of its call, shared: every test leaves it as it was."""
     pipe, options = tiny.build(request.param, _tiny_pipelines)
