@@ -332,6 +332,17 @@ def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_
         generate(pipe, options)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("Wan", {"hidden_states": torch.zeros(1, 2, 3, 8, 10)}),
+        ("LTX", {"hidden_states": torch.zeros(1, 60, 4), "width": 5, "height": 4, "num_frames": 3}),
+    ],
+)
+def test_the_grid_of_a_video_has_its_frames_first(name, arguments):
+    assert next(row for row in ARCHITECTURES if row.name == name).grid(arguments) == (3, 4, 5)
+
+
 def test_a_second_denoiser_is_refused(_tiny_pipelines):
     pipe, _ = tiny.build("Wan", _tiny_pipelines)
     pipe.transformer_2 = pipe.transformer
