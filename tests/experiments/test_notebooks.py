@@ -65,6 +65,7 @@ def run(notebook):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_notebook_runs_top_to_bottom_on_the_committed_tables(file, committed, monkeypatch):
     """What a cell ends with is what a kernel shows; a figure shows itself, as a PNG."""

@@ -334,6 +334,7 @@ def test_halves_have_gradients_and_similarities_have_none(reference, matching, d
     torch.testing.assert_close(leaf.grad.float().sum(), torch.tensor(float(tokens.numel())), rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reference", "matching"), WAYS)
 def test_it_is_one_graph(reference, matching):
     options = {"alpha": 0.9, "threshold": 0.1, "matching": matching, "reference": reference}
