@@ -59,7 +59,7 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (3 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
-test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (6 minutes)
+test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (5 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev  ## what only CUDA shows: kernels in halves, memory, that nothing waits for the device
