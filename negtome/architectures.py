@@ -70,13 +70,13 @@ class Architecture:
 
     name: str
     pipelines: tuple[str, ...]
-    denoiser: str
     denoiser_class: str
     blocks: tuple[str, ...]
     places: tuple[Place, ...]
     prompts: tuple[str | None, ...]
     guidance: Literal["batch", "batch, reversed", "calls"]
     grid: Callable[[Mapping[str, Any]], tuple[int, ...]]
+    denoiser: str = "transformer"
     sample: str = "hidden_states"
     time: str = "timestep"
     clock: Callable[[float], float] = float
@@ -117,6 +117,15 @@ def _by_shape(name: str, patch: int) -> Callable[[Mapping[str, Any]], tuple[int,
     return grid
 
 
+def _of_thousandths(time: float) -> float:
+    return 1000 * time
+
+
+def _packed(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Put 2x2 patches of latents [R, c, h, w] into tokens, as the pipeline does."""
+    return pipe._pack_latents(latents, *latents.shape)
+
+
 def _patched_and_normalised(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Put 2x2 patches of latents into their channels, and scale these by the statistics of the autoencoder."""
     mean, variance = (values.to(latents) for values in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
@@ -137,6 +146,22 @@ _UNET = {
     "sample": "sample",
     "grid": _by_shape("sample", 1),
     "levels": True,
+}
+
+_FLUX = {
+    "blocks": ("transformer_blocks", "single_transformer_blocks"),
+    "places": (
+        # Before the output projection, as in the release. Text and image have been separated here.
+        Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),
+        # These attentions have no output projection: their output is text and image together.
+        Place("single_transformer_blocks.*.attn", "output", image="last"),
+    ),
+    "guidance": "calls",  # true guidance
+    "clock": _of_thousandths,
+    "shared": ("img_ids", "txt_ids"),
+    "grid": _by_ids("img_ids"),
+    "patch": 2,
+    "pack": _packed,
 }
 
 ARCHITECTURES = (
@@ -178,27 +203,13 @@ ARCHITECTURES = (
             "FluxControlNetPipeline",
             "FluxKontextPipeline",
         ),
-        denoiser="transformer",
         denoiser_class="FluxTransformer2DModel",
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        places=(
-            # Before the output projection, as in the release. Text and image have been separated here.
-            Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),
-            # These attentions have no output projection: their output is text and image together.
-            Place("single_transformer_blocks.*.attn", "output", image="last"),
-        ),
         prompts=("encoder_hidden_states", "pooled_projections", None),
-        guidance="calls",  # true guidance
-        clock=lambda time: 1000 * time,
-        shared=("img_ids", "txt_ids"),
-        grid=_by_ids("img_ids"),
-        patch=2,
-        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+        **_FLUX,
     ),
     Architecture(
         name="SD3",
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
-        denoiser="transformer",
         denoiser_class="SD3Transformer2DModel",
         blocks=("transformer_blocks",),
         places=(
@@ -214,26 +225,14 @@ ARCHITECTURES = (
     Architecture(
         name="Chroma",
         pipelines=("ChromaPipeline",),
-        denoiser="transformer",
         denoiser_class="ChromaTransformer2DModel",
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        places=(
-            Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),
-            Place("single_transformer_blocks.*.attn", "output", image="last"),
-        ),
         # The pipeline lengthens the mask by the tokens of the image.
         prompts=("encoder_hidden_states", None, "attention_mask", None, None, None),
-        guidance="calls",
-        clock=lambda time: 1000 * time,
-        shared=("img_ids", "txt_ids"),
-        grid=_by_ids("img_ids"),
-        patch=2,
-        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+        **_FLUX,
     ),
     Architecture(
         name="PixArt",
         pipelines=("PixArtSigmaPipeline",),
-        denoiser="transformer",
         denoiser_class="PixArtTransformer2DModel",
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
@@ -245,7 +244,6 @@ ARCHITECTURES = (
     Architecture(
         name="Sana",
         pipelines=("SanaPipeline",),
-        denoiser="transformer",
         denoiser_class="SanaTransformer2DModel",
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
@@ -257,7 +255,6 @@ ARCHITECTURES = (
     Architecture(
         name="AuraFlow",
         pipelines=("AuraFlowPipeline",),
-        denoiser="transformer",
         denoiser_class="AuraFlowTransformer2DModel",
         blocks=("joint_transformer_blocks", "single_transformer_blocks"),
         places=(
@@ -267,14 +264,13 @@ ARCHITECTURES = (
         ),
         prompts=("encoder_hidden_states", None, None, None),
         guidance="batch",
-        clock=lambda time: 1000 * time,
+        clock=_of_thousandths,
         grid=_by_shape("hidden_states", 2),
         patch=2,
     ),
     Architecture(
         name="CogView4",
         pipelines=("CogView4Pipeline",),
-        denoiser="transformer",
         denoiser_class="CogView4Transformer2DModel",
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn1.to_out.0", "input", image="last"),),
@@ -286,7 +282,6 @@ ARCHITECTURES = (
     Architecture(
         name="Flux2",
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
-        denoiser="transformer",
         denoiser_class="Flux2Transformer2DModel",
         blocks=("transformer_blocks", "single_transformer_blocks"),
         places=(
@@ -296,7 +291,7 @@ ARCHITECTURES = (
         ),
         prompts=("encoder_hidden_states", None),
         guidance="calls",  # klein's; dev has its own embedded
-        clock=lambda time: 1000 * time,
+        clock=_of_thousandths,
         grid=_by_ids("img_ids"),
         patch=2,
         scale=_patched_and_normalised,
@@ -310,24 +305,22 @@ ARCHITECTURES = (
             "QwenImageEditPipeline",
             "QwenImageEditPlusPipeline",
         ),
-        denoiser="transformer",
         denoiser_class="QwenImageTransformer2DModel",
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn.to_out.0", "input", image="first"),),
         prompts=("encoder_hidden_states", "encoder_hidden_states_mask"),
         guidance="calls",
-        clock=lambda time: 1000 * time,
+        clock=_of_thousandths,
         shared=("img_shapes",),
         grid=lambda arguments: tuple(arguments["img_shapes"][0][0][1:]),
         patch=2,
-        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+        pack=_packed,
         frames=True,
         mixed="encoder_hidden_states_mask",
     ),
     Architecture(
         name="ZImage",
         pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline"),
-        denoiser="transformer",
         denoiser_class="ZImageTransformer2DModel",
         blocks=("noise_refiner", "layers"),
         places=(
@@ -348,23 +341,21 @@ ARCHITECTURES = (
     Architecture(
         name="Krea2",
         pipelines=("Krea2Pipeline",),
-        denoiser="transformer",
         denoiser_class="Krea2Transformer2DModel",
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn.to_out.0", "input", image="last"),),
         prompts=("encoder_hidden_states", "encoder_attention_mask"),
         guidance="calls",
-        clock=lambda time: 1000 * time,
+        clock=_of_thousandths,
         shared=("position_ids",),
         grid=_by_ids("position_ids"),
         patch=2,
-        pack=lambda pipe, latents: pipe._pack_latents(latents, *latents.shape),
+        pack=_packed,
         frames=True,
     ),
     Architecture(
         name="Wan",
         pipelines=("WanPipeline",),
-        denoiser="transformer",
         denoiser_class="WanTransformer3DModel",
         blocks=("blocks",),
         places=(Place("blocks.*.attn1.to_out.0", "input"),),
@@ -377,7 +368,6 @@ ARCHITECTURES = (
     Architecture(
         name="LTX",
         pipelines=("LTXPipeline",),
-        denoiser="transformer",
         denoiser_class="LTXVideoTransformer3DModel",
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),

@@ -319,6 +319,9 @@ _AROUND = {
     "prompt_template_encode_start_idx": 0, "prompt_template_encode_num_suffix_tokens": 1,
 }  # fmt: skip
 
+_CONTROLNET = {"controlnet": lambda parts: _controlnet(parts["unet"])}
+_NINE_CHANNELS = {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)}
+
 #: By a name: the pipeline's class, which architecture's parts it has, what is put in their place (a function of them),
 #: and how it is called.
 CASES = {
@@ -327,23 +330,23 @@ CASES = {
     "SDXL img2img": ("StableDiffusionXLImg2ImgPipeline", "sdxl", {}, _STRENGTH),
     "SDXL inpaint": ("StableDiffusionXLInpaintPipeline", "sdxl", {}, _INPAINT),
     "SDXL inpaint, 9 channels": (
-        "StableDiffusionXLInpaintPipeline", "sdxl", {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)},
+        "StableDiffusionXLInpaintPipeline", "sdxl", _NINE_CHANNELS,
         _INPAINT,
     ),
     "SDXL ControlNet": (
-        "StableDiffusionXLControlNetPipeline", "sdxl", {"controlnet": lambda parts: _controlnet(parts["unet"])},
+        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET,
         {"image": OTHER},
     ),
     "SDXL ControlNet, guess mode": (
-        "StableDiffusionXLControlNetPipeline", "sdxl", {"controlnet": lambda parts: _controlnet(parts["unet"])},
+        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET,
         {"image": OTHER, "guess_mode": True},
     ),
     "SDXL ControlNet img2img": (
-        "StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", {"controlnet": lambda parts: _controlnet(parts["unet"])},
+        "StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", _CONTROLNET,
         _STRENGTH | {"control_image": OTHER},
     ),
     "SDXL ControlNet inpaint": (
-        "StableDiffusionXLControlNetInpaintPipeline", "sdxl", {"controlnet": lambda parts: _controlnet(parts["unet"])},
+        "StableDiffusionXLControlNetInpaintPipeline", "sdxl", _CONTROLNET,
         _INPAINT | {"control_image": OTHER},
     ),
     "SDXL ControlNet union": (
@@ -367,11 +370,11 @@ CASES = {
     "SD1.5 img2img": ("StableDiffusionImg2ImgPipeline", "sd1.5", {}, _STRENGTH),
     "SD1.5 inpaint": ("StableDiffusionInpaintPipeline", "sd1.5", {}, _INPAINT),
     "SD1.5 inpaint, 9 channels": (
-        "StableDiffusionInpaintPipeline", "sd1.5", {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)},
+        "StableDiffusionInpaintPipeline", "sd1.5", _NINE_CHANNELS,
         _INPAINT,
     ),
     "SD1.5 ControlNet": (
-        "StableDiffusionControlNetPipeline", "sd1.5", {"controlnet": lambda parts: _controlnet(parts["unet"])},
+        "StableDiffusionControlNetPipeline", "sd1.5", _CONTROLNET,
         {"image": OTHER},
     ),
     "Flux": ("FluxPipeline", "flux", {}, {}),
