@@ -58,8 +58,10 @@ class Architecture:
             of a video, from the denoiser's arguments.
         levels: whether there are smaller feature maps too, each half as high and wide as the one before.
         patch: side of a token in the latent.
-        mixed: name of the text's mask, where the pipeline gives an image those of other prompts: with several prompts
+        mixed: names of the text's masks, where the pipeline gives an image those of other prompts: with several prompts
             and several images of each, [p, q, p, q] beside embeddings [p, p, q, q].
+        trimmed: name of the text's mask, where the denoiser drops the padding: the tokens of the images begin where the
+            text ends, so that all texts of a call must be of one length.
         scale: pipeline, the autoencoder's latents [R, c, h, w] -> as they are noised, where that is not by the
             numbers in its config.
         pack: pipeline, scaled latents or noise -> as the denoiser takes them.
@@ -83,7 +85,8 @@ class Architecture:
     shared: tuple[str, ...] = ()
     levels: bool = False
     patch: int = 1
-    mixed: str | None = None
+    mixed: tuple[str, ...] = ()
+    trimmed: str | None = None
     scale: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     pack: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     frames: bool = False
@@ -119,6 +122,10 @@ def _by_shape(name: str, patch: int) -> Callable[[Mapping[str, Any]], tuple[int,
 
 def _of_thousandths(time: float) -> float:
     return 1000 * time
+
+
+def _of_what_is_done(time: float) -> float:
+    return 1000 * (1 - time)
 
 
 def _packed(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -248,7 +255,7 @@ ARCHITECTURES = (
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
         prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
-        mixed="encoder_attention_mask",
+        mixed=("encoder_attention_mask",),
         guidance="batch",
         grid=_by_shape("hidden_states", 1),
     ),
@@ -316,7 +323,7 @@ ARCHITECTURES = (
         patch=2,
         pack=_packed,
         frames=True,
-        mixed="encoder_hidden_states_mask",
+        mixed=("encoder_hidden_states_mask",),
     ),
     Architecture(
         name="ZImage",
@@ -332,11 +339,47 @@ ARCHITECTURES = (
         guidance="batch, reversed",
         sample="x",
         time="t",
-        clock=lambda time: 1000 * (1 - time),
+        clock=_of_what_is_done,
         grid=lambda arguments: tuple(side // 2 for side in arguments["x"][0].shape[-2:]),
         patch=2,
         pack=lambda pipe, latents: latents.unsqueeze(2),
         listed=True,
+    ),
+    Architecture(
+        name="Lumina2",
+        pipelines=("Lumina2Pipeline",),
+        denoiser_class="Lumina2Transformer2DModel",
+        blocks=("noise_refiner", "layers"),
+        places=(
+            Place("noise_refiner.*.attn.to_out.0", "input"),
+            Place("layers.*.attn.to_out.0", "input", image="last"),
+        ),
+        prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
+        guidance="calls",
+        clock=_of_what_is_done,
+        grid=_by_shape("hidden_states", 2),
+        patch=2,
+        trimmed="encoder_attention_mask",
+    ),
+    Architecture(
+        name="HunyuanImage",
+        pipelines=("HunyuanImagePipeline",),
+        denoiser_class="HunyuanImageTransformer2DModel",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        places=(
+            Place("transformer_blocks.*.attn.to_out.0", "input"),
+            # These attentions have no output projection, and return image and text apart.
+            Place("single_transformer_blocks.*.attn", "output"),
+        ),
+        prompts=(
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+        ),
+        guidance="calls",
+        grid=_by_shape("hidden_states", 1),
+        mixed=("encoder_attention_mask", "encoder_attention_mask_2"),
     ),
     Architecture(
         name="Krea2",
@@ -372,7 +415,7 @@ ARCHITECTURES = (
         blocks=("transformer_blocks",),
         places=(Place("transformer_blocks.*.attn1.to_out.0", "input"),),
         prompts=("encoder_hidden_states", "encoder_attention_mask", None, None),
-        mixed="encoder_attention_mask",
+        mixed=("encoder_attention_mask",),
         guidance="batch",
         grid=lambda arguments: tuple(arguments[name] for name in ("num_frames", "height", "width")),
         video=True,

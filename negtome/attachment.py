@@ -217,8 +217,10 @@ class Attachment:
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
         architecture = self._architecture
-        mask = architecture.mixed if (asked.get(architecture.per_prompt) or 1) > 1 else None
-        self._run = run = Run(architecture, images_of(architecture, asked), mask)
+        masks = architecture.mixed if (asked.get(architecture.per_prompt) or 1) > 1 else ()
+        if architecture.trimmed is not None:
+            masks = (architecture.trimmed,)
+        self._run = run = Run(architecture, images_of(architecture, asked), masks)
         try:
             if self._rows is not None:
                 self._rows.start(self._pipe, asked)
@@ -264,8 +266,8 @@ class Attachment:
         if not any(call.text is known for known in run.prompts):
             if self._rows is None and self.group_size is None:
                 _check_one_prompt(call, self._architecture.per_prompt)
-            if run.mask in call.prompts:
-                _check_one_length(call, call.prompts[run.mask], self._architecture.per_prompt)
+            for mask in filter(call.prompts.__contains__, run.masks):
+                _check_one_length(call, call.prompts[mask], self._architecture)
             run.prompts.append(call.text)
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
@@ -344,15 +346,20 @@ def _check_one_prompt(call: DenoiserCall, per_prompt: str) -> None:
             )
 
 
-def _check_one_length(call: DenoiserCall, mask: torch.Tensor, per_prompt: str) -> None:
-    """Refuse prompts of several lengths where the pipeline mixes up their masks [rows, T]."""
+def _check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Architecture) -> None:
+    """Refuse prompts of several lengths where their masks [rows, T] are mixed up, or images begin behind them."""
     halves = mask.unflatten(0, (call.halves, -1))
-    if (halves != halves[:, :1]).any():
-        raise ValueError(
-            f"NegToMe expected prompts of one length, got several: with {per_prompt} > 1, diffusers gives "
-            "images the text masks of other prompts here (its PR #14147 describes how); give each prompt a call of "
-            f"its own, or repeat it in the list of prompts, with {per_prompt}=1."
+    if (halves == halves[:, :1]).all():
+        return
+    each = architecture.per_prompt
+    if architecture.trimmed is not None:
+        reason = "the image's tokens follow its text at once here; give each prompt a call of its own."
+    else:
+        reason = (
+            f"with {each} > 1, diffusers gives images the text masks of other prompts here (its PR #14147 describes "
+            f"how); give each prompt a call of its own, or repeat it in the list of prompts, with {each}=1."
         )
+    raise ValueError(f"NegToMe expected prompts of one length, got several: {reason}")
 
 
 def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def embed(
     Raises:
         ValueError: the call's embeddings have more or fewer tokens, which the pipeline cannot make of a prompt.
     """
-    options = {name: value for name, value in asked.items() if "prompt" not in name}
+    options = {name: value for name, value in asked.items() if "prompt" not in name or name == "system_prompt"}
     if asked.get("prompt") is None and not architecture.listed:  # it says nothing about the embeddings that were given
         options["max_sequence_length"] = call.text.shape[1]
     options |= {
@@ -98,9 +98,12 @@ def embed(
         if value is None:  # a mask: all of it is text
             embedded[name] = torch.ones_like(call.prompts[name][:1])
     value, expected = next(iter(embedded.values())), call.text  # a mask may go on over the tokens of the image
-    if value.shape[1:] != expected.shape[1:]:
+    lengths = value.shape[1], expected.shape[1]
+    if (mask := architecture.trimmed) is not None:
+        lengths = tuple(int(texts[mask][0].sum()) for texts in (embedded, call.prompts))
+    if value.shape[1:] != expected.shape[1:] or lengths[0] != lengths[1]:
         raise ValueError(
-            f"NegToMe expected text embeddings of {value.shape[1]} tokens, as those of a Reference's prompt, got "
-            f"{expected.shape[1]}; shorten the prompts, or leave that prompt out, and each image lends its own."
+            f"NegToMe expected text embeddings of {lengths[0]} tokens, as those of a Reference's prompt, got "
+            f"{lengths[1]}; shorten the prompts, or leave that prompt out, and each image lends its own."
         )
     return embedded

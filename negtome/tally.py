@@ -34,12 +34,12 @@ class Run:
     Args:
         architecture: of the pipeline.
         images: that the call generates, as far as its arguments say.
-        mask: name of the denoiser's argument that must be the same for all images of a half.
+        masks: names of the denoiser's arguments that must be the same for all images of a half.
     """
 
-    def __init__(self, architecture: Architecture, images: int | None, mask: str | None) -> None:
+    def __init__(self, architecture: Architecture, images: int | None, masks: tuple[str, ...]) -> None:
         self.images = images
-        self.mask = mask
+        self.masks = masks
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
         self.prompts: list[torch.Tensor] = []  # embeddings found to be as they should

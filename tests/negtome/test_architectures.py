@@ -192,7 +192,8 @@ def test_a_reference_rides_along(case, monkeypatch):
     latents, pack = encoded(pipe, image)
     noise = torch.randn(latents.shape, generator=generator)
     before, base = state(pipe), generate(pipe, options)
-    other = "a mouse" if architecture.name != "Qwen" else "a cow"  # which does not pad, and takes equal lengths only
+    equal = architecture.name in ("Qwen", "Lumina2")  # which do not pad, or take the padding out
+    other = "a cow" if equal else "a mouse"
     if "image" in inspect.signature(pipe.encode_prompt).parameters:
         with pytest.raises(ValueError, match="prompt together with the image to edit"):
             negtome.attach(pipe, CONFIG, given=Reference(image, prompt=other))
@@ -241,8 +242,12 @@ def test_a_reference_rides_along(case, monkeypatch):
     assert state(pipe) == before
 
 
-@pytest.mark.parametrize("name", ["Sana", "Qwen-Image", "LTX"])
-def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
+@pytest.mark.parametrize(
+    ("name", "mouse"),
+    # HunyuanImage encodes what is quoted once more, and that has a mask of its own.
+    [("Sana", "a mouse"), ("Qwen-Image", "a mouse"), ("LTX", "a mouse"), ("HunyuanImage, unguided", 'a "c"')],
+)
+def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name, mouse):
     pipe, options = tiny.build(name, _tiny_pipelines)
     seeds = (0, 1, 2, 3)
 
@@ -254,16 +259,32 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
     architecture = find_architecture(pipe)
     for settings in ({"group_size": 2}, {"given": Reference(tiny.OTHER[0])})[: 2 - architecture.video]:
         with pytest.raises(ValueError, match=rf"prompts of one length.*PR #14147.*{architecture.per_prompt}=1"):
-            images(["a dog", "a mouse"], 2, **settings)
+            images(["a dog", mouse], 2, **settings)
     if name == "Qwen-Image" and Version(diffusers.__version__) < Version("0.42"):
         pytest.skip(
             "this diffusers takes no notice of the masks, so that images depend on the others' prompts without us"
         )
-    result = images(["a dog", "a dog", "a mouse", "a mouse"], 1, group_size=2)
-    for half, prompt in (slice(0, 2), "a dog"), (slice(2, 4), "a mouse"):
+    result = images(["a dog", "a dog", mouse, mouse], 1, group_size=2)
+    for half, prompt in (slice(0, 2), "a dog"), (slice(2, 4), mouse):
         torch.testing.assert_close(images(prompt, 2, seeds[half]), result[half], rtol=1e-3, atol=1e-3)
     same = images(["a dog", "a cat"], 2, group_size=2)
     torch.testing.assert_close(same[:2], result[:2], rtol=1e-3, atol=1e-3)
+
+
+def test_texts_of_several_lengths_are_refused_where_an_image_begins_behind_its_own(_tiny_pipelines):
+    pipe, options = tiny.build("Lumina 2, unguided", _tiny_pipelines)
+    reference = Reference(tiny.OTHER[0], prompt="a mouse")
+    for number in (1, 2):
+        with (
+            pytest.raises(ValueError, match="prompts of one length, got several: the image's tokens follow its text"),
+            negtome.attach(pipe, CONFIG, group_size=2),
+        ):
+            pipe(["a dog", "a mouse"], num_images_per_prompt=number, **options)
+    with (
+        pytest.raises(ValueError, match="embeddings of 31 tokens, as those of a Reference's prompt, got 29"),
+        negtome.attach(pipe, CONFIG, given=reference),
+    ):
+        generate(pipe, options)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +300,12 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name):
             "FLUX.2 dev, given image", {},
             {"transformer_blocks.0.attn.to_out.0": (320, 0, 64, 32)}
             | {f"single_transformer_blocks.{k}.attn.to_out": (332, 12, 76, 32) for k in range(2)},
+        ),
+        # Texts come first: of CogView4 padded to 16 tokens, of Lumina as long as it is, from its second block on.
+        ("CogView4", {}, {f"transformer_blocks.{k}.attn1.to_out.0": (80, 16, 80, 32) for k in range(2)}),
+        (
+            "Lumina 2, unguided", {},
+            {"noise_refiner.0.attn.to_out.0": (64, 0, 64, 32), "layers.0.attn.to_out.0": (93, 29, 93, 32)},
         ),
     ],
 )  # fmt: skip

@@ -253,6 +253,28 @@ def _zimage(parts):
     return _with_language(parts, parts["vae"], transformer)
 
 
+def _lumina2(parts):
+    transformer = diffusers.Lumina2Transformer2DModel(
+        in_channels=1, hidden_size=32, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=2,
+        multiple_of=16, axes_dim_rope=(4, 4, 8), axes_lens=(64, 32, 32), cap_feat_dim=16,
+    )  # fmt: skip
+    return _with_language(parts, parts["vae"], transformer)
+
+
+def _hunyuan_image(parts):
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32, 32), layers_per_block=1,
+        spatial_compression_ratio=4, sample_size=32, scaling_factor=0.75289,
+    )  # fmt: skip
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=16,
+        text_embed_2_dim=32, rope_axes_dim=(8, 8), **_SMALL,
+    )  # fmt: skip
+    second = {name: parts[name] for name in ("text_encoder_2", "tokenizer_2")}
+    guider = diffusers.AdaptiveProjectedMixGuidance()
+    return _with_language(parts, vae, transformer) | second | {"guider": guider}
+
+
 def _krea2(parts):
     transformer = diffusers.Krea2Transformer2DModel(
         in_channels=8, num_layers=2, num_key_value_heads=2, intermediate_size=32, timestep_embed_dim=16,
@@ -299,6 +321,8 @@ _PARTS = {
     "flux2": lambda sdxl, flux: _flux2(flux),
     "qwen": lambda sdxl, flux: _qwen(flux),
     "zimage": lambda sdxl, flux: _zimage(flux),
+    "lumina2": lambda sdxl, flux: _lumina2(flux),
+    "hunyuanimage": lambda sdxl, flux: _hunyuan_image(flux),
     "krea2": lambda sdxl, flux: _krea2(flux),
     "wan": _on_t5(lambda sdxl, flux: None, _wan),
     "ltx": _on_t5(lambda sdxl, flux: None, _ltx),
@@ -311,6 +335,7 @@ _FLUX2 = {"text_encoder_out_layers": (0, 1, 2)}
 #: Two frames of 4x4 tokens, by the scales that pipelines without an autoencoder assume.
 _WAN = {"num_frames": 5, "height": 64, "width": 64}
 _LTX = {"num_frames": 9, "height": 128, "width": 128}
+_LUMINA2 = {"system_prompt": "go on:", "max_sequence_length": 40}  # and " <Prompt Start> " between
 _GIVEN = {"image": Image.new("RGB", (64, 64), "red")}
 
 #: What the pipelines put around a prompt, a token a character.
@@ -318,6 +343,12 @@ _AROUND = {
     "prompt_template_encode": "{}", "prompt_template_encode_prefix": "", "prompt_template_encode_suffix": "",
     "prompt_template_encode_start_idx": 0, "prompt_template_encode_num_suffix_tokens": 1,
 }  # fmt: skip
+
+#: Numbers that pipelines hold for those of all of their checkpoints.
+_FIXED = {
+    "Lumina2Pipeline": {"vae_scale_factor": 2},
+    "HunyuanImagePipeline": {"tokenizer_max_length": 12, "tokenizer_2_max_length": 12},
+}
 
 _CONTROLNET = {"controlnet": lambda parts: _controlnet(parts["unet"])}
 _NINE_CHANNELS = {"unet": lambda parts: _wider(parts["unet"], "conv_in", 9)}
@@ -441,6 +472,10 @@ CASES = {
     "Z-Image, unguided": ("ZImagePipeline", "zimage", {}, {"guidance_scale": 0.0}),
     "Z-Image, guidance truncated": ("ZImagePipeline", "zimage", {}, {"cfg_truncation": 0.2}),
     "Z-Image img2img": ("ZImageImg2ImgPipeline", "zimage", {}, _STRENGTH),
+    "Lumina 2, guidance truncated": ("Lumina2Pipeline", "lumina2", {}, _LUMINA2 | {"cfg_trunc_ratio": 0.5}),
+    "Lumina 2, unguided": ("Lumina2Pipeline", "lumina2", {}, _LUMINA2 | _UNGUIDED),
+    "HunyuanImage": ("HunyuanImagePipeline", "hunyuanimage", {}, {"negative_prompt": 'a "cat"'}),
+    "HunyuanImage, unguided": ("HunyuanImagePipeline", "hunyuanimage", {"guider": lambda parts: None}, {}),
     "Krea 2": ("Krea2Pipeline", "krea2", {}, {}),
     "Krea 2, unguided": ("Krea2Pipeline", "krea2", {}, {"guidance_scale": 0.0}),
     "Wan": (
@@ -470,14 +505,14 @@ def build(case, bases):
     since(name)
     torch.manual_seed(0)
     parts = _PARTS[base](*(copy.deepcopy(bases[name].components) for name in ("sdxl", "flux")))
-    if "transformer" in parts:
-        options = options | {"max_sequence_length": 12}
-    parts |= {part: change(parts) for part, change in changes.items()}
     cls = getattr(diffusers, name)
+    if "transformer" in parts and "max_sequence_length" in inspect.signature(cls.__call__).parameters:
+        options = {"max_sequence_length": 12} | options
+    parts |= {part: change(parts) for part, change in changes.items()}
     pipe = cls(**{part: value for part, value in parts.items() if part in inspect.signature(cls.__init__).parameters})
-    for attribute, value in _AROUND.items():
-        if hasattr(pipe, attribute):
-            setattr(pipe, attribute, value)
+    fixed = {attribute: value for attribute, value in _AROUND.items() if hasattr(pipe, attribute)}
+    for attribute, value in (fixed | _FIXED.get(name, {})).items():
+        setattr(pipe, attribute, value)
     if "Edit" in name:  # which makes every given image a megapixel
         sys.modules[cls.__module__].calculate_dimensions = lambda area, ratio: (32, 32, None)[: 3 - ("Plus" in name)]
     pipe.set_progress_bar_config(disable=True)
