@@ -1,6 +1,7 @@
 """What models offer themselves to stay away from protected assets: a negative prompt, and a negative image prompt."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ class NegativePrompt(Method):
             that the model is called with anyway.
         true_cfg_scale: guidance scale away from the negative prompt, for pipelines whose own guidance is distilled
             (Flux); None for the others.
+
+    Raises:
+        ValueError: when applied to a pipeline that takes no negative prompt (FLUX.2).
     """
 
     title = "negative prompt"
@@ -44,6 +48,11 @@ class NegativePrompt(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        if "negative_prompt" not in inspect.signature(pipe).parameters:
+            raise ValueError(
+                f"method={self.name} needs a pipeline that takes a negative prompt, which a {type(pipe).__name__} does "
+                "not: leave the method out, or choose another model"
+            )
         found = self.retriever.find(pipe, group, call)
         applied = Applied(dict(call), references={asset.label: score for asset, score in found})
         if found:

@@ -164,6 +164,15 @@ def test_a_negative_prompt_is_appended_to_the_models_own(pipe, kind, retriever):
     assert np.array_equal(images, by_hand)
 
 
+def test_a_pipeline_that_takes_no_negative_prompt_is_refused(retriever):
+    class Distilled:
+        def __call__(self, prompt, guidance_scale=4.0): ...
+
+    method = NegativePrompt("m", retriever())
+    with pytest.raises(ValueError, match=r"method=m needs .* negative prompt, which a Distilled does not: leave"):
+        generate(Distilled(), method, NEAR, {})
+
+
 def test_both_at_once(pipe, kind, retriever):
     scale = {"sdxl": None, "flux": 2.0}[kind]
     alone = NegativePrompt("negative_prompt", retriever(), true_cfg_scale=scale)
@@ -237,17 +246,17 @@ class Spy(Baseline):
         yield Applied(dict(call))
 
 
-def test_combined_methods_look_for_assets_as_they_do_alone(retriever):
+def test_combined_methods_look_for_assets_as_they_do_alone(tiny_sdxl, retriever):
     """Else a negative prompt would drive the asset out of the preview by which the next method is to find it."""
     spy = Spy()
     method = Combined("both", {"a": NegativePrompt("a", retriever()), "b": spy, "c": Baseline()})
-    with method.apply(None, NEAR, CALLS["sdxl"]) as applied:
+    with method.apply(tiny_sdxl, NEAR, CALLS["sdxl"]) as applied:
         assert spy.seen == CALLS["sdxl"]
         assert applied.call["negative_prompt"] == "blurry, the red one"
     twice = Combined("twice", {"a": NegativePrompt("a", retriever()), "b": NegativePrompt("b", retriever())})
     with (
         pytest.raises(ValueError, match=r"method=twice combines .*\['negative_prompt'\]"),
-        twice.apply(None, NEAR, CALLS["sdxl"]),
+        twice.apply(tiny_sdxl, NEAR, CALLS["sdxl"]),
     ):
         pass
 
