@@ -25,7 +25,7 @@ CONFIG = NegToMeConfig(threshold=-1, timestep_range=(0, 1000), min_side=4)
 
 
 #: What differs from a neighbour by what begins or guides a run, and not by where tokens are, is among the slow tests.
-ALIKE = re.compile("img2img|, unguided|guess|union|T2I|, off|inpaint$")
+ALIKE = re.compile("img2img|, unguided|guess|union|T2I|, off|inpaint$|^SD1.5 ")
 
 
 @pytest.fixture(
