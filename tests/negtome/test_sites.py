@@ -72,6 +72,8 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
         ("Flux2", 5 + 20, {"num_layers": 5, "num_single_layers": 20}),  # klein 4B
         ("Qwen", 60, {}),
         ("ZImage", 2 + 30, {}),
+        ("Lumina2", 2 + 26, {}),
+        ("HunyuanImage", 20 + 40, {}),
         ("Krea2", 28, {}),
         ("Wan", 40, {}),
         ("LTX", 28, {}),
