@@ -5,14 +5,13 @@ direction. Whatever they do as well as NegToMe is owed to disturbing the feature
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 import negtome
-from experiments.methods.method import Applied
+from experiments.methods.method import Applied, generator_of
 from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 
@@ -69,9 +68,7 @@ class Control(NegToMe):
         def push(site: str, tokens: torch.Tensor, moved: torch.Tensor, group_size: int) -> torch.Tensor:
             key = site, tokens.device
             if key not in generators:
-                digest = hashlib.sha256(f"{self.seed}/{group.id}/{site}".encode()).digest()
-                number = int.from_bytes(digest[:8], "big") >> 1
-                generators[key] = torch.Generator(tokens.device).manual_seed(number)
+                generators[key] = generator_of(group, site, self.seed, tokens.device)
             return self.replace(tokens, moved, group_size, generators[key])
 
         with negtome.attach(pipe, self.config, group_size=group.size, push=push) as attached:

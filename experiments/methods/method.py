@@ -1,6 +1,8 @@
 """What a method is: it makes the images of a group with a stock pipeline, and leaves that as it was."""
 
 import contextlib
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +59,14 @@ def sample(pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int
     """
     # Each image its own generator, on the CPU: the same noises for every method and on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in (group.image_seeds() if seeds is None else seeds)]
-    usual = {"num_images_per_prompt": len(generators), "generator": generators}
-    return pipe(group.prompt, **{**usual, **call, "output_type": "np"}).images
+    usual = {"prompt": group.prompt, "num_images_per_prompt": len(generators), "generator": generators}
+    return pipe(**{**usual, **call, "output_type": "np"}).images
+
+
+def generator_of(group: Group, name: str, seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator of draws beside the images' own noises, the same for a group in every run and batch."""
+    digest = hashlib.sha256(f"{seed}/{group.id}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Method:
@@ -83,14 +91,19 @@ class Method:
         self.name = name
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting of the method that affects pixels, as JSON values: part of the run's identity."""
-        return {}
+        """Return every setting of the method that affects pixels, as JSON values: part of the run's identity.
+
+        Of a method that is a dataclass, its fields.
+        """
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        return {field.name: getattr(self, field.name) for field in fields if field.name != "name"}
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
         """Change what `pipe` generates for `group` until the block ends.
 
-        The block calls `pipe(group.prompt, ..., **applied.call)` once.
+        The block calls `pipe(group.prompt, ..., **applied.call)` once, or with several prompts, each of which has
+        `group.size` images and is then a group of its own.
 
         Args:
             pipe: a stock pipeline.

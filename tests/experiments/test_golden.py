@@ -23,6 +23,7 @@ from experiments import PROJECT
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
 from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
 from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
@@ -73,6 +74,8 @@ METHODS = {
     "random_match": lambda: RandomMatch("m", **STRENGTH),
     "noise_control": lambda: NoiseControl("m", **STRENGTH),
     "naive": lambda: Naive("m", **STRENGTH),
+    "lower_guidance": lambda: LowerGuidance("m", scale=2.0),
+    "limited_interval": lambda: LimitedInterval("m", outside=2.0),
 }  # fmt: skip
 KEPT = {}
 

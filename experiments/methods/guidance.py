@@ -1,0 +1,96 @@
+"""Less guidance: the cheapest way to more diverse images, and what every other method has to beat."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.steps import denoiser_calls, levels, some_rows
+from experiments.prompts import Group
+from negtome.calls import DenoiserCall
+from negtome.merge import number
+
+
+@dataclass
+class LowerGuidance(Method):
+    """Another scale of classifier-free guidance (arXiv 2207.12598), or of a distilled model's own.
+
+    Attributes:
+        scale: w in uncond + w (cond - uncond), at least 1, which is none; None: the model's.
+    """
+
+    title: ClassVar[str] = "lower guidance"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("scale", number=True),)
+    version: ClassVar[int] = 1
+
+    name: str
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        self.scale = None if self.scale is None else number("method.scale", self.scale, 1, math.inf)
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+
+
+@dataclass
+class LimitedInterval(Method):
+    """Guidance in an interval of noise levels only (Kynkaanniemi et al., arXiv 2404.07724).
+
+    Outside, a UNet that is guided in one batch predicts from the prompt alone, and calculates no other half. A model
+    whose guidance is distilled, as FLUX.1-dev's, is given `outside` as its scale there.
+
+    Attributes:
+        sigma_range: (low, high], where there is guidance, in noise over signal, EDM's noise levels; None for no upper
+            end. For SDXL the paper has (0.28, 5.42] with a scale of about 15.
+        scale: of the guidance inside, at least 1; None: the model's.
+        outside: the distilled scale outside, at least 1, which is as good as none.
+    """
+
+    title: ClassVar[str] = "limited interval"
+    columns: ClassVar[tuple[Setting, ...]] = (
+        Setting("sigma_range", ("sigma_low", "sigma_high"), "sigma", number=True),
+        Setting("scale", number=True),
+    )
+    version: ClassVar[int] = 1
+
+    name: str
+    sigma_range: tuple[float, float | None] = (0.28, 5.42)
+    scale: float | None = None
+    outside: float = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = (None if end is None else number("each end of method.sigma_range", end, 0, math.inf)
+                     for end in self.sigma_range)  # fmt: skip
+        if low is None or (high is not None and low > high):
+            raise ValueError(f"method.sigma_range must be (low, high) with low <= high, got {tuple(self.sigma_range)}")
+        self.sigma_range = low, high
+        self.scale = None if self.scale is None else number("method.scale", self.scale, 1, math.inf)
+        self.outside = number("method.outside", self.outside, 1, math.inf)
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        low, high = self.sigma_range
+        left_out = False  # the other half, in the running call
+
+        def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+            nonlocal left_out
+            signal, noise = levels(pipe.scheduler, denoiser.time)
+            inside = noise > low * signal and (high is None or noise <= high * signal)
+            left_out = not inside and denoiser.halves == 2
+            if left_out:
+                return some_rows(pipe, denoiser, arguments, slice(denoiser.images, None))
+            if not inside and (scale := arguments.get("guidance")) is not None:
+                return {**arguments, "guidance": torch.full_like(scale, self.outside)}
+            return arguments
+
+        def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
+            return torch.cat([output, output]) if left_out else output  # w (cond - cond) adds nothing
+
+        with denoiser_calls(pipe, before, after):
+            yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})

@@ -1,0 +1,200 @@
+"""Where a method can step into the sampling of a stock pipeline: its noise, its denoiser's calls, its predictions.
+
+Each is a context manager that leaves the pipeline as it was. Rows are those of the batch: of guidance's halves, each of
+the prompts of the call one after the other, each of these with its group of K images.
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from negtome.calls import CallReader, DenoiserCall
+from negtome.sites import find_architecture
+
+Before = Callable[[DenoiserCall, dict[str, Any]], dict[str, Any]]
+After = Callable[[DenoiserCall, torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None = None) -> Iterator[None]:
+    """Change what the denoiser is given, and what it returns, at every call in the block.
+
+    Args:
+        pipe: a stock pipeline of `negtome.architectures`.
+        before: call, arguments by name -> those that the denoiser gets.
+        after: call, output [rows, ...] -> what the pipeline gets.
+
+    Raises:
+        TypeError: the pipeline is of no known architecture.
+    """
+    architecture = find_architecture(pipe)
+    denoiser = getattr(pipe, architecture.denoiser)
+    names = tuple(inspect.signature(denoiser.forward).parameters)
+    reader = CallReader(architecture)
+    call: DenoiserCall
+
+    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        nonlocal call
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        halves = 2 if architecture.guidance == "batch" and pipe.do_classifier_free_guidance else 1
+        call = reader.read(pipe, arguments, len(arguments[architecture.sample]) // halves)
+        return (), arguments if before is None else before(call, arguments)
+
+    def leave(_: Any, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return output if after is None else (after(call, output[0]), *output[1:])
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(denoiser.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(denoiser.register_forward_hook(leave).remove)
+        yield
+
+
+def some_rows(pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """Return the denoiser's arguments for some rows of its batch."""
+    shared = find_architecture(pipe).shared
+
+    def pick(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: pick(key, item) for key, item in value.items()}
+        per_row = isinstance(value, torch.Tensor) and value.dim() and len(value) == call.rows and name not in shared
+        return value[rows] if per_row else value
+
+    return {name: pick(name, value) for name, value in arguments.items()}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step predicts, sample = signal * clean + noise * n with n of unit variance.
+
+    Attributes:
+        clean: [rows, ...] the predicted clean latents, float32, guidance done; packed as the pipeline packs them.
+        sample: [rows, ...] the noisy latents.
+        signal, noise: 1 and sigma of Euler's schedulers, sqrt(abar) and sqrt(1 - abar) of DDIM, 1 - t and t of flows.
+        timestep: in training timesteps, 1000 = pure noise.
+    """
+
+    clean: torch.Tensor
+    sample: torch.Tensor
+    signal: float
+    noise: float
+    timestep: float
+
+    @property
+    def sigma(self) -> float:
+        """Noise over signal: EDM's noise level; infinite of pure noise."""
+        return self.noise / self.signal if self.signal else math.inf
+
+
+@contextlib.contextmanager
+def predictions(pipe: Any, change: Callable[[Prediction], torch.Tensor]) -> Iterator[None]:
+    """Replace the clean latents that each step predicts; a change of nothing leaves the step bit-identical.
+
+    Args:
+        pipe: a stock pipeline.
+        change: the prediction -> other clean latents, of the same shape.
+
+    Raises:
+        ValueError: it is not known how the scheduler, or its prediction type, predicts.
+    """
+    scheduler = pipe.scheduler
+    levels(scheduler)  # before anything is generated
+    kind = _kind(scheduler)
+
+    @functools.wraps(scheduler.step)
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        signal, noise = levels(scheduler, timestep)
+        norm = math.hypot(signal, noise)
+        output, noisy = model_output.float(), sample.float()
+        if kind == "epsilon":
+            clean, slope = (noisy - noise * output) / signal, -signal / noise
+        elif kind == "v_prediction":
+            clean, slope = (signal / norm * noisy - noise * output) / norm, -norm / noise
+        elif kind == "flow_prediction":
+            clean, slope = noisy - noise * output, -1 / noise
+        else:
+            clean, slope = output, 1.0
+        changed = change(Prediction(clean, noisy, signal, noise, float(timestep)))
+        if changed is not clean:
+            model_output = (output + slope * (changed - clean)).to(model_output.dtype)
+        return original(model_output, timestep, sample, *args, **kwargs)
+
+    original = scheduler.step
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step  # the class's own shows again
+
+
+def _kind(scheduler: Any) -> str:
+    return "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas", False)
+
+
+def levels(scheduler: Any, timestep: Any = None) -> tuple[float, float]:
+    """Return (signal, noise) of a step, as of `Prediction`; by default of the first one that is known.
+
+    Raises:
+        ValueError: it is not known how the scheduler scales.
+    """
+    name = type(scheduler).__name__
+    if hasattr(scheduler, "sigmas"):
+        index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index
+        if index is None:
+            index = 0 if timestep is None else scheduler.index_for_timestep(timestep)
+        sigma = float(scheduler.sigmas[index])
+        if _is_flow(scheduler):
+            return 1 - sigma, sigma
+        if name.startswith(("Euler", "Heun")):
+            return 1.0, sigma
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+    elif name in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler"):
+        share = float(scheduler.alphas_cumprod[int(scheduler.timesteps[0] if timestep is None else timestep)])
+        return math.sqrt(share), math.sqrt(1 - share)
+    raise ValueError(
+        f"expected a scheduler whose noise levels are known here, got {name}: choose EulerDiscreteScheduler, "
+        "DDIMScheduler, DPMSolverMultistepScheduler, or FlowMatchEulerDiscreteScheduler for flow models"
+    )
+
+
+@contextlib.contextmanager
+def initial_noise(pipe: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Replace the noise that the pipeline begins from; a change of nothing leaves it bit-identical.
+
+    Args:
+        pipe: a stock pipeline.
+        change: noise [rows, c, h, w] of unit variance, unpacked -> other noise.
+    """
+    original = pipe.prepare_latents
+    parameters = inspect.signature(original)
+
+    @functools.wraps(original)
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        asked = parameters.bind(*args, **kwargs).arguments
+        made = original(*args, **kwargs)
+        latents, *rest = made if isinstance(made, tuple) else (made,)
+        packed, scale = latents.dim() == 3, getattr(pipe.scheduler, "init_noise_sigma", 1.0)
+        noise = latents / scale
+        if packed:
+            noise = pipe._unpack_latents(noise, asked["height"], asked["width"], pipe.vae_scale_factor)
+        changed = change(noise)
+        if changed is noise:
+            return made
+        latents = scale * (pipe._pack_latents(changed, *changed.shape) if packed else changed)
+        return (latents, *rest) if rest else latents
+
+    pipe.prepare_latents = prepare_latents
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents

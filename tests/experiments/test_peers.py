@@ -1,0 +1,103 @@
+"""What every method that changes one call of a pipeline must keep to, whatever its formula: one row a method."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from test_methods import CALLS, shape_of
+
+from experiments.methods.guidance import LimitedInterval, LowerGuidance
+from experiments.methods.method import Baseline
+from experiments.prompts import Group
+
+GROUP, OTHER = Group("one", "a red thing", "red", 0, 2), Group("two", "some blue thing", "blue", 0, 2)
+
+
+class Case(NamedTuple):
+    """A method of one call.
+
+    Attributes:
+        make: returns it, strong enough to be seen on random weights.
+        off: arguments of `make` with which it must do nothing at all.
+        refused: kinds of pipelines for which it is not defined, and what the error says.
+        alone: whether it does anything to a group of one image.
+    """
+
+    make: type
+    strong: Mapping[str, Any]
+    off: Mapping[str, Any]
+    refused: Mapping[str, str] = MappingProxyType({})
+    alone: bool = True
+
+
+CASES = {
+    "lower guidance": Case(LowerGuidance, {"scale": 1.5}, {"scale": None}),
+    "limited interval": Case(LimitedInterval, {"sigma_range": (0.5, 1.0)}, {"sigma_range": (0, None)}),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, kind):
+    case = CASES[request.param]
+    if kind in case.refused:
+        pytest.skip("refused, which has a test of its own")
+    return case
+
+
+def images_of(pipe, method, kind, *groups, size=2):
+    """Return what a method makes of groups in one call, float [images, 32, 32, 3]."""
+    generators = [torch.Generator().manual_seed(seed) for group in groups for seed in group.image_seeds()[:size]]
+    with method.apply(pipe, dataclasses.replace(groups[0], size=size), CALLS[kind]) as applied:
+        negative = applied.call.get("negative_prompt")
+        several = {} if negative is None else {"negative_prompt": [negative] * len(groups)}
+        asked = {"prompt": [group.prompt for group in groups], "num_images_per_prompt": size, "output_type": "np"}
+        return pipe(**asked | applied.call | several | {"generator": generators}).images
+
+
+def test_it_changes_images_and_leaves_the_pipeline_as_it_was(case, pipe, kind):
+    before = images_of(pipe, Baseline(), kind, GROUP)
+    shape = shape_of(pipe)
+    made = images_of(pipe, case.make("m", **case.strong), kind, GROUP)
+    assert np.isfinite(made).all() and not np.array_equal(made, before)
+    assert shape_of(pipe) == shape and "step" not in pipe.scheduler.__dict__
+    assert np.array_equal(images_of(pipe, Baseline(), kind, GROUP), before)
+
+
+def test_of_no_strength_the_images_are_the_baselines_bit_for_bit(case, pipe, kind):
+    method = case.make("m", **case.off)
+    assert np.array_equal(images_of(pipe, method, kind, GROUP), images_of(pipe, Baseline(), kind, GROUP))
+
+
+def test_groups_of_one_call_do_not_touch_each_other(case, pipe, kind):
+    """Beside another prompt's group, a group is what it is beside a copy of itself."""
+    method = case.make("m", **case.strong)
+    mixed = images_of(pipe, method, kind, GROUP, OTHER)
+    same = images_of(pipe, method, kind, GROUP, GROUP)
+    assert np.allclose(mixed[:2], same[:2], atol=2e-3)  # a batch of other contents may be rounded otherwise
+    assert not np.allclose(mixed[2:], same[2:], atol=2e-3)
+
+
+def test_an_image_alone_has_no_group(case, pipe, kind):
+    made, without = (images_of(pipe, m, kind, GROUP, size=1) for m in (case.make("m", **case.strong), Baseline()))
+    assert np.array_equal(made, without) != case.alone
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, c in CASES.items() for k in c.refused])
+def test_where_it_is_not_defined_it_says_so_before_anything_is_generated(name, kind, request):
+    case, pipe = CASES[name], request.getfixturevalue(f"tiny_{kind}")
+    shape = shape_of(pipe)
+    applied = case.make("m", **case.strong).apply(pipe, GROUP, CALLS[kind])
+    with pytest.raises(ValueError, match=case.refused[kind]), applied:
+        pass
+    assert shape_of(pipe) == shape
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_setting_is_part_of_the_identity(name):
+    case = CASES[name]
+    one, other = case.make("m", **case.strong).settings(), case.make("m", **case.off).settings()
+    assert one.keys() == other.keys() and one != other and set(case.strong) <= set(one)

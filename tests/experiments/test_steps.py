@@ -1,0 +1,87 @@
+"""Where methods step into a pipeline: what a step predicts, by the scheduler's own word, and what it begins from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+from test_methods import CALLS
+
+from experiments.methods.steps import denoiser_calls, initial_noise, levels, predictions
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kind"),
+    [(EulerDiscreteScheduler, "epsilon"), (EulerDiscreteScheduler, "v_prediction"), (DDIMScheduler, "epsilon"),
+     (DDIMScheduler, "v_prediction"), (DDIMScheduler, "sample")],
+)  # fmt: skip
+def test_the_clean_latents_are_those_that_the_scheduler_says_it_predicts(scheduler, kind):
+    stepping = scheduler(prediction_type=kind, **({"clip_sample": False} if scheduler is DDIMScheduler else {}))
+    stepping.set_timesteps(10)
+    sample, output, target = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    with predictions(SimpleNamespace(scheduler=stepping), lambda p: seen.append(p) or target):
+        changed = stepping.step(output, stepping.timesteps[0], 5 * sample)
+    stepping.set_timesteps(10)
+    stock = stepping.step(output, stepping.timesteps[0], 5 * sample)
+    assert torch.allclose(seen[0].clean, stock.pred_original_sample, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(changed.pred_original_sample, target, atol=1e-3)
+    assert seen[0].timestep == float(stepping.timesteps[0])
+
+
+def test_of_a_flow_a_prediction_that_is_the_truth_ends_at_it():
+    stepping = FlowMatchEulerDiscreteScheduler(shift=1.5)
+    stepping.set_timesteps(4)
+    clean, noise = torch.randn(2, 2, 16, 8, generator=torch.Generator().manual_seed(0))
+    sample = noise
+    with predictions(SimpleNamespace(scheduler=stepping), lambda prediction: clean):
+        for timestep in stepping.timesteps:
+            sample = stepping.step(torch.zeros_like(sample), timestep, sample, return_dict=False)[0]
+    assert torch.allclose(sample, clean, atol=1e-5)
+
+
+def test_levels_of_a_multistep_solver_are_those_of_its_training():
+    stepping = DPMSolverMultistepScheduler()
+    stepping.set_timesteps(10)
+    for timestep in stepping.timesteps[:3]:
+        signal, noise = levels(stepping, timestep)
+        assert signal**2 == pytest.approx(float(stepping.alphas_cumprod[int(timestep)]), rel=1e-3)
+        assert signal**2 + noise**2 == pytest.approx(1)
+
+
+def test_an_unknown_scheduler_is_refused_before_anything_is_generated():
+    with pytest.raises(ValueError, match=r"got LMSDiscreteScheduler: choose"):
+        levels(LMSDiscreteScheduler())
+
+
+def images_of(pipe, kind):
+    generator = torch.Generator().manual_seed(0)
+    return torch.from_numpy(pipe("a red thing", generator=generator, output_type="np", **CALLS[kind]).images)
+
+
+def test_a_change_of_nothing_is_bit_identical(pipe, kind):
+    stock = images_of(pipe, kind)
+    for nothing in (
+        denoiser_calls(pipe, lambda call, arguments: arguments, lambda call, output: output),
+        predictions(pipe, lambda prediction: prediction.clean),
+        initial_noise(pipe, lambda noise: noise),
+    ):
+        with nothing:
+            assert torch.equal(images_of(pipe, kind), stock)
+
+
+def test_the_noise_that_a_pipeline_begins_from(pipe, kind):
+    """Of unit variance and unpacked; the same noise put back is the same image, to rounding."""
+    seen, stock = [], images_of(pipe, kind)
+    with initial_noise(pipe, lambda noise: seen.append(noise) or noise.clone()):
+        assert torch.allclose(images_of(pipe, kind), stock, atol=1e-5)
+    drawn = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0))
+    assert seen[0].shape[1] == pipe.vae.config.latent_channels and torch.allclose(seen[0], drawn, atol=1e-5)
+    with initial_noise(pipe, lambda noise: -noise):
+        assert not torch.allclose(images_of(pipe, kind), stock, atol=1e-3)
