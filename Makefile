@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale publish latency report doctor mini-models test test-slow test-gpu test-versions lint
+.PHONY: help install sweep cfg-scale peers publish latency report doctor mini-models test test-slow test-gpu test-versions lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,14 @@ FORCE:
 sweep: reproduce-sweep  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
 
 cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## without and with NegToMe at every scale of guidance (15 minutes)
+
+# What all the following acts are of: the grid first, by which the settings of the table are chosen.
+PEERS := peers_grid peers_grid_flux peers peers_flux
+peers: $(VENV)/.installed-experiments  ## NegToMe beside every other method: settings, tables, fronts, ranking (45 minutes)
+	status=0; for name in $(PEERS); do \
+	  $(PY) -m experiments.reproduce experiment=$$name $(ARGS) || status=1; \
+	  $(PY) -m experiments.rank experiment=$$name $(ARGS) || exit 1; \
+	done; exit $$status
 
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)

@@ -71,5 +71,27 @@ def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
 # `${blocks:}` in conf/method/: the chosen of `about.choices`; of every architecture the library's own are one: release.
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
+
+def _knob(default: Any = None, *, _node_: Any, _root_: Any) -> Any:
+    if _root_.get("knob") is None:
+        return default
+    from experiments import knobs  # which reads tables
+
+    return knobs.value_of(_node_._get_full_key(None).removeprefix("method."), _root_, default)
+
+
+# `${knob:0.25}` in conf/method/: what `knob` asks for of this setting, if it is the method's knob; else that default.
+OmegaConf.register_new_resolver("knob", _knob, replace=True)
+
+
+def _peers(model: str) -> str:
+    from experiments import knobs
+
+    return ",".join(knobs.methods_of(model))
+
+
+# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a knob for a model, as the choices of a sweep.
+OmegaConf.register_new_resolver("peers", _peers, replace=True)
+
 # `${torch_device:${device}}`: where an encoder runs.
 OmegaConf.register_new_resolver("torch_device", select_device, replace=True)

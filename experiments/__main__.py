@@ -19,8 +19,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 COMMANDS = (
-    "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "report", "latency", "collect", "applications",
-    "doctor",
+    "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "rank", "report", "latency", "collect",
+    "applications", "doctor",
 )  # fmt: skip
 
 

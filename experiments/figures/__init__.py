@@ -1,23 +1,28 @@
 """Figures, each from an experiment's CSV alone, and sheets of images.
 
 `tradeoff` and `forest` are for single settings, `ablation` for one that was swept, `heat_map` and `pareto` for a grid;
-`called_for` chooses among them.
+`fronts` for many methods. `called_for` chooses among them.
 """
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.figures.comparisons import ablation, forest, heat_map, pareto, tradeoff
+from experiments.figures.fronts import fronts
 from experiments.tables import of_model, primary_pair, swept_settings, with_window, words
 
-__all__ = ["ablation", "called_for", "forest", "heat_map", "pareto", "tradeoff"]
+__all__ = ["ablation", "called_for", "forest", "fronts", "heat_map", "pareto", "tradeoff"]
+
+#: More methods than these are drawn together, and not setting by setting.
+MANY = 6
 
 
 def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     """Draw what an experiment's table calls for.
 
-    A grid of two settings gives heat maps and Pareto fronts, one swept setting curves (of the values too, where the run
-    without a method was swept with it), neither the trade-off and the forest of all metrics.
+    Many methods give their fronts. A grid of two settings gives heat maps and Pareto fronts, one swept setting curves
+    (of the values too, where the run without a method was swept with it), neither the trade-off and the forest of all
+    metrics.
 
     Args:
         frame: an experiment's CSV, with its primary metrics marked.
@@ -32,12 +37,20 @@ def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     methods = frame[frame["method"] != "none"]
     swept = {model: swept_settings(methods[methods["model"] == model]) for model in frame["model"].unique()}
     drawn: dict[str, tuple[Figure, str]] = {}
-    if not any(swept.values()):
+    many = {model for model in swept if methods.loc[methods["model"] == model, "method"].nunique() > MANY}
+    if not any(swept.values()) and not many:
         what = f"{words(claim)} against {words(quality)} of every method, one panel a model, with 95 % intervals"
         drawn["tradeoff"] = (tradeoff(frame, *pair), what)
     for model, names in swept.items():
         part = of_model(frame, model)
         if not part["difference"].notna().any():
+            continue
+        if model in many:
+            what = (
+                f"{model}: every method's paired differences in {words(claim)} against what they cost, each over its "
+                "own setting, with 95 % intervals of those on the front"
+            )
+            drawn[f"fronts_{model}"] = (fronts(frame, *pair, model), what)
             continue
         over = _grid(part[part["metric"] == claim], names)
         for metric in pair if over else ():

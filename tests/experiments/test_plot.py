@@ -61,6 +61,7 @@ TABLES = {
     "blocks": [NOTHING, *({"sites": sites} for sites in (
         "transformer_blocks+single_transformer_blocks", "transformer_blocks", "single_transformer_blocks"))],
     "guidance": [setting | {"guidance_scale": scale} for scale in (2.0, 5.0, 8.0) for setting in (NOTHING, {})],
+    "many": [NOTHING, *({"method": f"my_{m}", "alpha": 0.1 * s} for m in range(9) for s in (1, 2, 3))],
     "scattered": [NOTHING, *({"alpha": 0.1 + 0.1 * n, "threshold": 0.5 + 0.03 * n} for n in range(9))],
 }  # fmt: skip
 EXPECTED = {
@@ -73,6 +74,7 @@ EXPECTED = {
     "blocks": {"ablation_pairwise_distance_m", "ablation_clip_score_m"},
     "guidance": {"ablation_pairwise_distance_m", "ablation_clip_score_m", "values_pairwise_distance_m",
                  "values_clip_score_m"},
+    "many": {"fronts_m"},
     "scattered": {"pareto_m"},
 }  # fmt: skip
 

@@ -1,0 +1,98 @@
+"""Several methods between a gain and what it costs: gains at equal cost, fronts, and what each method adds to them.
+
+A method is a path of settings, from nothing done through the weakest to the strongest. All numbers are of paired
+differences to what no method does, [..., S] for S settings: a gain (more is better) and a loss (less is better).
+Leading axes are resamples, the same for all methods, so that what is said of two methods is paired, too.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from eval.intervals import Cluster, GroupValue, cluster_sums, drawn_clusters
+
+
+def resampled_means(
+    settings: Sequence[Sequence[GroupValue]], n_resamples: int, seed: int, cluster: Cluster | None
+) -> np.ndarray:
+    """Return the means of several settings' values, [1 + R, S]: the values themselves, then R resamples of clusters.
+
+    Args:
+        settings: S lists of paired differences of the same groups.
+        n_resamples, seed, cluster: as of `eval.intervals.bootstrap_interval`.
+
+    Raises:
+        ValueError: settings of other clusters than the first one's.
+    """
+    pairs = [cluster_sums(sorted(values, key=lambda value: value["group"]), cluster) for values in settings]
+    sums, sizes = (np.stack(parts, axis=1) for parts in zip(*pairs, strict=True))  # [k, S]
+    if (sizes != sizes[:, :1]).any():
+        raise ValueError(
+            "expected the same groups of every setting, got others: measure all of them on the same prompts"
+        )
+    drawn = [
+        sums[block].sum(axis=1) / sizes[block].sum(axis=1) for block in drawn_clusters(len(sums), n_resamples, seed)
+    ]
+    return np.concatenate([sums.sum(axis=0, keepdims=True) / sizes.sum(axis=0, keepdims=True), *drawn])
+
+
+def gain_at_loss(gains: np.ndarray, losses: np.ndarray, loss: float) -> np.ndarray:
+    """Return the gain where a method's path first loses `loss`, linear between settings, [..., S] -> [...].
+
+    The path begins at nothing gained and nothing lost. One that never loses as much has the gain of its last setting.
+    """
+    nothing = np.zeros((*gains.shape[:-1], 1))
+    gains, losses = (np.concatenate([nothing, values], axis=-1) for values in (gains, losses))
+    beyond = losses > loss
+    last = np.where(beyond.any(axis=-1), beyond.argmax(axis=-1), gains.shape[-1] - 1)[..., None]
+    (gain, lost), (gain_before, lost_before) = (
+        [np.take_along_axis(values, index, axis=-1)[..., 0] for values in (gains, losses)]
+        for index in (last, np.maximum(last - 1, 0))
+    )
+    crossed = lost > loss
+    share = np.where(crossed, (loss - lost_before) / np.where(crossed, lost - lost_before, 1.0), 1.0)
+    return gain_before + share * (gain - gain_before)
+
+
+def on_front(gains: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Tell which of P points no other one beats, bool [..., P]: none gains as much for less, or more for as much.
+
+    Nothing done, the origin, is one of the others.
+    """
+    nothing = np.zeros((*gains.shape[:-1], 1))
+    others_gain, others_loss = (np.concatenate([values, nothing], axis=-1)[..., None, :] for values in (gains, losses))
+    gain, lost = gains[..., None], losses[..., None]
+    no_worse = (others_gain >= gain) & (others_loss <= lost)
+    return ~(no_worse & ((others_gain > gain) | (others_loss < lost))).any(axis=-1)
+
+
+def hypervolume(gains: np.ndarray, losses: np.ndarray, most: float) -> np.ndarray:
+    """Return the area that P points dominate, [..., P] -> [...]: of gains above 0, at losses up to `most`.
+
+    A point that loses nothing, or wins, counts as one that loses 0.
+    """
+    order = np.argsort(losses, axis=-1, kind="stable")
+    gains, losses = (np.take_along_axis(values, order, axis=-1) for values in (gains, losses))
+    losses = np.clip(losses, 0.0, most)
+    best = np.maximum.accumulate(np.maximum(gains, 0.0), axis=-1)
+    widths = np.diff(losses, axis=-1, append=np.full((*losses.shape[:-1], 1), most))
+    return (best * widths).sum(axis=-1)
+
+
+def added_shares(
+    gains: Mapping[str, np.ndarray], losses: Mapping[str, np.ndarray], most: float, without: Sequence[str]
+) -> np.ndarray:
+    """Return which share of all methods' hypervolume is lost without some of them, [...].
+
+    Args:
+        gains, losses: of each method, [..., S].
+        most: the largest loss that counts.
+        without: the names of those left out.
+    """
+
+    def volume(names: Sequence[str]) -> np.ndarray:
+        return hypervolume(*(np.concatenate([of[name] for name in names], axis=-1) for of in (gains, losses)), most)
+
+    everything, others = volume(list(gains)), [name for name in gains if name not in without]
+    rest = volume(others) if others else np.zeros_like(everything)
+    return np.where(everything > 0, 1 - rest / np.where(everything > 0, everything, 1.0), 0.0)
