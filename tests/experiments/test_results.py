@@ -97,3 +97,15 @@ def test_the_papers_numbers_are_labelled_and_never_of_our_models():
     assert not paper["model"].str.startswith("mini").any()
     # The figure that is known to be printed under a wrong caption belongs to the diversity comparison alone.
     assert set(paper.loc[paper["metric"] == "DreamSim similarity", "experiment"]) == {"diversity"}
+
+
+def test_published_numbers_of_other_methods_say_of_what_they_are():
+    """Numbers compare within one table of one source: of one model, one size of groups, and one sense of better."""
+    published = pd.read_csv(RESULTS / "published.csv")
+    said = ["source", "table", "model", "prompts", "group_size", "method", "metric", "value"]
+    assert published[said].notna().all(axis=None) and published["source"].str.contains("arXiv").all()
+    assert not published["model"].str.startswith("mini").any()
+    assert not published.duplicated(["source", "table", "method", "metric"]).any()
+    # One metric, one sense: a similarity and a distance are never one name.
+    assert (published.groupby("metric")["higher_is_better"].nunique(dropna=False) == 1).all()
+    assert not published.loc[published["metric"].str.contains("similarity"), "higher_is_better"].astype(bool).any()
