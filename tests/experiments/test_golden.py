@@ -22,7 +22,9 @@ from eval.clip import HFClip
 from experiments import PROJECT
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
+from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
 from experiments.methods.naive import Naive
@@ -76,7 +78,11 @@ METHODS = {
     "naive": lambda: Naive("m", **STRENGTH),
     "lower_guidance": lambda: LowerGuidance("m", scale=2.0),
     "limited_interval": lambda: LimitedInterval("m", outside=2.0),
+    "feature_guidance": lambda: FeatureGuidance("m", w=0.05, relative=True),
+    "contextual_repulsion": lambda: ContextualRepulsion("m", eta=1.0, relative=True),
 }  # fmt: skip
+#: Methods that are defined for one architecture.
+ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}
 KEPT = {}
 
 
@@ -91,7 +97,7 @@ def pipeline(model):
 def picture(method):
     """Return what a method makes of the group, uint8 [SIDE, images * SIDE, 3]."""
     images = []
-    for model in ["mini-sdxl"] if isinstance(method, NegativeIPAdapter) else CALLS:
+    for model in [ALONE[type(method)]] if type(method) in ALONE else CALLS:
         pipe = pipeline(model)
         images += pipe.image_processor.numpy_to_pil(method.draw(pipe, GROUP, CALLS[model]).images)
     return np.concatenate([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images], axis=1)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_methods import CALLS, shape_of
 
+from experiments.methods.contextual_repulsion import ContextualRepulsion
+from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
 from experiments.prompts import Group
@@ -34,9 +36,14 @@ class Case(NamedTuple):
     alone: bool = True
 
 
+JOINT_ALONE = {"sdxl": "defined for the joint blocks of Flux's transformer, got StableDiffusionXLPipeline"}
 CASES = {
     "lower guidance": Case(LowerGuidance, {"scale": 1.5}, {"scale": None}),
     "limited interval": Case(LimitedInterval, {"sigma_range": (0.5, 1.0)}, {"sigma_range": (0, None)}),
+    "feature self-guidance": Case(FeatureGuidance, {"w": 0.2, "relative": True}, {"w": 0}, JOINT_ALONE, alone=False),
+    "contextual repulsion": Case(
+        ContextualRepulsion, {"eta": 5, "relative": True}, {"eta": 0}, JOINT_ALONE, alone=False
+    ),
 }
 
 

@@ -1,0 +1,94 @@
+"""Repulsion in the contextual space: the text tokens of the images driven apart where they have seen these."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from experiments.methods.joint import joint_blocks, step_on_cosines, whole
+from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.steps import denoiser_calls
+from experiments.prompts import Group
+from negtome.calls import DenoiserCall
+from negtome.merge import number
+
+
+def entropy_slope(cosines: torch.Tensor) -> torch.Tensor:
+    """Return dS/dC = -(log(C / K) + 1) / K of S = -tr(C/K log(C/K)), cosines [groups, K, K]."""
+    values, vectors = torch.linalg.eigh(cosines / cosines.shape[-1])
+    values = values.clamp_min(1e-12)  # S has an infinite slope where images are the same
+    return -(vectors * (values.log() + 1).unsqueeze(1)) @ vectors.mT / cosines.shape[-1]
+
+
+@dataclass
+class ContextualRepulsion(Method):
+    """Repulsion in the contextual space (Dahary et al., arXiv 2603.28762, SIGGRAPH 2026), for Flux.
+
+    What each block returns of the K images' tokens, of each image as one vector f, ascends the von Neumann entropy of
+    their cosines C, the logarithm of the Vendi score, `inner_steps` = M times:
+
+        f <- f + eta / M grad S(C / K),   S(A) = -tr(A log A)
+
+    without a gradient through the network. The tokens are those of the text in the blocks with a stream each for text
+    and image, and all of them in the single-stream blocks. Where there are two calls a step (true guidance), in both.
+    The authors published no code.
+
+    Attributes:
+        eta: overall step, at least 0, which is off. Published for FLUX.1-dev with `relative: false`: 5e6 to 8e9.
+        relative: whether the gradient is taken as that of the direction f / |f|, which is |f|^2 times as large: an eta
+            then means the same for every block, model, length of text and size of image. With that of f itself, as
+            the paper has it, an eta is as much as one of eta / |f|^2, and the largest by far in blocks of small |f|.
+        inner_steps: M, at least 1; published 50.
+        first_steps: denoising steps in which it is done, at least 1; published 1 (tau).
+    """
+
+    title: ClassVar[str] = "contextual repulsion"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("eta", number=True), Setting("first_steps", number=True))
+    version: ClassVar[int] = 1
+
+    name: str
+    eta: float = 1e8
+    relative: bool = False
+    inner_steps: int = 50
+    first_steps: int = 1
+
+    def __post_init__(self) -> None:
+        self.eta = number("method.eta", self.eta, 0, math.inf)
+        self.inner_steps = whole("method.inner_steps", self.inner_steps)
+        self.first_steps = whole("method.first_steps", self.first_steps)
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        blocks, single_blocks = joint_blocks(pipe, self.name)
+        if not self.eta or group.size == 1:
+            yield Applied(dict(call))
+            return
+        step = 0
+
+        def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+            nonlocal step
+            step += not denoiser.again
+            return arguments
+
+        def apart(tokens: torch.Tensor) -> torch.Tensor:
+            rate = self.eta / self.inner_steps
+            return step_on_cosines(tokens, entropy_slope, rate, self.inner_steps, group.size, self.relative)
+
+        def text_apart(block: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+            text, image = output
+            return (apart(text), image) if step <= self.first_steps else output
+
+        def all_apart(block: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+            if step > self.first_steps:
+                return output
+            text, image = output
+            return apart(torch.cat([text, image], dim=1)).split([text.shape[1], image.shape[1]], dim=1)
+
+        with denoiser_calls(pipe, before), contextlib.ExitStack() as stack:
+            for kind, hook in ((blocks, text_apart), (single_blocks, all_apart)):
+                for block in kind:
+                    stack.callback(block.register_forward_hook(hook).remove)
+            yield Applied(dict(call))

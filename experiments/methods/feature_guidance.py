@@ -1,0 +1,99 @@
+"""Feature self-guidance: the images' features in one early block dispersed, and led back by the same block."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from experiments.methods.joint import joint_blocks, step_on_cosines, whole
+from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.steps import denoiser_calls
+from experiments.prompts import Group
+from negtome.calls import DenoiserCall
+from negtome.merge import number
+
+
+@dataclass
+class FeatureGuidance(Method):
+    """Feature self-guidance, "Don't Settle at the Mode!" (Bhat et al., arXiv 2606.27371, ECCV 2026), for Flux.
+
+    The image tokens h that one block returns, of each image as one vector, descend their mean likeness,
+
+        E(h) = log mean_ij exp(cos(h_i, h_j) / temperature)
+        h~ <- h~ - w grad E(h~)                             n_opt times from h~ = h, every image
+        h' = beta block(h~) + (1 - beta) h~
+
+    where the same block is run once more, with the text as it left it, and its text dropped (the paper says no more
+    than that h~ is given to the block again). h' goes on to the next block. The authors published no code.
+
+    Attributes:
+        w: step size, at least 0, which is off; published 0.5.
+        relative: whether the gradient is taken as that of the direction h / |h|, which is |h|^2 times as large. That of
+            h itself, as the formula has it, moves h by a fraction of some w / |h|^2: little, in any model.
+        n_opt: steps; published 30.
+        temperature: above 0; what was published for it is not known here.
+        mix: beta, in [0, 1], more is more faithful and less diverse; published 0.4.
+        block: the number of the block among those with a stream each for text and image, from 1; published 2.
+        timestep_range: (low, high) in training timesteps, 1000 = pure noise, where it is done; published (800, 1000).
+    """
+
+    title: ClassVar[str] = "feature self-guidance"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("w", number=True), Setting("mix", number=True))
+    version: ClassVar[int] = 1
+
+    name: str
+    w: float = 0.5
+    relative: bool = False
+    n_opt: int = 30
+    temperature: float = 1.0
+    mix: float = 0.4
+    block: int = 2
+    timestep_range: tuple[float, float] = (800.0, 1000.0)
+
+    def __post_init__(self) -> None:
+        self.w = number("method.w", self.w, 0, math.inf)
+        self.temperature = number("method.temperature", self.temperature, 1e-3, math.inf)
+        self.mix = number("method.mix", self.mix, 0, 1)
+        self.n_opt = whole("method.n_opt", self.n_opt)
+        self.block = whole("method.block", self.block)
+        low, high = (number("each end of method.timestep_range", end, 0, 1000) for end in self.timestep_range)
+        if low > high:
+            raise ValueError(f"method.timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g})")
+        self.timestep_range = low, high
+
+    def slope(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Return dE/dC of cosines [groups, K, K]."""
+        return torch.softmax(cosines.flatten(1) / self.temperature, dim=1).view_as(cosines) / self.temperature
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        blocks, _ = joint_blocks(pipe, self.name)
+        if self.block > len(blocks):
+            raise ValueError(f"method.block must be at most {len(blocks)}, the blocks of the model, got {self.block}")
+        if not self.w or group.size == 1:
+            yield Applied(dict(call))
+            return
+        low, high = self.timestep_range
+        active = False
+
+        def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+            nonlocal active
+            active = low <= denoiser.timestep <= high
+            return arguments
+
+        def after(block: torch.nn.Module, args: tuple[()], given: dict[str, Any], output: tuple[Any, Any]) -> Any:
+            if not active:
+                return output
+            text, image = output
+            apart = step_on_cosines(image, self.slope, -self.w, self.n_opt, group.size, self.relative)
+            # Not called as a module: its hooks have been.
+            _, again = block.forward(**given | {"hidden_states": apart, "encoder_hidden_states": text})
+            return text, torch.lerp(apart, again, self.mix)
+
+        with denoiser_calls(pipe, before), contextlib.ExitStack() as stack:
+            hook = blocks[self.block - 1].register_forward_hook(after, with_kwargs=True)
+            stack.callback(hook.remove)
+            yield Applied(dict(call))
