@@ -55,8 +55,8 @@ def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None 
         yield
 
 
-def some_rows(pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """Return the denoiser's arguments for some rows of its batch."""
+def some_rows(pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], rows: slice | list[int]) -> dict[str, Any]:
+    """Return the denoiser's arguments for some rows of its batch, or for the same ones several times."""
     shared = find_architecture(pipe).shared
 
     def pick(name: str, value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""What stands in for networks: an encoder that sees colours alone, and an IP-Adapter whose numbers are of one seed."""
+"""What stands in for networks and folders: an encoder of colours, a retriever, an IP-Adapter of random numbers."""
+
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +27,19 @@ class Colours(Encoder):
         return torch.nn.functional.normalize(
             torch.stack([torch.tensor(colours).float().mean(0) for colours in named]) + 1
         )
+
+
+class Finds:
+    """A retriever that finds one asset, whatever is asked for; or, of no name, none."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def find(self, pipe, group, call):
+        return [(SimpleNamespace(name=self.name, label=f"{self.name}/1.png"), 0.5)] if self.name else []
+
+    def settings(self):
+        return {"finds": self.name}
 
 
 def save_ip_adapter(folder, unet, plus=False):

@@ -21,6 +21,7 @@ from stand_ins import save_ip_adapter
 from eval.clip import HFClip
 from experiments import PROJECT
 from experiments.methods.assets import Retriever
+from experiments.methods.attention_guidance import AttentionGuidance
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.controls import NoiseControl, RandomMatch
@@ -80,6 +81,7 @@ METHODS = {
     "limited_interval": lambda: LimitedInterval("m", outside=2.0),
     "feature_guidance": lambda: FeatureGuidance("m", w=0.05, relative=True),
     "contextual_repulsion": lambda: ContextualRepulsion("m", eta=1.0, relative=True),
+    "nag": lambda: AttentionGuidance("m", retriever()),
 }  # fmt: skip
 #: Methods that are defined for one architecture.
 ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}

@@ -1,15 +1,18 @@
 """What every method that changes one call of a pipeline must keep to, whatever its formula: one row a method."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from stand_ins import Finds
 from test_methods import CALLS, shape_of
 
+from experiments.methods.attention_guidance import AttentionGuidance
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
@@ -29,7 +32,7 @@ class Case(NamedTuple):
         alone: whether it does anything to a group of one image.
     """
 
-    make: type
+    make: Callable
     strong: Mapping[str, Any]
     off: Mapping[str, Any]
     refused: Mapping[str, str] = MappingProxyType({})
@@ -44,6 +47,7 @@ CASES = {
     "contextual repulsion": Case(
         ContextualRepulsion, {"eta": 5, "relative": True}, {"eta": 0}, JOINT_ALONE, alone=False
     ),
+    "attention guidance": Case(partial(AttentionGuidance, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
 }
 
 

@@ -1,0 +1,200 @@
+"""Normalised attention guidance: a negative prompt inside of the attentions, at any number of steps."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from experiments.methods.assets import Retriever
+from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.steps import denoiser_calls, some_rows
+from experiments.prompts import Group
+from negtome.calls import DenoiserCall
+from negtome.merge import number
+from negtome.sites import find_architecture
+
+NORMS = {"L1": 1, "L2": 2}
+
+
+@dataclass
+class AttentionGuidance(Method):
+    """Normalised attention guidance, NAG (Chen et al., arXiv 2505.21179), away from the nearest protected asset's name.
+
+    What an attention's image tokens get from the prompt, Z+, is extrapolated away from what they get from the negative
+    prompt, Z-, before the output projection; the norm is that of a token:
+
+        Z~ = scale Z+ - (scale - 1) Z-
+        Z~ <- Z~ min(1, tau |Z+| / |Z~|)
+        Z = alpha Z~ + (1 - alpha) Z+
+
+    On Flux in every block, as in the published code: the negative text runs through the blocks beside the prompt; in
+    those with a stream each for text and image it meets the prompt's image tokens, in the single-stream blocks image
+    tokens of its own, which begin as the prompt's and get the same Z. That costs a second pass. With UNets, in the
+    cross-attentions of what is conditioned on the prompt; the call's own negative prompt stays.
+
+    Where no asset is near enough, the pipeline stays as it is.
+
+    Attributes:
+        retriever: finds the asset.
+        scale: at least 1, which is off; None: 5, as published for Flux.
+        tau: how many times as long as Z+ it may get, above 0; None: 2.5, as published.
+        alpha: in [0, 1], 0 is off; None: 0.25, as published.
+        end: the share of the way from noise to image where it is done, in (0, 1]: timesteps from 1000 (1 - end) on;
+            published 1, all.
+        norm: "L2" as in the published code, or "L1" as in the paper.
+        prompt: with {} for an asset's name.
+    """
+
+    title: ClassVar[str] = "normalised attention guidance"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("scale", number=True), Setting("end", number=True))
+    version: ClassVar[int] = 1
+
+    name: str
+    retriever: Retriever
+    scale: float | None = None
+    tau: float | None = None
+    alpha: float | None = None
+    end: float = 1.0
+    norm: Literal["L1", "L2"] = "L2"
+    prompt: str = "{}"
+
+    def __post_init__(self) -> None:
+        self.scale = number("method.scale", 5.0 if self.scale is None else self.scale, 1, math.inf)
+        self.tau = number("method.tau", 2.5 if self.tau is None else self.tau, 1e-3, math.inf)
+        self.alpha = number("method.alpha", 0.25 if self.alpha is None else self.alpha, 0, 1)
+        self.end = number("method.end", self.end, 1e-3, 1)
+        if self.norm not in NORMS:
+            raise ValueError(f"method.norm must be one of {sorted(NORMS)}, got {self.norm!r}")
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "retriever": self.retriever.settings()}
+
+    def guide(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """Return Z from Z+ and Z- [..., C]."""
+        precise = torch.promote_types(positive.dtype, torch.float32)
+        wanted, unwanted = positive.to(precise), negative.to(precise)
+        apart = self.scale * wanted - (self.scale - 1) * unwanted
+        length, longest = (
+            torch.linalg.vector_norm(tokens, NORMS[self.norm], dim=-1, keepdim=True) for tokens in (apart, wanted)
+        )
+        apart = apart * (self.tau * longest / length.clamp_min(torch.finfo(precise).tiny)).clamp_max(1)
+        return torch.lerp(wanted, apart, self.alpha).to(positive.dtype)
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        architecture = find_architecture(pipe)
+        if architecture.name not in ("Flux", "SDXL", "SD1.5"):
+            raise ValueError(
+                f"method={self.name} is defined for Flux, SDXL and Stable Diffusion 1.5, got {type(pipe).__name__}: "
+                "choose another model, or leave the method out"
+            )
+        found = self.retriever.find(pipe, group, call)
+        references = {asset.label: score for asset, score in found}
+        if not found or self.scale == 1 or not self.alpha:
+            yield Applied(dict(call), references=references)
+            return
+        names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in found)
+        guided = _in_joint_attentions if architecture.name == "Flux" else _in_cross_attentions
+        with guided(self, pipe, ", ".join(names), call):
+            yield Applied(dict(call), references=references)
+
+    def is_active(self, denoiser: DenoiserCall) -> bool:
+        return denoiser.timestep >= 1000 * (1 - self.end)
+
+
+def _encoded(pipe: Any, prompt: str, **options: Any) -> dict[str, torch.Tensor]:
+    """Return what the pipeline makes of a prompt, [1, ...], by the denoiser's arguments."""
+    with torch.no_grad():
+        made = pipe.encode_prompt(prompt, device=pipe._execution_device, num_images_per_prompt=1, **options)
+    names = find_architecture(pipe).prompts
+    return {name: value for name, value in zip(names, made, strict=False) if name is not None and value is not None}
+
+
+@contextlib.contextmanager
+def _in_joint_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
+    """Guide Flux: a batch [with the prompt, with the negative one], as long as the step is one of those."""
+    architecture = find_architecture(pipe)
+    options = {key: call[key] for key in ("max_sequence_length",) if key in call}
+    negative = _encoded(pipe, prompt, prompt_2=None, **options)
+    active = False
+
+    def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+        nonlocal active
+        active = method.is_active(denoiser) and bool(denoiser.conditional)  # not the negative call of true guidance
+        if not active:
+            return arguments
+        doubled = some_rows(pipe, denoiser, arguments, [*range(denoiser.rows), *range(denoiser.rows)])
+        for name, value in negative.items():
+            positive = arguments[name]
+            doubled[name] = torch.cat([positive, value.to(positive).expand_as(positive)])
+        return doubled
+
+    def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
+        return output[: denoiser.rows] if active else output
+
+    def same_images(attention: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Give the negative text the prompt's image tokens."""
+        if not active:
+            return None
+        return args, given | {"hidden_states": given["hidden_states"].chunk(2)[0].repeat(2, 1, 1)}
+
+    def of_images(projection: Any, args: tuple[torch.Tensor]) -> Any:
+        return (method.guide(*args[0].chunk(2)).repeat(2, 1, 1),) if active else None
+
+    def of_last(block: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        return (output[0], output[1].chunk(2)[0].repeat(2, 1, 1)) if active else None
+
+    def of_both(attention: Any, args: Any, output: torch.Tensor) -> Any:
+        if not active:
+            return None
+        text, image = output.split([length, output.shape[1] - length], dim=1)
+        return torch.cat([text, method.guide(*image.chunk(2)).repeat(2, 1, 1)], dim=1)
+
+    length = negative[architecture.prompts[0]].shape[1]
+    denoiser = getattr(pipe, architecture.denoiser)
+    with denoiser_calls(pipe, before, after), contextlib.ExitStack() as stack:
+        for block in denoiser.transformer_blocks:
+            stack.callback(block.attn.register_forward_pre_hook(same_images, with_kwargs=True).remove)
+            stack.callback(block.attn.to_out[0].register_forward_pre_hook(of_images).remove)
+        stack.callback(denoiser.transformer_blocks[-1].register_forward_hook(of_last).remove)
+        for block in denoiser.single_transformer_blocks:
+            stack.callback(block.attn.register_forward_hook(of_both).remove)
+        yield
+
+
+@contextlib.contextmanager
+def _in_cross_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
+    """Guide a UNet: its cross-attentions get, behind the rows of the batch, the prompt's with the negative text."""
+    architecture = find_architecture(pipe)
+    text = _encoded(pipe, prompt, do_classifier_free_guidance=False)[architecture.prompts[0]]
+    active, rows = False, slice(0)
+
+    def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+        nonlocal active, rows
+        active = method.is_active(denoiser)
+        rows = slice(denoiser.images * denoiser.conditional[0], denoiser.images * (denoiser.conditional[-1] + 1))
+        return arguments
+
+    def with_negative(attention: Any, args: tuple[torch.Tensor, ...], given: dict[str, Any]) -> Any:
+        if not active:
+            return None
+        tokens, prompts = args[0], given["encoder_hidden_states"]
+        unwanted = text.to(prompts).expand_as(prompts[rows])
+        return (torch.cat([tokens, tokens[rows]]),), given | {"encoder_hidden_states": torch.cat([prompts, unwanted])}
+
+    def of_images(projection: Any, args: tuple[torch.Tensor]) -> Any:
+        if not active:
+            return None
+        count = rows.stop - rows.start
+        tokens, negative = args[0][:-count], args[0][-count:]
+        return (torch.cat([tokens[: rows.start], method.guide(tokens[rows], negative), tokens[rows.stop :]]),)
+
+    with denoiser_calls(pipe, before), contextlib.ExitStack() as stack:
+        for name, module in getattr(pipe, architecture.denoiser).named_modules():
+            if name.endswith(".attn2"):
+                stack.callback(module.register_forward_pre_hook(with_negative, with_kwargs=True).remove)
+                stack.callback(module.to_out[0].register_forward_pre_hook(of_images).remove)
+        yield
