@@ -72,12 +72,35 @@ def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 
-def _knob(default: Any = None, *, _node_: Any, _root_: Any) -> Any:
-    if _root_.get("knob") is None:
-        return default
-    from experiments import knobs  # which reads tables
+def chosen_file(results: str | Path) -> Path:
+    """Return the file of the values that `experiments.rank` chose: by model and method."""
+    return project_path(results) / "peers_grid_chosen.yaml"
 
-    return knobs.value_of(_node_._get_full_key(None).removeprefix("method."), _root_, default)
+
+def _knob(default: Any = None, *, _node_: Any, _root_: Any) -> Any:
+    """Return what `knob` asks for of a setting, `default` where that is not the method's knob.
+
+    A published checkpoint without values of its own has those of the small model of its architecture.
+    """
+    knob = OmegaConf.to_container(_root_.method.get("about") or OmegaConf.create()).get("knob") or {}
+    asked, model, method = _root_.knob, _root_.model.name, _root_.method.name
+    if asked is None or _node_._get_full_key(None) != f"method.{knob.get('setting')}":
+        return default
+    if asked == "chosen":  # here, or else as published
+        files = [file for file in map(chosen_file, (_root_.results, "results")) if file.exists()]
+        chosen = OmegaConf.to_container(OmegaConf.load(files[0])) if files else {}
+        if method not in chosen.get(model, {}):
+            raise FileNotFoundError(
+                f"expected a value of {knob['setting']} for {method} on {model} in {chosen_file(_root_.results)}, got "
+                "none: make it with make peers, or give knob=null for the method's own setting"
+            )
+        return chosen[model][method]
+    values = knob["values"].get(model) or knob["values"].get(f"mini-{_root_.model.architecture}")
+    if not values:
+        raise ValueError(f"expected values of about.knob for model={model} in method={method}, got none")
+    if not isinstance(asked, int) or not 0 <= asked < len(values):
+        raise ValueError(f"knob must be null, chosen or from 0 to {len(values) - 1}, got {asked!r}")
+    return values[asked]
 
 
 # `${knob:0.25}` in conf/method/: what `knob` asks for of this setting, if it is the method's knob; else that default.
@@ -85,9 +108,8 @@ OmegaConf.register_new_resolver("knob", _knob, replace=True)
 
 
 def _peers(model: str) -> str:
-    from experiments import knobs
-
-    return ",".join(knobs.methods_of(model))
+    files = sorted((PROJECT / "conf" / "method").glob("*.yaml"))
+    return ",".join(file.stem for file in files if OmegaConf.select(OmegaConf.load(file), f"about.knob.values.{model}"))
 
 
 # `${peers:mini-sdxl}` in conf/experiment/: the methods that have a knob for a model, as the choices of a sweep.

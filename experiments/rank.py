@@ -6,6 +6,9 @@
 Written: `<results>/<experiment>_ranking.csv` and `.md`, a row a model and method, of the runs that were generated and
 evaluated with the same overrides. A method with several settings is a path from nothing done through its settings in
 the order of the sweep. Resamples of the prompts' categories are the same for all methods.
+
+Of a sweep over `knob`, the value that the experiment's rule chooses for each method (`experiments.choose.chosen_run`;
+the weakest, where none fulfils it) is written to `<results>/peers_grid_chosen.yaml`, which knob=chosen reads.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -15,24 +18,26 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eval import fronts
 from eval.files import write_text
 from eval.imageset import ImageSet
 from eval.intervals import GroupValue, mean_of, paired_differences
-from experiments import project_path
+from experiments import chosen_file, project_path
+from experiments.choose import chosen_run
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics
 from experiments.figures.style import TITLES
 from experiments.pages import printed_percent, with_interval
 from experiments.runs import Run
-from experiments.tables import markdown, put_rows, spelled, words
+from experiments.tables import markdown, primary_pair, put_rows, read_table, spelled, words
 from experiments.tabulate import find_document, primary_metrics
 
 #: The loss of quality, as a share of what it is without a method, at which methods are compared: half of the margin
@@ -175,5 +180,26 @@ def write_ranking(configs: list[DictConfig]) -> str:
     return page
 
 
+def write_choice(configs: list[DictConfig]) -> Path:
+    """Write which value of each method's knob the rule chooses; other models' choices stay. Returns the file."""
+    cfg, file = configs[0], chosen_file(configs[0].results)
+    frame, choices = read_table(cfg.name, cfg.results), {}
+    for one in configs:
+        if one.knob is None or one.method.name == "none":
+            continue
+        run = chosen_run(frame[frame["method"].isin([one.method.name, "none"])], *primary_pair(frame), one.model.name)
+        of_model = choices.setdefault(one.model.name, {})
+        value = OmegaConf.select(one.method, one.method.about.knob.setting)
+        if Run.find(one).id == run or one.method.name not in of_model:  # the weakest comes first
+            of_model[one.method.name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    there = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
+    head = f"# Of each model, what experiment={cfg.name} chose of each method's knob: made by experiments.rank.\n"
+    write_text(file, head + OmegaConf.to_yaml(OmegaConf.create(there | choices)))
+    return file
+
+
 def main(argv: list[str]) -> None:
-    print(write_ranking(expand(argv, baselines=True)))
+    configs = expand(argv, baselines=True)
+    print(write_ranking(configs))
+    if any(isinstance(cfg.knob, int) for cfg in configs):
+        print(write_choice(configs))

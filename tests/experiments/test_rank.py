@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from experiments import PROJECT, catalogue, knobs, rank, tables, tabulate
+import experiments
+from experiments import PROJECT, catalogue, choose, rank, tables, tabulate
 from experiments.configs import build, expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate
@@ -94,19 +95,29 @@ def test_a_grid_is_ranked(grid):
 
 
 def test_the_chosen_setting_is_what_the_rule_takes_from_the_grid(grid):
-    small, _, results = grid
+    small, configs, results = grid
+    rank.write_choice(configs)
     frame = tables.read_table("peers_grid", results)
+    chosen = {cfg.method.name: cfg for cfg in expand(["experiment=peers", *small])}
     for method in ("lower_guidance", "limited_interval"):
-        frame_of = frame[frame["method"].isin([method, "none"])].copy()
-        run = knobs.chosen_run(frame_of, *tables.primary_pair(frame), "sdxl")
-        values = KNOBS[method]["values"]["mini-sdxl"]
-        runs = list(dict.fromkeys(frame_of.loc[frame_of["method"] == method, "run_id"]))
-        expected = values[0] if run is None else values[runs.index(run)]
-        (cfg,) = [cfg for cfg in expand(["experiment=peers", *small, "knob=chosen"]) if cfg.method.name == method]
-        assert at(cfg.method, KNOBS[method]["setting"]) == expected
+        rows = frame[frame["method"].isin([method, "none"])]
+        run = choose.chosen_run(rows, *tables.primary_pair(frame), "sdxl")
+        runs = list(dict.fromkeys(rows.loc[rows["method"] == method, "run_id"]))
+        expected = KNOBS[method]["values"]["mini-sdxl"][0 if run is None else runs.index(run)]
+        assert at(chosen[method].method, KNOBS[method]["setting"]) == expected
 
 
-def test_a_chosen_setting_needs_the_grids_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(knobs, "project_path", lambda path: tmp_path / path)
-    with pytest.raises(FileNotFoundError, match=r"peers_grid.csv, got no file: make it with make reproduce-peers_grid"):
-        knobs._chosen("lower_guidance", "scale", [4.0], "mini-sdxl", "somewhere")
+def test_another_models_choices_stay(grid):
+    _, configs, results = grid
+    file = results / "peers_grid_chosen.yaml"
+    file.write_text("another: {cads: 0.5}\n")
+    assert rank.write_choice(configs) == file
+    written = yaml.safe_load(file.read_text())
+    assert written["another"] == {"cads": 0.5} and set(written["sdxl"]) == {"lower_guidance", "limited_interval"}
+
+
+def test_a_chosen_setting_needs_a_choice(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "chosen_file", lambda results: tmp_path / "none.yaml")
+    (cfg,) = [cfg for cfg in asked_for("lower_guidance", "mini-sdxl", knob="chosen") if cfg.method.name != "none"]
+    with pytest.raises(ValueError, match=r"value of scale for lower_guidance on mini-sdxl .* make peers"):
+        build(cfg.method)
