@@ -22,6 +22,20 @@ After = Callable[[DenoiserCall, torch.Tensor], torch.Tensor]
 
 
 @contextlib.contextmanager
+def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give an object a method of its own in the place of its class's, or of one that it was given before."""
+    before = vars(owner).get(name)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)  # the class's shows again
+        else:
+            setattr(owner, name, before)
+
+
+@contextlib.contextmanager
 def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None = None) -> Iterator[None]:
     """Change what the denoiser is given, and what it returns, at every call in the block.
 
@@ -55,7 +69,9 @@ def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None 
         yield
 
 
-def some_rows(pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], rows: slice | list[int]) -> dict[str, Any]:
+def some_rows(
+    pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], rows: slice | list[int] | torch.Tensor
+) -> dict[str, Any]:
     """Return the denoiser's arguments for some rows of its batch, or for the same ones several times."""
     shared = find_architecture(pipe).shared
 
@@ -125,11 +141,8 @@ def predictions(pipe: Any, change: Callable[[Prediction], torch.Tensor]) -> Iter
         return original(model_output, timestep, sample, *args, **kwargs)
 
     original = scheduler.step
-    scheduler.step = step
-    try:
+    with replaced(scheduler, "step", step):
         yield
-    finally:
-        del scheduler.step  # the class's own shows again
 
 
 def _kind(scheduler: Any) -> str:
@@ -167,6 +180,11 @@ def levels(scheduler: Any, timestep: Any = None) -> tuple[float, float]:
     )
 
 
+def unpacked(pipe: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return latents of images of so many pixels as [rows, c, h, w], packed or not."""
+    return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor) if latents.dim() == 3 else latents
+
+
 @contextlib.contextmanager
 def initial_noise(pipe: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Replace the noise that the pipeline begins from; a change of nothing leaves it bit-identical.
@@ -186,15 +204,12 @@ def initial_noise(pipe: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
         packed, scale = latents.dim() == 3, getattr(pipe.scheduler, "init_noise_sigma", 1.0)
         noise = latents / scale
         if packed:
-            noise = pipe._unpack_latents(noise, asked["height"], asked["width"], pipe.vae_scale_factor)
+            noise = unpacked(pipe, noise, asked["height"], asked["width"])
         changed = change(noise)
         if changed is noise:
             return made
         latents = scale * (pipe._pack_latents(changed, *changed.shape) if packed else changed)
         return (latents, *rest) if rest else latents
 
-    pipe.prepare_latents = prepare_latents
-    try:
+    with replaced(pipe, "prepare_latents", prepare_latents):
         yield
-    finally:
-        del pipe.prepare_latents

@@ -85,3 +85,15 @@ def test_the_noise_that_a_pipeline_begins_from(pipe, kind):
     assert seen[0].shape[1] == pipe.vae.config.latent_channels and torch.allclose(seen[0], drawn, atol=1e-5)
     with initial_noise(pipe, lambda noise: -noise):
         assert not torch.allclose(images_of(pipe, kind), stock, atol=1e-3)
+
+
+def test_what_steps_in_twice_is_taken_out_in_turn(pipe, kind):
+    """Noise turned round twice is as it was; what is predicted is changed by one of two."""
+    stock = images_of(pipe, kind)
+    with initial_noise(pipe, lambda noise: -noise), predictions(pipe, lambda p: p.clean + 1):
+        one = images_of(pipe, kind)
+        with initial_noise(pipe, lambda noise: -noise), predictions(pipe, lambda p: p.clean - 1):
+            assert torch.allclose(images_of(pipe, kind), stock, atol=1e-4)
+        assert torch.equal(images_of(pipe, kind), one) and not torch.allclose(one, stock, atol=1e-2)
+    assert torch.equal(images_of(pipe, kind), stock)
+    assert "step" not in vars(pipe.scheduler) and "prepare_latents" not in vars(pipe)
