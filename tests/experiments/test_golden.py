@@ -31,6 +31,7 @@ from experiments.methods.method import Baseline
 from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
+from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.prompts import Group
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -82,6 +83,7 @@ METHODS = {
     "feature_guidance": lambda: FeatureGuidance("m", w=0.05, relative=True),
     "contextual_repulsion": lambda: ContextualRepulsion("m", eta=1.0, relative=True),
     "nag": lambda: AttentionGuidance("m", retriever()),
+    "particle_guidance": lambda: ParticleGuidance("m", coefficient=50),
 }  # fmt: skip
 #: Methods that are defined for one architecture.
 ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}

@@ -17,6 +17,7 @@ from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
+from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.prompts import Group
 
 GROUP, OTHER = Group("one", "a red thing", "red", 0, 2), Group("two", "some blue thing", "blue", 0, 2)
@@ -48,6 +49,7 @@ CASES = {
         ContextualRepulsion, {"eta": 5, "relative": True}, {"eta": 0}, JOINT_ALONE, alone=False
     ),
     "attention guidance": Case(partial(AttentionGuidance, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
+    "particle guidance": Case(ParticleGuidance, {"coefficient": 20}, {"coefficient": 0}, alone=False),
 }
 
 
