@@ -32,6 +32,7 @@ from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
+from experiments.methods.shield import Shield, ShieldFromAssets
 from experiments.prompts import Group
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -84,6 +85,8 @@ METHODS = {
     "contextual_repulsion": lambda: ContextualRepulsion("m", eta=1.0, relative=True),
     "nag": lambda: AttentionGuidance("m", retriever()),
     "particle_guidance": lambda: ParticleGuidance("m", coefficient=50),
+    "shield": lambda: Shield("m", radius=1.4),
+    "shield_reference": lambda: ShieldFromAssets("m", radius=1.4, retriever=retriever()),
 }  # fmt: skip
 #: Methods that are defined for one architecture.
 ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}

@@ -18,6 +18,7 @@ from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
 from experiments.methods.particle_guidance import ParticleGuidance
+from experiments.methods.shield import Shield
 from experiments.prompts import Group
 
 GROUP, OTHER = Group("one", "a red thing", "red", 0, 2), Group("two", "some blue thing", "blue", 0, 2)
@@ -50,6 +51,7 @@ CASES = {
     ),
     "attention guidance": Case(partial(AttentionGuidance, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
     "particle guidance": Case(ParticleGuidance, {"coefficient": 20}, {"coefficient": 0}, alone=False),
+    "shield": Case(Shield, {"radius": 8}, {"radius": 0}, alone=False),
 }
 
 

@@ -1,0 +1,129 @@
+"""Shielded diffusion: predicted images are put out of balls around the others of their group, or around given ones."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from experiments.methods.assets import Retriever
+from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.steps import Prediction, predictions
+from experiments.prompts import Group
+from negtome.encoding import encode, scaled
+from negtome.merge import number
+from negtome.reference import Reference, fit
+from negtome.sites import find_architecture
+
+
+def repellency(latents: torch.Tensor, shielded: torch.Tensor, radius: float) -> torch.Tensor:
+    """Return sum_k relu(radius / |x - z_k| - 1) (x - z_k), which puts x onto the surface of a ball that it is in alone.
+
+    Args:
+        latents: x, float32 [G, K, N].
+        shielded: z, [G or 1, R, N]; one that is x itself counts for nothing.
+        radius: of the balls around z.
+
+    Returns:
+        [G, K, N].
+    """
+    distance = torch.cdist(latents, shielded.expand(len(latents), -1, -1), compute_mode="donot_use_mm_for_euclid_dist")
+    weight = torch.where(distance > 0, radius / distance - 1, 0).relu()  # [G, K, R]
+    return latents * weight.sum(dim=2, keepdim=True) - weight @ shielded
+
+
+@dataclass
+class Shield(Method):
+    """SPELL, sparse repellency, within a group (Kirchhof et al., arXiv 2410.06025).
+
+    At every step the predicted clean latents gain overcompensation * `repellency` from those of the other images of
+    the group. All images of a group move at once, by what the step predicted.
+
+    Attributes:
+        radius: of the balls, at least 0, in root mean squares of an element: it is multiplied by sqrt(N) of N latent
+            elements, and so means the same at every resolution. Independent latents of unit variance are sqrt(2) apart.
+            The paper gives a length for each of its models.
+        overcompensation: lambda, at least 0: 1.6 in the paper.
+    """
+
+    title: ClassVar[str] = "shielded diffusion"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("radius", number=True),)
+    version: ClassVar[int] = 1
+
+    name: str
+    radius: float = 1.0
+    overcompensation: float = 1.6
+
+    def __post_init__(self) -> None:
+        for name in ("radius", "overcompensation"):
+            setattr(self, name, number(f"method.{name}", getattr(self, name), 0, math.inf))
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        with self._shielding(pipe, group.size if group.size > 1 else 0):
+            yield Applied(dict(call))
+
+    @contextlib.contextmanager
+    def _shielding(self, pipe: Any, group_size: int, given: torch.Tensor | None = None) -> Iterator[None]:
+        """Repel predictions from `given`, [1, R, N], or else from each other in groups of `group_size`, 0 for none."""
+
+        def repel(prediction: Prediction) -> torch.Tensor:
+            latents = prediction.clean.flatten(1).unflatten(0, (-1, group_size))
+            radius = self.radius * math.sqrt(latents.shape[-1])
+            away = repellency(latents, latents if given is None else given.to(latents), radius)
+            return prediction.clean + self.overcompensation * away.view_as(prediction.clean)
+
+        with contextlib.ExitStack() as stack:
+            if group_size and self.radius and self.overcompensation:
+                stack.enter_context(predictions(pipe, repel))
+            yield
+
+
+@dataclass
+class ShieldFromAssets(Shield):
+    """SPELL from the protected assets that the prompt comes nearest to; where none is near, nothing is done.
+
+    An asset's pictures are scaled until they fit in, and their edges repeated around them; all of each counts.
+
+    Attributes:
+        radius, overcompensation: as of `Shield`.
+        retriever: finds the assets.
+        images: how many pictures of the asset are shielded, the nearest first; None for all.
+    """
+
+    title: ClassVar[str] = "shielded from the asset"
+    columns: ClassVar[tuple[Setting, ...]] = (
+        *Shield.columns,
+        Setting("images", ("pictures",), "pictures", number=True),
+    )
+
+    retriever: Retriever = field(kw_only=True)
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"method.images must be at least 1, or null for all of an asset, got {self.images}")
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "reference": "assets", "retriever": self.retriever.settings()}
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        found = self.retriever.find(pipe, group, call)[: self.images]
+        shielded = self._latents(pipe, [asset.image for asset, _ in found], call) if found else None
+        with self._shielding(pipe, 1 if found else 0, shielded):
+            yield Applied(dict(call), references={asset.label: score for asset, score in found})
+
+    def _latents(self, pipe: Any, pictures: list[torch.Tensor], call: Mapping[str, Any]) -> torch.Tensor:
+        """Encode pictures at the size of a call, scaled and packed as its latents: float32 [1, R, N]."""
+        architecture = find_architecture(pipe)
+        usual = getattr(pipe, "default_sample_size", 0) * pipe.vae_scale_factor
+        height, width = (call.get(side) or usual for side in ("height", "width"))
+        fitted = [fit(picture, None, height, width)[0] for picture in Reference(pictures).images]
+        with torch.no_grad():
+            latents = scaled(architecture, pipe, encode(architecture, pipe, 2 * torch.stack(fitted) - 1)[0])
+        packed = latents if architecture.pack is None else architecture.pack(pipe, latents)
+        return packed.flatten(1).unsqueeze(0)
