@@ -24,6 +24,7 @@ from experiments.methods.assets import Retriever
 from experiments.methods.attention_guidance import AttentionGuidance
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
+from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl, RandomMatch
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
@@ -87,6 +88,7 @@ METHODS = {
     "particle_guidance": lambda: ParticleGuidance("m", coefficient=50),
     "shield": lambda: Shield("m", radius=1.4),
     "shield_reference": lambda: ShieldFromAssets("m", radius=1.4, retriever=retriever()),
+    "contrastive_noise": lambda: ContrastiveNoise("m", learning_rate=0.05),
 }  # fmt: skip
 #: Methods that are defined for one architecture.
 ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}
