@@ -27,12 +27,14 @@ from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl, RandomMatch
 from experiments.methods.feature_guidance import FeatureGuidance
+from experiments.methods.group_inference import GroupInference
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
 from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
+from experiments.methods.selection import BestOf
 from experiments.methods.shield import Shield, ShieldFromAssets
 from experiments.prompts import Group
 
@@ -89,6 +91,8 @@ METHODS = {
     "shield": lambda: Shield("m", radius=1.4),
     "shield_reference": lambda: ShieldFromAssets("m", radius=1.4, retriever=retriever()),
     "contrastive_noise": lambda: ContrastiveNoise("m", learning_rate=0.05),
+    "best_of": lambda: BestOf("m", retriever().encoder, candidates=10),
+    "group_inference": lambda: GroupInference("m", retriever().encoder, candidates=6),
 }  # fmt: skip
 #: Methods that are defined for one architecture.
 ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}

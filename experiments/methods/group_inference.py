@@ -1,0 +1,182 @@
+"""Group inference: the images of a group are chosen among candidates, most of which are denoised a few steps only."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from eval.encoders import Encoder
+from experiments.methods.method import Setting, sample
+from experiments.methods.selection import Selection, distances, embedded
+from experiments.methods.steps import (
+    Prediction,
+    denoiser_calls,
+    initial_noise,
+    predictions,
+    replaced,
+    some_rows,
+    unpacked,
+)
+from experiments.prompts import Group
+from negtome.calls import DenoiserCall
+from negtome.encoding import scaled
+from negtome.merge import number
+from negtome.sites import find_architecture
+
+
+def best_subset(score: torch.Tensor, distance: torch.Tensor, count: int, weight: float) -> list[int]:
+    """Choose `count` of n, so that sum_i u_i + weight * sum_{i < j} b_ij of those chosen is large; in ascending order.
+
+    Beginning from each of the n, the one that adds most is added until they are enough, and then one is exchanged for
+    another as long as that adds something. The best of these n subsets is mostly the best of all.
+
+    Args:
+        score: u, [n].
+        distance: b, symmetric [n, n].
+        count: how many.
+        weight: of distances.
+    """
+    distance, score = weight * distance.double().fill_diagonal_(0), score.double()
+    best, most = score, -math.inf
+    for first in range(len(score)):
+        inside = torch.zeros(len(score), dtype=torch.bool)
+        inside[first] = True
+        for _ in range(count - 1):
+            inside[(score + distance[:, inside].sum(dim=1)).masked_fill(inside, -math.inf).argmax()] = True
+        while True:
+            worth = score + distance[:, inside].sum(dim=1)  # of each, beside those inside
+            gain = worth[None] - worth[:, None] - distance  # [out, in]: who comes in is not beside who goes out
+            gain[~inside], gain[:, inside] = -math.inf, -math.inf
+            if not gain.max() > 1e-9:
+                break
+            out, into = divmod(int(gain.argmax()), len(score))
+            inside[out], inside[into] = False, True
+        if (total := float((score + worth)[inside].sum() / 2)) > most:
+            best, most = inside, total
+    return best.nonzero().flatten().tolist()
+
+
+def counts(candidates: int, keep: float, final: int) -> list[int]:
+    """Return how many of the candidates go on after each step, until there are `final` ones: always fewer."""
+    left = []
+    while candidates > final:
+        candidates = max(min(math.ceil(round(candidates * keep, 9)), candidates - 1), final)
+        left.append(candidates)
+    return left
+
+
+@contextlib.contextmanager
+def decoding(pipe: Any, rows: list[int]) -> Iterator[None]:
+    """Have the autoencoder decode some rows of what it is given, and drop the others."""
+    original = pipe.vae.decode
+    with replaced(pipe.vae, "decode", lambda latents, *args, **kwargs: original(latents[rows], *args, **kwargs)):
+        yield
+
+
+def decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode clean latents [n, c, h, w] as a pipeline does at its end: float [n, H, W, 3] in [0, 1], on the CPU."""
+    architecture, vae = find_architecture(pipe), pipe.vae
+    zero, one = (scaled(architecture, pipe, torch.full_like(latents, value)) for value in (0, 1))
+    latents = (latents - zero) / (one - zero)  # scaling is affine
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    try:
+        if upcast:
+            vae.to(dtype=torch.float32)
+        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(dtype=torch.float16)
+    return pipe.image_processor.postprocess(images, output_type="pt").float().cpu().permute(0, 2, 3, 1)
+
+
+@dataclass
+class GroupInference(Selection):
+    """Scalable group inference (Parmar et al., arXiv 2508.15773): candidates are left out while they are denoised.
+
+    After every step `keep` of the candidates go on, until there are as many as the group has: those of the largest sum
+    of scores and weighted distances (`best_subset`) of their predicted clean images. All are denoised in one batch.
+
+    The authors choose with a solver of integer programs, by CLIP ViT-B/32 and by DINOv2 base, whose distance is a mean
+    over the picture's patches or, by an option, that of whole pictures, as here. For FLUX.1-dev they have 128
+    candidates for 4 images, keep 0.5; for FLUX.1-schnell 64, keep 0.1. Their code predicts the clean image from the
+    noisier step's velocity at the next step's latents, as if a step more had been made, and leaves guidance out of the
+    first step; here the images are those that the paper writes of.
+
+    Attributes:
+        keep: the share of candidates that go on after a step, rounded up, but always fewer, in (0, 1).
+        distance_weight: lambda of the distances, at least 0; 1.5 in the released code.
+        scorer: of texts and images, the cosine of which is an image's score; None: it is 0.
+    """
+
+    title: ClassVar[str] = "group inference"
+    columns: ClassVar[tuple[Setting, ...]] = (*Selection.columns, Setting("keep", number=True))
+    version: ClassVar[int] = 1
+
+    keep: float = 0.5
+    distance_weight: float = 1.5
+    scorer: Encoder | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.keep = number("method.keep", self.keep, 0.001, 0.999)
+        self.distance_weight = number("method.distance_weight", self.distance_weight, 0, math.inf)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "scorer": None if self.scorer is None else self.scorer.id}
+
+    def choose(
+        self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]
+    ) -> tuple[np.ndarray, list[int]]:
+        architecture = find_architecture(pipe)
+        if architecture.listed or architecture.scale is not None:
+            raise ValueError(
+                f"method={self.name} is not defined for {type(pipe).__name__}, whose batch is a list or whose latents "
+                "are scaled by more than two numbers: use method=best_of"
+            )
+        plan = counts(len(seeds), self.keep, group.size)
+        if len(plan) > (steps := call.get("num_inference_steps", len(plan))):
+            raise ValueError(
+                f"method={self.name} takes {len(plan)} steps to leave {group.size} of {len(seeds)}, got {steps}: "
+                "keep fewer of them, or make more steps"
+            )
+        going = list(range(len(seeds)))  # changed in place
+        size: list[int] = []  # of the image, in pixels
+
+        def rows(denoiser: DenoiserCall) -> list[int]:
+            return [half * denoiser.images + one for half in range(denoiser.halves) for one in going]
+
+        def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+            return some_rows(pipe, denoiser, arguments, rows(denoiser))
+
+        def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
+            whole = output.new_zeros(denoiser.rows, *output.shape[1:])
+            whole[rows(denoiser)] = output
+            return whole
+
+        def measure(noise: torch.Tensor) -> torch.Tensor:
+            size.extend(side * pipe.vae_scale_factor for side in noise.shape[-2:])
+            return noise
+
+        def prune(prediction: Prediction) -> torch.Tensor:
+            if plan:
+                # Of all rows, of which `decoding` decodes those that are going on.
+                images = decoded(pipe, unpacked(pipe, prediction.clean, *size))
+                score = torch.zeros(len(going))
+                if self.scorer is not None:
+                    score = embedded(self.scorer, images) @ self.scorer.embed_texts([group.prompt])[0]
+                distance = distances(embedded(self.encoder, images))
+                best = best_subset(score, distance, plan.pop(0), self.distance_weight)
+                going[:] = [going[one] for one in best]
+            return prediction.clean
+
+        with (
+            denoiser_calls(pipe, before, after),
+            initial_noise(pipe, measure),
+            predictions(pipe, prune),
+            decoding(pipe, going),
+        ):
+            return sample(pipe, group, call, seeds), going
