@@ -181,7 +181,7 @@ def first(overrides: list[str]) -> DictConfig:
 def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
     parts = [[OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)] for cfg in configs]
-    settings = [without(call | method, "about") for call, method in parts]
+    settings = [dict(_leaves(without(call | method, "about"))) for call, method in parts]
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
         alike = [i for i, other in enumerate(names) if other == name]
@@ -189,6 +189,14 @@ def run_names(configs: list[DictConfig]) -> list[str]:
         for i in alike:
             names[i] = ", ".join([name, *(f"{key} {settings[i].get(key)}" for key in keys)])
     return names
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def has_launcher(overrides: list[str]) -> bool:
