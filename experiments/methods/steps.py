@@ -120,21 +120,12 @@ def predictions(pipe: Any, change: Callable[[Prediction], torch.Tensor]) -> Iter
     """
     scheduler = pipe.scheduler
     levels(scheduler)  # before anything is generated
-    kind = _kind(scheduler)
 
     @functools.wraps(scheduler.step)
     def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         signal, noise = levels(scheduler, timestep)
-        norm = math.hypot(signal, noise)
         output, noisy = model_output.float(), sample.float()
-        if kind == "epsilon":
-            clean, slope = (noisy - noise * output) / signal, -signal / noise
-        elif kind == "v_prediction":
-            clean, slope = (signal / norm * noisy - noise * output) / norm, -norm / noise
-        elif kind == "flow_prediction":
-            clean, slope = noisy - noise * output, -1 / noise
-        else:
-            clean, slope = output, 1.0
+        clean, slope = _clean(scheduler, signal, noise, noisy, output)
         changed = change(Prediction(clean, noisy, signal, noise, float(timestep)))
         if changed is not clean:
             model_output = (output + slope * (changed - clean)).to(model_output.dtype)
@@ -145,8 +136,38 @@ def predictions(pipe: Any, change: Callable[[Prediction], torch.Tensor]) -> Iter
         yield
 
 
-def _kind(scheduler: Any) -> str:
-    return "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+def clean_of_call(
+    pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], output: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Return the clean latents, float32, that each row of a denoiser's output predicts; and by how much that output
+    changes with them.
+
+    Args:
+        pipe: a stock pipeline whose scheduler `levels` knows.
+        call: of the denoiser.
+        arguments: the denoiser's, by name.
+        output: [rows, ...] what it returned.
+    """
+    signal, noise = levels(pipe.scheduler, call.time)
+    # Euler's schedulers scale what the denoiser gets to unit variance; the others have it, or flows.
+    norm = 1.0 if _is_flow(pipe.scheduler) else math.hypot(signal, noise)
+    noisy = norm * arguments[find_architecture(pipe).sample].float()
+    return _clean(pipe.scheduler, signal, noise, noisy, output.float())
+
+
+def _clean(
+    scheduler: Any, signal: float, noise: float, noisy: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Return the clean latents that an output predicts, and by how much the output changes with them."""
+    norm = math.hypot(signal, noise)
+    kind = "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return (noisy - noise * output) / signal, -signal / noise
+    if kind == "v_prediction":
+        return (signal / norm * noisy - noise * output) / norm, -norm / noise
+    if kind == "flow_prediction":
+        return noisy - noise * output, -1 / noise
+    return output, 1.0
 
 
 def _is_flow(scheduler: Any) -> bool:
