@@ -103,7 +103,7 @@ class Method:
         """Change what `pipe` generates for `group` until the block ends.
 
         The block calls `pipe(group.prompt, ..., **applied.call)` once, or with several prompts, each of which has
-        `group.size` images and is then a group of its own.
+        `group.size` images and is then a group of its own; with prompts in `applied.call` these alone, one an image.
 
         Args:
             pipe: a stock pipeline.

@@ -68,7 +68,7 @@ def test_every_option_composes_and_resolves(group, option, with_model):
 
 def test_every_group_of_the_folder_is_tested():
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders == {group for group, _ in OPTIONS} | {"domain", "scorer", "labels", "characters"}
+    assert folders == {group for group, _ in OPTIONS} | {"domain", "scorer", "labels", "characters", "rewrites"}
 
 
 def test_the_diversity_experiment_is_both_mini_models_times_three_methods():

@@ -22,6 +22,7 @@ from eval.clip import HFClip
 from experiments import PROJECT
 from experiments.methods.assets import Retriever
 from experiments.methods.attention_guidance import AttentionGuidance
+from experiments.methods.cads import CADS
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
@@ -34,6 +35,9 @@ from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
+from experiments.methods.pink_noise import PinkNoise
+from experiments.methods.projected_guidance import ProjectedGuidance
+from experiments.methods.rewriting import Rewriting
 from experiments.methods.selection import BestOf
 from experiments.methods.shield import Shield, ShieldFromAssets
 from experiments.prompts import Group
@@ -93,9 +97,16 @@ METHODS = {
     "contrastive_noise": lambda: ContrastiveNoise("m", learning_rate=0.05),
     "best_of": lambda: BestOf("m", retriever().encoder, candidates=10),
     "group_inference": lambda: GroupInference("m", retriever().encoder, candidates=6),
+    "cads": lambda: CADS("m"),
+    "pink_noise": lambda: PinkNoise("m", 0.8),
+    "projected_guidance": lambda: ProjectedGuidance("m", norm_threshold=4.0),
+    "rewriting": lambda: Rewriting("m", {"panda": ["koala", "penguin", "red apple"]}),
 }  # fmt: skip
 #: Methods that are defined for one architecture.
-ALONE = {NegativeIPAdapter: "mini-sdxl", FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux"}
+ALONE = {
+    NegativeIPAdapter: "mini-sdxl", ProjectedGuidance: "mini-sdxl",
+    FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux",
+}  # fmt: skip
 KEPT = {}
 
 

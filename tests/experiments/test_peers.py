@@ -10,17 +10,24 @@ import numpy as np
 import pytest
 import torch
 from stand_ins import Finds
-from test_methods import CALLS, shape_of
+from test_methods import CALLS, STRENGTH, shape_of
 
 from experiments.methods.attention_guidance import AttentionGuidance
+from experiments.methods.cads import CADS
+from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.guidance import LimitedInterval, LowerGuidance
 from experiments.methods.method import Baseline
+from experiments.methods.negtome import NegToMe
 from experiments.methods.particle_guidance import ParticleGuidance
+from experiments.methods.pink_noise import PinkNoise
+from experiments.methods.projected_guidance import ProjectedGuidance
+from experiments.methods.rewriting import Rewriting
 from experiments.methods.shield import Shield
 from experiments.prompts import Group
 
+REWRITES = {"red": ["scarlet", "crimson", "ruby"], "blue": ["azure", "navy"]}
 GROUP, OTHER = Group("one", "a red thing", "red", 0, 2), Group("two", "some blue thing", "blue", 0, 2)
 
 
@@ -32,6 +39,7 @@ class Case(NamedTuple):
         off: arguments of `make` with which it must do nothing at all.
         refused: kinds of pipelines for which it is not defined, and what the error says.
         alone: whether it does anything to a group of one image.
+        several: whether one call may be for several groups.
     """
 
     make: Callable
@@ -39,6 +47,7 @@ class Case(NamedTuple):
     off: Mapping[str, Any]
     refused: Mapping[str, str] = MappingProxyType({})
     alone: bool = True
+    several: bool = True
 
 
 JOINT_ALONE = {"sdxl": "defined for the joint blocks of Flux's transformer, got StableDiffusionXLPipeline"}
@@ -52,6 +61,15 @@ CASES = {
     "attention guidance": Case(partial(AttentionGuidance, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
     "particle guidance": Case(ParticleGuidance, {"coefficient": 20}, {"coefficient": 0}, alone=False),
     "shield": Case(Shield, {"radius": 8}, {"radius": 0}, alone=False),
+    "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
+    "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
+    "projected guidance": Case(
+        ProjectedGuidance,
+        {"norm_threshold": 1},
+        {"eta": 1, "norm_threshold": None, "momentum": 0},
+        refused={"flux": r"got a FluxPipeline: leave it out"},
+    ),
+    "rewriting": Case(Rewriting, {"rewrites": REWRITES, "share": 1}, {"rewrites": REWRITES, "share": 0}, several=False),
 }
 
 
@@ -67,10 +85,11 @@ def images_of(pipe, method, kind, *groups, size=2):
     """Return what a method makes of groups in one call, float [images, 32, 32, 3]."""
     generators = [torch.Generator().manual_seed(seed) for group in groups for seed in group.image_seeds()[:size]]
     with method.apply(pipe, dataclasses.replace(groups[0], size=size), CALLS[kind]) as applied:
-        negative = applied.call.get("negative_prompt")
-        several = {} if negative is None else {"negative_prompt": [negative] * len(groups)}
         asked = {"prompt": [group.prompt for group in groups], "num_images_per_prompt": size, "output_type": "np"}
-        return pipe(**asked | applied.call | several | {"generator": generators}).images
+        asked |= applied.call
+        if "negative_prompt" in asked:
+            asked["negative_prompt"] = [asked["negative_prompt"]] * len(asked["prompt"])
+        return pipe(**asked, generator=generators).images
 
 
 def test_it_changes_images_and_leaves_the_pipeline_as_it_was(case, pipe, kind):
@@ -89,6 +108,8 @@ def test_of_no_strength_the_images_are_the_baselines_bit_for_bit(case, pipe, kin
 
 def test_groups_of_one_call_do_not_touch_each_other(case, pipe, kind):
     """Beside another prompt's group, a group is what it is beside a copy of itself."""
+    if not case.several:
+        pytest.skip("has prompts of its own for the call of one group")
     method = case.make("m", **case.strong)
     mixed = images_of(pipe, method, kind, GROUP, OTHER)
     same = images_of(pipe, method, kind, GROUP, GROUP)
@@ -99,6 +120,15 @@ def test_groups_of_one_call_do_not_touch_each_other(case, pipe, kind):
 def test_an_image_alone_has_no_group(case, pipe, kind):
     made, without = (images_of(pipe, m, kind, GROUP, size=1) for m in (case.make("m", **case.strong), Baseline()))
     assert np.array_equal(made, without) != case.alone
+
+
+@pytest.mark.parametrize("name", ["CADS", "limited interval", "pink noise"])
+def test_beside_negtome_the_first_image_is_as_without_and_the_other_is_pushed(name, pipe, kind):
+    alone = CASES[name].make("m", **CASES[name].strong)
+    drawn = alone.draw(pipe, GROUP, CALLS[kind]).images
+    both = Combined("both", {"a": alone, "b": NegToMe("b", **STRENGTH)}).draw(pipe, GROUP, CALLS[kind])
+    assert both.statistics["tokens_pushed"] > 0
+    assert np.allclose(both.images[0], drawn[0], atol=2e-3) and not np.allclose(both.images[1], drawn[1], atol=2e-3)
 
 
 @pytest.mark.parametrize(("name", "kind"), [(n, k) for n, c in CASES.items() for k in c.refused])

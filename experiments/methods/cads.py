@@ -1,0 +1,136 @@
+"""Condition-annealed sampling: the prompt is heard through noise at first, and ever more clearly."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from experiments.methods.method import Applied, Method, Setting, generator_of
+from experiments.methods.steps import denoiser_calls
+from experiments.prompts import Group
+from negtome.calls import DenoiserCall, with_value
+from negtome.merge import number
+from negtome.sites import find_architecture
+
+RESCALES, HALVES = ("sample", "token", "none"), ("conditional", "both")
+
+
+def share_of_prompt(t: float, tau1: float, tau2: float) -> float:
+    """Return gamma: 1 up to tau1, 0 from tau2 on, falling linearly between; t = 1 is pure noise."""
+    return 1.0 if t <= tau1 else 0.0 if t >= tau2 else (tau2 - t) / (tau2 - tau1)
+
+
+def anneal(
+    prompt: torch.Tensor, noise: torch.Tensor, gamma: float, scale: float, mixing: float, rescale: str
+) -> torch.Tensor:
+    """Return embeddings [rows, ..., C] of a prompt as CADS noises them, in their dtype.
+
+    Args:
+        prompt: y.
+        noise: n, like y, of unit variance.
+        gamma: share of the prompt's variance.
+        scale, mixing, rescale: of `CADS`.
+    """
+    y = prompt.float()
+    noised = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * noise
+    if rescale != "none":
+        axes = tuple(range(1, y.dim())) if rescale == "sample" else (-1,)
+        (std, mean), (own_std, own_mean) = (torch.std_mean(x, dim=axes, keepdim=True) for x in (y, noised))
+        noised = mixing * ((noised - own_mean) / own_std * std + mean) + (1 - mixing) * noised
+    return noised.to(prompt.dtype)
+
+
+@dataclass
+class CADS(Method):
+    """Condition-annealed sampling (Sadat et al., arXiv 2310.17347): noise on the prompt's embeddings that fades.
+
+    At the time t, the timestep over 1000, the denoiser is given in place of an embedding y, that of the tokens as well
+    as the pooled one,
+
+        y1 = sqrt(gamma) y + noise_scale sqrt(1 - gamma) n,  gamma = 1 for t <= tau1, 0 for t >= tau2, linear between
+        y2 = mixing ((y1 - mean(y1)) / std(y1) std(y) + mean(y)) + (1 - mixing) y1
+
+    with noise n of its own for each image, embedding and step. From tau2 on nothing of the prompt is left, and under
+    mixing = 1 the scale of the noise no longer shows there: it is the part between tau2 and tau1 that it rules.
+
+    The paper noises the condition, and its code takes mean and std over the whole tensor, so that the images of a batch
+    depend on each other; here they are of each image, as in ComfyUI-CADS. Ports noise the unconditional half, too, as
+    do NegToMe's authors in their baseline, who rescale every token by itself.
+
+    Attributes:
+        noise_scale: s, at least 0, which is off; published: 0.25 for Stable Diffusion, 0.1 to 0.7 elsewhere.
+        tau1, tau2: in [0, 1], tau1 <= tau2; published: 0.6 and 0.9, which is also what None stands for.
+        mixing: psi, in [0, 1]; published: 1.
+        rescale: over what mean and std are: "sample", tokens and channels of an image (default); "token", the channels
+            of each token; or "none".
+        halves: of a batch that is guided, which are noised: "conditional" (default), or "both", each by noise of its
+            own.
+    """
+
+    title: ClassVar[str] = "CADS"
+    columns: ClassVar[tuple[Setting, ...]] = (
+        Setting("noise_scale", number=True),
+        Setting("tau1", number=True),
+        Setting("tau2", number=True),
+        Setting("mixing", number=True),
+        Setting("rescale"),
+        Setting("halves"),
+    )
+    version: ClassVar[int] = 1
+
+    name: str
+    noise_scale: float = 0.25
+    tau1: float = 0.6
+    tau2: float | None = None
+    mixing: float = 1.0
+    rescale: str = "sample"
+    halves: str = "conditional"
+
+    def __post_init__(self) -> None:
+        self.noise_scale = number("method.noise_scale", self.noise_scale, 0, math.inf)
+        self.tau2 = number("method.tau2", 0.9 if self.tau2 is None else self.tau2, 0, 1)
+        self.tau1 = number("method.tau1", self.tau1, 0, self.tau2)
+        self.mixing = number("method.mixing", self.mixing, 0, 1)
+        for setting, choices in (("rescale", RESCALES), ("halves", HALVES)):
+            if (value := getattr(self, setting)) not in choices:
+                raise ValueError(f"method.{setting} must be one of {', '.join(choices)}, got {value!r}")
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        if find_architecture(pipe).listed:
+            raise ValueError(
+                f"method={self.name} is for models that take their texts as one tensor, got a {type(pipe).__name__}, "
+                "which takes a list: leave it out for this model"
+            )
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+            gamma = share_of_prompt(denoiser.timestep / 1000, self.tau1, self.tau2)
+            if gamma == 1:
+                return arguments
+            for name, prompt in denoiser.prompts.items():
+                if "mask" in name:
+                    continue
+                if prompt.device not in generators:
+                    generators[prompt.device] = generator_of(group, "cads", device=prompt.device)
+                noised = self._noised(prompt, denoiser, gamma, group.size, generators[prompt.device])
+                arguments = with_value(arguments, name, noised)
+            return arguments
+
+        with denoiser_calls(pipe, before) if self.noise_scale else contextlib.nullcontext():
+            yield Applied(dict(call))
+
+    def _noised(
+        self, prompt: torch.Tensor, denoiser: DenoiserCall, gamma: float, size: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return embeddings [rows, ...] of which the halves that are to be are noised, all groups alike."""
+        parts = list(prompt.expand(denoiser.rows, *prompt.shape[1:]).chunk(denoiser.halves))
+        for half in denoiser.conditional if self.halves == "conditional" else range(denoiser.halves):
+            shape = (size, *prompt.shape[1:])
+            noise = torch.randn(shape, generator=generator, device=prompt.device)
+            noise = noise.repeat(denoiser.images // size, *(1,) * (prompt.dim() - 1))
+            parts[half] = anneal(parts[half], noise, gamma, self.noise_scale, self.mixing, self.rescale)
+        return torch.cat(parts)

@@ -1,0 +1,56 @@
+"""Images begun from noise of more low frequencies: other layouts, where white noise hardly differs in them."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.steps import initial_noise
+from experiments.prompts import Group
+from negtome.merge import number
+
+
+def coloured(noise: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Return white noise [rows, c, h, w] with a power spectrum of f^-exponent, of unit variance again.
+
+    The frequency f is in cycles a pixel, and that of the mean counts as the lowest other one. Amplitudes are scaled by
+    a number of the shape alone, so that what was normal noise remains that, of unit variance in the mean of its draws.
+    """
+    height, width = noise.shape[-2:]
+    vertical = torch.fft.fftfreq(height, device=noise.device)[:, None]
+    horizontal = torch.fft.fftfreq(width, device=noise.device)
+    gain = torch.hypot(vertical, horizontal).clamp(min=1 / max(height, width)) ** (-exponent / 2)  # [h, w]
+    spectrum = torch.fft.fft2(noise.float()) * (gain / gain.square().mean().sqrt())
+    return torch.fft.ifft2(spectrum).real.to(noise.dtype)
+
+
+@dataclass
+class PinkNoise(Method):
+    """Pink in place of white noise at the beginning of sampling, as in "It's Never Too Late" (arXiv 2601.00090).
+
+    Of each channel's noise the Fourier amplitude at the frequency f is multiplied by f^(-exponent / 2), and all of them
+    by one number that gives unit variance back. The paper optimises the noise beyond that, which is not done here.
+
+    Attributes:
+        exponent: a of the power spectrum f^-a: 0 is white, and off; 0.2 is published, 1 is pink in the strict sense; a
+            negative one prefers high frequencies.
+    """
+
+    title: ClassVar[str] = "pink noise"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("exponent", number=True),)
+    version: ClassVar[int] = 1
+
+    name: str
+    exponent: float = 0.2
+
+    def __post_init__(self) -> None:
+        self.exponent = number("method.exponent", self.exponent, -math.inf, math.inf)
+
+    @contextlib.contextmanager
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        with initial_noise(pipe, lambda noise: coloured(noise, self.exponent) if self.exponent else noise):
+            yield Applied(dict(call))
