@@ -58,7 +58,7 @@ class ContrastiveNoise(Method):
     costs one call of the denoiser; the prompt is encoded anew.
 
     Attributes:
-        steps: of Adam, 3 in the released scripts for SDXL and Stable Diffusion 1.5, in groups of 5.
+        inner_steps: of Adam, 3 in the released scripts for SDXL and Stable Diffusion 1.5, in groups of 5.
         learning_rate: of Adam, at least 0; 0.01 in the released scripts. So far a number of the noise moves in a step.
         temperature: T, above 0; 0.1 in both.
         gamma: above 0; None: the paper's 1 / (T ln(B - 1) + 1) for B images. The released scripts have 1.
@@ -68,14 +68,14 @@ class ContrastiveNoise(Method):
 
     title: ClassVar[str] = "contrastive noise"
     columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("steps", number=True),
+        Setting("inner_steps", number=True),
         Setting("learning_rate", number=True),
         Setting("loss"),
     )
     version: ClassVar[int] = 1
 
     name: str
-    steps: int = 3
+    inner_steps: int = 3
     learning_rate: float = 0.01
     temperature: float = 0.1
     gamma: float | None = None
@@ -83,7 +83,7 @@ class ContrastiveNoise(Method):
     loss: Loss = "paper"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("window", 1)):
+        for name, least in (("inner_steps", 0), ("window", 1)):
             setattr(self, name, int(number(f"method.{name}", getattr(self, name), least, 1000)))
         for name, least in (("learning_rate", 0), ("temperature", 1e-3)):
             setattr(self, name, number(f"method.{name}", getattr(self, name), least, math.inf))
@@ -92,13 +92,13 @@ class ContrastiveNoise(Method):
             raise ValueError(f"method.loss must be one of {LOSSES}, got {self.loss!r}")
 
     def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
-        if group.size < 2 or not self.steps or not self.learning_rate:
+        if group.size < 2 or not self.inner_steps or not self.learning_rate:
             return super().draw(pipe, group, call)
         noise, clean = self._first(pipe, group, call, None)
         dtype, first = noise.dtype, clean
         noise = noise.float().requires_grad_()
         adam, losses = torch.optim.Adam([noise], lr=self.learning_rate, eps=EPSILON), []
-        for step in range(self.steps):
+        for step in range(self.inner_steps):
             if step:
                 _, clean = self._first(pipe, group, call, noise.detach().to(dtype))
             clean.requires_grad_()

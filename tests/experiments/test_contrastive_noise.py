@@ -59,7 +59,7 @@ def test_the_first_step_of_adam_goes_down_the_gradient_of_each_number(pipe, kind
         return initial_noise(pipe, noted)
 
     monkeypatch.setattr(module, "initial_noise", watched)
-    method = ContrastiveNoise("m", steps=1, learning_rate=0.05, window=4, loss=loss)
+    method = ContrastiveNoise("m", inner_steps=1, learning_rate=0.05, window=4, loss=loss)
     first = method._first
 
     def kept(*args):
@@ -83,7 +83,7 @@ def test_the_first_step_of_adam_goes_down_the_gradient_of_each_number(pipe, kind
 def test_every_step_costs_one_call_of_the_denoiser_and_starts_where_the_last_one_ended(pipe, kind):
     calls = []
     with denoiser_calls(pipe, lambda call, arguments: calls.append(call.timestep) or arguments):
-        drawn = ContrastiveNoise("m", steps=3).draw(pipe, GROUP, CALLS[kind])
+        drawn = ContrastiveNoise("m", inner_steps=3).draw(pipe, GROUP, CALLS[kind])
     assert calls == [calls[0]] * 3 + [calls[0], calls[-1]] and len(drawn.statistics["losses"]) == 3
     assert drawn.statistics["losses"][2] != drawn.statistics["losses"][0]
 
@@ -96,7 +96,7 @@ def test_it_changes_images_and_leaves_the_pipeline_as_it_was(pipe, kind):
     assert np.array_equal(Baseline().draw(pipe, GROUP, CALLS[kind]).images, stock)
 
 
-@pytest.mark.parametrize("nothing", [{"steps": 0}, {"learning_rate": 0}, {"size": 1}])
+@pytest.mark.parametrize("nothing", [{"inner_steps": 0}, {"learning_rate": 0}, {"size": 1}])
 def test_without_a_step_or_another_image_it_is_the_baseline_bit_for_bit(pipe, kind, nothing):
     group = Group("one", "a red thing", "red", 0, nothing.get("size", 2))
     method = ContrastiveNoise("m", **{key: value for key, value in nothing.items() if key != "size"})
@@ -105,7 +105,8 @@ def test_without_a_step_or_another_image_it_is_the_baseline_bit_for_bit(pipe, ki
 
 
 def test_bad_settings_are_refused_and_it_is_combined_with_nothing():
-    for bad in ({"steps": -1}, {"learning_rate": -1}, {"temperature": 0}, {"gamma": 0}, {"window": 0}, {"loss": "nce"}):
+    numbers = {"inner_steps": -1, "learning_rate": -1, "temperature": 0, "gamma": 0, "window": 0}
+    for bad in (*({name: value} for name, value in numbers.items()), {"loss": "nce"}):
         with pytest.raises(ValueError, match=f"method.{next(iter(bad))} must be"):
             ContrastiveNoise("m", **bad)
     with pytest.raises(ValueError, match=r"which draw by themselves"):
