@@ -73,12 +73,22 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def case(request, kind):
-    case = CASES[request.param]
-    if kind in case.refused:
-        pytest.skip("refused, which has a test of its own")
-    return case
+PAIRS = [(name, kind) for name, case in CASES.items() for kind in CALLS if kind not in case.refused]
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def pair(request):
+    return request.param
+
+
+@pytest.fixture
+def case(pair):
+    return CASES[pair[0]]
+
+
+@pytest.fixture
+def kind(pair):
+    return pair[1]
 
 
 def images_of(pipe, method, kind, *groups, size=2):
@@ -106,10 +116,9 @@ def test_of_no_strength_the_images_are_the_baselines_bit_for_bit(case, pipe, kin
     assert np.array_equal(images_of(pipe, method, kind, GROUP), images_of(pipe, Baseline(), kind, GROUP))
 
 
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if CASES[pair[0]].several], ids="-".join)
 def test_groups_of_one_call_do_not_touch_each_other(case, pipe, kind):
     """Beside another prompt's group, a group is what it is beside a copy of itself."""
-    if not case.several:
-        pytest.skip("has prompts of its own for the call of one group")
     method = case.make("m", **case.strong)
     mixed = images_of(pipe, method, kind, GROUP, OTHER)
     same = images_of(pipe, method, kind, GROUP, GROUP)
@@ -122,6 +131,7 @@ def test_an_image_alone_has_no_group(case, pipe, kind):
     assert np.array_equal(made, without) != case.alone
 
 
+@pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("name", ["CADS", "limited interval", "pink noise"])
 def test_beside_negtome_the_first_image_is_as_without_and_the_other_is_pushed(name, pipe, kind):
     alone = CASES[name].make("m", **CASES[name].strong)
