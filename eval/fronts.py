@@ -36,34 +36,38 @@ def resampled_means(
     return np.concatenate([sums.sum(axis=0, keepdims=True) / sizes.sum(axis=0, keepdims=True), *drawn])
 
 
-def gain_at_loss(gains: np.ndarray, losses: np.ndarray, loss: float) -> np.ndarray:
-    """Return the gain where a method's path first loses `loss`, linear between settings, [..., S] -> [...].
+def most_within(gains: np.ndarray, losses: np.ndarray, loss: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most that a method gains at a loss of at most `loss`, and where on its path, [..., S] -> [...] each.
 
-    The path begins at nothing gained and nothing lost. One that never loses as much has the gain of its last setting.
+    Candidates are its settings and, between one that keeps to the loss and a neighbour that does not, the point of the
+    line between them where that is lost. Between nothing done and the first setting there is no setting. The place is
+    in settings, from 0 for the first to S - 1, and 1.5 halfway between the second and the third; where no candidate
+    keeps to the loss, gain and place are NaN.
     """
-    nothing = np.zeros((*gains.shape[:-1], 1))
-    gains, losses = (np.concatenate([nothing, values], axis=-1) for values in (gains, losses))
-    beyond = losses > loss
-    last = np.where(beyond.any(axis=-1), beyond.argmax(axis=-1), gains.shape[-1] - 1)[..., None]
-    (gain, lost), (gain_before, lost_before) = (
-        [np.take_along_axis(values, index, axis=-1)[..., 0] for values in (gains, losses)]
-        for index in (last, np.maximum(last - 1, 0))
-    )
-    crossed = lost > loss
-    share = np.where(crossed, (loss - lost_before) / np.where(crossed, lost - lost_before, 1.0), 1.0)
-    return gain_before + share * (gain - gain_before)
+    within = losses <= loss
+    crossed = within[..., 1:] != within[..., :-1]
+    share = (loss - losses[..., :-1]) / np.where(crossed, np.diff(losses, axis=-1), 1.0)
+    between = np.where(crossed, gains[..., :-1] + share * np.diff(gains, axis=-1), -np.inf)
+    candidates = np.concatenate([np.where(within, gains, -np.inf), between], axis=-1)
+    numbers = np.arange(gains.shape[-1], dtype=float)
+    places = np.concatenate([np.broadcast_to(numbers, gains.shape), numbers[:-1] + share], axis=-1)
+    best = candidates.argmax(axis=-1)[..., None]
+    gain, place = (np.take_along_axis(values, best, axis=-1)[..., 0] for values in (candidates, places))
+    found = np.isfinite(gain)
+    return np.where(found, gain, np.nan), np.where(found, place, np.nan)
 
 
-def on_front(gains: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Tell which of P points no other one beats, bool [..., P]: none gains as much for less, or more for as much.
+def on_front(gains: np.ndarray, losses: np.ndarray, most: float) -> np.ndarray:
+    """Tell which of P points lose at most `most` and are beaten by no other one, bool [..., P].
 
-    Nothing done, the origin, is one of the others.
+    A point is beaten by one that gains as much for less, or more for as much. Nothing done, the origin, is another one.
     """
     nothing = np.zeros((*gains.shape[:-1], 1))
     others_gain, others_loss = (np.concatenate([values, nothing], axis=-1)[..., None, :] for values in (gains, losses))
     gain, lost = gains[..., None], losses[..., None]
     no_worse = (others_gain >= gain) & (others_loss <= lost)
-    return ~(no_worse & ((others_gain > gain) | (others_loss < lost))).any(axis=-1)
+    beaten = (no_worse & ((others_gain > gain) | (others_loss < lost))).any(axis=-1)
+    return (losses <= most) & ~beaten
 
 
 def hypervolume(gains: np.ndarray, losses: np.ndarray, most: float) -> np.ndarray:

@@ -244,11 +244,16 @@ def bootstrap_interval(
     estimates = np.concatenate([sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1) for drawn in draws])
     if constant(estimates):
         return Interval(value, None, None)
+    return Interval(value, *limits(value, estimates, k, level))
+
+
+def limits(value: float, estimates: np.ndarray, k: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the limits of a value by its resamples [R] of k clusters."""
     percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     stretch = (k / (k - 1)) ** 0.5 * float(stdtrit(k - 1, (1 + level) / 2)) / float(ndtri((1 + level) / 2))
     low, high = value + stretch * (percentiles - estimates.mean())
     # of few resamples, or very skewed ones, both percentiles may lie on one side of their mean
-    return Interval(value, min(float(low), value), max(float(high), value))
+    return min(float(low), value), max(float(high), value)
 
 
 def drawn_clusters(k: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -4,11 +4,11 @@
     python -m experiments.rank experiment=peers_grid model=sdxl
 
 Written: `<results>/<experiment>_ranking.csv` and `.md`, a row a model and method, of the runs that were generated and
-evaluated with the same overrides. A method with several settings is a path from nothing done through its settings in
-the order of the sweep. Resamples of the prompts' categories are the same for all methods.
+evaluated with the same overrides. A method with several settings is a path through them in the order of the sweep.
+Resamples of the prompts' categories are the same for all methods.
 
-Of a sweep over `knob`, the value that the experiment's rule chooses for each method (`experiments.choose.chosen_run`;
-the weakest, where none fulfils it) is written to `<results>/peers_grid_chosen.yaml`, which knob=chosen reads.
+Of a sweep over `knob`, the value at which each method gains most within the loss, between its settings where need be,
+is written to `<results>/peers_grid_chosen.yaml`, which knob=chosen reads; the weakest, where none keeps to the loss.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -17,8 +17,8 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import functools
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -29,177 +29,240 @@ from omegaconf import DictConfig, OmegaConf
 from eval import fronts
 from eval.files import write_text
 from eval.imageset import ImageSet
-from eval.intervals import GroupValue, mean_of, paired_differences
+from eval.intervals import FEWEST, SUBSETS, GroupValue, clusters_of, limits, mean_of, paired_differences
 from experiments import chosen_file, project_path
-from experiments.choose import chosen_run
 from experiments.configs import expand
 from experiments.evaluate import configured_metrics
 from experiments.figures.style import TITLES
 from experiments.pages import printed_percent, with_interval
 from experiments.runs import Run
-from experiments.tables import markdown, primary_pair, put_rows, read_table, spelled, words
+from experiments.tables import markdown, printed, put_rows, words
 from experiments.tabulate import find_document, primary_metrics
 
-#: The loss of quality, as a share of what it is without a method, at which methods are compared: half of the margin
-#: within which it counts as kept. Hypervolumes reach to the whole of that.
+#: The loss of quality, as a share of what it is without a method, that a method may cost: half of the margin within
+#: which quality counts as kept. Fronts and hypervolumes reach to the whole of that.
 LOSS, MOST = 0.025, 0.05
 #: Resamples of which the front is looked for, which compares every setting with every other.
 OF_FRONT = 1000
 #: The row of all methods that merge tokens, alone or with another one.
 WITH_NEGTOME = "(all with NegToMe)"
 COLUMNS = [
-    "experiment", "model", "method", "settings", "gain", "gain_low", "gain_high", "rank", "rank_low", "rank_high",
-    "first_share", "front_share", "added_share", "added_low", "added_high", "seconds", "claim", "quality", "loss",
-    "n_units", "run_ids",
+    "experiment", "model", "method", "settings", "gain", "gain_low", "gain_high", "lost", "lost_low", "lost_high",
+    "rank", "rank_low", "rank_high", "first_share", "within_share", "front_share", "added_share", "added_low",
+    "added_high", "seconds", "claim", "quality", "loss", "n_units", "run_ids",
 ]  # fmt: skip
 KEY = ["experiment", "model", "method"]
 
 
-def rows_of_model(configs: list[DictConfig]) -> list[dict[str, Any]]:
-    """Return one row for every method of an experiment on one model.
+@dataclass(frozen=True)
+class Paths:
+    """What the methods of an experiment do on one model.
 
-    Args:
-        configs: from `expand`, with the run without a method.
+    Attributes:
+        configs: of each method, in the order of the sweep.
+        runs: theirs.
+        gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples.
+        claim, quality: the metrics.
+        worth: of quality without a method.
+        n_units: clusters that are resampled.
+    """
+
+    configs: dict[str, list[DictConfig]]
+    runs: dict[str, list[Run]]
+    gains: dict[str, np.ndarray]
+    losses: dict[str, np.ndarray]
+    claim: str
+    quality: str
+    worth: float
+    n_units: int
+
+
+def read_paths(configs: list[DictConfig]) -> Paths:
+    """Read an experiment's runs on one model, as `expand` names them, with the one without a method.
 
     Raises:
         FileNotFoundError: a run was not generated or not scored; the message names the command.
-        ValueError: the primary metrics have no better direction.
+        ValueError: there is no method, or a primary metric has no better direction or no values of groups.
     """
-    cfg, runs = configs[0], _runs(configs)
+    cfg = configs[0]
+    by_method: dict[str, list[DictConfig]] = {}
+    for one in configs:
+        if one.method.name != "none":
+            by_method.setdefault(one.method.name, []).append(one)
+    if not by_method:
+        raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")
+    runs = {method: [Run.find(one) for one in found] for method, found in by_method.items()}
     tested, metrics = primary_metrics(cfg), dict(configured_metrics(cfg))
     claim, quality = (next(name for name in tested if (tested[name] == "quality") == last) for last in (False, True))
     images = functools.cache(lambda run: ImageSet.open(run.folder))
 
-    def paths(name: str) -> tuple[dict[str, np.ndarray], list[GroupValue]]:
-        """Return of each method the means of a metric's differences [1 + R, S], more being better; and the baseline."""
-        if metrics[name].higher_is_better is None:
-            raise ValueError(f"expected primary metrics with a better direction to rank by, got {name}")
-        sign = 1 if metrics[name].higher_is_better else -1
-        base = find_document(images(Run.find(cfg, baseline=True)), name, metrics[name])["groups"]
-        means = {}
+    def means(name: str) -> tuple[dict[str, np.ndarray], list[GroupValue]]:
+        """Return of each method the means of a metric's differences, more being better; and the baseline's values."""
+        metric = metrics[name]
+        if metric.higher_is_better is None or metric.aggregate == SUBSETS:
+            raise ValueError(f"expected primary metrics of groups with a better direction to rank by, got {name}")
+        base = find_document(images(Run.find(cfg, baseline=True)), name, metric)["groups"]
+        resampling, found = (cfg.bootstrap.n_resamples, cfg.bootstrap.seed, cfg.bootstrap.cluster), {}
         for method, settings in runs.items():
-            found = [find_document(images(run), name, metrics[name])["groups"] for run in settings]
-            differences = [paired_differences(groups, base) for groups in found]
-            resampling = cfg.bootstrap.n_resamples, cfg.bootstrap.seed, cfg.bootstrap.cluster
-            means[method] = sign * fronts.resampled_means(differences, *resampling)
-        return means, base
+            groups = [find_document(images(run), name, metric)["groups"] for run in settings]
+            differences = [paired_differences(values, base) for values in groups]
+            found[method] = (1 if metric.higher_is_better else -1) * fronts.resampled_means(differences, *resampling)
+        return found, base
 
-    (gains, base), (kept, of_quality) = paths(claim), paths(quality)
-    losses, worth = {method: -means for method, means in kept.items()}, abs(mean_of(of_quality))
+    (gains, base), (kept, of_quality) = means(claim), means(quality)
+    losses, n_units = (
+        {method: -found for method, found in kept.items()},
+        len(set(clusters_of(base, cfg.bootstrap.cluster))),
+    )
+    return Paths(by_method, runs, gains, losses, claim, quality, abs(mean_of(of_quality)), n_units)
+
+
+def rows_of_model(paths: Paths) -> list[dict[str, Any]]:
+    """Return one row for every method, and one of all that merge tokens."""
+    cfg = next(iter(paths.configs.values()))[0]
     common = {
-        "experiment": cfg.name, "model": cfg.model.name, "claim": claim, "quality": quality, "loss": LOSS * worth,
-        "n_units": len({group["category"] for group in base}),
+        "experiment": cfg.name, "model": cfg.model.name, "claim": paths.claim, "quality": paths.quality,
+        "loss": LOSS * paths.worth, "n_units": paths.n_units,
     }  # fmt: skip
-    statistics = {method: [one for run in settings for one in run.statistics()] for method, settings in runs.items()}
-    rows = _compared(gains, losses, worth)
-    for method, settings in runs.items():
-        seconds = median(one["seconds"] for one in statistics[method]) / cfg.prompts.images_per_prompt
-        rows[method] |= {"seconds": seconds, "settings": len(settings), "run_ids": " ".join(run.id for run in settings)}
-    merging = [method for method in runs if any(one.get("tokens_compared") for one in statistics[method])]
+    statistics = {method: [run.statistics() for run in runs] for method, runs in paths.runs.items()}
+    rows, reached = _compared(paths)
+    for method, runs in paths.runs.items():
+        at = len(runs) - 1 if np.isnan(reached[method]) else ceil(reached[method])
+        seconds = median(group["seconds"] for group in statistics[method][at]) / cfg.prompts.images_per_prompt
+        rows[method] |= {"seconds": seconds, "settings": len(runs), "run_ids": " ".join(run.id for run in runs)}
+    merging = [method for method, of in statistics.items() if any(g.get("tokens_compared") for run in of for g in run)]
     if merging:
-        rows[WITH_NEGTOME] = _interval("added", fronts.added_shares(gains, losses, MOST * worth, merging))
+        rows[WITH_NEGTOME] = _share(
+            "added", fronts.added_shares(paths.gains, paths.losses, MOST * paths.worth, merging)
+        )
     return [common | {"method": method} | row for method, row in rows.items()]
 
 
-def _runs(configs: list[DictConfig]) -> dict[str, dict[Run, None]]:
-    """Return the runs of each method in the order of the sweep, each once."""
-    runs: dict[str, dict[Run, None]] = {}
-    for cfg in configs:
-        if cfg.method.name != "none":
-            runs.setdefault(cfg.method.name, {})[Run.find(cfg)] = None
-    return runs
-
-
-def _compared(
-    gains: Mapping[str, np.ndarray], losses: Mapping[str, np.ndarray], worth: float
-) -> dict[str, dict[str, Any]]:
-    """Return what is said of each method beside all others, of its path's gains and losses [1 + R, S]."""
-    at_loss = np.stack([fronts.gain_at_loss(gains[name], losses[name], LOSS * worth) for name in gains], axis=-1)
-    ranks = 1 + (at_loss[:, None, :] > at_loss[:, :, None]).sum(axis=-1)
+def _compared(paths: Paths) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return what is said of each method beside all others, and the place on its path that its gain is of."""
+    gains, losses, most = paths.gains, paths.losses, MOST * paths.worth
     everything = [np.concatenate([of[name][: 1 + OF_FRONT] for name in gains], axis=-1) for of in (gains, losses)]
     ends = np.cumsum([gains[name].shape[-1] for name in gains])[:-1]
-    fronting = [part.any(axis=-1)[1:].mean() for part in np.split(fronts.on_front(*everything), ends, axis=-1)]
-    return {
-        name: {
-            **_interval("gain", at_loss[:, number]),
-            **_interval("rank", ranks[:, number]),
-            "first_share": float((ranks[1:, number] == 1).mean()),
-            "front_share": float(fronting[number]),
-            **_interval("added", fronts.added_shares(gains, losses, MOST * worth, [name])),
-        }
-        for number, name in enumerate(gains)
-    }
+    fronting = np.split(fronts.on_front(*everything, most), ends, axis=-1)
+    rows, reached = {}, {}
+    for name, front in zip(gains, fronting, strict=True):
+        rows[name] = {"front_share": float(front.any(axis=-1)[1:].mean())}
+        rows[name] |= _share("added", fronts.added_shares(gains, losses, most, [name]))
+        if gains[name].shape[-1] == 1:  # one setting, which is compared as it is
+            rows[name] |= _limits("gain", gains[name][:, 0], paths.n_units)
+            rows[name] |= _limits("lost", losses[name][:, 0], paths.n_units)
+            reached[name] = 0.0
+    swept = [name for name in gains if name not in reached]
+    if swept:
+        within = [fronts.most_within(gains[name], losses[name], LOSS * paths.worth) for name in swept]
+        done = np.stack([np.nan_to_num(gain) for gain, _ in within], axis=-1)  # or else nothing
+        ranks = 1 + (done[:, None, :] > done[:, :, None]).sum(axis=-1)
+        for number, (name, (gain, place)) in enumerate(zip(swept, within, strict=True)):
+            rows[name] |= _limits("gain", done[:, number], paths.n_units) if np.isfinite(gain[0]) else {}
+            rows[name] |= _share("rank", ranks[:, number].astype(float))
+            rows[name] |= {"first_share": float((ranks[1:, number] == 1).mean())}
+            rows[name] |= {"within_share": float(np.isfinite(gain[1:]).mean())}
+            reached[name] = float(place[0])
+    return rows, reached
 
 
-def _interval(name: str, estimates: np.ndarray) -> dict[str, float]:
-    """Return the value, the first of [1 + R], and percentiles of the resamples."""
+def _limits(name: str, estimates: np.ndarray, n_units: int) -> dict[str, float]:
+    """Return the value, the first of [1 + R], and its interval, as of all tables."""
+    low, high = limits(float(estimates[0]), estimates[1:], n_units) if n_units >= FEWEST else (np.nan, np.nan)
+    return {name: float(estimates[0]), f"{name}_low": low, f"{name}_high": high}
+
+
+def _share(name: str, estimates: np.ndarray) -> dict[str, float]:
+    """Return the value, the first of [1 + R], and the percentiles of the resamples."""
     low, high = np.quantile(estimates[1:], [0.025, 0.975])
-    return {"added_share" if name == "added" else name: float(estimates[0]), f"{name}_low": low, f"{name}_high": high}
+    value = "added_share" if name == "added" else name
+    return {value: float(estimates[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def chosen_values(paths: Paths) -> dict[str, Any]:
+    """Return which value of its knob each method of a sweep over `knob` gains most at within the loss."""
+    chosen = {}
+    for method, configs in paths.configs.items():
+        if not isinstance(configs[0].knob, int):
+            continue
+        values = [OmegaConf.select(one.method, one.method.about.knob.setting) for one in configs]
+        values = [OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for value in values]
+        _, places = fronts.most_within(paths.gains[method][0], paths.losses[method][0], LOSS * paths.worth)
+        place = 0.0 if np.isnan(places) else float(places)
+        before, after = values[int(place)], values[ceil(place)]
+        chosen[method] = _between(before, after, place - int(place))
+    return chosen
+
+
+def _between(before: Any, after: Any, share: float) -> Any:
+    """Return the value so far from one to another, to three digits; of lists one by one, whole numbers rounded."""
+    if isinstance(before, list):
+        return [_between(one, other, share) for one, other in zip(before, after, strict=True)]
+    value = before + share * (after - before)
+    return round(value) if isinstance(before, int) else float(f"{value:.3g}")
 
 
 def render(frame: pd.DataFrame) -> str:
-    """Return a ranking as Markdown, a table a model, the highest rank first."""
+    """Return a ranking as Markdown, a table a model, the highest rank or largest gain first."""
     parts = []
     for model, rows in frame.groupby("model", sort=False):
-        first = rows.iloc[0]
+        first, swept = rows.iloc[0], bool(rows["rank"].notna().any())
+        claim, quality = words(first["claim"]), words(first["quality"])
+        head = f"**{model}**, {first['n_units']} categories."
+        if swept:
+            head += f" Gain where {quality} falls by at most {first['loss']:.2f}, {LOSS:.1%} of what it is without."
         table = [
             {
                 "rank": with_interval("{:.0f}".format, row["rank"], row["rank_low"], row["rank_high"]),
                 "method": TITLES.get(row["method"], row["method"]),
-                f"gain in {words(row['claim'])} [95 % interval]": with_interval(
+                f"gain in {claim} [95 % interval]": with_interval(
                     "{:+.3f}".format, row["gain"], row["gain_low"], row["gain_high"]
+                ) or ("none within" if swept and row["method"] != WITH_NEGTOME else ""),
+                f"loss of {quality} [95 % interval]": with_interval(
+                    "{:+.2f}".format, row["lost"], row["lost_low"], row["lost_high"]
                 ),
                 "first": printed_percent(row["first_share"]),
+                "within": printed_percent(row["within_share"]),
                 "on the front": printed_percent(row["front_share"]),
                 "hypervolume lost without it": with_interval(
                     "{:.1%}".format, row["added_share"], row["added_low"], row["added_high"]
                 ),
-                "seconds an image": spelled(round(row["seconds"], 3)),
+                "seconds an image": "" if pd.isna(row["seconds"]) else f"{row['seconds']:.2f}",
             }
-            for _, row in rows.sort_values("rank", na_position="last").iterrows()
-        ]
-        falls = f"{words(first['quality'])} falls by {first['loss']:.2f} ({LOSS:.1%} of what it is without)"
-        parts += [f"**{model}**, {first['n_units']} categories. Gain where {falls}.", markdown(pd.DataFrame(table))]
+            for _, row in rows.sort_values(["rank", "gain"], ascending=[True, False], na_position="last").iterrows()
+        ]  # fmt: skip
+        parts += [head, markdown(printed(table))]
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
 LEGEND = """\
-Gain: interpolated along a method's settings to that loss; of a method that never loses as much, that of its strongest
-setting. Rank, and how often it is the first and on the front of all settings: of resamples of the categories, the same
-for all methods. Hypervolume: the area that all settings dominate up to a loss of 5 %. Seconds: the machine's, of the
-median group."""
+Gain: the most within that loss, at a setting or on the line between two. Rank: by it, with the 2.5 and 97.5 percentiles
+of resamples of the categories, the same for all methods. First: the share of these with the highest gain; within: with
+a setting within the loss; on the front: with a setting, at a loss of at most 5 %, that none of all others beats.
+Hypervolume: the area that all settings dominate up to that loss; methods that are alike, as a method and a combination
+with it, stand in for each other. Seconds: the machine's, of the median group at the setting that gains it."""
 
 
 def write_ranking(configs: list[DictConfig]) -> str:
-    """Write `<results>/<experiment>_ranking.csv` and `.md`; other models' rows stay. Returns the Markdown."""
-    path = project_path(configs[0].results) / f"{configs[0].name}_ranking.csv"
-    models = dict.fromkeys(cfg.model.name for cfg in configs)
-    rows = [row for name in models for row in rows_of_model([cfg for cfg in configs if cfg.model.name == name])]
+    """Write the ranking, `<results>/<experiment>_ranking.csv` and `.md`, and what was chosen; return the Markdown.
+
+    Other models' rows stay, as do other methods' choices.
+    """
+    cfg, models = configs[0], dict.fromkeys(one.model.name for one in configs)
+    path = project_path(cfg.results) / f"{cfg.name}_ranking.csv"
+    rows, file, choices = [], chosen_file(cfg.results), {}
+    for model in models:
+        paths = read_paths([one for one in configs if one.model.name == model])
+        rows += rows_of_model(paths)
+        choices[model] = chosen_values(paths)
     page = render(put_rows(path, rows, COLUMNS, KEY))
     write_text(path.with_suffix(".md"), page)
+    if any(choices.values()):
+        there = OmegaConf.load(file) if file.exists() else {}
+        head = f"# What experiment={cfg.name} chose of each method's knob, by model: made by experiments.rank.\n"
+        write_text(file, head + OmegaConf.to_yaml(OmegaConf.merge(there, choices)))
     return page
 
 
-def write_choice(configs: list[DictConfig]) -> Path:
-    """Write which value of each method's knob the rule chooses; other models' choices stay. Returns the file."""
-    cfg, file = configs[0], chosen_file(configs[0].results)
-    frame, choices = read_table(cfg.name, cfg.results), {}
-    for one in configs:
-        if one.knob is None or one.method.name == "none":
-            continue
-        run = chosen_run(frame[frame["method"].isin([one.method.name, "none"])], *primary_pair(frame), one.model.name)
-        of_model = choices.setdefault(one.model.name, {})
-        value = OmegaConf.select(one.method, one.method.about.knob.setting)
-        if Run.find(one).id == run or one.method.name not in of_model:  # the weakest comes first
-            of_model[one.method.name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    there = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
-    head = f"# Of each model, what experiment={cfg.name} chose of each method's knob: made by experiments.rank.\n"
-    write_text(file, head + OmegaConf.to_yaml(OmegaConf.create(there | choices)))
-    return file
-
-
 def main(argv: list[str]) -> None:
-    configs = expand(argv, baselines=True)
-    print(write_ranking(configs))
-    if any(isinstance(cfg.knob, int) for cfg in configs):
-        print(write_choice(configs))
+    print(write_ranking(expand(argv, baselines=True)))

@@ -46,15 +46,20 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     names = [name for name in part["method"].unique() if name != "none"]
     of_sets = [name for name in part["metric"].unique() if name.startswith(OF_SETS)][:1]
     costs = [quality, *of_sets, *(["seconds"] if part["seconds"].notna().any() else [])]
-    best = set(part.set_index("run_id")["method"].loc[pareto_front(frame, claim, quality, model)]) if names else set()
+    best = {
+        differences(frame, claim, quality, model).loc[run, "method"] for run in _front(frame, claim, quality, model)
+    }
     looks = _looks(names, best)
     figure, (axes,) = style.new_figure(len(costs), 4.6 * len(costs), 4.8)
     for axis, cost in zip(axes, costs, strict=True):
         points = (
             _with_seconds(frame, claim, quality, model) if cost == "seconds" else differences(frame, claim, cost, model)
         )
-        front = pareto_front(frame, claim, cost, model) if cost != "seconds" else []
+        front = _front(frame, claim, cost, model) if cost != "seconds" else []
         _paths(axis, points, front, names, looks)
+        if points["margin"].notna().any():
+            bound = -points["margin"].max() * points["y_sign"].iloc[0]
+            axis.axhline(bound, color="black", linestyle="--", linewidth=0.8, label="the margin of quality")
         axis.set(xlabel=style.named(frame, claim, paired=True, separator="\n"))
         axis.set_ylabel("seconds an image, of this machine" if cost == "seconds" else style.named(frame, cost, True))
         axis.grid()
@@ -64,6 +69,13 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     )
     figure.suptitle(f"{model}: each method over its own setting")
     return figure
+
+
+def _front(frame: pd.DataFrame, claim: str, cost: str, model: str) -> list[str]:
+    """Return the runs that no other one beats, without those that lose more than the cost's margin."""
+    points = differences(frame, claim, cost, model)
+    lost = -points["y"] * points["y_sign"]
+    return [run for run in pareto_front(frame, claim, cost, model) if not lost[run] > points["margin"].max()]
 
 
 def _looks(names: list[str], best: set[str]) -> dict[str, dict]:

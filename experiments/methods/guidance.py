@@ -13,6 +13,20 @@ from experiments.methods.steps import denoiser_calls, levels, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
 from negtome.merge import number
+from negtome.sites import find_architecture
+
+
+def check_guided(method: str, call: Mapping[str, Any]) -> None:
+    """Refuse a model that is called without a scale of guidance, for which less of it is nothing.
+
+    Raises:
+        ValueError: there is no scale above 1.
+    """
+    if not (call.get("guidance_scale") or 0) > 1:
+        raise ValueError(
+            f"method={method} needs a model that is called with a guidance_scale above 1, got "
+            f"{call.get('guidance_scale')}: leave the method out for this model"
+        )
 
 
 @dataclass
@@ -35,6 +49,7 @@ class LowerGuidance(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        check_guided(self.name, call)
         yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
 
 
@@ -75,6 +90,13 @@ class LimitedInterval(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+        check_guided(self.name, call)
+        architecture = find_architecture(pipe)
+        if architecture.guidance != "batch" and not getattr(pipe.transformer.config, "guidance_embeds", False):
+            raise ValueError(
+                f"method={self.name} is for models that are guided in one batch, as SDXL, or by distillation, as "
+                f"FLUX.1-dev, got a {type(pipe).__name__} that is neither: leave the method out for this model"
+            )
         low, high = self.sigma_range
         left_out = False  # the other half, in the running call
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval.fronts import added_shares, gain_at_loss, hypervolume, on_front, resampled_means
+from eval.fronts import added_shares, hypervolume, most_within, on_front, resampled_means
 from eval.intervals import bootstrap_interval
 
 POINTS = arrays(float, (2, 3, 5), elements=st.integers(-8, 8).map(lambda n: n / 8))
@@ -42,28 +42,38 @@ def test_settings_of_other_groups_are_refused():
 
 @settings(max_examples=50, deadline=None)
 @given(POINTS)
-def test_the_gain_at_a_loss_walks_the_path(points):
+def test_the_most_within_a_loss_is_at_a_setting_or_where_the_line_to_its_neighbour_crosses_it(points):
+    """Beside a fine walk along each path; what it finds at a place is what the path has there."""
     gains, losses = points
-    for path, row, found in zip(gains, losses, gain_at_loss(gains, losses, 0.3), strict=True):
-        before = (0.0, 0.0)
-        for after in zip(path, row, strict=True):
-            if after[1] > 0.3:
-                share = (0.3 - before[1]) / (after[1] - before[1])
-                before = (before[0] + share * (after[0] - before[0]), 0.3)
-                break
-            before = after
-        assert found == pytest.approx(before[0])
+    most, places = most_within(gains, losses, 0.3)
+    for path, row, found, place in zip(gains, losses, most, places, strict=True):
+        steps = np.linspace(0, len(path) - 1, 4001)
+        walked, lost = (np.interp(steps, range(len(path)), values) for values in (path, row))
+        at_settings = [gain for gain, loss in zip(path, row, strict=True) if loss <= 0.3]
+        if not at_settings:
+            assert np.isnan(found) and np.isnan(place)
+            continue
+        assert found == pytest.approx(np.interp(place, range(len(path)), path))
+        assert np.interp(place, range(len(path)), row) <= 0.3 + 1e-9
+        assert found >= max(at_settings) and found == pytest.approx(walked[lost <= 0.3].max(), abs=2e-3)
+
+
+def test_losses_that_are_not_monotone_do_not_end_a_path():
+    gains, losses = np.array([0.02, 0.07, 0.11, 0.23]), np.array([0.5, 3.0, 1.4, 12.7])
+    gain, place = most_within(gains, losses, 2.5)
+    share = (2.5 - 1.4) / (12.7 - 1.4)
+    assert gain == pytest.approx(0.11 + share * 0.12) and place == pytest.approx(2 + share)
 
 
 @settings(max_examples=50, deadline=None)
 @given(POINTS)
 def test_the_front_is_of_those_that_nothing_beats(points):
     gains, losses = points
-    for path, row, found in zip(gains, losses, on_front(gains, losses), strict=True):
+    for path, row, found in zip(gains, losses, on_front(gains, losses, 0.6), strict=True):
         everything = [*zip(path, row, strict=True), (0.0, 0.0)]
         for (gain, loss), kept in zip(everything[:-1], found, strict=True):
             beaten = any(g >= gain and c <= loss and (g > gain or c < loss) for g, c in everything)
-            assert kept != beaten
+            assert kept == (loss <= 0.6 and not beaten)
 
 
 @settings(max_examples=50, deadline=None)
