@@ -102,6 +102,8 @@ METHODS = {
     "projected_guidance": lambda: ProjectedGuidance("m", norm_threshold=4.0),
     "rewriting": lambda: Rewriting("m", {"panda": ["koala", "penguin", "red apple"]}),
 }  # fmt: skip
+#: Those of `make peers` are among the slow tests; what the main results are made by is not.
+PEERS, PEER = [*METHODS][[*METHODS].index("lower_guidance") :], [pytest.mark.slow]
 #: Methods that are defined for one architecture.
 ALONE = {
     NegativeIPAdapter: "mini-sdxl", ProjectedGuidance: "mini-sdxl",
@@ -135,7 +137,7 @@ def file_of(name, method):
     return GOLDEN / f"{name}-{method.version}.png"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=PEER * (name in PEERS)) for name in METHODS])
 def test_a_version_makes_the_images_that_it_made_before(name):
     method = METHODS[name]()
     file = file_of(name, method)
