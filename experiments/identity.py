@@ -51,7 +51,7 @@ def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
     Raises:
         ValueError: a setting is out of range, or `knob` is given for a method that has none.
     """
-    if cfg.knob is not None and not OmegaConf.select(cfg, "method.about.knob.setting"):
+    if cfg.knob is not None and cfg.method.name != "none" and not OmegaConf.select(cfg, "method.about.knob.setting"):
         raise ValueError(f"knob={cfg.knob} is nothing for method={cfg.method.name}, which has none: leave it out")
     method = build(cfg.method) if method is None else method
     return {**request_apart(cfg), "method": {"name": method.name, "settings": json.loads(canonical(method.settings()))}}

@@ -61,7 +61,8 @@ class Paths:
     Attributes:
         configs: of each method, in the order of the sweep.
         runs: theirs.
-        gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples.
+        gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples. Of a method whose knob
+            has a value that does nothing (`about.knob.nothing`), that is the first setting of a sweep.
         claim, quality: the metrics.
         worth: of quality without a method.
         n_units: clusters that are resampled.
@@ -106,6 +107,8 @@ def read_paths(configs: list[DictConfig]) -> Paths:
         for method, settings in runs.items():
             groups = [find_document(images(run), name, metric)["groups"] for run in settings]
             differences = [paired_differences(values, base) for values in groups]
+            if len(settings) > 1 and _nothing(by_method[method][0]) is not None:
+                differences.insert(0, paired_differences(base, base))
             found[method] = (1 if metric.higher_is_better else -1) * fronts.resampled_means(differences, *resampling)
         return found, base
 
@@ -127,7 +130,8 @@ def rows_of_model(paths: Paths) -> list[dict[str, Any]]:
     statistics = {method: [run.statistics() for run in runs] for method, runs in paths.runs.items()}
     rows, reached = _compared(paths)
     for method, runs in paths.runs.items():
-        at = len(runs) - 1 if np.isnan(reached[method]) else ceil(reached[method])
+        ahead = paths.gains[method].shape[-1] - len(runs)  # of what was run: nothing done
+        at = len(runs) - 1 if np.isnan(reached[method]) else max(ceil(reached[method]) - ahead, 0)
         seconds = median(group["seconds"] for group in statistics[method][at]) / cfg.prompts.images_per_prompt
         rows[method] |= {"seconds": seconds, "settings": len(runs), "run_ids": " ".join(run.id for run in runs)}
     merging = [method for method, of in statistics.items() if any(g.get("tokens_compared") for run in of for g in run)]
@@ -186,12 +190,19 @@ def chosen_values(paths: Paths) -> dict[str, Any]:
         if not isinstance(configs[0].knob, int):
             continue
         values = [OmegaConf.select(one.method, one.method.about.knob.setting) for one in configs]
+        if (nothing := _nothing(configs[0])) is not None and len(configs) > 1:
+            values.insert(0, nothing)
         values = [OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for value in values]
         _, places = fronts.most_within(paths.gains[method][0], paths.losses[method][0], LOSS * paths.worth)
-        place = 0.0 if np.isnan(places) else float(places)
+        place = float(places) if places > 0 else float(nothing is not None)  # what does nothing is no choice
         before, after = values[int(place)], values[ceil(place)]
         chosen[method] = _between(before, after, place - int(place))
     return chosen
+
+
+def _nothing(cfg: DictConfig) -> float | None:
+    """Return the value of a method's knob that does nothing, where it has one."""
+    return OmegaConf.select(cfg, "method.about.knob.nothing")
 
 
 def _between(before: Any, after: Any, share: float) -> Any:

@@ -46,10 +46,9 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     names = [name for name in part["method"].unique() if name != "none"]
     of_sets = [name for name in part["metric"].unique() if name.startswith(OF_SETS)][:1]
     costs = [quality, *of_sets, *(["seconds"] if part["seconds"].notna().any() else [])]
-    best = {
-        differences(frame, claim, quality, model).loc[run, "method"] for run in _front(frame, claim, quality, model)
-    }
-    looks = _looks(names, best)
+    # In colours: what is on the front, and what merges tokens.
+    shown = {*_front(frame, claim, quality, model), *part.loc[part["pushed_share"].notna(), "run_id"]}
+    looks = _looks(names, set(part.loc[part["run_id"].isin(shown), "method"]))
     figure, (axes,) = style.new_figure(len(costs), 4.6 * len(costs), 4.8)
     for axis, cost in zip(axes, costs, strict=True):
         points = (
@@ -57,7 +56,7 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
         )
         front = _front(frame, claim, cost, model) if cost != "seconds" else []
         _paths(axis, points, front, names, looks)
-        if points["margin"].notna().any():
+        if cost != "seconds" and points["margin"].notna().any():
             bound = -points["margin"].max() * points["y_sign"].iloc[0]
             axis.axhline(bound, color="black", linestyle="--", linewidth=0.8, label="the margin of quality")
         axis.set(xlabel=style.named(frame, claim, paired=True, separator="\n"))
@@ -79,7 +78,7 @@ def _front(frame: pd.DataFrame, claim: str, cost: str, model: str) -> list[str]:
 
 
 def _looks(names: list[str], best: set[str]) -> dict[str, dict]:
-    """Return how methods are drawn: those on the front in colours, each of which a shape keeps apart, others faint."""
+    """Return how methods are drawn: the best in colours, each of which a shape keeps apart, others faint."""
     shown = [number for number in range(1, len(style.COLOURS))]
     looks, taken = {}, 0
     for name in names:
@@ -97,7 +96,7 @@ def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str],
     axis.axvline(0, color="black", linewidth=0.6)
     if origin["y"] == 0:
         axis.axhline(0, color="black", linewidth=0.6)
-    axis.plot(origin["x"], origin["y"], "o", color="black", label=style.TITLES["none"], zorder=4)
+    axis.plot(origin["x"], origin["y"], "o", color="black", label="nothing done", zorder=4)
     for number, name in enumerate(names, 1):
         rows = points[points["method"] == name]
         path = pd.concat([origin.to_frame().T, rows])

@@ -92,18 +92,21 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         gains, kept = (
             rows.loc[rows["metric"] == name, "difference"].to_numpy() for name in (row["claim"], row["quality"])
         )
-        steps = np.linspace(0, 3, 3001)
-        allowed = np.interp(steps, range(4), -kept) <= row["loss"]
         values = np.array(KNOBS[row["method"]]["values"]["mini-sdxl"])
-        value = np.array(chosen["sdxl"][row["method"]])
+        if "nothing" in KNOBS[row["method"]]:  # from which the path begins
+            gains, kept, values = (np.insert(of, 0, zero) for of, zero in ((gains, 0), (kept, 0), (values, 5.0)))
+        n, value = len(values), np.array(chosen["sdxl"][row["method"]])
+        steps = np.linspace(0, n - 1, 1000 * (n - 1) + 1)
+        allowed = np.interp(steps, range(n), -kept) <= row["loss"]
         if not (-kept <= row["loss"]).any():
             assert np.isnan(row["gain"]) and (value == values[0]).all()
             continue
-        walked = np.interp(steps, range(4), gains)[allowed]
+        walked = np.interp(steps, range(n), gains)[allowed]
         assert row["gain"] == pytest.approx(walked.max(), rel=1e-2, abs=1e-4)
-        place = steps[allowed][walked.argmax()]
-        columns = values.reshape(4, -1).T
-        assert value.ravel() == pytest.approx([np.interp(place, range(4), column) for column in columns], rel=1e-2)
+        if (place := steps[allowed][walked.argmax()]) == 0:
+            place = n - 4  # the weakest setting
+        columns = values.reshape(n, -1).T
+        assert value.ravel() == pytest.approx([np.interp(place, range(n), column) for column in columns], rel=1e-2)
     peers = {cfg.method.name: cfg for cfg in expand(["experiment=peers", *small])}
     for method, value in chosen["sdxl"].items():
         assert at(peers[method].method, KNOBS[method]["setting"]) == value
