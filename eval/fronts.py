@@ -99,4 +99,5 @@ def added_shares(
 
     everything, others = volume(list(gains)), [name for name in gains if name not in without]
     rest = volume(others) if others else np.zeros_like(everything)
-    return np.where(everything > 0, 1 - rest / np.where(everything > 0, everything, 1.0), 0.0)
+    lost = np.maximum(everything - rest, 0.0)  # rounding aside it never is below
+    return lost / np.where(everything > 0, everything, 1.0)

@@ -14,6 +14,8 @@ from experiments.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
+#: Of more settings than these a table has one column, not one each.
+WIDE = 10
 #: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
 LEGENDS = TEMPLATES.get_template("legends.j2").module
 
@@ -108,7 +110,10 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     table = []
     for _, group in frame.groupby([*(name for name in SETTING if name in frame), "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
-        entry = {"model": first["model"], "method": first["method"], **_setting(first, told)}
+        settings = _setting(first, told)
+        if len(told) > WIDE:
+            settings = {"settings": ", ".join(f"{name} {text}" for name, text in settings.items() if text)}
+        entry = {"model": first["model"], "method": first["method"], **settings}
         entry["pushed"] = printed_percent(first["pushed_share"])
         tested = group[group["primary"].isin(ROLES)]
         for role in ROLES:

@@ -61,8 +61,8 @@ class Paths:
     Attributes:
         configs: of each method, in the order of the sweep.
         runs: theirs.
-        gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples. Of a method whose knob
-            has a value that does nothing (`about.knob.nothing`), that is the first setting of a sweep.
+        gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples. Where a method's knob
+            has a value that does nothing (`about.knob.nothing`), that is the first setting of its sweep.
         claim, quality: the metrics.
         worth: of quality without a method.
         n_units: clusters that are resampled.
