@@ -113,6 +113,8 @@ class AttributeEntropy(Metric):
             counts = Counter(self._labels_of(category)[index] for index in chosen.tolist())
             found = {} if self.miller_madow else {"value": entropy(list(counts.values()), miller_madow=False)}
             values.append(images.group_value(pool, members, counts=dict(sorted(counts.items())), **found))
+        if too_small and images.withheld:  # of nothing, if need be
+            return values
         if not values and too_small:
             raise ValueError(
                 f"expected at least {'two images a label, and ' * self.miller_madow}{MINIMUM_IMAGES} images in a "

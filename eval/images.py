@@ -1,13 +1,16 @@
 """The format of a folder of images: its manifest, its groups, and how one image is read.
 
 A run folder holds `manifest.jsonl` (one `ManifestRow` a line) and the PNG files it names; any other folder can be
-measured as well (see `read_manifest`). A group is what was generated together, (prompt_id, group_seed).
+measured as well (see `read_manifest`). A group is what was generated together, (prompt_id, group_seed). Groups that
+ended without images are in a file of their own, `withheld.jsonl` (one `WithheldRow` a line), which is there only if
+some did: every row of the manifest is an image, for whoever reads it.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,12 +22,15 @@ from PIL import Image, ImageOps
 from eval.files import canonical_json, read_json, read_regular, remembered_hash, write_text
 
 MANIFEST = "manifest.jsonl"
+WITHHELD = "withheld.jsonl"
 PROMPTS = "prompts.json"
 METRICS = "metrics"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 # Images, too, but of kinds that are not read: several pages, more than 8 bits, or no decoder everywhere.
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 UNKNOWN_SEED = -1
+# Ways in which a group ends without images, see `Withheld`.
+STATUSES = ("refused", "escalated", "blocked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,58 @@ class ManifestRow:
         return {name: value for name, value in values if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """Why a group ended without images.
+
+    Attributes:
+        status: "refused": what was asked for is not made; "escalated": a person is to decide; "blocked": images were
+            made, and a check of them kept them back.
+        reason: one line, for whoever asked.
+        clauses: ids of what it rests on, in the policy that was applied.
+    """
+
+    status: str
+    reason: str
+    clauses: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"expected a status among {', '.join(STATUSES)}, got {self.status!r}")
+        if not isinstance(self.reason, str) or not self.reason.strip() or len(self.reason.splitlines()) > 1:
+            raise ValueError(f"expected the reason in one line, got {self.reason!r}; say why in a sentence")
+        if isinstance(self.clauses, str) or not all(isinstance(clause, str) for clause in self.clauses):
+            raise ValueError(f"expected a list of ids of clauses, got {self.clauses!r}")
+        object.__setattr__(self, "clauses", tuple(self.clauses))
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.reason}" + (f" ({', '.join(self.clauses)})" if self.clauses else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithheldRow(Withheld):
+    """A group of a run that ended without images; its fields as of `ManifestRow` and `Withheld`."""
+
+    prompt_id: str
+    prompt: str
+    category: str
+    group_seed: int
+
+    @property
+    def group_id(self) -> str:
+        return f"{self.prompt_id}/{self.group_seed:06d}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON values, which make it again."""
+        return asdict(self) | {"clauses": list(self.clauses)}
+
+
+def count_withheld(rows: Iterable[Withheld]) -> str:
+    """Say how many groups ended in each way, as `2 refused, 1 blocked`."""
+    counts = Counter(row.status for row in rows)
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+
+
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
     """Sort by prompt_id, group_seed and index, each of which must occur once."""
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed, row.index))
@@ -89,6 +147,29 @@ def write_manifest(folder: str | Path, rows: Iterable[ManifestRow]) -> Path:
     """Write `manifest.jsonl` atomically, in canonical order whatever the order of `rows`."""
     lines = [canonical_json(row.to_dict()) + "\n" for row in canonical_order(rows)]
     return write_text(Path(folder) / MANIFEST, "".join(lines))
+
+
+def write_withheld(folder: str | Path, rows: Iterable[WithheldRow]) -> None:
+    """Write `withheld.jsonl` atomically, in canonical order; without rows there is no such file afterwards."""
+    path = Path(folder) / WITHHELD
+    ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed))
+    if ordered:
+        write_text(path, "".join(canonical_json(row.to_dict()) + "\n" for row in ordered))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_withheld(folder: str | Path) -> list[WithheldRow]:
+    """Read which groups of a run ended without images, in canonical order; a plain folder has none.
+
+    Raises:
+        ValueError: the file is damaged, or names a group twice.
+    """
+    path = Path(folder) / WITHHELD
+    rows = _read_rows(path, WithheldRow) if path.exists() else []
+    if repeated := [group for group, times in Counter(row.group_id for row in rows).items() if times > 1]:
+        raise ValueError(f"expected every group once in {path}, got {', '.join(repeated[:10])} repeatedly")
+    return sorted(rows, key=lambda row: (row.prompt_id, row.group_seed))
 
 
 def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
@@ -112,15 +193,19 @@ def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return canonical_order(_read_plain_folder(folder, flat))
+    return canonical_order(_read_rows(manifest, ManifestRow))
+
+
+def _read_rows(path: Path, kind: type[Any]) -> list[Any]:
     rows = []
-    for number, line in enumerate(read_regular(manifest).splitlines(), start=1):
+    for number, line in enumerate(read_regular(path).splitlines(), start=1):
         try:
-            rows.append(ManifestRow(**json.loads(line)))
+            rows.append(kind(**json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"expected one manifest row a line, got line {number} of {manifest}: {error}; generate the run again"
+                f"expected one manifest row a line, got line {number} of {path}: {error}; generate the run again"
             ) from error
-    return canonical_order(rows)
+    return rows
 
 
 def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:

@@ -20,7 +20,16 @@ from tqdm import tqdm
 
 from eval.encoders import Encoder
 from eval.files import remembered_hash, sweep, write_bytes
-from eval.images import ManifestRow, canonical_order, load_image, load_picture, read_manifest, rows_hash
+from eval.images import (
+    ManifestRow,
+    WithheldRow,
+    canonical_order,
+    load_image,
+    load_picture,
+    read_manifest,
+    read_withheld,
+    rows_hash,
+)
 from eval.intervals import Cluster, GroupValue
 
 log = logging.getLogger(__name__)
@@ -97,10 +106,11 @@ class ImageSet:
 
     Attributes:
         folder: what the rows' paths are relative to.
-        rows: the images, at least one; put into canonical order.
+        rows: the images, at least one unless groups were withheld; put into canonical order.
         cache: where embeddings are kept between runs; None keeps them in this object only.
         batch_size: images that are embedded at once, >= 1; does not change any result.
         progress: show a bar while images are embedded.
+        withheld: the groups that ended without images.
         groups: for each group id the positions of its images in `rows`, in canonical order.
         texts: the prompt of each row.
     """
@@ -110,11 +120,12 @@ class ImageSet:
     cache: EmbeddingCache | None = None
     batch_size: int = 32
     progress: bool = False
+    withheld: Sequence[WithheldRow] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"expected a batch size of at least 1, got {self.batch_size}; 32 is usual")
-        if not self.rows:
+        if not self.rows and not self.withheld:
             raise ValueError(f"expected at least one image in {self.folder}, got none; the folder's manifest is empty")
         self.folder = Path(self.folder)
         self.rows = canonical_order(self.rows)
@@ -122,6 +133,11 @@ class ImageSet:
         self.groups: dict[str, list[int]] = {}
         for position, row in enumerate(self.rows):
             self.groups.setdefault(row.group_id, []).append(position)
+        if both := [row.group_id for row in self.withheld if row.group_id in self.groups]:
+            raise ValueError(
+                f"expected groups of {self.folder} either with images or withheld, got both of {', '.join(both[:10])}; "
+                "generate the run again"
+            )
         self._images: dict[str, torch.Tensor] = {}
         self._texts: dict[str, torch.Tensor] = {}
 
@@ -130,27 +146,30 @@ class ImageSet:
         cls, folder: str | Path, cache: EmbeddingCache | None = None, batch_size: int = 32, progress: bool = False
     ) -> ImageSet:
         """Read a run folder or a plain folder; see `eval.images.read_manifest`."""
-        return cls(folder, read_manifest(folder), cache, batch_size, progress)
+        return cls(folder, read_manifest(folder), cache, batch_size, progress, read_withheld(folder))
 
     def only(self, patterns: Sequence[str] | None) -> ImageSet:
         """Return the images whose prompt_id fits a shell pattern, such as "direct-*"; all of them for None.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, and none was withheld.
         """
         if patterns is None:
             return self
-        rows = [row for row in self.rows if any(fnmatchcase(row.prompt_id, pattern) for pattern in patterns)]
-        if not rows:
+        rows, withheld = (
+            [row for row in part if any(fnmatchcase(row.prompt_id, pattern) for pattern in patterns)]
+            for part in (self.rows, self.withheld)
+        )
+        if not rows and not withheld:
             raise ValueError(
                 f"expected prompts named {' or '.join(patterns)} in {self.folder}, got none, but for example "
-                f"{self.rows[0].prompt_id}; leave the metric out or change its `only`"
+                f"{[*self.rows, *self.withheld][0].prompt_id}; leave the metric out or change its `only`"
             )
-        return replace(self, rows=rows)
+        return replace(self, rows=rows, withheld=withheld)
 
     def beside(self, other: ImageSet) -> ImageSet:
         """Return another folder's images, to be embedded with this set's cache, batch size and bar."""
-        return replace(self, folder=other.folder, rows=other.rows)
+        return replace(self, folder=other.folder, rows=other.rows, withheld=other.withheld)
 
     @functools.cached_property
     def manifest_hash(self) -> str:

@@ -16,6 +16,7 @@ what None means: docs/metrics.md, "How sure a number is". How:
   them. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in every half and drops out.
 """
 
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -136,13 +137,22 @@ class Difference(NamedTuple):
     n: int
 
 
+def has_value(document: Mapping[str, Any]) -> bool:
+    """Tell whether there is a number at all: of images that were all withheld, or nearly, there is none."""
+    return document.get("value", math.nan) is not None
+
+
 def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
     """Return the interval of a metric's document, in the way that its aggregate asks for, within its `bounds`.
+
+    Without a value, it is NaN; see `has_value`.
 
     Args:
         options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
             when they were measured, by the clusters that the document names.
     """
+    if not has_value(document):
+        return Interval(math.nan, None, None)
     if document["aggregate"] == SUBSETS:
         value, low, high = _interval_from_halves(document, options.get("level", 0.95))
     else:
@@ -157,6 +167,8 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
 def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], **options: Any) -> Difference:
     """Return by how much a method's number exceeds the baseline's, paired; `options` as of `interval_of`.
 
+    Where groups were withheld, it is of those that both show, see `shared_groups`.
+
     Raises:
         ValueError: two metrics, versions, settings or encoders, or groups that only one of them has.
     """
@@ -167,8 +179,9 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
                 f"{reprlib.repr(document_b.get(key))}; measure both with one and the same metric"
             )
     if document_a["aggregate"] != SUBSETS:
-        pairs = paired_differences(document_a["groups"], document_b["groups"], document_a["aggregate"])
-        return Difference(*bootstrap_interval(pairs, **options), len(document_a["groups"]))
+        groups_a, groups_b = shared_groups(document_a, document_b)
+        pairs = paired_differences(groups_a, groups_b, document_a["aggregate"])
+        return Difference(*bootstrap_interval(pairs, **options), len(groups_a))
     drawn = [
         (document["groups_sha256"], [(subset["seed"], subset["n_images"]) for subset in document["subsets"]])
         for document in (document_a, document_b)
@@ -184,8 +197,46 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
     return Difference(*_interval_from_halves(paired, options.get("level", 0.95)), document_a["n_groups"])
 
 
+def shared_groups(
+    document_a: Mapping[str, Any], document_b: Mapping[str, Any]
+) -> tuple[list[GroupValue], list[GroupValue]]:
+    """Return the groups of two documents that can be paired: all, unless the document of either has withheld ones.
+
+    Then those that both have. A pool, as a category's, in which only one of them withheld a group is of other images in
+    the other, and is left out; so is a category that keeps too few images for its entropy.
+    """
+    a, b = document_a["groups"], document_b["groups"]
+    withheld = [
+        {(group["group"], group["category"]) for group in document.get("withheld", ())}
+        for document in (document_a, document_b)
+    ]
+    if not any(withheld):
+        return a, b
+    apart = withheld[0] ^ withheld[1]
+    pools = {(f"{name}/all", category) for group, category in apart for name in (category, group.rpartition("/")[0])}
+    kept = set.intersection(*({(group["group"], group["category"]) for group in side} for side in (a, b))) - pools
+    if document_a["aggregate"] == "category_entropy":
+        n_images: Counter[str] = Counter()
+        for group in a:
+            n_images[group["category"]] += group["n_images"] * ((group["group"], group["category"]) in kept)
+        kept = {(group, category) for group, category in kept if n_images[category] >= MINIMUM_IMAGES}
+    a, b = ([group for group in side if (group["group"], group["category"]) in kept] for side in (a, b))
+    return a, b
+
+
+def n_shared(document_a: Mapping[str, Any], document_b: Mapping[str, Any]) -> int:
+    """Count the groups whose difference there is; 0 for a number of a whole set where the sets are not the same."""
+    if not (has_value(document_a) and has_value(document_b)):
+        return 0
+    if document_a["aggregate"] == SUBSETS:
+        return document_a["n_groups"] * (document_a["groups_sha256"] == document_b["groups_sha256"])
+    return len(shared_groups(document_a, document_b)[0])
+
+
 def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -> int:
     """Count what is resampled for the interval of a document: clusters, groups, or what its number is a mean of."""
+    if not has_value(document):
+        return 0
     if document["aggregate"] == SUBSETS:
         return document["n_units"]
     return len(set(clusters_of(values_of(document["groups"], document["aggregate"]), cluster)))

@@ -4,6 +4,7 @@ The arithmetic of every metric is its `score`, of tensors. `update` and `compute
 all of torchmetrics does, in a `MetricCollection` too; the suite applies it to the groups of a folder, since intervals
 and paired differences need every group's value. A document (see `measure`) holds those, or label counts, and names
 the aggregate that makes one number of them (see `eval.intervals`), so that tables need neither images nor encoder.
+Numbers are of images: where groups ended without any, the document says which, under `withheld`.
 
 A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
 it on all images and again on seeded halves of the categories; the document holds those numbers instead.
@@ -31,6 +32,8 @@ from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 
 #: Packages that a value may depend on.
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
+#: The numbers of a document where no images are left to measure, since groups were withheld.
+UNMEASURED = {"value": None, "n_groups": 0, "n_images": 0, "groups": []}
 #: Where a metric finds what it compares a folder of images with; where all is given as features, None.
 Folder = str | Path | None
 
@@ -150,6 +153,10 @@ class Metric(torchmetrics.Metric):
         _ = self.settings()
         self.encoder.prepare()
 
+    def part(self, images: ImageSet) -> ImageSet:
+        """Return the images that the number is of, and the withheld groups that it would have been of."""
+        return images
+
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """Measure every group, in canonical order; where images score by themselves, a group has their mean."""
         pools = images.pools(self.pooled)
@@ -172,6 +179,8 @@ class Metric(torchmetrics.Metric):
     def results(self, images: ImageSet) -> dict[str, Any]:
         """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
         groups = self.per_group(images)
+        if not groups and images.withheld:
+            return UNMEASURED
         return {
             "value": mean_of(values_of(groups, self.aggregate)),
             "n_groups": len(groups),
@@ -229,6 +238,8 @@ class SetMetric(Metric):
         `n_units` (clusters to draw from) and `subsets`: `seed`, `n_units`, `n_images`, `value` of each.
         """
         n_images = len(images.rows)
+        if n_images < self.minimum and images.withheld:
+            return UNMEASURED | {"n_groups": len(images.groups), "n_images": n_images}
         if n_images < self.minimum:
             raise ValueError(
                 f"expected at least {self.minimum} images for {self.name}, got {n_images}; generate more images, "
@@ -266,7 +277,7 @@ class SetMetric(Metric):
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
     """Tell whether a document says what `metric` would find in `folder` now, without computing it."""
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
-    expected = _identity(metric, images.only(metric.only).manifest_hash)
+    expected = _identity(metric, images.only(metric.only))
     return {key: document.get(key) for key in expected} == expected
 
 
@@ -279,14 +290,15 @@ def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | No
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     images = images.only(metric.only)
+    shown = not images.withheld or bool(metric.part(images).rows)
     document = sealed(
         {
-            **_identity(metric, images.manifest_hash),
+            **_identity(metric, images),
             "description": metric.description,
             "unit": metric.unit,
             "higher_is_better": metric.higher_is_better,
-            **metric.results(images),
-            "details": metric.details(images),
+            **(metric.results(images) if shown else UNMEASURED),
+            "details": metric.details(images) if shown else {},
             "environment": environment(),
         }
     )
@@ -303,7 +315,9 @@ def environment() -> dict[str, str]:
     return versions
 
 
-def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
+def _identity(metric: Metric, images: ImageSet) -> dict[str, Any]:
+    withheld = metric.part(images).withheld if images.withheld else ()
+    told = [{"group": row.group_id, "category": row.category, "status": row.status} for row in withheld]
     return {
         "metric": metric.name,
         "version": metric.version,
@@ -313,5 +327,6 @@ def _identity(metric: Metric, images_hash: str) -> dict[str, Any]:
         "bounds": list(metric.bounds),
         **({} if metric.only is None else {"only": list(metric.only)}),
         "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
-        "manifest_sha256": images_hash,
+        "manifest_sha256": images.manifest_hash,
+        **({"withheld": told} if told else {}),
     }

@@ -110,15 +110,20 @@ class AskedMetric(ReferenceMetric):
         assets = torch.tensor([numbers[asset] for asset in self.assets])
         return *super().inputs(images, positions), assets, torch.tensor(wanted)
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
-        asked = [row for row in images.rows if row.category in self.assets]
-        if not asked:
+    def part(self, images: ImageSet) -> ImageSet:
+        asked, withheld = (
+            [row for row in rows if row.category in self.assets] for rows in (images.rows, images.withheld)
+        )
+        if not asked and not withheld:
             found = sorted({row.category for row in images.rows})
             raise ValueError(
                 f"expected images of the assets {sorted(set(self.assets))[:10]} for {self.name}, got the categories "
                 f"{found[:10]}; name the references' subfolders as the prompts' categories"
             )
-        return super().per_group(replace(images, rows=asked))
+        return replace(images, rows=asked, withheld=withheld)
+
+    def per_group(self, images: ImageSet) -> list[GroupValue]:
+        return super().per_group(self.part(images))
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Say which categories are no assets."""
