@@ -5,7 +5,8 @@
 Made: outputs/results/<experiment>.csv, by generate, evaluate and tabulate. Published: results/<experiment>.csv, as
 committed. A value is confirmed where it lies inside the published 95 % interval, and its paired difference to the run
 without a method inside that of the difference: CPUs of other makes round differently, so that digits differ, findings
-must not. Exit code 1 where one does not; values that are not published are named and decide nothing.
+must not. Exit code 1 where one does not; values that are not published are named and decide nothing. How many groups
+were withheld is said with each number.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -60,12 +61,19 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
 
 
 def _within(mine: float, theirs: float, low: float, high: float) -> bool:
-    """Tell whether a number is in the published interval; where that could not be estimated, whether it is the same."""
+    """Tell whether a number is in the published interval; where that could not be estimated, whether it is the same.
+
+    None at all, of groups that are withheld, is the same as none.
+    """
+    if pd.isna(mine) or pd.isna(theirs):
+        return pd.isna(mine) and pd.isna(theirs)
     return math.isclose(mine, theirs, rel_tol=1e-4) if pd.isna(low) else low <= mine <= high
 
 
 def _printed(row: pd.Series) -> str:
     text = f"{row['value']:.4g} [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
+    if row.get("n_withheld", 0) > 0:
+        text = f"{'no value' if pd.isna(row['value']) else text}, {row['n_withheld']:.0f} groups withheld"
     return text if pd.isna(row["difference"]) else f"{text}, difference {change(row)}"
 
 

@@ -28,7 +28,7 @@ def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str
     gain = kept[0]["x"] * kept[0]["x_sign"]
     gain = gain[gain > 0]
     for points in kept:
-        gain = gain[(points["y"] * points["y_sign"] >= -points["margin"]).reindex(gain.index)]
+        gain = gain[(points["y"] * points["y_sign"] >= -points["margin"]).reindex(gain.index, fill_value=False)]
     return None if gain.empty else gain.idxmax()
 
 

@@ -7,6 +7,7 @@ One row a group and metric: what was run (the experiments that asked for it, mod
 prompts, split), where it comes from (run id, weights, code, software, device, commit), what was measured (metric,
 encoder, unit, direction), of what (group, prompt, category, seed, number of images), and the value. A metric of the
 whole set has one row a run, without a group, and so has one whose groups have no number of their own, as an entropy.
+Groups that ended without images have no row; how many they are of a run and metric is in the last column, `n_withheld`.
 
 What cannot be taken is in `<table>_problems.csv`, a line a file or folder with the reason: damaged, half-finished and
 foreign runs; scores of another version or of other images than there are now; runs that were not scored.
@@ -60,6 +61,8 @@ DOCUMENT = {
     "unit": "unit", "higher_is_better": "higher_is_better", "aggregate": "aggregate",
 }  # fmt: skip
 GROUP = ["group", "prompt_id", "prompt", "category", "seed", "n_images", "value"]
+#: A last column, where there are any: the groups of the run that the metric would be of, had they images.
+N_WITHHELD = "n_withheld"
 PROBLEMS = ["path", "problem"]
 
 
@@ -104,8 +107,9 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
             for file in files:
                 with refused(file):
                     rows += [run | row for row in _read_score(file, images, versions)]
-    head, tail = [*HEAD], [*RUN, *DOCUMENT, *GROUP]
-    settings = sorted({name for row in rows for name in row} - {*head, *tail})
+    names = {name for row in rows for name in row}
+    head, tail = [*HEAD], [*RUN, *DOCUMENT, *GROUP, *({N_WITHHELD} & names)]
+    settings = sorted(names - {*head, *tail})
     settings.sort(key=lambda name: not name.startswith("call."))
     table = pd.DataFrame(rows, columns=[*head, *settings, *tail], dtype=object)
     return table.apply(_typed), pd.DataFrame(problems, columns=PROBLEMS)
@@ -172,6 +176,8 @@ def _read_score(file: Path, images: ImageSet, versions: dict[str, set[int]]) -> 
         raise ValueError("stale: the images are others than those that were scored; evaluate again")
     found = _flat(document)
     columns = {column: found[path] for column, path in DOCUMENT.items()}
+    if withheld := document.get("withheld"):
+        columns[N_WITHHELD] = len(withheld)
     rows = []
     for group in document["groups"]:
         if "value" in group:
@@ -213,7 +219,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     table, problems = collect(arguments.folder)
     files = write(table, problems, arguments.to or project_path(arguments.folder) / "collected")
-    print(f"{len(table)} rows of {table['run_id'].nunique()} runs, {len(problems)} problems")
+    withheld = table.groupby("run_id")[N_WITHHELD].max().sum() if N_WITHHELD in table else 0
+    told = f", {withheld} groups withheld" if withheld else ""
+    print(f"{len(table)} rows of {table['run_id'].nunique()} runs, {len(problems)} problems{told}")
     for problem in problems.itertuples():
         print(f"not taken: {problem.path}: {problem.problem}")
     for file in files:

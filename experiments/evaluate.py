@@ -28,9 +28,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_document
-from eval.images import METRICS
+from eval.images import METRICS, count_withheld
 from eval.imageset import EmbeddingCache, ImageSet
-from eval.intervals import interval_of, n_units
+from eval.intervals import has_value, interval_of, n_units
 from eval.metric import Metric, SetMetric, is_current, measure
 from experiments import project_path
 from experiments.configs import expand, has_launcher, launch
@@ -51,6 +51,8 @@ NEEDS = {
 def evaluate(cfg: DictConfig) -> list[Path]:
     """Score the run that `cfg` asks for with every configured metric and return the JSON files.
 
+    A metric has no value where the groups that it is of are withheld, and the log says so.
+
     Raises:
         FileNotFoundError: the images were not generated, or an encoder's weights are missing.
         ValueError: an image cannot be read, or there are too few for a metric.
@@ -58,6 +60,9 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     run = Run.find(cfg)
     images = _open(cfg, run.folder)
     label = f"{cfg.model.name} {cfg.method.name}"
+    if not images.rows:
+        withheld = f"{len(images.withheld)} groups are withheld ({count_withheld(images.withheld)})"
+        log.warning("%s: all %s: there are no images to measure: %s", label, withheld, run.folder)
     files, made = [], 0
     for name, metric in configured_metrics(cfg):
         try:
@@ -98,6 +103,8 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     for name, metric in configured_metrics(cfg):
         try:
             document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
+            if not has_value(document):
+                raise ValueError(f"too few images: of its groups are withheld {count_withheld(images.withheld)}")
         except (ValueError, TypeError, FileNotFoundError) as error:
             refused[name] = str(error)
             continue
@@ -177,7 +184,10 @@ def _score(
         return file, False
     label = f"{label}: {name} by {metric.encoder.name}"
     log.info("%s", label)
-    details = measure(metric, images, path=file)["details"]
+    document = measure(metric, images, path=file)
+    details = document["details"]
+    if images.rows and not has_value(document):
+        log.warning("%s has no value: of its groups are withheld %s", label, count_withheld(images.withheld))
     if cut := details.get("n_prompts_truncated"):
         text = "%s: %d of %d prompts are longer than it reads; their ends count nothing"
         log.warning(text, label, cut, details["n_prompts"])

@@ -41,6 +41,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from eval.images import count_withheld, read_withheld
 from experiments import pipelines, select_device
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.identity import register, request
@@ -159,6 +160,9 @@ def _finish(run: Run, jobs: list[Job]) -> None:
             if not run.finish(job.groups):
                 raise RuntimeError(f"Groups vanished from {run.folder} meanwhile: run the same command again")
             register(job.cfg, run.id)
+            if withheld := read_withheld(run.folder):
+                label, counts = f"{job.cfg.model.name} {job.cfg.method.name}", count_withheld(withheld)
+                log.info("%s: %d of %d groups are withheld: %s", label, len(withheld), len(job.groups), counts)
 
 
 def count_workers(cfg: DictConfig, device: str) -> int:
@@ -227,9 +231,9 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
         pipe = _pipeline(task.model, task.checkpoint, task.device, task.compile, task.offload)
         start = time.perf_counter()
         drawn = method.draw(pipe, group, pipelines.call_arguments(model))
-        images = _pictures(pipe, drawn.images, model)
+        images = [] if drawn.withheld else _pictures(pipe, drawn.images, model)
         statistics = {"seconds": round(time.perf_counter() - start, 3), **drawn.statistics}
-        task.run.save(group, images, statistics, drawn.references)
+        task.run.save(group, images, statistics, drawn.references, drawn.withheld)
         return True
 
 

@@ -60,6 +60,16 @@ def _cell(row: pd.Series) -> str:
     return f"{write(row['value'])}; {change(row)}"
 
 
+def _base(row: pd.Series) -> float | None:
+    """Return the number that a row's difference is to; None where that is of fewer groups than the row's own."""
+    return None if row.get("n_paired", row["n_groups"]) < row["n_groups"] else row["value"] - row["difference"]
+
+
+def _count(row: pd.Series, name: str) -> int:
+    """Return an amount that a table has only where groups are withheld, else 0."""
+    return 0 if pd.isna(row.get(name)) else int(row[name])
+
+
 def arrow(row: pd.Series) -> str:
     """Say which direction of a row's metric is better."""
     return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
@@ -132,8 +142,16 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
             entry["seconds"] = f"{first['seconds']:.2f}"
         counted = first if tested.empty else tested.iloc[0]
         entry |= {count: int(counted[f"n_{count}"]) for count in ("units", "groups", "images")}
+        if has_withheld(frame):
+            entry["withheld"] = _count(counted, "n_withheld")
+            entry["paired"] = "" if pd.isna(counted["n_paired"]) else int(counted["n_paired"])
         table.append(entry)
     return pd.DataFrame(table).fillna("")
+
+
+def has_withheld(frame: pd.DataFrame) -> bool:
+    """Tell whether groups of a table's runs ended without images."""
+    return "n_withheld" in frame and bool(pd.to_numeric(frame["n_withheld"]).gt(0).any())
 
 
 def _kept(row: pd.Series) -> str:
@@ -152,7 +170,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     Where a model's runs of a method differ in their settings, each setting is a column.
     """
     labels = run_labels(frame)
-    others = frame[~frame["primary"].isin(ROLES)]
+    others = frame[~frame["primary"].isin(ROLES) & frame["value"].notna()]
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in others.iterrows():
         key = (row["model"], words(row["metric"]), arrow(row), row["encoder"], f"{row['n_units']:.0f}")
@@ -171,13 +189,13 @@ def against_table(frame: pd.DataFrame, against: str) -> pd.DataFrame:
             "method": row["method"],
             "metric": words(row["metric"]),
             "value": f"{row['value']:.3f}",
-            against: f"{row['value'] - row['difference']:.3f}",
+            against: "" if (base := _base(row)) is None else f"{base:.3f}",
             "difference": change(row),
             "p": printed_p(row["p_holm"]),
             "d_z": printed_effect(row["effect_size"]),
             "wins": printed_percent(row["win_rate"]),
             "units": f"{row['n_units']:.0f}",
-            "groups": f"{row['n_groups']:.0f}",
+            "groups": f"{_count(row, 'n_paired') or row['n_groups']:.0f}",
         }
         for _, row in rows.iterrows()
     )
@@ -199,23 +217,34 @@ def paper_table(experiment: str, paper_csv: str | Path = "results/paper.csv") ->
 def findings(frame: pd.DataFrame) -> list[str]:
     """Say in words, from the numbers alone, what each method did to each primary metric, and which others moved."""
     labels, titles = run_labels(frame), {name: entry.title for name, entry in catalogue.entries().items()}
+
+    def named(run: str, method: str) -> str:
+        return f"{titles.get(method, method)} {labels[run].removeprefix(method).strip()}".strip()
+
     compared = frame[frame["difference"].notna()]
     found = []
     for (model, run), rows in compared.groupby(["model", "run_id"], sort=False):
         tested = rows[rows["primary"].isin(ROLES)]
         if tested.empty:
             continue
-        method = rows["method"].iloc[0]
-        name = f"{titles.get(method, method)} {labels[run].removeprefix(method).strip()}".strip()
-        n_groups, n_units = tested[["n_groups", "n_units"]].astype(int).iloc[0]
+        name = named(run, rows["method"].iloc[0])
+        first = tested.iloc[0]
+        n_groups, n_withheld = _count(first, "n_paired") or int(first["n_groups"]), _count(first, "n_withheld")
+        counts = f"{n_groups} groups in {int(first['n_units'])} independent units"
+        counts += f"; {n_withheld} withheld" if n_withheld else ""
         others = _moved(rows[~rows["primary"].isin(ROLES)])
         text = "; ".join(_finding(row) for _, row in tested.iterrows())
-        found.append(f"- {model}, {name}: {text} ({n_groups} groups in {n_units} independent units).{others}")
+        found.append(f"- {model}, {name}: {text} ({counts}).{others}")
+    missing = frame[frame["primary"].isin(ROLES) & frame["value"].isna()]
+    for (model, run), rows in missing.groupby(["model", "run_id"], sort=False):
+        metrics, n_withheld = " and the ".join(map(words, rows["metric"])), _count(rows.iloc[0], "n_withheld")
+        name = named(run, rows["method"].iloc[0])
+        found.append(f"- {model}, {name}: no images to measure the {metrics} of: {n_withheld} groups withheld.")
     return found
 
 
 def _finding(row: pd.Series) -> str:
-    base, metric = row["value"] - row["difference"], words(row["metric"])
+    base, metric = _base(row), words(row["metric"])
     moved, sign = ("raised", 1) if row["difference"] > 0 else ("lowered", -1)
     clear, lowest, highest = is_clear(row), row["difference_low"], row["difference_high"]
     facts = []
@@ -252,11 +281,16 @@ def _moved(rows: pd.DataFrame) -> str:
         if is_clear(row):
             up = row["difference"] > 0
             kind = {"-": "moved"}.get(arrow(row), "better" if up == (arrow(row) == "up") else "worse")
-            base = row["value"] - row["difference"]
+            base = _base(row)
             size = f"{100 * row['difference'] / abs(base):+.0f} %" if base else f"{row['difference']:+.2g}"
             told[kind].append(f"{words(row['metric'])} {size}")
     texts = [f"{kind}: {', '.join(names)}" for kind, names in told.items() if names]
     return f" Not tested, by intervals clear of 0, {'; '.join(texts)}." if texts else ""
+
+
+def legend(frame: pd.DataFrame) -> str:
+    """Say how the main table is read."""
+    return f"{LEGENDS.main} {LEGENDS.withheld}" if has_withheld(frame) else f"{LEGENDS.main}"
 
 
 def scored_by(frame: pd.DataFrame) -> str:
@@ -268,7 +302,7 @@ def scored_by(frame: pd.DataFrame) -> str:
 def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.DataFrame) -> str:
     """Return the Markdown page of one experiment: ours, how it was measured, and the paper's beside it."""
     name, others = frame["experiment"].iloc[0], other_table(frame)
-    parts = [f"# {name}", description, main_table(frame), f"{LEGENDS.main} {scored_by(frame)}"]
+    parts = [f"# {name}", description, main_table(frame), f"{legend(frame)} {scored_by(frame)}"]
     parts.append("\n".join(findings(frame)))
     parts += [LEGENDS.others, others] if len(others) else []
     parts += [f"{LEGENDS.paper}:", paper] if len(paper) else []

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval import fronts
 from eval.files import write_text
+from eval.images import count_withheld, read_withheld
 from eval.imageset import ImageSet
 from eval.intervals import FEWEST, SUBSETS, GroupValue, clusters_of, limits, mean_of, paired_differences
 from experiments import chosen_file, project_path
@@ -83,7 +84,8 @@ def read_paths(configs: list[DictConfig]) -> Paths:
 
     Raises:
         FileNotFoundError: a run was not generated or not scored; the message names the command.
-        ValueError: there is no method, or a primary metric has no better direction or no values of groups.
+        ValueError: there is no method, a primary metric has no better direction or no values of groups, or groups of a
+            run are withheld: methods are ranked over the same groups.
     """
     cfg = configs[0]
     by_method: dict[str, list[DictConfig]] = {}
@@ -93,6 +95,12 @@ def read_paths(configs: list[DictConfig]) -> Paths:
     if not by_method:
         raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")
     runs = {method: [Run.find(one) for one in found] for method, found in by_method.items()}
+    for run in (Run.find(cfg, baseline=True), *(run for settings in runs.values() for run in settings)):
+        if withheld := read_withheld(run.folder):
+            raise ValueError(
+                f"expected runs that show the same groups, to be ranked, got {run.folder}, which withheld "
+                f"{count_withheld(withheld)}: leave its method out"
+            )
     tested, metrics = primary_metrics(cfg), dict(configured_metrics(cfg))
     claim, quality = (next(name for name in tested if (tested[name] == "quality") == last) for last in (False, True))
     images = functools.cache(lambda run: ImageSet.open(run.folder))

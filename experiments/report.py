@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.files import write_text
-from eval.images import ManifestRow, group_rows, load_picture, read_manifest
+from eval.images import ManifestRow, WithheldRow, group_rows, load_picture, read_manifest, read_withheld
 from experiments import PROJECT, catalogue, pages, project_path
 from experiments.configs import first
 from experiments.figures import called_for
@@ -173,7 +173,7 @@ def _lines(cell: Any) -> list[str]:
 
 
 def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
-    """Return a table's runs, each with its settings in words and, where its folder is here, its images' rows."""
+    """Return a table's runs, each with its settings in words and, where its folder is here, its groups' rows."""
     labels, found = pages.run_labels(frame), []
     for (run_id, model), rows in frame.groupby(["run_id", "model"], sort=False):
         common = rows.iloc[0]
@@ -194,8 +194,8 @@ def _runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _images(run: Run) -> dict[str, list[ManifestRow]]:
-    """Return the rows of a run's images by group.
+def _images(run: Run) -> dict[str, list[ManifestRow] | list[WithheldRow]]:
+    """Return the rows of a run's images by group; of one that is withheld, the row that says why.
 
     Raises:
         OSError, ValueError: images are gone, or not the run's own; or the manifest is damaged.
@@ -206,7 +206,7 @@ def _images(run: Run) -> dict[str, list[ManifestRow]]:
         raise FileNotFoundError(f"{len(gone)} images are gone, the first {gone[0]}")
     if any(_is_elsewhere(path, run.folder) for path in paths):
         raise ValueError("expected images of its own, got links")
-    return manifest
+    return manifest | {row.group_id: [row] for row in read_withheld(run.folder)}
 
 
 def _is_elsewhere(file: Path, folder: Path) -> bool:
@@ -224,16 +224,18 @@ def _gallery(
     here = [run for run in runs if run["manifest"] is not None]
     everything = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
     chosen = _spread(everything, limit)
-    pushed = any(row.references for run in here for rows in run["manifest"].values() for row in rows)
+    pushed = any(_shown(rows) and rows[0].references for run in here for rows in run["manifest"].values())
     assets = _asset_files(model) if pushed else {}
     groups = []
     for group in tqdm(chosen, desc=f"{name} {model}", disable=None, leave=False):
         row, shown = everything[group][0], []
         for run in here:
-            rows = run["manifest"].get(group, [])
+            found = run["manifest"].get(group, [])
+            rows = _shown(found)
+            withheld = found[0] if found and not rows else None
             images = [pictures.put(_reduced(run["folder"] / row.path), "webp") for row in rows]
             references = rows[0].references if rows else None
-            shown.append({"title": run["title"], "images": images, "references": references})
+            shown.append({"title": run["title"], "images": images, "references": references, "withheld": withheld})
         asset = pictures.put(_reduced(assets[row.category]), "webp") if row.category in assets else None
         groups.append({"row": row, "asset": asset, "runs": shown})
     sheet = results / f"{name}_grid_{model}.png"
@@ -244,7 +246,12 @@ def _gallery(
     return {"model": model, "runs": runs, "n_groups": len(everything), "sheet": picture, "groups": groups}
 
 
-def _spread(groups: dict[str, list[ManifestRow]], limit: int) -> list[str]:
+def _shown(rows: list[Any]) -> list[ManifestRow]:
+    """Return the images of a group's rows."""
+    return [row for row in rows if isinstance(row, ManifestRow)]
+
+
+def _spread(groups: dict[str, list[Any]], limit: int) -> list[str]:
     """Return at most `limit` groups: the first of every category, then the second of every one, and so on."""
     by_category: dict[str, list[str]] = {}
     for group in sorted(groups):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from eval import files
 from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
-from eval.images import MANIFEST, ManifestRow, write_manifest
+from eval.images import MANIFEST, WITHHELD, ManifestRow, Withheld, WithheldRow, write_manifest, write_withheld
 from experiments import pipelines, project_path
 from experiments.configs import build, no_method
 from experiments.identity import environment, lookup, made_by, request, short_digest
@@ -31,7 +31,7 @@ from experiments.locks import locked
 from experiments.methods.method import Method
 from experiments.prompts import Group
 
-#: What was generated in a group's folder: the manifest's rows, and the log's numbers.
+#: What was generated in a group's folder: the manifest's rows, or why there are none, and the log's numbers.
 RECORD = "group.json"
 
 #: Where runs lie in `outputs`.
@@ -134,27 +134,31 @@ class Run:
         return run
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return what was recorded of every group while it was generated.
+        """Return what was recorded of every group that has images while it was generated.
 
         Raises:
             ValueError: a record holds other values than were written.
         """
-        return [_read_record(path)["stats"] for path in sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))]
+        records = map(_read_record, sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}")))
+        return [record["stats"] for record in records if "withheld" not in record]
 
     def check_manifest(self) -> None:
-        """Raise ValueError where the manifest of a complete run is not the one that the run was completed with."""
-        manifest = hashlib.sha256(read_regular(self.folder / MANIFEST)).hexdigest()
-        if read_regular(self.folder / "complete").decode() != manifest:
-            raise ValueError(
-                f"expected the manifest that the run was completed with, got another {self.folder / MANIFEST}: it was "
-                "edited, is damaged or of an earlier version; run experiments.generate with the run's settings again"
-            )
+        """Raise ValueError where a complete run's manifest or withheld groups are not those it was completed with."""
+        recorded = read_regular(self.folder / "complete").decode().split("\n")
+        for name, known in zip((MANIFEST, WITHHELD), [*recorded, None], strict=False):
+            path = self.folder / name
+            found = hashlib.sha256(read_regular(path)).hexdigest() if path.exists() else None
+            if found != known:
+                raise ValueError(
+                    f"expected the manifest that the run was completed with, got another {path}: it was edited, is "
+                    "damaged or of an earlier version; run experiments.generate with the run's settings again"
+                )
 
     def group_folder(self, group: Group) -> Path:
         return self.folder / "images" / group.prompt_id / f"{group.seed:06d}"
 
     def has(self, group: Group) -> bool:
-        """Tell whether the group's images are all there, as they were generated."""
+        """Tell whether the group's images are all there, as they were generated, or why they are withheld."""
         return self.fault(group) is None
 
     def fault(self, group: Group) -> str | None:
@@ -165,6 +169,9 @@ class Run:
             images = [(self.folder / row["path"], row["sha256"]) for row in record["rows"]]
             if record["run"] != self.id or any(image.parent != path.parent for image, _ in images):
                 return f"{path} is of another run or group"
+            withheld = WithheldRow(**record["withheld"]) if "withheld" in record else None
+            if (withheld is None) != bool(images) or withheld not in (None, _withheld_row(group, withheld)):
+                return f"{path} is of another group, or says neither which images there are nor why there are none"
             for image, sha256 in images:
                 if remembered_hash(image) != sha256:
                     return f"{image} is not the image that was generated"
@@ -178,19 +185,20 @@ class Run:
         images: list[Image.Image],
         statistics: dict[str, Any],
         references: Mapping[str, float] | None = None,
+        withheld: Withheld | None = None,
     ) -> None:
-        """Write a group's images and record; they appear together, by one rename.
+        """Write a group's images, or why there are none, and its record; they appear together, by one rename.
 
         Args:
             group, images: what was generated.
-            statistics, references: see `experiments.methods.method.Drawn`.
+            statistics, references, withheld: see `experiments.methods.method.Drawn`.
         """
         folder = self.group_folder(group)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             temporary.mkdir(parents=True)
-            rows = []
-            for index, (seed, image) in enumerate(zip(group.image_seeds(), images, strict=True)):
+            rows, seeds = [], group.image_seeds() if withheld is None else []
+            for index, (seed, image) in enumerate(zip(seeds, images, strict=True)):
                 picture = temporary / f"{index:02d}.png"
                 image.save(picture)
                 row = ManifestRow(
@@ -205,7 +213,10 @@ class Run:
                     sha256=content_hash(picture),
                 )
                 rows.append(row.to_dict())
-            record = sealed({"run": self.id, "rows": rows, "stats": statistics})
+            record = {"run": self.id, "rows": rows, "stats": statistics}
+            if withheld is not None:
+                record["withheld"] = _withheld_row(group, withheld).to_dict()
+            record = sealed(record)
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             if folder.exists() and not self.has(group):
                 shutil.rmtree(folder)  # see `fault`
@@ -231,7 +242,10 @@ class Run:
             yield mine and not self.has(group)
 
     def finish(self, groups: list[Group]) -> bool:
-        """Write the manifest and the mark of completeness if every group is there; tell whether it is complete."""
+        """Write the manifests and the mark of completeness if every group is there; tell whether it is complete.
+
+        The mark is the manifest's hash and, where groups are withheld, that of their file in a line of its own.
+        """
         if not all(self.has(group) for group in groups):
             return False
         for leftover in self.folder.glob("images/*/.*"):
@@ -240,11 +254,26 @@ class Run:
         for lock in self.folder.parent.glob(f"{LOCKS}/{self.id}.*"):
             with contextlib.suppress(OSError):
                 lock.unlink()
-        rows = [
-            ManifestRow(**row) for group in groups for row in _read_record(self.group_folder(group) / RECORD)["rows"]
-        ]
-        write_text(self.folder / "complete", content_hash(write_manifest(self.folder, rows)))
+        records = [_read_record(self.group_folder(group) / RECORD) for group in groups]
+        manifests = [write_manifest(self.folder, [ManifestRow(**row) for record in records for row in record["rows"]])]
+        withheld = [WithheldRow(**record["withheld"]) for record in records if "withheld" in record]
+        write_withheld(self.folder, withheld)
+        manifests += [self.folder / WITHHELD] * bool(withheld)
+        write_text(self.folder / "complete", "\n".join(map(content_hash, manifests)))
         return True
+
+
+def _withheld_row(group: Group, withheld: Withheld | None) -> WithheldRow | None:
+    """Return what the manifest of withheld groups says of a group."""
+    return withheld and WithheldRow(
+        status=withheld.status,
+        reason=withheld.reason,
+        clauses=withheld.clauses,
+        prompt_id=group.prompt_id,
+        prompt=group.prompt,
+        category=group.category,
+        group_seed=group.seed,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

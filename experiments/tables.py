@@ -34,13 +34,15 @@ DIFFERENCE = ["difference", "difference_low", "difference_high"]
 STATISTICS = [
     "value", "ci_low", "ci_high", *DIFFERENCE, "p_value", "p_holm", "effect_size", "win_rate", "margin",
 ]  # fmt: skip
-AMOUNTS = ["n_units", "n_groups", "n_images", "pushed_share", "seconds"]
+#: Columns that a CSV has where groups of its runs are withheld: how many, and how many a difference is of.
+OF_WITHHELD = ["n_withheld", "n_paired"]
+AMOUNTS = ["n_units", "n_groups", "n_images", *OF_WITHHELD, "pushed_share", "seconds"]
 COLUMNS = [
     *KEY, "encoder", "primary", "higher_is_better", *STATISTICS, "non_inferior", *AMOUNTS,
     "run_id", "code", "commit", "device",
 ]  # fmt: skip
-#: Those that a table has whatever methods are in it.
-REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"})
+#: Those that a table has whatever is in it.
+REQUIRED = set(COLUMNS) - (set(OF_METHODS) - {"true_cfg_scale"}) - set(OF_WITHHELD)
 #: Columns that hold text also where they look like numbers.
 TEXT = dict.fromkeys(
     ("run_id", "code", "commit", "primary", "setting", "torch", "diffusers", "cuda", "python", "call_how"), str

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import argparse
 import functools
 import io
+import logging
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ from omegaconf import DictConfig
 from eval.files import read_document, write_text
 from eval.images import METRICS
 from eval.imageset import ImageSet
-from eval.intervals import SUBSETS, difference_of, interval_of, n_units, paired_differences
+from eval.intervals import SUBSETS, difference_of, interval_of, n_shared, n_units, paired_differences, shared_groups
 from eval.metric import Metric, is_current
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
 from experiments import catalogue, project_path, tables
@@ -38,6 +39,8 @@ from experiments.evaluate import NEEDS, configured_metrics, document_path
 from experiments.identity import code_digest, config_digest
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run
+
+log = logging.getLogger(__name__)
 
 
 def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
@@ -151,11 +154,12 @@ def row_of(
         "n_units": n_units(document, cfg.bootstrap.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
+        "n_withheld": len(document.get("withheld", ())),
         "pushed_share": sum(group.get("tokens_pushed", 0) for group in statistics) / compared if compared else None,
         # Only where asked for: a rerun gives every other number again, to the last digit.
         "seconds": (
             median(group["seconds"] for group in statistics) / cfg.prompts.images_per_prompt
-            if flag(cfg, "report_seconds")
+            if flag(cfg, "report_seconds") and statistics
             else None
         ),
         "run_id": run.id,
@@ -167,17 +171,25 @@ def row_of(
 def comparison(
     cfg: DictConfig, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the columns that compare a run with the one it is paired with, group by group."""
+    """Return the columns that compare a run with the one it is paired with, over the groups that both show."""
     aggregate, higher = document["aggregate"], document["higher_is_better"]
+    withheld = {}
+    if document.get("withheld") or reference.get("withheld"):
+        withheld["n_paired"] = n_shared(document, reference)
+        if not withheld["n_paired"]:
+            why = "it is of a whole set, and the runs' differ" if aggregate == SUBSETS else "the runs share no group"
+            log.warning("%s %s: there is no difference in %s: %s", cfg.model.name, cfg.method.name, name, why)
+            return withheld
     difference = difference_of(document, reference, **cfg.bootstrap)
     columns = {
         "difference": difference.difference,
         "difference_low": difference.low,
         "difference_high": difference.high,
+        **withheld,
     }
     # A number of a whole set has no results of groups that could be resampled.
     if aggregate != SUBSETS:
-        pairs, resampling = paired_differences(document["groups"], reference["groups"], aggregate), cfg.bootstrap
+        pairs, resampling = paired_differences(*shared_groups(document, reference), aggregate), cfg.bootstrap
         columns["p_value"] = bootstrap_t_p(pairs, resampling.n_resamples, resampling.seed, resampling.cluster)
         columns["effect_size"] = effect_size(pairs, resampling.cluster)
         columns["win_rate"] = None if higher is None else win_rate(pairs, higher, resampling.cluster)
@@ -224,9 +236,10 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _finish(frame: pd.DataFrame) -> None:
-    """Fill what depends on all rows of a table, and leave out the columns of methods that are not in it."""
+    """Fill what depends on all rows of a table, and leave out the columns of what is not in it."""
     _correct(frame)
     declared = {column for setting in tables.settings_in(frame) for column in setting.columns}
+    declared |= set(tables.OF_WITHHELD) if frame["n_withheld"].any() or frame["n_paired"].notna().any() else set()
     for name in set(frame.columns) - tables.REQUIRED - declared:
         del frame[name]
 

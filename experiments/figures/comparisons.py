@@ -45,7 +45,7 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
     for metric in (claim, quality):
         direction(frame, metric)
     # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
-    frame = frame[frame["metric"].isin([claim, quality])]
+    frame = frame[frame["metric"].isin([claim, quality]) & frame["value"].notna()]
     models, methods = list(frame["model"].unique()), list(frame["method"].unique())
     figure, (axes,) = style.new_figure(len(models), 4.2 * len(models), 3.6)
     for axis, model in zip(axes, models, strict=True):

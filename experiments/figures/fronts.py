@@ -43,8 +43,9 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
         model: one of the CSV's models.
     """
     part = of_model(frame, model)
-    names = [name for name in part["method"].unique() if name != "none"]
-    of_sets = [name for name in part["metric"].unique() if name.startswith(OF_SETS)][:1]
+    compared = part[part["difference"].notna()]
+    names = [name for name in compared["method"].unique() if name != "none"]
+    of_sets = [name for name in compared["metric"].unique() if name.startswith(OF_SETS)][:1]
     costs = [quality, *of_sets, *(["seconds"] if part["seconds"].notna().any() else [])]
     # In colours: what is on the front, and what merges tokens.
     shown = {*_front(frame, claim, quality, model), *part.loc[part["pushed_share"].notna(), "run_id"]}
@@ -109,16 +110,17 @@ def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str],
             axis.errorbar(
                 row["x"], row["y"], xerr=style.errors(row, "x"), yerr=style.errors(row, "y"), fmt="none", **seen
             )
-    _number(axis, [(points[points["method"] == name].iloc[-1], looks[name]["color"]) for name in names])
+    ends = [(number, points[points["method"] == name], looks[name]["color"]) for number, name in enumerate(names, 1)]
+    _number(axis, [(number, rows.iloc[-1], colour) for number, rows, colour in ends if len(rows)])
 
 
-def _number(axis: Axes, ends: list[tuple[pd.Series, str]]) -> None:
+def _number(axis: Axes, ends: list[tuple[int, pd.Series, str]]) -> None:
     """Write the numbers of points beside them, where no other number and no other point is."""
     axis.figure.draw_without_rendering()  # which lays the axes out
-    at = axis.transData.transform(np.array([(row["x"], row["y"]) for row, _ in ends], dtype=float))
+    at = axis.transData.transform(np.array([(row["x"], row["y"]) for _, row, _ in ends], dtype=float))
     scale = axis.figure.dpi / 72
     taken: list[np.ndarray] = []
-    for number, ((row, colour), place) in enumerate(zip(ends, at, strict=True), 1):
+    for (number, row, colour), place in zip(ends, at, strict=True):
 
         def middle(offset: tuple[int, int], place: np.ndarray = place) -> np.ndarray:
             return place + scale * (np.array(offset) + 4)

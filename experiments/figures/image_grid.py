@@ -10,7 +10,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.files import write_bytes
-from eval.images import group_rows, load_picture, read_manifest
+from eval.images import ManifestRow, WithheldRow, group_rows, load_picture, read_manifest, read_withheld
 from experiments.choose import chosen_run, pareto_front
 from experiments.figures.style import title
 from experiments.identity import canonical
@@ -20,25 +20,31 @@ from experiments.tables import primary_pair
 
 #: Of a sheet, in pixels: the column of labels, what lies between blocks of images and between rows, and a letter.
 LABELS, GAP, SPACE, LETTER = 190, 12, 4, 8
+#: What stands in the place of images: its colour.
+PLATE = "lightgrey"
 
 
 def contact_sheet(
     heads: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image | Path]]]],
+    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image | Path] | str]]],
     tile: int = 96,
 ) -> Image.Image:
     """Set images in rows, each with its label, and in blocks of columns, each under its head.
 
     Args:
         heads: one for every block.
-        rows: label, and for every block its images or their files; a block is as wide as its longest row.
+        rows: label, and for every block its images or their files, or a text that stands in their place; a block is as
+            wide as its longest row of images.
         tile: side of an image in pixels.
 
     Raises:
         ValueError: a file is no image; the message names it.
     """
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
-    sizes = [max(len(blocks[number]) for _, blocks in rows) for number in range(len(heads))]
+    sizes = [
+        max(1 if isinstance(blocks[number], str) else len(blocks[number]) for _, blocks in rows)
+        for number in range(len(heads))
+    ]
     lefts = [LABELS + sum(sizes[:number]) * tile + number * GAP for number in range(len(heads) + 1)]
     heads = [_wrapped(head, size * tile // LETTER) for head, size in zip(heads, sizes, strict=True)]
     header = 8 + 16 * max(head.count("\n") + 1 for head in heads)
@@ -49,7 +55,13 @@ def contact_sheet(
     for line, (label, blocks) in enumerate(rows):
         top = header + line * (tile + SPACE)
         draw.multiline_text((4, top + tile // 3), _wrapped(label), "black", font)
-        for left, images in zip(lefts, blocks, strict=False):
+        for left, size, images in zip(lefts, sizes, blocks, strict=False):
+            if isinstance(images, str):
+                draw.rectangle((left, top, left + size * tile - 1, top + tile - 1), PLATE, "black")
+                width, lines = size * tile // LETTER - 2, tile // 16 - 1
+                text = textwrap.wrap(images, max(width, 1), max_lines=max(lines, 1), placeholder=" ...")
+                draw.multiline_text((left + 4, top + 4), "\n".join(text), "black", font)
+                continue
             for index, image in enumerate(images):
                 picture = load_picture(image) if isinstance(image, Path) else image.convert("RGB")
                 sheet.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (left + index * tile, top))
@@ -73,7 +85,7 @@ def image_grid(
     leading: Mapping[str, Path] | None = None,
     groups: int = 6,
 ) -> Image.Image:
-    """Set the same groups side by side: one row a group, one block of images a run.
+    """Set the same groups side by side: one row a group, one block of images a run, or why they are withheld.
 
     Args:
         runs: complete runs of the same prompts, in the order of the columns.
@@ -85,8 +97,12 @@ def image_grid(
     Raises:
         ValueError: the runs share no group, or an image is damaged.
     """
-    manifests = [group_rows(read_manifest(run.folder)) for run in runs]
-    category = {group: rows[0].category for group, rows in manifests[0].items()}
+    manifests = [
+        group_rows(read_manifest(run.folder)) | {row.group_id: row for row in read_withheld(run.folder)} for run in runs
+    ]
+    first = {group: rows if isinstance(rows, WithheldRow) else rows[0] for group, rows in manifests[0].items()}
+    order = sorted(first, key=lambda group: (first[group].prompt_id, first[group].group_seed))
+    category = {group: first[group].category for group in order}
     shared = [group for group in category if all(group in manifest for manifest in manifests)]
     shared = [group for group in shared if leading is None or category[group] in leading]
     if not shared:
@@ -94,12 +110,14 @@ def image_grid(
     firsts = sorted({category[group]: group for group in reversed(shared)}.values())
     rows = []
     for group in _spread(firsts, groups):
-        blocks = [
-            [run.folder / row.path for row in manifest[group]] for run, manifest in zip(runs, manifests, strict=True)
-        ]
+        blocks = [_block(run, manifest[group]) for run, manifest in zip(runs, manifests, strict=True)]
         blocks = blocks if leading is None else [[leading[category[group]]], *blocks]
-        rows.append((manifests[0][group][0].prompt, blocks))
+        rows.append((first[group].prompt, blocks))
     return contact_sheet([*titles] if leading is None else ["asset", *titles], rows)
+
+
+def _block(run: Run, found: list[ManifestRow] | WithheldRow) -> list[Path] | str:
+    return str(found) if isinstance(found, WithheldRow) else [run.folder / row.path for row in found]
 
 
 def worth_showing(runs: Sequence[Run], frame: pd.DataFrame, most: int = 6) -> dict[Run, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.images import Withheld
 from experiments.methods.setting import Setting
 from experiments.prompts import Group
 
@@ -32,17 +33,25 @@ class Applied:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a method made of one group.
+    """What a method made of one group: images, or none and why.
 
     Attributes:
-        images: float [K, H, W, 3] in [0, 1], in the order of the group's images.
+        images: float [K, H, W, 3] in [0, 1], in the order of the group's images; None or [0, H, W, 3] where they are
+            withheld.
         statistics: what the run's log should keep, as JSON values.
         references: as of `Applied`.
+        withheld: why there are no images.
     """
 
-    images: np.ndarray
+    images: np.ndarray | None
     statistics: dict[str, Any]
     references: Mapping[str, float] | None = None
+    withheld: Withheld | None = None
+
+    def __post_init__(self) -> None:
+        count = 0 if self.images is None else len(self.images)
+        if (count == 0) != (self.withheld is not None):
+            raise ValueError(f"expected images of a group, or why they are withheld, got {count} and {self.withheld}")
 
 
 def sample(pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int] | None = None) -> np.ndarray:

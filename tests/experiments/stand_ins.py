@@ -1,5 +1,6 @@
-"""What stands in for networks and folders: an encoder of colours, a retriever, an IP-Adapter of random numbers."""
+"""What stands in for networks, folders and methods: an encoder of colours, a retriever, random weights, refusals."""
 
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import torch
@@ -7,6 +8,8 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from eval.encoders import Encoder
+from eval.images import Withheld
+from experiments.methods.method import Drawn, Method
 
 #: What `Colours` knows by name.
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
@@ -88,3 +91,21 @@ def save_ip_adapter(folder, unet, plus=False):
     encoder.save_pretrained(folder / "models" / "image_encoder")
     return {"pretrained_model_name_or_path_or_dict": str(folder), "subfolder": "sdxl_models",
             "weight_name": "ip-adapter.safetensors", "image_encoder_folder": "models/image_encoder"}  # fmt: skip
+
+
+class Withholding(Method):
+    """The stock pipeline, but for the groups whose ids fit a pattern, which end without images."""
+
+    title, version = "withholding", 1
+
+    def __init__(self, name, withhold):
+        self.name, self.withhold = name, dict(withhold)
+
+    def settings(self):
+        return {"withhold": self.withhold}
+
+    def draw(self, pipe, group, call):
+        status = next((status for pattern, status in self.withhold.items() if fnmatch(group.id, pattern)), None)
+        if status is None:
+            return super().draw(pipe, group, call)
+        return Drawn(None, {"asked": 1}, withheld=Withheld(status, f"<{group.category}> is protected", ("C1", "C3")))
