@@ -83,7 +83,7 @@ def _knob(default: Any = None, *, _node_: Any, _root_: Any) -> Any:
     A published checkpoint without values of its own has those of the small model of its architecture.
     """
     knob = OmegaConf.to_container(_root_.method.get("about") or OmegaConf.create()).get("knob") or {}
-    asked, model, method = _root_.knob, _root_.model.name, _root_.method.name
+    asked, model, method = _root_.get("knob"), _root_.model.name, _root_.method.name
     if asked is None or _node_._get_full_key(None) != f"method.{knob.get('setting')}":
         return default
     if asked == "chosen":  # here, or else as published

@@ -184,7 +184,7 @@ def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_qual
         cfg = composed(f"experiment={experiment}", f"model={model}")
         tested = primary_metrics(cfg)
         assert len(set(tested.values())) == 2 and "quality" in tested.values()
-        several = ("copyright", "copyright_sweep")  # named prompts and others; two costs
+        several = ("copyright", "copyright_sweep", "peers_copyright")  # named prompts and others; two costs
         assert len(tested) == (3 if experiment in several else 2)
         assert set(tested) <= set(cfg.metric)
         margins = cfg.primary.quality_margin

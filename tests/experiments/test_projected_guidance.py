@@ -39,6 +39,7 @@ def test_nothing_is_divided_by_a_norm_of_zero():
     assert torch.equal(projected(torch.zeros(1, 4), torch.ones(1, 4), 0.0, 1.0), torch.zeros(1, 4))
 
 
+@pytest.mark.slow  # diffusers' guiders take seconds to import
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("variant", ["paper", "diffusers"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -28,7 +28,10 @@ def at(spec, path):
     return spec
 
 
-@pytest.mark.parametrize(("experiment", "model"), [("peers_grid", "mini-sdxl"), ("peers_grid_flux", "mini-flux")])
+@pytest.mark.parametrize(
+    ("experiment", "model"),
+    [("peers_grid", "mini-sdxl"), pytest.param("peers_grid_flux", "mini-flux", marks=pytest.mark.slow)],
+)
 def test_every_method_that_has_a_knob_is_swept_over_as_many_settings_each_of_them_its_own(experiment, model):
     having = [name for name in sorted(KNOBS) if model in KNOBS[name]["values"]]
     configs = expand([f"experiment={experiment}"])
@@ -92,7 +95,8 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         gains, kept = (
             rows.loc[rows["metric"] == name, "difference"].to_numpy() for name in (row["claim"], row["quality"])
         )
-        values = np.array(KNOBS[row["method"]]["values"]["mini-sdxl"])
+        values = KNOBS[row["method"]]["values"]
+        values = np.array(values.get("sdxl", values["mini-sdxl"]))
         if "nothing" in KNOBS[row["method"]]:  # from which the path begins
             gains, kept, values = (np.insert(of, 0, zero) for of, zero in ((gains, 0), (kept, 0), (values, 5.0)))
         n, value = len(values), np.array(chosen["sdxl"][row["method"]])
