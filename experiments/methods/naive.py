@@ -7,7 +7,6 @@ those of `negtome.sites`. Images are square, and all images of a call are one gr
 """
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 
 from experiments.methods.method import Applied
 from experiments.methods.negtome import NegToMe
+from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome import NegToMeConfig
 from negtome.architectures import Place
-from negtome.calls import CallReader, DenoiserCall
+from negtome.calls import DenoiserCall
 from negtome.sites import find_architecture, find_sites
 
 
@@ -66,16 +66,12 @@ def attach(
         raise ValueError(f'the transcription is of reference="first", got {config.reference!r}; use negtome.attach.')
     architecture = find_architecture(pipe)
     denoiser = getattr(pipe, architecture.denoiser)
-    names = tuple(inspect.signature(denoiser.forward).parameters)
-    reader = CallReader(architecture)
     call: DenoiserCall | None = None  # the one that is running, if it is in the window
 
-    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(found: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
         nonlocal call
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        halves = 2 if architecture.guidance == "batch" and pipe.do_classifier_free_guidance else 1
-        call = reader.read(pipe, arguments, len(arguments[architecture.sample]) // halves)
-        call = call if config.is_active(call.timestep) else None
+        call = found if config.is_active(found.timestep) else None
+        return arguments
 
     def changed(features: torch.Tensor, place: Place) -> torch.Tensor:
         if call is None or (architecture.levels and math.isqrt(features.shape[1]) < config.min_side):
@@ -89,8 +85,7 @@ def attach(
             return module.register_forward_pre_hook(lambda _, args: (changed(args[0], place), *args[1:]))
         return module.register_forward_hook(lambda _, args, output: changed(output, place))
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(denoiser.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    with denoiser_calls(pipe, begin), contextlib.ExitStack() as stack:
         for _, module, place in find_sites(denoiser, architecture, config):
             stack.callback(hook(module, place).remove)
         yield
