@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import Drawn, Method, Setting, sample, whole
 from experiments.methods.steps import Prediction, initial_noise, predictions, unpacked
 from experiments.prompts import Group
 from negtome.merge import number
@@ -84,7 +84,7 @@ class ContrastiveNoise(Method):
 
     def __post_init__(self) -> None:
         for name, least in (("inner_steps", 0), ("window", 1)):
-            setattr(self, name, int(number(f"method.{name}", getattr(self, name), least, 1000)))
+            setattr(self, name, whole(f"method.{name}", getattr(self, name), least, 1000))
         for name, least in (("learning_rate", 0), ("temperature", 1e-3)):
             setattr(self, name, number(f"method.{name}", getattr(self, name), least, math.inf))
         self.gamma = None if self.gamma is None else number("method.gamma", self.gamma, 1e-3, math.inf)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.methods.joint import joint_blocks, step_on_cosines, whole
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.joint import joint_blocks, step_on_cosines
+from experiments.methods.method import Applied, Method, Setting, whole
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall

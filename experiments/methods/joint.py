@@ -1,12 +1,10 @@
 """What methods inside of Flux's blocks share: where these are, and gradient steps on the cosines among images."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from negtome.merge import number
 from negtome.sites import find_architecture
 
 
@@ -26,13 +24,6 @@ def joint_blocks(pipe: Any, method: str) -> tuple[torch.nn.ModuleList, torch.nn.
         )
     denoiser = getattr(pipe, architecture.denoiser)
     return denoiser.transformer_blocks, denoiser.single_transformer_blocks
-
-
-def whole(name: str, value: object) -> int:
-    """Return a whole number of at least 1, or refuse it."""
-    if (found := number(name, value, 1, math.inf)) != int(found):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(found)
 
 
 def step_on_cosines(

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import Drawn, Method, Setting, sample, whole
 from experiments.prompts import Group
-from negtome.merge import number
 
 
 def farthest_first(distance: torch.Tensor, count: int) -> list[int]:
@@ -54,7 +53,7 @@ class Selection(Method):
     candidates: int = 8
 
     def __post_init__(self) -> None:
-        self.candidates = int(number("method.candidates", self.candidates, 1, 10**6))
+        self.candidates = whole("method.candidates", self.candidates, 1, 10**6)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "encoder": self.encoder.id}

@@ -185,3 +185,8 @@ def test_what_is_chosen_by_is_part_of_the_identity():
         "encoder": "corners-1", "candidates": 6, "keep": 0.5, "distance_weight": 1.5, "scorer": "colours-1",
     }  # fmt: skip
     assert BestOf("m", Corners(), 6).settings() == {"encoder": "corners-1", "candidates": 6}
+
+
+def test_a_fraction_of_a_candidate_is_refused():
+    with pytest.raises(ValueError, match=r"method.candidates must be a whole number, got 6.5"):
+        BestOf("m", None, candidates=6.5)
