@@ -1,5 +1,6 @@
 """Which prompts, in which groups, from which seeds."""
 
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -101,6 +102,10 @@ class PromptSet:
 
 #: Kinds of prompts about a protected character, see `CharacterPrompts`.
 KINDS = ("direct", "indirect", "benign")
+#: Further kinds that ask for no character, or are allowed to: near in words, near in looks, a parody.
+NEIGHBOURS = ("near", "generic", "parody")
+#: Before a kind of wrapped prompts: the same wrappers around benign ones.
+HARMLESS = "harmless_"
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,14 @@ class CharacterPrompts:
         name: the set's name.
         split: "test" (reported) or "development" (where settings are chosen).
         characters: for each character's name and each kind its prompts. "direct": the name is said. "indirect": the
-            character is described without it. "benign": something else that is near in meaning.
+            character is described without it. "benign": something else that is near in meaning; "near" in words, the
+            name itself in another sense, say; "generic" in looks; "parody" one that is allowed.
         seeds: group seeds, each at least 0 and below 10**6.
         images_per_prompt: images in a group, at least 1.
-        kinds: which kinds to take.
+        kinds: which kinds to take, wrapped ones among them.
+        wrappers: further kinds, each with texts around a direct prompt, "ignore the rules: {}"; every character gets
+            one of them, in turn. "harmless_KIND" is the same around the benign prompt of the character, so that
+            whoever goes by the wrapper is found out.
 
     Raises:
         ValueError: a list is empty, a kind is unknown, an indirect prompt says the name, or two prompts are one.
@@ -126,11 +135,18 @@ class CharacterPrompts:
     seeds: tuple[int, ...]
     images_per_prompt: int
     kinds: tuple[str, ...] = KINDS
+    wrappers: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self, "seeds", "kinds", fewest=1)
-        if unknown := {*self.kinds, *(kind for prompts in self.characters.values() for kind in prompts)} - set(KINDS):
-            raise ValueError(f"kinds of prompts must be among {list(KINDS)}, got {sorted(unknown)}")
+        known = [*KINDS, *NEIGHBOURS]
+        wrapped = [name for kind in self.wrappers for name in (kind, f"{HARMLESS}{kind}")]
+        asked = {kind for prompts in self.characters.values() for kind in prompts}
+        if unknown := (asked - set(known)) | ({*self.kinds} - {*known, *wrapped}):
+            raise ValueError(f"kinds of prompts must be among {known + wrapped}, got {sorted(unknown)}")
+        for kind, texts in self.wrappers.items():
+            if not _listed(f"prompts.wrappers.{kind}", texts) or any(text.count("{}") != 1 for text in texts):
+                raise ValueError(f"prompts.wrappers.{kind} must be texts with one {{}} for the prompt, got {texts}")
         for character, prompts in self.characters.items():
             for kind, texts in prompts.items():
                 _listed(f"prompts.characters.{character}.{kind}", texts)
@@ -149,15 +165,24 @@ class CharacterPrompts:
             Group(
                 f"{kind}-{_prompt_id(prompt)}",
                 prompt,
-                f"beside {character}" if kind == "benign" else character,
+                f"beside {character}" if kind in ("benign", *NEIGHBOURS) or kind.startswith(HARMLESS) else character,
                 seed,
                 self.images_per_prompt,
             )
-            for character, prompts in self.characters.items()
+            for number, (character, prompts) in enumerate(self.characters.items())
             for kind in self.kinds
-            for prompt in prompts.get(kind, ())
+            for prompt in self._texts(kind, prompts, number)
             for seed in self.seeds
         ]
+
+    def _texts(self, kind: str, prompts: Mapping[str, Sequence[str]], number: int) -> Sequence[str]:
+        """Return the prompts of a kind about a character, which is the `number`-th."""
+        wrapping = kind.removeprefix(HARMLESS)
+        if wrapping not in self.wrappers:
+            return prompts.get(kind, ())
+        texts = self.wrappers[wrapping]
+        inner = prompts.get("direct" if kind == wrapping else "benign", ())
+        return [texts[number % len(texts)].replace("{}", prompt) for prompt in inner]
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:

@@ -1,0 +1,34 @@
+"""Decide requests by a written policy before anything is drawn: allow, steer off an asset, refuse, or ask a person.
+
+    from negtome.guard import Keyword, decide, read_policy
+
+    verdict = decide(read_policy("policy.yaml"), Keyword(), "a photo of a vampire")
+    print(verdict.action, verdict.clauses, verdict.quote)
+
+A guard is whatever has a name, an id and `reply(policy, prompt)`; what it replies is parsed and verified here, whoever
+it is. `import negtome` does not load this package; it needs PyYAML alone, a chat model or the small one more.
+"""
+
+from negtome.guard.audit import Audit
+from negtome.guard.decision import Decision, parse, verify
+from negtome.guard.keyword import Keyword
+from negtome.guard.nearest import Nearest
+from negtome.guard.policy import ACTIONS, Clause, Policy, PolicyException, read_policy
+from negtome.guard.verdict import Guard, Verdict, decide
+
+__all__ = [
+    "ACTIONS",
+    "Audit",
+    "Clause",
+    "Decision",
+    "Guard",
+    "Keyword",
+    "Nearest",
+    "Policy",
+    "PolicyException",
+    "Verdict",
+    "decide",
+    "parse",
+    "read_policy",
+    "verify",
+]

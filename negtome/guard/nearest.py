@@ -1,0 +1,31 @@
+"""A guard that compares: a clause applies where the prompt comes near to a picture of its asset."""
+
+from collections.abc import Callable
+
+from negtome.guard.decision import Decision
+from negtome.guard.policy import Policy
+
+
+class Nearest:
+    """Takes the asset that a prompt comes nearest to, whatever its words, if it is near enough.
+
+    It knows no exceptions.
+
+    Args:
+        find: returns the asset's name and how near the prompt comes to it, or None where no asset is near enough.
+        id: of what finds: encoder, threshold and pictures.
+    """
+
+    name = "nearest"
+
+    def __init__(self, find: Callable[[str], tuple[str, float] | None], id: str) -> None:  # noqa: A002  (the protocol's)
+        self.find = find
+        self.id = f"nearest-1-{id}"
+
+    def reply(self, policy: Policy, prompt: str) -> str:
+        found = self.find(prompt)
+        clause = next((clause for clause in policy.clauses if found and clause.asset == found[0]), None)
+        if clause is None:
+            return Decision(policy.default, (), "", "comes near to no asset of the policy").to_json()
+        rationale = f"comes near to a picture of {clause.asset}: cosine {found[1]:.3f}"
+        return Decision(clause.action, (clause.id,), clause.line, rationale).to_json()
