@@ -56,6 +56,8 @@ class Metric(torchmetrics.Metric):
         minimum: images that each group must have.
         pooled: what images must share to be measured together; None for those of a group.
         only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
+        of_withheld: the number of a group that ended without images, where a metric is of requests and not of images;
+            None: it has none, and the document lists it.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +74,7 @@ class Metric(torchmetrics.Metric):
     minimum: int = 1
     pooled: Cluster | None = None
     only: tuple[str, ...] | None = None
+    of_withheld: float | None = None
 
     def __init__(self, encoder: Scorer | None = None, name: str | None = None, **options: Any) -> None:
         super().__init__(**options)  # what all of torchmetrics takes, such as `compute_on_cpu`
@@ -174,7 +177,12 @@ class Metric(torchmetrics.Metric):
             except ValueError as error:
                 raise ValueError(f"in {self.pooled or 'group'} {pool}: {error}") from error
             values.append(images.group_value(pool, members, value=value))
-        return values
+        if self.of_withheld is not None:
+            values += [
+                {"group": row.group_id, "category": row.category, "n_images": 0, "value": self.of_withheld}
+                for row in images.withheld
+            ]
+        return sorted(values, key=lambda value: value["group"])
 
     def results(self, images: ImageSet) -> dict[str, Any]:
         """Return the document's numbers: `value`, `n_groups`, `n_images` and `groups`."""
@@ -290,7 +298,7 @@ def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | No
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     images = images.only(metric.only)
-    shown = not images.withheld or bool(metric.part(images).rows)
+    shown = not images.withheld or metric.of_withheld is not None or bool(metric.part(images).rows)
     document = sealed(
         {
             **_identity(metric, images),
@@ -328,5 +336,5 @@ def _identity(metric: Metric, images: ImageSet) -> dict[str, Any]:
         **({} if metric.only is None else {"only": list(metric.only)}),
         "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
         "manifest_sha256": images.manifest_hash,
-        **({"withheld": told} if told else {}),
+        **({"withheld" if metric.of_withheld is None else "counted_without_images": told} if told else {}),
     }

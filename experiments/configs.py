@@ -95,7 +95,7 @@ def _jobs(*overrides: str) -> list[list[str]]:
 
 def _baseline(overrides: Iterable[str]) -> list[str]:
     """Return the overrides of the run without a method: those of methods and their settings are not for it."""
-    of_methods = ("method", "knob")
+    of_methods = ("method", "knob", "guard")
     return [*(text for text in overrides if _parsed(text).key_or_group.split(".")[0] not in of_methods), "method=none"]
 
 

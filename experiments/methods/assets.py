@@ -86,6 +86,12 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
     return assets
 
 
+def assets_hash(assets: Sequence[Asset]) -> str:
+    """Identify assets by their content, wherever they lie."""
+    files = [[asset.label, *(content_hash(file) for file in (asset.file, asset.mask_file) if file)] for asset in assets]
+    return hashlib.sha256(str(files).encode()).hexdigest()
+
+
 def _check(asset: Asset) -> None:
     """Read an asset's picture and mask once, so that a bad one is named before anything is generated."""
     size, mask = tuple(asset.image.shape[1:]), asset.mask
@@ -207,13 +213,9 @@ class Retriever:
         return {query: float(found[query]) for query in QUERIES if query in found}
 
     def settings(self) -> dict[str, Any]:
-        """Return what affects the choice, as JSON values; the assets by their content, wherever they lie."""
-        files = [
-            [asset.label, *(content_hash(file) for file in (asset.file, asset.mask_file) if file)]
-            for asset in self.assets
-        ]
+        """Return what affects the choice, as JSON values."""
         return {
-            "assets_sha256": hashlib.sha256(str(files).encode()).hexdigest(),
+            "assets_sha256": assets_hash(self.assets),
             "encoder": self.encoder.id,
             "thresholds": self.thresholds,
             **({"preview_steps": self.preview_steps} if "preview" in self.thresholds else {}),
@@ -224,15 +226,17 @@ class Retriever:
 
         Empty where none is above the threshold.
         """
-        found: list[tuple[Asset, float]] = []
-        if "prompt" in self.thresholds:
-            found = self._nearest(self.encoder.embed_texts([group.prompt]), self.thresholds["prompt"])
+        found = self.of_prompt(group.prompt) if "prompt" in self.thresholds else []
         if not found and "preview" in self.thresholds:
             generator = torch.Generator().manual_seed(group.image_seeds()[0])
             preview = pipe(group.prompt, generator=generator, **{**call, "num_inference_steps": self.preview_steps})
             pixels = torch.from_numpy(np.array(preview.images[0].convert("RGB"))).permute(2, 0, 1)
             found = self._nearest(self.encoder.embed_images([pixels]), self.thresholds["preview"])
         return found
+
+    def of_prompt(self, prompt: str) -> list[tuple[Asset, float]]:
+        """Return as `find` does by the prompt's text alone; KeyError where there is no threshold for it."""
+        return self._nearest(self.encoder.embed_texts([prompt]), self.thresholds["prompt"])
 
     def _nearest(self, query: torch.Tensor, threshold: float) -> list[tuple[Asset, float]]:
         """Return the pictures of the asset nearest to a query [1, D], if that is above the threshold."""
@@ -245,3 +249,33 @@ class Retriever:
     def _index(self) -> torch.Tensor:
         """The assets' embeddings, float32 [number of pictures, D], of length 1."""
         return self.encoder.embed_images([asset.image for asset in self.assets])
+
+
+class NamedAssets:
+    """Finds the pictures of the asset that a group's category names: a `Retriever` where somebody else has decided.
+
+    Args:
+        folder, scoring: as of `Retriever`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Retriever`.
+    """
+
+    def __init__(self, folder: str | Path | None, scoring: str | Path | None = None) -> None:
+        self.assets = read_assets(folder)
+        if scoring is not None:
+            check_disjoint(self.assets, scoring)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what affects the choice, as JSON values."""
+        return {"assets_sha256": assets_hash(self.assets), "by": "name"}
+
+    def find(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> list[tuple[Asset, float]]:
+        """Return the pictures of the asset named, each as near as can be.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if not (found := [(asset, 1.0) for asset in self.assets if asset.name == group.category]):
+            raise ValueError(f"expected pictures of the asset {group.category!r}, got none: add a folder of that name")
+        return found

@@ -1,0 +1,206 @@
+"""A request decided by a policy, steered or refused, and its image checked: three layers, the later ones optional."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from eval.encoders import Encoder
+from eval.files import content_hash, read_json, write_json
+from eval.images import Withheld, load_image, read_manifest
+from eval.resemblance import calibrate_threshold, similarities
+from experiments.methods.assets import assets_hash, check_disjoint, read_assets
+from experiments.methods.method import Drawn, Method, Setting, sample, whole
+from experiments.methods.selection import embedded
+from experiments.prompts import Group
+from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy
+
+#: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
+#: pushed away from the asset instead; what was drawn is checked.
+LAYERS = ("decide", "steer", "check")
+
+
+class OutputCheck:
+    """Tells images that resemble a protected asset more than images without any do.
+
+    Args:
+        folder: pictures of the assets, see `experiments.methods.assets.read_assets`; not those that are scored against.
+        held_out: pictures to calibrate the threshold on, one subfolder a kind; the assets' own are left out.
+        encoder: of images.
+        false_positive_rate: in (0, 1): how often an image without any asset is taken for one at most
+            (`eval.resemblance.calibrate_threshold`).
+        scoring: the pictures that resemblance is measured to, none of which may be in `folder`; None: unchecked.
+
+    Raises:
+        FileNotFoundError: there are no pictures, or none held out.
+        ValueError: a setting is out of range, or there are too few held-out pictures for it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        held_out: str | Path | None,
+        encoder: Encoder,
+        false_positive_rate: float = 0.05,
+        scoring: str | Path | None = None,
+    ) -> None:
+        self.assets = read_assets(folder)
+        if held_out is None:
+            raise FileNotFoundError(
+                "expected held-out pictures without any asset to calibrate the output check on, got none: give "
+                "model.copyright.held_out=FOLDER, or leave the check out by method.layers=steer"
+            )
+        if scoring is not None:
+            check_disjoint(self.assets, scoring)
+        self.encoder = encoder
+        self.false_positive_rate = false_positive_rate
+        names = {asset.name for asset in self.assets}
+        self._held_out = [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in names]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what affects its findings, as JSON values."""
+        return {
+            "assets_sha256": assets_hash(self.assets),
+            "encoder": self.encoder.id,
+            "held_out_sha256": hashlib.sha256(str([*map(content_hash, self._held_out)]).encode()).hexdigest(),
+            "false_positive_rate": self.false_positive_rate,
+        }
+
+    def found(self, images: np.ndarray, exempt: Collection[str] = ()) -> tuple[str | None, float]:
+        """Return the asset that images, float [n, H, W, 3] in [0, 1], show, or None, and their largest cosine with any.
+
+        Args:
+            images: of one request.
+            exempt: names of assets that may be shown.
+        """
+        places = [place for place, asset in enumerate(self.assets) if asset.name not in exempt]
+        nearest = similarities(embedded(self.encoder, images), self._index[places]).amax(dim=0)
+        score, place = nearest.max().item(), places[int(nearest.argmax())]
+        return (self.assets[place].name if score > self.threshold else None), score
+
+    @cached_property
+    def threshold(self) -> float:
+        """The cosine above which an image shows an asset."""
+        pictures = self.encoder.embed_images([load_image(file) for file in self._held_out])
+        return calibrate_threshold(similarities(pictures, self._index).amax(dim=1), self.false_positive_rate)
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        return self.encoder.embed_images([asset.image for asset in self.assets])
+
+
+@dataclass
+class Guarded(Method):
+    """The stock pipeline behind a policy: allow, steer, refuse or escalate, and a check of what came out.
+
+    Refused, escalated and blocked requests end without images and with the clauses that it is for. A guard whose reply
+    does not follow from the policy is never taken to allow: the request is escalated, and counted apart.
+
+    Attributes:
+        guard: decides; see `negtome.guard.Guard`.
+        policy: file of the policy.
+        steering: makes the images of a request that is to be steered, of a group whose category is the asset's name.
+        check: of images; None with layers that have none.
+        layers: the last of `LAYERS` that there is.
+        tries: how often images that the check finds an asset in are made again, from other noises, before they are
+            blocked.
+        decisions: folder in which verdicts are kept, so that all layers, and runs taken up again, have the same; None
+            asks each time.
+    """
+
+    title: ClassVar[str] = "guarded"
+    columns: ClassVar[tuple[Setting, ...]] = (Setting("guard", printed="always"), Setting("layers", printed="always"))
+    version: ClassVar[int] = 1
+
+    name: str
+    guard: Guard
+    policy: str
+    steering: Method
+    check: OutputCheck | None = None
+    layers: str = LAYERS[-1]
+    tries: int = 3
+    decisions: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers not in LAYERS:
+            raise ValueError(f"method.layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
+        if self.layers == LAYERS[-1] and self.check is None:
+            raise ValueError("method.layers=check needs method.check, got none: configure it, or set layers=steer")
+        self.tries = whole("method.tries", self.tries, 0)
+        self._policy = read_policy(self.policy)
+        drawn = {asset.name for asset in self.check.assets} if self.check else None
+        if absent := sorted({clause.asset for clause in self._policy.clauses} - drawn) if drawn else []:
+            raise ValueError(
+                f"expected pictures of every asset of {self.policy}, got no folder of {', '.join(absent[:5])}: name "
+                "the policy's assets as their folders"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        found = {
+            "guard": self.guard.name,
+            "guard_id": self.guard.id,
+            "policy_sha256": self._policy.sha256,
+            "layers": self.layers,
+        }
+        if self.layers != "decide":
+            found["steering"] = {"version": self.steering.version, **self.steering.settings()}
+        if self.layers == "check":
+            found |= {"check": self.check.settings(), "tries": self.tries}
+        return found
+
+    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+        verdict = self.verdict(group.prompt)
+        told: dict[str, Any] = {"action": verdict.action, "decide_seconds": verdict.seconds}
+        cited = [self._policy[name] for name in verdict.clauses]
+        assets = [part.asset for part in cited if isinstance(part, Clause)]
+        ended = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}.get(verdict.action)
+        if ended or (verdict.action == "steer" and self.layers == "decide"):
+            return Drawn(None, told, withheld=Withheld(ended or "refused", verdict.reason, verdict.clauses))
+        steered = verdict.action == "steer"
+        method = self.steering if steered else Method()
+        inner = dataclasses.replace(group, category=assets[0]) if steered else group
+        check = self.check if self.layers == "check" else None
+        tries = 1 + self.tries if check else 1
+        seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
+        clocks = [time.perf_counter()]
+        for number in range(tries):
+            with method.apply(pipe, inner, call) as applied:
+                images = sample(pipe, group, applied.call, seeds[number * group.size :][: group.size])
+            clocks.append(time.perf_counter())
+            shown, score = check.found(images, () if steered else assets) if check else (None, None)
+            clocks.append(time.perf_counter())
+            told.setdefault("check", []).append(score)
+            if shown is None:
+                break
+        spans = np.diff(clocks).round(4)
+        told |= {"draw_seconds": float(spans[::2].sum()), "check_seconds": float(spans[1::2].sum())}
+        if shown is None:
+            return Drawn(images, {**told, **applied.statistics()}, applied.references)
+        clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == shown)
+        reason = f"every one of {tries} images resembles {shown} above the threshold"
+        return Drawn(None, told, applied.references, Withheld("blocked", reason, clauses))
+
+    def verdict(self, prompt: str) -> Verdict:
+        """Return what the guard decides of a prompt, or decided before.
+
+        Raises:
+            ValueError, ConnectionError: as `negtome.guard.decide`.
+        """
+        if self.decisions is None:
+            return decide(self._policy, self.guard, prompt)
+        key = hashlib.sha256(f"{self._policy.sha256}/{self.guard.id}/{prompt}".encode()).hexdigest()
+        path = Path(self.decisions) / f"{key[:32]}.json"
+        if path.exists():
+            kept = read_json(path)
+            decision = kept.pop("decision")
+            return Verdict(**kept, decision=decision and Decision(**decision))
+        verdict = decide(self._policy, self.guard, prompt)
+        write_json(path, dataclasses.asdict(verdict))
+        return verdict

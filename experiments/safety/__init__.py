@@ -1,0 +1,1 @@
+"""The safety side: requests decided by a policy, steered or refused, checked, and scored."""

@@ -1,0 +1,24 @@
+"""Guards that need what the experiments have: the retriever behind `negtome.guard.Nearest`."""
+
+import hashlib
+import json
+
+from experiments.configs import build, first
+from experiments.methods.assets import Retriever
+from negtome.guard import Nearest
+
+
+def nearest(retriever: Retriever | None = None) -> Nearest:
+    """Return the guard that compares prompts with the protected assets' pictures.
+
+    Args:
+        retriever: finds them; its query for prompts alone is used. None: as configured for the mini models.
+    """
+    found = build(first([]).retriever) if retriever is None else retriever
+
+    def find(prompt: str) -> tuple[str, float] | None:
+        pictures = found.of_prompt(prompt)
+        return (pictures[0][0].name, pictures[0][1]) if pictures else None
+
+    digest = hashlib.sha256(json.dumps(found.settings(), sort_keys=True).encode()).hexdigest()
+    return Nearest(find, digest[:12])
