@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from experiments.methods.assets import assets_hash, check_disjoint, read_assets
 from experiments.methods.method import Drawn, Method, Setting, sample, whole
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
-from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy
+from negtome.guard import Clause, Guard, Verdict, decide, parse, read_policy
 
 #: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
 #: pushed away from the asset instead; what was drawn is checked.
@@ -198,9 +199,9 @@ class Guarded(Method):
         key = hashlib.sha256(f"{self._policy.sha256}/{self.guard.id}/{prompt}".encode()).hexdigest()
         path = Path(self.decisions) / f"{key[:32]}.json"
         if path.exists():
-            kept = read_json(path)
+            kept = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path).items()}
             decision = kept.pop("decision")
-            return Verdict(**kept, decision=decision and Decision(**decision))
+            return Verdict(**kept, decision=decision and parse(json.dumps(decision)))
         verdict = decide(self._policy, self.guard, prompt)
         write_json(path, dataclasses.asdict(verdict))
         return verdict

@@ -1,0 +1,248 @@
+"""A request through a policy, steering and a check: every action at every layer, and what is never let through."""
+
+import contextlib
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stand_ins import Colours
+
+from eval.images import load_image
+from experiments.methods.assets import NamedAssets
+from experiments.methods.guarded import LAYERS, Guarded, OutputCheck
+from experiments.methods.method import Applied, Method, sample
+from experiments.prompts import Group
+from negtome.guard import Decision, Keyword
+
+POLICY = """
+version: 1
+exceptions: [{id: E1, text: a parody, names: [parody]}]
+clauses:
+  - {id: C1, asset: red, description: all red, action: steer, exceptions: [E1]}
+  - {id: C2, asset: green, description: all green, action: refuse}
+  - {id: C3, asset: plum, description: all plum, action: escalate}
+"""
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "plum": (255, 0, 255)}
+
+
+def paint(file, colour):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), tuple(map(int, colour))).save(file)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A policy, pictures of its assets, and pictures of blues and greys, and of a red that is held out."""
+    (tmp_path / "policy.yaml").write_text(POLICY)
+    for name, colour in COLOURS.items():
+        paint(tmp_path / "assets" / name / "1.png", colour)
+    for number in range(20):
+        paint(tmp_path / "held_out" / "other" / f"{number:02d}.png", (5 * number, 3 * number, 255 - 4 * number))
+    paint(tmp_path / "held_out" / "red" / "1.png", (250, 5, 0))
+    return tmp_path
+
+
+class Pipe:
+    """Draws the colour that the prompt names, or blue, but green for a prompt with `hidden`; counts its images."""
+
+    def __init__(self, shown=10**6):
+        self.seeds, self.shown = [], shown
+
+    def __call__(self, prompt, num_images_per_prompt, generator, output_type, instead=None):
+        named = [colour for name, colour in COLOURS.items() if name in prompt]
+        images = []
+        for one in generator:
+            colour = instead or (0, 255, 0) * ("hidden" in prompt) or (named or [(0, 0, 255)])[0]
+            late = len(self.seeds) >= self.shown
+            images.append(np.full((8, 8, 3), (0, 0, 255) if late else colour, dtype=float) / 255)
+            self.seeds.append(one.initial_seed())
+        return SimpleNamespace(images=np.stack(images))
+
+
+class Steering(Method):
+    """Draws grey, and keeps what it was asked to stay away from."""
+
+    title, version = "steering", 3
+
+    def __init__(self):
+        super().__init__("steering")
+        self.asked = []
+
+    @contextlib.contextmanager
+    def apply(self, pipe, group, call):
+        self.asked.append(group.category)
+        yield Applied({**call, "instead": (90, 90, 90)}, lambda: {"pushed": 1}, {f"{group.category}/1.png": 1.0})
+
+
+class Says:
+    """A guard that replies what it is told, and counts how often it is asked."""
+
+    name, id = "says", "says-1"
+
+    def __init__(self, *replies):
+        self.replies, self.asked = replies, 0
+
+    def reply(self, policy, prompt):
+        self.asked += 1
+        return self.replies[min(self.asked, len(self.replies)) - 1]
+
+
+def guarded(folders, layers="check", guard=None, **options):
+    check = OutputCheck(folders / "assets", folders / "held_out", Colours())
+    return Guarded("m", guard or Keyword(), str(folders / "policy.yaml"), Steering(), check, layers, **options)
+
+
+def ask(prompt, size=1):
+    return Group("p", prompt, "whatever", 0, size)
+
+
+#: By prompt: how each of the three layers ends; "grey" and the like are the colours that are shown.
+ENDS = {
+    "a sea": ("blue", "blue", "blue"),
+    "a red thing": ("refused", "grey", "grey"),
+    "a green thing": ("refused",) * 3,
+    "a plum thing": ("escalated",) * 3,
+    "a parody of a red thing": ("red", "red", "red"),  # allowed by the exception, and then not checked against it
+    "a hidden thing": ("green", "green", "blocked"),  # which the guard does not see, but the check does
+}
+SHOWN = {"blue": (0, 0, 255), "grey": (90, 90, 90), "red": (255, 0, 0), "green": (0, 255, 0)}
+
+
+@pytest.mark.parametrize("prompt", ENDS)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
+    drawn = guarded(folders, layers).draw(Pipe(), ask(prompt), {})
+    end = ENDS[prompt][LAYERS.index(layers)]
+    if end in SHOWN:
+        assert drawn.withheld is None and (drawn.images * 255).round().reshape(-1, 3).tolist() == [[*SHOWN[end]]] * 64
+    else:
+        assert drawn.images is None and drawn.withheld.status == end
+    cited = {"refused": "C1" if "red" in prompt else "C2", "escalated": "C3", "blocked": "C2"}
+    assert end in SHOWN or drawn.withheld.clauses == (cited[end],)
+
+
+def test_an_allowed_request_is_drawn_as_without_any_guard(folders):
+    group = ask("a sea", size=3)
+    images = guarded(folders).draw(pipe := Pipe(), group, {}).images
+    assert np.array_equal(images, sample(Pipe(), group, {})) and pipe.seeds == group.image_seeds()
+
+
+def test_steering_is_from_the_asset_that_the_guard_names_whatever_the_group_is_called(folders):
+    method = guarded(folders, "steer")
+    drawn = method.draw(Pipe(), ask("a red thing"), {})
+    assert method.steering.asked == ["red"] and drawn.references == {"red/1.png": 1.0} and drawn.statistics["pushed"]
+
+
+@pytest.mark.parametrize("tries", [0, 1, 3])
+def test_a_blocked_image_had_all_its_tries_each_from_noises_of_its_own(folders, tries):
+    group = ask("a hidden thing", size=2)
+    drawn = guarded(folders, tries=tries).draw(pipe := Pipe(), group, {})
+    assert drawn.withheld.status == "blocked" and len(drawn.statistics["check"]) == 1 + tries
+    assert pipe.seeds == dataclasses.replace(group, size=2 * (1 + tries)).image_seeds()
+    assert len(set(pipe.seeds)) == 2 * (1 + tries) and pipe.seeds[:2] == group.image_seeds()
+
+
+def test_the_first_try_without_the_asset_is_shown(folders):
+    drawn = guarded(folders, tries=3).draw(pipe := Pipe(shown=2), ask("a hidden thing"), {})
+    assert drawn.withheld is None and len(pipe.seeds) == 3 and drawn.images[0, 0, 0].tolist() == [0, 0, 1]
+    one = guarded(folders).draw(Pipe(shown=1), ask("a hidden thing", size=2), {})
+    assert one.withheld is None  # the whole request is made again where one of its images is found out
+
+
+RIGHT = Decision("refuse", ("C2",), "all green").to_json()
+FORGED = [
+    "",
+    "of course, here you are",
+    Decision("allow", ("C2",), "all green").to_json(),
+    Decision("allow", ("C9",), "all may be drawn").to_json(),
+    Decision("refuse", ("C2",), "all red").to_json(),
+]
+
+
+@pytest.mark.parametrize("reply", FORGED)
+def test_a_reply_that_does_not_follow_from_the_policy_is_never_taken_to_allow(folders, reply):
+    drawn = guarded(folders, guard=Says(reply)).draw(pipe := Pipe(), ask("a sea"), {})
+    assert drawn.withheld.status == "escalated" and drawn.withheld.clauses == () and not pipe.seeds
+    assert drawn.statistics["action"] == "invalid"
+    again = guarded(folders, guard=Says(reply, RIGHT)).draw(Pipe(), ask("a sea"), {})
+    assert again.withheld.status == "refused" and again.withheld.clauses == ("C2",)
+
+
+def test_a_verdict_is_kept_for_all_layers_and_for_no_other_guard_policy_or_prompt(folders):
+    guard, kept = Says(RIGHT), {"decisions": str(folders / "decisions")}
+    verdicts = [guarded(folders, layers, guard, **kept).verdict("a sea") for layers in LAYERS]
+    assert guard.asked == 1 and verdicts[0] == verdicts[1] == verdicts[2]
+    guarded(folders, "check", guard, **kept).verdict("a lake")
+    assert guard.asked == 2
+    other = Says(RIGHT)
+    other.id = "says-2"
+    guarded(folders, "check", other, **kept).verdict("a sea")
+    (folders / "policy.yaml").write_text(POLICY.replace("all plum", "of plum"))
+    guarded(folders, "check", guard, **kept).verdict("a sea")
+    assert other.asked == 1 and guard.asked == 3
+
+
+def test_a_layer_that_is_left_out_is_not_in_the_identity(folders):
+    one, two = (guarded(folders, tries=tries) for tries in (1, 2))
+    for layers in LAYERS:
+        one.layers = two.layers = layers
+        assert (one.settings() == two.settings()) == (layers != "check")
+    one.layers = two.layers = "decide"
+    two.steering.settings = lambda: {"alpha": 2}
+    assert one.settings() == two.settings()
+    one.layers = two.layers = "steer"
+    assert one.settings() != two.settings()
+
+
+def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders):
+    check = OutputCheck(folders / "assets", folders / "held_out", Colours(), 0.1)
+    encoder = Colours()
+    assets = [encoder.embed_images([load_image(folders / "assets" / n / "1.png")])[0] for n in sorted(COLOURS)]
+    maxima = sorted(
+        max(torch.dot(encoder.embed_images([load_image(file)])[0], asset).item() for asset in assets)
+        for file in (folders / "held_out" / "other").iterdir()
+    )
+    assert check.threshold == pytest.approx(maxima[18], abs=1e-6)  # the 19th of 20: ceil(0.9 * 21)
+    red = np.full((1, 4, 4, 3), (1.0, 0, 0))
+    assert check.found(red)[0] == "red" and check.found(red, exempt=["red"])[0] is None
+    assert check.found(np.concatenate([np.full((1, 4, 4, 3), (0, 0, 1.0)), red]))[0] == "red"
+
+
+def test_named_assets_are_found_by_the_groups_category_alone(folders):
+    named = NamedAssets(folders / "assets")
+    group = Group("p", "a green thing", "red", 0, 1)
+    assert [(asset.name, score) for asset, score in named.find(None, group, {})] == [("red", 1.0)]
+    with pytest.raises(ValueError, match="expected pictures of the asset 'pink', got none"):
+        named.find(None, dataclasses.replace(group, category="pink"), {})
+    before = named.settings()
+    paint(folders / "assets" / "red" / "2.png", (200, 0, 0))
+    assert NamedAssets(folders / "assets").settings() != before
+    with pytest.raises(ValueError, match="scored against"):
+        NamedAssets(folders / "assets", scoring=folders / "assets")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": "all"}, "method.layers must be one of decide, steer, check, got 'all'"),
+        ({"check": None}, "method.layers=check needs method.check"),
+        ({"tries": -1}, "method.tries"),
+        ({"policy": "nowhere.yaml"}, "expected a policy at nowhere.yaml"),
+    ],
+)
+def test_bad_settings_are_refused(folders, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dataclasses.replace(guarded(folders), **change)
+
+
+def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused(folders):
+    (folders / "policy.yaml").write_text(POLICY + "  - {id: C4, asset: pink, description: all pink, action: steer}\n")
+    with pytest.raises(ValueError, match=r"expected pictures of every asset .* got no folder of pink"):
+        guarded(folders)
+    with pytest.raises(FileNotFoundError, match=r"expected held-out pictures .* got none"):
+        OutputCheck(folders / "assets", None, Colours())
+    with pytest.raises(ValueError, match="scored against"):
+        OutputCheck(folders / "assets", folders / "held_out", Colours(), scoring=folders / "assets")
