@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers publish latency report doctor mini-models test test-slow test-gpu test-versions lint
+.PHONY: help install sweep cfg-scale peers safety publish latency report doctor mini-models test test-slow test-gpu test-versions lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ peers: $(VENV)/.installed-experiments  ## NegToMe beside every other method: set
 	  $(PY) -m experiments.reproduce experiment=$$name $(ARGS) || status=1; \
 	  $(PY) -m experiments.rank experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status
+
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, and the scorecard (20 minutes)
+	status=0; $(PY) -m experiments.reproduce experiment=safety $(ARGS) || status=1; \
+	$(PY) -m experiments.safety.scorecard experiment=safety $(ARGS) && exit $$status
 
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)

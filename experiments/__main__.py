@@ -20,13 +20,17 @@ from pathlib import Path
 
 COMMANDS = (
     "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "rank", "report", "latency", "collect",
-    "applications", "doctor",
+    "applications", "doctor", "safety.scorecard",
 )  # fmt: skip
 
 
 def describe(command: str) -> str:
     """Return a command's docstring, which is its help, without importing what it needs."""
-    return ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text())) or ""
+    return ast.get_docstring(ast.parse(_file(command).read_text())) or ""
+
+
+def _file(command: str) -> Path:
+    return Path(__file__).parent.joinpath(*command.split(".")).with_suffix(".py")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         for command in COMMANDS:
-            print(f"  {command:<13} {describe(command).splitlines()[0]}")
+            print(f"  {command:<16} {describe(command).splitlines()[0]}")
         return 0
     command, *arguments = argv
     if command not in COMMANDS:
@@ -71,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run_module(file: str) -> None:
     """Run the command whose module was started by its own name, and exit."""
-    sys.exit(main([Path(file).stem, *sys.argv[1:]]))
+    (command,) = [name for name in COMMANDS if _file(name).samefile(file)]
+    sys.exit(main([command, *sys.argv[1:]]))
 
 
 def _refuse(command: str, message: str) -> int:

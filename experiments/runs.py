@@ -133,14 +133,18 @@ class Run:
         run.check_manifest()
         return run
 
-    def statistics(self) -> list[dict[str, Any]]:
-        """Return what was recorded of every group that has images while it was generated.
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Return what was recorded of every group, by its id, those without images among them.
 
         Raises:
             ValueError: a record holds other values than were written.
         """
-        records = map(_read_record, sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}")))
-        return [record["stats"] for record in records if "withheld" not in record]
+        files = sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))
+        return {f"{file.parts[-3]}/{file.parts[-2]}": _read_record(file) for file in files}
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Return what the method's log keeps of every group that has images; ValueError as of `records`."""
+        return [record["stats"] for record in self.records().values() if "withheld" not in record]
 
     def check_manifest(self) -> None:
         """Raise ValueError where a complete run's manifest or withheld groups are not those it was completed with."""
