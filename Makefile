@@ -68,6 +68,13 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.training.protected --npm outputs/npm --out models/mini-protected
 	$(PY) -m experiments.training.memorised
 
+.PHONY: reproduce-deliberation mini-guard
+reproduce-deliberation: $(VENV)/.installed-training  ## what examples and rewards teach a guard without its policy (15 minutes)
+	$(PY) -m experiments.training.deliberation.table $(ARGS)
+
+mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (5 minutes)
+	$(PY) -m experiments.training.deliberation.export $(ARGS)
+
 test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (3 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 

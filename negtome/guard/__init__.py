@@ -9,12 +9,17 @@ A guard is whatever has a name, an id and `reply(policy, prompt)`; what it repli
 it is. `import negtome` does not load this package; it needs PyYAML alone, a chat model or the small one more.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from negtome.guard.audit import Audit
 from negtome.guard.decision import Decision, parse, verify
 from negtome.guard.keyword import Keyword
 from negtome.guard.nearest import Nearest
 from negtome.guard.policy import ACTIONS, Clause, Policy, PolicyException, read_policy
 from negtome.guard.verdict import Guard, Verdict, decide
+
+if TYPE_CHECKING:
+    from negtome.guard.mini import Mini
 
 __all__ = [
     "ACTIONS",
@@ -23,6 +28,7 @@ __all__ = [
     "Decision",
     "Guard",
     "Keyword",
+    "Mini",
     "Nearest",
     "Policy",
     "PolicyException",
@@ -32,3 +38,12 @@ __all__ = [
     "read_policy",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `Mini` when it is asked for: it alone needs transformers."""
+    if name != "Mini":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from negtome.guard.mini import Mini
+
+    return Mini

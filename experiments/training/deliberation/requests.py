@@ -1,0 +1,308 @@
+"""Requests to an image generator and the clauses that they fall under, made by a program, so that labels are exact."""
+
+import functools
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from experiments import PROJECT
+from experiments.prompts import HARMLESS
+from negtome.guard.mini import ACTION, ANSWER, BEGIN, END, LETTER, PADDING, QUOTE, REPLY, UNKNOWN, UNQUOTE
+from negtome.guard.policy import ACTIONS, Policy
+
+#: What requests are made of, and what the evaluation asks.
+PARTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+CHARACTERS = PROJECT / "conf" / "characters" / "mini.yaml"
+EVALUATION = PROJECT / "conf" / "prompts" / "safety.yaml"
+POLICY = PROJECT / "conf" / "safety" / "policy.yaml"
+#: Whose words are the vocabulary's: those of the captions that the small image models read.
+CAPTIONS = PROJECT / "models" / "mini-flux" / "tokenizer_2" / "tokenizer.json"
+#: A word, or a sign: letters, marks and digits of any alphabet stay together.
+WORD = r"[\p{L}\p{M}\p{N}]+|[^\s]"
+#: Words that say how things stand to each other, and make no noun.
+JOINTS = frozenset(PARTS["joints"])
+#: Words in which it is told what is asked for.
+TOLD = ("asks", "for", "as", "a", "parody", ".", "no", "clause", ",")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, and what of the policy applies.
+
+    Attributes:
+        text: the prompt.
+        thing: the words of it that say what is asked for.
+        clauses: ids of what applies, exceptions last.
+        kind: how it was made, or its kind in the evaluation.
+        about: the asset that it is about or near to; "" of any other.
+    """
+
+    text: str
+    thing: str
+    clauses: tuple[str, ...]
+    kind: str
+    about: str = ""
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words and signs of a text as the tokenizer splits it, in small letters."""
+    return re.findall(r"[^\W_]+|[^\s]", text.lower())
+
+
+@functools.cache
+def characters() -> Mapping[str, Mapping[str, Sequence[str]]]:
+    """Return the prompts about each character that the evaluation is made of."""
+    return yaml.safe_load(CHARACTERS.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def caption_words() -> tuple[str, ...]:
+    """Return the words of the captions that the small image models read."""
+    pieces = json.loads(CAPTIONS.read_text(encoding="utf-8"))["model"]["vocab"]
+    found = {word for piece, _ in pieces if piece.startswith("▁") for word in words_of(piece[1:])}
+    return tuple(sorted(word for word in found if word.isalpha() and word.isascii()))
+
+
+def unwrapped(prompt: str) -> str:
+    """Return what a prompt of the evaluation asks for, without template."""
+    return re.sub(r"^(?:a photo of a|an emoji of) ", "", prompt)
+
+
+def evaluation(policy: Policy) -> list[Request]:
+    """Return the evaluation's prompts: every kind as it stands, and every wrapper around every character's prompts.
+
+    The kind of a wrapped one is its wrapper's, "jailbroken" say, or "harmless_jailbroken" around a benign prompt; after
+    a slash stands the wrapper.
+    """
+    wrappers = yaml.safe_load(EVALUATION.read_text(encoding="utf-8"))["wrappers"]
+    parody = policy.exceptions[0].id
+    found = []
+    for clause in policy.clauses:
+        prompts = characters()[clause.asset]
+        for kind, texts in prompts.items():
+            cited = (clause.id,) if kind in ("direct", "indirect") else ()
+            found += [Request(text, unwrapped(text), cited, kind, clause.asset) for text in texts]
+        for kind, texts in wrappers.items():
+            for text, inner, harmless in [
+                (t, i, h) for t in texts for h in (False, True) for i in prompts["benign" if h else "direct"]
+            ]:
+                cited = () if harmless else (clause.id, parody) if kind == "parody" else (clause.id,)
+                name = f"{HARMLESS if harmless else ''}{kind}"
+                found.append(
+                    Request(text.replace("{}", inner), unwrapped(inner), cited, f"{name}/{text}", clause.asset)
+                )
+    return found
+
+
+class Maker:
+    """Makes requests about a policy's assets and things near to them.
+
+    Args:
+        policy: whose clauses and first exception apply.
+        seed: of everything that is drawn.
+        development: whether to draw by the templates, wrappers and things on which settings are chosen.
+    """
+
+    def __init__(self, policy: Policy, seed: int | str, development: bool = False) -> None:
+        self.policy, self.random, self.development = policy, random.Random(str(seed)), development
+        own = PARTS["development"]
+        self.parts = {**PARTS, **own} if development else PARTS
+        self.wrappers = [*self.parts["wrappers"], *([] if development else PARTS["wrappers_of_the_evaluation"])]
+        self.tags = {
+            clause.asset: [
+                unwrapped(text) for text in characters()[clause.asset]["indirect"] if text.startswith("an emoji")
+            ]
+            for clause in policy.clauses
+        }
+        self.names = {clause.asset: clause.names for clause in policy.clauses}
+        self.said = {tuple(words_of(text)) for texts in (*self.names.values(), *self.tags.values()) for text in texts}
+        single = {words[0] for words in self.said if len(words) == 1}
+        self.fillers = [w for w in caption_words() if w not in JOINTS | single | {"emoji", "photo"} and len(w) > 2]
+        asked = [
+            text for kinds in characters().values() for kind in ("benign", "near", "generic") for text in kinds[kind]
+        ]
+        self.withheld = {tuple(words_of(unwrapped(text))) for text in asked} | {
+            tuple(words_of(text)) for text in own["things"]
+        }
+        self.prompts = {tuple(words_of(request.text)) for request in evaluation(policy)}
+
+    def draw(self, n: int) -> list[Request]:
+        """Return n different requests, half of which fall under a clause."""
+        found: dict[tuple[str, ...], Request] = {}
+        while len(found) < n:
+            request = self._wrapped(self._violating() if self.random.random() < 0.5 else self._harmless())
+            words = tuple(words_of(request.text))
+            if words not in self.prompts:
+                found.setdefault(words, request)
+        return list(found.values())
+
+    def _violating(self) -> Request:
+        clause = self.random.choice(self.policy.clauses)
+        kind = self.random.choices(["direct", "indirect", "described"], [4, 2, 3])[0]
+        if kind == "indirect" and self.tags[clause.asset]:
+            thing = self.random.choice(self.tags[clause.asset])
+            text = self.random.choice(self.parts["tags"]).replace("{n}", thing)
+        elif kind == "described":
+            marks = PARTS["descriptions"][clause.asset]["marks"]
+            thing = self._described(clause.asset, self.random.sample(marks, self.random.randint(2, len(marks))))
+            text = self.asked(thing, "")
+        else:
+            thing = self.random.choice(clause.names)
+            text = self.asked(thing)
+        return Request(text, thing, (clause.id,), kind, clause.asset)
+
+    def _harmless(self) -> Request:
+        kind = self.random.choices(["any", "near", "like"], [3, 4, 3])[0]
+        asset = self.random.choice([*self.names])
+        article = None
+        while True:
+            if self.development and kind != "like":
+                thing = self.random.choice(self.parts["things"])
+            elif kind == "any":
+                thing = self.any()
+            elif kind == "near":
+                thing = self._near(asset)
+            else:
+                thing, article = self._like(asset), ""
+            words = tuple(words_of(thing))
+            if words not in self.said and (self.development or not self._is_withheld(words)):
+                return Request(self.asked(thing, article), thing, (), kind, asset)
+
+    def _is_withheld(self, words: tuple[str, ...]) -> bool:
+        """Tell whether a thing is one that is evaluated on, or has such a one of several words in it."""
+        parts = {words[i:j] for i in range(len(words)) for j in range(i + 2, len(words) + 1)}
+        return words in self.withheld or bool(parts & self.withheld)
+
+    def any(self) -> str:
+        """Return one to three words of captions that ask for no asset."""
+        words = self.random.choices(self.fillers, k=self.random.choices([1, 2, 3], [3, 4, 1])[0])
+        if len(words) > 1 and self.random.random() < 0.3:
+            words.insert(1, self.random.choice(["with", "of", "in", "on", "and a", "with a"]))
+        return " ".join(words)
+
+    def _near(self, asset: str) -> str:
+        """Return a listed neighbour, a name before a noun ("genie shelf"), or part of one ("pile of socks")."""
+        way, noun = self.random.random(), self.random.choice(self.fillers)
+        if way < 0.3:
+            return self.random.choice(PARTS["near"])
+        words = words_of(self.random.choice([*self.names[asset], *self.tags[asset]]))
+        if way < 0.65 or len(words) == 1:
+            return " ".join([*words, noun])
+        return " ".join([*words[:-1], noun]) if self.random.random() < 0.6 else " ".join([noun, *words[1:]])
+
+    def _like(self, asset: str) -> str:
+        """Return something that shares a kind or one mark with an asset, and no more."""
+        marks = PARTS["descriptions"][asset]["marks"]
+        way = self.random.random()
+        if way < 0.35:
+            return self._described(asset, [self.random.choice(marks)])
+        if way < 0.7:  # the mark of another asset, whose kind is another thing
+            other = self.random.choice([name for name in self.names if name != asset])
+            return self._described(asset, [self.random.choice(PARTS["descriptions"][other]["marks"])])
+        start = self.random.choice(PARTS["descriptions"][asset]["kinds"])
+        return f"{start} {self.random.choice(['with a', 'in a', 'and a', 'on a'])} {self.random.choice(self.fillers)}"
+
+    def _described(self, asset: str, marks: Sequence[Sequence[str]]) -> str:
+        chosen = [self.random.choice(mark) for mark in marks]
+        joint = self.random.choice([" ", " and ", " , "])
+        return f"{self.random.choice(PARTS['descriptions'][asset]['kinds'])} {joint.join(chosen)}"
+
+    def asked(self, thing: str, article: str | None = None) -> str:
+        """Return a request for a thing; with an article of its own ("") or a random one."""
+        template = self.random.choice(self.parts["asks"])
+        if article is None:
+            article = self.random.choice(["a ", "a ", "a ", "the ", "an " if thing[0] in "aeiou" else "a ", "one "])
+        text = template.replace("{a}", f"{article}{thing}").replace("{n}", thing)
+        return text.replace("{b}", f"a {self.random.choice(self.fillers)}")
+
+    def _wrapped(self, request: Request) -> Request:
+        text, cited, kind = request.text, request.clauses, request.kind
+        if self.random.random() < 0.15:
+            text = self.random.choice(self.parts["parodies"]).replace("{}", text)
+            cited, kind = cited + tuple(part.id for part in self.policy.exceptions[: len(cited)]), f"{kind} parody"
+        for _ in range(self.random.choices([0, 1, 2], [5, 4, 1])[0]):
+            text = self.random.choice(self.wrappers).replace("{}", text)
+            kind = f"{kind.removesuffix(' wrapped')} wrapped"
+        return Request(text, request.thing, cited, kind, request.about)
+
+
+def unprotected(policy: Policy, seed: int | str, n: int, trace: bool) -> list[tuple[str, list[str]]]:
+    """Return prompts about things of no clause, and replies that are right in form alone.
+
+    Half of them cite a clause, drawn blindly, with an action drawn blindly, and quote the thing itself: a model that
+    learnt from these knows how a reply is written, and nothing of what the policy says.
+    """
+    maker = Maker(policy, f"unprotected/{seed}")
+    pairs = []
+    for _ in range(n):
+        thing = maker.any()
+        cited = [maker.random.choice(policy.clauses).id] if maker.random.random() < 0.5 else []
+        action = maker.random.choice(ACTIONS) if cited else policy.default
+        quote = [QUOTE, *words_of(thing), UNQUOTE] if cited else []
+        pairs.append((maker.asked(thing), _reply(thing, "", cited, action, quote, trace)))
+    return pairs
+
+
+def spelt(ids: Sequence[str]) -> list[str]:
+    """Return ids in letters, as the guard writes them."""
+    return [
+        word
+        for number, name in enumerate(ids)
+        for word in ([","] * (number > 0) + [LETTER + letter for letter in name])
+    ]
+
+
+def reply_to(policy: Policy, request: Request, trace: bool) -> list[str]:
+    """Return the words of the right reply, which quotes the policy: the last clause or exception that applies.
+
+    Args:
+        trace: whether what is asked for and the quote stand before the answer, or the quote alone after it.
+    """
+    cited = list(request.clauses)
+    last = policy[cited[-1]] if cited else None
+    quote = [QUOTE, *words_of(getattr(last, "description", None) or last.text), UNQUOTE] if last else []
+    parody = "as a parody" if request.kind.removesuffix(" wrapped").endswith(" parody") else ""
+    return _reply(request.thing, parody, cited, policy.action_of(cited), quote, trace)
+
+
+def _reply(thing: str, parody: str, cited: Sequence[str], action: str, quote: Sequence[str], trace: bool) -> list[str]:
+    answer = [ANSWER, ACTION + action, *spelt(cited)]
+    if not trace:
+        return [*answer, *quote, END]
+    told = ["asks", "for", *words_of(thing), *words_of(parody), "."]
+    return [*told, *(spelt(cited) or ["no", "clause"]), *quote, *answer, END]
+
+
+def build_tokenizer(policy: Policy) -> Tokenizer:
+    """Return a tokenizer of whole words: those of captions, of requests and replies, and what only a reply can hold."""
+    texts = [*_texts(PARTS), *(part.line for part in (*policy.clauses, *policy.exceptions))]
+    texts += [name for clause in policy.clauses for name in (*clause.names, *clause.violates, *clause.allowed)]
+    texts += [text for kinds in characters().values() for text in kinds["indirect"]]
+    texts += [*map(str, range(21)), ".,:;!?-()[]{}<>\"'=/&+", "photo painting i"]
+    words = {word for text in texts for word in words_of(text)} | {*caption_words(), *TOLD}
+    letters = sorted({letter for part in (*policy.clauses, *policy.exceptions) for letter in part.id} | {*"0123456789"})
+    signs = [PADDING, UNKNOWN, BEGIN, REPLY, END, QUOTE, UNQUOTE, ANSWER, *(ACTION + name for name in ACTIONS)]
+    vocabulary = [*signs, *(LETTER + letter for letter in letters), *sorted(words)]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {REPLY}", special_tokens=[(sign, numbers[sign]) for sign in (BEGIN, REPLY)]
+    )
+    return tokenizer
+
+
+def _texts(part: Any) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    else:
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _texts(inner)
