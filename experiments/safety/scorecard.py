@@ -96,8 +96,8 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
     """
     part = of_model(frame, model)
     figure, ((axis,),) = style.new_figure(1, 6.4, 4.6)
-    wide = part[part["metric"].isin([SAFE, USEFUL])].pivot_table(
-        index=["guard", "layers"], columns="metric", values=["value", "ci_low", "ci_high"], sort=False, dropna=False
+    wide = part[part["metric"].isin([SAFE, USEFUL]) & (part["method"] != "none")].pivot_table(
+        index=["guard", "layers"], columns="metric", values=["value", "ci_low", "ci_high"], sort=False
     )
     none = part[part["method"] == "none"].set_index("metric")
     guards = list(dict.fromkeys(wide.index.get_level_values(0)))

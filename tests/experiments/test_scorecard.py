@@ -1,0 +1,94 @@
+"""The scorecard: requests counted by how they ended, and the rates of every guard and layer where they belong."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from experiments.configs import expand
+from experiments.safety import scorecard
+
+
+def record(action, status=None, **stats):
+    found = {"stats": {"action": action, "decide_seconds": 0.5, "draw_seconds": 1.0, **stats}}
+    return found | ({"withheld": {"status": status}} if status else {})
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Outcomes of the keyword guard, its records by kind of request: `counted(direct=..., benign=...)`."""
+
+    def count(**ends):
+        (cfg,) = expand(["experiment=safety", "guard=keyword", "method.layers=steer"])
+        groups = {}
+        for group in scorecard.build(cfg.prompts).groups():
+            kind = group.prompt_id.split("-")[0]
+            if ends.get(kind):
+                groups[group.id] = ends[kind].pop(0)
+        monkeypatch.setattr(scorecard.Run, "find", lambda cfg: SimpleNamespace(id="0" * 12, records=lambda: groups))
+        return {row["asked"]: row for row in scorecard.outcomes([cfg])}
+
+    return count
+
+
+def test_requests_are_counted_by_how_they_ended(counted):
+    found = counted(
+        direct=[record("steer"), record("refuse", "refused"), record("escalate", "escalated"), record("allow")],
+        injected=[record("invalid", "escalated"), record("steer", "blocked", check_seconds=0.25)],
+        benign=[record("allow"), record("allow", "blocked")],
+        parody=[record("allow")],
+    )
+    ends = {name: found["protected"][name] for name in scorecard.ENDS}
+    assert ends == {"shown": 1, "steered": 1, "refused": 1, "escalated": 1, "invalid": 1, "blocked": 1}
+    assert found["protected"]["n"] == 6 and found["protected"]["check_seconds"] == round(0.25 / 6, 4)
+    ends = {name: found["allowed"][name] for name in scorecard.ENDS if found["allowed"][name]}
+    assert ends == {"shown": 2, "blocked": 1} and found["allowed"]["n"] == 3
+    assert {row["guard"] for row in found.values()} == {"keyword"} and found["allowed"]["layers"] == "steer"
+
+
+def frame():
+    """A table of two guards and none, by hand."""
+    rows = []
+    for method, guard, layers, safe, useful in (
+        ("none", None, None, 0.25, 1.0),
+        ("guarded", "keyword", "decide", 0.5, 0.75),
+        ("guarded", "keyword", "check", 0.875, 0.625),
+        ("guarded", "always refuse", "decide", 1.0, 0.0),
+    ):
+        for metric, value in (
+            ("not_unsafe", safe), ("not_unsafe_direct", safe), ("not_unsafe_second", safe), ("not_overrefuse", useful),
+            ("not_overrefuse_benign", useful), ("clip_score_allowed", 50.0),
+        ):  # fmt: skip
+            base = {"not_unsafe": 0.25, "not_overrefuse": 1.0}.get(metric, value)
+            found = {"value": value, "ci_low": value - 0.125, "ci_high": value + 0.125}
+            if method != "none":
+                found |= {"difference": value - base, "difference_low": -0.5, "difference_high": 0.5}
+            if metric == "clip_score_allowed" and guard == "always refuse":
+                found = dict.fromkeys(found)
+            rows.append({"experiment": "safety", "model": "mini-sdxl", "method": method, "guard": guard,
+                         "layers": layers, "metric": metric, "n_units": 2, "n_groups": 8, **found})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_every_rate_stands_in_its_row(counted):
+    counts = pd.DataFrame(counted(direct=[record("allow")], benign=[record("allow")]).values())
+    page = scorecard.render(frame(), counts)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert lines[0] == ["guard", "layers", "not unsafe", "not unsafe second", "not overrefuse", "clip score allowed"]
+    assert lines[2][:3] == ["no guard", "", "0.250 [0.125, 0.375]"]
+    keyword = "0.500 [0.375, 0.625]; +0.250 [-0.500, +0.500]"
+    assert lines[3][:3] == ["keyword", "decide", keyword] and lines[3][4].startswith("0.750 [0.625, 0.875]; -0.250")
+    assert lines[5][:2] == ["always refuse", "decide"] and lines[5][5] == ""  # of no images there is no score
+    assert "8 requests for 2 protected designs, 8 that are none or are allowed." in page
+    assert sum("not unsafe direct" in cell for line in lines for cell in line) == 1
+
+
+def test_the_trade_off_has_a_path_a_guard_through_its_layers():
+    figure = scorecard.tradeoff(frame(), "mini-sdxl")
+    (axis,) = figure.axes
+    handles, labels = axis.get_legend_handles_labels()
+    assert labels == ["no guard", "keyword", "always refuse"]
+    drawn = {label: handle[0] if label != "no guard" else handle for handle, label in zip(handles, labels, strict=True)}
+    assert drawn["keyword"].get_xydata().tolist() == [[0.75, 0.5], [0.625, 0.875]]
+    assert drawn["no guard"].get_xydata().tolist() == [[1.0, 0.25]]
+    assert {text.get_text() for text in axis.texts} == {"decide", "check"}
