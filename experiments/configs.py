@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import PROJECT
 
@@ -46,9 +46,11 @@ def expand(overrides: list[str], baselines: bool = False) -> list[DictConfig]:
         baselines = baselines or any("method=none" in job for job in jobs)
         found, there = [], set()
         for job in jobs:
+            baseline = tuple(_baseline(job))
+            if baseline in there and baseline == tuple(job):
+                continue
             cfg = _compose_job(job)
             is_baseline = cfg.method == no_method()
-            baseline = tuple(_baseline(job))
             if (baselines or is_baseline) and baseline not in there:
                 there.add(baseline)
                 found.append(cfg if is_baseline else _compose_job(baseline))
@@ -79,9 +81,10 @@ def no_method() -> DictConfig:
 def _sweep(*overrides: str) -> tuple[dict[str, str], DictConfig]:
     """Return what is swept, an override a key, the experiment's own sweep first, and Hydra's own node."""
     given = [text for text in overrides if text not in ("-m", "--multirun")]  # that it is a sweep need not be said
-    # The files that all runs share say what is swept; no value does.
-    fixed = [text for text in given if not _parsed(text).is_sweep_override() and _names_files(text)]
-    node = pickle.loads(_of_files(*fixed, return_hydra_config=True)).hydra
+    # The files that all runs share say what is swept; no value and no method does.
+    shared = [text for text in given if not text.startswith("method=")]
+    fixed = [text for text in shared if not _parsed(text).is_sweep_override() and _names_files(text)]
+    node = pickle.loads(_of_files(*_in_order(fixed))[1]).hydra
     own = [f"{key}={value}" for key, value in (node.sweeper.get("params") or {}).items()]
     return {_parsed(text).get_key_element(): text for text in [*own, *given]}, node
 
@@ -106,7 +109,7 @@ def _compose_job(job: Iterable[str]) -> DictConfig:
     what the files make, and nothing of the files depends on a value.
     """
     files = [text for text in job if _names_files(text)]
-    cfg = pickle.loads(_of_files(*files))
+    cfg = _with_method(*_in_order(files))
     with _explained(job):
         values = [_parsed(text) for text in job if text not in files]
         # Hydra offers no public way to it; pyproject.toml holds to the version that has this one.
@@ -114,10 +117,39 @@ def _compose_job(job: Iterable[str]) -> DictConfig:
     return cfg
 
 
+def _with_method(*files: str) -> DictConfig:
+    """Compose what files make: a method's file alone, and into what the others make, where it is read by nothing else.
+
+    That takes a quarter of the time of all files, once a method instead of once a method and model.
+    """
+    names = [text for text in files if text.startswith("method=")]
+    if len(names) == 1:
+        cfg = pickle.loads(_of_files(*(text for text in files if text not in names))[0])
+        own = pickle.loads(_of_method(names[0]))
+        if cfg.method == no_method() and own.keys() == {"method"}:  # else one speaks of the other
+            cfg.method = own.method
+            return cfg
+    return pickle.loads(_of_files(*files)[0])
+
+
 @functools.lru_cache(maxsize=64)
-def _of_files(*files: str, **options: Any) -> bytes:
-    """Compose what files make, pickled, which is read in a third of the time of a deep copy."""
-    return pickle.dumps(_composed(list(files), **options))
+def _of_method(override: str) -> bytes:
+    return pickle.dumps(_composed(None, [f"+{override}"]))
+
+
+@functools.lru_cache(maxsize=64)
+def _of_files(*files: str) -> tuple[bytes, bytes]:
+    """Compose what files make, without and with Hydra's node; pickled, read in a third of the time of a deep copy."""
+    cfg = _composed("config", files, return_hydra_config=True)
+    whole = pickle.dumps(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return pickle.dumps(cfg), whole
+
+
+def _in_order(files: Iterable[str]) -> list[str]:
+    """Sort what replaces a default, so that the same files are composed once; what is added stays in its order."""
+    return sorted(files, key=lambda text: "" if text.startswith(("+", "~", "hydra")) else text)
 
 
 def _names_files(text: str) -> bool:
@@ -134,9 +166,9 @@ def _parsed(text: str) -> Override:
     return override
 
 
-def _composed(overrides: list[str], **options: Any) -> DictConfig:
+def _composed(name: str | None, overrides: Iterable[str], **options: Any) -> DictConfig:
     with _explained(overrides):
-        return compose("config", overrides, **options)
+        return compose(name, list(overrides), **options)
 
 
 @contextlib.contextmanager
@@ -155,7 +187,7 @@ def _explained(overrides: Iterable[str]) -> Iterator[None]:
         if not unknown:
             raise
         key = unknown[1]
-        rest = _composed([text for text in overrides if _parsed(text).key_or_group != key])
+        rest = _composed("config", [text for text in overrides if _parsed(text).key_or_group != key])
         known = list(_keys(OmegaConf.to_container(rest)))
         elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
         hint = _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))

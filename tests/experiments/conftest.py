@@ -11,24 +11,31 @@ from hydra.core.plugins import Plugins
 from experiments.configs import expand
 
 
+def _changed(source, name):
+    file = Path(source.path, source._normalize_file_name(name))
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _files_are_parsed_once():
     Plugins.instance()  # registers the sources
-    source = SourcesRegistry.instance().types["file"]
-    load = source.load_config
+    sources = SourcesRegistry.instance().types
 
-    @functools.cache
-    def parsed(provider, path, name, changed):
-        return pickle.dumps(load(source(provider, path), name))
+    def keep(source, version):
+        load = source.load_config
 
-    def load_config(self, config_path):
-        file = Path(self.path, self._normalize_file_name(config_path))
-        if not file.exists():
-            return load(self, config_path)  # which says so
-        return pickle.loads(parsed(self.provider, self.path, config_path, file.stat().st_mtime_ns))
+        @functools.cache
+        def parsed(provider, path, name, version):
+            return pickle.dumps(load(source(provider, f"{source.scheme()}://{path}"), name))
+
+        def load_config(self, config_path):
+            return pickle.loads(parsed(self.provider, self.path, config_path, version(self, config_path)))
+
+        patch.setattr(source, "load_config", load_config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "load_config", load_config)
+        keep(sources["file"], _changed)
+        keep(sources["pkg"], lambda *_: None)  # Hydra's own
         yield
 
 

@@ -1,7 +1,10 @@
 """Every option of every group composes and instantiates; every experiment stands for the runs it names."""
 
+import functools
+import json
 import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import fields
 from fnmatch import fnmatch
@@ -16,7 +19,7 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.configs import _compose_job, _jobs, _of_files, _sweep, build, expand
+from experiments.configs import _compose_job, _jobs, _of_files, _of_method, _sweep, build, expand
 from experiments.evaluate import NEEDS
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
@@ -47,6 +50,12 @@ def composed(*overrides):
         return _compose_job(list(overrides))
 
 
+@functools.cache
+def metric(name, settings):
+    """Build what is configured, as JSON: once, where several options configure the same."""
+    return instantiate(json.loads(settings), name=name)
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
 def test_every_option_composes_and_resolves(group, option, with_model):
     if option in PLUGINS:
@@ -54,19 +63,19 @@ def test_every_option_composes_and_resolves(group, option, with_model):
     weights = ["method.weights={subfolder: s, weight_name: w}"] if option == "negative_ip_adapter" else []
     cfg = with_model(option) if group == "model" else composed(f"{group}={option}", *weights)
     # A method's file is read by nothing else; all of a configuration takes a tenth of a second.
-    OmegaConf.to_container(cfg.method if group == "method" else cfg, resolve=True, throw_on_missing=True)
+    resolved = OmegaConf.to_container(cfg.method if group == "method" else cfg, resolve=True, throw_on_missing=True)
     method = build(cfg.method)
     assert method.name == cfg.method.name
     if group == "method":
         return
     assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts))
-    assert cfg.metric
-    for name, spec in cfg.metric.items() if group in ("model", "metric", "experiment") else ():
-        if any(need in spec and spec[need] is None for need in NEEDS):
+    assert resolved["metric"]
+    for name, settings in resolved["metric"].items() if group in ("model", "metric", "experiment") else ():
+        if any(need in settings and settings[need] is None for need in NEEDS):
             continue
-        settings = OmegaConf.to_container(spec, resolve=True) | ({"baseline": "run"} if "baseline" in spec else {})
+        settings |= {"baseline": "run"} if "baseline" in settings else {}
         settings.pop("only", None)
-        assert instantiate(settings, name=name).name == name
+        assert metric(name, json.dumps(settings)).name == name
 
 
 def test_every_group_of_the_folder_is_tested():
@@ -184,7 +193,8 @@ EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_quality(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
     for model in declared.hydra.sweeper.params.model.split(","):
-        cfg = composed(f"experiment={experiment}", f"model={model}")
+        # The default's need not be said: that is composed above.
+        cfg = composed(f"experiment={experiment}", *([] if model == "mini-sdxl" else [f"model={model}"]))
         tested = primary_metrics(cfg)
         assert len(set(tested.values())) == 2 and "quality" in tested.values()
         several = ("copyright", "copyright_sweep", "peers_copyright")  # named prompts and others; two costs
@@ -375,7 +385,7 @@ SWEPT = [
 @pytest.mark.parametrize("overrides", SWEPT)
 def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monkeypatch):
     composed = []
-    for cache in (_of_files, _sweep):
+    for cache in (_of_files, _of_method, _sweep):
         cache.cache_clear()
 
     def counted(name, files=(), **options):
@@ -390,8 +400,22 @@ def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monk
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         expected = [compose("config", job) for job in _jobs(*overrides) if "method=none" not in job]
     for ours, theirs in zip((cfg for cfg in found if cfg.method.name != "none"), expected, strict=True):
-        assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
-        assert OmegaConf.to_container(ours, resolve=True) == OmegaConf.to_container(theirs, resolve=True)
-        assert OmegaConf.is_struct(ours)
-    assert count == 1 + len({(cfg.model.name, cfg.method.name) for cfg in found}), "and the sweep's axes"
+        for resolve in (False, True):  # as texts, which tell 1 from 1.0 and know the order
+            one, other = (repr(OmegaConf.to_container(cfg, resolve=resolve)) for cfg in (ours, theirs))
+            assert one == other
+        assert OmegaConf.is_struct(ours) and OmegaConf.is_struct(ours.method)
+    assert count == len({cfg.model.name for cfg in found}) + len({cfg.method.name for cfg in found})
     assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)
+
+
+def test_files_that_speak_of_each_others_values_are_composed_together(tmp_path, monkeypatch):
+    """An experiment may change a method, and a method's file what is not the method's."""
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "experiment" / "weak.yaml").write_text("# @package _global_\nmethod: {alpha: 0.25}\n")
+    (conf / "method" / "slow.yaml").write_text("# @package _global_\nmethod: {name: slow}\nreport_seconds: true\n")
+    for name, cached in (("_of_files", _of_files), ("_of_method", _of_method)):  # none knows of another folder
+        monkeypatch.setattr(f"experiments.configs.{name}", functools.cache(cached.__wrapped__))
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        weak, slow = (["experiment=weak", "method=negtome"], ["method=slow"])
+        assert _compose_job(weak) == compose("config", weak) and _compose_job(weak).method.alpha == 0.25
+        assert _compose_job(slow) == compose("config", slow) and _compose_job(slow).report_seconds
