@@ -91,7 +91,7 @@ def tiny_overrides(tiny_checkpoint):
     """
 
     def overrides(experiment, folder, *changes, kind="sdxl"):
-        side, own = (16, "model.call.max_sequence_length=32") if kind == "flux" else (64, "method.min_side=4")
+        side, own = (16, "model.call.max_sequence_length=32") if kind == "flux" else (32, "method.min_side=4")
         usual = [
             f"model={'flux-dev' if kind == 'flux' else 'sdxl'}", f"model.source={tiny_checkpoint(kind)}",
             "model.dtype=float32", "model.call.num_inference_steps=2", f"model.call.height={side}",

@@ -32,7 +32,7 @@ METHODS = "method=none,negtome,negtome_released"
 def checkpoint(source, kind="sdxl", name=None):
     """A real model's configuration, but with a tiny checkpoint in the real layout, two steps and a few pixels."""
     size = {
-        "sdxl": ["model.call.height=64", "model.call.width=64"],
+        "sdxl": ["model.call.height=32", "model.call.width=32"],
         "flux": ["model.call.height=16", "model.call.width=16"],
     }
     return [
