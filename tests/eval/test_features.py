@@ -26,6 +26,16 @@ def pictures(n, size=(40, 40), seed=0):
     return list(torch.nn.functional.interpolate(small, size, mode="bilinear").byte())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_once():
+    """Leave out the truncated normals of layers: they take longer than all else of building one of DreamSim's networks,
+    and torch has drawn weights already."""
+    name = "dreamsim.feature_extraction.vision_transformer.trunc_normal_"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(name, lambda x, std: torch.nn.init.normal_(x, std=std) if x.ndim == 3 else x)  # of positions
+        yield
+
+
 @pytest.fixture(scope="module")
 def dreamsim_folder(tmp_path_factory):
     """The unpacked checkpoint of open_clip_vitb32, at its full size: a ViT-B/32 and its LoRA adapter by peft."""
@@ -112,7 +122,7 @@ def torchvision_file(tmp_path_factory):
     return save_inception(tmp_path_factory.mktemp("torchvision") / "inception_v3_google-0cc3c7bd.pth")
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "inception-released"])
+@pytest.fixture(scope="module", params=[*KINDS, pytest.param("inception-released", marks=pytest.mark.slow)])
 def encoder(request):
     def value(name):
         return request.getfixturevalue(name)
@@ -137,15 +147,14 @@ def torch_home(tmp_path, monkeypatch):
 
 
 def test_images_do_not_depend_on_their_batch(encoder):
-    images = [*pictures(2), *pictures(1, (60, 44), seed=1), *pictures(1, seed=2)]
+    images = [*pictures(1), *pictures(1, (60, 44), seed=1), torch.zeros(3, 40, 40, dtype=torch.uint8)]
     together = encoder.embed_images(images)
-    assert together.dtype == torch.float32 and len(together) == 4
+    assert together.dtype == torch.float32 and len(together) == 3 and together.isfinite().all()
     alone = torch.cat([encoder.embed_images([image]) for image in images])
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
     assert (together[0] - together[1]).abs().max() > 1e-4, "different images must differ"
     lengths = together.norm(dim=-1)
-    assert encoder.normalised == torch.allclose(lengths, torch.ones(4), atol=1e-5)
-    assert torch.isfinite(encoder.embed_images([torch.zeros(3, 16, 16, dtype=torch.uint8)])).all()
+    assert encoder.normalised == torch.allclose(lengths, torch.ones(3), atol=1e-5)
     with pytest.raises(ValueError, match=r"uint8 images \[3, H, W\]"):
         encoder.embed_images([torch.rand(3, 8, 8)])
 
@@ -316,8 +325,7 @@ def test_inception_as_released_is_the_papers_script(inception_file):
 
     network = NoTrainInceptionV3("x", ["2048"], str(inception_file), antialias=False)
     encoder = Inception(inception_file, resize="released")
-    for size, stretched in (((300, 300), (256, 300)), ((310, 290), (256, 290)), ((280, 400), (280, 256)),
-                            ((100, 90), (256, 90))):  # fmt: skip
+    for size, stretched in (((310, 290), (256, 290)), ((280, 400), (280, 256)), ((100, 90), (256, 90))):
         image = pictures(1, size)[0]
         cut = TF.center_crop(TF.resize(image[None] / 255, stretched), (256, 256))
         torch.testing.assert_close(encoder.embed_images([image]), network((cut * 255).byte()), atol=1e-5, rtol=1e-4)

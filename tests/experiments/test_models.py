@@ -3,12 +3,11 @@
 import re
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from experiments import PROJECT, pipelines
-from experiments.configs import build
+from experiments.configs import build, expand
 
 MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
 REAL = [name for name in MODELS if not name.startswith("mini-")]
@@ -17,8 +16,7 @@ METHODS = ("none", "negtome", "negtome_released", "negative_prompt", "negtome_re
 
 @pytest.fixture(scope="module")
 def methods():
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        return {name: compose("config", [f"method={name}"]).method for name in METHODS}
+    return {name: expand([f"method={name}"])[0].method for name in METHODS}
 
 
 @pytest.fixture

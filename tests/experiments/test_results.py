@@ -14,6 +14,8 @@ from experiments.tables import COLUMNS, REQUIRED, TEXT
 RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py
 TABLES = sorted(path for path in RESULTS.glob("*.csv") if path.stem in EXPERIMENTS)
+#: The large ones are read in full among the slow tests.
+READ = [pytest.param(path, marks=[pytest.mark.slow] * path.stem.startswith("peers")) for path in TABLES]
 
 
 def test_the_diversity_table_compares_three_methods_on_both_mini_models():
@@ -26,7 +28,7 @@ def test_the_diversity_table_compares_three_methods_on_both_mini_models():
             assert metrics <= set(rows["metric"]), (model, method)
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
 def test_a_table_is_what_its_csv_renders_to(path):
     frame = pd.read_csv(path, dtype=TEXT)
     cfg = first([f"experiment={path.stem}"])
@@ -80,18 +82,17 @@ def test_every_number_can_be_traced(path):
     assert (compared["difference_low"] <= compared["difference_high"])[compared["primary"].notna()].all()
 
 
-@pytest.mark.parametrize(
-    "table", [pytest.param(p.stem, marks=[pytest.mark.slow] * p.stem.startswith("peers")) for p in TABLES]
-)
-def test_a_table_is_of_todays_settings_weights_and_versions(table):
+@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
+def test_a_table_is_of_todays_settings_weights_and_versions(path):
     """Whoever changes what a number depends on, or its declared version, makes the table anew."""
+    table = path.stem
     today = set()
     for name in (name for name in EXPERIMENTS if name.removesuffix("_flux") == table):  # which make one table
         for cfg in expand([f"experiment={name}", "results=results"], baselines=True):
             asked, weights = config_digest(cfg), find_checkpoint(cfg.model).fingerprint
             for spec in cfg.metric.values():
                 today.add(code_digest(asked, weights, get_object(spec._target_).version))
-    assert today == set(pd.read_csv(RESULTS / f"{table}.csv", dtype=TEXT)["code"])
+    assert today == set(pd.read_csv(path, dtype=TEXT)["code"])
 
 
 def test_every_experiment_has_a_table():
