@@ -125,7 +125,8 @@ def _with_method(*files: str) -> DictConfig:
     names = [text for text in files if text.startswith("method=")]
     if len(names) == 1:
         cfg = pickle.loads(_of_files(*(text for text in files if text not in names))[0])
-        own = pickle.loads(_of_method(names[0]))
+        where = (text for text in files if _parsed(text).key_or_group == "hydra.searchpath")
+        own = pickle.loads(_of_method(names[0], *where))
         if cfg.method == no_method() and own.keys() == {"method"}:  # else one speaks of the other
             cfg.method = own.method
             return cfg
@@ -133,8 +134,8 @@ def _with_method(*files: str) -> DictConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _of_method(override: str) -> bytes:
-    return pickle.dumps(_composed(None, [f"+{override}"]))
+def _of_method(override: str, *where: str) -> bytes:
+    return pickle.dumps(_composed(None, [f"+{override}", *where]))
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from dataclasses import fields
 from fnmatch import fnmatch
@@ -408,14 +407,22 @@ def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monk
     assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)
 
 
-def test_files_that_speak_of_each_others_values_are_composed_together(tmp_path, monkeypatch):
-    """An experiment may change a method, and a method's file what is not the method's."""
-    conf = shutil.copytree(CONF, tmp_path / "conf")
-    (conf / "experiment" / "weak.yaml").write_text("# @package _global_\nmethod: {alpha: 0.25}\n")
-    (conf / "method" / "slow.yaml").write_text("# @package _global_\nmethod: {name: slow}\nreport_seconds: true\n")
-    for name, cached in (("_of_files", _of_files), ("_of_method", _of_method)):  # none knows of another folder
-        monkeypatch.setattr(f"experiments.configs.{name}", functools.cache(cached.__wrapped__))
-    with initialize_config_dir(str(conf), version_base="1.3"):
-        weak, slow = (["experiment=weak", "method=negtome"], ["method=slow"])
+def test_files_that_speak_of_each_others_values_are_composed_together(tmp_path):
+    """An experiment may change a method, and a method's file what is not the method's; here from a folder elsewhere."""
+    for path, text in (("experiment/weak", "method: {alpha: 0.25}"), ("method/slow", "report_seconds: true")):
+        file = tmp_path / f"{path}.yaml"
+        file.parent.mkdir()
+        file.write_text(f"# @package _global_\n{text}\n")
+    there = f"hydra.searchpath=[file://{tmp_path}]"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        weak, slow = (["experiment=weak", "method=negtome", there], ["method=slow", there])
         assert _compose_job(weak) == compose("config", weak) and _compose_job(weak).method.alpha == 0.25
         assert _compose_job(slow) == compose("config", slow) and _compose_job(slow).report_seconds
+
+
+def test_a_method_of_another_folder_is_composed_as_the_projects_own(tmp_path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("defaults: [negtome]\nname: mine\nalpha: 0.5\n")
+    job = ["method=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert _compose_job(job) == compose("config", job) and _compose_job(job).method.alpha == 0.5
