@@ -127,7 +127,9 @@ def _with_method(*files: str) -> DictConfig:
         cfg = pickle.loads(_of_files(*(text for text in files if text not in names))[0])
         where = (text for text in files if _parsed(text).key_or_group == "hydra.searchpath")
         own = pickle.loads(_of_method(names[0], *where))
-        if cfg.method == no_method() and own.keys() == {"method"}:  # else one speaks of the other
+        there = OmegaConf.to_container(cfg.method)
+        # Else one speaks of the other.
+        if own.keys() == {"method"} and there in map(OmegaConf.to_container, (no_method(), own.method)):
             cfg.method = own.method
             return cfg
     return pickle.loads(_of_files(*files)[0])
