@@ -79,7 +79,16 @@ def test_every_option_composes_and_resolves(group, option, with_model):
 
 def test_every_group_of_the_folder_is_tested():
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert folders == {group for group, _ in OPTIONS} | {"domain", "scorer", "labels", "characters", "rewrites"}
+    placed = {"domain", "scorer", "labels", "characters", "rewrites", "guard", "safety"}
+    assert folders == {group for group, _ in OPTIONS} | placed
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "guard").glob("*.yaml")))
+def test_every_guard_is_one_and_stands_behind_the_method_that_has_one(name):
+    cfg = composed("method=guarded", f"guard={name}", *(["guard.model=m"] if name == "chat" else []))
+    guard = build(cfg.method.guard)
+    assert guard.name and guard.id and callable(guard.reply)
+    assert composed("method=none", "guard=keyword").method == composed("method=none").method
 
 
 def test_the_diversity_experiment_is_both_mini_models_times_three_methods():
