@@ -461,7 +461,7 @@ def test_a_time_that_nobody_counts_is_the_nearest_of_the_schedule(tiny_flux, dty
     assert reader.read(tiny_flux, arguments, None).timestep == pytest.approx(700, abs=2), "none of them"
 
 
-def test_the_readme_lists_what_is_supported():
+def test_the_documentation_lists_what_is_supported():
     """One line an architecture; of the classes that begin with the first one's name, their ends."""
     lines = ["| architecture | pipelines | published setting |", "|---|---|---|"]
     for row in ARCHITECTURES:
@@ -470,4 +470,7 @@ def test_the_readme_lists_what_is_supported():
         shown += " (experimental, groups only)" if row.video else ""
         published = (row.name.lower(), "paper") in _PRESETS
         lines.append(f"| {row.name} | {shown} | {'yes' if published else 'none'} |")
-    assert "\n".join(lines) in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    root = Path(__file__).parents[2]
+    assert "\n".join(lines) in (root / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    count = sum(len(row.pipelines) for row in ARCHITECTURES)
+    assert f"{count} pipelines of {len(ARCHITECTURES)} architectures" in (root / "README.md").read_text(encoding="utf-8")
