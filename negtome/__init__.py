@@ -6,11 +6,35 @@ Push the features of images that are generated together apart, so that they come
         images = pipe("a photo of a dog", num_images_per_prompt=4).images
 """
 
-from negtome.attachment import Attachment, attach, detach
-from negtome.config import NegToMeConfig
-from negtome.merge import negative_merge
-from negtome.reference import Reference
-from negtome.tally import SiteCount, Step
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["Attachment", "NegToMeConfig", "Reference", "SiteCount", "Step", "attach", "detach", "negative_merge"]
+
+if TYPE_CHECKING:
+    from negtome.attachment import Attachment, attach, detach
+    from negtome.config import NegToMeConfig
+    from negtome.merge import negative_merge
+    from negtome.reference import Reference
+    from negtome.tally import SiteCount, Step
+else:
+    # Each is loaded when it is asked for: torch takes seconds, which `negtome.guard` does without.
+    _MODULES = {
+        "attachment": ("Attachment", "attach", "detach"),
+        "config": ("NegToMeConfig",),
+        "merge": ("negative_merge",),
+        "reference": ("Reference",),
+        "tally": ("SiteCount", "Step"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+
+        for module, names in _MODULES.items():
+            if name in names:
+                globals().update({one: getattr(import_module(f"negtome.{module}"), one) for one in names})
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

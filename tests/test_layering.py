@@ -86,10 +86,11 @@ def test_importing_is_light():
     code = "".join(
         f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])\n"
         for module, heavy in (
-            ("negtome", torch_alone),
-            ("negtome.guard", ["transformers", "tokenizers", "diffusers"]),
+            ("negtome", ["torch", "yaml"]),
+            ("negtome.guard", ["torch", "transformers", "tokenizers", "openai", "jinja2"]),
+            ("negtome.attachment", torch_alone),
             ("experiments.collect", ["torchmetrics", "transformers", "diffusers"]),
         )
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]"] * 3
+    assert done.stdout.splitlines() == ["[]"] * 4

@@ -1,17 +1,58 @@
 """What a user's editor and type checker see of the package."""
 
+import ast
+import importlib
 import inspect
+import pickle
+import subprocess
+import sys
 import tomllib
 import typing
 from pathlib import Path
+
+import pytest
 
 import negtome
 from negtome import config, merge, reference
 
 
 def test_what_is_public_is_said_to_be():
-    own = {name for name, value in vars(negtome).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert set(negtome.__all__) == own
+    own = {name for name in dir(negtome) if not name.startswith("_") and not inspect.ismodule(getattr(negtome, name))}
+    assert set(negtome.__all__) == own - {"TYPE_CHECKING", "Any"}
+
+
+def test_what_a_type_checker_reads_is_what_is_loaded():
+    (seen,) = (node for node in ast.parse(Path(negtome.__file__).read_text()).body if isinstance(node, ast.If))
+    imports = [node for node in seen.body if isinstance(node, ast.ImportFrom)]
+    names = {alias.name: node.module for node in imports for alias in node.names}
+    assert set(names) == set(negtome.__all__)
+    for name, module in names.items():
+        assert getattr(negtome, name) is getattr(importlib.import_module(module), name)
+
+
+def test_nothing_is_loaded_before_it_is_asked_for_and_all_is_found_then():
+    code = """
+import sys, negtome
+assert "torch" not in sys.modules and set(negtome.__all__) <= set(dir(negtome))
+from negtome import *
+assert "torch" in sys.modules and negative_merge is negtome.negative_merge is vars(negtome)["negative_merge"]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(negtome.__file__).parents[1], check=True)
+
+
+def test_a_name_that_is_none_is_missed():
+    with pytest.raises(AttributeError, match="module 'negtome' has no attribute 'attatch'"):
+        negtome.attatch  # noqa: B018  (asking is the test)
+    with pytest.raises(ImportError):
+        from negtome import attatch  # noqa: F401
+
+
+def test_what_is_public_can_be_pickled():
+    settings = negtome.NegToMeConfig(alpha=1.5)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    for name in negtome.__all__:
+        value = getattr(negtome, name)
+        assert pickle.loads(pickle.dumps(value)) is value
 
 
 def test_no_public_name_is_that_of_a_module_too():
