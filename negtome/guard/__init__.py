@@ -12,7 +12,7 @@ it is. `import negtome` does not load this package; it needs PyYAML alone, a cha
 from typing import TYPE_CHECKING, Any
 
 from negtome.guard.audit import Audit
-from negtome.guard.decision import Decision, parse, verify
+from negtome.guard.decision import Decision, UnusableReplyError, parse, verify
 from negtome.guard.keyword import Keyword
 from negtome.guard.nearest import Nearest
 from negtome.guard.policy import ACTIONS, Clause, Policy, PolicyException, read_policy
@@ -32,6 +32,7 @@ __all__ = [
     "Nearest",
     "Policy",
     "PolicyException",
+    "UnusableReplyError",
     "Verdict",
     "decide",
     "parse",

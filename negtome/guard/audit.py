@@ -42,15 +42,17 @@ class Audit:
             "faults": list(faults),
             **({"prompt": prompt, "replies": list(replies)} if self.text else {}),
         }
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, line)  # in one piece, at the end, whoever else appends
+            written = os.write(descriptor, line)  # in one piece, at the end, whoever else appends
             os.fsync(descriptor)
+            if written < len(line):
+                raise OSError(f"expected room for {len(line)} bytes in {self.path}, got {written}: free some")
         finally:
             os.close(descriptor)
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # a model may reply by halves of characters

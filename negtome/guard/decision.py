@@ -2,10 +2,25 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from negtome.guard.policy import ACTIONS, Clause, Policy
+
+
+#: What stands between a model's thinking and its answer: the last of a reply counts.
+THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final\b.*?<\|message\|>", re.DOTALL)
+#: What a reply begins with that is all thinking until then.
+THINKING = re.compile(r"\s*(?:<think(?:ing)?>|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)\b)")
+
+
+class UnusableReplyError(ValueError):
+    """Raised by a guard that knows its reply to be none, such as one that was cut off; `text` is as far as it came."""
+
+    def __init__(self, fault: str, text: str = "") -> None:
+        super().__init__(fault)
+        self.text = text
 
 
 @dataclass(frozen=True)
@@ -34,13 +49,21 @@ class Decision:
 def parse(reply: str) -> Decision:
     """Read the one JSON object with an action in a reply, whatever prose is around it.
 
+    What a model thinks before it answers is left out, with all that it drafts there.
+
     Raises:
-        ValueError: there is none, or several that differ, or a field is of another kind.
+        ValueError: there is none, or several that differ, or parts of another, or a field is of another kind.
     """
-    found = [entry for entry in _objects(reply) if "action" in entry]
+    answer = THOUGHT.split(reply)[-1]
+    if answer == reply and THINKING.match(reply):
+        raise ValueError(f"expected an answer after thinking, got none in: {_shown(reply)}")
+    objects, rest = _objects(answer)
+    found = [entry for entry in objects if "action" in entry]
     if not found or any(entry != found[0] for entry in found):
-        shown = " ".join(reply.split())[:80] or "nothing"
-        raise ValueError(f"expected one JSON object with an action, got {len(found) or 'none'} in: {shown}")
+        raise ValueError(f"expected one JSON object with an action, got {len(found) or 'none'} in: {_shown(answer)}")
+    # A whole object may be a part of a broken one, such as a prompt that the model repeats without escaping it.
+    if re.search(r"[\"']action\\?[\"']\s*:", rest):
+        raise ValueError(f"expected one JSON object with an action, got one and parts of another in: {_shown(answer)}")
     entry, texts = found[0], ("action", "quote", "rationale")
     clauses, confidence = entry.get("clauses", []), entry.get("confidence")
     if not isinstance(clauses, list) or not all(isinstance(name, str) for name in clauses):
@@ -53,24 +76,35 @@ def parse(reply: str) -> Decision:
     return Decision(action, tuple(clauses), quote, rationale, None if confidence is None else float(confidence))
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
-    """Return the JSON objects in a text that lie in no other."""
-    decoder, found, start = json.JSONDecoder(parse_constant=lambda _: math.inf), [], text.find("{")
-    while start >= 0:
+def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the JSON objects in a text that lie in no other, and the text without them."""
+    decoder = json.JSONDecoder(parse_constant=lambda _: math.inf, object_pairs_hook=_once)
+    found, rest, end = [], "", 0
+    while (start := text.find("{", end)) >= 0:
+        rest += text[end:start]
         try:
             entry, end = decoder.raw_decode(text, start)
             found.append(entry)
         except (ValueError, RecursionError):
             end = start + 1
-        start = text.find("{", end)
-    return found
+    return found, rest + text[end:]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entry := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice: which one is meant?")
+    return entry
+
+
+def _shown(text: str) -> str:
+    return " ".join(text.split())[:80] or "nothing"
 
 
 def verify(policy: Policy, decision: Decision) -> list[str]:
     """Return what is wrong with a decision, a line each; empty where it follows from the policy as it says.
 
-    Its ids are the policy's, an exception stands beside a clause that lists it, the quote is verbatim in what is cited
-    (white space aside), and the action is that of what is cited.
+    Its ids are the policy's, an exception stands beside a clause that lists it, the quote is whole words of one of the
+    criteria that it cites, verbatim (white space aside), and the action is that of what is cited.
     """
     faults = []
     if decision.action not in ACTIONS:
@@ -83,9 +117,10 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
     elif decision.action in ACTIONS and decision.action != (follows := policy.action_of(decision.clauses)):
         cited = ", ".join(decision.clauses) or "no clause"
         faults.append(f"expected the action that follows from {cited}, {follows}, got {decision.action}")
-    lines = [_spaced(policy[name].line) for name in decision.clauses]
+    lines = [_spaced(policy.criterion(name)) for name in decision.clauses]
     quote = _spaced(decision.quote)
-    if lines and not (quote and any(quote in line for line in lines)):
+    words = rf"(?<!\w){re.escape(quote)}(?!\w)"
+    if lines and not (re.search(r"\w", quote) and any(re.search(words, line) for line in lines)):
         faults.append(f"expected a quote from {', '.join(decision.clauses)}, got {decision.quote!r}")
     elif not lines and quote:
         faults.append(f"expected no quote where no clause is cited, got {decision.quote!r}")

@@ -52,7 +52,7 @@ class PolicyException:
 
     @property
     def line(self) -> str:
-        """The exception as it stands among the criteria: what a quote of it may be taken from."""
+        """What it says, in one line."""
         return f"{self.id} ({', '.join(self.names)}): {self.text}" if self.names else f"{self.id}: {self.text}"
 
 
@@ -81,7 +81,7 @@ class Clause:
 
     @property
     def line(self) -> str:
-        """The clause as it stands among the criteria: what a quote of it may be taken from."""
+        """What it says, in one line."""
         others = [name for name in self.names if name != self.asset]
         named = f"{self.asset} ({', '.join(others)})" if others else self.asset
         return f"{self.id}: {named}: {self.description}"
@@ -118,6 +118,9 @@ class Policy:
                 raise ValueError(f"expected exceptions of the policy in {clause.id}, got {unknown}: list them there")
             if both := set(clause.violates) & set(clause.allowed):
                 raise ValueError(f"{clause.id} has examples that both violate it and are allowed: {sorted(both)}")
+        asked = Counter(text for clause in self.clauses for text in (*clause.violates, *clause.allowed))
+        if twice := [text for text, count in asked.items() if count > 1]:
+            raise ValueError(f"expected every example in one clause alone, got {twice} in several: word one otherwise")
 
     @cached_property
     def _by_id(self) -> dict[str, Clause | PolicyException]:
@@ -140,23 +143,23 @@ class Policy:
 
         An exception stands for the clauses that list it; of several the first by precedence, of none the default.
         """
-        found = {
-            next((self[name].action for name in self[part].exceptions if name in cited), self[part].action)
-            for part in cited
-            if isinstance(self[part], Clause)
-        }
+        found = set()
+        for clause in (self[part] for part in cited if isinstance(self[part], Clause)):
+            excepted = {self[name].action for name in clause.exceptions if name in cited}
+            found |= excepted or {clause.action}
         return min(found, key=self.precedence.index) if found else self.default
+
+    def criterion(self, name: str) -> str:
+        """Return the clause or exception of an id as it stands among the criteria: what a quote may be taken from."""
+        part = self[name]
+        excepted = f", except {', '.join(part.exceptions)}" if isinstance(part, Clause) and part.exceptions else ""
+        return f"{part.line} -> {part.action}{excepted}"
 
     def render(self) -> str:
         """Return the policy as a chat model's system message.
 
         In the four sections that the guide of gpt-oss-safeguard asks for: instruction, definitions, criteria, examples.
         """
-        criteria = [
-            f"{clause.line} -> {clause.action}"
-            + (f", except {', '.join(clause.exceptions)}" if clause.exceptions else "")
-            for clause in self.clauses
-        ] + [f"{exception.line} -> {exception.action}" for exception in self.exceptions]
         examples = [
             f'"{text}" -> {action} {json.dumps(cited)}'
             for clause in self.clauses
@@ -170,7 +173,7 @@ class Policy:
         sections = {
             "Instruction": instruction,
             "Definitions": DEFINITIONS,
-            "Criteria": "\n".join(criteria),
+            "Criteria": "\n".join(self.criterion(part.id) for part in (*self.clauses, *self.exceptions)),
             "Examples": "\n".join(examples),
         }
         return "\n\n".join(f"## {title}\n{text}" for title, text in sections.items() if text) + "\n"
@@ -187,7 +190,7 @@ def read_policy(path: str | Path) -> Policy:
     if not path.is_file():
         raise FileNotFoundError(f"expected a policy at {path}, got no file: give a YAML file with clauses")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"expected YAML in {path}, got {' '.join(str(error).split())}") from error
     try:
@@ -196,9 +199,19 @@ def read_policy(path: str | Path) -> Policy:
         raise ValueError(f"{path}: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what the plain one does in silence: of a name that is given twice, it takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} twice in one mapping", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _policy(document: Any) -> Policy:
     top = _fields("the policy", document, {"version", "clauses"}, {"default", "precedence", "exceptions"})
-    if top["version"] != VERSION:
+    if type(top["version"]) is not int or top["version"] != VERSION:  # to Python, true is 1 too
         raise ValueError(f"expected version: {VERSION}, got {top['version']!r}")
     if not _list("clauses", top["clauses"]):
         raise ValueError("expected at least one clause, got none")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from negtome.guard.audit import Audit
-from negtome.guard.decision import Decision, parse, verify
+from negtome.guard.decision import Decision, UnusableReplyError, parse, verify
 from negtome.guard.policy import Policy
 
 #: Characters of a prompt; text encoders of image models read about 2,000.
@@ -27,6 +27,7 @@ class Guard(Protocol):
         """Return a text with one JSON object as `Decision.to_json` writes it.
 
         Raises:
+            UnusableReplyError: it knows that it has no reply to this prompt, which makes the verdict invalid.
             ValueError: the policy or the prompt is longer than it can read; nothing is cut off.
             ConnectionError: it does not answer.
         """
@@ -80,20 +81,18 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
         retries: how often more it is asked where a reply does not follow from the policy.
 
     Raises:
-        ValueError: the prompt is empty or too long, or the guard cannot read it or the policy whole.
+        ValueError: the prompt is empty, too long or no Unicode, or the guard cannot read it or the policy whole, or
+            replies by what is no text.
         ConnectionError: the guard does not answer.
     """
     if not prompt.strip() or len(prompt) > LONGEST:
         raise ValueError(f"expected a prompt of 1 to {LONGEST} characters, got {len(prompt)}: {prompt[:40]!r}")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"expected a prompt in Unicode, got halves of characters: {prompt[:40]!r}")
     replies, start = [], time.perf_counter()
     for _ in range(1 + retries):
-        replies.append(guard.reply(policy, prompt))
-        decision, faults = None, []
-        try:
-            decision = parse(replies[-1])
-            faults = verify(policy, decision)
-        except ValueError as error:
-            faults = [str(error)]
+        reply, decision, faults = _ask(policy, guard, prompt)
+        replies.append(reply)
         if not faults:
             break
     seconds = round(time.perf_counter() - start, 4)
@@ -101,3 +100,18 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
     if audit is not None:
         audit.write(policy.sha256, guard.id, prompt, replies, verdict.action, verdict.clauses, faults)
     return verdict
+
+
+def _ask(policy: Policy, guard: Guard, prompt: str) -> tuple[str, Decision | None, list[str]]:
+    """Return a guard's reply, what it decided, as far as that can be read, and what is wrong with it."""
+    try:
+        reply = guard.reply(policy, prompt)
+    except UnusableReplyError as error:
+        return error.text, None, [str(error)]
+    if not isinstance(reply, str):
+        raise ValueError(f"expected a text from the guard {guard.name}, got {type(reply).__name__}")
+    try:
+        decision = parse(reply)
+    except ValueError as error:
+        return reply, None, [str(error)]
+    return reply, decision, verify(policy, decision)
