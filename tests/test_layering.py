@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "negtome": {"negtome", "torch", "diffusers", "PIL"},  # PIL comes with diffusers
-    "negtome/guard": {"negtome", "yaml", "torch", "transformers", "tokenizers"},  # all but yaml for mini.py alone
+    # All but yaml when asked for, by mini.py and chat.py.
+    "negtome/guard": {"negtome", "yaml", "torch", "transformers", "tokenizers", "openai", "jinja2"},
     "eval": {
         *("eval", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "PIL", "open_clip", "transformers"),
         *("huggingface_hub", "safetensors", "tqdm", "yaml", "torch_fidelity", "dreamsim", "lpips"),

@@ -8,7 +8,6 @@ from typing import Any
 
 from negtome.guard.policy import ACTIONS, Clause, Policy
 
-
 #: What stands between a model's thinking and its answer: the last of a reply counts.
 THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final\b.*?<\|message\|>", re.DOTALL)
 #: What a reply begins with that is all thinking until then.
