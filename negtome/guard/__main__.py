@@ -1,0 +1,224 @@
+"""Check a policy, decide a prompt by it, or test whether a guard follows it.
+
+    python -m negtome.guard check   --policy P [--render]
+    python -m negtome.guard explain --policy P --guard G [--raw] "a photo of a vampire"
+    python -m negtome.guard test    --policy P --guard G [--edits N] [--json FILE] [--audit FILE]
+
+G is keyword, mini, chat, or one of your own: MODULE:ATTRIBUTE, an object with name, id and reply(policy, prompt), or
+what returns one when called. chat takes --base-url U --model M (vLLM, llama.cpp, ollama), or --folder F (transformers).
+
+explain ends with 0 for allow, 3 for steer, 4 for refuse, 5 for escalate and for invalid, which is a reply that does not
+follow from the policy. test ends with 0 where all came out as it must, else 1. Anything ends with 2 for bad input.
+COMMAND --help lists its options, docs/safety.md says what they mean.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from negtome.guard import testing
+from negtome.guard.audit import Audit
+from negtome.guard.chat import Endpoint, Local, about_tokens
+from negtome.guard.keyword import Keyword
+from negtome.guard.policy import ACTIONS, read_policy
+from negtome.guard.verdict import Guard, decide
+
+#: What a shell is told of a verdict.
+EXIT = {"allow": 0, "steer": 3, "refuse": 4, "escalate": 5, "invalid": 5}
+#: Tokens of a policy within which gpt-oss-safeguard reads best, by its guide.
+READ_BEST = 600
+#: What guards may need to be told, by options of these names.
+OPTIONS = ("base_url", "model", "folder", "max_tokens", "context", "timeout")
+#: Failures that are printed; --json has all.
+SHOWN = 10
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Say what a policy holds, and how long it is to a model that reads it."""
+    policy = read_policy(arguments.policy)
+    text = policy.render()
+    if arguments.render:
+        print(_plain(text), end="")
+        return 0
+    examples = [(len(clause.violates), len(clause.allowed)) for clause in policy.clauses]
+    violates, allowed = (sum(column) for column in zip(*examples, strict=True))
+    actions = Counter(clause.action for clause in policy.clauses)
+    by_action = ", ".join(f"{actions[action]} {action}" for action in ACTIONS if action in actions)
+    print(f"{arguments.policy}: a policy, sha256 {policy.sha256[:12]}")
+    print(f"clauses     {len(policy.clauses)}: {by_action}; default {policy.default}")
+    print(f"exceptions  {len(policy.exceptions)}")
+    print(f"examples    {violates} of the clauses, {allowed} near to them")
+    tokens = about_tokens(text)
+    print(f"rendered    {len(text.split())} words, about {tokens} tokens")
+    for clause in policy.clauses:
+        print(f"  {_plain(policy.criterion(clause.id))}")
+    if bare := [clause.id for clause in policy.clauses if not (clause.violates and clause.allowed)]:
+        print(f"advice: {', '.join(bare)} without examples of both kinds: nothing tests them")
+    if tokens > READ_BEST:
+        print(f"advice: models read policies of up to {READ_BEST} tokens best: split it, or drop examples")
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Decide one prompt, and say by which words of the policy."""
+    policy, guard = read_policy(arguments.policy), find_guard(arguments)
+    verdict = decide(policy, guard, arguments.prompt, _audit(arguments))
+    print(verdict.action)
+    for name in verdict.clauses:
+        print(f"  cites      {_plain(policy.criterion(name))}")
+    if verdict.quote:
+        print(f"  quotes     {_plain(verdict.quote)}")
+    for fault in verdict.faults:
+        print(f"  fault      {_plain(fault)}")
+    if verdict.decision and verdict.decision.rationale:
+        print(f"  rationale  {_plain(verdict.decision.rationale)}")
+    print(f"  guard      {_plain(guard.id)}; replies: {len(verdict.replies)}, in {verdict.seconds:.2f} s")
+    if arguments.raw:
+        for reply in verdict.replies:
+            print(f"--- reply\n{_plain(reply)}")
+    return EXIT[verdict.action]
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """Ask a guard the policy's examples, and again under edits of the policy."""
+    policy, guard = read_policy(arguments.policy), find_guard(arguments)
+    requests = testing.count_requests(policy, arguments.edits, arguments.seed)
+    print(f"{_plain(guard.id)}: {requests} requests, each once more where a reply does not follow", flush=True)
+    audit = _audit(arguments)
+    outcomes = testing.run_examples(policy, guard, audit)
+    outcomes += testing.run_edits(policy, guard, arguments.edits, arguments.seed, audit)
+    failed = [one for one in outcomes if not one.right]
+    print(testing.table(outcomes))
+    for one in failed[:SHOWN]:
+        under = "as it is" if one.kind == "example" else f"after {one.kind} of {one.clause}"
+        why = f" ({one.reason})" if one.invalid else ""
+        print(_plain(f"failed, {under}: {one.prompt!r} must be {one.expected}, got {one.got}{why}"))
+    if len(failed) > SHOWN:
+        print(f"and {len(failed) - SHOWN} more: --json FILE has all")
+    if arguments.json:
+        found = {
+            "policy_sha256": policy.sha256,
+            "guard": guard.id,
+            "edits": arguments.edits,
+            "seed": arguments.seed,
+            "passed": not failed,
+            "tally": [asdict(row) for row in testing.tally(outcomes)],
+            "outcomes": [asdict(one) for one in outcomes],
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return int(bool(failed))
+
+
+def find_guard(arguments: argparse.Namespace) -> Guard:
+    """Return the guard that the arguments name.
+
+    Raises:
+        ValueError: they name none, or what they name is none.
+        ImportError, FileNotFoundError: it is not there.
+    """
+    given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    build, needed, optional = {
+        "keyword": (Keyword, set(), set()),
+        "mini": (_mini, set(), {"folder"}),
+        "chat": (Local, {"folder"}, {"max_tokens"})
+        if "folder" in given
+        else (Endpoint, {"base_url", "model"}, {"max_tokens", "context", "timeout"}),
+    }.get(arguments.guard, (partial(load_guard, arguments.guard), set(), set()))
+    for what, names in (("", needed - given.keys()), ("no ", given.keys() - needed - optional)):
+        if names:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+            hint = ", or --folder" if arguments.guard == "chat" and not given else ""
+            raise ValueError(f"expected {what}{options}{hint} with --guard {arguments.guard}")
+    return build(**given)
+
+
+def _mini(folder: str = "models/mini-guard") -> Guard:
+    return importlib.import_module("negtome.guard.mini").Mini(folder)  # which loads torch
+
+
+def load_guard(name: str) -> Guard:
+    """Return the guard that MODULE:ATTRIBUTE names; errors are those of `find_guard`."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
+    found: Any = importlib.import_module(module)
+    try:
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise ImportError(f"expected {attribute} in {module}, got {error}") from error
+    if isinstance(found, type) or not hasattr(found, "reply"):
+        found = _called(name, found)
+    if missing := [part for part in ("reply", "name", "id") if not hasattr(found, part)]:
+        raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
+    return found
+
+
+def _called(name: str, found: Any) -> Any:
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(f"expected a guard, or what makes one without arguments, at {name}, got {error}") from error
+    return found()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command; see the module. Returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{arguments.command}: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m negtome.guard", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    parts = {run.__name__: commands.add_parser(run.__name__, help=run.__doc__) for run in (check, explain, test)}
+    for run in (check, explain, test):
+        parts[run.__name__].set_defaults(run=run)
+        parts[run.__name__].add_argument(
+            "--policy", metavar="P", required=True, help="YAML; docs/safety.md says what stands in it"
+        )
+    parts["check"].add_argument("--render", action="store_true", help="print the system message, and nothing else")
+    for part in (parts["explain"], parts["test"]):
+        part.add_argument("--guard", metavar="G", required=True, help="keyword, mini, chat or MODULE:ATTRIBUTE")
+        part.add_argument("--base-url", metavar="U", help="of chat: a server's address, such as http://host:8000/v1")
+        part.add_argument("--model", metavar="M", help="of chat: what that server calls the model")
+        part.add_argument("--folder", metavar="F", help="of chat and mini: the model's folder")
+        part.add_argument("--max-tokens", metavar="N", type=int, help="of chat: of a reply, thinking included (1024)")
+        part.add_argument("--context", metavar="N", type=int, help="of chat: tokens that a server cuts off after")
+        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds to wait for a server (60)")
+        part.add_argument("--audit", metavar="FILE", help="append every verdict to it, without texts")
+    parts["explain"].add_argument("--raw", action="store_true", help="print what the guard replied, too")
+    parts["explain"].add_argument("prompt")
+    parts["test"].add_argument("--edits", type=int, metavar="N", help="edit N clauses, not all; 0: examples alone")
+    parts["test"].add_argument("--seed", type=int, default=0, help="of drawing them")
+    parts["test"].add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
+    return parser
+
+
+def _audit(arguments: argparse.Namespace) -> Audit | None:
+    return Audit(arguments.audit) if arguments.audit else None
+
+
+def _plain(text: str) -> str:
+    """Return a text as a terminal may show it: what a model wrote must not move its cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
