@@ -12,6 +12,7 @@ it is. `import negtome` does not load this package; it needs PyYAML alone, a cha
 from typing import TYPE_CHECKING, Any
 
 from negtome.guard.audit import Audit
+from negtome.guard.chat import Endpoint, Local
 from negtome.guard.decision import Decision, UnusableReplyError, parse, verify
 from negtome.guard.keyword import Keyword
 from negtome.guard.nearest import Nearest
@@ -26,8 +27,10 @@ __all__ = [
     "Audit",
     "Clause",
     "Decision",
+    "Endpoint",
     "Guard",
     "Keyword",
+    "Local",
     "Mini",
     "Nearest",
     "Policy",
@@ -42,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load `Mini` when it is asked for: it alone needs transformers."""
+    """Load `Mini` when it is asked for: it alone loads torch at once."""
     if name != "Mini":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from negtome.guard.mini import Mini

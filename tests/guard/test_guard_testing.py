@@ -1,0 +1,241 @@
+"""What is counted of a guard under edits is what it does: of guards that obey, know by heart, allow all, or guess."""
+
+import dataclasses
+import random
+
+import pytest
+
+from negtome.guard import Audit, Decision, Keyword
+from negtome.guard.testing import (
+    EDITS,
+    Tally,
+    count_requests,
+    plan_edits,
+    plan_examples,
+    run_edits,
+    run_examples,
+    table,
+    tally,
+    without_examples,
+)
+
+#: C1 has two examples and C2, C3 one each; of each there is one near to it. Two others are asked with every edit.
+CHANGE = 2 + 1 + 1
+STAY = 3 * (1 + 2)
+
+
+class ByHeart:
+    """Decides by one policy, whichever it is given."""
+
+    name = id = "by heart"
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def reply(self, policy, prompt):
+        return Keyword().reply(self.policy, prompt)
+
+
+class AllowsAll:
+    name = id = "allows all"
+
+    def reply(self, policy, prompt):
+        return Decision("allow").to_json()
+
+
+class Strict(ByHeart):
+    """Refuses to read another policy than its own."""
+
+    def reply(self, policy, prompt):
+        if policy != self.policy:
+            raise ValueError("expected my policy, got another")
+        return super().reply(policy, prompt)
+
+
+class Guesses:
+    """Cites a clause of the policy, or none, by lot; remembers what it was asked, and said."""
+
+    name = id = "guesses"
+
+    def __init__(self):
+        self.random, self.said = random.Random(0), []
+
+    def reply(self, policy, prompt):
+        cited = self.random.choice([(), *((clause.id,) for clause in policy.clauses)])
+        quote = policy.criterion(cited[0]) if cited else ""
+        self.said.append((policy, prompt, policy.action_of(cited), cited))
+        return Decision(policy.action_of(cited), cited, quote).to_json()
+
+
+def counts(outcomes):
+    return {(row.kind, row.must): (row.right, row.invalid, row.n) for row in tally(outcomes)}
+
+
+def test_a_guard_that_obeys_passes_everything(policy):
+    outcomes = run_examples(policy, Keyword()) + run_edits(policy, Keyword())
+    assert all(outcome.right and not outcome.invalid for outcome in outcomes)
+    assert counts(outcomes) == {
+        ("example", "be right"): (7, 0, 7),
+        ("flip", "change"): (CHANGE, 0, CHANGE),
+        ("flip", "stay"): (STAY, 0, STAY),
+        ("delete", "change"): (CHANGE, 0, CHANGE),
+        ("delete", "stay"): (STAY, 0, STAY),
+        ("rename", "change"): (CHANGE, 0, CHANGE),
+        ("rename", "stay"): (STAY, 0, STAY),
+        ("reorder", "stay"): (CHANGE + STAY, 0, CHANGE + STAY),
+        ("strip", "change"): (CHANGE, 0, CHANGE),
+        ("strip", "stay"): (3, 0, 3),
+    }
+
+
+def test_a_guard_that_knows_one_policy_by_heart_passes_its_examples_alone(policy):
+    guard = ByHeart(policy)
+    found = counts(run_examples(policy, guard) + run_edits(policy, guard))
+    assert found["example", "be right"] == (7, 0, 7)
+    # It cites a clause that says otherwise, is gone, or is called otherwise: nothing of that follows from the policy.
+    for kind in ("flip", "delete", "rename", "strip"):
+        assert found[kind, "change"] == (0, CHANGE, CHANGE)
+    for kind in ("flip", "delete", "rename"):
+        assert found[kind, "stay"] == (STAY, 0, STAY)
+    assert found["reorder", "stay"] == (CHANGE + STAY, 0, CHANGE + STAY)
+    assert found["strip", "stay"] == (3, 0, 3)
+
+
+def test_a_guard_that_allows_everything_passes_what_must_stay(policy):
+    found = counts(run_examples(policy, AllowsAll()) + run_edits(policy, AllowsAll()))
+    assert found["example", "be right"] == (3, 0, 7)
+    # deleting comes to the default, which it says anyway: that is no change
+    assert all(found[kind, "change"] == (0, 0, CHANGE) for kind in ("flip", "delete", "rename", "strip"))
+    assert all(found[kind, "stay"][0] == found[kind, "stay"][2] for kind in EDITS)
+
+
+def test_a_guard_that_refuses_other_policies_is_invalid_under_edits(policy):
+    assert all(outcome.right for outcome in run_examples(policy, Strict(policy)))
+    outcomes = run_edits(policy, Strict(policy))
+    assert all(outcome.invalid and not outcome.right for outcome in outcomes)
+    assert outcomes[0].reason.endswith("expected my policy, got another")
+    with pytest.raises(ValueError, match="expected my policy"):
+        run_examples(policy, Strict(without_examples(policy)))
+
+
+def test_the_counts_of_a_guard_that_guesses_are_those_of_what_it_said(policy):
+    guard = Guesses()
+    outcomes = run_edits(policy, guard)
+    said = {(asked, prompt): (action, cited) for asked, prompt, action, cited in guard.said}
+    plain = without_examples(policy)
+    right = {prompt: clause for clause in policy.clauses for prompt in clause.violates}
+    changed = {kind: [0, 0, 0] for kind in EDITS}
+    stayed = {kind: [0, 0, 0] for kind in EDITS}
+    for question in plan_edits(policy):
+        before, after = said[plain, question.prompt], said[question.policy, question.prompt]
+        if question.must == "stay":
+            stayed[question.kind][0] += before == after
+            stayed[question.kind][2] += 1
+        else:
+            clause = right[question.prompt]
+            was = before == (clause.action, (clause.id,))
+            new = after[0] == "allow" if question.kind in ("delete", "strip") else after == question.expected
+            changed[question.kind][0] += was and new
+            changed[question.kind][2] += 1
+    found = counts(outcomes)
+    assert {kind: [*found[kind, "stay"]] for kind in EDITS} == stayed
+    assert {kind: [*found[kind, "change"]] for kind in EDITS if kind != "reorder"} == {
+        kind: count for kind, count in changed.items() if kind != "reorder"
+    }
+    total = sum(count[0] for count in (*changed.values(), *stayed.values()))
+    assert 0 < total < len(outcomes)  # it is right at times
+
+
+def test_edits_are_of_one_clause_and_what_is_asked_is_not_shown(policy):
+    ids = [clause.id for clause in policy.clauses]
+    for question in plan_edits(policy):
+        edited, shown = question.policy, question.policy.render()
+        assert question.prompt not in shown and "## Examples" not in shown
+        others = [clause for clause in without_examples(policy).clauses if clause.id != question.clause]
+        now = {clause.id: clause for clause in edited.clauses}
+        if question.kind == "strip":
+            assert edited.clauses == edited.exceptions == ()
+            continue
+        assert [now[clause.id] for clause in others] == others and edited.exceptions == policy.exceptions
+        new = set(now) - {clause.id for clause in others}
+        if question.kind == "flip":
+            assert new == {question.clause} and list(now) == ids
+            assert now[question.clause].action not in (policy[question.clause].action, policy.default)
+        elif question.kind == "delete":
+            assert new == set()
+        elif question.kind == "rename":
+            assert new == {"X1"} and list(now).index("X1") == ids.index(question.clause)
+        else:
+            assert new == {question.clause} and list(now) != ids
+
+
+def test_a_new_name_is_nobody_elses(policy):
+    taken = dataclasses.replace(policy.clauses[0], id="X1", exceptions=())
+    policy = dataclasses.replace(policy, clauses=(taken, *policy.clauses[1:]))
+    named = {clause.id for question in plan_edits(policy) for clause in question.policy.clauses}
+    assert named == {"X1", "X2", "C2", "C3"}
+
+
+def test_clauses_are_drawn_with_a_seed_and_the_calls_are_told_beforehand(policy, told):
+    drawn = {tuple(dict.fromkeys(q.clause for q in plan_edits(policy, 1, seed))) for seed in range(20)}
+    assert drawn == {("C1",), ("C2",), ("C3",)}
+    assert plan_edits(policy, 2, 5) == plan_edits(policy, 2, 5)
+    assert plan_edits(policy, 0) == []
+    for edits in (0, 1, 2, None):
+        guard = told(Decision("allow").to_json())
+        run_examples(policy, guard)
+        run_edits(policy, guard, edits, seed=1)
+        assert len(guard.asked) == count_requests(policy, edits, seed=1)
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=f"expected to edit 0 to 3 clauses, which have examples, got {wrong}"):
+            plan_edits(policy, wrong)
+
+
+def test_a_clause_without_examples_is_not_edited(policy):
+    bare = dataclasses.replace(policy.clauses[0], violates=(), allowed=())
+    policy = dataclasses.replace(policy, clauses=(bare, *policy.clauses[1:]))
+    assert {question.clause for question in plan_edits(policy)} == {"C2", "C3"}
+    assert {question.clause for question in plan_examples(policy)} == {"C2", "C3"}
+
+
+def test_a_single_clause_has_no_others(policy):
+    policy = dataclasses.replace(policy, clauses=policy.clauses[:1])
+    outcomes = run_edits(policy, Keyword())
+    assert outcomes and all(outcome.right for outcome in outcomes)
+
+
+def test_where_nothing_is_allowed_by_default(policy):
+    strict = dataclasses.replace(policy, default="refuse")
+    assert all(outcome.right for outcome in run_examples(strict, Keyword()) + run_edits(strict, Keyword()))
+
+
+def test_an_examples_action_without_its_clause_is_wrong(policy, told):
+    cites_another = Decision("steer", ("C1",), "fangs").to_json()
+    policy = dataclasses.replace(
+        policy, clauses=(policy.clauses[0], dataclasses.replace(policy.clauses[1], action="steer"))
+    )
+    outcomes = run_examples(policy, told(cites_another))
+    assert [outcome.right for outcome in outcomes] == [True, True, False, False, False]
+    assert (outcomes[3].expected, outcomes[3].got) == ("steer C2", "steer C1")
+
+
+def test_every_verdict_is_put_on_record(policy, tmp_path):
+    run_edits(policy, Keyword(), 1, audit=Audit(tmp_path / "audit"))
+    expected = count_requests(policy, 1) - len(plan_examples(policy))
+    assert len((tmp_path / "audit").read_text().splitlines()) == expected
+
+
+def test_a_table_has_a_row_for_each_kind(policy):
+    guard = ByHeart(policy)
+    rows = table(run_examples(policy, guard) + run_edits(policy, guard)).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[0] == ["", "right", "changed as they must", "stayed as they must", "invalid"]
+    assert cells[2] == ["example", "7/7", "-", "-", "0/7"]
+    assert cells[3] == ["flip", "-", "0/4", "9/9", "4/13"]
+    assert cells[6] == ["reorder", "-", "-", "13/13", "0/13"]
+    assert [row[0] for row in cells[2:]] == ["example", *EDITS] and len({len(row) for row in rows}) == 1
+
+
+def test_tallies_are_in_order_and_of_nothing_there_is_none(policy):
+    assert tally([]) == []
+    assert tally(run_examples(policy, Keyword())) == [Tally("example", "be right", 7, 0, 7)]
