@@ -187,7 +187,10 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m negtome.guard", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {run.__name__: commands.add_parser(run.__name__, help=run.__doc__) for run in (check, explain, test)}
+    parts = {
+        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+        for run in (check, explain, test)
+    }
     for run in (check, explain, test):
         parts[run.__name__].set_defaults(run=run)
         parts[run.__name__].add_argument(
