@@ -9,13 +9,14 @@ what returns one when called. chat takes --base-url U --model M (vLLM, llama.cpp
 
 explain ends with 0 for allow, 3 for steer, 4 for refuse, 5 for escalate and for invalid, which is a reply that does not
 follow from the policy. test ends with 0 where all came out as it must, else 1. Anything ends with 2 for bad input.
-COMMAND --help lists its options, docs/safety.md says what they mean.
+COMMAND --help lists its options, docs/safety.md says what they mean; NEGTOME_TRACEBACK=1 shows where an error is from.
 """
 
 import argparse
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -180,6 +181,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("NEGTOME_TRACEBACK"):
+            raise
         print(f"{arguments.command}: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 

@@ -42,7 +42,7 @@ class Audit:
             "faults": list(faults),
             **({"prompt": prompt, "replies": list(replies)} if self.text else {}),
         }
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -55,4 +55,4 @@ class Audit:
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # a model may reply by halves of characters
+    return hashlib.sha256(text.encode()).hexdigest()

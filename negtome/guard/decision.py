@@ -71,8 +71,14 @@ def parse(reply: str) -> Decision:
         raise ValueError(f"expected {wrong[0]} as a text, got {entry[wrong[0]]!r}")
     if confidence is not None and not (type(confidence) in (int, float) and 0 <= confidence <= 1):
         raise ValueError(f"expected a confidence from 0 to 1, got {confidence!r}")
-    action, quote, rationale = (entry.get(name, "") for name in texts)
-    return Decision(action, tuple(clauses), quote, rationale, None if confidence is None else float(confidence))
+    action, quote, rationale = (whole(entry.get(name, "")) for name in texts)
+    confidence = None if confidence is None else float(confidence)
+    return Decision(action, tuple(map(whole, clauses)), quote, rationale, confidence)
+
+
+def whole(text: str) -> str:
+    """Return a text with question marks for halves of characters, which models write and no file can keep."""
+    return text.encode(errors="replace").decode()
 
 
 def _objects(text: str) -> tuple[list[dict[str, Any]], str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from negtome.guard.audit import Audit
-from negtome.guard.decision import Decision, UnusableReplyError, parse, verify
+from negtome.guard.decision import Decision, UnusableReplyError, parse, verify, whole
 from negtome.guard.policy import Policy
 
 #: Characters of a prompt; text encoders of image models read about 2,000.
@@ -105,11 +105,14 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
 def _ask(policy: Policy, guard: Guard, prompt: str) -> tuple[str, Decision | None, list[str]]:
     """Return a guard's reply, what it decided, as far as that can be read, and what is wrong with it."""
     try:
-        reply = guard.reply(policy, prompt)
+        reply, faults = guard.reply(policy, prompt), []
     except UnusableReplyError as error:
-        return error.text, None, [str(error)]
+        reply, faults = error.text, [str(error)]
     if not isinstance(reply, str):
         raise ValueError(f"expected a text from the guard {guard.name}, got {type(reply).__name__}")
+    reply = whole(reply)
+    if faults:
+        return reply, None, faults
     try:
         decision = parse(reply)
     except ValueError as error:

@@ -174,6 +174,12 @@ def test_so_does_what_is_no_policy_or_no_prompt(run, file, tmp_path):
         assert ended.value.code == 2
 
 
+def test_where_an_error_is_from_is_shown_on_request(monkeypatch, run, tmp_path):
+    monkeypatch.setenv("NEGTOME_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="got no file"):
+        run("check", "--policy", tmp_path / "none.yaml")
+
+
 def test_a_guard_that_obeys_passes_the_published_policy(run):
     code, out, err = run("test", "--policy", PUBLISHED, "--guard", "keyword")
     requests = count_requests(read_policy(PUBLISHED))

@@ -107,10 +107,18 @@ def test_a_verdict_is_put_on_record_without_its_texts(policy, told, tmp_path):
 
 
 def test_texts_are_kept_where_that_is_asked_for(policy, told, tmp_path):
-    reply = f"{GOOD} \ud83d"  # half of a character, as a model may reply
+    reply = f"{GOOD} é\u2028."
     decide(policy, told(reply), "Dracula\u2028 é\nat night", Audit(tmp_path / "audit", text=True))
     (row,) = [json.loads(line) for line in (tmp_path / "audit").read_bytes().split(b"\n") if line]
-    assert row["prompt"] == "Dracula\u2028 é\nat night" and row["replies"] == [f"{GOOD} \ud83d"]
+    assert row["prompt"] == "Dracula\u2028 é\nat night" and row["replies"] == [reply]
+
+
+def test_halves_of_characters_in_a_reply_are_question_marks(policy, told, tmp_path):
+    escaped = json.dumps(json.loads(GOOD) | {"rationale": "\ud83d!"})
+    verdict = decide(policy, told(f"{escaped} \udfff"), "Dracula", Audit(tmp_path / "audit", text=True))
+    assert (verdict.action, verdict.decision.rationale, verdict.replies) == ("steer", "?!", (f"{escaped} ?",))
+    cut = UnusableReplyError("cut", "\ud83d")
+    assert decide(policy, told(cut), "Dracula").replies == ("?", "?")
 
 
 def test_several_processes_append_whole_lines(tmp_path):
