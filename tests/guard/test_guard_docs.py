@@ -1,0 +1,63 @@
+"""What docs/safety.md shows is so: its policy is one, its guard is one, and its options exist."""
+
+import re
+from argparse import ArgumentParser
+
+import pytest
+import yaml
+
+from experiments import PROJECT
+from negtome.guard import __main__ as commands
+from negtome.guard import read_policy
+from negtome.guard.testing import run_edits, run_examples
+
+PAGE = (PROJECT / "docs" / "safety.md").read_text(encoding="utf-8")
+BLOCKS = {kind: re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL) for kind in ("yaml", "python")}
+
+
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """The page's policy, as policy.yaml where the test is."""
+    monkeypatch.chdir(tmp_path)
+    (text,) = BLOCKS["yaml"]
+    (tmp_path / "policy.yaml").write_text(text)
+    return read_policy("policy.yaml")
+
+
+def test_its_policy_has_every_field_and_the_table_says_what_each_is(shown):
+    document = yaml.safe_load(BLOCKS["yaml"][0])
+    fields = document.keys() | document["clauses"][0].keys() | document["exceptions"][0].keys()
+    said = [
+        name for cells in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE, re.MULTILINE) for name in cells.split(", ")
+    ]
+    assert set(fields) - {"clauses", "text"} == {name.strip("`") for name in said} - {"keyword", "mini", "chat"}
+    assert len(shown.clauses) == len(shown.exceptions) == 1
+
+
+def test_its_guard_follows_the_policy_and_its_program_runs(shown, capsys):
+    guard, program = BLOCKS["python"]
+    space = {}
+    exec(guard, space)
+    exec(program, space)
+    assert capsys.readouterr().out.startswith("steer ('C1',) the policy says: a pale person with fangs")
+    outcomes = run_examples(shown, space["Mine"]()) + run_edits(shown, space["Mine"]())
+    assert outcomes and all(outcome.right for outcome in outcomes)
+
+
+def test_its_options_are_those_of_the_commands(monkeypatch):
+    known, add = {"--guard"}, ArgumentParser.add_argument
+
+    def noted(parser, *names, **options):
+        known.update(name for name in names if name.startswith("--"))
+        return add(parser, *names, **options)
+
+    monkeypatch.setattr(ArgumentParser, "add_argument", noted)
+    commands._parser()
+    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
+    assert {"--base-url", "--folder", "--context", "--edits", "--audit", "--json"} <= known
+
+
+def test_the_number_of_requests_is_that_of_the_published_policy():
+    policy = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
+    requests = commands.testing.count_requests(policy)
+    assert f"(twenty clauses: {requests})" in PAGE.replace("\n", " ") and len(policy.clauses) == 20
