@@ -88,7 +88,7 @@ def test_importing_is_light():
         f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])\n"
         for module, heavy in (
             ("negtome", ["torch", "yaml"]),
-            ("negtome.guard", ["torch", "transformers", "tokenizers", "openai", "jinja2"]),
+            ("negtome.guard.__main__", ["torch", "transformers", "tokenizers", "openai", "jinja2"]),
             ("negtome.attachment", torch_alone),
             ("experiments.collect", ["torchmetrics", "transformers", "diffusers"]),
         )
