@@ -62,7 +62,7 @@ class Outcome:
         before: the same before the edit; "" of an example.
         right: whether it came out as it must.
         invalid: whether the guard's reply did not follow from the policy.
-        reason: the verdict's.
+        reason: the verdict's; what is wrong with it where it is invalid.
     """
 
     kind: str
@@ -160,8 +160,9 @@ def run_edits(
         if question.must == "change":
             expected, right = question.expected, _is(old, asked[question.prompt]) and _is(new, question.expected)
         else:
-            expected = _still(plain, question, old)
-            right = old.action != "invalid" and _said(new) == _in_words(*expected)
+            valid = old.action != "invalid"
+            expected = _still(plain, question, old) if valid else ("as before, which was invalid", ())
+            right = valid and _said(new) == _in_words(*expected)
         outcomes.append(_outcome(question, new, expected, _said(old), right))
     return outcomes
 
@@ -278,5 +279,5 @@ def _outcome(question: Question, verdict: Verdict, expected: Answer, before: str
         before,
         right,
         verdict.action == "invalid",
-        verdict.reason,
+        verdict.faults[0] if verdict.faults else verdict.reason,
     )
