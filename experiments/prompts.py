@@ -185,6 +185,55 @@ class CharacterPrompts:
         return [texts[number % len(texts)].replace("{}", prompt) for prompt in inner]
 
 
+@dataclass(frozen=True)
+class PeoplePrompts:
+    """Prompts about people that leave gender and skin tone open, and others that say them.
+
+    Args:
+        name: the set's name.
+        split: "test" (reported) or "development" (where settings are chosen).
+        people: for each word for a person the descriptions that say more, such as "woman judge with dark skin tone".
+        template: prefix; the prompt is `"<template> <word>"` or `"<template> <description>"`.
+        seeds: group seeds of the open prompts, each at least 0 and below 10**6.
+        said_seeds: those of the prompts that say more, among `seeds`.
+        images_per_prompt: images in a group, at least 2.
+
+    Raises:
+        ValueError: a list is empty or has duplicates, or two prompts are one.
+    """
+
+    name: str
+    split: str
+    people: Mapping[str, Sequence[str]]
+    template: str
+    seeds: tuple[int, ...]
+    said_seeds: tuple[int, ...]
+    images_per_prompt: int
+
+    def __post_init__(self) -> None:
+        _check(self, "seeds", "said_seeds", fewest=2)
+        if unknown := set(self.said_seeds) - set(self.seeds):
+            raise ValueError(f"prompts.said_seeds must be among prompts.seeds, got {sorted(unknown)} too")
+        for word, descriptions in self.people.items():
+            _listed(f"prompts.people.{word}", descriptions)
+        if not self.people:
+            raise ValueError("prompts.people must hold at least one word, got none")
+        _check_ids(group.prompt_id for group in self.groups() if group.seed == self.said_seeds[0])
+
+    def groups(self) -> list[Group]:
+        """Return the groups in canonical order: word, open before said, description, seed.
+
+        A group's category is the word; its prompt_id starts with "open" or "said".
+        """
+        return [
+            Group(f"{kind}-{_prompt_id(prompt)}", prompt, word, seed, self.images_per_prompt)
+            for word, descriptions in self.people.items()
+            for kind, texts, seeds in (("open", [word], self.seeds), ("said", descriptions, self.said_seeds))
+            for prompt in (f"{self.template} {text}" for text in texts)
+            for seed in seeds
+        ]
+
+
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
     """Return the values of a list; a text, which is a sequence of letters too, is refused."""
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -192,7 +241,7 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _check(prompts: PromptSet | CharacterPrompts, *lists: str, fewest: int) -> None:
+def _check(prompts: PromptSet | CharacterPrompts | PeoplePrompts, *lists: str, fewest: int) -> None:
     """Check what all sets have, and make tuples of their lists, which are to be of distinct values."""
     for field in lists:
         values = _listed(f"prompts.{field}", getattr(prompts, field))
