@@ -66,6 +66,7 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.training.export --work outputs/mini --models models
 	$(PY) -m experiments.training.reference --data outputs/mini/data --out models/mini-reference
 	$(PY) -m experiments.training.protected --npm outputs/npm --out models/mini-protected
+	$(PY) -m experiments.training.people --npm outputs/npm --out models/mini-people
 	$(PY) -m experiments.training.memorised
 
 .PHONY: reproduce-deliberation mini-guard

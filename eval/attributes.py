@@ -5,7 +5,6 @@ Labels are the argmax of the cosine to text embeddings, each the normalised mean
 there are few images for the labels: see `minimum_images`.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,7 +44,48 @@ def zero_shot_labels(image_embeddings: torch.Tensor, label_embeddings: torch.Ten
     return (F.normalize(image_embeddings, dim=-1) @ F.normalize(label_embeddings, dim=-1).T).argmax(dim=-1)
 
 
-class AttributeEntropy(Metric):
+class Attributes(Metric):
+    """Something of the labels that images get; `update` takes their embeddings, [..., D], and those of labels, [L, D].
+
+    Args:
+        encoder: one with a text tower.
+        labels: for each category its own, or one list for all.
+        templates: texts with one `{}` for the label; their embeddings are averaged.
+    """
+
+    SETTINGS = ("labels", "templates")
+
+    def __init__(
+        self,
+        encoder: Encoder | None = None,
+        labels: Mapping[str, Sequence[str]] | Sequence[str] = (),
+        templates: Sequence[str] = ("a photo of a {}",),
+        **options: Any,
+    ) -> None:
+        super().__init__(encoder, **options)
+        for given in (templates, labels, *(labels.values() if isinstance(labels, Mapping) else ())):
+            if isinstance(given, str):
+                raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
+        # plain containers, whatever a configuration library hands over
+        several = isinstance(labels, Mapping)
+        self.labels = {str(key): [*map(str, labels[key])] for key in labels} if several else [*map(str, labels)]
+        self.templates = [*map(str, templates)]
+        self._embedded: dict[str, torch.Tensor] = {}
+
+    def labels_of(self, category: str) -> list[str] | None:
+        """Return the labels that images of a category may get; None where it is not named."""
+        return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
+
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
+        category = images.rows[positions[0]].category
+        if (labels := self.labels_of(category)) is None:
+            raise ValueError(f"expected labels of {category!r} for {self.name}, got those of {sorted(self.labels)}")
+        if category not in self._embedded:
+            self._embedded[category] = label_embeddings(self.encoder, labels, self.templates)
+        return self.encoder.of(images, positions), self._embedded[category]
+
+
+class AttributeEntropy(Attributes):
     """Entropy of zero-shot labels, pooled over the groups of a category, mean over categories.
 
     A category with fewer images than `minimum_images` of its labels is left out, by its number of images alone and so
@@ -67,7 +107,6 @@ class AttributeEntropy(Metric):
     bounds = (0, None)
     description = "mean over categories of the entropy (Miller-Madow, nats) of the pooled zero-shot labels"
     aggregate = "category_entropy"
-    SETTINGS = ("labels", "templates")
     score = staticmethod(zero_shot_labels)
 
     def __init__(
@@ -78,14 +117,7 @@ class AttributeEntropy(Metric):
         miller_madow: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(encoder, **options)
-        for given in (templates, labels, *(labels.values() if isinstance(labels, Mapping) else ())):
-            if isinstance(given, str):
-                raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {given!r}")
-        # plain containers, whatever a configuration library hands over
-        several = isinstance(labels, Mapping)
-        self.labels = {str(key): [*map(str, labels[key])] for key in labels} if several else [*map(str, labels)]
-        self.templates = [*map(str, templates)]
+        super().__init__(encoder, labels, templates, **options)
         self.miller_madow = miller_madow
         if not miller_madow:  # which tells the documents of the two apart, too
             self.aggregate, self.pooled = "mean", "category"
@@ -96,21 +128,15 @@ class AttributeEntropy(Metric):
         chosen = self._all("scores").long()
         return torch.tensor(entropy(chosen.bincount().tolist(), self.miller_madow), dtype=torch.float64)
 
-    def _labels_of(self, category: str) -> list[str] | None:
-        return self.labels.get(category) if isinstance(self.labels, dict) else self.labels
-
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         left_out, too_small = self.details(images).values()
-        embedded = functools.cache(
-            lambda category: label_embeddings(self.encoder, self._labels_of(category), self.templates)
-        )
         values = []
         for pool, members in images.pools(self.pooled).items():
             category = images.rows[members[0]].category
             if category in left_out or category in too_small:
                 continue
-            chosen = self.score(*self.inputs(images, members), embedded(category))
-            counts = Counter(self._labels_of(category)[index] for index in chosen.tolist())
+            chosen = self.score(*self.inputs(images, members))
+            counts = Counter(self.labels_of(category)[index] for index in chosen.tolist())
             found = {} if self.miller_madow else {"value": entropy(list(counts.values()), miller_madow=False)}
             values.append(images.group_value(pool, members, counts=dict(sorted(counts.items())), **found))
         if too_small and images.withheld:  # of nothing, if need be
@@ -133,7 +159,7 @@ class AttributeEntropy(Metric):
         """Say which categories are left out for want of labels, and which for want of images: how many of how many."""
         left_out, too_small = [], {}
         for category, n in sorted(Counter(row.category for row in images.rows).items()):
-            if (labels := self._labels_of(category)) is None:
+            if (labels := self.labels_of(category)) is None:
                 left_out.append(category)
             elif n < (needed := minimum_images(len(labels)) if self.miller_madow else MINIMUM_IMAGES):
                 too_small[category] = f"{n} of {needed} images"
