@@ -25,7 +25,7 @@ from experiments.methods.combined import Combined
 from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
-from experiments.prompts import CharacterPrompts, PromptSet
+from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
 from experiments.tabulate import primary_metrics
 from negtome import NegToMeConfig
 
@@ -67,7 +67,7 @@ def test_every_option_composes_and_resolves(group, option, with_model):
     assert method.name == cfg.method.name
     if group == "method":
         return
-    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts))
+    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts))
     assert resolved["metric"]
     for name, settings in resolved["metric"].items() if group in ("model", "metric", "experiment") else ():
         if any(need in settings and settings[need] is None for need in NEEDS):
@@ -205,8 +205,9 @@ def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_qual
         cfg = composed(f"experiment={experiment}", *([] if model == "mini-sdxl" else [f"model={model}"]))
         tested = primary_metrics(cfg)
         assert len(set(tested.values())) == 2 and "quality" in tested.values()
-        several = ("copyright", "copyright_sweep", "peers_copyright")  # named prompts and others; two costs
-        assert len(tested) == (3 if experiment in several else 2)
+        # Named prompts and others; two costs; two attributes, each where it is open and where it is said.
+        several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
+        assert len(tested) == several.get(experiment, 2)
         assert set(tested) <= set(cfg.metric)
         margins = cfg.primary.quality_margin
         assert all(0 < margin < 1 for margin in (margins.values() if OmegaConf.is_config(margins) else [margins]))
@@ -261,7 +262,7 @@ def test_the_documentation_names_every_metric():
     titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
     headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert links <= headings
-    for suite in ("diversity", "full", "released"):
+    for suite in ("diversity", "full", "released", "stereotypes"):
         for name, spec in composed(f"metric={suite}").metric.items():
             assert any(fnmatch(name, pattern) for pattern in named), f"{name} ({spec._target_})"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.prompts import CharacterPrompts, Group, PromptSet
+from experiments.prompts import CharacterPrompts, Group, PeoplePrompts, PromptSet
 
 SMALL = {
     "name": "small",
@@ -122,3 +122,47 @@ def test_kinds_of_prompts_can_be_chosen():
 def test_bad_characters_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         CharacterPrompts(**CHARACTERS | change)
+
+
+PEOPLE = {
+    "name": "small",
+    "split": "test",
+    "people": {"judge": ["woman judge with dark skin tone", "man judge"], "cook": ["man cook"]},
+    "template": "a photo of a",
+    "seeds": [0, 1],
+    "said_seeds": [1],
+    "images_per_prompt": 4,
+}
+
+
+def test_people_are_asked_for_openly_and_with_more_said():
+    groups = PeoplePrompts(**PEOPLE).groups()
+    assert [(g.id, g.prompt, g.category, g.size) for g in groups[:4]] == [
+        ("open-a-photo-of-a-judge/000000", "a photo of a judge", "judge", 4),
+        ("open-a-photo-of-a-judge/000001", "a photo of a judge", "judge", 4),
+        (
+            "said-a-photo-of-a-woman-judge-with-dark-skin-tone/000001",
+            "a photo of a woman judge with dark skin tone",
+            "judge",
+            4,
+        ),
+        ("said-a-photo-of-a-man-judge/000001", "a photo of a man judge", "judge", 4),
+    ]
+    assert [g.category for g in groups[4:]] == ["cook"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"people": {}}, "at least one word, got none"),
+        ({"people": {"judge": "woman judge"}}, r"prompts.people.judge must be a list"),
+        ({"people": {"judge": ["man judge", "man judge!"]}}, r"twice: \['said-a-photo-of-a-man-judge'\]"),
+        ({"said_seeds": [2]}, r"said_seeds must be among prompts.seeds, got \[2\] too"),
+        ({"said_seeds": []}, "prompts.said_seeds must be a list of distinct values"),
+        ({"seeds": [-1, 1]}, "seeds must be integers in"),
+        ({"images_per_prompt": 1}, "at least 2, got 1"),
+    ],
+)
+def test_bad_people_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PeoplePrompts(**PEOPLE | change)
