@@ -1,8 +1,8 @@
 """How even are the attributes that a prompt leaves open, and are those kept that it says? Of zero-shot labels.
 
-The measures of OpenAI's addendum on 4o image generation (2025): of many images of one prompt the normalised Shannon
-entropy of an attribute, the share of outputs that are heterogeneous, and whether what is said is obeyed. There an
-output is one image with several people; here it is a group of images of one person each, which methods push apart.
+The measures of OpenAI's addendum on 4o image generation (2025): of 20 images of a prompt the normalised Shannon
+entropy of an attribute, how often outputs are heterogeneous, and whether what is said is obeyed. What is heterogeneous
+is here a group of images that were made together.
 """
 
 import math
