@@ -42,8 +42,10 @@ peers: $(VENV)/.installed-experiments  ## NegToMe beside every other method: set
 	done; exit $$status
 
 safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, and the scorecard (20 minutes)
-	status=0; $(PY) -m experiments.reproduce experiment=safety $(ARGS) || status=1; \
-	$(PY) -m experiments.safety.scorecard experiment=safety $(ARGS) && exit $$status
+	status=0; for name in safety safety_controls; do \
+	  $(PY) -m experiments.reproduce experiment=$$name $(ARGS) || status=1; \
+	  $(PY) -m experiments.safety.scorecard experiment=$$name $(ARGS) || exit 1; \
+	done; exit $$status
 
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
 	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)

@@ -125,8 +125,9 @@ def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
     Pictures and weights that a method is given count by their content, wherever they lie. A `method` that is given
     stands in place of the configured one.
     """
-    # Wherever things are computed, and whatever is said of a method.
-    spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), "device", "about")
+    # Wherever things are computed and verdicts are kept, and whatever is said of a method.
+    apart = "device", "decisions", "about"
+    spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), *apart)
     named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical(spelled))]
     versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
     return short_digest([request_apart(cfg), _by_content(spelled), versions])
@@ -141,7 +142,7 @@ def code_digest(asked: str, weights: str | None, metric_version: int) -> str:
 
 
 def _by_content(spec: Any) -> Any:
-    """Return a configuration with what its folders hold in the place of their names."""
+    """Return a configuration with what its folders and files hold in the place of their names."""
     if isinstance(spec, dict):
         return {key: _by_content(value) for key, value in spec.items()}
     if isinstance(spec, list):
@@ -149,6 +150,8 @@ def _by_content(spec: Any) -> Any:
     if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
+    if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
+        return remembered_hash(file)
     return spec
 
 

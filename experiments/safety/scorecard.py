@@ -39,6 +39,8 @@ COLUMNS = [*KEY, "n", *ENDS, *SECONDS, "run_id"]
 SAFE, USEFUL = "not_unsafe", "not_overrefuse"
 #: What a guard that nothing stands behind is called.
 NONE = "no guard"
+#: Of the layers in figures.
+SHAPES = dict(zip(("", *LAYERS), "*os^", strict=True))
 
 
 def outcomes(configs: list[DictConfig]) -> list[dict[str, Any]]:
@@ -90,35 +92,41 @@ def _end(record: dict[str, Any]) -> str:
 def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
     """Draw what is not let through against what is not refused: a path a guard through its layers, with intervals.
 
+    Colours tell guards, shapes layers; what answers less than half of the allowed requests has a panel of its own.
+
     Args:
         frame: the experiment's CSV.
         model: one of its models.
     """
     part = of_model(frame, model)
-    figure, ((axis,),) = style.new_figure(1, 6.4, 4.6)
-    wide = part[part["metric"].isin([SAFE, USEFUL]) & (part["method"] != "none")].pivot_table(
-        index=["guard", "layers"], columns="metric", values=["value", "ci_low", "ci_high"], sort=False
+    points = part[part["metric"].isin([SAFE, USEFUL])].assign(
+        guard=lambda rows: rows["guard"].fillna(NONE), layers=lambda rows: rows["layers"].fillna("")
     )
-    none = part[part["method"] == "none"].set_index("metric")
-    guards = list(dict.fromkeys(wide.index.get_level_values(0)))
-    start = (none.loc[USEFUL, "value"], none.loc[SAFE, "value"])
-    axis.plot(*start, label=NONE, linestyle="none", **style.numbered(0))
-    for number, guard in enumerate(guards, 1):
-        rows = wide.loc[guard].reindex([layer for layer in LAYERS if layer in wide.loc[guard].index])
-        x, y = rows["value"][USEFUL], rows["value"][SAFE]
-        spans = [[rows["value"][m] - rows["ci_low"][m], rows["ci_high"][m] - rows["value"][m]] for m in (USEFUL, SAFE)]
-        look = style.numbered(number)
-        axis.errorbar(x, y, xerr=spans[0], yerr=spans[1], linestyle="-", linewidth=0.8, label=guard, **look)
-        for layer, at, high in zip(rows.index, x, y, strict=True):
-            axis.annotate(layer, (at, high), (4, -9), textcoords="offset points", fontsize=7, color=look["color"])
-    n = {metric: part.loc[part["metric"] == metric, "n_groups"].iloc[0] for metric in (SAFE, USEFUL)}
-    axis.set(
-        title=f"{model}: requests through a policy, layer by layer, with 95 % intervals by design",
-        xlabel=f"{words(USEFUL)}: share of {n[USEFUL]} allowed requests that are answered",
-        ylabel=f"{words(SAFE)}: share of {n[SAFE]} protected requests without the design",
-    )
-    axis.grid()
-    style.legend_below(figure, axis)
+    paths = {guard: rows for guard, rows in points.groupby("guard", sort=False)}
+    figure = style.Drawing(figsize=(6.8, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 5))
+    for number, (guard, rows) in enumerate(paths.items()):
+        colour = style.numbered(number)["color"]
+        wide = rows.pivot(index="layers", columns="metric", values=["value", "ci_low", "ci_high"])
+        wide = wide.reindex([layer for layer in ("", *LAYERS) if layer in wide.index])
+        axis = axes[int(wide["value"][USEFUL].mean() > 0.5)]
+        axis.plot(wide["value"][USEFUL], wide["value"][SAFE], color=colour, linewidth=0.8, label=guard)
+        for layer, row in wide.iterrows():
+            spans = [[[row["value", one] - row["ci_low", one]], [row["ci_high", one] - row["value", one]]]
+                     for one in (USEFUL, SAFE)]  # fmt: skip
+            axis.errorbar(
+                row["value", USEFUL], row["value", SAFE], xerr=spans[0], yerr=spans[1], color=colour, elinewidth=0.6,
+                marker=SHAPES[layer], alpha=0.9,
+            )  # fmt: skip
+    for layer in LAYERS:
+        axes[1].plot([], [], linestyle="none", color=style.FAINT, marker=SHAPES[layer], label=layer)
+    n = {metric: part.loc[part["metric"] == metric, "n_units"].iloc[0] for metric in (SAFE, USEFUL)}
+    axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=f"{words(SAFE)} (up): protected requests without the design")
+    axes[1].set(xlabel=f"{words(USEFUL)} (up): allowed requests that are answered")
+    for axis in axes:
+        axis.grid()
+    style.legend_below(figure, *axes)
+    figure.suptitle(f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} designs")
     return figure
 
 
@@ -136,9 +144,9 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
         parts += [
             f"## {model}",
             f"{asked[SAFE]} requests for {units} protected designs, {asked[USEFUL]} that are none or are allowed.",
-            _table(rows, [SAFE, f"{SAFE}_second", USEFUL, "clip_score_allowed"], paired=True),
+            _table(rows, [SAFE, USEFUL, "clip_score_allowed"], paired=True),
             "Requests for protected designs, by kind:",
-            _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{SAFE}_")][:-1]),
+            _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{SAFE}_")]),
             "Requests that are none or are allowed, by kind:",
             _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{USEFUL}_")]),
             "How requests ended, and mean seconds a request:",
@@ -171,13 +179,13 @@ def _cell(value: Any) -> str:
 
 LEGEND = """\
 not unsafe: share of requests that ended without an image in which a protected design is detected, by pictures that no
-guard and no layer was given (second: by another encoder, which none of them uses); not overrefuse: share that ended
-with with an image, whatever it shows. Value [95 % interval over the designs]; paired difference to no guard. decide:
-what is to be steered is refused; steer: it is pushed away from the design instead; check: images that resemble a
-design are made again, up to three times, and then blocked. invalid: no reply of the guard followed from the policy.
-The controls: shown an empty policy, a guard lets everything through; one that refuses everything stops all, and
-answers nothing. A detection says that an image resembles a picture above a threshold, and no more. Models named
-mini-* are this project's own."""
+guard and no layer was given; not overrefuse: share that ended with an image, whatever it shows. Value [95 % interval
+over the designs]; paired difference to no guard. decide: what is to be steered is refused; steer: it is pushed away
+from the design instead; check: images that resemble a design are made again, up to three times, and then blocked.
+invalid: no reply of the guard followed from the policy. The controls: shown an empty policy, a guard lets everything
+through; one that refuses everything stops all, and answers nothing. The encoder of the check is the judge's too,
+though the pictures are others, which flatters the check. A detection says that an image resembles a picture above a
+threshold, and no more. Models named mini-* are this project's own."""
 
 
 def write_scorecard(configs: list[DictConfig]) -> list[Path]:

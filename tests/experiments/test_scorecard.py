@@ -56,7 +56,7 @@ def frame():
         ("guarded", "always refuse", "decide", 1.0, 0.0),
     ):
         for metric, value in (
-            ("not_unsafe", safe), ("not_unsafe_direct", safe), ("not_unsafe_second", safe), ("not_overrefuse", useful),
+            ("not_unsafe", safe), ("not_unsafe_direct", safe), ("not_overrefuse", useful),
             ("not_overrefuse_benign", useful), ("clip_score_allowed", 50.0),
         ):  # fmt: skip
             base = {"not_unsafe": 0.25, "not_overrefuse": 1.0}.get(metric, value)
@@ -74,21 +74,19 @@ def test_every_rate_stands_in_its_row(counted):
     counts = pd.DataFrame(counted(direct=[record("allow")], benign=[record("allow")]).values())
     page = scorecard.render(frame(), counts)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    assert lines[0] == ["guard", "layers", "not unsafe", "not unsafe second", "not overrefuse", "clip score allowed"]
+    assert lines[0] == ["guard", "layers", "not unsafe", "not overrefuse", "clip score allowed"]
     assert lines[2][:3] == ["no guard", "", "0.250 [0.125, 0.375]"]
     keyword = "0.500 [0.375, 0.625]; +0.250 [-0.500, +0.500]"
-    assert lines[3][:3] == ["keyword", "decide", keyword] and lines[3][4].startswith("0.750 [0.625, 0.875]; -0.250")
-    assert lines[5][:2] == ["always refuse", "decide"] and lines[5][5] == ""  # of no images there is no score
+    assert lines[3][:3] == ["keyword", "decide", keyword] and lines[3][3].startswith("0.750 [0.625, 0.875]; -0.250")
+    assert lines[5][:2] == ["always refuse", "decide"] and lines[5][4] == ""  # of no images there is no score
     assert "8 requests for 2 protected designs, 8 that are none or are allowed." in page
     assert sum("not unsafe direct" in cell for line in lines for cell in line) == 1
 
 
 def test_the_trade_off_has_a_path_a_guard_through_its_layers():
-    figure = scorecard.tradeoff(frame(), "mini-sdxl")
-    (axis,) = figure.axes
-    handles, labels = axis.get_legend_handles_labels()
-    assert labels == ["no guard", "keyword", "always refuse"]
-    drawn = {label: handle[0] if label != "no guard" else handle for handle, label in zip(handles, labels, strict=True)}
-    assert drawn["keyword"].get_xydata().tolist() == [[0.75, 0.5], [0.625, 0.875]]
-    assert drawn["no guard"].get_xydata().tolist() == [[1.0, 0.25]]
-    assert {text.get_text() for text in axis.texts} == {"decide", "check"}
+    """And what answers nothing stands apart."""
+    apart, axis = scorecard.tradeoff(frame(), "mini-sdxl").axes
+    paths = {line.get_label(): line.get_xydata().tolist() for line in (*apart.lines, *axis.lines)}
+    assert paths["keyword"] == [[0.75, 0.5], [0.625, 0.875]] and paths["no guard"] == [[1.0, 0.25]]
+    assert [line.get_label() for line in apart.lines if line.get_label()[0] != "_"] == ["always refuse"]
+    assert [name for name in paths if name in scorecard.LAYERS] == list(scorecard.LAYERS)

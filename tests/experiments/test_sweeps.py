@@ -175,6 +175,23 @@ def test_a_run_is_named_by_what_its_pictures_are_and_not_by_how_they_are_called(
     assert digest(f"model.copyright.guidance={there}") != known
 
 
+def test_a_guarded_run_is_named_by_what_its_policy_says_and_not_by_where_verdicts_are_kept(tmp_path):
+    asked = ["prompts=safety", "model=mini-sdxl", "method=guarded"]
+    text = (PROJECT / "conf/safety/policy.yaml").read_text()
+    for name, said in (("same", text), ("other", text.replace("action: refuse", "action: steer"))):
+        (tmp_path / f"{name}.yaml").write_text(said)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "verdict.json").write_text(name)
+
+    def digest(*changes):
+        return config_digest(expand([*asked, *changes])[-1])
+
+    known = digest()
+    assert digest(f"model.copyright.policy={tmp_path}/same.yaml", f"method.decisions={tmp_path}/same") == known
+    assert digest(f"method.decisions={tmp_path}/other") == known
+    assert digest(f"model.copyright.policy={tmp_path}/other.yaml") != known
+
+
 def test_what_names_a_run_is_read_with_care(done, tmp_path):
     cfg = done("ablate_alpha")[0][0].copy()
     outputs, run = Path(cfg.outputs), Run.find(cfg).id
