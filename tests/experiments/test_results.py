@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+import yaml
 from hydra.utils import get_object
 
 from experiments import PROJECT
@@ -16,6 +17,16 @@ EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.y
 TABLES = sorted(path for path in RESULTS.glob("*.csv") if path.stem in EXPERIMENTS)
 #: The large ones are read in full among the slow tests.
 READ = [pytest.param(path, marks=[pytest.mark.slow] * path.stem.startswith("peers")) for path in TABLES]
+
+
+def table_of(name):
+    """Return the table of an experiment: its own name's, or that of the one that it is based on."""
+    spec = yaml.safe_load((PROJECT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return (
+        spec["name"]
+        if "name" in spec
+        else table_of(next(one for one in spec["defaults"] if isinstance(one, str) and one in EXPERIMENTS))
+    )
 
 
 def test_the_diversity_table_compares_three_methods_on_both_mini_models():
@@ -67,19 +78,25 @@ def test_every_number_can_be_traced(path):
         "commit",
         "device",
     ]
-    assert frame[traced].notna().all(axis=None)
+    unmeasured = frame["value"].isna()  # of no images, since all requests were refused
+    assert (frame.loc[unmeasured, "n_images"] == 0).all()
+    assert frame.loc[~unmeasured, traced].notna().all(axis=None)
+    frame = frame[~unmeasured]
     assert frame["run_id"].str.fullmatch("[0-9a-f]{12}").all()
     # An interval lies around its value; where there is none, the units were too few.
     assert (frame["ci_low"].isna() == frame["ci_high"].isna()).all()
     estimated = frame[frame["ci_low"].notna()]
     assert (estimated["ci_low"] <= estimated["value"]).all() and (estimated["value"] <= estimated["ci_high"]).all()
     assert (estimated["n_units"] >= 4).all()
-    assert frame.loc[frame["primary"].notna(), "ci_low"].notna().all()
+    # What all requests did alike has no interval that a bootstrap could tell.
+    alike = frame["metric"].str.startswith(("not_unsafe", "not_overrefuse")) & frame["value"].isin([0, 1])
+    assert frame.loc[frame["primary"].notna() & ~alike, "ci_low"].notna().all()
     known = {path.stem for path in (PROJECT / "conf" / "model").glob("*.yaml")}
     assert set(frame["model"]) <= known
     compared = frame[frame["method"] != "none"]
     assert compared["difference"].notna().all()
-    assert (compared["difference_low"] <= compared["difference_high"])[compared["primary"].notna()].all()
+    estimated = compared["primary"].notna() & ~alike & compared["difference"].ne(0)
+    assert (compared["difference_low"] <= compared["difference_high"])[estimated].all()
 
 
 @pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
@@ -87,7 +104,7 @@ def test_a_table_is_of_todays_settings_weights_and_versions(path):
     """Whoever changes what a number depends on, or its declared version, makes the table anew."""
     table = path.stem
     today = set()
-    for name in (name for name in EXPERIMENTS if name.removesuffix("_flux") == table):  # which make one table
+    for name in (name for name in EXPERIMENTS if table_of(name) == table):  # which make one table
         for cfg in expand([f"experiment={name}", "results=results"], baselines=True):
             asked, weights = config_digest(cfg), find_checkpoint(cfg.model).fingerprint
             for spec in cfg.metric.values():
@@ -96,7 +113,7 @@ def test_a_table_is_of_todays_settings_weights_and_versions(path):
 
 
 def test_every_experiment_has_a_table():
-    assert {name.removesuffix("_flux") for name in EXPERIMENTS} == {path.stem for path in TABLES}
+    assert {table_of(name) for name in EXPERIMENTS} == {path.stem for path in TABLES}
 
 
 def test_the_papers_numbers_are_labelled_and_never_of_our_models():
