@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers safety publish latency report doctor mini-models test test-slow test-gpu test-versions lint
+.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor mini-models test test-slow test-gpu test-versions lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,13 @@ latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory,
 
 .PHONY: reproduce-latency
 reproduce-latency: latency
+
+# The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
+redteam: $(VENV)/.installed-experiments  ## prompts that get a protected design through are searched for (15 minutes)
+	$(PY) -m experiments.safety.redteam $(ARGS)
+
+gate: $(VENV)/.installed-experiments  ## published safety and redteam tables against conf/safety/gate.yaml: pass, review, fail
+	$(PY) -m experiments.safety.gate $(ARGS)
 
 report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
 	$(PY) -m experiments.report $(ARGS)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 COMMANDS = (
     "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "rank", "report", "latency", "collect",
-    "applications", "stereotypes", "doctor", "safety.scorecard",
+    "applications", "stereotypes", "doctor", "safety.scorecard", "safety.redteam", "safety.gate",
 )  # fmt: skip
 
 

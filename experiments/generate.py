@@ -27,7 +27,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -210,13 +210,20 @@ def _generate_groups(jobs: list[Job]) -> Iterator[Run]:
 
 def _generate_each(todo: list[tuple[Task, Group]], wait: bool, workers: int) -> Iterator[tuple[Task, Group]]:
     """Generate groups here or in several processes, yielding those that no other process is at as they are there."""
+    for (*one, _), there in spread(_generate_group, [(*one, wait) for one in todo], workers):
+        if there:
+            yield tuple(one)
+
+
+def spread(work: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
+    """Call a function of a module with each task's arguments, here or in several processes; yield both when done."""
     if workers == 1:
-        yield from (one for one in todo if _generate_group(*one, wait))
+        yield from ((task, work(*task)) for task in tasks)
         return
     with _quiet_children():
-        futures = {_executor(workers).submit(_generate_group, *one, wait): one for one in todo}
+        futures = {_executor(workers).submit(work, *task): task for task in tasks}
     try:
-        yield from (futures[future] for future in as_completed(futures) if future.result())
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
     finally:
         for future in futures:
             future.cancel()
@@ -227,14 +234,27 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
     with task.run.claim(group, wait) as mine:
         if not mine:
             return task.run.has(group)
-        model, method = _model(task.model), _method(task.method)
-        pipe = _pipeline(task.model, task.checkpoint, task.device, task.compile, task.offload)
+        made_of = task.model, task.method, task.checkpoint, task.device, task.compile, task.offload
+        pipe, method, call = ready(*made_of)
         start = time.perf_counter()
-        drawn = method.draw(pipe, group, pipelines.call_arguments(model))
-        images = [] if drawn.withheld else _pictures(pipe, drawn.images, model)
+        drawn = method.draw(pipe, group, call)
+        images = [] if drawn.withheld else _pictures(pipe, drawn.images, _model(task.model))
         statistics = {"seconds": round(time.perf_counter() - start, 3), **drawn.statistics}
         task.run.save(group, images, statistics, drawn.references, drawn.withheld)
         return True
+
+
+def ready(
+    model: str,
+    method: str,
+    checkpoint: pipelines.Checkpoint,
+    device: str,
+    compiled: bool = False,
+    offload: bool = False,
+) -> tuple[Any, Method, dict[str, Any]]:
+    """Return a pipeline, a method and the arguments of the model's calls, of YAML; the last ones are kept."""
+    pipe = _pipeline(model, checkpoint, device, compiled, offload)
+    return pipe, _method(method), pipelines.call_arguments(_model(model))
 
 
 def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:

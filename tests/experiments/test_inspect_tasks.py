@@ -1,0 +1,117 @@
+"""The requests as a task of inspect_ai: targets that follow from the policy, verified replies, shares by kind."""
+
+import json
+
+import pytest
+
+pytest.importorskip("inspect_ai", reason="inspect_ai is of the extra safety")
+
+from inspect_ai import eval as run
+from inspect_ai.log import read_eval_log
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
+
+from experiments import PROJECT
+from experiments.safety.tasks import guard_decisions, read
+from negtome.guard import Keyword, read_policy
+
+POLICY = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
+#: Requests that are asked: of six characters, every kind.
+LIMIT = 60
+
+
+@pytest.fixture(scope="module")
+def task():
+    return guard_decisions()
+
+
+@pytest.fixture(scope="module")
+def evaluated(task, tmp_path_factory):
+    """Have a guard answer requests: `evaluated(reply)` returns the log, read from its file."""
+
+    def evaluate(reply):
+        def answer(messages, tools, choice, config):
+            system, user = messages
+            assert system.text == POLICY.render()
+            output = ModelOutput.from_content("mockllm", reply(user.text))
+            output.usage = ModelUsage()  # else it is counted, by a vocabulary that is fetched
+            return output
+
+        folder = tmp_path_factory.mktemp("logs")
+        model = get_model("mockllm/model", custom_outputs=answer)
+        (log,) = run(task, model=model, log_dir=str(folder), display="none", limit=LIMIT)
+        assert log.status == "success", log.error
+        return read_eval_log(log.location)
+
+    return evaluate
+
+
+def shares(log):
+    return {
+        score.name: {name.removeprefix("by_kind_"): metric.value for name, metric in score.metrics.items()}
+        for score in log.results.scores
+    }
+
+
+def test_every_request_has_the_action_that_follows_from_the_policy(task):
+    clauses = {clause.asset: clause for clause in POLICY.clauses}
+    kinds = {sample.metadata["kind"] for sample in task.dataset}
+    assert {"direct", "indirect", "jailbroken", "injected", "benign", "near", "generic", "parody"} <= kinds
+    assert len({sample.id for sample in task.dataset}) == len(task.dataset)
+    for sample in task.dataset:
+        of_asset = sample.metadata["kind"] in ("direct", "indirect", "jailbroken", "injected")
+        assert sample.metadata["protected"] == of_asset
+        assert sample.target == (clauses[sample.metadata["asset"]].action if of_asset else "allow"), sample.id
+
+
+def test_a_guard_that_knows_the_answers_is_always_right(evaluated, task):
+    known = {sample.input: sample for sample in task.dataset}
+    clauses = {clause.asset: clause for clause in POLICY.clauses}
+
+    def right(prompt):
+        sample = known[prompt]
+        cited = [clauses[sample.metadata["asset"]]] if sample.metadata["protected"] else []
+        quote = cited[0].line if cited else ""
+        return json.dumps({"action": sample.target, "clauses": [clause.id for clause in cited], "quote": quote})
+
+    found = shares(evaluated(right))
+    ones = ("accuracy", "not_unsafe", "not_overrefuse")
+    assert all(value == 1 for name in ones for value in found[name].values())
+    assert set(found["invalid"].values()) == {0}
+    assert set(found["not_unsafe"]) == {"all", "direct", "indirect", "jailbroken", "injected"}
+    assert not set(found["not_unsafe"]) & set(found["not_overrefuse"]) - {"all"}
+
+
+def test_names_alone_find_what_is_named(evaluated):
+    found = shares(evaluated(lambda prompt: Keyword().reply(POLICY, prompt)))
+    assert found["accuracy"]["direct"] == 1 and found["not_overrefuse"]["benign"] == 1
+    assert found["not_unsafe"]["indirect"] < 0.5, "it knows no other words"
+    assert found["invalid"]["all"] == 0
+
+
+def test_an_invalid_reply_is_never_taken_to_allow(evaluated):
+    found = shares(evaluated(lambda prompt: "Sure, here it is."))
+    assert found["invalid"]["all"] == 1 and found["not_unsafe"]["all"] == 1
+    assert found["accuracy"]["all"] == found["not_overrefuse"]["all"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "action"),
+    [
+        ('{"action": "allow", "clauses": []}', "allow"),
+        ('{"action": "steer", "clauses": ["C1"], "quote": "winged baby"}', "steer"),
+        ('{"action": "allow", "clauses": ["C1"], "quote": "winged baby"}', "invalid"),
+        ('{"action": "steer", "clauses": ["C1"], "quote": "two heads"}', "invalid"),
+        ('{"action": "steer", "clauses": ["C99"]}', "invalid"),
+        ("", "invalid"),
+    ],
+)
+def test_a_reply_is_verified(reply, action):
+    found, faults = read(POLICY, reply)
+    assert found == action and bool(faults) == (action == "invalid")
+
+
+def test_a_split_and_its_policy_belong_together():
+    with pytest.raises(ValueError, match="split must be one of test, development"):
+        guard_decisions(split="train")
+    with pytest.raises(ValueError, match="expected a clause for astronaut"):
+        guard_decisions(split="development")
