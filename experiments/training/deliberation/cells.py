@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from eval.files import content_hash, write_json
 from experiments.identity import short_digest
+from experiments.locks import locked
 from experiments.training.deliberation import fit, requests
 from experiments.training.deliberation.requests import Maker
 from negtome.guard.policy import Policy
@@ -29,11 +30,13 @@ class Sizes:
         form: replies about things of no clause, before all stages.
         examples: replies that are right; chosen on the development requests, so that rewards have room to add.
         steps: of rewards, each of `fit.PROMPTS` requests.
+        rate: of learning from rewards.
     """
 
-    form: int = 2000
-    examples: int = 4000
-    steps: int = 60
+    form: int = 4000
+    examples: int = 6000
+    steps: int = 40
+    rate: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,15 @@ class Cell:
 
     @property
     def before(self) -> "Cell | None":
-        """The cell that this one goes on from."""
+        """The cell that this one goes on from; of all seeds, what knows the form alone is one."""
         stage = STAGES[self.stage]
-        return None if stage is None else Cell(stage, self.trace, self.seed)
+        return None if stage is None else Cell(stage, self.trace, self.seed if STAGES[stage] else 0)
 
 
 def all_cells(seeds: int) -> list[Cell]:
     """Return all cells, each after the one that it goes on from."""
-    return [Cell(stage, trace, seed) for seed, trace, stage in itertools.product(range(seeds), (True, False), STAGES)]
+    product = itertools.product(range(seeds), (True, False), STAGES)
+    return [Cell(stage, trace, seed) for seed, trace, stage in product if seed == 0 or STAGES[stage]]
 
 
 def trained(cell: Cell, sizes: Sizes, policy: Policy, root: Path) -> Path:
@@ -63,8 +67,13 @@ def trained(cell: Cell, sizes: Sizes, policy: Policy, root: Path) -> Path:
         Its folder, named by a digest of all that it depends on.
     """
     folder = root / digest(cell, sizes, policy)
-    if (folder / "cell.json").exists():
-        return folder
+    with locked(root / f".{folder.name}.lock"):  # others may go on from it, too
+        if not (folder / "cell.json").exists():
+            _train(cell, sizes, policy, root, folder)
+    return folder
+
+
+def _train(cell: Cell, sizes: Sizes, policy: Policy, root: Path, folder: Path) -> None:
     tokenizer = requests.build_tokenizer(policy)
     if cell.before is None:
         model = fit.new_model(policy, tokenizer, cell.seed)
@@ -79,17 +88,16 @@ def trained(cell: Cell, sizes: Sizes, policy: Policy, root: Path) -> Path:
             fit.fit_examples(model, tokenizer, pairs, cell.seed)
         else:
             asked = Maker(policy, f"rewards/{cell.seed}").draw(sizes.steps * fit.PROMPTS)
-            fit.fit_rewards(model, tokenizer, policy, asked, cell.seed)
+            fit.fit_rewards(model, tokenizer, policy, asked, cell.seed, sizes.rate)
     save(model, tokenizer, folder)
     write_json(folder / "cell.json", asdict(cell) | asdict(sizes))
-    return folder
 
 
 def digest(cell: Cell, sizes: Sizes, policy: Policy) -> str:
     """Return 12 digits of all that a cell's model depends on; the sizes of stages after it are not in it."""
     used = asdict(sizes)
     if "RL" not in cell.stage:
-        del used["steps"]
+        del used["steps"], used["rate"]
     if "SFT" not in cell.stage:
         del used["examples"]
     return short_digest([asdict(cell), used, policy.sha256, [content_hash(path) for path in SOURCES]])

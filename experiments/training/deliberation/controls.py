@@ -1,17 +1,8 @@
-"""Guards that need no training, beside which the trained ones have to be seen."""
+"""A guard that needs no training, beside which the trained ones have to be seen: a table."""
 
 from experiments.training.deliberation.requests import PARTS, Maker, words_of
 from negtome.guard.decision import Decision
 from negtome.guard.policy import Policy
-
-
-class AlwaysAllow:
-    """Allows whatever is asked for."""
-
-    name = id = "always_allow"
-
-    def reply(self, policy: Policy, prompt: str) -> str:
-        return Decision("allow").to_json()
 
 
 class Lookup:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from eval.files import write_text
 from experiments import project_path
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="requests and right replies to train on")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    disable_progress_bar()
     policy, folder, start = read_policy(POLICY), project_path(args.out), time.process_time()
     tokenizer = build_tokenizer(policy)
     model = fit.new_model(policy, tokenizer, seed=0)

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from experiments.training.deliberation.requests import Request
 from negtome.guard.decision import verify
@@ -17,9 +25,9 @@ CONTEXT = 192
 #: What the loss leaves out.
 IGNORED = -100
 #: Examples in a step.
-BATCH = 32
+BATCH = 16
 #: Prompts in a step of rewards, and replies to each, which are compared with each other.
-PROMPTS, TRIES = 8, 8
+PROMPTS, TRIES = 4, 8
 
 
 def new_model(policy: Policy, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
@@ -56,12 +64,8 @@ def fit_examples(
     rows, numbers = [], tokenizer.get_vocab()
     for prompt, reply in examples:
         rows.append((tokenizer.encode(prompt).ids, [numbers[word] for word in reply]))
-    # those of a length together, which halves the padding
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
 
-    def collate(one: Sequence[Sequence[tuple[list[int], list[int]]]]) -> dict[str, torch.Tensor | int]:
-        (batch,) = one
+    def collate(batch: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor | int]:
         longest, kept = max(len(a) + len(b) for a, b in batch), 1 + max(len(b) for _, b in batch)
         left = [longest - len(a) - len(b) for a, b in batch]
         ids = [[numbers[PADDING]] * n + a + b for n, (a, b) in zip(left, batch, strict=True)]
@@ -74,10 +78,10 @@ def fit_examples(
         arguments = TrainingArguments(
             output_dir=scratch,
             num_train_epochs=1,
-            per_device_train_batch_size=1,  # of batches
+            per_device_train_batch_size=BATCH,
             learning_rate=rate,
             lr_scheduler_type="cosine",
-            warmup_steps=20,
+            warmup_steps=min(50, len(rows) // BATCH // 10),
             weight_decay=0.05,
             logging_strategy="no",
             save_strategy="no",
@@ -88,8 +92,14 @@ def fit_examples(
             dataloader_pin_memory=False,
             remove_unused_columns=False,
         )
-        Trainer(model, arguments, data_collator=collate, train_dataset=batches).train()
+        _quietly(Trainer(model, arguments, data_collator=collate, train_dataset=rows))
     model.eval()
+
+
+def _quietly(trainer: Trainer) -> None:
+    """Train without what the trainer prints at its end."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def reward_of(policy: Policy, clauses: Sequence[str], words: Sequence[str]) -> float:
@@ -114,7 +124,7 @@ def fit_rewards(
     policy: Policy,
     requests: Sequence[Request],
     seed: int,
-    rate: float = 3e-4,
+    rate: float,
 ) -> None:
     """Train a model, once on each, on requests without replies: on what its own replies are worth (`reward_of`)."""
     from datasets import Dataset
@@ -149,8 +159,7 @@ def fit_rewards(
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
         )
-        trainer = GRPOTrainer(model, worth, arguments, Dataset.from_list(rows), processing_class=reader)
-        trainer.train()
+        _quietly(GRPOTrainer(model, worth, arguments, Dataset.from_list(rows), processing_class=reader))
     model.eval()
 
 

@@ -18,7 +18,8 @@ from negtome.guard.mini import ACTION, ANSWER, BEGIN, END, LETTER, PADDING, QUOT
 from negtome.guard.policy import ACTIONS, Policy
 
 #: What requests are made of, and what the evaluation asks.
-PARTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+PARTS_FILE = Path(__file__).with_suffix(".yaml")
+PARTS = yaml.safe_load(PARTS_FILE.read_text(encoding="utf-8"))
 CHARACTERS = PROJECT / "conf" / "characters" / "mini.yaml"
 EVALUATION = PROJECT / "conf" / "prompts" / "safety.yaml"
 POLICY = PROJECT / "conf" / "safety" / "policy.yaml"
@@ -89,15 +90,13 @@ def evaluation(policy: Policy) -> list[Request]:
         for kind, texts in prompts.items():
             cited = (clause.id,) if kind in ("direct", "indirect") else ()
             found += [Request(text, unwrapped(text), cited, kind, clause.asset) for text in texts]
-        for kind, texts in wrappers.items():
-            for text, inner, harmless in [
-                (t, i, h) for t in texts for h in (False, True) for i in prompts["benign" if h else "direct"]
-            ]:
-                cited = () if harmless else (clause.id, parody) if kind == "parody" else (clause.id,)
-                name = f"{HARMLESS if harmless else ''}{kind}"
-                found.append(
-                    Request(text.replace("{}", inner), unwrapped(inner), cited, f"{name}/{text}", clause.asset)
-                )
+        for kind, text in ((kind, text) for kind, texts in wrappers.items() for text in texts):
+            cited = (clause.id, parody) if kind == "parody" else (clause.id,)
+            for name, inner, ids in ((kind, "direct", cited), (f"{HARMLESS}{kind}", "benign", ())):
+                found += [
+                    Request(text.replace("{}", prompt), unwrapped(prompt), ids, f"{name}/{text}", clause.asset)
+                    for prompt in prompts[inner]
+                ]
     return found
 
 
@@ -108,36 +107,36 @@ class Maker:
         policy: whose clauses and first exception apply.
         seed: of everything that is drawn.
         development: whether to draw by the templates, wrappers and things on which settings are chosen.
+
+    Raises:
+        ValueError: an asset of the policy has no descriptions among the parts.
     """
 
     def __init__(self, policy: Policy, seed: int | str, development: bool = False) -> None:
         self.policy, self.random, self.development = policy, random.Random(str(seed)), development
         own = PARTS["development"]
+        if unknown := [name.asset for name in policy.clauses if name.asset not in PARTS["descriptions"]]:
+            raise ValueError(f"expected descriptions of every asset in {PARTS_FILE}, got none of {', '.join(unknown)}")
         self.parts = {**PARTS, **own} if development else PARTS
         self.wrappers = [*self.parts["wrappers"], *([] if development else PARTS["wrappers_of_the_evaluation"])]
-        self.tags = {
-            clause.asset: [
-                unwrapped(text) for text in characters()[clause.asset]["indirect"] if text.startswith("an emoji")
-            ]
-            for clause in policy.clauses
-        }
+        asked = {clause.asset: characters()[clause.asset] for clause in policy.clauses}
         self.names = {clause.asset: clause.names for clause in policy.clauses}
+        self.tags = {
+            name: [unwrapped(text) for text in kinds["indirect"] if text.startswith("an emoji")]
+            for name, kinds in asked.items()
+        }
         self.said = {tuple(words_of(text)) for texts in (*self.names.values(), *self.tags.values()) for text in texts}
         single = {words[0] for words in self.said if len(words) == 1}
         self.fillers = [w for w in caption_words() if w not in JOINTS | single | {"emoji", "photo"} and len(w) > 2]
-        asked = [
-            text for kinds in characters().values() for kind in ("benign", "near", "generic") for text in kinds[kind]
-        ]
-        self.withheld = {tuple(words_of(unwrapped(text))) for text in asked} | {
-            tuple(words_of(text)) for text in own["things"]
-        }
+        others = [text for kinds in asked.values() for kind in ("benign", "near", "generic") for text in kinds[kind]]
+        self.withheld = {tuple(words_of(unwrapped(text))) for text in [*others, *own["things"]]}
         self.prompts = {tuple(words_of(request.text)) for request in evaluation(policy)}
 
     def draw(self, n: int) -> list[Request]:
         """Return n different requests, half of which fall under a clause."""
         found: dict[tuple[str, ...], Request] = {}
         while len(found) < n:
-            request = self._wrapped(self._violating() if self.random.random() < 0.5 else self._harmless())
+            request = self.wrapped(self._violating() if self.random.random() < 0.5 else self._harmless())
             words = tuple(words_of(request.text))
             if words not in self.prompts:
                 found.setdefault(words, request)
@@ -222,7 +221,8 @@ class Maker:
         text = template.replace("{a}", f"{article}{thing}").replace("{n}", thing)
         return text.replace("{b}", f"a {self.random.choice(self.fillers)}")
 
-    def _wrapped(self, request: Request) -> Request:
+    def wrapped(self, request: Request) -> Request:
+        """Return a request as it is, as one for a parody, or with words around it that change nothing."""
         text, cited, kind = request.text, request.clauses, request.kind
         if self.random.random() < 0.15:
             text = self.random.choice(self.parts["parodies"]).replace("{}", text)
@@ -236,17 +236,21 @@ class Maker:
 def unprotected(policy: Policy, seed: int | str, n: int, trace: bool) -> list[tuple[str, list[str]]]:
     """Return prompts about things of no clause, and replies that are right in form alone.
 
-    Half of them cite a clause, drawn blindly, with an action drawn blindly, and quote the thing itself: a model that
-    learnt from these knows how a reply is written, and nothing of what the policy says.
+    Half of them cite a clause, drawn blindly, some the exception too, with an action drawn blindly, and quote the thing
+    itself: a model that learnt from these knows how a reply is written, and nothing of what the policy says.
     """
-    maker = Maker(policy, f"unprotected/{seed}")
-    pairs = []
+    maker, pairs = Maker(policy, f"unprotected/{seed}"), []
+    draw = maker.random
     for _ in range(n):
-        thing = maker.any()
-        cited = [maker.random.choice(policy.clauses).id] if maker.random.random() < 0.5 else []
-        action = maker.random.choice(ACTIONS) if cited else policy.default
+        joint = draw.choice(["with", "and", "in"])
+        thing = maker.any() if draw.random() < 0.5 else f"{maker.any()} {joint} {maker.any()}"
+        request = maker.wrapped(Request(maker.asked(thing), thing, (), "any"))
+        cited = [draw.choice(policy.clauses).id] if draw.random() < 0.5 else []
+        if cited and draw.random() < 0.2:
+            cited.append(policy.exceptions[0].id)
+        action = draw.choice(ACTIONS) if cited else policy.default
         quote = [QUOTE, *words_of(thing), UNQUOTE] if cited else []
-        pairs.append((maker.asked(thing), _reply(thing, "", cited, action, quote, trace)))
+        pairs.append((request.text, _reply(thing, _parody(request), cited, action, quote, trace)))
     return pairs
 
 
@@ -268,8 +272,11 @@ def reply_to(policy: Policy, request: Request, trace: bool) -> list[str]:
     cited = list(request.clauses)
     last = policy[cited[-1]] if cited else None
     quote = [QUOTE, *words_of(getattr(last, "description", None) or last.text), UNQUOTE] if last else []
-    parody = "as a parody" if request.kind.removesuffix(" wrapped").endswith(" parody") else ""
-    return _reply(request.thing, parody, cited, policy.action_of(cited), quote, trace)
+    return _reply(request.thing, _parody(request), cited, policy.action_of(cited), quote, trace)
+
+
+def _parody(request: Request) -> str:
+    return "as a parody" if request.kind.removesuffix(" wrapped").endswith(" parody") else ""
 
 
 def _reply(thing: str, parody: str, cited: Sequence[str], action: str, quote: Sequence[str], trace: bool) -> list[str]:

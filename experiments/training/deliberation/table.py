@@ -1,15 +1,14 @@
 """What each part of deliberative alignment adds to a guard of under a million parameters.
 
     python -m experiments.training.deliberation.table
-    python -m experiments.training.deliberation.table --development --examples 1000 2000 4000
+    python -m experiments.training.deliberation.table --development --examples 2000
 
 Written: results/deliberation.csv and .md. Trained models and their answers are kept in outputs/deliberation, each
-under a digest of what it depends on, so that what is there is not made again. --development prints how good examples
-alone make a model, without a test prompt: their number is chosen by it.
+under a digest of what it depends on, so that what is there is not made again. --development prints how good
+models of one seed are on other requests than the tests: the sizes are chosen by it.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from eval.files import read_json, write_json, write_text
 from eval.intervals import bootstrap_interval, paired_differences
@@ -30,9 +30,10 @@ from experiments.tables import markdown
 from experiments.templates import render
 from experiments.training.deliberation import fit, scores
 from experiments.training.deliberation.cells import STAGES, Cell, Sizes, all_cells, trained
-from experiments.training.deliberation.controls import AlwaysAllow, Lookup
+from experiments.training.deliberation.controls import Lookup
 from experiments.training.deliberation.requests import PARTS, POLICY, Maker, Request
 from experiments.training.deliberation.scores import Outcome
+from negtome.guard.controls import Always
 from negtome.guard.decision import parse
 from negtome.guard.keyword import Keyword
 from negtome.guard.mini import read
@@ -67,11 +68,20 @@ def answers(folder: Path, asked: Sequence[Request]) -> list[list[str]]:
 def measured(cell: Cell, sizes: Sizes, root: Path, development: bool) -> list[Outcome]:
     """Train a cell, unless it is, and return its outcomes on the tests or on the development requests."""
     torch.set_num_threads(1)
+    disable_progress_bar()
     policy = read_policy(POLICY)
     folder = trained(cell, sizes, policy, root)
     asked = Maker(policy, 0, development=True).draw(DEVELOPMENT) if development else scores.tests(policy)
     written = answers(folder, asked)
-    return [scores.outcome(policy, one, read(words)) for one, words in zip(asked, written, strict=True)]
+    outcomes = [scores.outcome(policy, one, read(words)) for one, words in zip(asked, written, strict=True)]
+    right = sum(one.action == one.right for one in outcomes) / len(outcomes)
+    cited = sum(one.cited for one in outcomes) / len(outcomes)
+    print(
+        f"{cell.stage}, trace: {TRACE[cell.trace]}, seed {cell.seed}: {right:.3f} decided right, {cited:.3f} cited "
+        f"right, of {len(asked)} {'development' if development else 'test'} requests",
+        flush=True,
+    )
+    return outcomes
 
 
 def chains(
@@ -85,7 +95,6 @@ def chains(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for part in pool.map(_chain, groups.values(), [(sizes, root, development)] * len(groups)):
             found |= part
-            print(f"{len(found)} of {len(cells)} models are trained and asked", flush=True)
     return found
 
 
@@ -96,7 +105,7 @@ def _chain(cells: Sequence[Cell], how: tuple[Sizes, Path, bool]) -> dict[Cell, l
 def controls(policy: Policy) -> Iterator[tuple[str, list[Outcome]]]:
     """Ask the guards that need no training."""
     asked = scores.tests(policy)
-    for title, guard in (("always allow", AlwaysAllow()), ("keyword", Keyword()), ("look-up table", Lookup(policy))):
+    for title, guard in (("always allow", Always("allow")), ("keyword", Keyword()), ("look-up table", Lookup(policy))):
         yield title, [scores.outcome(policy, one, parse(guard.reply(policy, one.text))) for one in asked]
 
 
@@ -106,11 +115,12 @@ def rows(policy: Policy, found: Mapping[tuple[str, bool | None], Mapping[int, Se
     for column in scores.columns(policy):
         valued = {key: scores.values(column, outcomes) for key, outcomes in found.items()}
         table += [_row(key, "", column.name, groups) for key, groups in valued.items()]
-        if column.name in COMPARED:
-            table += [
-                _row(a, f"{b[0]}, trace: {TRACE[b[1]]}", column.name, paired_differences(valued[a], valued[b]))
-                for a, b in PAIRS
-            ]
+        if column.name not in COMPARED:
+            continue
+        for a, b in PAIRS:  # what knows the form alone is one model for all seeds
+            same = {seed: found[b].get(seed, found[b][0]) for seed in found[a]}
+            groups = paired_differences(valued[a], scores.values(column, same))
+            table.append(_row(a, f"{b[0]}, trace: {TRACE[b[1]]}", column.name, groups))
     return pd.DataFrame(table)
 
 
@@ -184,16 +194,6 @@ def _verdict(row: tuple) -> str:
     return "no"
 
 
-def choose(numbers: Sequence[int], sizes: Sizes, root: Path, workers: int) -> None:
-    """Print how right models are on the development requests after so many examples, and after rewards."""
-    for n in numbers:
-        sized = dataclasses.replace(sizes, examples=n)
-        found = chains([Cell("SFT", trace, 0) for trace in (True, False)], sized, root, True, workers)
-        for cell, outcomes in found.items():
-            right = sum(one.action == one.right for one in outcomes) / len(outcomes)
-            print(f"{n} examples, trace: {TRACE[cell.trace]}: {right:.3f} right of {len(outcomes)}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/deliberation"), help="folder of trained models")
@@ -201,18 +201,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, each on one core")
     parser.add_argument("--steps", type=int, default=Sizes.steps, help="steps of rewards")
-    parser.add_argument("--examples", type=int, nargs="+", default=[Sizes.examples], help="right replies")
-    parser.add_argument(
-        "--development", action="store_true", help="only print what the number of examples is chosen by"
-    )
+    parser.add_argument("--examples", type=int, default=Sizes.examples, help="right replies")
+    parser.add_argument("--development", action="store_true", help="only what the sizes are chosen by")
     args = parser.parse_args(argv)
     sizes, root, policy = (
-        Sizes(examples=args.examples[0], steps=args.steps),
+        Sizes(examples=args.examples, steps=args.steps),
         project_path(args.out),
         read_policy(POLICY),
     )
     if args.development:
-        choose(args.examples, sizes, root, args.workers)
+        chains(all_cells(1), sizes, root, True, args.workers)
         return 0
     found: dict[tuple[str, bool | None], dict[int, list[Outcome]]] = {}
     for title, outcomes in controls(policy):
