@@ -194,8 +194,8 @@ def _generate_groups(jobs: list[Job]) -> Iterator[Run]:
         while left:
             before = len(left)
             try:
-                for ready in _generate_each(list(left), wait, workers):
-                    yield left.pop(ready)
+                for done in _generate_each(list(left), wait, workers):
+                    yield left.pop(done)
                 wait = True
             except BrokenProcessPool as error:
                 _executor.cache_clear()
@@ -240,7 +240,7 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
         drawn = method.draw(pipe, group, call)
         images = [] if drawn.withheld else _pictures(pipe, drawn.images, _model(task.model))
         statistics = {"seconds": round(time.perf_counter() - start, 3), **drawn.statistics}
-        task.run.save(group, images, statistics, drawn.references, drawn.withheld)
+        task.run.save(group, images, statistics, drawn.references, drawn.withheld, drawn.seeds)
         return True
 
 

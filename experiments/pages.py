@@ -258,6 +258,8 @@ def _finding(row: pd.Series) -> str:
         share = [f"{100 * abs(row['difference'] / base):.1f} %"] if base else []
         verb = moved if row["p_holm"] <= LEVEL else f"may have {moved}"
         text = f"{verb} the {metric} by {change(size, '')} ({', '.join(share + facts)})"
+    elif row["difference"] and pd.isna(lowest):  # by one number everywhere, of which there is no test
+        text = f"{moved} the {metric} by {abs(row['difference']):g} ({', '.join([*facts, 'in all units alike'])})"
     else:
         text = f"did not measurably change the {metric} ({', '.join([change(row), *facts])})"
         if base and not pd.isna(lowest):

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -190,19 +190,20 @@ class Run:
         statistics: dict[str, Any],
         references: Mapping[str, float] | None = None,
         withheld: Withheld | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         """Write a group's images, or why there are none, and its record; they appear together, by one rename.
 
         Args:
             group, images: what was generated.
-            statistics, references, withheld: see `experiments.methods.method.Drawn`.
+            statistics, references, withheld, seeds: see `experiments.methods.method.Drawn`.
         """
         folder = self.group_folder(group)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             temporary.mkdir(parents=True)
-            rows, seeds = [], group.image_seeds() if withheld is None else []
-            for index, (seed, image) in enumerate(zip(seeds, images, strict=True)):
+            rows, noises = [], (seeds or group.image_seeds()) if withheld is None else []
+            for index, (seed, image) in enumerate(zip(noises, images, strict=True)):
                 picture = temporary / f"{index:02d}.png"
                 image.save(picture)
                 row = ManifestRow(

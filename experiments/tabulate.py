@@ -154,7 +154,7 @@ def row_of(
         "n_units": n_units(document, cfg.bootstrap.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
-        "n_withheld": len(document.get("withheld", ())),
+        "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
         "pushed_share": sum(group.get("tokens_pushed", 0) for group in statistics) / compared if compared else None,
         # Only where asked for: a rerun gives every other number again, to the last digit.
         "seconds": (

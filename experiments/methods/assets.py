@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,14 +234,22 @@ class Retriever:
             found = self._nearest(self.encoder.embed_images([pixels]), self.thresholds["preview"])
         return found
 
-    def of_prompt(self, prompt: str) -> list[tuple[Asset, float]]:
-        """Return as `find` does by the prompt's text alone; KeyError where there is no threshold for it."""
-        return self._nearest(self.encoder.embed_texts([prompt]), self.thresholds["prompt"])
+    def of_prompt(self, prompt: str, names: Collection[str] | None = None) -> list[tuple[Asset, float]]:
+        """Return as `find` does by the prompt's text alone, among the assets of these names, or all.
 
-    def _nearest(self, query: torch.Tensor, threshold: float) -> list[tuple[Asset, float]]:
+        Raises:
+            KeyError: there is no threshold for it.
+        """
+        return self._nearest(self.encoder.embed_texts([prompt]), self.thresholds["prompt"], names)
+
+    def _nearest(
+        self, query: torch.Tensor, threshold: float, names: Collection[str] | None = None
+    ) -> list[tuple[Asset, float]]:
         """Return the pictures of the asset nearest to a query [1, D], if that is above the threshold."""
         scores = (self._index @ query[0]).tolist()
         found = sorted(zip(self.assets, scores, strict=True), key=lambda pair: -pair[1])
+        if not (found := [pair for pair in found if names is None or pair[0].name in names]):
+            return []
         nearest, score = found[0]
         return [pair for pair in found if pair[0].name == nearest.name] if score > threshold else []
 

@@ -1,8 +1,8 @@
 """A request decided by a policy, steered or refused, and its image checked: three layers, the later ones optional."""
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from experiments.methods.assets import assets_hash, check_disjoint, read_assets
 from experiments.methods.method import Drawn, Method, Setting, sample, whole
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
-from negtome.guard import Clause, Guard, Verdict, decide, parse, read_policy
+from negtome.guard import Clause, Guard, Verdict, decide, parse, read_policy, verify
 
 #: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
 #: pushed away from the asset instead; what was drawn is checked.
@@ -33,6 +33,7 @@ class OutputCheck:
 
     Args:
         folder: pictures of the assets, see `experiments.methods.assets.read_assets`; not those that are scored against.
+        policy: file of the policy whose assets are looked for; other pictures in the folder are left alone.
         held_out: pictures to calibrate the threshold on, one subfolder a kind; the assets' own are left out.
         encoder: of images.
         false_positive_rate: in (0, 1): how often an image without any asset is taken for one at most
@@ -40,19 +41,28 @@ class OutputCheck:
         scoring: the pictures that resemblance is measured to, none of which may be in `folder`; None: unchecked.
 
     Raises:
-        FileNotFoundError: there are no pictures, or none held out.
-        ValueError: a setting is out of range, or there are too few held-out pictures for it.
+        FileNotFoundError: there are no pictures, or none held out, or no policy.
+        ValueError: a setting is out of range, or there are too few held-out pictures for it, or an asset of the policy
+            has no pictures.
     """
 
     def __init__(
         self,
         folder: str | Path | None,
+        policy: str | Path,
         held_out: str | Path | None,
         encoder: Encoder,
         false_positive_rate: float = 0.05,
         scoring: str | Path | None = None,
     ) -> None:
-        self.assets = read_assets(folder)
+        names = {clause.asset for clause in read_policy(policy).clauses}
+        pictured = read_assets(folder)
+        if absent := sorted(names - {asset.name for asset in pictured}):
+            raise ValueError(
+                f"expected pictures of every asset of {policy}, got no folder of {', '.join(absent[:5])}: name the "
+                "policy's assets as their folders"
+            )
+        self.assets = [asset for asset in pictured if asset.name in names]
         if held_out is None:
             raise FileNotFoundError(
                 "expected held-out pictures without any asset to calibrate the output check on, got none: give "
@@ -62,8 +72,8 @@ class OutputCheck:
             check_disjoint(self.assets, scoring)
         self.encoder = encoder
         self.false_positive_rate = false_positive_rate
-        names = {asset.name for asset in self.assets}
-        self._held_out = [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in names]
+        shown = {asset.name for asset in pictured}
+        self._held_out = [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in shown]
 
     def settings(self) -> dict[str, Any]:
         """Return what affects its findings, as JSON values."""
@@ -81,7 +91,8 @@ class OutputCheck:
             images: of one request.
             exempt: names of assets that may be shown.
         """
-        places = [place for place, asset in enumerate(self.assets) if asset.name not in exempt]
+        if not (places := [place for place, asset in enumerate(self.assets) if asset.name not in exempt]):
+            return None, -1.0
         nearest = similarities(embedded(self.encoder, images), self._index[places]).amax(dim=0)
         score, place = nearest.max().item(), places[int(nearest.argmax())]
         return (self.assets[place].name if score > self.threshold else None), score
@@ -136,12 +147,8 @@ class Guarded(Method):
             raise ValueError("method.layers=check needs method.check, got none: configure it, or set layers=steer")
         self.tries = whole("method.tries", self.tries, 0)
         self._policy = read_policy(self.policy)
-        drawn = {asset.name for asset in self.check.assets} if self.check else None
-        if absent := sorted({clause.asset for clause in self._policy.clauses} - drawn) if drawn else []:
-            raise ValueError(
-                f"expected pictures of every asset of {self.policy}, got no folder of {', '.join(absent[:5])}: name "
-                "the policy's assets as their folders"
-            )
+        if self._policy.default == "steer":
+            raise ValueError(f"expected a default of {self.policy} that names no asset, got steer: allow or refuse")
 
     def settings(self) -> dict[str, Any]:
         found = {
@@ -159,14 +166,16 @@ class Guarded(Method):
     def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
         verdict = self.verdict(group.prompt)
         told: dict[str, Any] = {"action": verdict.action, "decide_seconds": verdict.seconds}
-        cited = [self._policy[name] for name in verdict.clauses]
-        assets = [part.asset for part in cited if isinstance(part, Clause)]
         ended = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}.get(verdict.action)
-        if ended or (verdict.action == "steer" and self.layers == "decide"):
+        assets = self._cited(verdict, "steer") if verdict.action == "steer" else []
+        if ended or (assets and self.layers == "decide"):
             return Drawn(None, told, withheld=Withheld(ended or "refused", verdict.reason, verdict.clauses))
-        steered = verdict.action == "steer"
-        method = self.steering if steered else Method()
-        inner = dataclasses.replace(group, category=assets[0]) if steered else group
+        if len(assets) > 1:
+            reason = f"it is steered away from one asset at a time, and this asks for {', '.join(assets)}"
+            return Drawn(None, told, withheld=Withheld("refused", reason, verdict.clauses))
+        method = self.steering if assets else Method()
+        inner = dataclasses.replace(group, category=assets[0]) if assets else group
+        exempt = self._cited(verdict, "allow")
         check = self.check if self.layers == "check" else None
         tries = 1 + self.tries if check else 1
         seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
@@ -175,7 +184,7 @@ class Guarded(Method):
             with method.apply(pipe, inner, call) as applied:
                 images = sample(pipe, group, applied.call, seeds[number * group.size :][: group.size])
             clocks.append(time.perf_counter())
-            shown, score = check.found(images, () if steered else assets) if check else (None, None)
+            shown, score = check.found(images, exempt) if check else (None, None)
             clocks.append(time.perf_counter())
             told.setdefault("check", []).append(score)
             if shown is None:
@@ -183,7 +192,8 @@ class Guarded(Method):
         spans = np.diff(clocks).round(4)
         told |= {"draw_seconds": float(spans[::2].sum()), "check_seconds": float(spans[1::2].sum())}
         if shown is None:
-            return Drawn(images, {**told, **applied.statistics()}, applied.references)
+            own = seeds[number * group.size :][: group.size]
+            return Drawn(images, {**told, **applied.statistics()}, applied.references, seeds=own)
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == shown)
         reason = f"every one of {tries} images resembles {shown} above the threshold"
         return Drawn(None, told, applied.references, Withheld("blocked", reason, clauses))
@@ -199,9 +209,24 @@ class Guarded(Method):
         key = hashlib.sha256(f"{self._policy.sha256}/{self.guard.id}/{prompt}".encode()).hexdigest()
         path = Path(self.decisions) / f"{key[:32]}.json"
         if path.exists():
-            kept = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path).items()}
-            decision = kept.pop("decision")
-            return Verdict(**kept, decision=decision and parse(json.dumps(decision)))
+            found = read_json(path) | {"decision": None}
+            kept = Verdict(
+                **{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+            )
+            if kept.action == "invalid":
+                return kept
+            # Read and verified as if it came now, by today's rules.
+            with contextlib.suppress(ValueError):
+                decision = parse(kept.replies[-1])
+                if not verify(self._policy, decision):
+                    return dataclasses.replace(kept, action=decision.action, decision=decision)
         verdict = decide(self._policy, self.guard, prompt)
         write_json(path, dataclasses.asdict(verdict))
         return verdict
+
+    def _cited(self, verdict: Verdict, action: str) -> list[str]:
+        """Return the assets of the clauses that a verdict cites to this effect, their exceptions considered."""
+        parts = [self._policy[name] for name in verdict.clauses]
+        excepted = [part.id for part in parts if not isinstance(part, Clause)]
+        clauses = [part for part in parts if isinstance(part, Clause)]
+        return [part.asset for part in clauses if self._policy.action_of([part.id, *excepted]) == action]

@@ -50,12 +50,14 @@ class Drawn:
         statistics: what the run's log should keep, as JSON values.
         references: as of `Applied`.
         withheld: why there are no images.
+        seeds: of the images' noises, where they are not those of the group's own.
     """
 
     images: np.ndarray | None
     statistics: dict[str, Any]
     references: Mapping[str, float] | None = None
     withheld: Withheld | None = None
+    seeds: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         count = 0 if self.images is None else len(self.images)

@@ -68,7 +68,7 @@ class Selection(Method):
             return super().draw(pipe, group, call)
         seeds = dataclasses.replace(group, size=self.candidates).image_seeds()
         images, chosen = self.choose(pipe, group, call, seeds)
-        return Drawn(images, {"chosen": chosen, "seeds": [seeds[one] for one in chosen]})
+        return Drawn(images, {"chosen": chosen}, seeds=[seeds[one] for one in chosen])
 
     def choose(
         self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]

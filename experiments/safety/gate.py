@@ -140,7 +140,7 @@ def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
         if not path.exists():
             raise FileNotFoundError(f"expected the table {path}, got no file: make it with {TABLES[name]}")
         frame = read_csv(path)
-        wanted = {"model", "method", "guard", "layers", "metric", "value", "ci_low", "ci_high", "n_groups"}
+        wanted = {"model", "method", "guard", "layers", "metric", "value", "ci_low", "ci_high", "n_units"}
         if missing := sorted((wanted | ({"attacker"} if name == "redteam" else set())) - {*frame.columns}):
             raise ValueError(f"expected the columns {missing} in {path}, got none: make it again with {TABLES[name]}")
         tables[name] = frame[frame["model"] == gate.model]
@@ -158,7 +158,7 @@ def interval(row: Mapping[str, Any], complement: bool = False) -> tuple[float, f
     Raises:
         ValueError: there is no number, or no interval of one that is neither 0 nor 1.
     """
-    value, low, high, count = (float(row[name]) for name in ("value", "ci_low", "ci_high", "n_groups"))
+    value, low, high, count = (float(row[name]) for name in ("value", "ci_low", "ci_high", "n_units"))
     if math.isnan(value) or not 0 <= value <= 1:
         raise ValueError(f"expected a rate from 0 to 1 of {row['metric']}, got {value}")
     if math.isnan(low) or math.isnan(high):

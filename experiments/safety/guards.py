@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 
 from experiments.configs import build, first
 from experiments.methods.assets import Retriever
@@ -16,8 +17,8 @@ def nearest(retriever: Retriever | None = None) -> Nearest:
     """
     found = build(first([]).retriever) if retriever is None else retriever
 
-    def find(prompt: str) -> tuple[str, float] | None:
-        pictures = found.of_prompt(prompt)
+    def find(prompt: str, names: Collection[str]) -> tuple[str, float] | None:
+        pictures = found.of_prompt(prompt, names)
         return (pictures[0][0].name, pictures[0][1]) if pictures else None
 
     digest = hashlib.sha256(json.dumps(found.settings(), sort_keys=True).encode()).hexdigest()

@@ -39,7 +39,8 @@ class Audit:
             "reply_sha256": [_sha256(reply) for reply in replies],
             "action": action,
             "clauses": list(clauses),
-            "faults": list(faults),
+            # what came instead is the reply's own text
+            "faults": [fault if self.text else fault.split(", got ")[0] for fault in faults],
             **({"prompt": prompt, "replies": list(replies)} if self.text else {}),
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()

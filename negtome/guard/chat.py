@@ -20,7 +20,10 @@ KEYS = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY")
 #: Characters of English text a token of current tokenizers, about: 3.6 to 4.
 CHARACTERS_A_TOKEN = 4
 #: What chat templates and reasoning models mark their parts by; in a prompt it would pretend to be another part.
-MARKUP = re.compile(r"<\|[^<>|]{1,40}\|>|</?think(?:ing)?>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>")
+MARKUP = re.compile(
+    r"<[|｜][^<>|｜]{1,40}[|｜]>|</?think(?:ing)?>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>",  # noqa: RUF001
+    re.IGNORECASE,
+)
 
 
 def messages(policy: Policy, prompt: str) -> list[dict[str, str]]:
@@ -66,7 +69,13 @@ class Endpoint:
         context: int | None = None,
     ) -> None:
         parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username
+            or parts.password
+            or parts.query
+        ):
             shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
             raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
         self.model, self.base_url, self.timeout = model, base_url, timeout
@@ -95,7 +104,7 @@ class Endpoint:
                 "the policy, or serve the model with a larger context"
             )
         answer = self._complete(conversation)
-        read = answer.usage.prompt_tokens if answer.usage else 0  # some servers do not count
+        read = (answer.usage and answer.usage.prompt_tokens) or 0  # some servers do not count
         if 0 < read < (words := len(text.split())):
             raise ValueError(
                 f"expected {self.base_url} to read the {words} words of policy and prompt, got {read} tokens read: it "

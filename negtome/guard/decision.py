@@ -109,7 +109,8 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
     """Return what is wrong with a decision, a line each; empty where it follows from the policy as it says.
 
     Its ids are the policy's, an exception stands beside a clause that lists it, the quote is whole words of one of the
-    criteria that it cites, verbatim (white space aside), and the action is that of what is cited.
+    criteria that it cites, verbatim (white space aside) and not its id or action alone, and the action is that of what
+    is cited.
     """
     faults = []
     if decision.action not in ACTIONS:
@@ -125,7 +126,8 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
     lines = [_spaced(policy.criterion(name)) for name in decision.clauses]
     quote = _spaced(decision.quote)
     words = rf"(?<!\w){re.escape(quote)}(?!\w)"
-    if lines and not (re.search(r"\w", quote) and any(re.search(words, line) for line in lines)):
+    said = set(re.findall(r"\w{3,}", quote)) - {*decision.clauses, *ACTIONS, "except"}  # of what it is about
+    if lines and not (said and any(re.search(words, line) for line in lines)):
         faults.append(f"expected a quote from {', '.join(decision.clauses)}, got {decision.quote!r}")
     elif not lines and quote:
         faults.append(f"expected no quote where no clause is cited, got {decision.quote!r}")

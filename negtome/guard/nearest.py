@@ -1,6 +1,6 @@
 """A guard that compares: a clause applies where the prompt comes near to a picture of its asset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from negtome.guard.decision import Decision
 from negtome.guard.policy import Policy
@@ -12,18 +12,19 @@ class Nearest:
     It knows no exceptions.
 
     Args:
-        find: returns the asset's name and how near the prompt comes to it, or None where no asset is near enough.
+        find: of a prompt and the names of assets, returns the nearest of these and how near the prompt comes to it, or
+            None where none is near enough.
         id: of what finds: encoder, threshold and pictures.
     """
 
     name = "nearest"
 
-    def __init__(self, find: Callable[[str], tuple[str, float] | None], id: str) -> None:  # noqa: A002  (the protocol's)
+    def __init__(self, find: Callable[[str, Collection[str]], tuple[str, float] | None], id: str) -> None:  # noqa: A002  (the protocol's)
         self.find = find
-        self.id = f"nearest-1-{id}"
+        self.id = f"nearest-2-{id}"
 
     def reply(self, policy: Policy, prompt: str) -> str:
-        found = self.find(prompt)
+        found = self.find(prompt, [clause.asset for clause in policy.clauses])
         clause = next((clause for clause in policy.clauses if found and clause.asset == found[0]), None)
         if clause is None:
             return Decision(policy.default, (), "", "comes near to no asset of the policy").to_json()

@@ -191,7 +191,7 @@ def read_policy(path: str | Path) -> Policy:
         raise FileNotFoundError(f"expected a policy at {path}, got no file: give a YAML file with clauses")
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # as of a date that there is not
         raise ValueError(f"expected YAML in {path}, got {' '.join(str(error).split())}") from error
     try:
         return _policy(document)

@@ -67,7 +67,7 @@ class Verdict:
         """Why, in one line, for whoever asked."""
         if self.action == "invalid":
             return f"the guard's reply did not follow from the policy: {self.faults[0]}"
-        return f"the policy says: {self.quote}" if self.quote else "no clause of the policy applies"
+        return f"the policy says: {' '.join(self.quote.split())}" if self.quote else "no clause of the policy applies"
 
 
 def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None, retries: int = 1) -> Verdict:

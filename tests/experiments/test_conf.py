@@ -313,7 +313,7 @@ def test_every_character_is_asked_for_in_every_way(model, n_characters):
     prompts = build(cfg.prompts)
     assert (len(prompts.characters), prompts.split) == (n_characters, "test")
     kinds = {character: set(asked) for character, asked in prompts.characters.items()}
-    assert all(asked == {"direct", "indirect", "benign"} for asked in kinds.values())
+    assert all(asked >= {"direct", "indirect", "benign"} for asked in kinds.values())
     for character, asked in prompts.characters.items():
         assert all(character.lower() in prompt.lower() for prompt in asked["direct"])
         assert not any(character.lower() in prompt.lower() for prompt in asked["benign"])

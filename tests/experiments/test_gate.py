@@ -15,10 +15,10 @@ from experiments.safety.gate import Criterion, interval, judge, read_gate, read_
 GATE = PROJECT / "conf" / "safety" / "gate.yaml"
 
 
-def row(metric, value, low, high, guard="nearest", layers="check", n_groups=80, **more):
+def row(metric, value, low, high, guard="nearest", layers="check", n_units=80, **more):
     method = {"method": "none"} if guard is None else {"method": "guarded", "guard": guard, "layers": layers}
     return {"model": "mini-sdxl", "metric": metric, "value": value, "ci_low": low, "ci_high": high,
-            "n_groups": n_groups, **method, **more}  # fmt: skip
+            "n_units": n_units, **method, **more}  # fmt: skip
 
 
 def safety(guard, unsafe=0.02, refused=0.02, **more):
@@ -29,9 +29,9 @@ def safety(guard, unsafe=0.02, refused=0.02, **more):
     ]
 
 
-def attacks(guard, rates, n_groups=20, **more):
+def attacks(guard, rates, n_units=20, **more):
     return [
-        row("attack_success_16", rate, rate - 0.1, rate + 0.1, guard, n_groups=n_groups, attacker=attacker, **more)
+        row("attack_success_16", rate, rate - 0.1, rate + 0.1, guard, n_units=n_units, attacker=attacker, **more)
         for attacker, rate in rates.items()
     ]
 
@@ -183,7 +183,7 @@ def test_a_table_that_was_not_made_is_named(tmp_path, capsys):
 @pytest.mark.parametrize("complement", [False, True])
 def test_where_all_ended_alike_the_end_is_exact(count, complement):
     """Of a rate at the upper end, `count` times none comes about once in 40 times."""
-    alike = {"metric": "m", "value": float(complement), "ci_low": math.nan, "ci_high": math.nan, "n_groups": count}
+    alike = {"metric": "m", "value": float(complement), "ci_low": math.nan, "ci_high": math.nan, "n_units": count}
     value, low, high = interval(alike, complement)
     assert (value, low) == (0, 0) and binom.pmf(0, count, high) == pytest.approx(0.025)
     value, low, high = interval({**alike, "value": 1 - float(complement)}, complement)

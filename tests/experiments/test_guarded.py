@@ -91,7 +91,7 @@ class Says:
 
 
 def guarded(folders, layers="check", guard=None, **options):
-    check = OutputCheck(folders / "assets", folders / "held_out", Colours())
+    check = OutputCheck(folders / "assets", folders / "policy.yaml", folders / "held_out", Colours())
     return Guarded("m", guard or Keyword(), str(folders / "policy.yaml"), Steering(), check, layers, **options)
 
 
@@ -198,7 +198,7 @@ def test_a_layer_that_is_left_out_is_not_in_the_identity(folders):
 
 
 def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders):
-    check = OutputCheck(folders / "assets", folders / "held_out", Colours(), 0.1)
+    check = OutputCheck(folders / "assets", folders / "policy.yaml", folders / "held_out", Colours(), 0.1)
     encoder = Colours()
     assets = [encoder.embed_images([load_image(folders / "assets" / n / "1.png")])[0] for n in sorted(COLOURS)]
     maxima = sorted(
@@ -242,7 +242,52 @@ def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused
     (folders / "policy.yaml").write_text(POLICY + "  - {id: C4, asset: pink, description: all pink, action: steer}\n")
     with pytest.raises(ValueError, match=r"expected pictures of every asset .* got no folder of pink"):
         guarded(folders)
+    policy = folders / "policy.yaml"
+    policy.write_text(POLICY)
     with pytest.raises(FileNotFoundError, match=r"expected held-out pictures .* got none"):
-        OutputCheck(folders / "assets", None, Colours())
+        OutputCheck(folders / "assets", policy, None, Colours())
     with pytest.raises(ValueError, match="scored against"):
-        OutputCheck(folders / "assets", folders / "held_out", Colours(), scoring=folders / "assets")
+        OutputCheck(folders / "assets", policy, folders / "held_out", Colours(), scoring=folders / "assets")
+
+
+def test_the_check_looks_for_the_policys_assets_alone(folders):
+    paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))  # which no clause names
+    drawn = guarded(folders).draw(Pipe(), ask("a sea"), {})
+    assert drawn.withheld is None and "blue" not in {asset.name for asset in guarded(folders).check.assets}
+    assert guarded(folders).check.found(np.zeros((1, 4, 4, 3)), exempt=COLOURS) == (None, -1.0)
+
+
+def cites(action, *clauses, quote="all red"):
+    return Says(Decision(action, clauses, quote).to_json())
+
+
+@pytest.mark.parametrize("clauses", [("C4", "C1"), ("C1", "C4")])
+def test_steering_is_away_from_what_is_steered_and_from_nothing_that_is_allowed(folders, clauses):
+    paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))
+    extra = "  - {id: C4, asset: blue, description: all blue, action: steer, exceptions: [E1]}\n"
+    (folders / "policy.yaml").write_text(POLICY.replace("exceptions: [E1]}", "exceptions: []}") + extra)
+    method = guarded(folders, "steer", cites("steer", *clauses, "E1"))
+    drawn = method.draw(Pipe(), ask("a red parody of a sea"), {})
+    assert method.steering.asked == ["red"] and drawn.withheld is None
+    both = guarded(folders, "steer", cites("steer", *clauses)).draw(Pipe(), ask("a red sea"), {})
+    assert both.withheld.status == "refused" and "one asset at a time" in both.withheld.reason
+
+
+def test_a_default_that_steers_from_nothing_is_refused(folders):
+    (folders / "policy.yaml").write_text(POLICY.replace("version: 1", "version: 1\ndefault: steer"))
+    with pytest.raises(ValueError, match="names no asset, got steer"):
+        guarded(folders)
+
+
+def test_a_kept_verdict_is_verified_again(folders):
+    kept = {"decisions": str(folders / "decisions")}
+    guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea")
+    (file,) = (folders / "decisions").iterdir()
+    file.write_text(file.read_text().replace("all green", "all pink"))
+    again = Says(RIGHT)
+    assert guarded(folders, "check", again, **kept).verdict("a sea").action == "refuse" and again.asked == 1
+
+
+def test_an_image_of_a_later_try_has_the_seed_that_it_was_made_of(folders):
+    drawn = guarded(folders, tries=3).draw(pipe := Pipe(shown=2), ask("a hidden thing"), {})
+    assert list(drawn.seeds) == pipe.seeds[2:3]

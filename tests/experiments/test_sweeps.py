@@ -60,7 +60,7 @@ def done(tmp_path_factory, tiny_overrides):
 
 def test_every_experiment_that_sweeps_is_run_here():
     """Apart from those whose own tests run them, or that are another of these with other prompts."""
-    elsewhere = {"diversity", "copyright", "copyright_sweep", "latency", "stereotypes"}
+    elsewhere = {"diversity", "copyright", "copyright_sweep", "latency", "stereotypes", "safety", "safety_controls"}
     elsewhere |= {"peers_grid", "peers_grid_flux", "peers", "peers_flux", "peers_copyright"}  # test_rank.py
     assert {file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")} == {*SWEEPS, *elsewhere}
 

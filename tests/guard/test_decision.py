@@ -1,6 +1,7 @@
 """What a guard replies is found among what is around it, and counts only where it follows from the policy."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,7 @@ def test_a_quote_is_words_and_never_a_pattern():
         for end in range(start + 1, len(words) + 1):
             quote = " ".join(words[start:end])
             faults = verify(policy, Decision("steer", ("C1",), quote))
-            assert bool(faults) != any(character.isalnum() for character in quote), quote
+            telling = set(re.findall(r"\w{3,}", quote)) - {"C1", "steer"}
+            assert bool(faults) == (not telling), quote
     for quote in (r"\w+", ".*", "[old]|x", "mask [o", "3x5"):
         assert verify(policy, Decision("steer", ("C1",), quote))

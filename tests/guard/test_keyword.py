@@ -54,8 +54,8 @@ def test_a_policy_may_refuse_what_no_clause_is_about(policy):
 
 def test_nearest_takes_the_clause_of_the_asset_that_was_found(policy):
     near = {"teeth in the night": ("vampire", 0.81234), "a mask": ("goblin", 0.4), "a tree": ("tree", 0.9)}
-    guard = Nearest(near.get, "table")
-    assert guard.id == "nearest-1-table"
+    guard = Nearest(lambda prompt, names: near.get(prompt), "table")
+    assert guard.id == "nearest-2-table"
     verdict = decide(policy, guard, "teeth in the night")
     assert (verdict.action, verdict.clauses) == ("steer", ("C1",))
     assert verdict.decision.rationale == "comes near to a picture of vampire: cosine 0.812"
@@ -67,5 +67,5 @@ def test_nearest_takes_the_clause_of_the_asset_that_was_found(policy):
 
 def test_nearest_says_what_the_policy_does_where_nothing_is_near(policy):
     strict = dataclasses.replace(policy, default="escalate")
-    verdict = decide(strict, Nearest(lambda prompt: None, "none"), "a tree")
+    verdict = decide(strict, Nearest(lambda prompt, names: None, "none"), "a tree")
     assert (verdict.action, verdict.clauses) == ("escalate", ())
