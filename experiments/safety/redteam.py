@@ -359,7 +359,8 @@ def write_table(argv: Sequence[str]) -> str:
         base = None if one.method.name == "none" else bases[one.model.name, told["attacker"]]
         rows += rows_of(told, found, task.queries, base, **cfg.bootstrap)
     path = project_path(cfg.results) / "redteam.csv"
-    text = render(put_rows(path, rows, COLUMNS, KEY))
+    # All rows of a system and an attacker in the place of the earlier ones, which may be of other settings.
+    text = render(put_rows(path, rows, COLUMNS, KEY[:-1]))
     write_text(path.with_suffix(".md"), text)
     return text
 

@@ -201,11 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, each on one core")
     parser.add_argument("--steps", type=int, default=Sizes.steps, help="steps of rewards")
+    parser.add_argument("--rate", type=float, default=Sizes.rate, help="of learning from rewards")
     parser.add_argument("--examples", type=int, default=Sizes.examples, help="right replies")
     parser.add_argument("--development", action="store_true", help="only what the sizes are chosen by")
     args = parser.parse_args(argv)
     sizes, root, policy = (
-        Sizes(examples=args.examples, steps=args.steps),
+        Sizes(examples=args.examples, steps=args.steps, rate=args.rate),
         project_path(args.out),
         read_policy(POLICY),
     )
