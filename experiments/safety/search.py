@@ -151,7 +151,7 @@ class Chat:
         try:
             import openai
         except ImportError as error:
-            raise ImportError("expected the package openai, got none: pip install 'negtome[safety]'") from error
+            raise ImportError("expected the package openai, got none: pip install -e '.[safety]'") from error
         client = openai.OpenAI(base_url=self.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=1)
         try:
             answer = client.chat.completions.create(

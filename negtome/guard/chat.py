@@ -92,7 +92,7 @@ class Endpoint:
         try:
             from openai import OpenAI
         except ImportError as error:
-            raise ImportError("expected the package openai, got none: pip install 'negtome[chat]'") from error
+            raise ImportError("expected the package openai, got none: pip install -e '.[chat]'") from error
         return OpenAI(base_url=self.base_url, api_key=self._key, timeout=self.timeout, max_retries=0)
 
     def reply(self, policy: Policy, prompt: str) -> str:
@@ -178,7 +178,7 @@ class Local:
             import torch
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise ImportError("expected the package transformers, got none: pip install 'negtome[chat]'") from error
+            raise ImportError("expected the package transformers, got none: pip install -e '.[chat]'") from error
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise ValueError(

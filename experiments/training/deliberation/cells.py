@@ -30,7 +30,7 @@ class Sizes:
         form: replies about things of no clause, before all stages.
         examples: replies that are right; chosen on the development requests, so that rewards have room to add.
         steps: of rewards, each of `fit.PROMPTS` requests.
-        rate: of learning from rewards; of 5e-4, 1e-4 and 3e-5 the one that lost least of what examples had taught.
+        rate: of learning from rewards; of 5e-4, 1e-4 and 3e-5 the best on the development requests.
     """
 
     form: int = 4000
