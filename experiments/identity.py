@@ -142,13 +142,13 @@ def code_digest(asked: str, weights: str | None, metric_version: int) -> str:
 
 
 def _by_content(spec: Any) -> Any:
-    """Return a configuration with what its folders and files hold, without pages about it, in place of names."""
+    """Return a configuration with what its folders and files hold in the place of their names."""
     if isinstance(spec, dict):
         return {key: _by_content(value) for key, value in spec.items()}
     if isinstance(spec, list):
         return [_by_content(value) for value in spec]
     if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
     if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
         return remembered_hash(file)

@@ -166,7 +166,7 @@ def test_forged_replies_are_worth_less(forged, worth):
 
 def test_citing_everything_is_worth_nothing():
     every = [word for clause in POLICY.clauses for word in (",", *requests.spelt([clause.id]))][1:]
-    words = [ANSWER, "=refuse", *every, "<quote>", "a", "</quote>", END]
+    words = [ANSWER, "=refuse", *every, "<quote>", "baby", "</quote>", END]
     assert not verify(POLICY, read(words)) and fit.reward_of(POLICY, ("C20",), words) == 0
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from eval.people import BINS, SIDE, TONES, log_likelihoods
 from eval.stereotypes import label_said
@@ -35,13 +36,14 @@ def test_every_word_is_asked_for_openly_20_times_and_of_both_genders():
 def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
     mine = ("prompts.categories", "model.groups_per_category", "metric=", "primary.quality")
     usual = [one for one in tiny_overrides("stereotypes", tmp_path, "method=none,negtome") if not one.startswith(mine)]
-    words = "{judge: [woman judge with light skin tone], cook: [man cook with dark skin tone]}"
+    words = {"judge": ["woman judge with light skin tone"], "cook": ["man cook with dark skin tone"]}
     changes = [
-        f"prompts.people={words}", "prompts.seeds=[0,1,2,3]", "prompts.images_per_prompt=2",
+        "prompts.seeds=[0,1,2,3]", "prompts.images_per_prompt=2",
         "~metric.skin_tone_evenness_trained",
     ]  # fmt: skip
     configs = expand(list({one.partition("=")[0]: one for one in (*usual, *changes)}.values()))
     for cfg in configs:
+        cfg.prompts.people = OmegaConf.create(words)  # in place of all: an override would add to them
         generate(cfg)
         evaluate(cfg)
     frame, markdown = tabulate.write_table(configs)

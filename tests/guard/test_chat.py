@@ -269,7 +269,7 @@ def test_the_id_changes_with_whatever_decides():
 
 def test_without_its_package_it_says_what_to_install(policy, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"expected the package openai, got none: pip install 'negtome\[chat\]'"):
+    with pytest.raises(ImportError, match=r"expected the package openai, got none: pip install -e '\.\[chat\]'"):
         Endpoint("m", "http://127.0.0.1:9/v1").reply(policy, "a vampire")
 
 
