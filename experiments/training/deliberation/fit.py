@@ -28,6 +28,16 @@ IGNORED = -100
 BATCH = 16
 #: Prompts in a step of rewards, and replies to each, which are compared with each other.
 PROMPTS, TRIES = 4, 8
+#: Of both trainers: one pass on the CPU, without logs, checkpoints or bars.
+UNATTENDED = {
+    "num_train_epochs": 1,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
 
 
 def new_model(policy: Policy, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
@@ -77,20 +87,14 @@ def fit_examples(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            num_train_epochs=1,
             per_device_train_batch_size=BATCH,
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=min(50, len(rows) // BATCH // 10),
             weight_decay=0.05,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             seed=seed,
-            use_cpu=True,
-            dataloader_pin_memory=False,
             remove_unused_columns=False,
+            **UNATTENDED,
         )
         _quietly(Trainer(model, arguments, data_collator=collate, train_dataset=rows))
     model.eval()
@@ -142,22 +146,16 @@ def fit_rewards(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = GRPOConfig(
             output_dir=scratch,
-            num_train_epochs=1,
             per_device_train_batch_size=PROMPTS * TRIES,
             num_generations=TRIES,
             max_completion_length=LONGEST,
             learning_rate=rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             seed=seed,
-            use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            dataloader_pin_memory=False,
+            **UNATTENDED,
         )
         _quietly(GRPOTrainer(model, worth, arguments, Dataset.from_list(rows), processing_class=reader))
     model.eval()
