@@ -1,6 +1,5 @@
 """A request decided by a policy, steered or refused, and its image checked: three layers, the later ones optional."""
 
-import contextlib
 import dataclasses
 import hashlib
 import time
@@ -21,7 +20,7 @@ from experiments.methods.assets import assets_hash, check_disjoint, read_assets
 from experiments.methods.method import Drawn, Method, Setting, sample, whole
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
-from negtome.guard import Clause, Guard, Verdict, decide, parse, read_policy, verify
+from negtome.guard import Clause, Guard, Verdict, decide, read_policy, read_reply
 
 #: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
 #: pushed away from the asset instead; what was drawn is checked.
@@ -216,10 +215,9 @@ class Guarded(Method):
             if kept.action == "invalid":
                 return kept
             # Read and verified as if it came now, by today's rules.
-            with contextlib.suppress(ValueError):
-                decision = parse(kept.replies[-1])
-                if not verify(self._policy, decision):
-                    return dataclasses.replace(kept, action=decision.action, decision=decision)
+            decision, faults = read_reply(self._policy, kept.replies[-1])
+            if not faults:
+                return dataclasses.replace(kept, action=decision.action, decision=decision)
         verdict = decide(self._policy, self.guard, prompt)
         write_json(path, dataclasses.asdict(verdict))
         return verdict

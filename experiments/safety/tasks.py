@@ -16,7 +16,7 @@ from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric
 from inspect_ai.solver import TaskState, generate, system_message
 
 from experiments.configs import build, first
-from negtome.guard import Policy, parse, read_policy, verify
+from negtome.guard import Policy, read_policy, read_reply
 
 #: The experiment's overrides for the characters of each split.
 SPLITS = {"test": (), "development": ("characters@model.copyright.characters=mini_development",)}
@@ -110,9 +110,5 @@ def decision(policy: Policy) -> Scorer:
 
 def read(policy: Policy, reply: str) -> tuple[str, list[str]]:
     """Return the action of a reply and its faults; "invalid" where there are any."""
-    try:
-        found = parse(reply)
-        faults = verify(policy, found)
-    except ValueError as error:
-        return "invalid", [str(error)]
+    found, faults = read_reply(policy, reply)
     return ("invalid" if faults else found.action), faults

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from negtome.guard.audit import Audit
 from negtome.guard.chat import Endpoint, Local
-from negtome.guard.decision import Decision, UnusableReplyError, parse, verify
+from negtome.guard.decision import Decision, UnusableReplyError, parse, read_reply, verify
 from negtome.guard.keyword import Keyword
 from negtome.guard.nearest import Nearest
 from negtome.guard.policy import ACTIONS, Clause, Policy, PolicyException, read_policy
@@ -40,6 +40,7 @@ __all__ = [
     "decide",
     "parse",
     "read_policy",
+    "read_reply",
     "verify",
 ]
 

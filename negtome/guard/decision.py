@@ -134,5 +134,14 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
     return faults
 
 
+def read_reply(policy: Policy, reply: str) -> tuple[Decision | None, list[str]]:
+    """Return what a reply decides, as far as it can be read, and what is wrong with it, a line each."""
+    try:
+        decision = parse(reply)
+    except ValueError as error:
+        return None, [str(error)]
+    return decision, verify(policy, decision)
+
+
 def _spaced(text: str) -> str:
     return " ".join(text.split())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from negtome.guard.audit import Audit
-from negtome.guard.decision import Decision, UnusableReplyError, parse, verify, whole
+from negtome.guard.decision import Decision, UnusableReplyError, read_reply, whole
 from negtome.guard.policy import Policy
 
 #: Characters of a prompt; text encoders of image models read about 2,000.
@@ -113,8 +113,4 @@ def _ask(policy: Policy, guard: Guard, prompt: str) -> tuple[str, Decision | Non
     reply = whole(reply)
     if faults:
         return reply, None, faults
-    try:
-        decision = parse(reply)
-    except ValueError as error:
-        return reply, None, [str(error)]
-    return reply, decision, verify(policy, decision)
+    return reply, *read_reply(policy, reply)
