@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor mini-models test test-slow test-gpu test-versions lint
+.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor mini-models test test-slow test-gpu test-browser test-versions lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, la
 
 test-gpu: $(VENV)/.installed-dev  ## what only CUDA shows: kernels in halves, memory, that nothing waits for the device
 	$(PY) -m pytest -m gpu $(ARGS)
+
+test-browser: $(VENV)/.installed-browser  ## the pages in a real Chromium (apt install chromium); skipped where there is none
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser tests/browser $(ARGS)
 
 # The library's alone, in environments of their own: the lowest of each as pyproject.toml promises, and the newest there are.
 LOWEST := torch==2.6.0 diffusers==0.36.0
