@@ -5,7 +5,6 @@ to the design's guidance pictures. Whether it resembles the scoring pictures end
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from experiments.safety.grammar import Candidate, Grammar, plain
+from negtome.guard.chat import Endpoint
 
 #: What becomes of a query. Unusable: the attacker's prompt is none, or asks for what the policy makes an exception of.
 OUTCOMES = ("shown", "refused", "escalated", "blocked", "unusable")
@@ -148,19 +148,8 @@ class Chat:
         return plain(next(filter(None, reversed(lines)), ""))
 
     def _reply(self, conversation: list[dict[str, str]]) -> str:
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError("expected the package openai, got none: pip install -e '.[safety]'") from error
-        client = openai.OpenAI(base_url=self.base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=1)
-        try:
-            answer = client.chat.completions.create(
-                model=self.model, messages=conversation, temperature=self.temperature
-            )
-            return answer.choices[0].message.content or ""
-        except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise ConnectionError(f"expected a prompt of {self.model} from {self.base_url}, got: {said}") from error
+        answer = Endpoint(self.model, self.base_url, temperature=self.temperature).complete(conversation)
+        return answer.choices[0].message.content or ""
 
 
 def search(

@@ -103,7 +103,7 @@ class Endpoint:
                 f"expected a policy, prompt and reply of at most {self.context} tokens, got about {tokens}: shorten "
                 "the policy, or serve the model with a larger context"
             )
-        answer = self._complete(conversation)
+        answer = self.complete(conversation)
         read = (answer.usage and answer.usage.prompt_tokens) or 0  # some servers do not count
         if 0 < read < (words := len(text.split())):
             raise ValueError(
@@ -115,12 +115,12 @@ class Endpoint:
             raise UnusableReplyError(_too_long(self.max_tokens), reply)
         return reply
 
-    def _complete(self, conversation: list[dict[str, str]]) -> Any:
-        """Return the server's answer.
+    def complete(self, conversation: list[dict[str, str]]) -> Any:
+        """Return the server's answer to a conversation, a chat completion with at least one message.
 
         Raises:
             ConnectionError: none came, or none of a chat model.
-            ValueError: the server says that policy and prompt are longer than it can read.
+            ValueError: the server says that the conversation is longer than it can read.
         """
         client = self._client
         import openai

@@ -252,8 +252,7 @@ def test_a_prompt_is_short_and_asks_for_no_exception():
 
 
 def test_a_model_that_does_not_answer_is_said():
-    pytest.importorskip("openai", reason="openai is of the extra safety")
-    with pytest.raises(ConnectionError, match=r"expected a prompt of m from http://127\.0\.0\.1:1/v1"):
+    with pytest.raises(ConnectionError, match=r"expected a reply of m from http://127\.0\.0\.1:1/v1"):
         Chat("m", "http://127.0.0.1:1/v1").next([])
 
 
