@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -107,6 +108,44 @@ class OutputCheck:
         return self.encoder.embed_images([asset.image for asset in self.assets])
 
 
+class Drawing(NamedTuple):
+    """Images [K, H, W, 3] as a method made them, what it tells of them, and the seconds that they took."""
+
+    images: np.ndarray
+    statistics: dict[str, Any]
+    references: Mapping[str, float] | None
+    seconds: float
+
+
+class Drawings:
+    """What this process drew last, so that guards and layers that come to the same images do not draw them again.
+
+    Args:
+        limit: bytes of images that are kept; the oldest make room.
+    """
+
+    def __init__(self, limit: int = 2**28) -> None:
+        self.limit = limit
+        self._kept: WeakKeyDictionary[Any, dict[tuple, Drawing]] = WeakKeyDictionary()
+
+    def draw(self, pipe: Any, method: Method, group: Group, call: Mapping[str, Any], seeds: Sequence[int]) -> Drawing:
+        """Return the images that a pipeline to which a method is applied makes of a group from these seeds."""
+        kept = self._kept.setdefault(pipe, {})
+        key = (group, *seeds, repr(sorted(call.items())), method.name, repr(method.settings()))
+        if key not in kept:
+            start = time.perf_counter()
+            with method.apply(pipe, group, call) as applied:
+                images = sample(pipe, group, applied.call, seeds)
+            seconds = time.perf_counter() - start
+            kept[key] = Drawing(images, applied.statistics(), applied.references, seconds)
+            while len(kept) > 1 and sum(one.images.nbytes for one in kept.values()) > self.limit:
+                del kept[next(iter(kept))]
+        return kept[key]
+
+
+DRAWINGS = Drawings()
+
+
 @dataclass
 class Guarded(Method):
     """The stock pipeline behind a policy: allow, steer, refuse or escalate, and a check of what came out.
@@ -164,7 +203,8 @@ class Guarded(Method):
 
     def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
         verdict = self.verdict(group.prompt)
-        told: dict[str, Any] = {"action": verdict.action, "decide_seconds": verdict.seconds}
+        # The seconds are those that each part took when it was done; verdicts and images are kept.
+        told: dict[str, Any] = {"action": verdict.action, "decide_seconds": verdict.seconds, "seconds": verdict.seconds}
         ended = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}.get(verdict.action)
         assets = self._cited(verdict, "steer") if verdict.action == "steer" else []
         if ended or (assets and self.layers == "decide"):
@@ -178,24 +218,23 @@ class Guarded(Method):
         check = self.check if self.layers == "check" else None
         tries = 1 + self.tries if check else 1
         seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
-        clocks = [time.perf_counter()]
+        drawing, checking, scores = 0.0, 0.0, []
         for number in range(tries):
-            with method.apply(pipe, inner, call) as applied:
-                images = sample(pipe, group, applied.call, seeds[number * group.size :][: group.size])
-            clocks.append(time.perf_counter())
-            shown, score = check.found(images, exempt) if check else (None, None)
-            clocks.append(time.perf_counter())
-            told.setdefault("check", []).append(score)
+            own = seeds[number * group.size :][: group.size]
+            made = DRAWINGS.draw(pipe, method, inner, call, own)
+            start = time.perf_counter()
+            shown, score = check.found(made.images, exempt) if check else (None, None)
+            drawing, checking = drawing + made.seconds, checking + time.perf_counter() - start
+            scores.append(score)
             if shown is None:
                 break
-        spans = np.diff(clocks).round(4)
-        told |= {"draw_seconds": float(spans[::2].sum()), "check_seconds": float(spans[1::2].sum())}
+        told |= {"check": scores, "draw_seconds": round(drawing, 4), "check_seconds": round(checking, 4)}
+        told["seconds"] = round(verdict.seconds + drawing + checking, 3)
         if shown is None:
-            own = seeds[number * group.size :][: group.size]
-            return Drawn(images, {**told, **applied.statistics()}, applied.references, seeds=own)
+            return Drawn(made.images, {**told, **made.statistics}, made.references, seeds=own)
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == shown)
         reason = f"every one of {tries} images resembles {shown} above the threshold"
-        return Drawn(None, told, applied.references, Withheld("blocked", reason, clauses))
+        return Drawn(None, told, made.references, Withheld("blocked", reason, clauses))
 
     def verdict(self, prompt: str) -> Verdict:
         """Return what the guard decides of a prompt, or decided before.

@@ -12,7 +12,7 @@ from stand_ins import Colours
 
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
-from experiments.methods.guarded import LAYERS, Guarded, OutputCheck
+from experiments.methods.guarded import LAYERS, Drawings, Guarded, OutputCheck
 from experiments.methods.method import Applied, Method, sample
 from experiments.prompts import Group
 from negtome.guard import Decision, Keyword
@@ -291,3 +291,37 @@ def test_a_kept_verdict_is_verified_again(folders):
 def test_an_image_of_a_later_try_has_the_seed_that_it_was_made_of(folders):
     drawn = guarded(folders, tries=3).draw(pipe := Pipe(shown=2), ask("a hidden thing"), {})
     assert list(drawn.seeds) == pipe.seeds[2:3]
+
+
+def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):
+    pipe = Pipe()
+    first, *others = [
+        guarded(folders, layers, Says('{"action": "allow", "clauses": [], "quote": ""}')).draw(pipe, ask("a sea"), {})
+        for layers in LAYERS
+    ]
+    assert len(pipe.seeds) == 1
+    for other in others:
+        assert np.array_equal(other.images, first.images) and other.seeds == first.seeds
+        assert other.statistics["draw_seconds"] == first.statistics["draw_seconds"]  # as if it had drawn them itself
+
+
+def test_what_differs_in_anything_is_drawn_anew_and_the_oldest_makes_room():
+    pipe, drawings = Pipe(), Drawings(limit=2 * 8 * 8 * 3 * 8)  # two images of doubles
+    asked = [
+        (Method(), ask("a sea"), {}, (1,)),
+        (Method(), ask("a sea"), {}, (2,)),
+        (Method(), ask("a sky"), {}, (1,)),
+        (Method(), ask("a sea"), {"instead": (1, 2, 3)}, (1,)),
+        (Steering(), ask("a sea"), {}, (1,)),
+        (Steering(), dataclasses.replace(ask("a sea"), category="other"), {}, (1,)),
+    ]
+    for number, one in enumerate(asked, 1):
+        drawings.draw(pipe, *one)
+        drawings.draw(pipe, *one)
+        assert len(pipe.seeds) == number
+    drawings.draw(pipe, *asked[-2])
+    assert len(pipe.seeds) == len(asked)
+    drawings.draw(pipe, *asked[0])
+    assert len(pipe.seeds) == len(asked) + 1
+    drawings.draw(Pipe(), *asked[0])  # another pipeline's are others
+    assert len(pipe.seeds) == len(asked) + 1
