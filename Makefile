@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor mini-models test test-slow test-gpu test-browser test-versions lint
+.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,17 @@ test-versions: $(VENV)/bin/python  ## the library's tests on the lowest torch an
 	  OMP_NUM_THREADS=1 outputs/versions/bin/python -m pytest -n auto -m slow tests/negtome/test_architectures.py $(ARGS) || exit 1; \
 	done
 
-lint: $(VENV)/.installed-dev  ## ruff: rules and format
+docs: $(VENV)/.installed-docs  ## the site of docs/ and the docstrings, offline: outputs/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
+	rm -rf outputs/dist
+	$(PY) -m build --outdir outputs/dist
+	$(PY) -m twine check --strict outputs/dist/*
+
+types: $(VENV)/.installed-dev  ## mypy: the types of negtome/
+	$(PY) -m mypy
+
+lint: types  ## ruff: rules and format; and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

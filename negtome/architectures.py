@@ -130,7 +130,8 @@ def _of_what_is_done(time: float) -> float:
 
 def _packed(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Put 2x2 patches of latents [R, c, h, w] into tokens, as the pipeline does."""
-    return pipe._pack_latents(latents, *latents.shape)
+    packed: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
+    return packed
 
 
 def _patched_and_normalised(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -140,7 +141,7 @@ def _patched_and_normalised(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.batch_norm(pipe._patchify_latents(latents), mean, variance, eps=epsilon)
 
 
-_UNET = {
+_UNET: dict[str, Any] = {
     "denoiser": "unet",
     "denoiser_class": "UNet2DConditionModel",
     "blocks": ("up_blocks",),
@@ -155,7 +156,7 @@ _UNET = {
     "levels": True,
 }
 
-_FLUX = {
+_FLUX: dict[str, Any] = {
     "blocks": ("transformer_blocks", "single_transformer_blocks"),
     "places": (
         # Before the output projection, as in the release. Text and image have been separated here.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from negtome.architectures import Architecture
 from negtome.calls import DenoiserCall, asked_of, calling_pipeline, images_of
 from negtome.config import NegToMeConfig
 from negtome.merge import plain
-from negtome.pushing import ATTRIBUTE, Now, Push, Site, path, restore, retype
+from negtome.pushing import ATTRIBUTE, Call, Now, Push, Site, not_compiled, path, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, unwrap
@@ -150,12 +149,13 @@ class Attachment:
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
         self._run: Run | None = None
         self._finished_runs = 0
-        self._compared, self._pushed = Counter(), Counter()  # tokens by site, in the finished calls
+        self._compared: Counter[str] = Counter()  # tokens by site, in the finished calls
+        self._pushed: Counter[str] = Counter()
         self._entered = False
 
         # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this one is
         # retyped, not the inner one.
-        self._owners = (denoiser, pipe)
+        self._owners: tuple[Any, ...] = (denoiser, pipe)
         with contextlib.ExitStack() as stack:
             stack.callback(self.remove)
             self._follow()
@@ -276,8 +276,9 @@ class Attachment:
         if call.grid != run.grid:
             run.grid, now.fewest_tokens = call.grid, 0
             if self._architecture.levels:
-                check_side(self.config, self._denoiser, self.sites, call.grid)
-                now.fewest_tokens = fewest_tokens(call.grid, self.config.min_side)
+                height, width = call.grid
+                check_side(self.config, self._denoiser, self.sites, (height, width))
+                now.fewest_tokens = fewest_tokens((height, width), self.config.min_side)
         now.active = self.config.is_active(call.timestep)
         now.rows, now.tokens, now.stream, now.layout = call.rows, math.prod(call.grid), call.stream, None
         if not call.again:
@@ -288,9 +289,9 @@ class Attachment:
 
     def _end(self, output: Any) -> Any:
         """Count, and take the rows of outside references out of what the denoiser returned."""
-        now = self._now
-        if now.active:
-            self._run.count(self._sites, self.config.threshold)
+        run, now = self._run, self._now
+        if run is not None and now.active:
+            run.count(self._sites, self.config.strength()["threshold"])
             now.active = False  # whoever calls the modules next may be another pipeline, past the compiled denoiser
         output = output if now.layout is None else shrink(output, now.layout, self._architecture.listed)
         if len(output[0]) != now.rows:
@@ -302,7 +303,7 @@ class Attachment:
 
     def _follow(self) -> None:
         """Move the sites to the modules that bear their names now."""
-        links = {}
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, torch.nn.Module]] = {}
         for site in self._sites:
             try:
                 way = path(self._denoiser, site.name)
@@ -369,15 +370,16 @@ def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
 
 
 def _attachment_of(owner: Any) -> Attachment | None:
-    return owner.__dict__.get(ATTRIBUTE)
+    found: Attachment | None = owner.__dict__.get(ATTRIBUTE)
+    return found
 
 
-def _begin_before(original: Callable) -> Callable:
+def _begin_before(original: Call) -> Call:
     # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
     # frame, so that even fullgraph=True starts with the denoiser's own code.
-    begin, end = torch.compiler.disable(Attachment._begin), torch.compiler.disable(Attachment._end)
+    begin, end = not_compiled()(Attachment._begin), not_compiled()(Attachment._end)
 
-    @functools.partial(torch.compiler.disable, recursive=False)
+    @not_compiled(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment_of(self)  # None where such compiled code outlives the block
         if attachment is None:
@@ -387,7 +389,7 @@ def _begin_before(original: Callable) -> Callable:
     return __call__
 
 
-def _run_around(original: Callable) -> Callable:
+def _run_around(original: Call) -> Call:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment_of(self)
         if attachment is None or attachment._pipe is not self:  # made as type(pipe)(...) or copy.copy(pipe) inside

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
         return None
     if value.device != values.device or value.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
         return None
-    number, between = divmod(value.storage_offset() - values.storage_offset(), values.stride(0))
+    number, between = divmod(int(value.storage_offset()) - int(values.storage_offset()), values.stride(0))
     return number if not between and 0 <= number < len(values) else None
 
 
@@ -217,7 +218,7 @@ def calling_pipeline() -> Any:
 
     Several pipelines may share a denoiser, and a callback of one may call another.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("self",):
             owner = frame.f_locals.get("self")

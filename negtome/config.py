@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from negtome.merge import MATCHINGS, REFERENCES, GroupReference, Matching, number, plain
+from negtome.merge import MATCHINGS, REFERENCES, GroupReference, Matching, Strength, number, plain
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class NegToMeConfig:
         if self.threshold is not None:
             object.__setattr__(self, "threshold", number("threshold", self.threshold, -1, 1))
         if self.timestep_range is not None:
-            object.__setattr__(self, "timestep_range", self._window())
+            object.__setattr__(self, "timestep_range", self._checked_window())
 
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {MATCHINGS}, got {self.matching!r}.")
@@ -86,34 +86,34 @@ class NegToMeConfig:
         if isinstance(self.min_side, bool) or not isinstance(self.min_side, int) or self.min_side < 1:
             raise ValueError(f"min_side must be a whole number of tokens, at least 1, got {self.min_side!r}.")
 
-    def _window(self) -> tuple[float, float]:
+    def _checked_window(self) -> tuple[float, float]:
         """Return `timestep_range` as two numbers, or refuse it."""
-        window = self.timestep_range
-        if isinstance(window, (str, bytes)) or not isinstance(window, Iterable) or len(window := tuple(window)) != 2:
-            raise ValueError(f"timestep_range must be two numbers (low, high), got {self.timestep_range!r}.")
-        window = tuple(number("each end of timestep_range", end, 0, 1000) for end in window)
-        if window[0] > window[1]:
+        given: object = self.timestep_range
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) or len(ends := tuple(given)) != 2:
+            raise ValueError(f"timestep_range must be two numbers (low, high), got {given!r}.")
+        low, high = (number("each end of timestep_range", end, 0, 1000) for end in ends)
+        if low > high:
             raise ValueError(
-                f"timestep_range must be (low, high) with low <= high, got ({window[0]:g}, {window[1]:g}); 1000 is "
-                f"pure noise, so a window from {window[0]:g} down to {window[1]:g} is ({window[1]:g}, {window[0]:g})."
+                f"timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g}); 1000 is pure noise, so "
+                f"a window from {low:g} down to {high:g} is ({high:g}, {low:g})."
             )
-        return window
+        return low, high
 
     @classmethod
     def preset(
         cls,
         architecture: Literal["sdxl", "flux"],
         variant: Literal["paper", "released", "evaluation"] = "paper",
-        **changes: object,
+        **changes: Any,
     ) -> NegToMeConfig:
         """Make the settings published for an architecture.
 
         | architecture | variant      | alpha | threshold | window    | matching | cross-attention | source |
         |--------------|--------------|-------|-----------|-----------|----------|-----------------|--------|
-        | "sdxl"       | "paper"      | 0.9   | 0.7       | 800-1000  | paper    | no              | [P][R] |
+        | "sdxl"       | "paper"      | 0.9   | 0.7       | 800-1000  | paper    | no              | [P, R] |
         | "sdxl"       | "released"   | 0.9   | 0.7       | 800-1000  | released | yes             | [R]    |
         | "sdxl"       | "evaluation" | 0.9   | 0.7       | 600-1000  | released | yes             | [S]    |
-        | "flux"       | "paper"      | 0.9   | 0.65      | 900-1000  | paper    |                 | [P][R] |
+        | "flux"       | "paper"      | 0.9   | 0.65      | 900-1000  | paper    |                 | [P, R] |
         | "flux"       | "released"   | 0.9   | 0.65      | 900-1000  | released |                 | [R]    |
         | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
         | all others   | no published setting; NegToMeConfig() stands for 0.7 and 900-1000 there                 |
@@ -137,7 +137,7 @@ class NegToMeConfig:
             raise ValueError(f"there is no preset {architecture}/{variant}; the presets are {known}.") from None
         return cls(**{**fields, **changes})
 
-    def replace(self, **changes: object) -> NegToMeConfig:
+    def replace(self, **changes: Any) -> NegToMeConfig:
         """Return a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
@@ -147,14 +147,34 @@ class NegToMeConfig:
         absent = [name for name in ("threshold", "timestep_range") if getattr(self, name) is None]
         return self.replace(**{name: published[name] for name in absent})
 
+    def strength(self) -> Strength:
+        """Return the settings of the arithmetic.
+
+        Raises:
+            ValueError: the threshold is None.
+        """
+        if self.threshold is None:
+            raise ValueError("expected a threshold, got None; published_for puts a number there.")
+        return Strength(alpha=self.alpha, threshold=self.threshold, matching=self.matching)
+
+    def window(self) -> tuple[float, float]:
+        """Return `timestep_range`.
+
+        Raises:
+            ValueError: it is None.
+        """
+        if self.timestep_range is None:
+            raise ValueError("expected a timestep_range, got None; published_for puts one there.")
+        return self.timestep_range
+
     def is_active(self, timestep: float) -> bool:
-        """Tell whether a training timestep lies in the window, which must not be None."""
-        low, high = self.timestep_range
+        """Tell whether a training timestep lies in the window; errors are those of `window`."""
+        low, high = self.window()
         return low - 1e-3 <= timestep <= high + 1e-3
 
 
-_SDXL = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000), "min_side": 32}
-_FLUX = {"alpha": 0.9, "threshold": 0.65, "timestep_range": (900, 1000)}
+_SDXL: dict[str, Any] = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000), "min_side": 32}
+_FLUX: dict[str, Any] = {"alpha": 0.9, "threshold": 0.65, "timestep_range": (900, 1000)}
 _UNPUBLISHED = {"threshold": 0.7, "timestep_range": (900, 1000)}
 _PRESETS = {
     ("sdxl", "paper"): _SDXL,

@@ -91,7 +91,8 @@ def embed(
     }
     known = inspect.signature(pipe.encode_prompt).parameters
     values = pipe.encode_prompt(**{name: value for name, value in options.items() if name in known})
-    embedded = {name: value for name, value in zip(architecture.prompts, values, strict=False) if name in call.prompts}
+    found = zip(architecture.prompts, values, strict=False)
+    embedded = {name: value for name, value in found if name is not None and name in call.prompts}
     if architecture.listed:
         return {name: texts[0].unsqueeze(0) for name, texts in embedded.items()}
     for name, value in embedded.items():
@@ -100,7 +101,7 @@ def embed(
     value, expected = next(iter(embedded.values())), call.text  # a mask may go on over the tokens of the image
     lengths = value.shape[1], expected.shape[1]
     if (mask := architecture.trimmed) is not None:
-        lengths = tuple(int(texts[mask][0].sum()) for texts in (embedded, call.prompts))
+        lengths = int(embedded[mask][0].sum()), int(call.prompts[mask][0].sum())
     if value.shape[1:] != expected.shape[1:] or lengths[0] != lengths[1]:
         raise ValueError(
             f"NegToMe expected text embeddings of {lengths[0]} tokens, as those of a Reference's prompt, got "

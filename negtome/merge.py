@@ -15,7 +15,7 @@ Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -26,6 +26,15 @@ MATCHINGS = get_args(Matching)
 #: Which images of a group an image is pushed from; see `push_groups`.
 GroupReference = Literal["first", "previous", "others"]
 REFERENCES = get_args(GroupReference)
+
+
+class Strength(TypedDict):
+    """How far a token moves and when; see `negative_merge`."""
+
+    alpha: float
+    threshold: float
+    matching: Matching
+
 
 #: Lengths are rounded up to this one: a token of length zero gets similarity 0 instead of NaN, and where squares
 #: underflow, no length is too small.
@@ -79,7 +88,7 @@ def negative_merge(
     _check(tokens, reference, matching, mask)
     largest = torch.finfo(tokens.dtype).max
     alpha, threshold = number("alpha", alpha, -largest, largest), number("threshold", threshold, -1, 1)
-    strength = {"alpha": alpha, "threshold": threshold, "matching": matching}
+    strength = Strength(alpha=alpha, threshold=threshold, matching=matching)
     if reference.dim() == 2:  # as several images with one reference
         return push_from(tokens.unsqueeze(0), reference[None, None], mask=mask, **strength)[0].squeeze(0)
     return push_from(tokens.unsqueeze(1), reference.unsqueeze(1), mask=mask, **strength)[0].squeeze(1)
@@ -171,7 +180,7 @@ def number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Return a number of NumPy's or of a tensor as Python's, and anything else as it is."""
     return value.item() if getattr(value, "shape", None) == () else value
 
@@ -300,7 +309,7 @@ def _chunks(source: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...] | No
         The parts; None if there would be one.
     """
     rows = max(1, MAX_SIMILARITY_ELEMENTS // (source.shape[0] * columns))
-    return source.split(rows, dim=1) if rows < source.shape[1] else None
+    return torch.split(source, rows, dim=1) if rows < source.shape[1] else None
 
 
 def _join(parts: list[tuple[torch.Tensor, torch.Tensor]], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +320,7 @@ def _join(parts: list[tuple[torch.Tensor, torch.Tensor]], dim: int) -> tuple[tor
 def _length(tokens: torch.Tensor) -> torch.Tensor:
     """Measure tokens [..., C]: their lengths [..., 1], of float32 or better, and never 0."""
     precise = torch.float64 if tokens.dtype is torch.float64 else torch.float32
-    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=precise)
+    length: torch.Tensor = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=precise)
     return length.clamp_min_(_SHORTEST[precise])
 
 

@@ -9,19 +9,22 @@ that is added after compilation would silently be ignored.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from negtome.architectures import Place
 from negtome.config import NegToMeConfig
-from negtome.merge import push_from, push_groups
+from negtome.merge import Strength, push_from, push_groups
 from negtome.sites import unwrap
 
 #: The one attribute that an attached object carries beside its own.
 ATTRIBUTE = "_negtome"
 #: What may stand in the place of the push: see `negtome.attach`.
 Push = Callable[[str, torch.Tensor, torch.Tensor, int], torch.Tensor]
+#: A `__call__`.
+Call = Callable[..., Any]
+_Function = TypeVar("_Function", bound=Call)
 
 
 class Route(NamedTuple):
@@ -75,7 +78,8 @@ class Site:
         self.module: torch.nn.Module | None = None
         self.width: int | None = None  # of the features among the channels, where there are others
         self.place = place
-        self.config = config
+        self.reference = config.reference
+        self.strength = config.strength()
         self.now = now
         self.instead = instead
         self.similarity: torch.Tensor | None = None  # [G, S] of what was compared in this call of the denoiser
@@ -94,7 +98,7 @@ class Site:
 
     def push(self, features: torch.Tensor) -> torch.Tensor:
         """Push the image tokens among the features [rows, N, C] apart, group by group."""
-        config, now = self.config, self.now
+        now = self.now
         length = features.shape[1]
         first = length - now.stream if self.place.image == "last" else 0
         last = length if self.place.image == "all" else first + now.tokens
@@ -102,12 +106,11 @@ class Site:
         tokens = features if whole else features[:, first:last, : self.width]
         if tokens.shape[1] < now.fewest_tokens:
             return features
-        strength = {"alpha": config.alpha, "threshold": config.threshold, "matching": config.matching}
         if now.layout is None:
-            pushed, similarity = push_groups(tokens, now.group_size, reference=config.reference, **strength)
+            pushed, similarity = push_groups(tokens, now.group_size, reference=self.reference, **self.strength)
             tokens = pushed if self.instead is None else _push_instead(self, tokens, pushed)
         else:
-            tokens, similarity = _push_from_rows(tokens, now.layout, strength)
+            tokens, similarity = _push_from_rows(tokens, now.layout, self.strength)
         if self.similarity is not None:  # a module that is called twice
             similarity = torch.cat([self.similarity, similarity], dim=1)
         self.similarity = similarity
@@ -118,14 +121,18 @@ class Site:
         return torch.cat([features[:, :first], tokens, features[:, last:]], dim=1)
 
 
-@torch.compiler.disable  # it may draw; and the name, which differs between sites, stays out of what is compiled
+def not_compiled(recursive: bool = True) -> Callable[[_Function], _Function]:
+    """Return `torch.compiler.disable` as a decorator that keeps a function's type."""
+    return functools.partial(torch.compiler.disable, recursive=recursive)
+
+
+@not_compiled()  # it may draw; and the name, which differs between sites, stays out of what is compiled
 def _push_instead(site: Site, tokens: torch.Tensor, pushed: torch.Tensor) -> torch.Tensor:
+    assert site.instead is not None  # or else it is not called
     return site.instead(site.name, tokens, pushed, site.now.group_size)
 
 
-def _push_from_rows(
-    tokens: torch.Tensor, layout: Layout, strength: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _push_from_rows(tokens: torch.Tensor, layout: Layout, strength: Strength) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
     batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
     result, similarities = batch.clone(), []
@@ -153,14 +160,15 @@ def path(root: torch.nn.Module, name: str) -> list[tuple[dict[str, Any], str, to
     found, module = [], root
     for key in name.split("."):
         parent = module if key in module._modules else unwrap(module)
-        children, module = parent._modules, parent._modules[key]
-        if module is None:
+        child = parent._modules[key]
+        if child is None:
             raise KeyError(key)
-        found.append((children, key, module))
+        found.append((parent._modules, key, child))
+        module = child
     return found
 
 
-def retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) -> None:
+def retype(owner: Any, state: Any, make_call: Callable[[Call], Call]) -> None:
     """Give `owner` the `__call__` that `make_call` makes of its own one, and `state` to go with it.
 
     Nothing here refers to `owner`, so that a copy of it can be restored too.
@@ -168,7 +176,8 @@ def retype(owner: Any, state: Any, make_call: Callable[[Callable], Callable]) ->
     restore(owner)  # a copy that was made of an attached module
     owner.__dict__[ATTRIBUTE] = state
     # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
-    object.__setattr__(owner, "__class__", subclass(type(owner), make_call))
+    cls: type = type(owner)
+    object.__setattr__(owner, "__class__", subclass(cls, make_call))
 
 
 def restore(owner: Any) -> None:
@@ -178,7 +187,7 @@ def restore(owner: Any) -> None:
 
 
 @functools.cache
-def subclass(cls: type, make_call: Callable[[Callable], Callable]) -> type:
+def subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
     """Make a subclass that differs in `__call__` only, and bears the same name: diffusers looks at names.
 
     There is one for all modules of a class, so that compiled code is shared between them as before.
@@ -188,7 +197,7 @@ def subclass(cls: type, make_call: Callable[[Callable], Callable]) -> type:
     return type(cls.__name__, (cls,), members)
 
 
-def _push_output(original: Callable) -> Callable:
+def _push_output(original: Call) -> Call:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         site = self._negtome
@@ -199,7 +208,7 @@ def _push_output(original: Callable) -> Callable:
     return __call__
 
 
-def _push_input(original: Callable) -> Callable:
+def _push_input(original: Call) -> Call:
     def __call__(self: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self._negtome
         return original(self, site.push(tokens) if site.now.active else tokens, *args, **kwargs)

@@ -70,7 +70,7 @@ class Reference:
                 f"Reference expected one mask for each of its {len(images)} images, got "
                 f"{len(masks) or 'a single one'}; give a list, with None for an image that counts as a whole."
             )
-        masks = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
+        inside = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
         for name in ("noise", "seed"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.noise, bool):
@@ -82,7 +82,7 @@ class Reference:
         if self.posterior not in POSTERIORS:
             raise ValueError(f"posterior must be one of {POSTERIORS}, got {self.posterior!r}.")
         object.__setattr__(self, "images", images)
-        object.__setattr__(self, "mask", masks)
+        object.__setattr__(self, "mask", inside)
 
 
 def fit(
@@ -185,7 +185,7 @@ def _open(source: Any, what: str) -> tuple[Any, str]:
         if not os.path.isfile(source):
             raise FileNotFoundError(f"Reference expected {what} at {os.fspath(source)}, got no file; check the path.")
         try:
-            opened = Image.open(source)
+            opened: Image.Image = Image.open(source)
             opened.load()
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(
@@ -198,10 +198,9 @@ def _open(source: Any, what: str) -> tuple[Any, str]:
         raise ValueError(
             f"Reference expected {what} as a path, a PIL image or a tensor, got a {type(source).__name__}."
         )
-    if getattr(opened, "n_frames", 1) > 1:
+    if (frames := getattr(opened, "n_frames", 1)) > 1:
         raise ValueError(
-            f"Reference expected a still image, got an animation of {opened.n_frames} frames{name}; export the frame "
-            "you mean."
+            f"Reference expected a still image, got an animation of {frames} frames{name}; export the frame you mean."
         )
     return ImageOps.exif_transpose(opened), name
 

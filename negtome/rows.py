@@ -32,7 +32,7 @@ class _Plan(NamedTuple):
     size: tuple[int, int]  # of the latent
     layout: Layout
     order: list[int]  # [halves * (images + rows)] the original row that each new row copies
-    index: torch.Tensor  # the same on the device
+    gathered: torch.Tensor  # the same on the device
 
 
 class ReferenceRows:
@@ -146,8 +146,8 @@ class ReferenceRows:
             self._plans.append(plan)
         layout, size = plan.layout, plan.size
 
-        def take(rows: torch.Tensor | list) -> torch.Tensor | list:
-            return [rows[k] for k in plan.order] if isinstance(rows, list) else rows[plan.index]
+        def take(rows: torch.Tensor | list[Any]) -> torch.Tensor | list[Any]:
+            return [rows[k] for k in plan.order] if isinstance(rows, list) else rows[plan.gathered]
 
         extended = {
             name: value if name in architecture.shared else _map(value, call.rows, take, architecture.listed)
@@ -199,12 +199,13 @@ class ReferenceRows:
             )
             slots.setdefault((reference, lender), []).append(image)
 
-        routes, lenders = [], []
+        routes: list[Route] = []
+        lenders: list[int] = []
         for (reference, lender), members in slots.items():
             start = images + len(lenders)
             lenders += [lender] * len(reference.images)
             shares = self._encode(pipe, reference, size).shares
-            maps = feature_maps(call.grid) if self._architecture.levels else [call.grid]
+            maps = feature_maps((height, width)) if self._architecture.levels else [(height, width)]
             grids = [(h, w) for h, w in maps if h * w >= fewest_tokens]
             masks = {h * w: _mask(shares, h, w) for h, w in grids}
             if masks and all(mask is not None and not mask.any() for mask in masks.values()):
@@ -261,10 +262,11 @@ def shrink(output: Any, layout: Layout, listed: bool) -> Any:
     """Take the reference rows out of what the denoiser returned, which is a list of rows or holds tensors of them."""
     half = layout.images + layout.rows
 
-    def keep(rows: torch.Tensor | list) -> torch.Tensor | list:
+    def keep(rows: torch.Tensor | list[Any]) -> torch.Tensor | list[Any]:
         if isinstance(rows, list):
             return [row for place, row in enumerate(rows) if place % half < layout.images]
-        return rows.unflatten(0, (layout.halves, half))[:, : layout.images].flatten(0, 1)
+        kept: torch.Tensor = rows.unflatten(0, (layout.halves, half))[:, : layout.images].flatten(0, 1)
+        return kept
 
     return _map(output, layout.halves * half, keep, listed)
 
@@ -307,7 +309,7 @@ def _map(value: Any, rows: int, change: Callable[[Any], Any], listed: bool) -> A
 
 
 def _put(
-    target: torch.Tensor | list, rows: torch.Tensor, layout: Layout, start: int, stop: int, halves: Sequence[int]
+    target: torch.Tensor | list[Any], rows: torch.Tensor, layout: Layout, start: int, stop: int, halves: Sequence[int]
 ) -> None:
     """Write rows into places start to stop of some halves of a batch: their channels and tokens are its first ones."""
     if isinstance(target, list):

@@ -99,7 +99,7 @@ def feature_maps(latent: tuple[int, int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def largest_map(denoiser: torch.nn.Module, names: Sequence[str], latent: tuple[int, int]) -> tuple[int, int]:
+def largest_map(denoiser: Any, names: Sequence[str], latent: tuple[int, int]) -> tuple[int, int]:
     """Return the size (height, width) of the largest feature map that any of these modules of a UNet works on."""
     lowest = len(denoiser.down_blocks) - 1
 

@@ -49,12 +49,13 @@ class Run:
 
     def count(self, sites: Sequence[Site], threshold: float) -> None:
         """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
-        alike: dict[tuple[torch.Size, torch.device], list[Site]] = {}
+        alike: dict[tuple[torch.Size, torch.device], list[tuple[Site, torch.Tensor]]] = {}
         for site in sites:
-            if site.similarity is not None:
-                alike.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
-        for found in alike.values():
-            similarity = torch.stack([site.similarity for site in found]).flatten(1)
+            if (seen := site.similarity) is not None:
+                alike.setdefault((seen.shape, seen.device), []).append((site, seen))
+        for some in alike.values():
+            found = [site for site, _ in some]
+            similarity = torch.stack([seen for _, seen in some]).flatten(1)
             # The cosine of a copy may be rounded to more than 1, but a threshold of 1 moves nothing.
             pushed = (similarity > (threshold if threshold < 1 else torch.inf)).sum(dim=1)
             self._counts.append((found, similarity.shape[1], pushed, similarity.amax(dim=1)))
@@ -63,7 +64,9 @@ class Run:
 
     def read(self) -> tuple[Counter[str], Counter[str], float]:
         """Fetch what was counted from the device: tokens compared and pushed by site, and the highest similarity."""
-        compared, pushed, highest = Counter(), Counter(), -1.0
+        compared: Counter[str] = Counter()
+        pushed: Counter[str] = Counter()
+        highest = -1.0
         if self._counts:
             sites, numbers, *of_sites = zip(*self._counts, strict=True)
             device = of_sites[0][0].device  # a denoiser may be spread over several
@@ -79,7 +82,7 @@ class Run:
 def check_window(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
     """Refuse a call of the pipeline none of whose timesteps is in the window."""
     if not any(map(config.is_active, timesteps)):
-        low, high = config.timestep_range
+        low, high = config.window()
         raise RuntimeError(
             f"NegToMe has nothing to do: no step lies in the window, timestep_range=({low:g}, {high:g}); the "
             f"timesteps of this call are {', '.join(f'{t:g}' for t in timesteps)}; widen the window or take more "
@@ -104,10 +107,11 @@ def check_pushed(config: NegToMeConfig, sites: Sequence[str], compared: int, pus
             f"NegToMe did nothing: none of its {len(sites)} sites was reached in the steps of the window, the first "
             f"one being {sites[0]}; expected the denoiser to run them; switch off whatever skips or caches blocks."
         )
-    if config.alpha != 0 and config.threshold < 1 and not pushed:
+    threshold = config.strength()["threshold"]
+    if config.alpha != 0 and threshold < 1 and not pushed:
         warnings.warn(
             f"NegToMe pushed no token: the highest similarity was {highest:.3f}, not above threshold="
-            f"{config.threshold:g}; lower the threshold if this was not intended.",
+            f"{threshold:g}; lower the threshold if this was not intended.",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -143,7 +143,8 @@ def find_guard(arguments: argparse.Namespace) -> Guard:
 
 
 def _mini(folder: str = "models/mini-guard") -> Guard:
-    return importlib.import_module("negtome.guard.mini").Mini(folder)  # which loads torch
+    guard: Guard = importlib.import_module("negtome.guard.mini").Mini(folder)  # which loads torch
+    return guard
 
 
 def load_guard(name: str) -> Guard:
@@ -161,7 +162,8 @@ def load_guard(name: str) -> Guard:
         found = _called(name, found)
     if missing := [part for part in ("reply", "name", "id") if not hasattr(found, part)]:
         raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
-    return found
+    guard: Guard = found
+    return guard
 
 
 def _called(name: str, found: Any) -> Any:
@@ -179,7 +181,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
+        return code
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise

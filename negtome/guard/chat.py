@@ -212,7 +212,7 @@ class Local:
             pad_token_id=ends[0] if isinstance(ends, list) else ends,
         )[0, read:]
         # with the marks of channels, which say what is thinking
-        reply = tokenizer.decode(written, skip_special_tokens=False)
+        reply: str = tokenizer.decode(written, skip_special_tokens=False)
         if len(written) >= self.max_tokens and written[-1] not in (ends if isinstance(ends, list) else [ends]):
             raise UnusableReplyError(_too_long(self.max_tokens), reply)
         return reply
@@ -232,7 +232,7 @@ class Local:
         if found := [token for token in special if token and token in prompt]:
             raise UnusableReplyError(f"expected a prompt without the model's special tokens, got {found[0]!r} in it")
         try:
-            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise ValueError(
                 f"expected a chat template that takes a system message in {self.folder}, got {_line(error)}"

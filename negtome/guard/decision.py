@@ -117,12 +117,13 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
         faults.append(f"expected an action among {', '.join(ACTIONS)}, got {decision.action!r}")
     if unknown := [name for name in decision.clauses if name not in policy]:
         return [*faults, f"expected ids of the policy, got {', '.join(map(repr, unknown))}"]
-    listed = {name for part in decision.clauses if isinstance(policy[part], Clause) for name in policy[part].exceptions}
+    cited = [policy[name] for name in decision.clauses]
+    listed = {name for part in cited if isinstance(part, Clause) for name in part.exceptions}
     if alone := [n for n in decision.clauses if not isinstance(policy[n], Clause) and n not in listed]:
         faults.append(f"expected an exception beside a clause that lists it, got {', '.join(alone)} alone")
     elif decision.action in ACTIONS and decision.action != (follows := policy.action_of(decision.clauses)):
-        cited = ", ".join(decision.clauses) or "no clause"
-        faults.append(f"expected the action that follows from {cited}, {follows}, got {decision.action}")
+        shown = ", ".join(decision.clauses) or "no clause"
+        faults.append(f"expected the action that follows from {shown}, {follows}, got {decision.action}")
     lines = [_spaced(policy.criterion(name)) for name in decision.clauses]
     quote = _spaced(decision.quote)
     words = rf"(?<!\w){re.escape(quote)}(?!\w)"

@@ -21,7 +21,8 @@ class Keyword:
         clauses = [clause for clause in policy.clauses if _named(clause, text)]
         listed = {name for clause in clauses for name in clause.exceptions}
         exceptions = [part for part in policy.exceptions if part.id in listed and _named(part, text)]
-        cited = tuple(part.id for part in (*clauses, *exceptions))
+        parts: list[Clause | PolicyException] = [*clauses, *exceptions]
+        cited = tuple(part.id for part in parts)
         action = policy.action_of(cited)
         quote = (exceptions or clauses)[0].line if cited else ""
         found = ", ".join(clause.asset for clause in clauses)

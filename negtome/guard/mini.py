@@ -94,7 +94,7 @@ class Mini:
         )
         written = output.sequences[0, len(ids) :]
         chances = torch.cat(output.logits).softmax(-1).gather(1, written[:, None])[:, 0]
-        return [self.tokenizer.id_to_token(int(number)) for number in written], chances.tolist()
+        return [self.tokenizer.id_to_token(int(number)) or UNKNOWN for number in written], chances.tolist()
 
 
 def read(words: Sequence[str], chances: Sequence[float] | None = None) -> Decision:

@@ -25,8 +25,9 @@ class Nearest:
 
     def reply(self, policy: Policy, prompt: str) -> str:
         found = self.find(prompt, [clause.asset for clause in policy.clauses])
-        clause = next((clause for clause in policy.clauses if found and clause.asset == found[0]), None)
+        asset, cosine = found or (None, 0.0)
+        clause = next((clause for clause in policy.clauses if clause.asset == asset), None)
         if clause is None:
             return Decision(policy.default, (), "", "comes near to no asset of the policy").to_json()
-        rationale = f"comes near to a picture of {clause.asset}: cosine {found[1]:.3f}"
+        rationale = f"comes near to a picture of {clause.asset}: cosine {cosine:.3f}"
         return Decision(clause.action, (clause.id,), clause.line, rationale).to_json()

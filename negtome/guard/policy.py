@@ -104,7 +104,7 @@ class Policy:
     precedence: tuple[str, ...] = ("refuse", "escalate", "steer", "allow")
 
     def __post_init__(self) -> None:
-        parts = [*self.clauses, *self.exceptions]
+        parts = self.parts
         if twice := [name for name, count in Counter(part.id for part in parts).items() if count > 1]:
             raise ValueError(f"expected every id once in a policy, got {', '.join(twice)} repeatedly: rename one")
         if sorted(self.precedence) != sorted(ACTIONS):
@@ -122,9 +122,14 @@ class Policy:
         if twice := [text for text, count in asked.items() if count > 1]:
             raise ValueError(f"expected every example in one clause alone, got {twice} in several: word one otherwise")
 
+    @property
+    def parts(self) -> tuple[Clause | PolicyException, ...]:
+        """Clauses and exceptions, whatever can be cited."""
+        return (*self.clauses, *self.exceptions)
+
     @cached_property
     def _by_id(self) -> dict[str, Clause | PolicyException]:
-        return {part.id: part for part in (*self.clauses, *self.exceptions)}
+        return {part.id: part for part in self.parts}
 
     def __getitem__(self, name: str) -> Clause | PolicyException:
         """Return the clause or exception of an id; KeyError where there is none."""
@@ -144,7 +149,7 @@ class Policy:
         An exception stands for the clauses that list it; of several the first by precedence, of none the default.
         """
         found = set()
-        for clause in (self[part] for part in cited if isinstance(self[part], Clause)):
+        for clause in (part for part in map(self.__getitem__, cited) if isinstance(part, Clause)):
             excepted = {self[name].action for name in clause.exceptions if name in cited}
             found |= excepted or {clause.action}
         return min(found, key=self.precedence.index) if found else self.default
@@ -173,7 +178,7 @@ class Policy:
         sections = {
             "Instruction": instruction,
             "Definitions": DEFINITIONS,
-            "Criteria": "\n".join(self.criterion(part.id) for part in (*self.clauses, *self.exceptions)),
+            "Criteria": "\n".join(self.criterion(part.id) for part in self.parts),
             "Examples": "\n".join(examples),
         }
         return "\n\n".join(f"## {title}\n{text}" for title, text in sections.items() if text) + "\n"
@@ -206,7 +211,8 @@ class _Loader(yaml.SafeLoader):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := [name for name in names if names.count(name) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} twice in one mapping", node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _policy(document: Any) -> Policy:

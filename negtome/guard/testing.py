@@ -135,6 +135,7 @@ def run_examples(policy: Policy, guard: Guard, audit: Audit | None = None) -> li
     """Ask a guard the policy's own examples; errors are those of `decide`."""
     outcomes = []
     for question in plan_examples(policy):
+        assert question.expected is not None  # as of every example
         verdict = decide(question.policy, guard, question.prompt, audit)
         outcomes.append(_outcome(question, verdict, question.expected, "", _is(verdict, question.expected)))
     return outcomes
@@ -157,7 +158,7 @@ def run_edits(
         if question.prompt not in before:
             before[question.prompt] = _decide(plain, guard, question.prompt, audit)
         old, new = before[question.prompt], _decide(question.policy, guard, question.prompt, audit)
-        if question.must == "change":
+        if question.expected is not None:  # it must change
             expected, right = question.expected, _is(old, asked[question.prompt]) and _is(new, question.expected)
         else:
             valid = old.action != "invalid"
@@ -180,7 +181,7 @@ def tally(outcomes: Sequence[Outcome]) -> list[Tally]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return counts as a table in Markdown: a row for the examples, and one for each kind of edit."""
     counts = {(row.kind, row.must): row for row in tally(outcomes)}
-    rows = [("", "right", "changed as they must", "stayed as they must", "invalid")]
+    rows: list[tuple[str, ...]] = [("", "right", "changed as they must", "stayed as they must", "invalid")]
     for kind in ("example", *EDITS):
         cells = [counts.get((kind, must)) for must in ("be right", "change", "stay")]
         if there := [row for row in cells if row]:

@@ -20,8 +20,11 @@ class Guard(Protocol):
         id: changes whenever it might decide otherwise: with its weights, thresholds, model, address.
     """
 
-    name: str
-    id: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def id(self) -> str: ...
 
     def reply(self, policy: Policy, prompt: str) -> str:
         """Return a text with one JSON object as `Decision.to_json` writes it.
@@ -55,12 +58,12 @@ class Verdict:
     @property
     def clauses(self) -> tuple[str, ...]:
         """The ids that the action rests on; none of an invalid one, whose citations are not to be trusted."""
-        return () if self.action == "invalid" else self.decision.clauses
+        return () if self.action == "invalid" or self.decision is None else self.decision.clauses
 
     @property
     def quote(self) -> str:
         """The words of the policy that it rests on; "" where it cites nothing."""
-        return "" if self.action == "invalid" else self.decision.quote
+        return "" if self.action == "invalid" or self.decision is None else self.decision.quote
 
     @property
     def reason(self) -> str:
@@ -96,7 +99,8 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
         if not faults:
             break
     seconds = round(time.perf_counter() - start, 4)
-    verdict = Verdict("invalid" if faults else decision.action, decision, tuple(faults), tuple(replies), seconds)
+    action = "invalid" if faults or decision is None else decision.action
+    verdict = Verdict(action, decision, tuple(faults), tuple(replies), seconds)
     if audit is not None:
         audit.write(policy.sha256, guard.id, prompt, replies, verdict.action, verdict.clauses, faults)
     return verdict

@@ -79,6 +79,16 @@ def test_the_window_is_inclusive():
     ]  # fmt: skip
 
 
+def test_what_no_number_was_put_in_is_missed():
+    settings = NegToMeConfig()
+    for ask, name in ((settings.strength, "threshold"), (settings.window, "timestep_range")):
+        with pytest.raises(ValueError, match=f"expected a {name}, got None; published_for"):
+            ask()
+    whole = settings.published_for("flux")
+    assert whole.window() == (900, 1000)
+    assert whole.strength() == {"alpha": 0.9, "threshold": 0.65, "matching": "paper"}
+
+
 def test_presets_are_the_published_settings():
     sdxl, flux = (NegToMeConfig.preset(name, "paper") for name in ("sdxl", "flux"))
     assert (sdxl.alpha, sdxl.threshold, sdxl.timestep_range, sdxl.min_side) == (0.9, 0.7, (800, 1000), 32)
