@@ -1,15 +1,33 @@
-"""Make the images of a recipe with a stock pipeline."""
+"""Make the images of a recipe with a stock pipeline; `negtome generate` writes them into a folder."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import re
+import sys
+import textwrap
+import warnings
+from argparse import Namespace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from negtome import pictures
 from negtome.attachment import Attachment, attach
+from negtome.doctor import accelerator
 from negtome.recipe import Recipe
 from negtome.reference import Reference
+from negtome.sites import find_architecture
+
+#: Where images go when no folder is named: below it one of the recipe's own.
+OUT = "negtome-images"
+#: What a folder of images holds beside them: the sheet, and the recipe as Python.
+SHEET, SCRIPT = "compare.png", "recipe.py"
+#: Options of the command that decide no pixels.
+_APART = {"source", "compare", "out", "device", "low_memory"}
 
 
 class Made(NamedTuple):
@@ -58,14 +76,159 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
 
 def _check(pipe: Any, call: dict[str, Any]) -> None:
     """Refuse arguments that a pipeline does not take, or would take for nothing."""
-    takes = inspect.signature(type(pipe).__call__).parameters
-    if unknown := [name for name in call if name not in takes]:
-        raise ValueError(
-            f"expected arguments that a {type(pipe).__name__} takes, got {', '.join(unknown)}; leave it out"
-        )
+    name, takes = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    if unknown := [argument for argument in call if argument not in takes]:
+        raise ValueError(f"expected arguments that a {name} takes, got {', '.join(unknown)}; leave it out")
     # What guides without a negative prompt (Flux) is guided by one only where this scale is asked for.
     scale = takes.get("true_cfg_scale")
     if "negative_prompt" in call and scale is not None and call.get("true_cfg_scale", scale.default) <= 1:
         raise ValueError(
-            f"expected true_cfg_scale above 1 beside a negative prompt: without, a {type(pipe).__name__} ignores it"
+            f"expected true_cfg_scale above 1 beside a negative prompt, or a {name} ignores it: --call true_cfg_scale=4"
         )
+
+
+def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
+    """Load the stock pipeline of a recipe, from its folder, the hub's cache or the hub.
+
+    Args:
+        recipe: what is to be made with it.
+        device: where to run it, by torch's name.
+        offload: keep on the device only the component that works.
+
+    Raises:
+        ValueError: there is no such device or model, files of it are missing, or NegToMe cannot be attached to it.
+    """
+    import diffusers
+
+    if device.partition(":")[0] not in ("cpu", here := accelerator()):
+        raise ValueError(f"expected a device that is here, cpu{'' if here == 'cpu' else f' or {here}'}, got {device}")
+    if offload and device == "cpu":
+        raise ValueError("expected a GPU to save memory on, got the CPU, where all weights are anyway")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    dtype = {} if recipe.dtype == "float32" else {"torch_dtype": getattr(torch, recipe.dtype)}
+    folder = Path(recipe.model)
+    if (folder.exists() or recipe.model.startswith((".", "/", "~"))) and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"expected a folder in the diffusers layout, with a model_index.json, at {recipe.model}, got none"
+        )
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **dtype)
+        find_architecture(pipe)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"{recipe.model} cannot be used: {textwrap.shorten(str(error), 300)} (a folder needs all files of the "
+            "diffusers layout, what is on the hub a network and, where it is gated, its licence accepted)"
+        ) from error
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+    elif device != "cpu":
+        pipe.to(device)
+    return pipe
+
+
+def asked(arguments: Namespace) -> Recipe:
+    """Return the recipe that a command line means; see `negtome.__main__`.
+
+    Raises:
+        ValueError, FileNotFoundError: it means none.
+    """
+    given = {name: value for name, value in vars(arguments).items() if name not in _APART}
+    if arguments.source is not None:
+        if given:
+            raise ValueError("expected nothing that the picture says itself beside --from, got a prompt or settings")
+        return pictures.read(arguments.source)
+    if "prompt" not in given:
+        raise ValueError('expected a prompt, as in negtome generate "a photo of a dog", or --from a picture; got none')
+    settings = {name: given.pop(name) for name in list(given) if name.startswith("config.")}
+    options, size = given.pop("options", []), given.pop("size", None)
+    if size is not None:
+        given["width"], given["height"] = size
+    if given.pop("without", False):
+        if settings:
+            raise ValueError("expected no settings of NegToMe with --without, got some: leave them or it out")
+        given["config"] = None
+    recipe = Recipe.of(given.pop("prompt"), given.pop("model", None), **given)
+    if options:
+        merged = {**recipe.options, **dict(options)}
+        recipe = recipe.replace(options={name: value for name, value in merged.items() if value is not Ellipsis})
+    if settings:
+        changes = {name.removeprefix("config."): value for name, value in settings.items()}
+        recipe = recipe.replace(config=recipe.config.replace(**changes))
+    return recipe
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds anything but what this recipe makes.
+
+    Raises:
+        ValueError: it does; the message says what.
+    """
+    own = {f"{kind}-{i}.png": one for kind, one in _both(recipe).items() for i in range(recipe.images)}
+    own[SHEET] = recipe
+    paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+    foreign = [path.name for path in paths if path.name not in own or _says(path) != own[path.name]]
+    if foreign and (foreign != [SCRIPT] or len(paths) == 1):  # a script alone may be anybody's
+        raise ValueError(
+            f"expected a new folder, or one of this very recipe, at {folder}, got {foreign[0]} of something else: name "
+            "another one by --out, or none"
+        )
+
+
+def _says(path: Path) -> Recipe | None:
+    try:
+        return pictures.read(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _both(recipe: Recipe) -> dict[str, Recipe]:
+    """Return what is made with NegToMe and without, by what its files' names begin with."""
+    return {"without": recipe.without()} | ({"with": recipe} if recipe.config is not None else {})
+
+
+def main(arguments: Namespace) -> None:
+    """Make what a command line asks for, write it and say where."""
+    recipe = asked(arguments)
+    if arguments.compare and recipe.config is None:
+        raise ValueError("expected settings of NegToMe to compare with, got none: leave --without or --compare out")
+    folder = Path(arguments.out or Path(OUT) / _name(recipe))
+    claim(folder, recipe)
+    device, offload = arguments.device or accelerator(), arguments.low_memory
+    kinds = {kind: one for kind, one in _both(recipe).items() if arguments.compare or one == recipe}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            pipe = load(recipe, device, offload)
+            made = {kind: generate(pipe, one) for kind, one in kinds.items()}
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):  # of a CPU there is no kind of its own
+                raise
+            raise ValueError(
+                f"expected enough memory on {device}, got too little: fewer images (-n), a smaller --size, on a GPU "
+                "--dtype bfloat16 and --low-memory"
+            ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, (images, _) in made.items():
+        for i, image in enumerate(images):
+            pictures.save(image, folder / f"{kind}-{i}.png", kinds[kind])
+    if arguments.compare:
+        rows = [(one.setting(), made[kind].images) for kind, one in kinds.items()]
+        note = f"{recipe.model}, seeds {recipe.seeds()[0]} to {recipe.seeds()[-1]}: a column has the same noise"
+        pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe)
+    (folder / SCRIPT).write_text(recipe.python(device, offload), encoding="utf-8")
+    names = [f"{kind}-0.png to {kind}-{recipe.images - 1}.png" for kind in kinds] + [SHEET] * arguments.compare
+    print(f"{folder}: {', '.join(names)}; {SCRIPT} makes them in Python")
+    print(f"{recipe.model}: {recipe.setting()}")
+    if attached := made[[*kinds][-1]].attached:
+        print(json.dumps(attached.summary()))
+    for warning in caught:
+        if issubclass(warning.category, (UserWarning, RuntimeWarning)):
+            print(f"warning: {warning.message}", file=sys.stderr)
+
+
+def _name(recipe: Recipe) -> str:
+    """Return a folder's name: words of the prompt, and a digest of all that the recipe says."""
+    words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower())[:40].strip("-")
+    digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    return f"{words or 'images'}-{digest}"

@@ -24,8 +24,8 @@ from negtome.merge import number
 
 #: In a model's folder, how it is used best; see `Choices`.
 FILE = "negtome.json"
-#: The model of who names none, where it exists: in the working folder, or in the checkout that negtome runs from.
-USUAL_MODEL = "models/mini-sdxl"
+#: Small models of the checkout; the first is that of who names none.
+EMBEDDED = ("models/mini-sdxl", "models/mini-flux")
 #: Pipelines take weights in these; all but the first want a GPU.
 DTYPES = ("float32", "bfloat16", "float16")
 #: What a command line calls "as the pipeline has it".
@@ -177,18 +177,18 @@ class Recipe:
         Args:
             prompt: of the images.
             model: None: the embedded one.
-            fields: others of a recipe; `options` are added to the model's own.
+            fields: others of a recipe; `options` in the place of the model's own.
 
         Raises:
             ValueError: as of a recipe, or what the folder says cannot be read.
             FileNotFoundError: no model is named, and the embedded one is not there.
         """
-        model = usual_model() if model is None else model
+        model = _usual_model() if model is None else model
         choices = Choices.of(model)
         call = dict(choices.call)
         known: dict[str, Any] = {_ARGUMENTS[name]: call.pop(name) for name in _ARGUMENTS if name in call}
         known["config"] = choices.group if fields.get("reference") is None else choices.reference
-        known["options"] = call | dict(fields.pop("options", {}))
+        known["options"] = call
         return cls(**{"model": model, "prompt": prompt, **known, **fields})
 
     @classmethod
@@ -332,20 +332,20 @@ class Recipe:
         return shlex.join(["negtome", "generate", *words])
 
 
-def usual_model() -> str:
-    """Return the embedded model's folder.
+def find_embedded(name: str) -> str | None:
+    """Return the folder of an embedded model, in the working folder or the checkout that negtome runs from, or None."""
+    folders = (Path(name), Path(__file__).parents[1] / name)
+    return next((folder.as_posix() for folder in folders if (folder / "model_index.json").is_file()), None)
 
-    Raises:
-        FileNotFoundError: it is not there.
-    """
-    beside = Path(__file__).parents[1] / USUAL_MODEL
-    for folder in (Path(USUAL_MODEL), beside):
-        if (folder / "model_index.json").is_file():
-            return folder.as_posix()
-    raise FileNotFoundError(
-        f"expected a model, got none, and the embedded {USUAL_MODEL} is not here: name a folder in the diffusers "
-        "layout or a repository of the Hugging Face hub"
-    )
+
+def _usual_model() -> str:
+    found = find_embedded(EMBEDDED[0])
+    if found is None:
+        raise FileNotFoundError(
+            f"expected a model, got none, and the embedded {EMBEDDED[0]} is not here: name a folder in the diffusers "
+            "layout or a repository of the Hugging Face hub"
+        )
+    return found
 
 
 def _text(name: str, value: object) -> str:
