@@ -1,6 +1,8 @@
 """Which encoders and models are ready to use on this machine, and what to do for the others.
 
-    python -m experiments.doctor
+    python -m experiments.doctor               a line each: there or not, size, licence
+    python -m experiments.doctor sdxl          all that is known of one, and how to get it
+    python -m experiments.doctor --details     of all
 
 Looks only: nothing is loaded and nothing fetched.
 """
@@ -11,6 +13,8 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import os
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import PROJECT
 from experiments.pipelines import find_checkpoint, licence
 
+#: Columns of the table's lines.
+WIDTH = 100
+#: What an encoder says of its weights that has none.
+NONE_NEEDED = "none needed"
+
 
 class Finding(NamedTuple):
     """What is known of one encoder or model of the configuration.
@@ -30,25 +39,37 @@ class Finding(NamedTuple):
         option: its name on the command line: `scorer` or `model` and its file's stem, or the metric that brings it.
         state: `ready`, `missing` or `broken` (its configuration does not work).
         facts: what to print of it, by label, in this order.
+        size: of its files, in bytes; 0 where none is here.
     """
 
     option: str
     state: str
     facts: dict[str, str]
+    size: int = 0
 
 
-def examine(conf: Path = PROJECT / "conf") -> list[Finding]:
+def examine(conf: Path = PROJECT / "conf", name: str | None = None) -> list[Finding]:
     """Look at every encoder of `conf/scorer`, every network that a metric brings itself, and every model.
 
     Args:
         conf: a folder of configuration with `config.yaml` and the groups `scorer`, `metric` and `model`.
+        name: look at what is called so alone: `model=sdxl`, `sdxl`, `lpips_vgg`.
+
+    Raises:
+        ValueError: there is none of the name.
     """
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        return [
-            *(_look(f"scorer={name}", _scorer, name) for name in _names(conf, "scorer")),
-            *(_look(f"metric={name}", _metric, spec) for name, spec in _with_networks(conf).values()),
-            *(_look(f"model={name}", _model, name) for name in _names(conf, "model")),
+        looks = [
+            *((f"scorer={one}", _scorer, one) for one in _names(conf, "scorer")),
+            *((f"metric={one}", _metric, spec) for one, spec in _with_networks(conf).values()),
+            *((f"model={one}", _model, one) for one in _names(conf, "model")),
         ]
+        if name is not None:
+            looks = [one for one in looks if name in (one[0], re.split("=|: ", one[0])[-1])]
+        findings = [_look(*one) for one in looks]
+    if name is not None and not findings:
+        raise ValueError(f"expected a name that python -m experiments.doctor lists, got {name}")
+    return [one for one in findings if one.facts.get("weights") != NONE_NEEDED or one.option.startswith("scorer=")]
 
 
 def _names(conf: Path, group: str) -> list[str]:
@@ -65,31 +86,33 @@ def _with_networks(conf: Path) -> dict[str, tuple[str, DictConfig]]:
             spec = cfg.metric[name]
             # One with a baseline compares two runs, and is told at the time which.
             if isinstance(spec, DictConfig) and "_target_" in spec and not {"encoder", "baseline"} & spec.keys():
+                spec.pop("only", None)  # of which groups: no argument of the class
                 found.setdefault(OmegaConf.to_yaml(spec), (f"{suite}: {name}", spec))
     return found
 
 
-def _look(option: str, look: Callable[[Any], tuple[bool, dict[str, str]]], what: Any) -> Finding:
+def _look(option: str, look: Callable[[Any], tuple[dict[str, str], int | None]], what: Any) -> Finding:
     try:
-        present, facts = look(what)
+        facts, size = look(what)
     except Exception as error:  # one broken option must not hide the others
         return Finding(option, "broken", {"error": f"{type(error).__name__}: {error}"})
-    return Finding(option, "ready" if present else "missing", facts)
+    return Finding(option, "missing" if size is None else "ready", facts, size or 0)
 
 
-def _scorer(name: str) -> tuple[bool, dict[str, str]]:
+def _scorer(name: str) -> tuple[dict[str, str], int | None]:
     return _weights(instantiate(compose("config", [f"+scorer={name}", "device=cpu"]).scorer))
 
 
-def _metric(spec: DictConfig) -> tuple[bool, dict[str, str]]:
+def _metric(spec: DictConfig) -> tuple[dict[str, str], int | None]:
     return _weights(instantiate(spec).encoder)
 
 
-def _weights(encoder: Any) -> tuple[bool, dict[str, str]]:
+def _weights(encoder: Any) -> tuple[dict[str, str], int | None]:
+    """Return what to print of an encoder, and the bytes of its weights; None where they are missing."""
     facts = encoder.weights()
     printed = {"encoder": facts.encoder}
     if not facts.looked_in:
-        printed["weights"] = "none needed"
+        printed["weights"] = NONE_NEEDED
     elif facts.present:
         one, several = facts.files[0], os.path.commonpath([file.parent for file in facts.files])
         printed["weights"] = str(one) if len(facts.files) == 1 else f"{several} ({len(facts.files)} files)"
@@ -99,22 +122,44 @@ def _weights(encoder: Any) -> tuple[bool, dict[str, str]]:
         printed["looked in"] = ", ".join(map(str, facts.looked_in))
     printed |= {"resize": facts.resize, "input": facts.input_range, "licence": facts.licence}
     if not facts.present:
-        printed["to do"] = facts.how_to_get
-    return facts.present, printed
+        return printed | {"to do": facts.how_to_get}, None
+    return printed, sum(file.stat().st_size for file in facts.files)
 
 
-def _model(name: str) -> tuple[bool, dict[str, str]]:
+def _model(name: str) -> tuple[dict[str, str], int | None]:
     model = compose("config", [f"model={name}", "device=cpu"]).model
     printed = {"checkpoint": model.source, "licence": licence(model) or "as its page says"}
     try:
         checkpoint = find_checkpoint(model, fetch=False)
     except FileNotFoundError as error:
-        return False, printed | {"to do": str(error)}
-    return True, printed | {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint}
+        return printed | {"to do": str(error)}, None
+    size = sum(
+        (Path(folder) / file).stat().st_size
+        for folder, _, files in os.walk(checkpoint.folder, followlinks=True)
+        for file in files
+    )
+    return printed | {"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint}, size
 
 
-def render(findings: list[Finding]) -> str:
-    """Return the findings as text: one block each, and at the end how many are ready."""
+def table(findings: list[Finding]) -> str:
+    """Return a line for each finding, and how many are ready."""
+    option = max(len(finding.option) for finding in findings)
+    lines = []
+    for finding in findings:
+        size = f"{finding.size / 2**20:.1f} MiB" if finding.size else ""
+        terms = finding.facts.get("licence") or finding.facts["error"]
+        line = f"{finding.state:<8}{finding.option:<{option}}{size:>12}  "
+        lines.append(line + textwrap.shorten(terms, WIDTH - len(line), placeholder=" ..."))
+    ready = sum(finding.state == "ready" for finding in findings)
+    return "\n".join([
+        *lines, "",
+        f"{ready} of {len(findings)} are ready; others are needed only where they are named, and fetched then.",
+        "python -m experiments.doctor NAME says where one is looked for, and how to get it; --details of all.",
+    ])  # fmt: skip
+
+
+def details(findings: list[Finding]) -> str:
+    """Return all that is known of the findings, a block each."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.state:8}{finding.option}")
@@ -122,12 +167,12 @@ def render(findings: list[Finding]) -> str:
             first, *rest = value.splitlines() or [""]
             lines.append(f"        {label + ':':13}{first}")
             lines += [f"{'':21}{line}" for line in rest]
-    ready = sum(finding.state == "ready" for finding in findings)
-    needed = "The others are needed only where they are named; with a network they are fetched then."
-    return "\n".join([*lines, "", f"{ready} of {len(findings)} are ready. {needed}"])
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise ValueError(f"expected no arguments, got {' '.join(argv)}")
-    print(render(examine()))
+    names = [one for one in argv if one != "--details"]
+    if len(names) > 1 or any(one.startswith("-") for one in names):
+        raise ValueError(f"expected one name, --details or nothing, got {' '.join(argv)}")
+    findings = examine(name=names[0] if names else None)
+    print(details(findings) if argv else table(findings))

@@ -63,7 +63,7 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
         (["generate", "model=mini-sdxl", "workers=0"], ["workers must be auto", "got 0"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
-        (["doctor", "now"], ["no arguments", "now"]),
+        (["doctor", "now", "here"], ["one name", "now here"]),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, said, capsys, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_mistake_in_the_code_is_no_bad_input(monkeypatch):
     import experiments.doctor
 
     monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
-    monkeypatch.setattr(experiments.doctor, "examine", lambda: {}["missing"])
+    monkeypatch.setattr(experiments.doctor, "examine", lambda name: {}["missing"])
     with pytest.raises(KeyError):
         main(["doctor"])
 

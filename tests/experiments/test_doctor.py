@@ -1,4 +1,4 @@
-"""`make doctor`: every encoder and model of the configuration, whether it can be used, and what to do."""
+"""`make doctor`: every encoder and model of the configuration in a line, and in full what to do for one."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from eval.encoders import Encoder
 from experiments import PROJECT
-from experiments.doctor import examine, render
+from experiments.doctor import WIDTH, details, examine, main, table
 
 CONF = PROJECT / "conf"
 
@@ -31,6 +31,7 @@ def configuration(tmp_path, tiny_checkpoint):
         "architecture: {}\nrevision: null\nvariant: null\nlicence: {{black-forest-labs/FLUX.1-dev: non-commercial}}\n"
     )
     lpips = f"  _target_: eval.perceptual.LpipsDistance\n  net: squeeze\n  weights_dir: {tmp_path}\n"
+    pixels = "  _target_: eval.requests.NotOverrefuse\n  only: [near-*]\n"
     cosine = "  _target_: eval.diversity.PairwiseDistance\n  encoder: ${model.scorer}\n"
     write(
         tmp_path,
@@ -38,7 +39,7 @@ def configuration(tmp_path, tiny_checkpoint):
         scorer__pixel="_target_: eval.encoders.PixelEncoder\nsize: 4\n",
         scorer__absent=f"_target_: eval.features.Sscd\nfile: {tmp_path}/descriptor.pt\n{device}",
         scorer__broken="_target_: eval.encoders.Nothing\n",
-        metric__first=f"lpips:\n{lpips}cosine:\n{cosine}",
+        metric__first=f"lpips:\n{lpips}cosine:\n{cosine}pixels:\n{pixels}",
         metric__second=f"again:\n{lpips}",
         model__here=f"name: here\nsource: {tiny_checkpoint('sdxl')}\n{model.format('sdxl')}",
         model__there=f"name: there\nsource: black-forest-labs/FLUX.1-dev\n{model.format('flux')}",
@@ -74,10 +75,37 @@ def test_weights_that_are_there_are_hashed(configuration):
     assert re.fullmatch("[0-9a-f]{12}", finding.facts["sha256"])
 
 
-def test_the_text_has_a_block_for_each_and_a_count(configuration):
-    text = render(examine(configuration))
-    assert text.splitlines()[0] == "missing scorer=absent"
-    assert "2 of 6 are ready" in text.splitlines()[-1]
+def test_one_can_be_asked_for(configuration):
+    for name in ("there", "model=there"):
+        assert [finding.option for finding in examine(configuration, name)] == ["model=there"]
+    assert [finding.option for finding in examine(configuration, "lpips")] == ["metric=first: lpips"]
+    with pytest.raises(ValueError, match="lists, got nowhere"):
+        examine(configuration, "nowhere")
+
+
+def test_the_table_has_a_line_for_each_with_its_size_and_licence(configuration, tiny_checkpoint):
+    (configuration / "descriptor.pt").write_bytes(bytes(3 << 20))
+    lines = table(examine(configuration)).splitlines()
+    assert all(len(line) <= WIDTH for line in lines)
+    rows = {line.split()[1]: line for line in lines[: lines.index("")]}
+    assert rows["scorer=absent"].startswith("ready") and "3.0 MiB  CC BY-NC" in rows["scorer=absent"]
+    assert rows["model=there"].startswith("missing") and rows["model=there"].endswith(" non-commercial")
+    assert rows["scorer=broken"].startswith("broken") and "InstantiationException" in rows["scorer=broken"]
+    whole = sum(file.stat().st_size for file in tiny_checkpoint("sdxl").rglob("*") if file.is_file())
+    assert f"{whole / 2**20:.1f} MiB" in rows["model=here"]
+    assert "3 of 6 are ready" in lines[len(rows) + 1]
+
+
+def test_details_have_a_block_for_each(configuration):
+    lines = details(examine(configuration)).splitlines()
+    assert lines[0] == "missing scorer=absent" and f"        looked in:   {configuration}/descriptor.pt" in lines
+
+
+def test_the_command_takes_a_name_or_nothing(capsys):
+    main(["pixel"])
+    assert capsys.readouterr().out.startswith("ready   scorer=pixel\n        encoder:")
+    with pytest.raises(ValueError, match="expected one name, --details or nothing, got pixel sdxl"):
+        main(["pixel", "sdxl"])
 
 
 @pytest.mark.slow
@@ -94,7 +122,7 @@ def test_the_command_reports_the_project_without_a_network():
         text=True,
         check=True,
     )
-    states = dict(reversed(line.split(maxsplit=1)) for line in done.stdout.splitlines() if re.match(r"\w", line[0:1]))
+    states = {line.split()[1]: line.split()[0] for line in done.stdout.partition("\n\n")[0].splitlines()}
     names = {f"{group}={file.stem}" for group in ("scorer", "model") for file in (CONF / group).glob("*.yaml")}
     assert names <= set(states)
     assert "broken" not in states.values()
