@@ -16,6 +16,7 @@ COMMAND --help lists the options. Bad input ends in one line and exit code 2; NE
 import argparse
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -45,36 +46,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "generate":
             importlib.import_module("negtome.generate").main(_parser().parse_args(arguments))
-        elif command in COMMANDS:
-            _hand_over(command, arguments)
-        else:
-            near = "".join(f", did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
-            raise ValueError(f"expected one of {', '.join(COMMANDS)}, got {command}{near}")
+            return 0
+        if command in COMMANDS:
+            return _hand_over(command, arguments)
+        near = "".join(f", did you mean {one}?" for one in get_close_matches(command, COMMANDS, 1))
+        raise ValueError(f"expected one of {', '.join(COMMANDS)}, got {command}{near}")
     except KeyboardInterrupt:
-        print(f"\n{command}: interrupted, nothing was written", file=sys.stderr)
+        print(f"\n{command}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _hand_over(command: str, arguments: list[str]) -> None:
-    """Run a command of the checkout that this package lies in; of doctor the part that needs none first."""
+def _hand_over(command: str, arguments: list[str]) -> int:
+    """Run a command of the checkout that this package lies in; of doctor first the part that needs none."""
     checkout = Path(__file__).parents[1]
-    there = (checkout / "experiments" / "__init__.py").is_file()
+    there = (checkout / "experiments" / "__init__.py").is_file() and importlib.util.find_spec("hydra") is not None
     if command == "doctor" and not arguments:
         importlib.import_module("negtome.doctor").main()
     elif not there:
         raise ValueError(
-            f"{' '.join([command, *arguments])} is of the checkout, not of the installed package: git clone the "
-            'repository, and there pip install -e ".[demo]"'
+            f"expected a checkout of the repository with all that it needs for {command}, got the library alone: git "
+            "clone it, and there pip install -e '.[demo]'"
         )
-    if there:
-        sys.path.insert(0, str(checkout))
-        importlib.import_module(f"experiments.{command}").main(arguments)
+    if not there:
+        return 0
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module("experiments.__main__").main([command, *arguments])
 
 
 def _parser() -> argparse.ArgumentParser:

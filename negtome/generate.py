@@ -56,7 +56,7 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
         FileNotFoundError: there is no such picture.
         TypeError, RuntimeError: as of `negtome.attach`.
     """
-    given = None if recipe.reference is None else Reference(recipe.reference, mask=recipe.mask)
+    given = _picture(recipe)
     call = recipe.arguments()
     _check(pipe, call)
     call |= {"generator": [torch.Generator().manual_seed(seed) for seed in recipe.seeds()], **more}
@@ -72,6 +72,10 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
             f"{size[0]}x{size[1]} of that; ask for these"
         )
     return made
+
+
+def _picture(recipe: Recipe) -> Reference | None:
+    return None if recipe.reference is None else Reference(recipe.reference, mask=recipe.mask)
 
 
 def _check(pipe: Any, call: dict[str, Any]) -> None:
@@ -194,6 +198,7 @@ def main(arguments: Namespace) -> None:
         raise ValueError("expected settings of NegToMe to compare with, got none: leave --without or --compare out")
     folder = Path(arguments.out or Path(OUT) / _name(recipe))
     claim(folder, recipe)
+    _picture(recipe)  # read before the weights are, so that what is wrong with it is known at once
     device, offload = arguments.device or accelerator(), arguments.low_memory
     kinds = {kind: one for kind, one in _both(recipe).items() if arguments.compare or one == recipe}
     with warnings.catch_warnings(record=True) as caught:

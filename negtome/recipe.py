@@ -36,7 +36,7 @@ _ARGUMENTS = {
 }  # fmt: skip
 #: Further arguments that a recipe decides itself, or that would change what a call returns.
 _RESERVED = {
-    "prompt", "negative_prompt", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict",
+    "self", "prompt", "negative_prompt", "num_images_per_prompt", "generator", "latents", "output_type", "return_dict",
     "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
 #: Options of the command line: fields of a recipe, and of the settings in it. Others have a form of their own.

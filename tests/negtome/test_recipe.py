@@ -1,0 +1,278 @@
+"""A recipe refuses what is wrong, stays itself however it is written down, and makes what its script makes."""
+
+import inspect
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from negtome import NegToMeConfig, pictures
+from negtome.__main__ import _parser
+from negtome.generate import asked, generate, load
+from negtome.recipe import DTYPES, FILE, Choices, Recipe
+
+ALL = {"threshold": -1, "timestep_range": (0, 1000), "min_side": 4}
+SMALL = {"steps": 2, "height": 32, "width": 32, "images": 2}
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+names = st.from_regex(r"[a-z]{1,4}_blocks(\.[0-9])?", fullmatch=True)
+numbers = st.floats(-100, 100)
+#: A repository, of which nothing is known here, and a folder that chooses: made once, below.
+models = st.sampled_from(["owner/name", "-x", "FOLDER"])
+
+
+@st.composite
+def recipes(draw):
+    """Draw anything that a recipe may be."""
+    window = draw(st.none() | st.lists(st.floats(0, 1000), min_size=2, max_size=2).map(sorted))
+    matching = draw(st.sampled_from(["paper", "released"]))
+    config = NegToMeConfig(
+        alpha=draw(numbers),
+        threshold=draw(st.none() | st.floats(-1, 1)),
+        timestep_range=window,
+        matching=matching,
+        reference="first" if matching == "released" else draw(st.sampled_from(["first", "previous", "others"])),
+        sites=draw(st.none() | st.lists(names, min_size=1, max_size=2)),
+        cross_attention=draw(st.booleans()),
+        min_side=draw(st.integers(1, 64)),
+    )
+    side = st.integers(1, 200).map(lambda n: 8 * n)
+    height, width = draw(st.just((None, None)) | st.tuples(side, side))
+    values = st.recursive(st.none() | st.booleans() | st.integers() | numbers | texts, st.lists, max_leaves=3)
+    options = st.dictionaries(st.sampled_from(["eta", "max_sequence_length", "sigmas"]), values)
+    fields = {
+        "model": draw(models), "prompt": draw(texts.filter(str.strip)), "negative_prompt": draw(st.none() | texts),
+        "images": draw(st.integers(2, 9)), "seed": draw(st.integers(0, 2**40)),
+        "steps": draw(st.none() | st.integers(1, 100)), "guidance_scale": draw(st.none() | st.floats(0, 100)),
+        "height": height, "width": width, "options": draw(options), "dtype": draw(st.sampled_from(DTYPES)),
+    }  # fmt: skip
+    if draw(st.booleans()):
+        return Recipe(**fields, config=None)
+    reference = draw(st.none() | texts.filter(bool))
+    mask = None if reference is None else draw(st.none() | texts.filter(bool))
+    return Recipe(**fields, config=config, reference=reference, mask=mask)
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory):
+    """A folder that says how its model is used best."""
+    folder = tmp_path_factory.mktemp("model")
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 64, "width": 32, "max_sequence_length": 8}
+    group, reference = NegToMeConfig(alpha=0.5, sites=["up_blocks"]), NegToMeConfig(alpha=2, threshold=0.1)
+    (folder / FILE).write_text(Choices(call, group, reference).to_json())
+    return folder
+
+
+@settings(deadline=None, max_examples=60)
+@given(recipes())
+def test_it_is_the_same_after_json_and_after_a_command_line(choosing, recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    if recipe.model == "FOLDER":
+        recipe = recipe.replace(model=str(choosing))
+    program, command, *words = shlex.split(recipe.command())
+    assert (program, command) == ("negtome", "generate")
+    assert asked(_parser().parse_args(words)) == recipe
+
+
+@settings(deadline=None, max_examples=30)
+@given(recipes())
+def test_its_script_is_python_with_its_very_values(recipe):
+    calls = []
+
+    class Pipe:
+        def __call__(self, **call):
+            calls.append(call)
+            return self
+
+        images = ()
+
+    scope = {}
+    text = recipe.python().replace("DiffusionPipeline.from_pretrained(", "made(")
+    for heavy in ("import torch", "import negtome", "from diffusers import DiffusionPipeline"):
+        text = text.replace(heavy, "")
+    attached = type("A", (), {"__enter__": lambda s: s, "__exit__": lambda *_: None, "summary": lambda s: None})()
+    seen = {}
+    negtome = type("N", (), {
+        "NegToMeConfig": NegToMeConfig, "Reference": staticmethod(lambda *a, **k: (a, k)),
+        "attach": staticmethod(lambda pipe, config, given=None: seen.update(config=config, given=given) or attached),
+    })  # fmt: skip
+    scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": negtome}
+    exec(compile(text, "script", "exec"), {**scope, "print": lambda *_: None})
+    assert seen["model"] == (recipe.model,)
+    for call in calls:
+        assert [one.initial_seed() for one in call.pop("generator")] == [*recipe.seeds()]
+        assert call == recipe.arguments()
+    assert len(calls) == (1 if recipe.config is None else 2) and seen.get("config") == recipe.config
+
+
+def test_what_is_not_named_is_as_the_folder_chooses(choosing):
+    recipe = Recipe.of("a dog", str(choosing))
+    assert recipe.arguments() == {
+        "prompt": "a dog", "num_images_per_prompt": 4, "num_inference_steps": 3, "guidance_scale": 2.0,
+        "height": 64, "width": 32, "max_sequence_length": 8,
+    }  # fmt: skip
+    assert recipe.config == NegToMeConfig(alpha=0.5, sites=["up_blocks"])
+    assert Recipe.of("a dog", str(choosing), reference="dog.png").config == NegToMeConfig(alpha=2, threshold=0.1)
+    assert (
+        Recipe.of("a dog", str(choosing), steps=None, options={})
+        .arguments()
+        .keys()
+        .isdisjoint({"num_inference_steps", "max_sequence_length"})
+    )
+    assert Recipe.of("a dog", "owner/name") == Recipe("owner/name", "a dog"), "nothing is known of it"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"call": {}}', '{"call": {}, "group": {"beta": 1}, "reference": {}}'])
+def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ValueError, match="to be JSON with call, group and reference"):
+        Recipe.of("a dog", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " "}, "expected a prompt, got an empty one"),
+        ({"prompt": 3}, "expected a text as prompt, got 3"),
+        ({"prompt": "a\0"}, "whole characters"),
+        ({"negative_prompt": "\ud800"}, "whole characters"),
+        ({"model": ""}, "expected a model"),
+        ({"images": 1}, "at least 2 images, or a reference picture, got 1"),
+        ({"images": 0}, "images to be a whole number from 1"),
+        ({"images": True}, "got True"),
+        ({"seed": -1}, "seed to be a whole number from 0"),
+        ({"seed": 2**63 - 1}, "seed"),
+        ({"steps": 0}, "steps to be a whole number"),
+        ({"guidance_scale": -1}, "guidance_scale must be between 0"),
+        ({"height": 64}, "height and width, or neither"),
+        ({"height": 64, "width": 60}, "width to be a multiple of 8"),
+        ({"options": {"prompt": "x"}}, "no other name for, got prompt"),
+        ({"options": {"height": 8, "latents": 1}}, "got height, latents"),
+        ({"options": {"eta": float("nan")}}, "JSON values"),
+        ({"options": {"eta": torch.nn.ReLU()}}, "JSON values"),
+        ({"options": {"a b": 1}}, "names of arguments"),
+        ({"dtype": "int8"}, "expected one of float32"),
+        ({"config": 0.9}, "NegToMeConfig or None as config, got a float"),
+        ({"mask": "m.png"}, "expected a reference picture that the mask is of"),
+        ({"config": None, "reference": "r.png"}, "nothing would use it"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe(**{"model": "m", "prompt": "p", **changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        *(None, [], {}, {"model": "m"}, {"model": "m", "prompt": "p", "sneed": 1}),
+        *({"model": "m", "prompt": "p", "config": config} for config in ({"beta": 1}, {"alpha": "x"}, [])),
+    ],
+)
+def test_only_a_recipe_is_read_as_one(document):
+    with pytest.raises(ValueError, match=r"expected|must be"):
+        Recipe.from_dict(document)
+
+
+def pixels(images):
+    return [image.tobytes() for image in images]
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """Files of a picture and its mask."""
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(tmp_path / "r.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 0, 32, 32))
+    mask.save(tmp_path / "m.png")
+    return {"reference": str(tmp_path / "r.png"), "mask": str(tmp_path / "m.png")}
+
+
+@pytest.mark.parametrize("given_picture", [False, True])
+def test_its_script_makes_the_very_same_images(kind, given_picture, reference, tiny_checkpoint, tmp_path, monkeypatch):
+    side = {"height": 16, "width": 16, "options": {"max_sequence_length": 32}} if kind == "flux" else {}
+    fields = {**SMALL, **side, "config": NegToMeConfig(**ALL), **(reference if given_picture else {})}
+    recipe = Recipe(str(tiny_checkpoint(kind)), "a 'dog'", seed=5, **fields)
+    pipe = load(recipe)
+    pipe.set_progress_bar_config(disable=True)
+    pushed, without = generate(pipe, recipe), generate(pipe, recipe.without())
+    assert pushed.attached.summary()["tokens_pushed"] > 0 and without.attached is None
+    assert pixels(pushed.images) != pixels(without.images)
+
+    monkeypatch.chdir(tmp_path)
+    exec(compile(recipe.python(), "script", "exec"), {})
+    for name, made in (("with", pushed), ("without", without)):
+        assert pixels(Image.open(f"{name}-{i}.png") for i in range(2)) == pixels(made.images)
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    call = {"num_inference_steps": 2, "height": recipe.height, "width": recipe.width, **recipe.options}
+    stock = pipe("a 'dog'", num_images_per_prompt=2, generator=generators, **call).images
+    assert pixels(stock) == pixels(without.images), "afterwards the pipeline is as before"
+
+
+def test_arguments_that_a_pipeline_would_ignore_are_refused(tiny_flux, tiny_sdxl):
+    recipe = Recipe("m", "a dog", config=None, options={"sigma": 1})
+    with pytest.raises(ValueError, match=r"a StableDiffusionXLPipeline takes, got sigma"):
+        generate(tiny_sdxl, recipe)
+    with pytest.raises(ValueError, match="true_cfg_scale above 1"):
+        generate(tiny_flux, recipe.replace(options={}, negative_prompt="a cat"))
+    with pytest.raises(ValueError, match="of 24x24 pixels, but this Rounding makes 16x16"):
+        generate(_rounding(tiny_sdxl), recipe.replace(options={}, height=24, width=24, steps=1))
+
+
+def _rounding(pipe):
+    """Return a pipeline that makes the next multiple of 16 of the size asked for, as Flux does."""
+
+    class Rounding(type(pipe)):
+        def __call__(self, *args, height, width, **options):
+            return super().__call__(*args, height=height // 16 * 16, width=width // 16 * 16, **options)
+
+        __call__.__signature__ = inspect.signature(type(pipe).__call__)
+
+    pipe.__class__ = Rounding
+    return pipe
+
+
+@settings(deadline=None, max_examples=20)
+@given(recipes())
+def test_a_picture_says_how_it_was_made(tmp_path_factory, recipe):
+    path = tmp_path_factory.getbasetemp() / "said.png"
+    image = Image.linear_gradient("L").convert("RGB")
+    pictures.save(image, path, recipe)
+    assert pictures.read(path) == recipe
+    assert Image.open(path).tobytes() == image.tobytes()
+
+
+def test_what_says_nothing_is_no_picture_of_ours(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    with pytest.raises(ValueError, match="without a recipe"):
+        pictures.read(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="cannot be read"):
+        pictures.read(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match="got no file"):
+        pictures.read(tmp_path / "none.png")
+
+
+def test_a_sheet_shows_every_picture_unscaled():
+    red, blue = (Image.new("RGB", (40, 24), colour) for colour in ("red", "blue"))
+    sheet = pictures.sheet("a very long title " * 20, [("first", [red, blue]), ("second", [blue, red])], "x" * 400)
+    counts = {colour: count for count, colour in sheet.getcolors(1 << 16)}
+    assert counts[255, 0, 0] == counts[0, 0, 255] == 2 * 40 * 24
+
+
+@pytest.mark.parametrize("name", ["mini-sdxl", "mini-flux"])
+def test_the_embedded_models_make_what_they_are_made_for(name):
+    folder = Path(__file__).parents[2] / "models" / name
+    recipe = Recipe.of("a photo of a dog", str(folder), images=2)
+    assert (recipe.height, recipe.width, recipe.steps, recipe.guidance_scale) == (128, 128, 20, 5.0)
+    pipe = load(recipe)
+    pipe.set_progress_bar_config(disable=True)
+    made = generate(pipe, recipe.replace(steps=3))
+    assert made.images[0].size == (128, 128) and made.attached.summary()["tokens_pushed"] > 0
