@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if command == "generate":
-            importlib.import_module("negtome.generate").main(_parser().parse_args(arguments))
+            given = _parser().parse_args(arguments)
+            importlib.import_module("negtome.generate").main(given)  # which loads torch
             return 0
         if command in COMMANDS:
             return _hand_over(command, arguments)

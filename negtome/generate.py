@@ -173,8 +173,9 @@ def claim(folder: Path, recipe: Recipe) -> None:
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
     foreign = [path.name for path in paths if path.name not in own or _says(path) != own[path.name]]
     if foreign and (foreign != [SCRIPT] or len(paths) == 1):  # a script alone may be anybody's
+        first = next((name for name in foreign if name != SCRIPT), SCRIPT)
         raise ValueError(
-            f"expected a new folder, or one of this very recipe, at {folder}, got {foreign[0]} of something else: name "
+            f"expected a new folder, or one of this very recipe, at {folder}, got {first} of something else: name "
             "another one by --out, or none"
         )
 

@@ -1,0 +1,227 @@
+"""The command line: what it writes, that it overwrites nothing else, and that what is wrong is one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+import negtome.__main__
+import negtome.generate
+from negtome import NegToMeConfig, pictures
+from negtome.__main__ import main
+from negtome.recipe import FILE, Choices
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, tmp_path_factory):
+    """A tiny checkpoint that says how it is used: two steps of 32 x 32 pixels, every token pushed."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_checkpoint("sdxl"), folder)
+    every = NegToMeConfig(threshold=-1, timestep_range=(0, 1000), min_side=4)
+    call = {"height": 32, "width": 32, "num_inference_steps": 2}
+    (folder / FILE).write_text(Choices(call, every, every).to_json())
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
+
+
+def pixels(folder, kind, count=2):
+    return [Image.open(Path(folder) / f"{kind}-{i}.png").tobytes() for i in range(count)]
+
+
+def test_help_is_short_and_waits_for_nothing():
+    for arguments in ([], ["-h"], ["generate", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "negtome", *arguments],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+        assert "argparse" in imported and not imported & {"torch", "diffusers", "transformers", "PIL", "numpy"}
+        assert "negtome generate" in done.stdout
+        if arguments != ["generate", "--help"]:
+            assert len(done.stdout.splitlines()) <= 15 and all(len(line) <= 120 for line in done.stdout.splitlines())
+
+
+def test_a_comparison_is_of_the_same_noises_and_says_how_it_was_made(model, capsys):
+    assert main(["generate", "a dog", "-n", "2", "--seed", "3", "--model", model, "--compare", "--out", "dogs"]) == 0
+    out = capsys.readouterr().out
+    assert {path.name for path in Path("dogs").iterdir()} == {
+        *("without-0.png", "without-1.png", "with-0.png", "with-1.png", "compare.png", "recipe.py")
+    }
+    assert out.startswith("dogs: ") and json.loads(out.splitlines()[-1])["tokens_pushed"] > 0
+
+    stock = diffusers.StableDiffusionXLPipeline.from_pretrained(model)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    call = {"height": 32, "width": 32, "num_inference_steps": 2}
+    images = stock("a dog", num_images_per_prompt=2, generator=generators, **call).images
+    assert [image.tobytes() for image in images] == pixels("dogs", "without") != pixels("dogs", "with")
+
+    recipe = pictures.read("dogs/with-1.png")
+    assert (recipe.prompt, recipe.images, recipe.seed, recipe.steps) == ("a dog", 2, 3, 2)
+    assert pictures.read("dogs/without-0.png") == recipe.without() and pictures.read("dogs/compare.png") == recipe
+    assert Path("dogs/recipe.py").read_text() == recipe.python()
+
+
+def test_a_picture_is_made_again_by_what_it_says(model, capsys):
+    assert main(["generate", "a cat", "-n", "2", "--model", model, "--alpha", "0.5", "--out", "cats"]) == 0
+    assert main(["generate", "--from", "cats/with-0.png", "--out", "again"]) == 0
+    assert pixels("again", "with") == pixels("cats", "with")
+    assert not Path("again/without-0.png").exists()
+    assert main(["generate", "--from", "cats/with-0.png"]) == 0
+    (own,) = Path("negtome-images").iterdir()
+    assert own.name.startswith("a-cat-") and pixels(own, "with") == pixels("cats", "with")
+
+
+def test_away_from_a_picture(model, capsys):
+    Image.linear_gradient("L").resize((32, 32)).save("r.png")
+    Image.new("L", (32, 32), 255).save("m.png")
+    words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--out", "away"]
+    assert main([*words, "--mask", "m.png", "--compare"]) == 0
+    assert pixels("away", "with", 1) != pixels("away", "without", 1)
+    assert "away from r.png" in capsys.readouterr().out
+
+
+def test_nothing_of_another_recipe_is_overwritten(model, capsys):
+    words = ["generate", "a dog", "-n", "2", "--model", model, "--out", "dogs"]
+    assert main(words) == 0
+    before = {path.name: path.read_bytes() for path in Path("dogs").iterdir()}
+    for other in (["--seed", "1"], ["-n", "3"], ["--alpha", "0.5"], ["--without"]):
+        assert main([*words, *other]) == 2
+        assert "got with-0.png of something else" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("dogs").iterdir()} == before
+    assert main([*words, "--compare"]) == 0, "this recipe's own folder, to which the other row is added"
+    assert main(words) == 0
+
+    Path("notes").mkdir()
+    for name in ("notes.txt", "recipe.py", "with-0.png"):
+        Path("notes", name).write_text("mine")
+        assert main([*words[:-1], "notes"]) == 2
+        assert f"got {name} of something else" in capsys.readouterr().err
+        Path("notes", name).unlink()
+
+
+def test_warnings_are_told(model, capsys):
+    assert main(["generate", "a dog", "-n", "2", "--model", model, "--threshold", "0.999999", "--out", "dogs"]) == 0
+    assert "warning: NegToMe pushed no token" in capsys.readouterr().err
+
+
+@pytest.fixture
+def files(tmp_path, model):
+    """What is wrong on disk: a folder that is no model, one without weights, pictures and masks."""
+    Path("empty").mkdir()
+    shutil.copytree(model, "partial")
+    Path("partial/unet/diffusion_pytorch_model.safetensors").unlink()
+    Path("other").mkdir()
+    index = json.loads(Path("partial/model_index.json").read_text())
+    Path("other/model_index.json").write_text(json.dumps({**index, "_class_name": "NoPipeline"}))
+    Image.new("RGB", (32, 32)).save("r.png")
+    Image.new("L", (16, 32), 255).save("small.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["genrate"], "did you mean generate?"),
+        (["generate"], "expected a prompt"),
+        (["generate", ""], "expected a prompt, got an empty one"),
+        (["generate", "x", "--alhpa", "1"], "unrecognized arguments: --alhpa"),
+        (["generate", "x", "-n", "two"], "invalid int value: 'two'"),
+        (["generate", "x", "--size", "128"], "--size: invalid"),
+        (["generate", "x", "--timesteps", "1000:850", "--model", "MODEL"], "timestep_range must be (low, high)"),
+        (["generate", "x", "--matching", "nearest", "--model", "MODEL"], "matching must be one of"),
+        (["generate", "x", "--call", "eta", "--model", "MODEL"], "--call"),
+        (["generate", "x", "--call", "sigma=1", "--model", "MODEL"], "takes, got sigma"),
+        (["generate", "x", "-n", "1", "--model", "MODEL"], "at least 2 images, or a reference picture"),
+        (["generate", "x", "--without", "--alpha", "1", "--model", "MODEL"], "no settings of NegToMe with --without"),
+        (["generate", "x", "--without", "--compare", "--model", "MODEL"], "leave --without or --compare out"),
+        (["generate", "x", "--model", "nobody/nothing"], "nobody/nothing cannot be used"),
+        (["generate", "x", "--model", "empty"], "with a model_index.json, at empty"),
+        (["generate", "x", "--model", "./nowhere"], "with a model_index.json, at ./nowhere"),
+        (["generate", "x", "--model", "partial"], "diffusion_pytorch_model"),
+        (["generate", "x", "--model", "other"], "other cannot be used"),
+        (["generate", "x", "--model", "MODEL", "--reference", "no.png"], "no.png"),
+        (
+            ["generate", "x", "--model", "MODEL", "--reference", "r.png", "--mask", "small.png"],
+            "32x32 pixels, got 16x32",
+        ),
+        (["generate", "x", "--model", "MODEL", "--mask", "small.png"], "a reference picture that the mask is of"),
+        (["generate", "x", "--model", "MODEL", "--device", "abacus"], "expected a device that is here"),
+        (["generate", "x", "--model", "MODEL", "--device", "cpu", "--low-memory"], "expected a GPU to save memory on"),
+        (["generate", "x", "--model", "MODEL", "--dtype", "int8"], "expected one of float32"),
+        (["generate", "x", "--model", "MODEL", "--out", "r.png"], "got r.png of something else"),
+        (["generate", "x", "--model", "MODEL", "--timesteps", "0:0"], "no step lies in the window"),
+        (["generate", "--from", "no.png"], "expected a picture at no.png"),
+        (["generate", "--from", "r.png"], "without a recipe"),
+        (["generate", "x", "--from", "r.png"], "nothing that the picture says itself beside --from"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(words, said, model, files, capsys):
+    before = sorted(Path().rglob("*"))
+    assert main([model if word == "MODEL" else word for word in words]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith(f"{words[0]}: ")]
+    assert lines == err.splitlines()[-1:] and said in lines[0] and not out
+    assert sorted(Path().rglob("*")) == before, "nothing is written"
+
+
+def test_without_the_embedded_model_one_has_to_be_named(monkeypatch, capsys):
+    monkeypatch.setattr("negtome.recipe.EMBEDDED", ("models/gone",))
+    assert main(["generate", "x"]) == 2
+    assert "name a folder in the diffusers layout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)  # fmt: skip
+def test_too_little_memory_says_what_to_change(error, model, monkeypatch, capsys):
+    def full(pipe, recipe):
+        raise error
+
+    monkeypatch.setattr(negtome.generate, "generate", full)
+    assert main(["generate", "x", "--model", model]) == 2
+    assert "--low-memory" in capsys.readouterr().err
+
+
+def test_a_variable_shows_where_an_error_was_raised(monkeypatch):
+    monkeypatch.setenv("NEGTOME_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="expected a prompt"):
+        main(["generate"])
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(negtome.generate, "asked", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["generate", "x"]) == 130
+    assert capsys.readouterr().err == "\ngenerate: interrupted\n"
+
+
+def test_the_library_alone_has_a_doctor_and_says_where_the_demo_is(monkeypatch, capsys):
+    monkeypatch.setattr(negtome.__main__.importlib.util, "find_spec", lambda name: None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__.partition('+')[0]}" in out and "device " in out
+    assert f"models/mini-sdxl: at {ROOT}/models/mini-sdxl" in out
+    for words in (["demo"], ["doctor", "sdxl"]):
+        assert main(words) == 2
+        assert "git clone" in capsys.readouterr().err
+
+
+def test_the_checkout_is_handed_over_to(monkeypatch):
+    import experiments.__main__
+
+    handed = []
+    monkeypatch.setattr(experiments.__main__, "main", lambda argv: handed.append(argv) or 3)
+    assert main(["demo", "--port", "1"]) == main(["doctor", "pixel"]) == 3
+    assert handed == [["demo", "--port", "1"], ["doctor", "pixel"]]
