@@ -5,6 +5,7 @@ config's type, diffusers in float32, and a pipeline of mixed types fails.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -27,8 +28,12 @@ from transformers import (
     T5Tokenizer,
 )
 
+from experiments.configs import expand
+from experiments.pipelines import call_arguments
 from experiments.training import clip, flux, unet
 from experiments.training.cards import write_cards
+from negtome import NegToMeConfig
+from negtome.recipe import FILE, Choices
 
 SHARED = ("vae", "text_encoder", "tokenizer")  # parts of mini-flux that are links into mini-sdxl
 
@@ -103,8 +108,20 @@ def export(work: Path, models: Path) -> None:
         os.symlink(Path("..") / "mini-sdxl" / name, fluxes / name)
     shutil.rmtree(sdxl / "tokenizer_2")
     os.symlink("tokenizer", sdxl / "tokenizer_2")
+    for folder in (sdxl, fluxes):
+        (folder / FILE).write_text(choices(folder.name).to_json())
     notes = Path(__file__).with_name("NOTES.md")
     write_cards(work, models, notes.read_text() if notes.exists() else "")
+
+
+def choices(name: str) -> Choices:
+    """Return what conf/ chose for a model: its calls, and the settings among images and away from a picture."""
+    found = []
+    for method in ("negtome", "negtome_reference"):
+        (cfg,) = expand([f"model={name}", f"method={method}"])
+        given = {field.name: cfg.method.get(field.name) for field in dataclasses.fields(NegToMeConfig)}
+        found.append(NegToMeConfig(**{field: value for field, value in given.items() if value is not None}))
+    return Choices(call_arguments(cfg.model), *found)
 
 
 def size_of(folder: Path) -> int:

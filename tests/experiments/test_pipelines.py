@@ -131,6 +131,8 @@ def test_the_fingerprint_is_the_contents_and_not_the_places(tiny_checkpoint, tmp
     shutil.copytree(original, moved)
     before = pipelines.fingerprint(original)
     assert pipelines.fingerprint(moved) == before
+    (moved / "negtome.json").write_text("{}")
+    assert pipelines.fingerprint(moved) == before, "published runs are named by it, and it says nothing of pixels"
     weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

@@ -9,7 +9,9 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from transformers import CLIPModel
 
+from experiments import PROJECT
 from experiments.training import clip, data, export, flux, samples, sources, taxonomy, tokenizer, unet, vae
+from negtome.recipe import Choices
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,14 @@ def test_shared_parts_are_relative_links_and_everything_is_small(models: Path) -
         link = models / "mini-flux" / name
         assert link.is_symlink() and not Path(link).readlink().is_absolute() and link.resolve().is_dir()
     assert export.size_of(models) < 46 * 2**20
+
+
+def test_how_a_model_is_used_stands_in_its_folder_as_in_conf(models: Path) -> None:
+    for name in ("mini-sdxl", "mini-flux"):
+        shipped = (PROJECT / "models" / name / "negtome.json").read_text()
+        assert (models / name / "negtome.json").read_text() == shipped
+    assert export.choices("mini-sdxl").reference.alpha == 1.8
+    assert Choices.of(str(models / "mini-flux")) == export.choices("mini-flux")
 
 
 def test_cards_tell_licences_and_training(models: Path) -> None:
