@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
+.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ report: $(VENV)/.installed-experiments  ## one page of all tables, figures and i
 
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
 	@$(PY) -m experiments.doctor
+
+notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep in them what they show (2 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m experiments.notebooks
 
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
 	$(PY) -m experiments.training.train --out outputs/mini --npm outputs/npm $(ARGS)

@@ -4,7 +4,8 @@
     python -m experiments.applications model=flux-dev applications.interpolation.reference=cat.png
 
 Every application of conf/applications/ is one prompt, one reference and a row of strengths; the first noise of every
-row is the same. Writes `<results>/applications_<name>_<model>.png`. These are pictures to look at, not measurements.
+row is the same. Writes `<results>/applications_<name>_<model>.webp` and `.pdf`. These are pictures to look at, not
+measurements.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -25,7 +26,8 @@ import negtome
 from eval.images import load_picture
 from experiments import pipelines, project_path, select_device
 from experiments.configs import build, expand, flag
-from experiments.figures.image_grid import contact_sheet, save_sheet
+from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
 
 #: Sides of an image from which a mask may take its half.
@@ -44,7 +46,7 @@ def draw(
     blur: float = 0.0,
     mask: str | None = None,
     seeds: Sequence[int] = (0, 1),
-) -> Image.Image:
+) -> Sheet:
     """Return the sheet of one use: for each seed the reference, the image without it, and one for each alpha.
 
     Args:
@@ -84,7 +86,7 @@ def draw(
             with negtome.attach(pipe, config.replace(alpha=alpha), given=given):
                 images.append(generated(seed))
         rows.append((f"{description}; seed {seed}", [[image] for image in images]))
-    return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows, tile=112)
+    return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
 
 
 def _half(side: str, width: int, height: int) -> torch.Tensor:
@@ -109,7 +111,7 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     files = []
     for name, spec in OmegaConf.to_container(cfg.applications, resolve=True).items():
         sheet = draw(pipe, dict(cfg.model.call), method.config, **spec)
-        files.append(save_sheet(sheet, project_path(cfg.results) / f"applications_{name}_{cfg.model.name}.png"))
+        files += save(sheet, project_path(cfg.results) / f"applications_{name}_{cfg.model.name}")
     return files
 
 

@@ -22,6 +22,7 @@ import pandas as pd
 
 from experiments import project_path, select_device
 from experiments.configs import flag
+from experiments.figures.style import using
 from experiments.tables import put_rows, read_csv
 from experiments.timing import report
 from experiments.timing.cases import composed, configured_cases
@@ -65,6 +66,7 @@ def run(overrides: Sequence[str]) -> str:
 def main(argv: list[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("experiments").setLevel(logging.INFO)  # of the fonts in the figures, nobody wants to read
-    print(run(argv))
     cfg = composed(*argv)
+    with using(cfg.style, cfg.width):
+        print(run(argv))
     print(*sorted(project_path(cfg.results).glob(f"{cfg.name}[._]*")), sep="\n")

@@ -74,7 +74,7 @@ class Pictures(dict[str, bytes]):
         return {"file": self.put(content, kind), "alt": what, "width": width, "height": height}
 
     def copy(self, file: Path, what: str) -> dict[str, Any]:
-        return self.plate(file.read_bytes(), "png", load_picture(file).size, what)
+        return self.plate(file.read_bytes(), file.suffix[1:], load_picture(file).size, what)
 
 
 def report(results: Path, outputs: Path, into: Path, groups: int = 40) -> Path:
@@ -157,7 +157,10 @@ def _foreign(name: str, frame: pd.DataFrame, results: Path, pictures: Pictures) 
             found.append((head, table))
     else:
         found = [("All rows", frame.dropna(axis="columns", how="all").map(spelled))]
-    files = sorted(file for file in results.glob(f"{name}*.png") if file.stem == name or file.stem[len(name)] == "_")
+    files = sorted(
+        file for kind in ("png", "webp") for file in results.glob(f"{name}*.{kind}")
+        if file.stem == name or file.stem[len(name)] == "_"
+    )  # fmt: skip
     files = [file for file in files if not _is_elsewhere(file, results)]
     return {
         "runs_here": "",
@@ -238,9 +241,10 @@ def _gallery(
             shown.append({"title": run["title"], "images": images, "references": references, "withheld": withheld})
         asset = pictures.put(_reduced(assets[row.category]), "webp") if row.category in assets else None
         groups.append({"row": row, "asset": asset, "runs": shown})
-    sheet = results / f"{name}_grid_{model}.png"
-    picture = None
-    if not here and sheet.exists() and not _is_elsewhere(sheet, results):
+    # Sheets that were published earlier are PNGs.
+    sheets = (sheet for kind in ("webp", "png") if (sheet := results / f"{name}_grid_{model}.{kind}").exists())
+    sheet, picture = next(sheets, None), None
+    if not here and sheet and not _is_elsewhere(sheet, results):
         what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
         picture = pictures.copy(sheet, what)
     return {"model": model, "runs": runs, "n_groups": len(everything), "sheet": picture, "groups": groups}

@@ -1,7 +1,7 @@
 """Figures, each from an experiment's CSV alone, and sheets of images.
 
 `tradeoff` and `forest` are for single settings, `ablation` for one that was swept, `heat_map` and `pareto` for a grid;
-`fronts` for many methods. `called_for` chooses among them.
+`fronts` for many methods. `called_for` chooses among them. `contact_sheet` sets images side by side.
 """
 
 import pandas as pd
@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from experiments.figures.comparisons import ablation, forest, heat_map, pareto, tradeoff
 from experiments.figures.fronts import fronts
+from experiments.figures.sheet import contact_sheet
 from experiments.tables import of_model, primary_pair, swept_settings, with_window, words
 
-__all__ = ["ablation", "called_for", "forest", "fronts", "heat_map", "pareto", "tradeoff"]
+__all__ = ["ablation", "called_for", "contact_sheet", "forest", "fronts", "heat_map", "pareto", "tradeoff"]
 
 #: More methods than these are drawn together, and not setting by setting.
 MANY = 6

@@ -7,12 +7,13 @@ drawn, with the names that it has.
 from typing import Any
 
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from experiments.choose import chosen_run, differences, pareto_front
 from experiments.figures import style
+from experiments.figures.labels import Label, put_beside
 from experiments.pages import arrow, change, is_clear, run_labels
 from experiments.tables import (
     DIFFERENCE,
@@ -47,7 +48,7 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
     # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
     frame = frame[frame["metric"].isin([claim, quality]) & frame["value"].notna()]
     models, methods = list(frame["model"].unique()), list(frame["method"].unique())
-    figure, (axes,) = style.new_figure(len(models), 4.2 * len(models), 3.6)
+    figure, axes = style.panels(len(models), 4.2, 3.6)
     for axis, model in zip(axes, models, strict=True):
         part = frame[frame["model"] == model]
         for _, rows in part.groupby("run_id", sort=False):
@@ -60,10 +61,11 @@ def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str
                 label=style.title(method, method), **style.look(method, methods),
             )  # fmt: skip
         count = f"n = {part['n_groups'].iloc[0]} groups"
-        axis.set(title=f"{model} ({count})", xlabel=style.named(frame, claim), ylabel=style.named(frame, quality))
+        axis.set_title(f"{model} ({count})")
+        style.name_axes(axis, style.named(frame, claim), style.named(frame, quality))
         axis.grid()
     style.legend_below(figure, *axes)
-    figure.suptitle(f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")
+    style.head(figure, f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")
     return figure
 
 
@@ -79,21 +81,28 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
     runs = part.drop_duplicates("run_id").set_index("run_id")["method"]
     metrics = list(part["metric"].unique())
     metrics.sort(key=lambda metric: part.loc[part["metric"] == metric, "primary"].isna().all())  # the tested ones first
-    figure, ((axis,),) = style.new_figure(1, 9.2, 0.9 + (0.17 * len(runs) + 0.13) * len(metrics))
+    tight = (style.fixed_width() or 9.2) < 6.4 * style.scale()
+    least = 2 if tight else 1  # lines of a metric: its name takes two
+    figure, (axis,) = style.panels(1, 9.2, 1.0)
+    figure.set_figheight(style.scale() * (0.9 + (0.17 * max(len(runs), least) + 0.13) * len(metrics)))
     place, ticks = 0.0, []  # of each metric: where it stands, what it is called, and how heavily
     for metric in metrics:
         rows = part[part["metric"] == metric]
         sign = -1 if direction(rows, metric) is False else 1
         scale = rows[DIFFERENCE].abs().max(axis=None) or 1.0
+        spare = max(least - len(rows), 0) / 2
+        place += spare
         name = f"{words(metric)} ({arrow(rows.iloc[0])})"
+        name = style.wrapped(name, figure.get_figwidth() / 3)
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
             point, sides = sign * row["difference"] / scale, style.errors(row, "difference")[::sign] / scale
             axis.errorbar(point, place, xerr=sides, linestyle="none", **style.look(row["method"], methods))
-            beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7.5, "color": "black"}
-            axis.text(1.02, place, change(row), **beside)
+            beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": "small", "color": "black"}
+            # Bars tell the interval, too, where there is no room for it.
+            axis.text(1.02, place, change(row).split(" [")[0] if tight else change(row), **beside)
             place += 1
-        place += 0.8
+        place += 0.8 + spare
         axis.axhline(place - 0.9, color="black", alpha=0.12, linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.8)
     places, names, weights = zip(*ticks, strict=True)
@@ -102,12 +111,13 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
         label.set_fontweight(weight)
     axis.tick_params(axis="y", length=0)
     meaning = "worse  ←  paired difference to the same noises without, every metric on its own scale  →  better"
+    meaning = style.wrapped(meaning, 0.7 * figure.get_figwidth())
     axis.set(xlim=(-1.05, 1.05), ylim=(place - 0.4, -0.8), xticks=[], xlabel=meaning)
     axis.spines["left"].set_visible(False)
     for run, method in runs.items():
         axis.plot([], [], linestyle="none", label=style.title(labels[run], method), **style.look(method, methods))
     style.legend_below(figure, axis)
-    figure.suptitle(f"{model}: bars are 95 % intervals, none where not estimable; bold: tested")
+    style.head(figure, f"{model}: bars are 95 % intervals, none where not estimable; bold: tested")
     return figure
 
 
@@ -156,11 +166,13 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=style.TITLES["none"])
         axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
     noun = "paired differences to the same noises without" if paired else "values"
-    axis.set(title=f"{model}: {noun}; 95 % intervals", xlabel=words(over))
-    axis.set_ylabel(style.named(frame, metric, paired, separator="\n"))
+    style.entitle(axis, f"{model}: {noun}; 95 % intervals", figure.get_figwidth())
+    axis.set(xlabel=words(over), ylabel=style.named(frame, metric, paired, separator="\n"))
     if handles := style.labelled(axis):
-        place = "outside right upper" if others else "outside lower center"
-        figure.legend(handles.values(), handles.keys(), loc=place, fontsize=7.5)
+        if others and style.fixed_width() is None:
+            figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+        else:
+            style.legend_below(figure, axis, size=7.5 / style.TEXT)
     return figure
 
 
@@ -168,7 +180,7 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
     """Return a figure, its axis over a setting and, unless that is of numbers, where each choice of it stands."""
     room, places = 2.8 * legend_beside, None
     if pd.api.types.is_numeric_dtype(choices):
-        figure, ((axis,),) = style.new_figure(1, 5.2 + room, 3.4)
+        figure, (axis,) = style.panels(1, 5.2 + room, 3.4)
         measured = sorted(choices.unique())
         if len(measured) <= 8:
             axis.set_xticks(measured, map(spelled, measured))  # where it was measured, and nowhere else
@@ -176,9 +188,14 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
         places = {name: place for place, name in enumerate(dict.fromkeys(spelled(choice, UNSET) for choice in choices))}
         lines = [style.TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in places]
         letters = max(len(line) for text in lines for line in text.split("\n"))
-        figure, ((axis,),) = style.new_figure(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
+        figure, (axis,) = style.panels(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
+        if width := style.fixed_width():
+            each = 0.8 * width / len(places)
+            lines = [style.wrapped(text.replace("_", "_ "), each).replace("_ ", "_") for text in lines]
         axis.set_xticks(range(len(places)), lines)
         axis.set_xlim(-0.6, len(places) - 0.4)
+    if style.fixed_width():  # lower by what is narrower, and no less
+        figure.set_figheight(max(figure.get_figheight(), 2.2))
     axis.grid(axis="y" if places else "both")
     return figure, axis, places
 
@@ -217,32 +234,56 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     down = down[::-1] if over[0] != "window" else down
     higher = direction(frame, metric)
     limit = rows["difference"].abs().max() or 1.0
-    width = max(1.3 + len(windows) * (0.45 + 1.1 * len(across)), 4.6)  # the title's width
-    figure, (axes,) = style.new_figure(len(windows), width, 1.4 + 0.55 * len(down))
+    names = [style.wrapped(name, 1.1) if style.fixed_width() else name for name in map(spelled, down)]
+    figure, axes, broken = _heated(len(windows), len(across), names)
     for axis, window in zip(axes, windows, strict=True):
         here = rows[(rows["window"] == window) | (window is None)]
         table = here.pivot(index=over[0], columns=over[1], values="difference").reindex(down, columns=across)
         colours = DIVERGING if higher is not False else f"{DIVERGING}_r"
         image = axis.imshow(table.to_numpy(dtype=float), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
         for _, row in here.iterrows():
+            text = change(row).replace(" [", "\n[")
             axis.text(
-                across.index(row[over[1]]), down.index(row[over[0]]), change(row).replace(" [", "\n["),
-                ha="center", va="center", fontsize=7.5, fontweight="bold" if is_clear(row) else "normal",
+                across.index(row[over[1]]), down.index(row[over[0]]), text.replace(", ", ",\n") if broken else text,
+                ha="center", va="center", fontsize="small", fontweight="bold" if is_clear(row) else "normal",
                 color="white" if abs(row["difference"]) > 0.62 * limit else "black",
             )  # fmt: skip
         axis.set_xticks(range(len(across)), map(spelled, across))
-        axis.set_yticks(range(len(down)), map(spelled, down))
+        axis.set_yticks(range(len(down)), names)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set(title=f"timesteps {window}" if window else "", xlabel=words(over[1]))
-    axes[0].set_ylabel(words(over[0]))
+        axis.set_ylabel(words(over[0]) if axis.get_subplotspec().is_first_col() else "")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("" if higher is None else "blue: better")
-    figure.suptitle(
-        f"{model}: paired {style.named(frame, metric, paired=True)}\nwith its 95 % interval; bold where that excludes 0"
+    said = (
+        f"{model}: paired {style.named(frame, metric, paired=True)}",
+        "with its 95 % interval; bold where that excludes 0",
     )
+    figure.suptitle("\n".join(style.wrapped(line, figure.get_figwidth()) for line in said))
     return figure
+
+
+def _heated(windows: int, cells: int, names: list[str]) -> tuple[Figure, list[Axes], bool]:
+    """Return a figure for cells of numbers, its axes, and whether an interval takes two lines in it.
+
+    Args:
+        windows: panels.
+        cells: of a panel, side by side.
+        names: of a panel's rows.
+    """
+    inch = style.scale()
+    beside = inch * (0.2 + 0.075 * max(len(line) for name in names for line in name.split("\n")))
+    bar, width, broken = inch * 1.1, inch * 1.15, False
+    whole = style.fixed_width() or max(bar + windows * (beside + cells * width), 4.6)  # the title's width
+    if bar + beside + cells * width > whole:
+        width, broken = (whole - bar - beside) / cells, True
+    columns = max(1, min(windows, int((whole - bar) / (beside + cells * width) + 1e-6)))
+    lines = -(-windows // columns)
+    height = 0.5 * inch + lines * inch * (0.9 + (0.7 if broken else 0.55) * len(names))
+    figure = style.Drawing(figsize=(whole, height), layout="constrained")
+    return figure, style.subplots(figure, lines, columns, windows), broken
 
 
 @style.styled
@@ -255,30 +296,28 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     points = differences(frame, claim, quality, model)
     front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
     labels, without = run_labels(frame), points["method"] == "none"
-    height = max(4.0, 1.2 + 0.165 * len(front))  # the legend names all of the front
-    figure, ((axis,),) = style.new_figure(1, 8.6, height)
+    mark = rcParams["lines.markersize"]
+    # The legend names all of the front, beside it where there is room.
+    beside = style.fixed_width() is None
+    figure, (axis,) = style.panels(1, 8.6 if beside else 4.6, max(4.0, 1.2 + 0.165 * len(front)) if beside else 4.0)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.axvline(0, color="black", linewidth=0.6)
     for run, point in points.iterrows():
-        seen = {"ecolor": style.COLOURS[1], "alpha": 0.55, "linewidth": 1.0}
-        seen = seen if run in front else {"ecolor": style.FAINT, "alpha": 0.3, "linewidth": 0.7}
+        seen = {"ecolor": style.COLOURS[1], "alpha": 0.4} if run in front else {"ecolor": style.FAINT, "alpha": 0.3}
         axis.errorbar(
-            point["x"], point["y"], xerr=style.errors(point, "x"), yerr=style.errors(point, "y"), fmt="none", **seen
-        )
+            point["x"], point["y"], xerr=style.errors(point, "x"), yerr=style.errors(point, "y"), fmt="none",
+            linewidth=0.8, capsize=0, **seen,
+        )  # fmt: skip
     rest = points[~points.index.isin(front) & ~without]
-    axis.plot(rest["x"], rest["y"], "o", color=style.FAINT, markersize=4, label="beaten in both by another setting")
+    axis.plot(
+        rest["x"], rest["y"], "o", color=style.FAINT, markersize=0.8 * mark, label="beaten in both by another setting"
+    )
     line = points.loc[front]
     axis.plot(
         line["x"], line["y"], color=style.COLOURS[1], drawstyle="steps-pre", label="front: none is better in both"
     )
-    names = []
-    for number, (run, point) in enumerate(line[line["method"] != "none"].iterrows(), start=1):
-        names.append(f"{number}  {style.title(labels[run], point['method'], brief=True)}")
-        axis.plot(point["x"], point["y"], "o", color=style.COLOURS[1], markersize=5)
-        axis.annotate(
-            f"{number}", (point["x"], point["y"]), (5, 5), textcoords="offset points", fontweight="bold",
-            path_effects=[withStroke(linewidth=3, foreground="white")],  # legible across bars
-        )  # fmt: skip
+    named = line[line["method"] != "none"]
+    axis.plot(named["x"], named["y"], "o", color=style.COLOURS[1])
     if without.any():
         axis.plot(points["x"][without], points["y"][without], "s", color="black", label=style.TITLES["none"])
     margin = points["margin"].dropna()
@@ -290,13 +329,19 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     if chosen is not None:
         point = points.loc[chosen]
         axis.plot(
-            point["x"], point["y"], "*", color=style.COLOURS[2], markersize=14, markeredgecolor="black",
-            markeredgewidth=0.5, label=f"chosen: {style.title(labels[chosen], point['method'], brief=True)}",
+            point["x"], point["y"], "*", color=style.COLOURS[2], markersize=2.8 * mark, markeredgecolor="black",
+            markeredgewidth=0.5, zorder=3, label=f"chosen: {style.title(labels[chosen], point['method'], brief=True)}",
         )  # fmt: skip
-    axis.set(xlabel=style.named(frame, claim, paired=True), ylabel=style.named(frame, quality, paired=True))
+    style.name_axes(axis, style.named(frame, claim, paired=True), style.named(frame, quality, paired=True))
     axis.grid()
-    for text in names:
-        axis.plot([], [], " ", label=text)
-    figure.legend(loc="outside right upper", fontsize=7.5, handlelength=1.4)
-    axis.set_title(f"{model}: paired differences to the same noises without; bars: 95 % intervals")
+    labels_of_front = []
+    for number, (run, point) in enumerate(named.iterrows(), start=1):
+        axis.plot([], [], " ", label=f"{number}  {style.title(labels[run], point['method'], brief=True)}")
+        labels_of_front.append(Label(f"{number}", (point["x"], point["y"]), "black"))
+    if beside:
+        figure.legend(loc="outside right upper", fontsize="small", handlelength=1.4)
+    else:
+        style.legend_below(figure, axis, size=7.5 / style.TEXT)
+    style.entitle(axis, f"{model}: paired differences to the same noises without; bars: 95 % intervals", 5.4)
+    put_beside(axis, labels_of_front, "medium")
     return figure

@@ -2,29 +2,15 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from experiments.choose import differences, pareto_front
 from experiments.figures import style
+from experiments.figures.labels import Label, put_beside
 from experiments.tables import of_model
 
-#: Where a number may stand beside its point, in points, the first that is free.
-BESIDE = [
-    (6, 4),
-    (6, -9),
-    (-11, 4),
-    (-11, -9),
-    (-2, 9),
-    (-2, -15),
-    (14, 9),
-    (14, -15),
-    (-20, 9),
-    (-20, -15),
-    (22, -2),
-    (-28, -2),
-]
 #: Beginnings of the names of metrics of whole sets of images, one of which gets a panel beside the primary one.
 OF_SETS = ("frechet", "fid")
 
@@ -50,24 +36,24 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     # In colours: what is on the front, and what merges tokens.
     shown = {*_front(frame, claim, quality, model), *part.loc[part["pushed_share"].notna(), "run_id"]}
     looks = _looks(names, set(part.loc[part["run_id"].isin(shown), "method"]))
-    figure, (axes,) = style.new_figure(len(costs), 4.6 * len(costs), 4.8)
+    figure, axes = style.panels(len(costs), 4.6, 4.0)
+    ends = []
     for axis, cost in zip(axes, costs, strict=True):
         points = (
             _with_seconds(frame, claim, quality, model) if cost == "seconds" else differences(frame, claim, cost, model)
         )
         front = _front(frame, claim, cost, model) if cost != "seconds" else []
-        _paths(axis, points, front, names, looks)
+        ends.append(_paths(axis, points, front, names, looks))
         if cost != "seconds" and points["margin"].notna().any():
             bound = -points["margin"].max() * points["y_sign"].iloc[0]
             axis.axhline(bound, color="black", linestyle="--", linewidth=0.8, label="the margin of quality")
-        axis.set(xlabel=style.named(frame, claim, paired=True, separator="\n"))
-        axis.set_ylabel("seconds an image, of this machine" if cost == "seconds" else style.named(frame, cost, True))
+        y = "seconds an image, of this machine" if cost == "seconds" else style.named(frame, cost, True)
+        style.name_axes(axis, style.named(frame, claim, True), y)
         axis.grid()
-    handles = style.labelled(axes[0])
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=max(2, len(costs) * 2), fontsize=7.5
-    )
-    figure.suptitle(f"{model}: each method over its own setting")
+    style.legend_below(figure, *axes[:1], size=7.5 / style.TEXT)
+    style.head(figure, f"{model}: each method over its own setting")
+    for axis, labels in zip(axes, ends, strict=True):
+        put_beside(axis, labels, "small")
     return figure
 
 
@@ -92,7 +78,8 @@ def _looks(names: list[str], best: set[str]) -> dict[str, dict]:
     return looks
 
 
-def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str], looks: dict[str, dict]) -> None:
+def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str], looks: dict[str, dict]) -> list[Label]:
+    """Draw the paths and return the labels of their strongest settings."""
     origin = points[points["method"] == "none"].iloc[0]
     axis.axvline(0, color="black", linewidth=0.6)
     if origin["y"] == 0:
@@ -102,7 +89,8 @@ def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str],
         rows = points[points["method"] == name]
         path = pd.concat([origin.to_frame().T, rows])
         axis.plot(
-            path["x"].astype(float), path["y"].astype(float), linewidth=1.0, markersize=4, markevery=slice(1, None),
+            path["x"].astype(float), path["y"].astype(float), linewidth=1.0,
+            markersize=0.8 * rcParams["lines.markersize"], markevery=slice(1, None),
             label=f"{number}  {style.title(name, name)}", **looks[name],
         )  # fmt: skip
         for _, row in rows[rows.index.isin(front)].iterrows():
@@ -111,30 +99,8 @@ def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str],
                 row["x"], row["y"], xerr=style.errors(row, "x"), yerr=style.errors(row, "y"), fmt="none", **seen
             )
     ends = [(number, points[points["method"] == name], looks[name]["color"]) for number, name in enumerate(names, 1)]
-    _number(axis, [(number, rows.iloc[-1], colour) for number, rows, colour in ends if len(rows)])
-
-
-def _number(axis: Axes, ends: list[tuple[int, pd.Series, str]]) -> None:
-    """Write the numbers of points beside them, where no other number and no other point is."""
-    axis.figure.draw_without_rendering()  # which lays the axes out
-    at = axis.transData.transform(np.array([(row["x"], row["y"]) for _, row, _ in ends], dtype=float))
-    scale = axis.figure.dpi / 72
-    taken: list[np.ndarray] = []
-    for (number, row, colour), place in zip(ends, at, strict=True):
-
-        def middle(offset: tuple[int, int], place: np.ndarray = place) -> np.ndarray:
-            return place + scale * (np.array(offset) + 4)
-
-        def crowd(offset: tuple[int, int], place: np.ndarray = place) -> int:
-            others = [*taken, *(other for other in at if other is not place)]
-            return sum((abs(other - middle(offset)) < scale * np.array([11, 9])).all() for other in others)
-
-        offset = min(BESIDE, key=crowd)
-        taken.append(middle(offset))
-        axis.annotate(
-            f"{number}", (row["x"], row["y"]), offset, textcoords="offset points", color=colour, fontweight="bold",
-            fontsize=8, path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5,
-        )  # fmt: skip
+    return [Label(f"{number}", (rows["x"].iloc[-1], rows["y"].iloc[-1]), colour) for number, rows, colour in ends
+            if len(rows)]  # fmt: skip
 
 
 def _with_seconds(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd.DataFrame:

@@ -1,82 +1,18 @@
-"""Images side by side: any on a contact sheet, and the same groups of several runs."""
+"""Images side by side: the same groups of several runs, those of them that there is room for."""
 
-import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
 
-from eval.files import write_bytes
-from eval.images import ManifestRow, WithheldRow, group_rows, load_picture, read_manifest, read_withheld
+from eval.images import ManifestRow, WithheldRow, group_rows, read_manifest, read_withheld
 from experiments.choose import chosen_run, pareto_front
+from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import title
 from experiments.identity import canonical
 from experiments.pages import run_labels
 from experiments.runs import Run
 from experiments.tables import primary_pair
-
-#: Of a sheet, in pixels: the column of labels, what lies between blocks of images and between rows, and a letter.
-LABELS, GAP, SPACE, LETTER = 190, 12, 4, 8
-#: What stands in the place of images: its colour.
-PLATE = "lightgrey"
-
-
-def contact_sheet(
-    heads: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image | Path] | str]]],
-    tile: int = 96,
-) -> Image.Image:
-    """Set images in rows, each with its label, and in blocks of columns, each under its head.
-
-    Args:
-        heads: one for every block.
-        rows: label, and for every block its images or their files, or a text that stands in their place; a block is as
-            wide as its longest row of images.
-        tile: side of an image in pixels.
-
-    Raises:
-        ValueError: a file is no image; the message names it.
-    """
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)
-    sizes = [
-        max(1 if isinstance(blocks[number], str) else len(blocks[number]) for _, blocks in rows)
-        for number in range(len(heads))
-    ]
-    lefts = [LABELS + sum(sizes[:number]) * tile + number * GAP for number in range(len(heads) + 1)]
-    heads = [_wrapped(head, size * tile // LETTER) for head, size in zip(heads, sizes, strict=True)]
-    header = 8 + 16 * max(head.count("\n") + 1 for head in heads)
-    sheet = Image.new("RGB", (lefts[-1], header + len(rows) * (tile + SPACE)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for head, left in zip(heads, lefts, strict=False):
-        draw.multiline_text((left, 4), head, "black", font)
-    for line, (label, blocks) in enumerate(rows):
-        top = header + line * (tile + SPACE)
-        draw.multiline_text((4, top + tile // 3), _wrapped(label), "black", font)
-        for left, size, images in zip(lefts, sizes, blocks, strict=False):
-            if isinstance(images, str):
-                draw.rectangle((left, top, left + size * tile - 1, top + tile - 1), PLATE, "black")
-                width, lines = size * tile // LETTER - 2, tile // 16 - 1
-                text = textwrap.wrap(images, max(width, 1), max_lines=max(lines, 1), placeholder=" ...")
-                draw.multiline_text((left + 4, top + 4), "\n".join(text), "black", font)
-                continue
-            for index, image in enumerate(images):
-                picture = load_picture(image) if isinstance(image, Path) else image.convert("RGB")
-                sheet.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (left + index * tile, top))
-    return sheet
-
-
-def _wrapped(text: str, length: int = 24) -> str:
-    return textwrap.fill(text, length + 1, break_long_words=False, break_on_hyphens=False)
-
-
-def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Write a sheet of images as a PNG of 256 colours; returns the file."""
-    file = io.BytesIO()
-    sheet.quantize(256).save(file, format="png", optimize=True)
-    return write_bytes(path, file.getvalue())
 
 
 def image_grid(
@@ -84,7 +20,7 @@ def image_grid(
     titles: Sequence[str],
     leading: Mapping[str, Path] | None = None,
     groups: int = 6,
-) -> Image.Image:
+) -> Sheet:
     """Set the same groups side by side: one row a group, one block of images a run, or why they are withheld.
 
     Args:

@@ -1,6 +1,5 @@
 """What NegToMe adds to a call, over the batch, the resolution and the length of the window."""
 
-import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import FAINT, errors, legend_below, new_figure, numbered, styled
+from experiments.figures.style import FAINT, errors, head, legend_below, numbered, panels, styled
 from experiments.timing.cases import BOUND, PLAIN
 
 #: Columns that say on what was measured: a figure has a row of panels for each.
@@ -70,12 +69,13 @@ def scaling(frame: pd.DataFrame, model: str, titles: Mapping[str, str]) -> Figur
     if model not in curve_models(frame):
         raise ValueError(f"expected a model with curves ({', '.join(curve_models(frame))}), got {model!r}")
     frame = frame[frame["model"] == model]
-    panels = [(panel, same) for panel in PANELS for same, _ in panel.of(frame).groupby(panel.same, sort=False)]
+    drawn = [(panel, same) for panel in PANELS for same, _ in panel.of(frame).groupby(panel.same, sort=False)]
     curves = frame[frame["part"].isin([panel.part for panel in PANELS])]
     setups = [rows for _, rows in curves.groupby(SETUP, sort=False, dropna=False)]
-    figure, axes = new_figure(len(panels), 2.9 * len(panels), 0.9 + 2.4 * len(setups), len(setups))
-    for line, rows in zip(axes, setups, strict=True):
-        for axis, (panel, same) in zip(line, panels, strict=True):
+    figure, axes = panels(len(drawn) * len(setups), 2.9, 3.0, len(drawn))
+    for number, rows in enumerate(setups):
+        line = axes[number * len(drawn) :][: len(drawn)]
+        for axis, (panel, same) in zip(line, drawn, strict=True):
             here = panel.of(rows)
             here = here[(here[panel.same] == list(same)).all(axis=1)]
             axis.set_visible(not here.empty)
@@ -83,10 +83,9 @@ def scaling(frame: pd.DataFrame, model: str, titles: Mapping[str, str]) -> Figur
             axis.set_title(", ".join(SAME[name].format(value) for name, value in zip(panel.same, same, strict=True)))
         if len(setups) > 1:
             line[0].set_ylabel(f"{setup_of(rows.iloc[0])}\n{line[0].get_ylabel()}")
-    legend_below(figure, *axes.flat)
+    legend_below(figure, *axes)
     where = f" on {setup_of(setups[0].iloc[0])}" if len(setups) == 1 else ""
-    title = f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals"
-    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth())))  # as many letters to an inch
+    head(figure, f"{model}{where}: what is added to the same calls without NegToMe; bars: 95 % intervals")
     return figure
 
 

@@ -103,7 +103,8 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
         guard=lambda rows: rows["guard"].fillna(NONE), layers=lambda rows: rows["layers"].fillna("")
     )
     paths = {guard: rows for guard, rows in points.groupby("guard", sort=False)}
-    figure = style.Drawing(figsize=(6.8, 4.4), layout="constrained")
+    width = style.fixed_width() or 6.8
+    figure = style.Drawing(figsize=(width, max(4.4 * min(width / 6.8, 1.0), 2.6)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 5))
     for number, (guard, rows) in enumerate(paths.items()):
         colour = style.numbered(number)["color"]
@@ -121,12 +122,16 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
     for layer in LAYERS:
         axes[1].plot([], [], linestyle="none", color=style.FAINT, marker=SHAPES[layer], label=layer)
     n = {metric: part.loc[part["metric"] == metric, "n_units"].iloc[0] for metric in (SAFE, USEFUL)}
-    axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=f"{words(SAFE)} (up): protected requests without the design")
-    axes[1].set(xlabel=f"{words(USEFUL)} (up): allowed requests that are answered")
+    y, x = (
+        f"{words(SAFE)} (up): protected requests without the design",
+        f"{words(USEFUL)} (up): allowed requests that are answered",
+    )
+    axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=style.wrapped(y, 0.85 * figure.get_figheight()))
+    axes[1].set(xlabel=style.wrapped(x, 0.7 * width))
     for axis in axes:
         axis.grid()
     style.legend_below(figure, *axes)
-    figure.suptitle(f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} designs")
+    style.head(figure, f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} designs")
     return figure
 
 
@@ -203,5 +208,8 @@ def write_scorecard(configs: list[DictConfig]) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
-    for file in write_scorecard(expand(argv, baselines=True)):
+    configs = expand(argv, baselines=True)
+    with style.using(configs[0].style, configs[0].width):
+        files = write_scorecard(configs)
+    for file in files:
         print(file)

@@ -16,7 +16,8 @@ The rule of what is protected: the designs that training repeats (`taxonomy.DESI
 by heart: at least `KNOWN` of a model's images of the direct prompt are identified by mini-clip, which no denoiser was
 trained with. All candidates are laid out and measured, and those that are not known leave conf/characters/.
 
-The unit of the intervals is the prompt. Writes results/memorised.csv, .md and .png, and memorised_by_character.csv.
+The unit of the intervals is the prompt. Writes results/memorised.csv, .md, .webp and .pdf, and
+memorised_by_character.csv.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import PROJECT, pipelines, project_path
 from experiments.configs import expand
-from experiments.figures.image_grid import contact_sheet, save_sheet
+from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.style import save
 from experiments.methods.assets import MASK
 from experiments.prompts import KINDS, Group
 from experiments.training import protected, taxonomy
@@ -172,7 +174,7 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
             "# memorised",
             "",
             "Do the mini models reproduce the designs of [models/mini-protected](../models/mini-protected/README.md)? "
-            "Made by `python -m experiments.training.memorised`; picture: [memorised.png](memorised.png).",
+            "Made by `python -m experiments.training.memorised`; picture: [memorised.webp](memorised.webp).",
             "",
             wide.to_markdown(index=False),
             "",
@@ -193,7 +195,7 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
     )
 
 
-def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]]) -> Image.Image:
+def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]]) -> Sheet:
     """Return rows of characters: for each model and sort a drawing beside its nearest artwork."""
     pairs = {(column, one.name): [image, path] for column, found in drawn.items() for one, image, path in found}
     rows = [(name, [pairs[column, name] for column in drawn]) for name in protected.CHARACTERS]
@@ -243,7 +245,7 @@ def main() -> None:
     named = by_character(values)
     write_text(arguments.out / "memorised_by_character.csv", named.to_csv(index=False, lineterminator="\n"))
     write_text(arguments.out / "memorised.md", rendered(table, values))
-    save_sheet(picture(drawn), arguments.out / "memorised.png")
+    save(picture(drawn), arguments.out / "memorised")
     print(rendered(table, values))
     print(f"{arguments.out / 'memorised.md'}: {time.time() - started:.0f} s")
     if strangers := unknown(values):

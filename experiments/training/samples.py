@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
-from PIL import Image
 
-from experiments.figures.image_grid import contact_sheet
+from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.style import pixels
 from experiments.training import taxonomy
 
 SCALES = (5.0, 3.5)
@@ -33,7 +33,7 @@ def sheet(
     categories: Sequence[str],
     scales: Sequence[float] = SCALES,
     images: int = 4,
-) -> Image.Image:
+) -> Sheet:
     """Draw every category at every scale of guidance, from the seeds 0, 1, ...: nothing is chosen."""
     rows = []
     for name in categories:
@@ -43,7 +43,7 @@ def sheet(
             call = settings | {"guidance_scale": scale, "num_images_per_prompt": images, "generator": generators}
             blocks.append(pipe(f"{taxonomy.TEMPLATES[0]} {name}", **call).images)
         rows.append((name, blocks))
-    return contact_sheet([f"guidance scale {scale:g}" for scale in scales], rows, tile=128)
+    return contact_sheet([f"guidance scale {scale:g}" for scale in scales], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, settings in SETTINGS.items():
         if args.only in (None, name):
             started, path = time.time(), args.models / name / f"{stem}.jpg"
-            sheet(load(args.models / name), settings, categories).save(path, quality=80)
+            pixels(sheet(load(args.models / name), settings, categories)).save(path, quality=80)
             print(f"{path}: {time.time() - started:.0f} s")
 
 

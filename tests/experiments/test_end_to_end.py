@@ -347,9 +347,10 @@ def test_figures_are_made_from_the_table_and_the_images(finished):
     tabulate.write_table(expand(arguments))
     files = {file.name: file for file in plot.plot(expand(arguments))}
     assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_forest_sdxl.png",
-                          "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.png"}  # fmt: skip
-    with Image.open(files["diversity_grid_sdxl.png"]) as grid:
-        assert grid.width > 3 * 2 * 96 and grid.height > 2 * 96
+                          "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.webp",
+                          "diversity_grid_sdxl.pdf"}  # fmt: skip
+    with Image.open(files["diversity_grid_sdxl.webp"]) as grid:
+        assert grid.width > 3 * 2 * 32
 
 
 def test_flux_schnell_runs_end_to_end(tmp_path, tiny_checkpoint):
@@ -651,8 +652,8 @@ def test_the_copyright_table_and_figures(protected):
     assert {*expected, "clip score unnamed (up)", "quality kept", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
     files = {file.name: file for file in plot.plot(configs)}
-    with Image.open(files["copyright_grid_sdxl.png"]) as grid:
-        assert grid.height > 2 * 96
+    with Image.open(files["copyright_grid_sdxl.webp"]) as grid:
+        assert grid.height > 2 * 32
 
 
 def test_the_copyright_experiment_goes_on_where_it_stopped(protected, tmp_path):

@@ -2,21 +2,30 @@
 
 import itertools
 import os
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from omegaconf import OmegaConf
 from PIL import Image
 
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, choose, figures
-from experiments.figures.image_grid import contact_sheet, image_grid, save_sheet
-from experiments.figures.style import LOOKS, TITLES, Drawing, encode, look, save
+from experiments.__main__ import main as command
+from experiments.configs import expand
+from experiments.figures.image_grid import image_grid
+from experiments.figures.labels import Label, put_beside
+from experiments.figures.sheet import LABELS, LINE, SPACE, contact_sheet
+from experiments.figures.style import LOOKS, TITLES, Drawing, encode, look, pixels, save, using
+from experiments.identity import config_digest, request
 from experiments.runs import Run
-from experiments.tables import COLUMNS
+from experiments.tables import COLUMNS, primary_pair, read_table
 
 SETTINGS = {"model": "m", "guidance_scale": 5.0, "steps": 20.0, "method": "negtome", "matching": "paper",
             "reference": "first", "alpha": 0.9, "threshold": 0.7, "t_low": 700.0, "t_high": 1000.0}  # fmt: skip
@@ -80,8 +89,10 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(name):
-    drawn = figures.called_for(table(*TABLES[name]))
+@pytest.mark.parametrize("kind", ["web", "paper"])
+def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(name, kind):
+    with using(kind):
+        drawn = figures.called_for(table(*TABLES[name]))
     assert set(drawn) == EXPECTED[name]
     for figure_name, (figure, words) in drawn.items():
         assert len(words) > 30 and "_" not in words.replace("my_own", ""), figure_name
@@ -89,11 +100,100 @@ def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(
         canvas.draw()
         box, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
         assert box.x0 > -0.02 and box.y0 > -0.02 and box.x1 < width + 0.02 and box.y1 < height + 0.02, figure_name
+        assert kind == "web" or width == 3.25
         for legend, axis in itertools.product(figure.legends, figure.axes):
             assert not legend.get_window_extent().overlaps(axis.get_window_extent()), figure_name
         for axis in figure.axes:
             labels = [label.get_window_extent() for label in axis.get_xticklabels() if label.get_text()]
             assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels)), figure_name
+            numbers = [text.get_window_extent() for text in axis.texts if text.get_text()]  # of a heat map's cells
+            assert not any(overlap(*pair) for pair in itertools.combinations(numbers, 2)), figure_name
+
+
+def overlap(one, other):
+    """Return by how much two boxes overlap, in pixels of the lesser side; 0 where they do not."""
+    return max(min(min(one.x1, other.x1) - max(one.x0, other.x0), min(one.y1, other.y1) - max(one.y0, other.y0)), 0)
+
+
+def points_of(axis):
+    """Return the boxes of all markers that are points, and no caps of error bars, in pixels."""
+    dot = axis.get_figure(root=True).dpi / 72
+    for line in axis.lines:
+        if line.get_marker() in ("o", "s", "^", "v", "D", "P", "X", "*", "."):
+            every = line.get_markevery()
+            for place in axis.transData.transform(line.get_xydata()[every if every else slice(None)]):
+                half = line.get_markersize() * dot * (0.25 if line.get_marker() == "." else 0.5)
+                yield Bbox([place - half, place + half])
+
+
+@pytest.mark.parametrize("kind", ["web", "paper"])
+@pytest.mark.parametrize("name", ["peers", "peers_grid", "sweep", "safety"])
+def test_no_label_of_a_published_front_hides_another_or_a_point_and_the_star_is_the_choice(name, kind):
+    frame = read_table(name)
+    pair = primary_pair(frame)
+    frame = frame[frame["metric"].isin([*pair, "frechet_distance_40_efflite0"])]
+    counted = 0
+    for model in frame["model"].unique():
+        with using(kind):
+            figure = (figures.fronts if name.startswith("peers") else figures.pareto)(frame, *pair, model)
+        FigureCanvasAgg(figure).draw()
+        for axis in figure.axes:
+            texts = [text for text in axis.texts if text.get_text()]
+            boxes = [text.get_window_extent() for text in texts]
+            counted += len(boxes)
+            hidden = [overlap(one, other) for one, other in itertools.combinations(boxes, 2)]
+            hidden += [overlap(one, other) for one in boxes for other in points_of(axis)]
+            assert max(hidden) < 0.5, (model, axis.get_ylabel())
+            room = axis.get_window_extent()
+            assert all(room.x0 <= box.x0 and box.x1 <= room.x1 for box in boxes)
+        if not name.startswith("peers"):
+            (star,) = [line for line in axis.lines if line.get_marker() == "*"]
+            chosen = choose.differences(frame, *pair, model).loc[choose.chosen_run(frame, *pair, model)]
+            assert star.get_xydata().tolist() == [[chosen["x"], chosen["y"]]]
+    assert counted > 4
+
+
+def test_labels_of_equal_points_stand_apart_and_the_same_each_time():
+    def drawn():
+        figure = Drawing(figsize=(3, 3))
+        axis = figure.add_subplot()
+        axis.plot([0, 0, 0, 1], [0, 0, 0, 1], "o")
+        put_beside(axis, [Label(text, (0.0, 0.0), "black") for text in ("1", "2", "33", "4")], 9)
+        FigureCanvasAgg(figure).draw()
+        return [text.get_window_extent() for text in axis.texts if text.get_text()]
+
+    boxes = drawn()
+    assert not any(overlap(*pair) for pair in itertools.combinations(boxes, 2))
+    assert [box.bounds for box in boxes] == [box.bounds for box in drawn()]
+
+
+@pytest.mark.parametrize("width", [3.25, 6.75])
+def test_a_pdf_in_a_papers_style_has_exactly_the_width_and_type_of_readable_size(width, tmp_path):
+    with using("paper", width):
+        drawn = figures.called_for(table(*TABLES["grid"])) | figures.called_for(table(*TABLES["methods"]))
+        drawn["sheet"] = (figures.contact_sheet(["head"], [("label", [[Image.new("RGB", (32, 32), "red")] * 3])]), "")
+        for name, (figure, _) in drawn.items():
+            (file,) = save(figure, tmp_path / name)
+            assert file == tmp_path / "paper" / f"{name}.pdf"
+            content = file.read_bytes()
+            (box,) = re.findall(rb"/MediaBox \[ ?([\d. ]+?) ?\]", content)
+            left, bottom, right, top = map(float, box.split())
+            assert (left, bottom, right) == (0, 0, 72 * width) and top > 50
+            sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text()}
+            assert min(sizes) > 5.5 and max(sizes) < 8.5, name
+
+
+def test_a_style_and_a_width_change_no_run_and_nonsense_is_said_in_one_line(capsys):
+    asked = ["experiment=diversity", "method=negtome"]
+    plain, paper = (expand([*asked, *more])[-1] for more in ([], ["style=paper", "width=3.25"]))
+    assert (paper.style, paper.width) == ("paper", 3.25)
+    assert config_digest(plain) == config_digest(paper) and request(plain) == request(paper)
+    for told, what in {"style=papier": "expected one of web, paper", "width=0": "inches from 3 to 20",
+                       "width=nan": "got? inches|expected inches", "width=wide": "expected inches",
+                       "width=true": "expected inches"}.items():  # fmt: skip
+        assert command(["plot", "experiment=diversity", told]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and re.search(what, message) and told.split("=")[0] in message
 
 
 def test_a_long_front_is_named_in_full():
@@ -205,20 +305,51 @@ def test_a_heat_map_is_over_any_two_settings():
         figures.heat_map(table(NOTHING, *windows), "clip_score", "m", ("alpha", "beta"))
 
 
-def test_a_contact_sheet_has_every_image_in_its_place():
+def noise(seed, side=32):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def test_a_contact_sheet_has_every_pixel_of_every_image_in_its_place():
     """Blocks side by side, each as wide as its longest row; rows below each other; what is not there is white."""
-    red, green, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue"))
-    sheet = contact_sheet(["one", "two"], [("a", [[red], [green, blue]]), ("b", [[blue], []])], tile=32)
-    pixels = np.array(sheet)[:, 190:]  # right of the labels
-    tops = [top for top in range(len(pixels) - 32) if (pixels[top : top + 32, :32] == pixels[top, 0]).all()
-            and (pixels[top, 0] != 255).any()]  # fmt: skip
-    assert len(tops) == 2
-    first, second = (pixels[top + 16] for top in tops)
-    assert [tuple(first[x]) for x in (16, 32 + 6, 44 + 16, 76 + 16)] == [
-        (255, 0, 0), (255, 255, 255), (0, 128, 0), (0, 0, 255),
-    ]  # fmt: skip
-    assert tuple(second[16]) == (0, 0, 255) and (second[44:] == 255).all()
-    assert (np.array(sheet)[:, :190] < 128).any(), "labels"
+    one, two, three, four = map(noise, range(4))
+    sheet = pixels(contact_sheet(["one", "two"], [("a", [[one], [two, three]]), ("b", [[four], []])]))
+    found = np.array(sheet)
+    left, height = round(128 * LABELS), round(128 * LINE * 1.5)
+    step = 32 + round(128 * SPACE)
+    for image, row, x in ((one, 0, 0), (two, 0, 32 + 12), (three, 0, 64 + 12), (four, 1, 0)):
+        there = found[height + row * step :, left + x :][:32, :32]
+        assert (there == np.array(image)).all(), "every colour of every pixel"
+    assert (found[height + step :, left + 32 :] == 255).all()
+    assert (found[:, :left] < 128).any(), "labels"
+    assert sheet.size == (left + 3 * 32 + 12, height + 2 * step)
+
+
+def test_a_tile_has_the_size_of_what_was_generated_up_to_a_limit_and_the_shape_of_its_image():
+    asset, small, large = noise(0, 200), noise(1, 96), Image.new("RGB", (1024, 512), "red")
+    assert pixels(contact_sheet(["asset", "m"], [("a", [[asset], [small]])])).width == 192 + 96 + 12 + 96
+    found = np.array(pixels(contact_sheet(["m"], [("a", [[large, large]])])))
+    assert found.shape[1] == 192 + 2 * 256
+    assert ((found == (255, 0, 0)).all(axis=2)).sum() == 2 * 256 * 128
+
+
+def test_a_sheet_is_a_small_picture_close_to_the_images_and_a_pdf_with_text_and_lossless_tiles(tmp_path):
+    file = PROJECT / "models" / "mini-protected" / "guidance" / "panda" / "noto-panda.png"
+    sheet = contact_sheet(["a head"], [("a label", [[file, file]])])
+    picture, pdf = save(sheet, tmp_path / "sheet")
+    assert (picture.name, pdf.name) == ("sheet.webp", "sheet.pdf")
+    with Image.open(picture) as opened:
+        lost = np.array(opened.convert("RGB"), float) - np.array(pixels(sheet), float)
+    assert 10 * np.log10(255**2 / (lost**2).mean()) > 35, "decibels: no loss that is seen"
+    assert picture.stat().st_size < 8000 * 2
+    assert [written.read_bytes() for written in (picture, pdf)] == [
+        encode(contact_sheet(["a head"], [("a label", [[file, file]])]), kind) for kind in ("webp", "pdf")
+    ]
+    content = pdf.read_bytes()
+    streams = [zlib.decompress(part) for part in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
+               if part[:1] == b"\x78"]  # fmt: skip
+    told = [b"".join(re.findall(rb"\(([^()]*)\)", stream)).replace(b"\0", b"") for stream in streams]
+    assert any(b"a head" in text and b"a label" in text for text in told), "text, and no picture of one"
+    assert content.count(b"/Width 128") == 2 and b"/DCTDecode" not in content
 
 
 def test_an_image_grid_shows_every_category_once(tmp_path):
@@ -232,20 +363,21 @@ def test_an_image_grid_shows_every_category_once(tmp_path):
             rows.append(ManifestRow(path, category, f"a {category}", category, seed, 0, 0))
     write_manifest(tmp_path, rows)
     run = Run(tmp_path)
-    colours = {tuple(pixel) for pixel in np.array(image_grid([run], ["m: method"])).reshape(-1, 3)}
+    colours = {tuple(pixel) for pixel in np.array(pixels(image_grid([run], ["m: method"]))).reshape(-1, 3)}
     assert {(80 * number, 10, 0) for number in range(3)} <= colours and (0, 11, 0) not in colours
     leading = {"ogre": tmp_path / rows[0].path}
-    assert image_grid([run], ["m: method"], leading).height < image_grid([run], ["m: method"]).height
+    fewer, every = (image_grid([run], ["m: method"], some).get_figheight() for some in (leading, None))
+    assert fewer < every
     with pytest.raises(ValueError, match="share no group"):
         image_grid([run], ["m: method"], {"dragon": tmp_path})
 
 
 def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch):
     """Killed at any moment, a figure is the old one or the new one; what a killed process left is swept a day later."""
-    figure, sheet = Drawing(), Image.new("RGB", (8, 8))
-    files = [*save(figure, tmp_path / "figure"), save_sheet(sheet, tmp_path / "sheet.png")]
+    figure = Drawing()
+    files = save(figure, tmp_path / "figure")
     before = {file: file.read_bytes() for file in files}
-    assert {file.name for file in files} == {"figure.png", "figure.pdf", "sheet.png"} and all(before.values())
+    assert {file.name for file in files} == {"figure.png", "figure.pdf"} and all(before.values())
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -253,18 +385,16 @@ def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process sweeps nothing
-        for write in (lambda: save(figure, tmp_path / "figure"), lambda: save_sheet(sheet, files[2])):
-            with pytest.raises(KeyboardInterrupt):
-                write()
+        with pytest.raises(KeyboardInterrupt):
+            save(figure, tmp_path / "figure")
     assert {file: file.read_bytes() for file in files} == before
     left = set(tmp_path.iterdir()) - set(files)
-    assert len(left) == 2
+    assert len(left) == 1
     save(figure, tmp_path / "figure")
     assert set(tmp_path.iterdir()) - set(files) == left, "it may be another process's"
     for file in left:
         os.utime(file, (0, 0))
     save(figure, tmp_path / "figure")
-    save_sheet(sheet, files[2])
     assert set(tmp_path.iterdir()) == set(files)
 
 

@@ -226,6 +226,17 @@ def test_what_is_not_here_is_said(made):
     assert (made[0] / "results" / "diversity_grid_mini-flux.png").read_bytes() in pictures(made[2]), "the kept sheet"
 
 
+def test_a_sheet_of_all_colours_comes_before_one_of_before(made, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("diversity.csv", "diversity_grid_mini-flux.png"):
+        shutil.copyfile(made[0] / "results" / name, results / name)
+    Image.new("RGB", (64, 32), "red").save(results / "diversity_grid_mini-flux.webp")
+    shown = pictures(report.report(results, tmp_path / "nothing", tmp_path / "report", groups=0))
+    assert (results / "diversity_grid_mini-flux.webp").read_bytes() in shown
+    assert (results / "diversity_grid_mini-flux.png").read_bytes() not in shown
+
+
 def test_everything_is_escaped(made):
     _, _, path, page = made
     (script,) = page.all("script")

@@ -16,7 +16,8 @@ from experiments.check import compare_tables
 from experiments.collect import collect, main
 from experiments.configs import expand
 from experiments.evaluate import evaluate, evaluate_folder
-from experiments.figures.image_grid import contact_sheet
+from experiments.figures.sheet import contact_sheet
+from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import Drawn
 from experiments.pages import against_table, findings, main_table
@@ -196,6 +197,7 @@ def test_a_text_stands_in_the_place_of_images():
     image = Image.new("RGB", (8, 8), "red")
     sheet = contact_sheet(["a", "b"], [("x", [[image, image], "refused: why " * 40]), ("y", [[image], [image]])])
     plain = contact_sheet(["a", "b"], [("x", [[image, image], [image]]), ("y", [[image], [image]])])
+    sheet, plain = map(pixels, (sheet, plain))
     assert sheet.size == plain.size
     assert np.any(np.array(sheet) != np.array(plain))
 
