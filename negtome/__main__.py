@@ -76,7 +76,8 @@ def _hand_over(command: str, arguments: list[str]) -> int:
     if not there:
         return 0
     sys.path.insert(0, str(checkout))
-    return importlib.import_module("experiments.__main__").main([command, *arguments])
+    code: int = importlib.import_module("experiments.__main__").main([command, *arguments])
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,8 @@ PACKAGES = ("negtome", "torch", "diffusers", "transformers", "accelerate")
 
 def accelerator() -> str:
     """Return the kind of device that a pipeline is best run on here, by torch's name, such as cuda, mps or cpu."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
 
 
 def _version(package: str) -> str:

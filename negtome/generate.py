@@ -156,7 +156,7 @@ def asked(arguments: Namespace) -> Recipe:
     if options:
         merged = {**recipe.options, **dict(options)}
         recipe = recipe.replace(options={name: value for name, value in merged.items() if value is not Ellipsis})
-    if settings:
+    if settings and recipe.config is not None:  # which it is with --without alone, refused above
         changes = {name.removeprefix("config."): value for name, value in settings.items()}
         recipe = recipe.replace(config=recipe.config.replace(**changes))
     return recipe

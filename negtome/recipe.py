@@ -307,7 +307,7 @@ class Recipe:
     def command(self) -> str:
         """Write the command line that makes these images; what the model's folder chooses is left out."""
         usual = Recipe.of(self.prompt, self.model, reference=self.reference).replace(reference=None)
-        given = [("--model", self.model)]
+        given: list[tuple[str, str | None]] = [("--model", self.model)]
         for option, name in _OPTIONS.items():
             if getattr(self, name) != getattr(usual, name):
                 given.append((option, _argument(getattr(self, name))))
@@ -321,10 +321,11 @@ class Recipe:
         if self.config is None:
             given.append(("--without", None))
         else:
+            chosen = usual.config or _PLAIN
             for option, name in _SETTINGS.items():
-                if getattr(self.config, name) != getattr(usual.config, name):
+                if getattr(self.config, name) != getattr(chosen, name):
                     given.append((option, _argument(getattr(self.config, name))))
-            if self.config.cross_attention != usual.config.cross_attention:
+            if self.config.cross_attention != chosen.cross_attention:
                 given.append(("--cross-attention" if self.config.cross_attention else "--no-cross-attention", None))
         prompt = ["--", self.prompt] if self.prompt.startswith("-") else [self.prompt]
         options = [word for option, text in given for word in _words(option, text)]
@@ -377,9 +378,10 @@ def _options(options: object) -> dict[str, Any]:
     if own := sorted((_RESERVED | _ARGUMENTS.keys()) & options.keys()):
         raise ValueError(f"expected options that a recipe has no other name for, got {', '.join(own)}")
     try:
-        return json.loads(json.dumps(dict(options), allow_nan=False))
+        copied: dict[str, Any] = json.loads(json.dumps(dict(options), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected JSON values as options, got {options!r} ({error})") from error
+    return copied
 
 
 def _shown(config: NegToMeConfig) -> dict[str, Any]:
