@@ -8,6 +8,7 @@ some did: every row of the manifest is an image, for whoever reads it.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -123,6 +124,11 @@ class WithheldRow(Withheld):
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, which make it again."""
         return asdict(self) | {"clauses": list(self.clauses)}
+
+
+def scores_path(folder: Path, name: str, encoder: str) -> Path:
+    """Return where the values of a metric lie: one file for every encoder, so that none overwrites another's."""
+    return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder)}.json"
 
 
 def count_withheld(rows: Iterable[Withheld]) -> str:

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import contextlib
 import ctypes
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_document
-from eval.images import METRICS, count_withheld
+from eval.images import METRICS, count_withheld, scores_path
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import has_value, interval_of, n_units
 from eval.metric import Metric, SetMetric, is_current, measure
@@ -161,11 +160,6 @@ def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
         yield name, metric
 
 
-def document_path(folder: Path, name: str, metric: Metric) -> Path:
-    """Return where the values of a metric lie: one file for every encoder, so that none overwrites another's."""
-    return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '_', metric.encoder.id)}.json"
-
-
 def _open(cfg: DictConfig, folder: Path) -> ImageSet:
     return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=True)
 
@@ -174,7 +168,7 @@ def _score(
     images: ImageSet, name: str, metric: Metric, folder: Path, label: str, trusted: bool = True
 ) -> tuple[Path, bool]:
     """Return the file of a metric's values, and whether they were measured now; what is not trusted is not read."""
-    file = document_path(folder, name, metric)
+    file = scores_path(folder, name, metric.encoder.id)
     document = None
     try:
         document = read_document(file) if trusted and file.exists() else None

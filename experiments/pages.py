@@ -216,10 +216,10 @@ def paper_table(experiment: str, paper_csv: str | Path = "results/paper.csv") ->
 
 def findings(frame: pd.DataFrame) -> list[str]:
     """Say in words, from the numbers alone, what each method did to each primary metric, and which others moved."""
-    labels, titles = run_labels(frame), {name: entry.title for name, entry in catalogue.entries().items()}
+    labels = run_labels(frame)
 
     def named(run: str, method: str) -> str:
-        return f"{titles.get(method, method)} {labels[run].removeprefix(method).strip()}".strip()
+        return f"{title_of(method)} {labels[run].removeprefix(method).strip()}".strip()
 
     compared = frame[frame["difference"].notna()]
     found = []
@@ -228,13 +228,9 @@ def findings(frame: pd.DataFrame) -> list[str]:
         if tested.empty:
             continue
         name = named(run, rows["method"].iloc[0])
-        first = tested.iloc[0]
-        n_groups, n_withheld = _count(first, "n_paired") or int(first["n_groups"]), _count(first, "n_withheld")
-        counts = f"{n_groups} groups in {int(first['n_units'])} independent units"
-        counts += f"; {n_withheld} withheld" if n_withheld else ""
         others = _moved(rows[~rows["primary"].isin(ROLES)])
-        text = "; ".join(_finding(row) for _, row in tested.iterrows())
-        found.append(f"- {model}, {name}: {text} ({counts}).{others}")
+        text = "; ".join(finding(row) for _, row in tested.iterrows())
+        found.append(f"- {model}, {name}: {text} ({counts(tested.iloc[0])}).{others}")
     missing = frame[frame["primary"].isin(ROLES) & frame["value"].isna()]
     for (model, run), rows in missing.groupby(["model", "run_id"], sort=False):
         metrics, n_withheld = " and the ".join(map(words, rows["metric"])), _count(rows.iloc[0], "n_withheld")
@@ -243,7 +239,21 @@ def findings(frame: pd.DataFrame) -> list[str]:
     return found
 
 
-def _finding(row: pd.Series) -> str:
+def title_of(method: str) -> str:
+    """Return what a method is called in words; of one that conf/method/ does not have, its name."""
+    entry = catalogue.entries().get(method)
+    return entry.title if entry else method
+
+
+def counts(row: pd.Series) -> str:
+    """Say of how many groups and independent units a row's difference is."""
+    n_groups, n_withheld = _count(row, "n_paired") or int(row["n_groups"]), _count(row, "n_withheld")
+    withheld = f"; {n_withheld} withheld" if n_withheld else ""
+    return f"{n_groups} groups in {int(row['n_units'])} independent units{withheld}"
+
+
+def finding(row: pd.Series) -> str:
+    """Say in words what a method did to one metric, from its row alone; no more than the interval does."""
     base, metric = _base(row), words(row["metric"])
     moved, sign = ("raised", 1) if row["difference"] > 0 else ("lowered", -1)
     clear, lowest, highest = is_clear(row), row["difference_low"], row["difference_high"]

@@ -28,14 +28,14 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from eval.files import read_document, write_text
-from eval.images import METRICS
+from eval.images import METRICS, scores_path
 from eval.imageset import ImageSet
 from eval.intervals import SUBSETS, difference_of, interval_of, n_shared, n_units, paired_differences, shared_groups
 from eval.metric import Metric, is_current
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
 from experiments import catalogue, project_path, tables
 from experiments.configs import expand, flag, no_method
-from experiments.evaluate import NEEDS, configured_metrics, document_path
+from experiments.evaluate import NEEDS, configured_metrics
 from experiments.identity import code_digest, config_digest
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run
@@ -209,7 +209,7 @@ def find_document(images: ImageSet, name: str, metric: Metric) -> dict[str, Any]
         FileNotFoundError: it was not measured, or by another version or of other images.
         ValueError: the file, or an image, is not as it was written; the message names it.
     """
-    path = document_path(images.folder / METRICS, name, metric)
+    path = scores_path(images.folder / METRICS, name, metric.encoder.id)
     document = read_document(path) if path.exists() else None
     if document is None or not is_current(document, metric, images):
         state = "missing" if document is None else "of another version"

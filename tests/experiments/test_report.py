@@ -1,9 +1,9 @@
 """The page: what it shows is there, beside it and escaped; nothing is fetched, invented or left over."""
 
+import base64
 import contextlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -15,23 +15,19 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
+from laid_runs import METHODS, PROMPTS, colour, diversity_table, scored_runs, write_run
 from PIL import Image
 
-from eval.images import ManifestRow, write_manifest
-from experiments import PROJECT, report
+from eval.images import METRICS, ManifestRow, load_picture
+from experiments import PROJECT, pages, report
 from experiments.figures import called_for
 from experiments.figures.style import encode
-from experiments.identity import short_digest
 from experiments.pages import findings, main_table
+from experiments.reporting.galleries import spread
+from experiments.reporting.pictures import PICTURES, reduced
+from experiments.reporting.words import blocks
 from experiments.tables import TEXT, commands, read_table, whole
 from experiments.tabulate import merge_rows
-
-PROMPTS = {
-    "a-cat": ("a cat", "cat"),
-    "odd": ("a <script>alert(\"1\")</script> & 'ogre'", "ogre"),
-    "bus": ("a bus", "bus"),
-}
-METHODS = ("none", "negtome", "negtome_released")
 
 
 class Page(HTMLParser):
@@ -62,34 +58,6 @@ class Page(HTMLParser):
         return [e for e in self.elements if e["tag"] == tag and attributes.items() <= e.items()]
 
 
-def colour(model, method, prompt, seed, index):
-    """One that tells the image from every other."""
-    return (40 * index + 10 * seed, 80 * METHODS.index(method) + 20, 60 * list(PROMPTS).index(prompt) + 30)
-
-
-def write_run(outputs, model, method, size=32):
-    """Lay down a run of every prompt and two seeds, four one-coloured images a group, and return its id."""
-    identity = {"request": {"model": {"name": model}, "method": {"name": method, "settings": {}}},
-                "weights": "w", "machine": {"device": "cpu", "torch": "2.9.0", "diffusers": "0.42.1",
-                                            "transformers": "4.56.0"}, "code": "c"}  # fmt: skip
-    folder = outputs / "runs" / short_digest(identity)
-    rows = [
-        ManifestRow(f"images/{prompt_id}/{seed:06d}/{index:02d}.png", prompt_id, prompt, category, seed, index, index,
-                    {"ogre/a.png": 0.875} if method == "negtome_released" else None)
-        for prompt_id, (prompt, category) in PROMPTS.items() for seed in (0, 1) for index in range(4)
-    ]  # fmt: skip
-    for row in rows:
-        (folder / row.path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (size, size), colour(model, method, row.prompt_id, row.group_seed, row.index)).save(
-            folder / row.path
-        )
-    write_manifest(folder, rows)
-    (folder / "config.yaml").write_text(json.dumps(identity))
-    (folder / "environment.json").write_text('{"commit": "abc", "python": "3.11.7", "date": "2020-01-01T00:00:00"}')
-    (folder / "complete").touch()
-    return folder.name
-
-
 def runs_of(results):
     """The run ids of the diversity table, by model and method."""
     rows = pd.read_csv(results / "diversity.csv", dtype=TEXT).drop_duplicates("run_id")
@@ -102,9 +70,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     results, outputs = folder / "results", folder / "outputs"
     results.mkdir()
-    frame = pd.read_csv(PROJECT / "results" / "diversity.csv", dtype=TEXT)
-    frame = frame[frame["model"].isin(["mini-sdxl", "mini-flux"]) & frame["method"].isin(METHODS)]
-    frame = frame[frame["metric"].isin(["pairwise_distance", "clip_score", "vendi_score"])]  # the rest takes time
+    frame = diversity_table()
     frame["encoder"] = frame["encoder"] + "<b>&"
     for method in METHODS:
         mine = (frame["model"] == "mini-sdxl") & (frame["method"] == method)
@@ -123,7 +89,7 @@ def made(tmp_path_factory):
 
 def pictures(page):
     """The contents of a page's pictures."""
-    return {file.read_bytes() for file in (page.parent / report.PICTURES).iterdir()}
+    return {file.read_bytes() for file in (page.parent / PICTURES).iterdir()}
 
 
 def test_the_page_needs_nothing_but_its_folder(made):
@@ -134,7 +100,7 @@ def test_the_page_needs_nothing_but_its_folder(made):
             if target is None or target == "data:,":
                 continue
             if target.startswith("#"):
-                assert target[1:] in {e.get("id") for e in page.elements}
+                assert unquote(target[1:]) in {e.get("id") for e in page.elements}
             elif target.startswith("https://"):
                 assert element["tag"] == "a", "only what a reader may follow"
             else:
@@ -155,7 +121,7 @@ def test_the_page_can_be_read_by_everyone(made):
     levels = [int(element["tag"][1]) for element in page.elements if element["tag"] in ("h1", "h2", "h3", "h4")]
     assert levels[0] == 1 and all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
     # What is wider than a phone scrolls in a box of its own, by keyboard too.
-    boxes = page.all("div", **{"class": "scroll"})
+    boxes = [box for box in page.all("div") if "scroll" in box.get("class", "").split()]
     assert len(boxes) >= len(page.all("table")) and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
     assert "prefers-color-scheme: dark" in page.all("style")[0]["text"]
 
@@ -181,7 +147,7 @@ def test_tables_findings_and_commands_are_those_of_the_table(made):
     assert (PROJECT / "results" / "memorised.png").read_bytes() in pictures(path)
     assert {encode(figure, "svg") for figure, _ in called_for(whole(frame)).values()} <= pictures(path)
     shown = {image["src"] for image in page.all("img")}
-    assert {f"{report.PICTURES}/{file.name}" for file in (path.parent / report.PICTURES).glob("*.[sp]*g")} <= shown
+    assert {f"{PICTURES}/{file.name}" for file in (path.parent / PICTURES).glob("*.[sp]*g")} <= shown
 
 
 def groups(page):
@@ -190,7 +156,7 @@ def groups(page):
     for element in page.elements:
         if "data-prompt" in element:
             group = found.setdefault((element["data-prompt"], int(element["data-seed"])), {})
-        elif element.get("class") == "who":
+        elif element.get("class") == "who" and found:
             strip = group.setdefault(element["text"], [])
         elif element["tag"] == "img" and found and "width" not in element:
             strip.append(element["src"])
@@ -200,8 +166,9 @@ def groups(page):
 def test_paired_images_stand_below_each_other(made):
     _, _, path, page = made
     labels = ["without NegToMe", "NegToMe", "NegToMe, released matching"]
-    assert [label["text"] for label in page.all("label")][2:] == labels
-    assert sorted(option["value"] for option in page.all("option")) == sorted(prompt for prompt, _ in PROMPTS.values())
+    assert [label["text"] for label in page.all("label") if label["text"] in labels] == labels
+    options = [option["text"] for option in page.all("option") if "value" in option]
+    assert options == ["all", *(f"{prompt}, seed {seed}" for prompt, seed in groups(page))]
     found, names = groups(page), {prompt: prompt_id for prompt_id, (prompt, _) in PROMPTS.items()}
     assert set(found) == {(prompt, seed) for prompt in names for seed in (0, 1)}
     for (prompt, seed), strips in found.items():
@@ -257,6 +224,173 @@ def test_the_same_inputs_give_the_same_bytes(made):
     assert sorted(entry.name for entry in folder.iterdir()) == ["outputs", "report", "results"], "nothing half-written"
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Scored runs of mini-sdxl and their page: folder, table, scores, page."""
+    folder = tmp_path_factory.mktemp("scored")
+    frame, scores = scored_runs(folder)
+    return folder, frame, scores, report.report(folder / "results", folder / "outputs", folder / "report")
+
+
+def test_the_clearest_group_is_the_one_that_gains_most_without_a_loss(scored):
+    _, _, scores, path = scored
+    gains, kept = (
+        {group: value - scores["none", metric][group] for group, value in scores["negtome", metric].items()}
+        for metric in ("pairwise_distance", "clip_score")
+    )
+    best = max((group for group in gains if kept[group] >= 0), key=gains.get)
+    assert best == "odd/000000" and max(gains, key=gains.get) != best, "one that gains more loses quality"
+    page = Page(path.read_text(encoding="utf-8"))
+    (figure,) = page.all("figure", **{"class": "best"})
+    prompt = PROMPTS["odd"][0]
+    assert f"“{prompt}”" in figure["text"] and "Of the 6 groups of NegToMe" in " ".join(figure["text"].split())
+    assert "0.5 (+0.3)" in figure["text"]
+    links = [one["href"] for one in page.elements if one.get("class") == "tile" and "id" not in one]
+    (group,) = page.all("div", **{"data-prompt": prompt, "data-seed": "0"})
+    assert links == [f"#{group['id']}/{run}/{image}" for run in (1, 2) for image in (1, 2, 3, 4)]
+
+
+def test_scores_stand_under_the_images_that_they_are_of(scored):
+    _, _, scores, path = scored
+    page, found = Page(path.read_text(encoding="utf-8")), []
+    for element in page.elements:
+        if element.get("class") == "group":
+            prompt_id = next(name for name, (prompt, _) in PROMPTS.items() if prompt == element["data-prompt"])
+            group, methods = f"{prompt_id}/{int(element['data-seed']):06d}", iter(METHODS)
+        elif element.get("class") == "strip":
+            found.append((group, next(methods), element["data-changes"], " ".join(element["text"].split())))
+    assert len(found) == 6 * len(METHODS)
+    for group, method, changes, text in found:
+        value, base = (scores[name, "pairwise_distance"][group] for name in (method, "none"))
+        assert f"pairwise distance {value:.3g}" in text
+        if method == "none":
+            assert changes == "," and "(" not in text.split("pairwise distance")[1]
+        else:
+            assert float(changes.split(",")[0]) == pytest.approx(value - base)
+            assert f"{value:.3g} ({value - base:+.2g})" in text
+
+
+@pytest.mark.parametrize("damage", ["table", "torn", "link", "edited"])
+def test_scores_that_are_not_those_of_the_table_are_left_out(damage, scored, tmp_path, caplog):
+    folder, frame, *_ = scored
+    shutil.copytree(folder / "outputs", tmp_path / "outputs")
+    results = tmp_path / "results"
+    results.mkdir()
+    mine = (frame["method"] == "negtome") & (frame["metric"] == "pairwise_distance")
+    run = tmp_path / "outputs" / "runs" / frame.loc[mine, "run_id"].iloc[0]
+    (file,) = (run / METRICS).glob("pairwise_distance-*")
+    if damage == "table":
+        frame = frame.assign(value=frame["value"].where(~mine, 0.9))
+    elif damage == "torn":
+        file.write_text(file.read_text()[:-40])
+    elif damage == "edited":
+        file.write_text(file.read_text().replace("0.5", "0.6"))
+    else:
+        shutil.move(file, tmp_path / "private.json")
+        file.symlink_to(tmp_path / "private.json")
+    frame.to_csv(results / "diversity.csv", index=False)
+    page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text(encoding="utf-8"))
+    strips = [one for one in page.elements if one.get("class") == "strip" and one["data-title"] == "NegToMe"]
+    assert len(strips) == 6 and all("pairwise distance" not in one["text"] for one in strips)
+    assert all("clip score" in one["text"] for one in strips) and "left out" in caplog.text
+    assert not page.all("figure", **{"class": "best"}), "nothing is called the clearest that was not measured"
+
+
+def test_verdicts_are_the_findings_of_the_tables_that_are_there(scored, made):
+    _, frame, _, path = scored
+    (article,) = Page(path.read_text(encoding="utf-8")).all("article")
+    text = " ".join(article["text"].split())
+    mine = frame[(frame["method"] == "negtome") & frame["primary"].notna()]
+    for _, row in mine.iterrows():
+        assert pages.finding(row) in text
+    (other,) = made[3].all("article")
+    assert "mini-sdxl, NegToMe" in other["text"] and "mini-flux, NegToMe" in other["text"]
+
+
+def test_in_one_file_the_pictures_are_in_the_page(scored, tmp_path):
+    folder, _, _, path = scored
+    page = report.report(folder / "results", folder / "outputs", tmp_path / "one", single_file=True)
+    assert [entry.name for entry in page.parent.iterdir() if entry.name[0] != "."] == ["index.html"]
+    inside = {image["src"].partition(";base64,")[2] for image in Page(page.read_text()).all("img")}
+    assert {base64.b64decode(content, validate=True) for content in inside} == pictures(path)
+    before = contents(page.parent)
+    report.report(folder / "results", folder / "outputs", page.parent, single_file=True)
+    assert contents(page.parent) == before
+    # And one with pictures beside it in its place, and back.
+    report.report(folder / "results", folder / "outputs", page.parent)
+    assert contents(page.parent) == contents(path.parent)
+    report.report(folder / "results", folder / "outputs", page.parent, single_file=True)
+    assert contents(page.parent) == before
+
+
+def test_an_image_that_is_reduced_has_a_copy_of_its_own_size_too(tmp_path):
+    scored_runs(tmp_path, size=300)
+    page = report.report(tmp_path / "results", tmp_path / "outputs", tmp_path / "report", groups=1)
+    tiles = [one for one in Page(page.read_text()).elements if one.get("class") == "tile"]
+    assert tiles
+    for link, image in zip(
+        tiles, (one for one in Page(page.read_text()).all("img") if "width" not in one), strict=True
+    ):
+        sizes = [load_picture(page.parent / file).size for file in (link["data-full"], image["src"])]
+        assert sizes == [(300, 300), (256, 256)]
+
+
+def test_nothing_of_the_folder_of_results_falls_through(tmp_path):
+    """Tables, pages and pictures stand with the table whose name theirs begins with, each once."""
+    results = tmp_path / "results"
+    results.mkdir()
+    for stem in ("judged", "judged_more", "judged_most", "other"):
+        (results / f"{stem}.csv").write_text(f"what,value\ncell of {stem}.,1\n")
+    for stem in ("judged", "judged_most", "judged_most_extra", "alone", "README"):
+        (results / f"{stem}.md").write_text(
+            f"# {stem}\n\nWords of {stem}, **so** `much`.\n\n| a |\n|:--|\n| row of {stem} |\n"
+        )
+    for stem in ("judged_picture", "lonely_picture", "alone"):
+        Image.new("RGB", (8, 8)).save(results / f"{stem}.png")
+    page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
+    sections = {one["id"]: one["text"] for one in page.all("details", **{"class": "section"})}
+    assert list(sections) == ["alone", "judged", "judged_most", "lonely", "other"]
+    places = {
+        "cell of judged.": "judged", "cell of judged_more.": "judged", "cell of judged_most": "judged_most",
+        "cell of other.": "other", "Words of judged, so much.": "judged", "row of judged_most_extra": "judged_most",
+        "Words of judged_most, so": "judged_most", "row of alone": "alone", "judged_picture: a": "judged",
+        "lonely_picture: a": "lonely", "alone: a picture": "alone",
+    }  # fmt: skip
+    for text, place in places.items():
+        assert [name for name, content in sections.items() if text in content] == [place], text
+    assert "README" not in page.all("main")[0]["text"]
+    assert {link["href"] for link in page.all("a")} >= {f"#{name}" for name in sections}
+
+
+def test_every_published_table_has_its_chapter():
+    stems = {path.stem for path in (PROJECT / "results").glob("*.csv")} - set(report.APART) | {"gate", "redteam"}
+    chapters = report._chapters({stem: {"name": stem} for stem in stems})
+    assert "Further" not in chapters and sum(map(len, chapters.values())) == len(stems)
+    assert [section["name"] for section in chapters["Claims"]] == ["diversity", "copyright", "latency"]
+
+
+def test_words_of_a_page_are_marked_and_nothing_else():
+    text = """## Head & <tail>
+
+One `a < b` and **two**
+lines, [here](https://example.org/x) ![picture](y.png).
+
+- first
+  goes on
+- **second**
+
+| a \\| b   | c |
+|:---------|:--|
+| <script> | 2 |
+|          | 3 |
+"""
+    (head, text_of, listed, table) = blocks(text)
+    assert head == ("heading", "Head &amp; &lt;tail&gt;")
+    assert text_of == ("text", "One <code>a &lt; b</code> and <strong>two</strong> lines, here picture.")
+    assert listed == ("list", ["first goes on", "<strong>second</strong>"])
+    assert table[1].to_dict("list") == {"a | b": ["<script>", ""], "c": ["2", "3"]}
+
+
 @pytest.fixture
 def small(made, tmp_path):
     """A table, a run and a picture of it, to be changed: results and outputs, in the test's folder."""
@@ -292,7 +426,7 @@ def test_a_picture_that_is_gone_from_the_page_is_put_there_again(small, tmp_path
     results, outputs, _ = small
     page = report.report(results, outputs, tmp_path / "report", groups=1)
     before = contents(page.parent)
-    gone, torn, *_ = (page.parent / report.PICTURES).glob("*.webp")
+    gone, torn, *_ = (page.parent / PICTURES).glob("*.webp")
     gone.unlink()
     torn.write_bytes(torn.read_bytes()[:40])
     report.report(results, outputs, page.parent, groups=1)
@@ -432,7 +566,7 @@ def test_few_groups_are_spread_over_the_categories():
         for category in "cab" for number in range(3) for seed in range(2)
     }  # fmt: skip
     for limit in (1, 3, 4, 7, 18, 100):
-        chosen = report._spread(rows, limit)
+        chosen = spread(rows, limit)
         counts = [sum(group.startswith(category) for group in chosen) for category in "abc"]
         assert len(chosen) == min(limit, 18) and max(counts) - min(counts) <= 1
         assert chosen == sorted(chosen) == sorted(set(chosen))
@@ -440,5 +574,5 @@ def test_few_groups_are_spread_over_the_categories():
 
 def test_large_images_are_reduced(tmp_path):
     Image.new("RGBA", (1024, 512), (255, 0, 0, 255)).save(tmp_path / "large.png")
-    with Image.open(io.BytesIO(report._reduced(tmp_path / "large.png"))) as image:
+    with Image.open(io.BytesIO(reduced(load_picture(tmp_path / "large.png")))) as image:
         assert image.size == (256, 128)
