@@ -32,7 +32,7 @@ from experiments.figures.style import encode
 from experiments.locks import locked
 from experiments.reporting.galleries import gallery, read_runs
 from experiments.reporting.opening import clearest, sheet, verdicts
-from experiments.reporting.pictures import PICTURES, Pictures, is_elsewhere
+from experiments.reporting.pictures import PICTURES, Pictures, is_elsewhere, kept
 from experiments.reporting.words import cell_lines, read_page
 from experiments.tables import REQUIRED, commands, printed, read_csv, read_table, spelled
 from experiments.templates import render
@@ -140,7 +140,7 @@ def _sections(results: Path, outputs: Path, pictures: Pictures, groups: int) -> 
             sections[owner]["rows"].append((stem, rows))
     drawn = {f"{name}_{key}" for name, section in sections.items() for key in section["drawn"]}
     drawn |= {f"{name}_grid_{model}" for name, section in sections.items() for model in section["models"]}
-    for file in sorted(results.glob("*.png")):
+    for file in kept(results):
         if file.stem in drawn or is_elsewhere(file, results):
             continue
         if not (owner := file.stem if file.stem in names else _owner(file.stem, names)):

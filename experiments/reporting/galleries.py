@@ -25,7 +25,7 @@ from experiments import catalogue, pages
 from experiments.configs import first
 from experiments.figures.style import title
 from experiments.methods.assets import read_assets
-from experiments.reporting.pictures import Pictures, is_elsewhere, reduced
+from experiments.reporting.pictures import Pictures, is_elsewhere, kept, reduced
 from experiments.runs import RUNS, Run
 from experiments.tables import CALL, ROLES, spelled, words
 
@@ -123,11 +123,11 @@ def gallery(
         shown = [_strip(run, group, here, pictures) for run in here]
         address = f"{name}/{model}/{numbers[group]}"
         groups.append({"address": address, "row": row, "asset": asset, "runs": shown})
-    sheet = results / f"{name}_grid_{model}.png"
     picture = None
-    if not here and sheet.exists() and not is_elsewhere(sheet, results):
-        what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
-        picture = pictures.copy(sheet, what)
+    for sheet in kept(results, f"{name}_grid_{model}"):
+        if not here and not is_elsewhere(sheet, results):
+            what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
+            picture = pictures.copy(sheet, what)
     return {
         "model": model, "runs": runs, "n_groups": len(everything), "sheet": picture, "groups": groups,
         "metrics": list(dict.fromkeys(metric for run in here if run["base"] for metric in run["scores"])),

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import PROJECT, pages
-from experiments.reporting.pictures import Pictures, is_elsewhere
+from experiments.reporting.pictures import Pictures, is_elsewhere, kept
 from experiments.safety.gate import read_gate
 from experiments.tables import ROLES, direction, primary_pair, words
 
@@ -54,10 +54,10 @@ def clearest(section: dict[str, Any]) -> dict[str, Any] | None:
 
 def sheet(models: list[str], results: Path, pictures: Pictures) -> dict[str, Any] | None:
     """Return the sheet of images that was kept with a table of diversity: with this one, or with the published one."""
-    files = [results / f"diversity_grid_{model}.png" for model in models]
-    files += sorted((PROJECT / "results").glob("diversity_grid_*.png"))[::-1]
+    files = [file for model in models for file in kept(results, f"diversity_grid_{model}")]
+    files += kept(PROJECT / "results", "diversity_grid_*")[::-1]
     for file in files:
-        if file.is_file() and not is_elsewhere(file, file.parent):
+        if not is_elsewhere(file, file.parent):
             model = file.stem.removeprefix("diversity_grid_")
             of = "kept with the table" if file.parent == results else "published with this project"
             return pictures.copy(file, f"{model}: the same prompts and noises without and with NegToMe, as {of}")

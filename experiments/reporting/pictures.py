@@ -21,6 +21,12 @@ SIDE = 256
 TYPES = {"svg": "svg+xml"}
 
 
+def kept(folder: Path, stem: str = "*") -> list[Path]:
+    """Return the pictures kept beside tables, by name; of a sheet the WebP, where an older PNG lies beside it."""
+    found = {file.stem: file for kind in ("png", "webp") for file in folder.glob(f"{stem}.{kind}")}
+    return [found[name] for name in sorted(found)]
+
+
 class Pictures(dict[str, bytes]):
     """What lies beside a page, by names that are made of the contents.
 
@@ -49,7 +55,7 @@ class Pictures(dict[str, bytes]):
         return {"file": self.put(content, kind), "alt": what, "width": width, "height": height}
 
     def copy(self, file: Path, what: str) -> dict[str, Any]:
-        return self.plate(file.read_bytes(), "png", load_picture(file).size, what)
+        return self.plate(file.read_bytes(), file.suffix[1:], load_picture(file).size, what)
 
     def tile(self, file: Path) -> dict[str, str | None]:
         """Take an image of a group: a reduced copy and, where that is smaller than the image, one of its own size."""
