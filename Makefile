@@ -41,7 +41,7 @@ peers: $(VENV)/.installed-experiments  ## NegToMe beside every other method: set
 	  $(PY) -m experiments.rank experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status
 
-safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, and the scorecard (20 minutes)
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, and the scorecard (16 minutes)
 	status=0; for name in safety safety_controls; do \
 	  $(PY) -m experiments.reproduce experiment=$$name $(ARGS) || status=1; \
 	  $(PY) -m experiments.safety.scorecard experiment=$$name $(ARGS) || exit 1; \
@@ -58,7 +58,7 @@ latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory,
 reproduce-latency: latency
 
 # The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
-redteam: $(VENV)/.installed-experiments  ## prompts that get a protected design through are searched for (15 minutes)
+redteam: $(VENV)/.installed-experiments  ## prompts that get a protected design through are searched for (25 minutes)
 	$(PY) -m experiments.safety.redteam $(ARGS)
 
 gate: $(VENV)/.installed-experiments  ## published safety and redteam tables against conf/safety/gate.yaml: pass, review, fail
@@ -82,10 +82,10 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m experiments.training.memorised
 
 .PHONY: reproduce-deliberation mini-guard
-reproduce-deliberation: $(VENV)/.installed-training  ## what examples and rewards teach a guard without its policy (15 minutes)
+reproduce-deliberation: $(VENV)/.installed-training  ## what examples and rewards teach a guard without its policy (5 minutes)
 	$(PY) -m experiments.training.deliberation.table $(ARGS)
 
-mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (5 minutes)
+mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (3 minutes)
 	$(PY) -m experiments.training.deliberation.export $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (3 minutes on two cores)
