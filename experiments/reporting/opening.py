@@ -106,11 +106,12 @@ def _runs(name: str, frame: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def _counts(tested: pd.DataFrame) -> list[str]:
+def _counts(tested: pd.DataFrame) -> str:
     """Return how many groups the differences are of; once where it is as many for all metrics."""
     found = {words(row["metric"]): pages.counts(row) for _, row in tested.iterrows()}
-    alike = len(set(found.values())) == 1
-    return list(found.values())[:1] if alike else [f"{metric}: {text}" for metric, text in found.items()]
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ". ".join(f"{metric}: {text}" for metric, text in found.items())
 
 
 def _targets(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -121,7 +122,7 @@ def _targets(table: pd.DataFrame) -> list[dict[str, Any]]:
             (f"{row['what']}, {row['of']}: {row['measured']}", " (", f"at most {row['at most']}: {row['verdict']})")
             for _, row in rows.iterrows()
         ]
-        found.append({"who": device, "texts": texts, "n": []})
+        found.append({"who": device, "texts": texts, "n": ""})
     return found
 
 

@@ -2,11 +2,12 @@
 
 The pictures of it in docs/images are those of `python -m experiments.report` on scored runs of experiment=diversity:
 
-    python tests/browser/test_report_page.py outputs/report/index.html docs/images
+    python tests/browser/test_report_page.py outputs/report/index.html docs/images '#g=diversity/mini-sdxl/3/2/4'
 """
 
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -216,24 +217,19 @@ def test_in_one_file_it_does_the_same(open_page, tmp_path):
     page.wait_for_function("document.querySelector('.pair img').naturalWidth === 32")
 
 
-def shoot(page: Path, into: Path) -> None:
-    """Take the pictures of a page that stand in docs/images: its top at 1280 pixels, its lightbox at 390."""
-    import shutil
-
+def shoot(page: Path, into: Path, image: str) -> None:
+    """Take the pictures of a page in docs/images: its top at 1280 pixels, and an image, by its address, at 390."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for width, height, image in ((1280, 900, False), (390, 844, True)):
+        for width, height, address in ((1280, 900, ""), (390, 844, image)):
             tab = browser.new_page(viewport={"width": width, "height": height})
-            tab.goto(page.resolve().as_uri())
-            if image:
-                tab.locator(".best .tile").last.click()
-            tab.wait_for_load_state("networkidle")
-            with Image.open(io.BytesIO(tab.screenshot())) as taken:
+            tab.goto(page.resolve().as_uri() + address, timeout=300_000)
+            with Image.open(io.BytesIO(tab.screenshot(timeout=300_000))) as taken:
                 taken.save(into / f"report_{width}.webp", quality=80, method=6)
         browser.close()
 
 
 if __name__ == "__main__":
-    shoot(Path(sys.argv[1]), Path(sys.argv[2]))
+    shoot(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
