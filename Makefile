@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
+.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report demo doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ gate: $(VENV)/.installed-experiments  ## published safety and redteam tables aga
 
 report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
 	$(PY) -m experiments.report $(ARGS)
+
+demo: $(VENV)/.installed-demo  ## the method in the browser, on this machine alone: http://127.0.0.1:7860
+	$(PY) -m experiments demo $(ARGS)
 
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
 	@$(PY) -m experiments.doctor

@@ -20,7 +20,7 @@ from pathlib import Path
 
 COMMANDS = (
     "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "rank", "report", "latency", "collect",
-    "applications", "stereotypes", "doctor", "safety.scorecard", "safety.redteam", "safety.gate",
+    "applications", "stereotypes", "demo", "doctor", "safety.scorecard", "safety.redteam", "safety.gate",
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def describe(command: str) -> str:
 
 
 def _file(command: str) -> Path:
-    return Path(__file__).parent.joinpath(*command.split(".")).with_suffix(".py")
+    path = Path(__file__).parent.joinpath(*command.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def main(argv: Sequence[str]) -> int:

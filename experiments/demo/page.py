@@ -1,0 +1,323 @@
+"""The page: what stands where, and what calls what. The one module that imports gradio."""
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Before gradio is imported, which reads them then: nothing of this page goes anywhere.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+
+import gradio as gr
+from PIL import Image
+
+from experiments import catalogue
+from experiments.demo import models, view
+from experiments.demo.asked import MODES, MOST_IMAGES, SEEDS, Asked, keep, kept
+from experiments.demo.session import Session
+
+FOLDER = Path(__file__).parent
+#: The fields of what is asked for that have a control of their own, in the order of the page.
+FIELDS = (
+    "mode", "prompt", "model", "images", "seed", "steps", "alpha", "threshold", "low", "high", "matching", "blur",
+    "methods",
+)  # fmt: skip
+#: Whose settings are those of the model and mode, until somebody moves them.
+SETTINGS = ("alpha", "threshold", "low", "high")
+#: Of what is painted over a picture.
+BRUSH = "#D55E00"
+WELCOME = "<p class='nt-hint'>Generate shows the same noises in two rows, without NegToMe and with it.</p>"
+
+
+class Page:
+    """One page and its session.
+
+    Args:
+        model: that is chosen at first.
+        session: that makes the images.
+    """
+
+    def __init__(self, model: str, session: Session) -> None:
+        self.session = session
+        steps = models.find(model).steps  # which says it where there is no such model
+        settings = dict(zip(SETTINGS, self._usual("diversity", model), strict=True))
+        self.first = Asked(model=model, steps=steps, **settings)
+        self.stops: dict[str, threading.Event] = {}  # of the runs that are going on, by visit
+        self.controls: dict[str, Any] = {}
+        with gr.Blocks(title="negtome", analytics_enabled=False, fill_width=True) as self.blocks:
+            gr.HTML(
+                "<header><h1>negtome</h1><p>The same prompts and noises without Negative Token Merging and with it. "
+                "Everything happens on this machine.</p></header>"
+            )
+            with gr.Row(elem_id="nt-page"):
+                with gr.Column(scale=2, min_width=300, elem_id="nt-left"):
+                    self._left()
+                with gr.Column(scale=5, min_width=300, elem_id="nt-right"):
+                    self.progress = gr.HTML(WELCOME, elem_id="nt-progress")
+                    self.results = gr.HTML("", elem_id="nt-results", js_on_load=(FOLDER / "page.js").read_text())
+            self._wire()
+
+    def _left(self) -> None:
+        """What is asked for, top to bottom."""
+        add, first = self.controls, self.first
+        add["mode"] = gr.Radio(
+            [(mode.title, name) for name, mode in MODES.items()],
+            value=first.mode,
+            label="What to do",
+            elem_id="nt-mode",
+        )
+        self.what = gr.Markdown(MODES[first.mode].what, elem_id="nt-what")
+        add["prompt"] = gr.Textbox(
+            first.prompt, label="Prompt", info="What all images show.", lines=2, elem_id="nt-prompt"
+        )
+        with gr.Row():
+            self.go = gr.Button("Generate", variant="primary", elem_id="nt-go")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nt-stop")
+        self.editor = gr.ImageEditor(
+            type="pil", image_mode="RGBA", label="Picture", sources=("upload", "clipboard"), transforms=(),
+            layers=False, brush=gr.Brush(default_size=20, colors=[BRUSH], color_mode="fixed"),
+            canvas_size=(512, 512), buttons=[], visible=False, elem_id="nt-picture",
+            placeholder="Drop a picture here, or paste one",
+        )  # fmt: skip
+        self.seen = gr.HTML("", visible=False, elem_id="nt-seen")
+        add["methods"] = gr.CheckboxGroup(
+            [(entry.title, name) for name, entry in catalogue.entries().items()],
+            label="Methods",
+            info="Each by its settings for this model.",
+            visible=False,
+            elem_id="nt-methods",
+        )
+        add["blur"] = gr.Slider(
+            0.01, 0.2, first.blur, step=0.01, label="Blur", info="Of the copy, as a share of an image's side.",
+            visible=False, elem_id="nt-blur",
+        )  # fmt: skip
+        with gr.Group(elem_id="nt-strength") as self.strength:
+            add["alpha"] = gr.Slider(
+                -2, 4, first.alpha, step=0.05, label="Alpha", info="How far tokens are pushed; below 0 pulls."
+            )
+            add["threshold"] = gr.Slider(
+                -1,
+                1,
+                first.threshold,
+                step=0.01,
+                label="Threshold",
+                info="Only tokens more alike than this move.",
+            )
+            add["high"] = gr.Slider(
+                0,
+                1000,
+                first.high,
+                step=10,
+                label="Window from",
+                info="Timestep of the first push; 1000 is noise.",
+            )
+            add["low"] = gr.Slider(0, 1000, first.low, step=10, label="Window to", info="Timestep of the last push.")
+            add["matching"] = gr.Radio(
+                ["paper", "released"], value=first.matching, label="Matching",
+                info="To the nearest token, as in the paper, or as in the released code.",
+            )  # fmt: skip
+        with gr.Group():
+            add["model"] = gr.Dropdown(
+                list(models.names()), value=first.model, label="Model", allow_custom_value=True, filterable=True,
+                info="A name, a folder in the diffusers layout, or a cached repository.", elem_id="nt-model",
+            )  # fmt: skip
+            self.here = gr.Markdown("", visible=False, elem_id="nt-here")
+            add["images"] = gr.Slider(1, MOST_IMAGES, first.images, step=1, label="Images", info="Made together.")
+            add["steps"] = gr.Number(
+                first.steps, label="Steps", info="Of denoising; at first the model's own.", precision=0, minimum=1,
+                maximum=200, elem_id="nt-steps",
+            )  # fmt: skip
+            add["seed"] = gr.Number(
+                first.seed, label="Seed", info="Of the first image's noise; the others' follow it.", precision=0,
+                minimum=0, maximum=SEEDS - 1, elem_id="nt-seed",
+            )  # fmt: skip
+            self.lock = gr.Checkbox(True, label="Keep this seed", info="Otherwise every run draws a new one.")
+        self.dice = gr.Button("Draw a new seed", size="sm", elem_id="nt-dice")
+
+    def _wire(self) -> None:
+        """What calls what."""
+        inputs = [*(self.controls[name] for name in FIELDS), self.editor]
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        shown = [self.what, self.editor, self.seen, self.strength, self.controls["blur"], self.controls["methods"]]
+        chosen = [self.controls["mode"], self.controls["model"]]
+        settings = [self.controls[name] for name in SETTINGS]
+        restored = self.blocks.load(self._restore, None, inputs, **quiet)
+        show = {
+            "fn": self._show,
+            "inputs": [*chosen, self.controls["methods"]],
+            "outputs": [*shown, self.here],
+            **quiet,
+        }
+        restored.then(**show)
+        for control in chosen:
+            moved = control.input(**show).then(self._usual, chosen, settings, **quiet)
+        moved.then(self._steps, chosen[1], self.controls["steps"], **quiet)
+        self.editor.change(
+            self._look, [self.editor, self.controls["model"]], self.seen, trigger_mode="always_last", **quiet
+        )
+        self.dice.click(lambda: random.randrange(SEEDS), None, self.controls["seed"], **quiet)
+        self.go.click(None, None, None, js=_TO_RESULTS, api_visibility="private")
+        gr.on(
+            [self.go.click, self.controls["prompt"].submit],
+            self._run,
+            [self.lock, *inputs],
+            [self.progress, self.results, self.controls["seed"], self.go, self.stop],
+            concurrency_limit=None,
+            **quiet,
+        )
+        self.stop.click(self._stop, None, None, queue=False, **quiet)
+
+    def _restore(self, request: gr.Request) -> list[Any]:
+        """Set all controls by the page's address, if it says anything."""
+        if not (query := dict(request.query_params)).keys() & set(FIELDS):
+            return [gr.skip()] * (len(FIELDS) + 1)
+        asked, picture = Asked.from_query(query), gr.skip()
+        usual = dict(zip(SETTINGS, self._usual(asked.mode, asked.model), strict=True))
+        values = {name: getattr(asked, name) for name in FIELDS} | {"methods": list(asked.methods)}
+        usual["steps"] = self._steps(asked.model)
+        values |= {name: value for name, value in usual.items() if name not in query}
+        if asked.picture:
+            background = Image.open(kept(asked.picture)).convert("RGBA")
+            layers = [_painted(Image.open(kept(asked.mask)))] if asked.mask else []
+            composite = background if not layers else Image.alpha_composite(background, layers[0])
+            picture = {"background": background, "layers": layers, "composite": composite}
+        return [*values.values(), picture]
+
+    def _show(self, mode: str, name: str, methods: list[str]) -> list[Any]:
+        """Show the controls of a mode, and say whether a model is here."""
+        controls = MODES[mode].controls
+        titles, here = {}, ""
+        try:
+            model = models.find(name)
+            titles = model.methods()
+            if not models.is_here(name):
+                here = f"Its weights are not on this machine: {models.USUAL} would make the images."
+        except (ValueError, FileNotFoundError) as error:
+            here = str(error)
+        chosen = [name for name in methods or self.first.methods if name in titles]
+        return [
+            gr.Markdown(MODES[mode].what),
+            gr.ImageEditor(visible="picture" in controls),
+            gr.HTML(visible="picture" in controls),
+            gr.Group(visible="alpha" in controls),
+            gr.Slider(visible="blur" in controls),
+            gr.CheckboxGroup(
+                [(title, method) for method, title in titles.items()], value=chosen, visible="methods" in controls
+            ),
+            gr.Markdown(here, visible=bool(here)),
+        ]
+
+    def _usual(self, mode: str, name: str) -> list[Any]:
+        """Return the settings that a model is used best with, as far as that is known."""
+        try:
+            model = models.find(name)
+        except (ValueError, FileNotFoundError):  # `_show` says why
+            return [gr.skip()] * len(SETTINGS)
+        config = model.group if mode == "diversity" else model.given
+        alpha = MODES[mode].alpha
+        return [config.alpha if alpha is None else alpha, config.threshold, *config.timestep_range]
+
+    def _steps(self, name: str) -> Any:
+        """Return how many steps a model is configured with."""
+        try:
+            return models.find(name).steps
+        except (ValueError, FileNotFoundError):
+            return gr.skip()
+
+    def _asked(self, *values: Any) -> Asked:
+        """Return what is asked for, and keep its picture."""
+        *values, drawn = values
+        fields = dict(zip(FIELDS, values, strict=True))
+        for name in ("images", "seed", "steps"):
+            fields[name] = int(fields[name] or 0)
+        fields["methods"] = tuple(fields["methods"] or ())
+        fields["model"] = str(fields["model"] or models.USUAL).strip()
+        picture, mask = _given(drawn)
+        if picture is not None and "picture" in MODES[fields["mode"]].controls:
+            fields |= {"picture": keep(picture), "mask": "" if mask is None else keep(mask)}
+        return Asked(**fields)
+
+    def _look(self, drawn: Any, model: str) -> str:
+        """Return the given picture as the tokens see it."""
+        picture, mask = _given(drawn)
+        if picture is None:
+            return ""
+        seen = self.session.grid(model)
+        return view.mask_seen(picture, mask, *seen) if seen else "Shown as the tokens see it once the model is loaded."
+
+    def _run(self, request: gr.Request, lock: bool, *values: Any) -> Iterator[list[Any]]:
+        asked = self._asked(*values)
+        try:
+            asked.check()
+        except ValueError as error:
+            raise gr.Error(str(error), duration=8, print_exception=False) from error
+        if not lock:
+            asked = replace(asked, seed=random.randrange(SEEDS))
+        stop = self.stops[request.session_hash] = threading.Event()
+        rows, buttons = -1, [gr.Button(interactive=False), gr.Button(interactive=True)]
+        for state in self.session.run(asked, stop):
+            ended = state.kind in ("done", "stopped", "failed")
+            if ended:
+                buttons = [gr.Button(interactive=True), gr.Button(interactive=False)]
+            fresh = ended or len(state.rows) != rows
+            rows = len(state.rows)
+            model = models.find(state.asked.model) if state.kind == "done" else None
+            shown = view.results(state, model) if fresh else gr.skip()
+            yield [view.progress(state), shown, asked.seed, *buttons]
+
+    def _stop(self, request: gr.Request) -> None:
+        if (stop := self.stops.get(request.session_hash)) is not None:
+            stop.set()
+
+
+def _given(drawn: Any) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return an image editor's picture, RGB, and its mask, L, white where something is painted; None where none is."""
+    if not drawn or drawn["background"] is None:
+        return None, None
+    picture = drawn["background"].convert("RGBA")
+    mask = Image.new("L", picture.size)
+    for layer in drawn["layers"]:
+        mask.paste(255, mask=layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0))
+    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return on_white, mask if mask.getbbox() else None
+
+
+def _painted(mask: Image.Image) -> Image.Image:
+    """Return a mask as the editor's brush would have painted it."""
+    layer = Image.new("RGBA", mask.size)
+    layer.paste(BRUSH, mask=mask.convert("L"))
+    return layer
+
+
+def launched(page: Page, port: int | None = None) -> str:
+    """Serve a page in threads of this process, to this machine alone, and return its address."""
+    system = ("system-ui", "sans-serif")  # the usual ones are files of their own
+    theme = gr.themes.Default(
+        primary_hue="blue", neutral_hue="slate", font=system, font_mono=("ui-monospace", "monospace")
+    ).set(  # darker than usual, to be read by everybody
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_label_text_color="*neutral_700",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
+    _, address, _ = page.blocks.queue(default_concurrency_limit=None).launch(
+        server_name="127.0.0.1", server_port=port, share=False, prevent_thread_lock=True, quiet=True, footer_links=[],
+        run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=theme,
+        css=(FOLDER / "page.css").read_text(), favicon_path=None,
+    )  # fmt: skip
+    return address
+
+
+def serve(model: str, port: int | None) -> None:
+    """Serve a page until Ctrl-C."""
+    page = Page(model, Session())
+    print(f"negtome is at {launched(page, port)} (Ctrl-C ends it)", flush=True)
+    page.blocks.block_thread()
+
+
+#: On a narrow screen the images stand below all controls.
+_TO_RESULTS = "() => { if (innerWidth < 900) document.getElementById('nt-right').scrollIntoView(); }"

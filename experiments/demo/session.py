@@ -1,0 +1,347 @@
+"""What happens when somebody asks for images: a pipeline is loaded once, runs are queued, shown step by step, stopped.
+
+Nothing here knows the page. `Session.run` yields a `State` whenever there is something new to show, the last of which
+is "done", "stopped" or "failed".
+"""
+
+import logging
+import queue
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+import negtome
+from eval.alignment import clip_score
+from eval.diversity import mean_pairwise_similarity
+from experiments import catalogue, project_path
+from experiments.configs import build
+from experiments.demo import models
+from experiments.demo.asked import Asked, split
+from experiments.demo.watch import Pushed, Steps, Stopped, Watch, pictures, stoppable, token_grid
+from experiments.prompts import Group
+from negtome.generate import generate
+from negtome.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+#: Runs without a method that are kept, the last ones.
+KEPT = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """The images of a prompt by one method.
+
+    Attributes:
+        name: of the method, as in conf/method.
+        title: for people.
+        images: in the order of their seeds; empty where `refused`.
+        seconds: that the pipeline took, without the previews.
+        kept: whether the images are those of an earlier run.
+        distance: 1 - mean cosine similarity over the pairs of images; None of a single one, or without a scorer.
+        clip: mean CLIPScore; None without a scorer.
+        pushed: where and when tokens were pushed; None where the library pushed none.
+        refused: why there are no images.
+    """
+
+    name: str
+    title: str
+    images: tuple[Image.Image, ...] = ()
+    seconds: float = 0.0
+    kept: bool = False
+    distance: float | None = None
+    clip: float | None = None
+    pushed: Pushed | None = None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is.
+
+    Attributes:
+        kind: "failed" is of what cannot be made, and of machines; `text` says what is so and `advice` what to do.
+        asked: with the model that is used, which is another one than was asked for where weights are missing.
+        recipe: what decides the images, once it is known.
+        rows: the finished ones; the first is without a method.
+        title: of the row that is being made.
+        step, steps: of its current call of the pipeline.
+        preview: what it predicts by now.
+        notes: what has to be known of the result: missing weights, warnings of the library.
+        scorer: by what it is measured, or what is missing for that.
+    """
+
+    kind: Literal["queued", "loading", "working", "done", "stopped", "failed"]
+    text: str
+    asked: Asked
+    advice: str = ""
+    recipe: Recipe | None = None
+    rows: tuple[Row, ...] = ()
+    title: str = ""
+    step: int = 0
+    steps: int = 0
+    preview: tuple[Image.Image, ...] = ()
+    notes: tuple[str, ...] = ()
+    scorer: str = ""
+
+
+class Seeded(Group):
+    """A group whose noises are a recipe's, and not the benchmark's."""
+
+    def image_seeds(self) -> list[int]:
+        return [self.seed + index for index in range(self.size)]
+
+
+class Session:
+    """One pipeline, and the runs that share it.
+
+    Args:
+        preview_every: seconds between two previews of a run.
+    """
+
+    def __init__(self, preview_every: float = 0.3) -> None:
+        self.preview_every = preview_every
+        self.turn = threading.Lock()  # held by the run that is going on
+        self.loaded: tuple[models.Model, Any, models.Memory] | None = None
+        self.measured: tuple[str, Measure] | None = None
+        self.baselines: OrderedDict[Recipe, Row] = OrderedDict()
+
+    def run(self, asked: Asked, stop: threading.Event) -> Iterator[State]:
+        """Make what is asked for; set `stop`, and it ends before the next step. A generator closed does the same."""
+        states: queue.SimpleQueue[State | None] = queue.SimpleQueue()
+        threading.Thread(target=_Run(self, asked, stop, states.put).all, daemon=True).start()
+        try:
+            while (state := states.get()) is not None:
+                yield state
+        finally:
+            stop.set()
+
+    def measure(self, model: models.Model) -> "Measure":
+        """Return what measures a model's images; the last one is kept, for it holds a network."""
+        if self.measured is None or self.measured[0] != model.name:
+            self.measured = (model.name, Measure(model))
+        return self.measured[1]
+
+    def grid(self, name: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Return the size of a model's images in pixels and in tokens; None while that is not known without waiting."""
+        if self.loaded is None or self.loaded[0].name != name:
+            if not name.startswith("mini-") or not self.turn.acquire(blocking=False):
+                return None
+            try:
+                self.load(name)
+            finally:
+                self.turn.release()
+        model, pipe, _ = self.loaded
+        size = tuple(model.call.get(side) or _default_side(pipe) for side in ("height", "width"))
+        return size, token_grid(pipe, model.given, size)
+
+    def load(self, name: str) -> tuple[models.Model, Any, models.Memory]:
+        """Return a model with its pipeline; the last one is kept. Where `turn` is held."""
+        if self.loaded is None or self.loaded[0].name != name:
+            self.loaded = None  # before there are two of them
+            model = models.find(name)
+            self.loaded = (model, *models.load(model))
+        return self.loaded
+
+
+class _Run:
+    """One run, in a thread of its own: what is yielded goes through `emit`, and None ends it."""
+
+    def __init__(
+        self, session: Session, asked: Asked, stop: threading.Event, emit: Callable[[State | None], None]
+    ) -> None:
+        self.session, self.asked, self.stop, self._emit = session, asked, stop, emit
+        self.state = State("loading", "", asked)
+        self.steps = Steps(self._step, session.preview_every)
+
+    def say(self, kind: str, text: str, **changes: Any) -> None:
+        usual = {"advice": "", "preview": (), "title": "", "step": 0, "steps": 0}
+        self.state = replace(self.state, kind=kind, text=text, **{**usual, **changes})
+        self._emit(self.state)
+
+    def note(self, text: str) -> None:
+        self.state = replace(self.state, notes=(*self.state.notes, text))
+
+    def all(self) -> None:
+        """Wait for the turn and make everything; whatever happens is said."""
+        turn = self.session.turn
+        try:
+            self.asked.check()
+            if not turn.acquire(blocking=False):
+                self.say("queued", "Queued: another run is going on, and yours starts when it has ended.")
+                while not turn.acquire(timeout=0.1):
+                    if self.stop.is_set():
+                        raise Stopped
+            try:
+                self._make()
+            finally:
+                turn.release()
+        except Stopped:
+            at = f" after step {self.state.step} of {self.state.steps}" if self.state.steps else ""
+            self.say("stopped", f"Stopped{at}.", advice="What is finished stays below; Generate starts anew.")
+        except Exception as error:  # whoever looks at the page has no other place to see it
+            if is_out_of_memory(error):
+                self.say("failed", "Out of memory.", advice=self._smaller())
+            else:
+                expected = isinstance(error, (ValueError, RuntimeError, OSError, TypeError))
+                if not expected:
+                    log.exception("a run of the demo failed")
+                self.say("failed", str(error) if expected else f"{type(error).__name__}: {error}")
+        finally:
+            self._emit(None)
+
+    def _make(self) -> None:
+        model, pipe, memory = self._load()
+        recipe = self.asked.recipe(model)
+        measure = self.session.measure(model)
+        self.state = replace(self.state, recipe=recipe, scorer=measure.words)
+        size = None if recipe.height is None else (recipe.height, recipe.width)
+        with stoppable(pipe, self.stop), self.steps.of(pipe, size, previews=not memory.offload):
+            self._add(self._baseline(pipe, recipe.without(), measure))
+            if self.asked.mode == "compare":
+                for name in self.asked.methods:
+                    self._add(measure(self._method(model, pipe, name, recipe), recipe.prompt))
+            else:
+                self._add(measure(self._pushed(pipe, recipe), recipe.prompt))
+        seconds = " and ".join(f"{row.seconds:.1f}" for row in self.state.rows if not (row.kept or row.refused))
+        self.say("done", f"Done: {recipe.images} images each, in {seconds or 'no'} seconds.")
+
+    def _load(self) -> tuple[models.Model, Any, models.Memory]:
+        name = self.asked.model
+        if self.session.loaded is None or self.session.loaded[0].name != name:
+            self.say("loading", f"Loading {name}.", advice="It stays loaded: the next run starts at once.")
+        try:
+            return self.session.load(name)
+        except FileNotFoundError as error:
+            if name == models.USUAL:
+                raise
+            self.note(f"{error}\nThese images are by {models.USUAL}, the embedded model, instead.")
+            self.asked = replace(self.asked, model=models.USUAL)
+            self.state = replace(self.state, asked=self.asked)
+            return self._load()
+
+    def _step(self, number: int, steps: int, preview: torch.Tensor | None) -> None:
+        shown = self.state.preview if preview is None else pictures(preview)[: self.asked.images]
+        title = self.state.title
+        self.say("working", f"{title}: step {number} of {steps}.", title=title, step=number, steps=steps, preview=shown)
+
+    def _start(self, title: str) -> None:
+        self.say("working", f"{title}: starting.", title=title)
+
+    def _add(self, row: Row) -> None:
+        self.state = replace(self.state, rows=(*self.state.rows, row))
+
+    def _baseline(self, pipe: Any, recipe: Recipe, measure: "Measure") -> Row:
+        """Return the images without a method, which are made once for all that depends on the same."""
+        kept = self.session.baselines
+        if recipe in kept:
+            kept.move_to_end(recipe)
+            return replace(kept[recipe], kept=True)
+        self._start("Without")
+        made, seconds = self._timed(lambda: generate(pipe, recipe))
+        row = kept[recipe] = measure(Row("none", "Without", tuple(made.images), seconds), recipe.prompt)
+        if len(kept) > KEPT:
+            kept.popitem(last=False)
+        return row
+
+    def _pushed(self, pipe: Any, recipe: Recipe) -> Row:
+        self._start("With NegToMe")
+        recipe = recipe.replace(**{name: _absolute(getattr(recipe, name)) for name in ("reference", "mask")})
+        watch = Watch(pipe, recipe.config, recipe.images, given=self.asked.mode != "diversity")
+        with warnings.catch_warnings(record=True) as caught, watch.looking():
+            warnings.filterwarnings("always", "NegToMe")
+            (images, steps), seconds = self._timed(lambda: self._attached(pipe, recipe))
+        for warning in caught:
+            if str(warning.message).startswith("NegToMe"):
+                self.note(str(warning.message))
+            else:
+                log.warning("%s", warning.message)
+        return Row("negtome", "With NegToMe", images, seconds, pushed=watch.pushed(steps))
+
+    def _attached(self, pipe: Any, recipe: Recipe) -> tuple[tuple[Image.Image, ...], list[negtome.Step]]:
+        if self.asked.mode != "quality":
+            made = generate(pipe, recipe)
+            return tuple(made.images), made.attached.steps
+        copies = [negtome.Reference(blurred(image, self.asked.blur)) for image in self.state.rows[0].images]
+        with negtome.attach(pipe, recipe.config, given=copies) as attached:
+            return tuple(generate(pipe, recipe.without()).images), attached.steps
+
+    def _method(self, model: models.Model, pipe: Any, name: str, recipe: Recipe) -> Row:
+        title = catalogue.entries()[name].title
+        self._start(title)
+        _, category = split(recipe.prompt)
+        group = Seeded("demo", recipe.prompt, category, recipe.seed, recipe.images)
+        call = recipe.arguments()
+        del call["prompt"], call["num_images_per_prompt"]
+        try:
+            method = model.method(name)
+            drawn, seconds = self._timed(lambda: method.draw(pipe, group, call))
+        except (ValueError, FileNotFoundError, RuntimeError) as error:  # one that the model cannot have hides no other
+            if is_out_of_memory(error):
+                raise
+            return Row(name, title, refused=str(error))
+        return Row(name, title, pictures(drawn.images), seconds)
+
+    def _timed(self, make: Callable[[], Any]) -> tuple[Any, float]:
+        before, start = self.steps.spent, time.perf_counter()
+        made = make()
+        return made, time.perf_counter() - start - (self.steps.spent - before)
+
+    def _smaller(self) -> str:
+        torch.cuda.empty_cache()
+        fewer = (
+            f"fewer images at a time ({self.asked.images // 2} instead of {self.asked.images}), "
+            if self.asked.images > 1
+            else ""
+        )
+        return f"Try {fewer}a smaller model, or close what else uses the memory; {models.USUAL} fits everywhere."
+
+
+class Measure:
+    """Measures rows by a model's scorer; where its weights are missing, nothing is measured and `words` say so."""
+
+    def __init__(self, model: models.Model) -> None:
+        encoder = build(model.cfg.scorer)
+        facts = encoder.weights()
+        self._encoder = encoder if facts.present else None
+        of_own = "this project's own small CLIP of emoji, which says nothing of other pictures"
+        what = f"{facts.encoder}, {of_own}" if model.cfg.kind == "mini" else facts.encoder
+        self.words = f"Measured by {what}. One group of images has no interval: it is an example, and no result."
+        if self._encoder is None:
+            self.words = f"Not measured: the weights of {facts.encoder} are not on this machine. {facts.how_to_get}"
+
+    def __call__(self, row: Row, prompt: str) -> Row:
+        """Return a row with its mean pairwise distance and its CLIPScore."""
+        if self._encoder is None or not row.images:
+            return row
+        pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in row.images]
+        features, text = self._encoder.embed_images(pixels), self._encoder.embed_texts([prompt])
+        clip = float(clip_score(features, text.expand(len(features), -1)).mean())
+        distance = 1 - float(mean_pairwise_similarity(features)) if len(features) > 1 else None
+        return replace(row, distance=distance, clip=clip)
+
+
+def _default_side(pipe: Any) -> int:
+    return pipe.default_sample_size * pipe.vae_scale_factor
+
+
+def _absolute(file: str | None) -> str | None:
+    return None if file is None else str(project_path(file))
+
+
+def blurred(image: Image.Image, blur: float) -> Image.Image:
+    """Return an image blurred by a radius that is a share of its shorter side, as experiments.applications has it."""
+    return image.filter(ImageFilter.GaussianBlur(blur * min(image.size)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether something failed for want of memory, of a GPU's or the machine's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

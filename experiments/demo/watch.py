@@ -1,0 +1,209 @@
+"""What can be seen of a call of a pipeline while it runs: its steps, what they predict, and where tokens are pushed."""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from experiments.methods.group_inference import decoded
+from experiments.methods.steps import levels, predictions, replaced, unpacked
+from negtome import NegToMeConfig, Step
+from negtome.pushing import ATTRIBUTE, Site
+from negtome.sites import find_architecture, find_sites, largest_map, unwrap
+
+#: Latents a side that a preview is decoded from at most.
+PREVIEW = 32
+
+
+class Stopped(Exception):
+    """Somebody wants no more of it."""
+
+
+class StepCount(NamedTuple):
+    """What happened in a step: its timestep, whether it is in the window, tokens compared and tokens pushed."""
+
+    timestep: float
+    active: bool
+    compared: int
+    pushed: int
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where and when tokens were pushed.
+
+    Attributes:
+        steps: all of the call.
+        where: float [K, h, w] in [0, 1], for each image and each place the share of comparisons in which its token was
+            pushed; h x w as the largest feature map.
+    """
+
+    steps: tuple[StepCount, ...]
+    where: torch.Tensor
+
+
+@contextlib.contextmanager
+def stoppable(pipe: Any, stop: threading.Event) -> Iterator[None]:
+    """Raise `Stopped` before the next call of the denoiser once `stop` is set."""
+
+    def check(*_: Any) -> None:
+        if stop.is_set():
+            raise Stopped
+
+    with contextlib.ExitStack() as stack:
+        denoiser = getattr(pipe, find_architecture(pipe).denoiser)
+        stack.callback(denoiser.register_forward_pre_hook(check).remove)
+        yield
+
+
+@dataclass
+class Steps:
+    """Counts the steps of a pipeline's calls and shows what they predict.
+
+    Attributes:
+        report: called after every step with its number, from 1 in every call of the pipeline, how many there are, and
+            the predicted images, float [K, H, W, 3] in [0, 1], small; or None where there are none to be had or the
+            last are fresh.
+        every: seconds between two predictions that are decoded.
+        spent: seconds that decoding and reporting took, which are not the method's.
+    """
+
+    report: Callable[[int, int, torch.Tensor | None], None]
+    every: float = 0.3
+    spent: float = field(default=0.0, init=False)
+
+    @contextlib.contextmanager
+    def of(self, pipe: Any, size: tuple[int, int] | None, previews: bool = True) -> Iterator[None]:
+        """Watch a pipeline until the block ends.
+
+        Args:
+            pipe: a stock pipeline, whose images stay bit-identical.
+            size: height and width of its images in pixels, None if nobody said.
+            previews: whether to decode predictions at all.
+        """
+        scheduler, clean, shown = pipe.scheduler, None, -math.inf
+        schedule, number = None, 0
+        architecture = find_architecture(pipe)
+        plain = not (architecture.listed or architecture.frames or architecture.scale or architecture.video)
+        previews = previews and plain and _known(scheduler)
+
+        def predicted(prediction: Any) -> torch.Tensor:
+            nonlocal clean
+            clean = prediction.clean
+            return clean
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal clean, shown, schedule, number
+            if scheduler.timesteps is not schedule:  # another call of the pipeline
+                schedule, number = scheduler.timesteps, 0
+            number += 1
+            result = original(*args, **kwargs)
+            start = time.perf_counter()
+            fresh = clean is not None and start - shown >= self.every
+            self.report(number, len(schedule), _preview(pipe, clean, size) if fresh else None)
+            clean, end = None, time.perf_counter()
+            shown = end if fresh else shown
+            self.spent += end - start
+            return result
+
+        with predictions(pipe, predicted) if previews else contextlib.nullcontext():
+            original = scheduler.step
+            with replaced(scheduler, "step", step):
+                yield
+
+
+def _known(scheduler: Any) -> bool:
+    try:
+        levels(scheduler)
+    except ValueError:
+        return False
+    return True
+
+
+def _preview(pipe: Any, clean: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor | None:
+    """Decode predicted latents, made small first: what is to be seen of a large picture in a moment's time."""
+    if clean.dim() == 3:
+        if size is None:
+            return None
+        clean = unpacked(pipe, clean, *size)
+    shrink = max(1, math.ceil(max(clean.shape[-2:]) / PREVIEW))
+    return decoded(pipe, F.avg_pool2d(clean, shrink) if shrink > 1 else clean)
+
+
+class Watch:
+    """Sees which tokens are pushed while a pipeline makes square images.
+
+    Args:
+        pipe: the pipeline, which is attached while it is called.
+        config: the settings that it is attached with.
+        images: K, that the call makes.
+        given: whether they are pushed from given images, so that the first one moves too.
+    """
+
+    def __init__(self, pipe: Any, config: NegToMeConfig, images: int, given: bool) -> None:
+        architecture = find_architecture(pipe)
+        self._denoiser = getattr(pipe, architecture.denoiser)
+        threshold = config.published_for(architecture.name.lower()).threshold
+        self._threshold = threshold if threshold < 1 else math.inf
+        self._images = images
+        self._still = int(not given and config.reference != "others")  # the first image of a group
+        self._calls: list[tuple[int, int]] = []  # tokens compared and pushed in each call of the denoiser
+        self._maps: list[torch.Tensor] = []  # [K, h, w]
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Watch until the block ends."""
+        handle = self._denoiser.register_forward_hook(self._look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _look(self, *_: Any) -> None:
+        """Read what the sites found, before the attachment counts it and lets it go."""
+        compared = pushed = 0
+        for module in self._denoiser.modules():
+            site = vars(module).get(ATTRIBUTE)
+            if not isinstance(site, Site) or site.similarity is None:
+                continue
+            moved = (site.similarity > self._threshold).float().cpu()
+            compared += moved.numel()
+            pushed += int(moved.sum())
+            moving = self._images - self._still
+            side = math.isqrt(moved.shape[1] // moving)
+            if moving * side * side == moved.shape[1]:  # else a module that was called twice
+                found = moved.mean(dim=0).view(moving, side, side)
+                self._maps.append(torch.cat([torch.zeros(self._still, side, side), found]))
+        self._calls.append((compared, pushed))
+
+    def pushed(self, steps: Sequence[Step]) -> Pushed:
+        """Return what was seen in the steps of the attachment's one call."""
+        each = max(1, len(self._calls) // max(1, len(steps)))  # calls of the denoiser in a step
+        counts = [tuple(map(sum, zip(*self._calls[i * each : (i + 1) * each], strict=True))) for i in range(len(steps))]
+        rows = tuple(StepCount(*step, *count) for step, count in zip(steps, counts, strict=True))
+        side = max((one.shape[-1] for one in self._maps), default=1)
+        large = [F.interpolate(one[:, None], (side, side), mode="nearest")[:, 0] for one in self._maps]
+        return Pushed(rows, torch.stack(large).mean(dim=0) if large else torch.zeros(self._images, 1, 1))
+
+
+def token_grid(pipe: Any, config: NegToMeConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width in tokens, of the largest feature map that takes part, of images of a size in pixels."""
+    architecture = find_architecture(pipe)
+    denoiser = unwrap(getattr(pipe, architecture.denoiser))
+    height, width = (side // pipe.vae_scale_factor for side in size)
+    if not architecture.levels:
+        return height // architecture.patch, width // architecture.patch
+    names = [name for name, _, _ in find_sites(denoiser, architecture, config)]
+    return largest_map(denoiser, names, (height, width))
+
+
+def pictures(images: Any) -> tuple[Image.Image, ...]:
+    """Return floats [K, H, W, 3] in [0, 1] as Pillow's images."""
+    return tuple(Image.fromarray(image) for image in (255 * torch.as_tensor(images)).round().byte().numpy())

@@ -1,0 +1,219 @@
+"""The demo's page in a real browser: what a visitor does with it, and that it asks for nothing from anywhere."""
+
+import re
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+pytest.importorskip("gradio", reason="make test-browser needs gradio: pip install -e '.[browser]'")
+
+from experiments.demo import asked as asking
+from experiments.demo.asked import MODES
+from experiments.demo.page import Page, launched
+from experiments.demo.session import Session
+
+#: Milliseconds that anything may take here, on a machine that does much else.
+PATIENCE = 120_000
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Serve one page with mini-sdxl; what it keeps lies elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "PICTURES", tmp_path_factory.mktemp("pictures"))
+        page = Page("mini-sdxl", Session(preview_every=0))
+        yield launched(page)
+        page.blocks.close()
+
+
+@pytest.fixture
+def visit(open_page, address):
+    """Open the page, ready to be used: `visit(query, width=1280, dark=False)`."""
+
+    def opened(query="?steps=3&images=2", **options):
+        page = open_page(address + query, **options)
+        page.set_default_timeout(PATIENCE)
+        asked = dict(parse_qsl(query.removeprefix("?")))
+        page.locator("#nt-what").get_by_text(MODES[asked.get("mode", "diversity")].what).wait_for()
+        page.wait_for_function(
+            "n => document.querySelector('#nt-steps input').value === n", arg=asked.get("steps", "20")
+        )
+        return page
+
+    return opened
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A file to upload: a red square with a blue ball."""
+    image = Image.new("RGB", (128, 128), "red")
+    ImageDraw.Draw(image).ellipse((30, 30, 100, 100), fill="blue")
+    image.save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def generate(page):
+    page.locator("#nt-go").click()
+    page.locator(".nt-done").wait_for()
+
+
+def choose(page, mode):
+    page.locator("#nt-mode").get_by_text(mode, exact=True).click()
+
+
+def upload(page, picture):
+    page.locator("#nt-picture input[type=file]").first.set_input_files(picture)
+    page.locator("#nt-picture canvas").first.wait_for()
+    page.locator(".nt-mask").wait_for()
+
+
+def overflow(page):
+    """Return by how many pixels the page is wider than its window, and what sticks out."""
+    return page.evaluate(
+        "() => [document.documentElement.scrollWidth - innerWidth, ...[...document.querySelectorAll('body *')]"
+        ".filter((one) => one.getBoundingClientRect().right > innerWidth + 1 && !one.closest('.nt-scroll, pre'))"
+        ".map((one) => one.outerHTML.slice(0, 120)).slice(0, 4)]"
+    )
+
+
+def test_an_untouched_page_generates(visit):
+    page = visit("")
+    generate(page)
+    assert page.locator(".nt-pair").count() == 8 and "negtome" in page.title()
+
+
+def test_generating_shows_two_aligned_rows_numbers_and_what_to_take_along(visit):
+    page = visit()
+    generate(page)
+    pairs = page.locator(".nt-pair")
+    assert pairs.count() == 4
+    boxes = [pairs.nth(number).bounding_box() for number in range(4)]
+    assert [boxes[0]["x"], boxes[1]["x"]] == [boxes[2]["x"], boxes[3]["x"]], "before stands above after"
+    assert page.locator("#nt-results tbody tr").count() == 2 and page.locator(".nt-bars span").count() == 3
+    page.get_by_text("Command line").click()
+    assert "negtome generate" in page.locator("pre:visible").inner_text()
+    saved = page.locator("a[download='negtome-sheet.png']")
+    assert saved.get_attribute("href").startswith("data:image/png;base64,")
+
+
+def test_one_click_on_a_pair_slides_between_before_and_after(visit):
+    page = visit()
+    generate(page)
+    slider = page.locator(".nt-slider")
+    assert slider.is_hidden()
+    page.locator(".nt-pair").nth(3).click()
+    assert slider.is_visible() and "image 2" in page.locator(".nt-which").inner_text()
+    frame = page.locator(".nt-frame")
+    before = page.locator(".nt-pair img").nth(1).get_attribute("src")
+    assert page.locator(".nt-before").get_attribute("src") == before
+    for value in ("0", "100"):  # nothing of the image before, and then nothing else
+        page.locator(".nt-slider input").fill(value)
+        assert frame.evaluate("one => one.style.getPropertyValue('--cut')") == f"{value}%"
+    with page.expect_download() as download:
+        page.locator(".nt-save").click()
+    with Image.open(download.value.path()) as image:
+        assert "a photo of a dog" in image.text["negtome"]
+
+
+def test_a_picture_is_uploaded_and_its_mask_is_painted_with_the_mouse(visit, picture):
+    page = visit()
+    choose(page, "Away from a picture")
+    assert page.locator("#nt-blur").is_hidden() and page.locator("#nt-methods").is_hidden()
+    upload(page, picture)
+    caption = page.locator(".nt-mask figcaption")
+    assert "256 of 256" in caption.inner_text(), "all of it, while nothing is painted"
+    canvas = page.locator("#nt-picture canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2 - 60, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    for step in range(13):
+        page.mouse.move(box["x"] + box["width"] / 2 - 60 + 10 * step, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    page.wait_for_function("() => !document.querySelector('.nt-mask figcaption').textContent.includes('256 of 256')")
+    inside = int(re.search(r"(\d+) of 256", caption.inner_text())[1])
+    assert 0 < inside < 256
+    generate(page)
+    assert page.locator(".nt-pair").count() == 4
+    page.get_by_text("Python", exact=True).click()
+    assert "mask=" in page.locator("pre:visible").inner_text()
+
+
+def test_stop_ends_a_run_between_two_steps(visit):
+    page = visit("?steps=200&images=8&seed=5")
+    assert page.locator("#nt-stop").is_disabled()
+    page.locator("#nt-go").click()
+    page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
+    page.locator("#nt-stop").click()
+    page.locator(".nt-stopped").wait_for()
+    assert re.search(r"Stopped after step \d+ of 200", page.locator(".nt-said").inner_text())
+    assert page.locator("#nt-go").is_enabled() and page.locator(".nt-pair").count() == 0
+
+
+def test_an_empty_prompt_is_a_toast_that_says_what_to_do(visit):
+    page = visit()
+    page.locator("#nt-prompt textarea").fill(" ")
+    page.locator("#nt-go").click()
+    page.get_by_text("The prompt is empty: write what the images should show").wait_for()
+    assert page.locator("#nt-go").is_enabled()
+
+
+def test_methods_are_compared_and_missing_weights_said(visit):
+    page = visit("?mode=compare&steps=3&images=2&methods=negtome,lower_guidance&model=sd15")
+    page.get_by_text("Its weights are not on this machine").wait_for()
+    assert page.locator("#nt-strength").is_hidden()
+    page.locator("#nt-go").click()
+    page.locator(".nt-done").wait_for()
+    assert page.locator("#nt-right h2").all_inner_texts()[:3] == ["Without", "NegToMe", "lower guidance"]
+    assert "These images are by mini-sdxl" in page.locator(".nt-note").inner_text()
+
+
+def test_a_link_restores_the_page(visit, picture, address):
+    page = visit()
+    choose(page, "Towards a picture")
+    upload(page, picture)
+    page.locator("#nt-prompt textarea").fill("a photo of a cat & a dög")
+    generate(page)
+    link = page.locator("#nt-results a[href*='?']").get_attribute("href")
+    before = page.locator(".nt-pair img").nth(3).get_attribute("src")
+    again = visit(link.removeprefix(address))
+    assert again.locator("#nt-prompt textarea").input_value() == "a photo of a cat & a dög"
+    again.locator(".nt-mask").wait_for()
+    generate(again)
+    assert again.locator(".nt-pair img").nth(3).get_attribute("src") == before, "the very same picture"
+
+
+def test_new_seeds_are_drawn_unless_one_is_kept(visit):
+    page = visit()
+    seed = page.locator("#nt-seed input")
+    page.locator("#nt-dice").click()
+    page.wait_for_function("() => document.querySelector('#nt-seed input').value !== '0'")
+    drawn = seed.input_value()
+    generate(page)
+    assert seed.input_value() == drawn
+
+
+@pytest.mark.parametrize("width", [1280, 768, 390])
+@pytest.mark.parametrize("mode", ["diversity", "away", "compare"])
+def test_nothing_is_wider_than_the_window(visit, width, mode):
+    page = visit(f"?mode={mode}&steps=2&images=8", width=width)
+    if mode == "diversity":
+        generate(page)
+        page.locator(".nt-pair").last.click()
+        page.get_by_text("Hydra overrides").click()
+    assert overflow(page) == [0]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_can_be_read_by_everybody(visit, check_accessibility, dark):
+    page = visit(dark=dark)
+    generate(page)
+    page.locator(".nt-pair").last.click()
+    ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert (np.array(re.findall(r"\d+", ground)[:3], int).mean() < 100) == dark
+    check_accessibility(page)
+    choose(page, "Away from a picture")
+    page.locator("#nt-picture").wait_for()
+    check_accessibility(page)

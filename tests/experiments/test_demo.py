@@ -1,0 +1,387 @@
+"""The demo without its page: what a session makes, says and stops; and what a visitor takes away."""
+
+import ast
+import contextlib
+import io
+import json
+import os
+import runpy
+import shlex
+import sys
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import negtome
+from experiments import PROJECT
+from experiments.__main__ import main
+from experiments.configs import build, expand
+from experiments.demo import asked as asking
+from experiments.demo import models, session, view
+from experiments.demo.asked import MODES, Asked, keep, split
+from experiments.demo.export import exports, png
+from experiments.demo.session import Session, blurred
+from negtome.generate import Made, generate
+from negtome.recipe import Recipe
+from negtome.reference import token_mask
+
+FEW = Asked(images=2, steps=2, low=0, threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """A session that has mini-sdxl loaded; no test changes its pipeline."""
+    made = Session(preview_every=0)
+    made.load("mini-sdxl")
+    return made
+
+
+@pytest.fixture
+def kept_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "PICTURES", tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+def given(kept_in, **changes):
+    """Ask for what is away from a picture, of which the left half counts."""
+    picture, mask = Image.new("RGB", (96, 64), "red"), Image.new("L", (96, 64))
+    ImageDraw.Draw(picture).ellipse((20, 10, 70, 60), fill="blue")
+    ImageDraw.Draw(mask).rectangle((0, 0, 47, 63), fill=255)
+    return replace(FEW, mode="away", picture=keep(picture), mask=keep(mask), **changes)
+
+
+def states(one, asked, stop=None):
+    return list(one.run(asked, stop or threading.Event()))
+
+
+def ended(one, asked):
+    last = states(one, asked)[-1]
+    assert last.kind == "done", last
+    return last
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_both_rows_are_the_library_s_own_images_whatever_is_watched(one):
+    seen = states(one, FEW)
+    recipe, pipe = seen[-1].recipe, one.loaded[1]
+    made = generate(pipe, recipe)
+    assert np.array_equal(pixels(seen[-1].rows[0].images), pixels(generate(pipe, recipe.without()).images))
+    assert np.array_equal(pixels(seen[-1].rows[1].images), pixels(made.images))
+    working = [state for state in seen if state.kind == "working" and state.step]
+    assert [state.step for state in working] == [1, 2, 1, 2] and {state.steps for state in working} == {2}
+    assert all(len(state.preview) == 2 for state in working), "a preview of every image after every step"
+    pushed, summary = seen[-1].rows[1].pushed, made.attached.summary()
+    assert sum(step.pushed for step in pushed.steps) == summary["tokens_pushed"] > 0
+    assert sum(step.compared for step in pushed.steps) == summary["tokens_compared"]
+    assert [step[:2] for step in pushed.steps] == made.attached.steps
+    assert pushed.where.shape == (2, 16, 16) and not pushed.where[0].any() and 0 < pushed.where[1].mean() <= 1
+
+
+def test_what_is_measured_is_what_the_harness_measures(one, tmp_path):
+    from eval.alignment import ClipScore
+    from eval.diversity import PairwiseDistance
+
+    row = ended(one, FEW).rows[1]
+    encoder = build(models.find("mini-sdxl").cfg.scorer)
+    images = torch.from_numpy(pixels(row.images)).permute(0, 3, 1, 2)
+    distance, clip = PairwiseDistance(encoder), ClipScore(encoder)
+    distance.update(images[None])
+    clip.update(images, [FEW.prompt] * 2)
+    assert row.distance == pytest.approx(float(distance.compute()), abs=1e-5)
+    assert row.clip == pytest.approx(float(clip.compute()), abs=1e-3)
+
+
+def test_images_without_a_method_are_made_once_for_all_that_they_depend_on(one, monkeypatch):
+    calls, blank = [], [Image.new("RGB", (8, 8))]
+
+    def painted(pipe, recipe):
+        calls.append(recipe)
+        return Made(blank * recipe.images, SimpleNamespace(steps=[]))
+
+    monkeypatch.setattr(session, "generate", painted)
+    monkeypatch.setattr(one, "baselines", OrderedDict())
+    ended(one, FEW)
+    for change in ({"alpha": 0.1}, {"threshold": 0.9}, {"low": 500}, {"matching": "released"}):
+        calls.clear()
+        assert ended(one, replace(FEW, **change)).rows[0].kept and len(calls) == 1, change
+    for change in ({"prompt": "a photo of a cat"}, {"seed": 7}, {"steps": 1}, {"images": 3}):
+        calls.clear()
+        assert not ended(one, replace(FEW, **change)).rows[0].kept and len(calls) == 2, change
+    for seed in range(20):
+        ended(one, replace(FEW, seed=seed))
+    assert len(one.baselines) == session.KEPT and not ended(one, FEW).rows[0].kept, "the oldest are forgotten"
+
+
+def test_stop_ends_a_run_before_the_next_step_and_the_pipeline_is_free_again(one):
+    stop, seen = threading.Event(), []
+    for state in one.run(replace(FEW, seed=11, steps=20), stop):
+        seen.append(state)
+        if state.step == 2:
+            stop.set()
+    assert seen[-1].kind == "stopped" and "after step" in seen[-1].text and seen[-1].advice
+    assert max(state.step for state in seen) < 20 and not seen[-1].rows
+    assert not one.turn.locked() and ended(one, FEW)
+
+
+def test_a_run_that_is_stopped_in_its_second_row_keeps_the_first(one):
+    stop = threading.Event()
+    for state in one.run(FEW, stop):
+        if len(state.rows) == 1 and state.step == 1:
+            stop.set()
+    assert state.kind == "stopped" and [row.name for row in state.rows] == ["none"]
+    negtome.attach(one.loaded[1]).remove()  # which is refused where anything is left
+
+
+def test_a_visitor_who_leaves_ends_the_run(one):
+    stop = threading.Event()
+    run = one.run(replace(FEW, seed=12), stop)
+    next(run)
+    run.close()
+    assert stop.is_set()
+
+
+def test_runs_wait_for_each_other_and_may_be_taken_out_of_the_queue(one):
+    with one.turn:
+        stop = threading.Event()
+        run = one.run(FEW, stop)
+        first = next(run)
+        assert first.kind == "queued" and "another run" in first.text
+        stop.set()
+        assert [state.kind for state in run] == ["stopped"]
+        waiting = one.run(FEW, threading.Event())
+        assert next(waiting).kind == "queued"
+    assert [*waiting][-1].kind == "done"
+
+
+def test_missing_weights_are_named_and_the_embedded_model_stands_in(one):
+    last = ended(one, replace(FEW, model="sd15"))
+    assert last.asked.model == "mini-sdxl" and last.recipe.model == "models/mini-sdxl"
+    assert "stable-diffusion-v1-5" in last.notes[0] and "hf download" in last.notes[0]
+    assert "These images are by mini-sdxl" in last.notes[0]
+    for name in ("./nowhere", "nobody/nothing"):
+        assert name in ended(one, replace(FEW, model=name)).notes[0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_without_memory_it_says_what_to_try(one, monkeypatch, error):
+    def failing(pipe, recipe):
+        raise error
+
+    monkeypatch.setattr(session, "generate", failing)
+    last = states(one, replace(FEW, seed=13))[-1]
+    assert last.kind == "failed" and last.text == "Out of memory." and "1 instead of 2" in last.advice
+
+
+def test_the_library_s_own_words_are_shown_where_nothing_is_pushed_or_nothing_can_be(one):
+    last = ended(one, replace(FEW, threshold=0.9999))
+    assert any("pushed no token" in note and "lower the threshold" in note for note in last.notes)
+    last = states(one, replace(FEW, low=1, high=2))[-1]
+    assert last.kind == "failed" and "widen the window" in last.text and [row.name for row in last.rows] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": " "}, "prompt is empty: write"),
+        ({"images": 1}, "at least two"),
+        ({"mode": "away"}, "upload or paste"),
+        ({"mode": "compare", "methods": ()}, "tick at least one"),
+        ({"low": 900, "high": 100}, "swap them"),
+        ({"seed": -1}, "seed from 0"),
+        ({"images": 99}, "1 to 8 images"),
+        ({"steps": 0}, "1 to 200 steps"),
+        ({"mode": "sharpen"}, "got 'sharpen'"),
+    ],
+)
+def test_what_cannot_be_made_is_said_before_anything_is(one, change, said):
+    (state,) = states(one, replace(FEW, **change))
+    assert state.kind == "failed" and said in state.text and not state.rows
+
+
+def test_a_picture_and_its_mask_are_what_the_library_gets(one, kept_in):
+    last = ended(one, given(kept_in, images=1))
+    picture, mask = (kept_in / f"{name}.png" for name in (last.asked.picture, last.asked.mask))
+    reference = negtome.Reference(str(picture), mask=str(mask))
+    with negtome.attach(one.loaded[1], last.recipe.config, given=reference):
+        images = generate(one.loaded[1], last.recipe.without()).images
+    assert np.array_equal(pixels(last.rows[1].images), pixels(images))
+    assert last.rows[1].pushed.where.shape == (1, 16, 16) and last.rows[1].distance is None
+
+
+def test_the_mask_is_shown_as_the_tokens_see_it(one, kept_in):
+    asked = given(kept_in)
+    size, grid = one.grid(asked.model)
+    assert (size, grid) == ((128, 128), (16, 16))
+    picture, mask = (Image.open(kept_in / f"{name}.png") for name in (asked.picture, asked.mask))
+    # 96 x 64 in a square: a third of the height is margin, and half of the width is inside.
+    inside = token_mask(
+        torch.zeros(128, 128).index_fill_(0, torch.arange(21, 106), 1) * (torch.arange(128) < 64), *grid
+    )
+    assert f"{int(inside.sum())} of 256 (16 x 16)" in view.mask_seen(picture, mask, size, grid)
+    assert "0 of 256" in view.mask_seen(picture, Image.new("L", picture.size), size, grid)
+
+
+def test_quality_is_away_from_a_blurred_copy_of_each_image(one):
+    last = ended(one, replace(FEW, mode="quality", blur=0.1, alpha=0.6))
+    copies = [negtome.Reference(blurred(image, 0.1)) for image in last.rows[0].images]
+    with negtome.attach(one.loaded[1], last.recipe.config, given=copies):
+        images = generate(one.loaded[1], last.recipe.without()).images
+    assert np.array_equal(pixels(last.rows[1].images), pixels(images))
+
+
+def test_methods_are_those_of_the_benchmark_and_one_that_refuses_hides_no_other(one):
+    methods = models.find("mini-sdxl").methods()
+    assert next(iter(methods)) == "negtome" and {"cads", "negtome_released", "best_of"} <= methods.keys()
+    assert not {"shield_reference", "guarded", "contextual_repulsion", "none"} & methods.keys()
+    last = ended(one, replace(FEW, mode="compare", methods=("lower_guidance", "contextual_repulsion", "negtome")))
+    assert [row.name for row in last.rows] == ["none", "lower_guidance", "contextual_repulsion", "negtome"]
+    assert last.rows[2].refused and not last.rows[2].images and len(last.rows[3].images) == 2
+    pipe, config = one.loaded[1], models.find("mini-sdxl").group
+    expected = generate(pipe, last.recipe.replace(config=config)).images
+    assert np.abs(pixels(last.rows[3].images).astype(int) - pixels(expected)).max() <= 1, "from the same noises"
+
+
+@pytest.mark.parametrize("mode", ["diversity", "away", "quality", "towards"])
+def test_the_script_makes_these_very_images(one, kept_in, tmp_path, monkeypatch, mode):
+    asked = replace(given(kept_in), mode=mode, alpha=-0.3 if mode == "towards" else 0.9)
+    last = ended(one, asked)
+    script = exports(asked, last.recipe, models.find(asked.model))[0].text
+    loads = []
+    monkeypatch.setattr(
+        "diffusers.DiffusionPipeline.from_pretrained", lambda model: loads.append(model) or one.loaded[1]
+    )
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path("script.py")
+    for row, name in zip(last.rows, ("without", "with"), strict=True):
+        made = [Image.open(f"{name}-{number}.png") for number in range(2)]
+        assert np.array_equal(pixels(made), pixels(row.images)), name
+    assert loads == ["models/mini-sdxl"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
+    prompt = 'a photo of a dog\'s "day, out"'
+    asked = replace(given(kept_in), mode=mode, mask="", prompt=prompt, methods=("negtome", "cads"))
+    model = models.find(asked.model)
+    recipe = asked.recipe(model)
+    words = shlex.split(exports(asked, recipe, model)[2].text)
+    assert words[:2] == ["python", "-m"]
+    cfg = expand(words[3:])[-1] if words[2].endswith("generate") else expand(["method=negtome", *words[3:]])[0]
+    assert cfg.model.call.num_inference_steps == 2
+    if words[2] == "experiments.generate":
+        (group,) = build(cfg.prompts).groups()
+        assert (group.prompt, group.seed, group.size) == (prompt, 0, 2)
+    else:
+        (spec,) = cfg.applications.values()
+        assert (spec.prompt, list(spec.alphas), list(spec.seeds)) == (prompt, [asked.alpha], [0, 1])
+        assert spec.get("blur") == (asked.blur if mode == "quality" else None)
+    if mode != "compare":
+        config = build(cfg.method).config
+        if mode != "diversity":
+            config = config.replace(alpha=recipe.config.alpha)
+        assert config.published_for("sdxl") == recipe.config
+
+
+def test_a_prompt_is_split_at_its_last_article_or_word():
+    assert split("a photo of a red dog") == ("a photo of a", "red dog")
+    assert split("cats and dogs") == ("cats and", "dogs")
+    assert split("dog") == ("", "dog")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_link_restores_what_was_asked_for(kept_in, mode):
+    asked = replace(given(kept_in), mode=mode, prompt="50 % of a dög & cat?", methods=("negtome", "cads"), blur=0.1)
+    back = Asked.from_query(dict(parse_qsl(asked.link()[1:])))
+    matters = {"mode", "prompt", "model", "images", "seed", "steps", *MODES[mode].controls}
+    assert {name: getattr(back, name) for name in matters} == {name: getattr(asked, name) for name in matters}
+
+
+def test_a_foreign_link_names_no_file_and_changes_nothing_that_it_may_not(kept_in):
+    query = {
+        "picture": "../../../etc/passwd",
+        "mask": "0" * 16,
+        "alpha": "nan",
+        "images": "1e9",
+        "mode": "x",
+        "who": "me",
+    }
+    assert Asked.from_query(query) == Asked()
+
+
+def test_a_picture_holds_its_settings(one):
+    last = ended(one, FEW)
+    with Image.open(io.BytesIO(png(last.rows[1].images[0], last.recipe, FEW.link()))) as image:
+        assert Recipe.from_dict(json.loads(image.text["negtome"])) == last.recipe
+        assert Asked.from_query(dict(parse_qsl(image.text["negtome demo"][1:]))) == FEW
+
+
+def test_memory_is_saved_only_where_it_is_needed():
+    gigabyte = 1 << 30
+    assert models.plan(80 * gigabyte, 7 * gigabyte, "cuda") == (False, False)
+    assert models.plan(8 * gigabyte, 7 * gigabyte, "cuda") == (True, False)
+    assert models.plan(5 * gigabyte, 7 * gigabyte, "cuda") == (True, True)
+    assert models.plan(8 * gigabyte, 7 * gigabyte, "cpu") == (False, True), "nothing can be moved off a CPU"
+
+
+def test_a_folder_is_called_as_the_model_of_its_architecture(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint("sdxl")
+    model = models.find(str(folder))
+    assert (model.base, model.cfg.source, model.cfg.call.height) == ("sdxl", str(folder), None)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match=r"FluxPipeline.*got a WanPipeline"):
+        models.find(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_folder_makes_images_that_nothing_measures(tiny_checkpoint):
+    asked = Asked(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
+    models.find(asked.model).cfg.call.max_sequence_length = 32  # which the tiny encoder reads
+    last = ended(Session(preview_every=0), asked)
+    assert last.rows[1].pushed.steps[0].pushed and last.rows[1].distance is None
+    assert "Not measured: the weights of" in last.scorer
+
+
+def test_what_is_shown_is_escaped_and_complete(one):
+    asked = replace(FEW, prompt="a photo of a <b onclick=x>${dog}")
+    last = ended(one, asked)
+    shown = view.results(last, models.find(asked.model))
+    assert "<b onclick" not in shown and shown.count("data:image/png;base64,") == 2 * 2 + 2 + 1
+    assert "mini-clip" in shown and "tokens pushed" in shown and "negtome generate" in shown
+    assert "step 1 of 3" in view.progress(replace(last, kind="working", text="step 1 of 3", step=1, steps=3))
+
+
+def test_a_missing_gradio_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "experiments.demo.page", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(["demo"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "demo: expected gradio for the demo, got none: pip install -e '.[demo]', or make demo\n"
+    )
+    assert main(["demo", "--prot", "1"]) == 2 and "got --prot 1" in capsys.readouterr().err
+
+
+def test_gradio_is_of_the_page_alone():
+    files = [path for package in ("negtome", "eval", "experiments") for path in (PROJECT / package).rglob("*.py")]
+    found = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            found |= {path for name in names if name.split(".")[0] == "gradio"}
+    assert found == {Path(PROJECT, "experiments", "demo", "page.py")}
