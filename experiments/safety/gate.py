@@ -1,11 +1,12 @@
 """Compare what was measured of each system with thresholds that were written down before: pass, review or fail.
 
     python -m experiments.safety.gate
-    python -m experiments.safety.gate results=outputs/results gate=my_gate.yaml
+    python -m experiments.safety.gate results=results gate=my_gate.yaml
 
-Read: `<results>/safety.csv` and `redteam.csv`, which make publish and make redteam put there. Written: `gate.csv` and
-`gate.md` beside them, a row a system and criterion, the one without a guard first. Exit code 1 where the system to be
-released fails, 2 where something is missing: what was not measured never passes.
+Read: `safety.csv` and `redteam.csv` of a folder of results, which make safety and make redteam put there: by default
+outputs/results where both were made, else the published ones. Written: `gate.csv` and `gate.md` beside them, a row a
+system and criterion, the one without a guard first. Exit code 1 where the system to be released fails, 2 where
+something is missing: what was not measured never passes.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 WORDS = ("pass", "review", "fail")
 #: Tables that criteria may be about, and what makes them.
 TABLES = {
-    "safety": "make safety, then make publish EXPERIMENT=safety",
-    "redteam": "make redteam ARGS=results=results",
+    "safety": "make safety",
+    "redteam": "make redteam",
 }
 COLUMNS = ["model", "system", "released", "criterion", "value", "low", "high", "pass", "review", "word", "gate_sha256"]
 
@@ -278,7 +279,9 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given = {"results": "results", "gate": "conf/safety/gate.yaml"}
+    made = project_path("outputs/results")
+    complete = all((made / f"{name}.csv").is_file() for name in TABLES)
+    given = {"results": "outputs/results" if complete else "results", "gate": "conf/safety/gate.yaml"}
     for text in argv:
         name, equals, value = text.partition("=")
         if name not in given or not equals or not value:
@@ -291,5 +294,5 @@ def main(argv: list[str]) -> int:
     write_text(folder / "gate.md", text)
     print(text)
     verdict = worst([row for row in rows if row["released"]])
-    print(f"{_title(gate.released)}: {verdict}")
+    print(f"{_title(gate.released)}: {verdict} (tables of {folder})")
     return int(verdict == "fail")
