@@ -122,8 +122,9 @@ def _sections(results: Path, outputs: Path, pictures: Pictures, groups: int) -> 
     words = {path.stem: path for path in sorted(results.glob("*.md")) if path.stem not in APART}
     words = {stem: path for stem, path in words.items() if not is_elsewhere(path, results)}
     of_experiments = {name for name, frame in tables.items() if _is_experiment(name, frame)}
-    # A table without a page of its own, as that of outcomes, belongs to the one whose name its own begins with.
-    names = {name for name in tables if name in of_experiments or name in words or not _owner(name, tables)}
+    # A table without a page of its own, as that of outcomes, belongs to one with words whose name its own begins with.
+    told = of_experiments | words.keys()
+    names = {name for name in tables if name in told or not _owner(name, told)}
     names |= {stem for stem in words if not _owner(stem, names)}
     sections = {
         name: _section(name, tables.get(name), name in of_experiments, results, outputs, pictures, groups)

@@ -227,7 +227,7 @@ def shoot(page: Path, into: Path, image: str) -> None:
             tab = browser.new_page(viewport={"width": width, "height": height})
             tab.goto(page.resolve().as_uri() + address, timeout=300_000)
             with Image.open(io.BytesIO(tab.screenshot(timeout=300_000))) as taken:
-                taken.save(into / f"report_{width}.webp", quality=80, method=6)
+                taken.save(into / f"report_{width}.webp", quality=70, method=6)
         browser.close()
 
 

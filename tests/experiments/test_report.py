@@ -339,7 +339,7 @@ def test_nothing_of_the_folder_of_results_falls_through(tmp_path):
     """Tables, pages and pictures stand with the table whose name theirs begins with, each once."""
     results = tmp_path / "results"
     results.mkdir()
-    for stem in ("judged", "judged_more", "judged_most", "other"):
+    for stem in ("judged", "judged_more", "judged_most", "other", "other_more"):
         (results / f"{stem}.csv").write_text(f"what,value\ncell of {stem}.,1\n")
     for stem in ("judged", "judged_most", "judged_most_extra", "alone", "README"):
         (results / f"{stem}.md").write_text(
@@ -349,10 +349,11 @@ def test_nothing_of_the_folder_of_results_falls_through(tmp_path):
         Image.new("RGB", (8, 8)).save(results / f"{stem}.png")
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
     sections = {one["id"]: one["text"] for one in page.all("details", **{"class": "section"})}
-    assert list(sections) == ["alone", "judged", "judged_most", "lonely", "other"]
+    assert list(sections) == ["alone", "judged", "judged_most", "lonely", "other", "other_more"]
     places = {
         "cell of judged.": "judged", "cell of judged_more.": "judged", "cell of judged_most": "judged_most",
-        "cell of other.": "other", "Words of judged, so much.": "judged", "row of judged_most_extra": "judged_most",
+        "cell of other.": "other", "cell of other_more.": "other_more",
+        "Words of judged, so much.": "judged", "row of judged_most_extra": "judged_most",
         "Words of judged_most, so": "judged_most", "row of alone": "alone", "judged_picture: a": "judged",
         "lonely_picture: a": "lonely", "alone: a picture": "alone",
     }  # fmt: skip
