@@ -13,7 +13,7 @@ from experiments.demo.session import Session
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 #: Width of the window and height of the picture, in pixels.
-SIZES = {1280: 1180, 390: 1400}
+SIZES = {1280: 1240, 390: 1400}
 
 
 def main() -> None:
@@ -28,10 +28,9 @@ def main() -> None:
             page.goto(address)
             page.locator("#nt-go").click()
             page.locator(".nt-done").wait_for()
-            page.locator(".nt-pair").nth(6).click()
-            page.locator("#nt-page" if width > 900 else "#nt-right").evaluate("one => one.scrollIntoView()")
-            if width > 900:
-                page.evaluate("() => scrollTo(0, 0)")
+            if width < 900:
+                page.locator(".nt-pair").nth(5).click()
+                page.locator("#nt-right").evaluate("one => one.scrollIntoView()")
             image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
             FOLDER.mkdir(exist_ok=True)
             image.save(FOLDER / f"demo_{width}.webp", quality=82, method=6)
