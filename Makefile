@@ -22,7 +22,7 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-install: $(VENV)/.installed-dev  ## everything but the training packages, into .venv
+install: $(VENV)/.installed-dev  ## what the benchmark, its tests and its pages need, into .venv
 
 # reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
 reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduce-diversity, reproduce-copyright, reproduce-sweep

@@ -32,7 +32,7 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     names: dict[str, Any] = {}
     for count, cell in enumerate([cell for cell in notebook.cells if cell.cell_type == "code"], start=1):
         body = ast.parse(cell.source).body
-        last = body.pop() if isinstance(body[-1], ast.Expr) else None
+        last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(ast.Module(body, []), cell.id, "exec"), names)
             value = last and eval(compile(ast.Expression(last.value), cell.id, "eval"), names)

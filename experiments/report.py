@@ -118,9 +118,10 @@ def _chapters(sections: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, A
 
 def _sections(results: Path, outputs: Path, pictures: Pictures, groups: int) -> dict[str, dict[str, Any]]:
     """Return what the page says of every table, and of what is beside them; nothing of the folder is left out."""
-    tables = {path.stem: read_csv(path) for path in sorted(results.glob("*.csv")) if path.stem not in APART}
-    words = {path.stem: path for path in sorted(results.glob("*.md")) if path.stem not in APART}
-    words = {stem: path for stem, path in words.items() if not is_elsewhere(path, results)}
+    kinds = {kind: sorted(results.glob(f"*.{kind}")) for kind in ("csv", "md")}
+    own = {kind: [file for file in files if not is_elsewhere(file, results)] for kind, files in kinds.items()}
+    tables = {path.stem: read_csv(path) for path in own["csv"] if path.stem not in APART}
+    words = {path.stem: path for path in own["md"] if path.stem not in APART}
     of_experiments = {name for name, frame in tables.items() if _is_experiment(name, frame)}
     # A table without a page of its own, as that of outcomes, belongs to one with words whose name its own begins with.
     told = of_experiments | words.keys()

@@ -220,15 +220,17 @@ def test_words_are_by_the_limits():
         criterion.word(math.nan)
 
 
-def test_tables_made_here_come_before_the_published_ones_if_both_are_there(tmp_path, monkeypatch):
+def test_tables_made_here_come_before_the_published_ones_and_are_not_mixed_with_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.safety.gate.project_path", lambda path: tmp_path / path)
     published, made = tmp_path / "results", tmp_path / "outputs" / "results"
     published.mkdir()
     made.mkdir(parents=True)
     laid_down(published, tables())
-    laid_down(made, {"safety": tables()["safety"]})
     assert main(["safety.gate", f"gate={GATE}"]) == 0
     assert (published / "gate.csv").is_file() and not (made / "gate.csv").exists()
+    laid_down(made, {"safety": tables()["safety"]})
+    assert main(["safety.gate", f"gate={GATE}"]) == 2
+    assert "redteam.csv, got no file: make it with make redteam" in capsys.readouterr().err
     laid_down(made, tables(redteam=[*tables()["redteam"][:2], *attacks("nearest", {"random": 0.8, "guided": 0.1})]))
     assert main(["safety.gate", f"gate={GATE}"]) == 1
     assert (made / "gate.csv").is_file()

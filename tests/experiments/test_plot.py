@@ -150,7 +150,7 @@ def test_no_label_of_a_published_front_hides_another_or_a_point_and_the_star_is_
             (star,) = [line for line in axis.lines if line.get_marker() == "*"]
             chosen = choose.differences(frame, *pair, model).loc[choose.chosen_run(frame, *pair, model)]
             assert star.get_xydata().tolist() == [[chosen["x"], chosen["y"]]]
-    assert counted > 4
+    assert counted > 2
 
 
 def test_labels_of_equal_points_stand_apart_and_the_same_each_time():

@@ -212,6 +212,12 @@ def test_everything_is_escaped(made):
     assert "<b>&" in page.all("main")[0]["text"] and "<script>alert" not in path.read_text()
 
 
+def tiles(found):
+    """The images of groups among a page's files: all but the sheet that is published with this project."""
+    sheets = [sheet.read_bytes() for sheet in (PROJECT / "results").glob("diversity_grid_*.webp")]
+    return [file for file, content in found.items() if file.suffix == ".webp" and content not in sheets]
+
+
 def contents(folder):
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -414,7 +420,7 @@ def test_an_earlier_page_is_replaced_and_what_lies_beside_it_stays(small, tmp_pa
     report.report(results, outputs, page.parent, groups=2)
     after = contents(page.parent)
     assert {file for file in after if after[file] == b"mine"} == {Path("notes.txt"), Path("figures/mine.png")}
-    assert len([file for file in after if file.suffix == ".webp"]) == 2 * 2 * 4
+    assert len(tiles(after)) == 2 * 2 * 4
     (page.parent / "notes.txt").unlink()
     shutil.rmtree(page.parent / "figures")
     frame.to_csv(results / "diversity.csv", index=False)
@@ -480,7 +486,7 @@ def test_several_at_once_leave_a_whole_page(small, tmp_path):
     page = tmp_path / "report" / "index.html"
     left = contents(page.parent)
     assert all(Path(image["src"]) in left for image in Page(page.read_text()).all("img"))
-    assert len([file for file in left if file.suffix == ".webp"]) in (2 * 4, 2 * 2 * 4), "those of one page"
+    assert len(tiles(left)) in (2 * 4, 2 * 2 * 4), "those of one page"
 
 
 @pytest.mark.parametrize(
@@ -507,7 +513,10 @@ def test_links_are_left_out(small, tmp_path, caplog):
     for suffix in ("csv", "md"):
         shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
     (results / "memorised.png").symlink_to(tmp_path / "private.png")
+    (tmp_path / "private.csv").write_text("who,what\nsomebody,something of theirs\n")
+    (results / "linked.csv").symlink_to(tmp_path / "private.csv")
     page = report.report(results, outputs, tmp_path / "report", groups=9)
+    assert "something of theirs" not in page.read_text()
     assert "the images of 1 of 2 runs (NegToMe)" in page.read_text()
     assert f"{image} is left out: it is a link" in caplog.text and "memorised.png is left out" in caplog.text
     for file in page.parent.rglob("*.[pw]*"):
@@ -556,7 +565,7 @@ def test_a_run_with_an_image_gone_is_not_shown_and_a_damaged_one_is_named(small,
     text = report.report(results, outputs, tmp_path / "report").read_text()
     assert "the images of 1 of 2 runs (NegToMe)" in text
     text = report.report(results, outputs, tmp_path / "report", groups=0).read_text()
-    assert 'class="gallery"' not in text and not list((tmp_path / "report").rglob("*.webp"))
+    assert 'class="gallery"' not in text and not tiles(contents(tmp_path / "report"))
     with pytest.raises(ValueError, match="at least 0, got -1"):
         report.report(results, outputs, tmp_path / "report", groups=-1)
 

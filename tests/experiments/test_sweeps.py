@@ -81,7 +81,7 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
         assert {key: ours[key] for key in ("model", "prompts")} == {key: base[key] for key in ("model", "prompts")}
     if experiment in DRAWN:
         assert [file for file in files if file.suffix == ".pdf"] and all(file.stat().st_size for file in files)
-        with Image.open(files[-1]) as grid:
+        with Image.open(next(file for file in files if file.suffix == ".webp")) as grid:
             assert grid.width > 2 * 2 * 96
 
 
