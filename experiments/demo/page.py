@@ -77,8 +77,9 @@ class Page:
             self.go = gr.Button("Generate", variant="primary", elem_id="nt-go")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nt-stop")
         self.editor = gr.ImageEditor(
-            type="pil", image_mode="RGBA", label="Picture", sources=("upload", "clipboard"), transforms=(),
-            layers=False, brush=gr.Brush(default_size=20, colors=[BRUSH], color_mode="fixed"),
+            type="pil", image_mode="RGBA", format="png", label="Picture", transforms=(),
+            sources=("upload", "clipboard"), layers=False,
+            brush=gr.Brush(default_size=20, colors=[BRUSH], color_mode="fixed"),
             canvas_size=(512, 512), buttons=[], visible=False, elem_id="nt-picture",
             placeholder="Drop a picture here, or paste one",
         )  # fmt: skip
@@ -155,8 +156,14 @@ class Page:
         for control in chosen:
             moved = control.input(**show).then(self._usual, chosen, settings, **quiet)
         moved.then(self._steps, chosen[1], self.controls["steps"], **quiet)
-        self.editor.change(
-            self._look, [self.editor, self.controls["model"]], self.seen, trigger_mode="always_last", **quiet
+        editor = self.editor
+        gr.on(
+            [editor.change, editor.upload, editor.input],  # change alone is told of a new picture before it is there
+            self._look,
+            [editor, self.controls["model"]],
+            self.seen,
+            trigger_mode="always_last",
+            **quiet,
         )
         self.dice.click(lambda: random.randrange(SEEDS), None, self.controls["seed"], **quiet)
         self.go.click(None, None, None, js=_TO_RESULTS, api_visibility="private")

@@ -64,8 +64,9 @@ def choose(page, mode):
 
 
 def upload(page, picture):
-    page.locator("#nt-picture input[type=file]").first.set_input_files(picture)
     page.locator("#nt-picture canvas").first.wait_for()
+    page.wait_for_timeout(1000)  # the editor takes no file before it is ready, and does not say when it is
+    page.locator("#nt-picture input[type=file]").first.set_input_files(picture)
     page.locator(".nt-mask").wait_for()
 
 
@@ -161,7 +162,7 @@ def test_an_empty_prompt_is_a_toast_that_says_what_to_do(visit):
 
 
 def test_methods_are_compared_and_missing_weights_said(visit):
-    page = visit("?mode=compare&steps=3&images=2&methods=negtome,lower_guidance&model=sd15")
+    page = visit("?mode=compare&steps=3&images=2&methods=negtome,lower_guidance&model=sdxl")
     page.get_by_text("Its weights are not on this machine").wait_for()
     assert page.locator("#nt-strength").is_hidden()
     page.locator("#nt-go").click()
