@@ -76,6 +76,7 @@ def test_without_a_table_it_is_said_what_makes_one(tmp_path, capsys):
     assert "make reproduce-diversity" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reproducing_leaves_what_is_published_as_it_is(tiny_overrides, tmp_path):
     """All acts, without a word on where results go."""
 

@@ -252,7 +252,9 @@ def test_methods_are_those_of_the_benchmark_and_one_that_refuses_hides_no_other(
     assert np.abs(pixels(last.rows[3].images).astype(int) - pixels(expected)).max() <= 1, "from the same noises"
 
 
-@pytest.mark.parametrize("mode", ["diversity", "away", "quality", "towards"])
+@pytest.mark.parametrize(
+    "mode", ["away", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("diversity", "quality", "towards"))]
+)
 def test_the_script_makes_these_very_images(one, kept_in, tmp_path, monkeypatch, mode):
     asked = replace(given(kept_in), mode=mode, alpha=-0.3 if mode == "towards" else 0.9)
     last = ended(one, asked)

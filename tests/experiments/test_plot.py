@@ -127,7 +127,7 @@ def points_of(axis):
 
 
 @pytest.mark.parametrize("kind", ["web", "paper"])
-@pytest.mark.parametrize("name", ["peers", "peers_grid", "sweep", "safety"])
+@pytest.mark.parametrize("name", [pytest.param("peers", marks=pytest.mark.slow), "peers_grid", "sweep", "safety"])
 def test_no_label_of_a_published_front_hides_another_or_a_point_and_the_star_is_the_choice(name, kind):
     frame = read_table(name)
     pair = primary_pair(frame)

@@ -33,6 +33,7 @@ def test_every_word_is_asked_for_openly_20_times_and_of_both_genders():
     assert set(cfg.metric.skin_tone_evenness_trained.only) <= named
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
     mine = ("prompts.categories", "model.groups_per_category", "metric=", "primary.quality")
     usual = [one for one in tiny_overrides("stereotypes", tmp_path, "method=none,negtome") if not one.startswith(mine)]
@@ -57,6 +58,7 @@ def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
     assert "skin tone evenness (up)" in markdown
 
 
+@pytest.mark.slow
 def test_the_classifiers_are_right_about_the_pictures_as_published(tmp_path, capsys):
     stereotypes.main([f"results={tmp_path}"])
     published = PROJECT / "results" / "attribute_classifier.csv"

@@ -31,7 +31,9 @@ SWEEPS = {
 #: One of every kind of figures is drawn: for a grid, one numeric setting, and one that sweeps the baseline along.
 DRAWN = {"sweep", "cfg_scale"}
 #: What differs from its neighbours by one line of configuration, which other tests read, is run among the slow tests.
-ALIKE = {"ablate_threshold", "ablate_window", "ablate_matching", "cfg_scale_flux"}
+ALIKE = {
+    "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching", "cfg_scale_flux"
+}  # fmt: skip
 RUN = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in SWEEPS]
 #: Those that choose nothing, and so may look at the reported prompts.
 REPORTED = {"ablate_matching", "cfg_scale", "cfg_scale_flux"}
