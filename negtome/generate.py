@@ -117,12 +117,13 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
             f"expected a folder in the diffusers layout, with a model_index.json, at {recipe.model}, got none"
         )
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, use_safetensors=True, **dtype)
         find_architecture(pipe)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(
             f"{recipe.model} cannot be used: {textwrap.shorten(str(error), 300)} (a folder needs all files of the "
-            "diffusers layout, what is on the hub a network and, where it is gated, its licence accepted)"
+            "diffusers layout, its weights as safetensors, what is on the hub a network and, where it is gated, its "
+            "licence accepted)"
         ) from error
     if offload:
         pipe.enable_model_cpu_offload(device=device)

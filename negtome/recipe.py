@@ -270,7 +270,7 @@ class Recipe:
             "import torch",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({_literal(self.model)}{dtype})",
+            f"pipe = DiffusionPipeline.from_pretrained({_literal(self.model)}, use_safetensors=True{dtype})",
             *([place[offload]] if offload or device != "cpu" else []),
             "call = {",
             *(f"    {_literal(name)}: {_literal(value)}," for name, value in self.arguments().items()),

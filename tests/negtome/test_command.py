@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import negtome.__main__
 import negtome.generate
@@ -119,10 +120,15 @@ def test_warnings_are_told(model, capsys):
 
 @pytest.fixture
 def files(tmp_path, model):
-    """What is wrong on disk: a folder that is no model, one without weights, pictures and masks."""
+    """What is wrong on disk: a folder that is no model, some without weights or with pickled ones, pictures, masks."""
     Path("empty").mkdir()
     shutil.copytree(model, "partial")
     Path("partial/unet/diffusion_pytorch_model.safetensors").unlink()
+    for name, weights in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        shutil.copytree(model, f"pickled-{name}")
+        (file,) = Path(f"pickled-{name}", name).glob("*.safetensors")
+        torch.save(load_file(file), file.with_name(f"{weights}.bin"))
+        file.unlink()
     Path("other").mkdir()
     index = json.loads(Path("partial/model_index.json").read_text())
     Path("other/model_index.json").write_text(json.dumps({**index, "_class_name": "NoPipeline"}))
@@ -150,6 +156,8 @@ def files(tmp_path, model):
         (["generate", "x", "--model", "empty"], "with a model_index.json, at empty"),
         (["generate", "x", "--model", "./nowhere"], "with a model_index.json, at ./nowhere"),
         (["generate", "x", "--model", "partial"], "diffusion_pytorch_model"),
+        (["generate", "x", "--model", "pickled-unet"], "its weights as safetensors"),
+        (["generate", "x", "--model", "pickled-text_encoder"], "its weights as safetensors"),
         (["generate", "x", "--model", "other"], "other cannot be used"),
         (["generate", "x", "--model", "MODEL", "--reference", "no.png"], "no.png"),
         (

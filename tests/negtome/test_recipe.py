@@ -103,7 +103,8 @@ def test_its_script_is_python_with_its_very_values(recipe):
     })  # fmt: skip
     scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": negtome}
     exec(compile(text, "script", "exec"), {**scope, "print": lambda *_: None})
-    assert seen["model"] == (recipe.model,)
+    dtype = {} if recipe.dtype == "float32" else {"torch_dtype": getattr(torch, recipe.dtype)}
+    assert seen["model"] == (recipe.model,) and seen["dtype"] == {"use_safetensors": True, **dtype}
     for call in calls:
         assert [one.initial_seed() for one in call.pop("generator")] == [*recipe.seeds()]
         assert call == recipe.arguments()
