@@ -150,6 +150,7 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"seed": 2**63 - 1}, "seed"),
         ({"steps": 0}, "steps to be a whole number"),
         ({"guidance_scale": -1}, "guidance_scale must be between 0"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a finite number"),
         ({"height": 64}, "height and width, or neither"),
         ({"height": 64, "width": 60}, "width to be a multiple of 8"),
         ({"options": {"prompt": "x"}}, "no other name for, got prompt"),
