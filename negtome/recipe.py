@@ -161,6 +161,10 @@ class Recipe:
     def _check_settings(self) -> None:
         if not isinstance(self.config, NegToMeConfig | None):
             raise ValueError(f"expected a NegToMeConfig or None as config, got a {type(self.config).__name__}")
+        # A command line has sites between commas, and a word for none.
+        sites = () if self.config is None else self.config.sites or ()
+        if sites == (AUTO,) or any("," in name for name in sites):
+            raise ValueError(f"expected sites without commas, and not {AUTO} alone, got {sites}")
         if self.mask is not None and self.reference is None:
             raise ValueError(f"expected a reference picture that the mask is of, got the mask {self.mask} alone")
         if self.config is None and self.reference is not None:

@@ -160,6 +160,8 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"options": {"a b": 1}}, "names of arguments"),
         ({"dtype": "int8"}, "expected one of float32"),
         ({"config": 0.9}, "NegToMeConfig or None as config, got a float"),
+        ({"config": NegToMeConfig(sites=["auto"])}, "and not auto alone, got"),
+        ({"config": NegToMeConfig(sites=["up_blocks", "a,b"])}, "sites without commas"),
         ({"mask": "m.png"}, "expected a reference picture that the mask is of"),
         ({"config": None, "reference": "r.png"}, "nothing would use it"),
     ],
