@@ -18,7 +18,7 @@ import torch
 from negtome import pictures
 from negtome.attachment import Attachment, attach
 from negtome.doctor import accelerator
-from negtome.recipe import Recipe
+from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
 
@@ -140,9 +140,7 @@ def asked(arguments: Namespace) -> Recipe:
     """
     given = {name: value for name, value in vars(arguments).items() if name not in _APART}
     if arguments.source is not None:
-        if given:
-            raise ValueError("expected nothing that the picture says itself beside --from, got a prompt or settings")
-        return pictures.read(arguments.source)
+        return _said(arguments.source, **given)
     if "prompt" not in given:
         raise ValueError('expected a prompt, as in negtome generate "a photo of a dog", or --from a picture; got none')
     settings = {name: given.pop(name) for name in list(given) if name.startswith("config.")}
@@ -160,6 +158,21 @@ def asked(arguments: Namespace) -> Recipe:
     if settings and recipe.config is not None:  # which it is with --without alone, refused above
         changes = {name.removeprefix("config."): value for name, value in settings.items()}
         recipe = recipe.replace(config=recipe.config.replace(**changes))
+    return recipe
+
+
+def _said(source: str, model: str | None = None, **given: Any) -> Recipe:
+    """Return the recipe in a picture. Who sent it chose its model, so the user has to name one that is not embedded."""
+    if given:
+        raise ValueError(
+            "expected nothing that the picture says itself beside --from, but for its --model, got a prompt or settings"
+        )
+    recipe = pictures.read(source)
+    if model != recipe.model and (model is not None or not is_embedded(recipe.model)):
+        raise ValueError(
+            f"expected --model={recipe.model!r} beside --from, got {'none' if model is None else repr(model)}: that is "
+            f"what {source} names, and whoever made it chose what would be loaded or fetched; repeat it to allow it"
+        )
     return recipe
 
 

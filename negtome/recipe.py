@@ -343,6 +343,12 @@ def find_embedded(name: str) -> str | None:
     return next((folder.as_posix() for folder in folders if (folder / "model_index.json").is_file()), None)
 
 
+def is_embedded(model: str) -> bool:
+    """Tell whether a model is one of the embedded ones that are here."""
+    found = filter(None, map(find_embedded, EMBEDDED))
+    return Path(model).resolve() in [Path(folder).resolve() for folder in found]
+
+
 def _usual_model() -> str:
     found = find_embedded(EMBEDDED[0])
     if found is None:

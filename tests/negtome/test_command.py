@@ -16,7 +16,7 @@ import negtome.__main__
 import negtome.generate
 from negtome import NegToMeConfig, pictures
 from negtome.__main__ import main
-from negtome.recipe import FILE, Choices
+from negtome.recipe import FILE, Choices, Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,14 +75,24 @@ def test_a_comparison_is_of_the_same_noises_and_says_how_it_was_made(model, caps
     assert Path("dogs/recipe.py").read_text() == recipe.python()
 
 
-def test_a_picture_is_made_again_by_what_it_says(model, capsys):
+def test_a_picture_is_made_again_by_what_it_says(model, monkeypatch, capsys):
     assert main(["generate", "a cat", "-n", "2", "--model", model, "--alpha", "0.5", "--out", "cats"]) == 0
-    assert main(["generate", "--from", "cats/with-0.png", "--out", "again"]) == 0
+    assert main(["generate", "--from", "cats/with-0.png", "--model", model, "--out", "again"]) == 0
     assert pixels("again", "with") == pixels("cats", "with")
     assert not Path("again/without-0.png").exists()
-    assert main(["generate", "--from", "cats/with-0.png"]) == 0
+    monkeypatch.setattr("negtome.recipe.EMBEDDED", (model,))
+    assert main(["generate", "--from", "cats/with-0.png"]) == 0, "an embedded model needs not be named"
     (own,) = Path("negtome-images").iterdir()
     assert own.name.startswith("a-cat-") and pixels(own, "with") == pixels("cats", "with")
+
+
+@pytest.mark.parametrize("others", [[], ["--model", "models/mini-sdxl"]])
+def test_the_model_that_a_picture_names_is_loaded_only_where_the_user_names_it(others, monkeypatch, capsys):
+    monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
+    pictures.save(Image.new("RGB", (8, 8)), "sent.png", Recipe("someone/else", "a cat"))
+    assert main(["generate", "--from", "sent.png", *others]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected --model='someone/else' beside --from, got " in line and "whoever made it chose" in line
 
 
 def test_away_from_a_picture(model, capsys):
