@@ -176,34 +176,35 @@ def _said(source: str, model: str | None = None, **given: Any) -> Recipe:
     return recipe
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds anything but what this recipe makes.
+def claim(folder: Path, recipe: Recipe, made_from: str) -> None:
+    """Refuse a folder that holds anything but what this recipe makes of reference pictures of this content.
 
     Raises:
         ValueError: it does; the message says what.
     """
-    own = {f"{kind}-{i}.png": one for kind, one in _both(recipe).items() for i in range(recipe.images)}
-    own[SHEET] = recipe
+    both = _both(recipe, made_from)
+    own = {f"{kind}-{i}.png": one for kind, one in both.items() for i in range(recipe.images)}
+    own[SHEET] = (recipe, made_from)
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
     foreign = [path.name for path in paths if path.name not in own or _says(path) != own[path.name]]
     if foreign and (foreign != [SCRIPT] or len(paths) == 1):  # a script alone may be anybody's
         first = next((name for name in foreign if name != SCRIPT), SCRIPT)
         raise ValueError(
-            f"expected a new folder, or one of this very recipe, at {folder}, got {first} of something else: name "
-            "another one by --out, or none"
+            f"expected a new folder, or one of this very recipe and pictures, at {folder}, got {first} of something "
+            "else: name another one by --out, or none"
         )
 
 
-def _says(path: Path) -> Recipe | None:
+def _says(path: Path) -> tuple[Recipe, str] | None:
     try:
-        return pictures.read(path)
+        return pictures.read_both(path)
     except (OSError, ValueError):
         return None
 
 
-def _both(recipe: Recipe) -> dict[str, Recipe]:
-    """Return what is made with NegToMe and without, by what its files' names begin with."""
-    return {"without": recipe.without()} | ({"with": recipe} if recipe.config is not None else {})
+def _both(recipe: Recipe, made_from: str) -> dict[str, tuple[Recipe, str]]:
+    """Return what is made with NegToMe and without, and of what content, by what its files' names begin with."""
+    return {"without": (recipe.without(), "")} | ({"with": (recipe, made_from)} if recipe.config is not None else {})
 
 
 def main(arguments: Namespace) -> None:
@@ -211,16 +212,22 @@ def main(arguments: Namespace) -> None:
     recipe = asked(arguments)
     if arguments.compare and recipe.config is None:
         raise ValueError("expected settings of NegToMe to compare with, got none: leave --without or --compare out")
-    folder = Path(arguments.out or Path(OUT) / _name(recipe))
-    claim(folder, recipe)
     _picture(recipe)  # read before the weights are, so that what is wrong with it is known at once
+    made_from = pictures.content(recipe)
+    if arguments.source is not None and pictures.read_both(arguments.source)[1] not in ("", made_from):
+        raise ValueError(
+            f"expected the reference picture and mask that {arguments.source} was made from, got others at "
+            f"{recipe.reference}: put those back, or ask for new images without --from"
+        )
+    folder = Path(arguments.out or Path(OUT) / _name(recipe, made_from))
+    claim(folder, recipe, made_from)
     device, offload = arguments.device or accelerator(), arguments.low_memory
-    kinds = {kind: one for kind, one in _both(recipe).items() if arguments.compare or one == recipe}
+    kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
             pipe = load(recipe, device, offload)
-            made = {kind: generate(pipe, one) for kind, one in kinds.items()}
+            made = {kind: generate(pipe, one) for kind, (one, _) in kinds.items()}
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # of a CPU there is no kind of its own
                 raise
@@ -231,11 +238,11 @@ def main(arguments: Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (images, _) in made.items():
         for i, image in enumerate(images):
-            pictures.save(image, folder / f"{kind}-{i}.png", kinds[kind])
+            pictures.save(image, folder / f"{kind}-{i}.png", *kinds[kind])
     if arguments.compare:
-        rows = [(one.setting(), made[kind].images) for kind, one in kinds.items()]
+        rows = [(one.setting(), made[kind].images) for kind, (one, _) in kinds.items()]
         note = f"{recipe.model}, seeds {recipe.seeds()[0]} to {recipe.seeds()[-1]}: a column has the same noise"
-        pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe)
+        pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe, made_from)
     (folder / SCRIPT).write_text(recipe.python(device, offload), encoding="utf-8")
     names = [f"{kind}-0.png to {kind}-{recipe.images - 1}.png" for kind in kinds] + [SHEET] * arguments.compare
     print(f"{folder}: {', '.join(names)}; {SCRIPT} makes them in Python")
@@ -247,8 +254,8 @@ def main(arguments: Namespace) -> None:
             print(f"warning: {warning.message}", file=sys.stderr)
 
 
-def _name(recipe: Recipe) -> str:
-    """Return a folder's name: words of the prompt, and a digest of all that the recipe says."""
+def _name(recipe: Recipe, made_from: str) -> str:
+    """Return a folder's name: words of the prompt, and a digest of all that the recipe says and was made from."""
     words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower())[:40].strip("-")
-    digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256((json.dumps(recipe.to_dict(), sort_keys=True) + made_from).encode()).hexdigest()[:8]
     return f"{words or 'images'}-{digest}"

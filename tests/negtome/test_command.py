@@ -104,6 +104,32 @@ def test_away_from_a_picture(model, capsys):
     assert "away from r.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("changed", ["r.png", "m.png"])
+def test_another_picture_under_the_same_path_is_another_recipe(changed, model, capsys):
+    picture, mask = Image.linear_gradient("L").resize((32, 32)), Image.new("L", (32, 32), 255)
+    picture.save("r.png")
+    mask.save("m.png")
+    words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--mask", "m.png"]
+    for out in ([], ["--out", "away"], ["--out", "away", "--compare"]):  # the last to this recipe's own folder
+        assert main([*words, *out]) == 0
+    again = ["generate", "--model", model, "--from", "away/with-0.png"]
+    assert main(again) == 0
+    (first,) = Path("negtome-images").iterdir()
+    before = {path.name: path.read_bytes() for path in Path("away").iterdir()}
+
+    mask.paste(0, (0, 16, 32, 32))
+    (picture.rotate(90) if changed == "r.png" else mask).save(changed)
+    capsys.readouterr()
+    assert main([*words, "--out", "away"]) == main(again) == 2
+    refused, unlike = capsys.readouterr().err.splitlines()
+    assert "of this very recipe and pictures, at away, got compare.png of something else" in refused
+    assert "that away/with-0.png was made from, got others at r.png" in unlike
+    assert {path.name: path.read_bytes() for path in Path("away").iterdir()} == before
+    assert main(words) == 0 and len([*Path("negtome-images").iterdir()]) == 2
+    (second,) = set(Path("negtome-images").iterdir()) - {first}
+    assert pixels(second, "with", 1) != pixels(first, "with", 1)
+
+
 def test_nothing_of_another_recipe_is_overwritten(model, capsys):
     words = ["generate", "a dog", "-n", "2", "--model", model, "--out", "dogs"]
     assert main(words) == 0
