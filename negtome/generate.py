@@ -186,6 +186,7 @@ def claim(folder: Path, recipe: Recipe, made_from: str) -> None:
     own = {f"{kind}-{i}.png": one for kind, one in both.items() for i in range(recipe.images)}
     own[SHEET] = (recipe, made_from)
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+    paths = [path for path in paths if path == folder or not path.name.startswith(".")]  # such as .DS_Store
     foreign = [path.name for path in paths if path.name not in own or _says(path) != own[path.name]]
     if foreign and (foreign != [SCRIPT] or len(paths) == 1):  # a script alone may be anybody's
         first = next((name for name in foreign if name != SCRIPT), SCRIPT)

@@ -142,11 +142,13 @@ def test_nothing_of_another_recipe_is_overwritten(model, capsys):
     assert main(words) == 0
 
     Path("notes").mkdir()
+    Path("notes/.DS_Store").write_text("of a file manager")
     for name in ("notes.txt", "recipe.py", "with-0.png"):
         Path("notes", name).write_text("mine")
         assert main([*words[:-1], "notes"]) == 2
         assert f"got {name} of something else" in capsys.readouterr().err
         Path("notes", name).unlink()
+    assert main([*words[:-1], "notes"]) == 0, "hidden files are nobody's"
 
 
 def test_warnings_are_told(model, capsys):
