@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,8 +177,14 @@ def _said(source: str, model: str | None = None, **given: Any) -> Recipe:
     return recipe
 
 
-def claim(folder: Path, recipe: Recipe, made_from: str) -> None:
+def claim(folder: Path, recipe: Recipe, made_from: str, scripts: Collection[str]) -> None:
     """Refuse a folder that holds anything but what this recipe makes of reference pictures of this content.
+
+    Args:
+        folder: need not be there.
+        recipe: what is to be made.
+        made_from: see `negtome.pictures.content`.
+        scripts: texts of the script that may be overwritten.
 
     Raises:
         ValueError: it does; the message says what.
@@ -187,12 +194,17 @@ def claim(folder: Path, recipe: Recipe, made_from: str) -> None:
     own[SHEET] = (recipe, made_from)
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
     paths = [path for path in paths if path == folder or not path.name.startswith(".")]  # such as .DS_Store
-    foreign = [path.name for path in paths if path.name not in own or _says(path) != own[path.name]]
-    if foreign and (foreign != [SCRIPT] or len(paths) == 1):  # a script alone may be anybody's
-        first = next((name for name in foreign if name != SCRIPT), SCRIPT)
+    script = next((path for path in paths if path.name == SCRIPT and path != folder), None)
+    foreign = [path.name for path in paths if path != script and _says(path) != own.get(path.name, ())]
+    if foreign:
         raise ValueError(
-            f"expected a new folder, or one of this very recipe and pictures, at {folder}, got {first} of something "
-            "else: name another one by --out, or none"
+            f"expected a new folder, or one of this very recipe and pictures, at {folder}, got {foreign[0]} of "
+            "something else: name another one by --out, or none"
+        )
+    if script is not None and script.read_bytes() not in [text.encode() for text in scripts]:
+        raise ValueError(
+            f"expected {script} as it is written with these images, got it changed, or for another device: move it "
+            "away, or name another folder by --out"
         )
 
 
@@ -221,8 +233,8 @@ def main(arguments: Namespace) -> None:
             f"{recipe.reference}: put those back, or ask for new images without --from"
         )
     folder = Path(arguments.out or Path(OUT) / _name(recipe, made_from))
-    claim(folder, recipe, made_from)
     device, offload = arguments.device or accelerator(), arguments.low_memory
+    claim(folder, recipe, made_from, [one.python(device, offload) for one in (recipe, recipe.without())])
     kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -244,7 +256,7 @@ def main(arguments: Namespace) -> None:
         rows = [(one.setting(), made[kind].images) for kind, (one, _) in kinds.items()]
         note = f"{recipe.model}, seeds {recipe.seeds()[0]} to {recipe.seeds()[-1]}: a column has the same noise"
         pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe, made_from)
-    (folder / SCRIPT).write_text(recipe.python(device, offload), encoding="utf-8")
+    (folder / SCRIPT).write_bytes(recipe.python(device, offload).encode())
     names = [f"{kind}-0.png to {kind}-{recipe.images - 1}.png" for kind in kinds] + [SHEET] * arguments.compare
     print(f"{folder}: {', '.join(names)}; {SCRIPT} makes them in Python")
     print(f"{recipe.model}: {recipe.setting()}")

@@ -143,12 +143,29 @@ def test_nothing_of_another_recipe_is_overwritten(model, capsys):
 
     Path("notes").mkdir()
     Path("notes/.DS_Store").write_text("of a file manager")
-    for name in ("notes.txt", "recipe.py", "with-0.png"):
+    for name in ("notes.txt", "with-0.png"):
         Path("notes", name).write_text("mine")
         assert main([*words[:-1], "notes"]) == 2
         assert f"got {name} of something else" in capsys.readouterr().err
         Path("notes", name).unlink()
     assert main([*words[:-1], "notes"]) == 0, "hidden files are nobody's"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_script_that_was_changed_is_kept(alone, model, monkeypatch, capsys):
+    words = ["generate", "a dog", "-n", "2", "--model", model, "--device", "cpu", "--out", "dogs"]
+    assert main([*words, "--without"]) == main(words) == 0, "of the same images, the other row"
+    script = Path("dogs/recipe.py")
+    text = script.read_text() + "print('mine')\n"
+    script.write_text(text)
+    for image in Path("dogs").glob("*.png") if alone else ():
+        image.unlink()
+    monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
+    capsys.readouterr()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected dogs/recipe.py as it is written with these images, got it changed" in line
+    assert script.read_text() == text
 
 
 def test_warnings_are_told(model, capsys):
