@@ -116,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--without", action="store_true", help="the stock pipeline alone")
     run = parser.add_argument_group("the run")
     run.add_argument(
-        "--from", dest="source", default=None, metavar="PNG", help="all of the above from a picture made so"
-    )
+        "--from", dest="source", default=None, metavar="PNG",
+        help="all of the above from a picture made so; its --model, too, where that is none of the embedded ones",
+    )  # fmt: skip
     run.add_argument("--compare", action="store_true", default=False, help="the same noises without NegToMe, too")
     run.add_argument("--out", default=None, metavar="DIR", help="of this recipe alone (negtome-images/PROMPT-DIGEST)")
     run.add_argument("--device", default=None, metavar="D", help="cuda, mps or cpu (the fastest here)")

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from negtome import pictures
 from negtome.attachment import Attachment, attach
 from negtome.doctor import accelerator
-from negtome.recipe import Recipe
+from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
 
@@ -117,12 +118,13 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
             f"expected a folder in the diffusers layout, with a model_index.json, at {recipe.model}, got none"
         )
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, use_safetensors=True, **dtype)
         find_architecture(pipe)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(
             f"{recipe.model} cannot be used: {textwrap.shorten(str(error), 300)} (a folder needs all files of the "
-            "diffusers layout, what is on the hub a network and, where it is gated, its licence accepted)"
+            "diffusers layout, its weights as safetensors, what is on the hub a network and, where it is gated, its "
+            "licence accepted)"
         ) from error
     if offload:
         pipe.enable_model_cpu_offload(device=device)
@@ -139,9 +141,7 @@ def asked(arguments: Namespace) -> Recipe:
     """
     given = {name: value for name, value in vars(arguments).items() if name not in _APART}
     if arguments.source is not None:
-        if given:
-            raise ValueError("expected nothing that the picture says itself beside --from, got a prompt or settings")
-        return pictures.read(arguments.source)
+        return _said(arguments.source, **given)
     if "prompt" not in given:
         raise ValueError('expected a prompt, as in negtome generate "a photo of a dog", or --from a picture; got none')
     settings = {name: given.pop(name) for name in list(given) if name.startswith("config.")}
@@ -162,34 +162,62 @@ def asked(arguments: Namespace) -> Recipe:
     return recipe
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds anything but what this recipe makes.
+def _said(source: str, model: str | None = None, **given: Any) -> Recipe:
+    """Return the recipe in a picture. Who sent it chose its model, so the user has to name one that is not embedded."""
+    if given:
+        raise ValueError(
+            "expected nothing that the picture says itself beside --from, but for its --model, got a prompt or settings"
+        )
+    recipe = pictures.read(source)
+    if model != recipe.model and (model is not None or not is_embedded(recipe.model)):
+        raise ValueError(
+            f"expected --model={recipe.model!r} beside --from, got {'none' if model is None else repr(model)}: that is "
+            f"what {source} names, and whoever made it chose what would be loaded or fetched; repeat it to allow it"
+        )
+    return recipe
+
+
+def claim(folder: Path, recipe: Recipe, made_from: str, scripts: Collection[str]) -> None:
+    """Refuse a folder that holds anything but what this recipe makes of reference pictures of this content.
+
+    Args:
+        folder: need not be there.
+        recipe: what is to be made.
+        made_from: see `negtome.pictures.content`.
+        scripts: texts of the script that may be overwritten.
 
     Raises:
         ValueError: it does; the message says what.
     """
-    own = {f"{kind}-{i}.png": one for kind, one in _both(recipe).items() for i in range(recipe.images)}
-    own[SHEET] = recipe
+    both = _both(recipe, made_from)
+    own = {f"{kind}-{i}.png": one for kind, one in both.items() for i in range(recipe.images)}
+    own[SHEET] = (recipe, made_from)
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
-    foreign = [path.name for path in paths if path.name not in own or _says(path) != own[path.name]]
-    if foreign and (foreign != [SCRIPT] or len(paths) == 1):  # a script alone may be anybody's
-        first = next((name for name in foreign if name != SCRIPT), SCRIPT)
+    paths = [path for path in paths if path == folder or not path.name.startswith(".")]  # such as .DS_Store
+    script = next((path for path in paths if path.name == SCRIPT and path != folder), None)
+    foreign = [path.name for path in paths if path != script and _says(path) != own.get(path.name, ())]
+    if foreign:
         raise ValueError(
-            f"expected a new folder, or one of this very recipe, at {folder}, got {first} of something else: name "
-            "another one by --out, or none"
+            f"expected a new folder, or one of this very recipe and pictures, at {folder}, got {foreign[0]} of "
+            "something else: name another one by --out, or none"
+        )
+    if script is not None and script.read_bytes() not in [text.encode() for text in scripts]:
+        raise ValueError(
+            f"expected {script} as it is written with these images, got it changed, or for another device: move it "
+            "away, or name another folder by --out"
         )
 
 
-def _says(path: Path) -> Recipe | None:
+def _says(path: Path) -> tuple[Recipe, str] | None:
     try:
-        return pictures.read(path)
+        return pictures.read_both(path)
     except (OSError, ValueError):
         return None
 
 
-def _both(recipe: Recipe) -> dict[str, Recipe]:
-    """Return what is made with NegToMe and without, by what its files' names begin with."""
-    return {"without": recipe.without()} | ({"with": recipe} if recipe.config is not None else {})
+def _both(recipe: Recipe, made_from: str) -> dict[str, tuple[Recipe, str]]:
+    """Return what is made with NegToMe and without, and of what content, by what its files' names begin with."""
+    return {"without": (recipe.without(), "")} | ({"with": (recipe, made_from)} if recipe.config is not None else {})
 
 
 def main(arguments: Namespace) -> None:
@@ -197,16 +225,22 @@ def main(arguments: Namespace) -> None:
     recipe = asked(arguments)
     if arguments.compare and recipe.config is None:
         raise ValueError("expected settings of NegToMe to compare with, got none: leave --without or --compare out")
-    folder = Path(arguments.out or Path(OUT) / _name(recipe))
-    claim(folder, recipe)
     _picture(recipe)  # read before the weights are, so that what is wrong with it is known at once
+    made_from = pictures.content(recipe)
+    if arguments.source is not None and pictures.read_both(arguments.source)[1] not in ("", made_from):
+        raise ValueError(
+            f"expected the reference picture and mask that {arguments.source} was made from, got others at "
+            f"{recipe.reference}: put those back, or ask for new images without --from"
+        )
+    folder = Path(arguments.out or Path(OUT) / _name(recipe, made_from))
     device, offload = arguments.device or accelerator(), arguments.low_memory
-    kinds = {kind: one for kind, one in _both(recipe).items() if arguments.compare or one == recipe}
+    claim(folder, recipe, made_from, [one.python(device, offload) for one in (recipe, recipe.without())])
+    kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
             pipe = load(recipe, device, offload)
-            made = {kind: generate(pipe, one) for kind, one in kinds.items()}
+            made = {kind: generate(pipe, one) for kind, (one, _) in kinds.items()}
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):  # of a CPU there is no kind of its own
                 raise
@@ -217,12 +251,12 @@ def main(arguments: Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (images, _) in made.items():
         for i, image in enumerate(images):
-            pictures.save(image, folder / f"{kind}-{i}.png", kinds[kind])
+            pictures.save(image, folder / f"{kind}-{i}.png", *kinds[kind])
     if arguments.compare:
-        rows = [(one.setting(), made[kind].images) for kind, one in kinds.items()]
+        rows = [(one.setting(), made[kind].images) for kind, (one, _) in kinds.items()]
         note = f"{recipe.model}, seeds {recipe.seeds()[0]} to {recipe.seeds()[-1]}: a column has the same noise"
-        pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe)
-    (folder / SCRIPT).write_text(recipe.python(device, offload), encoding="utf-8")
+        pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe, made_from)
+    (folder / SCRIPT).write_bytes(recipe.python(device, offload).encode())
     names = [f"{kind}-0.png to {kind}-{recipe.images - 1}.png" for kind in kinds] + [SHEET] * arguments.compare
     print(f"{folder}: {', '.join(names)}; {SCRIPT} makes them in Python")
     print(f"{recipe.model}: {recipe.setting()}")
@@ -233,8 +267,8 @@ def main(arguments: Namespace) -> None:
             print(f"warning: {warning.message}", file=sys.stderr)
 
 
-def _name(recipe: Recipe) -> str:
-    """Return a folder's name: words of the prompt, and a digest of all that the recipe says."""
+def _name(recipe: Recipe, made_from: str) -> str:
+    """Return a folder's name: words of the prompt, and a digest of all that the recipe says and was made from."""
     words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower())[:40].strip("-")
-    digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256((json.dumps(recipe.to_dict(), sort_keys=True) + made_from).encode()).hexdigest()[:8]
     return f"{words or 'images'}-{digest}"

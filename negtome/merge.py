@@ -14,7 +14,7 @@ threshold; and one interpolation with a weight of -alpha or 0 moves what has to 
 Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
-import math
+import sys
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -166,6 +166,10 @@ def push_from(
     return _move(tokens, reference, product, scale, index, alpha, threshold, still)
 
 
+#: No float is larger; whole numbers may be, which `math.isfinite` would not take.
+_LARGEST = sys.float_info.max
+
+
 def number(name: str, value: object, low: float, high: float) -> float:
     """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it.
 
@@ -173,7 +177,7 @@ def number(name: str, value: object, low: float, high: float) -> float:
         ValueError: for what is no number, not finite, or out of range.
     """
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}.")

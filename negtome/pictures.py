@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,42 @@ from negtome.recipe import Recipe
 
 #: The PNG text chunk (iTXt) that holds a recipe as JSON.
 CHUNK = "negtome"
+#: The one that holds a digest of the pictures that it names; see `content`.
+CONTENT = "negtome content"
 #: Pixels around and between the pictures of a sheet.
 GAP = 8
 
 
-def save(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
-    """Write a picture as PNG, with its recipe in a text chunk."""
+def content(recipe: Recipe) -> str:
+    """Return a digest of the files of the reference picture and its mask, which a recipe names by their paths alone.
+
+    Returns:
+        Hexadecimal digits; empty where there is no reference.
+
+    Raises:
+        OSError: there are no such files.
+    """
+    files = [Path(path).read_bytes() for path in (recipe.reference, recipe.mask) if path is not None]
+    digests = [hashlib.sha256(file).digest() for file in files]
+    return hashlib.sha256(b"".join(digests)).hexdigest() if digests else ""
+
+
+def save(image: Image.Image, path: str | Path, recipe: Recipe, made_from: str = "") -> None:
+    """Write a picture as PNG, with its recipe in a text chunk, and in another the `content` that it was made from."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(CHUNK, json.dumps(recipe.to_dict()))
+    if made_from:
+        chunk.add_itxt(CONTENT, made_from)
     image.save(path, format="PNG", pnginfo=chunk)
 
 
 def read(path: str | Path) -> Recipe:
-    """Return the recipe in a picture that `save` wrote, which whoever sent it may have changed.
+    """Return the recipe in a picture that `save` wrote, which whoever sent it may have changed; see `read_both`."""
+    return read_both(path)[0]
+
+
+def read_both(path: str | Path) -> tuple[Recipe, str]:
+    """Return the recipe and the `content` in a picture, the latter empty where it keeps none.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,7 +59,7 @@ def read(path: str | Path) -> Recipe:
         raise FileNotFoundError(f"expected a picture at {path}, got no file; check the path")
     try:
         with Image.open(path) as image:
-            text = image.info.get(CHUNK)
+            text, made_from = image.info.get(CHUNK), image.info.get(CONTENT, "")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a PNG that negtome made at {path}, got what cannot be read ({error})") from error
     if not isinstance(text, str):
@@ -44,7 +68,7 @@ def read(path: str | Path) -> Recipe:
             "edited or sent it left that out"
         )
     try:
-        return Recipe.from_dict(json.loads(text))
+        return Recipe.from_dict(json.loads(text)), str(made_from)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a recipe in {path}, got what cannot be used: {error}") from error
 

@@ -161,6 +161,10 @@ class Recipe:
     def _check_settings(self) -> None:
         if not isinstance(self.config, NegToMeConfig | None):
             raise ValueError(f"expected a NegToMeConfig or None as config, got a {type(self.config).__name__}")
+        # A command line has sites between commas, and a word for none.
+        sites = () if self.config is None else self.config.sites or ()
+        if sites == (AUTO,) or any("," in name for name in sites):
+            raise ValueError(f"expected sites without commas, and not {AUTO} alone, got {sites}")
         if self.mask is not None and self.reference is None:
             raise ValueError(f"expected a reference picture that the mask is of, got the mask {self.mask} alone")
         if self.config is None and self.reference is not None:
@@ -270,7 +274,7 @@ class Recipe:
             "import torch",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({_literal(self.model)}{dtype})",
+            f"pipe = DiffusionPipeline.from_pretrained({_literal(self.model)}, use_safetensors=True{dtype})",
             *([place[offload]] if offload or device != "cpu" else []),
             "call = {",
             *(f"    {_literal(name)}: {_literal(value)}," for name, value in self.arguments().items()),
@@ -337,6 +341,12 @@ def find_embedded(name: str) -> str | None:
     """Return the folder of an embedded model, in the working folder or the checkout that negtome runs from, or None."""
     folders = (Path(name), Path(__file__).parents[1] / name)
     return next((folder.as_posix() for folder in folders if (folder / "model_index.json").is_file()), None)
+
+
+def is_embedded(model: str) -> bool:
+    """Tell whether a model is one of the embedded ones that are here."""
+    found = filter(None, map(find_embedded, EMBEDDED))
+    return Path(model).resolve() in [Path(folder).resolve() for folder in found]
 
 
 def _usual_model() -> str:

@@ -206,4 +206,4 @@ def token_grid(pipe: Any, config: NegToMeConfig, size: tuple[int, int]) -> tuple
 
 def pictures(images: Any) -> tuple[Image.Image, ...]:
     """Return floats [K, H, W, 3] in [0, 1] as Pillow's images."""
-    return tuple(Image.fromarray(image) for image in (255 * torch.as_tensor(images)).round().byte().numpy())
+    return tuple(Image.fromarray(image) for image in torch.as_tensor(255 * images).round().byte().numpy())

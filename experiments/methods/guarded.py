@@ -131,12 +131,13 @@ class Drawings:
     def draw(self, pipe: Any, method: Method, group: Group, call: Mapping[str, Any], seeds: Sequence[int]) -> Drawing:
         """Return the images that a pipeline to which a method is applied makes of a group from these seeds."""
         kept = self._kept.setdefault(pipe, {})
-        key = (group, *seeds, repr(sorted(call.items())), method.name, repr(method.settings()))
+        key = (group, *seeds, repr(sorted(call.items())), type(method), method.name, repr(method.settings()))
         if key not in kept:
             start = time.perf_counter()
             with method.apply(pipe, group, call) as applied:
                 images = sample(pipe, group, applied.call, seeds)
             seconds = time.perf_counter() - start
+            images.setflags(write=False)  # all who come to them have these very ones
             kept[key] = Drawing(images, applied.statistics(), applied.references, seconds)
             while len(kept) > 1 and sum(one.images.nbytes for one in kept.values()) > self.limit:
                 del kept[next(iter(kept))]

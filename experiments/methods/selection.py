@@ -26,7 +26,7 @@ def farthest_first(distance: torch.Tensor, count: int) -> list[int]:
 
 def embedded(encoder: Encoder, images: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Embed images, [n, H, W, 3] in [0, 1]: [n, D], of length 1."""
-    pixels = (255 * torch.as_tensor(images)).round().byte().permute(0, 3, 1, 2)
+    pixels = torch.as_tensor(255 * images).round().byte().permute(0, 3, 1, 2)
     return torch.nn.functional.normalize(encoder.embed_images(list(pixels)), dim=1)
 
 

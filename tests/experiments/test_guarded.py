@@ -315,9 +315,12 @@ def test_what_differs_in_anything_is_drawn_anew_and_the_oldest_makes_room():
         (Steering(), ask("a sea"), {}, (1,)),
         (Steering(), dataclasses.replace(ask("a sea"), category="other"), {}, (1,)),
     ]
+    namesake = type("Namesake", (Method,), {})()
+    assert (namesake.name, namesake.settings()) == (Method().name, Method().settings())
+    asked.append((namesake, ask("a sea"), {}, (1,)))
     for number, one in enumerate(asked, 1):
-        drawings.draw(pipe, *one)
-        drawings.draw(pipe, *one)
+        drawn = drawings.draw(pipe, *one)
+        assert drawings.draw(pipe, *one) is drawn and not drawn.images.flags.writeable
         assert len(pipe.seeds) == number
     drawings.draw(pipe, *asked[-2])
     assert len(pipe.seeds) == len(asked)

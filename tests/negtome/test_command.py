@@ -10,12 +10,13 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import negtome.__main__
 import negtome.generate
 from negtome import NegToMeConfig, pictures
 from negtome.__main__ import main
-from negtome.recipe import FILE, Choices
+from negtome.recipe import FILE, Choices, Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,14 +75,24 @@ def test_a_comparison_is_of_the_same_noises_and_says_how_it_was_made(model, caps
     assert Path("dogs/recipe.py").read_text() == recipe.python()
 
 
-def test_a_picture_is_made_again_by_what_it_says(model, capsys):
+def test_a_picture_is_made_again_by_what_it_says(model, monkeypatch, capsys):
     assert main(["generate", "a cat", "-n", "2", "--model", model, "--alpha", "0.5", "--out", "cats"]) == 0
-    assert main(["generate", "--from", "cats/with-0.png", "--out", "again"]) == 0
+    assert main(["generate", "--from", "cats/with-0.png", "--model", model, "--out", "again"]) == 0
     assert pixels("again", "with") == pixels("cats", "with")
     assert not Path("again/without-0.png").exists()
-    assert main(["generate", "--from", "cats/with-0.png"]) == 0
+    monkeypatch.setattr("negtome.recipe.EMBEDDED", (model,))
+    assert main(["generate", "--from", "cats/with-0.png"]) == 0, "an embedded model needs not be named"
     (own,) = Path("negtome-images").iterdir()
     assert own.name.startswith("a-cat-") and pixels(own, "with") == pixels("cats", "with")
+
+
+@pytest.mark.parametrize("others", [[], ["--model", "models/mini-sdxl"]])
+def test_the_model_that_a_picture_names_is_loaded_only_where_the_user_names_it(others, monkeypatch, capsys):
+    monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
+    pictures.save(Image.new("RGB", (8, 8)), "sent.png", Recipe("someone/else", "a cat"))
+    assert main(["generate", "--from", "sent.png", *others]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected --model='someone/else' beside --from, got " in line and "whoever made it chose" in line
 
 
 def test_away_from_a_picture(model, capsys):
@@ -91,6 +102,32 @@ def test_away_from_a_picture(model, capsys):
     assert main([*words, "--mask", "m.png", "--compare"]) == 0
     assert pixels("away", "with", 1) != pixels("away", "without", 1)
     assert "away from r.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["r.png", "m.png"])
+def test_another_picture_under_the_same_path_is_another_recipe(changed, model, capsys):
+    picture, mask = Image.linear_gradient("L").resize((32, 32)), Image.new("L", (32, 32), 255)
+    picture.save("r.png")
+    mask.save("m.png")
+    words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--mask", "m.png"]
+    for out in ([], ["--out", "away"], ["--out", "away", "--compare"]):  # the last to this recipe's own folder
+        assert main([*words, *out]) == 0
+    again = ["generate", "--model", model, "--from", "away/with-0.png"]
+    assert main(again) == 0
+    (first,) = Path("negtome-images").iterdir()
+    before = {path.name: path.read_bytes() for path in Path("away").iterdir()}
+
+    mask.paste(0, (0, 16, 32, 32))
+    (picture.rotate(90) if changed == "r.png" else mask).save(changed)
+    capsys.readouterr()
+    assert main([*words, "--out", "away"]) == main(again) == 2
+    refused, unlike = capsys.readouterr().err.splitlines()
+    assert "of this very recipe and pictures, at away, got compare.png of something else" in refused
+    assert "that away/with-0.png was made from, got others at r.png" in unlike
+    assert {path.name: path.read_bytes() for path in Path("away").iterdir()} == before
+    assert main(words) == 0 and len([*Path("negtome-images").iterdir()]) == 2
+    (second,) = set(Path("negtome-images").iterdir()) - {first}
+    assert pixels(second, "with", 1) != pixels(first, "with", 1)
 
 
 def test_nothing_of_another_recipe_is_overwritten(model, capsys):
@@ -105,11 +142,30 @@ def test_nothing_of_another_recipe_is_overwritten(model, capsys):
     assert main(words) == 0
 
     Path("notes").mkdir()
-    for name in ("notes.txt", "recipe.py", "with-0.png"):
+    Path("notes/.DS_Store").write_text("of a file manager")
+    for name in ("notes.txt", "with-0.png"):
         Path("notes", name).write_text("mine")
         assert main([*words[:-1], "notes"]) == 2
         assert f"got {name} of something else" in capsys.readouterr().err
         Path("notes", name).unlink()
+    assert main([*words[:-1], "notes"]) == 0, "hidden files are nobody's"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_script_that_was_changed_is_kept(alone, model, monkeypatch, capsys):
+    words = ["generate", "a dog", "-n", "2", "--model", model, "--device", "cpu", "--out", "dogs"]
+    assert main([*words, "--without"]) == main(words) == 0, "of the same images, the other row"
+    script = Path("dogs/recipe.py")
+    text = script.read_text() + "print('mine')\n"
+    script.write_text(text)
+    for image in Path("dogs").glob("*.png") if alone else ():
+        image.unlink()
+    monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
+    capsys.readouterr()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected dogs/recipe.py as it is written with these images, got it changed" in line
+    assert script.read_text() == text
 
 
 def test_warnings_are_told(model, capsys):
@@ -119,10 +175,15 @@ def test_warnings_are_told(model, capsys):
 
 @pytest.fixture
 def files(tmp_path, model):
-    """What is wrong on disk: a folder that is no model, one without weights, pictures and masks."""
+    """What is wrong on disk: a folder that is no model, some without weights or with pickled ones, pictures, masks."""
     Path("empty").mkdir()
     shutil.copytree(model, "partial")
     Path("partial/unet/diffusion_pytorch_model.safetensors").unlink()
+    for name, weights in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        shutil.copytree(model, f"pickled-{name}")
+        (file,) = Path(f"pickled-{name}", name).glob("*.safetensors")
+        torch.save(load_file(file), file.with_name(f"{weights}.bin"))
+        file.unlink()
     Path("other").mkdir()
     index = json.loads(Path("partial/model_index.json").read_text())
     Path("other/model_index.json").write_text(json.dumps({**index, "_class_name": "NoPipeline"}))
@@ -150,6 +211,8 @@ def files(tmp_path, model):
         (["generate", "x", "--model", "empty"], "with a model_index.json, at empty"),
         (["generate", "x", "--model", "./nowhere"], "with a model_index.json, at ./nowhere"),
         (["generate", "x", "--model", "partial"], "diffusion_pytorch_model"),
+        (["generate", "x", "--model", "pickled-unet"], "its weights as safetensors"),
+        (["generate", "x", "--model", "pickled-text_encoder"], "its weights as safetensors"),
         (["generate", "x", "--model", "other"], "other cannot be used"),
         (["generate", "x", "--model", "MODEL", "--reference", "no.png"], "no.png"),
         (

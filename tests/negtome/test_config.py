@@ -15,6 +15,8 @@ from negtome import NegToMeConfig
     [
         ("alpha", math.nan, "alpha must be a finite number, got nan"),
         ("alpha", math.inf, "finite"),
+        *((name, 10**400, "finite number, got 1000") for name in ("alpha", "threshold")),
+        ("timestep_range", (0, -(10**400)), "finite number, got -1000"),
         ("alpha", "0.9", "finite number, got '0.9'"),
         ("alpha", True, "finite number, got True"),
         ("threshold", 1.01, "between -1 and 1, got 1.01"),

@@ -103,7 +103,8 @@ def test_its_script_is_python_with_its_very_values(recipe):
     })  # fmt: skip
     scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": negtome}
     exec(compile(text, "script", "exec"), {**scope, "print": lambda *_: None})
-    assert seen["model"] == (recipe.model,)
+    dtype = {} if recipe.dtype == "float32" else {"torch_dtype": getattr(torch, recipe.dtype)}
+    assert seen["model"] == (recipe.model,) and seen["dtype"] == {"use_safetensors": True, **dtype}
     for call in calls:
         assert [one.initial_seed() for one in call.pop("generator")] == [*recipe.seeds()]
         assert call == recipe.arguments()
@@ -149,6 +150,7 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"seed": 2**63 - 1}, "seed"),
         ({"steps": 0}, "steps to be a whole number"),
         ({"guidance_scale": -1}, "guidance_scale must be between 0"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a finite number"),
         ({"height": 64}, "height and width, or neither"),
         ({"height": 64, "width": 60}, "width to be a multiple of 8"),
         ({"options": {"prompt": "x"}}, "no other name for, got prompt"),
@@ -158,6 +160,8 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"options": {"a b": 1}}, "names of arguments"),
         ({"dtype": "int8"}, "expected one of float32"),
         ({"config": 0.9}, "NegToMeConfig or None as config, got a float"),
+        ({"config": NegToMeConfig(sites=["auto"])}, "and not auto alone, got"),
+        ({"config": NegToMeConfig(sites=["up_blocks", "a,b"])}, "sites without commas"),
         ({"mask": "m.png"}, "expected a reference picture that the mask is of"),
         ({"config": None, "reference": "r.png"}, "nothing would use it"),
     ],
