@@ -261,7 +261,8 @@ def test_the_script_makes_these_very_images(one, kept_in, tmp_path, monkeypatch,
     script = exports(asked, last.recipe, models.find(asked.model))[0].text
     loads = []
     monkeypatch.setattr(
-        "diffusers.DiffusionPipeline.from_pretrained", lambda model: loads.append(model) or one.loaded[1]
+        "diffusers.DiffusionPipeline.from_pretrained",
+        lambda model, use_safetensors: loads.append(model) or one.loaded[1],
     )
     (tmp_path / "script.py").write_text(script)
     monkeypatch.chdir(tmp_path)
