@@ -40,6 +40,9 @@ class Strength(TypedDict):
 #: underflow, no length is too small.
 _SHORTEST = {dtype: 10 * torch.finfo(dtype).tiny ** 0.5 for dtype in (torch.float32, torch.float64)}
 
+#: No float is larger; whole numbers may be, which `math.isfinite` would not take.
+_LARGEST = sys.float_info.max
+
 #: Most elements of a similarity matrix that exist at once. Source tokens are processed in chunks below it (and never
 #: fewer than one token per batch entry). 2**26 is 256 MiB in float32.
 MAX_SIMILARITY_ELEMENTS = 2**26
@@ -164,10 +167,6 @@ def push_from(
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
     return _move(tokens, reference, product, scale, index, alpha, threshold, still)
-
-
-#: No float is larger; whole numbers may be, which `math.isfinite` would not take.
-_LARGEST = sys.float_info.max
 
 
 def number(name: str, value: object, low: float, high: float) -> float:
