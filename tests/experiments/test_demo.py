@@ -123,22 +123,37 @@ def test_images_without_a_method_are_made_once_for_all_that_they_depend_on(one, 
     assert len(one.baselines) == session.KEPT and not ended(one, FEW).rows[0].kept, "the oldest are forgotten"
 
 
-def test_stop_ends_a_run_before_the_next_step_and_the_pipeline_is_free_again(one):
-    stop, seen = threading.Event(), []
-    for state in one.run(replace(FEW, seed=11, steps=20), stop):
-        seen.append(state)
-        if state.step == 2:
-            stop.set()
-    assert seen[-1].kind == "stopped" and "after step" in seen[-1].text and seen[-1].advice
-    assert max(state.step for state in seen) < 20 and not seen[-1].rows
+@pytest.fixture
+def stopped_at(one, monkeypatch):
+    """Run what is asked for and stop it where it has so many rows and is at a step; return its states.
+
+    In the run's own thread, which would else be done before it is told.
+    """
+
+    def run(asked, rows, step):
+        stop, say = threading.Event(), session._Run.say
+
+        def stopping(run, *words, **changes):
+            say(run, *words, **changes)
+            if (len(run.state.rows), run.state.step) == (rows, step):
+                stop.set()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session._Run, "say", stopping)
+            return list(one.run(asked, stop))
+
+    return run
+
+
+def test_stop_ends_a_run_before_the_next_step_and_the_pipeline_is_free_again(one, stopped_at):
+    seen = stopped_at(replace(FEW, seed=11), rows=0, step=1)
+    assert seen[-1].kind == "stopped" and "after step 1 of 2" in seen[-1].text and seen[-1].advice
+    assert max(state.step for state in seen[:-1]) == 1 and not seen[-1].rows
     assert not one.turn.locked() and ended(one, FEW)
 
 
-def test_a_run_that_is_stopped_in_its_second_row_keeps_the_first(one):
-    stop = threading.Event()
-    for state in one.run(FEW, stop):
-        if len(state.rows) == 1 and state.step == 1:
-            stop.set()
+def test_a_run_that_is_stopped_in_its_second_row_keeps_the_first(one, stopped_at):
+    *_, state = stopped_at(FEW, rows=1, step=1)
     assert state.kind == "stopped" and [row.name for row in state.rows] == ["none"]
     negtome.attach(one.loaded[1]).remove()  # which is refused where anything is left
 
