@@ -7,6 +7,7 @@ conf/model/, a folder in the diffusers layout, or a repository that is in the hu
 """
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     except (argparse.ArgumentError, SystemExit) as error:
         raise ValueError(f"expected --model NAME and --port NUMBER at most, got {' '.join(argv)}") from error
     try:
-        from experiments.demo import page  # the one module that needs gradio
+        page = importlib.import_module("experiments.demo.page")  # which needs gradio, and nothing else does
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise

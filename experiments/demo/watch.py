@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from experiments.methods.group_inference import decoded
-from experiments.methods.steps import levels, predictions, replaced, unpacked
+from experiments.methods.steps import decoded, levels, predictions, replaced, unpacked
 from negtome import NegToMeConfig, Step
 from negtome.pushing import ATTRIBUTE, Site
 from negtome.sites import find_architecture, find_sites, largest_map, unwrap

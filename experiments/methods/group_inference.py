@@ -14,6 +14,7 @@ from experiments.methods.method import Setting, sample
 from experiments.methods.selection import Selection, distances, embedded
 from experiments.methods.steps import (
     Prediction,
+    decoded,
     denoiser_calls,
     initial_noise,
     predictions,
@@ -23,7 +24,6 @@ from experiments.methods.steps import (
 )
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.encoding import scaled
 from negtome.merge import number
 from negtome.sites import find_architecture
 
@@ -75,22 +75,6 @@ def decoding(pipe: Any, rows: list[int]) -> Iterator[None]:
     original = pipe.vae.decode
     with replaced(pipe.vae, "decode", lambda latents, *args, **kwargs: original(latents[rows], *args, **kwargs)):
         yield
-
-
-def decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Decode clean latents [n, c, h, w] as a pipeline does at its end: float [n, H, W, 3] in [0, 1], on the CPU."""
-    architecture, vae = find_architecture(pipe), pipe.vae
-    zero, one = (scaled(architecture, pipe, torch.full_like(latents, value)) for value in (0, 1))
-    latents = (latents - zero) / (one - zero)  # scaling is affine
-    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    try:
-        if upcast:
-            vae.to(dtype=torch.float32)
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    finally:
-        if upcast:
-            vae.to(dtype=torch.float16)
-    return pipe.image_processor.postprocess(images, output_type="pt").float().cpu().permute(0, 2, 3, 1)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from negtome.calls import CallReader, DenoiserCall
+from negtome.encoding import scaled
 from negtome.sites import find_architecture
 
 Before = Callable[[DenoiserCall, dict[str, Any]], dict[str, Any]]
@@ -204,6 +205,22 @@ def levels(scheduler: Any, timestep: Any = None) -> tuple[float, float]:
 def unpacked(pipe: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return latents of images of so many pixels as [rows, c, h, w], packed or not."""
     return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor) if latents.dim() == 3 else latents
+
+
+def decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode clean latents [n, c, h, w] as a pipeline does at its end: float [n, H, W, 3] in [0, 1], on the CPU."""
+    architecture, vae = find_architecture(pipe), pipe.vae
+    zero, one = (scaled(architecture, pipe, torch.full_like(latents, value)) for value in (0, 1))
+    latents = (latents - zero) / (one - zero)  # scaling is affine
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    try:
+        if upcast:
+            vae.to(dtype=torch.float32)
+        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(dtype=torch.float16)
+    return pipe.image_processor.postprocess(images, output_type="pt").float().cpu().permute(0, 2, 3, 1)
 
 
 @contextlib.contextmanager

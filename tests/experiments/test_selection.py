@@ -10,9 +10,10 @@ from stand_ins import Colours
 from test_methods import CALLS, shape_of
 
 from eval.encoders import Encoder
-from experiments.methods.group_inference import GroupInference, best_subset, counts, decoded
+from experiments.methods.group_inference import GroupInference, best_subset, counts
 from experiments.methods.method import Baseline, sample
 from experiments.methods.selection import BestOf, farthest_first
+from experiments.methods.steps import decoded
 from experiments.prompts import Group
 
 GROUP = Group("one", "a red thing", "red", 0, 2)
