@@ -131,15 +131,19 @@ class Session:
         return self.measured[1]
 
     def grid(self, name: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """Return the size of a model's images in pixels and in tokens; None while that is not known without waiting."""
-        if self.loaded is None or self.loaded[0].name != name:
-            if not name.startswith("mini-") or not self.turn.acquire(blocking=False):
-                return None
+        """Return the size of a model's images in pixels and in tokens.
+
+        None while that is not known without waiting, or without dropping another model that somebody has loaded.
+        """
+        loaded = self.loaded  # once: a run of another thread may drop it at any time
+        if loaded is None and name in models.names() and name.startswith("mini-") and self.turn.acquire(blocking=False):
             try:
-                self.load(name)
+                loaded = self.loaded or self.load(name)
             finally:
                 self.turn.release()
-        model, pipe, _ = self.loaded
+        if loaded is None or loaded[0].name != name:
+            return None
+        model, pipe, _ = loaded
         size = tuple(model.call.get(side) or _default_side(pipe) for side in ("height", "width"))
         return size, token_grid(pipe, model.given, size)
 

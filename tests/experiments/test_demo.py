@@ -247,6 +247,36 @@ def test_the_mask_is_shown_as_the_tokens_see_it(one, kept_in):
     assert "0 of 256" in view.mask_seen(picture, Image.new("L", picture.size), size, grid)
 
 
+class Dropped(Session):
+    """Whose model a run of another thread drops as soon as anybody has looked at it."""
+
+    @property
+    def loaded(self):
+        loaded, self._loaded = self._loaded, None
+        return loaded
+
+    @loaded.setter
+    def loaded(self, loaded):
+        self._loaded = loaded
+
+
+def test_a_look_at_a_picture_survives_a_run_that_drops_the_model(one):
+    dropped = Dropped()
+    dropped.loaded = one.loaded
+    assert dropped.grid("mini-sdxl") == one.grid("mini-sdxl") is not None
+
+
+def test_a_look_at_a_picture_drops_no_model_and_waits_for_none(one):
+    before = one.loaded
+    assert one.grid("mini-flux") is None and one.grid("mini-none") is None and one.loaded is before
+    fresh = Session()
+    with fresh.turn:
+        assert fresh.grid("mini-sdxl") is None
+    # A run that ends between two looks of this one leaves its model behind.
+    fresh.turn = SimpleNamespace(acquire=lambda blocking: vars(fresh).update(loaded=before) or True, release=list)
+    assert fresh.grid("mini-flux") is None and fresh.loaded is before
+
+
 def test_quality_is_away_from_a_blurred_copy_of_each_image(one):
     last = ended(one, replace(FEW, mode="quality", blur=0.1, alpha=0.6))
     copies = [negtome.Reference(blurred(image, 0.1)) for image in last.rows[0].images]
