@@ -67,6 +67,8 @@ def _hydra(asked: Asked, recipe: Recipe, model: Model) -> Export:
         if not template:
             what = "The benchmark's prompts are a template and a category, of two words at least: this one is none."
             return Export("Hydra overrides", what, "")
+        if "${" in recipe.prompt:  # which building the prompts interpolates once more, however it is escaped here
+            return Export("Hydra overrides", "The benchmark's prompts cannot hold ${: use the Python above.", "")
         methods = asked.methods if asked.mode == "compare" else ("negtome",)
         settings += [f"method.alpha={recipe.config.alpha:g}"] if asked.mode == "diversity" else []
         prompts = [
@@ -95,8 +97,9 @@ def _overrides(command: str, what: str, *words: str) -> Export:
 
 
 def _quoted(text: str) -> str:
-    """Write a text as Hydra's grammar has it."""
-    escaped = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", "\\'")
+    """Write a text as Hydra's grammar has it, none of which stands for something else."""
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    escaped = re.sub(r"(\\+)('|$)", r"\1\1\2", escaped).replace("'", "\\'")
     return f"'{escaped}'"
 
 

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import negtome
@@ -321,7 +322,7 @@ def test_the_script_makes_these_very_images(one, kept_in, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
-    prompt = 'a photo of a dog\'s "day, out"'
+    prompt = 'a photo of a dog\'s "day, \\ out\\"\\'
     asked = replace(given(kept_in), mode=mode, mask="", prompt=prompt, methods=("negtome", "cads"))
     model = models.find(asked.model)
     recipe = asked.recipe(model)
@@ -341,6 +342,21 @@ def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
         if mode != "diversity":
             config = config.replace(alpha=recipe.config.alpha)
         assert config.published_for("sdxl") == recipe.config
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_reads_nothing_of_the_machine_in_the_overrides(kept_in, mode):
+    prompt = "a photo of ${oc.env:HOME}, \\${x \\\\${project:a} \\'${"
+    asked = replace(given(kept_in), mode=mode, mask="", prompt=prompt)
+    model = models.find(asked.model)
+    export = exports(asked, asked.recipe(model), model)[2]
+    if mode in ("diversity", "compare"):
+        assert not export.text and "cannot hold ${" in export.what
+    else:
+        (spec,) = OmegaConf.to_container(
+            expand(["method=negtome", *shlex.split(export.text)[3:]])[0].applications, resolve=True
+        ).values()
+        assert spec["prompt"] == prompt
 
 
 def test_a_prompt_is_split_at_its_last_article_or_word():
