@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ImportError: gradio is not installed.
-        ValueError: an argument is unknown.
+        ValueError: an argument is unknown, or there is no such port.
         OSError: the port is taken.
     """
     parser = argparse.ArgumentParser(prog="demo", exit_on_error=False)
@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
         given = parser.parse_args(argv)
     except (argparse.ArgumentError, SystemExit) as error:
         raise ValueError(f"expected --model NAME and --port NUMBER at most, got {' '.join(argv)}") from error
+    if given.port is not None and not 1 <= given.port <= 65535:
+        raise ValueError(f"expected a port from 1 to 65535, got {given.port}: leave --port out for a free one")
     try:
         page = importlib.import_module("experiments.demo.page")  # which needs gradio, and nothing else does
     except ModuleNotFoundError as error:

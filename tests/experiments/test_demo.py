@@ -438,6 +438,9 @@ def test_a_missing_gradio_is_one_line(monkeypatch, capsys):
         == "demo: expected gradio for the demo, got none: pip install -e '.[demo]', or make demo\n"
     )
     assert main(["demo", "--prot", "1"]) == 2 and "got --prot 1" in capsys.readouterr().err
+    for port in ("99999", "0", "-1"):
+        assert main(["demo", "--port", port]) == 2
+        assert capsys.readouterr().err.startswith(f"demo: expected a port from 1 to 65535, got {port}: ")
 
 
 def test_gradio_is_of_the_page_alone():
