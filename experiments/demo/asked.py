@@ -15,7 +15,7 @@ from PIL import Image
 
 from eval.files import write_bytes
 from experiments import PROJECT, catalogue
-from experiments.demo.models import USUAL, Model
+from experiments.demo.models import USUAL, Model, may_be_linked
 from negtome.merge import MATCHINGS
 from negtome.recipe import Recipe
 
@@ -182,10 +182,14 @@ class Asked:
         return f"?{urlencode(changed)}"
 
     @classmethod
-    def from_query(cls, query: Mapping[str, str]) -> "Asked":
+    def from_query(cls, query: Mapping[str, str], own: str = USUAL) -> "Asked":
         """Read what `link` wrote; other names are nothing to it, and a value that is none is left out.
 
         A link may come from anybody: it names pictures of this machine by a hash, and never a path.
+
+        Args:
+            query: names and values of an address.
+            own: the model that the page was started with, which may be a folder.
         """
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
@@ -198,9 +202,14 @@ class Asked:
             elif field.name in ("picture", "mask"):
                 values |= {field.name: text} if _is_kept(text) else {}
             elif field.name == "methods":
-                values["methods"] = tuple(filter(None, text.split(",")))
+                known = tuple(name for name in text.split(",") if name in catalogue.entries())
+                values |= {"methods": known} if known else {}
+            elif field.name == "model":
+                values |= {"model": text} if text == own or may_be_linked(text) else {}
             elif field.name not in _CHOICES or text in _CHOICES[field.name]:
                 values[field.name] = text
+        if not _fits(values.get("mask", ""), values.get("picture", "")):
+            values.pop("mask", None)
         return cls(**values)
 
 
@@ -216,6 +225,14 @@ def _number(text: str) -> float:
 
 def _is_kept(name: str) -> bool:
     return re.fullmatch("[0-9a-f]{16}", name) is not None and (PICTURES / f"{name}.png").is_file()
+
+
+def _fits(mask: str, picture: str) -> bool:
+    """Tell whether a kept mask is one of a kept picture: they have one size."""
+    if not (mask and picture):
+        return False
+    with Image.open(kept(mask)) as inside, Image.open(kept(picture)) as whole:
+        return inside.size == whole.size
 
 
 def _file(name: str) -> str:

@@ -1,6 +1,7 @@
 """Which models the page has: those of conf/model/ by name, a folder, or a repository in the hub's cache."""
 
 import functools
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from negtome import NegToMeConfig
 USUAL = "mini-sdxl"
 #: Bytes that a large picture's autoencoder takes at once; with less free memory it works in tiles.
 DECODING = 6 << 30
+#: A repository of the hub, which has no longer names.
+REPOSITORY = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 #: Hydra is one for the process, and the page has a thread a visitor.
 _composing = threading.Lock()
 
@@ -90,6 +93,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: (name != USUAL, not name.startswith("mini-"), name)))
 
 
+def may_be_linked(name: str) -> bool:
+    """Tell whether a link may name a model: by a name of conf/model/ or a repository of the hub, never by a folder."""
+    return name in names() or (REPOSITORY.fullmatch(name) is not None and not project_path(name).exists())
+
+
 def is_here(name: str) -> bool:
     """Tell whether the weights of a model of conf/model/ are on this machine."""
     try:
@@ -110,7 +118,9 @@ def find(name: str) -> Model:
     if name in names():
         return _composed(name, name)
     folder = _folder(name)
-    made_of = read_json(folder / "model_index.json").get("_class_name")
+    if not isinstance(index := read_json(folder / "model_index.json"), dict):
+        raise ValueError(f"expected a model_index.json that maps names in {folder}, got a {type(index).__name__}")
+    made_of = index.get("_class_name")
     kinds = {key for key, architecture in pipelines.ARCHITECTURES.items() if architecture.pipeline == made_of}
     bases = [name for name, kind in _architectures().items() if kind in kinds]
     if not bases:
@@ -122,9 +132,9 @@ def find(name: str) -> Model:
 
 def _folder(name: str) -> Path:
     folder = project_path(name)
-    if (folder / "model_index.json").is_file():
+    if os.path.isfile(folder / "model_index.json"):  # of a name that no file can have, too
         return folder
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.exists():
+    if REPOSITORY.fullmatch(name) and not folder.exists():
         cached = try_to_load_from_cache(name, "model_index.json")
         if isinstance(cached, str):
             return Path(cached).parent

@@ -29,6 +29,8 @@ FIELDS = (
 SETTINGS = ("alpha", "threshold", "low", "high")
 #: Of what is painted over a picture.
 BRUSH = "#D55E00"
+#: What is raised of a name that is no model's, on this machine.
+NO_MODEL = (ValueError, OSError, RuntimeError)
 WELCOME = "<p class='nt-hint'>Generate shows the same noises in two rows, without NegToMe and with it.</p>"
 
 
@@ -181,7 +183,9 @@ class Page:
         """Set all controls by the page's address, if it says anything."""
         if not (query := dict(request.query_params)).keys() & set(FIELDS):
             return [gr.skip()] * (len(FIELDS) + 1)
-        asked, picture = Asked.from_query(query), gr.skip()
+        asked, picture = Asked.from_query(query, own=self.first.model), gr.skip()
+        if query.get("model", asked.model) != asked.model:
+            gr.Warning(f"A link may name no folder as model: {asked.model} is chosen instead.")
         usual = dict(zip(SETTINGS, self._usual(asked.mode, asked.model), strict=True))
         values = {name: getattr(asked, name) for name in FIELDS} | {"methods": list(asked.methods)}
         usual["steps"] = self._steps(asked.model)
@@ -202,7 +206,7 @@ class Page:
             titles = model.methods()
             if not models.is_here(name):
                 here = f"Its weights are not on this machine: {models.USUAL} would make the images."
-        except (ValueError, FileNotFoundError) as error:
+        except NO_MODEL as error:
             here = str(error)
         chosen = [name for name in methods or self.first.methods if name in titles]
         return [
@@ -221,7 +225,7 @@ class Page:
         """Return the settings that a model is used best with, as far as that is known."""
         try:
             model = models.find(name)
-        except (ValueError, FileNotFoundError):  # `_show` says why
+        except NO_MODEL:  # `_show` says why
             return [gr.skip()] * len(SETTINGS)
         config = model.group if mode == "diversity" else model.given
         alpha = MODES[mode].alpha
@@ -231,7 +235,7 @@ class Page:
         """Return how many steps a model is configured with."""
         try:
             return models.find(name).steps
-        except (ValueError, FileNotFoundError):
+        except NO_MODEL:
             return gr.skip()
 
     def _asked(self, *values: Any) -> Asked:

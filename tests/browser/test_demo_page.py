@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("gradio", reason="make test-browser needs gradio: pip install -e '.[browser]'")
 
 from experiments.demo import asked as asking
-from experiments.demo.asked import MODES
+from experiments.demo.asked import MODES, keep
 from experiments.demo.page import Page, launched
 from experiments.demo.session import Session
 
@@ -184,6 +184,19 @@ def test_a_link_restores_the_page(visit, picture, address):
     again.locator(".nt-mask").wait_for()
     generate(again)
     assert again.locator(".nt-pair img").nth(3).get_attribute("src") == before, "the very same picture"
+
+
+def test_a_link_of_nonsense_opens_the_page_all_the_same(visit):
+    picture, mask = keep(Image.new("RGB", (96, 64), "red")), keep(Image.new("L", (64, 96), "white"))
+    page = visit(f"?mode=away&steps=3&images=2&picture={picture}&mask={mask}&methods=nothing&model={'a' * 400}")
+    page.get_by_text("A link may name no folder as model: mini-sdxl is chosen instead.").wait_for()
+    page.locator(".nt-mask").wait_for()
+    generate(page)
+    assert page.locator(".nt-pair").count() == 4
+    control = page.locator("#nt-model input")
+    control.fill("b" * 400)
+    control.press("Enter")
+    page.get_by_text("expected a name of conf/model").wait_for()
 
 
 def test_new_seeds_are_drawn_unless_one_is_kept(visit):

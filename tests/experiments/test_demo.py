@@ -381,8 +381,32 @@ def test_a_foreign_link_names_no_file_and_changes_nothing_that_it_may_not(kept_i
         "images": "1e9",
         "mode": "x",
         "who": "me",
+        "methods": "nothing,../negtome",
     }
     assert Asked.from_query(query) == Asked()
+    assert Asked.from_query({"methods": "nothing,cads"}).methods == ("cads",)
+
+
+@pytest.mark.parametrize(
+    "model", ["/etc", "../x/y", "./x", "~", "~x/y", "models/mini-sdxl", "a" * 400, "a/" + "b" * 400]
+)
+def test_a_link_names_no_folder_but_the_page_s_own(model):
+    assert Asked.from_query({"model": model}).model == Asked().model
+    assert Asked.from_query({"model": model}, own=model).model == model
+
+
+@pytest.mark.parametrize("model", ["mini-flux", "sd15", "owner/name-1.0"])
+def test_a_link_names_a_model_of_the_configuration_or_of_the_hub(model):
+    assert Asked.from_query({"model": model}).model == model
+
+
+def test_a_link_names_no_mask_but_one_of_its_picture(kept_in):
+    picture, fits, other = (
+        keep(Image.new(mode, size)) for mode, size in (("RGB", (9, 6)), ("L", (9, 6)), ("L", (6, 9)))
+    )
+    assert Asked.from_query({"mask": fits, "picture": picture}).mask == fits
+    assert Asked.from_query({"mask": other, "picture": picture}) == Asked(picture=picture)
+    assert Asked.from_query({"mask": fits}) == Asked()
 
 
 def test_a_picture_holds_its_settings(one):
@@ -407,6 +431,11 @@ def test_a_folder_is_called_as_the_model_of_its_architecture(tiny_checkpoint, tm
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ValueError, match=r"FluxPipeline.*got a WanPipeline"):
         models.find(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"maps names in .*, got a list"):
+        models.find(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="choose mini-sdxl"):
+        models.find("a" * 400)
 
 
 @pytest.mark.slow
