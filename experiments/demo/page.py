@@ -31,6 +31,8 @@ SETTINGS = ("alpha", "threshold", "low", "high")
 BRUSH = "#D55E00"
 #: What is raised of a name that is no model's, on this machine.
 NO_MODEL = (ValueError, OSError, RuntimeError)
+#: Seconds between two looks for pictures of visitors that gradio keeps, and after which it drops them.
+KEPT_FOR = 3600
 WELCOME = "<p class='nt-hint'>Generate shows the same noises in two rows, without NegToMe and with it.</p>"
 
 
@@ -49,7 +51,8 @@ class Page:
         self.first = Asked(model=model, steps=steps, **settings)
         self.stops: dict[str, threading.Event] = {}  # of the runs that are going on, by visit
         self.controls: dict[str, Any] = {}
-        with gr.Blocks(title="negtome", analytics_enabled=False, fill_width=True) as self.blocks:
+        about = {"title": "negtome", "analytics_enabled": False, "fill_width": True}
+        with gr.Blocks(**about, delete_cache=(KEPT_FOR, KEPT_FOR)) as self.blocks:
             gr.HTML(
                 "<header><h1>negtome</h1><p>The same prompts and noises without Negative Token Merging and with it. "
                 "Everything happens on this machine.</p></header>"

@@ -22,10 +22,13 @@ PATIENCE = 120_000
 def address(tmp_path_factory):
     """Serve one page with mini-sdxl; what it keeps lies elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
+        kept = tmp_path_factory.mktemp("gradio")
+        patch.setenv("GRADIO_TEMP_DIR", str(kept))
         patch.setattr(asking, "PICTURES", tmp_path_factory.mktemp("pictures"))
         page = Page("mini-sdxl", Session(preview_every=0))
         yield launched(page)
         page.blocks.close()
+        assert not [path for path in kept.rglob("*") if path.is_file()], "what visitors gave goes with the page"
 
 
 @pytest.fixture
