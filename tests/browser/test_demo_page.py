@@ -24,6 +24,7 @@ def address(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         kept = tmp_path_factory.mktemp("gradio")
         patch.setenv("GRADIO_TEMP_DIR", str(kept))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
         patch.setattr(asking, "PICTURES", tmp_path_factory.mktemp("pictures"))
         page = Page("mini-sdxl", Session(preview_every=0))
         yield launched(page)

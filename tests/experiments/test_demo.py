@@ -180,7 +180,8 @@ def test_runs_wait_for_each_other_and_may_be_taken_out_of_the_queue(one):
     assert [*waiting][-1].kind == "done"
 
 
-def test_missing_weights_are_named_and_the_embedded_model_stands_in(one):
+def test_missing_weights_are_named_and_the_embedded_model_stands_in(one, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     last = ended(one, replace(FEW, model="sd15"))
     assert last.asked.model == "mini-sdxl" and last.recipe.model == "models/mini-sdxl"
     assert "stable-diffusion-v1-5" in last.notes[0] and "hf download" in last.notes[0]
