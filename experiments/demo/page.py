@@ -59,14 +59,16 @@ class Page:
             )
             with gr.Row(elem_id="nt-page"):
                 with gr.Column(scale=2, min_width=300, elem_id="nt-left"):
-                    self._left()
+                    self._task_controls()
+                    self._strength_controls()
+                    self._image_controls()
                 with gr.Column(scale=5, min_width=300, elem_id="nt-right"):
                     self.progress = gr.HTML(WELCOME, elem_id="nt-progress")
                     self.results = gr.HTML("", elem_id="nt-results", js_on_load=(FOLDER / "page.js").read_text())
             self._wire()
 
-    def _left(self) -> None:
-        """What is asked for, top to bottom."""
+    def _task_controls(self) -> None:
+        """What to do, the prompt, and what a mode has of its own."""
         add, first = self.controls, self.first
         add["mode"] = gr.Radio(
             [(mode.title, name) for name, mode in MODES.items()],
@@ -100,6 +102,10 @@ class Page:
             0.01, 0.2, first.blur, step=0.01, label="Blur", info="Of the copy, as a share of an image's side.",
             visible=False, elem_id="nt-blur",
         )  # fmt: skip
+
+    def _strength_controls(self) -> None:
+        """How tokens are pushed."""
+        add, first = self.controls, self.first
         with gr.Group(elem_id="nt-strength") as self.strength:
             add["alpha"] = gr.Slider(
                 -2, 4, first.alpha, step=0.05, label="Alpha", info="How far tokens are pushed; below 0 pulls."
@@ -125,6 +131,10 @@ class Page:
                 ["paper", "released"], value=first.matching, label="Matching",
                 info="To the nearest token, as in the paper, or as in the released code.",
             )  # fmt: skip
+
+    def _image_controls(self) -> None:
+        """Which images are made: by what model, how many, from which noises."""
+        add, first = self.controls, self.first
         with gr.Group():
             add["model"] = gr.Dropdown(
                 list(models.names()), value=first.model, label="Model", allow_custom_value=True, filterable=True,
