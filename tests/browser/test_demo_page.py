@@ -221,6 +221,7 @@ def test_nothing_is_wider_than_the_window(visit, width, mode):
         generate(page)
         page.locator(".nt-pair").last.click()
         page.get_by_text("Hydra overrides").click()
+        assert page.locator(".nt-scroll").evaluate("one => one.scrollWidth - one.clientWidth") == 0, "the table fits"
     assert overflow(page) == [0]
 
 
