@@ -46,8 +46,9 @@ def _python(asked: Asked, recipe: Recipe) -> Export:
 def _command(asked: Asked, recipe: Recipe) -> Export:
     if asked.mode == "quality":
         return Export("Command line", "It has no blurred copies: use the Python above.", "")
-    what = "These very images, from the project's folder."
-    return Export("Command line", what if asked.mode != "compare" else "The images without a method.", recipe.command())
+    if asked.mode == "compare":
+        return Export("Command line", "The images without a method, from the project's folder.", recipe.command())
+    return Export("Command line", "Both rows, from the project's folder.", f"{recipe.command()} --compare")
 
 
 def _hydra(asked: Asked, recipe: Recipe, model: Model) -> Export:

@@ -88,9 +88,9 @@ class Memory(NamedTuple):
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Return the names of conf/model/, the embedded models first."""
+    """Return the names of conf/model/, the embedded models last: who types "sdxl" means that one."""
     found = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
-    return tuple(sorted(found, key=lambda name: (name != USUAL, not name.startswith("mini-"), name)))
+    return tuple(sorted(found, key=lambda name: (name.startswith("mini-"), name)))
 
 
 def may_be_linked(name: str) -> bool:
@@ -127,7 +127,7 @@ def find(name: str) -> Model:
         known = ", ".join(sorted(architecture.pipeline for architecture in pipelines.ARCHITECTURES.values()))
         raise ValueError(f"expected a model of one of {known}, got a {made_of} in {folder}: choose another one")
     variant = "fp16" if any(folder.glob("*/*.fp16.*")) else None
-    return _composed(name, bases[-1], source=str(folder), revision=None, variant=variant)
+    return _composed(name, bases[0], source=str(folder), revision=None, variant=variant)
 
 
 def _folder(name: str) -> Path:
@@ -150,7 +150,7 @@ def _folder(name: str) -> Path:
 
 @functools.cache
 def _architectures() -> dict[str, str]:
-    """Return the architectures of conf/model/ by names, published checkpoints last, which say how to call theirs."""
+    """Return the architectures of conf/model/ by names, published checkpoints first, which say how to call theirs."""
     specs = {name: OmegaConf.load(PROJECT / "conf" / "model" / f"{name}.yaml") for name in names()}
     return {name: spec.architecture for name, spec in specs.items() if "architecture" in spec}
 

@@ -138,7 +138,7 @@ class Page:
         with gr.Group():
             add["model"] = gr.Dropdown(
                 list(models.names()), value=first.model, label="Model", allow_custom_value=True, filterable=True,
-                info="A name, a folder in the diffusers layout, or a cached repository.", elem_id="nt-model",
+                info="A name (mini-: small, they draw emoji), a folder, or a cached repository.", elem_id="nt-model",
             )  # fmt: skip
             self.here = gr.Markdown("", visible=False, elem_id="nt-here")
             add["images"] = gr.Slider(1, MOST_IMAGES, first.images, step=1, label="Images", info="Made together.")

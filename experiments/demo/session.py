@@ -190,7 +190,8 @@ class _Run:
                 turn.release()
         except Stopped:
             at = f" after step {self.state.step} of {self.state.steps}" if self.state.steps else ""
-            self.say("stopped", f"Stopped{at}.", advice="What is finished stays below; Generate starts anew.")
+            below = "What is finished stays below; " if self.state.rows else ""
+            self.say("stopped", f"Stopped{at}.", advice=f"{below}Generate starts anew.")
         except Exception as error:  # whoever looks at the page has no other place to see it
             if is_out_of_memory(error):
                 self.say("failed", "Out of memory.", advice=self._smaller())
