@@ -91,7 +91,7 @@ reproduce-deliberation: $(VENV)/.installed-training  ## what examples and reward
 mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (3 minutes)
 	$(PY) -m experiments.training.deliberation.export $(ARGS)
 
-test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (4 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (5 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (5 minutes)
