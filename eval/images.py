@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from eval.files import canonical_json, read_json, read_regular, remembered_hash, write_text
 
@@ -310,6 +310,11 @@ def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
 def load_image(path: str | Path) -> torch.Tensor:
     """Read an image as 8-bit RGB: uint8 tensor [3, H, W] in [0, 255]; see `load_picture`."""
     return torch.from_numpy(np.array(load_picture(path))).permute(2, 0, 1).contiguous()
+
+
+def blurred(image: Image.Image, blur: float) -> Image.Image:
+    """Return an image under a Gaussian blur whose radius is a share of its shorter side."""
+    return image.filter(ImageFilter.GaussianBlur(blur * min(image.size)))
 
 
 def load_picture(path: str | Path) -> Image.Image:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageFilter
+from PIL import Image
 from tqdm import tqdm
 
 import negtome
-from eval.images import load_picture
+from eval.images import blurred, load_picture
 from experiments import pipelines, project_path, select_device
 from experiments.configs import build, expand, flag
 from experiments.figures.sheet import Sheet, contact_sheet
@@ -79,7 +79,7 @@ def draw(
         plain = generated(seed)
         shown = plain if reference is None else load_picture(project_path(reference))
         if blur:
-            shown = shown.filter(ImageFilter.GaussianBlur(blur * min(shown.size)))
+            shown = blurred(shown, blur)
         images = [shown, plain]
         for alpha in alphas:
             given = negtome.Reference(shown, mask=None if mask is None else _half(mask, *shown.size))

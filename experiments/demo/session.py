@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import negtome
 from eval.alignment import clip_score
 from eval.diversity import mean_pairwise_similarity
+from eval.images import blurred
 from experiments import catalogue, project_path
 from experiments.configs import build
 from experiments.demo import models
@@ -340,11 +341,6 @@ def _default_side(pipe: Any) -> int:
 
 def _absolute(file: str | None) -> str | None:
     return None if file is None else str(project_path(file))
-
-
-def blurred(image: Image.Image, blur: float) -> Image.Image:
-    """Return an image blurred by a radius that is a share of its shorter side, as experiments.applications has it."""
-    return image.filter(ImageFilter.GaussianBlur(blur * min(image.size)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
