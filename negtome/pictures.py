@@ -34,13 +34,18 @@ def content(recipe: Recipe) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest() if digests else ""
 
 
-def save(image: Image.Image, path: str | Path, recipe: Recipe, made_from: str = "") -> None:
-    """Write a picture as PNG, with its recipe in a text chunk, and in another the `content` that it was made from."""
-    chunk = PngImagePlugin.PngInfo()
-    chunk.add_itxt(CHUNK, json.dumps(recipe.to_dict()))
+def chunks(recipe: Recipe, made_from: str = "") -> PngImagePlugin.PngInfo:
+    """Return the text chunks of a PNG: its recipe and, if any, the `content` that it was made from."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps(recipe.to_dict()))
     if made_from:
-        chunk.add_itxt(CONTENT, made_from)
-    image.save(path, format="PNG", pnginfo=chunk)
+        info.add_itxt(CONTENT, made_from)
+    return info
+
+
+def save(image: Image.Image, path: str | Path, recipe: Recipe, made_from: str = "") -> None:
+    """Write a picture as PNG that holds its recipe; see `chunks`."""
+    image.save(path, format="PNG", pnginfo=chunks(recipe, made_from))
 
 
 def read(path: str | Path) -> Recipe:

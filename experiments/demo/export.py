@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 import shlex
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from experiments.demo.asked import ITSELF, Asked, split
 from experiments.demo.models import Model
-from negtome.pictures import CHUNK
+from negtome.pictures import chunks
 from negtome.recipe import Recipe
 
 #: The text in a PNG that holds the page's link.
@@ -106,9 +105,7 @@ def _quoted(text: str) -> str:
 
 def png(image: Image.Image, recipe: Recipe | None = None, link: str = "") -> bytes:
     """Return an image as PNG; as texts in it a recipe, which `negtome generate --from` reads, and the page's link."""
-    info = PngInfo()
-    if recipe is not None:
-        info.add_itxt(CHUNK, json.dumps(recipe.to_dict()))
+    info = PngInfo() if recipe is None else chunks(recipe)
     if link:
         info.add_itxt(LINK, link)
     file = io.BytesIO()
