@@ -83,7 +83,7 @@ def draw(
         images = [shown, plain]
         for alpha in alphas:
             given = negtome.Reference(shown, mask=None if mask is None else _half(mask, *shown.size))
-            with negtome.attach(pipe, config.replace(alpha=alpha), given=given):
+            with negtome.attach(pipe, config.replace(alpha=alpha), references=given):
                 images.append(generated(seed))
         rows.append((f"{description}; seed {seed}", [[image] for image in images]))
     return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)

@@ -5,81 +5,96 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import threading
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import DenoiserCall, asked_of, calling_pipeline, images_of
+from negtome.calls import DenoiserCall, PipelineCall
 from negtome.config import NegToMeConfig
+from negtome.hooks import ATTRIBUTE, Call, Layout, Push, Site, StepContext, not_compiled, patch_call, path, unpatch_call
 from negtome.merge import plain
-from negtome.pushing import ATTRIBUTE, Call, Now, Push, Site, not_compiled, path, restore, retype
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
-from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, unwrap
+from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, largest_map, unwrap
 from negtome.tally import Run, SiteCount, Step, check_pushed, check_side, check_window
+
+#: Images in a group above which reference="others" warns: its cost grows with their square.
+MANY_OTHERS = 8
+#: Two embeddings of one text differ by rounding; of different texts, some element differs by more than this share of
+#: itself and of a usual element.
+ROUNDING = 0.05
 
 
 def attach(
     pipe: Any,
     config: NegToMeConfig | None = None,
+    *,
     group_size: int | None = None,
-    given: Reference | Sequence[Reference | None] | None = None,
+    references: Reference | Sequence[Reference | None] | None = None,
     push: Push | None = None,
+    given: Reference | Sequence[Reference | None] | None = None,
 ) -> Attachment:
     """Push the images that a pipeline generates together apart, or away from given ones, until the `with` block ends.
 
         with negtome.attach(pipe) as attached:
             images = pipe("a photo of a dog", num_images_per_prompt=4).images
 
-        with negtome.attach(pipe, NegToMeConfig(alpha=1.5), given=negtome.Reference("protected.png")):
+        with negtome.attach(pipe, NegToMeConfig(alpha=1.5), references=negtome.Reference("protected.png")):
             image = pipe("a photo of a cartoon mouse").images[0]
 
     Every call of the pipeline in the block is checked: one in which nothing was compared raises RuntimeError and says
-    why, one in which no token was above the threshold warns. Copy or pickle the pipeline outside the block: a copy made
-    inside stays attached until `detach`.
+    why, one in which no token was above the threshold warns. A call of another pipeline that shares the denoiser, such
+    as a refining second pass, runs unchanged and warns. A copy or pickle of the pipeline is not attached.
 
     Args:
         pipe: a stock pipeline of `negtome.architectures`, such as `StableDiffusionXLPipeline` or `FluxPipeline`;
             compiled or offloaded if you like.
         config: the method's settings. None: those published for the pipeline's architecture, or the usual ones.
-        group_size: how many neighbouring images of a call make a group, at least 2. With several prompts in a call,
-            pass num_images_per_prompt (of videos, num_videos_per_prompt). Groups never influence each other; what a
-            group holds is up to you. None: all images of a call are one group, and must share their prompt. Without
-            meaning where images are given.
-        given: images from outside to push away from, instead of the images of the group (`config.reference`): one
+        group_size: how many neighbouring images of a call make a group, at least 2. Groups never influence each other.
+            None: the images of a prompt, where a call has several prompts and num_images_per_prompt > 1 (of videos,
+            num_videos_per_prompt); otherwise all images of the call, which must then share their prompt. Has no effect
+            with `references`.
+        references: images from outside to push away from, instead of the images of the group (`config.reference`): one
             Reference for all images of a call, or a list with one or None for each, in the order of the images. Every
-            reference image is a further row of the denoiser's batch in the steps of the window, and only there. The
-            pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
-        push: what becomes of the image tokens at a site instead, for controls of the method: called as `push(site,
-            tokens, pushed, group_size)` with the site's name, the tokens [G * K, N, C] of G groups of K = group_size
-            images, and what the method would make of them; it returns a tensor like them. Counts stay those of the
-            method. Not where images are given.
+            reference image is a further row of the denoiser's batch in the steps of the timestep range, and only there.
+            The pipeline's latents, generators and output never hold it; hooks and processors inside the denoiser do.
+        push: replaces the push at every site, for controls of the method: called as `push(site, tokens, pushed,
+            group_size)` with the site's name, the tokens [G * K, N, C] of G groups of K = group_size images, and the
+            result of the method; it returns a tensor like them. Counts stay those of the method. Not with `references`.
+        given: the former name of `references`, deprecated.
 
     Returns:
         A context manager, for one block. Used without `with`, `remove()` ends it, or `detach` where it was lost.
 
     Raises:
-        TypeError: if the pipeline is not supported, the config is no NegToMeConfig, or what is given no Reference.
-        ValueError: if a block named in the config holds no site, for a bad `group_size`, for a `push` beside given
-            images, or where no Reference is given, or what encodes it is missing, or the output is a video;
-            or if the pipeline has a second denoiser.
-        RuntimeError: if the pipeline is attached already, or its denoiser is split over processes, or has a cache
-            beside a given image.
+        TypeError: the pipeline is not supported, the config is no NegToMeConfig, or a reference is no Reference.
+        ValueError: a block named in the config holds no site; `group_size` is out of range; `push` is combined with
+            references; there is no Reference in the list, the component that encodes it is missing, or the output is a
+            video; or the pipeline has a second denoiser.
+        RuntimeError: the pipeline is attached already, its denoiser is split over processes, or it has a cache and is
+            to be combined with references.
     """
-    return Attachment(pipe, config, group_size, given, push)
+    if given is not None:
+        warnings.warn("attach(given=...) is called references=... now", DeprecationWarning, stacklevel=2)
+        if references is not None:
+            raise ValueError("references was passed twice, also by its former name, given; pass references alone.")
+        references = given
+    return Attachment(pipe, config, group_size, references, push)
 
 
 def detach(pipe: Any) -> None:
-    """Take NegToMe off a pipeline, as `remove()` of what `attach` returned does.
+    """Take NegToMe off a pipeline, as `Attachment.remove` does.
 
     Raises:
-        TypeError: if the pipeline is not supported.
-        RuntimeError: if nothing is attached to it.
+        TypeError: the pipeline is not supported.
+        RuntimeError: nothing is attached to it, or a call of it is running.
     """
-    attachment = next(filter(None, map(_attachment_of, _owners(pipe, find_architecture(pipe)))), None)
+    attachment = next(filter(None, map(_attachment_of, _patched(pipe, find_architecture(pipe)))), None)
     if attachment is None:
         raise RuntimeError(f"NegToMe is not attached to this {type(pipe).__name__}, nor to its denoiser.")
     attachment.remove()
@@ -89,10 +104,12 @@ class Attachment:
     """NegToMe on a pipeline; made by `attach`.
 
     Adapters (LoRA) may be loaded and unloaded meanwhile: the sites follow to the modules that then bear their names.
+    After the block it holds its counts alone and can be pickled.
 
     Attributes:
         config: the method's settings, with the published numbers in the place of None.
-        group_size: images in a group, or None for all images of a call.
+        group_size: images in a group, or None where each call says it.
+        sites: names of the denoiser's modules whose tokens are pushed.
         steps: the denoising steps of the finished calls of the pipeline, in a row.
     """
 
@@ -101,7 +118,7 @@ class Attachment:
         pipe: Any,
         config: NegToMeConfig | None,
         group_size: int | None,
-        given: Reference | Sequence[Reference | None] | None,
+        references: Reference | Sequence[Reference | None] | None,
         push: Push | None,
     ) -> None:
         if not isinstance(config, NegToMeConfig | None):
@@ -116,15 +133,15 @@ class Attachment:
             )
         architecture = find_architecture(pipe)
         config = (config or NegToMeConfig()).published_for(architecture.name.lower())
-        if push is not None and given is not None:
-            raise ValueError("push changes what images of a group do to each other, got given images beside it.")
+        if push is not None and references is not None:
+            raise ValueError("push replaces the push among the images of a group; leave it or the references out.")
         if getattr(pipe, f"{architecture.denoiser}_2", None) is not None:
             raise ValueError(
                 f"NegToMe acts in one denoiser, but this {type(pipe).__name__} has {architecture.denoiser}_2 for its "
                 "late steps; use a checkpoint with a single one, such as Wan 2.1 or Wan 2.2 TI2V."
             )
         denoiser = getattr(pipe, architecture.denoiser)
-        for owner in _owners(pipe, architecture):
+        for owner in _patched(pipe, architecture):
             if _attachment_of(owner) is not None:
                 raise RuntimeError(
                     f"NegToMe is attached to this {type(owner).__name__} already; leave that `with` block, or call "
@@ -136,37 +153,35 @@ class Attachment:
         self.steps: list[Step] = []
         self._pipe = pipe
         self._architecture = architecture
-        self._pipeline = type(pipe).__name__
+        self._pipeline_class = type(pipe).__name__
         self._denoiser = unwrap(denoiser)
-        check_denoiser(self._denoiser, adds_rows=given is not None)
-        self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # but for self
-        self._now = Now()
-        self._rows = None if given is None else ReferenceRows(architecture, given, config.matching)
+        check_denoiser(self._denoiser, adds_rows=references is not None)
+        self._parameters = tuple(inspect.signature(type(self._denoiser).forward).parameters)[1:]  # without self
+        self._rows = None if references is None else ReferenceRows(architecture, references, config.matching)
         if self._rows is not None:
             self._rows.check(pipe)
-        found = find_sites(self._denoiser, architecture, config)
-        self._sites = [Site(name, place, config, self._now, push) for name, _, place in found]
+        modules = find_sites(self._denoiser, architecture, config)
+        self.sites = tuple(name for name, _, _ in modules)
+        self._sites = [Site(name, place, config, push) for name, _, place in modules]
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []
         self._run: Run | None = None
-        self._finished_runs = 0
+        # One call of the denoiser at a time: the sites cannot tell whose call reaches them.
+        self._lock = threading.RLock()
+        self._warned = False  # of calls that run unchanged
+        self._started_runs = 0
         self._compared: Counter[str] = Counter()  # tokens by site, in the finished calls
         self._pushed: Counter[str] = Counter()
         self._entered = False
 
-        # What torch.compile(denoiser) returned has bound the `__call__` of the module inside it already, so this one is
-        # retyped, not the inner one.
+        # torch.compile(denoiser) returns an object that has bound the `__call__` of the module inside it already, so
+        # the outer object is patched.
         self._owners: tuple[Any, ...] = (denoiser, pipe)
         with contextlib.ExitStack() as stack:
             stack.callback(self.remove)
             self._follow()
-            retype(denoiser, self, _begin_before)
-            retype(pipe, self, _run_around)
+            patch_call(denoiser, self, _begin_before)
+            patch_call(pipe, self, _run_around)
             stack.pop_all()
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the denoiser's modules that are touched."""
-        return tuple(site.name for site in self._sites)
 
     def counts(self) -> dict[str, SiteCount]:
         """Return the tokens compared and pushed at every site, in the finished calls of the pipeline."""
@@ -175,7 +190,7 @@ class Attachment:
     def summary(self) -> dict[str, Any]:
         """Return what happened in the finished calls of the pipeline, all sites together, as JSON values."""
         return {
-            "sites": len(self._sites),
+            "sites": len(self.sites),
             "timesteps": [step.timestep for step in self.steps],
             "active_timesteps": [step.timestep for step in self.steps if step.active],
             "tokens_compared": self._compared.total(),
@@ -183,13 +198,26 @@ class Attachment:
         }
 
     def remove(self) -> None:
-        """Give the pipeline back exactly as it was. Does nothing the second time."""
+        """Give the pipeline back exactly as it was. Does nothing the second time.
+
+        Raises:
+            RuntimeError: a call of the pipeline is running, in a callback of which or another thread this was called.
+        """
+        if self._run is not None:
+            raise RuntimeError(
+                f"NegToMe cannot be detached from its {self._pipeline_class} during a call of it; wait for its end."
+            )
         for site in self._sites:
             site.leave()
         for owner in self._owners:
-            restore(owner)
+            unpatch_call(owner)
         self._pipe = self._denoiser = self._rows = None  # the counts may be kept for long, the weights should not
-        self._owners, self._links = (), []
+        self._owners, self._links, self._sites = (), [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pipe is not None:
+            raise TypeError("an Attachment can be copied or pickled after its `with` block alone; leave it first.")
+        return {name: value for name, value in vars(self).items() if name not in ("_architecture", "_lock")}
 
     def __enter__(self) -> Attachment:
         if self._entered or self._pipe is None:
@@ -202,37 +230,36 @@ class Attachment:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         self.remove()
-        if kind is None and not self._finished_runs:
+        if kind is None and not self._started_runs:
             raise RuntimeError(
-                f"NegToMe was attached to a {self._pipeline}, but no call of it finished in the block: "
-                "expected at least one; call this very pipeline inside the `with` block."
+                f"NegToMe was attached to a {self._pipeline_class}, but it was not called in the block: "
+                "expected at least one call; call this very pipeline inside the `with` block."
             )
 
     @contextlib.contextmanager
-    def _running(self, asked: Mapping[str, Any]) -> Iterator[None]:
+    def _running(self, call: PipelineCall) -> Iterator[None]:
         """Surround one call of the pipeline, and check afterwards that something happened in it."""
         if self._run is not None:
             raise RuntimeError(
-                f"NegToMe expects one call of its {self._pipeline} at a time, but it was called again "
+                f"NegToMe expects one call of its {self._pipeline_class} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
         architecture = self._architecture
-        masks = architecture.mixed if (asked.get(architecture.per_prompt) or 1) > 1 else ()
+        masks = architecture.mixed if call.images_per_prompt > 1 else ()
         if architecture.trimmed is not None:
             masks = (architecture.trimmed,)
-        self._run = run = Run(architecture, images_of(architecture, asked), masks)
+        self._run = run = Run(architecture, call, masks)
+        self._started_runs += 1
         try:
             if self._rows is not None:
-                self._rows.start(self._pipe, asked)
+                self._rows.start(self._pipe, call.arguments)
             yield
         finally:
             self._run = None
-            self._now.active = False
-            for site in self._sites:
-                site.similarity = None
-        self._finished_runs += 1
+            self._rest()
         self.steps += run.steps
-        if not run.steps:
+        interrupted = bool(getattr(self._pipe, "interrupt", False))
+        if not run.steps and not interrupted:
             raise RuntimeError(
                 f"NegToMe saw no call of the {self._architecture.denoiser_class} it is attached to: expected the "
                 f"pipeline to call it; if `pipe.{self._architecture.denoiser}` was replaced inside the block, or no "
@@ -241,65 +268,118 @@ class Attachment:
         compared, pushed, highest = run.read()
         self._compared.update(compared)
         self._pushed.update(pushed)
-        check_window(self.config, [step.timestep for step in run.steps])  # the schedule may be unknown, or interrupted
+        timesteps = [step.timestep for step in run.steps]
+        if interrupted and not any(map(self.config.is_active, timesteps)):
+            warnings.warn(
+                "NegToMe pushed no token: the call was interrupted before a step of the timestep range.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
+        check_window(self.config, timesteps)  # the schedule may be unknown
         check_pushed(self.config, self.sites, compared.total(), pushed.total(), highest)
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _rest(self) -> None:
+        """Take the sites out of the call of the denoiser that has ended."""
+        for site in self._sites:
+            site.context = site.similarity = None
+
+    @contextlib.contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """Let calls of the denoiser in the block run unchanged: a callback of the user's may call another pipeline."""
+        run = self._run
+        if run is not None:
+            run.suspended = True
+        try:
+            yield
+        finally:
+            if run is not None:
+                run.suspended = False
+
+    def _call_denoiser(self, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the denoiser: as the pipeline's next step, or unchanged where another pipeline calls it."""
+        with self._lock:
+            run = self._run
+            if run is not None and run.thread == threading.get_ident() and not run.suspended:
+                context, arguments = self._begin(run, args, kwargs)
+                for site in self._sites:
+                    site.context = context
+                return self._end(run, context, original(owner, **arguments))
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"NegToMe is attached to a {self._pipeline_class}, but something else calls its "
+                    f"{self._architecture.denoiser_class}: that call runs unchanged. Attach to the pipeline that you "
+                    "call, if its images should be pushed.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return original(owner, *args, **kwargs)
+
+    def _begin(
+        self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[StepContext | None, dict[str, Any]]:
         """Decide, before one call of the denoiser, whether the sites act in it and how.
 
         Returns:
-            The call's arguments by name, with the rows of outside references added if the sites act.
+            The context of the sites, None if they do not act; and the call's arguments by name, with the rows of
+            outside references added if the sites act.
         """
-        run, now = self._run, self._now
-        if run is None or calling_pipeline() is not self._pipe:
-            raise RuntimeError(
-                f"NegToMe expects its {self._architecture.denoiser_class} to be called by the pipeline it is attached "
-                "to, but something else called it; attach to the pipeline that you call, and give any other that is "
-                "called meanwhile a denoiser of its own."
-            )
         if any(children.get(key) is not child for children, key, child in self._links):
             self._follow()
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        call = run.reader.read(self._pipe, arguments, run.images)
-        if self._rows is None:
-            now.group_size = self._images_in_group(call)
-        if not any(call.text is known for known in run.prompts):
-            if self._rows is None and self.group_size is None:
-                _check_one_prompt(call, self._architecture.per_prompt)
-            for mask in filter(call.prompts.__contains__, run.masks):
-                _check_one_length(call, call.prompts[mask], self._architecture)
-            run.prompts.append(call.text)
+        call = run.reader.read(self._pipe, arguments, run.call.images)
+        group_size = self._images_in_group(run, call) if self._rows is None else 0
+        self._check_text(run, call, group_size)
         if not run.steps:
             check_denoiser(self._denoiser, adds_rows=self._rows is not None)
             if run.reader.schedule:
                 check_window(self.config, run.reader.schedule)
         if call.grid != run.grid:
-            run.grid, now.fewest_tokens = call.grid, 0
-            if self._architecture.levels:
-                height, width = call.grid
-                check_side(self.config, self._denoiser, self.sites, (height, width))
-                now.fewest_tokens = fewest_tokens((height, width), self.config.min_side)
-        now.active = self.config.is_active(call.timestep)
-        now.rows, now.tokens, now.stream, now.layout = call.rows, math.prod(call.grid), call.stream, None
+            run.grid, run.fewest_tokens = call.grid, self._fewest_tokens(call)
+        active = self.config.is_active(call.timestep)
+        run.rows = call.rows
         if not call.again:
-            run.steps.append(Step(call.timestep, now.active))
-        if self._rows is not None and now.active:
-            arguments, now.layout = self._rows.extend(self._pipe, call, arguments, now.fewest_tokens)
-        return arguments
+            run.steps.append(Step(call.timestep, active))
+        if not active:
+            return None, arguments
+        layout: Layout | None = None
+        if self._rows is not None:
+            arguments, layout = self._rows.extend(self._pipe, call, arguments, run.fewest_tokens)
+        return StepContext(group_size, math.prod(call.grid), call.stream, run.fewest_tokens, layout), arguments
 
-    def _end(self, output: Any) -> Any:
-        """Count, and take the rows of outside references out of what the denoiser returned."""
-        run, now = self._run, self._now
-        if run is not None and now.active:
+    def _end(self, run: Run, context: StepContext | None, output: Any) -> Any:
+        """Count, and take the rows of outside references out of the denoiser's output."""
+        if context is not None:
             run.count(self._sites, self.config.strength()["threshold"])
-            now.active = False  # whoever calls the modules next may be another pipeline, past the compiled denoiser
-        output = output if now.layout is None else shrink(output, now.layout, self._architecture.listed)
-        if len(output[0]) != now.rows:
+            self._rest()  # another pipeline may call the modules next, past the compiled denoiser
+            if context.layout is not None:
+                output = shrink(output, context.layout, self._architecture.listed)
+        if len(output[0]) != run.rows:
             raise RuntimeError(
-                f"NegToMe expected the {self._architecture.denoiser_class} to return the {now.rows} rows that the "
+                f"NegToMe expected the {self._architecture.denoiser_class} to return the {run.rows} rows that the "
                 f"pipeline asked for, got {len(output[0])}; switch off what keeps features between its calls (caches)."
             )
         return output
+
+    def _check_text(self, run: Run, call: DenoiserCall, group_size: int) -> None:
+        """Refuse texts, each once, that the images of a group may not differ in."""
+        if any(call.text is text for text in run.prompts):
+            return
+        if self.group_size is None and group_size == call.images and run.call.shares_prompt() is not True:
+            _check_one_prompt(run, call, self._architecture.per_prompt)
+        for mask in filter(call.prompts.__contains__, run.masks):
+            _check_one_length(call, call.prompts[mask], self._architecture)
+        run.prompts.append(call.text)
+
+    def _fewest_tokens(self, call: DenoiserCall) -> int:
+        """Return the tokens of the smallest feature map that takes part, 0 where there is one map alone."""
+        if not self._architecture.levels:
+            return 0
+        height, width = call.grid
+        largest = largest_map(self._denoiser, self.sites, (height, width))
+        check_side(self.config, largest)
+        return fewest_tokens((height, width), self.config.side_within(largest))
 
     def _follow(self) -> None:
         """Move the sites to the modules that bear their names now."""
@@ -319,10 +399,14 @@ class Attachment:
             links |= {(id(children), key): (children, key, child) for children, key, child in way}
         self._links = list(links.values())
 
-    def _images_in_group(self, call: DenoiserCall) -> int:
+    def _images_in_group(self, run: Run, call: DenoiserCall) -> int:
         """Return the size of the groups in this call of the denoiser."""
         images, each = call.images, self._architecture.per_prompt
-        size = images if self.group_size is None else self.group_size
+        size = self.group_size
+        if size is None:
+            # Of several prompts, each has images of its own; a pipeline that makes another number is not understood.
+            several = (run.call.prompts or 1) > 1 and run.call.images_per_prompt > 1 and run.call.images == images
+            size = run.call.images_per_prompt if several else images
         if size < 2:
             raise ValueError(
                 f"NegToMe pushes the images of a group apart, expected at least 2 images, got 1; pass {each}=2 or more."
@@ -332,19 +416,40 @@ class Attachment:
                 f"NegToMe expected whole groups of {size} images, got {images} images in one call; make {each} times "
                 "the number of prompts a multiple of group_size."
             )
+        if not run.steps and self.config.reference == "others" and size > MANY_OTHERS:
+            warnings.warn(
+                f'reference="others" compares every image of a group with all others: for {size} images that takes '
+                f'{size} times as long as reference="first"; use smaller groups, or "first".',
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return size
 
 
-def _check_one_prompt(call: DenoiserCall, per_prompt: str) -> None:
+def _check_one_prompt(run: Run, call: DenoiserCall, per_prompt: str) -> None:
     """Refuse a batch of several prompts where all images of a call are to be one group."""
-    for embedding in call.prompts.values():
-        halves = embedding.unflatten(0, (call.halves, -1)).float()  # [halves, images, ...]
-        # The rows are copies of each other, or were computed side by side: then they differ by rounding at most.
-        if (halves - halves[:, :1]).abs().max() > 1e-2 * halves.abs().max():
-            raise ValueError(
-                "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
-                f"group_size={per_prompt} to attach, so that only images of a prompt are pushed apart."
-            )
+    same_text = run.call.shares_prompt()
+    if same_text is None:
+        same_text = all(_rows_agree(rows, call.halves) for rows in call.prompts.values())
+    if not same_text:
+        raise ValueError(
+            "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
+            f"{per_prompt}=2 or more, or group_size to attach, so that only images of a prompt are pushed apart."
+        )
+
+
+def _rows_agree(embedding: torch.Tensor, halves: int) -> bool:
+    """Tell whether the rows of an embedding [rows, ...] are of one text in every half.
+
+    Rows of one text are copies, or were computed side by side and differ by rounding. Each element is compared at the
+    scale of a usual one: some language models have activations a million times as large as the others, at which the
+    difference between two texts would not show.
+    """
+    rows = embedding.detach().unflatten(0, (halves, -1)).float()  # [halves, images, ...]
+    size = rows.abs()
+    nonzero = size[size > 0]  # padding is zero
+    usual = nonzero.median() if nonzero.numel() else 0
+    return not ((rows - rows[:, :1]).abs() > ROUNDING * (size[:, :1] + usual)).any()
 
 
 def _check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Architecture) -> None:
@@ -363,28 +468,26 @@ def _check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Arch
     raise ValueError(f"NegToMe expected prompts of one length, got several: {reason}")
 
 
-def _owners(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
-    """Return what may carry an attachment: the pipeline and its denoiser, compiled or not."""
+def _patched(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:
+    """Return the objects that may carry an attachment: the pipeline and its denoiser, compiled or not."""
     denoiser = getattr(pipe, architecture.denoiser)
     return pipe, denoiser, unwrap(denoiser)
 
 
 def _attachment_of(owner: Any) -> Attachment | None:
-    found: Attachment | None = owner.__dict__.get(ATTRIBUTE)
-    return found
+    attachment: Attachment | None = owner.__dict__.get(ATTRIBUTE)
+    return attachment
 
 
 def _begin_before(original: Call) -> Call:
     # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
     # frame, so that even fullgraph=True starts with the denoiser's own code.
-    begin, end = not_compiled()(Attachment._begin), not_compiled()(Attachment._end)
-
     @not_compiled(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment_of(self)  # None where such compiled code outlives the block
         if attachment is None:
             return original(self, *args, **kwargs)
-        return end(attachment, original(self, **begin(attachment, args, kwargs)))
+        return attachment._call_denoiser(original, self, args, kwargs)
 
     return __call__
 
@@ -392,9 +495,20 @@ def _begin_before(original: Call) -> Call:
 def _run_around(original: Call) -> Call:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment_of(self)
-        if attachment is None or attachment._pipe is not self:  # made as type(pipe)(...) or copy.copy(pipe) inside
+        if attachment is None:
             return original(self, *args, **kwargs)
-        with attachment._running(asked_of(attachment._architecture, self, args, kwargs)):
+        callback = kwargs.get("callback_on_step_end")
+        if callable(callback) and not hasattr(callback, "tensor_inputs"):  # diffusers' own are told by their class
+            kwargs["callback_on_step_end"] = _suspending(attachment, callback)
+        with attachment._running(PipelineCall(attachment._architecture, self, args, kwargs)):
             return original(self, *args, **kwargs)
 
     return __call__
+
+
+def _suspending(attachment: Attachment, callback: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with attachment._suspended():
+            return callback(*args, **kwargs)
+
+    return call

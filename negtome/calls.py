@@ -2,10 +2,8 @@
 
 import inspect
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -77,7 +75,7 @@ class CallReader:
         Args:
             pipe: that calls it.
             arguments: the denoiser's, by name.
-            images: that the call of the pipeline generates; see `images_of`.
+            images: that the call of the pipeline generates; see `PipelineCall`.
 
         Raises:
             ValueError: the time, or another of the schedule, is no training timestep; or the rows are not `images`
@@ -182,22 +180,47 @@ def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
     return number if not between and 0 <= number < len(values) else None
 
 
-def asked_of(architecture: Architecture, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a pipeline by name, defaults included; a subclass may only pass them on."""
-    signatures = (inspect.signature(cls.__call__) for cls in type(pipe).__mro__ if "__call__" in vars(cls))
-    signature = next(s for s in signatures if architecture.per_prompt in s.parameters)
-    known = list(signature.parameters.values())[1:]  # but for self
-    defaults = {p.name: p.default for p in known if p.default is not p.empty}
-    return defaults | dict(zip((p.name for p in known), args, strict=False)) | dict(kwargs)
+class PipelineCall:
+    """The arguments of one call of a pipeline, and what they say about its images.
 
+    Args:
+        architecture: of the pipeline.
+        pipe: the pipeline.
+        args, kwargs: of the call.
 
-def images_of(architecture: Architecture, asked: Mapping[str, Any]) -> int | None:
-    """Count the images that a call of a pipeline generates, from its arguments; None if they do not say it."""
-    prompt = asked.get("prompt")
-    prompts = asked.get("prompt_embeds") if prompt is None else prompt
-    if prompts is None:
-        return None
-    return (1 if isinstance(prompts, str) else len(prompts)) * (asked.get(architecture.per_prompt) or 1)
+    Attributes:
+        arguments: all of them by name, defaults included.
+        images_per_prompt: as the call says.
+        prompts: how many prompts, or rows of embeddings, the call has; None if its arguments do not say it.
+    """
+
+    def __init__(self, architecture: Architecture, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # A subclass may only pass its arguments on.
+        signatures = (inspect.signature(cls.__call__) for cls in type(pipe).__mro__ if "__call__" in vars(cls))
+        signature = next(s for s in signatures if architecture.per_prompt in s.parameters)
+        parameters = list(signature.parameters.values())[1:]  # without self
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.arguments = defaults | dict(zip((p.name for p in parameters), args, strict=False)) | dict(kwargs)
+        self.images_per_prompt: int = self.arguments.get(architecture.per_prompt) or 1
+        prompt = self.arguments.get("prompt")
+        prompts = self.arguments.get("prompt_embeds") if prompt is None else prompt
+        self.prompts = None if prompts is None else 1 if isinstance(prompts, str) else len(prompts)
+
+    @property
+    def images(self) -> int | None:
+        """Images that the call generates; None if its arguments do not say it."""
+        return None if self.prompts is None else self.prompts * self.images_per_prompt
+
+    def shares_prompt(self) -> bool | None:
+        """Tell whether all images have the same texts; None where embeddings are passed instead of texts."""
+        if self.prompts == 1:
+            return True
+        prompts = {name: value for name, value in self.arguments.items() if "prompt" in name and value is not None}
+        lists = [value for value in prompts.values() if isinstance(value, list | tuple)]
+        if any(isinstance(text, str) and text != texts[0] for texts in lists for text in texts):
+            return False
+        embedded = any("prompt_embeds" in name for name in prompts)
+        return None if embedded or self.arguments.get("prompt") is None else True
 
 
 def value_at(arguments: Mapping[str, Any], name: str) -> Any:
@@ -211,18 +234,3 @@ def with_value(arguments: Mapping[str, Any], name: str, value: Any) -> dict[str,
     """Return arguments in which another value stands at such a name."""
     key, _, rest = name.partition(".")
     return {**arguments, key: with_value(arguments[key], rest, value) if rest else value}
-
-
-def calling_pipeline() -> Any:
-    """Return the pipeline that the caller is called by, the innermost one on the stack, or None.
-
-    Several pipelines may share a denoiser, and a callback of one may call another.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",):
-            owner = frame.f_locals.get("self")
-            if any(cls.__name__ == "DiffusionPipeline" for cls in type(owner).__mro__):
-                return owner
-        frame = frame.f_back
-    return None

@@ -33,15 +33,17 @@ class NegToMeConfig:
             code [R], which is another method; see `negtome.negative_merge`. Only with reference="first".
         reference: which images of its group an image is pushed from, where `attach` is given none from outside.
             "first": the first one, which does not move [R]. "previous": all earlier ones together. "others": all
-            others together. References are always the features before the push.
+            others together, at a cost that grows with the square of the group's size. References are always the
+            features before the push.
         sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", within which attentions are
             taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL,
             and of SD1.5 alike; "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R];
             every block of other transformers.
         cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
             an attention's image tokens, which we read as self-attention. UNets only (SDXL, SD1.5).
-        min_side: shortest side, in tokens, of the feature maps that take part; 32 in [R]. UNets only (SDXL, SD1.5):
-            transformers have a single resolution, so it has no effect there.
+        min_side: shortest side, in tokens, of the feature maps that take part. None: 32, as in [R], or the side of the
+            largest feature map where that is smaller. UNets only (SDXL, SD1.5): transformers have a single resolution,
+            so it has no effect there.
     """
 
     alpha: float = 0.9
@@ -51,7 +53,7 @@ class NegToMeConfig:
     reference: GroupReference = "first"
     sites: tuple[str, ...] | None = None
     cross_attention: bool = False
-    min_side: int = 32
+    min_side: int | None = None
 
     def __post_init__(self) -> None:
         """Coerce sequences to tuples and refuse what is out of range."""
@@ -83,8 +85,9 @@ class NegToMeConfig:
 
         if not isinstance(self.cross_attention, bool):
             raise ValueError(f"cross_attention must be true or false, got {self.cross_attention!r}.")
-        if isinstance(self.min_side, bool) or not isinstance(self.min_side, int) or self.min_side < 1:
-            raise ValueError(f"min_side must be a whole number of tokens, at least 1, got {self.min_side!r}.")
+        side = self.min_side
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
+            raise ValueError(f"min_side must be a whole number of tokens, at least 1, or None, got {side!r}.")
 
     def _checked_window(self) -> tuple[float, float]:
         """Return `timestep_range` as two numbers, or refuse it."""
@@ -167,13 +170,19 @@ class NegToMeConfig:
             raise ValueError("expected a timestep_range, got None; published_for puts one there.")
         return self.timestep_range
 
+    def side_within(self, largest: tuple[int, int]) -> int:
+        """Return `min_side` for a denoiser whose largest feature map has this (height, width), in tokens."""
+        return min(RELEASED_SIDE, *largest) if self.min_side is None else self.min_side
+
     def is_active(self, timestep: float) -> bool:
         """Tell whether a training timestep lies in the window; errors are those of `window`."""
         low, high = self.window()
         return low - 1e-3 <= timestep <= high + 1e-3
 
 
-_SDXL: dict[str, Any] = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000), "min_side": 32}
+#: Shortest side of the feature maps that take part in the authors' release for SDXL.
+RELEASED_SIDE = 32
+_SDXL: dict[str, Any] = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000)}
 _FLUX: dict[str, Any] = {"alpha": 0.9, "threshold": 0.65, "timestep_range": (900, 1000)}
 _UNPUBLISHED = {"threshold": 0.7, "timestep_range": (900, 1000)}
 _PRESETS = {

@@ -44,8 +44,9 @@ _SHORTEST = {dtype: 10 * torch.finfo(dtype).tiny ** 0.5 for dtype in (torch.floa
 _LARGEST = sys.float_info.max
 
 #: Most elements of a similarity matrix that exist at once. Source tokens are processed in chunks below it (and never
-#: fewer than one token per batch entry). 2**26 is 256 MiB in float32.
-MAX_SIMILARITY_ELEMENTS = 2**26
+#: fewer than one token per batch entry). 2**24 is 64 MiB in float32, and no slower than larger
+#: chunks: the matrix product of one keeps a processor busy.
+MAX_SIMILARITY_ELEMENTS = 2**24
 
 
 def negative_merge(
@@ -118,8 +119,9 @@ def push_groups(
             "previous": the tokens of images 0 to k-1 together. "others": those of all other images together.
 
     Returns:
-        The tokens after the push [G * K, N, C]; and the similarity that met the threshold [G, S], of float32 or
-        better. S counts the source tokens of a group: K * N for "others", (K - 1) * N otherwise.
+        The tokens after the push [G * K, N, C], `tokens` itself where none can move; and the similarity that met the
+        threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others", (K - 1) * N
+        otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
     length = _length(_detached(images))  # [G, K, N, 1]
@@ -136,6 +138,8 @@ def push_groups(
     else:
         raise ValueError(f"reference must be one of {REFERENCES}, got {reference!r}.")
     moved, similarity = _move(moving, targets, product, scale, index, alpha, threshold)
+    if moved is moving:
+        return tokens, similarity
     if reference != "others":
         moved = torch.cat([images[:, :1], moved], dim=1)
     return moved.flatten(0, 1), similarity
@@ -160,13 +164,21 @@ def push_from(
         mask: [R * M] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
 
     Returns:
-        The tokens after the push [H, K, N, C]; and the similarity that met the threshold [H, K * N], of float32 or
-        better, -inf where the mask allows no match.
+        The tokens after the push [H, K, N, C], `tokens` itself where none can move; and the similarity that met the
+        threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
     """
     seen, known = _detached(tokens), _detached(reference)
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
     return _move(tokens, reference, product, scale, index, alpha, threshold, still)
+
+
+def cannot_move(alpha: float, threshold: float) -> bool:
+    """Tell whether a strength and a threshold leave every token as it is.
+
+    The arithmetic does not decide it: 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1.
+    """
+    return alpha == 0 or threshold >= 1
 
 
 def number(name: str, value: object, low: float, high: float) -> float:
@@ -217,7 +229,7 @@ def _move(
     similarity = product / length
     if still is not None:
         similarity.masked_fill_(still, -torch.inf)
-    if alpha == 0 or threshold >= 1:  # 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1
+    if cannot_move(alpha, threshold):
         return tokens, similarity.flatten(1)
     match = _take(reference, index, tokens.shape)
     weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha)

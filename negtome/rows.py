@@ -9,8 +9,8 @@ import torch
 from negtome.architectures import Architecture
 from negtome.calls import DenoiserCall, value_at, with_value
 from negtome.encoding import embed, encode, noised, scaled
+from negtome.hooks import Layout, Route
 from negtome.merge import Matching
-from negtome.pushing import Layout, Route
 from negtome.reference import Reference, fit, token_mask
 from negtome.sites import feature_maps
 

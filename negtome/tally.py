@@ -1,5 +1,6 @@
 """What happened in a call of a pipeline, and the reason where nothing did."""
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -8,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import CallReader
+from negtome.calls import CallReader, PipelineCall
 from negtome.config import NegToMeConfig
-from negtome.pushing import Site
-from negtome.sites import largest_map
+from negtome.hooks import Site
 
 
 class Step(NamedTuple):
@@ -29,21 +29,32 @@ class SiteCount(NamedTuple):
 
 
 class Run:
-    """What is remembered during one call of the pipeline.
+    """The state of one call of the pipeline.
 
     Args:
         architecture: of the pipeline.
-        images: that the call generates, as far as its arguments say.
+        call: the arguments of the call.
         masks: names of the denoiser's arguments that must be the same for all images of a half.
+
+    Attributes:
+        thread: the thread that runs it.
+        suspended: whether the denoiser is called by somebody else at the moment, from a callback of this call.
+        rows: of the batch that the pipeline asked for last.
+        grid: (height, width) of the generated image in tokens in the last call of the denoiser.
+        fewest_tokens: of a feature map that takes part.
     """
 
-    def __init__(self, architecture: Architecture, images: int | None, masks: tuple[str, ...]) -> None:
-        self.images = images
+    def __init__(self, architecture: Architecture, call: PipelineCall, masks: tuple[str, ...]) -> None:
+        self.call = call
         self.masks = masks
+        self.thread = threading.get_ident()
+        self.suspended = False
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
-        self.prompts: list[torch.Tensor] = []  # embeddings found to be as they should
+        self.prompts: list[torch.Tensor] = []  # embeddings that passed the checks
+        self.rows = 0
         self.grid: tuple[int, ...] | None = None
+        self.fewest_tokens = 0
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
 
@@ -90,13 +101,12 @@ def check_window(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
         )
 
 
-def check_side(config: NegToMeConfig, denoiser: torch.nn.Module, sites: Sequence[str], grid: tuple[int, int]) -> None:
-    """Refuse a UNet's grid of tokens whose feature maps are all too small to take part."""
-    height, width = largest_map(denoiser, sites, grid)
-    if min(height, width) < config.min_side:
+def check_side(config: NegToMeConfig, largest: tuple[int, int]) -> None:
+    """Refuse a UNet's feature maps that are all too small to take part, by the size of the largest at a site."""
+    if min(largest) < config.side_within(largest):
         raise RuntimeError(
-            f"NegToMe has nothing to do: its largest feature map is {height}x{width} tokens and min_side="
-            f"{config.min_side}; generate larger images or lower min_side to {min(height, width)}."
+            f"NegToMe has nothing to do: its largest feature map is {largest[0]}x{largest[1]} tokens and min_side="
+            f"{config.min_side}; generate larger images or lower min_side to {min(largest)}."
         )
 
 

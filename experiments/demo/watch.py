@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments.methods.steps import decoded, levels, predictions, replaced, unpacked
 from negtome import NegToMeConfig, Step
-from negtome.pushing import ATTRIBUTE, Site
+from negtome.hooks import ATTRIBUTE, Site
 from negtome.sites import find_architecture, find_sites, largest_map, unwrap
 
 #: Latents a side that a preview is decoded from at most.

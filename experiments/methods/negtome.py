@@ -9,6 +9,7 @@ import negtome
 from experiments.methods.assets import Retriever
 from experiments.methods.method import Applied, Method, Setting
 from experiments.prompts import Group
+from negtome.config import RELEASED_SIDE
 
 
 class NegToMe(Method):
@@ -34,7 +35,9 @@ class NegToMe(Method):
         self.config = negtome.NegToMeConfig(**{key: value for key, value in config.items() if value is not None})
 
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config)
+        # None became the default later; where both run, they are the same setting.
+        side = RELEASED_SIDE if self.config.min_side is None else self.config.min_side
+        return dataclasses.asdict(self.config.replace(min_side=side))
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -107,5 +110,5 @@ class NegToMeFromAssets(NegToMe):
             prompt=None if self.prompt is None else self.prompt.format(found[0][0].name),
             **self.reference,
         )
-        with negtome.attach(pipe, self.config, given=reference) as attached:
+        with negtome.attach(pipe, self.config, references=reference) as attached:
             yield Applied(dict(call), attached.summary, references)

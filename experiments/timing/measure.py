@@ -134,7 +134,7 @@ def attached(
     """Put a variant into the pipeline for the length of the block."""
     attach = {
         "plain": contextlib.nullcontext,
-        "negtome": lambda: negtome.attach(pipe, config, given=picture if variant.picture else None),
+        "negtome": lambda: negtome.attach(pipe, config, references=picture if variant.picture else None),
         "naive": lambda: naive.attach(pipe, config),
     }[variant.via]
     with warnings.catch_warnings(), attach() as attachment:

@@ -124,7 +124,7 @@ def test_negtome_from_assets_is_an_attached_reference(pipe, kind, retriever):
     reference = negtome.Reference([asset.image for asset, _ in found], mask=[asset.mask for asset, _ in found])
     config = negtome.NegToMeConfig(**STRENGTH)
     generators = [torch.Generator().manual_seed(seed) for seed in NEAR.image_seeds()]
-    with negtome.attach(pipe, config, given=reference):
+    with negtome.attach(pipe, config, references=reference):
         by_hand = pipe(NEAR.prompt, num_images_per_prompt=2, generator=generators, **CALLS[kind]).images
     assert np.array_equal(images, np.stack([np.array(image) for image in by_hand]))
 

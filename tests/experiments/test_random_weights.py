@@ -60,7 +60,7 @@ def test_a_call_with_embeddings_runs_without_text_encoders(architecture, given):
     call |= {"max_sequence_length": 5} if architecture == "flux" else {}
     config = negtome.NegToMeConfig(threshold=-1, min_side=4, timestep_range=(0, 1000))
     picture = negtome.Reference(torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))) if given else None
-    with negtome.attach(pipe, config, given=picture) as attached:
+    with negtome.attach(pipe, config, references=picture) as attached:
         images = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     assert len(images) == 2 and images.isfinite().all()
     summary = attached.summary()

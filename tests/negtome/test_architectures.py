@@ -28,6 +28,10 @@ CONFIG = NegToMeConfig(threshold=-1, timestep_range=(0, 1000), min_side=4)
 ALIKE = re.compile("img2img|, unguided|guess|union|T2I|, off|inpaint$|^SD1.5 ")
 
 
+#: A case of each architecture.
+ONE_EACH = [next(name for name, (cls, *_) in tiny.CASES.items() if cls in row.pipelines) for row in ARCHITECTURES]
+
+
 @pytest.fixture(
     scope="module",
     params=[pytest.param(name, marks=[pytest.mark.slow] if ALIKE.search(name) else []) for name in tiny.CASES],
@@ -112,6 +116,36 @@ def test_images_of_a_group_move_and_no_others(case):
     assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_what_nothing_moves_is_bit_identical_in_half_precision(_tiny_pipelines, name, dtype):
+    """Kernels choose their order of summation by the memory layout, which shows in half precision first."""
+    pipe, options = tiny.build(name, _tiny_pipelines)
+    pipe.to(dtype)
+    base = generate(pipe, options)
+    for still in ({"alpha": 0}, {"threshold": 1}):
+        with negtome.attach(pipe, CONFIG.replace(**still)) as attached:
+            assert torch.equal(generate(pipe, options), base)
+        assert attached.summary()["tokens_compared"] > 0
+    with negtome.attach(pipe, CONFIG):
+        result = generate(pipe, options)
+    assert torch.equal(result[0], base[0])
+    assert not any(torch.equal(result[k], base[k]) for k in (1, 2))
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_no_settings_are_needed(_tiny_pipelines, name):
+    pipe, options = tiny.build(name, _tiny_pipelines)
+    options = {key: value for key, value in options.items() if key not in ("strength", "image")}
+    options["num_inference_steps"] = 8
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    base = generate(pipe, options)
+    with negtome.attach(pipe) as attached:
+        result = generate(pipe, options)
+    assert attached.summary()["tokens_pushed"] > 0
+    assert torch.equal(result[0], base[0]) and not torch.equal(result[1], base[1])
+
+
 def test_the_tokens_of_the_image_are_pushed_and_no_others(case, monkeypatch):
     """Where every token attends to itself alone, what changes in the latents changes its own token only."""
     pipe, options = case
@@ -186,7 +220,7 @@ def test_a_reference_rides_along(case, monkeypatch):
     architecture, image = find_architecture(pipe), tiny.OTHER[0].flip(2)
     if architecture.video:
         with pytest.raises(ValueError, match=f"no references for a {type(pipe).__name__}.*a video; use groups"):
-            negtome.attach(pipe, CONFIG, given=Reference(image))
+            negtome.attach(pipe, CONFIG, references=Reference(image))
         return
     generator = torch.Generator().manual_seed(3)
     latents, pack = encoded(pipe, image)
@@ -196,12 +230,12 @@ def test_a_reference_rides_along(case, monkeypatch):
     other = "a cow" if equal else "a mouse"
     if "image" in inspect.signature(pipe.encode_prompt).parameters:
         with pytest.raises(ValueError, match="prompt together with the image to edit"):
-            negtome.attach(pipe, CONFIG, given=Reference(image, prompt=other))
+            negtome.attach(pipe, CONFIG, references=Reference(image, prompt=other))
         other = None
     plain, mouse = (calls(pipe, options, monkeypatch, prompt=prompt) for prompt in ("a dog", other or "a dog"))
     posterior = "sample" if architecture.frames else "mode"  # the same here
     given = [Reference(image, seed=3, prompt=other, posterior=posterior), None, None]
-    with negtome.attach(pipe, CONFIG.replace(alpha=0), given=given):
+    with negtome.attach(pipe, CONFIG.replace(alpha=0), references=given):
         still = calls(pipe, options, monkeypatch)
         torch.testing.assert_close(generate(pipe, options), base, rtol=1e-3, atol=1e-3)
     assert len(still) == len(plain) == len(mouse)
@@ -235,7 +269,7 @@ def test_a_reference_rides_along(case, monkeypatch):
             for text, dog, cat in zip(*(halved(x[name], halves) for x in (found, stock, own)), strict=True):
                 assert all(torch.equal(*rows) for rows in zip(text[:3], dog, strict=True))
                 torch.testing.assert_close(text[3], cat[0], rtol=1e-4, atol=1e-4)
-    with negtome.attach(pipe, CONFIG, given=given):
+    with negtome.attach(pipe, CONFIG, references=given):
         result = generate(pipe, options)
     assert (result[0] - base[0]).abs().max() > 1e-3
     torch.testing.assert_close(result[1:], base[1:], rtol=1e-3, atol=1e-3)
@@ -282,7 +316,7 @@ def test_texts_of_several_lengths_are_refused_where_an_image_begins_behind_its_o
             pipe(["a dog", "a mouse"], num_images_per_prompt=number, **options)
     with (
         pytest.raises(ValueError, match="embeddings of 31 tokens, as those of a Reference's prompt, got 29"),
-        negtome.attach(pipe, CONFIG, given=reference),
+        negtome.attach(pipe, CONFIG, references=reference),
     ):
         generate(pipe, options)
 
@@ -341,7 +375,7 @@ def test_rows_in_lists_do_not_depend_on_what_is_beside_them(_tiny_pipelines):
 
     def call(prompts, seeds, given):
         generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with negtome.attach(pipe, CONFIG, given=given):
+        with negtome.attach(pipe, CONFIG, references=given):
             return pipe(prompts, generator=generator, output_type="latent", **options).images
 
     together = call(["a dog", "a mouse", "a cat"], (0, 1, 2), [reference, reference, None])
@@ -417,7 +451,7 @@ def test_leading_channels_are_pushed_beside_others(tiny_flux, monkeypatch):
         changed = dataclasses.replace(flux, places=(place,), blocks=("single_transformer_blocks",))
         monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
         for given in (None, Reference(tiny.OTHER[0], seed=3)):
-            with negtome.attach(tiny_flux, CONFIG, given=given):
+            with negtome.attach(tiny_flux, CONFIG, references=given):
                 results.append(generate(tiny_flux, options))
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
     assert not torch.equal(results[0], results[1])

@@ -1,6 +1,7 @@
 """NegToMe on tiny real pipelines: it does what an independent transcription does, only there, and leaves no trace."""
 
 import copy
+import pickle
 import threading
 import warnings
 
@@ -409,32 +410,40 @@ def test_a_lost_handle_is_detached(pipe, config):
         negtome.detach(object())
 
 
-def test_a_copy_made_inside_is_attached_and_detached_on_its_own(pipe, config):
+@pytest.mark.parametrize("make", [copy.deepcopy, copy.copy])
+def test_a_copy_made_inside_is_a_stock_pipeline(pipe, config, make):
     base, before = generate(pipe), state(pipe)
     with negtome.attach(pipe, config):
-        pushed = generate(pipe)
-        inner = copy.deepcopy(pipe)
-        negtome.detach(inner)
+        pushed, clone = generate(pipe), make(pipe)
+        assert type(clone) is before[0][0]
+        if denoiser(clone) is not denoiser(pipe):
+            assert state(clone) == before
+            assert torch.equal(generate(clone), base)
         assert torch.equal(generate(pipe), pushed)
-        outer = copy.deepcopy(pipe)
-    assert state(pipe) == state(inner) == before
-    assert torch.equal(generate(inner), base) and torch.equal(generate(outer), pushed)
-    negtome.detach(outer)
-    assert state(outer) == before
-    assert torch.equal(generate(outer), base)
+    assert state(pipe) == before and torch.equal(generate(clone), base)
+
+
+def test_a_pickle_made_inside_is_a_stock_pipeline(pipe, config):
+    before = state(pipe)
+    with negtome.attach(pipe, config):
+        again = pickle.loads(pickle.dumps(pipe))
+        generate(pipe)
+    assert state(again) == before
+    assert torch.equal(generate(again), generate(pipe))
 
 
 def test_a_pipeline_made_of_an_attached_one_is_not_attached(pipe, config):
     base, name = generate(pipe), "unet" if hasattr(pipe, "unet") else "transformer"
-    own = copy.deepcopy(denoiser(pipe))
+    original = copy.deepcopy(denoiser(pipe))
     with negtome.attach(pipe, config):
-        generate(pipe)
-        other = type(pipe)(**pipe.components | {name: own})
+        pushed = generate(pipe)
+        other = type(pipe)(**pipe.components | {name: original})
         shallow = copy.copy(pipe)
         assert torch.equal(generate(other), base)
-        for shared in (type(pipe)(**pipe.components), shallow):
-            with pytest.raises(RuntimeError, match="something else called it"):
-                generate(shared)
+        with pytest.warns(RuntimeWarning, match="something else calls its .* runs unchanged"):
+            for shared in (type(pipe)(**pipe.components), shallow):
+                assert torch.equal(generate(shared), base)
+        assert torch.equal(generate(pipe), pushed)
     assert torch.equal(generate(shallow), base)
 
 
@@ -578,9 +587,93 @@ def test_the_weights_are_not_kept_alive(pipe, config):
 
 def test_a_block_without_a_call_is_an_error(pipe, config):
     before = state(pipe)
-    with pytest.raises(RuntimeError, match="no call of it finished in the block"), negtome.attach(pipe, config):
+    with pytest.raises(RuntimeError, match="was not called in the block"), negtome.attach(pipe, config):
         pass
     assert state(pipe) == before
+
+
+def test_an_error_that_the_user_handles_inside_is_not_followed_by_another(pipe, config):
+    before = state(pipe)
+    with negtome.attach(pipe, config), pytest.raises(ValueError, match="at least 2 images"):
+        generate(pipe, (0,))
+    assert [kind for kind, *_ in state(pipe)] == [kind for kind, *_ in before]
+
+
+def test_a_call_that_is_interrupted_before_the_timestep_range_returns_its_images(pipe, config, kind):
+    low, high = (200, 300) if kind == "sdxl" else (200, 260)
+
+    def interrupt(p, index, timestep, tensors):
+        p._interrupt = index == 0
+        return tensors
+
+    base = generate(pipe, callback_on_step_end=interrupt)
+    with (
+        pytest.warns(RuntimeWarning, match="interrupted before a step of the timestep range"),
+        negtome.attach(pipe, config.replace(timestep_range=(low, high))) as attached,
+    ):
+        assert torch.equal(generate(pipe, callback_on_step_end=interrupt), base)
+    assert len(attached.steps) == 1 and not attached.steps[0].active
+
+
+def test_a_finished_attachment_is_pickled_with_what_it_counted(pipe, config):
+    attached = negtome.attach(pipe, config, push=lambda site, tokens, pushed, group_size: pushed)
+    with attached:
+        generate(pipe)
+        with pytest.raises(TypeError, match="after its `with` block"):
+            pickle.dumps(attached)
+    again = pickle.loads(pickle.dumps(attached))
+    assert again.summary()["sites"] == len(attached.sites) > 0
+    assert again.summary() == attached.summary() and again.counts() == attached.counts()
+    assert (again.sites, again.steps, again.config) == (attached.sites, attached.steps, attached.config)
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["callback", "thread"])
+def test_a_running_call_is_not_detached(pipe, config, in_thread):
+    with negtome.attach(pipe, config):
+        expected = generate(pipe)
+    refusals = []
+
+    def detach():
+        with pytest.raises(RuntimeError, match=r"cannot be detached .* during a call"):
+            negtome.detach(pipe)
+        refusals.append(1)
+
+    def meanwhile(p, index, timestep, tensors):
+        if in_thread:
+            thread = threading.Thread(target=detach)
+            thread.start()
+            thread.join()
+        else:
+            detach()
+        return tensors
+
+    with negtome.attach(pipe, config):
+        assert torch.equal(generate(pipe, callback_on_step_end=meanwhile), expected)
+    assert len(refusals) == 4
+
+
+def test_what_may_be_mistaken_is_passed_by_name(pipe, config):
+    with pytest.raises(TypeError):
+        negtome.attach(pipe, config, 2)
+    reference = negtome.Reference(torch.rand(3, 32, 32))
+    with pytest.warns(DeprecationWarning, match="references=") as caught:
+        old = negtome.attach(pipe, config, given=reference)
+    assert caught[0].filename == __file__
+    result = generate(pipe)
+    old.remove()
+    with negtome.attach(pipe, config, references=reference):
+        assert torch.equal(generate(pipe), result)
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="passed twice"):
+        negtome.attach(pipe, config, given=reference, references=reference)
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_large_group_that_is_compared_all_with_all_is_warned_of(tiny_flux, size):
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"].replace(reference="others"))
+    with warnings.catch_warnings(record=True, action="always", category=RuntimeWarning) as caught, attachment:
+        generate(tiny_flux, range(size), num_inference_steps=2)
+    about = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    assert [f"for {size} images" in text for text in about] == [True] * (size > 8)
 
 
 def counted_calls(pipe):
@@ -607,14 +700,6 @@ def test_a_window_whose_steps_are_left_out_is_an_error_too(tiny_sdxl):
     with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
         generate(tiny_sdxl, denoising_end=0.5)
     assert calls == []
-
-    def interrupt(p, index, timestep, tensors):
-        p._interrupt = index == 1
-        return tensors
-
-    with pytest.raises(RuntimeError, match="are 751, 501; widen"), negtome.attach(tiny_sdxl, config):
-        generate(tiny_sdxl, callback_on_step_end=interrupt)
-    assert calls
 
 
 def test_feature_maps_that_are_too_small_are_an_error_that_names_the_largest(tiny_sdxl):
@@ -692,25 +777,56 @@ def test_groups_must_be_whole(pipe, config):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_several_prompts_need_a_group_size(pipe, config, guidance_scale):
+def test_the_images_of_a_prompt_are_a_group(pipe, config, guidance_scale):
+    options = {"seeds": (0, 1, 2, 3), "prompt": ["a dog", "a cat"], "guidance_scale": guidance_scale}
+    with negtome.attach(pipe, config, group_size=2):
+        expected = generate(pipe, **options)
+    with negtome.attach(pipe, config):
+        assert torch.equal(generate(pipe, **options), expected)
+        generate(pipe)  # another call may have another number of images
+    with negtome.attach(pipe, config, group_size=4):  # a group across prompts, on demand
+        assert not torch.equal(generate(pipe, **options), expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_prompts_of_one_image_each_need_a_group_size(pipe, config, guidance_scale):
     pipe.to(torch.float64)
     for prompt in (["a dog", "a cat"], ["a dog", "a dot"]):
-        with pytest.raises(ValueError, match="pass group_size=num_images_per_prompt"), negtome.attach(pipe, config):
-            generate(pipe, (0, 1, 2, 3), prompt=prompt, guidance_scale=guidance_scale)
+        with pytest.raises(ValueError, match="num_images_per_prompt=2 or more"), negtome.attach(pipe, config):
+            generate(pipe, (0, 1), prompt=prompt, guidance_scale=guidance_scale)
     with negtome.attach(pipe, config):  # one prompt written twice is one prompt
-        twice = generate(pipe, (0, 1, 2, 3), prompt=["a dog", "a dog"], guidance_scale=guidance_scale)
-        once = generate(pipe, (0, 1, 2, 3), guidance_scale=guidance_scale)
+        twice = generate(pipe, (0, 1), prompt=["a dog", "a dog"], guidance_scale=guidance_scale)
+        once = generate(pipe, (0, 1), guidance_scale=guidance_scale)
     torch.testing.assert_close(twice, once, rtol=1e-6, atol=1e-6)
 
 
-def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_several(tiny_flux):
-    """`prompt` is in the pooled embedding, `prompt_2` in the others."""
+def test_texts_that_differ_in_the_second_prompt_alone_are_several(tiny_flux):
     options = {"prompt": ["a dog", "a cat"], "prompt_2": ["a photo", "a photo"]}
-    with (
-        pytest.raises(ValueError, match="pass group_size=num_images_per_prompt"),
-        negtome.attach(tiny_flux, CONFIGS["flux"]),
-    ):
-        generate(tiny_flux, (0, 1), **options)
+    for swap in (False, True):
+        if swap:
+            options["prompt"], options["prompt_2"] = options["prompt_2"], options["prompt"]
+        with pytest.raises(ValueError, match="got several prompts"), negtome.attach(tiny_flux, CONFIGS["flux"]):
+            generate(tiny_flux, (0, 1), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sink", [1.0, 100.0, 7e5])
+def test_embeddings_of_several_prompts_are_told_apart_beside_attention_sinks(tiny_flux, dtype, sink):
+    """Language models have activations of up to a million times a usual one in the first token, whatever it is."""
+    tiny_flux.to(dtype)
+    texts, pooled = torch.randn(2, 12, 32), torch.randn(1, 32).expand(2, -1)
+    texts[:, 0, :2] = sink
+    texts[1, :-1] = texts[0, :-1]  # the last token alone differs, as behind a common beginning
+
+    def call(texts):
+        embeds = {"prompt_embeds": texts.to(dtype), "pooled_prompt_embeds": pooled.to(dtype)}
+        with negtome.attach(tiny_flux, CONFIGS["flux"]):
+            return tiny_flux(**embeds, num_inference_steps=2, height=32, width=32, output_type="latent").images
+
+    with pytest.raises(ValueError, match="got several prompts"):
+        call(texts)
+    texts[1] = texts[0] * (1 + 2e-3 * torch.randn(12, 32))  # computed side by side
+    call(texts)
 
 
 def test_a_site_that_is_gone_is_noticed(pipe, config):
@@ -730,43 +846,63 @@ def test_a_replaced_denoiser_is_noticed(pipe, config):
         generate(pipe)
 
 
-def test_a_denoiser_that_another_pipeline_calls_is_noticed(pipe, config):
+def test_a_second_pass_with_another_pipeline_runs_unchanged(pipe, config):
+    """As a refiner or an upscaling pass does, of which people expect that it works as without NegToMe."""
     sibling = type(pipe)(**pipe.components)
-    with pytest.raises(RuntimeError, match="attach to the pipeline that you call"), negtome.attach(pipe, config):
-        generate(sibling)
+    base = generate(sibling, num_inference_steps=2)
+    with negtome.attach(pipe, config) as attached:
+        pushed = generate(pipe)
+        counts = attached.counts()
+        with pytest.warns(RuntimeWarning, match="that call runs unchanged. Attach to the pipeline that you call"):
+            assert torch.equal(generate(sibling, num_inference_steps=2), base)
+        assert attached.counts() == counts
+        assert torch.equal(generate(pipe), pushed)
 
 
 @pytest.mark.parametrize("in_thread", [False, True], ids=["callback", "thread"])
-def test_another_pipeline_that_is_called_meanwhile_is_refused(pipe, config, in_thread):
+def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, in_thread):
     """Nothing of it is pushed, and none of its steps is counted: the attached one's call stays what it was."""
-    before = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    other = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    base = generate(other, num_inference_steps=2)
     with negtome.attach(pipe, config) as attached:
         expected = generate(pipe)
         counts = attached.counts(), attached.steps[:]
-    refused = []
+    results = []
 
-    def call(other):
-        with pytest.raises(RuntimeError, match="something else called it; attach to the pipeline that you call, and"):
-            generate(other, num_inference_steps=2)
-        refused.append(other)
+    def call():
+        results.append(generate(other, num_inference_steps=2))
 
     def meanwhile(p, index, timestep, tensors):
-        if index == 0:
-            inside = type(before)(**p.components | {"scheduler": copy.deepcopy(p.scheduler)})
-            for other in (before, inside):
-                if in_thread:
-                    thread = threading.Thread(target=call, args=[other])
-                    thread.start()
-                    thread.join()
-                else:
-                    call(other)
+        if in_thread:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        else:
+            call()
         return tensors
 
-    with negtome.attach(pipe, config) as attached:
+    with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config) as attached:
         result = generate(pipe, callback_on_step_end=meanwhile)
-    assert len(refused) == 2
+    assert len(results) == 4 and all(torch.equal(result, base) for result in results)
     assert torch.equal(result, expected)
     assert (attached.counts(), attached.steps) == counts
+
+
+def test_a_callback_of_diffusers_own_is_passed_on_as_it_is(pipe, config):
+    """The pipelines ask for its class, and for the tensors that it wants."""
+    from diffusers.callbacks import PipelineCallback
+
+    class Fading(PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": callback_kwargs["latents"] * 0.9}
+
+    fading = Fading(cutoff_step_ratio=1.0)
+    with negtome.attach(pipe, config.replace(alpha=0)):
+        result = generate(pipe, callback_on_step_end=fading)
+    assert torch.equal(result, generate(pipe, callback_on_step_end=fading))
+    assert not torch.equal(result, generate(pipe))
 
 
 def test_sites_are_at_rest_between_the_steps(pipe, config):
@@ -992,5 +1128,5 @@ def test_another_push_gets_what_was_to_be_pushed_and_has_the_last_word(pipe, con
         expected = generate(pipe)
     with negtome.attach(pipe, config, push=lambda site, tokens, pushed, group_size: pushed):
         assert torch.equal(generate(pipe), expected) and not torch.equal(expected, plain)
-    with pytest.raises(ValueError, match=r"push .* given images"):
-        negtome.attach(pipe, config, given=negtome.Reference(torch.rand(3, 32, 32)), push=keep)
+    with pytest.raises(ValueError, match="leave it or the references out"):
+        negtome.attach(pipe, config, references=negtome.Reference(torch.rand(3, 32, 32)), push=keep)

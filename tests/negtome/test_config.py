@@ -37,7 +37,7 @@ from negtome import NegToMeConfig
         ("sites", (), "at least one"),
         ("sites", ("up_blocks", 1), "module names"),
         ("cross_attention", 1, "true or false"),
-        ("min_side", 0, "at least 1, got 0"),
+        ("min_side", 0, "at least 1, or None, got 0"),
         ("min_side", 32.0, "whole number"),
     ],
 )
@@ -93,7 +93,9 @@ def test_what_no_number_was_put_in_is_missed():
 
 def test_presets_are_the_published_settings():
     sdxl, flux = (NegToMeConfig.preset(name, "paper") for name in ("sdxl", "flux"))
-    assert (sdxl.alpha, sdxl.threshold, sdxl.timestep_range, sdxl.min_side) == (0.9, 0.7, (800, 1000), 32)
+    assert (sdxl.alpha, sdxl.threshold, sdxl.timestep_range) == (0.9, 0.7, (800, 1000))
+    assert [sdxl.side_within(largest) for largest in ((64, 64), (32, 40), (40, 12))] == [32, 32, 12]
+    assert NegToMeConfig(min_side=4).side_within((2, 2)) == 4
     assert (flux.alpha, flux.threshold, flux.timestep_range) == (0.9, 0.65, (900, 1000))
     for paper in (sdxl, flux):
         assert (paper.matching, paper.reference, paper.cross_attention) == ("paper", "first", False)

@@ -191,7 +191,7 @@ def test_it_is_the_transcription(case, kind, pipe, config):
         tokens, pooled, _ = pipe.encode_prompt(reference.prompt, None, max_sequence_length=12)
         own_prompt = {"tokens": tokens, "pooled": pooled}
     base = generate(pipe, **options)
-    with negtome.attach(pipe, config, given=reference) as attached:
+    with negtome.attach(pipe, config, references=reference) as attached:
         result = generate(pipe, **options)
     expected = transcribed(
         pipe,
@@ -223,7 +223,7 @@ def test_the_images_random_numbers_are_untouched(pipe, kind, config, guidance_sc
     everyone = torch.get_rng_state()
     for posterior in ("mode", "sample"):
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        with negtome.attach(pipe, config.replace(alpha=0), given=Reference(PICTURE, posterior=posterior)):
+        with negtome.attach(pipe, config.replace(alpha=0), references=Reference(PICTURE, posterior=posterior)):
             result = generate(pipe, generators=generators, **options)
         assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, after, strict=True))
         assert torch.equal(torch.get_rng_state(), everyone)
@@ -244,7 +244,7 @@ def test_a_reference_equal_to_the_image_changes_nothing(pipe, kind, config, monk
     monkeypatch.setattr(rows, "noised", lambda pipe, latents, noise, call: samples[-1][:1])
     pipe.to(torch.float64)  # where no match hangs on rounding
     base = generate(pipe, (0,))
-    with negtome.attach(pipe, config, given=Reference(PICTURE)) as attached:
+    with negtome.attach(pipe, config, references=Reference(PICTURE)) as attached:
         result = generate(pipe, (0,))
     torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
     assert attached.summary()["tokens_pushed"] == attached.summary()["tokens_compared"]
@@ -265,11 +265,11 @@ def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
     pipe.to(torch.float64)
     one, two = Reference(PICTURE), Reference(OTHER, seed=1)
     base = generate(pipe, (0, 1, 2))
-    with negtome.attach(pipe, config, given=[one, None, two]):
+    with negtome.attach(pipe, config, references=[one, None, two]):
         result = generate(pipe, (0, 1, 2))
     torch.testing.assert_close(result[1], base[1], rtol=1e-6, atol=1e-6)
     for k, reference in ((0, one), (2, two)):
-        with negtome.attach(pipe, config, given=reference):
+        with negtome.attach(pipe, config, references=reference):
             alone = generate(pipe, (k,))
         torch.testing.assert_close(result[k], alone[0], rtol=1e-4, atol=1e-4)
         assert (result[k] - base[k]).abs().max() > 1e-2
@@ -278,7 +278,7 @@ def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
 def test_images_of_several_prompts_do_not_share_their_conditioning(pipe, config):
     pipe.to(torch.float64)
     reference, prompts = Reference(PICTURE), ["a dog", "a red bus"]
-    with negtome.attach(pipe, config, given=reference):
+    with negtome.attach(pipe, config, references=reference):
         together = generate(pipe, (0, 1, 2, 3), prompt=prompts)
         alone = [generate(pipe, seeds, prompt=p) for seeds, p in zip(((0, 1), (2, 3)), prompts, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
@@ -287,7 +287,7 @@ def test_images_of_several_prompts_do_not_share_their_conditioning(pipe, config)
 def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_lent_one_by_one(tiny_flux):
     tiny_flux.to(torch.float64)
     prompts = ["a dog", "a red bus"]
-    with negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE)):
+    with negtome.attach(tiny_flux, CONFIGS["flux"], references=Reference(PICTURE)):
         together = generate(tiny_flux, (0, 1), prompt=prompts, prompt_2=["a photo"] * 2)
         alone = [generate(tiny_flux, (k,), prompt=p, prompt_2="a photo") for k, p in enumerate(prompts)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
@@ -303,7 +303,7 @@ def test_outside_the_window_no_row_is_added(pipe, config, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(denoiser(pipe)), "forward", forward)
-    with negtome.attach(pipe, config, given=Reference([PICTURE, OTHER])) as attached:
+    with negtome.attach(pipe, config, references=Reference([PICTURE, OTHER])) as attached:
         generate(pipe)
     halves = 2 if hasattr(pipe, "unet") else 1
     assert rows == [halves * (4 if step.active else 2) for step in attached.steps]
@@ -317,7 +317,7 @@ def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatc
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     base = generate(pipe)
     before = (type(pipe), type(denoiser(pipe)), sorted(pipe.__dict__), [type(m) for m in denoiser(pipe).modules()])
-    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+    with negtome.attach(pipe, config, references=Reference(PICTURE)):
         first, second = generate(pipe), generate(pipe)
     assert torch.equal(first, second)
     assert len(calls) == 1
@@ -331,11 +331,11 @@ def test_another_autoencoder_encodes_anew(pipe, config):
     other = copy.deepcopy(pipe.vae)
     for parameter in other.encoder.parameters():
         parameter.data *= 1.5
-    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+    with negtome.attach(pipe, config, references=Reference(PICTURE)):
         generate(pipe)
         pipe.vae = other
         swapped = generate(pipe)
-    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+    with negtome.attach(pipe, config, references=Reference(PICTURE)):
         assert torch.equal(generate(pipe), swapped)
 
 
@@ -343,7 +343,7 @@ def test_half_precision_autoencoders_come_back_unchanged(pipe, config):
     pipe.vae.register_to_config(force_upcast=True)
     pipe.vae.to(torch.float16)
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
-    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+    with negtome.attach(pipe, config, references=Reference(PICTURE)):
         result = generate(pipe)
     assert result.isfinite().all()
     assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
@@ -359,7 +359,7 @@ def test_an_autoencoder_that_fails_gets_its_precision_back(pipe, config, monkeyp
     monkeypatch.setattr(type(pipe.vae), "encode", fail)
     with (
         pytest.raises(torch.OutOfMemoryError),
-        negtome.attach(pipe, config, given=Reference(PICTURE)),
+        negtome.attach(pipe, config, references=Reference(PICTURE)),
     ):
         generate(pipe)
     assert pipe.vae.dtype is torch.float16
@@ -379,7 +379,7 @@ def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl
         return arguments, layout
 
     monkeypatch.setattr(ReferenceRows, "extend", note)
-    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE, prompt="a cat")):
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], references=Reference(PICTURE, prompt="a cat")):
         generate(tiny_sdxl)
     (own, _, _, _) = tiny_sdxl.encode_prompt("a cat", do_classifier_free_guidance=False)
     assert len(rows) >= 3
@@ -391,7 +391,7 @@ def test_a_references_prompt_is_embedded_as_the_images_are(tiny_sdxl):
     """With the call's clip_skip: then a reference of the same prompt is as if each image lent its own."""
     results = []
     for prompt in ("a dog", None):
-        with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE, prompt=prompt)):
+        with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], references=Reference(PICTURE, prompt=prompt)):
             results += [generate(tiny_sdxl, clip_skip=skip) for skip in (None, 1)]
     torch.testing.assert_close(results[:2], results[2:], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(results[0], results[1])
@@ -401,9 +401,9 @@ def test_embeddings_of_another_length_than_a_references_prompt_are_refused(tiny_
     options = embedded(tiny_sdxl, 1)
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         options[name] = options[name].repeat(1, 2, 1)
-    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE)):
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], references=Reference(PICTURE)):
         assert len(generate(tiny_sdxl, **options)) == 2
-    attachment = negtome.attach(tiny_sdxl, CONFIGS["sdxl"], given=Reference(PICTURE, prompt="a mouse"))
+    attachment = negtome.attach(tiny_sdxl, CONFIGS["sdxl"], references=Reference(PICTURE, prompt="a mouse"))
     with pytest.raises(ValueError, match=r"of 77 tokens, as those of a Reference's prompt, got 154"), attachment:
         generate(tiny_sdxl, **options)
 
@@ -439,7 +439,7 @@ def test_a_reference_is_as_noisy_as_the_images_at_every_step(tiny_sdxl, name, mo
 
     monkeypatch.setattr(type(tiny_sdxl.unet), "forward", forward)
     config = CONFIGS["sdxl"].replace(timestep_range=(0, 1000))
-    with negtome.attach(tiny_sdxl, config, given=Reference(PICTURE, seed=3)) as attached:
+    with negtome.attach(tiny_sdxl, config, references=Reference(PICTURE, seed=3)) as attached:
         generate(tiny_sdxl)
     assert len(rows) == len(attached.steps) >= 4
     clean = tiny_sdxl.vae.encode(2 * PICTURE[None] - 1).latent_dist.mean[0] * tiny_sdxl.vae.config.scaling_factor
@@ -462,16 +462,16 @@ def test_a_cache_is_refused_before_and_inside_the_block(tiny_flux, name):
         },
     }
     cache = getattr(diffusers, f"{name}Config")(**options.get(name, {}))
-    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE))
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], references=Reference(PICTURE))
     with pytest.raises(RuntimeError, match=r"a cache, the \w+ on .*; call disable_cache\(\)"), attachment:
         tiny_flux.transformer.enable_cache(cache)
         generate(tiny_flux, (0,))
     with pytest.raises(RuntimeError, match="or leave the Reference out"):
-        negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE))
+        negtome.attach(tiny_flux, CONFIGS["flux"], references=Reference(PICTURE))
     with negtome.attach(tiny_flux, CONFIGS["flux"]):
         assert generate(tiny_flux).isfinite().all()
     tiny_flux.transformer.disable_cache()
-    with negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE)):
+    with negtome.attach(tiny_flux, CONFIGS["flux"], references=Reference(PICTURE)):
         assert len(generate(tiny_flux, (0,))) == 1
 
 
@@ -482,7 +482,7 @@ def test_a_denoiser_that_returns_other_rows_than_asked_for_is_an_error(pipe, con
     def one_more(module, args, output):
         return (torch.cat([output[0], output[0][-1:]]), *output[1:])
 
-    attachment = negtome.attach(pipe, config, given=Reference(PICTURE) if with_reference else None)
+    attachment = negtome.attach(pipe, config, references=Reference(PICTURE) if with_reference else None)
     handle = denoiser(pipe).register_forward_hook(one_more)
     halves = 2 if hasattr(pipe, "unet") else 1
     with (
@@ -495,12 +495,12 @@ def test_a_denoiser_that_returns_other_rows_than_asked_for_is_an_error(pipe, con
 
 @pytest.mark.slow
 def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
-    with negtome.attach(pipe, config, given=Reference(PICTURE, mask=LEFT)) as attached:
+    with negtome.attach(pipe, config, references=Reference(PICTURE, mask=LEFT)) as attached:
         expected = generate(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     torch._dynamo.reset()
     denoiser(pipe).compile(backend="eager")
-    with negtome.attach(pipe, config, given=Reference(PICTURE, mask=LEFT)) as compiled:
+    with negtome.attach(pipe, config, references=Reference(PICTURE, mask=LEFT)) as compiled:
         result = generate(pipe)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
     assert compiled.summary()["tokens_compared"] == attached.summary()["tokens_compared"]
@@ -574,21 +574,21 @@ def test_bad_input_is_refused(tmp_path):
 
 def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
     with pytest.raises(TypeError, match=r"negtome\.Reference\(image\)"):
-        negtome.attach(pipe, config, given=PICTURE)
+        negtome.attach(pipe, config, references=PICTURE)
     with pytest.raises(ValueError, match="at least one"):
-        negtome.attach(pipe, config, given=[None, None])
+        negtome.attach(pipe, config, references=[None, None])
     with pytest.raises(ValueError, match="between two images only"):
-        negtome.attach(pipe, config.replace(matching="released"), given=Reference([PICTURE, OTHER]))
+        negtome.attach(pipe, config.replace(matching="released"), references=Reference([PICTURE, OTHER]))
     with (
         pytest.raises(ValueError, match="each of the 2 images of the call, got 3"),
-        negtome.attach(pipe, config, given=[Reference(PICTURE)] * 3),
+        negtome.attach(pipe, config, references=[Reference(PICTURE)] * 3),
     ):
         generate(pipe)
     dot = torch.zeros(32, 32, dtype=torch.bool)
     dot[3, 3] = True
     with (
         pytest.raises(ValueError, match="more than half of no token"),
-        negtome.attach(pipe, config.replace(min_side=8), given=Reference(PICTURE, mask=dot)),
+        negtome.attach(pipe, config.replace(min_side=8), references=Reference(PICTURE, mask=dot)),
     ):
         generate(pipe)
 
@@ -607,13 +607,13 @@ def test_one_row_of_embeddings_is_of_all_images(tiny_flux, prompt):
     """Flux broadcasts what it is given; a reference, with a prompt of its own even, needs a row of its own."""
     results = []
     for rows in (2, 1):
-        with negtome.attach(tiny_flux, CONFIGS["flux"], given=[Reference(PICTURE, prompt=prompt), None]):
+        with negtome.attach(tiny_flux, CONFIGS["flux"], references=[Reference(PICTURE, prompt=prompt), None]):
             results.append(generate(tiny_flux, **embedded(tiny_flux, rows)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_with_other_rows_are_refused(tiny_flux):
-    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], given=Reference(PICTURE))
+    attachment = negtome.attach(tiny_flux, CONFIGS["flux"], references=Reference(PICTURE))
     with pytest.raises(ValueError, match="one for each of the 3 images, beside a reference, got 2"), attachment:
         generate(tiny_flux, (0, 1, 2), **embedded(tiny_flux, 2) | {"latents": torch.zeros(3, 64, 4)})
 
@@ -621,15 +621,15 @@ def test_embeddings_with_other_rows_are_refused(tiny_flux):
 def test_what_encodes_may_not_be_missing(pipe, config):
     options = embedded(pipe, 1)
     pipe.text_encoder = pipe.text_encoder_2 = None
-    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+    with negtome.attach(pipe, config, references=Reference(PICTURE)):
         assert len(generate(pipe, **options)) == 2
     with pytest.raises(ValueError, match=r"expected all text encoders.*leave the prompt out"):
-        negtome.attach(pipe, config, given=[None, Reference(PICTURE, prompt="a mouse")])
+        negtome.attach(pipe, config, references=[None, Reference(PICTURE, prompt="a mouse")])
     pipe.vae, vae = None, pipe.vae
     with pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"):
-        negtome.attach(pipe, config, given=Reference(PICTURE))
+        negtome.attach(pipe, config, references=Reference(PICTURE))
     pipe.vae = vae
-    with negtome.attach(pipe, config, given=Reference(PICTURE)):
+    with negtome.attach(pipe, config, references=Reference(PICTURE)):
         pipe.vae = None
         for _ in range(2):  # the refused call is over
             with pytest.raises(ValueError, match=r"expected an autoencoder.*got vae=None"):
@@ -646,10 +646,10 @@ def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
     pipe.vae = AutoencoderTiny(latent_channels=4 if kind == "sdxl" else 1, **blocks).eval()
     results = []
     for reference in (Reference(PICTURE), Reference(OTHER)):
-        with negtome.attach(pipe, config, given=reference):
+        with negtome.attach(pipe, config, references=reference):
             results.append(generate(pipe))
     assert not torch.equal(*results)
-    attachment = negtome.attach(pipe, config, given=Reference(PICTURE, posterior="sample"))
+    attachment = negtome.attach(pipe, config, references=Reference(PICTURE, posterior="sample"))
     with pytest.raises(ValueError, match='got a AutoencoderTiny; use "mode"'), attachment:
         generate(pipe)
 
@@ -670,7 +670,7 @@ def test_flux_references_are_noised_by_unipc_too(tiny_flux, monkeypatch):
 
     monkeypatch.setattr(type(tiny_flux.transformer), "forward", forward)
     config = CONFIGS["flux"].replace(timestep_range=(0, 1000))
-    with negtome.attach(tiny_flux, config, given=Reference(PICTURE, seed=3)):
+    with negtome.attach(tiny_flux, config, references=Reference(PICTURE, seed=3)):
         generate(tiny_flux)
     vae = tiny_flux.vae
     clean = (vae.encode(2 * PICTURE[None] - 1).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
@@ -685,6 +685,6 @@ def test_a_blurred_reference_is_another_reference(pipe, config):
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
     results = []
     for reference in (picture, picture.filter(ImageFilter.GaussianBlur(4))):
-        with negtome.attach(pipe, config, given=Reference(reference)):
+        with negtome.attach(pipe, config, references=Reference(reference)):
             results.append(generate(pipe))
     assert not torch.equal(*results)

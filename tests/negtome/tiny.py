@@ -174,11 +174,15 @@ def _cogview4():
 class _Language(torch.nn.Module):
     """What the pipelines ask of a language model: of its "layers" [B, T, 16], one looks back and forth."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device = torch.device("cpu")
 
     def __init__(self, tokens):
         super().__init__()
         self.embedding = torch.nn.Embedding(tokens, 16)
+
+    @property
+    def dtype(self):
+        return self.embedding.weight.dtype
 
     def forward(self, input_ids, attention_mask, **options):
         tokens = self.embedding(input_ids) * attention_mask[..., None]

@@ -1,0 +1,103 @@
+"""Why calls are patched by a subclass: each of the usual hooks fails in a case that has to work.
+
+These are facts about Python, torch, diffusers and accelerate. Where one of them changes, `negtome/hooks.py` may become
+simpler.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+from negtome.hooks import patch_call, unpatch_call
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.site = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.site(x) + 1
+
+
+@pytest.fixture
+def compiled():
+    """Return a block that was compiled and called, its input, and its output."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block, x = Block(), torch.randn(2, 4)
+    block.compile(backend="eager", fullgraph=True)
+    return block, x, block(x)
+
+
+def add(original):
+    def __call__(self, *args, **kwargs):
+        return original(self, *args, **kwargs) + 100
+
+    return __call__
+
+
+def test_a_call_is_looked_up_on_the_type(tiny_sdxl):
+    tiny_sdxl.__dict__["__call__"] = None
+    images = tiny_sdxl("a dog", num_inference_steps=1, height=32, width=32, output_type="latent").images
+    assert len(images) == 1
+
+
+def test_a_forward_hook_added_after_compilation_is_not_called(compiled):
+    block, x, before = compiled
+    block.site.register_forward_hook(lambda module, args, output: output + 100)
+    assert torch.equal(block(x), before)
+
+
+def test_copies_and_pickles_carry_forward_hooks_along():
+    block, calls = Block(), []
+    block.register_forward_hook(lambda *_: calls.append(1))
+    copy.deepcopy(block)(torch.ones(1, 4))
+    assert calls == [1]
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(block)
+
+
+def test_model_offloading_drops_the_hooks_of_diffusers(tiny_sdxl):
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    def call():
+        tiny_sdxl("a dog", num_inference_steps=2, height=32, width=32, output_type="latent")
+        return len(calls)
+
+    tiny_sdxl.enable_model_cpu_offload(device="cpu")
+    HookRegistry.check_if_exists_or_initialize(tiny_sdxl.unet).register_hook(Counting(), "counting")
+    assert (call(), call()) == (2, 2)
+
+
+@pytest.mark.parametrize("patched", ["site", "block"])
+def test_a_patched_call_acts_after_compilation_and_leaves_no_trace(compiled, patched):
+    block, x, before = compiled
+    owner = block.site if patched == "site" else block
+    kind, attributes, copied = type(owner), set(vars(owner)), set(vars(copy.deepcopy(owner)))
+    for _ in range(2):
+        patch_call(owner, "state", add)
+        assert torch.allclose(block(x), before + 100)
+        for clone in (copy.copy(owner), copy.deepcopy(owner), pickle.loads(pickle.dumps(owner))):
+            assert type(clone) is kind and set(vars(clone)) == copied
+        unpatch_call(owner)
+        assert type(owner) is kind and set(vars(owner)) == attributes
+        assert torch.equal(block(x), before)
+
+
+def test_a_patched_outer_module_of_compiled_code_is_copied_too():
+    torch._dynamo.reset()
+    outer, x = torch.compile(Block(), backend="eager"), torch.randn(2, 4)
+    before, kind = outer(x), type(outer)
+    patch_call(outer, "state", add)
+    assert torch.allclose(outer(x), before + 100)
+    clone = copy.deepcopy(outer)
+    assert type(clone) is kind and torch.equal(clone(x), before)
