@@ -296,34 +296,40 @@ class Attachment:
             if run is not None:
                 run.suspended = False
 
+    # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
+    # frame, so that even fullgraph=True starts with the denoiser's own code.
+    @not_compiled(recursive=False)
     def _call_denoiser(self, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser: as the pipeline's next step, or unchanged where another pipeline calls it."""
         with self._lock:
             run = self._run
             if run is not None and run.thread == threading.get_ident() and not run.suspended:
                 context, arguments = self._begin(run, args, kwargs)
-                for site in self._sites:
-                    site.context = context
                 return self._end(run, context, original(owner, **arguments))
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"NegToMe is attached to a {self._pipeline_class}, but something else calls its "
-                    f"{self._architecture.denoiser_class}: that call runs unchanged. Attach to the pipeline that you "
-                    "call, if its images should be pushed.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._warn_of_other_caller()
             return original(owner, *args, **kwargs)
 
+    @not_compiled()
+    def _warn_of_other_caller(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"NegToMe is attached to a {self._pipeline_class}, but something else calls its "
+                f"{self._architecture.denoiser_class}: that call runs unchanged. Attach to the pipeline that you call, "
+                "if its images should be pushed.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @not_compiled()
     def _begin(
         self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[StepContext | None, dict[str, Any]]:
-        """Decide, before one call of the denoiser, whether the sites act in it and how.
+        """Prepare the sites for one call of the denoiser, if they act in it.
 
         Returns:
-            The context of the sites, None if they do not act; and the call's arguments by name, with the rows of
-            outside references added if the sites act.
+            The context that they have now, None if they do not act; and the call's arguments by name, with the rows of
+            outside references added if they act.
         """
         if any(children.get(key) is not child for children, key, child in self._links):
             self._follow()
@@ -346,8 +352,12 @@ class Attachment:
         layout: Layout | None = None
         if self._rows is not None:
             arguments, layout = self._rows.extend(self._pipe, call, arguments, run.fewest_tokens)
-        return StepContext(group_size, math.prod(call.grid), call.stream, run.fewest_tokens, layout), arguments
+        context = StepContext(group_size, math.prod(call.grid), call.stream, run.fewest_tokens, layout)
+        for site in self._sites:
+            site.context = context
+        return context, arguments
 
+    @not_compiled()
     def _end(self, run: Run, context: StepContext | None, output: Any) -> Any:
         """Count, and take the rows of outside references out of the denoiser's output."""
         if context is not None:
@@ -480,8 +490,6 @@ def _attachment_of(owner: Any) -> Attachment | None:
 
 
 def _begin_before(original: Call) -> Call:
-    # torch.compile(denoiser) inside the block compiles from here on. The decision stays out of the graph, as does this
-    # frame, so that even fullgraph=True starts with the denoiser's own code.
     @not_compiled(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attachment_of(self)  # None where such compiled code outlives the block
