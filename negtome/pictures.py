@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ CHUNK = "negtome"
 CONTENT = "negtome content"
 #: Pixels around and between the pictures of a sheet.
 GAP = 8
+#: Lines of a text on a sheet; what goes on longer ends in three dots.
+LINES = 20
 
 
 def content(recipe: Recipe) -> str:
@@ -82,7 +85,7 @@ def sheet(title: str, rows: Sequence[tuple[str, Sequence[Image.Image]]], note: s
     """Put rows of pictures below each other, each under its label, with a title above and a note below them.
 
     Args:
-        title, note: wrapped to the width of the rows.
+        title, note: wrapped to the width of the rows, and cut after `LINES` lines.
         rows: label and pictures of each row, as many in each, all of one size.
     """
     pictures = rows[0][1]
@@ -95,7 +98,8 @@ def sheet(title: str, rows: Sequence[tuple[str, Sequence[Image.Image]]], note: s
     def write(text: str, factor: float = 1.0) -> None:
         nonlocal y
         font = ImageFont.load_default(size=size * factor)
-        for line in _wrapped(text, font, whole - 2 * GAP):
+        lines = wrap(text, font, whole - 2 * GAP)
+        for line in lines if len(lines) <= LINES else [*lines[:LINES], "..."]:
             parts.append((y, (line, font)))
             y += round(1.4 * size * factor)
 
@@ -117,15 +121,37 @@ def sheet(title: str, rows: Sequence[tuple[str, Sequence[Image.Image]]], note: s
     return canvas
 
 
-def _wrapped(text: str, font: Any, width: float) -> list[str]:
-    """Break a text into lines of at most `width` pixels, within a word where one is longer."""
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """Break a text into lines at its spaces, and within a word that is longer than a line.
+
+    Args:
+        text: any; runs of white space count as one space.
+        font: in which the text is measured.
+        width: of a line, in pixels; a single character may be wider.
+
+    Returns:
+        At least one line.
+    """
     lines, line = [], ""
     for word in text.split():
-        while (whole := f"{line} {word}".strip()) and font.getlength(whole) > width:
+        rest = word
+        while rest:
+            candidate = f"{line} {rest}" if line else rest
+            fits = _longest_prefix(candidate, font, width)
+            if fits == len(candidate):
+                line = candidate
+                break
             if not line:
-                fits = max(1, sum(font.getlength(word[: end + 1]) <= width for end in range(len(word))))
-                line, word = word[:fits], word[fits:]
+                line, rest = rest[:fits], rest[fits:]
             lines.append(line)
             line = ""
-        line = whole
     return [*lines, line]
+
+
+def _longest_prefix(text: str, font: Any, width: float) -> int:
+    """Count the characters that fit into a width, at least 1, without measuring much more of the text than these."""
+    end = 1
+    while end < len(text) and font.getlength(text[:end]) <= width:
+        end *= 2
+    ends = range(min(end, len(text)) + 1)
+    return max(1, bisect_right(ends, width, key=lambda size: font.getlength(text[:size])) - 1)

@@ -1,6 +1,7 @@
 """A recipe refuses what is wrong, stays itself however it is written down, and makes what its script makes."""
 
 import inspect
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFont
 
 from negtome import NegToMeConfig, pictures
 from negtome.__main__ import _parser
@@ -262,6 +263,42 @@ def test_what_says_nothing_is_no_picture_of_ours(tmp_path):
         pictures.read(tmp_path / "text.png")
     with pytest.raises(FileNotFoundError, match="got no file"):
         pictures.read(tmp_path / "none.png")
+
+
+characters = st.sampled_from("il mMW 漢字かな\u0301😀")
+
+
+@settings(deadline=None)
+@given(st.text(characters, max_size=80), st.integers(1, 200))
+def test_lines_hold_the_text_and_fit(text, width):
+    font = ImageFont.load_default(size=12)
+    lines = pictures.wrap(text, font, width)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert all(len(line) <= 1 or font.getlength(line) <= width for line in lines)
+    for line, after in itertools.pairwise(lines):
+        assert " " in text or font.getlength(line + after[0]) > width, "no line is shorter than need be"
+
+
+def test_a_word_without_spaces_is_measured_in_proportion_to_its_length(monkeypatch):
+    """As a prompt in Chinese or Japanese is: the characters that are measured, and how often."""
+    measured = []
+    getlength = ImageFont.FreeTypeFont.getlength
+    monkeypatch.setattr(
+        ImageFont.FreeTypeFont, "getlength", lambda font, text: measured.append(len(text)) or getlength(font, text)
+    )
+    costs = []
+    for length in (500, 4000):
+        measured.clear()
+        pictures.sheet("犬" * length, [("row", [Image.new("RGB", (32, 32))])], "")
+        costs.append((len(measured), sum(measured)))
+    (calls, work), (more_calls, more_work) = costs
+    assert more_calls <= 10 * calls and more_work <= 10 * work
+
+
+def test_a_sheet_of_an_endless_prompt_is_no_endless_picture():
+    picture = Image.new("RGB", (32, 32))
+    heights = [pictures.sheet("犬" * length, [("row", [picture])], "").height for length in (5_000, 20_000)]
+    assert heights[0] == heights[1] < 1000
 
 
 def test_a_sheet_shows_every_picture_unscaled():
