@@ -1,7 +1,9 @@
 """A given image to push away from: what a user hands to `attach`, and how it is brought to the size of the output."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +18,8 @@ POSTERIORS = get_args(Posterior)
 
 #: Share of a token's area that the mask must cover for the token to count as inside.
 COVERAGE = 0.5
+#: Pixels of an image that is read, 8192 x 8192: decoded, each takes some 25 bytes.
+MOST_PIXELS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,8 @@ class Reference:
 
     Raises:
         ValueError: an image cannot be read, is animated or has a colour space that would have to be guessed; a mask is
-            empty or does not have its image's size; or a setting is out of range.
+            empty or does not have its image's size; an image or a mask has more than 2**26 pixels; or a setting is out
+            of range.
         FileNotFoundError: there is no such file.
     """
 
@@ -130,8 +135,9 @@ def _image(image: Any) -> torch.Tensor:
     if isinstance(image, torch.Tensor):
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"Reference expected an image tensor [3, H, W], got {list(image.shape)}.")
+        _check_pixels(image.shape[2], image.shape[1])
         if image.dtype == torch.uint8:
-            return image.float().cpu() / 255
+            return image.cpu().float().div_(255)
         if not image.is_floating_point() or not (image.min() >= 0 and image.max() <= 1):
             raise ValueError(
                 f"Reference expected an image tensor of floats in [0, 1] or of uint8, got {image.dtype} from "
@@ -149,7 +155,7 @@ def _image(image: Any) -> torch.Tensor:
             f"Reference expected an RGB, RGBA, grey or palette image, got mode {picture.mode}{name}; convert it to "
             "8-bit RGB by its colour profile first."
         )
-    return _pixels(picture.convert("RGB")).permute(2, 0, 1).float() / 255
+    return _pixels(picture.convert("RGB")).permute(2, 0, 1).float().div_(255)
 
 
 def _mask(mask: Any, image: torch.Tensor) -> torch.Tensor:
@@ -157,22 +163,37 @@ def _mask(mask: Any, image: torch.Tensor) -> torch.Tensor:
     if isinstance(mask, torch.Tensor):
         name = ""
         inside = mask.squeeze(0) if mask.dim() == 3 else mask
+        _check_size(inside, image, name)
         if inside.dtype != torch.bool:
             inside = inside.float() > (127.5 if mask.dtype == torch.uint8 else 0.5)
     else:
         picture, name = _open(mask, "a mask")
         inside = _pixels(picture.convert("L")) > 127
-    if inside.shape != image.shape[1:]:
-        raise ValueError(
-            f"Reference expected a mask of its image's size, {image.shape[2]}x{image.shape[1]} pixels, got "
-            f"{'x'.join(str(side) for side in reversed(inside.shape))}{name}; draw it on that very image."
-        )
+        _check_size(inside, image, name)
     if not inside.any():
         raise ValueError(
             f"Reference got an empty mask{name}: nothing could be matched; mark what is to be avoided, or pass "
             "mask=None for the whole image."
         )
     return inside.cpu()
+
+
+def _check_size(mask: torch.Tensor, image: torch.Tensor, name: str) -> None:
+    """Refuse a mask of another size than its image's [3, H, W]."""
+    if mask.shape != image.shape[1:]:
+        raise ValueError(
+            f"Reference expected a mask of its image's size, {image.shape[2]}x{image.shape[1]} pixels, got "
+            f"{'x'.join(str(side) for side in reversed(mask.shape))}{name}; draw it on that very image."
+        )
+
+
+def _check_pixels(width: int, height: int, name: str = "") -> None:
+    """Refuse a size of an image before memory is taken for it."""
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"Reference expected at most {MOST_PIXELS:,} pixels, got {width} x {height}{name}; scale it down: it is "
+            "brought to the size of the output anyway."
+        )
 
 
 def _open(source: Any, what: str) -> tuple[Any, str]:
@@ -184,25 +205,41 @@ def _open(source: Any, what: str) -> tuple[Any, str]:
         name = f" in {os.fspath(source)}"
         if not os.path.isfile(source):
             raise FileNotFoundError(f"Reference expected {what} at {os.fspath(source)}, got no file; check the path.")
-        try:
+        with _readable(what, name), warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is lower
             opened: Image.Image = Image.open(source)
-            opened.load()
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"Reference expected {what} that can be read, got a damaged or foreign file{name} ({error}); export it "
-                "again as PNG or JPEG."
-            ) from error
     elif isinstance(source, Image.Image):
         opened = source
     else:
         raise ValueError(
             f"Reference expected {what} as a path, a PIL image or a tensor, got a {type(source).__name__}."
         )
-    if (frames := getattr(opened, "n_frames", 1)) > 1:
+    with opened if name else contextlib.nullcontext():  # a file is closed, the image of a caller is left as it is
+        _check_pixels(*opened.size, name)
+        with _readable(what, name):
+            opened.load()
+        if (frames := getattr(opened, "n_frames", 1)) > 1:
+            raise ValueError(
+                f"Reference expected a still image, got an animation of {frames} frames{name}; export the frame you "
+                "mean."
+            )
+        return ImageOps.exif_transpose(opened), name
+
+
+@contextlib.contextmanager
+def _readable(what: str, name: str) -> Iterator[None]:
+    """Turn the errors of Pillow on a file into one that says what to do."""
+    from PIL import Image
+
+    try:
+        yield
+    except Image.DecompressionBombError as error:  # far above `MOST_PIXELS`
+        raise ValueError(f"Reference expected at most {MOST_PIXELS:,} pixels, got more{name} ({error}).") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(
-            f"Reference expected a still image, got an animation of {frames} frames{name}; export the frame you mean."
-        )
-    return ImageOps.exif_transpose(opened), name
+            f"Reference expected {what} that can be read, got a damaged or foreign file{name} ({error}); export it "
+            "again as PNG or JPEG."
+        ) from error
 
 
 def _pixels(picture: Any) -> torch.Tensor:

@@ -572,6 +572,17 @@ def test_bad_input_is_refused(tmp_path):
             Reference(PICTURE, **setting)
 
 
+def test_an_image_of_too_many_pixels_is_refused_before_memory_is_taken_for_it():
+    side = 100_000  # of float32, 120 GB
+    for arguments, message in (
+        ((torch.zeros(()).expand(3, side, side),), "at most .* pixels, got 100000 x 100000"),
+        ((torch.zeros((), dtype=torch.uint8).expand(3, side, side),), "at most .* pixels"),
+        ((PICTURE, torch.zeros(()).expand(side, side)), "its image's size, 32x32 pixels, got 100000x100000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Reference(*arguments)
+
+
 def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
     with pytest.raises(TypeError, match=r"negtome\.Reference\(image\)"):
         negtome.attach(pipe, config, references=PICTURE)
