@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("the run")
     run.add_argument(
         "--from", dest="source", default=None, metavar="PNG",
-        help="all of the above from a picture made so; its --model, too, where that is none of the embedded ones",
+        help="all of the above from a picture made so; repeat its --model, unless it is embedded, --reference and "
+        "--mask to allow them",
     )  # fmt: skip
     run.add_argument("--compare", action="store_true", default=False, help="the same noises without NegToMe, too")
     run.add_argument("--out", default=None, metavar="DIR", help="of this recipe alone (negtome-images/PROMPT-DIGEST)")

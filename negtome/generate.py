@@ -162,17 +162,25 @@ def asked(arguments: Namespace) -> Recipe:
     return recipe
 
 
-def _said(source: str, model: str | None = None, **given: Any) -> Recipe:
-    """Return the recipe in a picture. Who sent it chose its model, so the user has to name one that is not embedded."""
-    if given:
+def _said(source: str, **options: Any) -> Recipe:
+    """Return the recipe in a picture. Who sent it chose its model and files, so the user has to name those, too."""
+    allowed = {name: options.pop(name, None) for name in ("model", "reference", "mask")}
+    if options:
         raise ValueError(
-            "expected nothing that the picture says itself beside --from, but for its --model, got a prompt or settings"
+            "expected nothing that the picture says itself beside --from, but for its --model, --reference and --mask, "
+            "got a prompt or settings"
         )
     recipe = pictures.read(source)
-    if model != recipe.model and (model is not None or not is_embedded(recipe.model)):
+    for name, value in allowed.items():
+        stated = getattr(recipe, name)
+        if value == stated or (name == "model" and value is None and is_embedded(stated)):
+            continue
+        got = "none" if value is None else repr(value)
+        if stated is None:
+            raise ValueError(f"expected no --{name} beside --from, for {source} was made without one, got {got}")
         raise ValueError(
-            f"expected --model={recipe.model!r} beside --from, got {'none' if model is None else repr(model)}: that is "
-            f"what {source} names, and whoever made it chose what would be loaded or fetched; repeat it to allow it"
+            f"expected --{name}={stated!r} beside --from, got {got}: that is what {source} names, and whoever made it "
+            "chose what would be read or fetched; repeat it to allow it"
         )
     return recipe
 

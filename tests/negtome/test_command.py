@@ -95,6 +95,22 @@ def test_the_model_that_a_picture_names_is_loaded_only_where_the_user_names_it(o
     assert "expected --model='someone/else' beside --from, got " in line and "whoever made it chose" in line
 
 
+def test_the_files_that_a_picture_names_are_read_only_where_the_user_names_them(model, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save("mine.png")
+    pictures.save(Image.new("RGB", (8, 8)), "sent.png", Recipe(model, "a cat", reference="mine.png", mask="secret.png"))
+    pictures.save(Image.new("RGB", (8, 8)), "bare.png", Recipe(model, "a cat"))
+    monkeypatch.setattr(negtome.generate, "Reference", lambda *_, **__: pytest.fail("it was read"))
+    for words, said in (
+        (["sent.png"], "expected --reference='mine.png' beside --from, got none"),
+        (["sent.png", "--reference", "other.png"], "expected --reference='mine.png' beside --from, got 'other.png'"),
+        (["sent.png", "--reference", "mine.png"], "expected --mask='secret.png' beside --from, got none"),
+        (["bare.png", "--reference", "mine.png"], "expected no --reference beside --from"),
+    ):
+        assert main(["generate", "--model", model, "--from", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
 def test_away_from_a_picture(model, capsys):
     Image.linear_gradient("L").resize((32, 32)).save("r.png")
     Image.new("L", (32, 32), 255).save("m.png")
@@ -112,7 +128,7 @@ def test_another_picture_under_the_same_path_is_another_recipe(changed, model, c
     words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--mask", "m.png"]
     for out in ([], ["--out", "away"], ["--out", "away", "--compare"]):  # the last to this recipe's own folder
         assert main([*words, *out]) == 0
-    again = ["generate", "--model", model, "--from", "away/with-0.png"]
+    again = ["generate", "--model", model, "--from", "away/with-0.png", "--reference", "r.png", "--mask", "m.png"]
     assert main(again) == 0
     (first,) = Path("negtome-images").iterdir()
     before = {path.name: path.read_bytes() for path in Path("away").iterdir()}
