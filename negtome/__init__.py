@@ -8,7 +8,8 @@ Push the features of images that are generated together apart, so that they come
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from negtome.version import __version__ as __version__
+
 __all__ = ["Attachment", "NegToMeConfig", "Reference", "SiteCount", "Step", "attach", "detach", "negative_merge"]
 
 if TYPE_CHECKING:

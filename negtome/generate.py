@@ -278,5 +278,7 @@ def main(arguments: Namespace) -> None:
 def _name(recipe: Recipe, made_from: str) -> str:
     """Return a folder's name: words of the prompt, and a digest of all that the recipe says and was made from."""
     words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower())[:40].strip("-")
-    digest = hashlib.sha256((json.dumps(recipe.to_dict(), sort_keys=True) + made_from).encode()).hexdigest()[:8]
+    document = recipe.to_dict()
+    del document["version"]  # which decides no pixels
+    digest = hashlib.sha256((json.dumps(document, sort_keys=True) + made_from).encode()).hexdigest()[:8]
     return f"{words or 'images'}-{digest}"

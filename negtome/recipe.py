@@ -21,6 +21,7 @@ from typing import Any
 
 from negtome.config import NegToMeConfig
 from negtome.merge import number
+from negtome.version import __version__
 
 #: In a model's folder, how it is used best; see `Choices`.
 FILE = "negtome.json"
@@ -52,6 +53,10 @@ _SETTINGS = {
 _PLAIN = NegToMeConfig()
 #: Pixels that no autoencoder divides further; what a pipeline itself wants it says when it is called.
 _SIDE = 8
+#: Bounds of what is asked for, far above what pipelines are used for: a recipe may come from somebody else's picture.
+_MOST = {"images": 256, "steps": 1000, "height": 8192, "width": 8192}
+#: In the JSON of a recipe, the version of the library that wrote it.
+_VERSION = "version"
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,11 @@ class Recipe:
         model: a folder in the diffusers layout, or a repository of the Hugging Face hub.
         prompt: not empty.
         negative_prompt: or None.
-        images: how many are generated together, at least 1; at least 2 where they are pushed apart.
+        images: how many are generated together, 1 to 256; at least 2 where they are pushed apart.
         seed: of the first image, at least 0.
-        steps, guidance_scale: of the pipeline's call; None: as the pipeline has it, which holds for all that follow.
-        height, width: in pixels, multiples of 8; both or none.
+        steps: of the pipeline's call, 1 to 1000; None: as the pipeline has it, which holds for all that follow.
+        guidance_scale: of the pipeline's call, at least 0.
+        height, width: in pixels, multiples of 8 up to 8192; both or none.
         options: further keyword arguments of the pipeline's call, as JSON values, such as max_sequence_length.
         dtype: of the weights, by torch's name: "float32", "bfloat16" or "float16".
         config: the settings of NegToMe; None: without it.
@@ -141,17 +147,17 @@ class Recipe:
         for name in ("negative_prompt", "reference", "mask"):
             if getattr(self, name) is not None:
                 _text(name, getattr(self, name))
-        _whole("images", self.images, 1)
+        _whole("images", self.images, 1, _MOST["images"], "; make more by further runs, each with another seed")
         _whole("seed", self.seed, 0, 2**63 - self.images)
         if self.steps is not None:
-            _whole("steps", self.steps, 1)
+            _whole("steps", self.steps, 1, _MOST["steps"])
         if self.guidance_scale is not None:
             scale = number("guidance_scale", self.guidance_scale, 0, math.inf)
             object.__setattr__(self, "guidance_scale", scale)
         if (self.height is None) != (self.width is None):
             raise ValueError("expected height and width, or neither for the pipeline's own, got one of them")
         for name in ("height", "width") if self.height is not None else ():
-            if _whole(name, getattr(self, name), _SIDE) % _SIDE:
+            if _whole(name, getattr(self, name), _SIDE, _MOST[name]) % _SIDE:
                 raise ValueError(f"expected {name} to be a multiple of {_SIDE} pixels, got {getattr(self, name)}")
         object.__setattr__(self, "options", _options(self.options))
         if self.dtype not in DTYPES:
@@ -197,26 +203,27 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Recipe:
-        """Read what `to_dict` wrote. Whoever wrote it chose model and files: look at them before you run it.
+        """Read what `to_dict` wrote, in this version of the library or another. Look at its model and files before
+        you run it: whoever wrote it chose them.
+
+        A field that is absent, but for model and prompt, has its default: an older version did not have it.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else, or has fields that this version does not know.
         """
-        names = {one.name for one in dataclasses.fields(cls)}
-        if not isinstance(document, Mapping) or not {"model", "prompt"} <= document.keys() <= names:
-            got = ", ".join(map(str, document)) if isinstance(document, Mapping) else type(document).__name__
-            raise ValueError(f"expected a recipe, with model, prompt and what else is in one, got {got or 'nothing'}")
+        if not isinstance(document, Mapping):
+            raise ValueError(f"expected a recipe, with a model and a prompt, got a {type(document).__name__}")
         fields = dict(document)
+        version = fields.pop(_VERSION, None)
+        _check_fields("recipe", fields, cls, {"model", "prompt"}, version)
         if isinstance(fields.get("config"), Mapping):
-            try:
-                fields["config"] = NegToMeConfig(**fields["config"])
-            except TypeError as error:
-                raise ValueError(f"expected the fields of NegToMeConfig as config, got others ({error})") from error
+            _check_fields("recipe's config", fields["config"], NegToMeConfig, set(), version)
+            fields["config"] = NegToMeConfig(**fields["config"])
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as JSON values, every setting of this version's defaults included."""
-        document = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        """Return the recipe as JSON values, every setting of this version's defaults and the version included."""
+        document = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)} | {_VERSION: __version__}
         document["options"] = dict(self.options)
         if self.config is not None:
             document["config"] = {name: _jsonable(value) for name, value in dataclasses.asdict(self.config).items()}
@@ -375,10 +382,26 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _whole(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
+def _whole(name: str, value: object, least: int, most: int, advice: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"expected {name} to be a whole number from {least} to {most}, got {value!r}")
+        raise ValueError(f"expected {name} to be a whole number from {least} to {most}, got {value!r}{advice}")
     return value
+
+
+def _check_fields(what: str, fields: Mapping[str, Any], cls: Any, required: set[str], version: object) -> None:
+    """Refuse fields that a class does not have, or lacks, and name the versions of the library."""
+    unknown = fields.keys() - {one.name for one in dataclasses.fields(cls)}
+    absent = required - fields.keys()
+    if not unknown and not absent:
+        return
+    problems = [f"it lacks {', '.join(sorted(absent))}"] if absent else []
+    if unknown:
+        problems.append(f"this version does not know {', '.join(sorted(map(repr, unknown)))}")
+    writer = "an unnamed version" if version is None else f"version {version!r}"
+    raise ValueError(
+        f"expected a {what} that negtome {__version__} knows, got one of {writer}: {' and '.join(problems)}; "
+        "use the version that wrote it"
+    )
 
 
 def _options(options: object) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A recipe refuses what is wrong, stays itself however it is written down, and makes what its script makes."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
+import negtome
 from negtome import NegToMeConfig, pictures
 from negtome.__main__ import _parser
 from negtome.generate import asked, generate, load
@@ -98,11 +100,11 @@ def test_its_script_is_python_with_its_very_values(recipe):
         text = text.replace(heavy, "")
     attached = type("A", (), {"__enter__": lambda s: s, "__exit__": lambda *_: None, "summary": lambda s: None})()
     seen = {}
-    negtome = type("N", (), {
+    library = type("N", (), {
         "NegToMeConfig": NegToMeConfig, "Reference": staticmethod(lambda *a, **k: (a, k)),
         "attach": staticmethod(lambda pipe, config, given=None: seen.update(config=config, given=given) or attached),
     })  # fmt: skip
-    scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": negtome}
+    scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": library}
     exec(compile(text, "script", "exec"), {**scope, "print": lambda *_: None})
     dtype = {} if recipe.dtype == "float32" else {"torch_dtype": getattr(torch, recipe.dtype)}
     assert seen["model"] == (recipe.model,) and seen["dtype"] == {"use_safetensors": True, **dtype}
@@ -146,6 +148,9 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"model": ""}, "expected a model"),
         ({"images": 1}, "at least 2 images, or a reference picture, got 1"),
         ({"images": 0}, "images to be a whole number from 1"),
+        ({"images": 257}, "images to be a whole number from 1 to 256, got 257; make more by further runs"),
+        ({"steps": 10**9}, "steps to be a whole number from 1 to 1000"),
+        ({"height": 8, "width": 8200}, "width to be a whole number from 8 to 8192"),
         ({"images": True}, "got True"),
         ({"seed": -1}, "seed to be a whole number from 0"),
         ({"seed": 2**63 - 1}, "seed"),
@@ -183,6 +188,47 @@ def test_what_is_wrong_is_said_in_a_line(changes, message):
 def test_only_a_recipe_is_read_as_one(document):
     with pytest.raises(ValueError, match=r"expected|must be"):
         Recipe.from_dict(document)
+
+
+def test_a_recipe_of_another_version_is_read():
+    recipe = Recipe("m", "p", images=3, config=NegToMeConfig(alpha=0.5))
+    document = recipe.to_dict()
+    assert document["version"] == negtome.__version__
+    older = {name: value for name, value in document.items() if name not in ("version", "variant")}
+    assert Recipe.from_dict(document | {"version": "99.0"}) == Recipe.from_dict(older) == recipe
+    for strange in (document | {"version": "99.0", "sneed": 1}, {"version": "99.0", "model": "m"}):
+        with pytest.raises(ValueError, match=r"(?=.*'99\.0')(?=.*(sneed|lacks prompt))") as error:
+            Recipe.from_dict(strange)
+        assert negtome.__version__ in str(error.value)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | texts
+    | st.sampled_from(["m", "first", "fp16", "float32"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=4,
+)
+fields = [one.name for one in dataclasses.fields(Recipe)]
+settings_of = [one.name for one in dataclasses.fields(NegToMeConfig)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.dictionaries(st.sampled_from(fields), anything, max_size=3),
+    st.dictionaries(st.sampled_from(settings_of), anything, max_size=2),
+)
+def test_whatever_json_holds_is_a_recipe_or_an_error_that_says_so(changes, config):
+    document = {"model": "m", "prompt": "p", "config": config, **changes}
+    try:
+        recipe = Recipe.from_dict(document)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def pixels(images):
