@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import re
 import sys
+import tempfile
 import textwrap
 import warnings
 from argparse import Namespace
@@ -228,6 +230,28 @@ def _both(recipe: Recipe, made_from: str) -> dict[str, tuple[Recipe, str]]:
     return {"without": (recipe.without(), "")} | ({"with": (recipe, made_from)} if recipe.config is not None else {})
 
 
+def probe(folder: Path) -> None:
+    """Find out whether files can be written into a folder, which need not be there; leave nothing behind.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as file:
+            file.write(bytes(2**16))
+            file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"expected a folder that can be written to, got {folder} ({error.strerror or error}): name another by --out"
+        ) from error
+    finally:
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def main(arguments: Namespace) -> None:
     """Make what a command line asks for, write it and say where."""
     recipe = asked(arguments)
@@ -243,6 +267,7 @@ def main(arguments: Namespace) -> None:
     folder = Path(arguments.out or Path(OUT) / _name(recipe, made_from))
     device, offload = arguments.device or accelerator(), arguments.low_memory
     claim(folder, recipe, made_from, [one.python(device, offload) for one in (recipe, recipe.without())])
+    probe(folder)
     kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -264,7 +289,7 @@ def main(arguments: Namespace) -> None:
         rows = [(one.setting(), made[kind].images) for kind, (one, _) in kinds.items()]
         note = f"{recipe.model}, seeds {recipe.seeds()[0]} to {recipe.seeds()[-1]}: a column has the same noise"
         pictures.save(pictures.sheet(recipe.prompt, rows, note), folder / SHEET, recipe, made_from)
-    (folder / SCRIPT).write_bytes(recipe.python(device, offload).encode())
+    pictures.write(folder / SCRIPT, recipe.python(device, offload).encode())
     names = [f"{kind}-0.png to {kind}-{recipe.images - 1}.png" for kind in kinds] + [SHEET] * arguments.compare
     print(f"{folder}: {', '.join(names)}; {SCRIPT} makes them in Python")
     print(f"{recipe.model}: {recipe.setting()}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +35,11 @@ def content(recipe: Recipe) -> str:
     Raises:
         OSError: there are no such files.
     """
-    files = [Path(path).read_bytes() for path in (recipe.reference, recipe.mask) if path is not None]
-    digests = [hashlib.sha256(file).digest() for file in files]
+    digests = []
+    for path in (recipe.reference, recipe.mask):
+        if path is not None:
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").digest())
     return hashlib.sha256(b"".join(digests)).hexdigest() if digests else ""
 
 
@@ -47,8 +53,27 @@ def chunks(recipe: Recipe, made_from: str = "") -> PngImagePlugin.PngInfo:
 
 
 def save(image: Image.Image, path: str | Path, recipe: Recipe, made_from: str = "") -> None:
-    """Write a picture as PNG that holds its recipe; see `chunks`."""
-    image.save(path, format="PNG", pnginfo=chunks(recipe, made_from))
+    """Write a picture as PNG that holds its recipe; see `chunks` and `write`."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=chunks(recipe, made_from))
+    write(path, buffer.getvalue())
+
+
+def write(path: str | Path, data: bytes) -> None:
+    """Write a file so that its name never stands for a part of it.
+
+    Raises:
+        OSError: it cannot be written; the message says which.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(f"cannot write {path} ({error.strerror or error}); make room, and run the same again") from error
 
 
 def read(path: str | Path) -> Recipe:
@@ -66,7 +91,10 @@ def read_both(path: str | Path) -> tuple[Recipe, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a picture at {path}, got no file; check the path")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its pixels are not decoded
+            image = Image.open(path)
+        with image:
             text, made_from = image.info.get(CHUNK), image.info.get(CONTENT, "")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a PNG that negtome made at {path}, got what cannot be read ({error})") from error

@@ -1,6 +1,10 @@
 """The command line: what it writes, that it overwrites nothing else, and that what is wrong is one line."""
 
+import builtins
+import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -187,6 +191,47 @@ def test_a_script_that_was_changed_is_kept(alone, model, monkeypatch, capsys):
 def test_warnings_are_told(model, capsys):
     assert main(["generate", "a dog", "-n", "2", "--model", model, "--threshold", "0.999999", "--out", "dogs"]) == 0
     assert "warning: NegToMe pushed no token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file/images", "/proc/images", "dangling"])
+def test_a_folder_that_cannot_be_written_to_is_found_before_images_are_made(out, model, monkeypatch, capsys):
+    monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
+    Path("file").write_text("mine")
+    Path("dangling").symlink_to("nowhere/images")
+    assert main(["generate", "a dog", "--model", model, "--out", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert out in line and "--out" in line
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full after half of what is written."""
+
+    def write(self, data):
+        super().write(bytes(data)[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["without-0.png", "with-1.png", "compare.png", "recipe.py"])
+def test_a_full_disk_leaves_nothing_that_stops_the_same_command(name, model, monkeypatch, capsys):
+    words = ["generate", "a dog", "-n", "2", "--model", model, "--compare", "--out"]
+
+    def full(file, mode="r", *args, **kwargs):
+        if "w" in mode and name in str(file):
+            return Full(file, "w")
+        return real(file, mode, *args, **kwargs)
+
+    real = builtins.open
+    with monkeypatch.context() as disk:
+        disk.setattr(builtins, "open", full)
+        disk.setattr(io, "open", full)
+        assert main([*words, "dogs"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("generate: ") and f"dogs/{name}" in line and os.strerror(errno.ENOSPC) in line
+    assert not Path("dogs", name).exists()
+    assert main([*words, "dogs"]) == main([*words, "once"]) == 0
+    assert {path.name: path.read_bytes() for path in Path("dogs").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("once").iterdir()
+    }
 
 
 @pytest.fixture
