@@ -17,6 +17,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -28,6 +29,8 @@ from typing import Any, NoReturn
 COMMANDS = ("generate", "demo", "doctor")
 #: What a value is called that the pipeline or the published settings have.
 AUTO = "auto"
+#: Characters of an error's message that are printed.
+LONGEST = 1000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +43,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; see the module. Returns the exit code."""
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a folder may not fit into the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     if command in ("-h", "--help"):
         print(__doc__.strip())
         return 0
@@ -58,8 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise
-        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{command}: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _one_line(error: BaseException) -> str:
+    """Return a message as one line without control characters, which may be out of somebody's file."""
+    text = " ".join(str(error).split())
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable if len(printable) <= LONGEST else f"{printable[:LONGEST]}..."
 
 
 def _hand_over(command: str, arguments: list[str]) -> int:
@@ -144,13 +156,19 @@ def _or_auto(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 def width_x_height(text: str) -> tuple[int | None, int | None]:
     if text == AUTO:
         return None, None
-    width, _, height = text.partition("x")
-    return int(width), int(height)
+    try:
+        width, height = map(int, text.split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected WxH, such as 1024x768, got {text!r}") from error
+    return width, height
 
 
 def low_high(text: str) -> tuple[float, float]:
-    low, _, high = text.partition(":")
-    return float(low), float(high)
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected LOW:HIGH, such as 850:1000, got {text!r}") from error
+    return low, high
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -161,12 +179,12 @@ def name_value(text: str) -> tuple[str, Any]:
     """Read NAME=JSON, NAME=TEXT where that is none, or NAME=auto as what the pipeline has: an ellipsis."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError("expected NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     if value == AUTO:
         return name, ...
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 

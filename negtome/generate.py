@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import re
 import sys
 import tempfile
 import textwrap
 import warnings
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,10 +59,14 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
             picture or its mask cannot be used.
         FileNotFoundError: there is no such picture.
         TypeError, RuntimeError: as of `negtome.attach`.
+
+    Warns of a prompt that a text encoder cuts off.
     """
     given = _picture(recipe)
     call = recipe.arguments()
-    _check(pipe, call)
+    check_arguments(type(pipe), call)
+    for message in cut_texts(pipe, call):
+        warnings.warn(message, stacklevel=2)
     call |= {"generator": [torch.Generator().manual_seed(seed) for seed in recipe.seeds()], **more}
     if recipe.config is None:
         made = Made(pipe(**call).images, None)
@@ -81,17 +86,65 @@ def _picture(recipe: Recipe) -> Reference | None:
     return None if recipe.reference is None else Reference(recipe.reference, mask=recipe.mask)
 
 
-def _check(pipe: Any, call: dict[str, Any]) -> None:
-    """Refuse arguments that a pipeline does not take, or would take for nothing."""
-    name, takes = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+def check_arguments(pipeline: type, call: Mapping[str, Any]) -> None:
+    """Refuse arguments that the call of a pipeline's class does not take, or would ignore.
+
+    Raises:
+        ValueError: one is unknown, or is no number where the call has one as default; or a negative prompt would have
+            no effect.
+    """
+    name, takes = pipeline.__name__, inspect.signature(pipeline.__call__).parameters
     if unknown := [argument for argument in call if argument not in takes]:
         raise ValueError(f"expected arguments that a {name} takes, got {', '.join(unknown)}; leave it out")
+    for argument, value in call.items():
+        default = takes[argument].default
+        if isinstance(default, bool):
+            expected, fits = "true or false", isinstance(value, bool)
+        elif isinstance(default, int | float):
+            expected, fits = "a number", isinstance(value, int | float | None) and not isinstance(value, bool)
+        else:
+            continue
+        if not fits:
+            raise ValueError(f"expected {expected} as {argument} of a {name}, got {value!r}")
     # What guides without a negative prompt (Flux) is guided by one only where this scale is asked for.
     scale = takes.get("true_cfg_scale")
-    if "negative_prompt" in call and scale is not None and call.get("true_cfg_scale", scale.default) <= 1:
+    if "negative_prompt" in call and scale is not None and (call.get("true_cfg_scale", scale.default) or 0) <= 1:
         raise ValueError(
             f"expected true_cfg_scale above 1 beside a negative prompt, or a {name} ignores it: --call true_cfg_scale=4"
         )
+
+
+def cut_texts(pipe: Any, call: Mapping[str, Any]) -> list[str]:
+    """Say of which texts of a call a text encoder reads only the beginning.
+
+    Args:
+        pipe: the pipeline, whose tokenizers count.
+        call: arguments of its call.
+
+    Returns:
+        A message for each prompt and negative prompt that is cut. CLIP's encoders read as many tokens as their
+        tokenizer says, other ones as many as `max_sequence_length` of the call, where it takes that.
+    """
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    limit = None if parameter is None else call.get("max_sequence_length", parameter.default)
+    messages = []
+    for argument in ("prompt", "negative_prompt"):
+        parts = []
+        for name, tokenizer in pipe.components.items():
+            if not name.startswith("tokenizer") or not hasattr(tokenizer, "model_max_length"):
+                continue
+            text = call.get(argument + name.removeprefix("tokenizer")) or call.get(argument)
+            if not isinstance(text, str):
+                continue
+            most = limit
+            if most is None or "CLIP" in type(tokenizer).__name__:
+                most = getattr(pipe, f"{name}_max_length", tokenizer.model_max_length)
+            count = len(tokenizer(text, verbose=False).input_ids)
+            if count > most:
+                parts.append(f"{name.replace('tokenizer', 'text_encoder')} reads {most} of {count} tokens")
+        if parts:
+            messages.append(f"the {argument.replace('_', ' ')} is cut: {', '.join(parts)}; shorten it")
+    return messages
 
 
 def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
@@ -128,6 +181,8 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
             "diffusers layout, its weights as safetensors, what is on the hub a network and, where it is gated, its "
             "licence accepted)"
         ) from error
+    # Of a prompt that is cut transformers says that indexing will fail, which pipelines see to; `cut_texts` says it.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
     elif device != "cpu":
@@ -253,7 +308,21 @@ def probe(folder: Path) -> None:
 
 
 def main(arguments: Namespace) -> None:
-    """Make what a command line asks for, write it and say where."""
+    """Make what a command line asks for, write it and say where; warnings are printed as they come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = _print_warning
+        _run(arguments)
+
+
+def _print_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    if issubclass(category, (UserWarning, RuntimeWarning)):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _run(arguments: Namespace) -> None:
     recipe = asked(arguments)
     if arguments.compare and recipe.config is None:
         raise ValueError("expected settings of NegToMe to compare with, got none: leave --without or --compare out")
@@ -269,18 +338,7 @@ def main(arguments: Namespace) -> None:
     claim(folder, recipe, made_from, [one.python(device, offload) for one in (recipe, recipe.without())])
     probe(folder)
     kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        try:
-            pipe = load(recipe, device, offload)
-            made = {kind: generate(pipe, one) for kind, (one, _) in kinds.items()}
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "alloc" not in str(error):  # of a CPU there is no kind of its own
-                raise
-            raise ValueError(
-                f"expected enough memory on {device}, got too little: fewer images (-n), a smaller --size, on a GPU "
-                "--dtype bfloat16 and --low-memory"
-            ) from error
+    made = _make(recipe, device, offload, {kind: one for kind, (one, _) in kinds.items()})
     folder.mkdir(parents=True, exist_ok=True)
     for kind, (images, _) in made.items():
         for i, image in enumerate(images):
@@ -294,10 +352,36 @@ def main(arguments: Namespace) -> None:
     print(f"{folder}: {', '.join(names)}; {SCRIPT} makes them in Python")
     print(f"{recipe.model}: {recipe.setting()}")
     if attached := made[[*kinds][-1]].attached:
-        print(json.dumps(attached.summary()))
-    for warning in caught:
-        if issubclass(warning.category, (UserWarning, RuntimeWarning)):
-            print(f"warning: {warning.message}", file=sys.stderr)
+        print(describe(attached.summary()))
+
+
+def _make(recipe: Recipe, device: str, offload: bool, kinds: Mapping[str, Recipe]) -> dict[str, Made]:
+    """Load the pipeline of a recipe, and make the images of each kind with it."""
+    try:
+        pipe = load(recipe, device, offload)
+        return {kind: generate(pipe, one) for kind, one in kinds.items()}
+    except (ValueError, OSError):
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):  # of a CPU there is no kind of its own
+            raise
+        raise ValueError(
+            f"expected enough memory on {device}, got too little: fewer images (-n), a smaller --size, on a GPU "
+            "--dtype bfloat16 and --low-memory"
+        ) from error
+    except Exception as error:  # of an argument that the pipeline does not check, any kind
+        raise ValueError(
+            f"{recipe.model} cannot make these images ({type(error).__name__}: {error}): correct what --call gives it, "
+            "or leave it out"
+        ) from error
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """Say in a sentence what an attachment's `summary()` counts."""
+    return (
+        f"{len(summary['active_timesteps'])} of {len(summary['timesteps'])} steps active, "
+        f"{summary['tokens_pushed']:,} of {summary['tokens_compared']:,} tokens pushed at {summary['sites']} sites"
+    )
 
 
 def _name(recipe: Recipe, made_from: str) -> str:

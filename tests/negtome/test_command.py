@@ -5,15 +5,18 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
 import negtome.__main__
@@ -65,7 +68,9 @@ def test_a_comparison_is_of_the_same_noises_and_says_how_it_was_made(model, caps
     assert {path.name for path in Path("dogs").iterdir()} == {
         *("without-0.png", "without-1.png", "with-0.png", "with-1.png", "compare.png", "recipe.py")
     }
-    assert out.startswith("dogs: ") and json.loads(out.splitlines()[-1])["tokens_pushed"] > 0
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", out.splitlines()[-1])]
+    active, steps, pushed, compared, sites = numbers
+    assert out.startswith("dogs: ") and active == steps == 2 and 0 < pushed <= compared and sites > 0
 
     stock = diffusers.StableDiffusionXLPipeline.from_pretrained(model)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
@@ -234,6 +239,30 @@ def test_a_full_disk_leaves_nothing_that_stops_the_same_command(name, model, mon
     }
 
 
+def test_a_prompt_that_is_cut_is_told(model, capsys):
+    words = ["generate", "-n", "2", "--model", model]
+    assert main([*words, "a dog"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*words, "a dog " * 30]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "the prompt is cut" in line and "77" in line
+
+
+def send(path, **changes):
+    """Write a picture that says what `Recipe` itself would refuse to say."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(pictures.CHUNK, json.dumps(Recipe("m", "p").to_dict() | changes))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+def write_header(path, width, height):
+    """Write a PNG that says how large it is, and has no pixels."""
+    data = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    empty = b"IDAT" + zlib.compress(b"")
+    chunks = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in (data, empty)]
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
 @pytest.fixture
 def files(tmp_path, model):
     """What is wrong on disk: a folder that is no model, some without weights or with pickled ones, pictures, masks."""
@@ -260,7 +289,8 @@ def files(tmp_path, model):
         (["generate", ""], "expected a prompt, got an empty one"),
         (["generate", "x", "--alhpa", "1"], "unrecognized arguments: --alhpa"),
         (["generate", "x", "-n", "two"], "invalid int value: 'two'"),
-        (["generate", "x", "--size", "128"], "--size: invalid"),
+        (["generate", "x", "--size", "128"], "--size: expected WxH"),
+        (["generate", "x", "--timesteps", "850"], "--timesteps: expected LOW:HIGH"),
         (["generate", "x", "--timesteps", "1000:850", "--model", "MODEL"], "timestep_range must be (low, high)"),
         (["generate", "x", "--matching", "nearest", "--model", "MODEL"], "matching must be one of"),
         (["generate", "x", "--call", "eta", "--model", "MODEL"], "--call"),

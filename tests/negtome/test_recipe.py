@@ -4,9 +4,11 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from PIL import Image, ImageFont
 import negtome
 from negtome import NegToMeConfig, pictures
 from negtome.__main__ import _parser
-from negtome.generate import asked, generate, load
+from negtome.generate import asked, cut_texts, generate, load
 from negtome.recipe import DTYPES, FILE, Choices, Recipe
 
 ALL = {"threshold": -1, "timestep_range": (0, 1000), "min_side": 4}
@@ -345,6 +347,30 @@ def test_a_sheet_of_an_endless_prompt_is_no_endless_picture():
     picture = Image.new("RGB", (32, 32))
     heights = [pictures.sheet("犬" * length, [("row", [picture])], "").height for length in (5_000, 20_000)]
     assert heights[0] == heights[1] < 1000
+
+
+@pytest.mark.parametrize("length", [20, 30, 31, 32, 75, 76, 90])
+def test_what_is_told_to_be_cut_is_what_diffusers_cuts(kind, length, tiny_checkpoint, caplog):
+    """By its own log, of which it is silent where the command runs."""
+    flux = kind == "flux"
+    options = {"max_sequence_length": 32} if flux else {}
+    recipe = Recipe(
+        str(tiny_checkpoint(kind)), "x" * length, config=None, images=1, steps=1, height=16, width=16, options=options
+    )
+    pipe = load(recipe)
+    (message,) = cut_texts(pipe, recipe.arguments()) or [""]
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_warning()
+    diffusers.utils.logging.enable_propagation()
+    try:
+        pipe.encode_prompt(recipe.prompt, recipe.prompt, **options)
+    finally:
+        diffusers.utils.logging.disable_propagation()
+        diffusers.utils.logging.set_verbosity(verbosity)
+    logged = [record.message for record in caplog.records if "truncated" in record.message]
+    cut = {int(re.search(r"(\d+) tokens", line)[1]) for line in logged}
+    assert {int(most) for most in re.findall(r"reads (\d+) of", message)} == cut
+    assert cut == {most for most, needed in ((77, length + 2), (32 if flux else 77, length + 2)) if needed > most}
 
 
 def test_a_sheet_shows_every_picture_unscaled():
