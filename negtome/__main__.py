@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a further argument of the pipeline's call, as max_sequence_length=256; may be repeated",
     )  # fmt: skip
     what.add_argument("--dtype", metavar="D", help="of the weights: float32 (default), bfloat16 or float16")
+    what.add_argument(
+        "--variant", type=_or_auto(str), metavar="V",
+        help="of the weights' files (fp16 for float16, or where there are no others)",
+    )  # fmt: skip
     how = parser.add_argument_group("NegToMe")
     setting = functools.partial(_setting, how)
     setting("--alpha", "alpha", float, "X", "strength; below 0 pulls together")

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from negtome import pictures
+from negtome.architectures import ARCHITECTURES
 from negtome.attachment import Attachment, attach
 from negtome.doctor import accelerator
+from negtome.model_files import INDEX, find_variants, read_index
 from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
@@ -32,6 +34,8 @@ OUT = "negtome-images"
 SHEET, SCRIPT = "compare.png", "recipe.py"
 #: Options of the command that decide no pixels.
 _APART = {"source", "compare", "out", "device", "low_memory"}
+#: Pipelines that can do without the image that their call takes; all others that take one need it.
+_IMAGE_IS_OPTIONAL = {"FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline"}
 
 
 class Made(NamedTuple):
@@ -156,26 +160,26 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
         offload: keep on the device only the component that works.
 
     Raises:
-        ValueError: there is no such device or model, files of it are missing, or NegToMe cannot be attached to it.
+        ValueError: there is no such device or model, files of it are missing, its pipeline is not supported, or its
+            call does not take what the recipe has.
     """
+    check_device(device, offload)
     import diffusers
 
-    if device.partition(":")[0] not in ("cpu", here := accelerator()):
-        raise ValueError(f"expected a device that is here, cpu{'' if here == 'cpu' else f' or {here}'}, got {device}")
-    if offload and device == "cpu":
-        raise ValueError("expected a GPU to save memory on, got the CPU, where all weights are anyway")
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    dtype = {} if recipe.dtype == "float32" else {"torch_dtype": getattr(torch, recipe.dtype)}
     folder = Path(recipe.model)
-    if (folder.exists() or recipe.model.startswith((".", "/", "~"))) and not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"expected a folder in the diffusers layout, with a model_index.json, at {recipe.model}, got none"
-        )
+    if (folder.exists() or recipe.model.startswith((".", "/", "~"))) and not (folder / INDEX).is_file():
+        raise ValueError(f"expected a folder in the diffusers layout, with a {INDEX}, at {recipe.model}, got none")
+    _check_model(recipe)
+    # Without a dtype transformers takes that of each text encoder's config, and diffusers float32 for the rest.
+    options = {"torch_dtype": getattr(torch, recipe.dtype), "variant": recipe.variant, "use_safetensors": True}
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, use_safetensors=True, **dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(recipe.model, **options)
         find_architecture(pipe)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except (MemoryError, RuntimeError):
+        raise
+    except Exception as error:  # of files, of the hub, of a network, of weights that are cut off: each of its own kind
         raise ValueError(
             f"{recipe.model} cannot be used: {textwrap.shorten(str(error), 300)} (a folder needs all files of the "
             "diffusers layout, its weights as safetensors, what is on the hub a network and, where it is gated, its "
@@ -188,6 +192,58 @@ def load(recipe: Recipe, device: str = "cpu", offload: bool = False) -> Any:
     elif device != "cpu":
         pipe.to(device)
     return pipe
+
+
+def check_device(device: str, offload: bool = False) -> None:
+    """Refuse a device that is not here, by torch's name, or the processor as one to save memory on.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    kind, _, number = device.partition(":")
+    here = accelerator()
+    count = 1 if kind == "cpu" else torch.accelerator.device_count()
+    if kind not in ("cpu", here) or (number and (not number.isdecimal() or int(number) >= count)):
+        raise ValueError(f"expected a device that is here, cpu{'' if here == 'cpu' else f' or {here}'}, got {device}")
+    if offload and kind == "cpu":
+        raise ValueError("expected a GPU to save memory on, got the CPU, where all weights are anyway")
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Refuse a model before its weights are read or fetched, as far as its files say what is wrong."""
+    import diffusers
+
+    name = read_index(recipe.model).get("_class_name")
+    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(pipeline, type):
+        return  # loading it says what is wrong
+    classes = {cls.__name__ for cls in pipeline.__mro__}
+    architecture = next((one for one in ARCHITECTURES if classes & set(one.pipelines)), None)
+    if architecture is None:
+        raise ValueError(
+            f"{recipe.model} cannot be used: NegToMe cannot be attached to a {name}; docs/pipelines.md lists those "
+            "that are supported"
+        )
+    if architecture.video:
+        raise ValueError(
+            f"{recipe.model} cannot be used: a {name} makes videos, which this command does not; use negtome.attach "
+            "in Python"
+        )
+    takes = inspect.signature(pipeline.__call__).parameters
+    if takes.keys() & {"image", "control_image"} and name not in _IMAGE_IS_OPTIONAL:
+        raise ValueError(
+            f"{recipe.model} cannot be used: a {name} starts from an image, which this command does not take; use "
+            "negtome.attach in Python"
+        )
+    check_arguments(pipeline, recipe.arguments())
+    if recipe.variant is not None:
+        components = find_variants(recipe.model).values()
+        variants = sorted({variant for some in components for variant in some if variant is not None})
+        if components and recipe.variant not in variants:
+            raise ValueError(
+                f"{recipe.model} has no weights of the variant {recipe.variant!r}, but "
+                f"{', '.join(variants) or 'only ones without a variant'}; choose one of these, or leave --variant out"
+            )
 
 
 def asked(arguments: Namespace) -> Recipe:
@@ -335,6 +391,7 @@ def _run(arguments: Namespace) -> None:
         )
     folder = Path(arguments.out or Path(OUT) / _name(recipe, made_from))
     device, offload = arguments.device or accelerator(), arguments.low_memory
+    check_device(device, offload)
     claim(folder, recipe, made_from, [one.python(device, offload) for one in (recipe, recipe.without())])
     probe(folder)
     kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 
 from negtome.config import NegToMeConfig
 from negtome.merge import number
+from negtome.model_files import find_file, usual_variant
 from negtome.version import __version__
 
 #: In a model's folder, how it is used best; see `Choices`.
@@ -43,7 +45,8 @@ _RESERVED = {
 #: Options of the command line: fields of a recipe, and of the settings in it. Others have a form of their own.
 _OPTIONS = {
     "-n": "images", "--seed": "seed", "--steps": "steps", "--guidance-scale": "guidance_scale",
-    "--negative-prompt": "negative_prompt", "--dtype": "dtype", "--reference": "reference", "--mask": "mask",
+    "--negative-prompt": "negative_prompt", "--dtype": "dtype", "--variant": "variant", "--reference": "reference",
+    "--mask": "mask",
 }  # fmt: skip
 _SETTINGS = {
     "--alpha": "alpha", "--threshold": "threshold", "--timesteps": "timestep_range", "--matching": "matching",
@@ -75,13 +78,13 @@ class Choices:
 
     @classmethod
     def of(cls, model: str) -> Choices:
-        """Read those of a model; one that is no folder, or whose folder says nothing, has the library's defaults.
+        """Read those of a folder or a repository of the hub; without that file they are the library's defaults.
 
         Raises:
             ValueError: the file holds something else.
         """
-        path = Path(model) / FILE
-        if not path.is_file():
+        path = find_file(model, FILE)
+        if path is None:
             return cls()
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +120,7 @@ class Recipe:
         height, width: in pixels, multiples of 8 up to 8192; both or none.
         options: further keyword arguments of the pipeline's call, as JSON values, such as max_sequence_length.
         dtype: of the weights, by torch's name: "float32", "bfloat16" or "float16".
+        variant: of the weights' files, such as "fp16"; None: the files without a variant's name.
         config: the settings of NegToMe; None: without it.
         reference: file of a picture to push away from, instead of from each other; None: there is none.
         mask: file of the picture's mask; see `negtome.Reference`.
@@ -136,6 +140,7 @@ class Recipe:
     width: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     dtype: str = "float32"
+    variant: str | None = None
     config: NegToMeConfig | None = _PLAIN
     reference: str | None = None
     mask: str | None = None
@@ -162,6 +167,8 @@ class Recipe:
         object.__setattr__(self, "options", _options(self.options))
         if self.dtype not in DTYPES:
             raise ValueError(f"expected one of {', '.join(DTYPES)} as dtype, got {self.dtype!r}")
+        if self.variant is not None and not re.fullmatch(r"[\w-]+", _text("variant", self.variant), re.ASCII):
+            raise ValueError(f"expected the name of a variant of weights, such as fp16, got {self.variant!r}")
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -184,10 +191,13 @@ class Recipe:
     def of(cls, prompt: str, model: str | None = None, **fields: Any) -> Recipe:
         """Make a recipe in which what is not named is as the model's folder says it is used best; see `Choices`.
 
+        A repository is looked up in the hub's cache or on the hub, where that can be reached.
+
         Args:
             prompt: of the images.
             model: None: the embedded one.
-            fields: others of a recipe; `options` in the place of the model's own.
+            fields: others of a recipe; `options` in the place of the model's own. Without `variant`, "fp16" where
+                there are such weights and the dtype is float16, or where a component has no others.
 
         Raises:
             ValueError: as of a recipe, or what the folder says cannot be read.
@@ -199,6 +209,8 @@ class Recipe:
         known: dict[str, Any] = {_ARGUMENTS[name]: call.pop(name) for name in _ARGUMENTS if name in call}
         known["config"] = choices.group if fields.get("reference") is None else choices.reference
         known["options"] = call
+        if "variant" not in fields:
+            known["variant"] = usual_variant(model, fields.get("dtype", DTYPES[0]))
         return cls(**{"model": model, "prompt": prompt, **known, **fields})
 
     @classmethod
@@ -275,13 +287,16 @@ class Recipe:
             True: f"pipe.enable_model_cpu_offload(device={_literal(device)})",
             False: f"pipe.to({_literal(device)})",
         }
-        dtype = "" if self.dtype == "float32" else f", torch_dtype=torch.{self.dtype}"
+        # Without a dtype transformers takes that of each text encoder's config, and diffusers float32 for the rest.
+        weights = f"torch_dtype=torch.{self.dtype}, use_safetensors=True"
+        if self.variant is not None:
+            weights += f", variant={_literal(self.variant)}"
         lines = [
             *(["import negtome"] if self.config else []),
             "import torch",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({_literal(self.model)}, use_safetensors=True{dtype})",
+            f"pipe = DiffusionPipeline.from_pretrained({_literal(self.model)}, {weights})",
             *([place[offload]] if offload or device != "cpu" else []),
             "call = {",
             *(f"    {_literal(name)}: {_literal(value)}," for name, value in self.arguments().items()),
@@ -317,7 +332,8 @@ class Recipe:
 
     def command(self) -> str:
         """Write the command line that makes these images; what the model's folder chooses is left out."""
-        usual = Recipe.of(self.prompt, self.model, reference=self.reference).replace(reference=None)
+        usual = Recipe.of(self.prompt, self.model, reference=self.reference, dtype=self.dtype)
+        usual = usual.replace(reference=None, dtype=DTYPES[0])
         given: list[tuple[str, str | None]] = [("--model", self.model)]
         for option, name in _OPTIONS.items():
             if getattr(self, name) != getattr(usual, name):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "negtome": {"negtome", "torch", "diffusers", "PIL"},  # PIL comes with diffusers
+    "negtome": {"negtome", "torch", "diffusers", "PIL", "huggingface_hub"},  # the latter two come with diffusers
     # All but yaml when asked for, by mini.py and chat.py.
     "negtome/guard": {"negtome", "yaml", "torch", "transformers", "tokenizers", "openai", "jinja2"},
     "eval": {

@@ -309,7 +309,7 @@ def test_the_script_makes_these_very_images(one, kept_in, tmp_path, monkeypatch,
     loads = []
     monkeypatch.setattr(
         "diffusers.DiffusionPipeline.from_pretrained",
-        lambda model, use_safetensors: loads.append(model) or one.loaded[1],
+        lambda model, **options: loads.append(model) or one.loaded[1],
     )
     (tmp_path / "script.py").write_text(script)
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import negtome.__main__
 import negtome.generate
@@ -198,6 +198,104 @@ def test_warnings_are_told(model, capsys):
     assert "warning: NegToMe pushed no token" in capsys.readouterr().err
 
 
+@pytest.fixture
+def half_encoders(model):
+    """A checkpoint as many publishers lay it: text encoders in half precision, and their configs say so."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    shutil.copytree(model, "half")
+    for name, encoder in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        encoder.from_pretrained(f"half/{name}").half().save_pretrained(f"half/{name}")
+    return "half"
+
+
+def test_text_encoders_in_half_precision_need_no_option(half_encoders, capsys):
+    assert main(["generate", "a dog", "-n", "2", "--model", half_encoders, "--out", "dogs"]) == 0
+    exec(compile(Path("dogs/recipe.py").read_text(), "script", "exec"), {})
+    assert pixels(".", "with") == pixels("dogs", "with")
+
+
+def write_variant(folder, variant, keep):
+    """Give every component of a folder weights of a variant, zeros but for norms, beside or instead of the others."""
+    for file in [path for path in Path(folder).rglob("*.safetensors") if path.name.count(".") == 1]:
+        weights = {name: 0 * value if value.dim() > 1 else value for name, value in load_file(file).items()}
+        save_file(weights, file.with_name(f"{file.stem}.{variant}.safetensors"), metadata={"format": "pt"})
+        if not keep:
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("others", "options", "expected"),
+    [
+        (False, [], "fp16"),
+        (True, [], None),
+        (True, ["--dtype", "float16"], "fp16"),
+        (True, ["--variant", "fp16"], "fp16"),
+        (True, ["--dtype", "float16", "--variant", "auto"], None),
+    ],
+)
+def test_weights_of_half_precision_are_taken_where_they_are_meant(others, options, expected, model, monkeypatch):
+    shutil.copytree(model, "both")
+    write_variant("both", "fp16", keep=others)
+    loaded = []
+    generate = negtome.generate.generate
+    monkeypatch.setattr(negtome.generate, "generate", lambda pipe, *a: loaded.append(pipe) or generate(pipe, *a))
+    words = ["generate", "a dog", "-n", "2", "--model", "both", "--threshold", "0.99", "--out", "dogs"]
+    assert main([*words, *options]) == 0
+    assert loaded[0].unet.conv_in.weight.any() == (expected is None)
+    assert pictures.read("dogs/with-0.png").variant == expected
+    assert ('variant="fp16"' in Path("dogs/recipe.py").read_text()) == (expected == "fp16")
+
+
+def test_a_variant_that_is_absent_is_said_before_weights_are_read(model, monkeypatch, capsys):
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    shutil.copytree(model, "both")
+    write_variant("both", "fp16", keep=True)
+    for folder, said in ((model, "only ones without a variant"), ("both", "but fp16;")):
+        assert main(["generate", "a dog", "--model", folder, "--variant", "bf16"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no weights of the variant 'bf16'" in line and said in line
+
+
+@pytest.fixture
+def cached(model, tmp_path, monkeypatch):
+    """A repository in the hub's cache, as a download leaves it, of weights in the variant fp16 alone."""
+    import huggingface_hub
+
+    folder = tmp_path / "hub/models--publisher--cached"
+    shutil.copytree(model, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0" * 40)
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "publisher/cached"
+
+
+def test_a_repository_in_the_cache_is_used_as_its_folder_is(cached, model, capsys):
+    assert main(["generate", "a dog", "-n", "2", "--model", cached, "--out", "dogs"]) == 0
+    assert main(["generate", "a dog", "-n", "2", "--model", model, "--out", "same"]) == 0
+    recipe = pictures.read("dogs/with-0.png")
+    assert (recipe.steps, recipe.width, recipe.config.min_side, recipe.variant) == (2, 32, 4, "fp16")
+    assert pixels("dogs", "with") == pixels("same", "with")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("WanPipeline", "makes videos"),
+        ("CogVideoXPipeline", "cannot be attached to a CogVideoXPipeline"),
+        ("StableDiffusionXLInpaintPipeline", "starts from an image"),
+    ],
+)
+def test_a_pipeline_that_this_command_cannot_use_is_not_loaded(name, said, capsys):
+    Path("other").mkdir()
+    Path("other/model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.42.1"}))
+    assert main(["generate", "a dog", "--model", "other"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 @pytest.mark.parametrize("out", ["file/images", "/proc/images", "dangling"])
 def test_a_folder_that_cannot_be_written_to_is_found_before_images_are_made(out, model, monkeypatch, capsys):
     monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
@@ -266,6 +364,18 @@ def write_header(path, width, height):
 @pytest.fixture
 def files(tmp_path, model):
     """What is wrong on disk: a folder that is no model, some without weights or with pickled ones, pictures, masks."""
+    shutil.copytree(model, "cut")
+    weights = Path("cut/unet/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    send("many.png", images=10**9)
+    send("steps.png", steps=10**9)
+    send("newer.png", version="99.0", sneed=1)
+    send("older.png", version="0.0.1", config={"alpha": 1.0, "beta": 2.0})
+    for name, size in (("large", (8192, 8193)), ("bomb", (100_000, 100_000))):
+        write_header(f"{name}.png", *size)
+    text = PngImagePlugin.PngInfo()
+    text.add_text(pictures.CHUNK, "x" * 2**27, zip=True)
+    Image.new("RGB", (8, 8)).save("text.png", pnginfo=text)
     Path("empty").mkdir()
     shutil.copytree(model, "partial")
     Path("partial/unet/diffusion_pytorch_model.safetensors").unlink()
@@ -295,6 +405,17 @@ def files(tmp_path, model):
         (["generate", "x", "--matching", "nearest", "--model", "MODEL"], "matching must be one of"),
         (["generate", "x", "--call", "eta", "--model", "MODEL"], "--call"),
         (["generate", "x", "--call", "sigma=1", "--model", "MODEL"], "takes, got sigma"),
+        (["generate", "x", "--call", "eta=NaN", "--model", "MODEL"], "JSON values"),
+        (["generate", "x", "--call", "eta=large", "--model", "MODEL"], "expected a number as eta"),
+        (["generate", "x", "--call", "eta=" + "[" * 10**5, "--model", "MODEL"], "expected a number as eta"),
+        (["generate", "x", "--call", "timesteps={}", "--model", "MODEL"], "correct what --call gives it"),
+        (["generate", "x", "--call", "clip_skip=1000", "--model", "MODEL"], "correct what --call gives it"),
+        (["generate", "x", "-n", str(10**9), "--model", "MODEL"], "from 1 to 256"),
+        (["generate", "x", "--steps", str(10**9), "--model", "MODEL"], "steps to be a whole number from 1"),
+        (["generate", "x", "--size", "800000x8", "--model", "MODEL"], "width to be a whole number from 8"),
+        (["generate", "x", "--seed", str(2**63), "--model", "MODEL"], "seed to be a whole number from 0"),
+        (["generate", "x", "--alpha", "nan", "--model", "MODEL"], "alpha must be a finite number"),
+        (["generate", "x", "--variant", "../fp16", "--model", "MODEL"], "expected the name of a variant"),
         (["generate", "x", "-n", "1", "--model", "MODEL"], "at least 2 images, or a reference picture"),
         (["generate", "x", "--without", "--alpha", "1", "--model", "MODEL"], "no settings of NegToMe with --without"),
         (["generate", "x", "--without", "--compare", "--model", "MODEL"], "leave --without or --compare out"),
@@ -305,6 +426,14 @@ def files(tmp_path, model):
         (["generate", "x", "--model", "pickled-unet"], "its weights as safetensors"),
         (["generate", "x", "--model", "pickled-text_encoder"], "its weights as safetensors"),
         (["generate", "x", "--model", "other"], "other cannot be used"),
+        (["generate", "x", "--model", "cut"], "cut cannot be used"),
+        (["generate", "x", "--model", "MODEL", "--reference", "large.png"], "pixels, got 8192 x 8193 in large.png"),
+        (["generate", "x", "--model", "MODEL", "--reference", "bomb.png"], "pixels, got more in bomb.png"),
+        (["generate", "x", "--model", "MODEL", "--reference", "."], "got no file"),
+        (
+            ["generate", "x", "--model", "MODEL", "--reference", "r.png", "--mask", "large.png"],
+            "pixels, got 8192 x 8193 in large.png",
+        ),
         (["generate", "x", "--model", "MODEL", "--reference", "no.png"], "no.png"),
         (
             ["generate", "x", "--model", "MODEL", "--reference", "r.png", "--mask", "small.png"],
@@ -312,12 +441,22 @@ def files(tmp_path, model):
         ),
         (["generate", "x", "--model", "MODEL", "--mask", "small.png"], "a reference picture that the mask is of"),
         (["generate", "x", "--model", "MODEL", "--device", "abacus"], "expected a device that is here"),
+        (["generate", "x", "--model", "MODEL", "--device", "cpu:7"], "expected a device that is here"),
         (["generate", "x", "--model", "MODEL", "--device", "cpu", "--low-memory"], "expected a GPU to save memory on"),
         (["generate", "x", "--model", "MODEL", "--dtype", "int8"], "expected one of float32"),
         (["generate", "x", "--model", "MODEL", "--out", "r.png"], "got r.png of something else"),
         (["generate", "x", "--model", "MODEL", "--timesteps", "0:0"], "no step lies in the window"),
         (["generate", "--from", "no.png"], "expected a picture at no.png"),
         (["generate", "--from", "r.png"], "without a recipe"),
+        (["generate", "--from", "."], "expected a picture at ."),
+        (["generate", "--from", "text.png"], "got what cannot be read"),
+        (["generate", "--from", "large.png"], "without a recipe"),
+        (["generate", "--from", "bomb.png"], "got what cannot be read"),
+        (["generate", "--from", "many.png"], "images to be a whole number from 1 to 256, got 1000000000"),
+        (["generate", "--from", "steps.png"], "steps to be a whole number from 1"),
+        (["generate", "--from", "newer.png"], f"negtome {negtome.__version__} knows, got one of version '99.0'"),
+        (["generate", "--from", "newer.png"], "does not know 'sneed'"),
+        (["generate", "--from", "older.png"], "does not know 'beta'"),
         (["generate", "x", "--from", "r.png"], "nothing that the picture says itself beside --from"),
     ],
 )

@@ -55,6 +55,7 @@ def recipes(draw):
         "images": draw(st.integers(2, 9)), "seed": draw(st.integers(0, 2**40)),
         "steps": draw(st.none() | st.integers(1, 100)), "guidance_scale": draw(st.none() | st.floats(0, 100)),
         "height": height, "width": width, "options": draw(options), "dtype": draw(st.sampled_from(DTYPES)),
+        "variant": draw(st.sampled_from([None, "fp16", "non_ema", "-x"])),
     }  # fmt: skip
     if draw(st.booleans()):
         return Recipe(**fields, config=None)
@@ -108,8 +109,9 @@ def test_its_script_is_python_with_its_very_values(recipe):
     })  # fmt: skip
     scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": library}
     exec(compile(text, "script", "exec"), {**scope, "print": lambda *_: None})
-    dtype = {} if recipe.dtype == "float32" else {"torch_dtype": getattr(torch, recipe.dtype)}
-    assert seen["model"] == (recipe.model,) and seen["dtype"] == {"use_safetensors": True, **dtype}
+    variant = {} if recipe.variant is None else {"variant": recipe.variant}
+    assert seen["model"] == (recipe.model,)
+    assert seen["dtype"] == {"use_safetensors": True, "torch_dtype": getattr(torch, recipe.dtype), **variant}
     for call in calls:
         assert [one.initial_seed() for one in call.pop("generator")] == [*recipe.seeds()]
         assert call == recipe.arguments()
@@ -153,6 +155,7 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"images": 257}, "images to be a whole number from 1 to 256, got 257; make more by further runs"),
         ({"steps": 10**9}, "steps to be a whole number from 1 to 1000"),
         ({"height": 8, "width": 8200}, "width to be a whole number from 8 to 8192"),
+        ({"variant": "a/b"}, "name of a variant"),
         ({"images": True}, "got True"),
         ({"seed": -1}, "seed to be a whole number from 0"),
         ({"seed": 2**63 - 1}, "seed"),
