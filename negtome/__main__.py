@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     setting("--matching", "matching", str, "M", "paper, or released for the authors' code")
     setting("--push-from", "reference", str, "R", "first image of the group, previous ones, or others")
     setting("--sites", "sites", _or_auto(names), "A,B", "blocks that take part")
-    setting("--min-side", "min_side", int, "N", "smallest feature map that takes part, in tokens (UNets)")
+    setting("--min-side", "min_side", _or_auto(int), "N", "smallest feature map that takes part, in tokens (UNets)")
     how.add_argument("--cross-attention", dest="config.cross_attention", action=argparse.BooleanOptionalAction)
     how.add_argument("--reference", metavar="FILE", help="a picture to push away from")
     how.add_argument("--mask", metavar="FILE", help="where in that picture, white on black, of its size")

@@ -66,7 +66,7 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
 
     Warns of a prompt that a text encoder cuts off.
     """
-    given = _picture(recipe)
+    reference = _picture(recipe)
     call = recipe.arguments()
     check_arguments(type(pipe), call)
     for message in cut_texts(pipe, call):
@@ -75,7 +75,7 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
     if recipe.config is None:
         made = Made(pipe(**call).images, None)
     else:
-        with attach(pipe, recipe.config, given=given) as attached:
+        with attach(pipe, recipe.config, references=reference) as attached:
             made = Made(pipe(**call).images, attached)
     size = made.images[0].size
     if recipe.width is not None and size != (recipe.width, recipe.height):

@@ -314,15 +314,15 @@ class Recipe:
         ]
         if self.config is not None:
             config = ", ".join(f"{name}={_literal(value)}" for name, value in _shown(self.config).items())
-            given = ""
+            from_reference = ""
             if self.reference is not None:
                 mask = "" if self.mask is None else f", mask={_literal(self.mask)}"
                 lines += ["", f"reference = negtome.Reference({_literal(self.reference)}{mask})"]
-                given = ", given=reference"
+                from_reference = ", references=reference"
             lines += [
                 "",
                 f"config = negtome.NegToMeConfig({config})",
-                f"with negtome.attach(pipe, config{given}) as attached:",
+                f"with negtome.attach(pipe, config{from_reference}) as attached:",
                 "    pushed = pipe(**call, generator=noises()).images",
                 "for i, image in enumerate(pushed):",
                 '    image.save(f"with-{i}.png")',

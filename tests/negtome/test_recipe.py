@@ -44,7 +44,7 @@ def recipes(draw):
         reference="first" if matching == "released" else draw(st.sampled_from(["first", "previous", "others"])),
         sites=draw(st.none() | st.lists(names, min_size=1, max_size=2)),
         cross_attention=draw(st.booleans()),
-        min_side=draw(st.integers(1, 64)),
+        min_side=draw(st.none() | st.integers(1, 64)),
     )
     side = st.integers(1, 200).map(lambda n: 8 * n)
     height, width = draw(st.just((None, None)) | st.tuples(side, side))
@@ -105,7 +105,7 @@ def test_its_script_is_python_with_its_very_values(recipe):
     seen = {}
     library = type("N", (), {
         "NegToMeConfig": NegToMeConfig, "Reference": staticmethod(lambda *a, **k: (a, k)),
-        "attach": staticmethod(lambda pipe, config, given=None: seen.update(config=config, given=given) or attached),
+        "attach": staticmethod(lambda pipe, config, references=None: seen.update(config=config) or attached),
     })  # fmt: skip
     scope = {"made": lambda *a, **k: seen.update(model=a, dtype=k) or Pipe(), "torch": torch, "negtome": library}
     exec(compile(text, "script", "exec"), {**scope, "print": lambda *_: None})
