@@ -285,7 +285,7 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
-    else:
+    elif device != "cpu":  # where it is already
         pipe.to(device)
     if compile_denoiser:
         getattr(pipe, architecture.denoiser).compile()
@@ -311,7 +311,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
 
 def _from_hub(model: DictConfig, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": _patterns(model.variant)}
     with contextlib.suppress(LocalEntryNotFoundError):
@@ -323,9 +323,26 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
         problem += ", and the network is switched off, not asked or does not answer"
         raise FileNotFoundError(_advice(model, problem))
     try:
-        return Path(snapshot_download(**arguments))
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(_advice(model, f"{problem} and the hub refused it ({error})")) from error
+        folder = Path(snapshot_download(**arguments))
+        if model.variant and (missing := missing_files(folder, model.architecture, model.variant)):
+            # What a repository has not in the variant it has as a plain file.
+            arguments["allow_patterns"] = [name.replace(f".{model.variant}.", ".") for name in missing]
+            snapshot_download(**arguments)
+        return folder
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"model={model.name}: {model.source} is gated and not in the hub's cache: {_accept_licence(model)}, then "
+            "run the same command again"
+        ) from error
+    except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
+        problem = f"{problem} and could not be downloaded ({error}); the same command goes on where it stopped"
+        raise FileNotFoundError(_advice(model, problem)) from error
+
+
+def _accept_licence(model: DictConfig) -> str:
+    from huggingface_hub import constants
+
+    return f"accept its licence at {constants.ENDPOINT}/{model.source} and run `hf auth login`"
 
 
 def _patterns(variant: str | None) -> list[str]:
@@ -345,7 +362,7 @@ def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
         f"model={model.name}: {problem}.",
         *(f"  missing: {name}" for name in files),
         f"To get them, on a machine with a network: hf download {repository} {patterns}"
-        f"{' (a gated repository: accept its licence on its page and run `hf auth login` first)' if gated else ''}",
+        f"{f' (a gated repository: first {_accept_licence(model)})' if gated else ''}",
         "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder",
         "The embedded models need no download: model=mini-sdxl or model=mini-flux.",
     ]
