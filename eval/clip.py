@@ -120,10 +120,10 @@ class OpenClip(Clip):
         # Where a file has to be, for want of which nothing is downloaded.
         self._places: list[Path] = []
         if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            self.tag, self._places = None, [Path(pretrained)]
+            self.tag, self._places = None, [Path(pretrained).expanduser()]
         elif weights_dir is not None:
             names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
-            self._places = [Path(weights_dir) / file for file in (*names, *HUB_NAMES)]
+            self._places = [Path(weights_dir).expanduser() / file for file in (*names, *HUB_NAMES)]
         slug = "-".join(part for part in ("open_clip", architecture, self.tag) if part)
         super().__init__(f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
 
@@ -230,7 +230,7 @@ class HpsClip(OpenClip):
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
         super().__init__(self.ARCHITECTURE, device=device)
         self.name, self.slug = "HPS v2.1 (CLIP ViT-H/14)", "hps-v2.1"
-        self._places = [] if file is None else [Path(file)]
+        self._places = [] if file is None else [Path(file).expanduser()]
 
     def _published(self) -> tuple[dict[str, Any], str, list[str]]:
         return {"resize_mode": "longest"}, FACTS[self.ROW]["repository"], FACTS[self.ROW]["files"]

@@ -171,7 +171,7 @@ class Network(Scorer, ABC):
         self.name = name
         self.slug = slug
         self.device = torch.device(device)
-        self.given = None if given is None else Path(given)
+        self.given = None if given is None else Path(given).expanduser()
         self.values = values
 
     @cached_property

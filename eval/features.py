@@ -112,25 +112,25 @@ class DreamSim(ImageNetwork):
             # peft imports whatever module is named there.
             if file.name == "adapter_config.json" and json.loads(file.read_text()).get("megatron_config"):
                 raise ValueError(f"{file} asks for other software than DreamSim's")
-        before, load = torch.hub.get_dir(), torch.hub.load
+        (folder,) = facts.looked_in
+        load, set_dir = torch.hub.load, torch.hub.set_dir
         try:
-            torch.hub.load = self._dino  # the package's call would run code of the folder
+            torch.hub.load = lambda *_: self._dino(folder)  # the package's call would run code of the folder
+            # The package would set the folder of the process, where all other networks are then looked for.
+            torch.hub.set_dir = lambda _: None
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 # The package wraps its network twice in peft, which finds that odd.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                return dreamsim(device=str(self.device), cache_dir=str(self._folder), dreamsim_type=self.dreamsim_type)
+                return dreamsim(device=str(self.device), cache_dir=str(folder), dreamsim_type=self.dreamsim_type)
         finally:
-            torch.hub.load = load
-            # DINO's loader sets it for the whole process, and LPIPS and Inception would look for theirs there.
-            if torch.hub.get_dir() != before:
-                torch.hub.set_dir(before)
+            torch.hub.load, torch.hub.set_dir = load, set_dir
 
-    def _dino(self, *_: str) -> torch.nn.Module:
+    def _dino(self, folder: Path) -> torch.nn.Module:
         """Return DINO's ViT-B/16, of the package's own copy of its code."""
         from dreamsim.feature_extraction.vision_transformer import vit_base
 
         network = vit_base(patch_size=16)
-        network.load_state_dict(torch.load(self._folder / self.DINO, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(folder / self.DINO, map_location="cpu", weights_only=True))
         return network
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
