@@ -48,6 +48,7 @@ class HFClip(Clip):
     """
 
     ROW = "hf_clip"
+    PLACE = "folder"
 
     def __init__(self, folder: str | Path, name: str | None = None, device: str = "cpu") -> None:
         name = name or Path(folder).name
@@ -107,6 +108,7 @@ class OpenClip(Clip):
     """
 
     ROW = "open_clip"
+    PLACE = "weights_dir"
 
     def __init__(
         self,
@@ -171,6 +173,9 @@ class OpenClip(Clip):
             )
         return facts, repository, [name] if name else list(HUB_NAMES) if repository else [self._places[0].name]
 
+    def can_be_fetched(self, facts: WeightsFacts) -> bool:
+        return not self._places
+
     def _fetch(self, facts: WeightsFacts) -> None:
         _, repository, names = self._published()
         for name in names:
@@ -225,6 +230,7 @@ class HpsClip(OpenClip):
     """
 
     ROW = "hps"
+    PLACE = "file"
     ARCHITECTURE = "ViT-H-14"
 
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:

@@ -58,6 +58,7 @@ class DreamSim(ImageNetwork):
     """
 
     ROW = "dreamsim"
+    PLACE = "weights_dir"
     TYPES: ClassVar = FACTS[ROW]["types"]
     DINO = "checkpoints/dino_vitbase16_pretrain.pth"
 
@@ -152,6 +153,7 @@ class DinoV2(Standardised):
     """
 
     ROW = "dinov2"
+    PLACE = "model"
     RESIZE = 256, "bicubic", 224
 
     def __init__(
@@ -184,6 +186,7 @@ class Sscd(Standardised):
     """
 
     ROW = "sscd"
+    PLACE = "file"
     RESIZE = 288, "bilinear", None
 
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
@@ -213,6 +216,8 @@ class Inception(ImageNetwork):
     """
 
     ROW = "inception"
+    PLACE = "weights"
+    dimension = 2048
     RESIZES: ClassVar = FACTS[ROW]["resizes"]
     normalised = False
 
@@ -270,6 +275,8 @@ class TorchvisionInception(ImageNetwork):
     """
 
     ROW = "inception_torchvision"
+    PLACE = "weights"
+    dimension = 1000
     normalised = False
 
     def __init__(self, weights: str | Path | None = None, device: str = "cpu") -> None:
@@ -320,6 +327,7 @@ class EffNetLite0(Standardised):
         width = 1280 if channels is None else channels
         before = sum(c for c in self.STAGES if c < width)
         self.columns = slice(before, before + width)
+        self.dimension = width
 
     @cached_property
     def cache_id(self) -> str:
