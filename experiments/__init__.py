@@ -3,6 +3,7 @@
 The only package that imports Hydra, pandas or matplotlib.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def select_device(name: str) -> str:
     if str(name).split(":")[0] not in there:
         raise ValueError(f"device={name} is not available here: expected auto or one of {there}")
     return name
+
+
+def start_log() -> None:
+    """Print what the commands log, and of what other packages log only warnings that would tear the progress bars."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for package in ("httpx", "fontTools"):  # every request, every font
+        logging.getLogger(package).setLevel(logging.WARNING)
 
 
 def synchronize(device: str) -> None:

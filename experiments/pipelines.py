@@ -4,7 +4,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -124,6 +126,11 @@ def _local(source: str) -> Path | None:
     return Path(os.path.normpath(local)) if means_folder else None
 
 
+def is_repository(model: DictConfig) -> bool:
+    """Tell whether a model's source is a repository of the hub, and no folder."""
+    return _local(model.source) is None
+
+
 def canonical_source(source: str) -> str:
     """Return a source in its one spelling: a folder within the project relative to it, any other one absolute."""
     folder = _local(source)
@@ -171,18 +178,53 @@ def _as_declared(name: str, value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
 
-def _check_size(model: DictConfig, folder: Path) -> None:
-    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+def _pixels_of_token(model: DictConfig, folder: Path) -> int:
+    """Return the side of an image token in pixels: the autoencoder halves a side once a level but the last."""
     vae = json.loads((folder / "vae" / "config.json").read_text())
     levels = next((len(vae[name]) for name in LEVELS if name in vae), 0)
-    # Pixels a side of an image token: the autoencoder halves them once a level but the last.
-    multiple = 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
+    return 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
+
+
+def _check_size(model: DictConfig, folder: Path) -> None:
+    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+    multiple = _pixels_of_token(model, folder)
     for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
         value = model.get("call", {}).get(name)
         if value is not None and (type(value) not in (int, float) or not value > 0 or value % step):
             raise ValueError(
                 f"model.call.{name} must be a positive multiple of {step} for model={model.name}, got {value!r}"
             )
+
+
+def timesteps(model: DictConfig, folder: Path) -> list[float]:
+    """Return the training timesteps of a call's steps, 1000 = pure noise, as its checkpoint's scheduler spaces them.
+
+    Empty for what only the pipeline itself knows: another architecture than SD1.5, SDXL and Flux, or steps of the call.
+    """
+    call = call_arguments(model)
+    if model.architecture not in ("sd15", "sdxl", "flux") or {"timesteps", "sigmas"} & call.keys():
+        return []
+    tokens = call["height"] * call["width"] // _pixels_of_token(model, folder) ** 2
+    return _spaced(folder / "scheduler", call["num_inference_steps"], tokens, model.architecture == "flux")
+
+
+@functools.lru_cache(maxsize=64)
+def _spaced(folder: Path, steps: int, tokens: int, flux: bool) -> list[float]:
+    import diffusers
+
+    kind = read_json(folder / "scheduler_config.json")["_class_name"]
+    scheduler = getattr(diffusers, kind).from_pretrained(folder)
+    if not flux:
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps.tolist()
+    shift = {}
+    if scheduler.config.use_dynamic_shifting:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        limits = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
+        shift = {"mu": calculate_shift(tokens, *(scheduler.config[limit] for limit in limits))}
+    scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)], **shift)
+    return scheduler.timesteps.tolist()
 
 
 def local_fingerprint(model: DictConfig) -> str | None:
@@ -283,6 +325,10 @@ def load(
         checkpoint.folder, dtype=dtype, variant=variant, local_files_only=True, **architecture.options
     )
     pipe.set_progress_bar_config(disable=True)
+    # Where SDXL's autoencoder needs float32, its pipeline calls a deprecated method of its own, and each cast warns of
+    # an empty list of modules: two lines a group.
+    warnings.filterwarnings("ignore", message="`upcast_vae` is deprecated", category=FutureWarning)
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_modules)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
     elif device != "cpu":  # where it is already
@@ -290,6 +336,11 @@ def load(
     if compile_denoiser:
         getattr(pipe, architecture.denoiser).compile()
     return pipe
+
+
+def _names_modules(record: logging.LogRecord) -> bool:
+    """Tell whether a warning of a cast to float32 names a module; whether to log a record, that is."""
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
