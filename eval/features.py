@@ -122,6 +122,7 @@ class DreamSim(ImageNetwork):
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 # The package wraps its network twice in peft, which finds that odd.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                warnings.filterwarnings("ignore", message=".*weight_norm` is deprecated", category=FutureWarning)
                 return dreamsim(device=str(self.device), cache_dir=str(folder), dreamsim_type=self.dreamsim_type)
         finally:
             torch.hub.load, torch.hub.set_dir = load, set_dir

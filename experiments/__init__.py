@@ -40,10 +40,10 @@ def select_device(name: str) -> str:
 
 
 def start_log() -> None:
-    """Print what the commands log, and of what other packages log only warnings that would tear the progress bars."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for package in ("httpx", "fontTools"):  # every request, every font
-        logging.getLogger(package).setLevel(logging.WARNING)
+    """Print what this project logs, and of other packages the warnings alone: they log every request and every font."""
+    logging.basicConfig(format="%(message)s")
+    for package in ("experiments", "eval"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def synchronize(device: str) -> None:
