@@ -182,21 +182,17 @@ def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:
     return f"{group}={','.join(others)}" if others else ""
 
 
-def prepare_all(configs: list[DictConfig], tables: bool = False) -> tuple[list[Job], list[Fault]]:
-    """Open all runs, or return all that would stop them or their scoring; see `examine`.
+def plan_all(configs: list[DictConfig], tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
+    """Plan all runs, and return all that would stop them or their scoring; arguments are those of `examine`.
 
     Where nothing is wrong but that files are missing, they are fetched, all before the first image.
     """
-    jobs, faults = examine(configs, tables)
-    if faults and all(fault.fetch for fault in faults):
-        if failed := fetch_all(faults):
-            return [], failed
-        jobs, faults = examine(configs, tables)
-    if faults:
-        return [], faults
-    for job in jobs:
-        job.begin()
-    return jobs, []
+    jobs, faults = examine(configs, tables, disk)
+    if not faults or not all(fault.fetch for fault in faults):
+        return jobs, faults
+    if failed := fetch_all(faults):
+        return jobs, failed
+    return examine(configs, tables, disk)
 
 
 def fetch_all(faults: list[Fault]) -> list[Fault]:
@@ -461,12 +457,14 @@ def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
         anywhere = [cfg.copy() for cfg in configs]
         for cfg in anywhere:
             cfg.device = "cpu"
-        if faults := examine(anywhere, tables, disk=False)[1]:
+        if faults := plan_all(anywhere, tables, disk=False)[1]:
             return refuse(faults, tables)
         launch(generate, argv)
         return 0
-    jobs, faults = prepare_all(configs, tables)
+    jobs, faults = plan_all(configs, tables)
     if faults:
         return refuse(faults, tables)
+    for job in jobs:
+        job.begin()
     generate_all(jobs)
     return 0

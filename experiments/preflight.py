@@ -89,7 +89,7 @@ def of_method(method: Any) -> list[Fault]:
     elif isinstance(method, (list, tuple)):
         parts = method
     elif type(method).__module__.startswith("experiments."):
-        parts = vars(method).values()
+        parts = getattr(method, "__dict__", {}).values()
     else:
         return []
     return [fault for part in parts for fault in of_method(part)]

@@ -264,3 +264,17 @@ def test_planned_images_are_those_that_are_made(tiny_overrides, tmp_path):
     assert made.groups == planned.groups and made.texts == planned.texts
     for mine, theirs in zip(made.rows, planned.rows, strict=True):
         assert (mine.prompt_id, mine.category, mine.seed) == (theirs.prompt_id, theirs.category, theirs.seed)
+
+
+def test_weights_that_a_method_itself_needs_are_found_and_its_baseline_needs_none(empty_home):
+    asked = ["experiment=diversity", "model=mini-sdxl", "method=best_of", f"outputs={empty_home / 'outputs'}"]
+    configs = expand([*asked, "scorer@method.encoder=sscd"], baselines=True)
+    assert [cfg.method.name for cfg in configs] == ["none", "best_of"]
+    jobs, (fault,) = generate.examine(configs, tables=True)
+    assert [job.cfg.method.name for job in jobs] == ["none"]
+    assert "SSCD" in fault.problem and fault.fetch and fault.without == "method=none"
+
+
+def test_a_key_of_a_package_that_is_not_there_is_one_line(capsys):
+    assert main(["generate", "model=mini-sdxl", "method=negtome", "scorer@method.encodr=sscd"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
