@@ -42,6 +42,7 @@ def select_device(name: str) -> str:
 def start_log() -> None:
     """Print what this project logs, and of other packages the warnings alone: they log every request and every font."""
     logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(logging.WARNING)
     for package in ("experiments", "eval"):
         logging.getLogger(package).setLevel(logging.INFO)
 
