@@ -128,7 +128,26 @@ class AttributeEntropy(Attributes):
         chosen = self._all("scores").long()
         return torch.tensor(entropy(chosen.bincount().tolist(), self.miller_madow), dtype=torch.float64)
 
+    def require(self, images: ImageSet) -> None:
+        left_out, too_small = self.details(images).values()
+        if {row.category for row in images.rows} - {*left_out, *too_small}:
+            return
+        if too_small and images.withheld:  # of nothing, if need be
+            return
+        if too_small:
+            raise ValueError(
+                f"expected at least {'two images a label, and ' * self.miller_madow}{MINIMUM_IMAGES} images in a "
+                f"category for {self.name}, got "
+                f"{', '.join(f'{name}: {found}' for name, found in list(too_small.items())[:10])}; generate more "
+                "groups a category, give fewer labels, or leave this metric out"
+            )
+        raise ValueError(
+            f"expected images of the categories {sorted(self.labels)} for {self.name}, got {left_out[:10]}; "
+            "give labels for the categories of the images"
+        )
+
     def per_group(self, images: ImageSet) -> list[GroupValue]:
+        self.require(images)
         left_out, too_small = self.details(images).values()
         values = []
         for pool, members in images.pools(self.pooled).items():
@@ -139,20 +158,6 @@ class AttributeEntropy(Attributes):
             counts = Counter(self.labels_of(category)[index] for index in chosen.tolist())
             found = {} if self.miller_madow else {"value": entropy(list(counts.values()), miller_madow=False)}
             values.append(images.group_value(pool, members, counts=dict(sorted(counts.items())), **found))
-        if too_small and images.withheld:  # of nothing, if need be
-            return values
-        if not values and too_small:
-            raise ValueError(
-                f"expected at least {'two images a label, and ' * self.miller_madow}{MINIMUM_IMAGES} images in a "
-                f"category for {self.name}, got "
-                f"{', '.join(f'{name}: {found}' for name, found in list(too_small.items())[:10])}; generate more "
-                "groups a category, give fewer labels, or leave this metric out"
-            )
-        if not values:
-            raise ValueError(
-                f"expected images of the categories {sorted(self.labels)} for {self.name}, got {left_out[:10]}; "
-                "give labels for the categories of the images"
-            )
         return values
 
     def details(self, images: ImageSet) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class HFClip(Clip):
     """
 
     ROW = "hf_clip"
+    PLACE = "folder"
 
     def __init__(self, folder: str | Path, name: str | None = None, device: str = "cpu") -> None:
         name = name or Path(folder).name
@@ -107,6 +108,7 @@ class OpenClip(Clip):
     """
 
     ROW = "open_clip"
+    PLACE = "weights_dir"
 
     def __init__(
         self,
@@ -120,10 +122,10 @@ class OpenClip(Clip):
         # Where a file has to be, for want of which nothing is downloaded.
         self._places: list[Path] = []
         if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            self.tag, self._places = None, [Path(pretrained)]
+            self.tag, self._places = None, [Path(pretrained).expanduser()]
         elif weights_dir is not None:
             names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
-            self._places = [Path(weights_dir) / file for file in (*names, *HUB_NAMES)]
+            self._places = [Path(weights_dir).expanduser() / file for file in (*names, *HUB_NAMES)]
         slug = "-".join(part for part in ("open_clip", architecture, self.tag) if part)
         super().__init__(f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
 
@@ -170,6 +172,9 @@ class OpenClip(Clip):
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(self.architecture)) or 'none'}"
             )
         return facts, repository, [name] if name else list(HUB_NAMES) if repository else [self._places[0].name]
+
+    def can_be_fetched(self, facts: WeightsFacts) -> bool:
+        return not self._places
 
     def _fetch(self, facts: WeightsFacts) -> None:
         _, repository, names = self._published()
@@ -225,12 +230,13 @@ class HpsClip(OpenClip):
     """
 
     ROW = "hps"
+    PLACE = "file"
     ARCHITECTURE = "ViT-H-14"
 
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
         super().__init__(self.ARCHITECTURE, device=device)
         self.name, self.slug = "HPS v2.1 (CLIP ViT-H/14)", "hps-v2.1"
-        self._places = [] if file is None else [Path(file)]
+        self._places = [] if file is None else [Path(file).expanduser()]
 
     def _published(self) -> tuple[dict[str, Any], str, list[str]]:
         return {"resize_mode": "longest"}, FACTS[self.ROW]["repository"], FACTS[self.ROW]["files"]

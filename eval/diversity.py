@@ -12,7 +12,6 @@ import torch
 
 from eval.encoders import Scorer, unit_vectors
 from eval.imageset import ImageSet
-from eval.intervals import GroupValue
 from eval.metric import Metric
 
 
@@ -142,7 +141,8 @@ class VendiScore(Metric):
     def score(self, embeddings: torch.Tensor) -> torch.Tensor:
         return vendi_score(embeddings, self.q)
 
-    def per_group(self, images: ImageSet) -> list[GroupValue]:
+    def require(self, images: ImageSet) -> None:
+        super().require(images)
         sizes = Counter(map(len, images.groups.values()))
         if len(sizes) > 1:
             listing = ", ".join(f"{count} groups of {size}" for size, count in sorted(sizes.items()))
@@ -150,4 +150,3 @@ class VendiScore(Metric):
                 f"expected groups of one size, since a Vendi Score grows with it, got {listing}; "
                 "measure folders of one size each"
             )
-        return super().per_group(images)

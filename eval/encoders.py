@@ -46,6 +46,10 @@ class Scorer:
     def prepare(self) -> None:
         """Load the weights now, so that a missing file is found before any work is done."""
 
+    def parts(self) -> list[Scorer]:
+        """Return the scorers whose weights it needs, itself first."""
+        return [self]
+
     def weights(self) -> WeightsFacts:
         """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
         return WeightsFacts.of("none", self.name)
@@ -68,6 +72,8 @@ class Encoder(Scorer, ABC):
     normalised: bool = True
     #: Which columns of the outputs are the embeddings.
     columns: slice = slice(None)
+    #: How many features it has, where that can be told before it is loaded.
+    dimension: int | None = None
 
     @property
     def cache_id(self) -> str:
@@ -159,6 +165,7 @@ class Network(Scorer, ABC):
 
     Attributes:
         ROW: its row in `weights.yaml`.
+        PLACE: the argument that names another place of its weights; empty where there is none.
         slug: what it is, the beginning of its `id`.
         device: where it runs.
         given: the file or folder that the user named; None where the usual places are searched.
@@ -166,12 +173,13 @@ class Network(Scorer, ABC):
     """
 
     ROW: ClassVar[str]
+    PLACE: ClassVar[str] = ""
 
     def __init__(self, name: str, slug: str, device: str, given: str | Path | None = None, **values: Any) -> None:
         self.name = name
         self.slug = slug
         self.device = torch.device(device)
-        self.given = None if given is None else Path(given)
+        self.given = None if given is None else Path(given).expanduser()
         self.values = values
 
     @cached_property
@@ -202,6 +210,10 @@ class Network(Scorer, ABC):
         if not facts.present:
             raise facts.missing("a file is lacking in what was downloaded")
         return facts
+
+    def can_be_fetched(self, facts: WeightsFacts) -> bool:
+        """Tell whether a download of missing weights can be tried."""
+        return (facts.url or facts.hub) is not None
 
     def _fetch(self, facts: WeightsFacts) -> None:
         facts.fetch()

@@ -58,6 +58,7 @@ class DreamSim(ImageNetwork):
     """
 
     ROW = "dreamsim"
+    PLACE = "weights_dir"
     TYPES: ClassVar = FACTS[ROW]["types"]
     DINO = "checkpoints/dino_vitbase16_pretrain.pth"
 
@@ -112,25 +113,26 @@ class DreamSim(ImageNetwork):
             # peft imports whatever module is named there.
             if file.name == "adapter_config.json" and json.loads(file.read_text()).get("megatron_config"):
                 raise ValueError(f"{file} asks for other software than DreamSim's")
-        before, load = torch.hub.get_dir(), torch.hub.load
+        (folder,) = facts.looked_in
+        load, set_dir = torch.hub.load, torch.hub.set_dir
         try:
-            torch.hub.load = self._dino  # the package's call would run code of the folder
+            torch.hub.load = lambda *_: self._dino(folder)  # the package's call would run code of the folder
+            # The package would set the folder of the process, where all other networks are then looked for.
+            torch.hub.set_dir = lambda _: None
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 # The package wraps its network twice in peft, which finds that odd.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                return dreamsim(device=str(self.device), cache_dir=str(self._folder), dreamsim_type=self.dreamsim_type)
+                warnings.filterwarnings("ignore", message=".*weight_norm` is deprecated", category=FutureWarning)
+                return dreamsim(device=str(self.device), cache_dir=str(folder), dreamsim_type=self.dreamsim_type)
         finally:
-            torch.hub.load = load
-            # DINO's loader sets it for the whole process, and LPIPS and Inception would look for theirs there.
-            if torch.hub.get_dir() != before:
-                torch.hub.set_dir(before)
+            torch.hub.load, torch.hub.set_dir = load, set_dir
 
-    def _dino(self, *_: str) -> torch.nn.Module:
+    def _dino(self, folder: Path) -> torch.nn.Module:
         """Return DINO's ViT-B/16, of the package's own copy of its code."""
         from dreamsim.feature_extraction.vision_transformer import vit_base
 
         network = vit_base(patch_size=16)
-        network.load_state_dict(torch.load(self._folder / self.DINO, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(folder / self.DINO, map_location="cpu", weights_only=True))
         return network
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
@@ -152,6 +154,7 @@ class DinoV2(Standardised):
     """
 
     ROW = "dinov2"
+    PLACE = "model"
     RESIZE = 256, "bicubic", 224
 
     def __init__(
@@ -184,6 +187,7 @@ class Sscd(Standardised):
     """
 
     ROW = "sscd"
+    PLACE = "file"
     RESIZE = 288, "bilinear", None
 
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
@@ -213,6 +217,8 @@ class Inception(ImageNetwork):
     """
 
     ROW = "inception"
+    PLACE = "weights"
+    dimension = 2048
     RESIZES: ClassVar = FACTS[ROW]["resizes"]
     normalised = False
 
@@ -270,6 +276,8 @@ class TorchvisionInception(ImageNetwork):
     """
 
     ROW = "inception_torchvision"
+    PLACE = "weights"
+    dimension = 1000
     normalised = False
 
     def __init__(self, weights: str | Path | None = None, device: str = "cpu") -> None:
@@ -320,6 +328,7 @@ class EffNetLite0(Standardised):
         width = 1280 if channels is None else channels
         before = sum(c for c in self.STAGES if c < width)
         self.columns = slice(before, before + width)
+        self.dimension = width
 
     @cached_property
     def cache_id(self) -> str:

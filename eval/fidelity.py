@@ -101,6 +101,14 @@ class FidelityMetric(SetMetric):
     def real(self) -> ImageSet:
         return ImageSet(self.reference, read_manifest(self.folder("reference"), flat=True))
 
+    def require(self, images: ImageSet) -> None:
+        super().require(images)
+        if (n_real := len(self.real.rows)) < self.minimum:
+            raise ValueError(
+                f"expected at least {self.minimum} reference images for {self.name}, got {n_real} in "
+                f"{self.real.folder}; give more, or leave this metric out"
+            )
+
     def half(self, images: ImageSet, positions: Sequence[int], seed: int) -> tuple[Sequence[int], Sequence[int]]:
         """Return real images too: of each category the share that is drawn of the images', so that contents agree.
 
@@ -160,6 +168,11 @@ class FrechetDistance(FidelityMetric):
     bounds = (0.0, None)
     extrapolate = False  # as every document of this version says
     SETTINGS = ("extrapolate",)
+
+    def require(self, images: ImageSet) -> None:
+        if self.encoder.dimension is not None:
+            self.minimum = self.encoder.dimension + 1
+        super().require(images)
 
     def results(self, images: ImageSet) -> dict[str, Any]:
         self.minimum = images.embeddings(self.encoder).shape[1] + 1

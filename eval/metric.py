@@ -156,21 +156,31 @@ class Metric(torchmetrics.Metric):
         _ = self.settings()
         self.encoder.prepare()
 
+    def require(self, images: ImageSet) -> None:
+        """Check that a folder has what the number needs; no image is read, and no network loaded.
+
+        So images that are still to be made can be asked for, by a manifest of theirs.
+
+        Raises:
+            FileNotFoundError: a folder to compare with is not there.
+            ValueError: there are too few images, here or there.
+        """
+        small = [pool for pool, members in images.pools(self.pooled).items() if len(members) < self.minimum]
+        if small:
+            raise ValueError(
+                f"expected at least {self.minimum} images in every {self.pooled or 'group'} for {self.name}, got fewer "
+                f"in {len(small)}: {', '.join(small[:10])}; generate more images"
+            )
+
     def part(self, images: ImageSet) -> ImageSet:
         """Return the images that the number is of, and the withheld groups that it would have been of."""
         return images
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         """Measure every group, in canonical order; where images score by themselves, a group has their mean."""
-        pools = images.pools(self.pooled)
-        small = [pool for pool, members in pools.items() if len(members) < self.minimum]
-        if small:
-            raise ValueError(
-                f"expected at least {self.minimum} images in every {self.pooled or 'group'} for {self.name}, got fewer "
-                f"in {len(small)}: {', '.join(small[:10])}; generate more images"
-            )
+        self.require(images)
         values = []
-        for pool, members in pools.items():
+        for pool, members in images.pools(self.pooled).items():
             inputs = self.inputs(images, members)
             try:
                 value = self.score(*inputs).double().mean().item()
@@ -239,6 +249,13 @@ class SetMetric(Metric):
         """Return what `inputs` takes of a half of the images: their positions, and those in other sets."""
         return (positions,)
 
+    def require(self, images: ImageSet) -> None:
+        if (n_images := len(images.rows)) < self.minimum:
+            raise ValueError(
+                f"expected at least {self.minimum} images for {self.name}, got {n_images}; generate more images, "
+                "or leave this metric out"
+            )
+
     def results(self, images: ImageSet) -> dict[str, Any]:
         """Measure all images and every half: as `Metric.results`, with an empty `groups`, and beside
 
@@ -248,11 +265,7 @@ class SetMetric(Metric):
         n_images = len(images.rows)
         if n_images < self.minimum and images.withheld:
             return UNMEASURED | {"n_groups": len(images.groups), "n_images": n_images}
-        if n_images < self.minimum:
-            raise ValueError(
-                f"expected at least {self.minimum} images for {self.name}, got {n_images}; generate more images, "
-                "or leave this metric out"
-            )
+        self.require(images)
         groups = [images.group_value(group) for group in sorted(images.groups)]
         clusters: dict[str, list[int]] = {}
         for group, cluster in zip(groups, clusters_of(groups, self.cluster), strict=True):

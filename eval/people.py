@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from eval.encoders import Encoder, Network, checked
+from eval.encoders import Encoder, Network, Scorer, checked
 from eval.weights import WeightsFacts
 
 #: Emoji's own five, and the yellow that is none of them.
@@ -58,6 +58,7 @@ def axes(texts: Sequence[str], known: Mapping[str, int]) -> torch.Tensor:
 class _Fitted(Network, Encoder):
     """A classifier in a file of this project."""
 
+    PLACE = "file"
     normalised = False
 
     def weights(self) -> WeightsFacts:
@@ -110,6 +111,9 @@ class Genders(_Fitted):
     def prepare(self) -> None:
         for part in (super(), *self.encoders):
             part.prepare()
+
+    def parts(self) -> list[Scorer]:
+        return [self, *self.encoders]
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         features = torch.cat([encoder.embed_images(images) for encoder in self.encoders], dim=1)

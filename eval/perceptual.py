@@ -54,6 +54,7 @@ class Lpips(Network):
     """
 
     ROW = "lpips"
+    PLACE = "weights_dir"
 
     def __init__(self, net: str = "alex", weights_dir: str | Path | None = None, device: str = "cpu") -> None:
         if net not in BACKBONES:

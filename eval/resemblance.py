@@ -82,6 +82,10 @@ class ReferenceMetric(Metric):
         """The asset of each reference, in the order of their embeddings: the name of its subfolder."""
         return [row.category for row in self._references.rows]
 
+    def require(self, images: ImageSet) -> None:
+        super().require(images)
+        _ = self._references
+
     def settings(self) -> dict[str, Any]:
         """Identify the references by their content, wherever they lie."""
         return {**super().settings(), "references_sha256": self._references.manifest_hash}
@@ -285,6 +289,11 @@ class DetectionRate(ReferenceMetric):
                 "it from one of them"
             )
         return held_out
+
+    def require(self, images: ImageSet) -> None:
+        super().require(images)
+        n_negative = sum(row.category not in self.assets for row in self._held_out.rows)
+        calibrate_threshold([0.0] * n_negative, self.false_positive_rate)  # which says how many it needs
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "held_out_sha256": self._held_out.manifest_hash}

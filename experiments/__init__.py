@@ -3,6 +3,7 @@
 The only package that imports Hydra, pandas or matplotlib.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def select_device(name: str) -> str:
     if str(name).split(":")[0] not in there:
         raise ValueError(f"device={name} is not available here: expected auto or one of {there}")
     return name
+
+
+def start_log() -> None:
+    """Print what this project logs, and of other packages the warnings alone: they log every request and every font."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(logging.WARNING)
+    for package in ("experiments", "eval"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def synchronize(device: str) -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from experiments import project_path
 from experiments.configs import first
-from experiments.pages import change, run_labels
+from experiments.pages import change, paper_table, run_labels, with_interval
 from experiments.tables import KEY, ROLES, TEXT, read_table, row_keys
 
 PUBLISHED = "results"
@@ -36,9 +36,9 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
         published: another one.
 
     Returns:
-        Columns: `label` (model, method and metric), `made` and `published` (the numbers as printed, the latter blank
-        where there is none), `deviation` (share of the published value, NaN without one) and `inside` (missing without
-        one).
+        Columns: `model`, `label` (model, method and metric), `made` and `published` (the numbers as printed, the latter
+        blank where there is none), `deviation` (share of the published value, NaN without one) and `inside` (missing
+        without one).
     """
     mine, theirs = (pd.read_csv(path, dtype=TEXT) for path in (made, published))
     place = {key: row for key, (_, row) in zip(row_keys(published, KEY), theirs.iterrows(), strict=True)}
@@ -47,7 +47,11 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
     for key, (_, row) in zip(row_keys(made, KEY), mine.iterrows(), strict=True):
         if row["primary"] not in ROLES:
             continue
-        found = {"label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}", "made": _printed(row)}
+        found = {
+            "model": row["model"],
+            "label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}",
+            "made": _printed(row),
+        }
         if (other := place.get(key)) is not None:
             value, known = row["value"], other["value"]
             inside = _within(value, known, other["ci_low"], other["ci_high"]) and (
@@ -57,7 +61,7 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
             deviation = abs(value / known - 1) if known else float(value != known)
             found |= {"published": _printed(other), "deviation": deviation, "inside": bool(inside)}
         rows.append(found)
-    return pd.DataFrame(rows, columns=["label", "made", "published", "deviation", "inside"])
+    return pd.DataFrame(rows, columns=["model", "label", "made", "published", "deviation", "inside"])
 
 
 def _within(mine: float, theirs: float, low: float, high: float) -> bool:
@@ -71,27 +75,56 @@ def _within(mine: float, theirs: float, low: float, high: float) -> bool:
 
 
 def _printed(row: pd.Series) -> str:
-    text = f"{row['value']:.4g} [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
+    text = with_interval("{:.4g}".format, row["value"], row["ci_low"], row["ci_high"])
     if row.get("n_withheld", 0) > 0:
         text = f"{'no value' if pd.isna(row['value']) else text}, {row['n_withheld']:.0f} groups withheld"
     return text if pd.isna(row["difference"]) else f"{text}, difference {change(row)}"
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
-    cfg = configs[0] if configs else first(argv)
+def not_compared(table: pd.DataFrame, published: Path, experiment: str) -> list[str]:
+    """Say of the rows of `compare_tables` without a published value why they have none, a line for each model.
+
+    Of a model that is published nowhere, the paper's values are printed, where there are some.
+    """
+    theirs = set(pd.read_csv(published, dtype=TEXT)["model"])
+    paper, lines = paper_table(experiment), []
+    metrics = [column for column in paper.columns if column not in ("source", "model", "method")]
+    for model in dict.fromkeys(table.loc[table["published"].isna(), "model"]):
+        if model in theirs:
+            lines.append(f"{model}: the values that stand alone above are not published with these settings")
+        elif paper.empty:
+            lines.append(f"{model}: nothing is published to compare with")
+        else:
+            lines.append(f"{model}: this project has published no values; the paper prints, of setups of its own:")
+            for row in paper.to_dict("records"):
+                values = ", ".join(f"{metric} {row[metric]:g}" for metric in metrics if pd.notna(row[metric]))
+                lines.append(f"  {row['model']}, {row['method']}: {values} ({row['source']})")
+    return lines
+
+
+def files(cfg: DictConfig) -> tuple[Path, Path]:
+    """Return the table that is made here, and the published one; ValueError where they are one and the same."""
     made, published = (project_path(folder) / f"{cfg.name}.csv" for folder in (cfg.results, PUBLISHED))
     if made == published:
         raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")
+    return made, published
+
+
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
+    cfg = configs[0] if configs else first(argv)
+    made, published = files(cfg)
     read_table(cfg.name, cfg.results)  # says what makes it where it is not there
     if not published.exists():
         print(f"{cfg.name} is not published: there is nothing to compare {made} with")
         return 0
     table = compare_tables(made, published)
     for row in table.itertuples():
-        if row.published == row.published:
-            print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
+        if pd.isna(row.published):
+            print(f"{row.label}: {row.made}")
         else:
-            print(f"{row.label}: {row.made}; not published with these settings ({', '.join(KEY)})")
+            print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
+    for line in not_compared(table, published, cfg.name):
+        print(line)
     known = table.dropna(subset="inside")
     confirmed = int(known["inside"].sum())
     if len(known):

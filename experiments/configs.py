@@ -82,7 +82,7 @@ def _sweep(*overrides: str) -> tuple[dict[str, str], DictConfig]:
     """Return what is swept, an override a key, the experiment's own sweep first, and Hydra's own node."""
     given = [text for text in overrides if text not in ("-m", "--multirun")]  # that it is a sweep need not be said
     # The files that all runs share say what is swept; no value and no method does.
-    shared = [text for text in given if not text.startswith("method=")]
+    shared = [text for text in given if "method" not in _roots(text)]
     fixed = [text for text in shared if not _parsed(text).is_sweep_override() and _names_files(text)]
     node = pickle.loads(_of_files(*_in_order(fixed))[1]).hydra
     own = [f"{key}={value}" for key, value in (node.sweeper.get("params") or {}).items()]
@@ -98,8 +98,14 @@ def _jobs(*overrides: str) -> list[list[str]]:
 
 def _baseline(overrides: Iterable[str]) -> list[str]:
     """Return the overrides of the run without a method: those of methods and their settings are not for it."""
-    of_methods = ("method", "knob", "guard")
-    return [*(text for text in overrides if _parsed(text).key_or_group.split(".")[0] not in of_methods), "method=none"]
+    of_methods = {"method", "knob", "guard"}
+    return [*(text for text in overrides if not _roots(text) & of_methods), "method=none"]
+
+
+def _roots(text: str) -> set[str]:
+    """Return the first parts of what an override is about: of scorer@method.encoder=NAME, scorer and method."""
+    override = _parsed(text)
+    return {part.split(".")[0] for part in (override.key_or_group, override.package or "")}
 
 
 def _compose_job(job: Iterable[str]) -> DictConfig:
@@ -122,8 +128,8 @@ def _with_method(*files: str) -> DictConfig:
 
     That takes a quarter of the time of all files, once a method instead of once a method and model.
     """
-    names = [text for text in files if text.startswith("method=")]
-    if len(names) == 1:
+    names = [text for text in files if "method" in _roots(text)]
+    if len(names) == 1 and names[0].startswith("method="):
         cfg = pickle.loads(_of_files(*(text for text in files if text not in names))[0])
         where = (text for text in files if _parsed(text).key_or_group == "hydra.searchpath")
         own = pickle.loads(_of_method(names[0], *where))
@@ -169,6 +175,11 @@ def _parsed(text: str) -> Override:
     return override
 
 
+def _key(text: str) -> str:
+    """Return what an override names, with its package: of ~scorer@method.encoder that without the sign."""
+    return _parsed(text).get_key_element().lstrip("+~")
+
+
 def _composed(name: str | None, overrides: Iterable[str], **options: Any) -> DictConfig:
     with _explained(overrides):
         return compose(name, list(overrides), **options)
@@ -190,7 +201,10 @@ def _explained(overrides: Iterable[str]) -> Iterator[None]:
         if not unknown:
             raise
         key = unknown[1]
-        rest = _composed("config", [text for text in overrides if _parsed(text).key_or_group != key])
+        others = [text for text in overrides if key not in (_parsed(text).key_or_group, _key(text))]
+        if len(others) == len(list(overrides)):
+            raise
+        rest = _composed("config", others)
         known = list(_keys(OmegaConf.to_container(rest)))
         elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
         hint = _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))

@@ -3,8 +3,10 @@
     python -m experiments.doctor               a line each: there or not, size, licence
     python -m experiments.doctor sdxl          all that is known of one, and how to get it
     python -m experiments.doctor --details     of all
+    python -m experiments.doctor experiment=diversity model=sdxl             all that this experiment lacks here
+    python -m experiments.doctor experiment=diversity model=sdxl --fetch     and gets what can be fetched
 
-Looks only: nothing is loaded and nothing fetched.
+Looks only, but for --fetch: nothing is loaded and nothing fetched. Exit code 1 where an experiment lacks something.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -23,8 +25,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import PROJECT
+from experiments import PROJECT, generate, start_log
+from experiments.configs import expand
+from experiments.metrics import left_out_lines
 from experiments.pipelines import find_checkpoint, licence
+from experiments.preflight import listing
 
 #: Columns of the table's lines.
 WIDTH = 100
@@ -170,9 +175,39 @@ def details(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    names = [one for one in argv if one != "--details"]
+def diagnose(overrides: list[str], fetch: bool = False) -> int:
+    """Print all that an experiment lacks on this machine, as `experiments.reproduce` would; return the exit code.
+
+    Args:
+        overrides: those of the experiment.
+        fetch: whether to fetch what can be fetched first.
+    """
+    configs = expand(overrides, baselines=True)
+    faults = generate.examine(configs, tables=True)[1]
+    if fetch and any(fault.fetch for fault in faults):
+        failed = [fault for fault in generate.fetch_all(faults) if fault.fetch]
+        reasons = {fault.needed_by: fault for fault in failed}
+        faults = [reasons.get(fault.needed_by, fault) for fault in generate.examine(configs, tables=True)[1]]
+    for line in left_out_lines(configs):
+        print(line)
+    if not faults:
+        print(f"{len(configs)} runs can be made and scored here.")
+        return 0
+    print(f"{len(faults)} faults would stop python -m experiments.reproduce {' '.join(overrides)}:\n{listing(faults)}")
+    if not fetch and any(fault.fetch for fault in faults):
+        print("--fetch gets what can be fetched.")
+    return 1
+
+
+def main(argv: list[str]) -> int | None:
+    fetch = "--fetch" in argv
+    names = [one for one in argv if one not in ("--details", "--fetch")]
+    overrides = [one for one in names if "=" in one]
+    if fetch or len(overrides) > 1 or any(one.startswith("experiment=") for one in overrides):
+        start_log()
+        return diagnose(names, fetch)
     if len(names) > 1 or any(one.startswith("-") for one in names):
-        raise ValueError(f"expected one name, --details or nothing, got {' '.join(argv)}")
+        raise ValueError(f"expected one name, --details, overrides of an experiment or nothing, got {' '.join(argv)}")
     findings = examine(name=names[0] if names else None)
     print(details(findings) if argv else table(findings))
+    return None

@@ -19,32 +19,27 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import contextlib
 import ctypes
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from eval.files import read_document
 from eval.images import METRICS, count_withheld, scores_path
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import has_value, interval_of, n_units
-from eval.metric import Metric, SetMetric, is_current, measure
-from experiments import project_path
-from experiments.configs import expand, has_launcher, launch
+from eval.metric import Metric, is_current, measure
+from experiments import project_path, start_log
+from experiments.configs import expand, has_launcher, launch, run_names
+from experiments.metrics import build_metric, left_out_lines, measured
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
 
-#: Images that a metric may need and that a model's configuration may lack: how to give them.
-NEEDS = {
-    "reference": "it compares with real images; give a folder, one subfolder a category: model.reference_images=FOLDER",
-    "references": "it compares with protected assets; give a folder, one subfolder a character: "
-    "model.copyright.scoring=FOLDER",
-    "held_out": "its threshold is calibrated on pictures that show no protected asset; give a folder of them, one "
-    "subfolder a kind: model.copyright.held_out=FOLDER",
-}
+#: What keeps a metric from its number, and not the others from theirs.
+REFUSALS = (ValueError, TypeError, OSError, RuntimeError)
 
 
 def evaluate(cfg: DictConfig) -> list[Path]:
@@ -53,8 +48,24 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     A metric has no value where the groups that it is of are withheld, and the log says so.
 
     Raises:
-        FileNotFoundError: the images were not generated, or an encoder's weights are missing.
-        ValueError: an image cannot be read, or there are too few for a metric.
+        FileNotFoundError: the images were not generated.
+        ValueError: some metrics could not be measured, as for want of weights or of images; the others were before.
+    """
+    files, refused = score_run(cfg)
+    if refused:
+        raise ValueError(_reasons({f"{cfg.model.name} {cfg.method.name}": refused}))
+    return files
+
+
+def score_run(cfg: DictConfig) -> tuple[list[Path], dict[str, str]]:
+    """Score the run that `cfg` asks for with every configured metric that can.
+
+    Returns:
+        The JSON files; and for each metric that could not be measured, why.
+
+    Raises:
+        FileNotFoundError: the images were not generated.
+        ValueError: the run is not as it was generated.
     """
     run = Run.find(cfg)
     images = _open(cfg, run.folder)
@@ -62,16 +73,18 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     if not images.rows:
         withheld = f"{len(images.withheld)} groups are withheld ({count_withheld(images.withheld)})"
         log.warning("%s: all %s: there are no images to measure: %s", label, withheld, run.folder)
-    files, made = [], 0
-    for name, metric in configured_metrics(cfg):
+    files, refused, made = [], {}, 0
+    for name in measured(cfg):
         try:
-            file, new = _score(images, name, metric, run.folder / METRICS, label)
-        except ValueError as error:
-            raise ValueError(f"{label}: {name}: {error} (~metric.{name} leaves it out)") from error
+            file, new = _score(images, name, _build(cfg, name), run.folder / METRICS, label)
+        except REFUSALS as error:
+            refused[name] = str(error)
+            continue
         files.append(file)
         made += new
-    log.info("%s: %d metrics are there, %d of them measured now: %s", label, len(files), made, run.folder)
-    return files
+    counts = f"{len(files)} metrics are there, {made} of them measured now"
+    log.info("%s: %s%s: %s", label, counts, f", {len(refused)} not measured" if refused else "", run.folder)
+    return files, refused
 
 
 def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -99,12 +112,12 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     # Whoever made the images may have made the numbers beside them, too.
     trusted = not scores.is_relative_to(images.folder)
     rows, refused = [], {}
-    for name, metric in configured_metrics(cfg):
+    for name in measured(cfg):
         try:
-            document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
+            document = read_document(_score(images, name, _build(cfg, name), scores, images.folder.name, trusted)[0])
             if not has_value(document):
                 raise ValueError(f"too few images: of its groups are withheld {count_withheld(images.withheld)}")
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except REFUSALS as error:
             refused[name] = str(error)
             continue
         value, low, high = interval_of(document, **cfg.bootstrap)
@@ -120,44 +133,39 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
             }
         )
     if not rows:
-        raise ValueError(f"No configured metric could measure {images.folder}.\n{_reasons(refused)}")
+        raise ValueError(f"No configured metric could measure {images.folder}.\n{_reasons({'': refused})}")
     return pd.DataFrame(rows), refused
 
 
-def _reasons(refused: dict[str, str]) -> str:
-    """Say why metrics have no number, each reason once."""
-    names: dict[str, list[str]] = {}
-    for name, reason in refused.items():
-        names.setdefault(reason, []).append(name)
-    return "\n".join(f"Not measured: {', '.join(metrics)}: {reason}" for reason, metrics in names.items())
+def _reasons(refused: dict[str, dict[str, str]]) -> str:
+    """Say why metrics of runs have no number, each reason once, and how to leave them out.
+
+    Args:
+        refused: for each run's label, which may be empty, and each metric the reason.
+    """
+    names: dict[str, dict[str, None]] = {}
+    runs: dict[str, dict[str, None]] = {}
+    for label, reasons in refused.items():
+        for name, reason in reasons.items():
+            names.setdefault(reason, {})[name] = None
+            runs.setdefault(reason, {})[label] = None
+    lines = []
+    for reason, metrics in names.items():
+        of = " of " * any(runs[reason]) + ", ".join(runs[reason])
+        without = " ".join(f"~metric.{name}" for name in metrics)
+        lines.append(f"Not measured: {', '.join(metrics)}{of}: {reason} ({without} leaves it out)")
+    return "\n".join(lines)
+
+
+def _build(cfg: DictConfig, name: str) -> Metric:
+    """Build a configured metric, which may compare with the run without a method."""
+    compares = "baseline" in cfg.metric[name]
+    return build_metric(cfg, name, str(Run.find(cfg, baseline=True).folder) if compares else None)
 
 
 def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
-    """Build the configured metrics one by one, so that no two encoders need to be held at a time.
-
-    A metric is called what the configuration calls it, in documents and tables. One for which the configuration has no
-    images to compare with is left out, and the log says so.
-    """
-    for name, spec in cfg.metric.items():
-        lacking = [need for need in NEEDS if need in spec and spec[need] is None]
-        if lacking:
-            log.warning("%s is left out: %s (model=%s)", name, NEEDS[lacking[0]], cfg.model.name)
-            continue
-        arguments = {"name": name}
-        if "baseline" in spec:
-            if cfg.images is not None:
-                log.warning("%s is left out: it compares a run with the one without a method", name)
-                continue
-            arguments["baseline"] = str(Run.find(cfg, baseline=True).folder)
-        settings = OmegaConf.to_container(spec, resolve=True)
-        only = settings.pop("only", None)
-        if isinstance(only, str):
-            raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
-        metric = instantiate(settings | arguments)
-        metric.only = None if only is None else tuple(only)
-        if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
-            metric.cluster = cfg.bootstrap.cluster
-        yield name, metric
+    """Build the configured metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
+    return ((name, _build(cfg, name)) for name in measured(cfg))
 
 
 def _open(cfg: DictConfig, folder: Path) -> ImageSet:
@@ -198,19 +206,29 @@ def _keep_memory() -> None:
             ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
+    """Score; `configs` are those of `experiments.reproduce`, whose first act says what is left out."""
+    start_log()
     _keep_memory()
-    configs = configs or expand(argv, baselines=True)
+    if configs is None:
+        configs = expand(argv, baselines=True)
+        for line in left_out_lines(configs):
+            log.warning("%s", line)
     if configs[0].images is not None:
         if len(models := dict.fromkeys(cfg.model.name for cfg in configs)) > 1:
             raise ValueError(f"expected one model, whose scorer images are measured by, got {', '.join(models)}")
         table, refused = evaluate_folder(configs[0])
         print(table.to_markdown(index=False, disable_numparse=True))
         if refused:
-            print(_reasons(refused))
-    elif has_launcher(argv):
+            print(_reasons({"": refused}))
+        return 0
+    if has_launcher(argv):
         launch(evaluate, argv)
-    else:
-        for cfg in configs:
-            evaluate(cfg)
+        return 0
+    for cfg in configs:
+        Run.find(cfg)  # what was not generated, before the first of them is scored
+    refused = {label: score_run(cfg)[1] for label, cfg in zip(run_names(configs), configs, strict=True)}
+    if not any(refused.values()):
+        return 0
+    print(f"evaluate: some metrics have no number, all others were measured:\n{_reasons(refused)}", file=sys.stderr)
+    return 1

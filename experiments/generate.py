@@ -25,12 +25,14 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.images import count_withheld, read_withheld
-from experiments import pipelines, select_device
+from experiments import pipelines, preflight, project_path, select_device, start_log
 from experiments.configs import build, expand, flag, has_launcher, launch, run_names
 from experiments.identity import register, request
 from experiments.methods.method import Method
+from experiments.metrics import left_out_lines
+from experiments.preflight import Fault
 from experiments.prompts import Group
 from experiments.runs import Run
 
@@ -67,13 +71,42 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """A run, what this process has to generate of it, and in how many processes."""
+    """A run, its identity, what this process has to generate of it, and in how many processes."""
 
     cfg: DictConfig
     task: Task
+    identity: dict[str, Any]
     groups: list[Group]
     missing: list[Group]
     workers: int
+
+    def begin(self) -> None:
+        """Make the run's folder."""
+        self.task.run.begin(self.identity, self.task.device)
+
+
+def plan(cfg: DictConfig, checkpoint: pipelines.Checkpoint, method: Method | None = None) -> Job:
+    """Look what is missing of the run that `cfg` asks for; nothing is written.
+
+    Args:
+        method: the configured one, if it is built already.
+
+    Raises:
+        FileNotFoundError: something that the method needs is not there.
+        ValueError: a setting is out of range.
+    """
+    device = select_device(cfg.device)
+    flag(cfg, "offload")  # before anything is generated
+    workers = count_workers(cfg, device)
+    groups: list[Group] = build(cfg.prompts).groups()
+    run, identity = Run.plan(cfg, checkpoint.fingerprint, device, method)
+    missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
+    if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
+        label = f"{cfg.model.name} {cfg.method.name}"
+        log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
+    texts = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
+    task = Task(run, checkpoint, device, *texts, cfg.compile, cfg.offload)
+    return Job(cfg, task, identity, groups, [*missing], workers)
 
 
 def prepare(cfg: DictConfig) -> Job:
@@ -83,29 +116,98 @@ def prepare(cfg: DictConfig) -> Job:
         FileNotFoundError: the checkpoint is not there and cannot be fetched.
         ValueError: a setting is out of range.
     """
-    device = select_device(cfg.device)
-    flag(cfg, "offload")  # before anything is generated
-    workers = count_workers(cfg, device)
-    groups: list[Group] = build(cfg.prompts).groups()
-    checkpoint = pipelines.find_checkpoint(cfg.model)
-    run = Run.start(cfg, checkpoint.fingerprint, device)
-    missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
-    if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
-        label = f"{cfg.model.name} {cfg.method.name}"
-        log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
-    model, method = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
-    task = Task(run, checkpoint, device, model, method, cfg.compile, cfg.offload)
-    return Job(cfg, task, groups, [*missing], workers)
+    job = plan(cfg, pipelines.find_checkpoint(cfg.model))
+    job.begin()
+    return job
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise what `prepare` would of any machine: a run's own may be another, with another device than this one's."""
-    cfg = cfg.copy()
-    cfg.device = "cpu"
-    flag(cfg, "offload")
-    count_workers(cfg, cfg.device)
-    request(cfg)
-    pipelines.find_checkpoint(cfg.model)
+def examine(configs: list[DictConfig], tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
+    """Plan all runs, and find all that would stop them or their scoring; nothing is written or fetched.
+
+    Args:
+        tables: whether tables are to be made, which need the primary metrics.
+        disk: whether the images go to a disk of this machine.
+    """
+    jobs: list[Job] = []
+    faults: dict[str, Fault] = {}
+    n_images: Counter[tuple[int, int]] = Counter()
+    for cfg in configs:
+        select_device(cfg.device)  # which all else asks for
+    for cfg in configs:
+        job, some = _plan(cfg, configs)
+        faults |= {fault.problem: fault for fault in some}
+        if job is not None:
+            jobs.append(job)
+        with contextlib.suppress(ValueError):  # of the prompts, which is among the faults
+            groups = build(cfg.prompts).groups() if job is None else job.missing
+            size = tuple(cfg.model.call.get(side) or 1024 for side in ("height", "width"))
+            n_images[size] += sum(group.size for group in groups)
+    if disk:
+        faults |= {fault.problem: fault for fault in preflight.of_disk(n_images, project_path(configs[0].outputs))}
+    return jobs, [*faults.values(), *preflight.of_scoring(configs, tables)]
+
+
+def _plan(cfg: DictConfig, configs: list[DictConfig]) -> tuple[Job | None, list[Fault]]:
+    """Plan a run if it can be, and return what is wrong with it."""
+    faults = []
+    try:
+        checkpoint = pipelines.find_checkpoint(cfg.model, fetch=False)
+    except FileNotFoundError as error:
+        fetch = functools.partial(pipelines.find_checkpoint, cfg.model) if pipelines.is_repository(cfg.model) else None
+        faults.append(Fault(str(error), f"model={cfg.model.name}", without=_others(cfg, configs, "model"), fetch=fetch))
+        checkpoint = None
+    except ValueError as error:
+        return None, [Fault(str(error))]
+    leave_out = _others(cfg, configs, "method")
+    try:
+        method = build(cfg.method)
+        if missing := preflight.of_method(method):
+            return None, [*faults, *(replace(fault, without=leave_out) for fault in missing)]
+        if checkpoint is None:
+            request(cfg, method)
+            return None, faults
+        job = plan(cfg, checkpoint, method)
+    except (FileNotFoundError, ValueError) as error:
+        return None, [*faults, Fault(str(error), without=leave_out)]
+    if job.missing:
+        settings = job.identity["request"]["method"]["settings"]
+        steps = preflight.of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings)
+        faults = [replace(fault, without=leave_out) for fault in steps]
+    return job, faults
+
+
+def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:
+    """Return the override by which a run's model or method is left out of several."""
+    others = dict.fromkeys(one[group].name for one in configs if one[group].name != cfg[group].name)
+    return f"{group}={','.join(others)}" if others else ""
+
+
+def plan_all(configs: list[DictConfig], tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
+    """Plan all runs, and return all that would stop them or their scoring; arguments are those of `examine`.
+
+    Where nothing is wrong but that files are missing, they are fetched, all before the first image.
+    """
+    jobs, faults = examine(configs, tables, disk)
+    if not faults or not all(fault.fetch for fault in faults):
+        return jobs, faults
+    if failed := fetch_all(faults):
+        return jobs, failed
+    return examine(configs, tables, disk)
+
+
+def fetch_all(faults: list[Fault]) -> list[Fault]:
+    """Fetch what can be fetched, and return what is still wrong."""
+    left = []
+    log.info("Fetching: %s", ", ".join(fault.name for fault in faults if fault.fetch))
+    for fault in faults:
+        try:
+            if fault.fetch is None:
+                left.append(fault)
+            else:
+                fault.fetch()
+        except (OSError, ValueError) as error:
+            left.append(replace(fault, problem=str(error)))
+    return left
 
 
 def generate(cfg: DictConfig) -> Path:
@@ -330,12 +432,39 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def refuse(faults: list[Fault], tables: bool) -> int:
+    """Print all faults, and return the exit code."""
+    if len(faults) == 1 and len(faults[0].lines()) == 1:
+        raise ValueError(faults[0].problem)
+    print(f"generate: {len(faults)} faults, and no image was made:\n{preflight.listing(faults)}", file=sys.stderr)
+    if any(fault.fetch for fault in faults) and not all(fault.fetch for fault in faults):  # none of them was tried
+        print("python -m experiments.doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)
+    if any(fault.needed_by for fault in faults):
+        command = "python -m experiments.generate with the same overrides and" if tables else "The same command with"
+        print(f"{command} metric=none makes the images alone; evaluate scores them later.", file=sys.stderr)
+    return 2
+
+
+def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
+    """Generate; `configs` are those of `experiments.reproduce`, which goes on to scores and tables."""
+    start_log()
+    tables = configs is not None
     configs = configs or expand(argv, baselines=True)
+    for line in left_out_lines(configs):
+        log.warning("%s", line)
     if has_launcher(argv):
-        for cfg in configs:
-            check(cfg)
+        # A run's own machine may be another, with another device and disk than this one's.
+        anywhere = [cfg.copy() for cfg in configs]
+        for cfg in anywhere:
+            cfg.device = "cpu"
+        if faults := plan_all(anywhere, tables, disk=False)[1]:
+            return refuse(faults, tables)
         launch(generate, argv)
-    else:
-        generate_all([prepare(cfg) for cfg in configs])  # what is wrong with any run of a sweep, before its first image
+        return 0
+    jobs, faults = plan_all(configs, tables)
+    if faults:
+        return refuse(faults, tables)
+    for job in jobs:
+        job.begin()
+    generate_all(jobs)
+    return 0

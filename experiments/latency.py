@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import project_path, select_device
+from experiments import project_path, select_device, start_log
 from experiments.configs import flag
 from experiments.figures.style import using
 from experiments.tables import put_rows, read_csv
@@ -64,8 +64,7 @@ def run(overrides: Sequence[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("experiments").setLevel(logging.INFO)  # of the fonts in the figures, nobody wants to read
+    start_log()
     cfg = composed(*argv)
     with using(cfg.style, cfg.width):
         print(run(argv))

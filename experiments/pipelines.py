@@ -4,7 +4,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -124,6 +126,11 @@ def _local(source: str) -> Path | None:
     return Path(os.path.normpath(local)) if means_folder else None
 
 
+def is_repository(model: DictConfig) -> bool:
+    """Tell whether a model's source is a repository of the hub, and no folder."""
+    return _local(model.source) is None
+
+
 def canonical_source(source: str) -> str:
     """Return a source in its one spelling: a folder within the project relative to it, any other one absolute."""
     folder = _local(source)
@@ -171,18 +178,53 @@ def _as_declared(name: str, value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
 
-def _check_size(model: DictConfig, folder: Path) -> None:
-    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+def _pixels_of_token(model: DictConfig, folder: Path) -> int:
+    """Return the side of an image token in pixels: the autoencoder halves a side once a level but the last."""
     vae = json.loads((folder / "vae" / "config.json").read_text())
     levels = next((len(vae[name]) for name in LEVELS if name in vae), 0)
-    # Pixels a side of an image token: the autoencoder halves them once a level but the last.
-    multiple = 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
+    return 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
+
+
+def _check_size(model: DictConfig, folder: Path) -> None:
+    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+    multiple = _pixels_of_token(model, folder)
     for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
         value = model.get("call", {}).get(name)
         if value is not None and (type(value) not in (int, float) or not value > 0 or value % step):
             raise ValueError(
                 f"model.call.{name} must be a positive multiple of {step} for model={model.name}, got {value!r}"
             )
+
+
+def timesteps(model: DictConfig, folder: Path) -> list[float]:
+    """Return the training timesteps of a call's steps, 1000 = pure noise, as its checkpoint's scheduler spaces them.
+
+    Empty for what only the pipeline itself knows: another architecture than SD1.5, SDXL and Flux, or steps of the call.
+    """
+    call = call_arguments(model)
+    if model.architecture not in ("sd15", "sdxl", "flux") or {"timesteps", "sigmas"} & call.keys():
+        return []
+    tokens = call["height"] * call["width"] // _pixels_of_token(model, folder) ** 2
+    return _spaced(folder / "scheduler", call["num_inference_steps"], tokens, model.architecture == "flux")
+
+
+@functools.lru_cache(maxsize=64)
+def _spaced(folder: Path, steps: int, tokens: int, flux: bool) -> list[float]:
+    import diffusers
+
+    kind = read_json(folder / "scheduler_config.json")["_class_name"]
+    scheduler = getattr(diffusers, kind).from_pretrained(folder)
+    if not flux:
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps.tolist()
+    shift = {}
+    if scheduler.config.use_dynamic_shifting:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        limits = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
+        shift = {"mu": calculate_shift(tokens, *(scheduler.config[limit] for limit in limits))}
+    scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)], **shift)
+    return scheduler.timesteps.tolist()
 
 
 def local_fingerprint(model: DictConfig) -> str | None:
@@ -283,13 +325,22 @@ def load(
         checkpoint.folder, dtype=dtype, variant=variant, local_files_only=True, **architecture.options
     )
     pipe.set_progress_bar_config(disable=True)
+    # Where SDXL's autoencoder needs float32, its pipeline calls a deprecated method of its own, and each cast warns of
+    # an empty list of modules: two lines a group.
+    warnings.filterwarnings("ignore", message="`upcast_vae` is deprecated", category=FutureWarning)
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_modules)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
-    else:
+    elif device != "cpu":  # where it is already
         pipe.to(device)
     if compile_denoiser:
         getattr(pipe, architecture.denoiser).compile()
     return pipe
+
+
+def _names_modules(record: logging.LogRecord) -> bool:
+    """Tell whether a warning of a cast to float32 names a module; whether to log a record, that is."""
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
@@ -311,7 +362,7 @@ def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
 
 def _from_hub(model: DictConfig, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     arguments = {"repo_id": model.source, "revision": model.revision, "allow_patterns": _patterns(model.variant)}
     with contextlib.suppress(LocalEntryNotFoundError):
@@ -323,9 +374,26 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
         problem += ", and the network is switched off, not asked or does not answer"
         raise FileNotFoundError(_advice(model, problem))
     try:
-        return Path(snapshot_download(**arguments))
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(_advice(model, f"{problem} and the hub refused it ({error})")) from error
+        folder = Path(snapshot_download(**arguments))
+        if model.variant and (missing := missing_files(folder, model.architecture, model.variant)):
+            # What a repository has not in the variant it has as a plain file.
+            arguments["allow_patterns"] = [name.replace(f".{model.variant}.", ".") for name in missing]
+            snapshot_download(**arguments)
+        return folder
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"model={model.name}: {model.source} is gated and not in the hub's cache: {_accept_licence(model)}, then "
+            "run the same command again"
+        ) from error
+    except Exception as error:  # the kind of exception depends on the HTTP library of the installed version
+        problem = f"{problem} and could not be downloaded ({error}); the same command goes on where it stopped"
+        raise FileNotFoundError(_advice(model, problem)) from error
+
+
+def _accept_licence(model: DictConfig) -> str:
+    from huggingface_hub import constants
+
+    return f"accept its licence at {constants.ENDPOINT}/{model.source} and run `hf auth login`"
 
 
 def _patterns(variant: str | None) -> list[str]:
@@ -345,7 +413,7 @@ def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
         f"model={model.name}: {problem}.",
         *(f"  missing: {name}" for name in files),
         f"To get them, on a machine with a network: hf download {repository} {patterns}"
-        f"{' (a gated repository: accept its licence on its page and run `hf auth login` first)' if gated else ''}",
+        f"{f' (a gated repository: first {_accept_licence(model)})' if gated else ''}",
         "or, for a folder in the diffusers layout that you have already: model.source=/path/to/folder",
         "The embedded models need no download: model=mini-sdxl or model=mini-flux.",
     ]

@@ -4,7 +4,8 @@
     python -m experiments.reproduce experiment=sweep launcher=joblib
 
 `make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the
-same overrides, in one process that imports what they share once. What is there already is not made again.
+same overrides, in one process that imports what they share once. What is there already is not made again. All that
+would stop a later act is listed before the first image.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -13,15 +14,18 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 import importlib
-import logging
 
+from experiments import check
 from experiments.configs import expand
 
 ACTS = ("generate", "evaluate", "tabulate", "plot", "check")
 
 
 def main(argv: list[str]) -> int:
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # of a figure it says what it did to every font
     configs = expand(argv, baselines=True)
     acts = [importlib.import_module(f"experiments.{name}") for name in ACTS]  # all before the first of them begins
-    return [act.main(argv, configs) for act in acts][-1]
+    check.files(configs[0])  # no table is made in the place of the published one
+    for act in acts:
+        if code := act.main(argv, configs):
+            return code
+    return 0

@@ -98,16 +98,32 @@ class Run:
         return recorded
 
     @classmethod
-    def start(cls, cfg: DictConfig, weights: str, device: str) -> Self:
-        """Open the run that `cfg` asks for, making its folder if it is new; `weights` is a checkpoint's fingerprint."""
-        method: Method = build(cfg.method)
+    def plan(
+        cls, cfg: DictConfig, weights: str, device: str, method: Method | None = None
+    ) -> tuple[Self, dict[str, Any]]:
+        """Return the run that `cfg` asks for, and the identity that its folder will state; no file is written.
+
+        Args:
+            weights: the checkpoint's fingerprint.
+            method: the configured method, if it is built already.
+        """
+        method = build(cfg.method) if method is None else method
         identity = {"request": request(cfg, method), **made_by(method, weights, device)}
-        run = cls(project_path(cfg.outputs) / RUNS / short_digest(identity))
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not (run.folder / "config.yaml").exists():
-            files.write_json(run.folder / "environment.json", environment(device))
-            write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
-        _ = run.identity  # fails here and not after hours, should the file be damaged
+        return cls(project_path(cfg.outputs) / RUNS / short_digest(identity)), identity
+
+    def begin(self, identity: Mapping[str, Any], device: str) -> None:
+        """Make the folder of a run that was planned, if it is new."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "config.yaml").exists():
+            files.write_json(self.folder / "environment.json", environment(device))
+            write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(identity)))
+        _ = self.identity  # fails here and not after hours, should the file be damaged
+
+    @classmethod
+    def start(cls, cfg: DictConfig, weights: str, device: str) -> Self:
+        """Plan a run and make its folder."""
+        run, identity = cls.plan(cfg, weights, device)
+        run.begin(identity, device)
         return run
 
     @classmethod

@@ -35,8 +35,9 @@ from eval.metric import Metric, is_current
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
 from experiments import catalogue, project_path, tables
 from experiments.configs import expand, flag, no_method
-from experiments.evaluate import NEEDS, configured_metrics
+from experiments.evaluate import configured_metrics
 from experiments.identity import code_digest, config_digest
+from experiments.metrics import check_table, primary_metrics
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.runs import Run
 
@@ -56,10 +57,7 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
             `against` to pair one with, or several; or a run and the one it is paired with are of two machines.
     """
     for cfg in configs:
-        primary_metrics(cfg)  # what is wrong with them, before anything is read
-    level = configs[0].bootstrap.level
-    if level != 0.95:
-        raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
+        check_table(cfg)  # before anything is read
     # A grid of the method's settings names its baseline over and over.
     runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
     others: dict[str, Run] = {}
@@ -84,38 +82,12 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
                 )
         tested, asked = primary_metrics(cfg), config_digest(cfg)
         for name, metric in configured_metrics(cfg):
-            if name in tested and metric.aggregate == SUBSETS:
-                raise ValueError(
-                    f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: "
-                    "there are no values of groups to resample; choose a metric of groups, as clip_score, in `primary`"
-                )
-            if tested.get(name) == "quality" and metric.higher_is_better is None:
-                raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
             if name in tested or not against:
                 reference = None if baseline == run else find_document(images(baseline), name, metric)
                 document = find_document(images(run), name, metric)
                 code = code_digest(asked, run.identity["weights"], document["version"])
                 rows.append({**row_of(cfg, run, name, tested.get(name), document, reference), "code": code})
     return rows
-
-
-def primary_metrics(cfg: DictConfig) -> dict[str, str]:
-    """Return the metrics that an experiment tests, and what each is primary for: one, several or none for a role."""
-    primary = {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
-    named = {role: [names] if isinstance(names, str) else list(names) for role, names in primary.items()}
-    claims = [name for role in named if role != "quality" for name in named[role]]
-    if not claims or not named.get("quality"):
-        raise ValueError(f"expected primary.quality and one of {', '.join(tables.ROLES[:-1])} to be given, got {named}")
-    for role, name in ((role, name) for role, names in named.items() for name in names):
-        spec = cfg.metric.get(name)
-        if spec is None or any(need in spec and spec[need] is None for need in NEEDS):
-            raise ValueError(
-                f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
-                f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"
-            )
-    if len({*claims, *named["quality"]}) < len(claims) + len(named["quality"]):
-        raise ValueError(f"expected different primary metrics, got {named}; see `primary`")
-    return {name: role for role, names in named.items() for name in names}
 
 
 def row_of(

@@ -26,7 +26,7 @@ import yaml
 from scipy.stats import beta
 
 from eval.files import content_hash, write_text
-from experiments import project_path
+from experiments import project_path, start_log
 from experiments.pages import with_interval
 from experiments.tables import csv_text, markdown, printed, read_csv
 
@@ -278,7 +278,7 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_log()
     made = project_path("outputs/results")
     here = any((made / f"{name}.csv").is_file() for name in TABLES)
     given = {"results": "outputs/results" if here else "results", "gate": "conf/safety/gate.yaml"}

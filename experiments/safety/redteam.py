@@ -31,7 +31,7 @@ from tqdm import tqdm
 from eval.files import write_json, write_text
 from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of, paired_differences
 from eval.resemblance import DetectionRate
-from experiments import pipelines, project_path, select_device
+from experiments import pipelines, project_path, select_device, start_log
 from experiments.configs import build, expand, flag
 from experiments.generate import count_workers, ready, spread
 from experiments.identity import made_by, request_apart, short_digest
@@ -366,5 +366,5 @@ def write_table(argv: Sequence[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_log()
     print(write_table(argv))

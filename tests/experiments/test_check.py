@@ -104,3 +104,36 @@ def test_a_published_zero_and_an_interval_that_was_not_estimable_are_compared_by
             frame.to_csv(tmp_path / f"{name}.csv", index=False)
         (found,) = compare_tables(tmp_path / "made.csv", tmp_path / "published.csv").itertuples()
         assert (found.inside, found.deviation) == (inside, deviation)
+
+
+def test_a_model_that_nobody_has_published_is_shown_beside_the_papers_values(made, capsys):
+    def as_sdxl(frame):
+        frame.loc[frame["model"] == "mini-sdxl", ["ci_low", "ci_high"]] = float("nan")
+        frame["model"] = frame["model"].replace("mini-sdxl", "sdxl")
+
+    assert main(made(as_sdxl)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if "nan" in line or len(line) > 400]
+    frame = pd.read_csv(PUBLISHED, dtype=TEXT)
+    n = int((frame["primary"].isin(ROLES) & (frame["model"] == "mini-sdxl")).sum())
+    assert sum(line.startswith("sdxl ") for line in lines) == n, "what was made, a line each"
+    paper = pd.read_csv(PROJECT / "results" / "paper.csv")
+    paper = paper[paper["experiment"] == "diversity"]
+    assert sum(line.startswith("sdxl:") for line in lines) == 1
+    for row in paper.itertuples():
+        (line,) = [line for line in lines if f"{row.model}, {row.method}: " in line]
+        assert f"{row.metric} {row.value:g}" in line
+
+
+def test_where_the_paper_has_no_value_either_it_is_one_line(tmp_path, capsys):
+    frame = pd.read_csv(PROJECT / "results" / "stereotypes.csv", dtype=TEXT)
+    frame["model"] = "sdxl"
+    frame.to_csv(tmp_path / "stereotypes.csv", index=False)
+    assert main(["check", "experiment=stereotypes", f"results={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("sdxl:")] == ["sdxl: nothing is published to compare with"]
+
+
+def test_reproduce_refuses_the_published_folder_before_it_makes_anything(tmp_path, capsys):
+    assert main(["reproduce", "experiment=diversity", "results=results", f"outputs={tmp_path / 'outputs'}"]) == 2
+    assert "leave out results=" in capsys.readouterr().err and not (tmp_path / "outputs").exists()

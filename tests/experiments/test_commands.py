@@ -39,6 +39,14 @@ def test_help_imports_nothing_that_takes_time():
     assert "experiments" in imported and not imported & {"torch", "hydra", "pandas", "matplotlib", "diffusers"}
 
 
+def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
+    """Whatever these call their loggers: open_clip takes the root, and the client of the hub has had several names."""
+    steps = [("experiments.generate", "info"), ("eval.imageset", "info"), ("httpx2", "info"), ("torch", "warning")]
+    calls = "\n".join(f"logging.getLogger('{name}').{level}('{name}')" for name, level in steps)
+    done = run("-c", f"import logging, experiments\nexperiments.start_log()\n{calls}\nlogging.info('root')")
+    assert done.stderr.split() == ["experiments.generate", "eval.imageset", "torch"]
+
+
 def test_the_list_names_every_command_with_what_it_does(capsys):
     assert main([]) == 0
     listed = capsys.readouterr().out

@@ -22,6 +22,7 @@ from experiments.configs import build, expand
 from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.identity import request
+from experiments.metrics import left_out_lines
 from experiments.pages import main_table, other_table
 from experiments.runs import Run
 from experiments.tables import COLUMNS, REQUIRED, TEXT
@@ -524,12 +525,14 @@ def test_the_papers_own_numbers_are_their_formulas(tmp_path):
     assert len(found["released_entropy"]["settings"]["templates"]) == 80
 
 
-def test_without_real_images_what_compares_with_them_is_left_out(tmp_path, caplog):
+def test_without_real_images_what_compares_with_them_is_left_out(tmp_path):
     changes = ["metric=full", "model=sdxl", f"outputs={tmp_path / 'outputs'}"]
     (cfg,) = expand([f"images={tmp_path}", *changes])
     names = [name for name, _ in configured_metrics(cfg)]
-    assert set(cfg.metric) - set(names) == {name for name, spec in cfg.metric.items() if "reference" in spec}
-    assert "fid is left out" in caplog.text and "model.reference_images=FOLDER" in caplog.text
+    absent = [name for name in cfg.metric if name not in names]
+    assert absent == [name for name, spec in cfg.metric.items() if "reference" in spec]
+    (line,) = left_out_lines([cfg, cfg])
+    assert ", ".join(absent) in line and "model.reference_images=FOLDER" in line
 
 
 # --- copyright --------------------------------------------------------------------------------------------------------
@@ -697,7 +700,7 @@ def test_a_method_that_looks_for_assets_is_built_once_for_all_runs_of_a_model(pr
     assert built.count("negtome_reference") == 1
 
 
-def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):
+def test_without_assets_it_is_said_what_to_give(protected, tmp_path):
     arguments, _ = protected
 
     def configured(*changes):
@@ -713,9 +716,11 @@ def test_without_assets_it_is_said_what_to_give(protected, tmp_path, caplog):
         generate(configured(same))
     # Without pictures to score, what compares with them is left out, and no table pretends to have the claim.
     unscored = configured("model.copyright.scoring=null")
-    names = [name for name, _ in configured_metrics(configured("model.copyright.scoring=null", f"images={tmp_path}"))]
+    folder = configured("model.copyright.scoring=null", f"images={tmp_path}")
+    names = [name for name, _ in configured_metrics(folder)]
     assert names == [f"clip_score_{prompts}" for prompts in ("direct", "unnamed", "indirect", "benign")]
-    assert "maximum_resemblance is left out" in caplog.text and "model.copyright.scoring=FOLDER" in caplog.text
+    (line,) = [line for line in left_out_lines([folder]) if "maximum_resemblance," in line]
+    assert "model.copyright.scoring=FOLDER" in line
     with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance_direct'"):
         tabulate.rows_of_runs([unscored])
 

@@ -139,7 +139,7 @@ def test_a_process_is_lost(made, ends, monkeypatch):
 
     monkeypatch.setattr("experiments.generate._executor", functools.cache(lambda _: Pool()))
     monkeypatch.setattr("experiments.generate.as_completed", iter)
-    job = Job(None, Task("run", *[None] * 6), [], ["a", "b", "c"], workers=2)
+    job = Job(None, Task("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
     with contextlib.nullcontext() if ends else pytest.raises(RuntimeError, match="workers=1"):
         assert list(_generate_groups([job])) == ["run"] * 3
 

@@ -1,0 +1,159 @@
+"""The metrics that a configuration asks for: which of them can be measured, and which a table tests."""
+
+from collections.abc import Container, Iterable
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from eval.encoders import Network, Scorer
+from eval.intervals import SUBSETS
+from eval.metric import Metric, SetMetric
+from experiments import tables
+from experiments.configs import build
+
+#: Images that a metric may need and that a model's configuration may lack: how to give them.
+NEEDS = {
+    "reference": "they compare with real images; give a folder, one subfolder a category: "
+    "model.reference_images=FOLDER",
+    "references": "they compare with protected assets; give a folder, one subfolder a character: "
+    "model.copyright.scoring=FOLDER",
+    "held_out": "their threshold is calibrated on pictures that show no protected asset; give a folder of them, one "
+    "subfolder a kind: model.copyright.held_out=FOLDER",
+}
+OF_RUNS = "they compare a run with the one without a method, and a folder of images is no run"
+
+
+def left_out(cfg: DictConfig) -> dict[str, str]:
+    """Return the configured metrics that have nothing to compare with, each with the reason."""
+    reasons = {}
+    for name, spec in cfg.metric.items():
+        lacking = [need for need in NEEDS if need in spec and spec[need] is None]
+        if lacking:
+            reasons[name] = NEEDS[lacking[0]]
+        elif "baseline" in spec and cfg.images is not None:
+            reasons[name] = OF_RUNS
+    return reasons
+
+
+def left_out_lines(configs: Iterable[DictConfig]) -> list[str]:
+    """Say which metrics are left out of some runs, a line for each model and reason."""
+    names: dict[tuple[str, str], dict[str, None]] = {}
+    for cfg in configs:
+        for name, reason in left_out(cfg).items():
+            names.setdefault((cfg.model.name, reason), {})[name] = None
+    return [f"model={model}: left out: {', '.join(some)}: {reason}" for (model, reason), some in names.items()]
+
+
+def measured(cfg: DictConfig) -> list[str]:
+    """Return the names of the configured metrics but for those that are `left_out`."""
+    absent = left_out(cfg)
+    return [name for name in cfg.metric if name not in absent]
+
+
+def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Metric:
+    """Build a configured metric, which is called what the configuration calls it, in documents and tables.
+
+    Args:
+        baseline: folder of the run without a method, for a metric that compares with it.
+
+    Raises:
+        FileNotFoundError, ValueError: an argument is wrong.
+    """
+    spec = cfg.metric[name]
+    settings = OmegaConf.to_container(spec, resolve=True) | {"name": name}
+    only = settings.pop("only", None)
+    if isinstance(only, str):
+        raise ValueError(f"metric.{name}.only must be a list of patterns, got {only!r}: give [{only}]")
+    if "baseline" in spec:
+        settings["baseline"] = baseline
+    metric = build(OmegaConf.create(settings))
+    metric.only = None if only is None else tuple(only)
+    if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
+        metric.cluster = cfg.bootstrap.cluster
+    return metric
+
+
+def place_of_weights(cfg: DictConfig, name: str, scorer: Scorer) -> str:
+    """Return the override that gives another place of the weights of a metric's scorer; empty where there is none."""
+    if not isinstance(scorer, Network) or not scorer.PLACE:
+        return ""
+    spec = cfg.metric[name]
+    node = OmegaConf.to_container(spec, resolve=False).get("encoder", f"metric.{name}")
+    key = node.removeprefix("${").removesuffix("}") if isinstance(node, str) else f"metric.{name}.encoder"
+    return f"{key}.{scorer.PLACE}={'FILE' if scorer.PLACE in ('file', 'weights') else 'FOLDER'}"
+
+
+def primary_metrics(cfg: DictConfig) -> dict[str, str]:
+    """Return the metrics that an experiment tests, and what each is primary for: one, several or none for a role.
+
+    Raises:
+        ValueError: they are not two of the configured ones.
+    """
+    primary = {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
+    named = {role: [names] if isinstance(names, str) else list(names) for role, names in primary.items()}
+    claims = [name for role in named if role != "quality" for name in named[role]]
+    if not claims or not named.get("quality"):
+        raise ValueError(f"expected primary.quality and one of {', '.join(tables.ROLES[:-1])} to be given, got {named}")
+    absent = left_out(cfg)
+    for role, name in ((role, name) for role, names in named.items() for name in names):
+        if name not in cfg.metric or absent.get(name) in NEEDS.values():
+            raise ValueError(
+                f"expected primary.{role} to be one of the metrics measured, got {name!r}: choose among "
+                f"{', '.join(sorted(cfg.metric))}, or a suite (metric=...) that has it"
+            )
+    if len({*claims, *named["quality"]}) < len(claims) + len(named["quality"]):
+        raise ValueError(f"expected different primary metrics, got {named}; see `primary`")
+    return {name: role for role, names in named.items() for name in names}
+
+
+def check_table(cfg: DictConfig) -> None:
+    """Check what a table needs of a configuration, before anything is made for it.
+
+    Raises:
+        ValueError: the primary metrics are not two of the configured ones that can be tested, or the intervals are not
+            of the level that tables and figures state.
+    """
+    if (level := cfg.bootstrap.level) != 0.95:
+        raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
+    for name, role in primary_metrics(cfg).items():
+        metric = get_class(cfg.metric[name]._target_)
+        if metric.aggregate == SUBSETS:
+            raise ValueError(
+                f"expected primary metrics that can be tested, got {name}, a number of the whole set of images: there "
+                "are no values of groups to resample; choose a metric of groups, as clip_score, in `primary`"
+            )
+        if role == "quality" and metric.higher_is_better is None:
+            raise ValueError(f"expected a metric with a better direction for primary.quality, got {name}")
+
+
+def tested_among(cfg: DictConfig, names: Iterable[str]) -> list[str]:
+    """Return which of some metrics are primary."""
+    values = [cfg.primary[role] for role in tables.ROLES]
+    primary = {name for value in values for name in (value if isinstance(value, ListConfig) else [value])}
+    return [name for name in names if name in primary]
+
+
+def primary_without(cfg: DictConfig, names: Iterable[str], doubtful: Container[str]) -> list[str] | None:
+    """Return overrides of `primary` by which a table needs none of some metrics; None where no other can stand in.
+
+    Another of the same class stands in: a distance by another encoder for a distance.
+
+    Args:
+        names: of the metrics that are left out.
+        doubtful: metrics that stand in only where no other one can.
+    """
+    absent = set(names)
+    overrides = []
+    for role in (role for role in tables.ROLES if cfg.primary[role] is not None):
+        value = cfg.primary[role]
+        tested = list(value) if isinstance(value, ListConfig) else [value]
+        if not absent.intersection(tested):
+            continue
+        kept = [name for name in tested if name not in absent]
+        kinds = {cfg.metric[name]._target_ for name in tested if name in cfg.metric}
+        others = [name for name in measured(cfg) if name not in absent and cfg.metric[name]._target_ in kinds]
+        others.sort(key=lambda name: name in doubtful)
+        if not (chosen := kept or others[:1]):
+            return None
+        overrides.append(f"primary.{role}={chosen[0] if len(chosen) == 1 else '[' + ','.join(chosen) + ']'}")
+    return overrides

@@ -1,0 +1,280 @@
+"""The real checkpoints' path, from nothing to a table, with a stand-in of the hub and tiny or random weights on it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from checkpoints import (
+    lay_out_clip,
+    lay_out_dinov2,
+    lay_out_dreamsim,
+    lay_out_flux,
+    lay_out_sdxl,
+    save_sscd,
+    save_torchvision,
+)
+from hub import Hub, Repository, environment
+from PIL import Image
+
+from eval.weights import FACTS
+from experiments import PROJECT, pipelines
+from experiments.__main__ import main
+from experiments.configs import expand
+from negtome.__main__ import main as negtome
+
+SDXL, FLUX = "SG161222/RealVisXL_V4.0", "black-forest-labs/FLUX.1-dev"
+#: What is smaller here than in conf/: the prompts, the images, the steps. A text has a token a character.
+SMALL = (
+    "prompts.categories=[bird,dog]", "model.groups_per_category=1", "prompts.images_per_prompt=2",
+    "model.call.height=64", "model.call.width=64",
+)  # fmt: skip
+SHORT = {"sdxl": ("model.call.num_inference_steps=4", "model.call.negative_prompt=blurry"),
+         "flux-dev": ("model.call.num_inference_steps=2",)}  # fmt: skip
+#: Metrics that so few images or categories have no value of.
+UNFIT = tuple(f"~metric.{name}" for name in (
+    "attribute_entropy", "gender_entropy", "race_entropy", "age_entropy", "inception_score"))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def checkpoints(_tiny_pipelines, tmp_path_factory):
+    from copy import deepcopy
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        SDXL: lay_out_sdxl(deepcopy(_tiny_pipelines["sdxl"]), folder / "sdxl"),
+        FLUX: lay_out_flux(deepcopy(_tiny_pipelines["flux"]), folder / "flux"),
+    }
+
+
+@pytest.fixture
+def hub(checkpoints, tmp_path):
+    """A hub that has both checkpoints, as a copy that may be changed."""
+    with Hub() as hub:
+        for number, (name, folder) in enumerate(checkpoints.items()):
+            hub.repositories[name] = Repository(shutil.copytree(folder, tmp_path / f"served-{number}"))
+        yield hub
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    """Have this process take `hub` for the hub, with an empty cache."""
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in {
+        "constants.HF_HUB_OFFLINE": False, "constants.ENDPOINT": hub.url, "hf_api.api.endpoint": hub.url,
+        "constants.HUGGINGFACE_CO_URL_TEMPLATE": template, "constants.HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"huggingface_hub.{name}", value)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts of a download
+    return hub
+
+
+def configured(name, *overrides):
+    return expand([f"model={name}", *overrides])[0].model
+
+
+def pngs(folder):
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("images/**/*.png"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("sdxl", {
+            "text_encoder/model.fp16", "text_encoder_2/model.fp16", "unet/diffusion_pytorch_model.fp16",
+            "vae/diffusion_pytorch_model.fp16",
+        }),
+        ("flux-dev", {
+            "text_encoder/model", "vae/diffusion_pytorch_model",
+            *(f"text_encoder_2/model-0000{number}-of-00003" for number in (1, 2, 3)),
+            *(f"transformer/diffusion_pytorch_model-0000{number}-of-00003" for number in (1, 2, 3)),
+        }),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_fetched_once_and_in_no_other_form_than_it_is_loaded_in(name, weights, online):
+    config = configured(name)
+    checkpoint = pipelines.find_checkpoint(config)
+    fetched = [file.removeprefix(f"{config.source}/") for file in online.downloads()]
+    assert len(set(fetched)) == len(fetched)
+    assert {file.removesuffix(".safetensors") for file in fetched if file.endswith(".safetensors")} == weights
+    assert all("/" in file or file == "model_index.json" for file in fetched), "what lies beside the components"
+    pipe = pipelines.load(config, checkpoint, "cpu")
+    denoiser = getattr(pipe, pipelines.ARCHITECTURES[config.architecture].denoiser)
+    assert denoiser.dtype is getattr(torch, config.dtype)
+    online.requests.clear()
+    assert pipelines.find_checkpoint(config) == checkpoint and not online.requests
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_who_may_not_download_a_gated_checkpoint_reads_where_its_licence_is_accepted(status, online, tmp_path, capsys):
+    online.repositories[FLUX].gated = status
+    outputs = tmp_path / "outputs"
+    assert main(["generate", "experiment=diversity", "model=flux-dev", "metric=none", f"outputs={outputs}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate: ")]
+    assert f" {online.url}/{FLUX} " in line and "hf auth login" in line and len(line) < 400
+    assert not outputs.exists()
+
+
+def test_a_download_that_breaks_off_is_one_error_and_the_next_call_goes_on(online):
+    file = "unet/diffusion_pytorch_model.fp16.safetensors"
+    online.repositories[SDXL].cuts[file] = 100
+    config = configured("sdxl")
+    with pytest.raises(FileNotFoundError, match=SDXL):
+        pipelines.find_checkpoint(config)
+    before = set(online.downloads())
+    online.repositories[SDXL].cuts[file] = 1
+    online.requests.clear()
+    assert pipelines.find_checkpoint(config).fingerprint
+    weights = {one for one in online.downloads() if one.endswith(".safetensors")}
+    assert f"{SDXL}/{file}" in weights and not weights - {f"{SDXL}/{file}"} & before
+
+
+@pytest.mark.parametrize("file", ["vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"])
+def test_a_file_that_the_repository_lacks_is_named(file, online):
+    for name in {file, file.replace(".fp16", "")}:
+        (online.repositories[SDXL].folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"missing: {re.escape(file)}"):
+        pipelines.find_checkpoint(configured("sdxl"))
+
+
+def test_a_component_that_has_no_variant_is_taken_as_it_is(online):
+    (online.repositories[SDXL].folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    config = configured("sdxl")
+    checkpoint = pipelines.find_checkpoint(config)
+    weights = [file for file in online.downloads() if file.endswith(".safetensors")]
+    assert sorted(".fp16." in file for file in weights) == [False, True, True, True]
+    assert pipelines.load(config, checkpoint, "cpu").vae.dtype is torch.float16
+    online.requests.clear()
+    assert pipelines.find_checkpoint(config) == checkpoint and not online.requests
+
+
+def test_the_librarys_own_command_takes_a_repository(online, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "a dog", "--model", SDXL, "--size", "64x64", "--steps", "5", "-n", "2", "--out"]
+    assert negtome([*command, "first"]) == 0, capsys.readouterr().err
+    online.requests.clear()
+    assert negtome([*command, "second"]) == 0 and not online.downloads()
+    first, second = ([Image.open(path).tobytes() for path in sorted(Path(name).glob("with-*.png"))] for name in
+                     ("first", "second"))  # fmt: skip
+    assert len(first) == 2 and first == second
+
+
+# --- the experiment, in processes of their own ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Scoring networks: repositories by their names, and files by where they are downloaded from."""
+    folder = tmp_path_factory.mktemp("networks")
+    archive, dino = lay_out_dreamsim(folder / "dreamsim")
+    repositories = {
+        "timm/vit_base_patch32_clip_224.openai": lay_out_clip(folder / "clip"),
+        "facebook/dinov2-base": lay_out_dinov2(folder / "dinov2"),
+    }
+    lpips = FACTS["lpips"]
+    files = {
+        FACTS["dreamsim"]["url"].format(kind="ensemble"): archive,
+        FACTS["dreamsim"]["dino"]: dino,
+        FACTS["sscd"]["url"]: save_sscd(folder / "sscd.pt"),
+    }
+    for net, name in (("alex", "alexnet"), ("vgg", "vgg16")):
+        file = lpips["backbones"][net]
+        files[lpips["url"].format(file=file)] = save_torchvision(name, folder / file)
+    yield repositories, {url.removeprefix("https://"): file for url, file in files.items()}
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def scoring(hub, networks):
+    """A hub that has the scoring networks, too; and what else they are downloaded from."""
+    repositories, files = networks
+    hub.repositories |= {name: Repository(folder) for name, folder in repositories.items()}
+    hub.files |= files
+    return hub
+
+
+@pytest.fixture
+def command(scoring, tmp_path):
+    """Call a command of the benchmark on a machine that has nothing yet but Python's packages."""
+    home = tmp_path / "home"
+
+    def call(name, *arguments):
+        words = [sys.executable, "-m", f"experiments.{name}", *arguments]
+        return subprocess.run(words, cwd=PROJECT, env=environment(scoring, home), capture_output=True, text=True)
+
+    yield call
+    shutil.rmtree(home, ignore_errors=True)  # 300 MB
+
+
+def scored(table):
+    """Return the CSV's rows by method and metric; each must have a number."""
+    frame = pd.read_csv(table).set_index(["method", "metric"])
+    assert frame["value"].notna().all() and len(frame)
+    return frame
+
+
+@pytest.mark.slow
+def test_sdxl_goes_from_nothing_to_a_table_and_a_page(command, scoring, tmp_path):
+    outputs = tmp_path / "outputs"
+    arguments = ["experiment=diversity", "model=sdxl", *SMALL, *SHORT["sdxl"], *UNFIT, "~metric.clip_score_l14",
+                 f"outputs={outputs}"]  # fmt: skip
+    done = command("reproduce", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "nan" not in done.stdout
+    assert scoring.url not in done.stderr, "the log has every request"
+    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "%|" not in line]
+    assert len(set(lines)) == len(lines), [line for line, number in Counter(lines).items() if number > 1]
+    images = pngs(outputs / "runs")
+    assert len(images) == 12 and {Image.open(path).size for path in images} == {(64, 64)}
+    table = outputs / "results" / "diversity.csv"
+    frame = scored(table)
+    assert set(frame.index.get_level_values("method")) == {"none", "negtome", "negtome_released"}
+    distances = frame.xs("pairwise_distance", level="metric")
+    assert (distances["value"] > 0).all() and distances["encoder"].str.startswith("dreamsim-ensemble-").all()
+    assert (tmp_path / "home" / "torch" / "hub" / "dreamsim" / "ensemble_lora").is_dir()
+    assert len(set(scoring.downloads())) == len(scoring.downloads()), "something was downloaded twice"
+
+    before = {path: path.stat().st_mtime_ns for path in images}, table.read_bytes()
+    scoring.requests.clear()
+    again = command("reproduce", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert not scoring.requests
+    assert ({path: path.stat().st_mtime_ns for path in pngs(outputs / "runs")}, table.read_bytes()) == before
+
+    page = tmp_path / "page"
+    done = command("report", "--results", str(table.parent), "--outputs", str(outputs), "--into", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "<img" in (page / "index.html").read_text() and not scoring.requests
+
+
+@pytest.mark.slow
+def test_flux_goes_from_nothing_to_a_table(command, scoring, tmp_path):
+    outputs = tmp_path / "outputs"
+    arguments = ["experiment=diversity", "model=flux-dev", *SMALL, *SHORT["flux-dev"], "metric=core"]
+    done = command("reproduce", *arguments, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert len(pngs(outputs / "runs")) == 12
+    assert len(scored(outputs / "results" / "diversity.csv")) >= 3 * 4
+    downloads = scoring.downloads()
+    assert len(set(downloads)) == len(downloads)
+
+
+@pytest.mark.slow
+def test_scoring_networks_that_are_not_to_be_had_end_it_before_the_first_image(command, scoring, tmp_path):
+    """Of three, each of another kind: a URL, a repository of transformers' and one of open_clip's."""
+    del scoring.files[FACTS["sscd"]["url"].removeprefix("https://")]
+    del scoring.repositories["facebook/dinov2-base"]
+    outputs = tmp_path / "outputs"
+    done = command("reproduce", "experiment=diversity", "model=sdxl", *SMALL, *SHORT["sdxl"], *UNFIT,
+                   f"outputs={outputs}")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    message = done.stderr[done.stderr.index("expected the weights of") :]
+    for network in ("SSCD", "DINOv2", "ViT-L-14-336"):
+        assert message.count(f"weights of {network}") + message.count(f"weights of OpenCLIP {network}") == 1
+    assert "DreamSim" not in message and "Traceback" not in done.stderr
+    assert not pngs(tmp_path)
