@@ -202,8 +202,8 @@ def _section(
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
         "drawn": list(figures),
         "figures": [
-            pictures.plate(encode(figure, "svg"), "svg", 96 * figure.get_size_inches(), what)
-            for figure, what in figures.values()
+            pictures.plate(encode(figure, "svg"), "svg", 96 * figure.get_size_inches(), what) | {"key": key}
+            for key, (figure, what) in figures.items()
         ],
         "galleries": [
             gallery(name, model, [run for run in runs if run["model"] == model], results, pictures, groups)

@@ -54,7 +54,7 @@ const sections = [...document.querySelectorAll(".section")].map((section) => ({
   section, name: spaced(section.id),
   tables: [...section.querySelectorAll(".scroll.table")], figures: [...section.querySelectorAll(".plate")],
 }));
-const label = (item) => spaced(item.matches(".plate") ? item.querySelector("img").alt : item.getAttribute("aria-label"));
+const label = (item) => spaced(item.matches(".plate") ? `${item.dataset.name} ${item.querySelector("img").alt}` : item.getAttribute("aria-label"));
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 function narrow() {
@@ -82,6 +82,7 @@ function narrow() {
   const gone = new Set(sections.filter(({ section }) => section.hidden).map(({ section }) => section.id));
   for (const entry of document.querySelectorAll(".contents li")) entry.hidden = gone.has(entry.firstElementChild.hash.slice(1));
   for (const chapter of document.querySelectorAll(".contents > div")) chapter.hidden = !chapter.querySelector("li:not([hidden])");
+  document.querySelector(".contents").hidden = !kept.section;
   for (const chapter of document.querySelectorAll("main > section:not(.opening)")) chapter.hidden = !chapter.querySelector(".section:not([hidden])");
   count.textContent = !parts.length ? "" : !kept.section ? "Nothing has this name."
     : `${counted(kept.section, "section")}, ${counted(kept.table, "table")}, ${counted(kept.figure, "figure")}`;

@@ -180,6 +180,8 @@ def test_a_query_leaves_the_sections_tables_and_figures_of_that_name(open_page, 
     field.fill("Main Table")
     assert visible(page, ".scroll.table") == visible(page, ".section") == 1, "what has the name is unfolded"
     assert visible(page, "#diversity .plate") == visible(page, "#diversity .gallery") == 0
+    field.fill("forest")
+    assert visible(page, ".plate:not(.opening *)") > 0, "a figure is found by the name of its file, too"
     field.fill("no such name")
     assert visible(page, ".section") == visible(page, "main > section:not(.opening)") == 0
     assert "Nothing" in page.locator("output[name=count]").text_content()
