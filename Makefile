@@ -73,7 +73,7 @@ demo: $(VENV)/.installed-demo  ## the method in the browser, on this machine alo
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
 	@$(PY) -m experiments.doctor
 
-notebooks: $(VENV)/.installed-dev  ## run the notebooks and keep in them what they show (2 minutes)
+notebooks: $(VENV)/.installed-notebooks  ## run the notebooks and keep in them what they show (2 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m experiments.notebooks
 
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 COMMANDS = (
     "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "rank", "report", "latency", "collect",
-    "applications", "stereotypes", "demo", "doctor", "safety.scorecard", "safety.redteam", "safety.gate",
+    "applications", "stereotypes", "notebooks", "demo", "doctor", "safety.scorecard", "safety.redteam", "safety.gate",
 )  # fmt: skip
 
 

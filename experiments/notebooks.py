@@ -1,26 +1,37 @@
-"""Run the notebooks and keep in them what they show, so that they can be read where they lie.
+"""Run the notebooks and save their outputs in them, so that they can be read without running them.
 
     python -m experiments.notebooks [NAME ...]
 
-Cells are run as a kernel runs them, top to bottom and each in its notebook's folder, but in this process: no server and
-no state of before. Equal tables give equal files.
+NAME is a file of notebooks/ without its ending, such as quickstart; without a name, all of them run. It needs the extra
+`notebooks`: pip install -e '.[notebooks]'. Cells run top to bottom, in the notebook's folder, as a kernel runs them,
+but in this process. Equal tables give equal files.
 """
+
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
 
 import ast
 import base64
 import contextlib
 import io
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from IPython.core.formatters import DisplayFormatter
-from nbformat.v4 import new_output
-
 from eval.files import write_text
 from experiments import PROJECT
+
+try:
+    import nbformat
+    from IPython.core.formatters import DisplayFormatter
+    from nbformat.v4 import new_output
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"expected nbformat and IPython to run notebooks, got no {error.name}: pip install -e '.[notebooks]'"
+    ) from error
 
 FOLDER = PROJECT / "notebooks"
 #: Kinds of outputs that are kept, as far as a value has them; pages and GitHub show the last of them that they know.
@@ -62,7 +73,15 @@ def refresh(file: Path) -> Path:
     return write_text(file, nbformat.writes(notebook) + "\n")
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> None:
+    """Run the named notebooks, by default all, and print their paths.
+
+    Raises:
+        ValueError: notebooks/ has no notebook of a name; none is run then.
+    """
+    names = sorted(file.stem for file in FOLDER.glob("*.ipynb"))
+    if unknown := [name for name in argv if name not in names]:
+        raise ValueError(f"expected names of notebooks, {', '.join(names)}, got {', '.join(unknown)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for name in sys.argv[1:] or sorted(file.stem for file in FOLDER.glob("*.ipynb")):
+    for name in argv or names:
         print(refresh(FOLDER / f"{name}.ipynb"), flush=True)

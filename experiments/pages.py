@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from eval.intervals import FEWEST
 from eval.significance import non_inferiority_power
 from experiments import catalogue, project_path
 from experiments.methods.setting import Setting
@@ -14,6 +15,28 @@ from experiments.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05
+#: Metrics whose names are no noun phrase, as sentences have them.
+PHRASES = {
+    "not_unsafe": "share of protected requests stopped",
+    "not_overrefuse": "share of allowed requests answered",
+    "gender_as_said": "share of images with the gender that the prompt names",
+    "skin_tone_as_said": "share of images with the skin tone that the prompt names",
+}
+#: Ends of metrics' names that say which prompts are measured, as sentences have them.
+PROMPTS = {
+    "unnamed": "prompts that name no protected concept",
+    "allowed": "allowed requests",
+    "direct": "direct prompts",
+    "indirect": "indirect prompts",
+    "benign": "benign prompts",
+    "near": "near prompts",
+    "generic": "generic prompts",
+    "parody": "parodies",
+    "jailbroken": "jailbreak prompts",
+    "injected": "prompts with an injected clause",
+    "harmless_jailbroken": "harmless prompts worded like jailbreaks",
+    "harmless_injected": "harmless prompts with an injected clause",
+}
 #: Of more settings than these a table has one column, not one each.
 WIDE = 10
 #: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
@@ -68,6 +91,14 @@ def _base(row: pd.Series) -> float | None:
 def _count(row: pd.Series, name: str) -> int:
     """Return an amount that a table has only where groups are withheld, else 0."""
     return 0 if pd.isna(row.get(name)) else int(row[name])
+
+
+def phrase(metric: str) -> str:
+    """Return a metric as a noun phrase, which can follow "raised the"."""
+    for kind in sorted(PROMPTS, key=len, reverse=True):  # harmless_injected before injected
+        if metric.endswith(f"_{kind}"):
+            return f"{phrase(metric.removesuffix(f'_{kind}'))} for {PROMPTS[kind]}"
+    return PHRASES.get(metric, words(metric))
 
 
 def arrow(row: pd.Series) -> str:
@@ -233,7 +264,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
         found.append(f"- {model}, {name}: {text} ({counts(tested.iloc[0])}).{others}")
     missing = frame[frame["primary"].isin(ROLES) & frame["value"].isna()]
     for (model, run), rows in missing.groupby(["model", "run_id"], sort=False):
-        metrics, n_withheld = " and the ".join(map(words, rows["metric"])), _count(rows.iloc[0], "n_withheld")
+        metrics, n_withheld = " and the ".join(map(phrase, rows["metric"])), _count(rows.iloc[0], "n_withheld")
         name = named(run, rows["method"].iloc[0])
         found.append(f"- {model}, {name}: no images to measure the {metrics} of: {n_withheld} groups withheld.")
     return found
@@ -254,7 +285,7 @@ def counts(row: pd.Series) -> str:
 
 def finding(row: pd.Series) -> str:
     """Say in words what a method did to one metric, from its row alone; no more than the interval does."""
-    base, metric = _base(row), words(row["metric"])
+    base, metric = _base(row), phrase(row["metric"])
     moved, sign = ("raised", 1) if row["difference"] > 0 else ("lowered", -1)
     clear, lowest, highest = is_clear(row), row["difference_low"], row["difference_high"]
     facts = []
@@ -268,8 +299,10 @@ def finding(row: pd.Series) -> str:
         share = [f"{100 * abs(row['difference'] / base):.1f} %"] if base else []
         verb = moved if row["p_holm"] <= LEVEL else f"may have {moved}"
         text = f"{verb} the {metric} by {change(size, '')} ({', '.join(share + facts)})"
-    elif row["difference"] and pd.isna(lowest):  # by one number everywhere, of which there is no test
-        text = f"{moved} the {metric} by {abs(row['difference']):g} ({', '.join([*facts, 'in all units alike'])})"
+    elif row["difference"] and pd.isna(lowest):
+        few = row["n_units"] < FEWEST  # else the difference is the same everywhere, which nothing resampled changes
+        reason = "too few units for an interval" if few else "no interval could be estimated"
+        text = f"{moved} the {metric} by {abs(row['difference']):g} ({', '.join([*facts, reason])})"
     else:
         text = f"did not measurably change the {metric} ({', '.join([change(row), *facts])})"
         if base and not pd.isna(lowest):
@@ -295,7 +328,7 @@ def _moved(rows: pd.DataFrame) -> str:
             kind = {"-": "moved"}.get(arrow(row), "better" if up == (arrow(row) == "up") else "worse")
             base = _base(row)
             size = f"{100 * row['difference'] / abs(base):+.0f} %" if base else f"{row['difference']:+.2g}"
-            told[kind].append(f"{words(row['metric'])} {size}")
+            told[kind].append(f"{phrase(row['metric'])} {size}")
     texts = [f"{kind}: {', '.join(names)}" for kind, names in told.items() if names]
     return f" Not tested, by intervals clear of 0, {'; '.join(texts)}." if texts else ""
 

@@ -42,6 +42,19 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ConsecutiveGroup(Group):
+    """A group whose images have the seeds `seed`, `seed + 1`, ..., as those of `negtome generate` have."""
+
+    @classmethod
+    def of(cls, prompt: str, category: str, seed: int, size: int) -> "ConsecutiveGroup":
+        """Return the group of a prompt, named as in a `PromptSet`."""
+        return cls(_prompt_id(prompt), prompt, category, seed, size)
+
+    def image_seeds(self) -> list[int]:
+        return [self.seed + index for index in range(self.size)]
+
+
+@dataclass(frozen=True)
 class PromptSet:
     """Categories x templates x seeds, or a seeded subset of them.
 
@@ -98,6 +111,19 @@ class PromptSet:
                 prompt = f"{template} {category}"
                 result.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
         return result
+
+
+@dataclass(frozen=True)
+class ConsecutivePrompts(PromptSet):
+    """A prompt set of `ConsecutiveGroup`: a run of it has the images that the demo shows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The name is part of a run's identity, which knows the groups by prompt and seed alone.
+        object.__setattr__(self, "name", f"{self.name}, consecutive seeds")
+
+    def groups(self) -> list[Group]:
+        return [ConsecutiveGroup(*dataclasses.astuple(group)) for group in super().groups()]
 
 
 #: Kinds of prompts about a protected character, see `CharacterPrompts`.

@@ -134,12 +134,14 @@ def _sections(results: Path, outputs: Path, pictures: Pictures, groups: int) -> 
     for stem, path in words.items():
         if stem not in of_experiments:  # whose page says what its section does
             owner = stem if stem in names else _owner(stem, names)
-            sections[owner]["words"].append((stem, read_page(path)))
+            if content := read_page(path):
+                sections[owner]["words"].append((stem, content))
     for stem, frame in tables.items():
         if stem not in of_experiments:
             owner = stem if stem in names else _owner(stem, names)
             rows = frame.dropna(axis="columns", how="all").map(spelled)
-            sections[owner]["rows"].append((stem, rows))
+            if not rows.empty:
+                sections[owner]["rows"].append((stem, rows))
     drawn = {f"{name}_{key}" for name, section in sections.items() for key in section["drawn"]}
     drawn |= {f"{name}_grid_{model}" for name, section in sections.items() for model in section["models"]}
     for file in kept(results):
@@ -149,7 +151,12 @@ def _sections(results: Path, outputs: Path, pictures: Pictures, groups: int) -> 
             owner = file.stem.partition("_")[0]
             sections.setdefault(owner, _head(owner, None))
         sections[owner]["figures"].append(pictures.copy(file, f"{file.stem}: a picture beside the table"))
-    return sections
+    return {name: section for name, section in sections.items() if _has_content(section)}
+
+
+def _has_content(section: dict[str, Any]) -> bool:
+    """Tell whether a section shows anything but how it would be made."""
+    return "frame" in section or any(section[kind] for kind in ("words", "rows", "figures"))
 
 
 def _owner(stem: str, names: Any) -> str:
@@ -195,8 +202,8 @@ def _section(
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
         "drawn": list(figures),
         "figures": [
-            pictures.plate(encode(figure, "svg"), "svg", 96 * figure.get_size_inches(), what)
-            for figure, what in figures.values()
+            pictures.plate(encode(figure, "svg"), "svg", 96 * figure.get_size_inches(), what) | {"key": key}
+            for key, (figure, what) in figures.items()
         ],
         "galleries": [
             gallery(name, model, [run for run in runs if run["model"] == model], results, pictures, groups)

@@ -53,22 +53,24 @@ MODES = {
         "Diversity", "The images of a prompt are pushed apart from the first one, which stays as it is.", None, STRENGTH
     ),
     "away": Mode(
-        "Away from a picture",
-        "Images are pushed away from a picture: a design, a character. Paint over what they must not resemble.",
+        "Away from an image",
+        "Images are pushed away from a reference image: a design, a character. Paint over what they must not resemble.",
         None,
         (*STRENGTH, "picture"),
     ),
     "style": Mode(
         "Style",
-        "Away from how a picture looks, while the prompt says what is shown. Give a picture in the style to leave.",
+        "Away from how a reference image looks; the prompt says what is shown. Give an image in the style to leave.",
         0.9,
         (*STRENGTH, "picture"),
     ),
     "quality": Mode("Quality", "Every image is pushed away from a blurred copy of itself.", 0.6, (*STRENGTH, "blur")),
-    "towards": Mode("Towards a picture", "Alpha below 0 pulls images towards a picture.", -0.4, (*STRENGTH, "picture")),
+    "towards": Mode(
+        "Towards an image", "Alpha below 0 pulls images towards a reference image.", -0.4, (*STRENGTH, "picture")
+    ),
     "compare": Mode(
         "Compare methods",
-        "The same noises through several training-free methods, each as configured in conf/method.",
+        "The same seeds through several training-free methods, each with the hyperparameter chosen for this model.",
         None,
         ("methods",),
     ),
@@ -123,9 +125,9 @@ class Asked:
         if self.steps is not None and not 1 <= self.steps <= 200:
             raise ValueError(f"expected 1 to 200 steps, got {self.steps}")
         if self.low > self.high:
-            raise ValueError(f"The window is empty: it goes from {self.high:g} down to {self.low:g}; swap them.")
+            raise ValueError(f"The timestep range is empty, from {self.high:g} down to {self.low:g}: swap its ends.")
         if "picture" in MODES[self.mode].controls and not self.picture:
-            raise ValueError("No picture is given: upload or paste one, or choose another mode.")
+            raise ValueError("No reference image is given: upload or paste one, or choose another mode.")
         if self.mode == "compare" and not self.methods:
             raise ValueError("No method is chosen: tick at least one.")
         if unknown := set(self.methods) - catalogue.entries().keys():

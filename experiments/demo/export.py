@@ -1,16 +1,19 @@
-"""What a visitor takes away: a script, a command, the benchmark's overrides, pictures that know their settings."""
+"""The exports of a run: a script, commands, overrides of the benchmark, and images that hold their settings."""
 
 import base64
 import io
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from experiments import catalogue
 from experiments.demo.asked import ITSELF, Asked, split
 from experiments.demo.models import Model
+from experiments.methods.negtome import NegToMe
 from negtome.pictures import chunks
 from negtome.recipe import Recipe
 
@@ -28,13 +31,15 @@ class Export(NamedTuple):
 
 def exports(asked: Asked, recipe: Recipe, model: Model) -> list[Export]:
     """Return the ways to make what is shown elsewhere; one that cannot say it all says so."""
-    return [_python(asked, recipe), _command(asked, recipe), _hydra(asked, recipe, model)]
+    if asked.mode == "compare":
+        by_hand = [_python_of_methods(asked, recipe, model), _commands_of_methods(asked, recipe, model)]
+    else:
+        by_hand = [_python(asked, recipe), _command(asked, recipe)]
+    return [*by_hand, _hydra(asked, recipe, model)]
 
 
 def _python(asked: Asked, recipe: Recipe) -> Export:
     text = recipe.python()
-    if asked.mode == "compare":
-        return Export("Python", "The images without a method; the methods are the benchmark's, below.", text)
     if asked.mode == "quality":
         copy = f"image.filter(ImageFilter.GaussianBlur({asked.blur:g} * min(image.size)))"
         text = text.replace(f'negtome.Reference("{ITSELF}")', f"[negtome.Reference({copy}) for image in without]")
@@ -42,43 +47,66 @@ def _python(asked: Asked, recipe: Recipe) -> Export:
     return Export("Python", "These very images, with diffusers and negtome alone.", text)
 
 
+def _python_of_methods(asked: Asked, recipe: Recipe, model: Model) -> Export:
+    """Return a script that makes the baseline, and then the images of each method as the benchmark does."""
+    _, category = split(recipe.prompt)
+    settings = {name: list(model.setup(name).overrides) for name in asked.methods}
+    lines = [
+        "",
+        "# The methods are the benchmark's.",
+        "from PIL import Image",
+        "",
+        "from experiments.configs import build, first",
+        "from experiments.prompts import ConsecutiveGroup",
+        "",
+        f"group = ConsecutiveGroup.of({recipe.prompt!r}, {category!r}, seed={recipe.seed}, size={recipe.images})",
+        'arguments = {name: value for name, value in call.items() if name not in ("prompt", "num_images_per_prompt")}',
+        "methods = {",
+        *(f"    {name!r}: {overrides!r}," for name, overrides in settings.items()),
+        "}",
+        "for name, overrides in methods.items():",
+        f'    method = build(first(["model={model.base}", f"method={{name}}", *overrides]).method)',
+        "    images = method.draw(pipe, group, arguments).images",
+        '    for i, pixels in enumerate((255 * images).round().astype("uint8")):',
+        '        Image.fromarray(pixels).save(f"{name}-{i}.png")',
+    ]
+    what = "These very images, from the project's folder: the methods are the benchmark's."
+    return Export("Python", what, recipe.python() + "\n".join(lines) + "\n")
+
+
+def _commands_of_methods(asked: Asked, recipe: Recipe, model: Model) -> Export:
+    """Return a command for each method that NegToMe's own settings describe."""
+    configs = {name: method.config for name in asked.methods if type(method := model.method(name)) is NegToMe}
+    commands = [f"{recipe.replace(config=config).command()} --compare" for config in configs.values()]
+    if not commands:
+        return Export("Command line", "It makes the baseline alone: use Python or the overrides.", recipe.command())
+    titles = ", ".join(catalogue.entries()[name].title for name in configs)
+    rest = "" if len(configs) == len(asked.methods) else " For the other methods use Python or the overrides."
+    what = f"The baseline and {titles}, from the project's folder.{rest}"
+    return Export("Command line", what, "\n".join(commands))
+
+
 def _command(asked: Asked, recipe: Recipe) -> Export:
     if asked.mode == "quality":
         return Export("Command line", "It has no blurred copies: use the Python above.", "")
-    if asked.mode == "compare":
-        return Export("Command line", "The images without a method, from the project's folder.", recipe.command())
     return Export("Command line", "Both rows, from the project's folder.", f"{recipe.command()} --compare")
 
 
 def _hydra(asked: Asked, recipe: Recipe, model: Model) -> Export:
-    """Return the benchmark's command: of images pushed apart an experiment of one group, else a sheet of pictures."""
+    """Return the benchmark's commands: of images pushed apart a run for each row, else a grid of images."""
     shared = [f"model={model.base}"]
     if model.name != model.base:
         shared += [f"model.source={_quoted(recipe.model)}", "model.variant=null"]
+    shared += [f"model.dtype={recipe.dtype}"] if recipe.dtype != model.configured_dtype else []
     shared += [f"model.call.num_inference_steps={recipe.steps}"] if recipe.steps else []
-    settings = []
-    if asked.mode != "compare":
-        config = recipe.config
-        window = ",".join(f"{end:g}" for end in config.timestep_range)
-        settings = [f"method.threshold={config.threshold:g}", f"method.timestep_range=[{window}]"]
-        settings += [f"method.matching={config.matching}", f"method.min_side={config.min_side}"]
-    if asked.mode in ("diversity", "compare"):
-        template, category = split(recipe.prompt)
-        if not template:
-            what = "The benchmark's prompts are a template and a category, of two words at least: this one is none."
-            return Export("Hydra overrides", what, "")
-        if "${" in recipe.prompt:  # which building the prompts interpolates once more, however it is escaped here
-            return Export("Hydra overrides", "The benchmark's prompts cannot hold ${: use the Python above.", "")
-        methods = asked.methods if asked.mode == "compare" else ("negtome",)
-        settings += [f"method.alpha={recipe.config.alpha:g}"] if asked.mode == "diversity" else []
-        prompts = [
-            f"prompts.templates=[{_quoted(template)}]", f"prompts.categories=[{_quoted(category)}]",
-            f"prompts.seeds=[{asked.seed}]", f"prompts.images_per_prompt={asked.images}",
-            "prompts.groups_per_category=null",
-        ]  # fmt: skip
-        what = "The same settings in the benchmark, whose noises are its own."
-        return _overrides("generate", what, *shared, f"method={','.join(methods)}", *settings, *prompts)
-    what = "The same, a sheet of a row a seed; files in outputs/results."
+    if asked.mode == "compare":
+        return _runs(asked, recipe, shared, {name: model.setup(name).overrides for name in asked.methods})
+    config = recipe.config
+    window = ",".join(f"{end:g}" for end in config.timestep_range)
+    settings = [f"method.threshold={config.threshold:g}", f"method.timestep_range=[{window}]"]
+    settings += [f"method.matching={config.matching}", f"method.min_side={config.min_side}"]
+    if asked.mode == "diversity":
+        return _runs(asked, recipe, shared, {"negtome": (f"method.alpha={config.alpha:g}", *settings)})
     if recipe.mask is not None:
         return Export("Hydra overrides", "It has no painted masks: use the Python above.", "")
     reference = "null" if asked.mode == "quality" else _quoted(recipe.reference)
@@ -86,14 +114,37 @@ def _hydra(asked: Asked, recipe: Recipe, model: Model) -> Export:
     seeds = ",".join(map(str, recipe.seeds()))
     own = (
         f"+applications.demo={{description: demo, prompt: {_quoted(recipe.prompt)}, reference: {reference}{blur}, "
-        f"alphas: [{recipe.config.alpha:g}], seeds: [{seeds}]}}"
+        f"alphas: [{config.alpha:g}], seeds: [{seeds}]}}"
     )
     others = [f"~applications.{name}" for name in ("style", "quality", "masked", "interpolation")]
-    return _overrides("applications", what, *shared, *settings, *others, own)
+    what = "The same images as a grid with a row for each seed; files in outputs/results."
+    return _overrides("applications", what, [*shared, *settings, *others, own])
 
 
-def _overrides(command: str, what: str, *words: str) -> Export:
-    return Export("Hydra overrides", what, shlex.join(["python", "-m", f"experiments.{command}", *words]))
+def _runs(asked: Asked, recipe: Recipe, shared: list[str], methods: Mapping[str, Sequence[str]]) -> Export:
+    """Return the benchmark's command for the baseline and for each method with its overrides."""
+    template, category = split(recipe.prompt)
+    if not template:
+        what = "The benchmark's prompts are a template and a category, two words at least: this prompt has one."
+        return Export("Hydra overrides", what, "")
+    if "${" in recipe.prompt:  # which building the prompts interpolates once more, however it is escaped here
+        return Export("Hydra overrides", "The benchmark's prompts cannot hold ${: use the Python above.", "")
+    prompts = [
+        "prompts._target_=experiments.prompts.ConsecutivePrompts",
+        f"prompts.templates=[{_quoted(template)}]", f"prompts.categories=[{_quoted(category)}]",
+        f"prompts.seeds=[{asked.seed}]", f"prompts.images_per_prompt={asked.images}",
+        "prompts.groups_per_category=null",
+    ]  # fmt: skip
+    what = "These very images as runs of the benchmark, a command for each row; files in outputs/runs."
+    methods = {"none": (), **methods}
+    lines = ([*shared, f"method={name}", *settings, *prompts] for name, settings in methods.items())
+    return _overrides("generate", what, *lines)
+
+
+def _overrides(command: str, what: str, *lines: list[str]) -> Export:
+    """Return a command of the benchmark for each line of overrides."""
+    commands = (shlex.join(["python", "-m", f"experiments.{command}", *words]) for words in lines)
+    return Export("Hydra overrides", what, "\n".join(commands))
 
 
 def _quoted(text: str) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json
-from experiments import PROJECT, catalogue, pipelines, project_path, select_device
+from experiments import PROJECT, catalogue, chosen_file, pipelines, project_path, select_device
 from experiments.configs import build, first
 from experiments.methods.method import Method
 from negtome import NegToMeConfig
@@ -38,12 +38,14 @@ class Model:
         name: as it was asked for.
         base: its name in conf/model/, or that of one that is called as it is.
         cfg: as of conf/model/.
-        group, given: settings of NegToMe among images, and away from a picture, as configured for it.
+        configured_dtype: the dtype in conf/model/, which `cfg` need not have on a CPU.
+        group, given: settings of NegToMe among images, and away from a reference image, as configured for it.
     """
 
     name: str
     base: str
     cfg: DictConfig
+    configured_dtype: str
     group: NegToMeConfig
     given: NegToMeConfig
 
@@ -64,11 +66,22 @@ class Model:
             ValueError, FileNotFoundError: it has no settings for it, or needs something that is not here.
         """
         with _composing:
-            cfg = first([f"model={self.base}", f"method={name}"]).method
+            cfg = first([f"model={self.base}", f"method={name}", *self.setup(name).overrides]).method
         return build(cfg)
 
+    def setup(self, name: str) -> "Setup":
+        """Return the hyperparameter that a method of conf/method/ is shown with.
+
+        It is the value that experiment=peers_grid chose for the model, else the default of its file, else the weakest
+        of its grid; never one with which the method does nothing.
+
+        Raises:
+            ValueError: there is no such value.
+        """
+        return _setup(self.base, name)
+
     def methods(self) -> dict[str, str]:
-        """Return the methods that need nothing but a prompt, name -> title: those with a knob, and the release's."""
+        """Return the methods that need only a prompt, name -> title: those with a hyperparameter, and the release's."""
         found = {}
         for name, entry in catalogue.entries().items():
             spec = OmegaConf.load(PROJECT / "conf" / "method" / f"{name}.yaml")
@@ -77,6 +90,55 @@ class Model:
             if fits or name == "negtome_released":
                 found[name] = entry.title
         return {"negtome": found.pop("negtome", catalogue.entries()["negtome"].title), **found}
+
+
+class Setup(NamedTuple):
+    """The hyperparameter that a method is shown with.
+
+    Attributes:
+        overrides: for Hydra, beside the method's name; () where the method's file has all settings.
+        text: the value and its origin, for people; "" of a method without a hyperparameter.
+    """
+
+    overrides: tuple[str, ...]
+    text: str
+
+
+@functools.lru_cache(maxsize=128)
+def _setup(base: str, name: str) -> Setup:
+    with _composing:
+        cfg = first([f"model={base}", f"method={name}"])
+    knob = OmegaConf.select(cfg, "method.about.knob")
+    if knob is None:
+        return Setup((), "")
+    setting, nothing = knob.setting, knob.get("nothing")
+    grid = knob["values"].get(base) or knob["values"].get(f"mini-{cfg.model.architecture}") or [None]
+    values = {
+        "chosen on development prompts": _chosen(cfg.results, base, name),
+        "the default of its file": OmegaConf.select(cfg, f"method.{setting}"),
+        "the weakest of its grid": grid[0],
+    }
+    for origin, value in values.items():
+        if value is None or value == nothing:
+            continue
+        plain = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
+        text = " to ".join(f"{end:g}" for end in plain) if isinstance(plain, list) else f"{plain:g}"
+        override = f"method.{setting}={str(plain).replace(' ', '')}"
+        return Setup((override,), f"{setting.rpartition('.')[2].replace('_', ' ')} {text}, {origin}")
+    if any(value is not None for value in values.values()):
+        raise ValueError(
+            f"expected a value of {setting} that changes images of {base}, got {nothing}: leave {name} out"
+        )
+    return Setup((), "")  # what the library has for models without settings of their own
+
+
+def _chosen(results: str, base: str, name: str) -> Any:
+    """Return the value that was chosen of a method's hyperparameter, here or else as published; None without one."""
+    for file in map(chosen_file, (results, "results")):
+        value = OmegaConf.load(file).get(base, {}).get(name) if file.is_file() else None
+        if value is not None:
+            return value
+    return None
 
 
 class Memory(NamedTuple):
@@ -163,10 +225,11 @@ def _composed(name: str, base: str, **changes: Any) -> Model:
         model.merge_with(changes)
         # Its own size, which its configuration alone knows.
         model.call.merge_with({side: None for side in ("height", "width") if side in model.call})
-    if select_device("auto") == "cpu" and model.dtype == "float16":
+    dtype = str(model.dtype)
+    if select_device("auto") == "cpu" and dtype == "float16":
         model.dtype = "float32"  # half of the operations are missing there
     settings = (_settings(one.method).published_for(model.architecture) for one in (cfg, given))
-    return Model(name, base, model, *settings)
+    return Model(name, base, model, dtype, *settings)
 
 
 def _settings(method: Mapping[str, Any]) -> NegToMeConfig:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from experiments import catalogue
 from experiments.demo import models, view
 from experiments.demo.asked import MODES, MOST_IMAGES, SEEDS, Asked, keep, kept
+from experiments.demo.jobs import Jobs
 from experiments.demo.session import Session
 
 FOLDER = Path(__file__).parent
@@ -33,7 +33,7 @@ BRUSH = "#D55E00"
 NO_MODEL = (ValueError, OSError, RuntimeError)
 #: Seconds between two looks for pictures of visitors that gradio keeps, and after which it drops them.
 KEPT_FOR = 3600
-WELCOME = "<p class='nt-hint'>Generate shows the same noises in two rows, without NegToMe and with it.</p>"
+WELCOME = "<p class='nt-hint'>Generate shows the same seeds in two rows, the baseline and NegToMe.</p>"
 
 
 class Page:
@@ -45,16 +45,15 @@ class Page:
     """
 
     def __init__(self, model: str, session: Session) -> None:
-        self.session = session
+        self.session, self.jobs = session, Jobs(session)
         steps = models.find(model).steps  # which says it where there is no such model
         settings = dict(zip(SETTINGS, self._usual("diversity", model), strict=True))
         self.first = Asked(model=model, steps=steps, **settings)
-        self.stops: dict[str, threading.Event] = {}  # of the runs that are going on, by visit
         self.controls: dict[str, Any] = {}
         about = {"title": "negtome", "analytics_enabled": False, "fill_width": True}
         with gr.Blocks(**about, delete_cache=(KEPT_FOR, KEPT_FOR)) as self.blocks:
             gr.HTML(
-                "<header><h1>negtome</h1><p>The same prompts and noises without Negative Token Merging and with it. "
+                "<header><h1>negtome</h1><p>The same prompts and seeds without Negative Token Merging and with it. "
                 "Everything happens on this machine.</p></header>"
             )
             with gr.Row(elem_id="nt-page"):
@@ -65,6 +64,8 @@ class Page:
                 with gr.Column(scale=5, min_width=300, elem_id="nt-right"):
                     self.progress = gr.HTML(WELCOME, elem_id="nt-progress")
                     self.results = gr.HTML("", elem_id="nt-results", js_on_load=(FOLDER / "page.js").read_text())
+            # The address of these settings, and the run that is shown: a reload of the page keeps both.
+            self.link, self.job = (gr.Textbox("", visible="hidden", label=name) for name in ("Link", "Run"))
             self._wire()
 
     def _task_controls(self) -> None:
@@ -84,17 +85,17 @@ class Page:
             self.go = gr.Button("Generate", variant="primary", elem_id="nt-go")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nt-stop")
         self.editor = gr.ImageEditor(
-            type="pil", image_mode="RGBA", format="png", label="Picture", transforms=(),
+            type="pil", image_mode="RGBA", format="png", label="Reference image", transforms=(),
             sources=("upload", "clipboard"), layers=False,
             brush=gr.Brush(default_size=20, colors=[BRUSH], color_mode="fixed"),
             canvas_size=(512, 512), buttons=[], visible=False, elem_id="nt-picture",
-            placeholder="Drop a picture here, or paste one",
+            placeholder="Drop an image here, or paste one",
         )  # fmt: skip
         self.seen = gr.HTML("", visible=False, elem_id="nt-seen")
         add["methods"] = gr.CheckboxGroup(
             [(entry.title, name) for name, entry in catalogue.entries().items()],
             label="Methods",
-            info="Each by its settings for this model.",
+            info="Each with the hyperparameter chosen for this model, else its default.",
             visible=False,
             elem_id="nt-methods",
         )
@@ -123,17 +124,19 @@ class Page:
                 1000,
                 first.high,
                 step=10,
-                label="Window from",
+                label="Timestep range from",
                 info="Timestep of the first push; 1000 is noise.",
             )
-            add["low"] = gr.Slider(0, 1000, first.low, step=10, label="Window to", info="Timestep of the last push.")
+            add["low"] = gr.Slider(
+                0, 1000, first.low, step=10, label="Timestep range to", info="Timestep of the last push."
+            )
             add["matching"] = gr.Radio(
                 ["paper", "released"], value=first.matching, label="Matching",
                 info="To the nearest token, as in the paper, or as in the released code.",
             )  # fmt: skip
 
     def _image_controls(self) -> None:
-        """Which images are made: by what model, how many, from which noises."""
+        """Which images are made: by what model, how many, from which seeds."""
         add, first = self.controls, self.first
         with gr.Group():
             add["model"] = gr.Dropdown(
@@ -147,7 +150,7 @@ class Page:
                 maximum=200, elem_id="nt-steps",
             )  # fmt: skip
             add["seed"] = gr.Number(
-                first.seed, label="Seed", info="Of the first image's noise; the others' follow it.", precision=0,
+                first.seed, label="Seed", info="Of the first image; the others' follow it.", precision=0,
                 minimum=0, maximum=SEEDS - 1, elem_id="nt-seed",
             )  # fmt: skip
             self.lock = gr.Checkbox(True, label="Keep this seed", info="Otherwise every run draws a new one.")
@@ -156,11 +159,13 @@ class Page:
     def _wire(self) -> None:
         """What calls what."""
         inputs = [*(self.controls[name] for name in FIELDS), self.editor]
+        state = [self.lock, *inputs]
+        into_address = {"fn": None, "inputs": [self.link, self.job], "js": _ADDRESS, "api_visibility": "private"}
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         shown = [self.what, self.editor, self.seen, self.strength, self.controls["blur"], self.controls["methods"]]
         chosen = [self.controls["mode"], self.controls["model"]]
         settings = [self.controls[name] for name in SETTINGS]
-        restored = self.blocks.load(self._restore, None, inputs, **quiet)
+        restored = self.blocks.load(self._restore, None, [self.job, *state], **quiet)
         show = {
             "fn": self._show,
             "inputs": [*chosen, self.controls["methods"]],
@@ -168,12 +173,16 @@ class Page:
             **quiet,
         }
         restored.then(**show)
+        shown_run = [self.progress, self.results, self.go, self.stop]
+        follow = {"fn": self._follow, "inputs": self.job, "outputs": shown_run, "concurrency_limit": None, **quiet}
+        restored.then(**follow)
         for control in chosen:
             moved = control.input(**show).then(self._usual, chosen, settings, **quiet)
         moved.then(self._steps, chosen[1], self.controls["steps"], **quiet)
         editor = self.editor
+        drawn = [editor.change, editor.upload, editor.input]  # change alone is told of a new image before it is there
         gr.on(
-            [editor.change, editor.upload, editor.input],  # change alone is told of a new picture before it is there
+            drawn,
             self._look,
             [editor, self.controls["model"]],
             self.seen,
@@ -182,20 +191,28 @@ class Page:
         )
         self.dice.click(lambda: random.randrange(SEEDS), None, self.controls["seed"], **quiet)
         self.go.click(None, None, None, js=_TO_RESULTS, api_visibility="private")
-        gr.on(
+        started = gr.on(
             [self.go.click, self.controls["prompt"].submit],
-            self._run,
-            [self.lock, *inputs],
-            [self.progress, self.results, self.controls["seed"], self.go, self.stop],
-            concurrency_limit=None,
+            self._start,
+            state,
+            [self.job, self.link, self.controls["seed"]],
             **quiet,
         )
-        self.stop.click(self._stop, None, None, queue=False, **quiet)
+        started.success(**into_address)
+        started.success(**follow)
+        link = {"fn": self._link, "inputs": state, "outputs": self.link, **quiet}
+        restored.then(**link).then(**into_address)
+        changed = [one.change for one in (self.lock, *self.controls.values())]
+        gr.on([*changed, *drawn], **link, trigger_mode="always_last").then(**into_address)
+        self.stop.click(self._stop, self.job, None, queue=False, **quiet)
 
     def _restore(self, request: gr.Request) -> list[Any]:
-        """Set all controls by the page's address, if it says anything."""
-        if not (query := dict(request.query_params)).keys() & set(FIELDS):
-            return [gr.skip()] * (len(FIELDS) + 1)
+        """Set all controls, and the run to follow, by the page's address, if it says anything."""
+        query = dict(request.query_params)
+        job, lock = query.get("job", ""), query.get("lock") != "0"
+        job = job if self.jobs.get(job) else ""
+        if not query.keys() & set(FIELDS):
+            return [job, lock, *[gr.skip()] * (len(FIELDS) + 1)]
         asked, picture = Asked.from_query(query, own=self.first.model), gr.skip()
         if query.get("model", asked.model) != asked.model:
             gr.Warning(f"A link may name no folder as model: {asked.model} is chosen instead.")
@@ -208,7 +225,7 @@ class Page:
             layers = [_painted(Image.open(kept(asked.mask)))] if asked.mask else []
             composite = background if not layers else Image.alpha_composite(background, layers[0])
             picture = {"background": background, "layers": layers, "composite": composite}
-        return [*values.values(), picture]
+        return [job, lock, *values.values(), picture]
 
     def _show(self, mode: str, name: str, methods: list[str]) -> list[Any]:
         """Show the controls of a mode, and say whether a model is here."""
@@ -272,7 +289,12 @@ class Page:
         seen = self.session.grid(model)
         return view.mask_seen(picture, mask, *seen) if seen else "Shown as the tokens see it once the model is loaded."
 
-    def _run(self, request: gr.Request, lock: bool, *values: Any) -> Iterator[list[Any]]:
+    def _link(self, lock: bool, *values: Any) -> str:
+        """Return the page's address with all of its settings."""
+        return self._asked(*values).link() + ("" if lock else "&lock=0")
+
+    def _start(self, lock: bool, *values: Any) -> list[Any]:
+        """Start what is asked for; return its job, the page's address and the seed."""
         asked = self._asked(*values)
         try:
             asked.check()
@@ -280,9 +302,15 @@ class Page:
             raise gr.Error(str(error), duration=8, print_exception=False) from error
         if not lock:
             asked = replace(asked, seed=random.randrange(SEEDS))
-        stop = self.stops[request.session_hash] = threading.Event()
+        return [self.jobs.start(asked), asked.link() + ("" if lock else "&lock=0"), asked.seed]
+
+    def _follow(self, name: str) -> Iterator[list[Any]]:
+        """Show a job until it ends; nothing where there is none of this id."""
+        if (job := self.jobs.get(name)) is None:
+            yield [gr.skip()] * 4  # else gradio empties what is shown
+            return
         rows, buttons = -1, [gr.Button(interactive=False), gr.Button(interactive=True)]
-        for state in self.session.run(asked, stop):
+        for state in job.follow():
             ended = state.kind in ("done", "stopped", "failed")
             if ended:
                 buttons = [gr.Button(interactive=True), gr.Button(interactive=False)]
@@ -290,11 +318,11 @@ class Page:
             rows = len(state.rows)
             model = models.find(state.asked.model) if state.kind == "done" else None
             shown = view.results(state, model) if fresh else gr.skip()
-            yield [view.progress(state), shown, asked.seed, *buttons]
+            yield [view.progress(state), shown, *buttons]
 
-    def _stop(self, request: gr.Request) -> None:
-        if (stop := self.stops.get(request.session_hash)) is not None:
-            stop.set()
+    def _stop(self, name: str) -> None:
+        if (job := self.jobs.get(name)) is not None:
+            job.stop.set()
 
 
 def _given(drawn: Any) -> tuple[Image.Image | None, Image.Image | None]:
@@ -343,5 +371,7 @@ def serve(model: str, port: int | None) -> None:
     page.blocks.block_thread()
 
 
-#: On a narrow screen the images stand below all controls.
+#: On a narrow screen the images stand above all controls.
 _TO_RESULTS = "() => { if (innerWidth < 900) document.getElementById('nt-right').scrollIntoView(); }"
+#: A reload of the page finds its settings and its run in the address.
+_ADDRESS = "(link, job) => { if (link) history.replaceState(null, '', link + (job ? `&job=${job}` : '')); }"

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,19 +22,25 @@ import negtome
 from eval.alignment import clip_score
 from eval.diversity import mean_pairwise_similarity
 from eval.images import blurred
+from eval.resemblance import similarities
 from experiments import catalogue, project_path
 from experiments.configs import build
 from experiments.demo import models
-from experiments.demo.asked import Asked, split
+from experiments.demo.asked import MODES, Asked, kept, split
 from experiments.demo.watch import Pushed, Steps, Stopped, Watch, pictures, stoppable, token_grid
-from experiments.prompts import Group
+from experiments.prompts import ConsecutiveGroup
 from negtome.generate import generate
 from negtome.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-#: Runs without a method that are kept, the last ones.
+#: Baselines that are kept, the last ones.
 KEPT = 16
+#: Share of the baseline's CLIPScore below which images are said to show something else. It was chosen on the emoji
+#: artwork of models/mini-reference, scored by mini-clip (tests/experiments/test_demo.py). Relative to four images of
+#: the prompt's category, 99.9 % of other four score more, and 95 % of the other categories less. The rest are pairs
+#: such as dog and animal, where both prompts are right.
+STILL_SHOWN = 0.6
 
 
 @dataclass(frozen=True)
@@ -44,23 +50,33 @@ class Row:
     Attributes:
         name: of the method, as in conf/method.
         title: for people.
+        setup: its hyperparameter, for people; "" where the recipe has all settings.
         images: in the order of their seeds; empty where `refused`.
+        seeds: of the images, where the method chose other ones than the recipe's.
         seconds: that the pipeline took, without the previews.
         kept: whether the images are those of an earlier run.
         distance: 1 - mean cosine similarity over the pairs of images; None of a single one, or without a scorer.
         clip: mean CLIPScore; None without a scorer.
-        pushed: where and when tokens were pushed; None where the library pushed none.
+        similarity: mean cosine similarity to the reference image, in [-1, 1]; None without one, or without a scorer.
+        pushed: where and when tokens were pushed; None where that was not watched.
+        tokens: how many were pushed; None of a method that pushes none.
+        warning: why the images are probably not what the prompt asks for; "" where they may well be.
         refused: why there are no images.
     """
 
     name: str
     title: str
+    setup: str = ""
     images: tuple[Image.Image, ...] = ()
+    seeds: tuple[int, ...] = ()
     seconds: float = 0.0
     kept: bool = False
     distance: float | None = None
     clip: float | None = None
+    similarity: float | None = None
     pushed: Pushed | None = None
+    tokens: int | None = None
+    warning: str = ""
     refused: str = ""
 
 
@@ -72,12 +88,13 @@ class State:
         kind: "failed" is of what cannot be made, and of machines; `text` says what is so and `advice` what to do.
         asked: with the model that is used, which is another one than was asked for where weights are missing.
         recipe: what decides the images, once it is known.
-        rows: the finished ones; the first is without a method.
+        rows: the finished ones; the first is the baseline.
         title: of the row that is being made.
         step, steps: of its current call of the pipeline.
         preview: what it predicts by now.
         notes: what has to be known of the result: missing weights, warnings of the library.
         scorer: by what it is measured, or what is missing for that.
+        seconds: by the clock, since the run was asked for: with waiting, loading, previews and measuring.
     """
 
     kind: Literal["queued", "loading", "working", "done", "stopped", "failed"]
@@ -92,24 +109,20 @@ class State:
     preview: tuple[Image.Image, ...] = ()
     notes: tuple[str, ...] = ()
     scorer: str = ""
-
-
-class Seeded(Group):
-    """A group whose noises are a recipe's, and not the benchmark's."""
-
-    def image_seeds(self) -> list[int]:
-        return [self.seed + index for index in range(self.size)]
+    seconds: float = 0.0
 
 
 class Session:
     """One pipeline, and the runs that share it.
 
     Args:
-        preview_every: seconds between two previews of a run.
+        preview_share: of a run's time that its previews may take, in [0, 1].
+        clock: returns seconds.
     """
 
-    def __init__(self, preview_every: float = 0.3) -> None:
-        self.preview_every = preview_every
+    def __init__(self, preview_share: float = 0.1, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.preview_share, self.clock = preview_share, clock
+        self.preview_costs: dict[Any, float] = {}
         self.turn = threading.Lock()  # held by the run that is going on
         self.loaded: tuple[models.Model, Any, models.Memory] | None = None
         self.measured: tuple[str, Measure] | None = None
@@ -165,11 +178,13 @@ class _Run:
     ) -> None:
         self.session, self.asked, self.stop, self._emit = session, asked, stop, emit
         self.state = State("loading", "", asked)
-        self.steps = Steps(self._step, session.preview_every)
+        self.began = session.clock()
+        self.steps = Steps(self._step, session.preview_share, session.clock, session.preview_costs)
 
     def say(self, kind: str, text: str, **changes: Any) -> None:
         usual = {"advice": "", "preview": (), "title": "", "step": 0, "steps": 0}
-        self.state = replace(self.state, kind=kind, text=text, **{**usual, **changes})
+        seconds = self.session.clock() - self.began
+        self.state = replace(self.state, kind=kind, text=text, seconds=seconds, **{**usual, **changes})
         self._emit(self.state)
 
     def note(self, text: str) -> None:
@@ -192,7 +207,7 @@ class _Run:
         except Stopped:
             at = f" after step {self.state.step} of {self.state.steps}" if self.state.steps else ""
             below = "What is finished stays below; " if self.state.rows else ""
-            self.say("stopped", f"Stopped{at}.", advice=f"{below}Generate starts anew.")
+            self.say("stopped", f"Stopped{at}.", advice=f"{below}Generate starts anew.", preview=self.state.preview)
         except Exception as error:  # whoever looks at the page has no other place to see it
             if is_out_of_memory(error):
                 self.say("failed", "Out of memory.", advice=self._smaller())
@@ -210,15 +225,20 @@ class _Run:
         measure = self.session.measure(model)
         self.state = replace(self.state, recipe=recipe, scorer=measure.words)
         size = None if recipe.height is None else (recipe.height, recipe.width)
+        reference = _reference(self.asked) if "picture" in MODES[self.asked.mode].controls else None
         with stoppable(pipe, self.stop), self.steps.of(pipe, size, previews=not memory.offload):
-            self._add(self._baseline(pipe, recipe.without(), measure))
-            if self.asked.mode == "compare":
-                for name in self.asked.methods:
-                    self._add(measure(self._method(model, pipe, name, recipe), recipe.prompt))
-            else:
-                self._add(measure(self._pushed(pipe, recipe), recipe.prompt))
-        seconds = " and ".join(f"{row.seconds:.1f}" for row in self.state.rows if not (row.kept or row.refused))
-        self.say("done", f"Done: {recipe.images} images each, in {seconds or 'no'} seconds.")
+            self._add(measure.similar(self._baseline(pipe, recipe.without(), measure), reference))
+            for row in self._others(model, pipe, recipe):
+                row = measure.similar(measure(row, recipe.prompt), reference)
+                self._add(replace(row, warning=fallen(row, self.state.rows[0], recipe.prompt)))
+        self.say("done", f"Done: {recipe.images} images a row.")
+
+    def _others(self, model: models.Model, pipe: Any, recipe: Recipe) -> Iterator[Row]:
+        """Make the rows after the baseline, each when it is asked for."""
+        if self.asked.mode == "compare":
+            yield from (self._method(model, pipe, name, recipe) for name in self.asked.methods)
+        else:
+            yield self._pushed(pipe, recipe)
 
     def _load(self) -> tuple[models.Model, Any, models.Memory]:
         name = self.asked.model
@@ -246,20 +266,21 @@ class _Run:
         self.state = replace(self.state, rows=(*self.state.rows, row))
 
     def _baseline(self, pipe: Any, recipe: Recipe, measure: "Measure") -> Row:
-        """Return the images without a method, which are made once for all that depends on the same."""
+        """Return the baseline, which is made once for all that depends on the same."""
         kept = self.session.baselines
         if recipe in kept:
             kept.move_to_end(recipe)
             return replace(kept[recipe], kept=True)
-        self._start("Without")
+        self._start("Baseline")
         made, seconds = self._timed(lambda: generate(pipe, recipe))
-        row = kept[recipe] = measure(Row("none", "Without", tuple(made.images), seconds), recipe.prompt)
+        row = Row("none", "Baseline", images=tuple(made.images), seconds=seconds)
+        row = kept[recipe] = measure(row, recipe.prompt)
         if len(kept) > KEPT:
             kept.popitem(last=False)
         return row
 
     def _pushed(self, pipe: Any, recipe: Recipe) -> Row:
-        self._start("With NegToMe")
+        self._start("NegToMe")
         recipe = recipe.replace(**{name: _absolute(getattr(recipe, name)) for name in ("reference", "mask")})
         watch = Watch(pipe, recipe.config, recipe.images, given=self.asked.mode != "diversity")
         with warnings.catch_warnings(record=True) as caught, watch.looking():
@@ -270,7 +291,9 @@ class _Run:
                 self.note(str(warning.message))
             else:
                 log.warning("%s", warning.message)
-        return Row("negtome", "With NegToMe", images, seconds, pushed=watch.pushed(steps))
+        pushed = watch.pushed(steps)
+        tokens = sum(step.pushed for step in pushed.steps)
+        return Row("negtome", "NegToMe", images=images, seconds=seconds, pushed=pushed, tokens=tokens)
 
     def _attached(self, pipe: Any, recipe: Recipe) -> tuple[tuple[Image.Image, ...], list[negtome.Step]]:
         if self.asked.mode != "quality":
@@ -284,22 +307,28 @@ class _Run:
         title = catalogue.entries()[name].title
         self._start(title)
         _, category = split(recipe.prompt)
-        group = Seeded("demo", recipe.prompt, category, recipe.seed, recipe.images)
+        group = ConsecutiveGroup.of(recipe.prompt, category, recipe.seed, recipe.images)
         call = recipe.arguments()
         del call["prompt"], call["num_images_per_prompt"]
         try:
-            method = model.method(name)
+            setup, method = model.setup(name).text, model.method(name)
             drawn, seconds = self._timed(lambda: method.draw(pipe, group, call))
         except (ValueError, FileNotFoundError, RuntimeError) as error:  # one that the model cannot have hides no other
             if is_out_of_memory(error):
                 raise
             return Row(name, title, refused=str(error))
-        return Row(name, title, pictures(drawn.images), seconds)
+        images = pictures(drawn.images)
+        if all(map(_same, images, self.state.rows[0].images)):
+            changed = f"It changes none of {recipe.images} images of this prompt: they are the baseline's. "
+            return Row(name, title, setup, refused=f"{changed}Choose more images or leave the method out.")
+        tokens = drawn.statistics.get("tokens_pushed")
+        return Row(name, title, setup, images, tuple(drawn.seeds or ()), seconds, tokens=tokens)
 
     def _timed(self, make: Callable[[], Any]) -> tuple[Any, float]:
-        before, start = self.steps.spent, time.perf_counter()
+        clock = self.session.clock
+        before, start = self.steps.spent, clock()
         made = make()
-        return made, time.perf_counter() - start - (self.steps.spent - before)
+        return made, clock() - start - (self.steps.spent - before)
 
     def _smaller(self) -> str:
         torch.cuda.empty_cache()
@@ -318,9 +347,9 @@ class Measure:
         encoder = build(model.cfg.scorer)
         facts = encoder.weights()
         self._encoder = encoder if facts.present else None
-        of_own = "this project's own small CLIP of emoji, which says nothing of other pictures"
+        of_own = "this project's own small CLIP of emoji, which says nothing of other images"
         what = f"{facts.encoder}, {of_own}" if model.cfg.kind == "mini" else facts.encoder
-        self.words = f"Measured by {what}. One group of images has no interval: it is an example, and no result."
+        self.words = f"Measured by {what}. One group of images has no interval: it is one example, not a measurement."
         if self._encoder is None:
             self.words = f"Not measured: the weights of {facts.encoder} are not on this machine. {facts.how_to_get}"
 
@@ -328,11 +357,48 @@ class Measure:
         """Return a row with its mean pairwise distance and its CLIPScore."""
         if self._encoder is None or not row.images:
             return row
-        pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in row.images]
-        features, text = self._encoder.embed_images(pixels), self._encoder.embed_texts([prompt])
+        features, text = self._features(row.images), self._encoder.embed_texts([prompt])
         clip = float(clip_score(features, text.expand(len(features), -1)).mean())
         distance = 1 - float(mean_pairwise_similarity(features)) if len(features) > 1 else None
         return replace(row, distance=distance, clip=clip)
+
+    def similar(self, row: Row, reference: Image.Image | None) -> Row:
+        """Return a row with its mean cosine similarity to a reference image, if there is one."""
+        if self._encoder is None or not row.images or reference is None:
+            return row
+        to = similarities(self._features(row.images), self._features([reference]))
+        return replace(row, similarity=float(to.mean()))
+
+    def _features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+        return self._encoder.embed_images(pixels)
+
+
+def fallen(row: Row, baseline: Row, prompt: str) -> str:
+    """Return a warning where the CLIPScore fell so far that the images show something else; else ""."""
+    if row.clip is None or not baseline.clip or row.clip >= STILL_SHOWN * baseline.clip:
+        return ""
+    advice = "Bring alpha nearer to 0, raise the threshold or narrow the timestep range. " if row.pushed else ""
+    return (
+        f"CLIPScore fell from {baseline.clip:.1f} to {row.clip:.1f}: these images probably no longer show “{prompt}”. "
+        f"{advice}(You are warned below {100 * STILL_SHOWN:.0f} % of the baseline's score. In emoji artwork, an image "
+        "paired with another category's prompt scores less than that in 95 % of the pairs.)"
+    )
+
+
+def _reference(asked: Asked) -> Image.Image:
+    """Return the reference image, white where its mask leaves it out."""
+    with Image.open(kept(asked.picture)) as picture:
+        image = picture.convert("RGB")
+    if asked.mask:
+        with Image.open(kept(asked.mask)) as mask:
+            inside = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), inside)
+    return image
+
+
+def _same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
 
 
 def _default_side(pipe: Any) -> int:

@@ -1,5 +1,6 @@
 """What the page shows of a state: one piece of HTML, with its pictures in it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,28 @@ SHEET = 512
 
 
 def progress(state: State) -> str:
-    """Return where a run is: a sentence, what to do, a bar, and what is predicted by now."""
-    preview = [address(png(image)) for image in state.preview]
+    """Return where a run is: a sentence, what to do, a bar, the seconds so far, and what is predicted by now."""
+    preview = _addresses(state.preview)
     return render("demo/progress.html", state=state, preview=preview, columns=state.asked.images)
+
+
+def _addresses(images: tuple[Image.Image, ...]) -> list[str]:
+    """Return previews as addresses; those of the last call again where its very images are given again."""
+    global _last
+    if _last[0] is not images:
+        _last = images, [address(png(image)) for image in images]
+    return _last[1]
+
+
+#: What `_addresses` was given and returned; a preview stays for several steps.
+_last: tuple[tuple[Image.Image, ...], list[str]] = ((), [])
 
 
 def results(state: State, model: Model | None = None) -> str:
     """Return the images that are there, and once all are, how they differ and what can be taken away."""
     done = state.kind == "done" and model is not None
+    shown = [row for row in state.rows if not row.refused]
+    asked = replace(state.asked, methods=tuple(row.name for row in shown[1:]))
     return render(
         "demo/results.html",
         state=state,
@@ -38,7 +53,8 @@ def results(state: State, model: Model | None = None) -> str:
         columns=state.asked.images,
         steps=_bars(next((row.pushed for row in state.rows if row.pushed is not None), None)),
         numbers=_numbers(state),
-        exports=exports(state.asked, state.recipe, model) if done else [],
+        similar=any(row.similarity is not None for row in state.rows),
+        exports=exports(asked, state.recipe, model) if done else [],
         sheet=_sheet(state) if done else "",
         link=state.asked.link(),
     )
@@ -49,14 +65,17 @@ def _row(state: State, number: int, row: Row) -> dict[str, Any]:
     recipe = state.recipe.without() if number == 0 else state.recipe if whole else None
     images = [address(png(image, recipe, state.asked.link())) for image in row.images]
     where = [] if row.pushed is None else list(map(_heat, row.pushed.where, row.images))
-    seeds = list(state.recipe.seeds())
-    return {"title": row.title, "images": images, "refused": row.refused, "where": where, "seeds": seeds}
+    seeds = list(row.seeds or state.recipe.seeds())
+    return {
+        "title": row.title, "setup": row.setup, "images": images, "refused": row.refused, "warning": row.warning,
+        "where": where, "seeds": seeds,
+    }  # fmt: skip
 
 
 def _sheet(state: State) -> str:
     """Return all rows as one picture, which holds the page's link."""
     rows = [(row.title, [_small(image, SHEET) for image in row.images]) for row in state.rows if row.images]
-    note = f"{state.recipe.model}, seeds {state.recipe.seed} to {state.recipe.seeds()[-1]}: a column has the same noise"
+    note = f"{state.recipe.model}, seeds {state.recipe.seed} to {state.recipe.seeds()[-1]}: a column has the same seed"
     return address(png(sheet(state.recipe.prompt, rows, note), link=state.asked.link()))
 
 
@@ -81,7 +100,7 @@ def _bars(pushed: Pushed | None) -> list[dict[str, Any]]:
     bars = []
     for number, step in enumerate(pushed.steps if pushed else (), 1):
         share = 100 * step.pushed / step.compared if step.compared else 0.0
-        said = f"{step.pushed} of {step.compared} tokens pushed" if step.active else "outside the window"
+        said = f"{step.pushed} of {step.compared} tokens pushed" if step.active else "outside the timestep range"
         bars.append(
             {"share": share, "active": step.active, "what": f"Step {number}, timestep {step.timestep:.0f}: {said}"}
         )
@@ -89,16 +108,17 @@ def _bars(pushed: Pushed | None) -> list[dict[str, Any]]:
 
 
 def _numbers(state: State) -> list[dict[str, str]]:
-    """Return the table's rows as texts; beside a value its difference to the images without a method."""
+    """Return the table's rows as texts; after a value, its difference to the baseline."""
     base, table = (state.rows or (None,))[0], []
     for row in state.rows:
-        pushed = "" if row.pushed is None else f"{sum(step.pushed for step in row.pushed.steps):,}".replace(",", " ")
+        pushed = "-" if row.tokens is None else f"{row.tokens:,}".replace(",", " ")
         table.append(
             {
                 "title": row.title,
                 "distance": _beside(row.distance, base.distance, row is base, 3),
                 "clip": _beside(row.clip, base.clip, row is base, 1),
-                "pushed": pushed or "-",
+                "similarity": _beside(row.similarity, base.similarity, row is base, 3),
+                "pushed": pushed,
                 "seconds": "-" if row.refused else f"{row.seconds:.1f}{' (kept)' if row.kept else ''}",
             }
         )

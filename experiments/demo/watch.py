@@ -66,17 +66,25 @@ def stoppable(pipe: Any, stop: threading.Event) -> Iterator[None]:
 class Steps:
     """Counts the steps of a pipeline's calls and shows what they predict.
 
+    A preview is decoded only if all previews together then take at most `share` of the time since the first call. The
+    next one is expected to take as long as the last one of its size; the first one, as long as a step.
+
     Attributes:
         report: called after every step with its number, from 1 in every call of the pipeline, how many there are, and
-            the predicted images, float [K, H, W, 3] in [0, 1], small; or None where there are none to be had or the
-            last are fresh.
-        every: seconds between two predictions that are decoded.
-        spent: seconds that decoding and reporting took, which are not the method's.
+            the predicted images, float [K, H, W, 3] in [0, 1], small; or None where none are decoded.
+        share: of the time that previews may take, in [0, 1].
+        clock: returns seconds.
+        costs: seconds that the last preview of each size took; runs may share it.
+        spent: seconds that previews and reports took, which are not the method's.
     """
 
     report: Callable[[int, int, torch.Tensor | None], None]
-    every: float = 0.3
+    share: float = 0.1
+    clock: Callable[[], float] = time.perf_counter
+    costs: dict[Any, float] = field(default_factory=dict)
     spent: float = field(default=0.0, init=False)
+    _previews: float = field(default=0.0, init=False)  # seconds, of `spent`
+    _began: float | None = field(default=None, init=False)
 
     @contextlib.contextmanager
     def of(self, pipe: Any, size: tuple[int, int] | None, previews: bool = True) -> Iterator[None]:
@@ -87,8 +95,9 @@ class Steps:
             size: height and width of its images in pixels, None if nobody said.
             previews: whether to decode predictions at all.
         """
-        scheduler, clean, shown = pipe.scheduler, None, -math.inf
-        schedule, number = None, 0
+        scheduler, clean = pipe.scheduler, None
+        schedule, number, ended = None, 0, self.clock()
+        self._began = ended if self._began is None else self._began
         architecture = find_architecture(pipe)
         plain = not (architecture.listed or architecture.frames or architecture.scale or architecture.video)
         previews = previews and plain and _known(scheduler)
@@ -99,23 +108,30 @@ class Steps:
             return clean
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal clean, shown, schedule, number
+            nonlocal clean, schedule, number, ended
             if scheduler.timesteps is not schedule:  # another call of the pipeline
                 schedule, number = scheduler.timesteps, 0
             number += 1
             result = original(*args, **kwargs)
-            start = time.perf_counter()
-            fresh = clean is not None and start - shown >= self.every
+            start = self.clock()
+            kind = None if clean is None else (type(pipe).__name__, tuple(clean.shape))
+            fresh = kind is not None and self._affords(start, self.costs.get(kind, start - ended))
             self.report(number, len(schedule), _preview(pipe, clean, size) if fresh else None)
-            clean, end = None, time.perf_counter()
-            shown = end if fresh else shown
-            self.spent += end - start
+            clean, ended = None, self.clock()
+            self.spent += ended - start
+            if fresh:
+                self.costs[kind] = ended - start
+                self._previews += ended - start
             return result
 
         with predictions(pipe, predicted) if previews else contextlib.nullcontext():
             original = scheduler.step
             with replaced(scheduler, "step", step):
                 yield
+
+    def _affords(self, now: float, cost: float) -> bool:
+        """Tell whether a preview of this cost, in seconds, keeps all of them within their share of the time."""
+        return self._previews + cost <= self.share * (now - self._began + cost)
 
 
 def _known(scheduler: Any) -> bool:

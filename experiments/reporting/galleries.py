@@ -130,6 +130,7 @@ def gallery(
             picture = pictures.copy(sheet, what)
     return {
         "model": model, "runs": runs, "n_groups": len(everything), "sheet": picture, "groups": groups,
+        "has_images": bool(picture or groups),
         "metrics": list(dict.fromkeys(metric for run in here if run["base"] for metric in run["scores"])),
         "single": max((len(run["images"]) for group in groups for run in group["runs"]), default=0) == 1,
     }  # fmt: skip

@@ -108,7 +108,7 @@ def _runs(name: str, frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _counts(tested: pd.DataFrame) -> str:
     """Return how many groups the differences are of; once where it is as many for all metrics."""
-    found = {words(row["metric"]): pages.counts(row) for _, row in tested.iterrows()}
+    found = {pages.phrase(row["metric"]): pages.counts(row) for _, row in tested.iterrows()}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))
     return ". ".join(f"{metric}: {text}" for metric, text in found.items())
@@ -132,4 +132,4 @@ def _glossary(section: dict[str, Any]) -> dict[str, str]:
         return {}
     frame = section["frame"]
     metrics = frame.loc[frame["primary"].isin(ROLES), "metric"].unique()
-    return {words(metric): GLOSSARY[metric] for metric in metrics if metric in GLOSSARY}
+    return {pages.phrase(metric): GLOSSARY[metric] for metric in metrics if metric in GLOSSARY}

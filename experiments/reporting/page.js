@@ -46,6 +46,55 @@ function list(gallery) {
   lists.set(gallery, { show, beside });
 }
 
+// The filter: a section stays if its own name has all words of the query, or with what is in it that has them. What the
+// filter unfolds it folds again.
+const spaced = (name) => name.toLowerCase().replaceAll("_", " ");
+const filter = document.querySelector(".filter"), { query, count } = filter.elements, unfolded = new Set();
+const sections = [...document.querySelectorAll(".section")].map((section) => ({
+  section, name: spaced(section.id),
+  tables: [...section.querySelectorAll(".scroll.table")], figures: [...section.querySelectorAll(".plate")],
+}));
+const label = (item) => spaced(item.matches(".plate") ? `${item.dataset.name} ${item.querySelector("img").alt}` : item.getAttribute("aria-label"));
+const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+
+function narrow() {
+  const parts = spaced(query.value).split(" ").filter(Boolean);
+  const fits = (text) => parts.every((part) => text.includes(part));
+  const kept = { section: 0, table: 0, figure: 0 };
+  unfolded.forEach((one) => { one.open = false; });
+  unfolded.clear();
+  for (const { section, name, tables, figures } of sections) {
+    const named = fits(name), left = [...tables, ...figures].filter((item) => named || fits(`${name} ${label(item)}`));
+    for (const item of [...tables, ...figures]) item.hidden = !left.includes(item);
+    for (const child of section.children) {
+      child.hidden = !named && !child.matches("summary") && !left.some((item) => child.contains(item));
+    }
+    section.hidden = !named && !left.length;
+    kept.section += !section.hidden;
+    kept.table += left.filter((item) => tables.includes(item)).length;
+    kept.figure += left.filter((item) => figures.includes(item)).length;
+    for (const item of named ? [] : left) {
+      for (let outer = item.closest("details"); outer; outer = outer.parentElement.closest("details")) {
+        if (!outer.open) { unfolded.add(outer); outer.open = true; }
+      }
+    }
+  }
+  const gone = new Set(sections.filter(({ section }) => section.hidden).map(({ section }) => section.id));
+  for (const entry of document.querySelectorAll(".contents li")) entry.hidden = gone.has(entry.firstElementChild.hash.slice(1));
+  for (const chapter of document.querySelectorAll(".contents > div")) chapter.hidden = !chapter.querySelector("li:not([hidden])");
+  document.querySelector(".contents").hidden = !kept.section;
+  for (const chapter of document.querySelectorAll("main > section:not(.opening)")) chapter.hidden = !chapter.querySelector(".section:not([hidden])");
+  count.textContent = !parts.length ? "" : !kept.section ? "Nothing has this name."
+    : `${counted(kept.section, "section")}, ${counted(kept.table, "table")}, ${counted(kept.figure, "figure")}`;
+}
+const clear = () => { query.value = ""; narrow(); };
+const fold = (open) => document.querySelectorAll("main details").forEach((one) => { one.open = open && !one.closest("[hidden]"); });
+filter.addEventListener("input", narrow);
+filter.addEventListener("submit", (event) => event.preventDefault());
+filter.elements.unfold.addEventListener("click", () => fold(true));
+filter.elements.fold.addEventListener("click", () => fold(false));
+filter.hidden = false;
+
 // The lightbox: an image over the same noise without the method, and how much of each is to be seen.
 const dialog = document.querySelector("dialog"), part = (selector) => dialog.querySelector(selector);
 const pair = part(".pair"), slider = part("input"), before = new Image(), after = new Image();
@@ -160,6 +209,7 @@ function route(arrived) { // arrived: from within the page, and not by an addres
   const image = target && target.matches(".tile, .plate a");
   if (!image && dialog.open) { shown = null; dialog.close(); }
   if (!target) return;
+  if (target.closest(".section")?.hidden || target.closest(".section > [hidden]")) clear();
   for (let outer = target.closest("details"); outer; outer = outer.parentElement.closest("details")) outer.open = true;
   const group = target.closest(".group");
   if (group) lists.get(group.closest(".gallery")).show(group);
@@ -176,4 +226,3 @@ document.addEventListener("click", (event) => { // instead of scrolling to what 
 });
 addEventListener("hashchange", route);
 addEventListener("load", () => route(false)); // after the browser went to the address itself, and moved the focus there
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));

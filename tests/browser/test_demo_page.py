@@ -26,7 +26,7 @@ def address(tmp_path_factory):
         patch.setenv("GRADIO_TEMP_DIR", str(kept))
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
         patch.setattr(asking, "PICTURES", tmp_path_factory.mktemp("pictures"))
-        page = Page("mini-sdxl", Session(preview_every=0))
+        page = Page("mini-sdxl", Session(preview_share=1))
         yield launched(page)
         page.blocks.close()
         assert not [path for path in kept.rglob("*") if path.is_file()], "what visitors gave goes with the page"
@@ -61,7 +61,7 @@ def picture(tmp_path):
 def generate(page):
     page.locator("#nt-go").click()
     page.locator(".nt-done").wait_for()
-    page.get_by_text("Take it along").wait_for()  # the last of the results, which come beside it
+    page.locator("#nt-results").get_by_text("Export").wait_for()  # the last of the results, which come beside it
 
 
 def choose(page, mode):
@@ -86,8 +86,12 @@ def overflow(page):
 
 def test_an_untouched_page_generates(visit):
     page = visit("")
+    page.wait_for_function("() => location.search.includes('alpha=')")  # the last that happens when a page is opened
+    buttons = [page.locator(name).inner_text() for name in ("#nt-go", "#nt-stop")]
+    assert buttons == ["Generate", "Stop"] and page.locator("#nt-progress").inner_text()
     generate(page)
     assert page.locator(".nt-pair").count() == 8 and "negtome" in page.title()
+    assert [page.locator(name).inner_text() for name in ("#nt-go", "#nt-stop")] == buttons
 
 
 def test_generating_shows_two_aligned_rows_numbers_and_what_to_take_along(visit):
@@ -125,9 +129,10 @@ def test_one_click_on_a_pair_slides_between_before_and_after(visit):
 
 def test_a_picture_is_uploaded_and_its_mask_is_painted_with_the_mouse(visit, picture):
     page = visit()
-    choose(page, "Away from a picture")
+    choose(page, "Away from an image")
     assert page.locator("#nt-blur").is_hidden() and page.locator("#nt-methods").is_hidden()
     upload(page, picture)
+    page.wait_for_function("() => location.search.includes('picture=')")
     caption = page.locator(".nt-mask figcaption")
     assert "256 of 256" in caption.inner_text(), "all of it, while nothing is painted"
     canvas = page.locator("#nt-picture canvas").first
@@ -143,17 +148,50 @@ def test_a_picture_is_uploaded_and_its_mask_is_painted_with_the_mouse(visit, pic
     assert 0 < inside < 256
     generate(page)
     assert page.locator(".nt-pair").count() == 4
+    assert "similarity" in page.locator("#nt-results thead").inner_text()
     page.get_by_text("Python", exact=True).click()
     assert "mask=" in page.locator("pre:visible").inner_text()
+
+
+def test_a_reload_keeps_prompt_settings_and_the_run_that_goes_on(visit):
+    page = visit("")
+    page.locator("#nt-prompt textarea").fill("a photo of a cat")
+    page.locator("#nt-seed input").fill("7")
+    page.get_by_label("Keep this seed").uncheck()
+    page.wait_for_function("() => ['cat', 'seed=7', 'lock=0'].every((one) => location.search.includes(one))")
+    page.reload()
+    page.wait_for_function("() => document.querySelector('#nt-seed input')?.value === '7'")
+    assert page.locator("#nt-prompt textarea").input_value() == "a photo of a cat"
+    assert not page.get_by_label("Keep this seed").is_checked()
+    page.get_by_label("Keep this seed").check()
+    page.locator("#nt-steps input").fill("200")
+    page.locator("#nt-go").click()
+    page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
+    page.wait_for_function("() => location.search.includes('job=')")
+    page.reload()
+    page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
+    assert page.locator("#nt-go").is_disabled(), "nobody clicked again"
+    page.locator("#nt-stop").click()
+    page.locator(".nt-stopped").wait_for()
+    page.reload()
+    page.locator(".nt-stopped").wait_for()
+
+
+def test_on_a_phone_results_stand_above_the_controls(visit):
+    page = visit(width=390)
+    generate(page)
+    results, controls = (page.locator(name).bounding_box() for name in ("#nt-results", "#nt-left"))
+    assert results["y"] + results["height"] <= controls["y"]
 
 
 def test_stop_ends_a_run_between_two_steps(visit):
     page = visit("?steps=200&images=8&seed=5")
     assert page.locator("#nt-stop").is_disabled()
     page.locator("#nt-go").click()
-    page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
+    page.locator(".nt-preview img").first.wait_for()
     page.locator("#nt-stop").click()
     page.locator(".nt-stopped").wait_for()
+    assert page.locator(".nt-preview img").count() == 8, "the last preview stays"
     assert re.search(r"Stopped after step \d+ of 200", page.locator(".nt-said").inner_text())
     assert page.locator("#nt-go").is_enabled() and page.locator(".nt-pair").count() == 0
 
@@ -171,13 +209,13 @@ def test_methods_are_compared_and_missing_weights_said(visit):
     page.get_by_text("Its weights are not on this machine").wait_for()
     assert page.locator("#nt-strength").is_hidden()
     generate(page)
-    assert page.locator("#nt-right h2").all_inner_texts()[:3] == ["Without", "NegToMe", "lower guidance"]
+    assert page.locator("#nt-right h2").all_inner_texts()[:3] == ["Baseline", "NegToMe", "lower guidance"]
     assert "These images are by mini-sdxl" in page.locator(".nt-note").inner_text()
 
 
 def test_a_link_restores_the_page(visit, picture, address):
     page = visit()
-    choose(page, "Towards a picture")
+    choose(page, "Towards an image")
     upload(page, picture)
     page.locator("#nt-prompt textarea").fill("a photo of a cat & a dög")
     generate(page)
@@ -233,6 +271,6 @@ def test_it_can_be_read_by_everybody(visit, check_accessibility, dark):
     ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (np.array(re.findall(r"\d+", ground)[:3], int).mean() < 100) == dark
     check_accessibility(page)
-    choose(page, "Away from a picture")
+    choose(page, "Away from an image")
     page.locator("#nt-picture").wait_for()
     check_accessibility(page)

@@ -166,6 +166,35 @@ def test_groups_are_filtered_and_sorted(open_page, address):
     assert group(page) == CAT and len(listed()) == 6
 
 
+def visible(page, selector):
+    return page.locator(f"{selector}:visible").count()
+
+
+def test_a_query_leaves_the_sections_tables_and_figures_of_that_name(open_page, address):
+    page = open_page(address)
+    sections, tables = page.locator(".section").count(), page.locator(".scroll.table").count()
+    field = page.get_by_role("searchbox")
+    field.fill("wide")
+    assert visible(page, ".section") == 1 and visible(page, "#wide") == 1 and visible(page, ".contents li") == 1
+    assert page.locator("output[name=count]").text_content().startswith("1 section, 1 table")
+    field.fill("Main Table")
+    assert visible(page, ".scroll.table") == visible(page, ".section") == 1, "what has the name is unfolded"
+    assert visible(page, "#diversity .plate") == visible(page, "#diversity .gallery") == 0
+    field.fill("forest")
+    assert visible(page, ".plate:not(.opening *)") > 0, "a figure is found by the name of its file, too"
+    field.fill("no such name")
+    assert visible(page, ".section") == visible(page, "main > section:not(.opening)") == 0
+    assert "Nothing" in page.locator("output[name=count]").text_content()
+    page.evaluate("location.hash = 'wide'")
+    page.wait_for_function("!document.getElementById('wide').hidden")
+    assert field.input_value() == "", "an address is shown whatever was looked for"
+    field.fill("main table")
+    field.fill("")
+    assert visible(page, ".section") == sections and page.locator(".section[open]").count() == 1
+    page.get_by_role("button", name="Unfold all").click()
+    assert visible(page, ".scroll.table") == tables
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1920, 1280, 390])
 def test_it_is_read_at_every_width(width, dark, open_page, address, check_accessibility):
@@ -193,11 +222,17 @@ def test_it_is_read_at_every_width(width, dark, open_page, address, check_access
     assert page.locator("dialog").evaluate("one => one.scrollWidth <= innerWidth && one.scrollHeight <= innerHeight")
 
 
-def test_without_a_script_and_on_paper_everything_is_there(open_page, address, chromium):
-    page = open_page(address)
+def test_without_a_script_everything_is_there_and_on_paper_what_is_unfolded(open_page, address, chromium):
+    page = open_page(f"{address}#diversity")
     page.emulate_media(media="print")
-    assert page.locator(".group:visible").count() == 6 or page.locator("details.section#diversity").count() == 0
-    assert page.locator(".chooser:visible").count() == 0
+    assert page.locator(".group:visible").count() == 6
+    assert page.locator(".chooser:visible, .filter:visible").count() == 0
+    assert page.locator("#diversity details:not([open]):visible").count() == 0, "what is folded stays out"
+    assert page.locator("details.section:visible").count() == 1 and page.locator("main h2:visible").count() == 2
+    page.emulate_media(media="screen")
+    page.get_by_role("button", name="Unfold all").click()
+    page.emulate_media(media="print")
+    assert page.locator("details:not(:visible)").count() == 0
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"{address}#{CAT}")
@@ -215,6 +250,9 @@ def test_in_one_file_it_does_the_same(open_page, tmp_path):
     page = open_page(f"{sent.as_uri()}#{CAT}/2/1")
     assert "a cat, seed 0, image 1 of 4: NegToMe" in opened(page)
     page.wait_for_function("document.querySelector('.pair img').naturalWidth === 32")
+    page.keyboard.press("Escape")
+    page.get_by_role("searchbox").fill("no such name")
+    assert visible(page, ".section") == 0
 
 
 def shoot(page: Path, into: Path, image: str) -> None:

@@ -18,18 +18,25 @@ from urllib.parse import parse_qsl
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import negtome
-from experiments import PROJECT
+from eval.alignment import clip_score
+from eval.images import load_picture, read_manifest
+from experiments import PROJECT, pipelines
 from experiments.__main__ import main
-from experiments.configs import build, expand
+from experiments.configs import build, expand, first
 from experiments.demo import asked as asking
-from experiments.demo import models, session, view
+from experiments.demo import models, session, view, watch
 from experiments.demo.asked import MODES, Asked, keep, split
 from experiments.demo.export import exports, png
+from experiments.demo.jobs import Job, Jobs
 from experiments.demo.session import Session, blurred
+from experiments.methods.negtome import NegToMe
+from experiments.runs import Run
+from negtome.__main__ import main as negtome_main
 from negtome.generate import Made, generate
 from negtome.recipe import Recipe
 from negtome.reference import token_mask
@@ -40,7 +47,7 @@ FEW = Asked(images=2, steps=2, low=0, threshold=0.5)
 @pytest.fixture(scope="module")
 def one():
     """A session that has mini-sdxl loaded; no test changes its pipeline."""
-    made = Session(preview_every=0)
+    made = Session(preview_share=1)
     made.load("mini-sdxl")
     return made
 
@@ -214,7 +221,7 @@ def test_the_library_s_own_words_are_shown_where_nothing_is_pushed_or_nothing_ca
         ({"images": 1}, "at least two"),
         ({"mode": "away"}, "upload or paste"),
         ({"mode": "compare", "methods": ()}, "tick at least one"),
-        ({"low": 900, "high": 100}, "swap them"),
+        ({"low": 900, "high": 100}, "swap its ends"),
         ({"seed": -1}, "seed from 0"),
         ({"images": 99}, "1 to 8 images"),
         ({"steps": 0}, "1 to 200 steps"),
@@ -294,9 +301,224 @@ def test_methods_are_those_of_the_benchmark_and_one_that_refuses_hides_no_other(
     last = ended(one, replace(FEW, mode="compare", methods=("lower_guidance", "contextual_repulsion", "negtome")))
     assert [row.name for row in last.rows] == ["none", "lower_guidance", "contextual_repulsion", "negtome"]
     assert last.rows[2].refused and not last.rows[2].images and len(last.rows[3].images) == 2
-    pipe, config = one.loaded[1], models.find("mini-sdxl").group
-    expected = generate(pipe, last.recipe.replace(config=config)).images
-    assert np.abs(pixels(last.rows[3].images).astype(int) - pixels(expected)).max() <= 1, "from the same noises"
+    pipe, config = one.loaded[1], models.find("mini-sdxl").group.replace(alpha=chosen("mini-sdxl")["negtome"])
+    made = generate(pipe, last.recipe.replace(config=config))
+    assert np.array_equal(pixels(last.rows[3].images), pixels(made.images)), "from the same seeds"
+    assert last.rows[3].tokens == made.attached.summary()["tokens_pushed"] > 0 and last.rows[1].tokens is None
+    shown = view.results(last, models.find("mini-sdxl"))
+    assert f"<td>{last.rows[3].tokens:,}</td>".replace(",", " ") in shown and "scale 2.79" in shown
+
+
+def chosen(model):
+    """The published hyperparameters of a model's methods."""
+    return yaml.safe_load((PROJECT / "results" / "peers_grid_chosen.yaml").read_text())[model]
+
+
+@pytest.mark.parametrize("name", ["mini-sdxl", "mini-flux"])
+def test_every_method_has_its_chosen_hyperparameter_and_every_export_the_same_settings(name):
+    model = models.find(name)
+    methods = tuple(model.methods())
+    assert chosen(name).keys() <= {*methods}
+    asked = Asked(mode="compare", model=name, methods=methods, images=3, steps=7, seed=5)
+    recipe = asked.recipe(model)
+    script, commands, overrides = (export.text for export in exports(asked, recipe, model))
+    of_script = next(
+        ast.literal_eval(node.value)
+        for node in ast.walk(ast.parse(script))
+        if isinstance(node, ast.Assign) and node.targets[0].id == "methods"
+    )
+    of_commands = [read_recipe(line) for line in commands.splitlines()]
+    lines = [shlex.split(line)[3:] for line in overrides.splitlines()]
+    assert len(lines) == 1 + len(methods) and list(of_script) == list(methods)
+    assert expand(lines[0])[0].method.name == "none"
+    for method, line in zip(methods, lines[1:], strict=True):
+        shown, (cfg,) = model.method(method), expand(line)
+        assert build(cfg.method).settings() == shown.settings(), method
+        assert build(first([f"model={name}", f"method={method}", *of_script[method]]).method).settings() == (
+            shown.settings()
+        )
+        assert pipelines.call_arguments(cfg.model) == pipelines.call_arguments(model.cfg) | {"num_inference_steps": 7}
+        if method in chosen(name):
+            knob = cfg.method.about.knob
+            value = OmegaConf.select(cfg, f"method.{knob.setting}")
+            assert value == chosen(name)[method] and value != OmegaConf.select(cfg, "method.about.knob.nothing")
+        (group,) = build(cfg.prompts).groups()
+        assert (group.prompt, group.image_seeds()) == (asked.prompt, [5, 6, 7])
+        if type(shown) is NegToMe:
+            assert recipe.replace(config=shown.config) in of_commands
+
+
+def read_recipe(line):
+    """What a command line of negtome generate would load a model for."""
+    words, recipes = shlex.split(line), []
+
+    def load(recipe, *_):
+        recipes.append(recipe)
+        raise ValueError("no further")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("negtome.generate.load", load)
+        assert words[0] == "negtome" and negtome_main(words[1:]) == 2
+    return recipes[0]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux-dev"])
+def test_no_method_of_a_published_checkpoint_does_nothing(name):
+    model = models.find(name)
+    for method in model.methods():
+        cfg = first([f"model={name}", f"method={method}", *model.setup(method).overrides])
+        if knob := OmegaConf.select(cfg, "method.about.knob"):
+            value = OmegaConf.select(cfg, f"method.{knob.setting}")
+            assert value is not None and value != knob.get("nothing"), method
+
+
+def test_the_exports_of_compared_methods_make_these_very_images(one, tmp_path, monkeypatch):
+    """Methods of settings, of further draws, and of other seeds; by the script and as runs of the benchmark."""
+    methods = ("negtome", "lower_guidance", "cads", "best_of", "negtome_previous")
+    asked = replace(FEW, mode="compare", methods=methods, seed=3)
+    last = ended(one, asked)
+    assert not any(row.refused for row in last.rows)
+    script, _, overrides = (export.text for export in exports(asked, last.recipe, models.find("mini-sdxl")))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, use_safetensors: one.loaded[1])
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("script.py")
+    for row, file in zip(last.rows, ("without", *methods), strict=True):
+        made = [Image.open(f"{file}-{number}.png") for number in range(2)]
+        assert np.array_equal(pixels(made), pixels(row.images)), row.name
+    for row, line in [*zip(last.rows, overrides.splitlines(), strict=True)][:4:3]:  # the baseline, and one that draws
+        words = [*shlex.split(line)[3:], f"outputs={tmp_path}", "device=cpu"]
+        assert main(["generate", *words]) == 0
+        rows = sorted(read_manifest(Run.find(expand(words)[0]).folder), key=lambda row: row.index)
+        made = [Image.open(Run.find(expand(words)[0]).folder / one.path) for one in rows]
+        assert np.array_equal(pixels(made), pixels(row.images)), row.name
+
+
+def test_a_method_that_changes_no_image_says_so_and_shows_none(one):
+    last = ended(one, replace(FEW, mode="compare", methods=("rewriting", "negtome")))
+    assert chosen("mini-sdxl")["rewriting"] * FEW.images < 1, "no image of two is rewritten"
+    assert "the baseline's" in last.rows[1].refused and not last.rows[1].images and last.rows[2].images
+
+
+def test_similarity_to_the_reference_image_is_shown_for_both_rows(one, kept_in):
+    asked = given(kept_in)
+    last = ended(one, asked)
+    encoder = build(models.find("mini-sdxl").cfg.scorer)
+    reference = np.array(Image.open(kept_in / f"{asked.picture}.png"))
+    reference[:, 48:] = 255  # outside of the mask
+    features = encoder.embed_images([torch.from_numpy(reference).permute(2, 0, 1)])
+    for row in last.rows:
+        images = encoder.embed_images([*torch.from_numpy(pixels(row.images)).permute(0, 3, 1, 2)])
+        expected = torch.nn.functional.cosine_similarity(images, features).mean()
+        assert row.similarity == pytest.approx(float(expected), abs=1e-5)
+    shown, difference = view.results(last), last.rows[1].similarity - last.rows[0].similarity
+    assert f"{last.rows[0].similarity:.3f}<" in shown and f"({difference:+.3f})" in shown
+    again = ended(one, replace(asked, mask=""))
+    assert again.rows[0].kept and again.rows[0].similarity != last.rows[0].similarity, "a kept row is measured anew"
+    assert ended(one, FEW).rows[1].similarity is None
+
+
+def test_images_that_show_something_else_come_with_a_warning(one, kept_in):
+    asked = Asked(images=2, steps=8, seed=1, threshold=-1, low=0)
+    torn, mild = (ended(one, replace(asked, alpha=alpha)) for alpha in (4, 0.05))
+    assert torn.rows[1].clip < 0.6 * torn.rows[0].clip and "CLIPScore fell" in torn.rows[1].warning
+    assert "CLIPScore fell" in view.results(torn) and not mild.rows[1].warning and not torn.rows[0].warning
+    away = ended(one, replace(given(kept_in), mask="", steps=8, threshold=-1, alpha=4))
+    assert away.rows[1].clip < 0.6 * away.rows[0].clip and "CLIPScore fell" in away.rows[1].warning
+
+
+def test_the_limit_of_the_warning_parts_fitting_images_from_others():
+    """On the artwork of the evaluated categories, by mini-clip, as the limit's comment says."""
+    encoder = build(models.find("mini-sdxl").cfg.scorer)
+    folders = sorted(path for path in (PROJECT / "models" / "mini-reference").iterdir() if path.is_dir())
+    texts = {folder.name: encoder.embed_texts([f"a photo of a {folder.name}"]) for folder in folders}
+    images = {
+        folder.name: encoder.embed_images(
+            [torch.from_numpy(np.array(load_picture(file))).permute(2, 0, 1) for file in sorted(folder.glob("*.png"))]
+        )
+        for folder in folders
+    }
+    scores = {
+        (shown, said): clip_score(images[shown], texts[said].expand(len(images[shown]), -1)).numpy()
+        for shown in images for said in texts
+    }  # fmt: skip
+    mismatched = [scores[a, b].mean() / scores[b, b].mean() for a in images for b in texts if a != b]
+    assert np.mean(np.array(mismatched) < session.STILL_SHOWN) >= 0.95
+    draw, matched = np.random.default_rng(0), []
+    for name in images:
+        for _ in range(200):
+            before, after = draw.permutation(scores[name, name])[:8].reshape(2, 4).mean(axis=1)
+            matched.append(after / before)
+    assert np.mean(np.array(matched) > session.STILL_SHOWN) >= 0.999
+
+
+class Clock:
+    """Seconds that pass only when something says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.2, 7])
+def test_previews_take_a_tenth_of_the_time_and_the_clock_says_how_much_that_is(one, monkeypatch, cost):
+    clock, decoded = Clock(), []
+    watched = Session(clock=clock)
+    watched.loaded = one.loaded
+
+    def preview(pipe, clean, size):
+        decoded.append(clock.now)
+        clock.now += cost
+        return torch.zeros(2, 8, 8, 3)
+
+    def step(*_):
+        clock.now += 1
+
+    monkeypatch.setattr(watch, "_preview", preview)
+    handle = one.loaded[1].unet.register_forward_pre_hook(step)
+    try:
+        for run, most in ((0, cost), (1, 0)):  # the first run does not know what a preview takes
+            decoded.clear()
+            began = clock.now
+            last = ended(watched, replace(FEW, steps=12, seed=run))
+            assert last.seconds == pytest.approx(clock.now - began) == pytest.approx(24 + cost * len(decoded))
+            assert cost * len(decoded) <= 0.1 * last.seconds + most
+            assert last.rows[0].seconds == pytest.approx(12), "previews are not the pipeline's"
+        assert cost > 4 or cost * (len(decoded) + 1) > 0.1 * 24 or len(decoded) == 24, "as many as there may be"
+    finally:
+        handle.remove()
+
+
+def test_after_a_stop_the_last_preview_stays(one, stopped_at):
+    seen = stopped_at(replace(FEW, seed=14), rows=0, step=1)
+    assert seen[-1].kind == "stopped" and len(seen[-1].preview) == 2
+    assert view.progress(seen[-1]).count("data:image/png;base64,") == 2
+
+
+def test_a_run_goes_on_while_its_page_is_loaded_again(one):
+    jobs = Jobs(one)
+    with one.turn:
+        name = jobs.start(replace(FEW, seed=15))
+        first = jobs.get(name).follow()
+        assert next(first).kind == "queued"
+        first.close()  # the page is gone
+        again = jobs.get(name).follow()
+        assert next(again).kind == "queued"
+    assert [*again][-1].kind == "done"
+    assert [state.kind for state in jobs.get(name).follow()] == ["done"], "and is shown when it has ended"
+    assert jobs.get("no such run") is None
+
+
+def test_a_run_that_nobody_follows_ends(one):
+    with one.turn:
+        job = Job(one, replace(FEW, seed=16), patience=0)
+        run = job.follow()
+        next(run)
+        run.close()
+        assert job.stop.wait(timeout=60)
+    assert [*job.follow()][-1].kind == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +549,7 @@ def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
     asked = replace(given(kept_in), mode=mode, mask="", prompt=prompt, methods=("negtome", "cads"))
     model = models.find(asked.model)
     recipe = asked.recipe(model)
-    words = shlex.split(exports(asked, recipe, model)[2].text)
+    words = shlex.split(exports(asked, recipe, model)[2].text.splitlines()[-1])
     assert words[:2] == ["python", "-m"]
     cfg = expand(words[3:])[-1] if words[2].endswith("generate") else expand(["method=negtome", *words[3:]])[0]
     assert cfg.model.call.num_inference_steps == 2
@@ -443,7 +665,7 @@ def test_a_folder_is_called_as_the_model_of_its_architecture(tiny_checkpoint, tm
 def test_a_folder_makes_images_that_nothing_measures(tiny_checkpoint):
     asked = Asked(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
     models.find(asked.model).cfg.call.max_sequence_length = 32  # which the tiny encoder reads
-    last = ended(Session(preview_every=0), asked)
+    last = ended(Session(preview_share=1), asked)
     assert last.rows[1].pushed.steps[0].pushed and last.rows[1].distance is None
     assert "Not measured: the weights of" in last.scorer
 

@@ -4,12 +4,14 @@ import ast
 import base64
 import io
 import re
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import PROJECT
+from experiments.__main__ import main
 
 nbformat = pytest.importorskip("nbformat")
 notebooks = pytest.importorskip("experiments.notebooks", exc_type=ImportError)
@@ -107,3 +109,26 @@ def test_what_a_notebook_shows_is_what_a_kernel_would_and_a_picture_that_moved_i
     assert set(figure.outputs[0].data) == {"image/png"} and pictures(figure)[0].size == (270, 90)
     notebooks.refresh(file)
     assert file.read_bytes() == once
+
+
+def test_help_needs_no_extra_and_a_missing_one_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
+    monkeypatch.setitem(sys.modules, "nbformat", None)
+    monkeypatch.delitem(sys.modules, "experiments.notebooks")
+    assert main(["notebooks", "--help"]) == 0 and "python -m experiments.notebooks" in capsys.readouterr().out
+    assert main(["notebooks"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "pip install -e '.[notebooks]'" in error
+
+
+def test_an_unknown_notebook_is_one_line_and_none_is_run(monkeypatch, capsys):
+    monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
+    monkeypatch.setattr(notebooks, "refresh", lambda file: pytest.fail(f"{file} was run"))
+    assert main(["notebooks", QUICKSTART, "quickstrat"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and QUICKSTART in error and "quickstrat" in error
+
+
+def test_the_readme_links_every_notebook():
+    linked = set(re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", (PROJECT / "README.md").read_text(encoding="utf-8")))
+    assert linked == {file.stem for file in FILES}

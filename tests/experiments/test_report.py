@@ -6,6 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -367,6 +368,46 @@ def test_nothing_of_the_folder_of_results_falls_through(tmp_path):
         assert [name for name, content in sections.items() if text in content] == [place], text
     assert "README" not in page.all("main")[0]["text"]
     assert {link["href"] for link in page.all("a")} >= {f"#{name}" for name in sections}
+
+
+def test_what_holds_nothing_is_left_out_of_the_page(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "full.csv").write_text("what,value\na cell,1\n")
+    (results / "headed.csv").write_text("what,value\n")
+    (results / "titled.md").write_text("# titled\n")
+    page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
+    assert [one["id"] for one in page.all("details", **{"class": "section"})] == ["full"]
+    assert {one["href"] for one in page.all("a")} & {"#headed", "#titled"} == set()
+
+
+def test_where_no_image_is_here_no_heading_announces_some(made, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copyfile(made[0] / "results" / "diversity.csv", results / "diversity.csv")
+    page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
+    assert "Images" in [one["text"] for one in made[3].all("h4")]
+    assert "Images" not in [one["text"] for one in page.all("h4")] and not page.all("h5")
+
+
+@pytest.mark.parametrize("n_units", [1, 3, 20])
+def test_a_difference_without_an_interval_says_of_few_units_that_they_are_few(n_units):
+    rows = diversity_table()
+    row = rows[(rows["metric"] == "pairwise_distance") & rows["difference"].notna()].iloc[0].copy()
+    row[["difference_low", "difference_high", "p_value", "p_holm", "non_inferior"]] = np.nan
+    row["n_units"] = n_units
+    text = pages.finding(row)
+    assert ("too few units" in text) == (n_units < 4) and "alike" not in text
+
+
+@pytest.mark.parametrize("table", [path.stem for path in sorted((PROJECT / "results").glob("*.csv"))])
+def test_no_finding_puts_a_column_s_name_where_a_noun_belongs(table):
+    frame = pd.read_csv(PROJECT / "results" / f"{table}.csv", dtype=TEXT)
+    if not report._is_experiment(table, frame) or "difference" not in frame:
+        pytest.skip("no table of differences")
+    adjective = r"\b(not (unsafe|overrefuse)|as said|the [a-z ]+ (unnamed|allowed|(in)?direct)) by\b"
+    for text in findings(frame):
+        assert not re.search(adjective, text), text
 
 
 def test_every_published_table_has_its_chapter():
