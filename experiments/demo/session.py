@@ -300,7 +300,7 @@ class _Run:
             made = generate(pipe, recipe)
             return tuple(made.images), made.attached.steps
         copies = [negtome.Reference(blurred(image, self.asked.blur)) for image in self.state.rows[0].images]
-        with negtome.attach(pipe, recipe.config, given=copies) as attached:
+        with negtome.attach(pipe, recipe.config, references=copies) as attached:
             return tuple(generate(pipe, recipe.without()).images), attached.steps
 
     def _method(self, model: models.Model, pipe: Any, name: str, recipe: Recipe) -> Row:

@@ -237,7 +237,7 @@ def test_a_picture_and_its_mask_are_what_the_library_gets(one, kept_in):
     last = ended(one, given(kept_in, images=1))
     picture, mask = (kept_in / f"{name}.png" for name in (last.asked.picture, last.asked.mask))
     reference = negtome.Reference(str(picture), mask=str(mask))
-    with negtome.attach(one.loaded[1], last.recipe.config, given=reference):
+    with negtome.attach(one.loaded[1], last.recipe.config, references=reference):
         images = generate(one.loaded[1], last.recipe.without()).images
     assert np.array_equal(pixels(last.rows[1].images), pixels(images))
     assert last.rows[1].pushed.where.shape == (1, 16, 16) and last.rows[1].distance is None
@@ -289,7 +289,7 @@ def test_a_look_at_a_picture_drops_no_model_and_waits_for_none(one):
 def test_quality_is_away_from_a_blurred_copy_of_each_image(one):
     last = ended(one, replace(FEW, mode="quality", blur=0.1, alpha=0.6))
     copies = [negtome.Reference(blurred(image, 0.1)) for image in last.rows[0].images]
-    with negtome.attach(one.loaded[1], last.recipe.config, given=copies):
+    with negtome.attach(one.loaded[1], last.recipe.config, references=copies):
         images = generate(one.loaded[1], last.recipe.without()).images
     assert np.array_equal(pixels(last.rows[1].images), pixels(images))
 
