@@ -77,7 +77,7 @@ def _hydra(asked: Asked, recipe: Recipe, model: Model) -> Export:
             "prompts.groups_per_category=null",
         ]  # fmt: skip
         what = "The same settings in the benchmark, whose noises are its own."
-        return _overrides("generate", what, *shared, f"method={','.join(methods)}", *settings, *prompts)
+        return _overrides("generate", what, "metric=none", *shared, f"method={','.join(methods)}", *settings, *prompts)
     what = "The same, a sheet of a row a seed; files in outputs/results."
     if recipe.mask is not None:
         return Export("Hydra overrides", "It has no painted masks: use the Python above.", "")

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import negtome
-from experiments import PROJECT
+from experiments import PROJECT, preflight
 from experiments.__main__ import main
 from experiments.configs import build, expand
 from experiments.demo import asked as asking
@@ -334,6 +334,7 @@ def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
     if words[2] == "experiments.generate":
         (group,) = build(cfg.prompts).groups()
         assert (group.prompt, group.seed, group.size) == (prompt, 0, 2)
+        assert preflight.of_scoring([cfg], tables=False) == [], "two images are too few for most metrics"
     else:
         (spec,) = cfg.applications.values()
         assert (spec.prompt, list(spec.alphas), list(spec.seeds)) == (prompt, [asked.alpha], [0, 1])
