@@ -379,7 +379,7 @@ def test_the_exports_of_compared_methods_make_these_very_images(one, tmp_path, m
     last = ended(one, asked)
     assert not any(row.refused for row in last.rows)
     script, _, overrides = (export.text for export in exports(asked, last.recipe, models.find("mini-sdxl")))
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, use_safetensors: one.loaded[1])
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: one.loaded[1])
     (tmp_path / "script.py").write_text(script)
     monkeypatch.chdir(tmp_path)
     runpy.run_path("script.py")
