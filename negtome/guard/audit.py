@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock
+
 
 class Audit:
-    """A file of verdicts, JSON, one a line. Several processes may append to one.
+    """A file of verdicts, JSON, one a line. Several processes may append to one, by a lock in PATH.lock.
+
+    A record is written completely or not at all. A line that another program left unfinished stays, on a line alone.
 
     Args:
         path: of the file; it and its folders are made when first written.
@@ -43,16 +47,32 @@ class Audit:
             "faults": [fault if self.text else fault.split(", got ")[0] for fault in faults],
             **({"prompt": prompt, "replies": list(replies)} if self.text else {}),
         }
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._append((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+    def _append(self, line: bytes) -> None:
+        """Append a line completely, or leave the file as it was."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            written = os.write(descriptor, line)  # in one piece, at the end, whoever else appends
-            os.fsync(descriptor)
-            if written < len(line):
-                raise OSError(f"expected room for {len(line)} bytes in {self.path}, got {written}: free some")
-        finally:
-            os.close(descriptor)
+        with FileLock(f"{self.path}.lock", mode=0o600):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                end = os.lseek(descriptor, 0, os.SEEK_END)
+                if end and _last_byte(descriptor, end) != b"\n":  # of a writer that was killed
+                    line = b"\n" + line
+                try:
+                    written = os.write(descriptor, line)
+                    os.fsync(descriptor)
+                    if written < len(line):
+                        raise OSError(f"expected room for {len(line)} bytes in {self.path}, got {written}: free some")
+                except OSError:
+                    os.ftruncate(descriptor, end)
+                    raise
+            finally:
+                os.close(descriptor)
+
+
+def _last_byte(descriptor: int, end: int) -> bytes:
+    os.lseek(descriptor, end - 1, os.SEEK_SET)
+    return os.read(descriptor, 1)
 
 
 def _sha256(text: str) -> str:
