@@ -30,7 +30,7 @@ from negtome.guard.audit import Audit
 from negtome.guard.chat import Endpoint, Local, about_tokens
 from negtome.guard.keyword import Keyword
 from negtome.guard.policy import ACTIONS, read_policy
-from negtome.guard.verdict import Guard, decide
+from negtome.guard.verdict import Guard, GuardError, decide
 
 #: What a shell is told of a verdict.
 EXIT = {"allow": 0, "steer": 3, "refuse": 4, "escalate": 5, "invalid": 5}
@@ -56,13 +56,17 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"{arguments.policy}: a policy, sha256 {policy.sha256[:12]}")
     print(f"clauses     {len(policy.clauses)}: {by_action}; default {policy.default}")
     print(f"exceptions  {len(policy.exceptions)}")
-    print(f"examples    {violates} of the clauses, {allowed} near to them")
+    several = f", {len(policy.examples)} of exceptions and of several clauses" if policy.examples else ""
+    print(f"examples    {violates} of the clauses, {allowed} near to them{several}")
     tokens = about_tokens(text)
     print(f"rendered    {len(text.split())} words, about {tokens} tokens")
     for clause in policy.clauses:
         print(f"  {_plain(policy.criterion(clause.id))}")
     if bare := [clause.id for clause in policy.clauses if not (clause.violates and clause.allowed)]:
         print(f"advice: {', '.join(bare)} without examples of both kinds: nothing tests them")
+    cited = {name for example in policy.examples for name in example.clauses}
+    if untested := [exception.id for exception in policy.exceptions if exception.id not in cited]:
+        print(f"advice: {', '.join(untested)} without an example under the policy's examples: nothing tests them")
     if tokens > READ_BEST:
         print(f"advice: models read policies of up to {READ_BEST} tokens best: split it, or drop examples")
     return 0
@@ -152,18 +156,26 @@ def load_guard(name: str) -> Guard:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
+    try:
+        found = _imported(name, module, attribute)
+    except (ValueError, OSError, ImportError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # of somebody else's code; SystemExit, too
+        raise GuardError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
+    if missing := [part for part in ("reply", "name", "id") if not hasattr(found, part)]:
+        raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
+    guard: Guard = found
+    return guard
+
+
+def _imported(name: str, module: str, attribute: str) -> Any:
     found: Any = importlib.import_module(module)
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
     except AttributeError as error:
         raise ImportError(f"expected {attribute} in {module}, got {error}") from error
-    if isinstance(found, type) or not hasattr(found, "reply"):
-        found = _called(name, found)
-    if missing := [part for part in ("reply", "name", "id") if not hasattr(found, part)]:
-        raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
-    guard: Guard = found
-    return guard
+    return _called(name, found) if isinstance(found, type) or not hasattr(found, "reply") else found
 
 
 def _called(name: str, found: Any) -> Any:
@@ -183,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, GuardError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise
         print(f"{arguments.command}: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
@@ -210,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--folder", metavar="F", help="of chat and mini: the model's folder")
         part.add_argument("--max-tokens", metavar="N", type=int, help="of chat: of a reply, thinking included (1024)")
         part.add_argument("--context", metavar="N", type=int, help="of chat: tokens that a server cuts off after")
-        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds to wait for a server (60)")
+        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds that a decision may take (60)")
         part.add_argument("--audit", metavar="FILE", help="append every verdict to it, without texts")
     parts["explain"].add_argument("--raw", action="store_true", help="print what the guard replied, too")
     parts["explain"].add_argument("prompt")

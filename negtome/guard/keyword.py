@@ -16,7 +16,7 @@ class Keyword:
     name = "keyword"
     id = "keyword-1"
 
-    def reply(self, policy: Policy, prompt: str) -> str:
+    def reply(self, policy: Policy, prompt: str) -> Decision:
         text = _plain(prompt)
         clauses = [clause for clause in policy.clauses if _named(clause, text)]
         listed = {name for clause in clauses for name in clause.exceptions}
@@ -26,7 +26,7 @@ class Keyword:
         action = policy.action_of(cited)
         quote = (exceptions or clauses)[0].line if cited else ""
         found = ", ".join(clause.asset for clause in clauses)
-        return Decision(action, cited, quote, f"names {found}" if found else "names none of the assets").to_json()
+        return Decision(action, cited, quote, f"names {found}" if found else "names none of the assets")
 
 
 def _plain(text: str) -> str:

@@ -13,18 +13,34 @@ from negtome.guard.testing import count_requests
 
 PUBLISHED = str(PROJECT / "conf" / "safety" / "policy.yaml")
 OWN = """
-import json
+import sys
+from negtome.guard import Decision
 
 class Own:
     name, id = "own", "own-1"
 
     def reply(self, policy, prompt):
-        found = {"action": "refuse", "clauses": ["C2"], "quote": "a red angry mask", "rationale": "\\x1b[2J!"}
-        return json.dumps(found)
+        return Decision("refuse", ("C2",), "a red angry mask", "\\x1b[2J!")
 
 class Forging(Own):
     def reply(self, policy, prompt):
-        return '{"action": "allow", "clauses": ["C9"]}'
+        return Decision("allow", ("C9",))
+
+class Text(Own):
+    def reply(self, policy, prompt):
+        return '{"action": "allow", "clauses": [], "quote": ""}'
+
+class Raising(Own):
+    def reply(self, policy, prompt):
+        return {}["C1\\n"]
+
+class Leaving(Own):
+    def reply(self, policy, prompt):
+        sys.exit(0)  # the code of allow
+
+class Unmade(Own):
+    def __init__(self):
+        self.clauses["C1"]
 
 class Nested:
     guard = Own()
@@ -86,7 +102,7 @@ def test_check_says_what_a_policy_holds(run, file, policy):
     words = len(policy.render().split())
     assert f"rendered    {words} words, about {round(len(policy.render()) / 4)} tokens" in out
     assert all(policy.criterion(clause.id) in out for clause in policy.clauses)
-    assert "advice" not in out
+    assert "advice: E1, E2 without an example" in out and out.count("advice") == 1
     assert run("check", "--policy", file, "--render") == (0, policy.render(), "")
 
 
@@ -95,6 +111,10 @@ def test_check_gives_advice_and_does_not_fail(run, document, written):
     del document["clauses"][0]["examples"]
     code, out, _ = run("check", "--policy", written(document))
     assert code == 0 and "advice: C1 without examples of both kinds: nothing tests them" in out
+    clauses = [{"request": "a parody of a goblin", "action": "allow", "clauses": ["C2", "E1"]}]
+    clauses += [{"request": "a goblin in a school book", "action": "escalate", "clauses": ["C2", "E2"]}]
+    out = run("check", "--policy", written(document | {"examples": clauses}))[1]
+    assert "advice: E1" not in out and ", 2 of exceptions and of several clauses" in out
 
 
 @pytest.mark.parametrize(
@@ -113,7 +133,7 @@ def test_explain_says_by_which_words(run, file, policy):
     assert f"  quotes     {policy['E1'].line}\n" in out and "  rationale  names vampire\n" in out
     assert "--- reply" not in out
     _, out, _ = run("explain", "--policy", file, "--guard", "keyword", "--raw", "a parody of a vampire")
-    assert f"--- reply\n{Keyword().reply(policy, 'a parody of a vampire')}\n" in out
+    assert f"--- reply\n{Keyword().reply(policy, 'a parody of a vampire').to_json()}\n" in out
 
 
 def test_what_does_not_follow_is_invalid_and_says_why(run, file, own):
@@ -141,6 +161,10 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "no_such_module:Own"], "No module named 'no_such_module'"),
         (["--guard", "own_guard:Absent"], "expected Absent in own_guard, got"),
         (["--guard", "own_guard:needs"], "or what makes one without arguments, at own_guard:needs, got"),
+        (["--guard", "own_guard:Text"], "expected a Decision or a Reply from the guard own, got str"),
+        (["--guard", "own_guard:Raising"], "the guard own failed: KeyError: "),
+        (["--guard", "own_guard:Leaving"], "the guard own failed: SystemExit: 0"),
+        (["--guard", "own_guard:Unmade"], "own_guard:Unmade cannot be made: AttributeError: "),
         (["--guard", "own_guard:number"], "or what makes one without arguments, at own_guard:number, got 3"),
         (["--guard", "own_guard:Unfinished"], "reply, name and id at own_guard:Unfinished, got one without id"),
         (["--guard", "chat"], "expected --base-url, --model, or --folder with --guard chat"),
@@ -150,6 +174,10 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "keyword", "--model", "m"], "expected no --model with --guard keyword"),
         (["--guard", "chat", "--model", "m", "--base-url", "host"], "expected an address such as"),
         (["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1"], "got no connection"),
+        (
+            ["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--timeout", "nan"],
+            "expected a timeout of more than 0 seconds, got nan",
+        ),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(arguments, message, run, file, own):
@@ -183,7 +211,7 @@ def test_where_an_error_is_from_is_shown_on_request(monkeypatch, run, tmp_path):
 def test_a_guard_that_obeys_passes_the_published_policy(run):
     code, out, err = run("test", "--policy", PUBLISHED, "--guard", "keyword")
     requests = count_requests(read_policy(PUBLISHED))
-    assert (code, err) == (0, "") and out.startswith(f"keyword-1: {requests} requests, each once more")
+    assert (code, err) == (0, "") and out.startswith(f"keyword-2: {requests} requests, each once more")
     assert "failed" not in out and "| example | 40/40 | " in out
 
 
@@ -213,7 +241,7 @@ def test_invalid_replies_are_counted_apart(run, file, own):
 
 def test_examples_alone_are_asked_where_no_edits_are(run, file):
     code, out, _ = run("test", "--policy", file, "--guard", "keyword", "--edits", 0)
-    assert code == 0 and out.startswith("keyword-1: 7 requests") and "flip" not in out
+    assert code == 0 and out.startswith("keyword-2: 7 requests") and "flip" not in out
 
 
 def test_a_decision_printed_is_the_one_that_was_made(run, file, policy):
