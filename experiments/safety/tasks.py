@@ -132,5 +132,5 @@ def read(policy: Policy, output: ModelOutput, nonce: str, prompt: str) -> tuple[
         ]
     if output.message.tool_calls:
         return "invalid", ["expected a text alone, got tool_calls with it"]
-    found, faults = read_reply(policy, output.message.text, nonce, prompt)
-    return ("invalid" if faults else found.action), faults
+    decision, faults = read_reply(policy, output.message.text, nonce, prompt)
+    return ("invalid" if faults else decision.action), faults

@@ -157,15 +157,15 @@ def load_guard(name: str) -> Guard:
     if not (module and colon and attribute):
         raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
     try:
-        found = _imported(name, module, attribute)
+        guard: Any = _imported(name, module, attribute)
     except (ValueError, OSError, ImportError, KeyboardInterrupt):
         raise
     except BaseException as error:  # of somebody else's code; SystemExit, too
         raise GuardError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
-    if missing := [part for part in ("reply", "name", "id") if not hasattr(found, part)]:
+    if missing := [part for part in ("reply", "name", "id") if not hasattr(guard, part)]:
         raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
-    guard: Guard = found
-    return guard
+    checked: Guard = guard
+    return checked
 
 
 def _imported(name: str, module: str, attribute: str) -> Any:

@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from negtome.guard.decision import Reply, UnusableReplyError, new_nonce, read_json
-from negtome.guard.http import Answer, AnswerError, TooLateError, post
 from negtome.guard.policy import Policy
+from negtome.guard.transport import Answer, AnswerError, TooLateError, post
 
 #: Where a key is looked for, in this order; servers of one's own mostly ask for none.
 KEYS = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY")
@@ -138,6 +138,7 @@ class Endpoint:
             or parts.username
             or parts.password
             or parts.query
+            or parts.fragment
         ):
             shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
             raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
@@ -197,14 +198,14 @@ class Endpoint:
         """
         what = f"expected a reply of {self.model} from {self.base_url}, got"
         deadline = time.monotonic() + self.timeout if deadline is None else deadline
-        asked = {
+        request = {
             "model": self.model,
             "messages": conversation,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
         try:
-            answer = post(f"{self.base_url.rstrip('/')}/chat/completions", asked, self._headers, deadline)
+            answer = post(f"{self.base_url.rstrip('/')}/chat/completions", request, self._headers, deadline)
         except TooLateError:
             raise ConnectionError(f"{what} none in {self.timeout:g} s: give it more time") from None
         except AnswerError as error:
@@ -230,10 +231,10 @@ class Endpoint:
                 f"{what} a redirect (status {answer.status}), which is not followed: give the address that it leads to"
             )
         body = answer.body.decode(errors="replace")
-        said = self._line(f"Error code: {answer.status} - {body}")
-        if answer.status in (400, 413) and re.search(r"context|too (?:long|large)", said):
-            return ValueError(f"{what} that they are too long ({said}): shorten the policy or the reply")
-        return ConnectionError(f"{what} {said}: see what the server says")
+        message = self._line(f"Error code: {answer.status} - {body}")
+        if answer.status in (400, 413) and re.search(r"context|too (?:long|large)", message):
+            return ValueError(f"{what} that they are too long ({message}): shorten the policy or the reply")
+        return ConnectionError(f"{what} {message}: see what the server says")
 
     def _masked(self, text: str) -> str:
         """Return a text of the server's without the key, should it have repeated it."""

@@ -97,7 +97,7 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
 
     Args:
         policy: from `read_policy`.
-        guard: whoever has `reply`. A `RemoteGuard` has its timeout for all tries together.
+        guard: any object with `reply`. A `RemoteGuard` has its timeout for all tries together.
         prompt: what is asked for, 1 to `LONGEST` characters.
         audit: where the verdict is recorded.
         retries: how often more it is asked where a reply does not follow from the policy.

@@ -347,7 +347,15 @@ def test_the_key_is_sent_and_shown_nowhere(environment, given, sent, server, pol
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000/v1", "ftp://host/v1", "http://", "http://me:pass@host/v1", "http://h/v1?key=pass"]
+    "url",
+    [
+        "127.0.0.1:8000/v1",
+        "ftp://host/v1",
+        "http://",
+        "http://me:pass@host/v1",
+        "http://h/v1?key=pass",
+        "http://h/v1#pass",
+    ],
 )
 def test_an_address_that_is_none_or_has_a_key_in_it_is_refused(url):
     with pytest.raises(ValueError, match="expected an address such as") as raised:

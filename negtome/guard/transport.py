@@ -61,10 +61,10 @@ def post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -
     """
     for number in count():
         answer = _post(url, document, headers, deadline)
-        asked = _retry_after(answer) if answer.status in BUSY else None
-        if asked is None:
+        delay = _retry_after(answer) if answer.status in BUSY else None
+        if delay is None:
             return answer
-        pause = max(asked, PAUSE * 2**number)
+        pause = max(delay, PAUSE * 2**number)
         if time.monotonic() + pause >= deadline:
             return answer
         time.sleep(pause)
