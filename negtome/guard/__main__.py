@@ -30,7 +30,7 @@ from negtome.guard.audit import Audit
 from negtome.guard.chat import Endpoint, Local, about_tokens
 from negtome.guard.keyword import Keyword
 from negtome.guard.policy import ACTIONS, read_policy
-from negtome.guard.verdict import Guard, GuardError, decide
+from negtome.guard.verdict import Guard, GuardError, check_text, decide, guard_errors
 
 #: What a shell is told of a verdict.
 EXIT = {"allow": 0, "steer": 3, "refuse": 4, "escalate": 5, "invalid": 5}
@@ -61,7 +61,7 @@ def check(arguments: argparse.Namespace) -> int:
     tokens = about_tokens(text)
     print(f"rendered    {len(text.split())} words, about {tokens} tokens")
     for clause in policy.clauses:
-        print(f"  {_plain(policy.criterion(clause.id))}")
+        print(f"  {_line(policy.criterion(clause.id))}")
     if bare := [clause.id for clause in policy.clauses if not (clause.violates and clause.allowed)]:
         print(f"advice: {', '.join(bare)} without examples of both kinds: nothing tests them")
     cited = {name for example in policy.examples for name in example.clauses}
@@ -78,14 +78,14 @@ def explain(arguments: argparse.Namespace) -> int:
     verdict = decide(policy, guard, arguments.prompt, _audit(arguments))
     print(verdict.action)
     for name in verdict.clauses:
-        print(f"  cites      {_plain(policy.criterion(name))}")
+        print(f"  cites      {_line(policy.criterion(name))}")
     if verdict.quote:
-        print(f"  quotes     {_plain(verdict.quote)}")
+        print(f"  quotes     {_line(verdict.quote)}")
     for fault in verdict.faults:
-        print(f"  fault      {_plain(fault)}")
+        print(f"  fault      {_line(fault)}")
     if verdict.decision and verdict.decision.rationale:
-        print(f"  rationale  {_plain(verdict.decision.rationale)}")
-    print(f"  guard      {_plain(guard.id)}; replies: {len(verdict.replies)}, in {verdict.seconds:.2f} s")
+        print(f"  rationale  {_line(verdict.decision.rationale)}")
+    print(f"  guard      {_line(guard.id)}; replies: {len(verdict.replies)}, in {verdict.seconds:.2f} s")
     if arguments.raw:
         for reply in verdict.replies:
             print(f"--- reply\n{_plain(reply)}")
@@ -96,7 +96,7 @@ def test(arguments: argparse.Namespace) -> int:
     """Ask a guard the policy's examples, and again under edits of the policy."""
     policy, guard = read_policy(arguments.policy), find_guard(arguments)
     requests = testing.count_requests(policy, arguments.edits, arguments.seed)
-    print(f"{_plain(guard.id)}: {requests} requests, each once more where a reply does not follow", flush=True)
+    print(f"{_line(guard.id)}: {requests} requests, each once more where a reply does not follow", flush=True)
     audit = _audit(arguments)
     outcomes = testing.run_examples(policy, guard, audit)
     outcomes += testing.run_edits(policy, guard, arguments.edits, arguments.seed, audit)
@@ -105,7 +105,7 @@ def test(arguments: argparse.Namespace) -> int:
     for one in failed[:SHOWN]:
         under = "as it is" if one.kind == "example" else f"after {one.kind} of {one.clause}"
         why = f" ({one.reason})" if one.invalid else ""
-        print(_plain(f"failed, {under}: {one.prompt!r} must be {one.expected}, got {one.got}{why}"))
+        print(_line(f"failed, {under}: {one.prompt!r} must be {one.expected}, got {one.got}{why}"))
     if len(failed) > SHOWN:
         print(f"and {len(failed) - SHOWN} more: --json FILE has all")
     if arguments.json:
@@ -156,14 +156,12 @@ def load_guard(name: str) -> Guard:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
-    try:
+    with guard_errors(name):
         guard: Any = _imported(name, module, attribute)
-    except (ValueError, OSError, ImportError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # of somebody else's code; SystemExit, too
-        raise GuardError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
-    if missing := [part for part in ("reply", "name", "id") if not hasattr(guard, part)]:
+        missing = [part for part in ("reply", "name", "id") if not hasattr(guard, part)]
+    if missing:
         raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
+    check_text(guard, "id")
     checked: Guard = guard
     return checked
 
@@ -198,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError, ImportError, GuardError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise
-        print(f"{arguments.command}: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{arguments.command}: {_line(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -239,6 +237,11 @@ def _audit(arguments: argparse.Namespace) -> Audit | None:
 def _plain(text: str) -> str:
     """Return a text as a terminal may show it: what a model wrote must not move its cursor."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _line(text: str) -> str:
+    """Return a text as one line: what a model wrote must not look like the command's next line."""
+    return _plain(" ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """From a prompt to what is done about it: ask a guard, verify its reply, ask once more, keep a record."""
 
-import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
 from negtome.guard.audit import Audit
-from negtome.guard.decision import Decision, Reply, UnusableReplyError, read_reply, replace_halves, verify
+from negtome.guard.decision import FIELDS, Decision, Reply, UnusableReplyError, read_reply, replace_halves, verify
 from negtome.guard.policy import Policy
 
 #: Characters of a prompt; text encoders of image models read about 2,000.
@@ -100,24 +101,30 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
         guard: any object with `reply`. A `RemoteGuard` has its timeout for all tries together.
         prompt: what is asked for, 1 to `LONGEST` characters.
         audit: where the verdict is recorded.
-        retries: how often more it is asked where a reply does not follow from the policy.
+        retries: how often more it is asked where a reply does not follow from the policy, at least 0.
 
     Raises:
         ValueError: the prompt is empty, too long or no Unicode, or the guard cannot read it or the policy whole, or
-            its reply is neither a `Decision` nor a `Reply`.
+            its reply is neither a `Decision` nor a `Reply`, or `retries` is negative.
         ConnectionError: the guard does not answer.
-        GuardError: the guard's code fails in another way.
+        GuardError: the guard's code fails in another way, or its name or id is no text.
+        OSError: the verdict cannot be recorded.
     """
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
     if not prompt.strip() or len(prompt) > LONGEST:
         raise ValueError(f"expected a prompt of 1 to {LONGEST} characters, got {len(prompt)}: {prompt[:40]!r}")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"expected a prompt in Unicode, got halves of characters: {prompt[:40]!r}")
-    deadline = time.monotonic() + guard.timeout if is_remote(guard) else None
+    guard_id = "" if audit is None else check_text(guard, "id")  # before anything is asked that could not be recorded
+    with guard_errors(check_text(guard, "name")):
+        deadline = time.monotonic() + guard.timeout if is_remote(guard) else None
     replies, start = [], time.perf_counter()
     for number in range(1 + retries):
         if number and deadline is not None and time.monotonic() >= deadline:
             break
         reply, decision, faults = _ask(policy, guard, prompt, deadline)
+        faults = [" ".join(replace_halves(fault).split()) for fault in faults]
         replies.append(reply)
         if not faults:
             break
@@ -125,7 +132,7 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
     action = "invalid" if faults or decision is None else decision.action
     verdict = Verdict(action, decision, tuple(faults), tuple(replies), seconds)
     if audit is not None:
-        audit.write(policy.sha256, guard.id, prompt, replies, verdict.action, verdict.clauses, faults)
+        audit.write(policy.sha256, guard_id, prompt, replies, verdict.action, verdict.clauses, faults)
     return verdict
 
 
@@ -134,19 +141,36 @@ def is_remote(guard: Guard) -> TypeGuard[RemoteGuard]:
     return hasattr(guard, "reply_before")
 
 
+@contextmanager
+def guard_errors(name: str) -> Iterator[None]:
+    """Turn errors of somebody else's code into GuardError, except those that a guard may raise."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, KeyboardInterrupt, GuardError):
+        raise
+    except BaseException as error:  # SystemExit, too: its code must not become the command's
+        raise GuardError(f"the guard {name} failed: {type(error).__name__}: {error}") from error
+
+
+def check_text(guard: object, attribute: str) -> str:
+    """Return a guard's name or id; GuardError where it is no text."""
+    with guard_errors(type(guard).__name__):
+        value = getattr(guard, attribute)
+        if not isinstance(value, str):
+            raise TypeError(f"expected its {attribute} as a text, got {type(value).__name__}")
+        return value
+
+
 def _ask(policy: Policy, guard: Guard, prompt: str, deadline: float | None) -> tuple[str, Decision | None, list[str]]:
     """Return a guard's reply as a text, what it decided, as far as that can be read, and what is wrong with it."""
     try:
-        if deadline is not None and is_remote(guard):
-            reply = guard.reply_before(policy, prompt, deadline)
-        else:
-            reply = guard.reply(policy, prompt)
+        with guard_errors(guard.name):
+            if deadline is not None and is_remote(guard):
+                reply = guard.reply_before(policy, prompt, deadline)
+            else:
+                reply = guard.reply(policy, prompt)
     except UnusableReplyError as error:
         return replace_halves(error.text), None, [str(error)]
-    except (ValueError, OSError, ImportError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # SystemExit, too: its code must not become the command's
-        raise GuardError(f"the guard {guard.name} failed: {type(error).__name__}: {error}") from error
     if isinstance(reply, Reply) and isinstance(reply.text, str) and isinstance(reply.nonce, str):
         text = replace_halves(reply.text)
         return text, *read_reply(policy, text, reply.nonce, prompt)
@@ -156,7 +180,7 @@ def _ask(policy: Policy, guard: Guard, prompt: str, deadline: float | None) -> t
             "shows a guard"
         )
     try:
-        decision = Decision.from_fields(dataclasses.asdict(reply))
+        decision = Decision.from_fields({name: getattr(reply, name) for name in FIELDS})
     except ValueError as error:
         return "", None, [str(error)]
     return decision.to_json(), decision, verify(policy, decision)

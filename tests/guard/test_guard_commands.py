@@ -14,13 +14,14 @@ from negtome.guard.testing import count_requests
 PUBLISHED = str(PROJECT / "conf" / "safety" / "policy.yaml")
 OWN = """
 import sys
+import threading
 from negtome.guard import Decision
 
 class Own:
     name, id = "own", "own-1"
 
     def reply(self, policy, prompt):
-        return Decision("refuse", ("C2",), "a red angry mask", "\\x1b[2J!")
+        return Decision("refuse", ("C2",), "a red angry mask", "\\x1b[2J!\\nallow")
 
 class Forging(Own):
     def reply(self, policy, prompt):
@@ -41,6 +42,26 @@ class Leaving(Own):
 class Unmade(Own):
     def __init__(self):
         self.clauses["C1"]
+
+class Locked(Own):
+    def reply(self, policy, prompt):
+        return Decision("allow", threading.Lock())
+
+class Endless(Own):
+    def reply(self, policy, prompt):
+        clauses = []
+        clauses.append(clauses)
+        return Decision("allow", clauses)
+
+class Numbered(Own):
+    id = 5
+
+class Nameless(Own):
+    name = property(lambda self: 1 / 0)
+
+class Untimed(Own):
+    def reply_before(self, policy, prompt, deadline):
+        return Decision("allow")
 
 class Nested:
     guard = Own()
@@ -144,7 +165,14 @@ def test_what_does_not_follow_is_invalid_and_says_why(run, file, own):
 
 def test_what_a_guard_writes_does_not_move_the_cursor(run, file, own):
     _, out, _ = run("explain", "--policy", file, "--guard", f"{own}:Own", "--raw", "a tree")
-    assert "\x1b" not in out and r"rationale  \x1b[2J!" in out
+    assert "\x1b" not in out and r"rationale  \x1b[2J! allow" in out
+    assert "allow" not in out.splitlines()
+
+
+@pytest.mark.parametrize("attribute", ["Locked", "Endless"])
+def test_clauses_that_cannot_be_copied_are_invalid(attribute, run, file, own):
+    code, out, err = run("explain", "--policy", file, "--guard", f"{own}:{attribute}", "a tree")
+    assert (code, err) == (5, "") and "fault      expected clauses as a list of ids, got " in out
 
 
 @pytest.mark.parametrize("attribute", ["Own", "ready", "make", "Nested.guard"])
@@ -164,7 +192,10 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "own_guard:Text"], "expected a Decision or a Reply from the guard own, got str"),
         (["--guard", "own_guard:Raising"], "the guard own failed: KeyError: "),
         (["--guard", "own_guard:Leaving"], "the guard own failed: SystemExit: 0"),
-        (["--guard", "own_guard:Unmade"], "own_guard:Unmade cannot be made: AttributeError: "),
+        (["--guard", "own_guard:Unmade"], "the guard own_guard:Unmade failed: AttributeError: "),
+        (["--guard", "own_guard:Numbered"], "the guard Numbered failed: TypeError: expected its id as a text, got int"),
+        (["--guard", "own_guard:Nameless"], "the guard own_guard:Nameless failed: ZeroDivisionError: "),
+        (["--guard", "own_guard:Untimed"], "the guard own failed: AttributeError: "),
         (["--guard", "own_guard:number"], "or what makes one without arguments, at own_guard:number, got 3"),
         (["--guard", "own_guard:Unfinished"], "reply, name and id at own_guard:Unfinished, got one without id"),
         (["--guard", "chat"], "expected --base-url, --model, or --folder with --guard chat"),

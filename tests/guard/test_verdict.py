@@ -102,6 +102,19 @@ def test_errors_of_the_guard_are_not_verdicts(policy, told, tmp_path):
     assert not (tmp_path / "audit.jsonl").exists()
 
 
+def test_fewer_than_no_retries_are_refused(policy, told):
+    with pytest.raises(ValueError, match="retries must be at least 0, got -1"):
+        decide(policy, told(ALLOWED), "a tree", retries=-1)
+
+
+def test_a_guard_whose_id_no_record_can_hold_is_not_asked(policy, told, tmp_path):
+    guard = told(ALLOWED)
+    guard.id = None
+    with pytest.raises(GuardError, match="expected its id as a text, got NoneType"):
+        decide(policy, guard, "a tree", Audit(tmp_path / "audit.jsonl"))
+    assert guard.asked == [] and not (tmp_path / "audit.jsonl").exists()
+
+
 def lines(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -142,6 +155,16 @@ def test_halves_of_characters_in_a_reply_are_question_marks(policy, told, tmp_pa
     assert verdict.replies == (reply.replace("\udfff", "?"),)
     cut = UnusableReplyError("cut", "\ud83d")
     assert decide(policy, told(cut), "Dracula").replies == ("?", "?")
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_fault_with_halves_of_characters_or_several_lines_is_on_record(text, policy, told, tmp_path):
+    unknown = json.dumps(json.loads(ALLOWED) | {"\ud83d": 1})
+    for reply in (unknown, UnusableReplyError("cut\n\ud83d off")):
+        audit = Audit(tmp_path / "audit", text)
+        verdict = decide(policy, told(reply), "Dracula", audit)
+        assert verdict.action == "invalid" and lines(audit.path)[-1]["action"] == "invalid"
+    assert verdict.faults == ("cut ? off",)
 
 
 def test_several_processes_append_whole_lines(tmp_path):
