@@ -5,7 +5,6 @@ parsed and verified as every guard's reply is, without any server's promise of w
 """
 
 import hashlib
-import math
 import os
 import re
 import time
@@ -23,6 +22,8 @@ from negtome.guard.transport import Answer, AnswerError, TooLateError, post
 KEYS = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY")
 #: Whose OPENAI_API_KEY it is: environment variables, and the headers that they are sent in.
 ACCOUNT = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
+#: Seconds of the longest timeout, a day: the system's clock takes no arbitrarily long one.
+LONGEST_WAIT = 86_400
 #: Characters of the shortest key that is taken for a secret: servers of one's own take "none" or "EMPTY".
 SECRET = 8
 #: Characters of English text a token of current tokenizers, about: 3.6 to 4.
@@ -78,6 +79,8 @@ def read_completion(body: bytes, max_tokens: int) -> Completion:
     """
     document = read_json(body.decode("utf-8"))
     choices = document.get("choices") if isinstance(document, dict) else None
+    if isinstance(document, dict) and document.get("error"):  # some routers send it with status 200
+        raise ValueError("an error with status 200")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or not choices:
         raise ValueError("no list of choices")
     usage = document.get("usage") or {}  # some servers do not count
@@ -112,7 +115,7 @@ class Endpoint:
         base_url: of the server, mostly ending in /v1.
         api_key: none: that of the environment, NEGTOME_GUARD_API_KEY or else OPENAI_API_KEY. With the latter,
             OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent, too, where they are set.
-        timeout: seconds that a decision may take, all its tries together.
+        timeout: seconds that a decision may take, all its tries together; more than 0, at most `LONGEST_WAIT`.
         temperature: of sampling; at 0 most servers give the most likely reply.
         max_tokens: of the reply, thinking included.
         context: tokens that policy, prompt and reply may have together, for servers that cut off what is more and do
@@ -131,19 +134,9 @@ class Endpoint:
         max_tokens: int = 1024,
         context: int | None = None,
     ) -> None:
-        parts = urlsplit(base_url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.password
-            or parts.query
-            or parts.fragment
-        ):
-            shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
-            raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"expected a timeout of more than 0 seconds, got {timeout}")
+        _check_address(base_url)
+        if not 0 < timeout <= LONGEST_WAIT:
+            raise ValueError(f"expected a timeout of more than 0 and at most {LONGEST_WAIT} seconds, got {timeout}")
         self.model, self.base_url, self.timeout = model, base_url, timeout
         self.temperature, self.max_tokens, self.context = temperature, max_tokens, context
         source = None if api_key else next((name for name in KEYS if os.environ.get(name)), None)
@@ -217,7 +210,7 @@ class Endpoint:
         if answer.status != 200:
             raise self._refused(what, answer)
         try:
-            completion = read_completion(answer.body, self.max_tokens)
+            completion = read_completion(self._masked_body(answer), self.max_tokens)
         except UnusableReplyError as error:
             raise UnusableReplyError(self._masked(str(error)), self._masked(error.text)) from None
         except ValueError as error:
@@ -230,11 +223,18 @@ class Endpoint:
             return ConnectionError(
                 f"{what} a redirect (status {answer.status}), which is not followed: give the address that it leads to"
             )
-        body = answer.body.decode(errors="replace")
+        body = self._masked_body(answer).decode(errors="replace")
         message = self._line(f"Error code: {answer.status} - {body}")
         if answer.status in (400, 413) and re.search(r"context|too (?:long|large)", message):
             return ValueError(f"{what} that they are too long ({message}): shorten the policy or the reply")
         return ConnectionError(f"{what} {message}: see what the server says")
+
+    def _masked_body(self, answer: Answer) -> bytes:
+        """Return an answer's body without the key, before any part of it is cut off; JSON may write \\/ for a slash."""
+        if len(self._key) < SECRET:
+            return answer.body
+        body = answer.body.replace(self._key.encode(), b"***")
+        return body.replace(self._key.replace("/", "\\/").encode(), b"***")
 
     def _masked(self, text: str) -> str:
         """Return a text of the server's without the key, should it have repeated it."""
@@ -348,6 +348,21 @@ class Local:
         if policy not in text or prompt not in text:
             raise ValueError(f"expected a chat template that shows the system message in {self.folder}, got none")
         return text
+
+
+def _check_address(base_url: str) -> None:
+    """Raise ValueError unless it is an address of HTTP without anything that may be secret."""
+    parts = urlsplit(base_url)
+    secret = parts.username or parts.password or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or secret:
+        shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
+        raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
+    if re.search(r"[\s\x00-\x1f\x7f]", base_url):
+        raise ValueError(f"expected an address without spaces and control characters, got {base_url!r}")
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"expected a port from 0 to 65535 in {base_url}") from error
 
 
 def _too_long(max_tokens: int) -> str:

@@ -238,6 +238,7 @@ def test_a_reply_that_was_cut_off_says_so_even_where_it_looks_whole(server, guar
         (b'{"choices": [], "choices": [{"finish_reason": "stop", "message": {"content": "x"}}]}', "no chat completion"),
         (b'{"choices": NaN}', "got no chat completion"),
         (b"\xff\xfe", "got no chat completion"),
+        ({**completion(ALLOW), "error": {"message": "filtered"}}, "got no chat completion .an error with status 200"),
         (b'{"a":' * 20_000, "got no chat completion"),
         (b"[" * 100_000, "got no chat completion"),
         (b"x" * (1 << 21), "an answer of more than 1048576 bytes"),
@@ -355,12 +356,35 @@ def test_the_key_is_sent_and_shown_nowhere(environment, given, sent, server, pol
         "http://me:pass@host/v1",
         "http://h/v1?key=pass",
         "http://h/v1#pass",
+        "http://me:pass@h/v1\n",
     ],
 )
 def test_an_address_that_is_none_or_has_a_key_in_it_is_refused(url):
     with pytest.raises(ValueError, match="expected an address such as") as raised:
         Endpoint("m", url)
     assert "pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://h:99999/v1", "expected a port from 0 to 65535 in http://h:99999/v1"),
+        ("http://h:one/v1", "expected a port from 0 to 65535"),
+        ("http://h/v1\r\nX-Header: one", "without spaces and control characters, got 'http://h/v1"),
+        ("http://h/v1 ", "without spaces and control characters"),
+        ("http://h/\0", "without spaces and control characters"),
+    ],
+)
+def test_an_address_that_nobody_can_ask_is_refused_beforehand(url, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        Endpoint("m", url)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_no_clock_can_keep_is_refused(timeout):
+    with pytest.raises(ValueError, match="expected a timeout of more than 0 and at most 86400 seconds, got"):
+        Endpoint("m", "http://127.0.0.1:9/v1", timeout=timeout)
 
 
 @pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "NEGTOME_GUARD_API_KEY", None])
@@ -399,6 +423,20 @@ def test_a_key_that_the_server_repeats_is_not_shown(answer, server, policy):
     except (ConnectionError, ValueError) as error:
         said = str(error)
     assert said and SECRET[:12] not in said
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("answer", [completion("no", finish="KEY"), completion("KEY"), (500, b'{"error": "KEY"}')])
+def test_a_long_key_is_masked_before_anything_is_cut_off_and_also_as_json_escapes_it(answer, escaped, server, policy):
+    key = "sk/" + "0123456789" * 10
+    written = key.replace("/", "\\/") if escaped else key
+    status, document = answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode())
+    server.answer = (status, document.replace(b"KEY", written.encode()))
+    try:
+        shown = repr(decide(policy, Endpoint("m", server.url, key), "a vampire"))
+    except ConnectionError as error:
+        shown = str(error)
+    assert "***" in shown and "0123" not in shown
 
 
 @pytest.mark.parametrize("key", ["sk-one\nX-Header: two", "sk-\xe9", "sk one"])

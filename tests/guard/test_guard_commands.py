@@ -207,7 +207,7 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1"], "got no connection"),
         (
             ["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--timeout", "nan"],
-            "expected a timeout of more than 0 seconds, got nan",
+            "expected a timeout of more than 0 and at most 86400 seconds, got nan",
         ),
     ],
 )
