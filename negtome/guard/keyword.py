@@ -13,7 +13,7 @@ from negtome.guard.policy import Clause, Policy, PolicyException
 
 #: What Unicode calls default ignorable, as far as it is not in the category Cf: it shows as nothing within a word.
 IGNORABLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
 
 _STEMMER = snowballstemmer.stemmer("english")
@@ -48,8 +48,8 @@ def _named(part: Clause | PolicyException, readings: Sequence[str]) -> bool:
 
 def _occurs(name: str, text: str) -> bool:
     sought, words = _words(name), _words(text)
-    if not sought:  # an emoji, or other signs alone
-        return name.strip() in text
+    if not sought:  # an emoji, or other signs alone; a name that shows nothing is in no text
+        return bool(name.strip()) and name.strip() in text
     starts = range(len(words) - len(sought) + 1)
     return any(all(map(_inflected, words[start : start + len(sought)], sought)) for start in starts)
 
@@ -69,7 +69,9 @@ def _stem(word: str) -> str:
 def _readings(text: str) -> tuple[str, ...]:
     """Return a text as it is, and as it looks to somebody who reads Latin letters, in lower case."""
     text = unicodedata.normalize("NFKC", text)
-    texts = [text, "".join(map(_latin, text)), "".join(map(_latin, text.casefold()))]
+    texts = [text]
+    for stroke in "li":  # a sign that is no more than a vertical stroke may stand for either
+        texts += ["".join(_latin(sign, stroke) for sign in form) for form in (text, text.casefold())]
     return tuple(dict.fromkeys(map(_visible, texts)))
 
 
@@ -85,19 +87,21 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _invisible(sign: str) -> bool:
-    """Tell whether a character adds nothing to a word: a format or control character, or an accent."""
+    """Tell whether a character adds nothing to a word: a format or control character, an accent, or a frame."""
     category = unicodedata.category(sign)
-    return category == "Cf" or (category == "Cc" and not sign.isspace()) or unicodedata.combining(sign) > 0
+    return category in ("Cf", "Me") or (category == "Cc" and not sign.isspace()) or unicodedata.combining(sign) > 0
 
 
 @functools.lru_cache(maxsize=10_000)
-def _latin(sign: str) -> str:
-    """Return the Latin letters that a character looks like, by Unicode's table of confusable characters, or itself."""
+def _latin(sign: str, stroke: str) -> str:
+    """Return the Latin letters that a character looks like, by Unicode's table of confusable characters, or itself.
+
+    The table has l for all vertical strokes; `stroke` takes its place.
+    """
     if sign.isascii():
         return sign
     for entry in confusables.is_confusable(sign, greedy=True) or ():
         looks = [one["c"] for one in entry["homoglyphs"] if one["c"].isascii() and one["c"].isalpha()]
         if looks:
-            # The table has l for all vertical strokes; of a capital it is an I.
-            return "I" if looks[0] == "l" and sign.isupper() else looks[0]
+            return stroke if looks[0] == "l" else looks[0]
     return sign

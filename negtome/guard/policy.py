@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -242,7 +243,7 @@ def read_policy(path: str | Path) -> Policy:
         raise FileNotFoundError(f"expected a policy at {path}, got no file: give a YAML file with clauses")
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # as of a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not; lists of lists of lists
         raise ValueError(f"expected YAML in {path}, got {' '.join(str(error).split())}") from error
     try:
         return _policy(document)
@@ -255,16 +256,17 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} twice in one mapping", node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(mapping) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} twice in one mapping", node.start_mark)
         return mapping
 
 
 def _policy(document: Any) -> Policy:
     top = _fields("the policy", document, {"version", "clauses"}, {"default", "precedence", "exceptions", "examples"})
     if type(top["version"]) is not int or top["version"] != VERSION:  # to Python, true is 1 too
-        raise ValueError(f"expected version: {VERSION}, got {top['version']!r}")
+        raise ValueError(f"expected version: {VERSION}, got {_shown(top['version'])}")
     if not _list("clauses", top["clauses"]):
         raise ValueError("expected at least one clause, got none")
     plain = {name: top[name] for name in ("default", "precedence") if name in top}
@@ -308,21 +310,22 @@ def _exception(entry: Any) -> PolicyException:
 
 def _fields(what: str, entry: Any, needed: set[str], optional: set[str]) -> Mapping[str, Any]:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"expected {what} as a mapping of names to values, got {entry!r}")
+        raise ValueError(f"expected {what} as a mapping of names to values, got {_shown(entry)}")
     if missing := needed - entry.keys():
         raise ValueError(
-            f"expected {', '.join(sorted(needed))} in {what}, got no {', '.join(sorted(missing))}: {entry}"
+            f"expected {', '.join(sorted(needed))} in {what}, got no {', '.join(sorted(missing))}: {_shown(entry)}"
         )
     if unknown := {str(name) for name in entry.keys() - needed - optional}:
         raise ValueError(
-            f"expected {what} to have {', '.join(sorted(needed | optional))}, got {', '.join(sorted(unknown))} beside"
+            f"expected {what} to have {', '.join(sorted(needed | optional))}, got "
+            f"{', '.join(sorted(unknown)[:5])} beside"
         )
     return entry
 
 
 def _list(what: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"expected {what} as a list, got {value!r}")
+        raise ValueError(f"expected {what} as a list, got {_shown(value)}")
     return value
 
 
@@ -335,6 +338,11 @@ def _texts(what: str, values: Any) -> tuple[str, ...]:
 
 def _text(what: str, value: Any) -> str:
     # YAML reads no, on and 1.0 as what they are not here
-    if not isinstance(value, str) or not value.strip() or re.search(r"[\r\n]", value.strip()):
-        raise ValueError(f"expected {what} as a text of one line, got {value!r}: put it into quotes")
+    if not isinstance(value, str) or not value.strip() or re.search(r"[\r\n\ud800-\udfff]", value.strip()):
+        raise ValueError(f"expected {what} as a text of one line, got {_shown(value)}: put it into quotes")
     return value.strip()
+
+
+def _shown(value: Any) -> str:
+    """Return the start of a value: a list that YAML repeats by reference may have billions of parts."""
+    return reprlib.repr(value)[:200]

@@ -30,6 +30,10 @@ ASSETS = ("vampire", "goblin", "police officer")
         ("vam\u200dpire vam\u00adpire", "steer", ("C1",)),  # a joiner, a soft hyphen
         ("vam\ufe0fpire", "steer", ("C1",)),  # a variation selector
         ("vam\x00pire", "steer", ("C1",)),
+        ("vam\ufff0pire", "steer", ("C1",)),  # reserved for signs that show nothing
+        ("v\u20ddampire", "steer", ("C1",)),  # a circle around a letter
+        ("\ua4e6\ua4ee\ua4df\ua4d1\ua4f2\ua4e3\ua4f0", "steer", ("C1",)),  # Lisu letters, an upright stroke for I
+        ("gob\u01c0in", "refuse", ("C2",)),  # and one for l
         ("\u202evampire\u202c", "steer", ("C1",)),  # written from right to left
         ("a police  \n officer", "escalate", ("C3",)),
         ("a vampire and a goblin", "refuse", ("C1", "C2")),
@@ -54,6 +58,9 @@ UNSEEN = {
     "joined words": "a policeofficer",
     "letters apart": "a v a m p i r e",
     "digits for letters": "v4mpire",
+    "signs for letters": "v@mpire",
+    "a sign within a word": "vam-pire",
+    "a digit at a word": "vampire2",
     "misspelt": "a vampyre",
     "small capitals": "a \u1d20\u1d00\u1d0d\u1d18\u026a\u0280\u1d07",
     "letters in boxes": "\U0001f185\U0001f170\U0001f17c\U0001f17f\U0001f178\U0001f181\U0001f174",
@@ -93,6 +100,13 @@ def test_names_in_any_script_and_number(name, prompt, named, policy):
     clause = dataclasses.replace(policy.clauses[0], names=(name,))
     policy = dataclasses.replace(policy, clauses=(clause,))
     assert bool(decide(policy, Keyword(), prompt).clauses) == named
+
+
+@pytest.mark.parametrize("name", ["\u200b", "\u0301", "\ufe0f \u200d"])
+def test_a_name_that_shows_nothing_is_in_no_prompt(name, policy):
+    silent = dataclasses.replace(policy.exceptions[0], names=(name,))
+    policy = dataclasses.replace(policy, exceptions=(silent, *policy.exceptions[1:]))
+    assert decide(policy, Keyword(), "a vampire").action == "steer"
 
 
 def test_names_may_have_signs_in_them(policy):

@@ -130,11 +130,27 @@ def test_what_is_no_policy_says_where(change, message, document, written):
     assert str(raised.value).startswith(f"{file}: ") and "\n" not in str(raised.value)
 
 
+#: Lists of lists, each nine times: half a million texts in a few lines.
+REPEATED = "a: &a x\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefg"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "the policy as a mapping of names to values, got None"),
         ("# nothing\n", "got None"),
+        ("[" * 5000, "expected YAML in .*, got maximum recursion depth"),
+        ("[" * 5000 + "]" * 5000, "expected YAML in"),
+        (REPEATED, "got no clauses, version: {"),
+        (
+            f"version: 1\nclauses:\n- {{{REPEATED.replace(chr(10), ', ')}}}\n",
+            "got no action, asset, description, id: {",
+        ),
+        (f"version: 1{'0' * 4000}\nclauses: []\n", "expected version: 1, got 1000"),
+        (
+            'version: 1\nclauses:\n- {id: "\\ud800", asset: a, description: b, action: refuse}\n',
+            r"id of a clause as a text of one line, got '\\ud800'",
+        ),
         ("allow everything", "got 'allow everything'"),
         ("- a\n- b\n", "as a mapping"),
         ("clauses: [", "expected YAML in"),
@@ -162,7 +178,7 @@ def test_what_is_no_policy_says_where(change, message, document, written):
 def test_what_yaml_reads_otherwise_than_it_looks_is_refused(text, message, written):
     with pytest.raises(ValueError, match=message) as raised:
         read_policy(written(text))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
 def test_a_policy_that_is_not_there_or_no_text(tmp_path):
