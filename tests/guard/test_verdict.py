@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from experiments import PROJECT
 from negtome.guard import Audit, Decision, GuardError, Reply, UnusableReplyError, decide
@@ -222,3 +223,12 @@ def test_a_record_that_does_not_fit_is_missed(tmp_path, monkeypatch):
     monkeypatch.setattr("negtome.guard.audit.os.write", lambda descriptor, line: len(line) // 2)
     with pytest.raises(OSError, match=r"expected room for \d+ bytes in"):
         Audit(tmp_path / "audit").write("0", "g", "a tree", [], "allow", [], [])
+
+
+def test_a_lock_that_nobody_gives_back_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("negtome.guard.audit.LOCK_WAIT", 0.05)
+    file = tmp_path / "audit"
+    with FileLock(f"{file}.lock"), pytest.raises(TimeoutError, match=r"its lock held for 0\.05 s"):
+        Audit(file).write("0", "g", "a tree", [], "allow", [], [])
+    Audit(file).write("0", "g", "a tree", [], "allow", [], [])
+    assert len(lines(file)) == 1
