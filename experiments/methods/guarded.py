@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from eval.files import check_seal, content_hash, read_json, sealed, write_json
+from eval.files import canonical_json, check_seal, content_hash, read_json, sealed, write_json
 from eval.images import Withheld, load_image, read_manifest
 from eval.resemblance import calibrate_threshold, similarities
 from experiments.methods.assets import assets_hash, check_disjoint, read_assets
@@ -245,7 +245,7 @@ class Guarded(Method):
         """
         if self.decisions is None:
             return decide(self._policy, self.guard, prompt)
-        key = hashlib.sha256(f"{self._policy.sha256}/{self.guard.id}/{prompt}".encode()).hexdigest()
+        key = hashlib.sha256(canonical_json([self._policy.sha256, self.guard.id, prompt]).encode()).hexdigest()
         path = Path(self.decisions) / f"{key[:32]}.json"
         if (kept := self._kept(path, key)) is not None:
             return kept

@@ -357,6 +357,14 @@ def test_a_kept_verdict_of_another_request_is_not_used(folders):
     assert guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea").action == "refuse"
 
 
+def test_a_slash_in_a_prompt_does_not_make_it_another_guards_request(folders):
+    kept = {"decisions": str(folders / "decisions")}
+    short, long = Says(Decision("allow")), Says(RIGHT)
+    short.id, long.id = "says", "says/a pair"
+    guarded(folders, "check", short, **kept).verdict("a pair/a sea")
+    assert guarded(folders, "check", long, **kept).verdict("a sea").action == "refuse"
+
+
 @pytest.mark.parametrize("reply", [RIGHT, Reply(Decision("allow").to_json(NONCE), NONCE), Reply("no", NONCE)])
 def test_a_verdict_is_kept_as_it_was(reply, folders):
     kept = {"decisions": str(folders / "decisions")}
