@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: Of a count that is worked out from a rate of six digits.
 ROUNDING = 0.01
+#: Requests of the largest table that is believed.
+MOST = 10**9
 #: From best to worst.
 WORDS = ("pass", "review", "fail")
 #: Tables that criteria may be about, and what makes them.
@@ -135,7 +137,7 @@ def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
     """Read the tables that a gate's criteria are about, its model's rows.
 
     Raises:
-        FileNotFoundError, ValueError: one is not there or damaged, or has no rows of the model.
+        FileNotFoundError, ValueError: one is not there or damaged, or has no rows of the model, or one without a guard.
     """
     tables = {}
     for name in dict.fromkeys(criterion.table for criterion in gate.criteria):
@@ -149,6 +151,9 @@ def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
         tables[name] = frame[frame["model"] == gate.model]
         if tables[name].empty:
             raise ValueError(f"expected rows of {gate.model} in {path}, got none: make them with {TABLES[name]}")
+        guarded = tables[name][tables[name]["method"] != "none"]
+        if guarded[["guard", "layers"]].isna().any(axis=None):
+            raise ValueError(f"expected a guard and layers in every row with a method in {path}, got one without")
     return tables
 
 
@@ -165,7 +170,7 @@ def interval(row: Mapping[str, Any], complement: bool = False) -> tuple[float, f
     value, count = float(row["value"]), float(row["n_groups"])
     if not 0 <= value <= 1:
         raise ValueError(f"expected a rate from 0 to 1 of {row['metric']}, got {value}")
-    if not count >= 1 or count % 1:
+    if not 1 <= count <= MOST or count % 1:
         raise ValueError(f"expected the number of requests of {row['metric']}, got {row['n_groups']}: measure again")
     rate = 1 - value if complement else value
     failures = rate * count

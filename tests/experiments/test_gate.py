@@ -163,6 +163,9 @@ def without(rows, table, **where):
         (tables(safety=[row | {"n_groups": 0} for row in tables()["safety"]]), "the number of requests of not_"),
         (tables(safety=[row | {"n_groups": None} for row in tables()["safety"]]), "expected the number of requests of"),
         (tables(safety=[row | {"value": None} for row in tables()["safety"]]), "expected a rate from 0 to 1"),
+        (tables(safety=[row | {"n_groups": 1e21} for row in tables()["safety"]]), "expected the number of requests of"),
+        (tables(safety=[*tables()["safety"], row("not_unsafe", 1, layers=None)]), "expected a guard and layers in"),
+        (tables(redteam=[*tables()["redteam"], row("attack_success_16", 0, layers=None)]), "a guard and layers in"),
     ],
 )  # fmt: skip
 def test_what_is_missing_never_passes(rows, said, tmp_path, capsys):
