@@ -1,7 +1,7 @@
 """Check a policy, decide a prompt by it, or test whether a guard follows it.
 
     python -m negtome.guard check   --policy P [--render]
-    python -m negtome.guard explain --policy P --guard G [--raw] "a photo of a vampire"
+    python -m negtome.guard explain --policy P --guard G [--raw] -- "a photo of a vampire"
     python -m negtome.guard test    --policy P --guard G [--edits N] [--json FILE] [--audit FILE]
 
 G is keyword, mini, chat, or one of your own: MODULE:ATTRIBUTE, an object with name, id and reply(policy, prompt), or
@@ -34,6 +34,8 @@ from negtome.guard.verdict import Guard, GuardError, check_text, decide, guard_e
 
 #: What a shell is told of a verdict.
 EXIT = {"allow": 0, "steer": 3, "refuse": 4, "escalate": 5, "invalid": 5}
+#: What prints help, at the start or as a command's only argument.
+HELP = ("-h", "--help")
 #: Tokens of a policy within which gpt-oss-safeguard reads best, by its guide.
 READ_BEST = 600
 #: What guards may need to be told, by options of these names.
@@ -95,6 +97,10 @@ def explain(arguments: argparse.Namespace) -> int:
 def test(arguments: argparse.Namespace) -> int:
     """Ask a guard the policy's examples, and again under edits of the policy."""
     policy, guard = read_policy(arguments.policy), find_guard(arguments)
+    if arguments.json:  # before anybody is asked
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.json.is_dir() or not os.access(arguments.json.parent, os.W_OK):
+            raise ValueError(f"expected a file that can be written as --json, got {arguments.json}")
     requests = testing.count_requests(policy, arguments.edits, arguments.seed)
     print(f"{_line(guard.id)}: {requests} requests, each once more where a reply does not follow", flush=True)
     audit = _audit(arguments)
@@ -118,7 +124,6 @@ def test(arguments: argparse.Namespace) -> int:
             "tally": [asdict(row) for row in testing.tally(outcomes)],
             "outcomes": [asdict(one) for one in outcomes],
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(bool(failed))
 
@@ -186,10 +191,14 @@ def _called(name: str, found: Any) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command; see the module. Returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         print(__doc__.strip())
+        return 0 if argv else 2
+    parser, commands = _parsers()
+    if len(argv) == 2 and argv[0] in commands and argv[1] in HELP:  # alone: else it may be a prompt, and 0 is allow
+        commands[argv[0]].print_help()
         return 0
-    arguments = _parser().parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         return code
@@ -200,11 +209,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of all arguments, and those of the commands by their names."""
     parser = argparse.ArgumentParser(prog="python -m negtome.guard", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
-        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False, add_help=False)
         for run in (check, explain, test)
     }
     for run in (check, explain, test):
@@ -223,11 +233,11 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds that a decision may take (60)")
         part.add_argument("--audit", metavar="FILE", help="append every verdict to it, without texts")
     parts["explain"].add_argument("--raw", action="store_true", help="print what the guard replied, too")
-    parts["explain"].add_argument("prompt")
+    parts["explain"].add_argument("prompt", help="after --, if it may begin with a -")
     parts["test"].add_argument("--edits", type=int, metavar="N", help="edit N clauses, not all; 0: examples alone")
     parts["test"].add_argument("--seed", type=int, default=0, help="of drawing them")
     parts["test"].add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
-    return parser
+    return parser, parts
 
 
 def _audit(arguments: argparse.Namespace) -> Audit | None:

@@ -104,8 +104,28 @@ def own(tmp_path, monkeypatch):
 
 def test_help_is_short_and_needs_nothing_heavy(run):
     code, out, _ = run("--help")
-    assert code == 0 and len(out.splitlines()) < 20 and out == run()[1]
+    assert code == 0 and len(out.splitlines()) < 20 and run() == (2, out, "")
     assert all(f"python -m negtome.guard {command}" in out for command in ("check", "explain", "test"))
+
+
+@pytest.mark.parametrize("command", ["check", "explain", "test"])
+def test_a_command_alone_lists_its_options(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "--policy" in out and run(command, "-h") == (0, out, "")
+
+
+@pytest.mark.parametrize("prompt", ["-h", "--help", "-hh", "--raw", "--guard=keyword"])
+def test_a_prompt_that_looks_like_an_option_does_not_end_as_an_allow(prompt, run, file):
+    try:
+        code, _, _ = run("explain", "--policy", file, "--guard", "own_guard:Own", prompt)
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+
+
+def test_a_prompt_after_two_dashes_is_decided(run, file, own):
+    code, out, _ = run("explain", "--policy", file, "--guard", f"{own}:Own", "--", "--help")
+    assert code == 4 and out.startswith("refuse\n")
 
 
 def test_it_runs_as_a_module_from_anywhere(tmp_path, file):
@@ -262,6 +282,11 @@ def test_a_guard_that_does_not_fails_and_all_of_it_is_written(run, file, own, tm
     assert len(audit.read_text().splitlines()) == count_requests(policy, 1)
     assert run("test", "--policy", file, "--guard", "keyword", "--json", report)[0] == 0
     assert json.loads(report.read_text())["passed"] is True
+
+
+def test_nobody_is_asked_where_the_outcomes_cannot_be_written(run, file, own, tmp_path):
+    code, out, err = run("test", "--policy", file, "--guard", f"{own}:Own", "--json", tmp_path)
+    assert (code, out) == (2, "") and "expected a file that can be written as --json" in err
 
 
 def test_invalid_replies_are_counted_apart(run, file, own):

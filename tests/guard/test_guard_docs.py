@@ -72,7 +72,7 @@ def test_its_options_are_those_of_the_commands(monkeypatch):
         return add(parser, *names, **options)
 
     monkeypatch.setattr(ArgumentParser, "add_argument", noted)
-    commands._parser()
+    commands.main(["explain", "--help"])
     assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
     assert {"--base-url", "--folder", "--context", "--edits", "--audit", "--json"} <= known
 
