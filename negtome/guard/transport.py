@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from itertools import count
 from typing import Any
 
 #: Bytes of an answer, of which a reply of 32,000 tokens needs a quarter.
@@ -59,16 +58,17 @@ def post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -
         AnswerError: it is longer than `LONGEST` bytes, or compressed.
         ConnectionError: there is none.
     """
-    for number in count():
+    shortest = PAUSE
+    while True:
         answer = _post(url, document, headers, deadline)
         delay = _retry_after(answer) if answer.status in BUSY else None
         if delay is None:
             return answer
-        pause = max(delay, PAUSE * 2**number)
+        pause = max(delay, shortest)
         if time.monotonic() + pause >= deadline:
             return answer
         time.sleep(pause)
-    raise AssertionError("unreachable")
+        shortest *= 2
 
 
 def _retry_after(answer: Answer) -> float | None:
