@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from negtome.guard.policy import ACTIONS, Policy
+from negtome.guard.policy import ACTIONS, Policy, brief
 
 #: Fields of a decision; an object in a text has a nonce, too, and no other field.
 FIELDS = frozenset({"action", "clauses", "quote", "rationale", "confidence"})
@@ -76,13 +76,13 @@ class Decision:
             raise ValueError(f"expected the fields {', '.join(sorted(FIELDS))}, got {', '.join(unknown)} as well")
         texts = ("action", "quote", "rationale")
         if wrong := [name for name in texts if not isinstance(entry[name], str)]:
-            raise ValueError(f"expected {wrong[0]} as a text, got {_brief(entry[wrong[0]])}")
+            raise ValueError(f"expected {wrong[0]} as a text, got {brief(entry[wrong[0]])}")
         clauses, confidence = entry["clauses"], entry["confidence"]
         if not isinstance(clauses, (list, tuple)) or not all(isinstance(name, str) for name in clauses):
-            raise ValueError(f"expected clauses as a list of ids, got {_brief(clauses)}")
+            raise ValueError(f"expected clauses as a list of ids, got {brief(clauses)}")
         if confidence is not None:
             if type(confidence) not in (int, float) or not 0 <= confidence <= 1:
-                raise ValueError(f"expected a confidence from 0 to 1, got {_brief(confidence)}")
+                raise ValueError(f"expected a confidence from 0 to 1, got {brief(confidence)}")
             confidence = float(confidence)
         action, quote, rationale = (replace_halves(entry[name]) for name in texts)
         return cls(action, tuple(map(replace_halves, clauses)), quote, rationale, confidence)
@@ -172,13 +172,6 @@ def _shown(text: str) -> str:
     return " ".join(text[:400].split())[:80] or "nothing"
 
 
-def _brief(value: Any) -> str:
-    try:
-        return repr(value)[:80]
-    except RecursionError:  # a list that JSON can nest, and `repr` cannot
-        return "something nested"
-
-
 def verify(policy: Policy, decision: Decision) -> list[str]:
     """Return what is wrong with a decision, a line each; empty where it follows from the policy as it says.
 
@@ -188,9 +181,9 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
     """
     faults = []
     if decision.action not in ACTIONS:
-        faults.append(f"expected an action among {', '.join(ACTIONS)}, got {_brief(decision.action)}")
+        faults.append(f"expected an action among {', '.join(ACTIONS)}, got {brief(decision.action)}")
     if unknown := [name for name in decision.clauses if name not in policy]:
-        return [*faults, f"expected ids of the policy, got {', '.join(map(_brief, unknown[:5]))}"]
+        return [*faults, f"expected ids of the policy, got {', '.join(map(brief, unknown[:5]))}"]
     if len(set(decision.clauses)) < len(decision.clauses):
         return [*faults, "expected every id once, got one several times"]
     if alone := policy.unlisted(decision.clauses):
@@ -204,9 +197,9 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
     words = rf"(?<!\w){re.escape(quote)}(?!\w)" if quoted else ""
     telling = set(re.findall(r"\w{3,}", quote)) - {*decision.clauses, *ACTIONS, "except"}  # name what it is about
     if lines and not (telling and any(re.search(words, line) for line in quoted)):
-        faults.append(f"expected a quote from {', '.join(decision.clauses)}, got {_brief(decision.quote)}")
+        faults.append(f"expected a quote from {', '.join(decision.clauses)}, got {brief(decision.quote)}")
     elif not lines and quote:
-        faults.append(f"expected no quote where no clause is cited, got {_brief(decision.quote)}")
+        faults.append(f"expected no quote where no clause is cited, got {brief(decision.quote)}")
     return faults
 
 
