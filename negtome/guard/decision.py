@@ -13,10 +13,10 @@ from negtome.guard.policy import ACTIONS, Policy, brief
 FIELDS = frozenset({"action", "clauses", "quote", "rationale", "confidence"})
 #: Hexadecimal digits of a nonce: 64 random bits, which no author of a prompt can guess.
 NONCE_DIGITS = 16
-#: Closed blocks in which models reason before they answer: the tags of most, the channels of gpt-oss.
+#: Closed blocks in which models reason before they answer: the tags of most, the analysis channel of gpt-oss.
 REASONING = re.compile(
     r"\s*(?:<(think|thinking)>.*?</\1>"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)<\|message\|>.*?<\|end\|>)",
+    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>.*?<\|end\|>)",
     re.DOTALL,
 )
 #: How gpt-oss announces its answer.
