@@ -505,18 +505,33 @@ def _run_around(original: Call) -> Call:
         attachment = _attachment_of(self)
         if attachment is None:
             return original(self, *args, **kwargs)
-        callback = kwargs.get("callback_on_step_end")
-        if callable(callback) and not hasattr(callback, "tensor_inputs"):  # diffusers' own are told by their class
-            kwargs["callback_on_step_end"] = _suspending(attachment, callback)
-        with attachment._running(PipelineCall(attachment._architecture, self, args, kwargs)):
+        call = PipelineCall(attachment._architecture, self, args, kwargs)
+        wrapped = {id(callback): _Callback(callback, attachment) for callback in call.callbacks()}
+        args = tuple(wrapped.get(id(value), value) for value in args)
+        kwargs = {name: wrapped.get(id(value), value) for name, value in kwargs.items()}
+        with attachment._running(call):
             return original(self, *args, **kwargs)
 
     return __call__
 
 
-def _suspending(attachment: Attachment, callback: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with attachment._suspended():
-            return callback(*args, **kwargs)
+class _Callback:
+    """A user's callback, during which the denoiser is not called by the attached pipeline.
 
-    return call
+    It passes for an object of the callback's class, by which diffusers tells its own callbacks.
+    """
+
+    def __init__(self, callback: Callable[..., Any], attachment: Attachment) -> None:
+        self._callback = callback
+        self._attachment = attachment
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._callback)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._attachment._suspended():
+            return self._callback(*args, **kwargs)

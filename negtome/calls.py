@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +210,10 @@ class PipelineCall:
     def images(self) -> int | None:
         """Images that the call generates; None if its arguments do not say it."""
         return None if self.prompts is None else self.prompts * self.images_per_prompt
+
+    def callbacks(self) -> list[Callable[..., Any]]:
+        """Return the user's functions that the pipeline calls between its steps, diffusers' deprecated one included."""
+        return [value for name, value in self.arguments.items() if name.startswith("callback") and callable(value)]
 
     def shares_prompt(self) -> bool | None:
         """Tell whether all images have the same texts; None where embeddings are passed instead of texts."""

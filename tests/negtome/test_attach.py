@@ -1,6 +1,7 @@
 """NegToMe on tiny real pipelines: it does what an independent transcription does, only there, and leaves no trace."""
 
 import copy
+import inspect
 import pickle
 import threading
 import warnings
@@ -859,8 +860,46 @@ def test_a_second_pass_with_another_pipeline_runs_unchanged(pipe, config):
         assert torch.equal(generate(pipe), pushed)
 
 
-@pytest.mark.parametrize("in_thread", [False, True], ids=["callback", "thread"])
-def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, in_thread):
+def by_name(pipe, meanwhile):
+    return {"callback_on_step_end": meanwhile}
+
+
+def in_thread(pipe, meanwhile):
+    def run(p, index, timestep, tensors):
+        thread = threading.Thread(target=meanwhile, args=(p, index, timestep, tensors))
+        thread.start()
+        thread.join()
+        return tensors
+
+    return {"callback_on_step_end": run}
+
+
+def by_class(pipe, meanwhile):
+    from diffusers.callbacks import PipelineCallback
+
+    class Meanwhile(PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return meanwhile(pipeline, step_index, timestep, callback_kwargs)
+
+    return {"callback_on_step_end": Meanwhile()}
+
+
+def several(pipe, meanwhile):
+    from diffusers.callbacks import MultiPipelineCallbacks
+
+    return {"callback_on_step_end": MultiPipelineCallbacks([by_class(pipe, meanwhile)["callback_on_step_end"]])}
+
+
+def deprecated(pipe, meanwhile):
+    if not hasattr(pipe, "unet"):
+        pytest.skip("this pipeline never had it")
+    return {"callback": lambda index, timestep, latents: meanwhile(pipe, index, timestep, {}), "callback_steps": 1}
+
+
+@pytest.mark.parametrize("options", [by_name, in_thread, by_class, several, deprecated])
+def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, options):
     """Nothing of it is pushed, and none of its steps is counted: the attached one's call stays what it was."""
     other = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
     base = generate(other, num_inference_steps=2)
@@ -869,23 +908,33 @@ def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, 
         counts = attached.counts(), attached.steps[:]
     results = []
 
-    def call():
-        results.append(generate(other, num_inference_steps=2))
-
     def meanwhile(p, index, timestep, tensors):
-        if in_thread:
-            thread = threading.Thread(target=call)
-            thread.start()
-            thread.join()
-        else:
-            call()
+        results.append(generate(other, num_inference_steps=2))
         return tensors
 
     with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config) as attached:
-        result = generate(pipe, callback_on_step_end=meanwhile)
+        result = generate(pipe, **options(pipe, meanwhile))
     assert len(results) == 4 and all(torch.equal(result, base) for result in results)
     assert torch.equal(result, expected)
     assert (attached.counts(), attached.steps) == counts
+
+
+def test_a_callback_that_is_passed_by_its_position_may_call_another_pipeline(pipe, config):
+    other = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    base, results = generate(other, num_inference_steps=2), []
+
+    def meanwhile(p, index, timestep, tensors):
+        results.append(generate(other, num_inference_steps=2))
+        return tensors
+
+    parameters = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
+    values = {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD} | {
+        "prompt": "a dog", "num_images_per_prompt": 2, "num_inference_steps": 4, "height": 32, "width": 32,
+        "output_type": "latent", "callback_on_step_end": meanwhile,
+    }  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config) as attached:
+        pipe(*values.values())
+    assert len(attached.steps) == len(results) == 4 and all(torch.equal(result, base) for result in results)
 
 
 def test_a_callback_of_diffusers_own_is_passed_on_as_it_is(pipe, config):
