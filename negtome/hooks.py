@@ -27,6 +27,8 @@ from negtome.sites import unwrap
 
 #: The one attribute that a patched object carries in addition to its own.
 ATTRIBUTE = "_negtome"
+#: In a patched class, the one that it was made of.
+_ORIGINAL = "_negtome_original"
 #: A replacement of the push: see `negtome.attach`.
 Push = Callable[[str, torch.Tensor, torch.Tensor, int], torch.Tensor]
 #: A `__call__`.
@@ -211,8 +213,16 @@ def patch_call(owner: Any, state: Any, make_call: Callable[[Call], Call]) -> Non
 
 def unpatch_call(owner: Any) -> None:
     """Give an object that `patch_call` changed its class back; whatever else was changed since then remains."""
-    if owner.__dict__.pop(ATTRIBUTE, None) is not None:
-        object.__setattr__(owner, "__class__", type(owner)._negtome_original)
+    if owner.__dict__.pop(ATTRIBUTE, None) is None:
+        return
+    cls = type(owner)
+    if _ORIGINAL in vars(cls):
+        object.__setattr__(owner, "__class__", vars(cls)[_ORIGINAL])
+        return
+    for derived in cls.__mro__:  # from the patched class, since then, as a parametrization of torch does
+        bases = tuple(vars(base).get(_ORIGINAL, base) for base in derived.__bases__)
+        if bases != derived.__bases__:
+            derived.__bases__ = bases
 
 
 @functools.cache
@@ -221,6 +231,10 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
 
     There is one for all modules of a class, so that compiled code is shared between them as before.
     """
+
+    def __new__(kind: type, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of the original class, as `type(pipe)(**pipe.components)` is to do."""
+        return cls(*args, **kwargs) if _ORIGINAL in vars(kind) else cls.__new__(kind)  # of a class derived from this
 
     original_reduce: Call = cls.__reduce_ex__
 
@@ -236,11 +250,12 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
         return (make, tuple(arguments), *rest)
 
     members = {
+        "__new__": __new__,
         "__call__": functools.wraps(cls.__call__)(make_call(cls.__call__)),
         "__reduce_ex__": __reduce_ex__,
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
-        "_negtome_original": cls,
+        _ORIGINAL: cls,
     }
     return type(cls.__name__, (cls,), members)
 
