@@ -11,7 +11,8 @@ Instance-level hooks would be the usual way, and `tests/negtome/test_hooks.py` s
 - Copies and pickles of a module carry its forward hooks along, and with them what the hooks refer to.
 
 torch.compile does guard on types. Code that was compiled before is compiled anew for the subclass, and both versions
-stay in its cache, so that attaching again compiles nothing. Copies and pickles are of the original class.
+stay in its cache, so that attaching again compiles nothing. Copies and pickles are of the original class, and so is
+what is made by calling the subclass, which is equal to the original class.
 """
 
 import functools
@@ -220,9 +221,21 @@ def unpatch_call(owner: Any) -> None:
         object.__setattr__(owner, "__class__", vars(cls)[_ORIGINAL])
         return
     for derived in cls.__mro__:  # from the patched class, since then, as a parametrization of torch does
-        bases = tuple(vars(base).get(_ORIGINAL, base) for base in derived.__bases__)
-        if bases != derived.__bases__:
-            derived.__bases__ = bases
+        if any(_ORIGINAL in vars(base) for base in derived.__bases__):
+            derived.__bases__ = tuple(vars(base).get(_ORIGINAL, base) for base in derived.__bases__)
+
+
+class _SameClass(type):
+    """A class that is equal to the one it was made of.
+
+    Libraries look for classes in tuples and dicts, such as `DiffusionPipeline.from_pipe` and torch's quantization.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is vars(cls).get(_ORIGINAL)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(vars(cls).get(_ORIGINAL, cls))
 
 
 @functools.cache
@@ -232,11 +245,14 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
     There is one for all modules of a class, so that compiled code is shared between them as before.
     """
 
+    original_new: Call = cls.__new__
+    original_reduce: Call = cls.__reduce_ex__
+
     def __new__(kind: type, *args: Any, **kwargs: Any) -> Any:
         """Make an object of the original class, as `type(pipe)(**pipe.components)` is to do."""
-        return cls(*args, **kwargs) if _ORIGINAL in vars(kind) else cls.__new__(kind)  # of a class derived from this
-
-    original_reduce: Call = cls.__reduce_ex__
+        if _ORIGINAL in vars(kind):
+            return cls(*args, **kwargs)
+        return original_new(kind)  # a class derived from this one
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Copy and pickle the object as one of the original class that nothing is attached to."""
@@ -257,7 +273,9 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
         "__doc__": cls.__doc__,
         _ORIGINAL: cls,
     }
-    return type(cls.__name__, (cls,), members)
+    metaclass: Any = _SameClass if type(cls) is type else type(cls)
+    patched: type = metaclass(cls.__name__, (cls,), members)
+    return patched
 
 
 def _push_output(original: Call) -> Call:

@@ -860,6 +860,22 @@ def test_a_second_pass_with_another_pipeline_runs_unchanged(pipe, config):
         assert torch.equal(generate(pipe), pushed)
 
 
+def test_a_second_pass_is_made_of_the_attached_pipeline_inside(pipe, config):
+    name = type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def make_and_call():
+        second = getattr(diffusers, name).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
+        return generate(second, (0,), image=images[:1], strength=0.5)
+
+    base, expected = generate(pipe), make_and_call()
+    with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config):
+        pushed = generate(pipe)
+        assert torch.equal(make_and_call(), expected)
+        assert torch.equal(generate(pipe), pushed)
+    assert torch.equal(generate(pipe), base)
+
+
 def by_name(pipe, meanwhile):
     return {"callback_on_step_end": meanwhile}
 

@@ -131,3 +131,12 @@ def test_a_class_that_was_derived_meanwhile_keeps_what_was_added():
     assert type(site).__mro__[1:] == type(reference.site).__mro__[1:]
     torch.nn.utils.parametrize.remove_parametrizations(site, "weight")
     assert type(site) is torch.nn.Linear and torch.allclose(block(x), reference(x))
+
+
+def test_a_patched_class_passes_for_the_original_one():
+    """As in `type(component) in expected`, by which pipelines are made of others, and in torch's tables of classes."""
+    site, other = torch.nn.Linear(4, 4), torch.nn.Conv2d(1, 1, 1)
+    patch_call(site, "state", add)
+    patch_call(other, "state", add)
+    assert type(site) in (torch.nn.Conv2d, torch.nn.Linear) and {torch.nn.Linear: 1}[type(site)]
+    assert type(site) not in (type(other), torch.nn.Module) and type(site) not in {torch.nn.Conv2d: 1}
