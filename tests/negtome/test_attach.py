@@ -830,6 +830,71 @@ def test_embeddings_of_several_prompts_are_told_apart_beside_attention_sinks(tin
     call(texts)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_embeddings_that_a_callback_changes_are_compared_again(tiny_sdxl, in_place):
+    def change(p, index, timestep, tensors):
+        texts = tensors["prompt_embeds"]
+        if index == 0:
+            texts = texts if in_place else texts.clone()
+            texts[-1] = other
+        return {"prompt_embeds": texts}
+
+    other = tiny_sdxl.encode_prompt("a red bus", do_classifier_free_guidance=True)[0][0]
+    options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(ValueError, match="got several prompts"), negtome.attach(tiny_sdxl, CONFIGS["sdxl"]):
+        generate(tiny_sdxl, **options)
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], group_size=3):
+        generate(tiny_sdxl, **options)
+
+
+def derived(pipe, call):
+    """Return a pipeline of a class derived from the pipeline's, with the same components and this `__call__`."""
+    other = type("Derived", (type(pipe),), {"__call__": call})(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_prompts_that_a_derived_pipeline_writes_are_compared(pipe, config):
+    """What its own call says is not what the stock pipeline gets."""
+
+    def call(self, prompt, num_images_per_prompt=1, **options):
+        prompts = [f"{prompt}, number {number}" for number in range(num_images_per_prompt)]
+        return type(pipe).__call__(self, prompts, **options)
+
+    other = derived(pipe, call)
+    with pytest.raises(ValueError, match="got several prompts"), negtome.attach(other, config):
+        other("a dog", num_images_per_prompt=2, height=32, width=32)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_images_that_a_derived_pipeline_adds_are_noticed(tiny_sdxl, guidance_scale):
+    """Two halves of one image, or four of two, would be another layout of the batch than there is."""
+
+    def call(self, prompt, num_images_per_prompt=1, **options):
+        return type(tiny_sdxl).__call__(self, prompt, num_images_per_prompt=2 * num_images_per_prompt, **options)
+
+    other = derived(tiny_sdxl, call)
+    with pytest.raises(ValueError, match="rows for each image, got"), negtome.attach(other, CONFIGS["sdxl"]):
+        other("a dog", num_images_per_prompt=2, guidance_scale=guidance_scale, height=32, width=32)
+
+
+def test_a_group_does_not_begin_among_the_images_of_a_prompt(pipe, config):
+    seeds, prompts = range(6), ["a dog", "a cat"]
+    with (
+        pytest.raises(ValueError, match="group_size=2 and num_images_per_prompt=3"),
+        negtome.attach(pipe, config, group_size=2),
+    ):
+        generate(pipe, seeds, prompt=prompts)
+    with negtome.attach(pipe, config, group_size=3):
+        generate(pipe, seeds, prompt=prompts)
+
+
+def test_a_bad_prompt_is_refused_by_the_pipeline_as_without_negtome(pipe, config):
+    for prompt in (5, {}, None):
+        with pytest.raises(ValueError, match="prompt"), negtome.attach(pipe, config):
+            pipe(prompt, num_images_per_prompt=2)
+
+
 def test_a_site_that_is_gone_is_noticed(pipe, config):
     with negtome.attach(pipe, config) as attached, pytest.raises(RuntimeError, match="is gone from the"):
         generate(pipe)
