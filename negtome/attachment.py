@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import DenoiserCall, PipelineCall
+from negtome.calls import DenoiserCall, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
 from negtome.hooks import ATTRIBUTE, Call, Layout, Push, Site, StepContext, not_compiled, patch_call, path, unpatch_call
 from negtome.merge import plain
@@ -248,15 +248,15 @@ class Attachment:
         masks = architecture.mixed if call.images_per_prompt > 1 else ()
         if architecture.trimmed is not None:
             masks = (architecture.trimmed,)
-        self._run = run = Run(architecture, call, masks)
-        self._started_runs += 1
+        run = Run(architecture, call, masks)
         try:
+            self._run = run
+            self._started_runs += 1
             if self._rows is not None:
                 self._rows.start(self._pipe, call.arguments)
             yield
         finally:
             self._run = None
-            self._rest()
         self.steps += run.steps
         interrupted = bool(getattr(self._pipe, "interrupt", False))
         if not run.steps and not interrupted:
@@ -305,7 +305,10 @@ class Attachment:
             run = self._run
             if run is not None and run.thread == threading.get_ident() and not run.suspended:
                 context, arguments = self._begin(run, args, kwargs)
-                return self._end(run, context, original(owner, **arguments))
+                try:
+                    return self._end(run, context, original(owner, **arguments))
+                finally:
+                    self._rest()  # another pipeline may call the modules next, past the compiled denoiser
             self._warn_of_other_caller()
             return original(owner, *args, **kwargs)
 
@@ -362,7 +365,6 @@ class Attachment:
         """Count, and take the rows of outside references out of the denoiser's output."""
         if context is not None:
             run.count(self._sites, self.config.strength()["threshold"])
-            self._rest()  # another pipeline may call the modules next, past the compiled denoiser
             if context.layout is not None:
                 output = shrink(output, context.layout, self._architecture.listed)
         if len(output[0]) != run.rows:
@@ -374,13 +376,14 @@ class Attachment:
 
     def _check_text(self, run: Run, call: DenoiserCall, group_size: int) -> None:
         """Refuse texts, each once, that the images of a group may not differ in."""
-        if any(call.text is text for text in run.prompts):
+        prompts = call.prompts.values()
+        if any(known.holds(prompts) for known in run.prompts):
             return
-        if self.group_size is None and group_size == call.images and run.call.shares_prompt() is not True:
-            _check_one_prompt(run, call, self._architecture.per_prompt)
         for mask in filter(call.prompts.__contains__, run.masks):
             _check_one_length(call, call.prompts[mask], self._architecture)
-        run.prompts.append(call.text)
+        if self.group_size is None and self._rows is None:
+            _check_one_prompt(run, call, group_size, self._architecture.per_prompt)
+        run.prompts.append(Snapshot(prompts))
 
     def _fewest_tokens(self, call: DenoiserCall) -> int:
         """Return the tokens of the smallest feature map that takes part, 0 where there is one map alone."""
@@ -421,6 +424,12 @@ class Attachment:
             raise ValueError(
                 f"NegToMe pushes the images of a group apart, expected at least 2 images, got 1; pass {each}=2 or more."
             )
+        per_prompt = run.call.images_per_prompt
+        if (run.call.prompts or 1) > 1 and size % per_prompt and per_prompt % size:
+            raise ValueError(
+                f"NegToMe expected groups that end where a prompt's images do, got group_size={size} and {each}="
+                f"{per_prompt}; make {each} a multiple of group_size."
+            )
         if call.rows % (call.halves * size):
             raise ValueError(
                 f"NegToMe expected whole groups of {size} images, got {images} images in one call; make {each} times "
@@ -436,30 +445,32 @@ class Attachment:
         return size
 
 
-def _check_one_prompt(run: Run, call: DenoiserCall, per_prompt: str) -> None:
-    """Refuse a batch of several prompts where all images of a call are to be one group."""
-    same_text = run.call.shares_prompt()
-    if same_text is None:
-        same_text = all(_rows_agree(rows, call.halves) for rows in call.prompts.values())
-    if not same_text:
+def _check_one_prompt(run: Run, call: DenoiserCall, group_size: int, per_prompt: str) -> None:
+    """Refuse a batch in which the images of a group have several prompts."""
+    several = group_size == call.images and run.call.has_several_texts()
+    # A callback, or a pipeline of the user's, may have put other embeddings in the place of the texts'.
+    if several or not all(_rows_agree(rows, group_size) for rows in call.prompts.values() if len(rows) > 1):
         raise ValueError(
             "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
             f"{per_prompt}=2 or more, or group_size to attach, so that only images of a prompt are pushed apart."
         )
 
 
-def _rows_agree(embedding: torch.Tensor, halves: int) -> bool:
-    """Tell whether the rows of an embedding [rows, ...] are of one text in every half.
+def _rows_agree(embedding: torch.Tensor, group_size: int) -> bool:
+    """Tell whether the rows of an embedding [rows, ...] are of one text in every group of neighbours.
 
     Rows of one text are copies, or were computed side by side and differ by rounding. Each element is compared at the
     scale of a usual one: some language models have activations a million times as large as the others, at which the
     difference between two texts would not show.
     """
-    rows = embedding.detach().unflatten(0, (halves, -1)).float()  # [halves, images, ...]
-    size = rows.abs()
+    groups = embedding.detach().unflatten(0, (-1, group_size))
+    if torch.equal(groups, groups[:, :1].expand_as(groups)):
+        return True
+    groups = groups.float()
+    size = groups.abs()
     nonzero = size[size > 0]  # padding is zero
     usual = nonzero.median() if nonzero.numel() else 0
-    return not ((rows - rows[:, :1]).abs() > ROUNDING * (size[:, :1] + usual)).any()
+    return not ((groups - groups[:, :1]).abs() > ROUNDING * (size[:, :1] + usual)).any()
 
 
 def _check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Architecture) -> None:
@@ -505,18 +516,33 @@ def _run_around(original: Call) -> Call:
         attachment = _attachment_of(self)
         if attachment is None:
             return original(self, *args, **kwargs)
-        callback = kwargs.get("callback_on_step_end")
-        if callable(callback) and not hasattr(callback, "tensor_inputs"):  # diffusers' own are told by their class
-            kwargs["callback_on_step_end"] = _suspending(attachment, callback)
-        with attachment._running(PipelineCall(attachment._architecture, self, args, kwargs)):
+        call = PipelineCall(attachment._architecture, self, args, kwargs)
+        wrapped = {id(callback): _Callback(callback, attachment) for callback in call.callbacks()}
+        args = tuple(wrapped.get(id(value), value) for value in args)
+        kwargs = {name: wrapped.get(id(value), value) for name, value in kwargs.items()}
+        with attachment._running(call):
             return original(self, *args, **kwargs)
 
     return __call__
 
 
-def _suspending(attachment: Attachment, callback: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with attachment._suspended():
-            return callback(*args, **kwargs)
+class _Callback:
+    """A user's callback, during which the denoiser is not called by the attached pipeline.
 
-    return call
+    It passes for an object of the callback's class, by which diffusers tells its own callbacks.
+    """
+
+    def __init__(self, callback: Callable[..., Any], attachment: Attachment) -> None:
+        self._callback = callback
+        self._attachment = attachment
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._callback)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._attachment._suspended():
+            return self._callback(*args, **kwargs)

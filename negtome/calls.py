@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,27 @@ class DenoiserCall:
 
     @property
     def text(self) -> torch.Tensor:
-        """The first of `prompts`: the same object in every call with the same text."""
+        """The first of `prompts`."""
         return next(iter(self.prompts.values()))
+
+
+class Snapshot:
+    """Tensors as they are now. They are kept, so that no other tensor gets the memory of one."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._tensors = [(tensor, self._count_writes(tensor)) for tensor in tensors]
+
+    def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Tell whether these are the very tensors, and nothing was written to them since."""
+        now = [(tensor, self._count_writes(tensor)) for tensor in tensors]
+        return len(now) == len(self._tensors) and all(
+            tensor is other and writes == before
+            for (tensor, writes), (other, before) in zip(now, self._tensors, strict=True)
+        )
+
+    @staticmethod
+    def _count_writes(tensor: torch.Tensor) -> int | None:
+        return None if tensor.is_inference() else tensor._version  # torch counts those to the others alone
 
 
 class CallReader:
@@ -61,12 +80,11 @@ class CallReader:
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
-        self._known: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
-        self._version: int | None = None
+        self._known = Snapshot([])  # the scheduler's timesteps
         self._values: list[float] = []
         self._step: tuple[int | None, float] | None = None  # of the last call
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
-        self._padded: list[tuple[list[torch.Tensor], torch.Tensor]] = []  # texts, and what was made of them
+        self._padded: list[tuple[Snapshot, torch.Tensor]] = []  # texts, and what was made of them
         self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
@@ -79,18 +97,20 @@ class CallReader:
 
         Raises:
             ValueError: the time, or another of the schedule, is no training timestep; or the rows are not `images`
-                times something.
+                times the halves of a batch.
         """
         architecture = self._architecture
         sample = arguments[architecture.sample]
         rows, shape = len(sample), sample[0].shape
+        guided = int(getattr(pipe, "do_classifier_free_guidance", True))
+        perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
         if architecture.guidance == "calls":
             images = rows
-        elif not images or rows % images:
+        elif not images or rows % images or rows // images > 1 + guided + perturbed:
             raise ValueError(
-                f"NegToMe expected a multiple of the images as rows, got {rows} rows for {images} images (of prompt or "
-                f"prompt_embeds, times {architecture.per_prompt}); give a prompt, or a row of embeddings, for each "
-                "image."
+                f"NegToMe expected 1 to {1 + guided + perturbed} rows for each image, got {rows} rows for {images} "
+                f"images (of prompt or prompt_embeds, times {architecture.per_prompt}, in the call of the attached "
+                f"{type(pipe).__name__}); give a prompt, or a row of embeddings, for each image."
             )
         halves = rows // images
         index, timestep, time = self._when(pipe, arguments[architecture.time])
@@ -100,7 +120,6 @@ class CallReader:
             self._grids[shape] = architecture.grid(arguments)
         grid = self._grids[shape]
         if architecture.guidance == "batch":
-            perturbed = int(getattr(pipe, "do_perturbed_attention_guidance", False))
             conditional = range(max(halves - 1 - perturbed, 0), halves)
         else:
             conditional = range(0 if again and architecture.guidance == "calls" else 1)
@@ -122,10 +141,10 @@ class CallReader:
     def _pad(self, texts: list[torch.Tensor]) -> torch.Tensor:
         """Return texts [L, D] as one tensor, the same one in every step, in which a pipeline may make a new list."""
         for known, padded in self._padded:
-            if len(known) == len(texts) and all(one is other for one, other in zip(known, texts, strict=True)):
+            if known.holds(texts):
                 return padded
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        self._padded.append((list(texts), padded))
+        self._padded.append((Snapshot(texts), padded))
         return padded
 
     def _when(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
@@ -135,9 +154,8 @@ class CallReader:
         if not isinstance(known, torch.Tensor):
             _check_unit(scheduler, value := clock(_first(time)))
             return None, value, torch.tensor([value])
-        version = None if known.is_inference() else known._version  # which writing to it changes
-        if known is not self._known or version != self._version:
-            self._known, self._version, self._values = known, version, known.tolist()
+        if not self._known.holds([known]):
+            self._known, self._values = Snapshot([known]), known.tolist()
             self.schedule = []
             _check_unit(scheduler, *self._values)
         index = _number_in(known, time.flatten()[:1]) if isinstance(time, torch.Tensor) else None
@@ -204,23 +222,27 @@ class PipelineCall:
         self.images_per_prompt: int = self.arguments.get(architecture.per_prompt) or 1
         prompt = self.arguments.get("prompt")
         prompts = self.arguments.get("prompt_embeds") if prompt is None else prompt
-        self.prompts = None if prompts is None else 1 if isinstance(prompts, str) else len(prompts)
+        self.prompts: int | None = None
+        if isinstance(prompts, str):
+            self.prompts = 1
+        elif isinstance(prompts, list | tuple | torch.Tensor):  # the pipeline refuses what is neither
+            self.prompts = len(prompts)
 
     @property
     def images(self) -> int | None:
         """Images that the call generates; None if its arguments do not say it."""
         return None if self.prompts is None else self.prompts * self.images_per_prompt
 
-    def shares_prompt(self) -> bool | None:
-        """Tell whether all images have the same texts; None where embeddings are passed instead of texts."""
+    def callbacks(self) -> list[Callable[..., Any]]:
+        """Return the user's functions that the pipeline calls between its steps, diffusers' deprecated one included."""
+        return [value for name, value in self.arguments.items() if name.startswith("callback") and callable(value)]
+
+    def has_several_texts(self) -> bool:
+        """Tell whether lists of prompts, negative ones included, hold different texts; embeddings are not looked at."""
         if self.prompts == 1:
-            return True
-        prompts = {name: value for name, value in self.arguments.items() if "prompt" in name and value is not None}
-        lists = [value for value in prompts.values() if isinstance(value, list | tuple)]
-        if any(isinstance(text, str) and text != texts[0] for texts in lists for text in texts):
             return False
-        embedded = any("prompt_embeds" in name for name in prompts)
-        return None if embedded or self.arguments.get("prompt") is None else True
+        lists = [v for name, v in self.arguments.items() if "prompt" in name and isinstance(v, list | tuple)]
+        return any(isinstance(text, str) and text != texts[0] for texts in lists for text in texts)
 
 
 def value_at(arguments: Mapping[str, Any], name: str) -> Any:

@@ -213,7 +213,18 @@ def _check_model(recipe: Recipe) -> None:
     """Refuse a model before its weights are read or fetched, as far as its files say what is wrong."""
     import diffusers
 
-    name = read_index(recipe.model).get("_class_name")
+    index = read_index(recipe.model)
+    # diffusers makes an empty tokenizer where its folder is absent, and images of nothing with it.
+    stated = [
+        name for name, value in index.items() if isinstance(value, list) and isinstance(next(iter(value), None), str)
+    ]
+    absent = [name for name in stated if Path(recipe.model).is_dir() and not Path(recipe.model, name).is_dir()]
+    if absent:
+        raise ValueError(
+            f"{recipe.model} cannot be used: it has no folder {' and no '.join(absent)}, of which its {INDEX} says "
+            "that it is there; copy or fetch the model again"
+        )
+    name = index.get("_class_name")
     pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(pipeline, type):
         return  # loading it says what is wrong
@@ -397,8 +408,8 @@ def _run(arguments: Namespace) -> None:
     kinds = {kind: one for kind, one in _both(recipe, made_from).items() if arguments.compare or one[0] == recipe}
     made = _make(recipe, device, offload, {kind: one for kind, (one, _) in kinds.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, (images, _) in made.items():
-        for i, image in enumerate(images):
+    for kind in kinds:
+        for i, image in enumerate(made[kind].images):
             pictures.save(image, folder / f"{kind}-{i}.png", *kinds[kind])
     if arguments.compare:
         rows = [(one.setting(), made[kind].images) for kind, (one, _) in kinds.items()]
@@ -412,11 +423,12 @@ def _run(arguments: Namespace) -> None:
         print(describe(attached.summary()))
 
 
-def _make(recipe: Recipe, device: str, offload: bool, kinds: Mapping[str, Recipe]) -> dict[str, Made]:
+def _make(recipe: Recipe, device: str, offload: bool, kinds: dict[str, Recipe]) -> dict[str, Made]:
     """Load the pipeline of a recipe, and make the images of each kind with it."""
     try:
         pipe = load(recipe, device, offload)
-        return {kind: generate(pipe, one) for kind, one in kinds.items()}
+        # First with NegToMe, whose settings may turn out not to fit the model.
+        return {kind: generate(pipe, kinds[kind]) for kind in reversed(kinds)}
     except (ValueError, OSError):
         raise
     except (MemoryError, RuntimeError) as error:
@@ -427,9 +439,9 @@ def _make(recipe: Recipe, device: str, offload: bool, kinds: Mapping[str, Recipe
             "--dtype bfloat16 and --low-memory"
         ) from error
     except Exception as error:  # of an argument that the pipeline does not check, any kind
+        advice = "correct what --call gives it, or leave it out" if recipe.options else "its files may be damaged"
         raise ValueError(
-            f"{recipe.model} cannot make these images ({type(error).__name__}: {error}): correct what --call gives it, "
-            "or leave it out"
+            f"{recipe.model} cannot make these images ({type(error).__name__}: {error}): {advice}"
         ) from error
 
 

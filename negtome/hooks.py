@@ -11,7 +11,8 @@ Instance-level hooks would be the usual way, and `tests/negtome/test_hooks.py` s
 - Copies and pickles of a module carry its forward hooks along, and with them what the hooks refer to.
 
 torch.compile does guard on types. Code that was compiled before is compiled anew for the subclass, and both versions
-stay in its cache, so that attaching again compiles nothing. Copies and pickles are of the original class.
+stay in its cache, so that attaching again compiles nothing. Copies and pickles are of the original class, and so is
+what is made by calling the subclass, which is equal to the original class.
 """
 
 import functools
@@ -27,6 +28,8 @@ from negtome.sites import unwrap
 
 #: The one attribute that a patched object carries in addition to its own.
 ATTRIBUTE = "_negtome"
+#: In a patched class, the one that it was made of.
+_ORIGINAL = "_negtome_original"
 #: A replacement of the push: see `negtome.attach`.
 Push = Callable[[str, torch.Tensor, torch.Tensor, int], torch.Tensor]
 #: A `__call__`.
@@ -211,8 +214,28 @@ def patch_call(owner: Any, state: Any, make_call: Callable[[Call], Call]) -> Non
 
 def unpatch_call(owner: Any) -> None:
     """Give an object that `patch_call` changed its class back; whatever else was changed since then remains."""
-    if owner.__dict__.pop(ATTRIBUTE, None) is not None:
-        object.__setattr__(owner, "__class__", type(owner)._negtome_original)
+    if owner.__dict__.pop(ATTRIBUTE, None) is None:
+        return
+    cls = type(owner)
+    if _ORIGINAL in vars(cls):
+        object.__setattr__(owner, "__class__", vars(cls)[_ORIGINAL])
+        return
+    for derived in cls.__mro__:  # from the patched class, since then, as a parametrization of torch does
+        if any(_ORIGINAL in vars(base) for base in derived.__bases__):
+            derived.__bases__ = tuple(vars(base).get(_ORIGINAL, base) for base in derived.__bases__)
+
+
+class _SameClass(type):
+    """A class that is equal to the one it was made of.
+
+    Libraries look for classes in tuples and dicts, such as `DiffusionPipeline.from_pipe` and torch's quantization.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is vars(cls).get(_ORIGINAL)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(vars(cls).get(_ORIGINAL, cls))
 
 
 @functools.cache
@@ -222,7 +245,14 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
     There is one for all modules of a class, so that compiled code is shared between them as before.
     """
 
+    original_new: Call = cls.__new__
     original_reduce: Call = cls.__reduce_ex__
+
+    def __new__(kind: type, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of the original class, as `type(pipe)(**pipe.components)` is to do."""
+        if _ORIGINAL in vars(kind):
+            return cls(*args, **kwargs)
+        return original_new(kind)  # a class derived from this one
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Copy and pickle the object as one of the original class that nothing is attached to."""
@@ -236,13 +266,16 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
         return (make, tuple(arguments), *rest)
 
     members = {
+        "__new__": __new__,
         "__call__": functools.wraps(cls.__call__)(make_call(cls.__call__)),
         "__reduce_ex__": __reduce_ex__,
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
-        "_negtome_original": cls,
+        _ORIGINAL: cls,
     }
-    return type(cls.__name__, (cls,), members)
+    metaclass: Any = _SameClass if type(cls) is type else type(cls)
+    patched: type = metaclass(cls.__name__, (cls,), members)
+    return patched
 
 
 def _push_output(original: Call) -> Call:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import DenoiserCall, value_at, with_value
+from negtome.calls import DenoiserCall, Snapshot, value_at, with_value
 from negtome.encoding import embed, encode, noised, scaled
 from negtome.hooks import Layout, Route
 from negtome.merge import Matching
@@ -26,7 +26,7 @@ class _Encoded(NamedTuple):
 class _Plan(NamedTuple):
     """Who rides along in the calls with certain prompts, in certain halves."""
 
-    prompts: torch.Tensor  # kept, so that no other tensor gets its identity
+    prompts: Snapshot
     conditional: tuple[int, ...]
     slots: tuple[tuple[Reference, int], ...]  # a reference, and the image that lends it its conditioning
     size: tuple[int, int]  # of the latent
@@ -57,12 +57,12 @@ class ReferenceRows:
         given = [references] if isinstance(references, Reference) else references
         if not isinstance(given, Sequence) or not all(isinstance(r, Reference | None) for r in given):
             raise TypeError(
-                "given must be a negtome.Reference, or a list with one or None for each image of a call, got "
+                "references must be a negtome.Reference, or a list with one or None for each image of a call, got "
                 f"{type(given).__name__}; wrap images: negtome.Reference(image)."
             )
         self._given = [reference for reference in given if reference is not None]
         if not self._given:
-            raise ValueError("given must hold at least one negtome.Reference, got none; leave it out instead.")
+            raise ValueError("references must hold at least one negtome.Reference, got none; leave them out instead.")
         if matching == "released" and any(len(reference.images) > 1 for reference in self._given):
             raise ValueError(
                 'matching="released" is defined between two images only, got a Reference of several images; use '
@@ -140,7 +140,8 @@ class ReferenceRows:
                 )
             if not architecture.listed:
                 arguments = with_value(arguments, name, value.expand(call.rows, *value.shape[1:]))
-        plan = next((p for p in self._plans if p.prompts is call.text and p.conditional == call.conditional), None)
+        prompts, conditional = list(call.prompts.values()), call.conditional
+        plan = next((p for p in self._plans if p.prompts.holds(prompts) and p.conditional == conditional), None)
         if plan is None:
             plan = self._plan(pipe, call, fewest_tokens)
             self._plans.append(plan)
@@ -223,7 +224,7 @@ class ReferenceRows:
         order = [images * half + image for half in range(call.halves) for image in (*range(images), *lenders)]
         index = torch.tensor(order, device=call.text.device)
         layout = Layout(call.halves, images, len(lenders), tuple(routes))
-        return _Plan(call.text, call.conditional, tuple(slots), size, layout, order, index)
+        return _Plan(Snapshot(call.prompts.values()), call.conditional, tuple(slots), size, layout, order, index)
 
     def _encode(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> _Encoded:
         """Encode a reference for a size of the latent, at most once."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import CallReader, PipelineCall
+from negtome.calls import CallReader, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
 from negtome.hooks import Site
 
@@ -51,7 +51,7 @@ class Run:
         self.suspended = False
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
-        self.prompts: list[torch.Tensor] = []  # embeddings that passed the checks
+        self.prompts: list[Snapshot] = []  # embeddings that passed the checks
         self.rows = 0
         self.grid: tuple[int, ...] | None = None
         self.fewest_tokens = 0

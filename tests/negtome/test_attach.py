@@ -1,6 +1,7 @@
 """NegToMe on tiny real pipelines: it does what an independent transcription does, only there, and leaves no trace."""
 
 import copy
+import inspect
 import pickle
 import threading
 import warnings
@@ -829,6 +830,71 @@ def test_embeddings_of_several_prompts_are_told_apart_beside_attention_sinks(tin
     call(texts)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_embeddings_that_a_callback_changes_are_compared_again(tiny_sdxl, in_place):
+    def change(p, index, timestep, tensors):
+        texts = tensors["prompt_embeds"]
+        if index == 0:
+            texts = texts if in_place else texts.clone()
+            texts[-1] = other
+        return {"prompt_embeds": texts}
+
+    other = tiny_sdxl.encode_prompt("a red bus", do_classifier_free_guidance=True)[0][0]
+    options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(ValueError, match="got several prompts"), negtome.attach(tiny_sdxl, CONFIGS["sdxl"]):
+        generate(tiny_sdxl, **options)
+    with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], group_size=3):
+        generate(tiny_sdxl, **options)
+
+
+def derived(pipe, call):
+    """Return a pipeline of a class derived from the pipeline's, with the same components and this `__call__`."""
+    other = type("Derived", (type(pipe),), {"__call__": call})(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_prompts_that_a_derived_pipeline_writes_are_compared(pipe, config):
+    """What its own call says is not what the stock pipeline gets."""
+
+    def call(self, prompt, num_images_per_prompt=1, **options):
+        prompts = [f"{prompt}, number {number}" for number in range(num_images_per_prompt)]
+        return type(pipe).__call__(self, prompts, **options)
+
+    other = derived(pipe, call)
+    with pytest.raises(ValueError, match="got several prompts"), negtome.attach(other, config):
+        other("a dog", num_images_per_prompt=2, height=32, width=32)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_images_that_a_derived_pipeline_adds_are_noticed(tiny_sdxl, guidance_scale):
+    """Two halves of one image, or four of two, would be another layout of the batch than there is."""
+
+    def call(self, prompt, num_images_per_prompt=1, **options):
+        return type(tiny_sdxl).__call__(self, prompt, num_images_per_prompt=2 * num_images_per_prompt, **options)
+
+    other = derived(tiny_sdxl, call)
+    with pytest.raises(ValueError, match="rows for each image, got"), negtome.attach(other, CONFIGS["sdxl"]):
+        other("a dog", num_images_per_prompt=2, guidance_scale=guidance_scale, height=32, width=32)
+
+
+def test_a_group_does_not_begin_among_the_images_of_a_prompt(pipe, config):
+    seeds, prompts = range(6), ["a dog", "a cat"]
+    with (
+        pytest.raises(ValueError, match="group_size=2 and num_images_per_prompt=3"),
+        negtome.attach(pipe, config, group_size=2),
+    ):
+        generate(pipe, seeds, prompt=prompts)
+    with negtome.attach(pipe, config, group_size=3):
+        generate(pipe, seeds, prompt=prompts)
+
+
+def test_a_bad_prompt_is_refused_by_the_pipeline_as_without_negtome(pipe, config):
+    for prompt in (5, {}, None):
+        with pytest.raises(ValueError, match="prompt"), negtome.attach(pipe, config):
+            pipe(prompt, num_images_per_prompt=2)
+
+
 def test_a_site_that_is_gone_is_noticed(pipe, config):
     with negtome.attach(pipe, config) as attached, pytest.raises(RuntimeError, match="is gone from the"):
         generate(pipe)
@@ -859,8 +925,62 @@ def test_a_second_pass_with_another_pipeline_runs_unchanged(pipe, config):
         assert torch.equal(generate(pipe), pushed)
 
 
-@pytest.mark.parametrize("in_thread", [False, True], ids=["callback", "thread"])
-def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, in_thread):
+def test_a_second_pass_is_made_of_the_attached_pipeline_inside(pipe, config):
+    name = type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def make_and_call():
+        second = getattr(diffusers, name).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
+        return generate(second, (0,), image=images[:1], strength=0.5)
+
+    base, expected = generate(pipe), make_and_call()
+    with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config):
+        pushed = generate(pipe)
+        assert torch.equal(make_and_call(), expected)
+        assert torch.equal(generate(pipe), pushed)
+    assert torch.equal(generate(pipe), base)
+
+
+def by_name(pipe, meanwhile):
+    return {"callback_on_step_end": meanwhile}
+
+
+def in_thread(pipe, meanwhile):
+    def run(p, index, timestep, tensors):
+        thread = threading.Thread(target=meanwhile, args=(p, index, timestep, tensors))
+        thread.start()
+        thread.join()
+        return tensors
+
+    return {"callback_on_step_end": run}
+
+
+def by_class(pipe, meanwhile):
+    from diffusers.callbacks import PipelineCallback
+
+    class Meanwhile(PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return meanwhile(pipeline, step_index, timestep, callback_kwargs)
+
+    return {"callback_on_step_end": Meanwhile()}
+
+
+def several(pipe, meanwhile):
+    from diffusers.callbacks import MultiPipelineCallbacks
+
+    return {"callback_on_step_end": MultiPipelineCallbacks([by_class(pipe, meanwhile)["callback_on_step_end"]])}
+
+
+def deprecated(pipe, meanwhile):
+    if not hasattr(pipe, "unet"):
+        pytest.skip("this pipeline never had it")
+    return {"callback": lambda index, timestep, latents: meanwhile(pipe, index, timestep, {}), "callback_steps": 1}
+
+
+@pytest.mark.parametrize("options", [by_name, in_thread, by_class, several, deprecated])
+def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, options):
     """Nothing of it is pushed, and none of its steps is counted: the attached one's call stays what it was."""
     other = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
     base = generate(other, num_inference_steps=2)
@@ -869,23 +989,33 @@ def test_another_pipeline_that_is_called_meanwhile_runs_unchanged(pipe, config, 
         counts = attached.counts(), attached.steps[:]
     results = []
 
-    def call():
-        results.append(generate(other, num_inference_steps=2))
-
     def meanwhile(p, index, timestep, tensors):
-        if in_thread:
-            thread = threading.Thread(target=call)
-            thread.start()
-            thread.join()
-        else:
-            call()
+        results.append(generate(other, num_inference_steps=2))
         return tensors
 
     with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config) as attached:
-        result = generate(pipe, callback_on_step_end=meanwhile)
+        result = generate(pipe, **options(pipe, meanwhile))
     assert len(results) == 4 and all(torch.equal(result, base) for result in results)
     assert torch.equal(result, expected)
     assert (attached.counts(), attached.steps) == counts
+
+
+def test_a_callback_that_is_passed_by_its_position_may_call_another_pipeline(pipe, config):
+    other = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    base, results = generate(other, num_inference_steps=2), []
+
+    def meanwhile(p, index, timestep, tensors):
+        results.append(generate(other, num_inference_steps=2))
+        return tensors
+
+    parameters = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
+    values = {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD} | {
+        "prompt": "a dog", "num_images_per_prompt": 2, "num_inference_steps": 4, "height": 32, "width": 32,
+        "output_type": "latent", "callback_on_step_end": meanwhile,
+    }  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="runs unchanged"), negtome.attach(pipe, config) as attached:
+        pipe(*values.values())
+    assert len(attached.steps) == len(results) == 4 and all(torch.equal(result, base) for result in results)
 
 
 def test_a_callback_of_diffusers_own_is_passed_on_as_it_is(pipe, config):

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import functools
 import io
 import json
 import os
@@ -294,6 +295,28 @@ def test_a_pipeline_that_this_command_cannot_use_is_not_loaded(name, said, capsy
     assert main(["generate", "a dog", "--model", "other"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize("name", ["tokenizer_2", "text_encoder"])
+def test_a_folder_that_lacks_a_component_is_not_used(name, model, tmp_path, capsys):
+    """diffusers makes an empty tokenizer of nothing, and images with it."""
+    shutil.copytree(model, tmp_path / "partial", ignore=shutil.ignore_patterns(name))
+    assert main(["generate", "a dog", "-n", "2", "--model", "partial", "--out", "dogs"]) == 2
+    assert f"has no folder {name}" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_are_known_before_the_other_images_are_made(model, monkeypatch, capsys):
+    calls, forward = [], diffusers.UNet2DConditionModel.forward
+
+    @functools.wraps(forward)
+    def counted(*args, **options):
+        calls.append(1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", counted)
+    words = ["generate", "a dog", "-n", "2", "--model", model, "--compare", "--timesteps", "5:6", "--out", "dogs"]
+    assert main(words) == 2
+    assert "widen the window" in capsys.readouterr().err and calls == []
 
 
 @pytest.mark.parametrize("out", ["file/images", "/proc/images", "dangling"])

@@ -101,3 +101,42 @@ def test_a_patched_outer_module_of_compiled_code_is_copied_too():
     assert torch.allclose(outer(x), before + 100)
     clone = copy.deepcopy(outer)
     assert type(clone) is kind and torch.equal(clone(x), before)
+
+
+def test_an_object_made_of_a_patched_class_is_of_the_original_one(compiled):
+    block, x, _ = compiled
+    kind = type(block)
+    patch_call(block, "state", add)
+    other, linear = type(block)(), block.site
+    patch_call(linear, "state", add)
+    again = type(linear)(4, 4)
+    assert type(other) is kind and type(again) is torch.nn.Linear
+    patch_call(other, "state", add)
+    other.load_state_dict(block.state_dict())
+    assert torch.allclose(other(x) + 100, block(x))
+
+
+def test_a_class_that_was_derived_meanwhile_keeps_what_was_added():
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 4)
+    site, reference = block.site, copy.deepcopy(block)
+    patch_call(site, "state", add)
+    for linear in (site, reference.site):
+        torch.nn.utils.parametrizations.weight_norm(linear)
+        linear.parametrizations.weight.original0.data *= 2
+    assert torch.allclose(block(x), reference(x) + 100)
+    assert torch.equal(copy.deepcopy(site).weight, site.weight)
+    unpatch_call(site)
+    assert torch.equal(block(x), reference(x))
+    assert type(site).__mro__[1:] == type(reference.site).__mro__[1:]
+    torch.nn.utils.parametrize.remove_parametrizations(site, "weight")
+    assert type(site) is torch.nn.Linear and torch.allclose(block(x), reference(x))
+
+
+def test_a_patched_class_passes_for_the_original_one():
+    """As in `type(component) in expected`, by which pipelines are made of others, and in torch's tables of classes."""
+    site, other = torch.nn.Linear(4, 4), torch.nn.Conv2d(1, 1, 1)
+    patch_call(site, "state", add)
+    patch_call(other, "state", add)
+    assert type(site) in (torch.nn.Conv2d, torch.nn.Linear) and {torch.nn.Linear: 1}[type(site)]
+    assert type(site) not in (type(other), torch.nn.Module) and type(site) not in {torch.nn.Conv2d: 1}
