@@ -18,6 +18,7 @@ from negtome.calls import DenoiserCall, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
 from negtome.hooks import ATTRIBUTE, Call, Layout, Push, Site, StepContext, not_compiled, patch_call, path, unpatch_call
 from negtome.merge import plain
+from negtome.prompt_checks import check_one_length, check_one_prompt
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, largest_map, unwrap
@@ -25,9 +26,6 @@ from negtome.tally import Run, SiteCount, Step, check_pushed, check_side, check_
 
 #: Images in a group above which reference="others" warns: its cost grows with their square.
 MANY_OTHERS = 8
-#: Two embeddings of one text differ by rounding; of different texts, some element differs by more than this share of
-#: itself and of a usual element.
-ROUNDING = 0.05
 
 
 def attach(
@@ -244,11 +242,7 @@ class Attachment:
                 f"NegToMe expects one call of its {self._pipeline_class} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
-        architecture = self._architecture
-        masks = architecture.mixed if call.images_per_prompt > 1 else ()
-        if architecture.trimmed is not None:
-            masks = (architecture.trimmed,)
-        run = Run(architecture, call, masks)
+        run = Run(self._architecture, call)
         try:
             self._run = run
             self._started_runs += 1
@@ -380,9 +374,9 @@ class Attachment:
         if any(known.holds(prompts) for known in run.prompts):
             return
         for mask in filter(call.prompts.__contains__, run.masks):
-            _check_one_length(call, call.prompts[mask], self._architecture)
+            check_one_length(call, call.prompts[mask], self._architecture)
         if self.group_size is None and self._rows is None:
-            _check_one_prompt(run, call, group_size, self._architecture.per_prompt)
+            check_one_prompt(run.call, call, group_size, self._architecture)
         run.prompts.append(Snapshot(prompts))
 
     def _fewest_tokens(self, call: DenoiserCall) -> int:
@@ -443,50 +437,6 @@ class Attachment:
                 stacklevel=2,
             )
         return size
-
-
-def _check_one_prompt(run: Run, call: DenoiserCall, group_size: int, per_prompt: str) -> None:
-    """Refuse a batch in which the images of a group have several prompts."""
-    several = group_size == call.images and run.call.has_several_texts()
-    # A callback, or a pipeline of the user's, may have put other embeddings in the place of the texts'.
-    if several or not all(_rows_agree(rows, group_size) for rows in call.prompts.values() if len(rows) > 1):
-        raise ValueError(
-            "NegToMe expected the images of a call to share their prompt, got several prompts; pass "
-            f"{per_prompt}=2 or more, or group_size to attach, so that only images of a prompt are pushed apart."
-        )
-
-
-def _rows_agree(embedding: torch.Tensor, group_size: int) -> bool:
-    """Tell whether the rows of an embedding [rows, ...] are of one text in every group of neighbours.
-
-    Rows of one text are copies, or were computed side by side and differ by rounding. Each element is compared at the
-    scale of a usual one: some language models have activations a million times as large as the others, at which the
-    difference between two texts would not show.
-    """
-    groups = embedding.detach().unflatten(0, (-1, group_size))
-    if torch.equal(groups, groups[:, :1].expand_as(groups)):
-        return True
-    groups = groups.float()
-    size = groups.abs()
-    nonzero = size[size > 0]  # padding is zero
-    usual = nonzero.median() if nonzero.numel() else 0
-    return not ((groups - groups[:, :1]).abs() > ROUNDING * (size[:, :1] + usual)).any()
-
-
-def _check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Architecture) -> None:
-    """Refuse prompts of several lengths where their masks [rows, T] are mixed up, or images begin behind them."""
-    halves = mask.unflatten(0, (call.halves, -1))
-    if (halves == halves[:, :1]).all():
-        return
-    each = architecture.per_prompt
-    if architecture.trimmed is not None:
-        reason = "the image's tokens follow its text at once here; give each prompt a call of its own."
-    else:
-        reason = (
-            f"with {each} > 1, diffusers gives images the text masks of other prompts here (its PR #14147 describes "
-            f"how); give each prompt a call of its own, or repeat it in the list of prompts, with {each}=1."
-        )
-    raise ValueError(f"NegToMe expected prompts of one length, got several: {reason}")
 
 
 def _patched(pipe: Any, architecture: Architecture) -> tuple[Any, ...]:

@@ -34,9 +34,9 @@ class Run:
     Args:
         architecture: of the pipeline.
         call: the arguments of the call.
-        masks: names of the denoiser's arguments that must be the same for all images of a half.
 
     Attributes:
+        masks: names of the denoiser's arguments that must be the same for all images of a half.
         thread: the thread that runs it.
         suspended: whether the denoiser is called by somebody else at the moment, from a callback of this call.
         rows: of the batch that the pipeline asked for last.
@@ -44,9 +44,13 @@ class Run:
         fewest_tokens: of a feature map that takes part.
     """
 
-    def __init__(self, architecture: Architecture, call: PipelineCall, masks: tuple[str, ...]) -> None:
+    def __init__(self, architecture: Architecture, call: PipelineCall) -> None:
         self.call = call
-        self.masks = masks
+        self.masks: tuple[str, ...] = ()
+        if architecture.trimmed is not None:
+            self.masks = (architecture.trimmed,)
+        elif call.images_per_prompt > 1:
+            self.masks = architecture.mixed
         self.thread = threading.get_ident()
         self.suspended = False
         self.steps: list[Step] = []
