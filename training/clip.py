@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import taxonomy, tokenizer
-from training.loop import Ema, Images, Run, Setting, descend, make_optimizers, prepare, write_json
+from training.loop import Images, Run, Setting, make_optimizers, prepare
 
 PROJECTION = 128
 
@@ -41,11 +41,7 @@ def make_model(vocabulary: int, vision_width: int = 128, vision_layers: int = 4)
 
 
 def contrastive_loss(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    scale: torch.Tensor,
-    image_id: torch.Tensor,
-    text_id: torch.Tensor,
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, image_id: torch.Tensor, text_id: torch.Tensor
 ) -> torch.Tensor:
     """Symmetric cross-entropy in the batch; pairs that share the picture or the words are no negatives.
 
@@ -150,25 +146,18 @@ def _fit(
 ) -> None:
     """The loop of both trainings: 1,024 random rows a step; averaged weights and a card at the end."""
     data = Images(setting.work / "data", setting.device)
-    ema = Ema([trained], 0.998)
     optimizers = make_optimizers(setting, trained, muon=2e-3, adam=1.2e-3)
-    batch = setting.batch_size(1024)
-
-    def save(run: Run) -> None:
-        with ema.swapped():
-            write()
-
-    run = Run(name, setting, optimizers, save, {"model": trained, "ema": ema})
+    batch = setting.batch or 1024
+    run = Run(name, setting, [trained], optimizers, 0.998, write)
     for _ in run:
         image, caption, variant = data.draw(batch)
-        found = losses(data.render(image, variant), image, caption)
-        descend(sum(found), optimizers, ema)
-        run.log(**{f"loss{i}": loss for i, loss in enumerate(found, 1)})
-    with ema.swapped():
+        parts = losses(data.render(image, variant), image, caption)
+        run.descend(sum(parts))
+        run.log(**{f"loss{i}": loss for i, loss in enumerate(parts, 1)})
+    with run.ema.swapped():
         quality = {key: evaluate(model.eval(), data, setting) for key, model in models.items()}
     print(f"{name} quality", quality, flush=True)
-    (setting.work / name).mkdir(exist_ok=True)
-    write_json(setting.work / name / "card.json", run.summary() | {"batch": batch, "quality": quality} | card)
+    run.write_card(setting.work / name, batch=batch, quality=quality, **card)
 
 
 @torch.no_grad()

@@ -4,11 +4,9 @@ The result is one folder with `images.npy` (uint8 RGBA [N, 128, 128, 4]), `table
 the statistics) and `rows.npz` + `captions.json` (pairs of image and caption, drawn with the weights of the taxonomy).
 """
 
-import argparse
 import json
 import os
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -280,21 +278,3 @@ def load_table(folder: Path) -> tuple[list[Emoji], dict]:
     """Descriptions of the images and the statistics of a data folder."""
     table = json.loads((folder / "table.json").read_text())
     return [Emoji(**e) for e in table["emoji"]], table["statistics"]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make the captioned emoji set")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--npm", type=Path, default=Path(".npm"), help="folder of the npm tarballs")
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--limit", type=int, default=None)
-    args = parser.parse_args(argv)
-    started = time.time()
-    paint(args.out, describe(args.out, args.npm, args.rows, args.limit))
-    _, stats = load_table(args.out)
-    print(f"{time.time() - started:.0f} s")
-    print(json.dumps({k: v for k, v in stats.items() if k not in ("held_out_concepts",)}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,10 +10,8 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from training.loop import (
     VARIANTS,
-    Ema,
     Run,
     Setting,
-    descend,
     draw_times,
     draw_variants,
     fixed_rows,
@@ -21,8 +19,7 @@ from training.loop import (
     make_optimizers,
     prepare,
     wait_for,
-    write_json,
-)
+)  # fmt: skip
 from training.vae import CHANNELS
 
 DROPOUT = 0.12  # of the caption, replaced by the empty one
@@ -203,7 +200,7 @@ def _compile(setting: Setting, batch: int, *networks: Callable[..., tuple[torch.
 def train(setting: Setting, seed: int = 6) -> None:
     """Flow matching of the transformer and T5 into `work/flux`, at guidance 1."""
     model, encoder = _prepare(setting, seed)
-    device, batch, out = setting.device, setting.batch_size(512), setting.work / "flux"
+    device, batch, out = setting.device, setting.batch or 512, setting.work / "flux"
     if (out / "start").exists():
         load_start(model, encoder, out / "start")
     model.time_text_embed.guidance_embedder.requires_grad_(False)  # left as it is: see make_model
@@ -211,47 +208,48 @@ def train(setting: Setting, seed: int = 6) -> None:
     _compile(setting, batch, fast)
     print("flux compiled", flush=True)
     data = _Batches(setting, batch)
-    ones = torch.ones(batch, device=device)
-    ema = Ema([model, encoder], 0.999)
+    dropout = DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout
     optimizers = make_optimizers(setting, model, encoder, muon=2.5e-3, adam=1.2e-3)
 
-    def save(run: Run) -> None:
-        with ema.swapped():
-            model.save_pretrained(out / "stage1")
-            encoder.save_pretrained(out / "text_encoder_2")
+    def save() -> None:
+        model.save_pretrained(out / "stage1")
+        encoder.save_pretrained(out / "text_encoder_2")
+
+    def loss_of(
+        net: Callable, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, caption: torch.Tensor
+    ) -> torch.Tensor:
+        words = encoder(input_ids=data.ids[caption].long()).last_hidden_state.float()
+        x, guidance = torch.lerp(z, noise, t[:, None, None]), torch.ones(len(z), device=device)
+        v = velocity(net, x, t, words, data.pooled[caption].float(), guidance)
+        return (v - (noise - z)).square().mean()
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
-        found = {}
-        with ema.swapped(), setting.autocast():
+        losses = {}
+        with setting.autocast():
             for name, (image, caption) in data.fixed.items():
                 g, z = torch.Generator(device).manual_seed(0), data.tokens[image, 0].float()
                 t = (torch.arange(len(z), device=device) + 0.5) / len(z)
                 noise = torch.randn(z.shape, generator=g, device=device)
-                words = encoder(input_ids=data.ids[caption].long()).last_hidden_state.float()
-                x = torch.lerp(z, noise, t[:, None, None])
-                v = velocity(model, x, t, words, data.pooled[caption].float(), torch.ones(len(z), device=device))
-                found[name] = float((v - (noise - z)).square().mean())
-        return found
+                losses[name] = float(loss_of(model, z, noise, t, caption))
+        return losses
 
-    run = Run("flux", setting, optimizers, save, {"model": model, "encoder": encoder, "ema": ema}, measure)
+    run = Run("flux", setting, [model, encoder], optimizers, 0.999, save, measure)
     for _ in run:
-        z, caption = data.draw(DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout)
+        z, caption = data.draw(dropout)
         t = draw_times(batch, device, setting.recipe.times or "noisy")
         noise = torch.randn_like(z)
-        x = torch.lerp(z, noise, t[:, None, None])
         with setting.autocast():
-            words = encoder(input_ids=data.ids[caption].long()).last_hidden_state.float()
-            loss = (velocity(fast, x, t, words, data.pooled[caption].float(), ones) - (noise - z)).square().mean()
-        descend(loss, optimizers, ema)
+            loss = loss_of(fast, z, noise, t, caption)
+        run.descend(loss)
         run.log(loss=loss)
-    write_json(out / "card.json", run.summary() | {"batch": batch, "seed": seed})
+    run.write_card(out, batch=batch, seed=seed)
 
 
 def distil(setting: Setting, seed: int = 7) -> None:
     """Distil the classifier-free guidance of what `train` ended with into the guidance embedding: `work/flux/model`."""
     model, encoder = _prepare(setting, seed)
-    device, batch, out = setting.device, setting.batch_size(512), setting.work / "flux"
+    device, batch, out = setting.device, setting.batch or 512, setting.work / "flux"
     teacher = copy.deepcopy(model).requires_grad_(False)
     fast, fast_teacher = setting.compiled(model), setting.compiled(teacher)
     _compile(setting, batch, fast)
@@ -265,14 +263,8 @@ def distil(setting: Setting, seed: int = 7) -> None:
     with torch.no_grad(), setting.autocast():
         parts = [encoder(input_ids=part.long()).last_hidden_state.half() for part in data.ids.split(1024)]
     table = torch.cat(parts)  # autocast on a CPU does not join halves
-    ema = Ema([model], 0.998)
     optimizers = make_optimizers(setting, model, muon=8e-4, adam=5e-4)
-
-    def save(run: Run) -> None:
-        with ema.swapped():
-            model.save_pretrained(out / "model")
-
-    run = Run("distil", setting, optimizers, save, {"model": model, "ema": ema})
+    run = Run("distil", setting, [model], optimizers, 0.998, lambda: model.save_pretrained(out / "model"))
     ones = torch.ones(batch, device=device)
     no_words = table[data.empty].float().expand(batch, -1, -1).contiguous()
     no_pooled = data.pooled[data.empty].float().expand(batch, -1).contiguous()
@@ -288,7 +280,6 @@ def distil(setting: Setting, seed: int = 7) -> None:
                 bound = velocity(fast_teacher, x, t, words, pooled, ones)
                 target = free + w[:, None, None] * (bound - free)
             loss = (velocity(fast, x, t, words, pooled, w) - target).square().mean()
-        descend(loss, optimizers, ema)
+        run.descend(loss)
         run.log(loss=loss)
-    (setting.work / "distil").mkdir(exist_ok=True)
-    write_json(setting.work / "distil" / "card.json", run.summary() | {"batch": batch, "seed": seed})
+    run.write_card(setting.work / "distil", batch=batch, seed=seed)

@@ -7,7 +7,6 @@ steps fit into the time.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -17,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 
+from eval.files import write_json
 from training.data import load_table
 from training.sources import IMAGE_SIZE
 
@@ -53,7 +54,6 @@ class Setting:
     lr: float = 1.0  # factor of the denoisers' learning rates: less than 1 when they continue from earlier weights
     half: bool = False  # bf16 on a CPU that has instructions for it
     compile: bool = False  # on a CPU too: 90 seconds and a C++ compiler for 13 % more images a second
-    cooldown: float = 0.3  # last share of the time, in which the learning rate falls to zero
     recipe: Recipe = Recipe()
 
     @property
@@ -70,9 +70,6 @@ class Setting:
             return torch.autocast("cuda" if self.on_gpu else "cpu", self.dtype)
         return contextlib.nullcontext()
 
-    def batch_size(self, usual: int) -> int:
-        return self.batch or usual
-
     def compiled(self, module: Callable) -> Callable:
         return torch.compile(module) if self.on_gpu or self.compile else module
 
@@ -88,12 +85,6 @@ def wait_for(*paths: Path, poll: float = 0.5) -> None:
     """Block until other stages have written all the paths."""
     while not all(p.exists() for p in paths):
         time.sleep(poll)
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
 
 
 def load_rows(folder: Path, device: str, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,46 +159,36 @@ class Images:
         return (rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])) * 2 - 1
 
 
-class Ema:
-    """Running average of parameters; its horizon grows with the steps up to `decay`."""
+class Ema(EMAModel):
+    """Running average of all parameters of some modules.
+
+    After n steps the decay is (1 + n) / (12 + n), and `decay` at most: the horizon grows with the training.
+    """
 
     def __init__(self, modules: Iterable[torch.nn.Module], decay: float) -> None:
         self.live = [p for m in modules for p in m.parameters()]
-        self.average = [p.detach().clone() for p in self.live]
-        self.decay, self.steps = decay, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (12 + self.steps))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
-
-    def state_dict(self) -> dict:
-        return {"average": self.average, "steps": self.steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        torch._foreach_copy_(self.average, state["average"])
-        self.steps = state["steps"]
+        super().__init__(
+            self.live, decay, use_ema_warmup=True, inv_gamma=11, power=1, update_after_step=-2, foreach=True
+        )
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """The averaged parameters in the modules, for the time of the block."""
-        saved = [p.detach().clone() for p in self.live]
-        with torch.no_grad():
-            torch._foreach_copy_(self.live, self.average)
+        self.store(self.live)
+        self.copy_to(self.live)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.live, saved)
+            self.restore(self.live)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for matrices (Jordan et al. 2024), batched over equal shapes.
 
-    Small models spend their time launching kernels: stacking all matrices of one shape makes the Newton-Schulz
-    iteration a handful of batched products. Updates are scaled to a root mean square of 0.2 (Liu et al. 2025,
-    arXiv 2502.16982), so that the learning rate means about the same as AdamW's.
+    torch.optim.Muon takes no kernels of convolutions, of which the UNet has many, and one matrix at a time. Small
+    models spend their time launching kernels: stacking all matrices of one shape makes the Newton-Schulz iteration a
+    handful of batched products. Updates are scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982),
+    so that the learning rate means about the same as AdamW's.
 
     Args:
         params: matrices, and kernels of convolutions, which count as matrices [out, in * height * width].
@@ -283,31 +264,23 @@ def make_optimizers(
     ]
 
 
-def descend(loss: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer], ema: Ema) -> None:
-    """One step of all optimizers down the loss, with gradients of norm 1 at most, and of the running average."""
-    for o in optimizers:
-        o.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(ema.live, 1.0)
-    for o in optimizers:
-        o.step()
-    ema.update()
+COOLDOWN = 0.3  # last share of the time, in which the learning rate falls to zero
 
 
-def trapezoid(progress: float, cooldown: float, warmup: float = 0.02) -> float:
-    """Learning-rate factor at a progress in [0, 1]: linear warm-up, 1, then linearly to 0 in the last `cooldown`.
+def trapezoid(progress: float, warmup: float = 0.02) -> float:
+    """Learning-rate factor at a progress in [0, 1]: linear warm-up, 1, then linearly to 0 in the last `COOLDOWN`.
 
     A training that goes on later starts from where the factor was still 1; half a cosine would have to be known to its
     end beforehand.
     """
-    return min(1.0, max(progress, 1e-3) / warmup, max(1 - progress, 0.01) / cooldown)
+    return min(1.0, max(progress, 1e-3) / warmup, max(1 - progress, 0.01) / COOLDOWN)
 
 
 STATE_SECONDS = 300  # between two states of a training on disk, each with a measurement
 
 
 class Run:
-    """Iterates over the steps of a stage until its time is up, setting learning rates, logging, checkpointing.
+    """Iterates over the steps of a stage until its time is up: learning rates, averaged weights, log, checkpoints.
 
     Everything that the training is goes into `work/NAME.state.pt` every five minutes until the cool-down begins; where
     that file is found, the stage goes on from it.
@@ -315,47 +288,43 @@ class Run:
     Args:
         name: for the log and the state.
         setting: deadline, step limit, duty.
-        optimizers: whose groups' learning rates are scaled by `trapezoid`; each group keeps its peak in "peak".
-        save: writes the model that the training has come to; called about once a minute and at the end.
-        parts: what else holds state, by name: modules, averages.
-        measure: losses that no training step sees, logged every five minutes.
+        models: what is trained; what of it needs no gradient stays as it is.
+        optimizers: whose learning rates are peaks, scaled by `trapezoid`.
+        decay: of the running average of the weights, in [0, 1).
+        save: writes the models, called with the averaged weights in them about once a minute and at the end.
+        measure: losses that no training step sees, of the averaged weights, logged every five minutes.
     """
 
     def __init__(
         self,
         name: str,
         setting: Setting,
-        optimizers: list[torch.optim.Optimizer],
-        save: Callable[[Run], None],
-        parts: dict[str, torch.nn.Module | Ema],
+        models: Sequence[torch.nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        decay: float,
+        save: Callable[[], None],
         measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        self.name, self.setting, self.optimizers, self.save = name, setting, optimizers, save
+        self.name, self.setting, self.optimizers, self.save, self.measure = name, setting, optimizers, save, measure
+        self.ema = Ema(models, decay)
+        self.parts = [*models, *optimizers, self.ema]
+        self.peaks = [group["lr"] for o in optimizers for group in o.param_groups]
         self.step, self.losses, self.started, self.seconds = 0, {}, time.time(), 0.0
-        for o in optimizers:
-            for group in o.param_groups:
-                group.setdefault("peak", group["lr"])
         self.history: list[dict] = []
-        self.measure = measure
-        self.parts = parts | {f"optimizer {i}": o for i, o in enumerate(optimizers)}
         self.state = setting.work / f"{name}.state.pt"
         if self.state.exists():
             self._load()
 
     def _load(self) -> None:
         saved = torch.load(self.state, map_location=self.setting.device)
-        peaks = [[group["peak"] for group in o.param_groups] for o in self.optimizers]
-        for name, part in self.parts.items():
-            part.load_state_dict(saved["parts"][name])
-        for o, peak in zip(self.optimizers, peaks, strict=True):  # the learning rate is this call's
-            for group, lr in zip(o.param_groups, peak, strict=True):
-                group["peak"] = lr
+        for part, state in zip(self.parts, saved["parts"], strict=True):
+            part.load_state_dict(state)
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
         print(f"{self.name} goes on from step {self.step}", flush=True)
 
     def _store(self) -> None:
         content = {
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "parts": [part.state_dict() for part in self.parts],
             "step": self.step,
             "seconds": self.seconds + time.time() - self.started,
             "history": self.history,
@@ -369,37 +338,49 @@ class Run:
             return min(1.0, self.step / self.setting.steps)
         return min(1.0, (time.time() - self.started) / max(1e-6, self.setting.deadline - self.started))
 
+    def descend(self, loss: torch.Tensor) -> None:
+        """One step of all optimizers down the loss, with gradients of norm 1 at most, and of the running average."""
+        for o in self.optimizers:
+            o.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.ema.live, 1.0)
+        for o in self.optimizers:
+            o.step()
+        self.ema.step(self.ema.live)
+
     def log(self, **losses: torch.Tensor) -> None:
         """Add to running sums on the device, without waiting for it."""
         for key, value in losses.items():
             total, n = self.losses.get(key, (0, 0))
             self.losses[key] = (total + value.detach().float(), n + 1)
 
-    def report(self, since: tuple[float, int], **measured: float) -> None:
+    def report(self, since: tuple[float, int], measure: bool = False) -> None:
+        """Print and keep the mean losses since a time and step."""
         seconds, step = time.time() - since[0], self.step - since[1]
-        means = {k: round(float(total) / n, 5) for k, (total, n) in self.losses.items()}
+        means = {k: float(total) / n for k, (total, n) in self.losses.items()}
         self.losses = {}
-        line = {
-            "step": self.step,
-            "progress": round(self.progress(), 3),
-            "it_s": round(step / max(seconds, 1e-6), 2),
-            **means,
-            **{k: round(v, 5) for k, v in measured.items()},
-        }
-        self.history.append(line)
-        print(f"[{time.strftime('%H:%M:%S')}] {self.name} {line}", flush=True)
-        if not all(math.isfinite(v) for v in means.values()):
+        if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(f"{self.name}: a loss is not finite at step {self.step}; lower the learning rate")
+        if measure:
+            with self.ema.swapped():
+                means |= self.measure()
+        line = {"step": self.step, "progress": round(self.progress(), 3), "it_s": round(step / max(seconds, 1e-6), 2)}
+        self.history.append(line | {k: round(v, 5) for k, v in means.items()})
+        print(f"[{time.strftime('%H:%M:%S')}] {self.name} {self.history[-1]}", flush=True)
+
+    def _save(self) -> None:
+        with self.ema.swapped():
+            self.save()
 
     def __iter__(self) -> Iterator[int]:
         self.started = time.time()
         since, saved, stored, first = (self.started, self.step), self.started, self.started, self.step
         while self.progress() < 1 or self.step == first:
             tick = time.time()
-            factor = trapezoid(self.progress(), self.setting.cooldown)
-            for o in self.optimizers:
-                for group in o.param_groups:
-                    group["lr"] = group["peak"] * factor
+            factor = trapezoid(self.progress())
+            groups = [group for o in self.optimizers for group in o.param_groups]
+            for group, peak in zip(groups, self.peaks, strict=True):
+                group["lr"] = peak * factor
             yield self.step
             self.step += 1
             if self.setting.duty < 1 and not self.setting.steps:
@@ -412,22 +393,22 @@ class Run:
                 self.report(since)
                 since = (time.time(), self.step)
             if time.time() - saved > 60:
-                self.save(self)
+                self._save()
                 saved = time.time()
-            if time.time() - stored >= STATE_SECONDS and self.progress() < 1 - self.setting.cooldown:
+            if time.time() - stored >= STATE_SECONDS and self.progress() < 1 - COOLDOWN:
                 self._store()
-                self.report(since, **self.measure())
+                self.report(since, measure=True)
                 since, stored = (time.time(), self.step), time.time()
-        self.report(since, **self.measure())
-        self.save(self)
+        self.report(since, measure=True)
+        self._save()
 
-    def summary(self) -> dict:
-        """For the model card: steps, seconds, device and the last losses."""
-        device = torch.cuda.get_device_name() if self.setting.on_gpu else "CPU"
-        return {
+    def write_card(self, folder: Path, **facts: object) -> None:
+        """Write for the model card: steps, seconds, device, the last losses, and the facts."""
+        card = {
             "steps": self.step,
             "seconds": round(self.seconds + time.time() - self.started, 1),
-            "device": device,
-            "last": self.history[-1] if self.history else {},
+            "device": torch.cuda.get_device_name() if self.setting.on_gpu else "CPU",
+            "last": self.history[-1],
             "history": self.history,
         }
+        write_json(folder / "card.json", card | facts)

@@ -17,8 +17,9 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from eval.files import write_json
 from training import data, tokenizer
-from training.loop import Images, Setting, prepare, write_json
+from training.loop import Images, Setting, prepare
 from training.vae import encode_all
 
 COPIES = {
@@ -45,23 +46,11 @@ def lay_out(models: Path, work: Path) -> None:
 def encode(setting: Setting) -> None:
     """Token ids of the captions and latents of the images, with the earlier tokenizers and autoencoder."""
     work = setting.work
-    captions = [*json.loads((work / "data" / "captions.json").read_text()), ""]
-    bpe, words = (
-        CLIPTokenizer.from_pretrained(work / "tokenizer"),
-        T5Tokenizer.from_pretrained(work / "tokenizer_2"),
-    )
-    torch.save(
-        {
-            "clip": tokenizer.encode(bpe, captions).to(torch.int16),
-            "t5": tokenizer.encode(words, captions).to(torch.int16),
-            "clip_size": len(bpe),
-            "t5_size": len(words),
-        },
-        work / "tokens.pt",
-    )
+    captions = json.loads((work / "data" / "captions.json").read_text())
+    bpe, words = CLIPTokenizer.from_pretrained(work / "tokenizer"), T5Tokenizer.from_pretrained(work / "tokenizer_2")
+    tokenizer.save_ids(bpe, words, captions, work)
     model = AutoencoderKL.from_pretrained(work / "vae" / "model").to(setting.device).eval()
     torch.save(encode_all(model, Images(work / "data", setting.device), setting), work / "vae" / "latents.pt")
-    (work / "text").mkdir(exist_ok=True)
     write_json(work / "text" / "card.json", {"source": "earlier"})
 
 

@@ -1,5 +1,6 @@
 """Two small tokenizers over the captions' vocabulary: byte-pair for CLIP, whole words for T5."""
 
+import json
 import re
 import string
 from collections import Counter
@@ -31,10 +32,7 @@ def train_bpe(captions: Iterable[str], size: int = 2500) -> CLIPTokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token=EOS, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", "removed"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     # Every byte also needs its end-of-word form, or an unseen last letter would become the end marker.
     trainer = trainers.BpeTrainer(
@@ -45,8 +43,6 @@ def train_bpe(captions: Iterable[str], size: int = 2500) -> CLIPTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     vocabulary = dict.fromkeys([BOS, EOS, *alphabet, *(c + "</w>" for c in alphabet), *model["vocab"]])
@@ -73,12 +69,7 @@ def train_words(captions: Iterable[str]) -> T5Tokenizer:
     pieces += [(c, -11.0) for c in singles]
     pieces += [(f"▁{w}", -5.0) for w in kept]
     return T5Tokenizer(
-        vocab=pieces,
-        extra_ids=0,
-        model_max_length=512,
-        unk_token="<unk>",
-        eos_token="</s>",
-        pad_token="<pad>",
+        vocab=pieces, extra_ids=0, model_max_length=512, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
     )
 
 
@@ -93,13 +84,11 @@ def build(captions: Sequence[str], folder: Path) -> None:
     bpe, words = train_bpe(captions), train_words(captions)
     bpe.save_pretrained(folder / "tokenizer")
     words.save_pretrained(folder / "tokenizer_2")
+    save_ids(bpe, words, captions, folder)
+
+
+def save_ids(bpe: CLIPTokenizer, words: T5Tokenizer, captions: Sequence[str], folder: Path) -> None:
+    """Write the token ids of all captions and of the empty prompt (last row)."""
     texts = [*captions, ""]
-    torch.save(
-        {
-            "clip": encode(bpe, texts).to(torch.int16),
-            "t5": encode(words, texts).to(torch.int16),
-            "clip_size": len(bpe),
-            "t5_size": len(words),
-        },
-        folder / "tokens.pt",
-    )
+    clip, t5 = encode(bpe, texts).to(torch.int16), encode(words, texts).to(torch.int16)
+    torch.save({"clip": clip, "t5": t5, "clip_size": len(bpe), "t5_size": len(words)}, folder / "tokens.pt")

@@ -1,16 +1,17 @@
 """The denoiser of the SDXL-style pipeline: v-prediction with zero terminal signal, on the shared latents."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from training.loop import (
-    Ema,
     Run,
     Setting,
-    descend,
     draw_times,
     draw_variants,
     fixed_rows,
@@ -18,19 +19,11 @@ from training.loop import (
     make_optimizers,
     prepare,
     wait_for,
-    write_json,
 )
 from training.vae import CHANNELS
 
 DROPOUT = 0.1  # of the caption, for classifier-free guidance
-TIME_IDS = (
-    128,
-    128,
-    0,
-    0,
-    128,
-    128,
-)  # original size, crop, target size: what the pipeline sends at 128 x 128
+TIME_IDS = (128, 128, 0, 0, 128, 128)  # original size, crop, target size: what the pipeline sends at 128 x 128
 
 
 def make_model() -> UNet2DConditionModel:
@@ -94,82 +87,82 @@ def encode_captions(work: Path, device: str, chunk: int = 2048) -> tuple[torch.T
     return torch.cat(states), torch.cat(pooled)
 
 
+def predict(
+    net: Callable[..., UNet2DConditionOutput],
+    x: torch.Tensor,
+    t: torch.Tensor,
+    words: torch.Tensor,
+    pooled: torch.Tensor,
+) -> torch.Tensor:
+    """The velocity that the UNet predicts, float32 [N, C, 16, 16].
+
+    Args:
+        net: UNet, compiled or not.
+        x: noisy latents [N, C, 16, 16].
+        t: time steps, int64 [N].
+        words: states of the captions [N, 32, 256].
+        pooled: of the captions [N, 128].
+    """
+    added = {"text_embeds": pooled, "time_ids": _time_ids(len(x), x.device)}
+    x = x.contiguous(memory_format=torch.channels_last)
+    return net(x, t, encoder_hidden_states=words, added_cond_kwargs=added).sample.float()
+
+
+@functools.cache
+def _time_ids(n: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([TIME_IDS], device=device).float().expand(n, 6)
+
+
 def train(setting: Setting, seed: int = 5) -> None:
     """Train into `work/unet`; compiles on made-up data while the earlier stages still run."""
     prepare(setting, seed)
-    device, batch = setting.device, setting.batch_size(256)
-    start = setting.work / "unet" / "start"
-    model = UNet2DConditionModel.from_pretrained(start) if start.exists() else make_model()
+    device, batch, work, out = setting.device, setting.batch or 256, setting.work, setting.work / "unet"
+    model = UNet2DConditionModel.from_pretrained(out / "start") if (out / "start").exists() else make_model()
     model = model.to(device, memory_format=torch.channels_last).train()
     fast = setting.compiled(model)
-    time_ids = torch.tensor([TIME_IDS], device=device).float().expand(batch, 6)
     for _ in range(2 if setting.on_gpu else 0):
+        z, t = torch.randn(batch, CHANNELS, 16, 16, device=device), torch.zeros(batch, device=device, dtype=torch.long)
+        words, pooled = torch.zeros(batch, 32, 256, device=device), torch.zeros(batch, 128, device=device)
         with setting.autocast():
-            z = torch.randn(batch, CHANNELS, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
-            out = fast(
-                z,
-                torch.zeros(batch, device=device, dtype=torch.long),
-                encoder_hidden_states=torch.zeros(batch, 32, 256, device=device),
-                added_cond_kwargs={
-                    "text_embeds": torch.zeros(batch, 128, device=device),
-                    "time_ids": time_ids,
-                },
-            ).sample
-        out.float().square().mean().backward()
+            loss = predict(fast, z, t, words, pooled).square().mean()
+        loss.backward()
         torch.cuda.synchronize()
     model.zero_grad(set_to_none=True)
     print("unet compiled", flush=True)
 
-    work = setting.work
     wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
     row_image, row_caption = load_rows(work / "data", device)
     latents = torch.load(work / "vae" / "latents.pt").to(device)
     states, pooled = encode_captions(work, device)
     alpha_bar = make_scheduler().alphas_cumprod.to(device)
-    ema = Ema([model], 0.999)
-    optimizers = make_optimizers(setting, model, muon=2e-3, adam=1e-3)
-    out = work / "unet"
-
-    def save(run: Run) -> None:
-        with ema.swapped():
-            model.save_pretrained(out / "model")
-
     fixed = fixed_rows(work / "data", device)
+    dropout = DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
-        found = {}
-        with ema.swapped(), setting.autocast():
+        losses = {}
+        with setting.autocast():
             for name, (image, caption) in fixed.items():
                 g, z = torch.Generator(device).manual_seed(0), latents[image, 0].float()
                 t = torch.linspace(0, 999, len(z), device=device).long()
                 x, v = noised(z, torch.randn(z.shape, generator=g, device=device), alpha_bar[t])
-                added = {"text_embeds": pooled[caption].float(), "time_ids": time_ids[:1].expand(len(z), 6)}
-                words = states[caption].float()
-                predicted = model(x, t, encoder_hidden_states=words, added_cond_kwargs=added).sample
-                found[name] = float((predicted.float() - v).square().mean())
-        return found
+                predicted = predict(model, x, t, states[caption].float(), pooled[caption].float())
+                losses[name] = float((predicted - v).square().mean())
+        return losses
 
-    run = Run("unet", setting, optimizers, save, {"model": model, "ema": ema}, measure)
+    optimizers = make_optimizers(setting, model, muon=2e-3, adam=1e-3)
+    run = Run("unet", setting, [model], optimizers, 0.999, lambda: model.save_pretrained(out / "model"), measure)
     for _ in run:
         row = torch.randint(len(row_image), (batch,), device=device)
         z = latents[row_image[row], draw_variants(batch, device)].float()
         caption = row_caption[row]
-        dropout = DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout
         keep = (torch.rand(batch, device=device) >= dropout).float()  # an empty prompt is all zeros in this pipeline
         t = (1000 * draw_times(batch, device, setting.recipe.times or "uniform")).long().clamp(max=999)
         x, v = noised(z, torch.randn_like(z), alpha_bar[t])
+        words, condition = states[caption].float() * keep[:, None, None], pooled[caption].float() * keep[:, None]
         with setting.autocast():
-            predicted = fast(
-                x.contiguous(memory_format=torch.channels_last),
-                t,
-                encoder_hidden_states=states[caption].float() * keep[:, None, None],
-                added_cond_kwargs={
-                    "text_embeds": pooled[caption].float() * keep[:, None],
-                    "time_ids": time_ids,
-                },
-            ).sample
-        loss = (predicted.float() - v).square().mean()
-        descend(loss, optimizers, ema)
+            predicted = predict(fast, x, t, words, condition)
+        loss = (predicted - v).square().mean()
+        run.descend(loss)
         run.log(loss=loss)
-    write_json(out / "card.json", run.summary() | {"batch": batch, "seed": seed})
+    run.write_card(out, batch=batch, seed=seed)

@@ -1,11 +1,9 @@
 """The autoencoder that both pipelines share: 128 x 128 images to 16 latent channels on a grid of 16 x 16."""
 
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL
 
-from training.loop import VARIANTS, Ema, Images, Run, Setting, descend, prepare, wait_for, write_json
+from training.loop import VARIANTS, Images, Run, Setting, prepare, wait_for
 
 CHANNELS = 16
 
@@ -120,11 +118,10 @@ def train(setting: Setting, seed: int = 3) -> None:
     prepare(setting, seed)
     data = Images(setting.work / "data", setting.device)
     model = make_model().to(setting.device, memory_format=torch.channels_last)
-    ema = Ema([model], 0.998)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.5e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=setting.on_gpu
     )
-    batch = setting.batch_size(64)
+    batch = setting.batch or 64
     out = setting.work / "vae"
     fast = setting.compiled(_RoundTrip(model))
     for _ in range(2 if setting.on_gpu else 0):
@@ -134,11 +131,7 @@ def train(setting: Setting, seed: int = 3) -> None:
     model.zero_grad(set_to_none=True)
     print("vae compiled", flush=True)
 
-    def save(run: Run) -> None:
-        with ema.swapped():
-            model.save_pretrained(out / "checkpoint")
-
-    run = Run("vae", setting, [optimizer], save, {"model": model, "ema": ema})
+    run = Run("vae", setting, [model], [optimizer], 0.998, lambda: model.save_pretrained(out / "checkpoint"))
     for _ in run:
         image, _, variant = data.draw(batch)
         target = data.render(image, variant).contiguous(memory_format=torch.channels_last)
@@ -148,27 +141,18 @@ def train(setting: Setting, seed: int = 3) -> None:
         rec = reconstruction_loss(output.float(), target)
         kl = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
         loss = rec + 1e-4 * kl
-        descend(loss, [optimizer], ema)
+        run.descend(loss)
         run.log(rec=rec, kl=kl)
-    with torch.no_grad():
-        torch._foreach_copy_(ema.live, ema.average)
-    finish(model, data, setting, run.summary() | {"batch": batch, "seed": seed})
-
-
-def adopt(setting: Setting, source: Path) -> None:
-    """Start from an earlier autoencoder instead of training one: only its latents' statistics are made anew."""
-    prepare(setting, 3)
-    data = Images(setting.work / "data", setting.device)
-    model = AutoencoderKL.from_pretrained(source).to(setting.device, memory_format=torch.channels_last)
-    (setting.work / "vae").mkdir(parents=True, exist_ok=True)
-    finish(model, data, setting, {"source": "earlier"})
+    run.ema.copy_to(run.ema.live)
+    write_latents(model.eval(), data, setting)
+    run.write_card(out, batch=batch, seed=seed, quality=evaluate(model, data, setting))
 
 
 @torch.no_grad()
-def finish(model: AutoencoderKL, data: Images, setting: Setting, card: dict) -> None:
+def write_latents(model: AutoencoderKL, data: Images, setting: Setting) -> None:
     """Fold the statistics of the training images' latents, and write all latents for the denoisers."""
     out = setting.work / "vae"
-    latents = encode_all(model.eval(), data, setting)
+    latents = encode_all(model, data, setting)
     seen = torch.tensor([not e.held_out for e in data.emoji])
     kept = latents[seen].to(setting.device).float()
     mean, std = kept.mean((0, 1, 3, 4)), kept.std((0, 1, 3, 4))
@@ -179,9 +163,6 @@ def finish(model: AutoencoderKL, data: Images, setting: Setting, card: dict) -> 
     model.to(memory_format=torch.contiguous_format).save_pretrained(out / "model")
     torch.save(latents, out / "latents.tmp")
     (out / "latents.tmp").rename(out / "latents.pt")
-    quality = evaluate(model, data, setting)
-    print("vae quality", quality, flush=True)
-    write_json(out / "card.json", card | {"quality": quality})
 
 
 def refine_decoder(setting: Setting, seed: int = 4) -> None:
@@ -202,18 +183,13 @@ def refine_decoder(setting: Setting, seed: int = 4) -> None:
     fast = setting.compiled(part)
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
-    ema = Ema([part], 0.999)
     optimizer = torch.optim.AdamW(
         part.parameters(), lr=8e-4, weight_decay=1e-4, betas=(0.9, 0.99), fused=setting.on_gpu
     )
-    batch = setting.batch_size(64)
+    batch = setting.batch or 64
     out = setting.work / "decoder"
 
-    def save(run: Run) -> None:
-        with ema.swapped():
-            model.save_pretrained(out / "model")
-
-    run = Run("decoder", setting, [optimizer], save, {"model": model, "ema": ema})
+    run = Run("decoder", setting, [model], [optimizer], 0.999, lambda: model.save_pretrained(out / "model"))
     for _ in run:
         image, _, variant = data.draw(batch)
         target = data.render(image, variant)
@@ -223,9 +199,7 @@ def refine_decoder(setting: Setting, seed: int = 4) -> None:
         with setting.autocast():
             output = fast(z)
         loss = reconstruction_loss(output.float(), target)
-        descend(loss, [optimizer], ema)
+        run.descend(loss)
         run.log(loss=loss)
-    with ema.swapped():
-        quality = evaluate(model.eval(), data, setting)
-        print("decoder quality", quality, flush=True)
-    write_json(out / "card.json", run.summary() | {"batch": batch, "seed": seed, "quality": quality})
+    with run.ema.swapped():
+        run.write_card(out, batch=batch, seed=seed, quality=evaluate(model.eval(), data, setting))

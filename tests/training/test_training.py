@@ -1,5 +1,7 @@
 """Small-model training: tokenizers, losses, optimizers and the folding of latent statistics."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -22,10 +24,7 @@ def test_tokenizers_round_trip_and_survive_saving(tmp_path) -> None:
     saved = torch.load(tmp_path / "tokens.pt")
     assert torch.equal(saved["clip"].long(), tokenizer.encode(bpe, [*CAPTIONS, ""]))
     assert torch.equal(saved["t5"].long(), tokenizer.encode(words, [*CAPTIONS, ""]))
-    for text in (
-        "a photo of the dragon",
-        "a high contrast photo of a zebra",
-    ):  # zebra is no word of the captions
+    for text in ("a photo of the dragon", "a high contrast photo of a zebra"):  # zebra is no word of the captions
         assert bpe.decode(bpe(text).input_ids, skip_special_tokens=True).strip() == text
         assert words.decode(words(text).input_ids, skip_special_tokens=True).strip() == text
     assert bpe("bird").input_ids[0] == 0 and bpe("bird").input_ids[-1] == 1
@@ -108,10 +107,7 @@ def test_unet_gets_finite_gradients_everywhere() -> None:
         x,
         torch.tensor([500, 900]),
         encoder_hidden_states=torch.randn(2, 32, 256),
-        added_cond_kwargs={
-            "text_embeds": torch.randn(2, 128),
-            "time_ids": torch.tensor([unet.TIME_IDS] * 2).float(),
-        },
+        added_cond_kwargs={"text_embeds": torch.randn(2, 128), "time_ids": torch.tensor([unet.TIME_IDS] * 2).float()},
     ).sample
     (out - v).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -187,15 +183,28 @@ def test_average_swaps_in_and_out() -> None:
     start = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1
-    ema.update()
+    ema.step(ema.live)
     live = layer.weight.detach().clone()
     with ema.swapped():
         assert torch.all(layer.weight > start) and torch.all(layer.weight <= live)
     assert torch.equal(layer.weight, live)
 
 
+def test_the_average_forgets_slower_with_every_step_up_to_its_decay() -> None:
+    layer = torch.nn.Linear(2, 2)
+    ema = loop.Ema([layer], 0.9)
+    average = layer.weight.detach().double()
+    for n in range(1, 130):
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(2, 2))
+        ema.step(ema.live)
+        average.lerp_(layer.weight.detach().double(), 1 - min(0.9, (1 + n) / (12 + n)))
+    with ema.swapped():
+        assert torch.allclose(layer.weight.double(), average, atol=1e-6)
+
+
 def test_learning_rate_rises_stays_and_falls() -> None:
-    values = [loop.trapezoid(p / 100, cooldown=0.3) for p in range(101)]
+    values = [loop.trapezoid(p / 100) for p in range(101)]
     assert values[0] < 0.1 and values[1] == pytest.approx(0.5)
     assert values[2:71] == pytest.approx([1.0] * 69)
     assert values[85] == pytest.approx(0.5) and values[70:] == sorted(values[70:], reverse=True)
@@ -209,27 +218,23 @@ def test_an_interrupted_stage_ends_as_if_it_had_never_been(tmp_path, monkeypatch
     def train(folder, stop=None):
         torch.manual_seed(3)
         layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-        ema = loop.Ema([layer], 0.9)
         optimizers = [
             loop.Muon([layer[0].weight], lr=0.1),
             torch.optim.AdamW([layer[0].bias, *layer[1].parameters()], lr=0.1),
         ]
         setting = loop.Setting(work=folder, deadline=0.0, steps=10, device="cpu")
-        run = loop.Run("test", setting, optimizers, lambda r: None, {"layer": layer, "ema": ema}, lambda: {"seen": 0.5})
+        run = loop.Run("test", setting, [layer], optimizers, 0.9, lambda: None, lambda: {"seen": 0.5})
         for step in run:
             if step == stop:
                 return None
             x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
             loss = (layer(x) - x).square().mean()
-            for o in optimizers:
-                o.zero_grad()
-            loss.backward()
-            for o in optimizers:
-                o.step()
-            ema.update()
+            run.descend(loss)
             run.log(loss=loss)
-        assert [line["seen"] for line in run.history] and run.summary()["steps"] == 10
-        return [p.detach().clone() for p in (*layer.parameters(), *ema.average)]
+        assert [line["seen"] for line in run.history] and run.step == 10
+        weights = [p.detach().clone() for p in layer.parameters()]
+        with run.ema.swapped():
+            return weights + [p.detach().clone() for p in layer.parameters()]
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -242,20 +247,21 @@ def test_an_interrupted_stage_ends_as_if_it_had_never_been(tmp_path, monkeypatch
 def test_run_stops_at_its_steps_and_reports_bad_losses(tmp_path, capsys) -> None:
     saved = []
     setting = loop.Setting(work=tmp_path, deadline=0.0, steps=3, device="cpu")
-    weight = torch.nn.Parameter(torch.ones(1))
-    run = loop.Run("test", setting, [torch.optim.SGD([weight], lr=1.0)], lambda r: saved.append(r.step), {})
+    layer = torch.nn.Linear(1, 1)
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=1.0)]
+    run = loop.Run("test", setting, [layer], optimizers, 0.9, lambda: saved.append(run.step))
     for _ in run:
-        run.log(loss=weight.sum())
-    assert saved == [3] and run.summary()["steps"] == 3 and "test" in capsys.readouterr().out
-    run = loop.Run("test", setting, [torch.optim.SGD([weight], lr=1.0)], lambda r: None, {})
+        run.log(loss=layer.weight.sum())
+    run.write_card(tmp_path / "test", seed=7)
+    card = json.loads((tmp_path / "test" / "card.json").read_text())
+    assert saved == [3] and (card["steps"], card["seed"]) == (3, 7) and "test" in capsys.readouterr().out
+    run = loop.Run("test", setting, [layer], optimizers, 0.9, lambda: None)
     with pytest.raises(FloatingPointError, match="not finite"):
         for _ in run:
-            run.log(loss=weight.sum() * float("nan"))
+            run.log(loss=layer.weight.sum() * float("nan"))
 
 
 def test_versions_of_an_image_are_stable_and_the_first_is_exact(tmp_path) -> None:
-    import json
-
     rgba = np.zeros((2, 128, 128, 4), np.uint8)
     rgba[:, 32:96, 32:96] = (255, 0, 0, 255)
     np.save(tmp_path / "images.npy", rgba)

@@ -123,12 +123,7 @@ def reward_of(policy: Policy, clauses: Sequence[str], words: Sequence[str]) -> f
 
 
 def fit_rewards(
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    policy: Policy,
-    requests: Sequence[Request],
-    seed: int,
-    rate: float,
+    model: LlamaForCausalLM, tokenizer: Tokenizer, policy: Policy, requests: Sequence[Request], seed: int, rate: float
 ) -> None:
     """Train a model, once on each, on requests without replies: on what its own replies are worth (`reward_of`)."""
     from datasets import Dataset
