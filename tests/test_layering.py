@@ -81,7 +81,8 @@ def test_the_training_of_the_embedded_models_is_imported_by_nothing():
 
 
 def test_the_arithmetic_and_the_settings_know_no_diffusers():
-    assert imported(ROOT / "negtome" / "merge.py") == {"torch"}
+    assert imported(ROOT / "negtome" / "merge.py") == {"torch", "negtome"}
+    assert imported(ROOT / "negtome" / "validation.py") == set()
     assert imported(ROOT / "negtome" / "config.py") == {"negtome"}
 
 
