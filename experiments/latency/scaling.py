@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.style import FAINT, errors, head, legend_below, numbered, panels, styled
-from experiments.timing.cases import BOUND, PLAIN
+from experiments.latency.cases import BOUND, PLAIN
 
 #: Columns that say on what was measured: a figure has a row of panels for each.
 SETUP = ["weights", "dtype", "compiled", "device", "threads"]

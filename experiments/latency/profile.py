@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import negtome
 from experiments import synchronize
-from experiments.timing.clock import denoiser_of
+from experiments.latency.clock import denoiser_of
 
 BEFORE, PUSH, AFTER = "before the denoiser", "push", "after the denoiser"
 #: `BEFORE` and `AFTER` in a step outside the window.

@@ -1,18 +1,4 @@
-"""What the method costs: time and memory of the same calls without and with it, in turns, in one process.
-
-    python -m experiments.latency experiment=latency
-    python -m experiments.latency experiment=latency latency.only=[sdxl-1024] force=true
-
-The configuration says what is measured (conf/experiment/latency.yaml), experiments/timing/ how. Each case is one row a
-variant and window in `<results>/latency.csv`, written when the case is done; a case that is there already, of this
-device and these versions, is skipped. Tables and figures are made of the CSV; of the CSV as it is with
-latency.cases=false latency.curves=false.
-"""
-
-if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
-    from experiments.__main__ import run_module
-
-    run_module(__file__)
+"""The cases of a suite are measured, as far as the table lacks them; then tables and figures are written."""
 
 import logging
 from collections.abc import Sequence
@@ -23,11 +9,11 @@ import pandas as pd
 from experiments import project_path, select_device, start_log
 from experiments.configs import flag
 from experiments.figures.style import using
+from experiments.latency import report
+from experiments.latency.cases import composed, configured_cases
+from experiments.latency.measure import find_weights, measure, origin
+from experiments.latency.rows import COLUMNS, CONFIGURATION, SAME_CASE
 from experiments.tables import put_rows, read_csv
-from experiments.timing import report
-from experiments.timing.cases import composed, configured_cases
-from experiments.timing.measure import find_weights, measure, origin
-from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +49,8 @@ def run(overrides: Sequence[str]) -> str:
     return report.write(read_rows(path), cfg, folder)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    """Run the command; see `experiments.latency`."""
     start_log()
     cfg = composed(*argv)
     with using(cfg.style, cfg.width):

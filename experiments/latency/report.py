@@ -10,14 +10,14 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from eval.files import write_text
-from experiments.figures.scaling import SETUP, curve_models, scaling, setup_of
 from experiments.figures.style import save
+from experiments.latency.cases import METHOD, PLAIN
+from experiments.latency.profile import OUTSIDE
+from experiments.latency.rows import MEASURED, OUT_OF_MEMORY
+from experiments.latency.scaling import SETUP, curve_models, scaling, setup_of
 from experiments.pages import paper_table, with_interval
 from experiments.tables import latex, markdown, printed
 from experiments.templates import render
-from experiments.timing.cases import METHOD, PLAIN
-from experiments.timing.profile import OUTSIDE
-from experiments.timing.rows import MEASURED, OUT_OF_MEMORY
 
 UNMEASURED = {"measured": "", "verdict": "not measured", "on": ""}
 
@@ -167,7 +167,7 @@ def pages(frame: pd.DataFrame, cfg: DictConfig) -> tuple[str, str]:
     targets, curves = target_table(frame, cfg), scaling_table(frame, titles)
     drawn, paper = curve_models(frame), paper_table(cfg.name).astype(object).fillna("")
     facts = {"targets": targets, "cases": cases, "scaling": curves, "drawn": drawn, "paper": paper}
-    page = render("timing/page.md.j2", cfg=cfg, markdown=markdown, **facts)
+    page = render("latency/page.md.j2", cfg=cfg, markdown=markdown, **facts)
     return page, latex([targets, *(table for _, _, table, _ in cases), curves])
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import quantile_test
 
-from experiments.timing.cases import BOUND, PLAIN, Case
-from experiments.timing.clock import Timing, inside_of
+from experiments.latency.cases import BOUND, PLAIN, Case
+from experiments.latency.clock import Timing, inside_of
 from negtome import NegToMeConfig
 
 #: Columns that say what was measured on what.

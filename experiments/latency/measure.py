@@ -22,11 +22,11 @@ import negtome
 from experiments import pipelines
 from experiments.configs import flag
 from experiments.identity import current_commit, short_digest
+from experiments.latency import clock, profile, random_weights
+from experiments.latency.cases import BOUND, METHOD, PLAIN, Case, Variant
+from experiments.latency.rows import measured_steps, rows_of, with_bound
 from experiments.methods import naive
 from experiments.methods.negtome import NegToMe
-from experiments.timing import clock, profile, random_weights
-from experiments.timing.cases import BOUND, METHOD, PLAIN, Case, Variant
-from experiments.timing.rows import measured_steps, rows_of, with_bound
 
 log = logging.getLogger(__name__)
 
