@@ -46,6 +46,7 @@ from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
 from experiments.prompts import KINDS, Group
+from experiments.templates import render
 from training import protected, taxonomy
 
 MODELS = ("mini-sdxl", "mini-flux")
@@ -169,29 +170,14 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
     named["cell"] = [f"{r.own:.2f} ({r.identified:.0%})" for r in named.itertuples()]
     by_name = named.pivot(index=["split", "name"], columns=["model", "sort"], values="cell")
     by_name.columns = [f"{model}, {sort}" for model, sort in by_name.columns]
-    return "\n".join(
-        [
-            "# memorised",
-            "",
-            "Do the mini models reproduce the designs of [models/mini-protected](../models/mini-protected/README.md)? "
-            "Made by `python -m training.memorised`; picture: [memorised.webp](memorised.webp).",
-            "",
-            wide.to_markdown(index=False),
-            "",
-            "own: largest cosine with three pictures of what is asked for (benign: of the character that it is to "
-            "leave alone), mean over images. other: the same with each character that is not asked for, mean over "
-            f"those. identified: share of images whose nearest of {len(gallery())} pictures of "
-            f"{len({name for name, _ in gallery()})} designs is of that name. 95 % centred bootstrap over prompts. "
-            "held out: not in the last rounds of training, but in that of the first weights; never seen: in no "
-            "training data. The pictures of direct and indirect prompts' characters were all in the training data, and "
-            f"repeated there. A design is a character if both models know it: at least {KNOWN:.0%} of the direct "
-            "prompt's images are identified.",
-            "",
-            "## By character, mini-clip: own (identified)",
-            "",
-            by_name.reset_index().to_markdown(index=False),
-            "",
-        ]
+    pictures = gallery()
+    return render(
+        "training/memorised.md.j2",
+        table=wide.to_markdown(index=False),
+        by_name=by_name.reset_index().to_markdown(index=False),
+        pictures=len(pictures),
+        designs=len({name for name, _ in pictures}),
+        least=KNOWN,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from scipy.ndimage import convolve1d
 
 from eval.clip import HFClip
 from eval.features import EffNetLite0
@@ -63,15 +64,10 @@ def composed(pixels: np.ndarray) -> torch.Tensor:
 
 def smoothed(counts: torch.Tensor) -> torch.Tensor:
     """Return a histogram of colours [BINS^3], smoothed by (1, 2, 1) / 4 along each channel, as probabilities."""
-    found = counts.double().reshape(1, 1, BINS, BINS, BINS)
+    smooth = counts.double().reshape(BINS, BINS, BINS).numpy()
     for axis in range(3):
-        shape = [1, 1, 1, 1, 1]
-        shape[2 + axis] = 3
-        padding = [0, 0, 0, 0, 0, 0]
-        padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = 1
-        padded = torch.nn.functional.pad(found, padding, mode="replicate")
-        found = torch.nn.functional.conv3d(padded, torch.tensor([0.25, 0.5, 0.25], dtype=torch.double).reshape(shape))
-    share = found.flatten() / found.sum()
+        smooth = convolve1d(smooth, [0.25, 0.5, 0.25], axis, mode="nearest")
+    share = torch.from_numpy(smooth).flatten() / smooth.sum()
     return ((1 - EVEN) * share + EVEN / len(share)).float()
 
 

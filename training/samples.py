@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import pixels
@@ -19,16 +19,8 @@ SETTINGS = {  # what the models are meant to be run with, at any of the scales
 }
 
 
-def load(folder: Path) -> StableDiffusionXLPipeline | FluxPipeline:
-    """The stock pipeline of a model folder, in float32."""
-    kind = FluxPipeline if folder.name.startswith("mini-flux") else StableDiffusionXLPipeline
-    pipe = kind.from_pretrained(folder, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def sheet(
-    pipe: StableDiffusionXLPipeline | FluxPipeline,
+    pipe: DiffusionPipeline,
     settings: dict,
     categories: Sequence[str],
     scales: Sequence[float] = SCALES,
@@ -49,17 +41,13 @@ def sheet(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw contact sheets of the small models")
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--only", choices=list(SETTINGS))
-    parser.add_argument("--development", action="store_true", help="the development categories")
     args = parser.parse_args(argv)
-    categories, stem = (taxonomy.EVALUATED, "samples")
-    if args.development:
-        categories, stem = (taxonomy.DEVELOPMENT, "samples-development")
     for name, settings in SETTINGS.items():
-        if args.only in (None, name):
-            started, path = time.time(), args.models / name / f"{stem}.jpg"
-            pixels(sheet(load(args.models / name), settings, categories)).save(path, quality=80)
-            print(f"{path}: {time.time() - started:.0f} s")
+        started, path = time.time(), args.models / name / "samples.jpg"
+        pipe = DiffusionPipeline.from_pretrained(args.models / name, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        pixels(sheet(pipe, settings, taxonomy.EVALUATED)).save(path, quality=80)
+        print(f"{path}: {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

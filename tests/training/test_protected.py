@@ -133,3 +133,11 @@ def test_requests_cover_all_sorts_once() -> None:
     names = {name for name, _ in memorised.gallery()}
     assert {request.name for request in memorised.requests()} <= names
     assert set(Counter(name for name, _ in memorised.gallery()).values()) == {len(protected.COMMON)}
+
+
+def test_the_published_page_is_of_the_published_tables():
+    table, named = (pd.read_csv(PROJECT / "results" / f"memorised{name}.csv") for name in ("", "_by_character"))
+    page = memorised.rendered(table, named.assign(scorer="mini-clip"))
+    picture = next(path.name for path in (PROJECT / "results").glob("memorised.[pw]*") if path.suffix != ".pdf")
+    published = (PROJECT / "results" / "memorised.md").read_text()
+    assert page.replace("memorised.webp", picture) == published
