@@ -36,7 +36,8 @@ from eval.files import read_document, write_bytes
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from experiments import PROJECT, catalogue, project_path
-from experiments.identity import GENERATION_VERSION, canonical, experiments_of
+from experiments.identity import GENERATION_VERSION, canonical
+from experiments.plan import experiments_of
 from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.

@@ -4,8 +4,9 @@ import hashlib
 import json
 from collections.abc import Collection
 
-from experiments.configs import build, first
+from experiments.configs import build
 from experiments.methods.assets import Retriever
+from experiments.plan import first
 from negtome.guard import Nearest
 
 

@@ -15,7 +15,8 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import TaskState, generate, system_message
 
-from experiments.configs import build, first
+from experiments.configs import build
+from experiments.plan import first
 from negtome.guard import Policy, read_policy, read_reply
 
 #: The experiment's overrides for the characters of each split.

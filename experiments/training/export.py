@@ -28,8 +28,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from experiments.configs import expand
 from experiments.pipelines import call_arguments
+from experiments.plan import expand
 from experiments.training import clip, flux, unet
 from experiments.training.cards import write_cards
 from negtome import NegToMeConfig
