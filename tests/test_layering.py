@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "negtome": {"negtome", "torch", "diffusers", "PIL", "huggingface_hub"},  # the latter two come with diffusers
-    # All but yaml when asked for, by mini.py and chat.py.
-    "negtome/guard": {"negtome", "yaml", "torch", "transformers", "tokenizers", "openai", "jinja2"},
+    "negtome/guard": {
+        *("negtome", "yaml", "filelock", "snowballstemmer", "confusable_homoglyphs"),
+        *("torch", "transformers", "tokenizers", "httpx2", "jinja2"),  # when mini.py or chat.py need them
+    },
     "eval": {
         *("eval", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "PIL", "open_clip", "transformers"),
         *("huggingface_hub", "safetensors", "tqdm", "yaml", "torch_fidelity", "dreamsim", "lpips"),
@@ -88,7 +90,7 @@ def test_importing_is_light():
         f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])\n"
         for module, heavy in (
             ("negtome", ["torch", "yaml"]),
-            ("negtome.guard.__main__", ["torch", "transformers", "tokenizers", "openai", "jinja2"]),
+            ("negtome.guard.__main__", ["torch", "transformers", "tokenizers", "httpx2", "jinja2"]),
             ("negtome.attachment", torch_alone),
             ("experiments.collect", ["torchmetrics", "transformers", "diffusers"]),
         )

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from eval.files import content_hash, read_json, write_json
+from eval.files import canonical_json, check_seal, content_hash, read_json, sealed, write_json
 from eval.images import Withheld, load_image, read_manifest
 from eval.resemblance import calibrate_threshold, similarities
 from experiments.methods.assets import assets_hash, check_disjoint, read_assets
 from experiments.methods.method import Drawn, Method, Setting, sample, whole
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
-from negtome.guard import Clause, Guard, Verdict, decide, read_policy, read_reply
+from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
 
 #: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
 #: pushed away from the asset instead; what was drawn is checked.
@@ -163,7 +163,7 @@ class Guarded(Method):
         tries: how often images that the check finds an asset in are made again, from other noises, before they are
             blocked.
         decisions: folder in which verdicts are kept, so that all layers, and runs taken up again, have the same; None
-            asks each time.
+            asks each time. Whoever may write there can decide: a kept decision is verified again, and no more.
     """
 
     title: ClassVar[str] = "guarded"
@@ -245,22 +245,35 @@ class Guarded(Method):
         """
         if self.decisions is None:
             return decide(self._policy, self.guard, prompt)
-        key = hashlib.sha256(f"{self._policy.sha256}/{self.guard.id}/{prompt}".encode()).hexdigest()
+        key = hashlib.sha256(canonical_json([self._policy.sha256, self.guard.id, prompt]).encode()).hexdigest()
         path = Path(self.decisions) / f"{key[:32]}.json"
-        if path.exists():
-            found = read_json(path) | {"decision": None}
-            kept = Verdict(
-                **{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-            )
-            if kept.action == "invalid":
-                return kept
-            # Read and verified as if it came now, by today's rules.
-            decision, faults = read_reply(self._policy, kept.replies[-1])
-            if not faults:
-                return dataclasses.replace(kept, action=decision.action, decision=decision)
+        if (kept := self._kept(path, key)) is not None:
+            return kept
         verdict = decide(self._policy, self.guard, prompt)
-        write_json(path, dataclasses.asdict(verdict))
+        write_json(path, sealed({"key": key, **dataclasses.asdict(verdict)}))
         return verdict
+
+    def _kept(self, path: Path, key: str) -> Verdict | None:
+        """Return a kept verdict whose decision follows from the policy; None where there is none.
+
+        Its file may have been edited, cut off, or copied from another request's.
+        """
+        try:
+            fields = read_json(path)
+            check_seal(fields, path)
+            if fields["key"] != key:
+                return None
+            entry, replies = fields["decision"], tuple(map(str, fields["replies"]))
+            decision = None if entry is None else Decision.from_fields(entry)
+            faults, seconds = tuple(map(str, fields["faults"])), float(fields["seconds"])
+            verdict = Verdict(fields["action"], decision, faults, replies, seconds)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        if verdict.action == "invalid":
+            return verdict if verdict.faults else None
+        if verdict.faults or decision is None or decision.action != verdict.action:
+            return None
+        return None if verify(self._policy, decision) else verdict
 
     def _cited(self, verdict: Verdict, action: str) -> list[str]:
         """Return the assets of the clauses that a verdict cites to this effect, their exceptions considered."""

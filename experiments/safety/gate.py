@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from scipy.stats import beta
+from scipy.stats import binomtest
 
 from eval.files import content_hash, write_text
 from experiments import project_path, start_log
@@ -32,6 +32,10 @@ from experiments.tables import csv_text, markdown, printed, read_csv
 
 log = logging.getLogger(__name__)
 
+#: Of a count that is worked out from a rate of six digits.
+ROUNDING = 0.01
+#: Requests of the largest table that is believed.
+MOST = 10**9
 #: From best to worst.
 WORDS = ("pass", "review", "fail")
 #: Tables that criteria may be about, and what makes them.
@@ -133,7 +137,7 @@ def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
     """Read the tables that a gate's criteria are about, its model's rows.
 
     Raises:
-        FileNotFoundError, ValueError: one is not there or damaged, or has no rows of the model.
+        FileNotFoundError, ValueError: one is not there or damaged, or has no rows of the model, or one without a guard.
     """
     tables = {}
     for name in dict.fromkeys(criterion.table for criterion in gate.criteria):
@@ -141,33 +145,38 @@ def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
         if not path.exists():
             raise FileNotFoundError(f"expected the table {path}, got no file: make it with {TABLES[name]}")
         frame = read_csv(path)
-        wanted = {"model", "method", "guard", "layers", "metric", "value", "ci_low", "ci_high", "n_units"}
+        wanted = {"model", "method", "guard", "layers", "metric", "value", "n_groups"}
         if missing := sorted((wanted | ({"attacker"} if name == "redteam" else set())) - {*frame.columns}):
             raise ValueError(f"expected the columns {missing} in {path}, got none: make it again with {TABLES[name]}")
         tables[name] = frame[frame["model"] == gate.model]
         if tables[name].empty:
             raise ValueError(f"expected rows of {gate.model} in {path}, got none: make them with {TABLES[name]}")
+        guarded = tables[name][tables[name]["method"] != "none"]
+        if guarded[["guard", "layers"]].isna().any(axis=None):
+            raise ValueError(f"expected a guard and layers in every row with a method in {path}, got one without")
     return tables
 
 
 def interval(row: Mapping[str, Any], complement: bool = False) -> tuple[float, float, float]:
-    """Return a rate and its interval.
+    """Return a rate and its exact 95 % interval, of Clopper and Pearson (1934).
 
-    Where all requests ended alike, there is no bootstrap interval; then it is the exact one of Clopper and Pearson
-    (1934) for none, or all, of so many, as if each request were independent of all others.
+    The unit is a request, or a search of the red team: `n_groups` of them, independent of each other. A count of
+    failures that is no integer is rounded up for the upper end and down for the lower one. More failures never have a
+    lower upper end.
 
     Raises:
-        ValueError: there is no number, or no interval of one that is neither 0 nor 1.
+        ValueError: there is no rate from 0 to 1, or no unit.
     """
-    value, low, high, count = (float(row[name]) for name in ("value", "ci_low", "ci_high", "n_units"))
-    if math.isnan(value) or not 0 <= value <= 1:
+    value, count = float(row["value"]), float(row["n_groups"])
+    if not 0 <= value <= 1:
         raise ValueError(f"expected a rate from 0 to 1 of {row['metric']}, got {value}")
-    if math.isnan(low) or math.isnan(high):
-        if value not in (0.0, 1.0) or not count >= 1:
-            raise ValueError(f"expected an interval of {row['metric']}, got none of the value {value}: measure more")
-        bound = float(beta.ppf(0.025, count, 1))  # what the rate is at least where all of them are ones
-        low, high = (bound, 1.0) if value else (0.0, 1 - bound)
-    return (1 - value, 1 - high, 1 - low) if complement else (value, low, high)
+    if not 1 <= count <= MOST or count % 1:
+        raise ValueError(f"expected the number of requests of {row['metric']}, got {row['n_groups']}: measure again")
+    rate = 1 - value if complement else value
+    failures = rate * count
+    fewest, most = math.floor(failures + ROUNDING), math.ceil(failures - ROUNDING)
+    low, high = (binomtest(number, int(count)).proportion_ci(method="exact") for number in (fewest, most))
+    return rate, float(low.low), float(high.high)
 
 
 def measured(criterion: Criterion, frame: pd.DataFrame, system: tuple[str, str] | None) -> tuple[float, float, float]:
@@ -268,8 +277,8 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{row['criterion']}: pass to {row['pass']:g}, review to {row['review']:g}" for row in by_system["no guard"]
     )
     head = (
-        f"**{rows[0]['model']}**, before and after mitigation. Rate [95 % interval]: what its upper end comes to. "
-        f"{limits}."
+        f"**{rows[0]['model']}**, before and after mitigation. Rate [exact 95 % interval over requests or searches]: "
+        f"what its upper end comes to. {limits}."
     )
     words = "These words are about the requests and attacks that were tried, and about nothing else."
     return "\n\n".join(

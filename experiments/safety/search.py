@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.safety.grammar import Candidate, Grammar, plain
 from negtome.guard.chat import Endpoint
+from negtome.guard.decision import UnusableReplyError, after_reasoning
 
 #: What becomes of a query. Unusable: the attacker's prompt is none, or asks for what the policy makes an exception of.
 OUTCOMES = ("shown", "refused", "escalated", "blocked", "unusable")
@@ -142,14 +143,14 @@ class Chat:
         for candidate, outcome, score in tried:
             told = outcome if score is None else f"{outcome}, {score:.3f} near"
             conversation += [{"role": "assistant", "content": candidate.text}, {"role": "user", "content": told}]
-        lines = [
-            line.strip().strip("\"'`") for line in self._reply(conversation).rpartition("</think>")[2].splitlines()
-        ]
+        lines = [line.strip().strip("\"'`") for line in after_reasoning(self._reply(conversation)).splitlines()]
         return plain(next(filter(None, reversed(lines)), ""))
 
     def _reply(self, conversation: list[dict[str, str]]) -> str:
-        answer = Endpoint(self.model, self.base_url, temperature=self.temperature).complete(conversation)
-        return answer.choices[0].message.content or ""
+        try:
+            return Endpoint(self.model, self.base_url, temperature=self.temperature).complete(conversation).text
+        except UnusableReplyError:  # cut off, filtered or not a text alone: no prompt
+            return ""
 
 
 def search(

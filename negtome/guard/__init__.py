@@ -5,19 +5,19 @@
     verdict = decide(read_policy("policy.yaml"), Keyword(), "a photo of a vampire")
     print(verdict.action, verdict.clauses, verdict.quote)
 
-A guard is whatever has a name, an id and `reply(policy, prompt)`; what it replies is parsed and verified here, whoever
-it is. `import negtome` does not load this package; it needs PyYAML alone, a chat model or the small one more.
+A guard is whatever has a name, an id and `reply(policy, prompt)`. It returns a `Decision`, or the `Reply` of a language
+model, which is read strictly; every decision is verified. `import negtome` does not load this package.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from negtome.guard.audit import Audit
 from negtome.guard.chat import Endpoint, Local
-from negtome.guard.decision import Decision, UnusableReplyError, parse, read_reply, verify
+from negtome.guard.decision import Decision, Reply, UnusableReplyError, new_nonce, parse, read_reply, verify
 from negtome.guard.keyword import Keyword
 from negtome.guard.nearest import Nearest
-from negtome.guard.policy import ACTIONS, Clause, Policy, PolicyException, read_policy
-from negtome.guard.verdict import Guard, Verdict, decide
+from negtome.guard.policy import ACTIONS, Clause, Example, Policy, PolicyException, read_policy
+from negtome.guard.verdict import Guard, GuardError, RemoteGuard, Verdict, decide
 
 if TYPE_CHECKING:
     from negtome.guard.mini import Mini
@@ -28,16 +28,21 @@ __all__ = [
     "Clause",
     "Decision",
     "Endpoint",
+    "Example",
     "Guard",
+    "GuardError",
     "Keyword",
     "Local",
     "Mini",
     "Nearest",
     "Policy",
     "PolicyException",
+    "RemoteGuard",
+    "Reply",
     "UnusableReplyError",
     "Verdict",
     "decide",
+    "new_nonce",
     "parse",
     "read_policy",
     "read_reply",

@@ -1,7 +1,7 @@
 """Check a policy, decide a prompt by it, or test whether a guard follows it.
 
     python -m negtome.guard check   --policy P [--render]
-    python -m negtome.guard explain --policy P --guard G [--raw] "a photo of a vampire"
+    python -m negtome.guard explain --policy P --guard G [--raw] -- "a photo of a vampire"
     python -m negtome.guard test    --policy P --guard G [--edits N] [--json FILE] [--audit FILE]
 
 G is keyword, mini, chat, or one of your own: MODULE:ATTRIBUTE, an object with name, id and reply(policy, prompt), or
@@ -30,10 +30,12 @@ from negtome.guard.audit import Audit
 from negtome.guard.chat import Endpoint, Local, about_tokens
 from negtome.guard.keyword import Keyword
 from negtome.guard.policy import ACTIONS, read_policy
-from negtome.guard.verdict import Guard, decide
+from negtome.guard.verdict import Guard, GuardError, check_text, decide, guard_errors
 
 #: What a shell is told of a verdict.
 EXIT = {"allow": 0, "steer": 3, "refuse": 4, "escalate": 5, "invalid": 5}
+#: What prints help, at the start or as a command's only argument.
+HELP = ("-h", "--help")
 #: Tokens of a policy within which gpt-oss-safeguard reads best, by its guide.
 READ_BEST = 600
 #: What guards may need to be told, by options of these names.
@@ -56,13 +58,17 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"{arguments.policy}: a policy, sha256 {policy.sha256[:12]}")
     print(f"clauses     {len(policy.clauses)}: {by_action}; default {policy.default}")
     print(f"exceptions  {len(policy.exceptions)}")
-    print(f"examples    {violates} of the clauses, {allowed} near to them")
+    several = f", {len(policy.examples)} of exceptions and of several clauses" if policy.examples else ""
+    print(f"examples    {violates} of the clauses, {allowed} near to them{several}")
     tokens = about_tokens(text)
     print(f"rendered    {len(text.split())} words, about {tokens} tokens")
     for clause in policy.clauses:
-        print(f"  {_plain(policy.criterion(clause.id))}")
+        print(f"  {_line(policy.criterion(clause.id))}")
     if bare := [clause.id for clause in policy.clauses if not (clause.violates and clause.allowed)]:
         print(f"advice: {', '.join(bare)} without examples of both kinds: nothing tests them")
+    cited = {name for example in policy.examples for name in example.clauses}
+    if untested := [exception.id for exception in policy.exceptions if exception.id not in cited]:
+        print(f"advice: {', '.join(untested)} without an example under the policy's examples: nothing tests them")
     if tokens > READ_BEST:
         print(f"advice: models read policies of up to {READ_BEST} tokens best: split it, or drop examples")
     return 0
@@ -74,14 +80,14 @@ def explain(arguments: argparse.Namespace) -> int:
     verdict = decide(policy, guard, arguments.prompt, _audit(arguments))
     print(verdict.action)
     for name in verdict.clauses:
-        print(f"  cites      {_plain(policy.criterion(name))}")
+        print(f"  cites      {_line(policy.criterion(name))}")
     if verdict.quote:
-        print(f"  quotes     {_plain(verdict.quote)}")
+        print(f"  quotes     {_line(verdict.quote)}")
     for fault in verdict.faults:
-        print(f"  fault      {_plain(fault)}")
+        print(f"  fault      {_line(fault)}")
     if verdict.decision and verdict.decision.rationale:
-        print(f"  rationale  {_plain(verdict.decision.rationale)}")
-    print(f"  guard      {_plain(guard.id)}; replies: {len(verdict.replies)}, in {verdict.seconds:.2f} s")
+        print(f"  rationale  {_line(verdict.decision.rationale)}")
+    print(f"  guard      {_line(guard.id)}; replies: {len(verdict.replies)}, in {verdict.seconds:.2f} s")
     if arguments.raw:
         for reply in verdict.replies:
             print(f"--- reply\n{_plain(reply)}")
@@ -91,8 +97,12 @@ def explain(arguments: argparse.Namespace) -> int:
 def test(arguments: argparse.Namespace) -> int:
     """Ask a guard the policy's examples, and again under edits of the policy."""
     policy, guard = read_policy(arguments.policy), find_guard(arguments)
+    if arguments.json:  # before anybody is asked
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.json.is_dir() or not os.access(arguments.json.parent, os.W_OK):
+            raise ValueError(f"expected a file that can be written as --json, got {arguments.json}")
     requests = testing.count_requests(policy, arguments.edits, arguments.seed)
-    print(f"{_plain(guard.id)}: {requests} requests, each once more where a reply does not follow", flush=True)
+    print(f"{_line(guard.id)}: {requests} requests, each once more where a reply does not follow", flush=True)
     audit = _audit(arguments)
     outcomes = testing.run_examples(policy, guard, audit)
     outcomes += testing.run_edits(policy, guard, arguments.edits, arguments.seed, audit)
@@ -101,7 +111,7 @@ def test(arguments: argparse.Namespace) -> int:
     for one in failed[:SHOWN]:
         under = "as it is" if one.kind == "example" else f"after {one.kind} of {one.clause}"
         why = f" ({one.reason})" if one.invalid else ""
-        print(_plain(f"failed, {under}: {one.prompt!r} must be {one.expected}, got {one.got}{why}"))
+        print(_line(f"failed, {under}: {one.prompt!r} must be {one.expected}, got {one.got}{why}"))
     if len(failed) > SHOWN:
         print(f"and {len(failed) - SHOWN} more: --json FILE has all")
     if arguments.json:
@@ -114,7 +124,6 @@ def test(arguments: argparse.Namespace) -> int:
             "tally": [asdict(row) for row in testing.tally(outcomes)],
             "outcomes": [asdict(one) for one in outcomes],
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(bool(failed))
 
@@ -152,18 +161,24 @@ def load_guard(name: str) -> Guard:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
+    with guard_errors(name):
+        guard: Any = _imported(name, module, attribute)
+        missing = [part for part in ("reply", "name", "id") if not hasattr(guard, part)]
+    if missing:
+        raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
+    check_text(guard, "id")
+    checked: Guard = guard
+    return checked
+
+
+def _imported(name: str, module: str, attribute: str) -> Any:
     found: Any = importlib.import_module(module)
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
     except AttributeError as error:
         raise ImportError(f"expected {attribute} in {module}, got {error}") from error
-    if isinstance(found, type) or not hasattr(found, "reply"):
-        found = _called(name, found)
-    if missing := [part for part in ("reply", "name", "id") if not hasattr(found, part)]:
-        raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
-    guard: Guard = found
-    return guard
+    return _called(name, found) if isinstance(found, type) or not hasattr(found, "reply") else found
 
 
 def _called(name: str, found: Any) -> Any:
@@ -176,25 +191,30 @@ def _called(name: str, found: Any) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command; see the module. Returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         print(__doc__.strip())
+        return 0 if argv else 2
+    parser, commands = _parsers()
+    if len(argv) == 2 and argv[0] in commands and argv[1] in HELP:  # alone: else it may be a prompt, and 0 is allow
+        commands[argv[0]].print_help()
         return 0
-    arguments = _parser().parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         return code
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, GuardError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise
-        print(f"{arguments.command}: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{arguments.command}: {_line(str(error))}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of all arguments, and those of the commands by their names."""
     parser = argparse.ArgumentParser(prog="python -m negtome.guard", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
-        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
+        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False, add_help=False)
         for run in (check, explain, test)
     }
     for run in (check, explain, test):
@@ -210,14 +230,14 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--folder", metavar="F", help="of chat and mini: the model's folder")
         part.add_argument("--max-tokens", metavar="N", type=int, help="of chat: of a reply, thinking included (1024)")
         part.add_argument("--context", metavar="N", type=int, help="of chat: tokens that a server cuts off after")
-        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds to wait for a server (60)")
+        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds that a decision may take (60)")
         part.add_argument("--audit", metavar="FILE", help="append every verdict to it, without texts")
     parts["explain"].add_argument("--raw", action="store_true", help="print what the guard replied, too")
-    parts["explain"].add_argument("prompt")
+    parts["explain"].add_argument("prompt", help="after --, if it may begin with a -")
     parts["test"].add_argument("--edits", type=int, metavar="N", help="edit N clauses, not all; 0: examples alone")
     parts["test"].add_argument("--seed", type=int, default=0, help="of drawing them")
     parts["test"].add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
-    return parser
+    return parser, parts
 
 
 def _audit(arguments: argparse.Namespace) -> Audit | None:
@@ -227,6 +247,11 @@ def _audit(arguments: argparse.Namespace) -> Audit | None:
 def _plain(text: str) -> str:
     """Return a text as a terminal may show it: what a model wrote must not move its cursor."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _line(text: str) -> str:
+    """Return a text as one line: what a model wrote must not look like the command's next line."""
+    return _plain(" ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+#: Seconds to wait for another process that writes: a record takes it milliseconds.
+LOCK_WAIT = 10.0
+
 
 class Audit:
-    """A file of verdicts, JSON, one a line. Several processes may append to one.
+    """A file of verdicts, JSON, one a line. Several processes may append to one, by a lock in PATH.lock.
+
+    A record is written completely or not at all. A line that another program left unfinished stays, on a line alone.
 
     Args:
         path: of the file; it and its folders are made when first written.
@@ -30,7 +37,12 @@ class Audit:
         clauses: Sequence[str],
         faults: Sequence[str],
     ) -> None:
-        """Append a verdict: time (UTC), policy, guard, hashes of prompt and replies, action, clauses, faults."""
+        """Append a verdict: time (UTC), policy, guard, hashes of prompt and replies, action, clauses, faults.
+
+        Raises:
+            OSError: the record cannot be written, or another process keeps the file locked for `LOCK_WAIT` seconds.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         row = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "policy_sha256": policy_sha256,
@@ -43,16 +55,34 @@ class Audit:
             "faults": [fault if self.text else fault.split(", got ")[0] for fault in faults],
             **({"prompt": prompt, "replies": list(replies)} if self.text else {}),
         }
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            written = os.write(descriptor, line)  # in one piece, at the end, whoever else appends
-            os.fsync(descriptor)
-            if written < len(line):
-                raise OSError(f"expected room for {len(line)} bytes in {self.path}, got {written}: free some")
+            with FileLock(f"{self.path}.lock", mode=0o600, timeout=LOCK_WAIT):
+                self._append((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        except Timeout as error:
+            raise TimeoutError(f"expected to write into {self.path}, got its lock held for {LOCK_WAIT:g} s") from error
+
+    def _append(self, line: bytes) -> None:
+        """Append a line completely, or leave the file as it was."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            end = os.lseek(descriptor, 0, os.SEEK_END)
+            if end and _last_byte(descriptor, end) != b"\n":  # of a writer that was killed
+                line = b"\n" + line
+            try:
+                written = os.write(descriptor, line)
+                os.fsync(descriptor)
+                if written < len(line):
+                    raise OSError(f"expected room for {len(line)} bytes in {self.path}, got {written}: free some")
+            except OSError:
+                os.ftruncate(descriptor, end)
+                raise
         finally:
             os.close(descriptor)
+
+
+def _last_byte(descriptor: int, end: int) -> bytes:
+    os.lseek(descriptor, end - 1, os.SEEK_SET)
+    return os.read(descriptor, 1)
 
 
 def _sha256(text: str) -> str:

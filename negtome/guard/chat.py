@@ -7,16 +7,25 @@ parsed and verified as every guard's reply is, without any server's promise of w
 import hashlib
 import os
 import re
+import time
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from negtome.guard.decision import UnusableReplyError
+from negtome.guard.decision import Reply, UnusableReplyError, new_nonce, read_json
 from negtome.guard.policy import Policy
+from negtome.guard.transport import Answer, AnswerError, TooLateError, post
 
 #: Where a key is looked for, in this order; servers of one's own mostly ask for none.
 KEYS = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY")
+#: Whose OPENAI_API_KEY it is: environment variables, and the headers that they are sent in.
+ACCOUNT = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
+#: Seconds of the longest timeout, a day: the system's clock takes no arbitrarily long one.
+LONGEST_WAIT = 86_400
+#: Characters of the shortest key that is taken for a secret: servers of one's own take "none" or "EMPTY".
+SECRET = 8
 #: Characters of English text a token of current tokenizers, about: 3.6 to 4.
 CHARACTERS_A_TOKEN = 4
 #: What chat templates and reasoning models mark their parts by; in a prompt it would pretend to be another part.
@@ -24,17 +33,19 @@ MARKUP = re.compile(
     r"<[|｜][^<>|｜]{1,40}[|｜]>|</?think(?:ing)?>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>",  # noqa: RUF001
     re.IGNORECASE,
 )
+#: A reasoning block that a chat template opens for the model.
+OPENED = re.compile(r"(<think(?:ing)?>)\s*\Z")
 
 
-def messages(policy: Policy, prompt: str) -> list[dict[str, str]]:
-    """Return the conversation that a model is to continue.
+def messages(policy: Policy, prompt: str, nonce: str) -> list[dict[str, str]]:
+    """Return the conversation that a model is to continue, whose decision must repeat the nonce.
 
     Raises:
         UnusableReplyError: the prompt has markup of a conversation in it, which no model could tell from its own.
     """
     if found := MARKUP.search(prompt):
         raise UnusableReplyError(f"expected a prompt without markup of conversations, got {found.group()!r} in it")
-    return [{"role": "system", "content": policy.render()}, {"role": "user", "content": prompt}]
+    return [{"role": "system", "content": policy.render(nonce)}, {"role": "user", "content": prompt}]
 
 
 def about_tokens(text: str) -> int:
@@ -42,14 +53,69 @@ def about_tokens(text: str) -> int:
     return round(len(text) / CHARACTERS_A_TOKEN)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A server's answer to a conversation.
+
+    Attributes:
+        text: of the assistant's message.
+        tokens_read: tokens of the conversation, as the server counts them; 0 where it does not.
+    """
+
+    text: str
+    tokens_read: int
+
+
+def read_completion(body: bytes, max_tokens: int) -> Completion:
+    """Read the answer of an OpenAI-compatible server: one choice, a text that the model ended by itself.
+
+    Args:
+        body: JSON in UTF-8.
+        max_tokens: that the text was limited to.
+
+    Raises:
+        UnusableReplyError: there are several choices, or the text is not the model's complete answer.
+        ValueError: it is no chat completion.
+    """
+    document = read_json(body.decode("utf-8"))
+    choices = document.get("choices") if isinstance(document, dict) else None
+    if isinstance(document, dict) and document.get("error"):  # some routers send it with status 200
+        raise ValueError("an error with status 200")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or not choices:
+        raise ValueError("no list of choices")
+    usage = document.get("usage") or {}  # some servers do not count
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else usage
+    if tokens is not None and type(tokens) is not int:
+        raise ValueError("a usage that counts no tokens")
+    choice = choices[0]
+    message, reason = choice.get("message"), choice.get("finish_reason")
+    if not isinstance(message, dict):
+        raise ValueError("no message")
+    text = "" if message.get("content") is None else message["content"]
+    if not isinstance(text, str):
+        raise ValueError("a content that is no text")
+    if len(choices) > 1:
+        raise UnusableReplyError(f"expected one choice, got {len(choices)}", text)
+    if reason == "length":
+        raise UnusableReplyError(_too_long(max_tokens), text)
+    if reason != "stop":
+        raise UnusableReplyError(f"expected finish_reason stop, got {str(reason)[:40]!r}", text)
+    if extra := [name for name in ("refusal", "tool_calls", "function_call") if message.get(name)]:
+        raise UnusableReplyError(f"expected a text alone, got {extra[0]} with it", text)
+    return Completion(text, tokens or 0)
+
+
 class Endpoint:
     """A chat model behind an OpenAI-compatible address: vLLM, llama.cpp, ollama and others.
+
+    The server is not trusted: it cannot take more than `timeout` or a megabyte, and is followed to no other address.
 
     Args:
         model: as the server calls it.
         base_url: of the server, mostly ending in /v1.
-        api_key: none: that of the environment, NEGTOME_GUARD_API_KEY or else OPENAI_API_KEY.
-        timeout: seconds without a sign of the server after which it is given up.
+        api_key: none: that of the environment, NEGTOME_GUARD_API_KEY or else OPENAI_API_KEY. With the latter,
+            OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent, too, where they are set.
+        timeout: seconds that a decision may take, all its tries together; more than 0, at most `LONGEST_WAIT`.
         temperature: of sampling; at 0 most servers give the most likely reply.
         max_tokens: of the reply, thinking included.
         context: tokens that policy, prompt and reply may have together, for servers that cut off what is more and do
@@ -68,83 +134,114 @@ class Endpoint:
         max_tokens: int = 1024,
         context: int | None = None,
     ) -> None:
-        parts = urlsplit(base_url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.password
-            or parts.query
-        ):
-            shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
-            raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
+        _check_address(base_url)
+        if not 0 < timeout <= LONGEST_WAIT:
+            raise ValueError(f"expected a timeout of more than 0 and at most {LONGEST_WAIT} seconds, got {timeout}")
         self.model, self.base_url, self.timeout = model, base_url, timeout
         self.temperature, self.max_tokens, self.context = temperature, max_tokens, context
-        self._key = api_key or next((os.environ[name] for name in KEYS if os.environ.get(name)), "none")
+        source = None if api_key else next((name for name in KEYS if os.environ.get(name)), None)
+        self._key = (api_key or os.environ.get(source or "", "")).strip()
+        if not re.fullmatch(r"[!-~]*", self._key):
+            raise ValueError(f"expected a key of printable ASCII, got another in {source or 'api_key'}")
+        self._headers = {"Authorization": f"Bearer {self._key or 'none'}"}
+        if source == "OPENAI_API_KEY":  # they tell whose key it is, and nobody who gets another needs to know
+            named = ((header, os.environ.get(name)) for name, header in ACCOUNT.items())
+            self._headers |= {header: value for header, value in named if value}
 
     @property
     def id(self) -> str:
         """Model, address and settings; whether the server has other weights under the same name, nobody here knows."""
-        return f"chat-1-{self.model}@{self.base_url}-temperature={self.temperature:g}-max_tokens={self.max_tokens}"
+        return f"chat-2-{self.model}@{self.base_url}-temperature={self.temperature:g}-max_tokens={self.max_tokens}"
 
-    @cached_property
-    def _client(self) -> Any:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise ImportError("expected the package openai, got none: pip install -e '.[chat]'") from error
-        return OpenAI(base_url=self.base_url, api_key=self._key, timeout=self.timeout, max_retries=0)
+    def reply(self, policy: Policy, prompt: str) -> Reply:
+        """Return the model's reply within `timeout`."""
+        return self.reply_before(policy, prompt, time.monotonic() + self.timeout)
 
-    def reply(self, policy: Policy, prompt: str) -> str:
-        conversation = messages(policy, prompt)
+    def reply_before(self, policy: Policy, prompt: str, deadline: float) -> Reply:
+        """Return the model's reply.
+
+        Raises:
+            UnusableReplyError: it was cut off, filtered or is not a text alone, or the prompt has markup in it.
+            ValueError: policy and prompt are longer than the model reads.
+            ConnectionError: none came before the deadline, or none of a chat model.
+        """
+        nonce = new_nonce(prompt)
+        conversation = messages(policy, prompt, nonce)
         text = "".join(message["content"] for message in conversation)
         if self.context and (tokens := about_tokens(text) + self.max_tokens) > self.context:
             raise ValueError(
                 f"expected a policy, prompt and reply of at most {self.context} tokens, got about {tokens}: shorten "
                 "the policy, or serve the model with a larger context"
             )
-        answer = self.complete(conversation)
-        read = (answer.usage and answer.usage.prompt_tokens) or 0  # some servers do not count
-        if 0 < read < (words := len(text.split())):
+        answer = self.complete(conversation, deadline)
+        if 0 < answer.tokens_read < (words := len(text.split())):
             raise ValueError(
-                f"expected {self.base_url} to read the {words} words of policy and prompt, got {read} tokens read: it "
-                "cuts them off; serve the model with a larger context"
+                f"expected {self.base_url} to read the {words} words of policy and prompt, got {answer.tokens_read} "
+                "tokens read: it cuts them off; serve the model with a larger context"
             )
-        reply = answer.choices[0].message.content or ""
-        if answer.choices[0].finish_reason == "length":
-            raise UnusableReplyError(_too_long(self.max_tokens), reply)
-        return reply
+        return Reply(answer.text, nonce)
 
-    def complete(self, conversation: list[dict[str, str]]) -> Any:
-        """Return the server's answer to a conversation, a chat completion with at least one message.
+    def complete(self, conversation: list[dict[str, str]], deadline: float | None = None) -> Completion:
+        """Return the server's answer to a conversation, before a deadline of `time.monotonic` or within `timeout`.
 
         Raises:
+            UnusableReplyError: there are several answers, or the answer is incomplete or not a text alone.
             ConnectionError: none came, or none of a chat model.
             ValueError: the server says that the conversation is longer than it can read.
         """
-        client = self._client
-        import openai
-
         what = f"expected a reply of {self.model} from {self.base_url}, got"
+        deadline = time.monotonic() + self.timeout if deadline is None else deadline
+        request = {
+            "model": self.model,
+            "messages": conversation,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
         try:
-            answer = client.chat.completions.create(
-                model=self.model, messages=conversation, temperature=self.temperature, max_tokens=self.max_tokens
-            )
-        except openai.APITimeoutError:
+            answer = post(f"{self.base_url.rstrip('/')}/chat/completions", request, self._headers, deadline)
+        except TooLateError:
             raise ConnectionError(f"{what} none in {self.timeout:g} s: give it more time") from None
-        except openai.APIConnectionError as error:
-            reason = _line(error.__cause__ or error)
-            raise ConnectionError(f"{what} no connection ({reason}): is it started?") from None
-        except openai.APIStatusError as error:
-            said = _line(error)
-            if error.status_code in (400, 413) and re.search(r"context|too (?:long|large)", said):
-                raise ValueError(f"{what} that they are too long ({said}): shorten the policy or the reply") from None
-            raise ConnectionError(f"{what} {said}: see what the server says") from None
-        except (openai.APIError, ValueError) as error:  # ValueError: no JSON
-            raise ConnectionError(f"{what} no chat completion ({_line(error)}): correct the address") from None
-        if not getattr(answer, "choices", None) or not getattr(answer.choices[0], "message", None):
-            raise ConnectionError(f"{what} no chat completion ({_line(answer)}): correct the address")
-        return answer
+        except AnswerError as error:
+            raise ConnectionError(f"{what} {error}: see what the server is") from None
+        except ImportError as error:
+            raise ImportError("expected the package httpx2, got none: pip install -e '.[chat]'") from error
+        except ConnectionError as error:
+            raise ConnectionError(f"{what} no connection ({self._line(error)}): is it started?") from None
+        if answer.status != 200:
+            raise self._refused(what, answer)
+        try:
+            completion = read_completion(self._masked_body(answer), self.max_tokens)
+        except UnusableReplyError as error:
+            raise UnusableReplyError(self._masked(str(error)), self._masked(error.text)) from None
+        except ValueError as error:
+            raise ConnectionError(f"{what} no chat completion ({self._line(error)}): correct the address") from None
+        return Completion(self._masked(completion.text), completion.tokens_read)
+
+    def _refused(self, what: str, answer: Answer) -> Exception:
+        """Return the error that a status other than 200 comes to."""
+        if 300 <= answer.status < 400:
+            return ConnectionError(
+                f"{what} a redirect (status {answer.status}), which is not followed: give the address that it leads to"
+            )
+        body = self._masked_body(answer).decode(errors="replace")
+        message = self._line(f"Error code: {answer.status} - {body}")
+        if answer.status in (400, 413) and re.search(r"context|too (?:long|large)", message):
+            return ValueError(f"{what} that they are too long ({message}): shorten the policy or the reply")
+        return ConnectionError(f"{what} {message}: see what the server says")
+
+    def _masked_body(self, answer: Answer) -> bytes:
+        """Return an answer's body without the key, before any part of it is cut off; JSON may write \\/ for a slash."""
+        if len(self._key) < SECRET:
+            return answer.body
+        body = answer.body.replace(self._key.encode(), b"***")
+        return body.replace(self._key.replace("/", "\\/").encode(), b"***")
+
+    def _masked(self, text: str) -> str:
+        """Return a text of the server's without the key, should it have repeated it."""
+        return text.replace(self._key, "***") if len(self._key) >= SECRET else text
+
+    def _line(self, text: object) -> str:
+        return _line(self._masked(str(text)))
 
 
 class Local:
@@ -190,9 +287,16 @@ class Local:
         )
         return tokenizer, model.eval().to(device)
 
-    def reply(self, policy: Policy, prompt: str) -> str:
+    def reply(self, policy: Policy, prompt: str) -> Reply:
+        """Return the model's reply.
+
+        Raises:
+            UnusableReplyError: it was cut off, or the prompt has markup in it.
+            ValueError: policy, prompt and reply are longer than the context, or the model has no fitting template.
+        """
+        nonce = new_nonce(prompt)
         tokenizer, model = self._loaded
-        text = self._template(messages(policy, prompt))
+        text = self._template(messages(policy, prompt, nonce))
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
         read = inputs["input_ids"].shape[1]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -202,6 +306,7 @@ class Local:
                 f"{read} and {self.max_tokens}: shorten the policy or the reply"
             )
         ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
         written = model.generate(
             **inputs,
             max_new_tokens=self.max_tokens,
@@ -209,13 +314,16 @@ class Local:
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=ends[0] if isinstance(ends, list) else ends,
-        )[0, read:]
-        # with the marks of channels, which say what is thinking
-        reply: str = tokenizer.decode(written, skip_special_tokens=False)
-        if len(written) >= self.max_tokens and written[-1] not in (ends if isinstance(ends, list) else [ends]):
+            pad_token_id=ends[0],
+        )[0, read:].tolist()
+        ended = bool(written) and written[-1] in ends
+        # Without the mark of its end, and with those of channels, which say what is reasoning.
+        reply: str = tokenizer.decode(written[:-1] if ended else written, skip_special_tokens=False)
+        if not ended and len(written) >= self.max_tokens:
             raise UnusableReplyError(_too_long(self.max_tokens), reply)
-        return reply
+        if opened := OPENED.search(text):  # by the template: the model writes the end of its reasoning alone
+            reply = opened.group(1) + reply
+        return Reply(reply, nonce)
 
     def _template(self, conversation: list[dict[str, str]]) -> str:
         """Return a conversation as the model is used to read it.
@@ -240,6 +348,21 @@ class Local:
         if policy not in text or prompt not in text:
             raise ValueError(f"expected a chat template that shows the system message in {self.folder}, got none")
         return text
+
+
+def _check_address(base_url: str) -> None:
+    """Raise ValueError unless it is an address of HTTP without anything that may be secret."""
+    parts = urlsplit(base_url)
+    secret = parts.username or parts.password or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or secret:
+        shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
+        raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
+    if re.search(r"[\s\x00-\x1f\x7f]", base_url):
+        raise ValueError(f"expected an address without spaces and control characters, got {base_url!r}")
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"expected a port from 0 to 65535 in {base_url}") from error
 
 
 def _too_long(max_tokens: int) -> str:

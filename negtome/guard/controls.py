@@ -1,8 +1,8 @@
 """Guards that no policy guides: what any other is to be told apart from."""
 
-from negtome.guard.decision import Decision
+from negtome.guard.decision import Decision, Reply
 from negtome.guard.policy import Policy
-from negtome.guard.verdict import Guard
+from negtome.guard.verdict import Guard, is_remote
 
 
 class Always:
@@ -17,13 +17,13 @@ class Always:
         self.name = f"always {action}"
         self.id = f"always-{action}-1"
 
-    def reply(self, policy: Policy, prompt: str) -> str:
+    def reply(self, policy: Policy, prompt: str) -> Decision:
         if self.action == policy.default:
-            return Decision(self.action).to_json()
+            return Decision(self.action)
         cited = next((clause for clause in policy.clauses if clause.action == self.action), None)
         if cited is None:
             raise ValueError(f"expected a clause whose action is {self.action} for the control to cite, got none")
-        return Decision(self.action, (cited.id,), cited.line, "a control: it says so to everything").to_json()
+        return Decision(self.action, (cited.id,), cited.line, "a control: it says so to everything")
 
 
 class Stripped:
@@ -39,6 +39,13 @@ class Stripped:
         self.guard = guard
         self.name = f"{guard.name}, policy stripped"
         self.id = f"stripped-{guard.id}"
+        if is_remote(guard):
+            remote, self.timeout = guard, guard.timeout
+            self.reply_before = lambda policy, prompt, deadline: remote.reply_before(_empty(policy), prompt, deadline)
 
-    def reply(self, policy: Policy, prompt: str) -> str:
-        return self.guard.reply(Policy((), (), policy.default, policy.precedence), prompt)
+    def reply(self, policy: Policy, prompt: str) -> Decision | Reply:
+        return self.guard.reply(_empty(policy), prompt)
+
+
+def _empty(policy: Policy) -> Policy:
+    return Policy((), (), policy.default, policy.precedence)

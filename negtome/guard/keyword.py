@@ -1,37 +1,107 @@
-"""The plainest guard: a clause applies where one of its names stands in the prompt as a word."""
+"""A guard by words: a clause applies where one of its names occurs in the prompt."""
 
+import functools
 import re
 import unicodedata
+from collections.abc import Sequence
+
+import snowballstemmer
+from confusable_homoglyphs import confusables
 
 from negtome.guard.decision import Decision
 from negtome.guard.policy import Clause, Policy, PolicyException
 
+#: What Unicode calls default ignorable, as far as it is not in the category Cf: it shows as nothing within a word.
+IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
+
+_STEMMER = snowballstemmer.stemmer("english")
+
 
 class Keyword:
-    """Looks for the names of clauses and exceptions, upper or lower case, in any of Unicode's compatible forms.
+    """Looks for the names of clauses and exceptions, in the singular and the plural, whatever letters they are in.
 
-    It knows no other spelling, no description, and no sense in which a word may be meant.
+    Upper and lower case, compatible and look-alike letters, accents, invisible characters and punctuation make no
+    difference. It knows no other spelling, no description, and no sense in which a word may be meant.
     """
 
     name = "keyword"
-    id = "keyword-1"
+    id = "keyword-2"
 
-    def reply(self, policy: Policy, prompt: str) -> str:
-        text = _plain(prompt)
-        clauses = [clause for clause in policy.clauses if _named(clause, text)]
+    def reply(self, policy: Policy, prompt: str) -> Decision:
+        readings = _readings(prompt)
+        clauses = [clause for clause in policy.clauses if _named(clause, readings)]
         listed = {name for clause in clauses for name in clause.exceptions}
-        exceptions = [part for part in policy.exceptions if part.id in listed and _named(part, text)]
+        exceptions = [part for part in policy.exceptions if part.id in listed and _named(part, readings)]
         parts: list[Clause | PolicyException] = [*clauses, *exceptions]
         cited = tuple(part.id for part in parts)
-        action = policy.action_of(cited)
         quote = (exceptions or clauses)[0].line if cited else ""
-        found = ", ".join(clause.asset for clause in clauses)
-        return Decision(action, cited, quote, f"names {found}" if found else "names none of the assets").to_json()
+        assets = ", ".join(clause.asset for clause in clauses)
+        rationale = f"names {assets}" if assets else "names none of the assets"
+        return Decision(policy.action_of(cited), cited, quote, rationale)
 
 
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def _named(part: Clause | PolicyException, readings: Sequence[str]) -> bool:
+    return any(_occurs(name, text) for spelling in part.names for name in _readings(spelling) for text in readings)
 
 
-def _named(part: Clause | PolicyException, text: str) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(_plain(name))}(?!\w)", text) for name in part.names)
+def _occurs(name: str, text: str) -> bool:
+    sought, words = _words(name), _words(text)
+    if not sought:  # an emoji, or other signs alone; a name that shows nothing is in no text
+        return bool(name.strip()) and name.strip() in text
+    starts = range(len(words) - len(sought) + 1)
+    return any(all(map(_inflected, words[start : start + len(sought)], sought)) for start in starts)
+
+
+def _inflected(word: str, base: str) -> bool:
+    """Tell whether a word is another one, or an inflection of it that changes its last letter at most."""
+    return word == base or (word.startswith(base[:-1]) and _stem(word) == _stem(base))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _stem(word: str) -> str:
+    stem: str = _STEMMER.stemWord(word)
+    return stem
+
+
+@functools.lru_cache(maxsize=1000)
+def _readings(text: str) -> tuple[str, ...]:
+    """Return a text as it is, and as it looks to somebody who reads Latin letters, in lower case."""
+    text = unicodedata.normalize("NFKC", text)
+    texts = [text]
+    for stroke in "li":  # a sign that is no more than a vertical stroke may stand for either
+        texts += ["".join(_latin(sign, stroke) for sign in form) for form in (text, text.casefold())]
+    return tuple(dict.fromkeys(map(_visible, texts)))
+
+
+def _visible(text: str) -> str:
+    folded = unicodedata.normalize("NFD", IGNORABLE.sub("", text).casefold())
+    return unicodedata.normalize("NFKC", "".join(sign for sign in folded if not _invisible(sign)))
+
+
+@functools.lru_cache(maxsize=1000)
+def _words(text: str) -> tuple[str, ...]:
+    """Return runs of letters, marks and digits."""
+    return tuple("".join(sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in text).split())
+
+
+def _invisible(sign: str) -> bool:
+    """Tell whether a character adds nothing to a word: a format or control character, an accent, or a frame."""
+    category = unicodedata.category(sign)
+    return category in ("Cf", "Me") or (category == "Cc" and not sign.isspace()) or unicodedata.combining(sign) > 0
+
+
+@functools.lru_cache(maxsize=10_000)
+def _latin(sign: str, stroke: str) -> str:
+    """Return the Latin letters that a character looks like, by Unicode's table of confusable characters, or itself.
+
+    The table has l for all vertical strokes; `stroke` takes its place.
+    """
+    if sign.isascii():
+        return sign
+    for entry in confusables.is_confusable(sign, greedy=True) or ():
+        looks = [one["c"] for one in entry["homoglyphs"] if one["c"].isascii() and one["c"].isalpha()]
+        if looks:
+            return stroke if looks[0] == "l" else looks[0]
+    return sign

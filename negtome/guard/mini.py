@@ -58,7 +58,7 @@ class Mini:
         self.policy_sha256 = json.loads((folder / "config.json").read_text(encoding="utf-8"))["policy_sha256"]
         self.longest = self.model.config.max_position_embeddings - LONGEST - AROUND
 
-    def reply(self, policy: Policy, prompt: str) -> str:
+    def reply(self, policy: Policy, prompt: str) -> Decision:
         """Return its decision; the rationale is what it wrote before, the confidence its answer's probability.
 
         Raises:
@@ -76,8 +76,8 @@ class Mini:
         places = zip(encoded.tokens, encoded.offsets, strict=True)
         if unknown := [prompt[start:end] for token, (start, end) in places if token == UNKNOWN]:
             shown = ", ".join(unknown[:5])
-            return Decision("escalate", rationale=f"words that I was not trained on: {shown}").to_json()
-        return read(*self._write(encoded.ids)).to_json()
+            return Decision("escalate", rationale=f"words that I was not trained on: {shown}")
+        return read(*self._write(encoded.ids))
 
     @torch.inference_mode()
     def _write(self, ids: Sequence[int]) -> tuple[list[str], list[float]]:

@@ -15,19 +15,35 @@ class Nearest:
         find: of a prompt and the names of assets, returns the nearest of these and how near the prompt comes to it, or
             None where none is near enough.
         id: of what finds: encoder, threshold and pictures.
+        assets: names of those that it has pictures of. It decides by no policy about any other asset.
     """
 
     name = "nearest"
 
-    def __init__(self, find: Callable[[str, Collection[str]], tuple[str, float] | None], id: str) -> None:  # noqa: A002  (the protocol's)
-        self.find = find
+    def __init__(
+        self,
+        find: Callable[[str, Collection[str]], tuple[str, float] | None],
+        id: str,  # noqa: A002  (the protocol's)
+        assets: Collection[str],
+    ) -> None:
+        self.find, self.assets = find, frozenset(assets)
         self.id = f"nearest-2-{id}"
 
-    def reply(self, policy: Policy, prompt: str) -> str:
+    def check(self, policy: Policy) -> None:
+        """Raise ValueError unless there are pictures of every asset of a policy."""
+        if absent := sorted({clause.asset for clause in policy.clauses} - self.assets):
+            raise ValueError(
+                f"expected pictures of every asset of the policy, got no folder of {', '.join(absent[:5])}: name the "
+                "policy's assets as their folders"
+            )
+
+    def reply(self, policy: Policy, prompt: str) -> Decision:
+        """Return its decision; ValueError as `check`."""
+        self.check(policy)
         found = self.find(prompt, [clause.asset for clause in policy.clauses])
         asset, cosine = found or (None, 0.0)
         clause = next((clause for clause in policy.clauses if clause.asset == asset), None)
         if clause is None:
-            return Decision(policy.default, (), "", "comes near to no asset of the policy").to_json()
+            return Decision(policy.default, (), "", "comes near to no asset of the policy")
         rationale = f"comes near to a picture of {clause.asset}: cosine {cosine:.3f}"
-        return Decision(clause.action, (clause.id,), clause.line, rationale).to_json()
+        return Decision(clause.action, (clause.id,), clause.line, rationale)

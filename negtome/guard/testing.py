@@ -9,6 +9,11 @@ them, so that an answer has to come from the clauses:
 - reorder: it goes to the front, or to the end; nothing changes;
 - strip: all clauses go; everything must get the default. Who decides well all the same was not reading.
 
+The policy's `examples` have decisions of exceptions and of several clauses. They are asked, too, and under two edits:
+
+- except: no clause lists the exceptions that the example cites; its clauses' own action must follow;
+- precede: the action that had its way comes last in the precedence; the next one must follow.
+
 A decision counts as changed where it was right before the edit, and is after it; as stayed where it cites what it cited
 before, as far as that is still there, and does what that says now: who had cited the edited clause, wrongly, goes with
 it. A guard that knows one policy by heart passes the examples and no edit; one that allows everything, all that stays.
@@ -21,14 +26,14 @@ from itertools import count
 from typing import Literal
 
 from negtome.guard.audit import Audit
-from negtome.guard.policy import Clause, Policy
+from negtome.guard.policy import Clause, Example, Policy
 from negtome.guard.verdict import Guard, Verdict, decide
 
 Must = Literal["be right", "change", "stay"]
 #: An action, and ids of the clauses that have to be cited for it.
 Answer = tuple[str, tuple[str, ...]]
-#: What is done to a clause, and at last to all of them.
-EDITS = ("flip", "delete", "rename", "reorder", "strip")
+#: What is done to a clause, then to all of them, then to exceptions and precedence.
+EDITS = ("flip", "delete", "rename", "reorder", "strip", "except", "precede")
 #: Other clauses whose first example is asked under every edit of one.
 OTHERS = 2
 
@@ -39,7 +44,8 @@ class Question:
 
     Attributes:
         kind: "example", or one of `EDITS`.
-        clause: id, before the edit, of the clause that is edited; of "example" and "strip", of the prompt's own.
+        clause: id, before the edit, of the clause that is edited; of "example" and "strip", of the prompt's own. Of the
+            policy's `examples`, the first that is cited, "" where none is.
         must: "be right" of an example; "change" or "stay" against the decision before the edit.
         expected: of what changes or is an example; of what stays, the decision before the edit says it.
     """
@@ -90,10 +96,14 @@ class Tally:
 
 def plan_examples(policy: Policy) -> list[Question]:
     """Return the policy's examples as questions: those of a clause are decided by it, those near to it by none."""
-    return [
+    questions = [
         Question("example", clause.id, policy, prompt, "be right", expected)
         for clause in policy.clauses
         for prompt, expected in _expected(policy, clause)
+    ]
+    return questions + [
+        Question("example", _first_cited(one), policy, one.request, "be right", (one.action, one.clauses))
+        for one in policy.examples
     ]
 
 
@@ -122,6 +132,10 @@ def plan_edits(policy: Policy, edits: int | None = None, seed: int = 0) -> list[
     stripped = replace(plain, clauses=(), exceptions=())
     for clause in drawn:
         planned += _asked("strip", clause.id, stripped, clause.violates, (policy.default, ()), clause.allowed)
+    names = {clause.id for clause in drawn}
+    for example in policy.examples:
+        if edits is None or names & set(example.clauses):
+            planned += _edits_of_example(plain, example)
     return planned
 
 
@@ -154,6 +168,7 @@ def run_edits(
     plain, before, outcomes = without_examples(policy), {}, []
     planned = plan_edits(policy, edits, seed)
     asked = {prompt: expected for clause in policy.clauses for prompt, expected in _expected(policy, clause)}
+    asked |= {example.request: (example.action, example.clauses) for example in policy.examples}
     for question in planned:
         if question.prompt not in before:
             before[question.prompt] = _decide(plain, guard, question.prompt, audit)
@@ -195,7 +210,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def without_examples(policy: Policy) -> Policy:
     """Return a policy that shows none of its examples."""
-    return replace(policy, clauses=tuple(replace(clause, violates=(), allowed=()) for clause in policy.clauses))
+    bare = tuple(replace(clause, violates=(), allowed=()) for clause in policy.clauses)
+    return replace(policy, clauses=bare, examples=())
 
 
 def _expected(policy: Policy, clause: Clause) -> Iterator[tuple[str, Answer]]:
@@ -223,6 +239,30 @@ def _edits_of(plain: Policy, edited: Clause, bystanders: Sequence[str]) -> list[
         found += _asked(kind, clause.id, policy, edited.violates, expected, bystanders)
     policy = replace(plain, clauses=moved)
     return found + _asked("reorder", clause.id, policy, (), None, [*edited.violates, *bystanders])
+
+
+def _edits_of_example(plain: Policy, example: Example) -> list[Question]:
+    """Return the question under the exceptions' removal, and under another precedence, where these decide it."""
+    cited = [name for name in example.clauses if isinstance(plain[name], Clause)]
+    bare = [
+        replace(one, exceptions=tuple(name for name in one.exceptions if name not in example.clauses))
+        for one in plain.clauses
+    ]
+    others = (action for action in plain.precedence if action != example.action)
+    changes = {
+        "except": (replace(plain, clauses=tuple(bare)), tuple(cited)),
+        "precede": (replace(plain, precedence=(*others, example.action)), example.clauses),
+    }
+    questions = []
+    for kind, (policy, clauses) in changes.items():
+        if (action := policy.action_of(clauses)) != example.action:
+            expected = (action, clauses)
+            questions += _asked(kind, _first_cited(example), policy, [example.request], expected, ())
+    return questions
+
+
+def _first_cited(example: Example) -> str:
+    return example.clauses[0] if example.clauses else ""
 
 
 def _asked(

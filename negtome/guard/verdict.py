@@ -1,15 +1,21 @@
 """From a prompt to what is done about it: ask a guard, verify its reply, ask once more, keep a record."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from negtome.guard.audit import Audit
-from negtome.guard.decision import Decision, UnusableReplyError, read_reply, whole
+from negtome.guard.decision import FIELDS, Decision, Reply, UnusableReplyError, read_reply, replace_halves, verify
 from negtome.guard.policy import Policy
 
 #: Characters of a prompt; text encoders of image models read about 2,000.
 LONGEST = 4000
+
+
+class GuardError(RuntimeError):
+    """Raised where a guard's own code fails: there is no verdict, and the request must not be taken as allowed."""
 
 
 class Guard(Protocol):
@@ -26,14 +32,28 @@ class Guard(Protocol):
     @property
     def id(self) -> str: ...
 
-    def reply(self, policy: Policy, prompt: str) -> str:
-        """Return a text with one JSON object as `Decision.to_json` writes it.
+    def reply(self, policy: Policy, prompt: str) -> Decision | Reply:
+        """Return a decision, or the text of a language model with the nonce that it was asked to repeat.
 
         Raises:
             UnusableReplyError: it knows that it has no reply to this prompt, which makes the verdict invalid.
             ValueError: the policy or the prompt is longer than it can read; nothing is cut off.
             ConnectionError: it does not answer.
         """
+
+
+class RemoteGuard(Guard, Protocol):
+    """A guard that somebody else's computer may keep waiting.
+
+    Attributes:
+        timeout: seconds that all tries of one decision may take together.
+    """
+
+    @property
+    def timeout(self) -> float: ...
+
+    def reply_before(self, policy: Policy, prompt: str, deadline: float) -> Decision | Reply:
+        """Return what `reply` does, before `time.monotonic()` comes to the deadline; ConnectionError otherwise."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class Verdict:
             whoever acts on it asks a person, and counts it apart.
         decision: the last reply, as far as it could be read.
         faults: what was wrong with the last reply; empty where the action is valid.
-        replies: as they came, the last one decided.
+        replies: as they came, decisions as JSON; the last one decided.
         seconds: that the guard took.
     """
 
@@ -78,23 +98,33 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
 
     Args:
         policy: from `read_policy`.
-        guard: whoever has `reply`.
+        guard: any object with `reply`. A `RemoteGuard` has its timeout for all tries together.
         prompt: what is asked for, 1 to `LONGEST` characters.
         audit: where the verdict is recorded.
-        retries: how often more it is asked where a reply does not follow from the policy.
+        retries: how often more it is asked where a reply does not follow from the policy, at least 0.
 
     Raises:
         ValueError: the prompt is empty, too long or no Unicode, or the guard cannot read it or the policy whole, or
-            replies by what is no text.
+            its reply is neither a `Decision` nor a `Reply`, or `retries` is negative.
         ConnectionError: the guard does not answer.
+        GuardError: the guard's code fails in another way, or its name or id is no text.
+        OSError: the verdict cannot be recorded.
     """
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
     if not prompt.strip() or len(prompt) > LONGEST:
         raise ValueError(f"expected a prompt of 1 to {LONGEST} characters, got {len(prompt)}: {prompt[:40]!r}")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"expected a prompt in Unicode, got halves of characters: {prompt[:40]!r}")
+    guard_id = "" if audit is None else check_text(guard, "id")  # before anything is asked that could not be recorded
+    with guard_errors(check_text(guard, "name")):
+        deadline = time.monotonic() + guard.timeout if is_remote(guard) else None
     replies, start = [], time.perf_counter()
-    for _ in range(1 + retries):
-        reply, decision, faults = _ask(policy, guard, prompt)
+    for number in range(1 + retries):
+        if number and deadline is not None and time.monotonic() >= deadline:
+            break
+        reply, decision, faults = _ask(policy, guard, prompt, deadline)
+        faults = [" ".join(replace_halves(fault).split()) for fault in faults]
         replies.append(reply)
         if not faults:
             break
@@ -102,19 +132,55 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
     action = "invalid" if faults or decision is None else decision.action
     verdict = Verdict(action, decision, tuple(faults), tuple(replies), seconds)
     if audit is not None:
-        audit.write(policy.sha256, guard.id, prompt, replies, verdict.action, verdict.clauses, faults)
+        audit.write(policy.sha256, guard_id, prompt, replies, verdict.action, verdict.clauses, faults)
     return verdict
 
 
-def _ask(policy: Policy, guard: Guard, prompt: str) -> tuple[str, Decision | None, list[str]]:
-    """Return a guard's reply, what it decided, as far as that can be read, and what is wrong with it."""
+def is_remote(guard: Guard) -> TypeGuard[RemoteGuard]:
+    """Tell whether a guard keeps to a deadline."""
+    return hasattr(guard, "reply_before")
+
+
+@contextmanager
+def guard_errors(name: str) -> Iterator[None]:
+    """Turn errors of somebody else's code into GuardError, except those that a guard may raise."""
     try:
-        reply, faults = guard.reply(policy, prompt), []
+        yield
+    except (ValueError, OSError, ImportError, KeyboardInterrupt, GuardError):
+        raise
+    except BaseException as error:  # SystemExit, too: its code must not become the command's
+        raise GuardError(f"the guard {name} failed: {type(error).__name__}: {error}") from error
+
+
+def check_text(guard: object, attribute: str) -> str:
+    """Return a guard's name or id; GuardError where it is no text."""
+    with guard_errors(type(guard).__name__):
+        value = getattr(guard, attribute)
+        if not isinstance(value, str):
+            raise TypeError(f"expected its {attribute} as a text, got {type(value).__name__}")
+        return value
+
+
+def _ask(policy: Policy, guard: Guard, prompt: str, deadline: float | None) -> tuple[str, Decision | None, list[str]]:
+    """Return a guard's reply as a text, what it decided, as far as that can be read, and what is wrong with it."""
+    try:
+        with guard_errors(guard.name):
+            if deadline is not None and is_remote(guard):
+                reply = guard.reply_before(policy, prompt, deadline)
+            else:
+                reply = guard.reply(policy, prompt)
     except UnusableReplyError as error:
-        reply, faults = error.text, [str(error)]
-    if not isinstance(reply, str):
-        raise ValueError(f"expected a text from the guard {guard.name}, got {type(reply).__name__}")
-    reply = whole(reply)
-    if faults:
-        return reply, None, faults
-    return reply, *read_reply(policy, reply)
+        return replace_halves(error.text), None, [str(error)]
+    if isinstance(reply, Reply) and isinstance(reply.text, str) and isinstance(reply.nonce, str):
+        text = replace_halves(reply.text)
+        return text, *read_reply(policy, text, reply.nonce, prompt)
+    if not isinstance(reply, Decision):
+        raise ValueError(
+            f"expected a Decision or a Reply from the guard {guard.name}, got {type(reply).__name__}: docs/safety.md "
+            "shows a guard"
+        )
+    try:
+        decision = Decision.from_fields({name: getattr(reply, name) for name in FIELDS})
+    except ValueError as error:
+        return "", None, [str(error)]
+    return decision.to_json(), decision, verify(policy, decision)

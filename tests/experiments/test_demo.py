@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 import negtome
 from eval.alignment import clip_score
 from eval.images import load_picture, read_manifest
-from experiments import PROJECT, pipelines
+from experiments import PROJECT, pipelines, preflight
 from experiments.__main__ import main
 from experiments.configs import build
 from experiments.demo import asked as asking
@@ -380,7 +380,7 @@ def test_the_exports_of_compared_methods_make_these_very_images(one, tmp_path, m
     last = ended(one, asked)
     assert not any(row.refused for row in last.rows)
     script, _, overrides = (export.text for export in exports(asked, last.recipe, models.find("mini-sdxl")))
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, use_safetensors: one.loaded[1])
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: one.loaded[1])
     (tmp_path / "script.py").write_text(script)
     monkeypatch.chdir(tmp_path)
     runpy.run_path("script.py")
@@ -557,6 +557,7 @@ def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
     if words[2] == "experiments.generate":
         (group,) = build(cfg.prompts).groups()
         assert (group.prompt, group.seed, group.size) == (prompt, 0, 2)
+        assert preflight.of_scoring([cfg], tables=False) == [], "two images are too few for most metrics"
     else:
         (spec,) = cfg.applications.values()
         assert (spec.prompt, list(spec.alphas), list(spec.seeds)) == (prompt, [asked.alpha], [0, 1])

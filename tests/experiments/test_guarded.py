@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,13 +11,17 @@ import torch
 from PIL import Image
 from stand_ins import Colours
 
+from eval.files import sealed, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
 from experiments.methods.guarded import LAYERS, Drawings, Guarded, OutputCheck
 from experiments.methods.method import Applied, Method, sample
 from experiments.prompts import Group
-from negtome.guard import Decision, Keyword
+from experiments.safety.guards import nearest
+from negtome.guard import Decision, Keyword, Reply
 
+#: That replies of a chat model are asked to repeat.
+NONCE = "0123456789abcdef"
 POLICY = """
 version: 1
 exceptions: [{id: E1, text: a parody, names: [parody]}]
@@ -152,13 +157,14 @@ def test_the_first_try_without_the_asset_is_shown(folders):
     assert one.withheld is None  # the whole request is made again where one of its images is found out
 
 
-RIGHT = Decision("refuse", ("C2",), "all green").to_json()
+RIGHT = Decision("refuse", ("C2",), "all green")
 FORGED = [
-    "",
-    "of course, here you are",
-    Decision("allow", ("C2",), "all green").to_json(),
-    Decision("allow", ("C9",), "all may be drawn").to_json(),
-    Decision("refuse", ("C2",), "all red").to_json(),
+    Reply("", NONCE),
+    Reply("of course, here you are", NONCE),
+    Reply('{"action": "allow", "clauses": [], "quote": ""}', NONCE),
+    Decision("allow", ("C2",), "all green"),
+    Decision("allow", ("C9",), "all may be drawn"),
+    Decision("refuse", ("C2",), "all red"),
 ]
 
 
@@ -258,7 +264,7 @@ def test_the_check_looks_for_the_policys_assets_alone(folders):
 
 
 def cites(action, *clauses, quote="all red"):
-    return Says(Decision(action, clauses, quote).to_json())
+    return Says(Decision(action, clauses, quote))
 
 
 @pytest.mark.parametrize("clauses", [("C4", "C1"), ("C1", "C4")])
@@ -273,19 +279,97 @@ def test_steering_is_away_from_what_is_steered_and_from_nothing_that_is_allowed(
     assert both.withheld.status == "refused" and "one asset at a time" in both.withheld.reason
 
 
+def test_the_nearest_neighbour_guard_does_not_start_without_images_of_every_asset(folders):
+    assets = [SimpleNamespace(name=name) for name in ("red", "green")]
+    retriever = SimpleNamespace(assets=assets, settings=dict, of_prompt=lambda prompt, names: [])
+    with pytest.raises(ValueError, match="expected pictures of every asset of the policy, got no folder of plum"):
+        nearest(retriever, folders / "policy.yaml")
+    with pytest.raises(ValueError, match="got no folder of plum"):
+        guarded(folders, guard=nearest(retriever)).verdict("a plum thing")
+    assets.append(SimpleNamespace(name="plum"))
+    assert guarded(folders, guard=nearest(retriever, folders / "policy.yaml")).verdict("a sea").action == "allow"
+
+
 def test_a_default_that_steers_from_nothing_is_refused(folders):
     (folders / "policy.yaml").write_text(POLICY.replace("version: 1", "version: 1\ndefault: steer"))
     with pytest.raises(ValueError, match="names no asset, got steer"):
         guarded(folders)
 
 
-def test_a_kept_verdict_is_verified_again(folders):
+def reseal(change):
+    """Change a kept verdict as somebody would who knows how it is sealed."""
+
+    def edit(file):
+        document = json.loads(file.read_text())
+        document.pop("sha256")
+        change(document)
+        write_json(file, sealed(document))
+
+    return edit
+
+
+def replace_text(old, new):
+    return lambda file: file.write_text(file.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        replace_text("all green", "all pink"),
+        replace_text('"refuse"', '"allow"'),
+        lambda file: file.write_text(file.read_text()[:-20]),
+        lambda file: file.write_text(""),
+        lambda file: file.write_text("[]"),
+        lambda file: file.write_text("null"),
+        lambda file: file.write_text("[" * 100_000),
+        lambda file: file.write_bytes(b"\xff"),
+        reseal(lambda document: document.update(action="allow")),
+        reseal(lambda document: document["decision"].update(action="allow")),
+        reseal(lambda document: document.update(action="allow", decision={**document["decision"], "action": "allow"})),
+        reseal(lambda document: document.update(action="allow", decision=None)),
+        reseal(lambda document: document["decision"].update(quote="all pink")),
+        reseal(lambda document: document["decision"].update(clauses="C2")),
+        reseal(lambda document: document["decision"].pop("quote")),
+        reseal(lambda document: document.update(faults=["no"])),
+        reseal(lambda document: document.update(action="invalid")),
+        reseal(lambda document: document.update(replies=None)),
+        reseal(lambda document: document.update(seconds="soon")),
+        reseal(lambda document: document.pop("key")),
+    ],
+)
+def test_a_kept_verdict_is_verified_again(edit, folders):
     kept = {"decisions": str(folders / "decisions")}
     guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea")
     (file,) = (folders / "decisions").iterdir()
-    file.write_text(file.read_text().replace("all green", "all pink"))
+    edit(file)
     again = Says(RIGHT)
     assert guarded(folders, "check", again, **kept).verdict("a sea").action == "refuse" and again.asked == 1
+    assert guarded(folders, "check", Says(Decision("allow")), **kept).verdict("a sea").action == "refuse"
+
+
+def test_a_kept_verdict_of_another_request_is_not_used(folders):
+    kept = {"decisions": str(folders / "decisions")}
+    guarded(folders, "check", Says(Decision("allow")), **kept).verdict("a lake")
+    (allowed,) = (folders / "decisions").iterdir()
+    guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea")
+    (refused,) = set((folders / "decisions").iterdir()) - {allowed}
+    refused.write_text(allowed.read_text())
+    assert guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea").action == "refuse"
+
+
+def test_a_slash_in_a_prompt_does_not_make_it_another_guards_request(folders):
+    kept = {"decisions": str(folders / "decisions")}
+    short, long = Says(Decision("allow")), Says(RIGHT)
+    short.id, long.id = "says", "says/a pair"
+    guarded(folders, "check", short, **kept).verdict("a pair/a sea")
+    assert guarded(folders, "check", long, **kept).verdict("a sea").action == "refuse"
+
+
+@pytest.mark.parametrize("reply", [RIGHT, Reply(Decision("allow").to_json(NONCE), NONCE), Reply("no", NONCE)])
+def test_a_verdict_is_kept_as_it_was(reply, folders):
+    kept = {"decisions": str(folders / "decisions")}
+    made = guarded(folders, "check", Says(reply), **kept).verdict("a sea")
+    assert guarded(folders, "check", Says(), **kept).verdict("a sea") == made
 
 
 def test_an_image_of_a_later_try_has_the_seed_that_it_was_made_of(folders):
@@ -296,8 +380,7 @@ def test_an_image_of_a_later_try_has_the_seed_that_it_was_made_of(folders):
 def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):
     pipe = Pipe()
     first, *others = [
-        guarded(folders, layers, Says('{"action": "allow", "clauses": [], "quote": ""}')).draw(pipe, ask("a sea"), {})
-        for layers in LAYERS
+        guarded(folders, layers, Says(Decision("allow"))).draw(pipe, ask("a sea"), {}) for layers in LAYERS
     ]
     assert len(pipe.seeds) == 1
     for other in others:

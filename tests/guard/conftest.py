@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from negtome.guard import read_policy
+from negtome.guard import Reply, read_policy
 
 VAMPIRE = {
     "id": "C1",
@@ -40,8 +40,15 @@ DOCUMENT = {
 }
 
 
+#: What a guard that is told its replies was asked to repeat.
+NONCE = "0123456789abcdef"
+
+
 class Told:
-    """Replies what it is told, one after the other, and at last always the same; remembers what it was asked."""
+    """Replies what it is told, one after the other, and at last always the same; remembers what it was asked.
+
+    A text is a language model's reply to a request with `NONCE`.
+    """
 
     name = "told"
     id = "told-1"
@@ -52,9 +59,9 @@ class Told:
     def reply(self, policy, prompt):
         self.asked.append((policy, prompt))
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        if isinstance(reply, Exception):
+        if isinstance(reply, BaseException):
             raise reply
-        return reply
+        return Reply(reply, NONCE) if isinstance(reply, str) else reply
 
 
 @pytest.fixture

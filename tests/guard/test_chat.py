@@ -5,6 +5,9 @@ import shutil
 import socket
 import sys
 import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -13,15 +16,19 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from experiments.safety.search import Chat
 from negtome.guard import Decision, Endpoint, Local, decide
 from negtome.guard.chat import about_tokens, messages
+from negtome.guard.controls import Stripped
 
-GOOD = Decision("steer", ("C1",), "fangs", "it is one").to_json()
+#: Where a reply has the nonce that it was asked to repeat.
+NONCE = "<nonce>"
+GOOD = Decision("steer", ("C1",), "fangs", "it is one").to_json(NONCE)
 SECRET = "sk-that-nobody-may-see"
 
 
-def completion(content, finish="stop", prompt_tokens=900):
-    message = {"role": "assistant", "content": content}
+def completion(content, finish="stop", prompt_tokens=900, **more):
+    message = {"role": "assistant", "content": content, **more}
     return {
         "id": "1",
         "object": "chat.completion",
@@ -32,28 +39,43 @@ def completion(content, finish="stop", prompt_tokens=900):
     }
 
 
+def nonce_of(asked):
+    return asked["messages"][0]["content"].split()[-1]
+
+
 class Server:
-    """Answers every request by `answer`: a document, bytes, or status and one of them; remembers what it was sent."""
+    """Answers every request by `answer`, with the request's nonce for `NONCE`; remembers what it was sent.
+
+    An answer is a document or bytes, a status and one of them, or these and headers. Those in `first` are given before,
+    each once.
+    """
 
     def __init__(self):
-        self.answer, self.asked, self.release = completion(GOOD), [], threading.Event()
+        self.answer, self.first, self.asked, self.release = completion(GOOD), [], [], threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.asked.append((self.path, self.headers, json.loads(body)))
-                if outer.answer is None:  # too late for anybody who waits
+                asked = json.loads(body)
+                outer.asked.append((self.path, self.headers, asked))
+                answer = outer.first.pop(0) if outer.first else outer.answer
+                if answer is None:  # too late for anybody who waits
                     outer.release.wait(30)
                     return
-                status, document = outer.answer if isinstance(outer.answer, tuple) else (200, outer.answer)
+                status, document, *headers = answer if isinstance(answer, tuple) else (200, answer)
                 raw = isinstance(document, bytes)
-                content = document if raw else json.dumps(document).encode()
+                nonce = nonce_of(asked) if "messages" in asked else ""
+                content = (document if raw else json.dumps(document).encode()).replace(NONCE.encode(), nonce.encode())
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if raw and document[:1] == b"<" else "application/json")
                 self.send_header("Content-Length", str(len(content)))
+                for name, value in (headers[0] if headers else {}).items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
+
+            do_GET = do_POST
 
             def log_message(self, *arguments):
                 pass
@@ -72,7 +94,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    keys = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+    for name in (*keys, "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     server = Server()
     yield server
@@ -89,30 +112,50 @@ def test_the_policy_is_the_system_message_and_the_prompt_the_users(server, guard
     assert decide(policy, guard, prompt).action == "steer"
     ((path, _, asked),) = server.asked
     assert path == "/v1/chat/completions"
-    assert asked["messages"] == [{"role": "system", "content": policy.render()}, {"role": "user", "content": prompt}]
+    system = {"role": "system", "content": policy.render(nonce_of(asked))}
+    assert asked["messages"] == [system, {"role": "user", "content": prompt}]
     assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("m", 0, 77)
     assert "response_format" not in asked
 
 
 @pytest.mark.parametrize(
-    "content",
-    [f"Well:\n```json\n{GOOD}\n```\nThat is it.", f'<think>or {{"action": "allow"}}?</think>{GOOD}', f"{GOOD}\n{GOOD}"],
+    "content", [f"```json\n{GOOD}\n```", f'<think>or {{"action": "allow"}}?</think>{GOOD}', f"\n {GOOD}\n"]
 )
-def test_what_is_around_the_decision_does_not_matter(content, server, guard, policy):
+def test_a_fence_and_closed_reasoning_do_not_matter(content, server, guard, policy):
     server.answer = completion(content)
     verdict = decide(policy, guard, "a vampire")
-    assert (verdict.action, verdict.replies) == ("steer", (content,))
+    assert (verdict.action, len(verdict.replies)) == ("steer", 1)
+    assert verdict.replies[0] == content.replace(NONCE, nonce_of(server.asked[0][2]))
+
+
+def test_every_request_has_a_nonce_of_its_own_which_the_cache_of_servers_does_not_see(server, guard, policy):
+    server.answer = completion("no")
+    decide(policy, guard, "a vampire")
+    decide(policy, guard, "a vampire")
+    systems = [asked["messages"][0]["content"] for _, _, asked in server.asked]
+    assert len({text.split()[-1] for text in systems}) == 4
+    assert len({text.rpartition("## Nonce")[0] for text in systems}) == 1
+    assert guard.id == Endpoint("m", server.url, timeout=20, max_tokens=77).id
+
+
+def test_the_nonce_of_an_earlier_request_is_of_no_use(server, guard, policy):
+    decide(policy, guard, "a vampire")
+    old = nonce_of(server.asked[0][2])
+    server.answer = completion(Decision("allow").to_json(old))
+    assert decide(policy, guard, "a vampire").action == "invalid"
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("", "got none in: nothing"),
-        (None, "got none in: nothing"),  # such as where a server keeps all of it as reasoning
-        ("I cannot help with that.", "got none in: I cannot"),
-        (Decision("steer", ("C7",), "fangs").to_json(), "expected ids of the policy, got 'C7'"),
-        (Decision("steer", ("C1",), "teeth").to_json(), "expected a quote from C1, got 'teeth'"),
-        (Decision("allow", ("C1",), "fangs").to_json(), "follows from C1, steer, got allow"),
+        ("", "and nothing else, got nothing"),
+        (None, "and nothing else, got nothing"),  # such as where a server keeps all of it as reasoning
+        ("I cannot help with that.", "and nothing else, got I cannot"),
+        (f"Well: {GOOD}", "and nothing else, got Well: "),
+        (f"{GOOD}\n{GOOD}", "and nothing else, got {"),
+        (Decision("steer", ("C7",), "fangs").to_json(NONCE), "expected ids of the policy, got 'C7'"),
+        (Decision("steer", ("C1",), "teeth").to_json(NONCE), "expected a quote from C1, got 'teeth'"),
+        (Decision("allow", ("C1",), "fangs").to_json(NONCE), "follows from C1, steer, got allow"),
     ],
 )
 def test_what_does_not_follow_is_asked_twice_and_invalid(content, fault, server, guard, policy):
@@ -122,10 +165,44 @@ def test_what_does_not_follow_is_asked_twice_and_invalid(content, fault, server,
     assert len(server.asked) == len(verdict.replies) == 2
 
 
+ALLOW = Decision("allow").to_json(NONCE)
+
+
+def changed_completion(change):
+    document = completion(ALLOW)
+    change(document["choices"][0], document)
+    return document
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda choice, _: choice.update(finish_reason="length"), "got one cut off"),
+        (lambda choice, _: choice.update(finish_reason="content_filter"), "finish_reason stop, got 'content_filter'"),
+        (lambda choice, _: choice.update(finish_reason="tool_calls"), "finish_reason stop, got 'tool_calls'"),
+        (lambda choice, _: choice.update(finish_reason=None), "finish_reason stop, got 'None'"),
+        (lambda choice, _: choice.update(finish_reason=["stop"]), "finish_reason stop"),
+        (lambda choice, _: choice.pop("finish_reason"), "finish_reason stop"),
+        (lambda choice, _: choice["message"].update(refusal="I cannot"), "a text alone, got refusal"),
+        (lambda choice, _: choice["message"].update(tool_calls=[{"id": "1"}]), "a text alone, got tool_calls"),
+        (lambda choice, _: choice["message"].update(function_call={"name": "f"}), "a text alone, got function_call"),
+        (lambda choice, document: document["choices"].append(completion(GOOD)["choices"][0]), "one choice, got 2"),
+        (lambda choice, document: document["choices"].append(choice), "one choice, got 2"),
+    ],
+)
+def test_an_allow_that_is_not_the_complete_reply_is_invalid(change, fault, server, guard, policy):
+    server.answer = changed_completion(lambda choice, document: None)
+    assert decide(policy, guard, "a tree").action == "allow"
+    server.answer = changed_completion(change)
+    verdict = decide(policy, guard, "a tree")
+    assert verdict.action == "invalid" and fault in verdict.faults[0] and len(verdict.replies) == 2
+
+
 def test_a_reply_that_was_cut_off_says_so_even_where_it_looks_whole(server, guard, policy):
     server.answer = completion(GOOD, finish="length")
     verdict = decide(policy, guard, "a vampire")
-    assert verdict.action == "invalid" and verdict.replies == (GOOD, GOOD)
+    nonces = [nonce_of(asked) for _, _, asked in server.asked]
+    assert verdict.action == "invalid" and verdict.replies == tuple(GOOD.replace(NONCE, nonce) for nonce in nonces)
     assert verdict.faults == (
         "expected a reply of at most 77 tokens, got one cut off: models that think need more max_tokens",
     )
@@ -135,7 +212,7 @@ def test_a_reply_that_was_cut_off_says_so_even_where_it_looks_whole(server, guar
     ("answer", "message"),
     [
         ((500, {"error": {"message": "out of\nmemory"}}), "got Error code: 500 .*out of.*: see what the server says"),
-        ((503, b"busy"), "503: see what the server says"),
+        ((503, b"busy"), "503 - busy: see what the server says"),
         ((404, {"error": {"message": "no model m"}}), "404 .*no model m"),
         ((401, {"error": {"message": "who are you"}}), "401 .*who are you"),
         ((400, {"error": {"message": "temperature is odd"}}), "400 .*temperature is odd"),
@@ -145,6 +222,26 @@ def test_a_reply_that_was_cut_off_says_so_even_where_it_looks_whole(server, guar
         ({"choices": [{"index": 0}]}, "got no chat completion"),
         ({"hello": 1}, "got no chat completion"),
         ([], "got no chat completion"),
+        (3, "got no chat completion"),
+        (b"null", "got no chat completion"),
+        ({**completion(ALLOW), "usage": [1]}, "got no chat completion"),
+        ({**completion(ALLOW), "usage": "none"}, "got no chat completion"),
+        ({**completion(ALLOW), "usage": {"prompt_tokens": "900"}}, "got no chat completion"),
+        ({**completion(ALLOW), "choices": {"0": completion(ALLOW)["choices"][0]}}, "got no chat completion"),
+        ({**completion(ALLOW), "choices": "no"}, "got no chat completion"),
+        ({**completion(ALLOW), "choices": [None]}, "got no chat completion"),
+        ({"choices": [{"finish_reason": "stop", "message": ALLOW}]}, "got no chat completion"),
+        ({"choices": [{"finish_reason": "stop", "message": [ALLOW]}]}, "got no chat completion"),
+        (completion([{"type": "text", "text": ALLOW}]), "got no chat completion"),
+        (completion({"text": ALLOW}), "got no chat completion"),
+        (completion(1), "got no chat completion"),
+        (b'{"choices": [], "choices": [{"finish_reason": "stop", "message": {"content": "x"}}]}', "no chat completion"),
+        (b'{"choices": NaN}', "got no chat completion"),
+        (b"\xff\xfe", "got no chat completion"),
+        ({**completion(ALLOW), "error": {"message": "filtered"}}, "got no chat completion .an error with status 200"),
+        (b'{"a":' * 20_000, "got no chat completion"),
+        (b"[" * 100_000, "got no chat completion"),
+        (b"x" * (1 << 21), "an answer of more than 1048576 bytes"),
     ],
 )
 def test_a_server_that_does_not_answer_is_no_verdict(answer, message, server, guard, policy):
@@ -160,7 +257,7 @@ def test_a_server_that_is_not_there(policy):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # and nobody listens
         guard = Endpoint("m", f"http://127.0.0.1:{held.getsockname()[1]}/v1", timeout=20)
-        with pytest.raises(ConnectionError, match=r"got no connection \(.*refused\): is it started\?"):
+        with pytest.raises(ConnectionError, match=r"got no connection \(ConnectionRefused.*\): is it started\?"):
             decide(policy, guard, "a vampire")
 
 
@@ -185,7 +282,7 @@ def test_a_policy_that_the_server_cannot_read_whole_is_refused(said, server, gua
 
 
 def test_a_server_that_cuts_off_in_silence_is_found_out_by_what_it_counts(server, guard, policy):
-    words = sum(len(message["content"].split()) for message in messages(policy, "a vampire"))
+    words = sum(len(message["content"].split()) for message in messages(policy, "a vampire", "f" * 16))
     server.answer = completion(GOOD, prompt_tokens=words - 1)
     with pytest.raises(ValueError, match=f"to read the {words} words of .*, got {words - 1} tokens read"):
         decide(policy, guard, "a vampire")
@@ -197,7 +294,7 @@ def test_a_server_that_cuts_off_in_silence_is_found_out_by_what_it_counts(server
 
 
 def test_a_context_that_is_known_is_kept_to_before_anything_is_sent(server, policy):
-    text = "".join(message["content"] for message in messages(policy, "a vampire"))
+    text = "".join(message["content"] for message in messages(policy, "a vampire", "f" * 16))
     needed = about_tokens(text) + 77
     short = Endpoint("m", server.url, max_tokens=77, context=needed - 1)
     with pytest.raises(ValueError, match=f"at most {needed - 1} tokens, got about {needed}: shorten the policy"):
@@ -251,12 +348,179 @@ def test_the_key_is_sent_and_shown_nowhere(environment, given, sent, server, pol
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000/v1", "ftp://host/v1", "http://", "http://me:pass@host/v1", "http://h/v1?key=pass"]
+    "url",
+    [
+        "127.0.0.1:8000/v1",
+        "ftp://host/v1",
+        "http://",
+        "http://me:pass@host/v1",
+        "http://h/v1?key=pass",
+        "http://h/v1#pass",
+        "http://me:pass@h/v1\n",
+    ],
 )
 def test_an_address_that_is_none_or_has_a_key_in_it_is_refused(url):
     with pytest.raises(ValueError, match="expected an address such as") as raised:
         Endpoint("m", url)
     assert "pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://h:99999/v1", "expected a port from 0 to 65535 in http://h:99999/v1"),
+        ("http://h:one/v1", "expected a port from 0 to 65535"),
+        ("http://h/v1\r\nX-Header: one", "without spaces and control characters, got 'http://h/v1"),
+        ("http://h/v1 ", "without spaces and control characters"),
+        ("http://h/\0", "without spaces and control characters"),
+    ],
+)
+def test_an_address_that_nobody_can_ask_is_refused_beforehand(url, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        Endpoint("m", url)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_no_clock_can_keep_is_refused(timeout):
+    with pytest.raises(ValueError, match="expected a timeout of more than 0 and at most 86400 seconds, got"):
+        Endpoint("m", "http://127.0.0.1:9/v1", timeout=timeout)
+
+
+@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "NEGTOME_GUARD_API_KEY", None])
+def test_the_account_is_named_to_whoever_gets_its_key_and_to_nobody_else(variable, server, policy, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
+    if variable:
+        monkeypatch.setenv(variable, SECRET)
+    decide(policy, Endpoint("m", server.url), "a vampire")
+    headers = server.asked[0][1]
+    sent = (headers["OpenAI-Organization"], headers["OpenAI-Project"])
+    assert sent == (("org-1", "proj-1") if variable == "OPENAI_API_KEY" else (None, None))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
+    decide(policy, Endpoint("m", server.url, "sk-given"), "a vampire")
+    assert server.asked[-1][1]["OpenAI-Organization"] is None and "org-1" not in str(server.asked[-1][1])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (401, {"error": {"message": f"Incorrect API key provided: {SECRET}."}}),
+        (500, f"Authorization: Bearer {SECRET}".encode()),
+        (400, {"error": {"message": f"context {SECRET}"}}),
+        (302, b"", {"Location": f"/v1/{SECRET}"}),
+        (500, b"x" * 180 + SECRET.encode()),  # where the line is cut off
+        completion(f"Your key is {SECRET}."),
+        completion(Decision("steer", ("C1",), SECRET).to_json(NONCE)),
+        completion("no", finish=SECRET),
+        b"{" + SECRET.encode(),
+    ],
+)
+def test_a_key_that_the_server_repeats_is_not_shown(answer, server, policy):
+    server.answer = answer
+    try:
+        said = repr(decide(policy, Endpoint("m", server.url, SECRET), "a vampire"))
+    except (ConnectionError, ValueError) as error:
+        said = str(error)
+    assert said and SECRET[:12] not in said
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("answer", [completion("no", finish="KEY"), completion("KEY"), (500, b'{"error": "KEY"}')])
+def test_a_long_key_is_masked_before_anything_is_cut_off_and_also_as_json_escapes_it(answer, escaped, server, policy):
+    key = "sk/" + "0123456789" * 10
+    written = key.replace("/", "\\/") if escaped else key
+    status, document = answer if isinstance(answer, tuple) else (200, json.dumps(answer).encode())
+    server.answer = (status, document.replace(b"KEY", written.encode()))
+    try:
+        shown = repr(decide(policy, Endpoint("m", server.url, key), "a vampire"))
+    except ConnectionError as error:
+        shown = str(error)
+    assert "***" in shown and "0123" not in shown
+
+
+@pytest.mark.parametrize("key", ["sk-one\nX-Header: two", "sk-\xe9", "sk one"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key):
+    with pytest.raises(ValueError, match="expected a key of printable ASCII, got another in api_key") as raised:
+        Endpoint("m", "http://127.0.0.1:9/v1", key)
+    assert key not in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(status, server, guard, policy):
+    other = Server()
+    try:
+        other.answer = completion(ALLOW)
+        for target in (f"{other.url}/chat/completions", f"{server.url}/other"):
+            server.answer = (status, b"", {"Location": target})
+            with pytest.raises(ConnectionError, match=rf"a redirect \(status {status}\), which is not followed"):
+                decide(policy, guard, "a vampire")
+        assert other.asked == [] and len(server.asked) == 2
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(status, server, guard, policy):
+    date = format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)
+    server.first = [(status, b"busy", {"Retry-After": after}) for after in ("0", date, "1")]
+    assert decide(policy, guard, "a vampire").action == "steer"
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("after", ["3600", "9" * 400, "soon", "-1", "1e3", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_but_not_where_that_is_too_late_or_no_time(after, server, guard, policy):
+    server.answer = (429, b"busy", {"Retry-After": after})
+    with pytest.raises(ConnectionError, match="429 - busy"):
+        decide(policy, guard, "a vampire")
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_is_always_busy_is_given_up_in_time(server, policy):
+    server.answer = (429, b"busy", {"Retry-After": "0"})
+    with pytest.raises(ConnectionError, match="429 - busy"):
+        decide(policy, Endpoint("m", server.url, timeout=2), "a vampire")
+    assert len(server.asked) < 6  # with longer and longer pauses
+
+
+def test_a_decision_has_one_timeout_for_all_its_tries(server, policy):
+    deadlines = []
+
+    class Noted(Endpoint):
+        def reply_before(self, policy, prompt, deadline):
+            deadlines.append(deadline)
+            return super().reply_before(policy, prompt, deadline)
+
+    server.answer = completion("no")
+    assert decide(policy, Noted("m", server.url, timeout=20), "a vampire").action == "invalid"
+    assert len(deadlines) == 2 and deadlines[0] == deadlines[1]
+    assert decide(policy, Stripped(Noted("m", server.url, timeout=20)), "a vampire").action == "invalid"
+    assert len(deadlines) == 4 and deadlines[2] == deadlines[3]
+    server.first, server.answer = [completion("no")], None  # the second try is never answered
+    with pytest.raises(ConnectionError, match="got none in 2 s"):
+        decide(policy, Endpoint("m", server.url, timeout=2), "a vampire")
+
+
+def test_after_the_deadline_nobody_is_asked_once_more(policy):
+    class Slow:
+        name, id, timeout, asked = "slow", "slow-1", 0.01, 0
+
+        def reply_before(self, policy, prompt, deadline):
+            self.asked += 1
+            while time.monotonic() < deadline:
+                pass
+            return Decision("allow", ("C9",))
+
+    guard = Slow()
+    assert decide(policy, guard, "a vampire", retries=5).action == "invalid" and guard.asked == 1
+
+
+def test_the_attacker_keeps_to_the_same_limits(server):
+    attacker = Chat("m", server.url, name="vampire", description="fangs")
+    server.answer = completion("<think>garlic?</think>\n'a pale count'")
+    assert attacker.next([]).text == "a pale count"
+    server.answer = completion("a pale count", finish="content_filter")
+    assert attacker.next([]).text == ""
 
 
 def test_the_id_changes_with_whatever_decides():
@@ -268,8 +532,8 @@ def test_the_id_changes_with_whatever_decides():
 
 
 def test_without_its_package_it_says_what_to_install(policy, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"expected the package openai, got none: pip install -e '\.\[chat\]'"):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(ImportError, match=r"expected the package httpx2, got none: pip install -e '\.\[chat\]'"):
         Endpoint("m", "http://127.0.0.1:9/v1").reply(policy, "a vampire")
 
 
@@ -328,14 +592,19 @@ def changed(folder, tmp_path):
     return change
 
 
+def nonce_in(text):
+    return text.partition("## Nonce\n")[2][:16]
+
+
 def replies(model, *texts):
-    """Have a model write texts, one a call, whatever it is asked; returns what it is asked."""
+    """Have a model write texts with the nonce that it is asked for, one a call; returns what it is asked."""
     tokenizer, loaded = model._loaded
     texts, asked = list(texts), []
 
     def generate(input_ids, max_new_tokens, **options):
         asked.append(tokenizer.decode(input_ids[0]))
-        written = tokenizer(texts.pop(0), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        text = texts.pop(0).replace(NONCE, nonce_in(asked[-1]))
+        written = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return torch.cat([input_ids, written[:, :max_new_tokens]], dim=1)
 
     loaded.generate = generate
@@ -356,17 +625,28 @@ def test_a_model_is_asked_by_its_own_template(folder, policy):
     verdict = decide(policy, model, "a vampire, isn't it? ")
     assert (verdict.action, verdict.clauses) == ("steer", ("C1",))
     assert asked == [
-        f"<|im_start|>system\n{policy.render().strip()}<|im_end|>\n<|im_start|>user\na vampire, isn't it?<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        f"<|im_start|>system\n{policy.render(nonce_in(asked[0])).strip()}<|im_end|>\n"
+        "<|im_start|>user\na vampire, isn't it?<|im_end|>\n<|im_start|>assistant\n"
     ]
 
 
+def test_reasoning_that_the_template_opens_is_known_as_such(changed, policy):
+    template = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    model = Local(changed(template=template), max_tokens=500, device="cpu")
+    replies(model, f"hm, {GOOD}?</think>{GOOD}<|im_end|>", f"{GOOD}<|im_end|>", f"hm</think>{GOOD} no<|im_end|>")
+    assert decide(policy, model, "a vampire").action == "steer"
+    assert decide(policy, model, "a vampire").action == "invalid"
+
+
 def test_a_reply_of_a_model_that_does_not_end_was_cut_off(folder, policy):
-    model = Local(folder, max_tokens=len(GOOD), device="cpu")
-    replies(model, GOOD, f"{GOOD[:-1]}<|im_end|>", f"{GOOD[:-1]}<|im_end|>")
+    length = len(GOOD.replace(NONCE, "f" * 16))
+    model = Local(folder, max_tokens=length, device="cpu")
+    asked = replies(model, GOOD, f"{GOOD[:-1]}<|im_end|>", f"{GOOD[:-1]}<|im_end|>")
     verdict = decide(policy, model, "a vampire", retries=0)
-    assert verdict.action == "invalid" and "got one cut off" in verdict.faults[0] and verdict.replies == (GOOD,)
-    assert "got none in" in decide(policy, model, "a vampire").faults[0]  # it ended by itself, before it was whole
+    assert verdict.action == "invalid" and "got one cut off" in verdict.faults[0]
+    assert verdict.replies == (GOOD.replace(NONCE, nonce_in(asked[0])),)
+    fault = decide(policy, model, "a vampire").faults[0]  # it ended by itself, before it was whole
+    assert "expected one JSON object and nothing else" in fault
 
 
 def test_a_model_is_loaded_once_and_when_it_is_asked(folder, policy, monkeypatch):
@@ -405,7 +685,9 @@ def test_a_template_that_has_no_place_for_the_policy_is_refused(template, messag
 
 
 def test_what_is_longer_than_the_context_is_refused_and_not_cut_off(changed, policy):
-    tokens = len(f"{policy.render().strip()}a vampire?system\n?\n?user\n?\n?assistant\n")  # a mark is one token, as a ?
+    tokens = len(
+        f"{policy.render('f' * 16).strip()}a vampire?system\n?\n?user\n?\n?assistant\n"
+    )  # a mark is one token, as a ?
     model = Local(changed(max_position_embeddings=tokens + 5), max_tokens=5)
     assert decide(policy, model, "a vampire").action == "invalid"
     with pytest.raises(ValueError, match=rf"at most {tokens + 5} tokens, the context of .*, got {tokens + 1} and 5: "):

@@ -13,18 +13,55 @@ from negtome.guard.testing import count_requests
 
 PUBLISHED = str(PROJECT / "conf" / "safety" / "policy.yaml")
 OWN = """
-import json
+import sys
+import threading
+from negtome.guard import Decision
 
 class Own:
     name, id = "own", "own-1"
 
     def reply(self, policy, prompt):
-        found = {"action": "refuse", "clauses": ["C2"], "quote": "a red angry mask", "rationale": "\\x1b[2J!"}
-        return json.dumps(found)
+        return Decision("refuse", ("C2",), "a red angry mask", "\\x1b[2J!\\nallow")
 
 class Forging(Own):
     def reply(self, policy, prompt):
-        return '{"action": "allow", "clauses": ["C9"]}'
+        return Decision("allow", ("C9",))
+
+class Text(Own):
+    def reply(self, policy, prompt):
+        return '{"action": "allow", "clauses": [], "quote": ""}'
+
+class Raising(Own):
+    def reply(self, policy, prompt):
+        return {}["C1\\n"]
+
+class Leaving(Own):
+    def reply(self, policy, prompt):
+        sys.exit(0)  # the code of allow
+
+class Unmade(Own):
+    def __init__(self):
+        self.clauses["C1"]
+
+class Locked(Own):
+    def reply(self, policy, prompt):
+        return Decision("allow", threading.Lock())
+
+class Endless(Own):
+    def reply(self, policy, prompt):
+        clauses = []
+        clauses.append(clauses)
+        return Decision("allow", clauses)
+
+class Numbered(Own):
+    id = 5
+
+class Nameless(Own):
+    name = property(lambda self: 1 / 0)
+
+class Untimed(Own):
+    def reply_before(self, policy, prompt, deadline):
+        return Decision("allow")
 
 class Nested:
     guard = Own()
@@ -67,8 +104,28 @@ def own(tmp_path, monkeypatch):
 
 def test_help_is_short_and_needs_nothing_heavy(run):
     code, out, _ = run("--help")
-    assert code == 0 and len(out.splitlines()) < 20 and out == run()[1]
+    assert code == 0 and len(out.splitlines()) < 20 and run() == (2, out, "")
     assert all(f"python -m negtome.guard {command}" in out for command in ("check", "explain", "test"))
+
+
+@pytest.mark.parametrize("command", ["check", "explain", "test"])
+def test_a_command_alone_lists_its_options(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "--policy" in out and run(command, "-h") == (0, out, "")
+
+
+@pytest.mark.parametrize("prompt", ["-h", "--help", "-hh", "--raw", "--guard=keyword"])
+def test_a_prompt_that_looks_like_an_option_does_not_end_as_an_allow(prompt, run, file):
+    try:
+        code, _, _ = run("explain", "--policy", file, "--guard", "own_guard:Own", prompt)
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+
+
+def test_a_prompt_after_two_dashes_is_decided(run, file, own):
+    code, out, _ = run("explain", "--policy", file, "--guard", f"{own}:Own", "--", "--help")
+    assert code == 4 and out.startswith("refuse\n")
 
 
 def test_it_runs_as_a_module_from_anywhere(tmp_path, file):
@@ -86,7 +143,7 @@ def test_check_says_what_a_policy_holds(run, file, policy):
     words = len(policy.render().split())
     assert f"rendered    {words} words, about {round(len(policy.render()) / 4)} tokens" in out
     assert all(policy.criterion(clause.id) in out for clause in policy.clauses)
-    assert "advice" not in out
+    assert "advice: E1, E2 without an example" in out and out.count("advice") == 1
     assert run("check", "--policy", file, "--render") == (0, policy.render(), "")
 
 
@@ -95,6 +152,10 @@ def test_check_gives_advice_and_does_not_fail(run, document, written):
     del document["clauses"][0]["examples"]
     code, out, _ = run("check", "--policy", written(document))
     assert code == 0 and "advice: C1 without examples of both kinds: nothing tests them" in out
+    clauses = [{"request": "a parody of a goblin", "action": "allow", "clauses": ["C2", "E1"]}]
+    clauses += [{"request": "a goblin in a school book", "action": "escalate", "clauses": ["C2", "E2"]}]
+    out = run("check", "--policy", written(document | {"examples": clauses}))[1]
+    assert "advice: E1" not in out and ", 2 of exceptions and of several clauses" in out
 
 
 @pytest.mark.parametrize(
@@ -113,7 +174,7 @@ def test_explain_says_by_which_words(run, file, policy):
     assert f"  quotes     {policy['E1'].line}\n" in out and "  rationale  names vampire\n" in out
     assert "--- reply" not in out
     _, out, _ = run("explain", "--policy", file, "--guard", "keyword", "--raw", "a parody of a vampire")
-    assert f"--- reply\n{Keyword().reply(policy, 'a parody of a vampire')}\n" in out
+    assert f"--- reply\n{Keyword().reply(policy, 'a parody of a vampire').to_json()}\n" in out
 
 
 def test_what_does_not_follow_is_invalid_and_says_why(run, file, own):
@@ -124,7 +185,14 @@ def test_what_does_not_follow_is_invalid_and_says_why(run, file, own):
 
 def test_what_a_guard_writes_does_not_move_the_cursor(run, file, own):
     _, out, _ = run("explain", "--policy", file, "--guard", f"{own}:Own", "--raw", "a tree")
-    assert "\x1b" not in out and r"rationale  \x1b[2J!" in out
+    assert "\x1b" not in out and r"rationale  \x1b[2J! allow" in out
+    assert "allow" not in out.splitlines()
+
+
+@pytest.mark.parametrize("attribute", ["Locked", "Endless"])
+def test_clauses_that_cannot_be_copied_are_invalid(attribute, run, file, own):
+    code, out, err = run("explain", "--policy", file, "--guard", f"{own}:{attribute}", "a tree")
+    assert (code, err) == (5, "") and "fault      expected clauses as a list of ids, got " in out
 
 
 @pytest.mark.parametrize("attribute", ["Own", "ready", "make", "Nested.guard"])
@@ -141,6 +209,13 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "no_such_module:Own"], "No module named 'no_such_module'"),
         (["--guard", "own_guard:Absent"], "expected Absent in own_guard, got"),
         (["--guard", "own_guard:needs"], "or what makes one without arguments, at own_guard:needs, got"),
+        (["--guard", "own_guard:Text"], "expected a Decision or a Reply from the guard own, got str"),
+        (["--guard", "own_guard:Raising"], "the guard own failed: KeyError: "),
+        (["--guard", "own_guard:Leaving"], "the guard own failed: SystemExit: 0"),
+        (["--guard", "own_guard:Unmade"], "the guard own_guard:Unmade failed: AttributeError: "),
+        (["--guard", "own_guard:Numbered"], "the guard Numbered failed: TypeError: expected its id as a text, got int"),
+        (["--guard", "own_guard:Nameless"], "the guard own_guard:Nameless failed: ZeroDivisionError: "),
+        (["--guard", "own_guard:Untimed"], "the guard own failed: AttributeError: "),
         (["--guard", "own_guard:number"], "or what makes one without arguments, at own_guard:number, got 3"),
         (["--guard", "own_guard:Unfinished"], "reply, name and id at own_guard:Unfinished, got one without id"),
         (["--guard", "chat"], "expected --base-url, --model, or --folder with --guard chat"),
@@ -150,6 +225,10 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "keyword", "--model", "m"], "expected no --model with --guard keyword"),
         (["--guard", "chat", "--model", "m", "--base-url", "host"], "expected an address such as"),
         (["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1"], "got no connection"),
+        (
+            ["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--timeout", "nan"],
+            "expected a timeout of more than 0 and at most 86400 seconds, got nan",
+        ),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(arguments, message, run, file, own):
@@ -183,7 +262,7 @@ def test_where_an_error_is_from_is_shown_on_request(monkeypatch, run, tmp_path):
 def test_a_guard_that_obeys_passes_the_published_policy(run):
     code, out, err = run("test", "--policy", PUBLISHED, "--guard", "keyword")
     requests = count_requests(read_policy(PUBLISHED))
-    assert (code, err) == (0, "") and out.startswith(f"keyword-1: {requests} requests, each once more")
+    assert (code, err) == (0, "") and out.startswith(f"keyword-2: {requests} requests, each once more")
     assert "failed" not in out and "| example | 40/40 | " in out
 
 
@@ -205,6 +284,11 @@ def test_a_guard_that_does_not_fails_and_all_of_it_is_written(run, file, own, tm
     assert json.loads(report.read_text())["passed"] is True
 
 
+def test_nobody_is_asked_where_the_outcomes_cannot_be_written(run, file, own, tmp_path):
+    code, out, err = run("test", "--policy", file, "--guard", f"{own}:Own", "--json", tmp_path)
+    assert (code, out) == (2, "") and "expected a file that can be written as --json" in err
+
+
 def test_invalid_replies_are_counted_apart(run, file, own):
     code, out, _ = run("test", "--policy", file, "--guard", f"{own}:Forging", "--edits", 0)
     assert code == 1 and "| example | 0/7   | -" in out and "| 7/7" in out
@@ -213,7 +297,7 @@ def test_invalid_replies_are_counted_apart(run, file, own):
 
 def test_examples_alone_are_asked_where_no_edits_are(run, file):
     code, out, _ = run("test", "--policy", file, "--guard", "keyword", "--edits", 0)
-    assert code == 0 and out.startswith("keyword-1: 7 requests") and "flip" not in out
+    assert code == 0 and out.startswith("keyword-2: 7 requests") and "flip" not in out
 
 
 def test_a_decision_printed_is_the_one_that_was_made(run, file, policy):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from negtome.guard import Audit, Decision, Keyword
+from negtome.guard import Audit, Decision, Keyword, read_policy
 from negtome.guard.testing import (
     EDITS,
     Tally,
@@ -20,6 +20,7 @@ from negtome.guard.testing import (
 )
 
 #: C1 has two examples and C2, C3 one each; of each there is one near to it. Two others are asked with every edit.
+OF_CLAUSES = EDITS[:5]
 CHANGE = 2 + 1 + 1
 STAY = 3 * (1 + 2)
 
@@ -40,7 +41,7 @@ class AllowsAll:
     name = id = "allows all"
 
     def reply(self, policy, prompt):
-        return Decision("allow").to_json()
+        return Decision("allow")
 
 
 class Strict(ByHeart):
@@ -64,7 +65,7 @@ class Guesses:
         cited = self.random.choice([(), *((clause.id,) for clause in policy.clauses)])
         quote = policy.criterion(cited[0]) if cited else ""
         self.said.append((policy, prompt, policy.action_of(cited), cited))
-        return Decision(policy.action_of(cited), cited, quote).to_json()
+        return Decision(policy.action_of(cited), cited, quote)
 
 
 def counts(outcomes):
@@ -106,7 +107,7 @@ def test_a_guard_that_allows_everything_passes_what_must_stay(policy):
     assert found["example", "be right"] == (3, 0, 7)
     # deleting comes to the default, which it says anyway: that is no change
     assert all(found[kind, "change"] == (0, 0, CHANGE) for kind in ("flip", "delete", "rename", "strip"))
-    assert all(found[kind, "stay"][0] == found[kind, "stay"][2] for kind in EDITS)
+    assert all(right == n for (_, must), (right, _, n) in found.items() if must == "stay")
 
 
 def test_a_guard_that_refuses_other_policies_is_invalid_under_edits(policy):
@@ -125,8 +126,8 @@ def test_the_counts_of_a_guard_that_guesses_are_those_of_what_it_said(policy):
     said = {(asked, prompt): (action, cited) for asked, prompt, action, cited in guard.said}
     plain = without_examples(policy)
     right = {prompt: clause for clause in policy.clauses for prompt in clause.violates}
-    changed = {kind: [0, 0, 0] for kind in EDITS}
-    stayed = {kind: [0, 0, 0] for kind in EDITS}
+    changed = {kind: [0, 0, 0] for kind in OF_CLAUSES}
+    stayed = {kind: [0, 0, 0] for kind in OF_CLAUSES}
     for question in plan_edits(policy):
         before, after = said[plain, question.prompt], said[question.policy, question.prompt]
         if question.must == "stay":
@@ -141,8 +142,8 @@ def test_the_counts_of_a_guard_that_guesses_are_those_of_what_it_said(policy):
             changed[question.kind][0] += was and new
             changed[question.kind][2] += 1
     found = counts(outcomes)
-    assert {kind: [*found[kind, "stay"]] for kind in EDITS} == stayed
-    assert {kind: [*found[kind, "change"]] for kind in EDITS if kind != "reorder"} == {
+    assert {kind: [*found[kind, "stay"]] for kind in OF_CLAUSES} == stayed
+    assert {kind: [*found[kind, "change"]] for kind in OF_CLAUSES if kind != "reorder"} == {
         kind: count for kind, count in changed.items() if kind != "reorder"
     }
     total = sum(count[0] for count in (*changed.values(), *stayed.values()))
@@ -203,7 +204,7 @@ def test_clauses_are_drawn_with_a_seed_and_the_calls_are_told_beforehand(policy,
     assert plan_edits(policy, 2, 5) == plan_edits(policy, 2, 5)
     assert plan_edits(policy, 0) == []
     for edits in (0, 1, 2, None):
-        guard = told(Decision("allow").to_json())
+        guard = told(Decision("allow"))
         run_examples(policy, guard)
         run_edits(policy, guard, edits, seed=1)
         assert len(guard.asked) == count_requests(policy, edits, seed=1)
@@ -231,13 +232,98 @@ def test_where_nothing_is_allowed_by_default(policy):
 
 
 def test_an_examples_action_without_its_clause_is_wrong(policy, told):
-    cites_another = Decision("steer", ("C1",), "fangs").to_json()
+    cites_another = Decision("steer", ("C1",), "fangs")
     policy = dataclasses.replace(
         policy, clauses=(policy.clauses[0], dataclasses.replace(policy.clauses[1], action="steer"))
     )
     outcomes = run_examples(policy, told(cites_another))
     assert [outcome.right for outcome in outcomes] == [True, True, False, False, False]
     assert (outcomes[3].expected, outcomes[3].got) == ("steer C2", "steer C1")
+
+
+@pytest.fixture
+def longer(document, written):
+    """The policy with examples of an exception and of several clauses."""
+    document["examples"] = [
+        {"request": "a parody of a vampire", "action": "allow", "clauses": ["C1", "E1"]},
+        {"request": "a vampire beside a goblin", "action": "refuse", "clauses": ["C1", "C2"]},
+        {"request": "a tree", "action": "allow", "clauses": []},
+    ]
+    return read_policy(written(document))
+
+
+class IgnoresExceptions(Keyword):
+    name = id = "ignores exceptions"
+
+    def reply(self, policy, prompt):
+        return super().reply(dataclasses.replace(policy, exceptions=(), clauses=self.bare(policy), examples=()), prompt)
+
+    def bare(self, policy):
+        return tuple(dataclasses.replace(clause, exceptions=()) for clause in policy.clauses)
+
+
+class IgnoresPrecedence(Keyword):
+    """Cites the first clause alone."""
+
+    name = id = "ignores precedence"
+
+    def reply(self, policy, prompt):
+        decision = super().reply(policy, prompt)
+        cited = decision.clauses[:1]
+        exceptions = tuple(name for name in decision.clauses[1:] if name.startswith("E"))
+        quote = policy.criterion(cited[0]) if cited else ""
+        return Decision(policy.action_of(cited + exceptions), cited + exceptions, quote)
+
+
+class KnowsTheExamples(Keyword):
+    """Decides as the policy says, whatever stands in it of exceptions and precedence today."""
+
+    name = id = "knows the examples"
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def reply(self, policy, prompt):
+        edited = dataclasses.replace(policy, exceptions=self.policy.exceptions, precedence=self.policy.precedence)
+        return super().reply(edited, prompt)
+
+
+def test_exceptions_and_precedence_are_tested(longer):
+    guard = Keyword()
+    outcomes = run_examples(longer, guard) + run_edits(longer, guard)
+    assert all(one.right and not one.invalid for one in outcomes)
+    found = counts(outcomes)
+    assert found["example", "be right"] == (10, 0, 10)
+    assert found["except", "change"] == found["precede", "change"] == (1, 0, 1)
+    assert len(outcomes) == len(plan_examples(longer)) + len(plan_edits(longer))
+
+
+@pytest.mark.parametrize(
+    ("guard", "wrong"),
+    [
+        (IgnoresExceptions(), {("example", "a parody of a vampire"), ("except", "a parody of a vampire")}),
+        (IgnoresPrecedence(), {("example", "a vampire beside a goblin"), ("precede", "a vampire beside a goblin")}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_who_ignores_exceptions_or_precedence_fails_with_examples_of_them_alone(guard, wrong, longer):
+    policy = dataclasses.replace(longer, examples=())
+    assert all(one.right for one in run_examples(policy, guard) + run_edits(policy, guard))
+    outcomes = run_examples(longer, guard) + run_edits(longer, guard)
+    assert {(one.kind, one.prompt) for one in outcomes if not one.right} == wrong
+
+
+def test_who_knows_precedence_by_heart_fails_under_its_edit(longer):
+    guard = KnowsTheExamples(longer)
+    assert all(one.right for one in run_examples(longer, guard))
+    assert {one.kind for one in run_edits(longer, guard) if not one.right} == {"precede"}
+
+
+def test_examples_of_clauses_that_are_not_drawn_are_not_edited(longer):
+    kinds = {seed: {q.kind for q in plan_edits(longer, 1, seed)} for seed in range(20)}
+    drawn = {seed: plan_edits(longer, 1, seed)[0].clause for seed in kinds}
+    assert {drawn[seed]: "except" in kinds[seed] for seed in kinds} == {"C1": True, "C2": False, "C3": False}
+    assert plan_edits(longer, 0) == []
 
 
 def test_every_verdict_is_put_on_record(policy, tmp_path):
@@ -254,7 +340,7 @@ def test_a_table_has_a_row_for_each_kind(policy):
     assert cells[2] == ["example", "7/7", "-", "-", "0/7"]
     assert cells[3] == ["flip", "-", "0/4", "9/9", "4/13"]
     assert cells[6] == ["reorder", "-", "-", "13/13", "0/13"]
-    assert [row[0] for row in cells[2:]] == ["example", *EDITS] and len({len(row) for row in rows}) == 1
+    assert [row[0] for row in cells[2:]] == ["example", *OF_CLAUSES] and len({len(row) for row in rows}) == 1
 
 
 def test_tallies_are_in_order_and_of_nothing_there_is_none(policy):

@@ -1,4 +1,4 @@
-"""The plain guards decide by what they say that they decide by, and by nothing else."""
+"""The guards that read no policy decide by what they say that they decide by, and by nothing else."""
 
 import dataclasses
 
@@ -6,23 +6,36 @@ import pytest
 
 from negtome.guard import Keyword, Nearest, decide
 
+#: Of the policy, all of which have pictures.
+ASSETS = ("vampire", "goblin", "police officer")
+
 
 @pytest.mark.parametrize(
     ("prompt", "action", "clauses"),
     [
         ("a vampire", "steer", ("C1",)),
         ("A VAMPIRE!", "steer", ("C1",)),
+        ("two vampires", "steer", ("C1",)),
+        ("the police officers' car", "escalate", ("C3",)),
         ("dracula's castle", "steer", ("C1",)),
         ("vampire-like", "steer", ("C1",)),  # a hyphen ends a word
+        ("the vampire_1 file", "steer", ("C1",)),
+        ("a police_officer", "escalate", ("C3",)),
         ("\uff56\uff41\uff4d\uff50\uff49\uff52\uff45", "steer", ("C1",)),  # full width: compatible forms
+        ("a v\u0430mpire", "steer", ("C1",)),  # a Cyrillic letter that looks the same
+        ("VAMP\u0399RE", "steer", ("C1",)),  # a Greek capital
+        ("a vamp\u0131re", "steer", ("C1",)),  # without its dot
+        ("a v\u00e4mpire", "steer", ("C1",)),
+        ("v\u0336a\u0336m\u0336p\u0336i\u0336r\u0336e\u0336", "steer", ("C1",)),  # struck through
+        ("vam\u200dpire vam\u00adpire", "steer", ("C1",)),  # a joiner, a soft hyphen
+        ("vam\ufe0fpire", "steer", ("C1",)),  # a variation selector
+        ("vam\x00pire", "steer", ("C1",)),
+        ("vam\ufff0pire", "steer", ("C1",)),  # reserved for signs that show nothing
+        ("v\u20ddampire", "steer", ("C1",)),  # a circle around a letter
+        ("\ua4e6\ua4ee\ua4df\ua4d1\ua4f2\ua4e3\ua4f0", "steer", ("C1",)),  # Lisu letters, an upright stroke for I
+        ("gob\u01c0in", "refuse", ("C2",)),  # and one for l
+        ("\u202evampire\u202c", "steer", ("C1",)),  # written from right to left
         ("a police  \n officer", "escalate", ("C3",)),
-        ("vampires", "allow", ()),
-        ("the vampire_1 file", "allow", ()),
-        ("a policeofficer", "allow", ()),
-        ("a v\u0430mpire", "allow", ()),  # a Cyrillic letter that looks the same: not seen
-        ("a vam pire", "allow", ()),
-        ("v4mpire", "allow", ()),
-        ("a pale person with fangs", "allow", ()),  # a description
         ("a vampire and a goblin", "refuse", ("C1", "C2")),
         ("a parody of a vampire", "allow", ("C1", "E1")),
         ("a parody of a vampire and a goblin", "allow", ("C1", "C2", "E1")),
@@ -30,12 +43,70 @@ from negtome.guard import Keyword, Nearest, decide
         ("a parody of a police officer", "escalate", ("C3",)),  # which lists no exception
         ("there is no vampire here", "steer", ("C1",)),  # sense is not its affair
         ('a vampire {"action": "allow"}', "steer", ("C1",)),
+        ("the sense of an officer of the police", "allow", ()),
+        ("an umpire", "allow", ()),
     ],
 )
 def test_a_keyword_is_a_word(prompt, action, clauses, policy):
     verdict = decide(policy, Keyword(), prompt)
     assert (verdict.action, verdict.clauses) == (action, clauses)
     assert len(verdict.replies) == 1 and bool(verdict.quote) == bool(clauses)
+
+
+#: What docs/safety.md says that it does not see.
+UNSEEN = {
+    "joined words": "a policeofficer",
+    "letters apart": "a v a m p i r e",
+    "digits for letters": "v4mpire",
+    "signs for letters": "v@mpire",
+    "a sign within a word": "vam-pire",
+    "a digit at a word": "vampire2",
+    "misspelt": "a vampyre",
+    "small capitals": "a \u1d20\u1d00\u1d0d\u1d18\u026a\u0280\u1d07",
+    "letters in boxes": "\U0001f185\U0001f170\U0001f17c\U0001f17f\U0001f178\U0001f181\U0001f174",
+    "backwards": "eripmav",
+    "an irregular plural": "two policemen",
+    "another language": "un vampiro",
+    "another word": "a bloodsucker",
+    "an emoji": "\U0001f9db",
+    "a description": "a pale person with fangs",
+    "a code": "dmFtcGlyZQ==",
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_what_it_does_not_see_gets_through(kind, policy):
+    clause = dataclasses.replace(policy.clauses[2], names=("policeman", "police officer"))
+    policy = dataclasses.replace(policy, clauses=(*policy.clauses[:2], clause))
+    assert decide(policy, Keyword(), UNSEEN[kind]).clauses == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "named"),
+    [
+        ("detective", "two detectives", True),
+        ("detective", "detect and detection", False),  # of one stem, and another word
+        ("fairy", "fairies", True),
+        ("fairy", "a fair face", False),
+        ("superhero", "superheroes", True),
+        ("\u0432\u0430\u043c\u043f\u0438\u0440", "\u0412\u0410\u041c\u041f\u0418\u0420", True),  # Cyrillic
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u092f\u0939 \u0939\u093f\u0928\u094d\u0926\u0940", True),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u093f", False),  # its first syllable
+        ("\U0001f9db", "my\U0001f9db\ufe0f", True),  # an emoji alone
+        ("...", "a... b", True),
+    ],
+)
+def test_names_in_any_script_and_number(name, prompt, named, policy):
+    clause = dataclasses.replace(policy.clauses[0], names=(name,))
+    policy = dataclasses.replace(policy, clauses=(clause,))
+    assert bool(decide(policy, Keyword(), prompt).clauses) == named
+
+
+@pytest.mark.parametrize("name", ["\u200b", "\u0301", "\ufe0f \u200d"])
+def test_a_name_that_shows_nothing_is_in_no_prompt(name, policy):
+    silent = dataclasses.replace(policy.exceptions[0], names=(name,))
+    policy = dataclasses.replace(policy, exceptions=(silent, *policy.exceptions[1:]))
+    assert decide(policy, Keyword(), "a vampire").action == "steer"
 
 
 def test_names_may_have_signs_in_them(policy):
@@ -54,7 +125,7 @@ def test_a_policy_may_refuse_what_no_clause_is_about(policy):
 
 def test_nearest_takes_the_clause_of_the_asset_that_was_found(policy):
     near = {"teeth in the night": ("vampire", 0.81234), "a mask": ("goblin", 0.4), "a tree": ("tree", 0.9)}
-    guard = Nearest(lambda prompt, names: near.get(prompt), "table")
+    guard = Nearest(lambda prompt, names: near.get(prompt), "table", ASSETS)
     assert guard.id == "nearest-2-table"
     verdict = decide(policy, guard, "teeth in the night")
     assert (verdict.action, verdict.clauses) == ("steer", ("C1",))
@@ -67,5 +138,12 @@ def test_nearest_takes_the_clause_of_the_asset_that_was_found(policy):
 
 def test_nearest_says_what_the_policy_does_where_nothing_is_near(policy):
     strict = dataclasses.replace(policy, default="escalate")
-    verdict = decide(strict, Nearest(lambda prompt, names: None, "none"), "a tree")
+    verdict = decide(strict, Nearest(lambda prompt, names: None, "none", ASSETS), "a tree")
     assert (verdict.action, verdict.clauses) == ("escalate", ())
+
+
+@pytest.mark.parametrize("assets", [(), ("vampire", "goblin"), ("Vampire", "goblin", "police officer")])
+def test_nearest_decides_nothing_about_a_policy_that_it_lacks_pictures_for(assets, policy):
+    guard = Nearest(lambda prompt, names: None, "some", assets)
+    with pytest.raises(ValueError, match="expected pictures of every asset of the policy, got no folder of"):
+        decide(policy, guard, "a tree")

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from experiments import PROJECT
-from negtome.guard import ACTIONS, Clause, Policy, PolicyException, read_policy
+from negtome.guard import ACTIONS, Clause, Example, Policy, PolicyException, read_policy
 
 
 def test_what_is_left_out_has_its_default(policy):
@@ -32,6 +32,24 @@ def test_the_digest_is_of_what_it_says_and_not_of_how_it_is_written(document, wr
     assert read_policy(file).sha256 == policy.sha256
     document["clauses"][0]["action"] = "refuse"
     assert read_policy(written(document)).sha256 != policy.sha256
+
+
+PARODY = {"request": "a parody of a vampire", "action": "allow", "clauses": ["C1", "E1"]}
+
+
+def test_examples_may_have_an_action_and_ids_of_their_own(document, written, policy):
+    both = {"request": "a vampire and a goblin", "action": "refuse", "clauses": ["C1", "C2"]}
+    document["examples"] = [PARODY, both, {"request": "a tree", "action": "allow", "clauses": []}]
+    longer = read_policy(written(document))
+    assert longer.examples[0] == Example("a parody of a vampire", "allow", ("C1", "E1"))
+    assert longer.sha256 != policy.sha256
+    shown = longer.render()
+    assert '"a parody of a vampire" -> allow ["C1", "E1"]' in shown and '"a tree" -> allow []' in shown
+
+
+def test_the_digest_of_the_published_policy_is_that_of_the_published_tables():
+    digest = read_policy(PROJECT / "conf" / "safety" / "policy.yaml").sha256
+    assert digest in (PROJECT / "results" / "policy_sensitivity.csv").read_text(encoding="utf-8")
 
 
 def broken(change):
@@ -84,9 +102,23 @@ def broken(change):
             ),
             (
                 lambda d: d["clauses"][1]["examples"].update(allowed=["draw a vampire"]),
-                "every example in one clause alone, got .'draw a vampire'. in several",
+                "every example once, got .'draw a vampire'. repeatedly",
             ),
             (lambda d: d["exceptions"][0].pop("text"), "got no text"),
+            (lambda d: d.update(examples={}), "examples as a list"),
+            (lambda d: d.update(examples=["a parody"]), "an example as a mapping"),
+            (lambda d: d.update(examples=[{"request": "a"}]), "got no action, clauses"),
+            (lambda d: d.update(examples=[PARODY | {"more": 1}]), "got more beside"),
+            (lambda d: d.update(examples=[PARODY | {"clauses": ["C1", "C1"]}]), "clauses of .* to differ"),
+            (lambda d: d.update(examples=[PARODY | {"clauses": ["C1", "E9"]}]), r"ids of the policy in .*\['E9'\]"),
+            (lambda d: d.update(examples=[PARODY | {"clauses": ["E1"]}]), r"beside a clause that lists it .*\['E1'\]"),
+            (
+                lambda d: d.update(examples=[PARODY | {"action": "steer"}]),
+                "from its clauses, allow, .* 'steer'",
+            ),
+            (lambda d: d.update(examples=[PARODY | {"action": "draw"}]), "from its clauses, allow, .* 'draw'"),
+            (lambda d: d.update(examples=[PARODY, PARODY]), "every example once"),
+            (lambda d: d.update(examples=[PARODY | {"request": "draw a vampire"}]), "every example once"),
         ]
     ],
 )
@@ -98,11 +130,27 @@ def test_what_is_no_policy_says_where(change, message, document, written):
     assert str(raised.value).startswith(f"{file}: ") and "\n" not in str(raised.value)
 
 
+#: Lists of lists, each nine times: half a million texts in a few lines.
+REPEATED = "a: &a x\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefg"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "the policy as a mapping of names to values, got None"),
         ("# nothing\n", "got None"),
+        ("[" * 5000, "expected YAML in .*, got maximum recursion depth"),
+        ("[" * 5000 + "]" * 5000, "expected YAML in"),
+        (REPEATED, "got no clauses, version: {"),
+        (
+            f"version: 1\nclauses:\n- {{{REPEATED.replace(chr(10), ', ')}}}\n",
+            "got no action, asset, description, id: {",
+        ),
+        (f"version: 1{'0' * 4000}\nclauses: []\n", "expected version: 1, got 1000"),
+        (
+            'version: 1\nclauses:\n- {id: "\\ud800", asset: a, description: b, action: refuse}\n',
+            r"id of a clause as a text of one line, got '\\ud800'",
+        ),
         ("allow everything", "got 'allow everything'"),
         ("- a\n- b\n", "as a mapping"),
         ("clauses: [", "expected YAML in"),
@@ -130,7 +178,7 @@ def test_what_is_no_policy_says_where(change, message, document, written):
 def test_what_yaml_reads_otherwise_than_it_looks_is_refused(text, message, written):
     with pytest.raises(ValueError, match=message) as raised:
         read_policy(written(text))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
 def test_a_policy_that_is_not_there_or_no_text(tmp_path):
@@ -180,13 +228,15 @@ def test_the_order_of_clauses_decides_nothing(policy):
         assert turned.action_of(cited) == policy.action_of(cited)
 
 
-def test_a_model_is_shown_everything_in_four_sections(policy):
-    text = policy.render()
+def test_a_model_is_shown_everything_in_sections_the_nonce_last(policy):
+    text = policy.render("0123")
+    assert text.endswith("## Nonce\n0123\n")
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## Instruction",
         "## Definitions",
         "## Criteria",
         "## Examples",
+        "## Nonce",
     ]
     for name in ("C1", "C2", "C3", "E1", "E2"):
         assert f"\n{policy.criterion(name)}\n" in text
@@ -199,6 +249,6 @@ def test_a_model_is_shown_everything_in_four_sections(policy):
 
 
 def test_a_policy_without_clauses_or_examples_has_no_empty_section():
-    assert "##" not in Policy(()).render().split("## Definitions")[1]
+    assert "##" not in Policy(()).render().split("## Definitions")[1].split("## Nonce")[0]
     shown = Policy((Clause("C1", "a", ("a",), "b", "allow"),), (PolicyException("E1", "c"),)).render()
     assert "## Criteria\nC1: a: b -> allow\nE1: c -> allow\n" in shown and "## Examples" not in shown

@@ -7,15 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from experiments import PROJECT
-from negtome.guard import Audit, Decision, UnusableReplyError, decide
+from negtome.guard import Audit, Decision, GuardError, Reply, UnusableReplyError, decide
 from negtome.guard.verdict import LONGEST
 
-GOOD = Decision("steer", ("C1",), "fangs", "it is one", 0.9).to_json()
-ALLOWED = Decision("allow").to_json()
-FORGED = Decision("allow", ("C9",), "anything goes").to_json()
-UNLIKELY = Decision("allow", ("C1",), "fangs").to_json()
+#: Of the guard that is told its replies.
+NONCE = "0123456789abcdef"
+GOOD = Decision("steer", ("C1",), "fangs", "it is one", 0.9).to_json(NONCE)
+ALLOWED = Decision("allow").to_json(NONCE)
+FORGED = Decision("allow", ("C9",), "anything goes").to_json(NONCE)
+UNLIKELY = Decision("allow", ("C1",), "fangs").to_json(NONCE)
 
 
 def test_a_reply_that_follows_is_the_verdict(policy, told):
@@ -42,6 +45,21 @@ def test_and_then_it_is_invalid_and_never_allow(reply, policy, told):
     assert len(verdict.replies) == 2 and verdict.faults
     assert verdict.reason == f"the guard's reply did not follow from the policy: {verdict.faults[0]}"
     assert len(decide(policy, told(reply), "draw a vampire", retries=0).replies) == 1
+
+
+def test_a_decision_of_a_guard_in_python_is_verified_and_needs_no_nonce(policy, told):
+    verdict = decide(policy, told(Decision("steer", ("C1",), "fangs")), "draw a vampire")
+    assert (verdict.action, verdict.clauses) == ("steer", ("C1",))
+    assert Decision.from_fields(json.loads(verdict.replies[0])) == verdict.decision
+    for wrong in (
+        Decision("allow", ("C1",), "fangs"),
+        Decision(["allow"]),
+        Decision("allow", "C1"),
+        Decision("allow", None, None, None),
+        Decision("allow", confidence="high"),
+    ):
+        verdict = decide(policy, told(wrong), "draw a vampire")
+        assert verdict.action == "invalid" and len(verdict.replies) == 2
 
 
 def test_the_last_reply_is_what_counts(policy, told):
@@ -76,9 +94,26 @@ def test_errors_of_the_guard_are_not_verdicts(policy, told, tmp_path):
     for error in (ConnectionError("no server"), ValueError("the policy is too long")):
         with pytest.raises(type(error), match=str(error)):
             decide(policy, told(error), "a tree", Audit(tmp_path / "audit.jsonl"))
-    with pytest.raises(ValueError, match="expected a text from the guard told, got NoneType"):
-        decide(policy, told(None), "a tree", Audit(tmp_path / "audit.jsonl"))
+    for error in (TypeError("no"), KeyError("C1"), RecursionError(), SystemExit(0)):
+        with pytest.raises(GuardError, match=f"the guard told failed: {type(error).__name__}"):
+            decide(policy, told(error), "a tree", Audit(tmp_path / "audit.jsonl"))
+    for reply in (None, {"action": "allow"}, ("allow",), Reply(None, NONCE), Reply(ALLOWED, None)):
+        with pytest.raises(ValueError, match=f"a Decision or a Reply from the guard told, got {type(reply).__name__}"):
+            decide(policy, told(reply), "a tree", Audit(tmp_path / "audit.jsonl"))
     assert not (tmp_path / "audit.jsonl").exists()
+
+
+def test_fewer_than_no_retries_are_refused(policy, told):
+    with pytest.raises(ValueError, match="retries must be at least 0, got -1"):
+        decide(policy, told(ALLOWED), "a tree", retries=-1)
+
+
+def test_a_guard_whose_id_no_record_can_hold_is_not_asked(policy, told, tmp_path):
+    guard = told(ALLOWED)
+    guard.id = None
+    with pytest.raises(GuardError, match="expected its id as a text, got NoneType"):
+        decide(policy, guard, "a tree", Audit(tmp_path / "audit.jsonl"))
+    assert guard.asked == [] and not (tmp_path / "audit.jsonl").exists()
 
 
 def lines(file):
@@ -107,7 +142,7 @@ def test_a_verdict_is_put_on_record_without_its_texts(policy, told, tmp_path):
 
 
 def test_texts_are_kept_where_that_is_asked_for(policy, told, tmp_path):
-    reply = f"{GOOD} é\u2028."
+    reply = f"{GOOD} \u2028\x85 "
     decide(policy, told(reply), "Dracula\u2028 é\nat night", Audit(tmp_path / "audit", text=True))
     (row,) = [json.loads(line) for line in (tmp_path / "audit").read_bytes().split(b"\n") if line]
     assert row["prompt"] == "Dracula\u2028 é\nat night" and row["replies"] == [reply]
@@ -115,10 +150,22 @@ def test_texts_are_kept_where_that_is_asked_for(policy, told, tmp_path):
 
 def test_halves_of_characters_in_a_reply_are_question_marks(policy, told, tmp_path):
     escaped = json.dumps(json.loads(GOOD) | {"rationale": "\ud83d!"})
-    verdict = decide(policy, told(f"{escaped} \udfff"), "Dracula", Audit(tmp_path / "audit", text=True))
-    assert (verdict.action, verdict.decision.rationale, verdict.replies) == ("steer", "?!", (f"{escaped} ?",))
+    reply = f"<think>\udfff</think>{escaped}"
+    verdict = decide(policy, told(reply), "Dracula", Audit(tmp_path / "audit", text=True))
+    assert (verdict.action, verdict.decision.rationale) == ("steer", "?!")
+    assert verdict.replies == (reply.replace("\udfff", "?"),)
     cut = UnusableReplyError("cut", "\ud83d")
     assert decide(policy, told(cut), "Dracula").replies == ("?", "?")
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_fault_with_halves_of_characters_or_several_lines_is_on_record(text, policy, told, tmp_path):
+    unknown = json.dumps(json.loads(ALLOWED) | {"\ud83d": 1})
+    for reply in (unknown, UnusableReplyError("cut\n\ud83d off")):
+        audit = Audit(tmp_path / "audit", text)
+        verdict = decide(policy, told(reply), "Dracula", audit)
+        assert verdict.action == "invalid" and lines(audit.path)[-1]["action"] == "invalid"
+    assert verdict.faults == ("cut ? off",)
 
 
 def test_several_processes_append_whole_lines(tmp_path):
@@ -136,7 +183,52 @@ for number in range(50):
     assert len(rows) == 150 and all(row["replies"] == [5000 * row["prompt"][0]] for row in rows)
 
 
+def test_an_unfinished_line_does_not_swallow_the_next_record(tmp_path):
+    file = tmp_path / "audit.jsonl"
+    audit = Audit(file, text=True)
+    audit.write("0", "g", "first", [], "allow", [], [])
+    with file.open("ab") as half:
+        half.write(file.read_bytes()[:40])  # as a program leaves it that was killed, or an earlier version
+    audit.write("0", "g", "second", [], "allow", [], [])
+    audit.write("0", "g", "third", [], "allow", [], [])
+    first, half, *others = file.read_bytes().splitlines()
+    assert len(half) == 40
+    assert [json.loads(line)["prompt"] for line in (first, *others)] == ["first", "second", "third"]
+
+
+def test_a_full_disk_leaves_whole_records_alone(tmp_path):
+    """The system's limit of a file's size stands for the disk's: it writes what fits, and then fails."""
+    code = """
+import resource, sys
+from negtome.guard import Audit
+audit = Audit(sys.argv[1], text=True)
+audit.write("0", "g", "first", [], "allow", [], [])
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+for room in (1, 100, 300):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (audit.path.stat().st_size + room, hard))
+    try:
+        audit.write("0", "g", "lost", ["x" * 5000], "allow", [], [])
+    except OSError as error:
+        print(type(error).__name__)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    audit.write("0", "g", f"after {room}", [], "allow", [], [])
+"""
+    file = tmp_path / "audit.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, file], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["OSError"] * 3), done.stderr
+    assert [row["prompt"] for row in lines(file)] == ["first", "after 1", "after 100", "after 300"]
+
+
 def test_a_record_that_does_not_fit_is_missed(tmp_path, monkeypatch):
     monkeypatch.setattr("negtome.guard.audit.os.write", lambda descriptor, line: len(line) // 2)
     with pytest.raises(OSError, match=r"expected room for \d+ bytes in"):
         Audit(tmp_path / "audit").write("0", "g", "a tree", [], "allow", [], [])
+
+
+def test_a_lock_that_nobody_gives_back_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("negtome.guard.audit.LOCK_WAIT", 0.05)
+    file = tmp_path / "audit"
+    with FileLock(f"{file}.lock"), pytest.raises(TimeoutError, match=r"its lock held for 0\.05 s"):
+        Audit(file).write("0", "g", "a tree", [], "allow", [], [])
+    Audit(file).write("0", "g", "a tree", [], "allow", [], [])
+    assert len(lines(file)) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from negtome.guard import Decision, Mini, decide, parse, read_policy, verify
+from negtome.guard import Decision, Mini, decide, read_policy, verify
 from negtome.guard.mini import read, spaced
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_the_same_prompt_has_the_same_reply_in_capitals_and_wide_letters_too(gua
     wide = "".join(chr(ord(letter) + 0xFEE0) for letter in "genie")
     texts = ("a photo of a genie", "A Photo of a GENIE", f"a photo of a {wide}")
     replies = {guard.reply(POLICY, text) for text in texts}
-    assert len(replies) == 1 and parse(replies.pop()).clauses == ("C8",)
+    assert len(replies) == 1 and replies.pop().clauses == ("C8",)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,8 @@ def test_another_policy_is_refused_in_one_line(guard):
 
 def test_what_is_longer_than_it_reads_is_refused_and_not_cut(guard):
     fits = " ".join(["genie"] * guard.longest)
-    assert parse(guard.reply(POLICY, fits)).action != "allow" or not verify(POLICY, parse(guard.reply(POLICY, fits)))
+    decision = guard.reply(POLICY, fits)
+    assert decision.action != "allow" or not verify(POLICY, decision)
     with pytest.raises(ValueError, match=f"at most {guard.longest} words and signs, got {guard.longest + 1}"):
         guard.reply(POLICY, f"{fits} genie")
 

@@ -22,14 +22,14 @@ class Lookup:
         }
         self.parodies = {"parody", "caricature"}
 
-    def reply(self, policy: Policy, prompt: str) -> str:
+    def reply(self, policy: Policy, prompt: str) -> Decision:
         words = words_of(prompt)
         cited = [
             clause.id for clause in policy.clauses if self._named(words, clause.id) or _described(words, clause.asset)
         ]
         if cited and self.parodies & {*words}:
             cited.append(policy.exceptions[0].id)
-        return Decision(policy.action_of(cited), tuple(cited), policy[cited[-1]].line if cited else "").to_json()
+        return Decision(policy.action_of(cited), tuple(cited), policy[cited[-1]].line if cited else "")
 
     def _named(self, words: list[str], name: str) -> bool:
         for sought in self.names[name]:

@@ -34,7 +34,6 @@ from experiments.training.deliberation.controls import Lookup
 from experiments.training.deliberation.requests import PARTS, POLICY, Maker, Request
 from experiments.training.deliberation.scores import Outcome
 from negtome.guard.controls import Always
-from negtome.guard.decision import parse
 from negtome.guard.keyword import Keyword
 from negtome.guard.mini import read
 from negtome.guard.policy import Policy, read_policy
@@ -106,7 +105,7 @@ def controls(policy: Policy) -> Iterator[tuple[str, list[Outcome]]]:
     """Ask the guards that need no training."""
     asked = scores.tests(policy)
     for title, guard in (("always allow", Always("allow")), ("keyword", Keyword()), ("look-up table", Lookup(policy))):
-        yield title, [scores.outcome(policy, one, parse(guard.reply(policy, one.text))) for one in asked]
+        yield title, [scores.outcome(policy, one, guard.reply(policy, one.text)) for one in asked]
 
 
 def rows(policy: Policy, found: Mapping[tuple[str, bool | None], Mapping[int, Sequence[Outcome]]]) -> pd.DataFrame:
