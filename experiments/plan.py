@@ -164,9 +164,9 @@ class Plan:
         try:
             specs = []
             for run in data["runs"]:
-                own = {key: data["parts"][key][value] if key in data["parts"] else value
-                       for key, value in run["config"].items()}  # fmt: skip
-                cfg = OmegaConf.create({**data["experiment"], **data["shared"], **own})
+                own = run["config"]
+                named = {key: data["parts"][key][own[key]] for key in own if isinstance(own[key], str)}
+                cfg = OmegaConf.create({**data["experiment"], **data["shared"], **own, **named})
                 OmegaConf.set_struct(cfg, True)  # as Hydra does: an unknown key is an error
                 specs.append(RunSpec(cfg, run["settings"], run["id"]))
             for spec, run in zip(specs, data["runs"], strict=True):
@@ -209,7 +209,7 @@ class Plan:
                 write_text(self.file, json.dumps(data, indent=1) + "\n")
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as JSON: what is the same in all runs once, and long parts of several runs once."""
+        """Return the plan as JSON: what all runs share is in it once, and so is what several share."""
         specs = list(dict.fromkeys(spec for run in self.runs for spec in (run.baseline, run)))
         configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in specs]
         texts = [{key: canonical(value) for key, value in config.items()} for config in configs]
@@ -222,8 +222,8 @@ class Plan:
         for spec, name, config, text in zip(specs, Plan(specs).names(), configs, texts, strict=True):
             own = {key: value for key, value in config.items() if not is_shared.get(key)}
             for key, value in own.items():
-                if key == "method" or not isinstance(value, dict):
-                    continue
+                if key == "method" or not isinstance(value, dict | str):
+                    continue  # stands with the run
                 place = parts.setdefault(key, {})
                 label = labels.setdefault((key, text[key]), f"{config['model']['name']} {len(place) + 1}")
                 place[label], own[key] = value, label
@@ -393,17 +393,17 @@ class _Composer:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
             except (ConfigAttributeError, ConfigKeyError) as error:
                 raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
-        given = {_parsed(text).key_or_group for text in values}
-        set_hyperparameter(cfg, given)
+        set_hyperparameter(cfg, given={_parsed(text).key_or_group for text in values})
         return cfg
 
 
 def _is_value(override: Override) -> bool:
     """Tell whether an override replaces a value that is in the files, and so may be applied after them, as Hydra does.
 
-    Names of files have no dots.
+    Groups of files have no dots in their names.
     """
-    names_no_file = "." in override.key_or_group and override.package is None and not override.is_hydra_override()
+    key = override.key_or_group
+    names_no_file = ("." in key or key == "knob") and override.package is None and not override.is_hydra_override()
     return override.type is OverrideType.CHANGE and names_no_file
 
 
@@ -459,9 +459,9 @@ def launch(task: Callable[[DictConfig], Any], plan: Plan) -> None:
         task: a job, called with a configuration for `launched_run`.
         plan: written to a file of its own, which no later command replaces while jobs wait.
     """
-    content = short_digest(plan.as_json())
-    file = plan.write(plan.file.with_name(f"launched-{content}.json"))
-    numbers = ",".join(map(str, range(len(plan.runs))))
+    content = plan.as_json()
+    file = plan.write(plan.file.with_name(f"launched-{short_digest(content)}.json"))
+    numbers = ",".join(map(str, range(len(content["runs"]))))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
     # The folder is an absolute path: a job in another process finds no configuration beside its function.
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
