@@ -86,36 +86,6 @@ def chosen_file(results: str | Path) -> Path:
     return project_path(results) / "peers_grid_chosen.yaml"
 
 
-def _knob(default: Any = None, *, _node_: Any, _root_: Any) -> Any:
-    """Return what `knob` asks for of a setting, `default` where that is not the method's knob.
-
-    A published checkpoint without values of its own has those of the small model of its architecture.
-    """
-    knob = OmegaConf.to_container(_root_.method.get("about") or OmegaConf.create()).get("knob") or {}
-    asked, model, method = _root_.get("knob"), _root_.model.name, _root_.method.name
-    if asked is None or _node_._get_full_key(None) != f"method.{knob.get('setting')}":
-        return default
-    if asked == "chosen":  # here, or else as published
-        files = [file for file in map(chosen_file, (_root_.results, "results")) if file.exists()]
-        chosen = OmegaConf.to_container(OmegaConf.load(files[0])) if files else {}
-        if method not in chosen.get(model, {}):
-            raise FileNotFoundError(
-                f"expected a value of {knob['setting']} for {method} on {model} in {chosen_file(_root_.results)}, got "
-                "none: make it with make peers, or give knob=null for the method's own setting"
-            )
-        return chosen[model][method]
-    values = knob["values"].get(model) or knob["values"].get(f"mini-{_root_.model.architecture}")
-    if not values:
-        raise ValueError(f"expected values of about.knob for model={model} in method={method}, got none")
-    if not isinstance(asked, int) or not 0 <= asked < len(values):
-        raise ValueError(f"knob must be null, chosen or from 0 to {len(values) - 1}, got {asked!r}")
-    return values[asked]
-
-
-# `${knob:0.25}` in conf/method/: what `knob` asks for of this setting, if it is the method's knob; else that default.
-OmegaConf.register_new_resolver("knob", _knob, replace=True)
-
-
 def _peers(model: str) -> str:
     files = sorted((PROJECT / "conf" / "method").glob("*.yaml"))
     return ",".join(file.stem for file in files if OmegaConf.select(OmegaConf.load(file), f"about.knob.values.{model}"))
@@ -123,6 +93,3 @@ def _peers(model: str) -> str:
 
 # `${peers:mini-sdxl}` in conf/experiment/: the methods that have a knob for a model, as the choices of a sweep.
 OmegaConf.register_new_resolver("peers", _peers, replace=True)
-
-# `${torch_device:${device}}`: where an encoder runs.
-OmegaConf.register_new_resolver("torch_device", select_device, replace=True)

@@ -25,10 +25,11 @@ from tqdm import tqdm
 import negtome
 from eval.images import blurred, load_picture
 from experiments import pipelines, project_path, select_device
-from experiments.configs import build, expand, flag
+from experiments.configs import build, flag
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
+from experiments.plan import expand
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")

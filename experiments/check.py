@@ -18,11 +18,10 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import DictConfig
 
 from experiments import project_path
-from experiments.configs import first
 from experiments.pages import change, paper_table, run_labels, with_interval
+from experiments.plan import Plan
 from experiments.tables import KEY, ROLES, TEXT, read_table, row_keys
 
 PUBLISHED = "results"
@@ -102,20 +101,20 @@ def not_compared(table: pd.DataFrame, published: Path, experiment: str) -> list[
     return lines
 
 
-def files(cfg: DictConfig) -> tuple[Path, Path]:
+def files(plan: Plan) -> tuple[Path, Path]:
     """Return the table that is made here, and the published one; ValueError where they are one and the same."""
-    made, published = (project_path(folder) / f"{cfg.name}.csv" for folder in (cfg.results, PUBLISHED))
+    made, published = (folder / f"{plan.name}.csv" for folder in (plan.results, project_path(PUBLISHED)))
     if made == published:
         raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")
     return made, published
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
-    cfg = configs[0] if configs else first(argv)
-    made, published = files(cfg)
-    read_table(cfg.name, cfg.results)  # says what makes it where it is not there
+def main(argv: list[str], plan: Plan | None = None) -> int:
+    plan = plan or Plan.of(argv)
+    made, published = files(plan)
+    read_table(plan.name, plan.results)  # says what makes it where it is not there
     if not published.exists():
-        print(f"{cfg.name} is not published: there is nothing to compare {made} with")
+        print(f"{plan.name} is not published: there is nothing to compare {made} with")
         return 0
     table = compare_tables(made, published)
     for row in table.itertuples():
@@ -123,7 +122,7 @@ def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
             print(f"{row.label}: {row.made}")
         else:
             print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
-    for line in not_compared(table, published, cfg.name):
+    for line in not_compared(table, published, plan.name):
         print(line)
     known = table.dropna(subset="inside")
     confirmed = int(known["inside"].sum())

@@ -36,7 +36,8 @@ from eval.files import canonical_json, read_document, write_bytes
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from experiments import PROJECT, catalogue, project_path
-from experiments.identity import GENERATION_VERSION, experiments_of
+from experiments.identity import GENERATION_VERSION
+from experiments.plan import experiments_of
 from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.

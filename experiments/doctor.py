@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
+import functools
 import os
 import re
 import textwrap
@@ -21,14 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import PROJECT, generate, start_log
-from experiments.configs import expand
 from experiments.metrics import left_out_lines
 from experiments.pipelines import find_checkpoint, licence
+from experiments.plan import Plan, composed
 from experiments.preflight import listing
 
 #: Columns of the table's lines.
@@ -63,15 +63,14 @@ def examine(conf: Path = PROJECT / "conf", name: str | None = None) -> list[Find
     Raises:
         ValueError: there is none of the name.
     """
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        looks = [
-            *((f"scorer={one}", _scorer, one) for one in _names(conf, "scorer")),
-            *((f"metric={one}", _metric, spec) for one, spec in _with_networks(conf).values()),
-            *((f"model={one}", _model, one) for one in _names(conf, "model")),
-        ]
-        if name is not None:
-            looks = [one for one in looks if name in (one[0], re.split("=|: ", one[0])[-1])]
-        findings = [_look(*one) for one in looks]
+    looks = [
+        *((f"scorer={one}", functools.partial(_scorer, conf), one) for one in _names(conf, "scorer")),
+        *((f"metric={one}", _metric, spec) for one, spec in _with_networks(conf).values()),
+        *((f"model={one}", functools.partial(_model, conf), one) for one in _names(conf, "model")),
+    ]
+    if name is not None:
+        looks = [one for one in looks if name in (one[0], re.split("=|: ", one[0])[-1])]
+    findings = [_look(*one) for one in looks]
     if name is not None and not findings:
         raise ValueError(f"expected a name that python -m experiments.doctor lists, got {name}")
     return [one for one in findings if one.facts.get("weights") != NONE_NEEDED or one.option.startswith("scorer=")]
@@ -104,8 +103,8 @@ def _look(option: str, look: Callable[[Any], tuple[dict[str, str], int | None]],
     return Finding(option, "missing" if size is None else "ready", facts, size or 0)
 
 
-def _scorer(name: str) -> tuple[dict[str, str], int | None]:
-    return _weights(instantiate(compose("config", [f"+scorer={name}", "device=cpu"]).scorer))
+def _scorer(conf: Path, name: str) -> tuple[dict[str, str], int | None]:
+    return _weights(instantiate(composed([f"+scorer={name}", "device=cpu"], conf).scorer))
 
 
 def _metric(spec: DictConfig) -> tuple[dict[str, str], int | None]:
@@ -131,8 +130,8 @@ def _weights(encoder: Any) -> tuple[dict[str, str], int | None]:
     return printed, sum(file.stat().st_size for file in facts.files)
 
 
-def _model(name: str) -> tuple[dict[str, str], int | None]:
-    model = compose("config", [f"model={name}", "device=cpu"]).model
+def _model(conf: Path, name: str) -> tuple[dict[str, str], int | None]:
+    model = composed([f"model={name}", "device=cpu"], conf).model
     printed = {"checkpoint": model.source, "licence": licence(model) or "as its page says"}
     try:
         checkpoint = find_checkpoint(model, fetch=False)
@@ -182,16 +181,16 @@ def diagnose(overrides: list[str], fetch: bool = False) -> int:
         overrides: those of the experiment.
         fetch: whether to fetch what can be fetched first.
     """
-    configs = expand(overrides, baselines=True)
-    faults = generate.examine(configs, tables=True)[1]
+    plan = Plan.of(overrides)
+    faults = generate.examine(plan, tables=True)[1]
     if fetch and any(fault.fetch for fault in faults):
         failed = [fault for fault in generate.fetch_all(faults) if fault.fetch]
         reasons = {fault.needed_by: fault for fault in failed}
-        faults = [reasons.get(fault.needed_by, fault) for fault in generate.examine(configs, tables=True)[1]]
-    for line in left_out_lines(configs):
+        faults = [reasons.get(fault.needed_by, fault) for fault in generate.examine(plan, tables=True)[1]]
+    for line in left_out_lines(spec.cfg for spec in plan.runs):
         print(line)
     if not faults:
-        print(f"{len(configs)} runs can be made and scored here.")
+        print(f"{len(plan.runs)} runs can be made and scored here.")
         return 0
     print(f"{len(faults)} faults would stop python -m experiments.reproduce {' '.join(overrides)}:\n{listing(faults)}")
     if not fetch and any(fault.fetch for fault in faults):

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate experiment=diversity
 
-The overrides are those of `experiments.generate`, hence the same runs. What is scored already is skipped.
+The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. What is scored already is skipped.
 
     python -m experiments.evaluate images=FOLDER metric=core model=sdxl
 
@@ -32,8 +32,8 @@ from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import has_value, interval_of, n_units
 from eval.metric import Metric, is_current, measure
 from experiments import project_path, start_log
-from experiments.configs import expand, has_launcher, launch, run_names
 from experiments.metrics import build_metric, left_out_lines, measured
+from experiments.plan import Plan, RunSpec, launch, launched_run
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 REFUSALS = (ValueError, TypeError, OSError, RuntimeError)
 
 
-def evaluate(cfg: DictConfig) -> list[Path]:
-    """Score the run that `cfg` asks for with every configured metric and return the JSON files.
+def evaluate(plan: Plan) -> list[Path]:
+    """Score a plan's runs with every configured metric and return the JSON files.
 
     A metric has no value where the groups that it is of are withheld, and the log says so.
 
@@ -51,32 +51,43 @@ def evaluate(cfg: DictConfig) -> list[Path]:
         FileNotFoundError: the images were not generated.
         ValueError: some metrics could not be measured, as for want of weights or of images; the others were before.
     """
-    files, refused = score_run(cfg)
+    files, refused = score_runs(plan)
     if refused:
-        raise ValueError(_reasons({f"{cfg.model.name} {cfg.method.name}": refused}))
+        raise ValueError(_reasons(refused))
     return files
 
 
-def score_run(cfg: DictConfig) -> tuple[list[Path], dict[str, str]]:
-    """Score the run that `cfg` asks for with every configured metric that can.
+def score_runs(plan: Plan) -> tuple[list[Path], dict[str, dict[str, str]]]:
+    """Score a plan's runs with every configured metric that can.
 
     Returns:
-        The JSON files; and for each metric that could not be measured, why.
+        The JSON files; and for each run's name, and each metric that could not be measured, why.
 
     Raises:
         FileNotFoundError: the images were not generated.
-        ValueError: the run is not as it was generated.
+        ValueError: a run is not as it was generated.
     """
-    run = Run.find(cfg)
+    for spec in plan.runs:
+        Run.of(spec)  # what was not generated, before the first of them is scored
+    files, refused = [], {}
+    for name, spec in zip(plan.names(), plan.runs, strict=True):
+        scored, reasons = _score_run(spec)
+        files += scored
+        if reasons:
+            refused[name] = reasons
+    return files, refused
+
+
+def _score_run(spec: RunSpec) -> tuple[list[Path], dict[str, str]]:
+    cfg, run, label = spec.cfg, Run.of(spec), spec.label
     images = _open(cfg, run.folder)
-    label = f"{cfg.model.name} {cfg.method.name}"
     if not images.rows:
         withheld = f"{len(images.withheld)} groups are withheld ({count_withheld(images.withheld)})"
         log.warning("%s: all %s: there are no images to measure: %s", label, withheld, run.folder)
     files, refused, made = [], {}, 0
     for name in measured(cfg):
         try:
-            file, new = _score(images, name, _build(cfg, name), run.folder / METRICS, label)
+            file, new = _score(images, name, _build(spec, name), run.folder / METRICS, label)
         except REFUSALS as error:
             refused[name] = str(error)
             continue
@@ -114,7 +125,8 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     rows, refused = [], {}
     for name in measured(cfg):
         try:
-            document = read_document(_score(images, name, _build(cfg, name), scores, images.folder.name, trusted)[0])
+            metric = build_metric(cfg, name)
+            document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
             if not has_value(document):
                 raise ValueError(f"too few images: of its groups are withheld {count_withheld(images.withheld)}")
         except REFUSALS as error:
@@ -157,15 +169,15 @@ def _reasons(refused: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _build(cfg: DictConfig, name: str) -> Metric:
+def _build(spec: RunSpec, name: str) -> Metric:
     """Build a configured metric, which may compare with the run without a method."""
-    compares = "baseline" in cfg.metric[name]
-    return build_metric(cfg, name, str(Run.find(cfg, baseline=True).folder) if compares else None)
+    compares = "baseline" in spec.cfg.metric[name]
+    return build_metric(spec.cfg, name, str(Run.of(spec.baseline).folder) if compares else None)
 
 
-def configured_metrics(cfg: DictConfig) -> Iterator[tuple[str, Metric]]:
-    """Build the configured metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
-    return ((name, _build(cfg, name)) for name in measured(cfg))
+def configured_metrics(spec: RunSpec) -> Iterator[tuple[str, Metric]]:
+    """Build a run's metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
+    return ((name, _build(spec, name)) for name in measured(spec.cfg))
 
 
 def _open(cfg: DictConfig, folder: Path) -> ImageSet:
@@ -206,29 +218,33 @@ def _keep_memory() -> None:
             ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
-    """Score; `configs` are those of `experiments.reproduce`, whose first act says what is left out."""
+def evaluate_job(cfg: DictConfig) -> None:
+    """Score the run of a job that a launcher started."""
+    _, spec = launched_run(cfg)
+    evaluate(Plan([spec]))
+
+
+def main(argv: list[str], plan: Plan | None = None) -> int:
+    """Score; `plan` is that of `experiments.reproduce`, whose first act says what is left out."""
     start_log()
     _keep_memory()
-    if configs is None:
-        configs = expand(argv, baselines=True)
-        for line in left_out_lines(configs):
+    if plan is None:
+        plan = Plan.of(argv)
+        for line in left_out_lines(spec.cfg for spec in plan.runs):
             log.warning("%s", line)
-    if configs[0].images is not None:
-        if len(models := dict.fromkeys(cfg.model.name for cfg in configs)) > 1:
+    if plan.cfg.images is not None:
+        if len(models := dict.fromkeys(spec.cfg.model.name for spec in plan.runs)) > 1:
             raise ValueError(f"expected one model, whose scorer images are measured by, got {', '.join(models)}")
-        table, refused = evaluate_folder(configs[0])
+        table, refused = evaluate_folder(plan.cfg)
         print(table.to_markdown(index=False, disable_numparse=True))
         if refused:
             print(_reasons({"": refused}))
         return 0
-    if has_launcher(argv):
-        launch(evaluate, argv)
+    if plan.launcher:
+        launch(evaluate_job, plan)
         return 0
-    for cfg in configs:
-        Run.find(cfg)  # what was not generated, before the first of them is scored
-    refused = {label: score_run(cfg)[1] for label, cfg in zip(run_names(configs), configs, strict=True)}
-    if not any(refused.values()):
+    refused = score_runs(plan)[1]
+    if not refused:
         return 0
     print(f"evaluate: some metrics have no number, all others were measured:\n{_reasons(refused)}", file=sys.stderr)
     return 1

@@ -45,10 +45,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.images import count_withheld, read_withheld
 from experiments import pipelines, preflight, project_path, select_device, start_log
-from experiments.configs import build, expand, flag, has_launcher, launch, run_names
-from experiments.identity import register, request
+from experiments.configs import build, flag, with_device
+from experiments.identity import request
 from experiments.methods.method import Method
 from experiments.metrics import left_out_lines
+from experiments.plan import Plan, RunSpec, launch, launched_run
 from experiments.preflight import Fault
 from experiments.prompts import Group
 from experiments.runs import Run
@@ -73,7 +74,7 @@ class Task:
 class Job:
     """A run, its identity, what this process has to generate of it, and in how many processes."""
 
-    cfg: DictConfig
+    spec: RunSpec
     task: Task
     identity: dict[str, Any]
     groups: list[Group]
@@ -85,8 +86,8 @@ class Job:
         self.task.run.begin(self.identity, self.task.device)
 
 
-def plan(cfg: DictConfig, checkpoint: pipelines.Checkpoint, method: Method | None = None) -> Job:
-    """Look what is missing of the run that `cfg` asks for; nothing is written.
+def prepare_job(spec: RunSpec, checkpoint: pipelines.Checkpoint, method: Method | None = None) -> Job:
+    """Look what is missing of a run; nothing is written.
 
     Args:
         method: the configured one, if it is built already.
@@ -95,6 +96,7 @@ def plan(cfg: DictConfig, checkpoint: pipelines.Checkpoint, method: Method | Non
         FileNotFoundError: something that the method needs is not there.
         ValueError: a setting is out of range.
     """
+    cfg = spec.cfg
     device = select_device(cfg.device)
     flag(cfg, "offload")  # before anything is generated
     workers = count_workers(cfg, device)
@@ -102,27 +104,16 @@ def plan(cfg: DictConfig, checkpoint: pipelines.Checkpoint, method: Method | Non
     run, identity = Run.plan(cfg, checkpoint.fingerprint, device, method)
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
-        label = f"{cfg.model.name} {cfg.method.name}"
-        log.warning("%s: %d groups are made again, the first since %s", label, len(faults), faults[0])
+        log.warning("%s: %d groups are made again, the first since %s", spec.label, len(faults), faults[0])
     texts = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
     task = Task(run, checkpoint, device, *texts, cfg.compile, cfg.offload)
-    return Job(cfg, task, identity, groups, [*missing], workers)
+    return Job(spec, task, identity, groups, [*missing], workers)
 
 
-def prepare(cfg: DictConfig) -> Job:
-    """Open the run that `cfg` asks for and see what is missing of it.
+def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
+    """Look what is missing of all runs, and find all that would stop them or their scoring.
 
-    Raises:
-        FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: a setting is out of range.
-    """
-    job = plan(cfg, pipelines.find_checkpoint(cfg.model))
-    job.begin()
-    return job
-
-
-def examine(configs: list[DictConfig], tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
-    """Plan all runs, and find all that would stop them or their scoring; nothing is written or fetched.
+    Nothing is written or fetched.
 
     Args:
         tables: whether tables are to be made, which need the primary metrics.
@@ -131,10 +122,12 @@ def examine(configs: list[DictConfig], tables: bool = False, disk: bool = True) 
     jobs: list[Job] = []
     faults: dict[str, Fault] = {}
     n_images: Counter[tuple[int, int]] = Counter()
+    configs = [spec.cfg for spec in plan.runs]
     for cfg in configs:
         select_device(cfg.device)  # which all else asks for
-    for cfg in configs:
-        job, some = _plan(cfg, configs)
+    for spec in plan.runs:
+        cfg = spec.cfg
+        job, some = _examine_run(spec, configs)
         faults |= {fault.problem: fault for fault in some}
         if job is not None:
             jobs.append(job)
@@ -147,9 +140,9 @@ def examine(configs: list[DictConfig], tables: bool = False, disk: bool = True) 
     return jobs, [*faults.values(), *preflight.of_scoring(configs, tables)]
 
 
-def _plan(cfg: DictConfig, configs: list[DictConfig]) -> tuple[Job | None, list[Fault]]:
-    """Plan a run if it can be, and return what is wrong with it."""
-    faults = []
+def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[Job | None, list[Fault]]:
+    """Look what is missing of a run if it can be generated, and return what is wrong with it."""
+    cfg, faults = spec.cfg, []
     try:
         checkpoint = pipelines.find_checkpoint(cfg.model, fetch=False)
     except FileNotFoundError as error:
@@ -166,7 +159,7 @@ def _plan(cfg: DictConfig, configs: list[DictConfig]) -> tuple[Job | None, list[
         if checkpoint is None:
             request(cfg, method)
             return None, faults
-        job = plan(cfg, checkpoint, method)
+        job = prepare_job(spec, checkpoint, method)
     except (FileNotFoundError, ValueError) as error:
         return None, [*faults, Fault(str(error), without=leave_out)]
     if job.missing:
@@ -182,17 +175,17 @@ def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:
     return f"{group}={','.join(others)}" if others else ""
 
 
-def plan_all(configs: list[DictConfig], tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
-    """Plan all runs, and return all that would stop them or their scoring; arguments are those of `examine`.
+def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
+    """Look what is missing of all runs, and return all that would stop them; arguments are those of `examine`.
 
     Where nothing is wrong but that files are missing, they are fetched, all before the first image.
     """
-    jobs, faults = examine(configs, tables, disk)
+    jobs, faults = examine(plan, tables, disk)
     if not faults or not all(fault.fetch for fault in faults):
         return jobs, faults
     if failed := fetch_all(faults):
         return jobs, failed
-    return examine(configs, tables, disk)
+    return examine(plan, tables, disk)
 
 
 def fetch_all(faults: list[Fault]) -> list[Fault]:
@@ -210,27 +203,30 @@ def fetch_all(faults: list[Fault]) -> list[Fault]:
     return left
 
 
-def generate(cfg: DictConfig) -> Path:
-    """Generate what is missing of the run that `cfg` asks for and return its folder.
+def generate(plan: Plan) -> list[Path]:
+    """Generate what is missing of a plan's runs and return their folders; the plan is written, with their ids.
 
     Raises:
-        FileNotFoundError: the checkpoint is not there and cannot be fetched.
-        ValueError: as `prepare`, or an image is not finite.
+        FileNotFoundError: a checkpoint is not there and cannot be fetched.
+        ValueError: a setting is out of range, or an image is not finite.
         RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
     """
-    job = prepare(cfg)
-    generate_all([job])
-    return job.task.run.folder
+    plan.write()
+    jobs = [prepare_job(spec, pipelines.find_checkpoint(spec.cfg.model)) for spec in plan.runs]
+    generate_jobs(plan, jobs)
+    return [job.task.run.folder for job in jobs]
 
 
-def generate_all(jobs: list[Job]) -> None:
-    """Generate what is missing of all runs, finishing each with its last group; see `generate`.
+def generate_jobs(plan: Plan, jobs: list[Job]) -> None:
+    """Generate what is missing of runs, finishing each with its last group; see `generate`.
 
     Raises:
         KeyboardInterrupt: saying what is kept.
     """
+    for job in jobs:
+        job.begin()
     runs = {job.task.run: job for job in jobs}  # one that is named twice is one
-    names = run_names([job.cfg for job in runs.values()])
+    names = Plan([job.spec for job in runs.values()]).names()
     titles = {}
     left = {run: len(job.missing) for run, job in runs.items()}
     total = sum(left.values())
@@ -241,13 +237,13 @@ def generate_all(jobs: list[Job]) -> None:
                 there = f"{left[run]} of" if left[run] else "nothing to generate, there are all"
                 log.info("%s: %s %d groups: %s", name, there, len(runs[run].groups), run.folder)
                 if not left[run]:
-                    _finish(run, jobs)
+                    _finish(plan, run, jobs)
             for run in _generate_groups(list(runs.values())):
                 bar.set_description(titles[run])
                 bar.update()
                 left[run] -= 1
                 if not left[run]:
-                    _finish(run, jobs)
+                    _finish(plan, run, jobs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{bar.n} of {total} groups were generated and are kept in {jobs[0].task.run.folder.parent}; the same "
@@ -255,16 +251,16 @@ def generate_all(jobs: list[Job]) -> None:
             ) from None
 
 
-def _finish(run: Run, jobs: list[Job]) -> None:
-    """Complete a run, and name it as what answers every job that asked for it."""
+def _finish(plan: Plan, run: Run, jobs: list[Job]) -> None:
+    """Complete a run, and note its id in the plan."""
     for job in jobs:
         if job.task.run == run:
             if not run.finish(job.groups):
                 raise RuntimeError(f"Groups vanished from {run.folder} meanwhile: run the same command again")
-            register(job.cfg, run.id)
+            plan.complete(job.spec, run.id)
             if withheld := read_withheld(run.folder):
-                label, counts = f"{job.cfg.model.name} {job.cfg.method.name}", count_withheld(withheld)
-                log.info("%s: %d of %d groups are withheld: %s", label, len(withheld), len(job.groups), counts)
+                text = "%s: %d of %d groups are withheld: %s"
+                log.info(text, job.spec.label, len(withheld), len(job.groups), count_withheld(withheld))
 
 
 def count_workers(cfg: DictConfig, device: str) -> int:
@@ -445,26 +441,34 @@ def refuse(faults: list[Fault], tables: bool) -> int:
     return 2
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> int:
-    """Generate; `configs` are those of `experiments.reproduce`, which goes on to scores and tables."""
+def generate_job(cfg: DictConfig) -> None:
+    """Generate the run of a job that a launcher started."""
+    plan, spec = launched_run(cfg)
+    generate_jobs(plan, [prepare_job(spec, pipelines.find_checkpoint(spec.cfg.model))])
+
+
+def _on_cpu(plan: Plan) -> Plan:
+    """Return a plan whose runs need no device of this machine: a job's own machine may be another."""
+    configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in plan.runs]
+    return Plan([RunSpec(OmegaConf.create(with_device(cfg, lambda _: "cpu")), "") for cfg in configs])
+
+
+def main(argv: list[str], plan: Plan | None = None) -> int:
+    """Generate; `plan` is that of `experiments.reproduce`, which goes on to scores and tables."""
     start_log()
-    tables = configs is not None
-    configs = configs or expand(argv, baselines=True)
-    for line in left_out_lines(configs):
+    tables = plan is not None
+    plan = plan or Plan.of(argv)
+    for line in left_out_lines(spec.cfg for spec in plan.runs):
         log.warning("%s", line)
-    if has_launcher(argv):
-        # A run's own machine may be another, with another device and disk than this one's.
-        anywhere = [cfg.copy() for cfg in configs]
-        for cfg in anywhere:
-            cfg.device = "cpu"
-        if faults := plan_all(anywhere, tables, disk=False)[1]:
+    if plan.launcher:
+        if faults := examine_and_fetch(_on_cpu(plan), tables, disk=False)[1]:
             return refuse(faults, tables)
-        launch(generate, argv)
+        plan.write()
+        launch(generate_job, plan)
         return 0
-    jobs, faults = plan_all(configs, tables)
+    jobs, faults = examine_and_fetch(plan, tables)
     if faults:
         return refuse(faults, tables)
-    for job in jobs:
-        job.begin()
-    generate_all(jobs)
+    plan.write()
+    generate_jobs(plan, jobs)
     return 0

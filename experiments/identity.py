@@ -1,36 +1,31 @@
-"""What a run is, and which run answers what a configuration asks for.
+"""What identifies a run: the settings that its images depend on, and the weights, machine and software that made them.
 
-A run is what was asked for, and by which weights, machine and software; its id is a hash of both. The act that
-generates registers every run that is complete, a file a configuration in `<outputs>/<experiment>/asked/`; the acts
-after it compose the same configurations and look their runs up.
+Its id is a hash of both.
 """
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from eval.files import canonical_json, read_json, remembered_hash, write_text
-from experiments import PROJECT, pipelines, project_path
-from experiments.configs import build, flag, without
+from eval.files import canonical_json, remembered_hash
+from experiments import PROJECT, pipelines
+from experiments.configs import build, flag, leaves, without
 from experiments.methods.method import Method
 from experiments.prompts import PromptSet
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
-
-#: Where an experiment's folder names its runs.
-ASKED = "asked"
 
 
 def short_digest(value: Any) -> str:
@@ -44,10 +39,8 @@ def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
     A `method` that is given stands in place of the configured one.
 
     Raises:
-        ValueError: a setting is out of range, or `knob` is given for a method that has none.
+        ValueError: a setting is out of range.
     """
-    if cfg.knob is not None and cfg.method.name != "none" and not OmegaConf.select(cfg, "method.about.knob.setting"):
-        raise ValueError(f"knob={cfg.knob} is nothing for method={cfg.method.name}, which has none: leave it out")
     method = build(cfg.method) if method is None else method
     return {
         **request_apart(cfg),
@@ -117,15 +110,19 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
+def config_digest(cfg: DictConfig) -> str:
     """Return a digest of what is asked for, a method as its configuration spells it: none is built, no encoder loaded.
 
-    Pictures and weights that a method is given count by their content, wherever they lie. A `method` that is given
-    stands in place of the configured one.
+    Pictures and weights that a method is given count by their content, wherever they lie.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
     # Wherever things are computed and verdicts are kept, and whatever is said of a method.
-    apart = "device", "decisions", "about"
-    spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), *apart)
+    spelled = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", "about")
+    for key, value in leaves(spelled):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"method.{key} must be a finite number, got {value}")
     named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical_json(spelled, compact=True))]
     versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
     return short_digest([request_apart(cfg), _by_content(spelled), versions])
@@ -151,54 +148,3 @@ def _by_content(spec: Any) -> Any:
     if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
         return remembered_hash(file)
     return spec
-
-
-def register(cfg: DictConfig, run: str) -> None:
-    """Name the complete run that answers a configuration, in the place of an earlier one."""
-    text = json.dumps({"run": run, "model": cfg.model.name, "method": cfg.method.name}, indent=1) + "\n"
-    file = _file(cfg, config_digest(cfg))
-    if not file.exists() or file.read_bytes() != text.encode():
-        write_text(file, text)
-
-
-def lookup(cfg: DictConfig, method: DictConfig | None = None) -> str:
-    """Return the id of the run that answers a configuration; see `config_digest`.
-
-    Raises:
-        FileNotFoundError: none was completed; the message names the command.
-        ValueError: the file that names it is damaged.
-    """
-    file = _file(cfg, config_digest(cfg, method))
-    if not file.exists():
-        name = (cfg.method if method is None else method).name
-        raise FileNotFoundError(
-            f"No complete run of model={cfg.model.name} method={name} with these settings is named in {file.parent}: "
-            "run python -m experiments.generate with the same overrides, which keeps what is there"
-        )
-    return _read(file)["run"]
-
-
-def _file(cfg: DictConfig, digest: str) -> Path:
-    if not re.fullmatch(r"\w[\w.+-]*", str(cfg.name)):  # it names a folder of outputs, and files of results
-        raise ValueError(f"expected a name without slashes and spaces, got {cfg.name!r}: give name=NAME")
-    return project_path(cfg.outputs) / cfg.name / ASKED / f"{digest}.json"
-
-
-def _read(file: Path) -> dict[str, str]:
-    entry = read_json(file)
-    if not isinstance(entry, dict) or not re.fullmatch("[0-9a-f]{12}", str(entry.get("run"))):
-        raise ValueError(f"expected the id of a run in {file}, got other JSON: delete it and run experiments.generate")
-    return entry
-
-
-def experiments_of(outputs: Path) -> dict[str, list[str]]:
-    """Return, by the id of each run, the names of the experiments that asked for it; damaged files name none."""
-    found: dict[str, list[str]] = {}
-    for file in sorted(outputs.glob(f"*/{ASKED}/*.json")):
-        try:
-            names = found.setdefault(_read(file)["run"], [])
-        except ValueError:
-            continue
-        if (name := file.parents[1].name) not in names:
-            names.append(name)
-    return found

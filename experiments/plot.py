@@ -16,40 +16,34 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from experiments import project_path
-from experiments.configs import expand
 from experiments.figures import called_for
 from experiments.figures.image_grid import image_grid, worth_showing
 from experiments.figures.style import save, using
 from experiments.methods.assets import read_assets
+from experiments.plan import Plan
 from experiments.runs import Run
 from experiments.tables import read_table
 
 
-def plot(configs: list[DictConfig]) -> list[Path]:
+def plot(plan: Plan) -> list[Path]:
     """Write the experiment's figures into the results folder and return their paths."""
-    cfg = configs[0]
-    results = project_path(cfg.results)
-    frame = read_table(cfg.name, cfg.results)
+    frame = read_table(plan.name, plan.results)
     files = []
     for name, (figure, _) in called_for(frame).items():
-        files += save(figure, results / f"{cfg.name}_{name}")
-    for model in dict.fromkeys(cfg.model.name for cfg in configs):
-        # A grid of settings names its baseline more than once.
-        chosen = [cfg for cfg in configs if cfg.model.name == model]
-        shown = worth_showing(list(dict.fromkeys(Run.find(cfg) for cfg in chosen)), frame)
-        assets = read_assets(chosen[0].model.copyright.guidance) if cfg.primary.resemblance else None
+        files += save(figure, plan.results / f"{plan.name}_{name}")
+    for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
+        specs = [spec for spec in plan.runs if spec.cfg.model.name == model]
+        shown = worth_showing(list(dict.fromkeys(map(Run.of, specs))), frame)  # equal settings are one run
+        assets = read_assets(specs[0].cfg.model.copyright.guidance) if plan.cfg.primary.resemblance else None
         leading = None if assets is None else {asset.name: asset.file for asset in reversed(assets)}
         sheet = image_grid(list(shown), list(shown.values()), leading)
-        files += save(sheet, results / f"{cfg.name}_grid_{model}")
+        files += save(sheet, plan.results / f"{plan.name}_grid_{model}")
     return files
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
-    configs = configs or expand(argv, baselines=True)
-    with using(configs[0].style, configs[0].width):
-        files = plot(configs)
+def main(argv: list[str], plan: Plan | None = None) -> None:
+    plan = plan or Plan.of(argv)
+    with using(plan.cfg.style, plan.cfg.width):
+        files = plot(plan)
     for file in files:
         print(file)

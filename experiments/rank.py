@@ -8,7 +8,7 @@ evaluated with the same overrides. A method with several settings is a path thro
 Resamples of the prompts' categories are the same for all methods.
 
 Of a sweep over `knob`, the value at which each method gains most within the loss, between its settings where need be,
-is written to `<results>/peers_grid_chosen.yaml`, which knob=chosen reads; the weakest, where none keeps to the loss.
+is written to `<results>/peers_grid_chosen.yaml`, which `chosen` names; the weakest, where none keeps to the loss.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -31,11 +31,11 @@ from eval.files import write_text
 from eval.images import count_withheld, read_withheld
 from eval.imageset import ImageSet
 from eval.intervals import FEWEST, SUBSETS, GroupValue, clusters_of, limits, mean_of, paired_differences
-from experiments import chosen_file, project_path
-from experiments.configs import expand
+from experiments import chosen_file
 from experiments.evaluate import configured_metrics
 from experiments.figures.style import TITLES
 from experiments.pages import printed_percent, with_interval
+from experiments.plan import Plan, RunSpec
 from experiments.runs import Run
 from experiments.tables import markdown, printed, put_rows, words
 from experiments.tabulate import find_document, primary_metrics
@@ -60,7 +60,7 @@ class Paths:
     """What the methods of an experiment do on one model.
 
     Attributes:
-        configs: of each method, in the order of the sweep.
+        specs: of each method, in the order of the sweep.
         runs: theirs.
         gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples. Where a method's knob
             has a value that does nothing (`about.knob.nothing`), that is the first setting of its sweep.
@@ -69,7 +69,7 @@ class Paths:
         n_units: clusters that are resampled.
     """
 
-    configs: dict[str, list[DictConfig]]
+    specs: dict[str, list[RunSpec]]
     runs: dict[str, list[Run]]
     gains: dict[str, np.ndarray]
     losses: dict[str, np.ndarray]
@@ -79,29 +79,29 @@ class Paths:
     n_units: int
 
 
-def read_paths(configs: list[DictConfig]) -> Paths:
-    """Read an experiment's runs on one model, as `expand` names them, with the one without a method.
+def read_paths(specs: list[RunSpec]) -> Paths:
+    """Read an experiment's runs on one model.
 
     Raises:
         FileNotFoundError: a run was not generated or not scored; the message names the command.
         ValueError: there is no method, a primary metric has no better direction or no values of groups, or groups of a
             run are withheld: methods are ranked over the same groups.
     """
-    cfg = configs[0]
-    by_method: dict[str, list[DictConfig]] = {}
-    for one in configs:
-        if one.method.name != "none":
-            by_method.setdefault(one.method.name, []).append(one)
+    cfg, baseline = specs[0].cfg, specs[0].baseline
+    by_method: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        if spec is not spec.baseline:
+            by_method.setdefault(spec.cfg.method.name, []).append(spec)
     if not by_method:
         raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")
-    runs = {method: [Run.find(one) for one in found] for method, found in by_method.items()}
-    for run in (Run.find(cfg, baseline=True), *(run for settings in runs.values() for run in settings)):
+    runs = {method: [Run.of(spec) for spec in settings] for method, settings in by_method.items()}
+    for run in (Run.of(baseline), *(run for settings in runs.values() for run in settings)):
         if withheld := read_withheld(run.folder):
             raise ValueError(
                 f"expected runs that show the same groups, to be ranked, got {run.folder}, which withheld "
                 f"{count_withheld(withheld)}: leave its method out"
             )
-    tested, metrics = primary_metrics(cfg), dict(configured_metrics(cfg))
+    tested, metrics = primary_metrics(cfg), dict(configured_metrics(specs[0]))
     claim, quality = (next(name for name in tested if (tested[name] == "quality") == last) for last in (False, True))
     images = functools.cache(lambda run: ImageSet.open(run.folder))
 
@@ -110,12 +110,12 @@ def read_paths(configs: list[DictConfig]) -> Paths:
         metric = metrics[name]
         if metric.higher_is_better is None or metric.aggregate == SUBSETS:
             raise ValueError(f"expected primary metrics of groups with a better direction to rank by, got {name}")
-        base = find_document(images(Run.find(cfg, baseline=True)), name, metric)["groups"]
+        base = find_document(images(Run.of(baseline)), name, metric)["groups"]
         resampling, found = (cfg.bootstrap.n_resamples, cfg.bootstrap.seed, cfg.bootstrap.cluster), {}
         for method, settings in runs.items():
             groups = [find_document(images(run), name, metric)["groups"] for run in settings]
             differences = [paired_differences(values, base) for values in groups]
-            if len(settings) > 1 and _nothing(by_method[method][0]) is not None:
+            if len(settings) > 1 and _nothing(by_method[method][0].cfg) is not None:
                 differences.insert(0, paired_differences(base, base))
             found[method] = (1 if metric.higher_is_better else -1) * fronts.resampled_means(differences, *resampling)
         return found, base
@@ -130,7 +130,7 @@ def read_paths(configs: list[DictConfig]) -> Paths:
 
 def rows_of_model(paths: Paths) -> list[dict[str, Any]]:
     """Return one row for every method, and one of all that merge tokens."""
-    cfg = next(iter(paths.configs.values()))[0]
+    cfg = next(iter(paths.specs.values()))[0].cfg
     common = {
         "experiment": cfg.name, "model": cfg.model.name, "claim": paths.claim, "quality": paths.quality,
         "loss": LOSS * paths.worth, "n_units": paths.n_units,
@@ -194,7 +194,8 @@ def _share(name: str, estimates: np.ndarray) -> dict[str, float]:
 def chosen_values(paths: Paths) -> dict[str, Any]:
     """Return which value of its knob each method of a sweep over `knob` gains most at within the loss."""
     chosen = {}
-    for method, configs in paths.configs.items():
+    for method, specs in paths.specs.items():
+        configs = [spec.cfg for spec in specs]
         if not isinstance(configs[0].knob, int):
             continue
         values = [OmegaConf.select(one.method, one.method.about.knob.setting) for one in configs]
@@ -262,26 +263,25 @@ Hypervolume: the area that all settings dominate up to that loss; methods that a
 with it, stand in for each other. Seconds: the machine's, of the median group at the setting that gains it."""
 
 
-def write_ranking(configs: list[DictConfig]) -> str:
+def write_ranking(plan: Plan) -> str:
     """Write the ranking, `<results>/<experiment>_ranking.csv` and `.md`, and what was chosen; return the Markdown.
 
     Other models' rows stay, as do other methods' choices.
     """
-    cfg, models = configs[0], dict.fromkeys(one.model.name for one in configs)
-    path = project_path(cfg.results) / f"{cfg.name}_ranking.csv"
-    rows, file, choices = [], chosen_file(cfg.results), {}
-    for model in models:
-        paths = read_paths([one for one in configs if one.model.name == model])
+    path = plan.results / f"{plan.name}_ranking.csv"
+    rows, file, choices = [], chosen_file(plan.results), {}
+    for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
+        paths = read_paths([spec for spec in plan.runs if spec.cfg.model.name == model])
         rows += rows_of_model(paths)
         choices[model] = chosen_values(paths)
     page = render(put_rows(path, rows, COLUMNS, KEY))
     write_text(path.with_suffix(".md"), page)
     if any(choices.values()):
         there = OmegaConf.load(file) if file.exists() else {}
-        head = f"# What experiment={cfg.name} chose of each method's knob, by model: made by experiments.rank.\n"
+        head = f"# What experiment={plan.name} chose of each method's knob, by model: made by experiments.rank.\n"
         write_text(file, head + OmegaConf.to_yaml(OmegaConf.merge(there, choices)))
     return page
 
 
 def main(argv: list[str]) -> None:
-    print(write_ranking(expand(argv, baselines=True)))
+    print(write_ranking(Plan.of(argv)))

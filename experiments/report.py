@@ -26,12 +26,12 @@ from omegaconf import OmegaConf
 
 from eval.files import write_text
 from experiments import PROJECT, pages, project_path
-from experiments.configs import first
 from experiments.figures import called_for
 from experiments.figures.style import encode
 from experiments.latency.report import target_table
 from experiments.latency.rows import MEASURED
 from experiments.locks import locked
+from experiments.plan import first
 from experiments.reporting.galleries import gallery, read_runs
 from experiments.reporting.opening import clearest, sheet, verdicts
 from experiments.reporting.pictures import PICTURES, Pictures, is_elsewhere, kept

@@ -4,7 +4,7 @@
     python -m experiments.reproduce experiment=sweep launcher=joblib
 
 `make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the
-same overrides, in one process that imports what they share once. What is there already is not made again. All that
+same plan, in one process that imports what they share once. What is there already is not made again. All that
 would stop a later act is listed before the first image.
 """
 
@@ -16,16 +16,16 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import importlib
 
 from experiments import check
-from experiments.configs import expand
+from experiments.plan import Plan
 
 ACTS = ("generate", "evaluate", "tabulate", "plot", "check")
 
 
 def main(argv: list[str]) -> int:
-    configs = expand(argv, baselines=True)
+    plan = Plan.of(argv)
     acts = [importlib.import_module(f"experiments.{name}") for name in ACTS]  # all before the first of them begins
-    check.files(configs[0])  # no table is made in the place of the published one
+    check.files(plan)  # no table is made in the place of the published one
     for act in acts:
-        if code := act.main(argv, configs):
+        if code := act.main(argv, plan):
             return code
     return 0

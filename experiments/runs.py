@@ -25,10 +25,11 @@ from eval import files
 from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
 from eval.images import MANIFEST, WITHHELD, ManifestRow, Withheld, WithheldRow, write_manifest, write_withheld
 from experiments import pipelines, project_path
-from experiments.configs import build, no_method
-from experiments.identity import environment, lookup, made_by, request, short_digest
+from experiments.configs import build
+from experiments.identity import environment, made_by, request, short_digest
 from experiments.locks import locked
 from experiments.methods.method import Method
+from experiments.plan import RunSpec, plan_file
 from experiments.prompts import Group
 
 #: What was generated in a group's folder: the manifest's rows, or why there are none, and the log's numbers.
@@ -45,7 +46,7 @@ LOCKS = ".locks"
 class Run:
     """One run's folder, `<outputs>/runs/<run_id>/`, whatever experiments it belongs to.
 
-    Use `Run.start` to generate, `Run.find` to score what was generated.
+    Use `Run.start` to generate, `Run.of` to score what was generated.
     """
 
     folder: Path
@@ -127,20 +128,22 @@ class Run:
         return run
 
     @classmethod
-    def find(cls, cfg: DictConfig, baseline: bool = False) -> Self:
-        """Return the run that `experiments.generate` completed for what `cfg` asks for, on whatever machine.
-
-        With `baseline` the run without any method is meant that is otherwise as `cfg` asks.
+    def of(cls, spec: RunSpec) -> Self:
+        """Return the complete run of a spec, on whatever machine it was generated.
 
         Raises:
             FileNotFoundError: there is none, or it was made with other weights than those that are here.
             ValueError: its identity or its manifest was changed.
         """
-        method = no_method() if baseline else cfg.method
-        run = cls(project_path(cfg.outputs) / RUNS / lookup(cfg, method))
-        cure = "run python -m experiments.generate with the same overrides"
+        cfg, cure = spec.cfg, "run python -m experiments.generate with the same overrides"
+        if spec.id is None:
+            raise FileNotFoundError(
+                f"no complete run of model={cfg.model.name} method={cfg.method.name} with these settings is named in "
+                f"{plan_file(cfg)}: {cure}, which keeps what is there"
+            )
+        run = cls(project_path(cfg.outputs) / RUNS / spec.id)
         if not run.complete:
-            raise FileNotFoundError(f"the run of method={method.name}, {run.folder}, is unfinished or gone: {cure}")
+            raise FileNotFoundError(f"the run of method={cfg.method.name}, {run.folder}, is unfinished or gone: {cure}")
         here = pipelines.local_fingerprint(cfg.model)
         if here not in (None, run.identity["weights"]):
             raise FileNotFoundError(

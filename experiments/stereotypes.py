@@ -23,9 +23,9 @@ from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval
 from eval.stereotypes import AsSaid, confusion, evenness_found, label_said
 from experiments import project_path
-from experiments.configs import first
-from experiments.evaluate import configured_metrics
+from experiments.metrics import build_metric, measured
 from experiments.pages import with_interval
+from experiments.plan import first
 from experiments.tables import markdown
 from experiments.templates import render
 
@@ -90,7 +90,8 @@ def tables(cfg: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.Da
         Counts, a row a true and a found label; a line a classifier; and for each its confusion matrix as texts.
     """
     images, counts, lines, matrices = pictures(project_path(PICTURES)), [], [], {}
-    for name, metric in configured_metrics(cfg):
+    for name in measured(cfg):
+        metric = build_metric(cfg, name)
         if not isinstance(metric, AsSaid):
             continue
         attribute = name.removesuffix("_as_said").replace("_", " ")

@@ -3,7 +3,8 @@
     python -m experiments.tabulate experiment=diversity
     python -m experiments.tabulate --against random_match experiment=ablate_matching
 
-The overrides are those of `experiments.generate`. Rows of models that are not among them stay as they are in the CSV.
+The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. Rows of models that are not among
+them stay as they are in the CSV.
 With --against METHOD, all methods are paired with that one instead of the run without any, and only a page is written,
 `<results>/<experiment>_against_<method>.md`.
 
@@ -33,22 +34,23 @@ from eval.imageset import ImageSet
 from eval.intervals import SUBSETS, difference_of, interval_of, n_shared, n_units, paired_differences, shared_groups
 from eval.metric import Metric, is_current
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
-from experiments import catalogue, project_path, tables
-from experiments.configs import expand, flag, no_method
+from experiments import catalogue, tables
+from experiments.configs import flag
 from experiments.evaluate import configured_metrics
-from experiments.identity import code_digest, config_digest
+from experiments.identity import code_digest
 from experiments.metrics import check_table, primary_metrics
 from experiments.pages import paper_table, render_against, render_latex, render_markdown
+from experiments.plan import Plan, RunSpec
 from experiments.runs import Run
 
 log = logging.getLogger(__name__)
 
 
-def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[dict[str, Any]]:
+def rows_of_runs(plan: Plan, against: str | None = None) -> list[dict[str, Any]]:
     """Return one row for every run and metric, each with its paired difference to the run without a method.
 
     Args:
-        configs: from `expand`; a run is paired with the one of method `none` that is otherwise as configured.
+        plan: each of its runs is paired with its baseline.
         against: name of the method whose run stands in that one's place; the rows are then of the primary metrics.
 
     Raises:
@@ -56,23 +58,16 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
         ValueError: the primary metrics are not two of the configured ones that can be tested; there is no run of
             `against` to pair one with, or several; or a run and the one it is paired with are of two machines.
     """
-    for cfg in configs:
-        check_table(cfg)  # before anything is read
-    # A grid of the method's settings names its baseline over and over.
-    runs = {run: cfg for cfg, run in ((cfg, Run.find(cfg)) for cfg in configs)}
-    others: dict[str, Run] = {}
-    for run, cfg in runs.items() if against else ():
-        if cfg.method.name == against and others.setdefault(config_digest(cfg, no_method()), run) != run:
-            raise ValueError(f"expected one run of {against} on {cfg.model.name} to pair with, got several: choose one")
-    if against and not others:
-        names = ", ".join(dict.fromkeys(cfg.method.name for cfg in configs))
-        raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
+    for spec in plan.runs:
+        check_table(spec.cfg)  # before anything is read
+    runs = {Run.of(spec): spec for spec in plan.runs}  # equal settings are one run
+    others = _paired_with(plan, against, runs) if against else {}
     rows = []
     images = functools.cache(lambda run: ImageSet.open(run.folder))  # whose files are looked at once
-    for run, cfg in runs.items():
-        baseline = others.get(config_digest(cfg, no_method())) if against else Run.find(cfg, baseline=True)
+    for run, spec in runs.items():
+        baseline = others.get(spec.baseline) if against else Run.of(spec.baseline)
         if baseline is None:
-            raise ValueError(f"there is no run of {against} like the one of {cfg.method.name} on {cfg.model.name}")
+            raise ValueError(f"there is no run of {against} like the one of {spec.label}")
         for what in ("weights", "machine"):
             ours, theirs = run.identity[what], baseline.identity[what]
             if ours != theirs:
@@ -80,14 +75,27 @@ def rows_of_runs(configs: list[DictConfig], against: str | None = None) -> list[
                     f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {what}, got "
                     f"{ours} and {theirs}: generate both on one machine"
                 )
-        tested, asked = primary_metrics(cfg), config_digest(cfg)
-        for name, metric in configured_metrics(cfg):
+        tested = primary_metrics(spec.cfg)
+        for name, metric in configured_metrics(spec):
             if name in tested or not against:
                 reference = None if baseline == run else find_document(images(baseline), name, metric)
                 document = find_document(images(run), name, metric)
-                code = code_digest(asked, run.identity["weights"], document["version"])
-                rows.append({**row_of(cfg, run, name, tested.get(name), document, reference), "code": code})
+                code = code_digest(spec.settings, run.identity["weights"], document["version"])
+                rows.append({**row_of(spec.cfg, run, name, tested.get(name), document, reference), "code": code})
     return rows
+
+
+def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[RunSpec, Run]:
+    """Return the run of the method `against` for each baseline, in whose place it stands."""
+    others: dict[RunSpec, Run] = {}
+    for run, spec in runs.items():
+        if spec.cfg.method.name == against and others.setdefault(spec.baseline, run) != run:
+            model = spec.cfg.model.name
+            raise ValueError(f"expected one run of {against} on {model} to pair with, got several: choose one")
+    if not others:
+        names = ", ".join(dict.fromkeys(spec.cfg.method.name for spec in plan.runs))
+        raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
+    return others
 
 
 def row_of(
@@ -225,42 +233,40 @@ def _correct(frame: pd.DataFrame) -> None:
     frame["p_holm"] = corrected
 
 
-def write_table(configs: list[DictConfig]) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of `configs`, which are of one experiment.
+def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
+    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of a plan.
 
     Returns:
         The table with all rows that were in it before, and the Markdown.
     """
-    cfg = configs[0]
-    path = project_path(cfg.results) / f"{cfg.name}.csv"
-    merge_rows(path, rows_of_runs(configs))
+    path = plan.results / f"{plan.name}.csv"
+    merge_rows(path, rows_of_runs(plan))
     with tables.lock(path):
         frame = tables.whole(tables.read_csv(path))  # another process may have merged its rows meanwhile
-        page = render_markdown(frame, cfg.description, paper_table(cfg.name))
+        page = render_markdown(frame, plan.cfg.description, paper_table(plan.name))
         write_text(path.with_suffix(".md"), page)
         write_text(path.with_suffix(".tex"), render_latex(frame))
     return frame, page
 
 
-def write_comparison(configs: list[DictConfig], against: str) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>_against_<method>.md`: all methods of `configs` paired with the method `against`.
+def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
+    """Write `<results>/<experiment>_against_<method>.md`: all methods of a plan paired with the method `against`.
 
     Returns:
         The rows, in full precision, and the Markdown.
     """
-    cfg = configs[0]
-    frame = pd.DataFrame(rows_of_runs(configs, against), columns=tables.COLUMNS)
+    frame = pd.DataFrame(rows_of_runs(plan, against), columns=tables.COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
-    write_text(project_path(cfg.results) / f"{cfg.name}_against_{against}.md", page)
+    write_text(plan.results / f"{plan.name}_against_{against}.md", page)
     return frame, page
 
 
-def main(argv: list[str], configs: list[DictConfig] | None = None) -> None:
+def main(argv: list[str], plan: Plan | None = None) -> None:
     parser = argparse.ArgumentParser("tabulate", add_help=False)
     parser.add_argument("--against", metavar="METHOD")
     arguments, overrides = parser.parse_known_args(argv)
-    configs, against = configs or expand(overrides, baselines=True), arguments.against
-    print((write_comparison(configs, against) if against else write_table(configs))[1])
+    plan, against = plan or Plan.of(overrides), arguments.against
+    print((write_comparison(plan, against) if against else write_table(plan))[1])
     for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
-        print(project_path(configs[0].results) / f"{configs[0].name}{ending}")
+        print(plan.results / f"{plan.name}{ending}")

@@ -118,20 +118,19 @@ def tiny_overrides(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def tabulated():
-    """Score what was generated: `tabulated(configs)` returns the table's files, as text, and every image's bytes."""
+    """Score what was generated: `tabulated(plan)` returns the table's files, as text, and every image's bytes."""
     from eval.images import read_manifest
     from experiments import tabulate
     from experiments.evaluate import evaluate
     from experiments.runs import Run
 
-    def table(configs):
-        for cfg in configs:
-            evaluate(cfg)
-        tabulate.write_table(configs)
-        results, runs = tabulate.project_path(configs[0].results), [Run.find(cfg) for cfg in configs]
+    def table(plan):
+        evaluate(plan)
+        tabulate.write_table(plan)
+        runs = [Run.of(spec) for spec in plan.runs]
         # Whoever commits while this runs changes nothing that is tested here.
         commits = "|".join(re.escape(run.environment["commit"]) for run in runs)
-        files = {path.name: re.sub(commits, "commit", path.read_text()) for path in sorted(results.iterdir())}
+        files = {path.name: re.sub(commits, "commit", path.read_text()) for path in sorted(plan.results.iterdir())}
         images = [(run.folder / row.path).read_bytes() for run in runs for row in read_manifest(run.folder)]
         return files, images
 

@@ -22,20 +22,17 @@ PAGE = ROOT / "docs" / "extending.md"
 SCRIPT = """
 import json, sys
 import numpy as np
-from hydra import initialize_config_dir
 from PIL import Image
-from experiments import PROJECT, tabulate
-from experiments.configs import _jobs, expand
+from experiments import tabulate
+from experiments.plan import Plan, expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 
-with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-    named = _jobs("experiment=candidates")
-configs = expand(json.loads(sys.argv[1]))
-for cfg in configs:
-    generate(cfg)
-    evaluate(cfg)
-tabulate.write_table(configs)
+named = [[cfg.model.name, cfg.method.name] for cfg in expand(["experiment=candidates"])]
+plan = Plan.make(json.loads(sys.argv[1]))
+generate(plan)
+evaluate(plan)
+tabulate.write_table(plan)
 
 sys.path.insert(0, "tests/experiments")
 import test_conf, test_golden
@@ -111,8 +108,7 @@ def test_what_is_added_runs_and_stands_in_the_table(tmp_path, tiny_overrides):
     folder = tmp_path / "extended"
     named, apart = extend(tmp_path / "checkout", folder, tiny_overrides)
     models, names = ("mini-sdxl", "mini-flux"), ("none", "negtome", "farthest_first")
-    asked = [{text for text in job if not text.startswith("experiment=")} for job in named]
-    assert asked == [{f"model={model}", f"method={method}"} for model in models for method in names]
+    assert named == [[model, method] for model in models for method in names]
     first, second, third, fourth = apart  # two images of both mini models, and their first is that without a method
     assert max(first, third) < 1 and min(second, fourth) > 2, "the first is off by rounding at most"
     frame = pd.read_csv(folder / "results" / "candidates.csv").set_index(["method", "metric"])

@@ -41,10 +41,10 @@ from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import PROJECT, pipelines, project_path
-from experiments.configs import expand
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
+from experiments.plan import expand
 from experiments.prompts import KINDS, Group
 from experiments.templates import render
 from training import protected, taxonomy

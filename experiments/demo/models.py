@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json
 from experiments import PROJECT, catalogue, chosen_file, pipelines, project_path, select_device
-from experiments.configs import build, first
+from experiments.configs import build
 from experiments.methods.method import Method
+from experiments.plan import first
 from negtome import NegToMeConfig
 
 #: What is there in every checkout, and stands in for a model whose weights are missing.

@@ -8,7 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import select_device
-from experiments.configs import build, first, flag
+from experiments.configs import build, flag
+from experiments.plan import first
 from negtome import NegToMeConfig
 
 #: The variant that all others are compared with.

@@ -22,9 +22,9 @@ from eval.images import (
     scores_path,
 )
 from experiments import catalogue, pages
-from experiments.configs import first
 from experiments.figures.style import title
 from experiments.methods.assets import read_assets
+from experiments.plan import first
 from experiments.reporting.pictures import Pictures, is_elsewhere, kept, reduced
 from experiments.runs import RUNS, Run
 from experiments.tables import CALL, ROLES, spelled, words

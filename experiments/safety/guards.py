@@ -5,8 +5,9 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from experiments.configs import build, first
+from experiments.configs import build
 from experiments.methods.assets import Retriever
+from experiments.plan import first
 from negtome.guard import Nearest, read_policy
 
 

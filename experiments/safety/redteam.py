@@ -32,11 +32,12 @@ from eval.files import write_json, write_text
 from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of, paired_differences
 from eval.resemblance import DetectionRate
 from experiments import pipelines, project_path, select_device, start_log
-from experiments.configs import build, expand, flag
+from experiments.configs import build, flag
 from experiments.generate import count_workers, ready, spread
 from experiments.identity import made_by, request_apart, short_digest
 from experiments.methods.method import Method
 from experiments.pages import with_interval
+from experiments.plan import expand
 from experiments.prompts import Group
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.judge import Compass, Judge

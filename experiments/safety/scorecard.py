@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from eval.files import write_text
-from experiments import project_path
-from experiments.configs import build, expand
+from experiments.configs import build
 from experiments.figures import style
 from experiments.methods.guarded import LAYERS
 from experiments.pages import with_interval
+from experiments.plan import Plan
 from experiments.runs import Run
 from experiments.tables import DIFFERENCE, markdown, of_model, printed, put_rows, read_table, words
 
@@ -43,7 +43,7 @@ NONE = "no guard"
 SHAPES = dict(zip(("", *LAYERS), "*os^", strict=True))
 
 
-def outcomes(configs: list[DictConfig]) -> list[dict[str, Any]]:
+def outcomes(plan: Plan) -> list[dict[str, Any]]:
     """Count how the requests of every run ended, those for protected designs and the others apart.
 
     shown: images as without a guard; steered: images pushed away from the asset; invalid: escalated, since no reply of
@@ -53,8 +53,8 @@ def outcomes(configs: list[DictConfig]) -> list[dict[str, Any]]:
         FileNotFoundError: a run is not there.
     """
     rows = []
-    for cfg in configs:
-        run, labels = Run.find(cfg), _labels(cfg)
+    for spec in plan.runs:
+        cfg, run, labels = spec.cfg, Run.of(spec), _labels(spec.cfg)
         kinds = {group.id: not group.category.startswith("beside ") for group in build(cfg.prompts).groups()}
         for asked in (True, False):
             records = [record for group, record in run.records().items() if kinds[group] == asked]
@@ -193,23 +193,21 @@ though the pictures are others, which flatters the check. A detection says that 
 threshold, and no more. Models named mini-* are this project's own."""
 
 
-def write_scorecard(configs: list[DictConfig]) -> list[Path]:
+def write_scorecard(plan: Plan) -> list[Path]:
     """Write the outcomes, the page and the figures; return their paths."""
-    cfg = configs[0]
-    results = project_path(cfg.results)
-    counts = put_rows(results / f"{cfg.name}_outcomes.csv", outcomes(configs), COLUMNS, KEY)
-    frame = read_table(cfg.name, cfg.results)
-    page = results / f"{cfg.name}_scorecard.md"
+    counts = put_rows(plan.results / f"{plan.name}_outcomes.csv", outcomes(plan), COLUMNS, KEY)
+    frame = read_table(plan.name, plan.results)
+    page = plan.results / f"{plan.name}_scorecard.md"
     write_text(page, render(frame, counts))
     files = [page]
     for model in dict.fromkeys(frame["model"]):
-        files += style.save(tradeoff(frame, model), results / f"{cfg.name}_guards_{model}")
+        files += style.save(tradeoff(frame, model), plan.results / f"{plan.name}_guards_{model}")
     return files
 
 
 def main(argv: list[str]) -> None:
-    configs = expand(argv, baselines=True)
-    with style.using(configs[0].style, configs[0].width):
-        files = write_scorecard(configs)
+    plan = Plan.of(argv)
+    with style.using(plan.cfg.style, plan.cfg.width):
+        files = write_scorecard(plan)
     for file in files:
         print(file)

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 import negtome
 from experiments import applications
-from experiments.configs import expand
+from experiments.plan import expand
 
 CALL = {"num_inference_steps": 1, "height": 32, "width": 32}
 CONFIG = negtome.NegToMeConfig(threshold=-1.0, timestep_range=(0, 1000), min_side=1)

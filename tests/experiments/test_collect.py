@@ -6,11 +6,11 @@ import shutil
 
 import pandas as pd
 import pytest
+from plans import plan_of
 
 from eval.files import read_document, sealed
 from experiments import collect as module
 from experiments.collect import collect, write
-from experiments.configs import expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 
@@ -19,10 +19,9 @@ from experiments.generate import generate
 def runs(tmp_path_factory, tiny_overrides):
     """Two scored runs of one experiment, with a metric of groups and an entropy: their outputs, and the folders."""
     folder = tmp_path_factory.mktemp("collect")
-    folders = []
-    for cfg in expand(tiny_overrides("sweep", folder, "method=none,negtome")):
-        folders.append(generate(cfg))
-        evaluate(cfg)
+    plan = plan_of(tiny_overrides("sweep", folder, "method=none,negtome"))
+    folders = generate(plan)
+    evaluate(plan)
     return folder / "outputs", folders
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
-from experiments.configs import expand, launch, run_names
+from experiments.configs import run_names
 from experiments.generate import _generate_each
 from experiments.pipelines import find_checkpoint
+from experiments.plan import Plan, expand, launch, launched_run
 from experiments.runs import Run
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
@@ -60,6 +61,10 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["generat"], ["generat", "generate"]),
         (["generate", "model=mini-sdx"], ["model=mini-sdx", "flux-dev", "did you mean mini-sdxl?"]),
         (["generate", "experiment=diversty"], ["did you mean diversity?"]),
+        (["generate", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
+        (["generate", "--model", "sdxl"], ["use model=sdxl, without dashes"]),
+        (["tabulate", "--model=sdxl"], ["use model=sdxl, without dashes"]),
+        (["doctor", "--experiment=diversity", "--fetch"], ["use experiment=diversity, without dashes"]),
         (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
         (["tabulate", "method.alpha=0.3"], ["method.alpha: expected a key"]),
         (["plot", "-m", "alpha"], ["override 'alpha'", "missing EQUAL"]),
@@ -105,26 +110,27 @@ def test_the_last_run_of_a_sweep_is_checked_before_the_first_starts(tiny_overrid
 
 def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overrides, tmp_path, monkeypatch, capsys):
     sent = []
-    monkeypatch.setattr("experiments.generate.has_launcher", lambda _: True)
-    monkeypatch.setattr("experiments.generate.launch", lambda _, argv: sent.append(argv))
-    asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77")
-    assert main(["generate", *asked]) == 0 and sent == [asked]
-    assert not (tmp_path / "outputs").exists(), "no folder of a run that this machine would make"
+    monkeypatch.setattr("experiments.generate.launch", lambda _, plan: sent.append(plan))
+    asked = tiny_overrides("sweep", tmp_path, "method=none", "device=cuda:77", "launcher=joblib")
+    assert main(["generate", *asked]) == 0 and [plan.cfg.device for plan in sent] == ["cuda:77"]
+    assert not (tmp_path / "outputs" / "runs").exists(), "no folder of a run that this machine would make"
     assert main(["generate", *asked, "prompts.categories=bird"]) == 2 and len(sent) == 1
     assert "must be a list" in capsys.readouterr().err
 
 
+def failing(cfg):
+    plan, spec = launched_run(cfg)
+    raise ValueError(f"no {plan.name} of {spec.label}")
+
+
 def test_the_error_of_a_launched_job_is_raised_here(tmp_path, monkeypatch):
     """And not printed by Hydra with its traceback: it becomes one line as any other."""
-
-    def failing(cfg):
-        raise ValueError(f"no {cfg.name}")
-
     monkeypatch.setattr(sys, "argv", ["generate"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", f"hydra.sweep.dir={tmp_path}"]
-    with pytest.raises(ValueError, match="no diversity"):
-        launch(failing, ["-m", "experiment=diversity", "model=mini-sdxl", "method=none", *quiet])
+    plan = Plan.make(["-m", "experiment=diversity", "model=mini-sdxl", "method=none", f"outputs={tmp_path}"])
+    plan.launcher = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+    with pytest.raises(ValueError, match="no diversity of mini-sdxl none"):
+        launch(failing, plan)
 
 
 def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):

@@ -18,24 +18,27 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
-from experiments.configs import _compose_job, _jobs, _of_files, _of_method, _sweep, build, expand
+from experiments.configs import build
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
 from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.metrics import NEEDS
+from experiments.plan import composed as compose_once
+from experiments.plan import expand
 from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
 from experiments.tabulate import primary_metrics
 from negtome import NegToMeConfig
 
 CONF = PROJECT / "conf"
 # Root-level groups; the others are placed into a model by its file, which names a domain.
-OPTIONS = [
-    (group, file.stem)
+OPTIONS = {
+    group: sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     for group in ("model", "method", "prompts", "metric", "launcher", "experiment", "applications")
-    for file in sorted((CONF / group).glob("*.yaml"))
-]
+}
+#: What an option has no default for.
+WEIGHTS = {"method": ("all_method.negative_ip_adapter.weights={subfolder: s, weight_name: w}",)}
 #: Launchers that are packages of their own.
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -44,32 +47,28 @@ PLUGINS = {
 }
 
 
+@functools.cache
 def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return _compose_job(list(overrides))
+    """Compose a configuration, once for all tests. Not to be changed."""
+    return compose_once(overrides)
+
+
+@functools.cache
+def side_by_side(group):
+    """Compose all options of a group into one configuration, each under its name in `all_<group>`."""
+    options = [f"+{group}@all_{group}.{option}={option}" for option in OPTIONS[group]]
+    return composed(*options, *WEIGHTS.get(group, ()))
 
 
 @functools.cache
 def metric(name, settings):
     """Build what is configured, as JSON: once, where several options configure the same."""
-    return instantiate(json.loads(settings), name=name)
+    return build(OmegaConf.create(json.loads(settings) | {"name": name}))
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: str(value))
-def test_every_option_composes_and_resolves(group, option, with_model):
-    if option in PLUGINS:
-        pytest.importorskip(f"hydra_plugins.{PLUGINS[option]}", reason=f"the plugin of launcher={option} is an extra")
-    weights = ["method.weights={subfolder: s, weight_name: w}"] if option == "negative_ip_adapter" else []
-    cfg = with_model(option) if group == "model" else composed(f"{group}={option}", *weights)
-    # A method's file is read by nothing else; all of a configuration takes a tenth of a second.
-    resolved = OmegaConf.to_container(cfg.method if group == "method" else cfg, resolve=True, throw_on_missing=True)
-    method = build(cfg.method)
-    assert method.name == cfg.method.name
-    if group == "method":
-        return
-    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts))
-    assert resolved["metric"] or (group, option) == ("metric", "none")
-    for name, settings in resolved["metric"].items() if group in ("model", "metric", "experiment") else ():
+def check_metrics(metrics):
+    """Build what is configured, but for metrics that lack images to compare with."""
+    for name, settings in metrics.items():
         if any(need in settings and settings[need] is None for need in NEEDS):
             continue
         settings |= {"baseline": "run"} if "baseline" in settings else {}
@@ -77,10 +76,48 @@ def test_every_option_composes_and_resolves(group, option, with_model):
         assert metric(name, json.dumps(settings)).name == name
 
 
+@pytest.mark.parametrize("option", OPTIONS["method"])
+def test_every_method_resolves_and_is_built(option):
+    spec = side_by_side("method").all_method[option]
+    assert OmegaConf.to_container(spec, resolve=True, throw_on_missing=True)
+    assert build(spec).name == spec.name
+
+
+@pytest.mark.parametrize("option", OPTIONS["prompts"])
+def test_every_set_of_prompts_is_built(option):
+    assert isinstance(build(side_by_side("prompts").all_prompts[option]), (PromptSet, CharacterPrompts, PeoplePrompts))
+
+
+@pytest.mark.parametrize("option", OPTIONS["metric"])
+def test_every_suite_of_metrics_is_built(option):
+    metrics = OmegaConf.to_container(composed(f"metric={option}").metric, resolve=True, throw_on_missing=True)
+    assert metrics or option == "none"
+    check_metrics(metrics)
+
+
+@pytest.mark.parametrize("option", OPTIONS["launcher"])
+def test_every_launcher_composes(option):
+    if option in PLUGINS:
+        pytest.importorskip(f"hydra_plugins.{PLUGINS[option]}", reason=f"the plugin of launcher={option} is an extra")
+    assert composed(f"launcher={option}").workers in ("auto", 1)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group in ("model", "experiment") for option in OPTIONS[group]]
+)
+def test_every_model_and_every_experiment_resolves_with_its_metrics(group, option, with_model):
+    cfg = with_model(option) if group == "model" else composed(f"experiment={option}")
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert build(cfg.method).name == cfg.method.name
+    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts))
+    assert resolved["metric"]
+    check_metrics(resolved["metric"])
+
+
 def test_every_group_of_the_folder_is_tested():
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
     placed = {"domain", "scorer", "labels", "characters", "rewrites", "guard", "safety"}
-    assert folders == {group for group, _ in OPTIONS} | placed
+    assert folders == set(OPTIONS) | placed
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "guard").glob("*.yaml")))
@@ -174,8 +211,8 @@ def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers
 
 
 def test_models_know_no_method(with_model):
-    methods = {option for group, option in OPTIONS if group == "method"}
-    for option in (option for group, option in OPTIONS if group == "model"):
+    methods = set(OPTIONS["method"])
+    for option in OPTIONS["model"]:
         model = with_model(option).model
         assert not methods & {*model, *model.copyright}, option
 
@@ -184,7 +221,7 @@ def test_every_model_is_measured_by_the_suite_that_fits_it(with_model):
     """In a sweep too; and a suite on the command line, or an experiment's, replaces it."""
     swept = expand(["experiment=diversity", "model=mini-sdxl,sdxl", "method=none"])
     suites = {cfg.model.name: set(cfg.metric) for cfg in swept}
-    for option in (option for group, option in OPTIONS if group == "model"):
+    for option in OPTIONS["model"]:
         cfg = with_model(option)
         assert set(cfg.metric) == suites["mini-sdxl" if cfg.model.kind == "mini" else "sdxl"], option
     assert "fid" in suites["sdxl"] and not {"fid", "kid", "lpips_alex"} & suites["mini-sdxl"]
@@ -194,10 +231,7 @@ def test_every_model_is_measured_by_the_suite_that_fits_it(with_model):
     assert set(composed("experiment=sweep").metric) == {"pairwise_distance", "clip_score"}
 
 
-EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
-
-
-@pytest.mark.parametrize("experiment", sorted(set(EXPERIMENTS) - {"latency"}))
+@pytest.mark.parametrize("experiment", sorted(set(OPTIONS["experiment"]) - {"latency"}))
 def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_quality(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
     for model in declared.hydra.sweeper.params.model.split(","):
@@ -276,7 +310,7 @@ def test_a_misspelt_key_is_named():
 
 def test_every_key_of_the_models_is_the_same_set(with_model):
     keys = {}
-    for option in (option for group, option in OPTIONS if group == "model"):
+    for option in OPTIONS["model"]:
         keys[option] = set(with_model(option).model)
     assert len(set(map(frozenset, keys.values()))) == 1, keys
 
@@ -384,55 +418,39 @@ def test_own_errors_are_not_buried_in_hydras():
         build(composed("method=none", "+method.bta=1").method)
 
 
-SWEPT = [
-    ["experiment=sweep", "model=mini-sdxl", "method.alpha=0.9", "model.groups_per_category=3",
-     "prompts.categories=[a,b]", "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
-    ["experiment=copyright", "model=mini-flux", "hydra.job.name=mine"],
+ALONE = [
+    ["experiment=sweep", "model=mini-sdxl", "method=negtome", "method.alpha=0.9", "method.threshold=0.5",
+     "method.timestep_range=[900,1000]", "model.groups_per_category=3", "prompts.categories=[a,b]",
+     "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
+    ["experiment=copyright", "model=mini-flux", "method=negtome_reference", "hydra.job.name=mine"],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", SWEPT)
-def test_a_sweep_is_what_hydra_composes_and_reads_its_files_once(overrides, monkeypatch):
-    composed = []
-    for cache in (_of_files, _of_method, _sweep):
-        cache.cache_clear()
-
-    def counted(name, files=(), **options):
-        composed.append(tuple(files))
-        return compose(name, files, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("experiments.configs.compose", counted)
-        found = expand(overrides)
-        count = len(composed)
-        assert expand(overrides) == found and len(composed) == count
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        expected = [compose("config", job) for job in _jobs(*overrides) if "method=none" not in job]
-    for ours, theirs in zip((cfg for cfg in found if cfg.method.name != "none"), expected, strict=True):
-        for resolve in (False, True):  # as texts, which tell 1 from 1.0 and know the order
-            one, other = (repr(OmegaConf.to_container(cfg, resolve=resolve)) for cfg in (ours, theirs))
-            assert one == other
-        assert OmegaConf.is_struct(ours) and OmegaConf.is_struct(ours.method)
-    assert count == len({cfg.model.name for cfg in found}) + len({cfg.method.name for cfg in found})
-    assert found[0] is not found[-1] and len({id(cfg.model) for cfg in found}) == len(found)
-
-
-def test_files_that_speak_of_each_others_values_are_composed_together(tmp_path):
-    """An experiment may change a method, and a method's file what is not the method's; here from a folder elsewhere."""
-    for path, text in (("experiment/weak", "method: {alpha: 0.25}"), ("method/slow", "report_seconds: true")):
-        file = tmp_path / f"{path}.yaml"
-        file.parent.mkdir()
-        file.write_text(f"# @package _global_\n{text}\n")
-    there = f"hydra.searchpath=[file://{tmp_path}]"
+@pytest.mark.parametrize("overrides", ALONE)
+def test_a_run_is_what_hydra_itself_composes(overrides):
+    _, ours = expand(overrides, baselines=True)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        weak, slow = (["experiment=weak", "method=negtome", there], ["method=slow", there])
-        assert _compose_job(weak) == compose("config", weak) and _compose_job(weak).method.alpha == 0.25
-        assert _compose_job(slow) == compose("config", slow) and _compose_job(slow).report_seconds
+        theirs = compose("config", overrides)
+    for resolve in (False, True):  # as texts, which tell 1 from 1.0 and know the order
+        one, other = (repr(OmegaConf.to_container(cfg, resolve=resolve)) for cfg in (ours, theirs))
+        assert one == other
+    assert OmegaConf.is_struct(ours) and OmegaConf.is_struct(ours.method)
 
 
-def test_a_method_of_another_folder_is_composed_as_the_projects_own(tmp_path):
-    (tmp_path / "method").mkdir()
-    (tmp_path / "method" / "mine.yaml").write_text("defaults: [negtome]\nname: mine\nalpha: 0.5\n")
-    job = ["method=mine", f"hydra.searchpath=[file://{tmp_path}]"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        assert _compose_job(job) == compose("config", job) and _compose_job(job).method.alpha == 0.5
+def test_runs_of_a_sweep_share_nothing_that_can_be_changed():
+    weak, strong = expand(["method=negtome", "method.alpha=0.3,0.9"])
+    weak.model.call.guidance_scale = 77
+    assert (weak.method.alpha, strong.method.alpha) == (0.3, 0.9) and strong.model.call.guidance_scale != 77
+
+
+def test_methods_and_experiments_of_another_folder_are_composed_too(tmp_path):
+    files = {
+        "experiment/weak": "# @package _global_\nmethod: {alpha: 0.25}\n",
+        "method/mine": "defaults: [negtome]\nname: mine\nalpha: 0.5\n",
+    }
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{path}.yaml").write_text(text)
+    folder = f"hydra.searchpath=[file://{tmp_path}]"
+    assert expand(["experiment=weak", "method=negtome", folder])[0].method.alpha == 0.25
+    assert expand(["method=mine", folder])[0].method.alpha == 0.5

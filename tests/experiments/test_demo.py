@@ -27,7 +27,7 @@ from eval.alignment import clip_score
 from eval.images import load_picture, read_manifest
 from experiments import PROJECT, pipelines, preflight
 from experiments.__main__ import main
-from experiments.configs import build, expand, first
+from experiments.configs import build
 from experiments.demo import asked as asking
 from experiments.demo import models, session, view, watch
 from experiments.demo.asked import MODES, Asked, keep, split
@@ -35,6 +35,7 @@ from experiments.demo.export import exports, png
 from experiments.demo.jobs import Job, Jobs
 from experiments.demo.session import Session, blurred
 from experiments.methods.negtome import NegToMe
+from experiments.plan import Plan, expand, first
 from experiments.runs import Run
 from negtome.__main__ import main as negtome_main
 from negtome.generate import Made, generate
@@ -389,8 +390,8 @@ def test_the_exports_of_compared_methods_make_these_very_images(one, tmp_path, m
     for row, line in [*zip(last.rows, overrides.splitlines(), strict=True)][:4:3]:  # the baseline, and one that draws
         words = [*shlex.split(line)[3:], f"outputs={tmp_path}", "device=cpu"]
         assert main(["generate", *words]) == 0
-        rows = sorted(read_manifest(Run.find(expand(words)[0]).folder), key=lambda row: row.index)
-        made = [Image.open(Run.find(expand(words)[0]).folder / one.path) for one in rows]
+        rows = sorted(read_manifest(Run.of(Plan.make(words).runs[0]).folder), key=lambda row: row.index)
+        made = [Image.open(Run.of(Plan.make(words).runs[0]).folder / one.path) for one in rows]
         assert np.array_equal(pixels(made), pixels(row.images)), row.name
 
 

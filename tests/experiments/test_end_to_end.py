@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from plans import plan_of
 
 import experiments
 from eval.features import EffNetLite0
@@ -18,12 +19,13 @@ from eval.images import read_manifest
 from eval.imageset import ImageSet
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
-from experiments.configs import build, expand
-from experiments.evaluate import configured_metrics, evaluate, evaluate_folder
+from experiments.configs import build
+from experiments.evaluate import evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.identity import request
-from experiments.metrics import left_out_lines
+from experiments.metrics import left_out_lines, measured
 from experiments.pages import main_table, other_table
+from experiments.plan import expand
 from experiments.runs import Run
 from experiments.tables import COLUMNS, REQUIRED, TEXT
 
@@ -85,8 +87,9 @@ def overrides(tmp_path, source, kind="sdxl", name=None):
 
 def copied(run, outputs):
     """Copy a run and what names it to other outputs; returns its folder there."""
-    for folder in run.parents[1].glob("*/asked"):
-        shutil.copytree(folder, outputs / folder.parent.name / folder.name, dirs_exist_ok=True)
+    for file in run.parents[1].glob("*/plan.json"):
+        (outputs / file.parent.name).mkdir(exist_ok=True)
+        shutil.copy(file, outputs / file.parent.name)
     return shutil.copytree(run, outputs / "runs" / run.name)
 
 
@@ -99,10 +102,9 @@ def finished(tmp_path_factory, tiny_checkpoint):
     """One whole experiment on a tiny SDXL checkpoint: overrides and the three run folders."""
     folder = tmp_path_factory.mktemp("finished")
     arguments = [*overrides(folder, tiny_checkpoint("sdxl")), METHODS]
-    folders = []
-    for cfg in expand(arguments):
-        folders.append(generate(cfg))
-        evaluate(cfg)
+    plan = plan_of(arguments)
+    folders = generate(plan)
+    evaluate(plan)
     return arguments, folders
 
 
@@ -142,24 +144,23 @@ def test_a_complete_run_is_not_generated_again(finished, monkeypatch):
     arguments, folders = finished
     before = [pngs(folder) for folder in folders]
     monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
-    for cfg in expand(arguments):
-        generate(cfg)
+    assert generate(plan_of(arguments)) == folders
     assert [pngs(folder) for folder in folders] == before
 
 
 def test_an_interrupted_run_finishes_the_rest_and_equals_an_undisturbed_one(finished, tmp_path):
     arguments, (_, paper, _) = finished
-    arguments = [*arguments, "method=negtome", f"outputs={tmp_path}"]
+    plan_arguments = [*arguments, "method=negtome", f"outputs={tmp_path}"]
     folder = copied(paper, tmp_path)
     shutil.rmtree(next(folder.glob("images/*fish/000000")))
     for name in ("complete", "manifest.jsonl"):
         (folder / name).unlink()
     (folder / "images" / "a-photo-of-a-fish" / ".000000.left-by-a-killed-process").mkdir()
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
-    (cfg,) = expand(arguments)
+    plan = plan_of(plan_arguments, "negtome")
     with pytest.raises(FileNotFoundError, match="is unfinished or gone: run python"):
-        Run.find(cfg)
-    assert generate(cfg) == folder
+        Run.of(plan.runs[0])
+    assert generate(plan) == [folder]
     assert pngs(folder) == pngs(paper)
     assert (folder / "manifest.jsonl").read_bytes() == (paper / "manifest.jsonl").read_bytes()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -207,12 +208,12 @@ def test_an_edited_run_folder_is_refused(finished, tmp_path):
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("num_inference_steps: 2", "num_inference_steps: 50"))
     with pytest.raises(ValueError, match="does not hash to its folder's name"):
-        Run.find(expand([*arguments, "method=none", f"outputs={tmp_path}"])[0])
+        Run.of(plan_of([*arguments, "method=none", f"outputs={tmp_path}"]).runs[0])
 
 
 def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finished):
     arguments, folders = finished
-    _, markdown = tabulate.write_table(expand(arguments))
+    _, markdown = tabulate.write_table(plan_of(arguments))
     cfg = expand(arguments)[0]
     frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
@@ -239,12 +240,12 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert "0.812" in markdown and "sdxl" in markdown
     assert "- sdxl, NegToMe, released matching: " in markdown and "All other metrics" in markdown
     # The table is what its CSV says, to the byte, however often it is made.
-    assert tabulate.write_table(expand(arguments))[1] == markdown
+    assert tabulate.write_table(plan_of(arguments))[1] == markdown
 
 
 def test_rows_of_other_settings_stay(finished):
     arguments, _ = finished
-    path = tabulate.project_path(expand(arguments)[0].results) / "kept.csv"
+    path = plan_of(arguments).results / "kept.csv"
     row = dict.fromkeys(COLUMNS, 1.0) | {"experiment": "kept", "run_id": "0123", "true_cfg_scale": None}
     tabulate.merge_rows(path, [row | {"alpha": 0.3, "value": 1}, row | {"alpha": 0.9, "value": 2}])
     frame = tabulate.merge_rows(path, [row | {"alpha": 0.9, "value": 3}])
@@ -276,7 +277,7 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
 
 def test_settings_of_one_method_are_told_apart(finished):
     arguments, _ = finished
-    tabulate.write_table(expand(arguments))
+    tabulate.write_table(plan_of(arguments))
     frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=TEXT)
     other = frame[frame["method"] == "negtome"].assign(alpha=0.5, run_id="000000000000")
     table = other_table(pd.concat([frame, other]))
@@ -291,8 +292,8 @@ def test_settings_of_one_method_are_told_apart(finished):
 
 def test_a_part_of_a_sweep_finds_its_baseline(finished, tmp_path):
     arguments, _ = finished
-    whole = tabulate.rows_of_runs(expand(arguments))
-    part = tabulate.rows_of_runs(expand([*arguments, "method=negtome"]))
+    whole = tabulate.rows_of_runs(plan_of(arguments))
+    part = tabulate.rows_of_runs(plan_of(arguments, "negtome"))
     assert part == [row for row in whole if row["method"] == "negtome"]
 
 
@@ -300,53 +301,53 @@ def test_a_method_without_its_baseline_is_refused(finished, tmp_path):
     arguments, (_, paper, _) = finished
     copied(paper, tmp_path)
     with pytest.raises(FileNotFoundError, match="method=none"):
-        tabulate.rows_of_runs(expand([*arguments, "method=negtome", f"outputs={tmp_path}"]))
+        tabulate.rows_of_runs(plan_of([*arguments, f"outputs={tmp_path}"], "negtome"))
 
 
 def test_runs_of_earlier_weights_do_not_stand_in_the_way(finished, tmp_path):
     arguments, _ = finished
     weights = tmp_path / "weights"
     shutil.copytree(expand(arguments)[0].model.source, weights)
-    (cfg,) = expand([*arguments, "method=none", f"outputs={tmp_path}", f"model.source={weights}"])
-    first = generate(cfg)
+    plan = plan_of([*arguments, "method=none", f"outputs={tmp_path}", f"model.source={weights}"])
+    first = generate(plan)
     file = weights / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
     file.write_bytes(content)
-    second = generate(cfg)
+    second = generate(plan)
     assert first != second
-    assert Run.find(cfg).folder == second
+    assert [Run.of(spec).folder for spec in plan.runs] == second
 
 
 def test_methods_are_compared_with_each_other_too(finished, capsys):
     arguments, _ = finished
-    configs = expand(arguments)
-    frame, _ = tabulate.write_comparison(configs, "none")
-    table, _ = tabulate.write_table(configs)
+    plan = plan_of(arguments)
+    frame, _ = tabulate.write_comparison(plan, "none")
+    table, _ = tabulate.write_table(plan)
     both = [one[one["primary"].notna()].sort_values(["method", "metric"]) for one in (frame, table)]
     # Against the run without a method it is the table's own comparison.
     for column in ("difference", "p_value", "p_holm", "effect_size", "win_rate"):
         ours, theirs = (one[column].astype(float).tolist() for one in both)
         assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True), column
     # The other way round everything is the other way round.
-    turned = tabulate.write_comparison(configs, "negtome")[0].set_index(["method", "metric"])["difference"]
+    turned = tabulate.write_comparison(plan, "negtome")[0].set_index(["method", "metric"])["difference"]
     straight = frame.set_index(["method", "metric"])["difference"]
     for metric in both[0]["metric"].unique():
         assert turned["none", metric] == pytest.approx(-straight["negtome", metric])
     assert main(["tabulate", "--against", "negtome", *arguments]) == 0
-    path = tabulate.project_path(configs[0].results) / "diversity_against_negtome.md"
+    path = plan.results / "diversity_against_negtome.md"
     assert capsys.readouterr().out.endswith(f"\n{path}\n")
     text = path.read_text()
     assert text.startswith("# diversity against negtome\n") and "negtome_released" in text
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + 2 * 2
     with pytest.raises(ValueError, match=r"expected one of the experiment's methods \(none, negtome, .*got 'cads'"):
-        tabulate.write_comparison(configs, "cads")
+        tabulate.write_comparison(plan, "cads")
 
 
 def test_figures_are_made_from_the_table_and_the_images(finished):
     arguments, _ = finished
-    tabulate.write_table(expand(arguments))
-    files = {file.name: file for file in plot.plot(expand(arguments))}
+    tabulate.write_table(plan_of(arguments))
+    files = {file.name: file for file in plot.plot(plan_of(arguments))}
     assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_forest_sdxl.png",
                           "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.webp",
                           "diversity_grid_sdxl.pdf"}  # fmt: skip
@@ -357,18 +358,17 @@ def test_figures_are_made_from_the_table_and_the_images(finished):
 def test_flux_schnell_runs_end_to_end(tmp_path, tiny_checkpoint):
     """FLUX.1-dev does in test_sweeps.py."""
     asked = overrides(tmp_path, tiny_checkpoint("flux-schnell"), "flux", "flux-schnell")
-    configs = expand([*asked, "method=none,negtome"])
-    for cfg in configs:
-        generate(cfg)
-        evaluate(cfg)
-    assert "| flux-schnell " in tabulate.write_table(configs)[1]
+    plan = plan_of([*asked, "method=none,negtome"])
+    generate(plan)
+    evaluate(plan)
+    assert "| flux-schnell " in tabulate.write_table(plan)[1]
 
 
 def test_a_push_that_cannot_happen_stops_the_run(finished, tmp_path):
     arguments, _ = finished
-    (cfg,) = expand([*arguments, "method=negtome", f"outputs={tmp_path}", "method.timestep_range=[999.5,1000]"])
+    changes = ["method=negtome", "method.timestep_range=[999.5,1000]", f"outputs={tmp_path}"]
     with pytest.raises(RuntimeError, match="window"):
-        generate(cfg)
+        generate(plan_of([*arguments, *changes], "negtome"))
 
 
 def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
@@ -382,14 +382,14 @@ def test_the_command_line_sweeps(tmp_path, tiny_checkpoint):
 
 
 def test_a_shipped_model_and_its_scorer_need_no_network(tmp_path):
-    (cfg,) = expand([
+    plan = plan_of([
         "experiment=diversity", "model=mini-flux", "method=negtome", "workers=1", "prompts.categories=[bird]",
         "model.groups_per_category=2", "model.call.num_inference_steps=2", "method.timestep_range=[0,1000]",
         "metric=core", f"outputs={tmp_path}",
-    ])  # fmt: skip
-    assert len(read_manifest(generate(cfg))) == 2 * 4
-    documents = [json.loads(path.read_text()) for path in evaluate(cfg)]
-    assert {document["metric"] for document in documents} == set(cfg.metric)
+    ], "negtome")  # fmt: skip
+    assert [len(read_manifest(folder)) for folder in generate(plan)] == [2 * 4]
+    documents = [json.loads(path.read_text()) for path in evaluate(plan)]
+    assert {document["metric"] for document in documents} == set(plan.cfg.metric)
     assert {document["encoder"]["name"] for document in documents} == {"mini-clip"}
 
 
@@ -528,7 +528,7 @@ def test_the_papers_own_numbers_are_their_formulas(tmp_path):
 def test_without_real_images_what_compares_with_them_is_left_out(tmp_path):
     changes = ["metric=full", "model=sdxl", f"outputs={tmp_path / 'outputs'}"]
     (cfg,) = expand([f"images={tmp_path}", *changes])
-    names = [name for name, _ in configured_metrics(cfg)]
+    names = measured(cfg)
     absent = [name for name in cfg.metric if name not in names]
     assert absent == [name for name, spec in cfg.metric.items() if "reference" in spec]
     (line,) = left_out_lines([cfg, cfg])
@@ -579,7 +579,9 @@ def guarded(tmp_path_factory, tiny_checkpoint):
     @functools.cache
     def generated(kind):
         arguments = copyright_overrides(tmp_path_factory.mktemp(kind), tiny_checkpoint(kind), kind)
-        return arguments, {cfg.method.name: generate(cfg) for cfg in expand(arguments)}
+        plan = plan_of(arguments)
+        methods = [spec.cfg.method.name for spec in plan.runs]
+        return arguments, dict(zip(methods, generate(plan), strict=True))
 
     return generated
 
@@ -589,8 +591,8 @@ def protected(guarded):
     """The same of SDXL, scored, which knows no architecture: and each method's documents."""
     arguments, runs = guarded("sdxl")
     documents = {
-        cfg.method.name: {path.name: json.loads(path.read_text()) for path in evaluate(cfg)}
-        for cfg in expand(arguments)
+        method: {path.name: json.loads(path.read_text()) for path in evaluate(plan_of(arguments, method))}
+        for method in runs
     }
     return arguments, {method: (run, documents[method]) for method, run in runs.items()}
 
@@ -639,8 +641,9 @@ def test_every_configured_number_of_the_copyright_experiment_is_measured(protect
 
 def test_the_copyright_table_and_figures(protected):
     arguments, runs = protected
-    (cfg, *_) = configs = expand(arguments)
-    _, markdown = tabulate.write_table(configs)
+    plan = plan_of(arguments)
+    cfg = plan.cfg
+    _, markdown = tabulate.write_table(plan)
     frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
     assert list(frame["run_id"].unique()) == [run.name for run, _ in runs.values()]
@@ -654,7 +657,7 @@ def test_the_copyright_table_and_figures(protected):
     expected = [f"{claim}{column}" for claim in claims for column in (" (down)", ": p", ": d_z", ": wins")]
     assert {*expected, "clip score unnamed (up)", "quality kept", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
-    files = {file.name: file for file in plot.plot(configs)}
+    files = {file.name: file for file in plot.plot(plan)}
     with Image.open(files["copyright_grid_sdxl.webp"]) as grid:
         assert grid.height > 2 * 32
 
@@ -668,8 +671,7 @@ def test_the_copyright_experiment_goes_on_where_it_stopped(protected, tmp_path):
         (folder / name).unlink()
     shutil.rmtree(folder / "images" / "direct-a-photo-of-a-panda" / "000000")
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
-    (cfg,) = expand(arguments)
-    assert generate(cfg) == folder
+    assert generate(plan_of(arguments, "negtome_and_negative_prompt")) == [folder]
     assert pngs(folder) == pngs(run) and len(kept) == len(pngs(run)) - 2
     assert (folder / "manifest.jsonl").read_bytes() == (run / "manifest.jsonl").read_bytes()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -695,8 +697,7 @@ def test_a_method_that_looks_for_assets_is_built_once_for_all_runs_of_a_model(pr
     built = []
     monkeypatch.setattr("experiments.generate.build", lambda spec: built.append(spec.get("name")) or build(spec))
     kinds, scales = "prompts.kinds=[indirect]", "model.call.guidance_scale=2,3,4"
-    for cfg in expand([*arguments, "method=negtome_reference", kinds, scales, f"outputs={tmp_path}"]):
-        generate(cfg)
+    generate(plan_of([*arguments, kinds, scales, f"outputs={tmp_path}"], "negtome_reference"))
     assert built.count("negtome_reference") == 1
 
 
@@ -704,25 +705,24 @@ def test_without_assets_it_is_said_what_to_give(protected, tmp_path):
     arguments, _ = protected
 
     def configured(*changes):
-        (cfg,) = expand([*arguments, "method=negtome_reference", f"outputs={tmp_path}", *changes])
-        return cfg
+        return plan_of([*arguments, "method=negtome_reference", f"outputs={tmp_path}", *changes], "negtome_reference")
 
     with pytest.raises(FileNotFoundError, match=r"^No protected assets .*model\.copyright\.guidance=FOLDER"):
         generate(configured("model.copyright.guidance=null"))
     with pytest.raises(FileNotFoundError, match=r"absent, which does not exist"):
         generate(configured(f"model.copyright.guidance={tmp_path / 'absent'}"))
-    same = f"model.copyright.scoring={configured().model.copyright.guidance}"
+    same = f"model.copyright.scoring={configured().cfg.model.copyright.guidance}"
     with pytest.raises(ValueError, match=r"^\d+ of the pictures that methods are given are also scored against"):
         generate(configured(same))
     # Without pictures to score, what compares with them is left out, and no table pretends to have the claim.
     unscored = configured("model.copyright.scoring=null")
-    folder = configured("model.copyright.scoring=null", f"images={tmp_path}")
-    names = [name for name, _ in configured_metrics(folder)]
+    folder = configured("model.copyright.scoring=null", f"images={tmp_path}").cfg
+    names = measured(folder)
     assert names == [f"clip_score_{prompts}" for prompts in ("direct", "unnamed", "indirect", "benign")]
     (line,) = [line for line in left_out_lines([folder]) if "maximum_resemblance," in line]
     assert "model.copyright.scoring=FOLDER" in line
     with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance_direct'"):
-        tabulate.rows_of_runs([unscored])
+        tabulate.rows_of_runs(unscored)
 
 
 def test_the_command_line_says_what_to_give_without_a_traceback(tmp_path, capsys):

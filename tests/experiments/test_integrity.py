@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 from PIL import Image
+from plans import plan_of
 
 from eval.files import read_document, sealed
 from eval.images import read_manifest
 from experiments import tabulate
 from experiments.collect import collect
-from experiments.configs import expand
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.generate import generate
+from experiments.plan import expand
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +21,19 @@ def made(tmp_path_factory, tiny_overrides):
     """Two scored runs of one experiment: overrides without the folder, outputs, and the folders of none and negtome."""
     folder = tmp_path_factory.mktemp("integrity")
     arguments = tiny_overrides("sweep", folder, "method=none,negtome")
-    folders = []
-    for cfg in expand(arguments):
-        folders.append(generate(cfg))
-        evaluate(cfg)
+    plan = plan_of(arguments)
+    folders = generate(plan)
+    evaluate(plan)
     return arguments, folder / "outputs", folders
 
 
 @pytest.fixture
 def copy(made, tmp_path):
-    """The same, to be changed: configurations, outputs and the two run folders."""
+    """The same, to be changed: plan, outputs and the two run folders."""
     arguments, outputs, folders = made
     shutil.copytree(outputs, tmp_path / "outputs")
-    configs = expand([*arguments, f"outputs={tmp_path / 'outputs'}", f"results={tmp_path / 'results'}"])
-    return configs, tmp_path / "outputs", [tmp_path / "outputs" / folder.relative_to(outputs) for folder in folders]
+    plan = plan_of([*arguments, f"outputs={tmp_path / 'outputs'}", f"results={tmp_path / 'results'}"])
+    return plan, tmp_path / "outputs", [tmp_path / "outputs" / folder.relative_to(outputs) for folder in folders]
 
 
 def files(folder):
@@ -74,27 +74,27 @@ def flipped(none, pushed):
 
 @pytest.mark.parametrize("damage", [other_images, other_group, empty, flipped])
 def test_an_image_that_was_not_generated_is_named_and_its_group_alone_is_made_again(damage, copy, caplog):
-    configs, outputs, (none, pushed) = copy
+    plan, outputs, (none, pushed) = copy
     before = files(pushed)
     image = damage(none, pushed)
     with pytest.raises(ValueError, match=f"got another file at {image}.*generate again"):
-        evaluate(configs[1])
+        evaluate(plan)
     with pytest.raises(ValueError, match=str(image)):
-        tabulate.rows_of_runs(configs)
+        tabulate.rows_of_runs(plan)
     table, problems = collect(outputs)
     assert set(table["run_id"]) == {none.name}
     assert problems["path"].tolist() == [pushed.relative_to(outputs).as_posix()]
     assert str(image) in problems["problem"][0]
     kept = {path: path.stat().st_mtime_ns for path in pushed.rglob("*.png") if path.parent != image.parent}
-    generate(configs[1])
+    generate(plan)
     assert "1 groups are made again" in caplog.text and str(image.parent) in caplog.text
     assert files(pushed) == before and {path: path.stat().st_mtime_ns for path in kept} == kept
-    evaluate(configs[1])
+    evaluate(plan)
     assert collect(outputs)[1].empty
 
 
 def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(copy, caplog):
-    configs, _, (none, _) = copy
+    plan, _, (none, _) = copy
     before = files(none)
     for path in none.glob("images/*/*/group.json"):
         record = json.loads(path.read_text())
@@ -102,35 +102,35 @@ def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(copy, caplog):
         path.write_text(json.dumps({"rows": rows, "stats": record["stats"]}))
     (none / "complete").write_text("")
     with pytest.raises(ValueError, match="of an earlier version; run experiments"):
-        evaluate(configs[0])
-    generate(configs[0])
+        evaluate(plan)
+    generate(plan)
     assert "2 groups are made again" in caplog.text and files(none) == before
-    evaluate(configs[0])
+    evaluate(plan)
 
 
 def test_an_edited_manifest_is_refused_and_restored(copy):
-    configs, outputs, (none, _) = copy
+    plan, outputs, (none, _) = copy
     manifest = none / "manifest.jsonl"
     before = manifest.read_text()
     manifest.write_text(before.replace(" flower", " gun"))
     with pytest.raises(ValueError, match=f"got another {manifest}"):
-        evaluate(configs[0])
+        evaluate(plan)
     assert str(manifest) in collect(outputs)[1]["problem"][0]
-    generate(configs[0])
+    generate(plan)
     assert manifest.read_text() == before
 
 
 def test_an_edited_score_is_never_printed(copy, caplog):
-    configs, outputs, (none, _) = copy
+    plan, outputs, (none, _) = copy
     file = next((none / "metrics").glob("pairwise_distance*"))
     document = read_document(file)
     groups = [group | {"value": 0.123456} for group in document["groups"]]
     file.write_text(json.dumps(document | {"groups": groups, "value": 0.123456}))
     with pytest.raises(ValueError, match=f"{file}, got other values"):
-        tabulate.rows_of_runs(configs)
+        tabulate.rows_of_runs(plan)
     table, problems = collect(outputs)
     assert 0.123456 not in set(table["value"]) and str(file) in problems["problem"][0]
-    evaluate(configs[0])
+    evaluate(plan)
     assert str(file) in caplog.text and read_document(file)["value"] == document["value"]
 
 
@@ -143,21 +143,21 @@ def test_what_is_no_document_at_all_is_named_too(other, tmp_path):
 
 
 def test_an_edited_count_is_never_printed(copy):
-    configs, _, (_, pushed) = copy
+    plan, _, (_, pushed) = copy
     file = next(pushed.glob("images/*/*/group.json"))
     file.write_text(file.read_text().replace('"tokens_pushed": ', '"tokens_pushed": 1'))
     with pytest.raises(ValueError, match=f"{file}, got other values"):
-        tabulate.rows_of_runs(configs)
+        tabulate.rows_of_runs(plan)
 
 
 def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(copy, caplog):
-    configs, outputs, (none, _) = copy
+    plan, outputs, (none, _) = copy
     cache = outputs / ".embeddings"
     for shard in (shards := list(cache.rglob("*.safetensors"))):
         flip(shard, len(shard.read_bytes()) - 3)
     before = {file: read_document(file) for file in (none / "metrics").iterdir()}
     shutil.rmtree(none / "metrics")
-    evaluate(configs[0])
+    evaluate(plan)
     assert {file: read_document(file) for file in before} == before
     assert any(str(shard) in caplog.text for shard in shards)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
+from plans import plan_of
 
 from experiments import PROJECT, pipelines, select_device
-from experiments.configs import build, expand
+from experiments.configs import build
 from experiments.generate import Job, Task, _generate_groups, generate
 from experiments.locks import locked
 from experiments.runs import LOCKS, Run
@@ -41,10 +42,9 @@ def sweep(request):
 
 @pytest.fixture(scope="module")
 def undisturbed(sweep, tmp_path_factory, tiny_overrides, tabulated):
-    configs = expand(tiny_overrides("sweep", tmp_path_factory.mktemp("undisturbed"), *sweep))
-    for cfg in configs:
-        generate(cfg)
-    return tabulated(configs)
+    plan = plan_of(tiny_overrides("sweep", tmp_path_factory.mktemp("undisturbed"), *sweep))
+    generate(plan)
+    return tabulated(plan)
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def spawned(process):
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_path, tabulated):
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
-    configs = expand(asked)
-    cfg = configs[0]
+    plan = plan_of(asked)
+    cfg = plan.cfg
     run = Run.start(cfg, pipelines.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
 
     def groups():
@@ -112,10 +112,9 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_
 
     kept = {path: path.stat().st_mtime_ns for path in groups()}
     assert len(kept) == 5
-    for cfg in configs:
-        assert generate(cfg)
+    assert len(generate(plan)) == 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done was done again"
-    assert tabulated(configs) == undisturbed
+    assert tabulated(plan) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
@@ -146,9 +145,8 @@ def test_a_process_is_lost(made, ends, monkeypatch):
 
 def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated, monkeypatch):
     """Stopped between any two files, the next call ends as one that was never stopped."""
-    configs = expand(asked)
-    for cfg in configs:
-        generate(cfg)
+    plan = plan_of(asked)
+    generate(plan)
     replace = os.replace
     for files in (2, 1, 3, 1):
         left = iter(range(files))
@@ -160,8 +158,8 @@ def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", killed)
-            tabulated(configs)
-    assert tabulated(configs) == undisturbed
+            tabulated(plan)
+    assert tabulated(plan) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
@@ -175,7 +173,7 @@ def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated
 )
 def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, asked, tmp_path, tabulated, monkeypatch):
     """Real writes that fail half-way as on a full disk: part of the bytes are there, then ENOSPC."""
-    configs = expand([*asked, "workers=1"])
+    plan = plan_of([*asked, "workers=1"])
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     suffix = {"an image": ".png", "the record": "group.json", "the identity": "config.yaml", "the manifest": ".jsonl"}
 
@@ -200,8 +198,7 @@ def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, asked, tmp_p
             patch.setattr(Path, "write_text", failing(Path.write_text, 2))
         else:
             patch.setattr(os, "replace", failing(os.replace, 0))
-        for cfg in configs:
-            generate(cfg)
+        generate(plan)
     for record in (tmp_path / "outputs").rglob("group.json"):
         json.loads(record.read_text())
         for image in record.parent.glob("*.png"):
@@ -209,9 +206,8 @@ def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, asked, tmp_p
                 opened.load()
     assert not list((tmp_path / "outputs").rglob("images/*/.*")) and not list((tmp_path / "outputs").rglob(".*.tmp"))
     assert not list((tmp_path / "outputs").rglob("complete"))
-    for cfg in configs:
-        generate(cfg)
-    assert tabulated(configs) == undisturbed
+    generate(plan)
+    assert tabulated(plan) == undisturbed
 
 
 #: The command, which notes what it saves in a file, one a process, and ends its first group when the other has one too.
@@ -250,9 +246,9 @@ def test_two_commands_at_the_same_run_share_its_groups(undisturbed, asked, tmp_p
             process.kill()
     made = [line for file in notes.iterdir() for line in file.read_text().splitlines()]
     assert len(set(made)) == 2 * 6 and len(made) == len(set(made)), "something was made twice"
-    configs = expand(asked)
-    assert all(Run.find(cfg).complete for cfg in configs)
-    assert tabulated(configs) == undisturbed
+    plan = plan_of(asked)
+    assert all(Run.of(spec).complete for spec in plan.runs)
+    assert tabulated(plan) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
@@ -269,7 +265,7 @@ with locked(Path(sys.argv[1])) as mine:
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_a_claim_ends_with_the_process_that_held_it(asked, tmp_path):
     """Claimed elsewhere, a group is left alone; once its holder was killed without a word, it is free."""
-    cfg = expand(asked)[0]
+    cfg = plan_of(asked).cfg
     group = build(cfg.prompts).groups()[0]
     run = Run(tmp_path / "run")
     lock = tmp_path / LOCKS / f"{run.id}.{group.prompt_id}.{group.seed:06d}"

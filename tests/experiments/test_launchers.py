@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from plans import plan_of
 
 from experiments import PROJECT
-from experiments.configs import expand
 from experiments.generate import generate
 from experiments.runs import Run
 
@@ -19,10 +19,9 @@ SWEEP = "method.alpha=0.9,1.8"
 
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory, tiny_overrides, tabulated):
-    configs = expand(tiny_overrides("sweep", tmp_path_factory.mktemp("serial"), SWEEP))
-    for cfg in configs:
-        generate(cfg)
-    return tabulated(configs)
+    plan = plan_of(tiny_overrides("sweep", tmp_path_factory.mktemp("serial"), SWEEP))
+    generate(plan)
+    return tabulated(plan)
 
 
 @pytest.fixture
@@ -35,11 +34,10 @@ def launched(tmp_path, tiny_overrides, tabulated):
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr[-3000:]
-        assert all(Run.find(cfg).complete for cfg in expand(two))
-        configs = expand(tiny_overrides("sweep", tmp_path, SWEEP))
-        for cfg in configs:
-            generate(cfg)
-        return tabulated(configs)
+        assert all(Run.of(spec).complete for spec in plan_of(two).runs)
+        plan = plan_of(tiny_overrides("sweep", tmp_path, SWEEP))
+        generate(plan)
+        return tabulated(plan)
 
     return launch
 

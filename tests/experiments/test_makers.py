@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 import torch
+from plans import plan_from
 
 from experiments import PROJECT, collect, pipelines
-from experiments.configs import expand
 from experiments.evaluate import evaluate
-from experiments.generate import generate, generate_all, prepare
+from experiments.generate import generate, generate_jobs, prepare_job
 from experiments.identity import request, short_digest
 from experiments.methods.negtome import NegToMe
+from experiments.plan import expand
 from experiments.runs import Run
 
 
@@ -18,7 +19,7 @@ from experiments.runs import Run
 def finished(tmp_path_factory, tiny_overrides):
     folder = tmp_path_factory.mktemp("makers")
     (cfg,) = expand(tiny_overrides("sweep", folder, "method=none"))
-    generate(cfg)
+    generate(plan_from(cfg))
     return cfg, folder / "outputs"
 
 
@@ -29,7 +30,7 @@ def half(finished, tmp_path):
     shutil.copytree(outputs, tmp_path / "outputs")
     cfg = cfg.copy()
     cfg.outputs = str(tmp_path / "outputs")
-    folder = Run.find(cfg).folder
+    folder = Run.of(plan_from(cfg).runs[0]).folder
     for name in ("complete", "manifest.jsonl"):
         (folder / name).unlink()
     shutil.rmtree(next(folder.glob("images/*fruit/*")))
@@ -41,40 +42,47 @@ def pngs(folder):
 
 
 def test_the_kind_of_cpu_is_recorded_and_in_no_id(finished):
-    run = Run.find(finished[0])
+    run = Run.of(plan_from(finished[0]).runs[0])
     assert run.environment["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert "cpu" not in run.identity["machine"], "ids stay"
 
 
 def test_a_run_of_another_version_of_the_method_is_not_taken_for_it(finished, tiny_overrides, tmp_path, monkeypatch):
-    cfg, outputs = finished
-    cfg = cfg.copy()
-    cfg.outputs = str(shutil.copytree(outputs, tmp_path / "outputs"))
+    none, outputs = finished
+    none = none.copy()
+    none.outputs = str(shutil.copytree(outputs, tmp_path / "outputs"))
+    cfg = none.copy()
     cfg.method = expand(tiny_overrides("sweep", tmp_path, "method=negtome"))[0].method
-    before = Run(generate(cfg))
-    assert before.identity["code"] == NegToMe.version and Run.find(cfg) == before
+
+    def find():
+        return Run.of(plan_from(none, cfg).runs[1])
+
+    before = Run(generate(plan_from(none, cfg))[1])
+    assert before.identity["code"] == NegToMe.version and find() == before
     monkeypatch.setattr(NegToMe, "version", NegToMe.version + 1)
     with pytest.raises(FileNotFoundError, match="method=negtome"):
-        Run.find(cfg)
-    after = Run(generate(cfg))
-    assert after != before and pngs(after.folder) == pngs(before.folder) and Run.find(cfg) == after
-    assert Run.find(cfg, baseline=True).identity["code"] is None
+        find()
+    after = Run(generate(plan_from(none, cfg))[1])
+    assert after != before and pngs(after.folder) == pngs(before.folder) and find() == after
+    assert Run.of(plan_from(none).runs[0]).identity["code"] is None
 
 
 def test_a_run_that_is_named_twice_is_one(finished, caplog):
     caplog.set_level("INFO", "experiments")
-    job = prepare(finished[0])
-    generate_all([job, job])
+    plan = plan_from(finished[0])
+    job = prepare_job(plan.runs[0], pipelines.find_checkpoint(plan.cfg.model))
+    generate_jobs(plan, [job, job])
     assert len(caplog.records) == 1
 
 
 def test_a_lost_environment_is_not_made_up(half):
     cfg, folder = half
     (folder / "environment.json").unlink()
-    generate(cfg)
+    plan = plan_from(cfg)
+    generate(plan)
     assert not (folder / "environment.json").exists()
-    assert Run.find(cfg).environment["commit"] == "unknown"
-    evaluate(cfg)
+    assert Run.of(plan.runs[0]).environment["commit"] == "unknown"
+    evaluate(plan)
     table, problems = collect.collect(cfg.outputs)
     assert problems.empty and set(table["commit"]) == set(table["cpu"]) == {"unknown"}
     (folder / "environment.json").write_text("{")
@@ -92,7 +100,7 @@ def test_what_a_killed_process_left_of_a_group_is_swept_once_all_are_there(half)
     left.mkdir()
     Run.start(cfg, pipelines.find_checkpoint(cfg.model).fingerprint, "cpu")
     assert left.exists(), "it may be another process's"
-    generate(cfg)
+    generate(plan_from(cfg))
     assert not left.exists()
 
 
@@ -132,11 +140,12 @@ def test_the_committed_spelling_keeps_its_ids():
 
 def test_numbers_that_mean_the_same_make_the_same_images(finished, tmp_path):
     cfg, _ = finished
-    before = pngs(Run.find(cfg).folder)
+    before = Run.of(plan_from(cfg).runs[0])
     other = cfg.copy()
     other.outputs = str(tmp_path)
     other.model.call.guidance_scale, other.model.call.height, other.model.dtype = 5, 32.0, "float"
-    assert pngs(generate(other)) == before and Run.find(other).id == Run.find(cfg).id
+    (folder,) = generate(plan_from(other))
+    assert pngs(folder) == pngs(before.folder) and folder.name == before.id
 
 
 def test_an_unknown_dtype_is_refused_before_anything_else(finished):

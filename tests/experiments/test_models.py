@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from experiments import PROJECT, pipelines
-from experiments.configs import build, expand
+from experiments.configs import build
+from experiments.plan import expand
 
 MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
 REAL = [name for name in MODELS if not name.startswith("mini-")]

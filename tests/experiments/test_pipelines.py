@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import PROJECT, pipelines
-from experiments.configs import expand
+from experiments.plan import expand
 
 
 def model(name, **changes):

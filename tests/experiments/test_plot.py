@@ -18,12 +18,12 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, choose, figures
 from experiments.__main__ import main as command
-from experiments.configs import expand
 from experiments.figures.image_grid import image_grid
 from experiments.figures.labels import Label, put_beside
 from experiments.figures.sheet import LABELS, LINE, SPACE, contact_sheet
 from experiments.figures.style import LOOKS, TITLES, Drawing, encode, look, pixels, save, using
 from experiments.identity import config_digest, request
+from experiments.plan import expand
 from experiments.runs import Run
 from experiments.tables import COLUMNS, primary_pair, read_table
 

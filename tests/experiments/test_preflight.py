@@ -12,12 +12,14 @@ from threading import Thread
 import pytest
 import torch
 from omegaconf import OmegaConf
+from plans import plan_of
 
 from eval.encoders import Network
 from eval.imageset import ImageSet
 from experiments import PROJECT, generate, metrics, pipelines, preflight, start_log
 from experiments.__main__ import main
-from experiments.configs import build, expand
+from experiments.configs import build
+from experiments.plan import expand
 from experiments.runs import Run
 
 
@@ -81,15 +83,15 @@ def test_metric_none_generates_what_cannot_be_scored_here(tiny_overrides, empty_
     assert main(["generate", *asked]) == 2
     assert not list((empty_home / "outputs").rglob("*.png")) and "DreamSim" in capsys.readouterr().err
     assert main(["generate", *asked, "metric=none"]) == 0
-    (cfg,) = expand(asked)
-    assert Run.find(cfg).complete, "evaluate finds it with the overrides of the scores"
+    run = Run.of(plan_of(asked).runs[0])
+    assert run.complete, "evaluate finds it with the overrides of the scores"
     # What can be scored is scored, and the rest is listed once at the end.
     few = [*asked, "+metric.by_pixels={_target_: eval.diversity.PairwiseDistance, "
            "encoder: {_target_: eval.encoders.PixelEncoder}}"]  # fmt: skip
     capsys.readouterr()
     assert main(["evaluate", *few]) == 1
     err = capsys.readouterr().err
-    assert [path.name for path in Run.find(cfg).folder.glob("metrics/*")] == ["by_pixels-pixels-8x8.json"]
+    assert [path.name for path in run.folder.glob("metrics/*")] == ["by_pixels-pixels-8x8.json"]
     listed = err[err.index("evaluate: ") :]
     assert sum("DreamSim" in line for line in listed.splitlines()) == 1 and "~metric.lpips_vgg" in listed
 
@@ -104,7 +106,7 @@ def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, cap
     }  # fmt: skip
     assert not list(tmp_path.rglob("*.png"))
     dropped = [*asked, *(override for block in blocks for override in shlex.split(notes(block)["without it"]))]
-    assert generate.examine(expand(dropped, baselines=True), tables=True)[1] == []
+    assert generate.examine(plan_of(dropped), tables=True)[1] == []
 
 
 @pytest.mark.parametrize("experiment", ["diversity", "copyright", "peers_grid", "safety", "stereotypes", "sweep"])
@@ -258,9 +260,9 @@ def test_an_autoencoder_that_needs_float32_is_upcast_without_a_word(tiny_checkpo
 
 
 def test_planned_images_are_those_that_are_made(tiny_overrides, tmp_path):
-    (cfg,) = expand(tiny_overrides("sweep", tmp_path, "method=none"))
-    generate.generate(cfg)
-    made, planned = ImageSet.open(Run.find(cfg).folder), preflight._planned(build(cfg.prompts).groups())
+    plan = plan_of(tiny_overrides("sweep", tmp_path, "method=none"))
+    (folder,) = generate.generate(plan)
+    made, planned = ImageSet.open(folder), preflight._planned(build(plan.cfg.prompts).groups())
     assert made.groups == planned.groups and made.texts == planned.texts
     for mine, theirs in zip(made.rows, planned.rows, strict=True):
         assert (mine.prompt_id, mine.category, mine.seed) == (theirs.prompt_id, theirs.category, theirs.seed)
@@ -268,10 +270,10 @@ def test_planned_images_are_those_that_are_made(tiny_overrides, tmp_path):
 
 def test_weights_that_a_method_itself_needs_are_found_and_its_baseline_needs_none(empty_home):
     asked = ["experiment=diversity", "model=mini-sdxl", "method=best_of", f"outputs={empty_home / 'outputs'}"]
-    configs = expand([*asked, "scorer@method.encoder=sscd"], baselines=True)
-    assert [cfg.method.name for cfg in configs] == ["none", "best_of"]
-    jobs, (fault,) = generate.examine(configs, tables=True)
-    assert [job.cfg.method.name for job in jobs] == ["none"]
+    plan = plan_of([*asked, "scorer@method.encoder=sscd"])
+    assert [spec.cfg.method.name for spec in plan.runs] == ["none", "best_of"]
+    jobs, (fault,) = generate.examine(plan, tables=True)
+    assert [job.spec.cfg.method.name for job in jobs] == ["none"]
     assert "SSCD" in fault.problem and fault.fetch and fault.without == "method=none"
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from plans import plan_of
 
-import experiments
 from experiments import PROJECT, catalogue, rank, tables, tabulate
-from experiments.configs import build, expand
+from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.identity import request
+from experiments.plan import Plan, expand
 
 FILES = {file.stem: yaml.safe_load(file.read_text()) for file in (PROJECT / "conf" / "method").glob("*.yaml")}
 KNOBS = {name: spec["about"]["knob"] for name, spec in FILES.items() if (spec.get("about") or {}).get("knob")}
@@ -54,14 +54,14 @@ def test_a_published_checkpoint_has_the_values_of_its_architectures_small_model(
         "mini-sdxl"
     ]
     with pytest.raises(ValueError, match=r"values of about.knob for model=sd15 in method=lower_guidance"):
-        _ = asked_for("lower_guidance", "sd15")[0].method.scale
-    with pytest.raises(ValueError, match=r"knob must be null, chosen or from 0 to 3, got 4"):
-        _ = asked_for("lower_guidance", "mini-sdxl", knob=4)[0].method.scale
+        asked_for("lower_guidance", "sd15")
+    with pytest.raises(ValueError, match=r"knob must be null or from 0 to 3, got 4"):
+        asked_for("lower_guidance", "mini-sdxl", knob=4)
 
 
 @pytest.fixture(scope="module")
 def grid(tiny_checkpoint, tmp_path_factory):
-    """A grid of two methods on a tiny checkpoint, made and tabulated: overrides, configurations, folder."""
+    """A grid of two methods on a tiny checkpoint, made and tabulated: overrides, plan, folder."""
     folder = tmp_path_factory.mktemp("peers")
     small = [
         "model=sdxl", f"model.source={tiny_checkpoint('sdxl')}", "model.dtype=float32", "model.call.height=32",
@@ -69,17 +69,16 @@ def grid(tiny_checkpoint, tmp_path_factory):
         "prompts.images_per_prompt=2", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
         "primary.quality=vendi_score", "bootstrap.n_resamples=200", METHODS, f"outputs={folder}",
     ]  # fmt: skip
-    configs = expand(["experiment=peers_grid", *small])
-    for cfg in configs:
-        generate(cfg)
-        evaluate(cfg)
-    tabulate.write_table(configs)
-    return small, configs, folder / "results"
+    plan = plan_of(["experiment=peers_grid", *small])
+    generate(plan)
+    evaluate(plan)
+    tabulate.write_table(plan)
+    return small, plan, folder / "results"
 
 
 def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
-    small, configs, results = grid
-    page = rank.write_ranking(configs)
+    small, plan, results = grid
+    page = rank.write_ranking(plan)
     frame = pd.read_csv(results / "peers_grid_ranking.csv")
     assert list(frame.columns) == rank.COLUMNS and list(frame["method"]) == ["lower_guidance", "limited_interval"]
     assert sorted(frame["rank"]) in ([1, 2], [1, 1]) and set(frame["settings"]) == {4} and set(frame["n_units"]) == {4}
@@ -117,18 +116,18 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
 
 
 def test_other_choices_stay(grid):
-    _, configs, results = grid
+    _, plan, results = grid
     file = results / "peers_grid_chosen.yaml"
     file.write_text("another: {cads: 0.5}\nsdxl: {cads: 0.3, lower_guidance: 77}\n")
-    rank.write_ranking([cfg for cfg in configs if cfg.method.name in ("none", "lower_guidance")])
+    rank.write_ranking(Plan([spec for spec in plan.runs if spec.cfg.method.name in ("none", "lower_guidance")]))
     written = yaml.safe_load(file.read_text())
     assert written["another"] == {"cads": 0.5} and written["sdxl"]["cads"] == 0.3
     assert written["sdxl"]["lower_guidance"] in np.arange(1, 5.001, 0.001).round(3)
 
 
 def test_single_settings_are_compared_as_they_are(grid):
-    _, configs, results = grid
-    one_each = list({cfg.method.name: cfg for cfg in configs}.values())
+    _, plan, results = grid
+    one_each = list({spec.cfg.method.name: spec for spec in plan.runs}.values())
     frame = pd.DataFrame(rank.rows_of_model(rank.read_paths(one_each)))
     table = tables.read_table("peers_grid", results)
     for _, row in frame.iterrows():
@@ -140,19 +139,23 @@ def test_single_settings_are_compared_as_they_are(grid):
 
 
 def test_what_cannot_be_ranked_is_refused_in_one_line(grid):
-    _, configs, _ = grid
+    _, plan, _ = grid
     with pytest.raises(ValueError, match="expected methods to be ranked on sdxl, got none"):
-        rank.read_paths([cfg for cfg in configs if cfg.method.name == "none"])
+        rank.read_paths([spec for spec in plan.runs if spec is spec.baseline])
 
 
 def test_a_knob_that_a_method_has_not_is_refused():
-    (cfg,) = expand(["experiment=diversity", "model=mini-sdxl", "method=negtome_released", "knob=2"])
     with pytest.raises(ValueError, match=r"knob=2 is nothing for method=negtome_released"):
-        request(cfg)
+        expand(["experiment=diversity", "model=mini-sdxl", "method=negtome_released", "knob=2"])
 
 
-def test_a_chosen_setting_needs_a_choice(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "chosen_file", lambda results: tmp_path / "none.yaml")
-    (cfg,) = [cfg for cfg in asked_for("lower_guidance", "mini-sdxl", knob="chosen") if cfg.method.name != "none"]
-    with pytest.raises(ValueError, match=r"value of scale for lower_guidance on mini-sdxl .* make peers"):
-        build(cfg.method)
+def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(tmp_path):
+    file = tmp_path / "chosen.yaml"
+    asked = ["experiment=peers", "model=mini-sdxl", "method=lower_guidance", f"chosen={file}"]
+    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on mini-sdxl .* make peers"):
+        expand(asked)
+    file.write_text("mini-sdxl: {lower_guidance: 2.5}\n")
+    assert [cfg.method.scale for cfg in expand(asked)] == [2.5]
+    assert [cfg.method.scale for cfg in expand([*asked, "method.scale=4"])] == [4]
+    assert [cfg.method.scale for cfg in expand([*asked, f"chosen=[{tmp_path}/none.yaml,{file}]"])] == [2.5]
+    assert [cfg.method.scale for cfg in expand([*asked, "chosen=null"])] == [None]

@@ -6,15 +6,16 @@ import shutil
 import pytest
 import torch
 from omegaconf import OmegaConf
+from plans import plan_from
 from safetensors.torch import load_file, save_file
 
 from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.encoders import PixelEncoder
 from experiments import PROJECT, pipelines
-from experiments.configs import expand
 from experiments.evaluate import configured_metrics
 from experiments.generate import generate
+from experiments.plan import RunSpec, expand
 from experiments.prompts import CharacterPrompts
 from experiments.runs import Run, request
 
@@ -45,7 +46,7 @@ def test_images_that_are_not_finite_are_never_saved(kind, component, asked, weig
     save_file(tensors | {key: torch.full_like(tensors[key], float("nan"))}, file, {"format": "pt"})
     cfg = asked(f"model.source={folder}", kind=kind)
     with pytest.raises(ValueError, match=rf"finite images of model={cfg.model.name} in float32, got NaN"):
-        generate(cfg)
+        generate(plan_from(cfg))
     assert not list((folder.parent / "outputs").rglob("*.png"))
 
 
@@ -67,7 +68,7 @@ def test_a_checkpoint_without_a_vocabulary_is_incomplete(kind, tokenizer, asked,
     with pytest.raises(
         FileNotFoundError, match=rf"not a complete {kind} pipeline folder(.|\n)*{tokenizer}/tokenizer\.json"
     ):
-        generate(asked(f"model.source={folder}", kind=kind))
+        generate(plan_from(asked(f"model.source={folder}", kind=kind)))
 
 
 def test_a_vocabulary_in_two_files_is_one(weights):
@@ -107,7 +108,7 @@ def test_a_size_that_the_model_does_not_take_is_refused(kind, change, multiple, 
     name, _, value = change.partition("=")
     said = rf"model\.call\.{name} must be a positive multiple of {multiple} for .*got {value.capitalize()}"
     with pytest.raises(ValueError, match=said):
-        generate(asked(f"model.call.{change}", kind=kind))
+        generate(plan_from(asked(f"model.call.{change}", kind=kind)))
 
 
 def test_sizes_of_the_configured_models_are_taken(asked):
@@ -138,7 +139,7 @@ def test_other_texts_in_the_place_of_lists(asked):
     with pytest.raises(ValueError, match="images_per_prompt must be a whole number of at least 2, got '4'"):
         request(asked("prompts.images_per_prompt='4'"))
     with pytest.raises(ValueError, match=r"only must be a list of patterns, got 'direct-\*'"):
-        list(configured_metrics(asked("+metric.vendi_score.only='direct-*'", f"images={PROJECT}")))
+        list(configured_metrics(RunSpec(asked("+metric.vendi_score.only='direct-*'", f"images={PROJECT}"), "")))
     with pytest.raises(ValueError, match="expected a list of labels"):
         AttributeEntropy(PixelEncoder(), {"bird": "owl"})
 
@@ -146,7 +147,7 @@ def test_other_texts_in_the_place_of_lists(asked):
 @pytest.mark.parametrize("value", ["no", "off", "0", "'false'"])
 def test_a_text_is_no_truth(value, asked):
     said = value.strip("'")
-    for setting, use in (("compile", request), ("offload", generate)):
+    for setting, use in (("compile", request), ("offload", lambda cfg: generate(plan_from(cfg)))):
         with pytest.raises(
             ValueError, match=rf"{setting} must be true or false, got '?{said}'?: give {setting}=true or"
         ):
@@ -154,11 +155,11 @@ def test_a_text_is_no_truth(value, asked):
 
 
 def test_a_text_is_no_column_of_seconds(asked, tabulated):
-    cfg = asked("report_seconds=no")
-    generate(cfg)
-    assert Run.find(cfg).complete
+    plan = plan_from(asked("report_seconds=no"))
+    generate(plan)
+    assert Run.of(plan.runs[0]).complete
     with pytest.raises(ValueError, match="report_seconds must be true or false, got 'no'"):
-        tabulated([cfg])
+        tabulated(plan)
 
 
 def test_a_text_is_no_flag_of_a_method():

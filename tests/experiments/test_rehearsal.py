@@ -25,7 +25,7 @@ from PIL import Image
 from eval.weights import FACTS
 from experiments import PROJECT, pipelines
 from experiments.__main__ import main
-from experiments.configs import expand
+from experiments.plan import expand
 from negtome.__main__ import main as negtome
 
 SDXL, FLUX = "SG161222/RealVisXL_V4.0", "black-forest-labs/FLUX.1-dev"

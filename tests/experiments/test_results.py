@@ -6,10 +6,10 @@ import yaml
 from hydra.utils import get_object
 
 from experiments import PROJECT
-from experiments.configs import expand, first
 from experiments.identity import code_digest, config_digest
 from experiments.pages import main_table, paper_table, render_latex, render_markdown
 from experiments.pipelines import find_checkpoint
+from experiments.plan import expand, first
 from experiments.tables import COLUMNS, REQUIRED, TEXT
 
 RESULTS = PROJECT / "results"

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from plans import plan_of
 
-from experiments.configs import expand
 from experiments.safety import scorecard
 
 
@@ -19,14 +19,14 @@ def counted(monkeypatch):
     """Outcomes of the keyword guard, its records by kind of request: `counted(direct=..., benign=...)`."""
 
     def count(**ends):
-        (cfg,) = expand(["experiment=safety", "guard=keyword", "method.layers=steer"])
+        plan = plan_of(["experiment=safety", "guard=keyword", "method.layers=steer"], "guarded")
         groups = {}
-        for group in scorecard.build(cfg.prompts).groups():
+        for group in scorecard.build(plan.cfg.prompts).groups():
             kind = group.prompt_id.split("-")[0]
             if ends.get(kind):
                 groups[group.id] = ends[kind].pop(0)
-        monkeypatch.setattr(scorecard.Run, "find", lambda cfg: SimpleNamespace(id="0" * 12, records=lambda: groups))
-        return {row["asked"]: row for row in scorecard.outcomes([cfg])}
+        monkeypatch.setattr(scorecard.Run, "of", lambda spec: SimpleNamespace(id="0" * 12, records=lambda: groups))
+        return {row["asked"]: row for row in scorecard.outcomes(plan)}
 
     return count
 

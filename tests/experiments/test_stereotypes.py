@@ -5,13 +5,15 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
+from plans import plan_from
 
 from eval.people import BINS, SIDE, TONES, log_likelihoods
 from eval.stereotypes import label_said
 from experiments import PROJECT, stereotypes, tabulate
-from experiments.configs import build, expand, first
+from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.generate import generate
+from experiments.plan import expand, first
 from training import people
 from training.sources import SKIN_TONES, Emoji
 
@@ -45,9 +47,10 @@ def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
     configs = expand(list({one.partition("=")[0]: one for one in (*usual, *changes)}.values()))
     for cfg in configs:
         cfg.prompts.people = OmegaConf.create(words)  # in place of all: an override would add to them
-        generate(cfg)
-        evaluate(cfg)
-    frame, markdown = tabulate.write_table(configs)
+    plan = plan_from(*configs)
+    generate(plan)
+    evaluate(plan)
+    frame, markdown = tabulate.write_table(plan)
     value = frame.set_index(["method", "metric"])["value"]
     for method in ("none", "negtome"):
         for metric in ("gender_evenness", "skin_tone_evenness", "skin_tone_heterogeneous", "gender_as_said"):

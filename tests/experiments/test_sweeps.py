@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
+from plans import plan_from, plan_of
 
 from experiments import PROJECT, plot, tables, tabulate
-from experiments.configs import build, expand
+from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
-from experiments.identity import config_digest, experiments_of, lookup, register
+from experiments.identity import config_digest
 from experiments.pages import run_labels
+from experiments.plan import Plan, composed, expand, experiments_of
 from experiments.runs import Run
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
@@ -41,20 +43,19 @@ REPORTED = {"ablate_matching", "cfg_scale", "cfg_scale_flux"}
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, tiny_overrides):
-    """Run an experiment to its table and figures, once: configurations, table, Markdown and files."""
+    """Run an experiment to its table and figures, once: plan, table, Markdown and files."""
     folder, kept = tmp_path_factory.mktemp("sweeps"), {}
 
     def run(experiment):
         if experiment not in kept:
             kind = "flux" if experiment.endswith("flux") else "sdxl"
-            configs = expand(tiny_overrides(experiment, folder, *SWEEPS[experiment], kind=kind))
-            for cfg in configs:
-                generate(cfg)
-                evaluate(cfg)
-            _, markdown = tabulate.write_table(configs)
-            frame = tables.read_table(configs[0].name, configs[0].results)
-            frame = frame[frame["model"] == configs[0].model.name]  # two experiments make one table
-            kept[experiment] = configs, frame, markdown, plot.plot(configs) if experiment in DRAWN else []
+            plan = plan_of(tiny_overrides(experiment, folder, *SWEEPS[experiment], kind=kind))
+            generate(plan)
+            evaluate(plan)
+            _, markdown = tabulate.write_table(plan)
+            frame = tables.read_table(plan.name, plan.results)
+            frame = frame[frame["model"] == plan.cfg.model.name]  # two experiments make one table
+            kept[experiment] = plan, frame, markdown, plot.plot(plan) if experiment in DRAWN else []
         return kept[experiment]
 
     return run
@@ -69,16 +70,16 @@ def test_every_experiment_that_sweeps_is_run_here():
 
 @pytest.mark.parametrize("experiment", RUN)
 def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
-    configs, frame, markdown, files = done(experiment)
+    plan, frame, markdown, files = done(experiment)
     labels = run_labels(frame)
     assert not any(run in label for run, label in labels.items()), "told apart by nothing but their ids"
     compared = frame[frame["method"] != "none"]
     assert compared["difference"].notna().all() and compared["pushed_share"].notna().all()
-    assert len(compared["run_id"].unique()) == len([cfg for cfg in configs if cfg.method.name != "none"])
+    assert len(compared["run_id"].unique()) == len([spec for spec in plan.runs if spec.cfg.method.name != "none"])
     assert all(labels[run] in markdown for run in compared["run_id"])
     # Every method with its own baseline: same call, same prompts.
-    for cfg in configs:
-        ours, base = Run.find(cfg).identity["request"], Run.find(cfg, baseline=True).identity["request"]
+    for spec in plan.runs:
+        ours, base = (Run.of(one).identity["request"] for one in (spec, spec.baseline))
         assert base["method"] == {"name": "none", "settings": {}}
         assert {key: ours[key] for key in ("model", "prompts")} == {key: base[key] for key in ("model", "prompts")}
     if experiment in DRAWN:
@@ -89,8 +90,7 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
 
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_what_is_swept_is_chosen_on_development_prompts_and_the_page_says_which(experiment):
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        cfg = compose("config", [f"experiment={experiment}"])
+    cfg = composed([f"experiment={experiment}"])
     split = build(cfg.prompts).split
     assert split == ("test" if experiment in REPORTED else "development")
     assert ("reported prompts" if experiment in REPORTED else "development prompts") in cfg.description
@@ -119,19 +119,19 @@ def test_a_grid_gives_heat_maps_and_a_front(done):
 
 def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     """The model's own strengths and the baseline are of every ablation: made once."""
-    configs, *_ = done("ablate_alpha")
+    plan, *_ = done("ablate_alpha")
     done("ablate_blocks")
-    outputs = Path(configs[0].outputs)
-    shared = [Run.find(cfg).id for cfg in configs if cfg.method.name == "none"]
-    assert len(shared) == 1 and {"ablate_alpha", "ablate_blocks"} <= set(experiments_of(outputs)[shared[0]])
+    shared = plan.runs[0].baseline.id
+    assert {"ablate_alpha", "ablate_blocks"} <= set(experiments_of(Path(plan.cfg.outputs))[shared])
     # Nothing is loaded for what is there.
     monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
-    cfg = next(cfg for cfg in configs if cfg.method.name == "none").copy()
+    cfg = plan.cfg.copy()
     cfg.name = "another"
-    with pytest.raises(FileNotFoundError, match="another/asked: run python"):
-        Run.find(cfg)
-    assert generate(cfg).name == shared[0] and Run.find(cfg).id == shared[0]
+    other = plan_from(cfg)
+    with pytest.raises(FileNotFoundError, match=r"another/plan\.json: run python"):
+        Run.of(other.runs[0])
+    assert [folder.name for folder in generate(other)] == [shared] == [other.runs[0].id]
 
 
 def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
@@ -194,37 +194,69 @@ def test_a_guarded_run_is_named_by_what_its_policy_says_and_not_by_where_verdict
     assert digest(f"model.copyright.policy={tmp_path}/other.yaml") != known
 
 
-def test_what_names_a_run_is_read_with_care(done, tmp_path):
-    cfg = done("ablate_alpha")[0][0].copy()
-    outputs, run = Path(cfg.outputs), Run.find(cfg).id
+def test_a_plan_names_its_complete_runs_and_is_read_with_care(done, tmp_path):
+    cfg = done("ablate_alpha")[0].cfg.copy()
+    outputs, run = Path(cfg.outputs), done("ablate_alpha")[0].runs[0].id
     cfg.outputs = str(tmp_path)
-    register(cfg, run)
-    (file,) = tmp_path.glob("ablate_alpha/asked/*.json")
-    assert lookup(cfg) == run and experiments_of(tmp_path) == {run: ["ablate_alpha"]}
+    plan = plan_from(cfg)
+    plan.complete(plan.runs[0], run)
+    assert plan_from(cfg).runs[0].id == run and experiments_of(tmp_path) == {run: ["ablate_alpha"]}
     with pytest.raises(FileNotFoundError, match="is unfinished or gone: run python"):
-        Run.find(cfg)
+        Run.of(plan.runs[0])
     shutil.copytree(outputs / "runs" / run, tmp_path / "runs" / run)
-    assert Run.find(cfg).id == run
+    assert Run.of(plan.runs[0]).id == run
     cfg.model.source = str(PROJECT / "models/mini-sdxl")  # weights of its own, here
-    register(cfg, run)
+    other = plan_from(cfg)
+    assert other.runs[0].id is None
+    other.complete(other.runs[0], run)
     with pytest.raises(FileNotFoundError, match=r"was made with other weights than those of .*mini-sdxl"):
-        Run.find(cfg)
-    for content in ("[]", '{"run": "../../x"}', "{"):
-        file.write_text(content)
-        cfg = done("ablate_alpha")[0][0].copy()
-        cfg.outputs = str(tmp_path)
-        with pytest.raises(ValueError, match=file.name):
-            lookup(cfg)
-    assert set(experiments_of(tmp_path)) == {run}, "the other file still names it"
+        Run.of(other.runs[0])
+    text = plan.file.read_text()
+    for content in ("[]", text.replace(run, "../../x"), "{"):
+        plan.file.write_text(content)
+        with pytest.raises(ValueError, match=plan.file.name):
+            plan_from(cfg)
+        assert not experiments_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a plan in .*nowhere"):
+        Plan.of([f"plan={tmp_path}/nowhere.json"])
+    plan.file.unlink()
     cfg.name = "../elsewhere"
     with pytest.raises(ValueError, match="a name without slashes"):
-        lookup(cfg)
+        plan_from(cfg)
+
+
+@pytest.mark.parametrize("experiment", ["diversity", "copyright", "safety", "sweep"])
+def test_a_plan_is_read_as_it_was_written(experiment, tmp_path):
+    plan = Plan.make([f"experiment={experiment}", f"outputs={tmp_path}"])
+    read = Plan.of([f"plan={plan.write()}", f"results={tmp_path}/other", "style=paper"])
+    assert (read.name, read.results, read.cfg.style) == (experiment, tmp_path / "other", "paper")
+    assert [spec.settings for spec in read.runs] == [config_digest(spec.cfg) for spec in plan.runs]
+    for mine, theirs in zip(read.runs, plan.runs, strict=True):
+        settings = OmegaConf.to_container(theirs.cfg, resolve=True) | {"results": f"{tmp_path}/other", "style": "paper"}
+        assert repr(sorted(OmegaConf.to_container(mine.cfg).items())) == repr(sorted(settings.items()))
+        assert read.runs.index(mine.baseline) == plan.runs.index(theirs.baseline)
+        assert mine.baseline.cfg.method.name == "none" and mine.baseline.cfg.model == mine.cfg.model
+    with pytest.raises(ValueError, match=r"beside plan=.*got model=sdxl"):
+        Plan.of([f"plan={plan.file}", "model=sdxl"])
+
+
+def test_a_later_command_keeps_what_is_known_of_earlier_runs(tmp_path):
+    def plan(model):
+        return Plan.make(["experiment=diversity", f"model={model}", "method=none", f"outputs={tmp_path}"])
+
+    first = plan("mini-sdxl")
+    first.complete(first.runs[0], "0123456789ab")
+    second = plan("mini-flux")
+    second.write()
+    assert [spec.cfg.model.name for spec in Plan.read(second.file).runs] == ["mini-flux"]
+    first.complete(first.runs[0], "ba9876543210")
+    assert plan("mini-sdxl").runs[0].id == "ba9876543210" and plan("mini-flux").runs[0].id is None
 
 
 def test_a_run_is_paired_with_one_of_its_own_machine_and_with_one_alone(done, monkeypatch):
-    configs = done("ablate_alpha")[0]
+    plan = done("ablate_alpha")[0]
     with pytest.raises(ValueError, match="one run of negtome on sdxl to pair with, got several"):
-        tabulate.rows_of_runs(configs, "negtome")
+        tabulate.rows_of_runs(plan, "negtome")
     identity = Run.identity.fget
 
     def elsewhere(run):
@@ -233,4 +265,4 @@ def test_a_run_is_paired_with_one_of_its_own_machine_and_with_one_alone(done, mo
 
     monkeypatch.setattr(Run, "identity", property(elsewhere))
     with pytest.raises(ValueError, match=r"of the same machine, got .*another.* generate both on one machine"):
-        tabulate.rows_of_runs(configs)
+        tabulate.rows_of_runs(plan)

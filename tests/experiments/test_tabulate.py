@@ -10,9 +10,9 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
+from plans import plan_of
 
 from experiments import PROJECT, pages, tables, tabulate
-from experiments.configs import expand
 from experiments.evaluate import configured_metrics
 
 OWN = {"matching", "reference", "alpha", "threshold", "t_low", "t_high", "sites"}
@@ -23,7 +23,7 @@ ROW = dict.fromkeys(tables.REQUIRED | OWN, 1.0) | {
 
 
 def configured(*overrides):
-    return expand(["experiment=diversity", "model=mini-flux", "method=negtome", *overrides])
+    return plan_of(["experiment=diversity", "model=mini-flux", "method=negtome", *overrides], "negtome")
 
 
 def document(values, bounds=(0, 100), **more):
@@ -86,22 +86,22 @@ def test_what_makes_a_table_is_what_the_makefile_says(name):
 
 
 def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
-    (cfg,) = configured("primary.quality=kernel_distance_scorer")
-    found = {baseline: Mock(identity={"weights": "w", "machine": "m"}) for baseline in (True, False)}
-    monkeypatch.setattr(tabulate.Run, "find", lambda cfg, baseline=False: found[baseline])
+    plan = configured("primary.quality=kernel_distance_scorer")
+    runs = {spec: Mock(identity={"weights": "w", "machine": "m"}) for spec in (*plan.runs, plan.runs[0].baseline)}
+    monkeypatch.setattr(tabulate.Run, "of", runs.get)
     monkeypatch.setattr(tabulate, "find_document", lambda *arguments: {"version": 1})
     monkeypatch.setattr(tabulate, "ImageSet", Mock())
     monkeypatch.setattr(tabulate, "row_of", lambda *arguments: {})
     with pytest.raises(ValueError, match="kernel_distance_scorer, a number of the whole set"):
-        tabulate.rows_of_runs([cfg])
-    cfg.primary.quality = "clip_score"
-    assert len(tabulate.rows_of_runs([cfg])) == len(cfg.metric)
+        tabulate.rows_of_runs(plan)
+    plan.cfg.primary.quality = "clip_score"
+    assert len(tabulate.rows_of_runs(plan)) == len(plan.cfg.metric)
 
 
 def test_the_configured_cluster_reaches_the_halves_too():
     for cluster in ("category", "prompt", None):
-        (cfg,) = configured(f"bootstrap.cluster={'null' if cluster is None else cluster}")
-        found = {name: metric for name, metric in configured_metrics(cfg)}
+        (spec,) = configured(f"bootstrap.cluster={'null' if cluster is None else cluster}").runs
+        found = dict(configured_metrics(spec))
         assert found["kernel_distance_scorer"].design()["subset_cluster"] == cluster
         assert found["clip_score"].design() == {}
 
@@ -110,7 +110,7 @@ def test_quality_is_held_against_its_margin():
     base, change = np.linspace(20, 40, 12), np.linspace(-2.5, 0.5, 12)
     for margin, kept in ((0.1, True), (0.04, False)):
         for given in (margin, f"{{clip_score:{margin},other:1}}"):
-            (cfg,) = configured(f"primary.quality_margin={given}")
+            cfg = configured(f"primary.quality_margin={given}").cfg
             columns = tabulate.comparison(cfg, "clip_score", "quality", document(base + change), document(base))
             assert columns["margin"] == pytest.approx(margin * 30)
             assert (columns["difference_low"] > -columns["margin"]) == columns["non_inferior"] == kept
@@ -125,7 +125,7 @@ def test_quality_is_held_against_its_margin():
     ids=["a baseline of 0", "may be negative", "bounds unknown"],
 )
 def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds, tmp_path):
-    (cfg,) = configured()
+    cfg = configured().cfg
     changed = document(base + np.linspace(0, 0.3, 8), bounds)
     columns = tabulate.comparison(cfg, "clip_score", "quality", changed, document(base, bounds))
     assert "margin" not in columns and "non_inferior" not in columns
@@ -146,7 +146,7 @@ def test_differences_and_tests_go_by_category():
     documents = [document(values, categories=categories) for values in (base + change, base)]
     columns = {}
     for cluster in ("category", "null"):
-        (cfg,) = configured(f"bootstrap.cluster={cluster}")
+        cfg = configured(f"bootstrap.cluster={cluster}").cfg
         columns[cluster] = tabulate.comparison(cfg, "clip_score", "diversity", *documents)
     assert columns["category"]["p_value"] > 0.01 and columns["null"]["p_value"] < 0.001
     assert columns["category"]["effect_size"] == pytest.approx(1.25 / np.std([0.5, 1, 1.5, 2], ddof=1), rel=0.02)
@@ -297,7 +297,7 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
     )  # fmt: skip
     measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
     for report, seconds in ((True, 5.0 / 4), (False, None)):
-        (cfg,) = configured(f"report_seconds={report}")
+        cfg = configured(f"report_seconds={report}").cfg
         assert cfg.prompts.images_per_prompt == 4
         row = tabulate.row_of(cfg, run, "clip_score", "quality", measured, None)
         assert row["seconds"] == seconds and set(row) <= set(tables.COLUMNS)

@@ -8,19 +8,20 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
+from plans import plan_from
 
 from eval.files import read_document
 from eval.images import read_manifest, read_withheld
 from experiments import rank, tabulate
 from experiments.check import compare_tables
 from experiments.collect import collect, main
-from experiments.configs import expand
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.figures.sheet import contact_sheet
 from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import Drawn
 from experiments.pages import against_table, findings, main_table
+from experiments.plan import Plan, expand
 from experiments.plot import plot
 from experiments.report import report
 from experiments.runs import Run
@@ -58,28 +59,31 @@ def real_images(folder):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_overrides):
-    """Scored runs of all methods, by name: overrides, configurations, run folders."""
+    """Scored runs of all methods, by name: overrides, plan, run folders."""
     folder = tmp_path_factory.mktemp("withheld")
     changes = ("method=none", "prompts.templates=[a photo of a]", "prompts.seeds=[0,1]", "model.groups_per_category=2",
                "prompts.groups_per_category=2", "report_seconds=true", f"outputs={folder}")  # fmt: skip
     real_images(folder)
     arguments = tiny_overrides("diversity", folder, *changes)
     arguments = [one for one in arguments if not one.startswith("outputs=")] + [changes[-1]]
-    configs = {name: configured(arguments, name) for name in METHODS}
-    folders = {name: generate(cfg) for name, cfg in configs.items()}
-    for cfg in configs.values():
-        evaluate(cfg)
-    return arguments, configs, folders
+    plan = plan_from(*(configured(arguments, name) for name in METHODS))
+    folders = dict(zip(METHODS, generate(plan), strict=True))
+    evaluate(plan)
+    return arguments, plan, folders
+
+
+def part(plan, *names):
+    return Plan([spec for spec in plan.runs if spec.cfg.method.name in names])
 
 
 @pytest.fixture
 def copy(made, tmp_path):
-    """A run that withholds a group, to be damaged: its configuration and folder."""
+    """A run that withholds a group, to be damaged: its plan and folder."""
     arguments, _, folders = made
     for name in ("runs", "diversity", "real"):
         shutil.copytree(folders["ours"].parents[1] / name, tmp_path / name)
     arguments = [*arguments[:-1], f"outputs={tmp_path}"]
-    return configured(arguments, "ours"), tmp_path / "runs" / folders["ours"].name
+    return plan_from(configured(arguments, "ours")), tmp_path / "runs" / folders["ours"].name
 
 
 def test_a_run_names_the_groups_without_images_apart_from_its_images(made):
@@ -99,15 +103,15 @@ def test_a_run_names_the_groups_without_images_apart_from_its_images(made):
 def test_what_is_complete_is_not_made_again_and_the_log_counts(made, caplog, monkeypatch):
     monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     caplog.set_level("INFO")
-    _, configs, folders = made
-    assert generate(configs["theirs"]) == folders["theirs"]
+    _, plan, folders = made
+    assert generate(part(plan, "theirs")) == [folders["theirs"]]
     assert "2 of 4 groups are withheld: 1 escalated, 1 blocked" in caplog.text
     assert "again" not in caplog.text
 
 
 def test_a_run_without_any_image_is_said_in_a_line(made, caplog):
-    _, configs, _ = made
-    for file in evaluate(configs["nothing"]):
+    _, plan, _ = made
+    for file in evaluate(part(plan, "nothing")):
         assert read_document(file)["value"] is None
     assert "all 4 groups are withheld (4 refused): there are no images to measure" in caplog.text
     (cfg,) = expand([f"images={made[2]['nothing']}", "metric=tune", "scorer@model.scorer=pixel", "~metric.clip_score"])
@@ -121,8 +125,8 @@ def of(frame, method, metric):
 
 
 def test_a_table_pairs_what_both_show_and_counts_the_rest(made, caplog, tmp_path):
-    _, configs, folders = made
-    frame, page = tabulate.write_table(list(configs.values()))
+    _, plan, folders = made
+    frame, page = tabulate.write_table(plan)
     row = of(frame, "ours", "pairwise_distance")
     assert (row["n_groups"], row["n_withheld"], row["n_paired"]) == (3, 1, 3)
     values = {}
@@ -153,9 +157,8 @@ def test_a_table_pairs_what_both_show_and_counts_the_rest(made, caplog, tmp_path
 
 
 def test_two_methods_that_withhold_other_groups_are_paired_over_the_rest(made):
-    _, configs, _ = made
-    several = [configs[name] for name in ("none", "ours", "theirs")]
-    frame, _ = tabulate.write_comparison(several, "theirs")
+    _, plan, _ = made
+    frame, _ = tabulate.write_comparison(part(plan, "none", "ours", "theirs"), "theirs")
     row = of(frame, "ours", "pairwise_distance")
     assert (row["n_groups"], row["n_withheld"], row["n_paired"]) == (3, 1, 1)
     table = against_table(frame, "theirs").set_index(["method", "metric"])
@@ -165,28 +168,26 @@ def test_two_methods_that_withhold_other_groups_are_paired_over_the_rest(made):
 
 
 def test_where_nothing_is_withheld_no_table_or_document_knows_of_it(made, tmp_path):
-    _, configs, folders = made
+    _, plan, folders = made
     for file in (folders["none"] / "metrics").iterdir():
         assert "withheld" not in read_document(file)
     path = tmp_path / "t.csv"
-    tabulate.merge_rows(path, tabulate.rows_of_runs([configs["none"]]))
+    tabulate.merge_rows(path, tabulate.rows_of_runs(part(plan, "none")))
     assert not set(OF_WITHHELD) & set(pd.read_csv(path).columns)
     assert "withheld" not in main_table(pd.read_csv(path))
 
 
 def test_methods_are_ranked_over_the_same_groups_alone(made):
-    _, configs, folders = made
+    _, plan, folders = made
     with pytest.raises(ValueError, match=f"{folders['ours'].name}, which withheld 1 refused"):
-        rank.read_paths([configs["none"], configs["ours"]])
+        rank.read_paths(part(plan, "none", "ours").runs)
 
 
 def test_figures_and_report_show_a_plate_with_the_reason(made, tmp_path):
-    _, configs, folders = made
-    configs = list(configs.values())
-    cfg = configs[0]
-    tabulate.write_table(configs)
-    assert any("grid" in file.name for file in plot(configs))
-    page = report(tabulate.project_path(cfg.results), folders["none"].parents[1], tmp_path / "page").read_text()
+    _, plan, folders = made
+    tabulate.write_table(plan)
+    assert any("grid" in file.name for file in plot(plan))
+    page = report(plan.results, folders["none"].parents[1], tmp_path / "page").read_text()
     plates = re.findall(r'<div class="withheld"><strong>(\w+)</strong>: ([^<]*)<span[^>]*>([^<]*)', page)
     assert len(plates) == 7
     assert ("escalated", "&lt;flower&gt; is protected ", "C1, C3") in plates
@@ -203,7 +204,7 @@ def test_a_text_stands_in_the_place_of_images():
 
 
 def test_collect_and_check_count_them(made, tmp_path, capsys):
-    _, configs, folders = made
+    _, plan, folders = made
     table, problems = collect(folders["none"].parents[1])
     assert problems.empty
     counts = table[table["metric"] == "pairwise_distance"].groupby("run_id")["n_withheld"].max()
@@ -211,13 +212,12 @@ def test_collect_and_check_count_them(made, tmp_path, capsys):
     assert pd.isna(counts[folders["none"].name])
     main([str(folders["none"].parents[1]), "--to", str(tmp_path / "all")])
     assert "0 problems, 7 groups withheld" in capsys.readouterr().out
-    tabulate.write_table(list(configs.values()))
-    cfg = configs["none"]
-    path = tabulate.project_path(cfg.results) / f"{cfg.name}.csv"
+    tabulate.write_table(plan)
+    path = plan.results / f"{plan.name}.csv"
     found = compare_tables(path, path).set_index("label")["made"]
     assert any("1 groups withheld" in text for label, text in found.items() if " ours" in label)
     assert any("no value, 4 groups withheld" in text for label, text in found.items() if " nothing" in label)
-    assert len(read_table(cfg.name, cfg.results))
+    assert len(read_table(plan.name, plan.results))
 
 
 def flipped(folder):
@@ -241,10 +241,10 @@ def gone(folder):
 
 @pytest.mark.parametrize("damage", [flipped, other_group, gone])
 def test_a_damaged_record_is_named_and_its_group_is_made_again(damage, copy, caplog):
-    cfg, folder = copy
+    plan, folder = copy
     withheld, file = (folder / "withheld.jsonl").read_bytes(), damage(folder)
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
-    generate(cfg)
+    generate(plan)
     assert "1 groups are made again" in caplog.text and str(file) in caplog.text
     assert (folder / "withheld.jsonl").read_bytes() == withheld
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and Run(folder).complete
@@ -252,15 +252,15 @@ def test_a_damaged_record_is_named_and_its_group_is_made_again(damage, copy, cap
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(2 * file.read_bytes())])
 def test_an_edited_list_is_refused_and_restored(damage, copy):
-    cfg, folder = copy
+    plan, folder = copy
     file = folder / "withheld.jsonl"
     before = file.read_bytes()
     damage(file)
     with pytest.raises(ValueError, match=f"got another {file}"):
-        evaluate(cfg)
-    generate(cfg)
+        evaluate(plan)
+    generate(plan)
     assert file.read_bytes() == before
-    evaluate(cfg)
+    evaluate(plan)
 
 
 def test_a_list_that_was_added_is_refused(made, copy):
