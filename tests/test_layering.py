@@ -48,7 +48,7 @@ def test_a_package_imports_only_what_it_may(package):
 
 
 @pytest.mark.parametrize("package", ["negtome", "eval", "experiments"])
-def test_no_chain_of_imports_has_more_than_seven_modules_or_closes(package):
+def test_no_chain_of_imports_has_more_than_nine_modules_or_closes(package):
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / package).rglob("*.py")
@@ -66,7 +66,8 @@ def test_no_chain_of_imports_has_more_than_seven_modules_or_closes(package):
     floors = {}
     for module in TopologicalSorter(graph).static_order():  # which refuses a circle
         floors[module] = 1 + max((floors[name] for name in graph[module]), default=0)
-    assert max(floors.values()) <= 7, [module for module, floor in floors.items() if floor > 7]
+    # Everything that composes stands on the plan, and the plan on what identifies a run.
+    assert max(floors.values()) <= 9, [module for module, floor in floors.items() if floor > 9]
 
 
 def test_a_method_knows_of_the_experiments_only_what_a_group_is():

@@ -26,7 +26,7 @@ def write(folder, **files):
 @pytest.fixture
 def configuration(tmp_path, tiny_checkpoint):
     """A folder of configuration: encoders and models that are ready, missing and broken."""
-    device = "device: ${torch_device:${device}}\n"
+    device = "device: ${device}\n"
     model = (
         "architecture: {}\nrevision: null\nvariant: null\nlicence: {{black-forest-labs/FLUX.1-dev: non-commercial}}\n"
     )
