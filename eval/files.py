@@ -45,9 +45,25 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"expected JSON in {path}, got what cannot be read ({error})") from error
 
 
-def canonical_json(document: Any, indent: int | None = None) -> str:
-    """Write JSON in the one form this package uses: sorted keys, real characters, no NaN or infinity (ValueError)."""
-    return json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)
+def canonical_json(document: Any, indent: int | None = None, compact: bool = False) -> str:
+    """Write JSON so that equal documents give equal text: sorted keys, no NaN or infinity.
+
+    Args:
+        document: what to write.
+        indent: spaces a level; None for one line.
+        compact: whether to write ASCII without spaces, the form whose hash is a run's id.
+
+    Raises:
+        ValueError: NaN or infinity is in the document.
+    """
+    return json.dumps(
+        document,
+        sort_keys=True,
+        ensure_ascii=compact,
+        allow_nan=False,
+        indent=indent,
+        separators=(",", ":") if compact else None,
+    )
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

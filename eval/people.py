@@ -1,7 +1,7 @@
 """Which skin tone and gender does a picture of a person in the emoji's style show? Classifiers in encoders' place.
 
 Their features are a score of each class and their texts the classes' names, an axis each, so that the zero-shot label
-of an image is its class. Both are fitted by `experiments.training.people`.
+of an image is its class. Both are fitted by `training.people`.
 
 * Tones by colour alone: every place of a picture is skin, of the picture's tone, or anything else: a mixture of two
   histograms of colours, weighed by how often the place is skin, all three counted on artwork drawn in every tone.

@@ -1,7 +1,10 @@
 """Which settings are worth having: the front of those that no other one beats, and the rule that chooses one."""
 
+import math
+
 import pandas as pd
 
+from eval.fronts import on_front
 from experiments.tables import DIFFERENCE, direction, of_model, some_of
 
 
@@ -36,12 +39,12 @@ def pareto_front(frame: pd.DataFrame, claim: str, quality: str, model: str) -> l
     """Return the run ids of the settings that no other one beats in both metrics, by what they do for `claim`.
 
     Args and errors: those of `chosen_run`. The run without a method takes part, with no difference to itself.
+    Of settings with equal differences the first one is named.
     """
     points = differences(frame, claim, quality, model)
     points = points.assign(x=points["x"] * points["x_sign"], y=points["y"] * points["y_sign"])
-    points = points.sort_values(["x", "y"], ascending=False, kind="stable")
-    best = points["y"].cummax().shift(fill_value=float("-inf"))
-    return list(points.index[points["y"] > best])[::-1]
+    front = points[on_front(points["x"].to_numpy(), -points["y"].to_numpy(), math.inf)]
+    return list(front.drop_duplicates(["x", "y"]).sort_values("x").index)
 
 
 def differences(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd.DataFrame:

@@ -32,11 +32,11 @@ import pandas as pd
 import yaml
 from hydra.utils import get_class
 
-from eval.files import read_document, write_bytes
+from eval.files import canonical_json, read_document, write_bytes
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from experiments import PROJECT, catalogue, project_path
-from experiments.identity import GENERATION_VERSION, canonical, experiments_of
+from experiments.identity import GENERATION_VERSION, experiments_of
 from experiments.runs import Run
 
 #: Files of which a run folder has at least one, however damaged.
@@ -200,7 +200,9 @@ def _typed(column: pd.Series) -> pd.Series:
     for types, name in (({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")):
         if found and found <= types:
             return column.astype(name)
-    text = column.map(lambda value: value if isinstance(value, str) else canonical(value), na_action="ignore")
+    text = column.map(
+        lambda value: value if isinstance(value, str) else canonical_json(value, compact=True), na_action="ignore"
+    )
     return text.astype("string")
 
 

@@ -20,7 +20,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from eval.files import read_json, remembered_hash, write_text
+from eval.files import canonical_json, read_json, remembered_hash, write_text
 from experiments import PROJECT, pipelines, project_path
 from experiments.configs import build, flag, without
 from experiments.methods.method import Method
@@ -33,14 +33,9 @@ GENERATION_VERSION = 1
 ASKED = "asked"
 
 
-def canonical(value: Any) -> str:
-    """Return `value` as JSON with sorted keys and without spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def short_digest(value: Any) -> str:
     """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON: of a run's identity, its id."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+    return hashlib.sha256(canonical_json(value, compact=True).encode()).hexdigest()[:12]
 
 
 def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
@@ -54,7 +49,10 @@ def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
     if cfg.knob is not None and cfg.method.name != "none" and not OmegaConf.select(cfg, "method.about.knob.setting"):
         raise ValueError(f"knob={cfg.knob} is nothing for method={cfg.method.name}, which has none: leave it out")
     method = build(cfg.method) if method is None else method
-    return {**request_apart(cfg), "method": {"name": method.name, "settings": json.loads(canonical(method.settings()))}}
+    return {
+        **request_apart(cfg),
+        "method": {"name": method.name, "settings": json.loads(canonical_json(method.settings()))},
+    }
 
 
 def request_apart(cfg: DictConfig) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def config_digest(cfg: DictConfig, method: DictConfig | None = None) -> str:
     # Wherever things are computed and verdicts are kept, and whatever is said of a method.
     apart = "device", "decisions", "about"
     spelled = without(OmegaConf.to_container(cfg.method if method is None else method, resolve=True), *apart)
-    named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical(spelled))]
+    named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical_json(spelled, compact=True))]
     versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
     return short_digest([request_apart(cfg), _by_content(spelled), versions])
 

@@ -29,6 +29,8 @@ from experiments import PROJECT, pages, project_path
 from experiments.configs import first
 from experiments.figures import called_for
 from experiments.figures.style import encode
+from experiments.latency.report import target_table
+from experiments.latency.rows import MEASURED
 from experiments.locks import locked
 from experiments.reporting.galleries import gallery, read_runs
 from experiments.reporting.opening import clearest, sheet, verdicts
@@ -36,8 +38,6 @@ from experiments.reporting.pictures import PICTURES, Pictures, is_elsewhere, kep
 from experiments.reporting.words import cell_lines, read_page
 from experiments.tables import REQUIRED, commands, printed, read_csv, read_table, spelled
 from experiments.templates import render
-from experiments.timing.report import target_table
-from experiments.timing.rows import MEASURED
 
 #: Chapters of the page, each of the tables whose names fit its patterns, and of none of an earlier one's.
 CHAPTERS = {

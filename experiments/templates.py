@@ -5,8 +5,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from experiments import PROJECT
+
 TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
+    loader=FileSystemLoader([Path(__file__).parent, PROJECT]),
     autoescape=select_autoescape(["html"]),
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -16,5 +18,5 @@ TEMPLATES = Environment(
 
 
 def render(template: str, **facts: Any) -> str:
-    """Return a template of this folder, by its path in it, with the facts that it asks for."""
+    """Return a template, named by its path in this folder or in the checkout, with the facts that it asks for."""
     return TEMPLATES.get_template(template).render(facts)

@@ -17,12 +17,12 @@ from negtome.architectures import Architecture
 from negtome.calls import DenoiserCall, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
 from negtome.hooks import ATTRIBUTE, Call, Layout, Push, Site, StepContext, not_compiled, patch_call, path, unpatch_call
-from negtome.merge import plain
 from negtome.prompt_checks import check_one_length, check_one_prompt
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, largest_map, unwrap
 from negtome.tally import Run, SiteCount, Step, check_pushed, check_side, check_window
+from negtome.validation import to_python_scalar
 
 #: Images in a group above which reference="others" warns: its cost grows with their square.
 MANY_OTHERS = 8
@@ -121,7 +121,7 @@ class Attachment:
     ) -> None:
         if not isinstance(config, NegToMeConfig | None):
             raise TypeError(f"config must be a NegToMeConfig, or None, got a {type(config).__name__}.")
-        group_size = plain(group_size)
+        group_size = to_python_scalar(group_size)
         if group_size is not None and (
             isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2
         ):
@@ -158,7 +158,7 @@ class Attachment:
         self._rows = None if references is None else ReferenceRows(architecture, references, config.matching)
         if self._rows is not None:
             self._rows.check(pipe)
-        modules = find_sites(self._denoiser, architecture, config)
+        modules = find_sites(self._denoiser, architecture, config.sites, config.cross_attention)
         self.sites = tuple(name for name, _, _ in modules)
         self._sites = [Site(name, place, config, push) for name, _, place in modules]
         self._links: list[tuple[dict[str, Any], str, torch.nn.Module]] = []

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from negtome.merge import MATCHINGS, REFERENCES, GroupReference, Matching, Strength, number, plain
+from negtome.merge import MATCHINGS, REFERENCES, GroupReference, Matching, Strength
+from negtome.validation import check_float, to_python_scalar
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class NegToMeConfig:
     def __post_init__(self) -> None:
         """Coerce sequences to tuples and refuse what is out of range."""
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        object.__setattr__(self, "alpha", number("alpha", self.alpha, -math.inf, math.inf))
+            object.__setattr__(self, field.name, to_python_scalar(getattr(self, field.name)))
+        object.__setattr__(self, "alpha", check_float("alpha", self.alpha, -math.inf, math.inf))
         if self.threshold is not None:
-            object.__setattr__(self, "threshold", number("threshold", self.threshold, -1, 1))
+            object.__setattr__(self, "threshold", check_float("threshold", self.threshold, -1, 1))
         if self.timestep_range is not None:
             object.__setattr__(self, "timestep_range", self._checked_window())
 
@@ -94,7 +95,7 @@ class NegToMeConfig:
         given: object = self.timestep_range
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) or len(ends := tuple(given)) != 2:
             raise ValueError(f"timestep_range must be two numbers (low, high), got {given!r}.")
-        low, high = (number("each end of timestep_range", end, 0, 1000) for end in ends)
+        low, high = (check_float("each end of timestep_range", end, 0, 1000) for end in ends)
         if low > high:
             raise ValueError(
                 f"timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g}); 1000 is pure noise, so "

@@ -14,10 +14,11 @@ threshold; and one interpolation with a weight of -alpha or 0 moves what has to 
 Nothing waits for the device, and torch.compile takes all of it in one graph.
 """
 
-import sys
-from typing import Any, Literal, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
+
+from negtome.validation import check_float
 
 #: How a token finds the reference token it is pushed from; see `negative_merge`.
 Matching = Literal["paper", "released"]
@@ -40,8 +41,6 @@ class Strength(TypedDict):
 #: underflow, no length is too small.
 _SHORTEST = {dtype: 10 * torch.finfo(dtype).tiny ** 0.5 for dtype in (torch.float32, torch.float64)}
 
-#: No float is larger; whole numbers may be, which `math.isfinite` would not take.
-_LARGEST = sys.float_info.max
 
 #: Most elements of a similarity matrix that exist at once. Source tokens are processed in chunks below it (and never
 #: fewer than one token per batch entry). 2**24 is 64 MiB in float32, and no slower than larger
@@ -91,7 +90,7 @@ def negative_merge(
     """
     _check(tokens, reference, matching, mask)
     largest = torch.finfo(tokens.dtype).max
-    alpha, threshold = number("alpha", alpha, -largest, largest), number("threshold", threshold, -1, 1)
+    alpha, threshold = check_float("alpha", alpha, -largest, largest), check_float("threshold", threshold, -1, 1)
     strength = Strength(alpha=alpha, threshold=threshold, matching=matching)
     if reference.dim() == 2:  # as several images with one reference
         return push_from(tokens.unsqueeze(0), reference[None, None], mask=mask, **strength)[0].squeeze(0)
@@ -179,25 +178,6 @@ def cannot_move(alpha: float, threshold: float) -> bool:
     The arithmetic does not decide it: 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1.
     """
     return alpha == 0 or threshold >= 1
-
-
-def number(name: str, value: object, low: float, high: float) -> float:
-    """Return a finite number in [low, high] as a float, so that 1 and 1.0 are one setting, or refuse it.
-
-    Raises:
-        ValueError: for what is no number, not finite, or out of range.
-    """
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-        raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}.")
-    return float(value)
-
-
-def plain(value: Any) -> Any:
-    """Return a number of NumPy's or of a tensor as Python's, and anything else as it is."""
-    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _detached(tokens: torch.Tensor) -> torch.Tensor:

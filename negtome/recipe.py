@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from negtome.config import NegToMeConfig
-from negtome.merge import number
 from negtome.model_files import find_file, usual_variant
+from negtome.validation import check_float, check_int
 from negtome.version import __version__
 
 #: In a model's folder, how it is used best; see `Choices`.
@@ -152,17 +152,17 @@ class Recipe:
         for name in ("negative_prompt", "reference", "mask"):
             if getattr(self, name) is not None:
                 _text(name, getattr(self, name))
-        _whole("images", self.images, 1, _MOST["images"], "; make more by further runs, each with another seed")
-        _whole("seed", self.seed, 0, 2**63 - self.images)
+        check_int("images", self.images, 1, _MOST["images"], "; make more by further runs, each with another seed")
+        check_int("seed", self.seed, 0, 2**63 - self.images)
         if self.steps is not None:
-            _whole("steps", self.steps, 1, _MOST["steps"])
+            check_int("steps", self.steps, 1, _MOST["steps"])
         if self.guidance_scale is not None:
-            scale = number("guidance_scale", self.guidance_scale, 0, math.inf)
+            scale = check_float("guidance_scale", self.guidance_scale, 0, math.inf)
             object.__setattr__(self, "guidance_scale", scale)
         if (self.height is None) != (self.width is None):
             raise ValueError("expected height and width, or neither for the pipeline's own, got one of them")
         for name in ("height", "width") if self.height is not None else ():
-            if _whole(name, getattr(self, name), _SIDE, _MOST[name]) % _SIDE:
+            if check_int(name, getattr(self, name), _SIDE, _MOST[name]) % _SIDE:
                 raise ValueError(f"expected {name} to be a multiple of {_SIDE} pixels, got {getattr(self, name)}")
         object.__setattr__(self, "options", _options(self.options))
         if self.dtype not in DTYPES:
@@ -396,12 +396,6 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _whole(name: str, value: object, least: int, most: int, advice: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"expected {name} to be a whole number from {least} to {most}, got {value!r}{advice}")
-    return value
 
 
 def _check_fields(what: str, fields: Mapping[str, Any], cls: Any, required: set[str], version: object) -> None:

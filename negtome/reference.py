@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from negtome.merge import plain
+from negtome.validation import to_python_scalar
 
 #: How an image becomes a latent; see `Reference`.
 Posterior = Literal["mode", "sample"]
@@ -77,7 +77,7 @@ class Reference:
             )
         inside = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
         for name in ("noise", "seed"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
+            object.__setattr__(self, name, to_python_scalar(getattr(self, name)))
         if not isinstance(self.noise, bool):
             raise ValueError(f"noise must be true or false, got {self.noise!r}.")
         if self.prompt is not None and not isinstance(self.prompt, str):

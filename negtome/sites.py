@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from negtome.architectures import ARCHITECTURES, Architecture, Place
-from negtome.config import NegToMeConfig
 
 
 def find_architecture(pipe: Any) -> Architecture:
@@ -60,15 +59,20 @@ def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
 
 
 def find_sites(
-    denoiser: torch.nn.Module, architecture: Architecture, config: NegToMeConfig
+    denoiser: torch.nn.Module, architecture: Architecture, sites: Sequence[str] | None, cross_attention: bool
 ) -> list[tuple[str, torch.nn.Module, Place]]:
     """Find the modules to touch in a denoiser, in its own order: (name, module, kind).
+
+    Args:
+        denoiser: UNet or transformer.
+        architecture: of the denoiser.
+        sites, cross_attention: as of `NegToMeConfig`.
 
     Raises:
         ValueError: if a block holds no site.
     """
-    blocks = architecture.blocks if config.sites is None else config.sites
-    places = [place for place in architecture.places if config.cross_attention or not place.cross]
+    blocks = architecture.blocks if sites is None else sites
+    places = [place for place in architecture.places if cross_attention or not place.cross]
     found = [
         (name, module, place)
         for name, module in denoiser.named_modules()

@@ -9,7 +9,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 import negtome
-from experiments.training.sources import NAMES, SETS
+from training.sources import NAMES, SETS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -215,7 +215,7 @@ def token_grid(pipe: Any, config: NegToMeConfig, size: tuple[int, int]) -> tuple
     height, width = (side // pipe.vae_scale_factor for side in size)
     if not architecture.levels:
         return height // architecture.patch, width // architecture.patch
-    names = [name for name, _, _ in find_sites(denoiser, architecture, config)]
+    names = [name for name, _, _ in find_sites(denoiser, architecture, config.sites, config.cross_attention)]
     return largest_map(denoiser, names, (height, width))
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.files import canonical_json
 from eval.images import ManifestRow, WithheldRow, group_rows, read_manifest, read_withheld
 from experiments.choose import chosen_run, pareto_front
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import title
-from experiments.identity import canonical
 from experiments.pages import run_labels
 from experiments.runs import Run
 from experiments.tables import primary_pair
@@ -72,7 +72,7 @@ def worth_showing(runs: Sequence[Run], frame: pd.DataFrame, most: int = 6) -> di
     """
     requests = {run: run.identity["request"] for run in runs}
     shown = list(runs)
-    calls = [canonical(request["model"]["call"]) for request in requests.values()]
+    calls = [canonical_json(request["model"]["call"]) for request in requests.values()]
     if len(runs) > most and len(set(calls)) > 1:
         shown = [run for run, call in zip(runs, calls, strict=True) if call in (calls[0], calls[-1])][:most]
     elif len(runs) > most:

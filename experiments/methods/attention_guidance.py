@@ -13,8 +13,8 @@ from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.merge import number
 from negtome.sites import find_architecture
+from negtome.validation import check_float
 
 NORMS = {"L1": 1, "L2": 2}
 
@@ -62,10 +62,10 @@ class AttentionGuidance(Method):
     prompt: str = "{}"
 
     def __post_init__(self) -> None:
-        self.scale = number("method.scale", 5.0 if self.scale is None else self.scale, 1, math.inf)
-        self.tau = number("method.tau", 2.5 if self.tau is None else self.tau, 1e-3, math.inf)
-        self.alpha = number("method.alpha", 0.25 if self.alpha is None else self.alpha, 0, 1)
-        self.end = number("method.end", self.end, 1e-3, 1)
+        self.scale = check_float("method.scale", 5.0 if self.scale is None else self.scale, 1, math.inf)
+        self.tau = check_float("method.tau", 2.5 if self.tau is None else self.tau, 1e-3, math.inf)
+        self.alpha = check_float("method.alpha", 0.25 if self.alpha is None else self.alpha, 0, 1)
+        self.end = check_float("method.end", self.end, 1e-3, 1)
         if self.norm not in NORMS:
             raise ValueError(f"method.norm must be one of {sorted(NORMS)}, got {self.norm!r}")
 

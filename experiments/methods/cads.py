@@ -12,8 +12,8 @@ from experiments.methods.method import Applied, Method, Setting, generator_of
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall, with_value
-from negtome.merge import number
 from negtome.sites import find_architecture
+from negtome.validation import check_float
 
 RESCALES, HALVES = ("sample", "token", "none"), ("conditional", "both")
 
@@ -90,10 +90,10 @@ class CADS(Method):
     halves: str = "conditional"
 
     def __post_init__(self) -> None:
-        self.noise_scale = number("method.noise_scale", self.noise_scale, 0, math.inf)
-        self.tau2 = number("method.tau2", 0.9 if self.tau2 is None else self.tau2, 0, 1)
-        self.tau1 = number("method.tau1", self.tau1, 0, self.tau2)
-        self.mixing = number("method.mixing", self.mixing, 0, 1)
+        self.noise_scale = check_float("method.noise_scale", self.noise_scale, 0, math.inf)
+        self.tau2 = check_float("method.tau2", 0.9 if self.tau2 is None else self.tau2, 0, 1)
+        self.tau1 = check_float("method.tau1", self.tau1, 0, self.tau2)
+        self.mixing = check_float("method.mixing", self.mixing, 0, 1)
         for setting, choices in (("rescale", RESCALES), ("halves", HALVES)):
             if (value := getattr(self, setting)) not in choices:
                 raise ValueError(f"method.{setting} must be one of {', '.join(choices)}, got {value!r}")

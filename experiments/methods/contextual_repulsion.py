@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Applied, Method, Setting, whole
+from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.merge import number
+from negtome.validation import check_float, check_int
 
 
 def entropy_slope(cosines: torch.Tensor) -> torch.Tensor:
@@ -56,9 +56,9 @@ class ContextualRepulsion(Method):
     first_steps: int = 1
 
     def __post_init__(self) -> None:
-        self.eta = number("method.eta", self.eta, 0, math.inf)
-        self.inner_steps = whole("method.inner_steps", self.inner_steps)
-        self.first_steps = whole("method.first_steps", self.first_steps)
+        self.eta = check_float("method.eta", self.eta, 0, math.inf)
+        self.inner_steps = check_int("method.inner_steps", self.inner_steps, 1)
+        self.first_steps = check_int("method.first_steps", self.first_steps, 1)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from experiments.methods.method import Drawn, Method, Setting, sample, whole
+from experiments.methods.method import Drawn, Method, Setting, sample
 from experiments.methods.steps import Prediction, initial_noise, predictions, unpacked
 from experiments.prompts import Group
-from negtome.merge import number
+from negtome.validation import check_float, check_int
 
 #: Which contrast is minimised; see `contrast`.
 Loss = Literal["paper", "released"]
@@ -84,10 +84,10 @@ class ContrastiveNoise(Method):
 
     def __post_init__(self) -> None:
         for name, least in (("inner_steps", 0), ("window", 1)):
-            setattr(self, name, whole(f"method.{name}", getattr(self, name), least, 1000))
+            setattr(self, name, check_int(f"method.{name}", getattr(self, name), least, 1000))
         for name, least in (("learning_rate", 0), ("temperature", 1e-3)):
-            setattr(self, name, number(f"method.{name}", getattr(self, name), least, math.inf))
-        self.gamma = None if self.gamma is None else number("method.gamma", self.gamma, 1e-3, math.inf)
+            setattr(self, name, check_float(f"method.{name}", getattr(self, name), least, math.inf))
+        self.gamma = None if self.gamma is None else check_float("method.gamma", self.gamma, 1e-3, math.inf)
         if self.loss not in LOSSES:
             raise ValueError(f"method.loss must be one of {LOSSES}, got {self.loss!r}")
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Applied, Method, Setting, whole
+from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.merge import number
+from negtome.validation import check_float, check_int
 
 
 @dataclass
@@ -54,12 +54,12 @@ class FeatureGuidance(Method):
     timestep_range: tuple[float, float] = (800.0, 1000.0)
 
     def __post_init__(self) -> None:
-        self.w = number("method.w", self.w, 0, math.inf)
-        self.temperature = number("method.temperature", self.temperature, 1e-3, math.inf)
-        self.mix = number("method.mix", self.mix, 0, 1)
-        self.n_opt = whole("method.n_opt", self.n_opt)
-        self.block = whole("method.block", self.block)
-        low, high = (number("each end of method.timestep_range", end, 0, 1000) for end in self.timestep_range)
+        self.w = check_float("method.w", self.w, 0, math.inf)
+        self.temperature = check_float("method.temperature", self.temperature, 1e-3, math.inf)
+        self.mix = check_float("method.mix", self.mix, 0, 1)
+        self.n_opt = check_int("method.n_opt", self.n_opt, 1)
+        self.block = check_int("method.block", self.block, 1)
+        low, high = (check_float("each end of method.timestep_range", end, 0, 1000) for end in self.timestep_range)
         if low > high:
             raise ValueError(f"method.timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g})")
         self.timestep_range = low, high

@@ -24,8 +24,8 @@ from experiments.methods.steps import (
 )
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.merge import number
 from negtome.sites import find_architecture
+from negtome.validation import check_float
 
 
 def best_subset(score: torch.Tensor, distance: torch.Tensor, count: int, weight: float) -> list[int]:
@@ -106,8 +106,8 @@ class GroupInference(Selection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.keep = number("method.keep", self.keep, 0.001, 0.999)
-        self.distance_weight = number("method.distance_weight", self.distance_weight, 0, math.inf)
+        self.keep = check_float("method.keep", self.keep, 0.001, 0.999)
+        self.distance_weight = check_float("method.distance_weight", self.distance_weight, 0, math.inf)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "scorer": None if self.scorer is None else self.scorer.id}

@@ -18,10 +18,11 @@ from eval.files import canonical_json, check_seal, content_hash, read_json, seal
 from eval.images import Withheld, load_image, read_manifest
 from eval.resemblance import calibrate_threshold, similarities
 from experiments.methods.assets import assets_hash, check_disjoint, read_assets
-from experiments.methods.method import Drawn, Method, Setting, sample, whole
+from experiments.methods.method import Drawn, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
 from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
+from negtome.validation import check_int
 
 #: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
 #: pushed away from the asset instead; what was drawn is checked.
@@ -184,7 +185,7 @@ class Guarded(Method):
             raise ValueError(f"method.layers must be one of {', '.join(LAYERS)}, got {self.layers!r}")
         if self.layers == LAYERS[-1] and self.check is None:
             raise ValueError("method.layers=check needs method.check, got none: configure it, or set layers=steer")
-        self.tries = whole("method.tries", self.tries, 0)
+        self.tries = check_int("method.tries", self.tries, 0)
         self._policy = read_policy(self.policy)
         if self._policy.default == "steer":
             raise ValueError(f"expected a default of {self.policy} that names no asset, got steer: allow or refuse")

@@ -12,8 +12,8 @@ from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls, levels, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.merge import number
 from negtome.sites import find_architecture
+from negtome.validation import check_float
 
 
 def check_guided(method: str, call: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class LowerGuidance(Method):
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        self.scale = None if self.scale is None else number("method.scale", self.scale, 1, math.inf)
+        self.scale = None if self.scale is None else check_float("method.scale", self.scale, 1, math.inf)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
@@ -80,13 +80,13 @@ class LimitedInterval(Method):
     outside: float = 1.0
 
     def __post_init__(self) -> None:
-        low, high = (None if end is None else number("each end of method.sigma_range", end, 0, math.inf)
+        low, high = (None if end is None else check_float("each end of method.sigma_range", end, 0, math.inf)
                      for end in self.sigma_range)  # fmt: skip
         if low is None or (high is not None and low > high):
             raise ValueError(f"method.sigma_range must be (low, high) with low <= high, got {tuple(self.sigma_range)}")
         self.sigma_range = low, high
-        self.scale = None if self.scale is None else number("method.scale", self.scale, 1, math.inf)
-        self.outside = number("method.outside", self.outside, 1, math.inf)
+        self.scale = None if self.scale is None else check_float("method.scale", self.scale, 1, math.inf)
+        self.outside = check_float("method.outside", self.outside, 1, math.inf)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:

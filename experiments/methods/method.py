@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,6 @@ import torch
 from eval.images import Withheld
 from experiments.methods.setting import Setting
 from experiments.prompts import Group
-from negtome.merge import number
-
-
-def whole(name: str, value: object, least: int = 1, most: float = math.inf) -> int:
-    """Return a whole number of at least `least`, or refuse it."""
-    if (found := number(name, value, least, most)) != int(found):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(found)
 
 
 @dataclass

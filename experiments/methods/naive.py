@@ -86,7 +86,7 @@ def attach(
         return module.register_forward_hook(lambda _, args, output: changed(output, place))
 
     with denoiser_calls(pipe, begin), contextlib.ExitStack() as stack:
-        for _, module, place in find_sites(denoiser, architecture, config):
+        for _, module, place in find_sites(denoiser, architecture, config.sites, config.cross_attention):
             stack.callback(hook(module, place).remove)
         yield
 

@@ -11,7 +11,7 @@ import torch
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
-from negtome.merge import number
+from negtome.validation import check_float
 
 #: How wide the kernel is; see `repulsion`.
 Bandwidth = Literal["paper", "released"]
@@ -71,7 +71,7 @@ class ParticleGuidance(Method):
 
     def __post_init__(self) -> None:
         for name in ("coefficient", "sigma_low", "sigma_high"):
-            setattr(self, name, number(f"method.{name}", getattr(self, name), 0, math.inf))
+            setattr(self, name, check_float(f"method.{name}", getattr(self, name), 0, math.inf))
         if self.bandwidth not in BANDWIDTHS:
             raise ValueError(f"method.bandwidth must be one of {BANDWIDTHS}, got {self.bandwidth!r}")
 

@@ -11,7 +11,7 @@ import torch
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import initial_noise
 from experiments.prompts import Group
-from negtome.merge import number
+from negtome.validation import check_float
 
 
 def coloured(noise: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -48,7 +48,7 @@ class PinkNoise(Method):
     exponent: float = 0.2
 
     def __post_init__(self) -> None:
-        self.exponent = number("method.exponent", self.exponent, -math.inf, math.inf)
+        self.exponent = check_float("method.exponent", self.exponent, -math.inf, math.inf)
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:

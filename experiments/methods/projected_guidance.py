@@ -12,8 +12,8 @@ from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import clean_of_call, denoiser_calls, levels
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
-from negtome.merge import number
 from negtome.sites import find_architecture
+from negtome.validation import check_float
 
 VARIANTS = ("paper", "diffusers")
 
@@ -70,11 +70,13 @@ class ProjectedGuidance(Method):
     variant: str = "paper"
 
     def __post_init__(self) -> None:
-        self.eta = number("method.eta", self.eta, 0, math.inf)
-        if self.norm_threshold is not None and not number("method.norm_threshold", self.norm_threshold, 0, math.inf):
+        self.eta = check_float("method.eta", self.eta, 0, math.inf)
+        if self.norm_threshold is not None and not check_float(
+            "method.norm_threshold", self.norm_threshold, 0, math.inf
+        ):
             raise ValueError("method.norm_threshold must be above 0, or null for none, got 0")
-        self.momentum = number("method.momentum", self.momentum, -1, 1)
-        self.scale = None if self.scale is None else number("method.scale", self.scale, 1, math.inf)
+        self.momentum = check_float("method.momentum", self.momentum, -1, 1)
+        self.scale = None if self.scale is None else check_float("method.scale", self.scale, 1, math.inf)
         if self.variant not in VARIANTS:
             raise ValueError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
 

@@ -12,7 +12,7 @@ import torch
 
 from experiments.methods.method import Applied, Method, Setting, generator_of
 from experiments.prompts import Group
-from negtome.merge import number
+from negtome.validation import check_float
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Rewriting(Method):
     share: float = 0.75
 
     def __post_init__(self) -> None:
-        self.share = number("method.share", self.share, 0, 1)
+        self.share = check_float("method.share", self.share, 0, 1)
         if not isinstance(self.rewrites, Mapping):
             raise ValueError(f"method.rewrites must be lists of phrases by category, got {self.rewrites!r}")
         for category, phrases in self.rewrites.items():

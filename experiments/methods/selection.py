@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import Drawn, Method, Setting, sample, whole
+from experiments.methods.method import Drawn, Method, Setting, sample
 from experiments.prompts import Group
+from negtome.validation import check_int
 
 
 def farthest_first(distance: torch.Tensor, count: int) -> list[int]:
@@ -53,7 +54,7 @@ class Selection(Method):
     candidates: int = 8
 
     def __post_init__(self) -> None:
-        self.candidates = whole("method.candidates", self.candidates, 1, 10**6)
+        self.candidates = check_int("method.candidates", self.candidates, 1, 10**6)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "encoder": self.encoder.id}

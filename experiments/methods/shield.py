@@ -13,9 +13,9 @@ from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.encoding import encode, scaled
-from negtome.merge import number
 from negtome.reference import Reference, fit
 from negtome.sites import find_architecture
+from negtome.validation import check_float
 
 
 def repellency(latents: torch.Tensor, shielded: torch.Tensor, radius: float) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Shield(Method):
 
     def __post_init__(self) -> None:
         for name in ("radius", "overcompensation"):
-            setattr(self, name, number(f"method.{name}", getattr(self, name), 0, math.inf))
+            setattr(self, name, check_float(f"method.{name}", getattr(self, name), 0, math.inf))
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:

@@ -35,7 +35,7 @@ from experiments import pipelines, project_path, select_device, start_log
 from experiments.configs import build, expand, flag
 from experiments.generate import count_workers, ready, spread
 from experiments.identity import made_by, request_apart, short_digest
-from experiments.methods.method import Method, whole
+from experiments.methods.method import Method
 from experiments.pages import with_interval
 from experiments.prompts import Group
 from experiments.safety.grammar import Grammar, words_of
@@ -55,6 +55,7 @@ from experiments.safety.search import (
 from experiments.tables import markdown, printed, put_rows
 from negtome.guard import Policy, read_policy
 from negtome.guard.verdict import LONGEST
+from negtome.validation import check_int
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def prepare(cfg: DictConfig, attacker: str) -> tuple[Task, list[str], dict[str, 
         ValueError: a setting is out of range.
     """
     flag(cfg, "redteam.exceptions")
-    queries, device = whole("redteam.queries", cfg.redteam.queries, 1, 10**4), select_device(cfg.device)
+    queries, device = check_int("redteam.queries", cfg.redteam.queries, 1, 10**4), select_device(cfg.device)
     policy, checkpoint = read_policy(cfg.model.copyright.policy), pipelines.find_checkpoint(cfg.model)
     known = [clause.asset for clause in policy.clauses]
     assets = known if cfg.redteam.assets is None else list(cfg.redteam.assets)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from eval.files import content_hash, remembered_hash, write_json
+from eval.files import canonical_json, content_hash, remembered_hash, write_json
 
 
 def test_hashes(tmp_path):
@@ -28,6 +28,11 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     image.write_bytes(image.read_bytes()[::-1])
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert remembered_hash(image) == content_hash(image) != digest
+
+
+def test_equal_documents_are_equal_text():
+    assert canonical_json({"b": [1, 2.0], "a": "é"}) == '{"a": "é", "b": [1, 2.0]}'
+    assert canonical_json({"b": [1, 2.0], "a": "é"}, compact=True) == r'{"a":"\u00e9","b":[1,2.0]}'
 
 
 def test_text_is_written_in_one_step(tmp_path, monkeypatch):

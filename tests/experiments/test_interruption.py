@@ -289,15 +289,16 @@ def test_a_claim_ends_with_the_process_that_held_it(asked, tmp_path):
         holder.stdout.close()
 
 
-def test_where_the_disk_knows_no_locks_the_work_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_the_disk_knows_no_locks_the_work_goes_on(tmp_path, monkeypatch, code):
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*arguments):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / "a" / "lock") as mine:
-        assert mine is True
+    with locked(tmp_path / "a" / "lock") as mine, locked(tmp_path / "a" / "lock", wait=False) as another:
+        assert mine is another is True
 
 
 def test_a_folder_of_locks_that_can_never_be_made_is_said(tmp_path):

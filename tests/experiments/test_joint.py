@@ -167,7 +167,7 @@ def test_a_step_of_the_features_themselves_is_the_relative_one_of_their_squared_
     [(FeatureGuidance, {"w": -1}, "method.w must be between 0"), (FeatureGuidance, {"mix": 2}, "between 0 and 1"),
      (FeatureGuidance, {"n_opt": 2.5}, "method.n_opt must be a whole number"),
      (FeatureGuidance, {"timestep_range": (900, 800)}, "low <= high, got"),
-     (ContextualRepulsion, {"eta": math.inf}, "finite number"), (ContextualRepulsion, {"first_steps": 0}, "between 1")],
+     (ContextualRepulsion, {"eta": math.inf}, "finite number"), (ContextualRepulsion, {"first_steps": 0}, "least 1")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(make, setting, said):
     with pytest.raises(ValueError, match=said):

@@ -15,15 +15,15 @@ from scipy.stats import binom
 from torch.autograd import DeviceType
 
 import negtome
-from experiments import PROJECT, latency
-from experiments.figures.scaling import curve_models, scaling
+from experiments import PROJECT
+from experiments.latency import cases, measure, profile, report, rows, suite
+from experiments.latency.cases import BOUND, composed, configured_cases
+from experiments.latency.clock import Timing, inside_of, take_rounds, time_call, timesteps_of
+from experiments.latency.measure import lower_bound, products
+from experiments.latency.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
+from experiments.latency.scaling import curve_models, scaling
 from experiments.methods.naive import Naive
 from experiments.tables import put_rows
-from experiments.timing import cases, measure, profile, report, rows
-from experiments.timing.cases import BOUND, composed, configured_cases
-from experiments.timing.clock import Timing, inside_of, take_rounds, time_call, timesteps_of
-from experiments.timing.measure import lower_bound, products
-from experiments.timing.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 
 RESULTS = PROJECT / "results"
 #: A call of a tiny pipeline.
@@ -53,7 +53,7 @@ def change(monkeypatch, *changes):
     def changed(*overrides):
         return OmegaConf.merge(composed(*overrides), OmegaConf.from_dotlist(list(changes)))
 
-    for module in (latency, cases):
+    for module in (suite, cases):
         monkeypatch.setattr(module, "composed", changed)
 
 
@@ -68,7 +68,7 @@ def flux(tiny_checkpoint, tmp_path_factory):
         case("steps={inside: 2, outside: 1}"), curve("rounds=1"), curve("side=32"), curve("batch=2"),
         curve("steps={inside: 1, outside: 1}"), curve("batches=[2]"), curve("sides=[16]"),
     )  # fmt: skip
-    return overrides, folder, latency.run(overrides)
+    return overrides, folder, suite.run(overrides)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -203,15 +203,15 @@ def test_what_cannot_be_measured_is_refused(setting, message, tmp_path, monkeypa
     model = setting.startswith("model=")
     change(monkeypatch, f"results={tmp_path}", "device=cpu", *([] if model else [setting]))
     with pytest.raises(ValueError, match=message):
-        latency.run([*MINI, setting] if model else MINI)
+        suite.run([*MINI, setting] if model else MINI)
     assert not list(tmp_path.iterdir())
 
 
 def test_another_experiment_and_a_table_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected experiment=latency"):
-        latency.run(["name=other"])
+        suite.run(["name=other"])
     with pytest.raises(FileNotFoundError, match=r"latency\.csv, got no file: let latency\.cases"):
-        latency.run([*NOTHING, f"results={tmp_path}"])
+        suite.run([*NOTHING, f"results={tmp_path}"])
 
 
 def test_timesteps_and_shapes_are_those_of_a_real_call(kind, pipe):
@@ -351,8 +351,8 @@ def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path
         spec("rounds=6"), "method.min_side=8",
     )  # fmt: skip
     overrides[overrides.index("device=cpu")] = "device=cuda"
-    markdown = latency.run(overrides)
-    frame = latency.read_rows(tmp_path / "latency.csv")
+    markdown = suite.run(overrides)
+    frame = suite.read_rows(tmp_path / "latency.csv")
     assert frame["cuda"].notna().all() and frame["device"].eq(torch.cuda.get_device_name()).all()
     table = frame[frame["part"] == "table"].set_index("variant")
     assert table.drop("lower_bound")["peak_mib"].gt(0).all() and table.loc["first", "inside_ratio_low"] > 0
@@ -367,7 +367,7 @@ def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path
 
 def test_a_run_writes_a_row_for_every_variant_and_window(flux):
     _, folder, _ = flux
-    frame = latency.read_rows(folder / "latency.csv")
+    frame = suite.read_rows(folder / "latency.csv")
     assert list(frame.columns) == COLUMNS
     counts = frame.groupby("part", sort=False).size().to_dict()
     operations = counts.pop("profile")
@@ -404,7 +404,7 @@ def test_a_run_writes_a_row_for_every_variant_and_window(flux):
 
 def test_more_steps_in_the_window_cost_more_in_the_composed_call(flux):
     _, folder, _ = flux
-    frame = latency.read_rows(folder / "latency.csv")
+    frame = suite.read_rows(folder / "latency.csv")
     curve = frame[(frame["part"] == "window") & (frame["variant"] == "lower_bound")]
     assert curve["steps_inside"].is_monotonic_increasing and curve["call_ratio"].is_monotonic_increasing
     assert curve["steps_inside"].iloc[-1] == 6
@@ -414,8 +414,8 @@ def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
     overrides, folder, markdown = flux
     before = {path.name: path.read_bytes() for path in folder.glob("latency*")}
     assert set(before) == {f"latency{name}" for name in (".csv", ".md", ".tex", "_mini-flux.png", "_mini-flux.pdf")}
-    monkeypatch.setattr(latency, "measure", lambda *arguments: pytest.fail("measured"))
-    assert latency.run(overrides) == markdown == (folder / "latency.md").read_text()
+    monkeypatch.setattr(suite, "measure", lambda *arguments: pytest.fail("measured"))
+    assert suite.run(overrides) == markdown == (folder / "latency.md").read_text()
     assert {path.name: path.read_bytes() for path in folder.glob("latency*")} == before
 
 
@@ -424,13 +424,13 @@ def test_a_changed_setting_is_measured_anew(flux, monkeypatch, setting):
     def measured(*arguments):
         raise InterruptedError
 
-    monkeypatch.setattr(latency, "measure", measured)
+    monkeypatch.setattr(suite, "measure", measured)
     if setting == "code":
         monkeypatch.setattr(Naive, "version", Naive.version + 1)
     else:
         change(monkeypatch, setting)
     with pytest.raises(InterruptedError):
-        latency.run(flux[0])
+        suite.run(flux[0])
 
 
 @pytest.mark.slow
@@ -445,13 +445,13 @@ def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatc
 
     monkeypatch.setattr(measure, "attached", too_large)
     spec = "latency.mini.cases.mini-sdxl.{}".format
-    markdown = latency.run(
+    markdown = suite.run(
         tiny(
             tiny_checkpoint("sdxl"), tmp_path, "latency.only=[mini-sdxl]", "latency.curves=false", spec("side=32"),
             spec("batch=2"), spec("rounds=1"), spec("steps=null"), "method.min_side=8",
         )
     )  # fmt: skip
-    frame = latency.read_rows(tmp_path / "latency.csv")
+    frame = suite.read_rows(tmp_path / "latency.csv")
     assert set(frame["part"]) == {"table", "profile"}
     table = frame[frame["part"] == "table"].set_index("variant")
     assert table.loc[["none", "first", "others"], "call_how"].tolist() == ["measured"] * 3
@@ -486,7 +486,7 @@ def test_a_table_of_an_earlier_version_is_shown_and_goes_on(tmp_path):
     frame = table_of(measured(first=(1.03, 1, 1.02, 1005), outside=(1, 1.001, 1, 1000)))
     added = ["operation", "operation_calls", "host_ms", "device_ms"]
     frame.drop(columns=added).to_csv(tmp_path / "latency.csv", index=False)
-    page = latency.run([*NOTHING, f"results={tmp_path}"])
+    page = suite.run([*NOTHING, f"results={tmp_path}"])
     assert "## flux-dev, 768 x 768" in page and "Where it goes" not in page
     frame = put_rows(tmp_path / "latency.csv", measured(side=512), COLUMNS, CONFIGURATION, SAME_CASE)
     assert list(frame.columns) == COLUMNS and len(frame) == 3 + 1
@@ -649,7 +649,7 @@ def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path)
 
 @pytest.mark.skipif(not (RESULTS / "latency.csv").exists(), reason="results/latency.csv was not made yet")
 def test_the_committed_page_is_what_its_csv_renders_to():
-    frame, cfg = latency.read_rows(RESULTS / "latency.csv"), composed("experiment=latency")
+    frame, cfg = suite.read_rows(RESULTS / "latency.csv"), composed("experiment=latency")
     assert pd.read_csv(RESULTS / "latency.csv", nrows=0).columns.tolist() == COLUMNS
     assert tuple((RESULTS / f"latency.{kind}").read_text() for kind in ("md", "tex")) == report.pages(frame, cfg)
     assert all((RESULTS / f"latency_{model}.png").exists() for model in curve_models(frame))

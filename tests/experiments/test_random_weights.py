@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 import negtome
 from experiments import PROJECT
-from experiments.timing.random_weights import build_pipeline, embeddings
+from experiments.latency.random_weights import build_pipeline, embeddings
 
 PUBLISHED = OmegaConf.load(PROJECT / "conf" / "experiment" / "latency.yaml").latency.random
 SMALLER = {

@@ -189,5 +189,5 @@ def test_what_is_chosen_by_is_part_of_the_identity():
 
 
 def test_a_fraction_of_a_candidate_is_refused():
-    with pytest.raises(ValueError, match=r"method.candidates must be a whole number, got 6.5"):
+    with pytest.raises(ValueError, match=r"method.candidates must be a whole number from 1 to 1000000, got 6.5"):
         BestOf("m", None, candidates=6.5)

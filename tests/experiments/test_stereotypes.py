@@ -12,8 +12,8 @@ from experiments import PROJECT, stereotypes, tabulate
 from experiments.configs import build, expand, first
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.training import people
-from experiments.training.sources import SKIN_TONES, Emoji
+from training import people
+from training.sources import SKIN_TONES, Emoji
 
 
 def test_every_word_is_asked_for_openly_20_times_and_of_both_genders():

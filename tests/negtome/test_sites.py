@@ -35,11 +35,15 @@ def real_unet():
         )
 
 
+def configured_sites(denoiser, architecture, config):
+    return find_sites(denoiser, architecture, config.sites, config.cross_attention)
+
+
 def test_sdxl_has_the_72_attentions_of_the_release(real_unet):
-    released = find_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "released"))
+    released = configured_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "released"))
     assert len(released) == 72
     assert all(name.startswith("up_blocks.") and place.where == "output" for name, _, place in released)
-    paper = find_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "paper"))
+    paper = configured_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "paper"))
     assert [name for name, _, _ in paper] == [name for name, _, _ in released if name.endswith("attn1")]
 
 
@@ -48,7 +52,7 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
 
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
-    sites = find_sites(transformer, FLUX, NegToMeConfig.preset("flux"))
+    sites = configured_sites(transformer, FLUX, NegToMeConfig.preset("flux"))
     assert [name for name, _, _ in sites] == [f"transformer_blocks.{i}.attn.to_out.0" for i in range(19)] + [
         f"single_transformer_blocks.{i}.attn" for i in range(38)
     ]
@@ -86,7 +90,7 @@ def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, opti
     tiny.since(architecture.denoiser_class)
     with torch.device("meta"):
         denoiser = getattr(diffusers, architecture.denoiser_class)(**options)
-    assert len(find_sites(denoiser, architecture, NegToMeConfig())) == attentions
+    assert len(configured_sites(denoiser, architecture, NegToMeConfig())) == attentions
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
@@ -105,7 +109,7 @@ def test_the_names_of_the_table_exist_in_diffusers(architecture):
 def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
     def names(pipe, architecture, **options):
         denoiser = getattr(pipe, architecture.denoiser)
-        return [name for name, _, _ in find_sites(denoiser, architecture, NegToMeConfig(**options))]
+        return [name for name, _, _ in configured_sites(denoiser, architecture, NegToMeConfig(**options))]
 
     assert names(tiny_sdxl, SDXL, sites=["mid_block"]) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
     assert len(names(tiny_sdxl, SDXL, sites=["up_blocks.1", "mid_block"], cross_attention=True)) == 6

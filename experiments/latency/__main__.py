@@ -1,0 +1,4 @@
+import experiments.latency
+from experiments.__main__ import run_module
+
+run_module(experiments.latency.__file__)

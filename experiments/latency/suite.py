@@ -1,0 +1,58 @@
+"""The cases of a suite are measured, as far as the table lacks them; then tables and figures are written."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import project_path, select_device, start_log
+from experiments.configs import flag
+from experiments.figures.style import using
+from experiments.latency import report
+from experiments.latency.cases import composed, configured_cases
+from experiments.latency.measure import find_weights, measure, origin
+from experiments.latency.rows import COLUMNS, CONFIGURATION, SAME_CASE
+from experiments.tables import put_rows, read_csv
+
+log = logging.getLogger(__name__)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read the table, if there is one; columns that one of an earlier version does not have are empty."""
+    return read_csv(path).reindex(columns=COLUMNS) if path.exists() else pd.DataFrame(columns=COLUMNS)
+
+
+def run(overrides: Sequence[str]) -> str:
+    """Measure what is not in the table yet, write tables and figures, and return the tables as Markdown.
+
+    Raises:
+        ValueError: the configuration asks for something that is not measured.
+        FileNotFoundError: a checkpoint is not there, or there is nothing to make tables of.
+    """
+    cfg = composed(*overrides)
+    force = flag(cfg, "force")
+    if flag(cfg, "offload"):
+        raise ValueError("expected offload=false: transfers would be measured, not the method; choose a smaller batch.")
+    device, folder = select_device(cfg.device), project_path(cfg.results)
+    path = folder / f"{cfg.name}.csv"
+    for case in configured_cases(overrides):
+        weights = find_weights(case.model, cfg.latency.weights)
+        common, known = origin(case, cfg, device, weights), read_rows(path)
+        if not force and ((known["setting"] == common["setting"]) & (known["part"] == case.part)).any():
+            log.info("%s (%s): measured already", case.label, case.part)
+            continue
+        rows = [common | row for row in measure(case, weights, cfg, device)]
+        put_rows(path, rows, COLUMNS, CONFIGURATION, SAME_CASE)
+    if not path.exists():
+        raise FileNotFoundError(f"expected the table {path}, got no file: let latency.cases or latency.curves be true.")
+    return report.write(read_rows(path), cfg, folder)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command; see `experiments.latency`."""
+    start_log()
+    cfg = composed(*argv)
+    with using(cfg.style, cfg.width):
+        print(run(argv))
+    print(*sorted(project_path(cfg.results).glob(f"{cfg.name}[._]*")), sep="\n")

@@ -1,0 +1,93 @@
+"""Export of the small models: a made-up work folder must become folders that the stock classes load."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from transformers import CLIPModel
+
+from experiments import PROJECT
+from negtome.recipe import Choices
+from training import clip, data, export, flux, samples, sources, taxonomy, tokenizer, unet, vae
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three folders, exported from untrained models of the real architectures."""
+    torch.manual_seed(0)
+    work = tmp_path_factory.mktemp("work")
+    tokenizer.build([f"{t} {c}" for t in taxonomy.TEMPLATES for c in taxonomy.EVALUATED], work)
+    tokens = torch.load(work / "tokens.pt")
+    first, second = (clip.make_model(tokens["clip_size"], 32, 1) for _ in range(2))
+    for model, name in zip(clip.text_encoders(first, second), ("text_encoder", "text_encoder_2"), strict=True):
+        model.save_pretrained(work / name)
+    first.save_pretrained(work / "score" / "model")
+    vae.make_model().save_pretrained(work / "vae" / "model")
+    unet.make_model().save_pretrained(work / "unet" / "model")
+    flux.make_model().save_pretrained(work / "flux" / "model")
+    flux.make_text_encoder(tokens["t5_size"]).save_pretrained(work / "flux" / "text_encoder_2")
+    (work / "data").mkdir()
+    item = sources.Emoji("noto", "dog", "dog", "dog", "animals-nature", "animal-mammal", None, None)
+    stats = data.statistics([item]) | {"captions": 1}
+    (work / "data" / "table.json").write_text(json.dumps({"statistics": stats, "emoji": [asdict(item)]}))
+    record = {"steps": 10, "batch": 4, "seconds": 1.5, "device": "CPU", "last": {"step": 10, "loss": 0.5}}
+    (work / "unet" / "card.json").write_text(json.dumps(record))
+    out = tmp_path_factory.mktemp("models")
+    export.export(work, out)
+    return out
+
+
+def test_stock_pipelines_load_and_draw(models: Path) -> None:
+    for name, kind in (("mini-sdxl", StableDiffusionXLPipeline), ("mini-flux", FluxPipeline)):
+        pipe = kind.from_pretrained(models / name)
+        pipe.set_progress_bar_config(disable=True)
+        image = pipe("a photo of a bird", **samples.SETTINGS[name] | {"num_inference_steps": 1}).images[0]
+        assert image.size == (128, 128)
+
+
+def test_parts_are_float32_when_loaded_and_half_on_disk(models: Path) -> None:
+    pipe = FluxPipeline.from_pretrained(models / "mini-flux")
+    parts = (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
+    assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}
+    assert pipe.transformer.config.guidance_embeds is True
+    from safetensors.torch import load_file
+
+    stored = load_file(models / "mini-sdxl" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {v.dtype for v in stored.values()} == {torch.float16}
+
+
+def test_scoring_clip_loads(models: Path) -> None:
+    model = CLIPModel.from_pretrained(models / "mini-clip")
+    assert next(model.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        a, b = clip.forward(model, torch.zeros(1, 3, 128, 128), torch.tensor([[0, 5, 1] + [1] * 29]))
+    assert a.shape == b.shape == (1, clip.PROJECTION)
+
+
+def test_shared_parts_are_relative_links_and_everything_is_small(models: Path) -> None:
+    for name in export.SHARED:
+        link = models / "mini-flux" / name
+        assert link.is_symlink() and not Path(link).readlink().is_absolute() and link.resolve().is_dir()
+    assert export.size_of(models) < 46 * 2**20
+
+
+def test_how_a_model_is_used_stands_in_its_folder_as_in_conf(models: Path) -> None:
+    for name in ("mini-sdxl", "mini-flux"):
+        shipped = (PROJECT / "models" / name / "negtome.json").read_text()
+        assert (models / name / "negtome.json").read_text() == shipped
+    assert export.choices("mini-sdxl").reference.alpha == 1.8
+    assert Choices.of(str(models / "mini-flux")) == export.choices("mini-flux")
+
+
+def test_cards_tell_licences_and_training(models: Path) -> None:
+    card = (models / "mini-sdxl" / "README.md").read_text()
+    assert "CC-BY-4.0" in card and "Twemoji" in card and "UNet: 10 steps of 4 in 2 s on CPU; last loss 0.5" in card
+    assert "guidance_scale=3.5" in (models / "mini-flux" / "README.md").read_text()
+
+
+def test_missing_stage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train that stage first"):
+        export.export(tmp_path, tmp_path / "models")

@@ -1,0 +1,226 @@
+"""Contrastive image-text models: two give the frozen text encoders, a third one only scores."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training import taxonomy, tokenizer
+from training.loop import Images, Run, Setting, make_optimizers, prepare
+
+PROJECTION = 128
+
+
+def make_model(vocabulary: int, vision_width: int = 128, vision_layers: int = 4) -> CLIPModel:
+    """A CLIP with a text tower of 128 x 4 and a vision transformer on 16 x 16 patches of 128 x 128 images."""
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.LENGTH,
+        "projection_dim": PROJECTION,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision = {
+        "hidden_size": vision_width,
+        "intermediate_size": 4 * vision_width,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": vision_width // 32,
+        "image_size": 128,
+        "patch_size": 16,
+        "projection_dim": PROJECTION,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
+
+
+def contrastive_loss(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, image_id: torch.Tensor, text_id: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric cross-entropy in the batch; pairs that share the picture or the words are no negatives.
+
+    Args:
+        image: embeddings [N, D].
+        text: embeddings [N, D].
+        scale: scalar, the inverse temperature.
+        image_id: int64 [N].
+        text_id: int64 [N].
+
+    Returns:
+        Scalar loss.
+    """
+    logits = scale * F.normalize(image, dim=-1).float() @ F.normalize(text, dim=-1).float().T
+    same = (image_id[:, None] == image_id) | (text_id[:, None] == text_id)
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, float("-inf"))
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def forward(model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projected, unnormalised embeddings of images [N, D] and texts [N, D]."""
+    image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+    text = model.text_projection(model.text_model(input_ids=ids).pooler_output)
+    return image, text
+
+
+def text_encoders(first: CLIPModel, second: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """The two text encoders of SDXL out of two trained CLIPs (copies)."""
+    one, two = CLIPTextModel(first.config.text_config), CLIPTextModelWithProjection(second.config.text_config)
+    for model, source in ((one, first), (two, second)):
+        tower = getattr(model, "text_model", model)  # versions of transformers differ in the nesting
+        tower.load_state_dict(getattr(source.text_model, "text_model", source.text_model).state_dict())
+    two.text_projection.load_state_dict(second.text_projection.state_dict())
+    return one, two
+
+
+def train_text(setting: Setting, seeds: tuple[int, int] = (1, 2)) -> None:
+    """Train the two text encoders of the pipelines into `work/text_encoder` and `work/text_encoder_2`.
+
+    Two text towers from different seeds learn against one vision tower, each through projections of its own: half the
+    work of two whole models, since nothing but the text towers is kept.
+    """
+    prepare(setting, seeds[1])
+    tokens = torch.load(setting.work / "tokens.pt")
+    ids = tokens["clip"].to(setting.device)
+    second = make_model(tokens["clip_size"]).to(setting.device)
+    torch.manual_seed(seeds[0])
+    first = make_model(tokens["clip_size"]).to(setting.device)
+    second.vision_model = first.vision_model
+    both = torch.nn.ModuleList([first, second])
+
+    def losses(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
+        with setting.autocast():
+            seen = first.vision_model(pixel_values=pixels).pooler_output
+            words = ids[caption].long()
+            pairs = [
+                (
+                    m.visual_projection(seen),
+                    m.text_projection(m.text_model(input_ids=words).pooler_output),
+                    m.logit_scale.exp().clamp(max=100),
+                )
+                for m in both
+            ]
+        return [contrastive_loss(a, b, scale, image, caption) for a, b, scale in pairs]
+
+    def save() -> None:
+        for model, name in zip(text_encoders(first, second), ("text_encoder", "text_encoder_2"), strict=True):
+            model.save_pretrained(setting.work / name)
+
+    _fit(setting, "text", both, losses, save, {"first": first, "second": second}, {"seeds": seeds})
+
+
+def train_score(setting: Setting, seed: int = 1000) -> None:
+    """Train the scoring CLIP into `work/score`: another seed, and no weights shared with the generators."""
+    prepare(setting, seed)
+    tokens = torch.load(setting.work / "tokens.pt")
+    ids = tokens["clip"].to(setting.device)
+    model = make_model(tokens["clip_size"]).to(setting.device)
+
+    def losses(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
+        with setting.autocast():
+            a, b = forward(model, pixels, ids[caption].long())
+            scale = model.logit_scale.exp().clamp(max=100)
+        return [contrastive_loss(a, b, scale, image, caption)]
+
+    def save() -> None:
+        model.save_pretrained(setting.work / "score" / "model")
+
+    _fit(setting, "score", model, losses, save, {"score": model}, {"seed": seed})
+
+
+def _fit(
+    setting: Setting,
+    name: str,
+    trained: torch.nn.Module,
+    losses: Callable[..., list[torch.Tensor]],
+    write: Callable[[], None],
+    models: dict[str, CLIPModel],
+    card: dict,
+) -> None:
+    """The loop of both trainings: 1,024 random rows a step; averaged weights and a card at the end."""
+    data = Images(setting.work / "data", setting.device)
+    optimizers = make_optimizers(setting, trained, muon=2e-3, adam=1.2e-3)
+    batch = setting.batch or 1024
+    run = Run(name, setting, [trained], optimizers, 0.998, write)
+    for _ in run:
+        image, caption, variant = data.draw(batch)
+        parts = losses(data.render(image, variant), image, caption)
+        run.descend(sum(parts))
+        run.log(**{f"loss{i}": loss for i, loss in enumerate(parts, 1)})
+    with run.ema.swapped():
+        quality = {key: evaluate(model.eval(), data, setting) for key, model in models.items()}
+    print(f"{name} quality", quality, flush=True)
+    run.write_card(setting.work / name, batch=batch, quality=quality, **card)
+
+
+@torch.no_grad()
+def evaluate(model: CLIPModel, data: Images, setting: Setting) -> dict:
+    """Held-out pictures: is the category right among all, and is the right label found among the held-out labels?
+
+    The held-out labels' words never occurred in training, unless in other labels, so the second number is low by
+    nature; the first is what the metrics rely on.
+    """
+    tok = CLIPTokenizer.from_pretrained(setting.work / "tokenizer")
+    held = [i for i in data.held_out.tolist()]
+    if not held:
+        return {}
+    variant = torch.zeros(1, dtype=torch.long, device=setting.device)
+    pictures, labels = [], [data.emoji[i].label for i in held]
+    for i in range(0, len(held), 256):
+        index = torch.tensor(held[i : i + 256], device=setting.device)
+        pixels = data.render(index, variant.expand(len(index)))
+        pictures.append(
+            F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+        )
+    image = torch.cat(pictures)
+
+    def text(prompts: list[str]) -> torch.Tensor:
+        ids = tokenizer.encode(tok, prompts).to(setting.device)
+        return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
+
+    categories = [c for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
+    prototypes = F.normalize(
+        torch.stack([text([f"{t} {c}" for t in taxonomy.TEMPLATES]).mean(0) for c in categories]), dim=-1
+    )
+    order = (image @ prototypes.T).argsort(dim=1, descending=True).cpu()
+    known = [n for n, i in enumerate(held) if data.emoji[i].categories]
+    right = [[categories[c] in data.emoji[held[n]].categories for c in order[n, :3]] for n in known]
+    unique = sorted(set(labels))
+    nearest = (image @ text([f"a photo of a {u.lower()}" for u in unique]).T).argmax(1).tolist()
+    return {
+        "held_out_images": len(held),
+        "with_category": len(known),
+        "categories": len(categories),
+        "category_top1": sum(r[0] for r in right) / max(1, len(right)),
+        "category_top3": sum(any(r) for r in right) / max(1, len(right)),
+        "labels": len(unique),
+        "label_top1": sum(unique[n] == label for n, label in zip(nearest, labels, strict=True)) / len(held),
+    }
+
+
+def preprocessor() -> dict:
+    """Content of `preprocessor_config.json` of the scoring CLIP."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": 128, "width": 128},
+        "do_resize": True,
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "resample": 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+
+
+def write_preprocessor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(), indent=1) + "\n")

@@ -1,0 +1,54 @@
+"""Contact sheets of the small models: one row a category, seeds 0 to 3, drawn with the stock pipelines on the CPU."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.style import pixels
+from training import taxonomy
+
+SCALES = (5.0, 3.5)
+SETTINGS = {  # what the models are meant to be run with, at any of the scales
+    "mini-sdxl": {"num_inference_steps": 20},
+    "mini-flux": {"num_inference_steps": 20, "height": 128, "width": 128, "max_sequence_length": 32},
+}
+
+
+def sheet(
+    pipe: DiffusionPipeline,
+    settings: dict,
+    categories: Sequence[str],
+    scales: Sequence[float] = SCALES,
+    images: int = 4,
+) -> Sheet:
+    """Draw every category at every scale of guidance, from the seeds 0, 1, ...: nothing is chosen."""
+    rows = []
+    for name in categories:
+        blocks = []
+        for scale in scales:
+            generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
+            call = settings | {"guidance_scale": scale, "num_images_per_prompt": images, "generator": generators}
+            blocks.append(pipe(f"{taxonomy.TEMPLATES[0]} {name}", **call).images)
+        rows.append((name, blocks))
+    return contact_sheet([f"guidance scale {scale:g}" for scale in scales], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw contact sheets of the small models")
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    args = parser.parse_args(argv)
+    for name, settings in SETTINGS.items():
+        started, path = time.time(), args.models / name / "samples.jpg"
+        pipe = DiffusionPipeline.from_pretrained(args.models / name, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        pixels(sheet(pipe, settings, taxonomy.EVALUATED)).save(path, quality=80)
+        print(f"{path}: {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
