@@ -73,5 +73,5 @@ def test_a_probe_is_the_odds_of_its_encoders_features(tmp_path):
 
 
 def test_a_missing_classifier_says_how_it_is_made(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"got none at .*none.safetensors; make it with python -m experiments"):
+    with pytest.raises(FileNotFoundError, match=r"got none at .*none.safetensors; make it with python -m training"):
         SkinTones(tmp_path / "none.safetensors").prepare()
