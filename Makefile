@@ -26,7 +26,7 @@ install: $(VENV)/.installed-dev  ## what the benchmark, its tests and its pages 
 
 # reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
 reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduce-diversity, reproduce-copyright, reproduce-sweep
-	$(PY) -m experiments.reproduce experiment=$* $(ARGS)
+	$(PY) -m experiments reproduce experiment=$* $(ARGS)
 FORCE:
 
 sweep: reproduce-sweep  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
@@ -37,44 +37,44 @@ cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## without and with Neg
 PEERS := peers_grid peers_grid_flux peers peers_flux
 peers: $(VENV)/.installed-experiments  ## NegToMe beside every other method: settings, tables, fronts, ranking (45 minutes)
 	status=0; for name in $(PEERS); do \
-	  $(PY) -m experiments.reproduce experiment=$$name $(ARGS) || status=1; \
-	  $(PY) -m experiments.rank experiment=$$name $(ARGS) || exit 1; \
+	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
+	  $(PY) -m experiments rank experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status
 
 safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, and the scorecard (16 minutes)
 	status=0; for name in safety safety_controls; do \
-	  $(PY) -m experiments.reproduce experiment=$$name $(ARGS) || status=1; \
-	  $(PY) -m experiments.safety.scorecard experiment=$$name $(ARGS) || exit 1; \
+	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
+	  $(PY) -m experiments scorecard experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status
 
 publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and figures into results/, in place of the published ones
-	$(PY) -m experiments.tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
-	$(PY) -m experiments.plot experiment=$(EXPERIMENT) results=results $(ARGS)
+	$(PY) -m experiments tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
+	$(PY) -m experiments plot experiment=$(EXPERIMENT) results=results $(ARGS)
 
 latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (6 minutes on a CPU)
-	$(PY) -m experiments.latency experiment=latency $(ARGS)
+	$(PY) -m experiments latency experiment=latency $(ARGS)
 
 .PHONY: reproduce-latency
 reproduce-latency: latency
 
 # The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
 redteam: $(VENV)/.installed-experiments  ## prompts that get a protected design through are searched for (25 minutes)
-	$(PY) -m experiments.safety.redteam $(ARGS)
+	$(PY) -m experiments redteam $(ARGS)
 
 gate: $(VENV)/.installed-experiments  ## tables of safety and redteam against conf/safety/gate.yaml: pass, review, fail
-	$(PY) -m experiments.safety.gate $(ARGS)
+	$(PY) -m experiments gate $(ARGS)
 
 report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
-	$(PY) -m experiments.report $(ARGS)
+	$(PY) -m experiments report $(ARGS)
 
 demo: $(VENV)/.installed-demo  ## the method in the browser, on this machine alone: http://127.0.0.1:7860
 	$(PY) -m experiments demo $(ARGS)
 
 doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
-	@$(PY) -m experiments.doctor
+	@$(PY) -m experiments doctor
 
 notebooks: $(VENV)/.installed-notebooks  ## run the notebooks and keep in them what they show (2 minutes)
-	OMP_NUM_THREADS=1 $(PY) -m experiments.notebooks
+	OMP_NUM_THREADS=1 $(PY) -m experiments notebooks
 
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
 	$(PY) -m training.train --out outputs/mini --npm outputs/npm $(ARGS)

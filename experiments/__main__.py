@@ -2,7 +2,6 @@
 
     python -m experiments                       this list
     python -m experiments generate --help       what a command does, with examples
-    python -m experiments.generate ...          the same command, spelled as a module
 
 Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows where it was raised. Ctrl-C ends a command with
 130, and a second one at once: what is complete is on disk, and the same command goes on from there.
@@ -18,10 +17,28 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-COMMANDS = (
-    "reproduce", "generate", "evaluate", "tabulate", "plot", "check", "rank", "report", "latency", "collect",
-    "applications", "stereotypes", "notebooks", "demo", "doctor", "safety.scorecard", "safety.redteam", "safety.gate",
-)  # fmt: skip
+#: The commands and the modules that they run.
+COMMANDS = {
+    "reproduce": "experiments.reproduce",
+    "generate": "experiments.generate",
+    "evaluate": "experiments.evaluate",
+    "tabulate": "experiments.tabulate",
+    "plot": "experiments.plot",
+    "check": "experiments.check",
+    "rank": "experiments.rank",
+    "report": "experiments.report",
+    "latency": "experiments.latency",
+    "collect": "experiments.collect",
+    "applications": "experiments.figures.applications",
+    "stereotypes": "experiments.tables.stereotypes",
+    "notebooks": "experiments.report.notebooks",
+    "demo": "experiments.demo",
+    "doctor": "experiments.doctor",
+    "scorecard": "experiments.safety.scorecard",
+    "redteam": "experiments.safety.redteam",
+    "gate": "experiments.safety.gate",
+    "sensitivity": "experiments.safety.sensitivity",
+}
 
 
 def describe(command: str) -> str:
@@ -30,7 +47,7 @@ def describe(command: str) -> str:
 
 
 def _file(command: str) -> Path:
-    path = Path(__file__).parent.joinpath(*command.split("."))
+    path = Path(__file__).parent.joinpath(*COMMANDS[command].split(".")[1:])
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
@@ -58,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        return importlib.import_module(f"experiments.{command}").main(arguments) or 0
+        return importlib.import_module(COMMANDS[command]).main(arguments) or 0
     except KeyboardInterrupt as interruption:
         kept = str(interruption) or "What is complete is on disk: the same command goes on from there."
         print(f"\n{command}: interrupted. {kept}", file=sys.stderr, flush=True)

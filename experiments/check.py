@@ -1,6 +1,6 @@
 """Compare an experiment's table, as made on this machine, with the published one, a line a primary value.
 
-    python -m experiments.check experiment=diversity
+    python -m experiments check experiment=diversity
 
 Made: outputs/results/<experiment>.csv, by generate, evaluate and tabulate. Published: results/<experiment>.csv, as
 committed. A value is confirmed where it lies inside the published 95 % interval, and its paired difference to the run
@@ -20,9 +20,9 @@ from pathlib import Path
 import pandas as pd
 
 from experiments import project_path
-from experiments.pages import change, paper_table, run_labels, with_interval
 from experiments.plan import Plan
-from experiments.tables import KEY, ROLES, TEXT, read_table, row_keys
+from experiments.tables.columns import KEY, ROLES, TEXT, read_table, row_keys
+from experiments.tables.pages import change, paper_table, run_labels, with_interval
 
 PUBLISHED = "results"
 

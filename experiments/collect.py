@@ -1,7 +1,7 @@
 """Gather all runs below a folder into one tidy table, for any analysis that no experiment here foresaw.
 
-    python -m experiments.collect                       # outputs/ -> outputs/collected.csv (and .parquet with pyarrow)
-    python -m experiments.collect FOLDER --to TABLE     # any folder, or a run's -> TABLE.csv ...
+    python -m experiments collect                       # outputs/ -> outputs/collected.csv (and .parquet with pyarrow)
+    python -m experiments collect FOLDER --to TABLE     # any folder, or a run's -> TABLE.csv ...
 
 One row a group and metric: what was run (the experiments that asked for it, model, call, method with all settings,
 prompts, split), where it comes from (run id, weights, code, software, device, commit), what was measured (metric,
@@ -35,10 +35,11 @@ from hydra.utils import get_class
 from eval.files import canonical_json, read_document, write_bytes
 from eval.images import METRICS
 from eval.imageset import ImageSet
-from experiments import PROJECT, catalogue, project_path
-from experiments.identity import GENERATION_VERSION
+from experiments import PROJECT, project_path
 from experiments.plan import experiments_of
-from experiments.runs import Run
+from experiments.runs import catalogue
+from experiments.runs.identity import GENERATION_VERSION
+from experiments.runs.store import Run
 
 #: Files of which a run folder has at least one, however damaged.
 MARKS = ("config.yaml", "manifest.jsonl", "environment.json", "complete")

@@ -1,10 +1,10 @@
 """Which encoders and models are ready to use on this machine, and what to do for the others.
 
-    python -m experiments.doctor               a line each: there or not, size, licence
-    python -m experiments.doctor sdxl          all that is known of one, and how to get it
-    python -m experiments.doctor --details     of all
-    python -m experiments.doctor experiment=diversity model=sdxl             all that this experiment lacks here
-    python -m experiments.doctor experiment=diversity model=sdxl --fetch     and gets what can be fetched
+    python -m experiments doctor               a line each: there or not, size, licence
+    python -m experiments doctor sdxl          all that is known of one, and how to get it
+    python -m experiments doctor --details     of all
+    python -m experiments doctor experiment=diversity model=sdxl             all that this experiment lacks here
+    python -m experiments doctor experiment=diversity model=sdxl --fetch     and gets what can be fetched
 
 Looks only, but for --fetch: nothing is loaded and nothing fetched. Exit code 1 where an experiment lacks something.
 """
@@ -26,10 +26,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import PROJECT, generate, start_log
-from experiments.metrics import left_out_lines
-from experiments.pipelines import find_checkpoint, licence
 from experiments.plan import Plan, composed
-from experiments.preflight import listing
+from experiments.runs.checkpoints import find_checkpoint, licence
+from experiments.runs.metrics import left_out_lines
+from experiments.runs.preflight import listing
 
 #: Columns of the table's lines.
 WIDTH = 100
@@ -72,7 +72,7 @@ def examine(conf: Path = PROJECT / "conf", name: str | None = None) -> list[Find
         looks = [one for one in looks if name in (one[0], re.split("=|: ", one[0])[-1])]
     findings = [_look(*one) for one in looks]
     if name is not None and not findings:
-        raise ValueError(f"expected a name that python -m experiments.doctor lists, got {name}")
+        raise ValueError(f"expected a name that python -m experiments doctor lists, got {name}")
     return [one for one in findings if one.facts.get("weights") != NONE_NEEDED or one.option.startswith("scorer=")]
 
 
@@ -158,7 +158,7 @@ def table(findings: list[Finding]) -> str:
     return "\n".join([
         *lines, "",
         f"{ready} of {len(findings)} are ready; others are needed only where they are named, and fetched then.",
-        "python -m experiments.doctor NAME says where one is looked for, and how to get it; --details of all.",
+        "python -m experiments doctor NAME says where one is looked for, and how to get it; --details of all.",
     ])  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def diagnose(overrides: list[str], fetch: bool = False) -> int:
     if not faults:
         print(f"{len(plan.runs)} runs can be made and scored here.")
         return 0
-    print(f"{len(faults)} faults would stop python -m experiments.reproduce {' '.join(overrides)}:\n{listing(faults)}")
+    print(f"{len(faults)} faults would stop python -m experiments reproduce {' '.join(overrides)}:\n{listing(faults)}")
     if not fetch and any(fault.fetch for fault in faults):
         print("--fetch gets what can be fetched.")
     return 1

@@ -1,10 +1,10 @@
 """Act 2: a run folder becomes one JSON of per-group values for every metric.
 
-    python -m experiments.evaluate experiment=diversity
+    python -m experiments evaluate experiment=diversity
 
 The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. What is scored already is skipped.
 
-    python -m experiments.evaluate images=FOLDER metric=core model=sdxl
+    python -m experiments evaluate images=FOLDER metric=core model=sdxl
 
 scores any folder of images, one subfolder a prompt (see `eval.images.read_manifest`), and prints the numbers. Which
 CLIP model, labels and reference images are used follows from `model`, here as there; those of a mini model, the
@@ -32,9 +32,9 @@ from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import has_value, interval_of, n_units
 from eval.metric import Metric, is_current, measure
 from experiments import project_path, start_log
-from experiments.metrics import build_metric, left_out_lines, measured
 from experiments.plan import Plan, RunSpec, launch, launched_run
-from experiments.runs import Run
+from experiments.runs.metrics import build_metric, left_out_lines, measured
+from experiments.runs.store import Run
 
 log = logging.getLogger(__name__)
 

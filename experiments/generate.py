@@ -1,15 +1,15 @@
 """Act 1: a configuration becomes a run folder of images.
 
-    python -m experiments.generate experiment=diversity
-    python -m experiments.generate model=mini-sdxl method=negtome method.alpha=0.3,0.9
+    python -m experiments generate experiment=diversity
+    python -m experiments generate model=mini-sdxl method=negtome method.alpha=0.3,0.9
 
 The run without a method that the others are compared with is made beside them, whether it is named or not.
 
 Interrupt it at will: the same command goes on where it stopped, and does nothing where everything is there. Call it as
 often as you like at the same time, on one machine or on several with a shared disk: no group is generated twice.
 
-    python -m experiments.generate -m experiment=sweep launcher=joblib
-    python -m experiments.generate -m experiment=sweep launcher=slurm
+    python -m experiments generate -m experiment=sweep launcher=joblib
+    python -m experiments generate -m experiment=sweep launcher=slurm
 
 A launcher sends the runs of a sweep to other processes or machines.
 """
@@ -44,15 +44,16 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.images import count_withheld, read_withheld
-from experiments import pipelines, preflight, project_path, select_device, start_log
+from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag, with_device
-from experiments.identity import request
 from experiments.methods.method import Method
-from experiments.metrics import left_out_lines
 from experiments.plan import Plan, RunSpec, launch, launched_run
-from experiments.preflight import Fault
 from experiments.prompts import Group
-from experiments.runs import Run
+from experiments.runs import checkpoints, preflight
+from experiments.runs.identity import request
+from experiments.runs.metrics import left_out_lines
+from experiments.runs.preflight import Fault
+from experiments.runs.store import Run
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Task:
     """All that generating a group of a run needs, model and method as YAML: who generates composes nothing."""
 
     run: Run
-    checkpoint: pipelines.Checkpoint
+    checkpoint: checkpoints.Checkpoint
     device: str
     model: str
     method: str
@@ -86,7 +87,7 @@ class Job:
         self.task.run.begin(self.identity, self.task.device)
 
 
-def prepare_job(spec: RunSpec, checkpoint: pipelines.Checkpoint, method: Method | None = None) -> Job:
+def prepare_job(spec: RunSpec, checkpoint: checkpoints.Checkpoint, method: Method | None = None) -> Job:
     """Look what is missing of a run; nothing is written.
 
     Args:
@@ -144,9 +145,11 @@ def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[Job | None, 
     """Look what is missing of a run if it can be generated, and return what is wrong with it."""
     cfg, faults = spec.cfg, []
     try:
-        checkpoint = pipelines.find_checkpoint(cfg.model, fetch=False)
+        checkpoint = checkpoints.find_checkpoint(cfg.model, fetch=False)
     except FileNotFoundError as error:
-        fetch = functools.partial(pipelines.find_checkpoint, cfg.model) if pipelines.is_repository(cfg.model) else None
+        fetch = (
+            functools.partial(checkpoints.find_checkpoint, cfg.model) if checkpoints.is_repository(cfg.model) else None
+        )
         faults.append(Fault(str(error), f"model={cfg.model.name}", without=_others(cfg, configs, "model"), fetch=fetch))
         checkpoint = None
     except ValueError as error:
@@ -212,7 +215,7 @@ def generate(plan: Plan) -> list[Path]:
         RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
     """
     plan.write()
-    jobs = [prepare_job(spec, pipelines.find_checkpoint(spec.cfg.model)) for spec in plan.runs]
+    jobs = [prepare_job(spec, checkpoints.find_checkpoint(spec.cfg.model)) for spec in plan.runs]
     generate_jobs(plan, jobs)
     return [job.task.run.folder for job in jobs]
 
@@ -345,14 +348,14 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
 def ready(
     model: str,
     method: str,
-    checkpoint: pipelines.Checkpoint,
+    checkpoint: checkpoints.Checkpoint,
     device: str,
     compiled: bool = False,
     offload: bool = False,
 ) -> tuple[Any, Method, dict[str, Any]]:
     """Return a pipeline, a method and the arguments of the model's calls, of YAML; the last ones are kept."""
     pipe = _pipeline(model, checkpoint, device, compiled, offload)
-    return pipe, _method(method), pipelines.call_arguments(_model(model))
+    return pipe, _method(method), checkpoints.call_arguments(_model(model))
 
 
 def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:
@@ -383,12 +386,12 @@ def _method(spec: str) -> Method:
 
 
 @functools.lru_cache(maxsize=1)
-def _pipeline(model: str, checkpoint: pipelines.Checkpoint, device: str, compiled: bool, offload: bool) -> Any:
+def _pipeline(model: str, checkpoint: checkpoints.Checkpoint, device: str, compiled: bool, offload: bool) -> Any:
     """Load a pipeline, or return the last one: the runs of a sweep mostly share theirs."""
     cfg = _model(model)
     if device == "cpu" and cfg.kind == "mini":
         torch.set_num_threads(1)
-    return pipelines.load(cfg, checkpoint, device, compile_denoiser=compiled, offload=offload)
+    return checkpoints.load(cfg, checkpoint, device, compile_denoiser=compiled, offload=offload)
 
 
 @functools.cache
@@ -434,9 +437,9 @@ def refuse(faults: list[Fault], tables: bool) -> int:
         raise ValueError(faults[0].problem)
     print(f"generate: {len(faults)} faults, and no image was made:\n{preflight.listing(faults)}", file=sys.stderr)
     if any(fault.fetch for fault in faults) and not all(fault.fetch for fault in faults):  # none of them was tried
-        print("python -m experiments.doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)
+        print("python -m experiments doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)
     if any(fault.needed_by for fault in faults):
-        command = "python -m experiments.generate with the same overrides and" if tables else "The same command with"
+        command = "python -m experiments generate with the same overrides and" if tables else "The same command with"
         print(f"{command} metric=none makes the images alone; evaluate scores them later.", file=sys.stderr)
     return 2
 
@@ -444,7 +447,7 @@ def refuse(faults: list[Fault], tables: bool) -> int:
 def generate_job(cfg: DictConfig) -> None:
     """Generate the run of a job that a launcher started."""
     plan, spec = launched_run(cfg)
-    generate_jobs(plan, [prepare_job(spec, pipelines.find_checkpoint(spec.cfg.model))])
+    generate_jobs(plan, [prepare_job(spec, checkpoints.find_checkpoint(spec.cfg.model))])
 
 
 def _on_cpu(plan: Plan) -> Plan:

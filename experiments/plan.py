@@ -29,8 +29,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from eval.files import canonical_json, read_json, write_text
 from experiments import PROJECT, project_path
 from experiments.configs import run_names, set_hyperparameter
-from experiments.identity import config_digest, short_digest
-from experiments.locks import locked
+from experiments.runs.identity import config_digest, short_digest
+from experiments.runs.locks import locked
 
 CONF = PROJECT / "conf"
 #: In an experiment's folder of outputs.
@@ -40,7 +40,7 @@ OF_STAGES = ("results", "style", "width", "workers")
 #: Settings that a plan's file begins with.
 OF_EXPERIMENT = ("name", "description", "primary", "bootstrap")
 #: What helps where a plan is damaged or missing.
-CURE = "move it away and run python -m experiments.generate with the experiment's overrides"
+CURE = "move it away and run python -m experiments generate with the experiment's overrides"
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class RunSpec:
 
     Attributes:
         cfg: its settings.
-        settings: digest of the settings that images depend on; see `experiments.identity.config_digest`.
+        settings: digest of the settings that images depend on; see `experiments.runs.identity.config_digest`.
         id: name of its folder in `<outputs>/runs`; None until `experiments.generate` has completed it.
         baseline: the run without a method that it is compared with; a baseline's is itself.
     """

@@ -1,7 +1,7 @@
 """Act 4: an experiment's table and images become its figures.
 
-    python -m experiments.plot experiment=diversity
-    python -m experiments.plot experiment=diversity style=paper width=3.25
+    python -m experiments plot experiment=diversity
+    python -m experiments plot experiment=diversity style=paper width=3.25
 
 What a table calls for is drawn from the CSV alone; an image grid sets the same groups, from the same noises, side by
 side for every method. With style=paper the figures are PDFs of exactly `width` inches (default: 3.25, a column), with
@@ -21,8 +21,8 @@ from experiments.figures.image_grid import image_grid, worth_showing
 from experiments.figures.style import save, using
 from experiments.methods.assets import read_assets
 from experiments.plan import Plan
-from experiments.runs import Run
-from experiments.tables import read_table
+from experiments.runs.store import Run
+from experiments.tables.columns import read_table
 
 
 def plot(plan: Plan) -> list[Path]:

@@ -1,7 +1,7 @@
 """How the methods of an experiment compare at equal cost: gains, ranks, fronts, and how sure each of them is.
 
-    python -m experiments.rank experiment=peers
-    python -m experiments.rank experiment=peers_grid model=sdxl
+    python -m experiments rank experiment=peers
+    python -m experiments rank experiment=peers_grid model=sdxl
 
 Written: `<results>/<experiment>_ranking.csv` and `.md`, a row a model and method, of the runs that were generated and
 evaluated with the same overrides. A method with several settings is a path through them in the order of the sweep.
@@ -34,10 +34,10 @@ from eval.intervals import FEWEST, SUBSETS, GroupValue, clusters_of, limits, mea
 from experiments import chosen_file
 from experiments.evaluate import configured_metrics
 from experiments.figures.style import TITLES
-from experiments.pages import printed_percent, with_interval
 from experiments.plan import Plan, RunSpec
-from experiments.runs import Run
-from experiments.tables import markdown, printed, put_rows, words
+from experiments.runs.store import Run
+from experiments.tables.columns import markdown, printed, put_rows, words
+from experiments.tables.pages import printed_percent, with_interval
 from experiments.tabulate import find_document, primary_metrics
 
 #: The loss of quality, as a share of what it is without a method, that a method may cost: half of the margin within

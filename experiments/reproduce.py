@@ -1,7 +1,7 @@
 """All acts of an experiment, one after the other: images, scores, table, figures, comparison with the published values.
 
-    python -m experiments.reproduce experiment=diversity
-    python -m experiments.reproduce experiment=sweep launcher=joblib
+    python -m experiments reproduce experiment=diversity
+    python -m experiments reproduce experiment=sweep launcher=joblib
 
 `make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the
 same plan, in one process that imports what they share once. What is there already is not made again. All that

@@ -1,7 +1,7 @@
 """Act 3: the JSONs of an experiment's runs become its table: CSV (one row a number), Markdown and LaTeX.
 
-    python -m experiments.tabulate experiment=diversity
-    python -m experiments.tabulate --against random_match experiment=ablate_matching
+    python -m experiments tabulate experiment=diversity
+    python -m experiments tabulate --against random_match experiment=ablate_matching
 
 The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. Rows of models that are not among
 them stay as they are in the CSV.
@@ -34,14 +34,15 @@ from eval.imageset import ImageSet
 from eval.intervals import SUBSETS, difference_of, interval_of, n_shared, n_units, paired_differences, shared_groups
 from eval.metric import Metric, is_current
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
-from experiments import catalogue, tables
 from experiments.configs import flag
 from experiments.evaluate import configured_metrics
-from experiments.identity import code_digest
-from experiments.metrics import check_table, primary_metrics
-from experiments.pages import paper_table, render_against, render_latex, render_markdown
 from experiments.plan import Plan, RunSpec
-from experiments.runs import Run
+from experiments.runs import catalogue
+from experiments.runs.identity import code_digest
+from experiments.runs.metrics import check_table, primary_metrics
+from experiments.runs.store import Run
+from experiments.tables import columns
+from experiments.tables.pages import paper_table, render_against, render_latex, render_markdown
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def find_document(images: ImageSet, name: str, metric: Metric) -> dict[str, Any]
     document = read_document(path) if path.exists() else None
     if document is None or not is_current(document, metric, images):
         state = "missing" if document is None else "of another version"
-        raise FileNotFoundError(f"{path} is {state}: run python -m experiments.evaluate with the same overrides")
+        raise FileNotFoundError(f"{path} is {state}: run python -m experiments evaluate with the same overrides")
     return document
 
 
@@ -204,30 +205,30 @@ def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
         ValueError: two of the runs have the same key, and are to be told apart.
     """
     runs: dict[tuple[str, ...], str] = {}
-    keys = tables.row_keys(io.StringIO(tables.csv_text(pd.DataFrame(rows, columns=tables.COLUMNS))), tables.KEY)
+    keys = columns.row_keys(io.StringIO(columns.csv_text(pd.DataFrame(rows, columns=columns.COLUMNS))), columns.KEY)
     for key, run in zip(keys, (row["run_id"] for row in rows), strict=True):
         if runs.setdefault(key, run) != run:
             raise ValueError(
-                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(tables.SETTING)}), so "
+                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(columns.SETTING)}), so "
                 "that one would replace the other: give them names of their own (method.name=NAME), or tabulate them "
                 "into other folders (results=FOLDER)"
             )
-    return tables.whole(tables.put_rows(path, rows, tables.COLUMNS, tables.KEY, finish=_finish))
+    return columns.whole(columns.put_rows(path, rows, columns.COLUMNS, columns.KEY, finish=_finish))
 
 
 def _finish(frame: pd.DataFrame) -> None:
     """Fill what depends on all rows of a table, and leave out the columns of what is not in it."""
     _correct(frame)
-    declared = {column for setting in tables.settings_in(frame) for column in setting.columns}
-    declared |= set(tables.OF_WITHHELD) if frame["n_withheld"].any() or frame["n_paired"].notna().any() else set()
-    for name in set(frame.columns) - tables.REQUIRED - declared:
+    declared = {column for setting in columns.settings_in(frame) for column in setting.columns}
+    declared |= set(columns.OF_WITHHELD) if frame["n_withheld"].any() or frame["n_paired"].notna().any() else set()
+    for name in set(frame.columns) - columns.REQUIRED - declared:
         del frame[name]
 
 
 def _correct(frame: pd.DataFrame) -> None:
     """Correct the primary metrics' p-values by Holm's method; a family is all of a model's tests in the table."""
     corrected = pd.Series(float("nan"), index=frame.index)
-    tested = frame[frame["primary"].isin(tables.ROLES) & frame["p_value"].notna()]
+    tested = frame[frame["primary"].isin(columns.ROLES) & frame["p_value"].notna()]
     for _, family in tested.groupby("model", sort=False):
         corrected[family.index] = holm(family["p_value"].astype(float).tolist())
     frame["p_holm"] = corrected
@@ -241,8 +242,8 @@ def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
     """
     path = plan.results / f"{plan.name}.csv"
     merge_rows(path, rows_of_runs(plan))
-    with tables.lock(path):
-        frame = tables.whole(tables.read_csv(path))  # another process may have merged its rows meanwhile
+    with columns.lock(path):
+        frame = columns.whole(columns.read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, plan.cfg.description, paper_table(plan.name))
         write_text(path.with_suffix(".md"), page)
         write_text(path.with_suffix(".tex"), render_latex(frame))
@@ -255,7 +256,7 @@ def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
     Returns:
         The rows, in full precision, and the Markdown.
     """
-    frame = pd.DataFrame(rows_of_runs(plan, against), columns=tables.COLUMNS)
+    frame = pd.DataFrame(rows_of_runs(plan, against), columns=columns.COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
     write_text(plan.results / f"{plan.name}_against_{against}.md", page)

@@ -122,7 +122,7 @@ def tabulated():
     from eval.images import read_manifest
     from experiments import tabulate
     from experiments.evaluate import evaluate
-    from experiments.runs import Run
+    from experiments.runs.store import Run
 
     def table(plan):
         evaluate(plan)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.templates import render
+from experiments.tables.templates import render
 from training import data, taxonomy
 
 STAGES = ("text", "vae", "decoder", "unet", "score", "flux", "distil")

@@ -28,8 +28,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from experiments.pipelines import call_arguments
 from experiments.plan import expand
+from experiments.runs.checkpoints import call_arguments
 from negtome import NegToMeConfig
 from negtome.recipe import FILE, Choices
 from training import clip, flux, unet

@@ -40,13 +40,14 @@ from eval.files import write_text
 from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
-from experiments import PROJECT, pipelines, project_path
+from experiments import PROJECT, project_path
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
 from experiments.plan import expand
 from experiments.prompts import KINDS, Group
-from experiments.templates import render
+from experiments.runs import checkpoints
+from experiments.tables.templates import render
 from training import protected, taxonomy
 
 MODELS = ("mini-sdxl", "mini-flux")
@@ -200,7 +201,7 @@ def drawn_by(model: str) -> tuple[list[dict], dict[str, list[tuple[Request, Imag
     names, paths = zip(*gallery(), strict=True)
     references = [encoder.embed_images([load_image(path) for path in paths]) for encoder in encoders]
     config = expand(["experiment=diversity", f"model={model}"])[0].model
-    pipe = pipelines.load(config, pipelines.find_checkpoint(config), "cpu")
+    pipe = checkpoints.load(config, checkpoints.find_checkpoint(config), "cpu")
     rows, drawn = [], {}
     for request in requests():
         generators = [torch.Generator().manual_seed(seed) for seed in request.image_seeds()]

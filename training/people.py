@@ -23,7 +23,7 @@ from eval.clip import HFClip
 from eval.features import EffNetLite0
 from eval.people import BINS, SIDE, TONES, colour_bins, log_likelihoods
 from experiments import PROJECT
-from experiments.templates import render
+from experiments.tables.templates import render
 from training import data
 from training.reference import write_picture
 from training.sources import Emoji, list_images, rasterise_all

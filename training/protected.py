@@ -25,7 +25,7 @@ from PIL import Image
 
 from experiments import PROJECT
 from experiments.methods.assets import MASK
-from experiments.templates import render
+from experiments.tables.templates import render
 from training import data
 from training.reference import write_picture
 from training.sources import Emoji, list_images, rasterise

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.templates import render
+from experiments.tables.templates import render
 from training import data, taxonomy
 from training.sources import Emoji
 

@@ -1,6 +1,6 @@
 """The method in the browser: the same prompts and noises without it and with it, side by side.
 
-    python -m experiments.demo [--model mini-sdxl] [--port 7860]
+    python -m experiments demo [--model mini-sdxl] [--port 7860]
 
 Opens a page on this machine alone (127.0.0.1), which asks for nothing from anywhere else. --model is a name of
 conf/model/, a folder in the diffusers layout, or a repository that is in the hub's cache: weights are never fetched.

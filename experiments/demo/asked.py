@@ -14,8 +14,9 @@ from urllib.parse import urlencode
 from PIL import Image
 
 from eval.files import write_bytes
-from experiments import PROJECT, catalogue
+from experiments import PROJECT
 from experiments.demo.models import USUAL, Model, may_be_linked
+from experiments.runs import catalogue
 from negtome.merge import MATCHINGS
 from negtome.recipe import Recipe
 

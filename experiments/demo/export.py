@@ -10,10 +10,10 @@ from typing import NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from experiments import catalogue
 from experiments.demo.asked import ITSELF, Asked, split
 from experiments.demo.models import Model
 from experiments.methods.negtome import NegToMe
+from experiments.runs import catalogue
 from negtome.pictures import chunks
 from negtome.recipe import Recipe
 
@@ -145,7 +145,7 @@ def _runs(asked: Asked, recipe: Recipe, shared: list[str], methods: Mapping[str,
 
 def _overrides(command: str, what: str, *lines: list[str]) -> Export:
     """Return a command of the benchmark for each line of overrides."""
-    commands = (shlex.join(["python", "-m", f"experiments.{command}", *words]) for words in lines)
+    commands = (shlex.join(["python", "-m", "experiments", command, *words]) for words in lines)
     return Export("Hydra overrides", what, "\n".join(commands))
 
 

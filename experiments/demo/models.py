@@ -15,10 +15,11 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json
-from experiments import PROJECT, catalogue, chosen_file, pipelines, project_path, select_device
+from experiments import PROJECT, chosen_file, project_path, select_device
 from experiments.configs import build
 from experiments.methods.method import Method
 from experiments.plan import first
+from experiments.runs import catalogue, checkpoints
 from negtome import NegToMeConfig
 
 #: What is there in every checkout, and stands in for a model whose weights are missing.
@@ -53,7 +54,7 @@ class Model:
     @property
     def call(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""
-        return pipelines.call_arguments(self.cfg)
+        return checkpoints.call_arguments(self.cfg)
 
     @property
     def steps(self) -> int:
@@ -164,7 +165,7 @@ def may_be_linked(name: str) -> bool:
 def is_here(name: str) -> bool:
     """Tell whether the weights of a model of conf/model/ are on this machine."""
     try:
-        pipelines.find_checkpoint(find(name).cfg, fetch=False)
+        checkpoints.find_checkpoint(find(name).cfg, fetch=False)
     except FileNotFoundError:
         return False
     return True
@@ -184,10 +185,10 @@ def find(name: str) -> Model:
     if not isinstance(index := read_json(folder / "model_index.json"), dict):
         raise ValueError(f"expected a model_index.json that maps names in {folder}, got a {type(index).__name__}")
     made_of = index.get("_class_name")
-    kinds = {key for key, architecture in pipelines.ARCHITECTURES.items() if architecture.pipeline == made_of}
+    kinds = {key for key, architecture in checkpoints.ARCHITECTURES.items() if architecture.pipeline == made_of}
     bases = [name for name, kind in _architectures().items() if kind in kinds]
     if not bases:
-        known = ", ".join(sorted(architecture.pipeline for architecture in pipelines.ARCHITECTURES.values()))
+        known = ", ".join(sorted(architecture.pipeline for architecture in checkpoints.ARCHITECTURES.values()))
         raise ValueError(f"expected a model of one of {known}, got a {made_of} in {folder}: choose another one")
     variant = "fp16" if any(folder.glob("*/*.fp16.*")) else None
     return _composed(name, bases[0], source=str(folder), revision=None, variant=variant)
@@ -257,12 +258,12 @@ def load(model: Model) -> tuple[Any, Memory]:
         FileNotFoundError: its weights are missing; the message names the files.
     """
     device = select_device("auto")
-    checkpoint = pipelines.find_checkpoint(model.cfg, fetch=False)
+    checkpoint = checkpoints.find_checkpoint(model.cfg, fetch=False)
     weights = sum(file.stat().st_size for file in checkpoint.folder.glob("*/*.safetensors"))
     memory = plan(_free(device), weights, device)
     if device == "cpu" and model.cfg.kind == "mini":
         torch.set_num_threads(1)  # its operations are too small to share
-    pipe = pipelines.load(model.cfg, checkpoint, device, offload=memory.offload)
+    pipe = checkpoints.load(model.cfg, checkpoint, device, offload=memory.offload)
     if memory.tiled and hasattr(pipe.vae, "enable_tiling"):
         pipe.vae.enable_tiling()
     return pipe, memory

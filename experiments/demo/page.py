@@ -13,11 +13,11 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 import gradio as gr
 from PIL import Image
 
-from experiments import catalogue
 from experiments.demo import models, view
 from experiments.demo.asked import MODES, MOST_IMAGES, SEEDS, Asked, keep, kept
 from experiments.demo.jobs import Jobs
 from experiments.demo.session import Session
+from experiments.runs import catalogue
 
 FOLDER = Path(__file__).parent
 #: The fields of what is asked for that have a control of their own, in the order of the page.

@@ -23,12 +23,13 @@ from eval.alignment import clip_score
 from eval.diversity import mean_pairwise_similarity
 from eval.images import blurred
 from eval.resemblance import similarities
-from experiments import catalogue, project_path
+from experiments import project_path
 from experiments.configs import build
 from experiments.demo import models
 from experiments.demo.asked import MODES, Asked, kept, split
 from experiments.demo.watch import Pushed, Steps, Stopped, Watch, pictures, stoppable, token_grid
 from experiments.prompts import ConsecutiveGroup
+from experiments.runs import catalogue
 from negtome.generate import generate
 from negtome.recipe import Recipe
 

@@ -11,7 +11,7 @@ from experiments.demo.export import address, exports, png
 from experiments.demo.models import Model
 from experiments.demo.session import Row, State
 from experiments.demo.watch import Pushed
-from experiments.templates import render
+from experiments.tables.templates import render
 from negtome.pictures import sheet
 from negtome.reference import fit, token_mask
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.figures.comparisons import ablation, forest, heat_map, pareto, tradeoff
 from experiments.figures.fronts import fronts
 from experiments.figures.sheet import contact_sheet
-from experiments.tables import of_model, primary_pair, swept_settings, with_window, words
+from experiments.tables.columns import of_model, primary_pair, swept_settings, with_window, words
 
 __all__ = ["ablation", "called_for", "contact_sheet", "forest", "fronts", "heat_map", "pareto", "tradeoff"]
 

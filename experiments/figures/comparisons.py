@@ -11,11 +11,9 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.choose import chosen_run, differences, pareto_front
 from experiments.figures import style
 from experiments.figures.labels import Label, put_beside
-from experiments.pages import arrow, change, is_clear, run_labels
-from experiments.tables import (
+from experiments.tables.columns import (
     DIFFERENCE,
     SETTING,
     UNSET,
@@ -27,6 +25,8 @@ from experiments.tables import (
     with_window,
     words,
 )
+from experiments.tables.pages import arrow, change, is_clear, run_labels
+from experiments.tables.selection import chosen_run, differences, pareto_front
 
 #: Better and worse: blue and red, white where nothing changed.
 DIVERGING = "RdBu"
@@ -291,7 +291,7 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     """Draw what every setting does for a claim against what it costs in quality, and the front of those never beaten.
 
     Both as paired differences to the run without a method, which is the origin; crosses for the 95 % intervals; a star
-    for the setting that `experiments.choose.chosen_run` names.
+    for the setting that `experiments.tables.selection.chosen_run` names.
     """
     points = differences(frame, claim, quality, model)
     front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)

@@ -6,10 +6,10 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.choose import differences, pareto_front
 from experiments.figures import style
 from experiments.figures.labels import Label, put_beside
-from experiments.tables import of_model
+from experiments.tables.columns import of_model
+from experiments.tables.selection import differences, pareto_front
 
 #: Beginnings of the names of metrics of whole sets of images, one of which gets a panel beside the primary one.
 OF_SETS = ("frechet", "fid")

@@ -7,12 +7,12 @@ import pandas as pd
 
 from eval.files import canonical_json
 from eval.images import ManifestRow, WithheldRow, group_rows, read_manifest, read_withheld
-from experiments.choose import chosen_run, pareto_front
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import title
-from experiments.pages import run_labels
-from experiments.runs import Run
-from experiments.tables import primary_pair
+from experiments.runs.store import Run
+from experiments.tables.columns import primary_pair
+from experiments.tables.pages import run_labels
+from experiments.tables.selection import chosen_run, pareto_front
 
 
 def image_grid(

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.files import write_bytes
-from experiments import catalogue
-from experiments.tables import direction, words
+from experiments.runs import catalogue
+from experiments.tables.columns import direction, words
 
 #: How a method is called in figures where its name in tables is too terse.
 TITLES = {name: entry.title for name, entry in catalogue.entries().items()}

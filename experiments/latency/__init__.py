@@ -1,7 +1,7 @@
 """What the method costs: time and memory of the same calls without and with it, in turns, in one process.
 
-    python -m experiments.latency experiment=latency
-    python -m experiments.latency experiment=latency latency.only=[sdxl-1024] force=true
+    python -m experiments latency experiment=latency
+    python -m experiments latency experiment=latency latency.only=[sdxl-1024] force=true
 
 The configuration says what is measured (conf/experiment/latency.yaml), this folder how. Each case is one row a variant
 and window in `<results>/latency.csv`, written when the case is done; a case that is there already, of this device and

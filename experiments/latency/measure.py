@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.benchmark import Timer
 
 import negtome
-from experiments import pipelines
 from experiments.configs import flag
-from experiments.identity import current_commit, short_digest
 from experiments.latency import clock, profile, random_weights
 from experiments.latency.cases import BOUND, METHOD, PLAIN, Case, Variant
 from experiments.latency.rows import measured_steps, rows_of, with_bound
 from experiments.methods import naive
 from experiments.methods.negtome import NegToMe
+from experiments.runs import checkpoints
+from experiments.runs.identity import current_commit, short_digest
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def find_weights(model: DictConfig, wanted: str) -> str:
     if wanted == "random":
         return "random"
     if wanted == "checkpoint" or model.kind != "real":
-        return pipelines.find_checkpoint(model).fingerprint
-    return pipelines.local_fingerprint(model) or "random"
+        return checkpoints.find_checkpoint(model).fingerprint
+    return checkpoints.local_fingerprint(model) or "random"
 
 
 #: The last pipeline, by what it was made of, since the cases of a suite mostly share theirs.
@@ -63,7 +63,7 @@ def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> 
             spec = cfg.latency.random[model.architecture]
             pipe = random_weights.build_pipeline(spec, device, getattr(torch, model.dtype))
         else:
-            pipe = pipelines.load(model, pipelines.find_checkpoint(model), device)
+            pipe = checkpoints.load(model, checkpoints.find_checkpoint(model), device)
         if flag(cfg, "compile"):
             limits = torch._dynamo.config  # of torch 2.6 under its former name
             name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"

@@ -15,9 +15,9 @@ from experiments.latency.cases import METHOD, PLAIN
 from experiments.latency.profile import OUTSIDE
 from experiments.latency.rows import MEASURED, OUT_OF_MEMORY
 from experiments.latency.scaling import SETUP, curve_models, scaling, setup_of
-from experiments.pages import paper_table, with_interval
-from experiments.tables import latex, markdown, printed
-from experiments.templates import render
+from experiments.tables.columns import latex, markdown, printed
+from experiments.tables.pages import paper_table, with_interval
+from experiments.tables.templates import render
 
 UNMEASURED = {"measured": "", "verdict": "not measured", "on": ""}
 

@@ -13,7 +13,7 @@ from experiments.latency import report
 from experiments.latency.cases import composed, configured_cases
 from experiments.latency.measure import find_weights, measure, origin
 from experiments.latency.rows import COLUMNS, CONFIGURATION, SAME_CASE
-from experiments.tables import put_rows, read_csv
+from experiments.tables.columns import put_rows, read_csv
 
 log = logging.getLogger(__name__)
 

@@ -140,4 +140,4 @@ class Baseline(Method):
     """The stock pipeline: changes nothing."""
 
     title = "without NegToMe"
-    version = 0  # what all runs share has a version of its own, `experiments.identity.GENERATION_VERSION`
+    version = 0  # what all runs share has a version of its own, `experiments.runs.identity.GENERATION_VERSION`

@@ -1,7 +1,7 @@
 """Compare what was measured of each system with thresholds that were written down before: pass, review or fail.
 
-    python -m experiments.safety.gate
-    python -m experiments.safety.gate results=results gate=my_gate.yaml
+    python -m experiments gate
+    python -m experiments gate results=results gate=my_gate.yaml
 
 Read: `safety.csv` and `redteam.csv` of a folder of results, which make safety and make redteam put there: by default
 outputs/results where either was made, else the published ones. Written: `gate.csv` and `gate.md` beside them, a row a
@@ -27,8 +27,8 @@ from scipy.stats import binomtest
 
 from eval.files import content_hash, write_text
 from experiments import project_path, start_log
-from experiments.pages import with_interval
-from experiments.tables import csv_text, markdown, printed, read_csv
+from experiments.tables.columns import csv_text, markdown, printed, read_csv
+from experiments.tables.pages import with_interval
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Search for prompts that get a protected design through a system, and say how often each search finds one.
 
-    python -m experiments.safety.redteam               (mini-sdxl: no guard, keyword, nearest, mini; two attackers)
-    python -m experiments.safety.redteam guard=nearest redteam.queries=64
-    python -m experiments.safety.redteam redteam.attackers=[chat] redteam.chat.model=NAME redteam.chat.base_url=http://...
+    python -m experiments redteam               (mini-sdxl: no guard, keyword, nearest, mini; two attackers)
+    python -m experiments redteam guard=nearest redteam.queries=64
+    python -m experiments redteam redteam.attackers=[chat] redteam.chat.model=NAME redteam.chat.base_url=http://...
 
 conf/safety/redteam.yaml says who attacks and how often; systems are those of experiment=safety with all layers, and the
 model without any. Each search, of an attacker for a design in a system, is `<outputs>/redteam/<digest>/<design>.jsonl`,
@@ -31,14 +31,14 @@ from tqdm import tqdm
 from eval.files import write_json, write_text
 from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of, paired_differences
 from eval.resemblance import DetectionRate
-from experiments import pipelines, project_path, select_device, start_log
+from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
 from experiments.generate import count_workers, ready, spread
-from experiments.identity import made_by, request_apart, short_digest
 from experiments.methods.method import Method
-from experiments.pages import with_interval
 from experiments.plan import expand
 from experiments.prompts import Group
+from experiments.runs import checkpoints
+from experiments.runs.identity import made_by, request_apart, short_digest
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.judge import Compass, Judge
 from experiments.safety.search import (
@@ -53,7 +53,8 @@ from experiments.safety.search import (
     search,
     succeeded,
 )
-from experiments.tables import markdown, printed, put_rows
+from experiments.tables.columns import markdown, printed, put_rows
+from experiments.tables.pages import with_interval
 from negtome.guard import Policy, read_policy
 from negtome.guard.verdict import LONGEST
 from negtome.validation import check_int
@@ -83,7 +84,7 @@ class Task:
         folder: of the searches' files.
     """
 
-    checkpoint: pipelines.Checkpoint
+    checkpoint: checkpoints.Checkpoint
     device: str
     model: str
     method: str
@@ -136,7 +137,7 @@ def prepare(cfg: DictConfig, attacker: str) -> tuple[Task, list[str], dict[str, 
     """
     flag(cfg, "redteam.exceptions")
     queries, device = check_int("redteam.queries", cfg.redteam.queries, 1, 10**4), select_device(cfg.device)
-    policy, checkpoint = read_policy(cfg.model.copyright.policy), pipelines.find_checkpoint(cfg.model)
+    policy, checkpoint = read_policy(cfg.model.copyright.policy), checkpoints.find_checkpoint(cfg.model)
     known = [clause.asset for clause in policy.clauses]
     assets = known if cfg.redteam.assets is None else list(cfg.redteam.assets)
     if not assets or (unknown := sorted(set(assets) - set(known))):

@@ -1,6 +1,6 @@
 """The scorecard of experiment=safety: what every guard and layer lets through, refuses, and costs.
 
-    python -m experiments.safety.scorecard experiment=safety
+    python -m experiments scorecard experiment=safety
 
 `make safety` calls it after the acts of the experiment, with the same overrides. Written into the results folder:
 `<experiment>_outcomes.csv` (how requests ended, seconds of each layer), `<experiment>_scorecard.md` and, for each
@@ -25,10 +25,10 @@ from eval.files import write_text
 from experiments.configs import build
 from experiments.figures import style
 from experiments.methods.guarded import LAYERS
-from experiments.pages import with_interval
 from experiments.plan import Plan
-from experiments.runs import Run
-from experiments.tables import DIFFERENCE, markdown, of_model, printed, put_rows, read_table, words
+from experiments.runs.store import Run
+from experiments.tables.columns import DIFFERENCE, markdown, of_model, printed, put_rows, read_table, words
+from experiments.tables.pages import with_interval
 
 #: How a request can end, in the order of the columns.
 ENDS = ("shown", "steered", "refused", "escalated", "invalid", "blocked")

@@ -1,12 +1,17 @@
 """Do guards read the policy? The share of decisions that change with it as they must, and of those that stay.
 
-    python -m experiments.safety.sensitivity
-    python -m experiments.safety.sensitivity --guard MODULE:ATTRIBUTE
+    python -m experiments sensitivity
+    python -m experiments sensitivity --guard MODULE:ATTRIBUTE
 
 Every guard of this project, beside one that allows everything, and any of your own, is asked what
 `negtome.guard.testing` asks: the policy's examples, and the same under edits of single clauses. Written:
 `<out>/policy_sensitivity.csv` and `.md`, a row a guard, edit, and what must come of it; rows of other guards stay.
 """
+
+if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
+    from experiments.__main__ import run_module
+
+    run_module(__file__)
 
 import argparse
 from collections.abc import Sequence
@@ -18,10 +23,10 @@ import pandas as pd
 from eval.files import write_text
 from eval.intervals import GroupValue, bootstrap_interval
 from experiments import PROJECT, project_path
-from experiments.identity import current_commit
-from experiments.pages import with_interval
+from experiments.runs.identity import current_commit
 from experiments.safety import guards
-from experiments.tables import markdown, printed, put_rows
+from experiments.tables.columns import markdown, printed, put_rows
+from experiments.tables.pages import with_interval
 from negtome.guard import Guard, Keyword, Policy, read_policy
 from negtome.guard.__main__ import load_guard
 from negtome.guard.controls import Always
@@ -101,7 +106,7 @@ def rendered(frame: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             "# policy sensitivity",
-            f"Policy {policies}. Made by `python -m experiments.safety.sensitivity`.",
+            f"Policy {policies}. Made by `python -m experiments sensitivity`.",
             markdown(printed(table)),
             f"{LEGEND}\n",
         ]
@@ -126,7 +131,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = rendered(frame)
     write_text(arguments.out / "policy_sensitivity.md", page)
     print(page)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The report in a browser: what a click, a key and an address do, on a desk and on a phone.
 
-The pictures of it in docs/images are those of `python -m experiments.report` on scored runs of experiment=diversity:
+The pictures of it in docs/images are those of `python -m experiments report` on scored runs of experiment=diversity:
 
     python tests/browser/test_report_page.py outputs/report/index.html docs/images '#g=diversity/mini-sdxl/3/2/4'
 """

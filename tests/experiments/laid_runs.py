@@ -8,8 +8,8 @@ from PIL import Image
 from eval.files import sealed
 from eval.images import METRICS, ManifestRow, scores_path, write_manifest
 from experiments import PROJECT
-from experiments.identity import short_digest
-from experiments.tables import TEXT
+from experiments.runs.identity import short_digest
+from experiments.tables.columns import TEXT
 
 PROMPTS = {
     "a-cat": ("a cat", "cat"),

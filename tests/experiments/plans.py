@@ -1,7 +1,7 @@
 """Plans of a part of an experiment, and of configurations that no command line stands for."""
 
-from experiments.identity import config_digest
 from experiments.plan import Plan, RunSpec, complete_runs, plan_file
+from experiments.runs.identity import config_digest
 
 
 def plan_of(overrides, method=None):

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 import negtome
-from experiments import applications
+from experiments.figures import applications
 from experiments.plan import expand
 
 CALL = {"num_inference_steps": 1, "height": 32, "width": 32}

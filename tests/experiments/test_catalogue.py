@@ -2,8 +2,9 @@
 
 import pytest
 
-from experiments import PROJECT, catalogue
+from experiments import PROJECT
 from experiments.methods.setting import Setting
+from experiments.runs import catalogue
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.check import compare_tables
-from experiments.tables import ROLES, TEXT
+from experiments.tables.columns import ROLES, TEXT
 
 PUBLISHED = PROJECT / "results" / "diversity.csv"
 

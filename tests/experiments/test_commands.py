@@ -13,9 +13,9 @@ from experiments import PROJECT
 from experiments.__main__ import COMMANDS, describe, main
 from experiments.configs import run_names
 from experiments.generate import _generate_each
-from experiments.pipelines import find_checkpoint
 from experiments.plan import Plan, expand, launch, launched_run
-from experiments.runs import Run
+from experiments.runs.checkpoints import find_checkpoint
+from experiments.runs.store import Run
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -30,12 +30,12 @@ def run(*arguments, **options):
 def test_help_is_short_and_shows_how_the_command_is_called(command, capsys):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 15 and f"python -m experiments.{command}" in text
+    assert len(text.splitlines()) <= 15 and f"python -m experiments {command}" in text
 
 
 def test_help_imports_nothing_that_takes_time():
     done = run("-X", "importtime", "-m", "experiments.generate", "--help")
-    assert done.returncode == 0 and "python -m experiments.generate" in done.stdout
+    assert done.returncode == 0 and "python -m experiments generate" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "experiments" in imported and not imported & {"torch", "hydra", "pandas", "matplotlib", "diffusers"}
 

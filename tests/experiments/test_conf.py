@@ -24,10 +24,10 @@ from experiments.methods.combined import Combined
 from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
-from experiments.metrics import NEEDS
 from experiments.plan import composed as compose_once
 from experiments.plan import expand
 from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
+from experiments.runs.metrics import NEEDS
 from experiments.tabulate import primary_metrics
 from negtome import NegToMeConfig
 

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 import negtome
 from eval.alignment import clip_score
 from eval.images import load_picture, read_manifest
-from experiments import PROJECT, pipelines, preflight
+from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.configs import build
 from experiments.demo import asked as asking
@@ -36,7 +36,8 @@ from experiments.demo.jobs import Job, Jobs
 from experiments.demo.session import Session, blurred
 from experiments.methods.negtome import NegToMe
 from experiments.plan import Plan, expand, first
-from experiments.runs import Run
+from experiments.runs import checkpoints, preflight
+from experiments.runs.store import Run
 from negtome.__main__ import main as negtome_main
 from negtome.generate import Made, generate
 from negtome.recipe import Recipe
@@ -338,7 +339,9 @@ def test_every_method_has_its_chosen_hyperparameter_and_every_export_the_same_se
         assert build(first([f"model={name}", f"method={method}", *of_script[method]]).method).settings() == (
             shown.settings()
         )
-        assert pipelines.call_arguments(cfg.model) == pipelines.call_arguments(model.cfg) | {"num_inference_steps": 7}
+        assert checkpoints.call_arguments(cfg.model) == checkpoints.call_arguments(model.cfg) | {
+            "num_inference_steps": 7
+        }
         if method in chosen(name):
             knob = cfg.method.about.knob
             value = OmegaConf.select(cfg, f"method.{knob.setting}")
@@ -551,10 +554,10 @@ def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
     model = models.find(asked.model)
     recipe = asked.recipe(model)
     words = shlex.split(exports(asked, recipe, model)[2].text.splitlines()[-1])
-    assert words[:2] == ["python", "-m"]
-    cfg = expand(words[3:])[-1] if words[2].endswith("generate") else expand(["method=negtome", *words[3:]])[0]
+    assert words[:3] == ["python", "-m", "experiments"]
+    cfg = expand(words[4:])[-1] if words[3] == "generate" else expand(["method=negtome", *words[4:]])[0]
     assert cfg.model.call.num_inference_steps == 2
-    if words[2] == "experiments.generate":
+    if words[3] == "generate":
         (group,) = build(cfg.prompts).groups()
         assert (group.prompt, group.seed, group.size) == (prompt, 0, 2)
         assert preflight.of_scoring([cfg], tables=False) == [], "two images are too few for most metrics"

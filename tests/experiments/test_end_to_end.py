@@ -22,12 +22,12 @@ from experiments.__main__ import main
 from experiments.configs import build
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.generate import generate
-from experiments.identity import request
-from experiments.metrics import left_out_lines, measured
-from experiments.pages import main_table, other_table
 from experiments.plan import expand
-from experiments.runs import Run
-from experiments.tables import COLUMNS, REQUIRED, TEXT
+from experiments.runs.identity import request
+from experiments.runs.metrics import left_out_lines, measured
+from experiments.runs.store import Run
+from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
+from experiments.tables.pages import main_table, other_table
 
 METHODS = "method=none,negtome,negtome_released"
 
@@ -143,7 +143,7 @@ def test_the_log_of_a_group_says_how_many_tokens_were_pushed(finished):
 def test_a_complete_run_is_not_generated_again(finished, monkeypatch):
     arguments, folders = finished
     before = [pngs(folder) for folder in folders]
-    monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.runs.checkpoints.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     assert generate(plan_of(arguments)) == folders
     assert [pngs(folder) for folder in folders] == before
 
@@ -177,7 +177,7 @@ def test_every_setting_that_affects_pixels_makes_a_run_of_its_own(finished, tmp_
     weights.write_bytes(content)
 
     def identity(*changes):
-        from experiments.pipelines import find_checkpoint
+        from experiments.runs.checkpoints import find_checkpoint
 
         (cfg,) = expand([*arguments, "method=negtome", f"outputs={tmp_path}", *changes])
         return Run.start(cfg, find_checkpoint(cfg.model).fingerprint, "cpu").id

@@ -72,7 +72,7 @@ def words(folder, rows, gate=None):
 
 
 def ran(folder, capsys, *arguments):
-    code = main(["safety.gate", f"results={folder}", *arguments])
+    code = main(["gate", f"results={folder}", *arguments])
     out = capsys.readouterr()
     return code, out.out + out.err
 
@@ -263,11 +263,11 @@ def test_tables_made_here_come_before_the_published_ones_and_are_not_mixed_with_
     published.mkdir()
     made.mkdir(parents=True)
     laid_down(published, tables())
-    assert main(["safety.gate", f"gate={GATE}"]) == 0
+    assert main(["gate", f"gate={GATE}"]) == 0
     assert (published / "gate.csv").is_file() and not (made / "gate.csv").exists()
     laid_down(made, {"safety": tables()["safety"]})
-    assert main(["safety.gate", f"gate={GATE}"]) == 2
+    assert main(["gate", f"gate={GATE}"]) == 2
     assert "redteam.csv, got no file: make it with make redteam" in capsys.readouterr().err
     laid_down(made, tables(redteam=[*tables()["redteam"][:2], *attacks("nearest", {"random": 0.8, "guided": 0.1})]))
-    assert main(["safety.gate", f"gate={GATE}"]) == 1
+    assert main(["gate", f"gate={GATE}"]) == 1
     assert (made / "gate.csv").is_file()

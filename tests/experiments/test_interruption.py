@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 from plans import plan_of
 
-from experiments import PROJECT, pipelines, select_device
+from experiments import PROJECT, select_device
 from experiments.configs import build
 from experiments.generate import Job, Task, _generate_groups, generate
-from experiments.locks import locked
-from experiments.runs import LOCKS, Run
+from experiments.runs import checkpoints
+from experiments.runs.locks import locked
+from experiments.runs.store import LOCKS, Run
 
 #: A baseline and a method; of few categories, and of many where processes must meet.
 FEW = ("method=none,negtome", "prompts.categories=[flower,fruit,horse]")
@@ -85,7 +86,7 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
     plan = plan_of(asked)
     cfg = plan.cfg
-    run = Run.start(cfg, pipelines.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
+    run = Run.start(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
 
     def groups():
         return list((tmp_path / "outputs").rglob("[0-9]*/group.json"))
@@ -215,7 +216,7 @@ NOTING = """
 import os, sys, time
 from pathlib import Path
 from experiments.generate import main
-from experiments.runs import Run
+from experiments.runs.store import Run
 
 notes, save = Path(sys.argv.pop(1)), Run.save
 
@@ -255,7 +256,7 @@ def test_two_commands_at_the_same_run_share_its_groups(undisturbed, asked, tmp_p
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments.locks import locked
+from experiments.runs.locks import locked
 with locked(Path(sys.argv[1])) as mine:
     print(mine, flush=True)
     time.sleep(600)

@@ -23,7 +23,7 @@ from experiments.latency.measure import lower_bound, products
 from experiments.latency.rows import COLUMNS, CONFIGURATION, SAME_CASE, median_interval
 from experiments.latency.scaling import curve_models, scaling
 from experiments.methods.naive import Naive
-from experiments.tables import put_rows
+from experiments.tables.columns import put_rows
 
 RESULTS = PROJECT / "results"
 #: A call of a tiny pipeline.

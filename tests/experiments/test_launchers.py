@@ -9,7 +9,7 @@ from plans import plan_of
 
 from experiments import PROJECT
 from experiments.generate import generate
-from experiments.runs import Run
+from experiments.runs.store import Run
 
 PARTS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher"}
 

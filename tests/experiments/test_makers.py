@@ -6,13 +6,14 @@ import pytest
 import torch
 from plans import plan_from
 
-from experiments import PROJECT, collect, pipelines
+from experiments import PROJECT, collect
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_jobs, prepare_job
-from experiments.identity import request, short_digest
 from experiments.methods.negtome import NegToMe
 from experiments.plan import expand
-from experiments.runs import Run
+from experiments.runs import checkpoints
+from experiments.runs.identity import request, short_digest
+from experiments.runs.store import Run
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_run_of_another_version_of_the_method_is_not_taken_for_it(finished, ti
 def test_a_run_that_is_named_twice_is_one(finished, caplog):
     caplog.set_level("INFO", "experiments")
     plan = plan_from(finished[0])
-    job = prepare_job(plan.runs[0], pipelines.find_checkpoint(plan.cfg.model))
+    job = prepare_job(plan.runs[0], checkpoints.find_checkpoint(plan.cfg.model))
     generate_jobs(plan, [job, job])
     assert len(caplog.records) == 1
 
@@ -98,7 +99,7 @@ def test_what_a_killed_process_left_of_a_group_is_swept_once_all_are_there(half)
     cfg, folder = half
     left = next(folder.glob("images/*")) / ".000000.abc"
     left.mkdir()
-    Run.start(cfg, pipelines.find_checkpoint(cfg.model).fingerprint, "cpu")
+    Run.start(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, "cpu")
     assert left.exists(), "it may be another process's"
     generate(plan_from(cfg))
     assert not left.exists()
@@ -153,4 +154,4 @@ def test_an_unknown_dtype_is_refused_before_anything_else(finished):
     cfg.model.dtype = "float31"
     with pytest.raises(ValueError, match=r"model\.dtype must name a torch dtype"):
         request(cfg)
-    assert pipelines.canonical_source("SG161222/RealVisXL_V4.0") == "SG161222/RealVisXL_V4.0"
+    assert checkpoints.canonical_source("SG161222/RealVisXL_V4.0") == "SG161222/RealVisXL_V4.0"

@@ -6,9 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from experiments import PROJECT, pipelines
+from experiments import PROJECT
 from experiments.configs import build
 from experiments.plan import expand
+from experiments.runs import checkpoints
 
 MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
 REAL = [name for name in MODELS if not name.startswith("mini-")]
@@ -55,7 +56,7 @@ def test_without_weights_and_network_the_message_says_what_to_fetch(name, with_m
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = with_model(name).model
     with pytest.raises(FileNotFoundError) as error:
-        pipelines.find_checkpoint(model)
+        checkpoints.find_checkpoint(model)
     message = str(error.value)
     assert f"hf download {model.source}" in message and "model_index.json" in message
     assert ("gated" in message) == ("gated" in model.licence[model.source])

@@ -14,7 +14,7 @@ from experiments import PROJECT
 from experiments.__main__ import main
 
 nbformat = pytest.importorskip("nbformat")
-notebooks = pytest.importorskip("experiments.notebooks", exc_type=ImportError)
+notebooks = pytest.importorskip("experiments.report.notebooks", exc_type=ImportError)
 
 FILES = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 QUICKSTART = "quickstart"
@@ -114,8 +114,8 @@ def test_what_a_notebook_shows_is_what_a_kernel_would_and_a_picture_that_moved_i
 def test_help_needs_no_extra_and_a_missing_one_is_one_line(monkeypatch, capsys):
     monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
     monkeypatch.setitem(sys.modules, "nbformat", None)
-    monkeypatch.delitem(sys.modules, "experiments.notebooks")
-    assert main(["notebooks", "--help"]) == 0 and "python -m experiments.notebooks" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "experiments.report.notebooks")
+    assert main(["notebooks", "--help"]) == 0 and "python -m experiments notebooks" in capsys.readouterr().out
     assert main(["notebooks"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "pip install -e '.[notebooks]'" in error

@@ -16,16 +16,17 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from eval.images import ManifestRow, write_manifest
-from experiments import PROJECT, choose, figures
+from experiments import PROJECT, figures
 from experiments.__main__ import main as command
 from experiments.figures.image_grid import image_grid
 from experiments.figures.labels import Label, put_beside
 from experiments.figures.sheet import LABELS, LINE, SPACE, contact_sheet
 from experiments.figures.style import LOOKS, TITLES, Drawing, encode, look, pixels, save, using
-from experiments.identity import config_digest, request
 from experiments.plan import expand
-from experiments.runs import Run
-from experiments.tables import COLUMNS, primary_pair, read_table
+from experiments.runs.identity import config_digest, request
+from experiments.runs.store import Run
+from experiments.tables import selection
+from experiments.tables.columns import COLUMNS, primary_pair, read_table
 
 SETTINGS = {"model": "m", "guidance_scale": 5.0, "steps": 20.0, "method": "negtome", "matching": "paper",
             "reference": "first", "alpha": 0.9, "threshold": 0.7, "t_low": 700.0, "t_high": 1000.0}  # fmt: skip
@@ -148,7 +149,7 @@ def test_no_label_of_a_published_front_hides_another_or_a_point_and_the_star_is_
             assert all(room.x0 <= box.x0 and box.x1 <= room.x1 for box in boxes)
         if not name.startswith("peers"):
             (star,) = [line for line in axis.lines if line.get_marker() == "*"]
-            chosen = choose.differences(frame, *pair, model).loc[choose.chosen_run(frame, *pair, model)]
+            chosen = selection.differences(frame, *pair, model).loc[selection.chosen_run(frame, *pair, model)]
             assert star.get_xydata().tolist() == [[chosen["x"], chosen["y"]]]
     assert counted > 2
 
@@ -237,10 +238,10 @@ def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
             point for point in points.values()
             if not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points.values())
         }  # fmt: skip
-        front = choose.pareto_front(frame, claim, quality, "m")
+        front = selection.pareto_front(frame, claim, quality, "m")
         assert [points[run] for run in front] == sorted(best)
         allowed = [point[0] for point in points.values() if point[0] > 0 and point[1] >= -0.4]
-        found = choose.chosen_run(frame, claim, quality, "m")
+        found = selection.chosen_run(frame, claim, quality, "m")
         assert (points[found][0] if found else None) == max(allowed, default=None)
         assert found is None or points[found][1] >= -0.4
         chosen += found is not None
@@ -250,10 +251,10 @@ def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
 def test_nothing_is_chosen_without_a_margin_or_a_gain():
     frame = table(*TABLES["alphas"])
     frame["margin"] = float("nan")
-    assert choose.chosen_run(frame, *tuple(METRICS)[:2], "m") is None
+    assert selection.chosen_run(frame, *tuple(METRICS)[:2], "m") is None
     worse = table(*TABLES["alphas"])
     worse.loc[worse["metric"] == "pairwise_distance", "difference"] *= 0
-    assert choose.chosen_run(worse, *tuple(METRICS)[:2], "m") is None
+    assert selection.chosen_run(worse, *tuple(METRICS)[:2], "m") is None
 
 
 @pytest.mark.parametrize("experiment", ["diversity", "copyright", "ablate_matching"])
@@ -408,14 +409,14 @@ def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
 
 def test_what_is_chosen_keeps_every_quality():
     frame = table(NOTHING, *GRID)
-    chosen = choose.chosen_run(frame, "pairwise_distance", "clip_score", "m")
+    chosen = selection.chosen_run(frame, "pairwise_distance", "clip_score", "m")
     assert chosen is not None
     further = frame["metric"] == "gender_entropy"
     frame.loc[further, "primary"], frame.loc[further, "margin"] = "quality", 1.0
     frame.loc[further & (frame["method"] != "none"), "difference"] = 0.0
-    assert choose.chosen_run(frame, "pairwise_distance", "clip_score", "m") == chosen
+    assert selection.chosen_run(frame, "pairwise_distance", "clip_score", "m") == chosen
     frame.loc[further & (frame["run_id"] == chosen), "difference"] = -1.5
-    assert choose.chosen_run(frame, "pairwise_distance", "clip_score", "m") not in (chosen, None)
+    assert selection.chosen_run(frame, "pairwise_distance", "clip_score", "m") not in (chosen, None)
 
 
 def test_a_figure_of_a_metric_that_the_table_lacks_says_which_there_are():

@@ -16,11 +16,12 @@ from plans import plan_of
 
 from eval.encoders import Network
 from eval.imageset import ImageSet
-from experiments import PROJECT, generate, metrics, pipelines, preflight, start_log
+from experiments import PROJECT, generate, start_log
 from experiments.__main__ import main
 from experiments.configs import build
 from experiments.plan import expand
-from experiments.runs import Run
+from experiments.runs import checkpoints, metrics, preflight
+from experiments.runs.store import Run
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_the_default_path_has_no_faults_and_loads_no_network(experiment, tmp_pat
     configs = expand([f"experiment={experiment}", f"outputs={tmp_path}"], baselines=True)
     assert preflight.of_scoring(configs, tables=True) == []
     for cfg in configs[:2]:
-        folder = pipelines.find_checkpoint(cfg.model).folder
+        folder = checkpoints.find_checkpoint(cfg.model).folder
         assert preflight.of_timesteps(cfg.model, folder, cfg.method.name, {"timestep_range": [900, 1000]}) == []
 
 
@@ -151,7 +152,7 @@ def test_the_steps_are_those_of_the_pipelines_call(kind, pipe, tiny_checkpoint):
     model = OmegaConf.create({"name": kind, "architecture": kind, "call": call})
     extra = {} if kind == "sdxl" else {"max_sequence_length": 32}
     pipe("a bird", **call, **extra, output_type="latent")
-    assert pipelines.timesteps(model, tiny_checkpoint(kind)) == pytest.approx(pipe.scheduler.timesteps.tolist())
+    assert checkpoints.timesteps(model, tiny_checkpoint(kind)) == pytest.approx(pipe.scheduler.timesteps.tolist())
 
 
 def test_a_range_without_a_step_is_found_before_the_baseline_is_made(tiny_overrides, tmp_path, capsys):
@@ -251,7 +252,7 @@ def test_an_autoencoder_that_needs_float32_is_upcast_without_a_word(tiny_checkpo
         ["model=sdxl", "method=none", f"model.source={folder}", "model.call.height=32", "model.call.width=32"]
     )
     assert cfg.model.dtype == "float16"
-    pipe = pipelines.load(cfg.model, pipelines.find_checkpoint(cfg.model), "cpu")
+    pipe = checkpoints.load(cfg.model, checkpoints.find_checkpoint(cfg.model), "cpu")
     assert pipe.vae.config.force_upcast and pipe.vae.dtype == torch.float16
     caplog.clear()
     with warnings.catch_warnings(record=True) as recorded:

@@ -6,11 +6,13 @@ import pytest
 import yaml
 from plans import plan_of
 
-from experiments import PROJECT, catalogue, rank, tables, tabulate
+from experiments import PROJECT, rank, tabulate
 from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.plan import Plan, expand
+from experiments.runs import catalogue
+from experiments.tables import columns
 
 FILES = {file.stem: yaml.safe_load(file.read_text()) for file in (PROJECT / "conf" / "method").glob("*.yaml")}
 KNOBS = {name: spec["about"]["knob"] for name, spec in FILES.items() if (spec.get("about") or {}).get("knob")}
@@ -86,7 +88,7 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
     assert frame[["front_share", "within_share"]].stack().between(0, 1).all() and rank.render(frame) == page
     # Once more, from the table: a fine walk through the differences of the settings.
     table, chosen = (
-        tables.read_table("peers_grid", results),
+        columns.read_table("peers_grid", results),
         yaml.safe_load((results / "peers_grid_chosen.yaml").read_text()),
     )
     for _, row in frame.iterrows():
@@ -108,8 +110,8 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         assert row["gain"] == pytest.approx(walked.max(), rel=1e-2, abs=1e-4)
         if (place := steps[allowed][walked.argmax()]) == 0:
             place = n - 4  # the weakest setting
-        columns = values.reshape(n, -1).T
-        assert value.ravel() == pytest.approx([np.interp(place, range(n), column) for column in columns], rel=1e-2)
+        paths = values.reshape(n, -1).T
+        assert value.ravel() == pytest.approx([np.interp(place, range(n), path) for path in paths], rel=1e-2)
     peers = {cfg.method.name: cfg for cfg in expand(["experiment=peers", *small])}
     for method, value in chosen["sdxl"].items():
         assert at(peers[method].method, KNOBS[method]["setting"]) == value
@@ -129,7 +131,7 @@ def test_single_settings_are_compared_as_they_are(grid):
     _, plan, results = grid
     one_each = list({spec.cfg.method.name: spec for spec in plan.runs}.values())
     frame = pd.DataFrame(rank.rows_of_model(rank.read_paths(one_each)))
-    table = tables.read_table("peers_grid", results)
+    table = columns.read_table("peers_grid", results)
     for _, row in frame.iterrows():
         rows = table[table["run_id"] == row["run_ids"]].set_index("metric")
         assert row["gain"] == pytest.approx(rows.loc[row["claim"], "difference"], rel=1e-4)

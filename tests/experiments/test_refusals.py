@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.encoders import PixelEncoder
-from experiments import PROJECT, pipelines
+from experiments import PROJECT
 from experiments.evaluate import configured_metrics
 from experiments.generate import generate
 from experiments.plan import RunSpec, expand
 from experiments.prompts import CharacterPrompts
-from experiments.runs import Run, request
+from experiments.runs import checkpoints
+from experiments.runs.store import Run, request
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ def test_a_vocabulary_in_two_files_is_one(weights):
     folder = weights()
     vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    assert pipelines.missing_files(folder, "sdxl") == ["tokenizer/tokenizer.json"]
+    assert checkpoints.missing_files(folder, "sdxl") == ["tokenizer/tokenizer.json"]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    assert not pipelines.missing_files(folder, "sdxl")
+    assert not checkpoints.missing_files(folder, "sdxl")
 
 
 def test_a_scorer_without_a_vocabulary_is_missing(tmp_path):
@@ -114,12 +115,12 @@ def test_a_size_that_the_model_does_not_take_is_refused(kind, change, multiple, 
 def test_sizes_of_the_configured_models_are_taken(asked):
     for name in ("mini-sdxl", "mini-flux"):
         (cfg,) = expand(["experiment=diversity", f"model={name}", "method=none"])
-        pipelines.find_checkpoint(cfg.model)
+        checkpoints.find_checkpoint(cfg.model)
     cfg = asked("model.call.height=null", "model.call.width=66")
-    pipelines.find_checkpoint(cfg.model)
+    checkpoints.find_checkpoint(cfg.model)
     (cfg,) = expand(["experiment=diversity", "model=mini-sdxl", "method=none", "model.call.height=130"])
     with pytest.raises(ValueError, match="multiple of 8 for model=mini-sdxl, got 130"):
-        pipelines.find_checkpoint(cfg.model)
+        checkpoints.find_checkpoint(cfg.model)
 
 
 @pytest.mark.parametrize("field", ["categories=bird", "templates=a photo of a", "seeds=3"])

@@ -23,9 +23,10 @@ from hub import Hub, Repository, environment
 from PIL import Image
 
 from eval.weights import FACTS
-from experiments import PROJECT, pipelines
+from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.plan import expand
+from experiments.runs import checkpoints
 from negtome.__main__ import main as negtome
 
 SDXL, FLUX = "SG161222/RealVisXL_V4.0", "black-forest-labs/FLUX.1-dev"
@@ -42,7 +43,7 @@ UNFIT = tuple(f"~metric.{name}" for name in (
 
 
 @pytest.fixture(scope="session")
-def checkpoints(_tiny_pipelines, tmp_path_factory):
+def published(_tiny_pipelines, tmp_path_factory):
     from copy import deepcopy
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -53,10 +54,10 @@ def checkpoints(_tiny_pipelines, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(checkpoints, tmp_path):
+def hub(published, tmp_path):
     """A hub that has both checkpoints, as a copy that may be changed."""
     with Hub() as hub:
-        for number, (name, folder) in enumerate(checkpoints.items()):
+        for number, (name, folder) in enumerate(published.items()):
             hub.repositories[name] = Repository(shutil.copytree(folder, tmp_path / f"served-{number}"))
         yield hub
 
@@ -98,16 +99,16 @@ def pngs(folder):
 )  # fmt: skip
 def test_a_checkpoint_is_fetched_once_and_in_no_other_form_than_it_is_loaded_in(name, weights, online):
     config = configured(name)
-    checkpoint = pipelines.find_checkpoint(config)
+    checkpoint = checkpoints.find_checkpoint(config)
     fetched = [file.removeprefix(f"{config.source}/") for file in online.downloads()]
     assert len(set(fetched)) == len(fetched)
     assert {file.removesuffix(".safetensors") for file in fetched if file.endswith(".safetensors")} == weights
     assert all("/" in file or file == "model_index.json" for file in fetched), "what lies beside the components"
-    pipe = pipelines.load(config, checkpoint, "cpu")
-    denoiser = getattr(pipe, pipelines.ARCHITECTURES[config.architecture].denoiser)
+    pipe = checkpoints.load(config, checkpoint, "cpu")
+    denoiser = getattr(pipe, checkpoints.ARCHITECTURES[config.architecture].denoiser)
     assert denoiser.dtype is getattr(torch, config.dtype)
     online.requests.clear()
-    assert pipelines.find_checkpoint(config) == checkpoint and not online.requests
+    assert checkpoints.find_checkpoint(config) == checkpoint and not online.requests
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -125,11 +126,11 @@ def test_a_download_that_breaks_off_is_one_error_and_the_next_call_goes_on(onlin
     online.repositories[SDXL].cuts[file] = 100
     config = configured("sdxl")
     with pytest.raises(FileNotFoundError, match=SDXL):
-        pipelines.find_checkpoint(config)
+        checkpoints.find_checkpoint(config)
     before = set(online.downloads())
     online.repositories[SDXL].cuts[file] = 1
     online.requests.clear()
-    assert pipelines.find_checkpoint(config).fingerprint
+    assert checkpoints.find_checkpoint(config).fingerprint
     weights = {one for one in online.downloads() if one.endswith(".safetensors")}
     assert f"{SDXL}/{file}" in weights and not weights - {f"{SDXL}/{file}"} & before
 
@@ -139,18 +140,18 @@ def test_a_file_that_the_repository_lacks_is_named(file, online):
     for name in {file, file.replace(".fp16", "")}:
         (online.repositories[SDXL].folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"missing: {re.escape(file)}"):
-        pipelines.find_checkpoint(configured("sdxl"))
+        checkpoints.find_checkpoint(configured("sdxl"))
 
 
 def test_a_component_that_has_no_variant_is_taken_as_it_is(online):
     (online.repositories[SDXL].folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     config = configured("sdxl")
-    checkpoint = pipelines.find_checkpoint(config)
+    checkpoint = checkpoints.find_checkpoint(config)
     weights = [file for file in online.downloads() if file.endswith(".safetensors")]
     assert sorted(".fp16." in file for file in weights) == [False, True, True, True]
-    assert pipelines.load(config, checkpoint, "cpu").vae.dtype is torch.float16
+    assert checkpoints.load(config, checkpoint, "cpu").vae.dtype is torch.float16
     online.requests.clear()
-    assert pipelines.find_checkpoint(config) == checkpoint and not online.requests
+    assert checkpoints.find_checkpoint(config) == checkpoint and not online.requests
 
 
 def test_the_librarys_own_command_takes_a_repository(online, tmp_path, monkeypatch, capsys):

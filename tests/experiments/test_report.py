@@ -20,14 +20,15 @@ from laid_runs import METHODS, PROMPTS, colour, diversity_table, scored_runs, wr
 from PIL import Image
 
 from eval.images import METRICS, ManifestRow, load_picture
-from experiments import PROJECT, pages, report
+from experiments import PROJECT, report
 from experiments.figures import called_for
 from experiments.figures.style import encode
-from experiments.pages import findings, main_table
-from experiments.reporting.galleries import spread
-from experiments.reporting.pictures import PICTURES, reduced
-from experiments.reporting.words import blocks
-from experiments.tables import TEXT, commands, read_table, whole
+from experiments.report.galleries import spread
+from experiments.report.pictures import PICTURES, reduced
+from experiments.report.words import blocks
+from experiments.tables import pages
+from experiments.tables.columns import TEXT, commands, read_table, whole
+from experiments.tables.pages import findings, main_table
 from experiments.tabulate import merge_rows
 
 

@@ -6,11 +6,11 @@ import yaml
 from hydra.utils import get_object
 
 from experiments import PROJECT
-from experiments.identity import code_digest, config_digest
-from experiments.pages import main_table, paper_table, render_latex, render_markdown
-from experiments.pipelines import find_checkpoint
 from experiments.plan import expand, first
-from experiments.tables import COLUMNS, REQUIRED, TEXT
+from experiments.runs.checkpoints import find_checkpoint
+from experiments.runs.identity import code_digest, config_digest
+from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
+from experiments.tables.pages import main_table, paper_table, render_latex, render_markdown
 
 RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py

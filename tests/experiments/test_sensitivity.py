@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from experiments.safety import sensitivity
-from experiments.tables import TEXT
+from experiments.tables.columns import TEXT
 from negtome.guard import Keyword, read_policy
 from negtome.guard.testing import run_edits, run_examples
 

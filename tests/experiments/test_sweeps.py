@@ -9,15 +9,16 @@ from omegaconf import OmegaConf
 from PIL import Image
 from plans import plan_from, plan_of
 
-from experiments import PROJECT, plot, tables, tabulate
+from experiments import PROJECT, plot, tabulate
 from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import worth_showing
 from experiments.generate import generate
-from experiments.identity import config_digest
-from experiments.pages import run_labels
 from experiments.plan import Plan, composed, expand, experiments_of
-from experiments.runs import Run
+from experiments.runs.identity import config_digest
+from experiments.runs.store import Run
+from experiments.tables import columns
+from experiments.tables.pages import run_labels
 
 #: Experiment -> the part of its sweep that is run here: the rest takes as much time again and shows nothing new.
 SWEEPS = {
@@ -53,7 +54,7 @@ def done(tmp_path_factory, tiny_overrides):
             generate(plan)
             evaluate(plan)
             _, markdown = tabulate.write_table(plan)
-            frame = tables.read_table(plan.name, plan.results)
+            frame = columns.read_table(plan.name, plan.results)
             frame = frame[frame["model"] == plan.cfg.model.name]  # two experiments make one table
             kept[experiment] = plan, frame, markdown, plot.plot(plan) if experiment in DRAWN else []
         return kept[experiment]
@@ -124,7 +125,7 @@ def test_experiments_share_what_they_have_in_common(done, monkeypatch):
     shared = plan.runs[0].baseline.id
     assert {"ablate_alpha", "ablate_blocks"} <= set(experiments_of(Path(plan.cfg.outputs))[shared])
     # Nothing is loaded for what is there.
-    monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.runs.checkpoints.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = plan.cfg.copy()
     cfg.name = "another"
@@ -148,7 +149,7 @@ def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
         for place, run in enumerate(f"r{number}" for number in range(20))
         for metric, role, x in (("d", "diversity", place), ("q", "quality", -place))
     ]  # fmt: skip
-    frame = pd.DataFrame(rows, columns=tables.COLUMNS)
+    frame = pd.DataFrame(rows, columns=columns.COLUMNS)
     runs = [Made(f"r{number}", "negtome" if number else "none") for number in range(20)]
     shown = [run.id for run in worth_showing(runs, frame)]
     assert shown[0] == "r0" and "r3" in shown and "r19" in shown and len(shown) <= 6
@@ -157,7 +158,7 @@ def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
     rows = [
         {"model": "m", "run_id": run.id, "method": run.id[:-1], "guidance_scale": int(run.id[-1])} for run in scales
     ]
-    shown = worth_showing(scales, pd.DataFrame(rows, columns=tables.COLUMNS))
+    shown = worth_showing(scales, pd.DataFrame(rows, columns=columns.COLUMNS))
     assert [run.id for run in shown] == ["none2", "negtome2", "none8", "negtome8"]
     assert list(shown.values())[:2] == ["m: without NegToMe guidance 2", "m: guidance 2"]
 

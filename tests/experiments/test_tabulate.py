@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 from plans import plan_of
 
-from experiments import PROJECT, pages, tables, tabulate
+from experiments import PROJECT, tabulate
 from experiments.evaluate import configured_metrics
+from experiments.tables import columns, pages
 
 OWN = {"matching", "reference", "alpha", "threshold", "t_low", "t_high", "sites"}
-ROW = dict.fromkeys(tables.REQUIRED | OWN, 1.0) | {
+ROW = dict.fromkeys(columns.REQUIRED | OWN, 1.0) | {
     "experiment": "e", "model": "m", "method": "negtome", "metric": "clip_score", "encoder": "clip-old",
     "primary": "quality", "run_id": "0123", "true_cfg_scale": None,
 }  # fmt: skip
@@ -79,10 +80,10 @@ def test_runs_that_a_table_cannot_tell_apart_are_refused(tmp_path):
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("name", ["diversity", "ablate_alpha", "latency"])
 def test_what_makes_a_table_is_what_the_makefile_says(name):
-    target, *steps = tables.commands(name)
+    target, *steps = columns.commands(name)
     done = subprocess.run([*target.split(), "-n"], cwd=PROJECT, capture_output=True, text=True, check=True)
     ran = [line.strip().replace(".venv/bin/python", "python") for line in done.stdout.splitlines()]
-    assert [line for line in ran if "experiments." in line] == steps
+    assert [line for line in ran if "-m experiments " in line] == steps
 
 
 def test_a_number_of_a_whole_set_cannot_be_primary(monkeypatch):
@@ -300,19 +301,19 @@ def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
         cfg = configured(f"report_seconds={report}").cfg
         assert cfg.prompts.images_per_prompt == 4
         row = tabulate.row_of(cfg, run, "clip_score", "quality", measured, None)
-        assert row["seconds"] == seconds and set(row) <= set(tables.COLUMNS)
+        assert row["seconds"] == seconds and set(row) <= set(columns.COLUMNS)
 
 
 def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
     """Each reads the table, and writes it slowly: whoever comes second reads what the first wrote."""
-    row = dict.fromkeys(tables.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
-    write = tables.write_text
+    row = dict.fromkeys(columns.COLUMNS, 1.0) | {"experiment": "e", "run_id": "0" * 12}
+    write = columns.write_text
 
     def slow(path, text):
         time.sleep(0.3)
         return write(path, text)
 
-    monkeypatch.setattr(tables, "write_text", slow)
+    monkeypatch.setattr(columns, "write_text", slow)
     threads = [
         threading.Thread(target=tabulate.merge_rows, args=(tmp_path / "e.csv", [row | {"model": model}]))
         for model in "abc"

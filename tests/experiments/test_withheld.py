@@ -20,12 +20,12 @@ from experiments.figures.sheet import contact_sheet
 from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import Drawn
-from experiments.pages import against_table, findings, main_table
 from experiments.plan import Plan, expand
 from experiments.plot import plot
 from experiments.report import report
-from experiments.runs import Run
-from experiments.tables import OF_WITHHELD, read_table
+from experiments.runs.store import Run
+from experiments.tables.columns import OF_WITHHELD, read_table
+from experiments.tables.pages import against_table, findings, main_table
 
 #: Two categories with two groups each, which every method but the first withholds in part.
 METHODS = {
@@ -101,7 +101,7 @@ def test_a_run_names_the_groups_without_images_apart_from_its_images(made):
 
 
 def test_what_is_complete_is_not_made_again_and_the_log_counts(made, caplog, monkeypatch):
-    monkeypatch.setattr("experiments.pipelines.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.runs.checkpoints.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     caplog.set_level("INFO")
     _, plan, folders = made
     assert generate(part(plan, "theirs")) == [folders["theirs"]]

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from eval.files import content_hash, write_json
-from experiments.identity import short_digest
-from experiments.locks import locked
+from experiments.runs.identity import short_digest
+from experiments.runs.locks import locked
 from negtome.guard.policy import Policy
 from training.deliberation import fit, requests
 from training.deliberation.requests import Maker

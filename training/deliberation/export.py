@@ -16,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from eval.files import write_text
 from experiments import project_path
 from experiments.prompts import HARMLESS
-from experiments.tables import markdown
-from experiments.templates import render
+from experiments.tables.columns import markdown
+from experiments.tables.templates import render
 from negtome.guard.mini import Mini, read
 from negtome.guard.policy import Policy, read_policy
 from training.deliberation import fit, scores

@@ -24,10 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 from eval.files import read_json, write_json, write_text
 from eval.intervals import bootstrap_interval, paired_differences
 from experiments import project_path
-from experiments.identity import short_digest
-from experiments.pages import with_interval
-from experiments.tables import markdown
-from experiments.templates import render
+from experiments.runs.identity import short_digest
+from experiments.tables.columns import markdown
+from experiments.tables.pages import with_interval
+from experiments.tables.templates import render
 from negtome.guard.controls import Always
 from negtome.guard.keyword import Keyword
 from negtome.guard.mini import read

@@ -1,7 +1,7 @@
 """What else a reference is good for, a picture each: style, quality, masks, interpolation and extrapolation.
 
-    python -m experiments.applications
-    python -m experiments.applications model=flux-dev applications.interpolation.reference=cat.png
+    python -m experiments applications
+    python -m experiments applications model=flux-dev applications.interpolation.reference=cat.png
 
 Every application of conf/applications/ is one prompt, one reference and a row of strengths; the first noise of every
 row is the same. Writes `<results>/applications_<name>_<model>.webp` and `.pdf`. These are pictures to look at, not
@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 import negtome
 from eval.images import blurred, load_picture
-from experiments import pipelines, project_path, select_device
+from experiments import project_path, select_device
 from experiments.configs import build, flag
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
 from experiments.plan import expand
+from experiments.runs import checkpoints
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -107,8 +108,10 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     if not isinstance(method, NegToMe):
         raise ValueError(f"expected NegToMe among the methods, got method={cfg.method.name}: give method=negtome")
     compiled, offload = flag(cfg, "compile"), flag(cfg, "offload")
-    checkpoint = pipelines.find_checkpoint(cfg.model)
-    pipe = pipelines.load(cfg.model, checkpoint, select_device(cfg.device), compile_denoiser=compiled, offload=offload)
+    checkpoint = checkpoints.find_checkpoint(cfg.model)
+    pipe = checkpoints.load(
+        cfg.model, checkpoint, select_device(cfg.device), compile_denoiser=compiled, offload=offload
+    )
     files = []
     for name, spec in OmegaConf.to_container(cfg.applications, resolve=True).items():
         sheet = draw(pipe, dict(cfg.model.call), method.config, **spec)

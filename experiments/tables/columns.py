@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from eval.files import write_text
-from experiments import catalogue, project_path
-from experiments.locks import locked
+from experiments import project_path
 from experiments.methods.setting import Setting
+from experiments.runs import catalogue
+from experiments.runs.locks import locked
 
 #: Settings of the model's calls.
 CALL = (
@@ -219,8 +220,8 @@ def latex(tables: Iterable[pd.DataFrame]) -> str:
 def commands(name: str) -> list[str]:
     """Return what makes an experiment's table and figures: the make target, and the command that it calls."""
     if name == "latency":  # an act of its own
-        return ["make latency", "python -m experiments.latency experiment=latency"]
-    return [f"make reproduce-{name}", f"python -m experiments.reproduce experiment={name}"]
+        return ["make latency", "python -m experiments latency experiment=latency"]
+    return [f"make reproduce-{name}", f"python -m experiments reproduce experiment={name}"]
 
 
 def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:

@@ -19,10 +19,11 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import canonical_json, remembered_hash
-from experiments import PROJECT, pipelines
+from experiments import PROJECT
 from experiments.configs import build, flag, leaves, without
 from experiments.methods.method import Method
 from experiments.prompts import PromptSet
+from experiments.runs import checkpoints
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
@@ -56,9 +57,9 @@ def request_apart(cfg: DictConfig) -> dict[str, Any]:
         "model": {
             # Key by key: to resolve all of a model's configuration takes a tenth of a second.
             **{key: cfg.model[key] for key in ("name", "kind", "architecture", "revision", "variant")},
-            "source": pipelines.canonical_source(cfg.model.source),
-            "dtype": str(pipelines.torch_dtype(cfg.model)).removeprefix("torch."),
-            "call": pipelines.call_arguments(cfg.model),
+            "source": checkpoints.canonical_source(cfg.model.source),
+            "dtype": str(checkpoints.torch_dtype(cfg.model)).removeprefix("torch."),
+            "call": checkpoints.call_arguments(cfg.model),
         },
         "prompts": {
             "name": prompts.name,

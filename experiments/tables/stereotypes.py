@@ -1,6 +1,6 @@
 """How often are the classifiers of gender and skin tone right, and what do their errors make of evenness?
 
-    python -m experiments.stereotypes
+    python -m experiments stereotypes
 
 Reads the pictures of models/mini-people, emoji of known gender and tone, with the classifiers of metric=stereotypes,
 and writes results/attribute_classifier.csv and .md; `results=FOLDER` writes them elsewhere.
@@ -23,11 +23,11 @@ from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval
 from eval.stereotypes import AsSaid, confusion, evenness_found, label_said
 from experiments import project_path
-from experiments.metrics import build_metric, measured
-from experiments.pages import with_interval
 from experiments.plan import first
-from experiments.tables import markdown
-from experiments.templates import render
+from experiments.runs.metrics import build_metric, measured
+from experiments.tables.columns import markdown
+from experiments.tables.pages import with_interval
+from experiments.tables.templates import render
 
 PICTURES = "models/mini-people"
 #: Its artwork was not in the training of mini-clip.

@@ -21,13 +21,14 @@ from eval.images import (
     read_withheld,
     scores_path,
 )
-from experiments import catalogue, pages
 from experiments.figures.style import title
 from experiments.methods.assets import read_assets
 from experiments.plan import first
-from experiments.reporting.pictures import Pictures, is_elsewhere, kept, reduced
-from experiments.runs import RUNS, Run
-from experiments.tables import CALL, ROLES, spelled, words
+from experiments.report.pictures import Pictures, is_elsewhere, kept, reduced
+from experiments.runs import catalogue
+from experiments.runs.store import RUNS, Run
+from experiments.tables import pages
+from experiments.tables.columns import CALL, ROLES, spelled, words
 
 log = logging.getLogger(__name__)
 

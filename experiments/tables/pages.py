@@ -8,10 +8,11 @@ import pandas as pd
 
 from eval.intervals import FEWEST
 from eval.significance import non_inferiority_power
-from experiments import catalogue, project_path
+from experiments import project_path
 from experiments.methods.setting import Setting
-from experiments.tables import CALL, DIFFERENCE, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
-from experiments.templates import TEMPLATES
+from experiments.runs import catalogue
+from experiments.tables.columns import CALL, DIFFERENCE, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
+from experiments.tables.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
 LEVEL = 0.05

@@ -5,10 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import PROJECT, pages
-from experiments.reporting.pictures import Pictures, is_elsewhere, kept
+from experiments import PROJECT
+from experiments.report.pictures import Pictures, is_elsewhere, kept
 from experiments.safety.gate import read_gate
-from experiments.tables import ROLES, direction, primary_pair, words
+from experiments.tables import pages
+from experiments.tables.columns import ROLES, direction, primary_pair, words
 
 #: Tables that verdicts are of, the first three that are there.
 VERDICTS = ("diversity", "copyright", "safety", "latency")

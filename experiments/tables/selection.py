@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from eval.fronts import on_front
-from experiments.tables import DIFFERENCE, direction, of_model, some_of
+from experiments.tables.columns import DIFFERENCE, direction, of_model, some_of
 
 
 def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str | None:

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from eval.encoders import Network, Scorer
 from eval.intervals import SUBSETS
 from eval.metric import Metric, SetMetric
-from experiments import tables
 from experiments.configs import build
+from experiments.tables import columns
 
 #: Images that a metric may need and that a model's configuration may lack: how to give them.
 NEEDS = {
@@ -89,11 +89,13 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
     Raises:
         ValueError: they are not two of the configured ones.
     """
-    primary = {role: cfg.primary[role] for role in tables.ROLES if cfg.primary[role] is not None}
+    primary = {role: cfg.primary[role] for role in columns.ROLES if cfg.primary[role] is not None}
     named = {role: [names] if isinstance(names, str) else list(names) for role, names in primary.items()}
     claims = [name for role in named if role != "quality" for name in named[role]]
     if not claims or not named.get("quality"):
-        raise ValueError(f"expected primary.quality and one of {', '.join(tables.ROLES[:-1])} to be given, got {named}")
+        raise ValueError(
+            f"expected primary.quality and one of {', '.join(columns.ROLES[:-1])} to be given, got {named}"
+        )
     absent = left_out(cfg)
     for role, name in ((role, name) for role, names in named.items() for name in names):
         if name not in cfg.metric or absent.get(name) in NEEDS.values():
@@ -128,7 +130,7 @@ def check_table(cfg: DictConfig) -> None:
 
 def tested_among(cfg: DictConfig, names: Iterable[str]) -> list[str]:
     """Return which of some metrics are primary."""
-    values = [cfg.primary[role] for role in tables.ROLES]
+    values = [cfg.primary[role] for role in columns.ROLES]
     primary = {name for value in values for name in (value if isinstance(value, ListConfig) else [value])}
     return [name for name in names if name in primary]
 
@@ -144,7 +146,7 @@ def primary_without(cfg: DictConfig, names: Iterable[str], doubtful: Container[s
     """
     absent = set(names)
     overrides = []
-    for role in (role for role in tables.ROLES if cfg.primary[role] is not None):
+    for role in (role for role in columns.ROLES if cfg.primary[role] is not None):
         value = cfg.primary[role]
         tested = list(value) if isinstance(value, ListConfig) else [value]
         if not absent.intersection(tested):

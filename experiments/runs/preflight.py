@@ -16,9 +16,9 @@ import negtome
 from eval.encoders import Network, Scorer
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
-from experiments import metrics, pipelines
 from experiments.configs import build, without
 from experiments.prompts import Group
+from experiments.runs import checkpoints, metrics
 
 #: Bytes of a pixel of a PNG of a photograph, rounded up.
 BYTES_PER_PIXEL = 2
@@ -208,7 +208,7 @@ def of_timesteps(model: DictConfig, folder: Path, method: str, settings: dict[st
     if "timestep_range" not in settings:
         return []
     window = negtome.NegToMeConfig(timestep_range=settings["timestep_range"]).published_for(model.architecture)
-    steps = pipelines.timesteps(model, folder)
+    steps = checkpoints.timesteps(model, folder)
     if not steps or any(map(window.is_active, steps)):
         return []
     low, high = window.window()

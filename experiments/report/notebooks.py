@@ -1,6 +1,6 @@
 """Run the notebooks and save their outputs in them, so that they can be read without running them.
 
-    python -m experiments.notebooks [NAME ...]
+    python -m experiments notebooks [NAME ...]
 
 NAME is a file of notebooks/ without its ending, such as quickstart; without a name, all of them run. It needs the extra
 `notebooks`: pip install -e '.[notebooks]'. Cells run top to bottom, in the notebook's folder, as a kernel runs them,

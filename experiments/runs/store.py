@@ -24,13 +24,14 @@ from PIL import Image
 from eval import files
 from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
 from eval.images import MANIFEST, WITHHELD, ManifestRow, Withheld, WithheldRow, write_manifest, write_withheld
-from experiments import pipelines, project_path
+from experiments import project_path
 from experiments.configs import build
-from experiments.identity import environment, made_by, request, short_digest
-from experiments.locks import locked
 from experiments.methods.method import Method
 from experiments.plan import RunSpec, plan_file
 from experiments.prompts import Group
+from experiments.runs import checkpoints
+from experiments.runs.identity import environment, made_by, request, short_digest
+from experiments.runs.locks import locked
 
 #: What was generated in a group's folder: the manifest's rows, or why there are none, and the log's numbers.
 RECORD = "group.json"
@@ -135,7 +136,7 @@ class Run:
             FileNotFoundError: there is none, or it was made with other weights than those that are here.
             ValueError: its identity or its manifest was changed.
         """
-        cfg, cure = spec.cfg, "run python -m experiments.generate with the same overrides"
+        cfg, cure = spec.cfg, "run python -m experiments generate with the same overrides"
         if spec.id is None:
             raise FileNotFoundError(
                 f"no complete run of model={cfg.model.name} method={cfg.method.name} with these settings is named in "
@@ -144,7 +145,7 @@ class Run:
         run = cls(project_path(cfg.outputs) / RUNS / spec.id)
         if not run.complete:
             raise FileNotFoundError(f"the run of method={cfg.method.name}, {run.folder}, is unfinished or gone: {cure}")
-        here = pipelines.local_fingerprint(cfg.model)
+        here = checkpoints.local_fingerprint(cfg.model)
         if here not in (None, run.identity["weights"]):
             raise FileNotFoundError(
                 f"{run.folder} was made with other weights than those of {cfg.model.source}: {cure}"

@@ -1,6 +1,6 @@
 """Act 5: all tables, figures and images become one page, read in a browser without a server or a network.
 
-    python -m experiments.report [--results FOLDER] [--outputs FOLDER] [--into FOLDER] [--groups 40] [--single-file]
+    python -m experiments report [--results FOLDER] [--outputs FOLDER] [--into FOLDER] [--groups 40] [--single-file]
 
 It shows the tables of `--results` (default: those made here, outputs/results; where there are none, the published
 ones, results), and of each table's runs the images that are on this machine, at most `--groups` groups a model.
@@ -25,19 +25,20 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from eval.files import write_text
-from experiments import PROJECT, pages, project_path
+from experiments import PROJECT, project_path
 from experiments.figures import called_for
 from experiments.figures.style import encode
 from experiments.latency.report import target_table
 from experiments.latency.rows import MEASURED
-from experiments.locks import locked
 from experiments.plan import first
-from experiments.reporting.galleries import gallery, read_runs
-from experiments.reporting.opening import clearest, sheet, verdicts
-from experiments.reporting.pictures import PICTURES, Pictures, is_elsewhere, kept
-from experiments.reporting.words import cell_lines, read_page
-from experiments.tables import REQUIRED, commands, printed, read_csv, read_table, spelled
-from experiments.templates import render
+from experiments.report.galleries import gallery, read_runs
+from experiments.report.opening import clearest, sheet, verdicts
+from experiments.report.pictures import PICTURES, Pictures, is_elsewhere, kept
+from experiments.report.words import cell_lines, read_page
+from experiments.runs.locks import locked
+from experiments.tables import pages
+from experiments.tables.columns import REQUIRED, commands, printed, read_csv, read_table, spelled
+from experiments.tables.templates import render
 
 #: Chapters of the page, each of the tables whose names fit its patterns, and of none of an earlier one's.
 CHAPTERS = {

@@ -1,0 +1,1 @@
+"""Runs: their folders, identity, checkpoints, and what is checked before the first image."""
