@@ -126,6 +126,7 @@ dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
 types: $(VENV)/.installed-dev  ## mypy: the types of negtome/
 	$(PY) -m mypy
 
-lint: types  ## ruff: rules and format; and types
+lint: types  ## ruff: rules and format; types; prose of README and docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pytest --quiet tests/test_prose.py

@@ -1,7 +1,7 @@
 """The site has the repository's own folders, so that a link that works on GitHub works in it.
 
-Pages of docs/ link to tables, figures and model cards beside it. Every file is therefore known by its path in the
-repository; what pages link to, and what that links to in turn, is added. Pages of docs/ come out without that folder.
+Pages of docs/ link to tables, figures and model cards outside it. So every file is known by its path in the repository.
+Files that pages link to are added, directly or through other pages. Pages of docs/ come out without that folder.
 """
 
 import posixpath
@@ -19,19 +19,19 @@ CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Name the files of docs/ by their paths in the repository, and add those that they lead to."""
-    own = [file for file in files if file.src_dir == config.docs_dir]
-    for file in own:
+    """Name the files of docs/ by their paths in the repository, and add those that they link to."""
+    docs_files = [file for file in files if file.src_dir == config.docs_dir]
+    for file in docs_files:
         files.remove(file)
-    found = {f"docs/{file.src_uri}": file.inclusion for file in own}
-    left = [path for path, inclusion in found.items() if inclusion.is_included()]
-    left += [page for page in pages(config.nav) if page not in found]
-    while left:
-        path = left.pop()
-        found.setdefault(path, File.inclusion)
+    inclusions = {f"docs/{file.src_uri}": file.inclusion for file in docs_files}
+    queue = [path for path, inclusion in inclusions.items() if inclusion.is_included()]
+    queue += [page for page in pages(config.nav) if page not in inclusions]
+    while queue:
+        path = queue.pop()
+        inclusions.setdefault(path, File.inclusion)
         if path.endswith(".md"):
-            left += [linked for linked in links(path) if linked not in found]
-    for path, inclusion in sorted(found.items()):
+            queue += [linked for linked in links(path) if linked not in inclusions]
+    for path, inclusion in sorted(inclusions.items()):
         page = File(path, str(ROOT), config.site_dir, config.use_directory_urls, inclusion=inclusion)
         page.dest_uri = page.dest_uri.removeprefix("docs/")
         if path == "README.md":
