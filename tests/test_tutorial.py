@@ -67,7 +67,7 @@ def test_its_script_makes_what_it_says(folder):
 
 @pytest.mark.slow
 def test_its_sweep_makes_its_table(folder):
-    (sweep,) = [line for line in COMMANDS if "experiments.reproduce" in line]
+    (sweep,) = [line for line in COMMANDS if "experiments reproduce" in line]
     done = run(sweep, folder, f"outputs={folder / 'outputs'}", "device=cpu")
     assert done.returncode == 0, done.stderr
     assert (folder / "outputs" / "results" / "first.md").is_file()
