@@ -191,7 +191,8 @@ class AssetIndex:
 
     def settings(self, concepts: Collection[str] | None = None) -> dict[str, Any]:
         """Return what affects the cosines with the images of some concepts (None: all), as JSON values."""
-        return {"assets_sha256": assets_hash(self._of(concepts)), "encoder": self.encoder.id}
+        assets = [self.assets[place] for place in self._places(concepts)]
+        return {"assets_sha256": assets_hash(assets), "encoder": self.encoder.id}
 
     def nearest(self, queries: torch.Tensor, concepts: Collection[str] | None = None) -> list[tuple[Asset, float]]:
         """Return the images of some concepts (None: all), each with its largest cosine, the nearest first.
@@ -200,11 +201,12 @@ class AssetIndex:
             queries: embeddings, [N, D]; the largest cosine of an image is over all N.
             concepts: names; others than those of the folder are ignored.
         """
-        assets = self._of(concepts)
-        if not assets:
+        places = self._places(concepts)
+        if not places:
             return []
-        scores = self._cosines(queries, concepts).amax(dim=0).tolist()
-        return sorted(zip(assets, scores, strict=True), key=lambda pair: -pair[1])
+        scores = similarities(queries, self.embeddings[places]).amax(dim=0).tolist()
+        pairs = [(self.assets[place], score) for place, score in zip(places, scores, strict=True)]
+        return sorted(pairs, key=lambda pair: -pair[1])
 
     def calibrate(
         self, negatives: torch.Tensor, false_positive_rate: float, concepts: Collection[str] | None = None
@@ -219,19 +221,15 @@ class AssetIndex:
         Raises:
             ValueError: there are too few negatives for the rate.
         """
-        return calibrate_threshold(self._cosines(negatives, concepts).amax(dim=1), false_positive_rate)
+        cosines = similarities(negatives, self.embeddings[self._places(concepts)])
+        return calibrate_threshold(cosines.amax(dim=1), false_positive_rate)
 
     def without_concepts(self, held_out: str | Path) -> list[Path]:
         """List the images of a folder, without its subfolders that are named like a concept of the index."""
         return [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in self.concepts]
 
-    def _of(self, concepts: Collection[str] | None) -> list[Asset]:
-        return [asset for asset in self.assets if concepts is None or asset.name in concepts]
-
-    def _cosines(self, queries: torch.Tensor, concepts: Collection[str] | None) -> torch.Tensor:
-        """Return the cosines of queries [N, D] with the images of some concepts, float64 [N, R]."""
-        chosen = set(self._of(concepts))
-        return similarities(queries, self.embeddings[[asset in chosen for asset in self.assets]])
+    def _places(self, concepts: Collection[str] | None) -> list[int]:
+        return [place for place, asset in enumerate(self.assets) if concepts is None or asset.name in concepts]
 
 
 class Retriever:

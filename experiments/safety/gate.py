@@ -30,6 +30,7 @@ from experiments import project_path, start_log
 from experiments.plan import first
 from experiments.tables.columns import csv_text, markdown, printed, read_csv
 from experiments.tables.pages import with_interval
+from negtome.guard.policy import check_fields
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +93,11 @@ def read_gate(path: str | Path) -> Gate:
         raise FileNotFoundError(f"expected a gate at {path}, got no file: give gate=FILE")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _check_fields("the gate", document, {"version", "model", "released", "criteria"})
+        check_fields("the gate", document, {"version", "model", "released", "criteria"})
         if document["version"] != 1:
             raise ValueError(f"expected version: 1, got {document['version']!r}")
         released = document["released"]
-        _check_fields("released", released, {"guard", "layers"})
+        check_fields("released", released, {"guard", "layers"})
         if not isinstance(document["criteria"], list) or not document["criteria"]:
             raise ValueError(f"expected criteria as a list with at least one, got {document['criteria']!r}")
         criteria = tuple(map(_criterion, document["criteria"]))
@@ -105,14 +106,8 @@ def read_gate(path: str | Path) -> Gate:
     return Gate(document["model"], (released["guard"], released["layers"]), criteria, content_hash(path))
 
 
-def _check_fields(what: str, entry: Any, needed: set[str], optional: frozenset[str] = frozenset()) -> None:
-    if not isinstance(entry, Mapping) or not needed <= entry.keys() <= needed | optional:
-        raise ValueError(f"expected {what} with {', '.join(sorted(needed))} and nothing unknown, got {entry!r}")
-
-
 def _criterion(entry: Any) -> Criterion:
-    optional = frozenset({"complement", "attackers"})
-    _check_fields("a criterion", entry, {"name", "table", "metric", "pass", "review"}, optional)
+    check_fields("a criterion", entry, {"name", "table", "metric", "pass", "review"}, {"complement", "attackers"})
     name, limits = entry["name"], (entry["pass"], entry["review"])
     if not all(type(limit) in (int, float) and 0 <= limit <= 1 for limit in limits) or limits[0] > limits[1]:
         raise ValueError(f"expected 0 <= pass <= review <= 1 of {name}, got {limits[0]!r} and {limits[1]!r}")
@@ -262,8 +257,8 @@ def main(argv: list[str]) -> int:
     start_log()
     cfg = first(argv)
     source = folder = project_path(cfg.results)
-    made = any((folder / f"{name}.csv").is_file() for name in TABLES)
-    if not made and not any(text.startswith("results=") for text in argv):
+    has_tables = any((folder / f"{name}.csv").is_file() for name in TABLES)
+    if not has_tables and not any(text.startswith("results=") for text in argv):
         source = project_path("results")
     gate = read_gate(project_path(cfg.gate))
     rows = judge(gate, read_tables(source, gate))

@@ -77,12 +77,12 @@ class Grammar:
     vocabulary: Sequence[str]
 
     def __post_init__(self) -> None:
-        for what, texts in (("wrappers", self.wrappers), ("templates", self.templates)):
+        for field, texts in (("wrappers", self.wrappers), ("templates", self.templates)):
             if not texts or any("{}" not in text for text in texts):
-                raise ValueError(f"redteam.{what} must be texts with {{}} in them, got {list(texts)}")
-        for what in ("names", "description", "vocabulary"):
-            if not getattr(self, what):
-                raise ValueError(f"expected {what} to attack with, got none: see the policy and the model's labels")
+                raise ValueError(f"redteam.{field} must be texts with {{}} in them, got {list(texts)}")
+        for field in ("names", "description", "vocabulary"):
+            if not getattr(self, field):
+                raise ValueError(f"expected {field} to attack with, got none: see the policy and the model's labels")
 
     def draw(self, rng: random.Random) -> Candidate:
         """Return a random prompt."""

@@ -125,9 +125,9 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
     flag(cfg, "redteam.exceptions")
     n_queries, device = check_int("redteam.queries", cfg.redteam.queries, 1, 10**4), select_device(cfg.device)
     policy, checkpoint = read_policy(cfg.model.copyright.policy), checkpoints.find_checkpoint(cfg.model)
-    known = [clause.asset for clause in policy.clauses]
-    concepts = known if cfg.redteam.assets is None else list(cfg.redteam.assets)
-    if not concepts or (unknown := sorted(set(concepts) - set(known))):
+    protected = [clause.asset for clause in policy.clauses]
+    concepts = protected if cfg.redteam.assets is None else list(cfg.redteam.assets)
+    if not concepts or (unknown := sorted(set(concepts) - set(protected))):
         raise ValueError(f"redteam.assets must be assets of the policy, got {unknown if concepts else 'none'}")
     method: Method = build(cfg.method)
     objective, judge = _objective_and_judge(cfg)
@@ -135,7 +135,7 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
     if attacker == "chat":
         material = OmegaConf.to_container(cfg.redteam.chat, resolve=True)
     else:
-        material = [vars(grammar_of(cfg, policy, concept)) for concept in known]
+        material = [vars(grammar_of(cfg, policy, concept)) for concept in protected]
     identity = {
         "version": VERSION,
         "model": request_apart(cfg)["model"],

@@ -126,10 +126,10 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
         rows = {key: group.set_index("metric") for key, group in part.groupby(["guard", "layers"], sort=False)}
         ends = counts[counts["model"] == model].fillna({"layers": ""})
         units = part["n_units"].iloc[0]
-        asked = {name: int(part.loc[part["metric"] == name, "n_groups"].iloc[0]) for name in (SAFE, USEFUL)}
+        count = {name: int(part.loc[part["metric"] == name, "n_groups"].iloc[0]) for name in (SAFE, USEFUL)}
         parts += [
             f"## {model}",
-            f"{asked[SAFE]} requests for {units} protected designs, {asked[USEFUL]} that are none or are allowed.",
+            f"{count[SAFE]} requests for {units} protected designs, {count[USEFUL]} that are none or are allowed.",
             _table(rows, [SAFE, USEFUL, "clip_score_allowed"], paired=True),
             "Requests for protected designs, by kind:",
             _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{SAFE}_")]),

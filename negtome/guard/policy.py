@@ -5,7 +5,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -275,7 +275,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _policy(document: Any) -> Policy:
-    top = _fields("the policy", document, {"version", "clauses"}, {"default", "precedence", "exceptions", "examples"})
+    top = check_fields(
+        "the policy", document, {"version", "clauses"}, {"default", "precedence", "exceptions", "examples"}
+    )
     if type(top["version"]) is not int or top["version"] != VERSION:  # in Python, True == 1
         raise ValueError(f"expected version: {VERSION}, got {brief(top['version'])}")
     clauses = tuple(map(_clause, _list("clauses", top["clauses"])))
@@ -288,16 +290,18 @@ def _policy(document: Any) -> Policy:
 
 
 def _example(entry: Any) -> Example:
-    fields = _fields("an example", entry, {"request", "action", "clauses"}, set())
+    fields = check_fields("an example", entry, {"request", "action", "clauses"})
     request = _text("request of an example", fields["request"])
     clauses = _texts(f"clauses of the example {request!r}", fields["clauses"])
     return Example(request, _text(f"action of the example {request!r}", fields["action"]), clauses)
 
 
 def _clause(entry: Any) -> Clause:
-    fields = _fields("a clause", entry, {"id", "asset", "description", "action"}, {"names", "exceptions", "examples"})
+    fields = check_fields(
+        "a clause", entry, {"id", "asset", "description", "action"}, {"names", "exceptions", "examples"}
+    )
     name = _text("id of a clause", fields["id"])
-    examples = _fields(f"examples of {name}", fields.get("examples", {}), set(), {"violates", "allowed"})
+    examples = check_fields(f"examples of {name}", fields.get("examples", {}), set(), {"violates", "allowed"})
     return Clause(
         name,
         _text(f"asset of {name}", fields["asset"]),
@@ -311,42 +315,41 @@ def _clause(entry: Any) -> Clause:
 
 
 def _exception(entry: Any) -> PolicyException:
-    fields = _fields("an exception", entry, {"id", "text"}, {"action", "names"})
+    fields = check_fields("an exception", entry, {"id", "text"}, {"action", "names"})
     name = _text("id of an exception", fields["id"])
     text, action = _text(f"text of {name}", fields["text"]), _text(f"action of {name}", fields.get("action", "allow"))
     return PolicyException(name, text, action, _texts(f"names of {name}", fields.get("names", [])))
 
 
-def _fields(what: str, entry: Any, needed: set[str], optional: set[str]) -> Mapping[str, Any]:
+def check_fields(label: str, entry: Any, needed: set[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
+    """Return an entry of a YAML document; ValueError unless it is a mapping with the needed and no unknown names."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"expected {what} as a mapping of names to values, got {brief(entry)}")
+        raise ValueError(f"expected {label} as a mapping of names to values, got {brief(entry)}")
     if missing := needed - entry.keys():
         raise ValueError(
-            f"expected {', '.join(sorted(needed))} in {what}, got no {', '.join(sorted(missing))}: {brief(entry)}"
+            f"expected {', '.join(sorted(needed))} in {label}, got no {', '.join(sorted(missing))}: {brief(entry)}"
         )
-    if unknown := {str(name) for name in entry.keys() - needed - optional}:
-        raise ValueError(
-            f"expected {what} to have {', '.join(sorted(needed | optional))}, got "
-            f"{', '.join(sorted(unknown)[:5])} beside"
-        )
+    if unknown := {str(name) for name in entry.keys() - needed - set(optional)}:
+        names = ", ".join(sorted({*needed, *optional}))
+        raise ValueError(f"expected {label} to have {names}, got {', '.join(sorted(unknown)[:5])} too")
     return entry
 
 
-def _list(what: str, value: Any) -> list[Any]:
+def _list(label: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"expected {what} as a list, got {brief(value)}")
+        raise ValueError(f"expected {label} as a list, got {brief(value)}")
     return value
 
 
-def _texts(what: str, values: Any) -> tuple[str, ...]:
-    texts = tuple(_text(f"every one of {what}", value) for value in _list(what, values))
+def _texts(label: str, values: Any) -> tuple[str, ...]:
+    texts = tuple(_text(f"every one of {label}", value) for value in _list(label, values))
     if len(set(texts)) != len(texts):
-        raise ValueError(f"expected {what} to differ, got {list(texts)}")
+        raise ValueError(f"expected {label} to differ, got {list(texts)}")
     return texts
 
 
-def _text(what: str, value: Any) -> str:
-    # YAML reads no, on and 1.0 as what they are not here
+def _text(label: str, value: Any) -> str:
+    # YAML reads no, on and 1.0 as booleans and numbers
     if not isinstance(value, str) or not value.strip() or re.search(r"[\r\n\ud800-\udfff]", value.strip()):
-        raise ValueError(f"expected {what} as a text of one line, got {brief(value)}: put it into quotes")
+        raise ValueError(f"expected {label} as a text of one line, got {brief(value)}: put it into quotes")
     return value.strip()

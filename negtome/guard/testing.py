@@ -210,7 +210,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [["", *headings.values(), "invalid"]]
     for kind in dict.fromkeys(one.kind for one in counts):
         of_kind = [one for one in counts if one.kind == kind]
-        cells = {one.must: f"{one.right}/{one.n}" for one in of_kind}
+        cells: dict[str, str] = {one.must: f"{one.right}/{one.n}" for one in of_kind}
         invalid = f"{sum(one.invalid for one in of_kind)}/{sum(one.n for one in of_kind)}"
         rows.append([kind, *(cells.get(must, "-") for must in headings), invalid])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

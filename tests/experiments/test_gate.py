@@ -218,9 +218,9 @@ CRITERION = {"name": "a", "table": "safety", "metric": "m", "pass": 0.2, "review
     [
         ({"version": 2}, "expected version: 1"),
         ({"criteria": []}, "expected criteria as a list"),
-        ({"more": 1}, "expected the gate with"),
-        ({"released": {"guard": "nearest"}}, "expected released with"),
-        ({"criteria": [{"name": "a"}]}, "expected a criterion with"),
+        ({"more": 1}, "expected the gate to have .*got more too"),
+        ({"released": {"guard": "nearest"}}, "guard, layers in released, got no layers"),
+        ({"criteria": [{"name": "a"}]}, "in a criterion, got no metric, pass, review, table"),
         ({"criteria": [CRITERION | {"review": 0.1}]}, "0 <= pass <= review"),
         ({"criteria": [CRITERION | {"table": "other"}]}, "expected a table"),
         ({"criteria": [CRITERION | {"table": "redteam"}]}, "attackers"),

@@ -8,7 +8,6 @@ import pytest
 from negtome.guard import Audit, Decision, Keyword, read_policy
 from negtome.guard.testing import (
     EDITS,
-    Tally,
     count_requests,
     plan_edits,
     plan_examples,
@@ -112,6 +111,7 @@ def test_a_guard_that_allows_everything_passes_what_must_stay(policy):
 
 def test_a_guard_that_refuses_other_policies_is_invalid_under_edits(policy):
     assert all(outcome.right for outcome in run_examples(policy, Strict(policy)))
+    assert tally([]) == []
     outcomes = run_edits(policy, Strict(policy))
     assert all(outcome.invalid and not outcome.right for outcome in outcomes)
     assert {outcome.reason for outcome in outcomes} == {"expected my policy, got another"}
@@ -191,6 +191,13 @@ def test_edits_are_of_one_clause_and_what_is_asked_is_not_shown(policy):
             assert new == {question.clause} and list(now) != ids
 
 
+def test_a_clause_without_examples_is_not_edited(policy):
+    bare = dataclasses.replace(policy.clauses[0], violates=(), allowed=())
+    policy = dataclasses.replace(policy, clauses=(bare, *policy.clauses[1:]))
+    for questions in (plan_edits(policy), plan_examples(policy)):
+        assert {question.clause for question in questions} == {"C2", "C3"}
+
+
 def test_a_new_name_is_nobody_elses(policy):
     taken = dataclasses.replace(policy.clauses[0], id="X1", exceptions=())
     policy = dataclasses.replace(policy, clauses=(taken, *policy.clauses[1:]))
@@ -213,22 +220,13 @@ def test_clauses_are_drawn_with_a_seed_and_the_calls_are_told_beforehand(policy,
             plan_edits(policy, wrong)
 
 
-def test_a_clause_without_examples_is_not_edited(policy):
-    bare = dataclasses.replace(policy.clauses[0], violates=(), allowed=())
-    policy = dataclasses.replace(policy, clauses=(bare, *policy.clauses[1:]))
-    assert {question.clause for question in plan_edits(policy)} == {"C2", "C3"}
-    assert {question.clause for question in plan_examples(policy)} == {"C2", "C3"}
-
-
-def test_a_single_clause_has_no_others(policy):
-    policy = dataclasses.replace(policy, clauses=policy.clauses[:1])
-    outcomes = run_edits(policy, Keyword())
-    assert outcomes and all(outcome.right for outcome in outcomes)
-
-
-def test_where_nothing_is_allowed_by_default(policy):
-    strict = dataclasses.replace(policy, default="refuse")
-    assert all(outcome.right for outcome in run_examples(strict, Keyword()) + run_edits(strict, Keyword()))
+def test_a_guard_that_obeys_passes_with_one_clause_and_with_another_default(policy):
+    for changed in (
+        dataclasses.replace(policy, clauses=policy.clauses[:1]),
+        dataclasses.replace(policy, default="refuse"),
+    ):
+        outcomes = run_examples(changed, Keyword()) + run_edits(changed, Keyword())
+        assert outcomes and all(outcome.right for outcome in outcomes)
 
 
 def test_an_examples_action_without_its_clause_is_wrong(policy, told):
@@ -341,8 +339,3 @@ def test_a_table_has_a_row_for_each_kind(policy):
     assert cells[3] == ["flip", "-", "0/4", "9/9", "4/13"]
     assert cells[6] == ["reorder", "-", "-", "13/13", "0/13"]
     assert [row[0] for row in cells[2:]] == ["example", *OF_CLAUSES] and len({len(row) for row in rows}) == 1
-
-
-def test_tallies_are_in_order_and_of_nothing_there_is_none(policy):
-    assert tally([]) == []
-    assert tally(run_examples(policy, Keyword())) == [Tally("example", "be right", 7, 0, 7)]
