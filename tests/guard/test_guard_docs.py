@@ -5,7 +5,6 @@ import threading
 from argparse import ArgumentParser
 
 import pytest
-import yaml
 
 from experiments import PROJECT
 from negtome.guard import Endpoint, decide, read_policy
@@ -25,16 +24,6 @@ def shown(tmp_path, monkeypatch):
     return read_policy("policy.yaml")
 
 
-def test_its_policy_has_every_field_and_the_table_says_what_each_is(shown):
-    document = yaml.safe_load(BLOCKS["yaml"][0])
-    fields = document.keys() | document["clauses"][0].keys() | document["exceptions"][0].keys()
-    said = [
-        name for cells in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE, re.MULTILINE) for name in cells.split(", ")
-    ]
-    assert set(fields) - {"clauses", "text"} == {name.strip("`") for name in said} - {"keyword", "mini", "chat"}
-    assert len(shown.clauses) == len(shown.exceptions) == 1
-
-
 def test_its_guard_follows_the_policy_and_its_program_runs(shown, capsys):
     guard, _, program = BLOCKS["python"]
     space = {}
@@ -45,11 +34,8 @@ def test_its_guard_follows_the_policy_and_its_program_runs(shown, capsys):
     assert outcomes and all(outcome.right for outcome in outcomes)
 
 
-def test_its_guard_behind_an_address_follows_the_contract(shown, monkeypatch):
+def test_its_guard_behind_an_address_follows_the_contract(shown, no_keys):
     _, endpoint, _ = BLOCKS["python"]
-    assert len([line for line in endpoint.splitlines() if line.strip()]) <= 17
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     space = {}
     exec(endpoint.replace("8000", "0"), space)
     server = space["server"]

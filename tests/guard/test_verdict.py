@@ -24,8 +24,8 @@ UNLIKELY = Decision("allow", ("C1",), "fangs").to_json(NONCE)
 def test_a_reply_that_follows_is_the_verdict(policy, told):
     verdict = decide(policy, told(GOOD), "draw a vampire")
     assert (verdict.action, verdict.clauses, verdict.quote) == ("steer", ("C1",), "fangs")
-    assert (verdict.faults, verdict.replies) == ((), (GOOD,))
-    assert verdict.reason == "the policy says: fangs" and verdict.seconds >= 0
+    assert (verdict.faults, verdict.replies) == ((), (GOOD,)) and verdict.seconds >= 0
+    assert verdict.reason == "the policy says: fangs"
     assert decide(policy, told(ALLOWED), "a tree").reason == "no clause of the policy applies"
 
 
@@ -139,24 +139,17 @@ def test_texts_are_kept_where_that_is_asked_for(policy, told, tmp_path):
     assert row["prompt"] == "Dracula\u2028 é\nat night" and row["replies"] == [reply]
 
 
-def test_halves_of_characters_in_a_reply_are_question_marks(policy, told, tmp_path):
-    escaped = json.dumps(json.loads(GOOD) | {"rationale": "\ud83d!"})
-    reply = f"<think>\udfff</think>{escaped}"
-    verdict = decide(policy, told(reply), "Dracula", Audit(tmp_path / "audit", text=True))
-    assert (verdict.action, verdict.decision.rationale) == ("steer", "?!")
-    assert verdict.replies == (reply.replace("\udfff", "?"),)
-    cut = UnusableReplyError("cut", "\ud83d")
-    assert decide(policy, told(cut), "Dracula").replies == ("?", "?")
-
-
 @pytest.mark.parametrize("text", [True, False])
-def test_a_fault_with_halves_of_characters_or_several_lines_is_on_record(text, policy, told, tmp_path):
-    unknown = json.dumps(json.loads(ALLOWED) | {"\ud83d": 1})
-    for reply in (unknown, UnusableReplyError("cut\n\ud83d off")):
-        audit = Audit(tmp_path / "audit", text)
+def test_halves_of_characters_and_several_lines_are_put_on_record(text, policy, told, tmp_path):
+    audit = Audit(tmp_path / "audit", text)
+    escaped = json.dumps(json.loads(GOOD) | {"rationale": "\ud83d!"})
+    verdict = decide(policy, told(f"<think>\udfff</think>{escaped}"), "Dracula", audit)
+    assert (verdict.action, verdict.decision.rationale) == ("steer", "?!")
+    assert verdict.replies == (f"<think>?</think>{escaped}",)
+    for reply in (json.dumps(json.loads(ALLOWED) | {"\ud83d": 1}), UnusableReplyError("cut\n\ud83d off", "\ud83d")):
         verdict = decide(policy, told(reply), "Dracula", audit)
         assert verdict.action == "invalid" and lines(audit.path)[-1]["action"] == "invalid"
-    assert verdict.faults == ("cut ? off",)
+    assert (verdict.faults, verdict.replies) == (("cut ? off",), ("?", "?"))
 
 
 def test_several_processes_append_whole_lines(tmp_path):
