@@ -176,8 +176,9 @@ def load_guard(name: str) -> Guard:
 
 
 def _import(name: str, module: str, attribute: str) -> Any:
+    imported = importlib.import_module(module)
     try:
-        value = operator.attrgetter(attribute)(importlib.import_module(module))
+        value = operator.attrgetter(attribute)(imported)
     except AttributeError as error:
         raise ImportError(f"expected {attribute} in {module}, got {error}") from error
     if hasattr(value, "reply") and not isinstance(value, type):
@@ -190,7 +191,7 @@ def _import(name: str, module: str, attribute: str) -> Any:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command; see the module. Returns the exit code."""
+    """Run a command and return its exit code; see the module."""
     if not argv or argv[0] in HELP:
         print(__doc__.strip())
         return 0 if argv else 2
@@ -213,29 +214,30 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     """Return the parser of all arguments, and the parsers of the commands by their names."""
     parser = argparse.ArgumentParser(prog="python -m negtome.guard", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {
-        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False, add_help=False)
-        for run in (check, explain, test)
-    }
+    parts = {}
     for run in (check, explain, test):
-        parts[run.__name__].set_defaults(run=run)
-        parts[run.__name__].add_argument(
-            "--policy", metavar="P", required=True, help="YAML; docs/safety.md says what stands in it"
-        )
-    parts["check"].add_argument("--render", action="store_true", help="print the system message, and nothing else")
+        part = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False, add_help=False)
+        part.set_defaults(run=run)
+        part.add_argument("--policy", metavar="P", required=True, help="YAML file, see docs/safety.md")
+        parts[run.__name__] = part
+    parts["check"].add_argument("--render", action="store_true", help="print only the system message")
     for part in (parts["explain"], parts["test"]):
         part.add_argument("--guard", metavar="G", required=True, help="keyword, mini, chat or MODULE:ATTRIBUTE")
-        part.add_argument("--base-url", metavar="U", help="of chat: a server's address, such as http://host:8000/v1")
-        part.add_argument("--model", metavar="M", help="of chat: what that server calls the model")
-        part.add_argument("--folder", metavar="F", help="of chat and mini: the model's folder")
-        part.add_argument("--max-tokens", metavar="N", type=int, help="of chat: of a reply, thinking included (1024)")
-        part.add_argument("--context", metavar="N", type=int, help="of chat: tokens that a server cuts off after")
-        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds that a decision may take (60)")
-        part.add_argument("--audit", metavar="FILE", help="append every verdict to it, without texts")
-    parts["explain"].add_argument("--raw", action="store_true", help="print what the guard replied, too")
-    parts["explain"].add_argument("prompt", help="after --, if it may begin with a -")
-    parts["test"].add_argument("--edits", type=int, metavar="N", help="edit N clauses, not all; 0: examples alone")
-    parts["test"].add_argument("--seed", type=int, default=0, help="of drawing them")
+        part.add_argument("--base-url", metavar="U", help="chat: address of the server, such as http://host:8000/v1")
+        part.add_argument("--model", metavar="M", help="chat: the server's name of the model")
+        part.add_argument("--folder", metavar="F", help="chat, mini: folder of the model")
+        part.add_argument("--max-tokens", metavar="N", type=int, help="chat: longest reply, reasoning included (1024)")
+        part.add_argument(
+            "--context", metavar="N", type=int, help="chat: longest conversation of a server that cuts off silently"
+        )
+        part.add_argument("--timeout", metavar="S", type=float, help="chat: seconds for a decision (60)")
+        part.add_argument("--audit", metavar="FILE", help="append every verdict, without texts")
+    parts["explain"].add_argument("--raw", action="store_true", help="print the guard's replies, too")
+    parts["explain"].add_argument("prompt", help="the prompt, after -- if it begins with a -")
+    parts["test"].add_argument(
+        "--edits", type=int, metavar="N", help="edit N clauses instead of all; 0: only the examples"
+    )
+    parts["test"].add_argument("--seed", type=int, default=0, help="seed for drawing the clauses")
     parts["test"].add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
     return parser, parts
 

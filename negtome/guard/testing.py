@@ -60,16 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a question.
-
-    Attributes:
-        kind, clause, prompt, must: the question's.
-        expected, got: actions with the cited ids, in words.
-        before: the same before the edit; "" for an example.
-        right: whether the decision is as it must be.
-        invalid: whether the guard's reply did not follow from the policy.
-        reason: the verdict's reason, or the first fault of an invalid one.
-    """
+    """The outcome of a question: answers as texts, `before` "" for an example, `reason` the first fault if invalid."""
 
     kind: str
     clause: str
@@ -168,10 +159,7 @@ def run_edits(
 ) -> list[Outcome]:
     """Have a guard decide the questions of `plan_edits`, once before the edits and under each.
 
-    If a guard refuses to read another policy than its own, its decision counts as invalid.
-
-    Raises:
-        ConnectionError: the guard does not answer.
+    A ValueError of a guard, such as one that reads no other policy, is an invalid decision; other errors are raised.
     """
     shown, answers, before, outcomes = without_examples(policy), _answers(policy), {}, []
     for question in plan_edits(policy, edits, seed):
@@ -305,15 +293,7 @@ def _in_words(action: str, clauses: Sequence[str]) -> str:
 
 
 def _outcome(question: Question, verdict: Verdict, expected: Answer, before: str, right: bool) -> Outcome:
-    return Outcome(
-        kind=question.kind,
-        clause=question.clause,
-        prompt=question.prompt,
-        must=question.must,
-        expected=_in_words(*expected),
-        got=_in_words(verdict.action, verdict.clauses),
-        before=before,
-        right=right,
-        invalid=verdict.action == "invalid",
-        reason=verdict.faults[0] if verdict.faults else verdict.reason,
-    )
+    got, reason = _in_words(verdict.action, verdict.clauses), verdict.faults[0] if verdict.faults else verdict.reason
+    answers = (_in_words(*expected), got, before)
+    invalid = verdict.action == "invalid"
+    return Outcome(question.kind, question.clause, question.prompt, question.must, *answers, right, invalid, reason)
