@@ -247,9 +247,8 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         f"# Gate\n\n**{rows[0]['model']}**, before and after mitigation. Rate [exact 95 % interval over requests or "
-        f"searches]: what its upper end comes to. {limits}.\n\n{markdown(printed(table))}\n\nThese words are about the "
-        "requests and attacks that were tried, and about nothing else. Gate file: sha256 "
-        f"`{rows[0]['gate_sha256']}`.\n"
+        f"searches]: verdict on its upper limit. {limits}.\n\n{markdown(printed(table))}\n\nThe verdicts hold only for "
+        f"the requests and attacks that were tried. Gate file: sha256 `{rows[0]['gate_sha256']}`.\n"
     )
 
 

@@ -4,38 +4,26 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import project_path
 from experiments.methods.assets import Retriever
 from experiments.plan import expand
-from negtome.guard import Nearest, read_policy
+from negtome.guard import Nearest
 
 log = logging.getLogger(__name__)
 
 
-def nearest(retriever: Retriever, policy: str | Path | None = None) -> Nearest:
-    """Return the guard that compares prompts with the reference images of protected concepts.
-
-    Args:
-        retriever: finds the images; only its query "prompt" is used.
-        policy: file of the policy to check now. None: the guard checks the policy when it first decides by it.
-
-    Raises:
-        ValueError: a concept of the policy has no images.
-    """
+def nearest(retriever: Retriever) -> Nearest:
+    """Return the guard that compares prompts with reference images, by the retriever's query "prompt"."""
 
     def find(prompt: str, names: Collection[str]) -> tuple[str, float] | None:
         pictures = retriever.of_prompt(prompt, names)
         return (pictures[0][0].name, pictures[0][1]) if pictures else None
 
     digest = hashlib.sha256(json.dumps(retriever.settings(), sort_keys=True).encode()).hexdigest()
-    guard = Nearest(find, digest[:12], {asset.name for asset in retriever.assets})
-    if policy is not None:
-        guard.check(read_policy(policy))
-    return guard
+    return Nearest(find, digest[:12], {asset.name for asset in retriever.assets})
 
 
 def guarded_systems(argv: Sequence[str], defaults: Sequence[str]) -> list[DictConfig]:

@@ -302,16 +302,16 @@ def render(frame: pd.DataFrame) -> str:
             cells["queries"] = f"{first['n_queries']:.0f}"
             cells |= {name: f"{first[name]:.0%}" for name in OUTCOMES if frame[name].any()}
             table.append(cells)
-        parts += [f"**{model}**, {int(of_model['n_units'].max())} designs.", markdown(printed(table))]
+        parts += [f"**{model}**, {int(of_model['n_units'].max())} protected concepts.", markdown(printed(table))]
     return "\n\n".join(parts) + "\n"
 
 
 LEGEND = """\
-Share of protected designs of which a search got an image shown that resembles their scoring pictures above the
-calibrated threshold, within so many queries; [95 % bootstrap interval over designs], none where all ended alike.
-Differences are paired by design. Attackers know guidance pictures alone. Shares of outcomes are of all queries: a
-search ends with its first success. Nothing is said of prompts outside the grammar, nor of more queries:
-docs/redteam.md."""
+Share of protected concepts for which a search succeeded within so many queries: the system showed an image that
+resembles a scoring image of the concept above the calibrated threshold. [95 % bootstrap interval over concepts]; no
+interval where all searches ended alike. Differences are paired by concept. Attackers know only the guidance images.
+Shares of outcomes are over all queries; a search ends with its first success. The table says nothing about prompts
+outside the grammar or about more queries: docs/redteam.md."""
 
 
 def write_table(argv: Sequence[str]) -> str:

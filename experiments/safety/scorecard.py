@@ -107,14 +107,14 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
     for layer in LAYERS:
         axes[1].plot([], [], linestyle="none", color=style.FAINT, marker=SHAPES[layer], label=layer)
     n = {metric: part.loc[part["metric"] == metric, "n_units"].iloc[0] for metric in (SAFE, USEFUL)}
-    y = f"{words(SAFE)} (up): protected requests without the design"
-    x = f"{words(USEFUL)} (up): allowed requests that are answered"
+    y = f"{words(SAFE)} (up): protected requests stopped"
+    x = f"{words(USEFUL)} (up): allowed requests answered"
     axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=style.wrapped(y, 0.85 * figure.get_figheight()))
     axes[1].set(xlabel=style.wrapped(x, 0.7 * width))
     for axis in axes:
         axis.grid()
     style.legend_below(figure, *axes)
-    style.head(figure, f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} designs")
+    style.head(figure, f"{model}: requests through a policy; bars: 95 % intervals over {n[SAFE]} concepts")
     return figure
 
 
@@ -129,13 +129,13 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
         count = {name: int(part.loc[part["metric"] == name, "n_groups"].iloc[0]) for name in (SAFE, USEFUL)}
         parts += [
             f"## {model}",
-            f"{count[SAFE]} requests for {units} protected designs, {count[USEFUL]} that are none or are allowed.",
+            f"{count[SAFE]} requests for {units} protected concepts, {count[USEFUL]} allowed requests.",
             _table(rows, [SAFE, USEFUL, "clip_score_allowed"], paired=True),
-            "Requests for protected designs, by kind:",
+            "Requests for protected concepts, by kind:",
             _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{SAFE}_")]),
-            "Requests that are none or are allowed, by kind:",
+            "Allowed requests, by kind:",
             _table(rows, [name for name in part["metric"].unique() if name.startswith(f"{USEFUL}_")]),
-            "How requests ended, and mean seconds a request:",
+            "How requests ended, and mean seconds per request:",
             markdown(printed({name: _cell(value) for name, value in row.items()} for row in ends[COLUMNS[2:-1]]
                              .to_dict("records"))),
         ]  # fmt: skip
@@ -162,14 +162,14 @@ def _cell(value: Any) -> str:
 
 
 LEGEND = """\
-not unsafe: share of requests that ended without an image in which a protected design is detected, by pictures that no
-guard and no layer was given; not overrefuse: share that ended with an image, whatever it shows. Value [95 % interval
-over the designs]; paired difference to no guard. decide: what is to be steered is refused; steer: it is pushed away
-from the design instead; check: images that resemble a design are made again, up to three times, and then blocked.
-invalid: no reply of the guard followed from the policy. The controls: shown an empty policy, a guard lets everything
-through; one that refuses everything stops all, and answers nothing. The encoder of the check is the judge's too,
-though the pictures are others, which flatters the check. A detection says that an image resembles a picture above a
-threshold, and no more. Models named mini-* are this project's own."""
+not unsafe: share of protected requests stopped, that is, without an image in which a protected concept is detected, by
+scoring images that no guard and no stage uses. not overrefuse: share of allowed requests answered with an image,
+whatever it shows. Value [95 % interval over the concepts]; paired difference to no guard. decide: a request that would
+be steered is refused. steer: it is pushed away from the concept instead. check: images that resemble a concept are made
+again, up to three times, and then blocked. invalid: no reply of the guard followed from the policy. Controls: a guard
+that is shown an empty policy lets everything through; one that refuses everything stops all requests and answers none.
+The check and the evaluation use the same encoder with different images, which flatters the check. A detection means
+that an image resembles a reference image above a threshold. Models named mini-* are this project's own."""
 
 
 def write_scorecard(plan: Plan) -> list[Path]:

@@ -38,13 +38,13 @@ COLUMNS = [
 #: Headings of the page, by what must come of a decision.
 HEADINGS = {"right": "be right", "changed as they must": "change", "stayed as they must": "stay"}
 LEGEND = """\
-example: the policy as it is, whose own examples are asked. Then one clause gets another action (flip), is left out \
-(delete), is called otherwise (rename) or moves to an end (reorder), or all are left out (strip), and no examples are \
-shown. changed: of the requests that the edit is about, the share that was decided rightly before it and is after it. \
-stayed: of others, the share that cites what it cited before and does what that says now. invalid: replies that did \
-not follow from the edited policy, or that a guard refused to give since it knows another one; they are never right. \
-95 % centred bootstrap over clauses; no interval where all are alike. The requests are the policy's own examples, by \
-those who wrote the policy: how a guard does on requests that nobody foresaw is another question."""
+example: the policy's own examples, under the policy as it is. Under edits no examples are shown: one clause gets \
+another action (flip), is removed (delete), gets another id (rename) or moves to an end (reorder), or all clauses are \
+removed (strip). changed: share of the requests about the edited clause that are decided rightly before and after the \
+edit. stayed: share of the other requests that are decided by the same clauses, with the action that now follows. \
+invalid: replies that did not follow from the edited policy, or that a guard refused because it knows another one; \
+they are never right. 95 % centred bootstrap over clauses; no interval where all are alike. The requests are the \
+policy's own examples: they do not show how a guard decides requests that nobody foresaw."""
 
 
 def rows_of(policy: Policy, guard: Guard) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A guard that compares prompts with images: a clause applies if the prompt comes near an image of its asset."""
+"""A guard that compares prompts with images: a clause applies if the prompt comes near an image of its concept."""
 
 from collections.abc import Callable, Collection
 
@@ -7,12 +7,12 @@ from negtome.guard.policy import Policy
 
 
 class Nearest:
-    """Takes the asset that a prompt comes nearest to, if it is near enough; it knows no exceptions.
+    """Takes the protected concept that a prompt comes nearest to, if it is near enough; it knows no exceptions.
 
     Args:
-        find: for a prompt and names of assets, returns the nearest asset and its cosine; None if none is near enough.
+        find: for a prompt and names of concepts, returns the nearest one and its cosine; None if none is near enough.
         id: identifies `find`: encoder, threshold and images.
-        assets: names of the assets that have images.
+        assets: names of the concepts that have images.
     """
 
     name = "nearest"
@@ -27,7 +27,7 @@ class Nearest:
         self.id = f"nearest-2-{id}"
 
     def check(self, policy: Policy) -> None:
-        """Raise ValueError unless every asset of a policy has images."""
+        """Raise ValueError unless every concept of a policy has images."""
         if absent := sorted({clause.asset for clause in policy.clauses} - self.assets):
             raise ValueError(
                 f"expected pictures of every asset of the policy, got no folder of {', '.join(absent[:5])}: name the "

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-#: What can be done about a request: draw it; draw it pushed away from the asset; do not draw it; let a person decide.
+#: Actions on a request: draw it; draw it pushed away from the concept; do not draw it; let a person decide.
 ACTIONS = ("allow", "steer", "refuse", "escalate")
 #: Version of the format.
 VERSION = 1
@@ -63,16 +63,16 @@ class PolicyException:
 
 @dataclass(frozen=True)
 class Clause:
-    """One asset, and the action on requests for it.
+    """A protected concept, and the action on requests for it.
 
     Attributes:
         id: unique in the policy.
-        asset: its name, which is also the name of its folder of images.
+        asset: name of the concept, and of its folder of images.
         names: words by which `Keyword` finds it.
-        description: what the asset looks like.
+        description: of the concept's appearance.
         action: one of `ACTIONS`.
         exceptions: ids of the exceptions that hold for it.
-        violates, allowed: example requests for the asset, and benign near-misses.
+        violates, allowed: example requests for the concept, and benign near-misses.
     """
 
     id: str
@@ -86,7 +86,7 @@ class Clause:
 
     @property
     def line(self) -> str:
-        """Id, asset, other names and description in one line."""
+        """Id, concept, other names and description in one line."""
         others = [name for name in self.names if name != self.asset]
         asset = f"{self.asset} ({', '.join(others)})" if others else self.asset
         return f"{self.id}: {asset}: {self.description}"

@@ -276,11 +276,9 @@ def test_the_nearest_neighbour_guard_does_not_start_without_images_of_every_asse
     assets = [SimpleNamespace(name=name) for name in ("red", "green")]
     retriever = SimpleNamespace(assets=assets, settings=dict, of_prompt=lambda prompt, names: [])
     with pytest.raises(ValueError, match="expected pictures of every asset of the policy, got no folder of plum"):
-        nearest(retriever, folders / "policy.yaml")
-    with pytest.raises(ValueError, match="got no folder of plum"):
         guarded(folders, guard=nearest(retriever)).verdict("a plum thing")
     assets.append(SimpleNamespace(name="plum"))
-    assert guarded(folders, guard=nearest(retriever, folders / "policy.yaml")).verdict("a sea").action == "allow"
+    assert guarded(folders, guard=nearest(retriever)).verdict("a sea").action == "allow"
 
 
 def reseal(change):

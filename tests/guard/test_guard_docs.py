@@ -1,14 +1,12 @@
-"""What docs/safety.md shows is so: its policy is one, its guard is one, and its options exist."""
+"""The examples of docs/safety.md run: its policy, its guard and its guard behind an address."""
 
 import re
 import threading
-from argparse import ArgumentParser
 
 import pytest
 
 from experiments import PROJECT
 from negtome.guard import Endpoint, decide, read_policy
-from negtome.guard import __main__ as commands
 from negtome.guard.testing import run_edits, run_examples
 
 PAGE = (PROJECT / "docs" / "safety.md").read_text(encoding="utf-8")
@@ -48,16 +46,3 @@ def test_its_guard_behind_an_address_follows_the_contract(shown, no_keys):
         server.server_close()
     assert [verdict.action for verdict in decided] == ["steer", "allow", "steer"]
     assert all(len(verdict.replies) == 1 for verdict in decided)
-
-
-def test_its_options_are_those_of_the_commands(monkeypatch):
-    known, add = {"--guard"}, ArgumentParser.add_argument
-
-    def noted(parser, *names, **options):
-        known.update(name for name in names if name.startswith("--"))
-        return add(parser, *names, **options)
-
-    monkeypatch.setattr(ArgumentParser, "add_argument", noted)
-    commands.main(["explain", "--help"])
-    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
-    assert {"--base-url", "--folder", "--context", "--edits", "--audit", "--json"} <= known
