@@ -200,35 +200,10 @@ class Guarded(Method):
         withheld = self._withhold(verdict, concepts)
         if withheld is not None:
             return Drawn(None, statistics, withheld=withheld)
-        if not concepts:
-            return self._generate(pipe, Method(), group, call, verdict, statistics)
-        steered = dataclasses.replace(group, concept=concepts[0])
-        return self._generate(pipe, self.steering, steered, call, verdict, statistics)
-
-    def _withhold(self, verdict: Verdict, concepts: Sequence[str]) -> Withheld | None:
-        """Return why a verdict ends a request before any image; None if it does not."""
-        ends = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}
-        if verdict.action in ends:
-            return Withheld(ends[verdict.action], verdict.reason, verdict.clauses)
-        if concepts and self.layers == "decide":
-            return Withheld("refused", verdict.reason, verdict.clauses)
-        if len(concepts) > 1:
-            reason = f"it is steered away from one asset at a time, and this asks for {', '.join(concepts)}"
-            return Withheld("refused", reason, verdict.clauses)
-        return None
-
-    def _generate(
-        self,
-        pipe: Any,
-        method: Method,
-        group: Group,
-        call: Mapping[str, Any],
-        verdict: Verdict,
-        statistics: dict[str, Any],
-    ) -> Drawn:
-        """Make images until the check passes them, or all tries are used up."""
-        check = self.check if self.layers == "check" else None
-        exempt = self._cited(verdict, "allow")
+        method = Method()
+        if concepts:
+            method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
+        check, exempt = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
         tries = 1 + self.tries if check else 1
         all_seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
         generate_seconds, check_seconds, scores = 0.0, 0.0, []
@@ -250,6 +225,18 @@ class Guarded(Method):
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == concept)
         reason = f"every one of {tries} images resembles {concept} above the threshold"
         return Drawn(None, statistics, result.references, Withheld("blocked", reason, clauses))
+
+    def _withhold(self, verdict: Verdict, concepts: Sequence[str]) -> Withheld | None:
+        """Return why a verdict ends a request before any image; None if it does not."""
+        ends = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}
+        if verdict.action in ends:
+            return Withheld(ends[verdict.action], verdict.reason, verdict.clauses)
+        if concepts and self.layers == "decide":
+            return Withheld("refused", verdict.reason, verdict.clauses)
+        if len(concepts) > 1:
+            reason = f"it is steered away from one asset at a time, and this asks for {', '.join(concepts)}"
+            return Withheld("refused", reason, verdict.clauses)
+        return None
 
     def verdict(self, prompt: str) -> Verdict:
         """Return the guard's verdict on a prompt, or the stored one.
