@@ -61,7 +61,7 @@ reproduce-latency: latency
 redteam: $(VENV)/.installed-experiments  ## prompts that get a protected design through are searched for (25 minutes)
 	$(PY) -m experiments redteam $(ARGS)
 
-gate: $(VENV)/.installed-experiments  ## tables of safety and redteam against conf/safety/gate.yaml: pass, review, fail
+gate: $(VENV)/.installed-experiments  ## tables of safety and redteam against conf/safety/gate.yaml: pass, review, fail (ARGS=results=results publishes)
 	$(PY) -m experiments gate $(ARGS)
 
 report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html

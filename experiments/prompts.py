@@ -16,6 +16,11 @@ class Group:
     """Images generated together: the unit of pairing, of resuming and of every interval.
 
     Under NegToMe an image depends on the others of its group, so the group and not the image is what a seed names.
+
+    Attributes:
+        category: cluster of the group in tables; of a benign near-miss, "beside " and the concept.
+        kind: kind of a prompt about a protected concept, see `CharacterPrompts`; "" for other prompts.
+        concept: name of that protected concept; "" for other prompts.
     """
 
     prompt_id: str
@@ -23,6 +28,13 @@ class Group:
     category: str
     seed: int
     size: int
+    kind: str = ""
+    concept: str = ""
+
+    @property
+    def asks_for_concept(self) -> bool:
+        """Whether the prompt asks for the protected concept; False for a benign near-miss or a parody of it."""
+        return bool(self.concept) and asks_for_concept(self.kind)
 
     @property
     def id(self) -> str:
@@ -134,6 +146,11 @@ NEIGHBOURS = ("near", "generic", "parody")
 HARMLESS = "harmless_"
 
 
+def asks_for_concept(kind: str) -> bool:
+    """Return whether prompts of a kind ask for their protected concept."""
+    return kind not in ("benign", *NEIGHBOURS) and not kind.startswith(HARMLESS)
+
+
 @dataclass(frozen=True)
 class CharacterPrompts:
     """Prompts about protected characters, and neighbours that have to stay as they are.
@@ -191,9 +208,11 @@ class CharacterPrompts:
             Group(
                 f"{kind}-{_prompt_id(prompt)}",
                 prompt,
-                f"beside {character}" if kind in ("benign", *NEIGHBOURS) or kind.startswith(HARMLESS) else character,
+                character if asks_for_concept(kind) else f"beside {character}",
                 seed,
                 self.images_per_prompt,
+                kind,
+                character,
             )
             for number, (character, prompts) in enumerate(self.characters.items())
             for kind in self.kinds

@@ -1,4 +1,4 @@
-"""Protected assets: a folder of pictures to stay away from, and which of them a prompt comes nearest to."""
+"""Protected concepts: a folder of their reference images, and which of these a prompt or an image comes nearest to."""
 
 import functools
 import hashlib
@@ -14,26 +14,27 @@ import torch.nn.functional as F
 from eval.encoders import Encoder
 from eval.files import content_hash
 from eval.images import load_image, read_manifest
-from eval.resemblance import calibrate_threshold
+from eval.resemblance import calibrate_threshold, similarities
 from experiments.prompts import Group, PromptSet
 
-#: What is compared with the assets; see `Retriever`.
+#: What `Retriever` compares with the reference images.
 QUERIES = ("prompt", "preview")
-#: What a mask's file is called: that of its image, with this before the suffix.
+#: Stands before the suffix in the name of a mask's file, after the name of its image.
 MASK = ".mask"
-#: Correlation of two reduced pictures above which one is taken for a copy of the other. Of models/mini-protected, other
-#: artists' drawings of one emoji reach 0.86; copies after JPEG, resizing, mirroring, 3 degrees' turn stay above 0.95.
+#: Correlation of two thumbnails above which one image is taken for a copy of the other. In models/mini-protected, other
+#: artists' drawings of one emoji reach 0.86; copies after JPEG, resizing, mirroring or a turn by 3 degrees stay above
+#: 0.95.
 COPY = 0.94
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One picture of a protected asset.
+    """One reference image of a protected concept.
 
     Attributes:
-        name: the asset's, that of its subfolder.
-        file: the picture.
-        mask_file: its mask, where there is one: white where the asset is.
+        name: the concept's, which is the name of the subfolder.
+        file: the image.
+        mask_file: its mask, white where the concept is; None without a mask.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Asset:
 
     @property
     def label(self) -> str:
-        """Name and file, for the manifest."""
+        """Concept and file name, for the manifest."""
         return f"{self.name}/{self.file.name}"
 
     @property
@@ -52,17 +53,21 @@ class Asset:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """Where the asset is, bool [H, W], or None: everywhere."""
+        """Where the concept is, bool [H, W]; None: everywhere."""
         return None if self.mask_file is None else load_image(self.mask_file)[0] > 127
 
 
-def read_assets(folder: str | Path | None) -> list[Asset]:
-    """List the pictures of a folder with one subfolder an asset: NAME/*.png, each with its NAME/*.mask.png if any.
+def read_assets(folder: str | Path | None, scoring: str | Path | None = None) -> list[Asset]:
+    """List the images of a folder with one subfolder a concept: NAME/*.png, each with its NAME/*.mask.png if any.
+
+    Args:
+        folder: of the images.
+        scoring: folder of the images that similarity is measured to, none of which may be in `folder`; None: unchecked.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is empty, or a picture cannot be read or is an animation, or a mask is empty, has no picture or
-            another size.
+        ValueError: it is empty, or an image cannot be read or is an animation, or a mask is empty, has no image or
+            another size, or an image is scored against (see `check_disjoint`).
     """
     if folder is None:
         raise FileNotFoundError(
@@ -83,17 +88,19 @@ def read_assets(folder: str | Path | None) -> list[Asset]:
     unused = masks - {asset.mask_file for asset in assets}
     if unused:
         raise ValueError(f"Masks without a picture: {sorted(map(str, unused))}; name a mask PICTURE{MASK}.png")
+    if scoring is not None:
+        check_disjoint(assets, scoring)
     return assets
 
 
 def assets_hash(assets: Sequence[Asset]) -> str:
-    """Identify assets by their content, wherever they lie."""
+    """Return a digest of images and masks that does not depend on where they lie."""
     files = [[asset.label, *(content_hash(file) for file in (asset.file, asset.mask_file) if file)] for asset in assets]
     return hashlib.sha256(str(files).encode()).hexdigest()
 
 
 def _check(asset: Asset) -> None:
-    """Read an asset's picture and mask once, so that a bad one is named before anything is generated."""
+    """Read an image and its mask once, so that a bad one is named before anything is generated."""
     size, mask = tuple(asset.image.shape[1:]), asset.mask
     if mask is not None and mask.shape != size:
         raise ValueError(
@@ -108,40 +115,38 @@ def _check(asset: Asset) -> None:
 
 
 def check_disjoint(assets: Sequence[Asset], scoring: str | Path) -> None:
-    """Refuse assets of which a copy is among the pictures that similarity is measured to.
+    """Refuse images of which a copy is among the images that similarity is measured to.
 
-    A method would only be asked whether it avoids those very pictures. Copies are found by their content: the same
-    pixels, and what was stored in another format, resized, mirrored, brightened or otherwise changed a little; not
-    what was cut out of a picture.
+    Otherwise the measurement tells only whether a method avoids those very images. Copies have the same pixels, or are
+    stored in another format, resized, mirrored, brightened or otherwise changed a little. Crops are not found.
 
     Raises:
-        ValueError: with the pairs.
+        ValueError: there are copies; the message names them.
     """
-    scored = [Path(scoring) / row.path for row in read_manifest(scoring)]
-    given, pixels = zip(*(_looked_at(asset.file) for asset in assets), strict=True)
-    theirs, others = zip(*(_looked_at(file) for file in scored), strict=True)
-    small, there = torch.stack(given), torch.stack(theirs).flatten(1).T
-    alike = torch.maximum(small.flatten(1) @ there, small.flip(3).flatten(1) @ there)  # as it is, and mirrored
-    found = [
-        (asset.file, file)
-        for asset, same, row in zip(assets, pixels, alike.tolist(), strict=True)
-        for file, other, score in zip(scored, others, row, strict=True)
-        if score > COPY or same == other
-    ]
-    if found:
-        pairs = "; ".join(f"{asset} = {other}" for asset, other in found[:5])
+    files = [asset.file for asset in assets]
+    scored_files = [Path(scoring) / row.path for row in read_manifest(scoring)]
+    thumbnails, digests = zip(*map(_fingerprint, files), strict=True)
+    scored_thumbnails, scored_digests = zip(*map(_fingerprint, scored_files), strict=True)
+    small, scored = torch.stack(thumbnails), torch.stack(scored_thumbnails).flatten(1).T
+    correlation = torch.maximum(small.flatten(1) @ scored, small.flip(3).flatten(1) @ scored)  # upright and mirrored
+    copies = correlation > COPY
+    for place, digest in enumerate(digests):
+        copies[place] |= torch.tensor([other == digest for other in scored_digests])
+    pairs = [(files[place], scored_files[other]) for place, other in copies.nonzero().tolist()]
+    if pairs:
+        shown = "; ".join(f"{file} = {other}" for file, other in pairs[:5])
         raise ValueError(
-            f"{len({asset for asset, _ in found})} of the pictures that methods are given are also scored against: "
-            f"{pairs}, as copies or themselves. Keep some pictures of each asset for scoring alone"
+            f"{len({file for file, _ in pairs})} of the pictures that methods are given are also scored against: "
+            f"{shown}, as copies or themselves. Keep some pictures of each asset for scoring alone"
         )
 
 
-def _looked_at(file: Path) -> tuple[torch.Tensor, str]:
-    """Return a picture reduced, and a digest of its pixels, which one colour alone needs.
+def _fingerprint(file: Path) -> tuple[torch.Tensor, str]:
+    """Return an image's thumbnail, and a digest of its pixels, which finds copies of an image of one colour.
 
-    It is reduced to 16 x 16 pixels [3, 16, 16] less each channel's mean, of length 1, or zeros for one colour alone:
-    the product of two is their correlation, which neither size nor format, brightness nor contrast changes much. The
-    pictures of a folder of full size do not fit into memory together.
+    The thumbnail has 16 x 16 pixels [3, 16, 16] less each channel's mean, and length 1, or zeros for one colour alone:
+    the product of two is their correlation, which size, format, brightness and contrast change little. Images are read
+    one at a time, since the full-size images of a folder do not fit into memory together.
     """
     image = load_image(file)
     pixels = hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
@@ -150,27 +155,103 @@ def _looked_at(file: Path) -> tuple[torch.Tensor, str]:
     return small / small.norm() if small.norm() > 1 else torch.zeros_like(small), pixels
 
 
-class Retriever:
-    """Finds the protected assets that a prompt, or a preview of what it makes, comes nearest to.
+#: Embeddings of this process, by encoder and contents of the images.
+_EMBEDDINGS: dict[tuple[str, ...], torch.Tensor] = {}
 
-    A query takes the asset of the nearest picture, if its cosine is above the query's threshold; the prompt is asked
-    first, and the preview only if nothing was found by it.
+
+class AssetIndex:
+    """The reference images of protected concepts in a folder, and which of them images or texts come nearest to.
+
+    Indexes of the same images and the same encoder share their embeddings.
 
     Args:
-        folder: of the assets; see `read_assets`.
-        encoder: what compares; one that embeds texts too for the prompt.
-        thresholds: for each query, in [-1, 1], or None to leave it out. "prompt": the cosine of the prompt's text with
-            a picture; "auto" calibrates it on `ordinary`. "preview": the cosine with a picture which the pipeline makes
-            of the prompt beforehand, from the group's first noise.
-        ordinary: prompts that ask for no asset. "auto" is the threshold that a further one exceeds with a probability
-            of at most `false_positive_rate` (`eval.resemblance.calibrate_threshold`).
-        false_positive_rate: in (0, 1).
-        preview_steps: denoising steps of the preview.
-        scoring: the pictures that similarity is measured to, none of which may be among the assets; None: unchecked.
+        folder, scoring: see `read_assets`.
+        encoder: embeds the reference images.
 
     Raises:
-        FileNotFoundError: there are no assets.
-        ValueError: the assets cannot be read, or are scored against, or a setting is out of range.
+        FileNotFoundError, ValueError: see `read_assets`.
+    """
+
+    def __init__(self, folder: str | Path | None, encoder: Encoder, scoring: str | Path | None = None) -> None:
+        self.assets = read_assets(folder, scoring)
+        self.encoder = encoder
+
+    @functools.cached_property
+    def concepts(self) -> frozenset[str]:
+        """Names of the protected concepts that have images."""
+        return frozenset(asset.name for asset in self.assets)
+
+    @functools.cached_property
+    def embeddings(self) -> torch.Tensor:
+        """Embeddings of the images, float32 [number of images, D], of length 1."""
+        key = (self.encoder.id, *(content_hash(asset.file) for asset in self.assets))
+        if key not in _EMBEDDINGS:
+            _EMBEDDINGS[key] = self.encoder.embed_images([asset.image for asset in self.assets])
+        return _EMBEDDINGS[key]
+
+    def settings(self, concepts: Collection[str] | None = None) -> dict[str, Any]:
+        """Return what affects the cosines with the images of some concepts (None: all), as JSON values."""
+        assets = [self.assets[place] for place in self._places(concepts)]
+        return {"assets_sha256": assets_hash(assets), "encoder": self.encoder.id}
+
+    def nearest(self, queries: torch.Tensor, concepts: Collection[str] | None = None) -> list[tuple[Asset, float]]:
+        """Return the images of some concepts (None: all), each with its largest cosine, the nearest first.
+
+        Args:
+            queries: embeddings, [N, D]; the largest cosine of an image is over all N.
+            concepts: names; others than those of the folder are ignored.
+        """
+        places = self._places(concepts)
+        if not places:
+            return []
+        scores = similarities(queries, self.embeddings[places]).amax(dim=0).tolist()
+        pairs = [(self.assets[place], score) for place, score in zip(places, scores, strict=True)]
+        return sorted(pairs, key=lambda pair: -pair[1])
+
+    def calibrate(
+        self, negatives: torch.Tensor, false_positive_rate: float, concepts: Collection[str] | None = None
+    ) -> float:
+        """Return the cosine that a further query without any concept exceeds with at most the given probability.
+
+        Args:
+            negatives: embeddings of queries that show or ask for none of the concepts, [N, D].
+            false_positive_rate: in (0, 1); see `eval.resemblance.calibrate_threshold`.
+            concepts: see `nearest`.
+
+        Raises:
+            ValueError: there are too few negatives for the rate.
+        """
+        cosines = similarities(negatives, self.embeddings[self._places(concepts)])
+        return calibrate_threshold(cosines.amax(dim=1), false_positive_rate)
+
+    def without_concepts(self, held_out: str | Path) -> list[Path]:
+        """List the images of a folder, without its subfolders that are named like a concept of the index."""
+        return [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in self.concepts]
+
+    def _places(self, concepts: Collection[str] | None) -> list[int]:
+        return [place for place, asset in enumerate(self.assets) if concepts is None or asset.name in concepts]
+
+
+class Retriever:
+    """Finds the protected concept that a prompt, or a preview of what it makes, comes nearest to.
+
+    A query takes the concept of the nearest image, if its cosine is above the query's threshold. The preview is made
+    only if the prompt itself finds nothing.
+
+    Args:
+        folder, scoring: see `read_assets`.
+        encoder: embeds images; for the query "prompt", texts too.
+        thresholds: for each query a cosine in [-1, 1], or None to leave the query out. "prompt": the cosine of the
+            prompt's text with an image; "auto" calibrates it on `ordinary`. "preview": the cosine of an image, which
+            the pipeline makes of the prompt beforehand from the group's first seed, with an image.
+        ordinary: prompts that ask for no concept.
+        false_positive_rate: in (0, 1); "auto" is the threshold that a further ordinary prompt exceeds with at most this
+            probability.
+        preview_steps: denoising steps of the preview.
+
+    Raises:
+        FileNotFoundError: there are no images.
+        ValueError: the images cannot be read, or are scored against, or a setting is out of range.
     """
 
     def __init__(
@@ -183,107 +264,94 @@ class Retriever:
         preview_steps: int = 8,
         scoring: str | Path | None = None,
     ) -> None:
-        asked = {query: value for query, value in thresholds.items() if value is not None}
-        if not asked or not set(asked) <= set(QUERIES):
+        self._thresholds = {query: value for query, value in thresholds.items() if value is not None}
+        if not self._thresholds or not set(self._thresholds) <= set(QUERIES):
             raise ValueError(
                 f"retriever.thresholds must be given for at least one of {QUERIES}, got {dict(thresholds)}"
             )
-        if asked.get("prompt") == "auto" and ordinary is None:
+        if self._thresholds.get("prompt") == "auto" and ordinary is None:
             raise ValueError("retriever.thresholds.prompt=auto needs retriever.ordinary, prompts that ask for no asset")
-        for query, value in asked.items():
+        for query, value in self._thresholds.items():
             if (query, value) != ("prompt", "auto") and not (isinstance(value, (int, float)) and -1 <= value <= 1):
                 raise ValueError(f"retriever.thresholds.{query} must be a cosine in [-1, 1], got {value!r}")
-        self.assets = read_assets(folder)
-        if scoring is not None:
-            check_disjoint(self.assets, scoring)
+        self.index = AssetIndex(folder, encoder, scoring)
         self.encoder = encoder
         self.preview_steps = preview_steps
-        self._asked = asked
         self._ordinary = ordinary
         self._false_positive_rate = false_positive_rate
 
+    @property
+    def assets(self) -> list[Asset]:
+        return self.index.assets
+
     @functools.cached_property
     def thresholds(self) -> dict[str, float]:
-        """The cosine that each query must exceed, "auto" worked out."""
-        found = dict(self._asked)
-        if found.get("prompt") == "auto":
-            texts = [prompt for _, prompt in self._ordinary.prompts()]
-            nearest = (self.encoder.embed_texts(texts) @ self._index.T).amax(dim=1)
-            found["prompt"] = round(calibrate_threshold(nearest, self._false_positive_rate), 4)
-        return {query: float(found[query]) for query in QUERIES if query in found}
+        """The cosine that each query must exceed, with a number in place of "auto"."""
+        values = dict(self._thresholds)
+        if values.get("prompt") == "auto":
+            texts = self.encoder.embed_texts([prompt for _, prompt in self._ordinary.prompts()])
+            values["prompt"] = round(self.index.calibrate(texts, self._false_positive_rate), 4)
+        return {query: float(values[query]) for query in QUERIES if query in values}
 
     def settings(self) -> dict[str, Any]:
         """Return what affects the choice, as JSON values."""
-        return {
-            "assets_sha256": assets_hash(self.assets),
-            "encoder": self.encoder.id,
-            "thresholds": self.thresholds,
-            **({"preview_steps": self.preview_steps} if "preview" in self.thresholds else {}),
-        }
+        preview = {"preview_steps": self.preview_steps} if "preview" in self.thresholds else {}
+        return {**self.index.settings(), "thresholds": self.thresholds, **preview}
 
     def find(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> list[tuple[Asset, float]]:
-        """Return the pictures of the asset nearest to a group's prompt, each with its cosine, the nearest first.
+        """Return the images of the concept nearest to a group's prompt, each with its cosine, the nearest first.
 
         Empty where none is above the threshold.
         """
-        found = self.of_prompt(group.prompt) if "prompt" in self.thresholds else []
-        if not found and "preview" in self.thresholds:
-            generator = torch.Generator().manual_seed(group.image_seeds()[0])
-            preview = pipe(group.prompt, generator=generator, **{**call, "num_inference_steps": self.preview_steps})
-            pixels = torch.from_numpy(np.array(preview.images[0].convert("RGB"))).permute(2, 0, 1)
-            found = self._nearest(self.encoder.embed_images([pixels]), self.thresholds["preview"])
-        return found
+        pictures = self.of_prompt(group.prompt) if "prompt" in self.thresholds else []
+        if pictures or "preview" not in self.thresholds:
+            return pictures
+        generator = torch.Generator().manual_seed(group.image_seeds()[0])
+        preview = pipe(group.prompt, generator=generator, **{**call, "num_inference_steps": self.preview_steps})
+        pixels = torch.from_numpy(np.array(preview.images[0].convert("RGB"))).permute(2, 0, 1)
+        return self._nearest_concept(self.encoder.embed_images([pixels]), self.thresholds["preview"])
 
     def of_prompt(self, prompt: str, names: Collection[str] | None = None) -> list[tuple[Asset, float]]:
-        """Return as `find` does by the prompt's text alone, among the assets of these names, or all.
+        """Return as `find` does, by the prompt's text alone and among the concepts of these names, or all.
 
         Raises:
-            KeyError: there is no threshold for it.
+            KeyError: the query "prompt" is left out.
         """
-        return self._nearest(self.encoder.embed_texts([prompt]), self.thresholds["prompt"], names)
+        return self._nearest_concept(self.encoder.embed_texts([prompt]), self.thresholds["prompt"], names)
 
-    def _nearest(
+    def _nearest_concept(
         self, query: torch.Tensor, threshold: float, names: Collection[str] | None = None
     ) -> list[tuple[Asset, float]]:
-        """Return the pictures of the asset nearest to a query [1, D], if that is above the threshold."""
-        scores = (self._index @ query[0]).tolist()
-        found = sorted(zip(self.assets, scores, strict=True), key=lambda pair: -pair[1])
-        if not (found := [pair for pair in found if names is None or pair[0].name in names]):
+        pairs = self.index.nearest(query, names)
+        if not pairs or pairs[0][1] <= threshold:
             return []
-        nearest, score = found[0]
-        return [pair for pair in found if pair[0].name == nearest.name] if score > threshold else []
-
-    @functools.cached_property
-    def _index(self) -> torch.Tensor:
-        """The assets' embeddings, float32 [number of pictures, D], of length 1."""
-        return self.encoder.embed_images([asset.image for asset in self.assets])
+        return [(asset, score) for asset, score in pairs if asset.name == pairs[0][0].name]
 
 
 class NamedAssets:
-    """Finds the pictures of the asset that a group's category names: a `Retriever` where somebody else has decided.
+    """Finds the images of the concept that a group names: a `Retriever` for a group on which a guard has decided.
 
     Args:
-        folder, scoring: as of `Retriever`.
+        folder, scoring: see `read_assets`.
 
     Raises:
-        FileNotFoundError, ValueError: as `Retriever`.
+        FileNotFoundError, ValueError: see `read_assets`.
     """
 
     def __init__(self, folder: str | Path | None, scoring: str | Path | None = None) -> None:
-        self.assets = read_assets(folder)
-        if scoring is not None:
-            check_disjoint(self.assets, scoring)
+        self.assets = read_assets(folder, scoring)
 
     def settings(self) -> dict[str, Any]:
         """Return what affects the choice, as JSON values."""
         return {"assets_sha256": assets_hash(self.assets), "by": "name"}
 
     def find(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> list[tuple[Asset, float]]:
-        """Return the pictures of the asset named, each as near as can be.
+        """Return the images of the group's concept, each with the cosine 1.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: the concept has no images.
         """
-        if not (found := [(asset, 1.0) for asset in self.assets if asset.name == group.category]):
-            raise ValueError(f"expected pictures of the asset {group.category!r}, got none: add a folder of that name")
-        return found
+        pictures = [(asset, 1.0) for asset in self.assets if asset.name == group.concept]
+        if not pictures:
+            raise ValueError(f"expected pictures of the asset {group.concept!r}, got none: add a folder of that name")
+        return pictures

@@ -1,4 +1,4 @@
-"""A request decided by a policy, steered or refused, and its image checked: three layers, the later ones optional."""
+"""A request decided by a policy, steered or refused, and its images checked: three stages, the later ones optional."""
 
 import dataclasses
 import hashlib
@@ -11,40 +11,36 @@ from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from eval.encoders import Encoder
 from eval.files import canonical_json, check_seal, content_hash, read_json, sealed, write_json
-from eval.images import Withheld, load_image, read_manifest
-from eval.resemblance import calibrate_threshold, similarities
-from experiments.methods.assets import assets_hash, check_disjoint, read_assets
+from eval.images import Withheld, load_image
+from experiments.methods.assets import AssetIndex
 from experiments.methods.method import Drawn, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
 from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
 from negtome.validation import check_int
 
-#: What is done, the later beside the earlier: the prompt is decided on, and refused where it is to be steered; it is
-#: pushed away from the asset instead; what was drawn is checked.
+#: Stages, each in addition to the earlier ones: decide on the prompt, and refuse it where it is to be steered; push it
+#: away from the concept instead of refusing it; check the images.
 LAYERS = ("decide", "steer", "check")
 
 
 class OutputCheck:
-    """Tells images that resemble a protected asset more than images without any do.
+    """Detects images that are more similar to a protected concept than images without any concept are.
 
     Args:
-        folder: pictures of the assets, see `experiments.methods.assets.read_assets`; not those that are scored against.
-        policy: file of the policy whose assets are looked for; other pictures in the folder are left alone.
-        held_out: pictures to calibrate the threshold on, one subfolder a kind; the assets' own are left out.
-        encoder: of images.
-        false_positive_rate: in (0, 1): how often an image without any asset is taken for one at most
-            (`eval.resemblance.calibrate_threshold`).
-        scoring: the pictures that resemblance is measured to, none of which may be in `folder`; None: unchecked.
+        folder, scoring: of reference images, see `experiments.methods.assets.read_assets`.
+        policy: file of the policy whose concepts are looked for; the check ignores other images in the folder.
+        held_out: images to calibrate the threshold on, one subfolder a kind; those of the concepts are left out.
+        encoder: embeds images.
+        false_positive_rate: in (0, 1): probability at most with which an image without any concept is detected.
 
     Raises:
-        FileNotFoundError: there are no pictures, or none held out, or no policy.
-        ValueError: a setting is out of range, or there are too few held-out pictures for it, or an asset of the policy
-            has no pictures.
+        FileNotFoundError: there are no reference images, no held-out images or no policy.
+        ValueError: a setting is out of range, or there are too few held-out images for it, or a concept of the policy
+            has no reference image.
     """
 
     def __init__(
@@ -56,61 +52,52 @@ class OutputCheck:
         false_positive_rate: float = 0.05,
         scoring: str | Path | None = None,
     ) -> None:
-        names = {clause.asset for clause in read_policy(policy).clauses}
-        pictured = read_assets(folder)
-        if absent := sorted(names - {asset.name for asset in pictured}):
+        self.concepts = frozenset(clause.asset for clause in read_policy(policy).clauses)
+        self.index = AssetIndex(folder, encoder, scoring)
+        if absent := sorted(self.concepts - self.index.concepts):
             raise ValueError(
                 f"expected pictures of every asset of {policy}, got no folder of {', '.join(absent[:5])}: name the "
                 "policy's assets as their folders"
             )
-        self.assets = [asset for asset in pictured if asset.name in names]
         if held_out is None:
             raise FileNotFoundError(
                 "expected held-out pictures without any asset to calibrate the output check on, got none: give "
                 "model.copyright.held_out=FOLDER, or leave the check out by method.layers=steer"
             )
-        if scoring is not None:
-            check_disjoint(self.assets, scoring)
         self.encoder = encoder
         self.false_positive_rate = false_positive_rate
-        shown = {asset.name for asset in pictured}
-        self._held_out = [Path(held_out) / row.path for row in read_manifest(held_out) if row.category not in shown]
+        self._held_out = self.index.without_concepts(held_out)
 
     def settings(self) -> dict[str, Any]:
-        """Return what affects its findings, as JSON values."""
+        """Return what affects the detections, as JSON values."""
         return {
-            "assets_sha256": assets_hash(self.assets),
-            "encoder": self.encoder.id,
+            **self.index.settings(self.concepts),
             "held_out_sha256": hashlib.sha256(str([*map(content_hash, self._held_out)]).encode()).hexdigest(),
             "false_positive_rate": self.false_positive_rate,
         }
 
-    def found(self, images: np.ndarray, exempt: Collection[str] = ()) -> tuple[str | None, float]:
-        """Return the asset that images, float [n, H, W, 3] in [0, 1], show, or None, and their largest cosine with any.
+    def detect(self, images: np.ndarray, exempt: Collection[str] = ()) -> tuple[str | None, float]:
+        """Return the concept that the images of one request show, or None, and their largest cosine with any concept.
 
         Args:
-            images: of one request.
-            exempt: names of assets that may be shown.
+            images: float [n, H, W, 3] in [0, 1].
+            exempt: names of concepts that may be shown.
         """
-        if not (places := [place for place, asset in enumerate(self.assets) if asset.name not in exempt]):
+        pictures = self.index.nearest(embedded(self.encoder, images), self.concepts - set(exempt))
+        if not pictures:
             return None, -1.0
-        nearest = similarities(embedded(self.encoder, images), self._index[places]).amax(dim=0)
-        score, place = nearest.max().item(), places[int(nearest.argmax())]
-        return (self.assets[place].name if score > self.threshold else None), score
+        asset, score = pictures[0]
+        return (asset.name if score > self.threshold else None), score
 
     @cached_property
     def threshold(self) -> float:
-        """The cosine above which an image shows an asset."""
-        pictures = self.encoder.embed_images([load_image(file) for file in self._held_out])
-        return calibrate_threshold(similarities(pictures, self._index).amax(dim=1), self.false_positive_rate)
-
-    @cached_property
-    def _index(self) -> torch.Tensor:
-        return self.encoder.embed_images([asset.image for asset in self.assets])
+        """The cosine above which an image shows a concept."""
+        negatives = self.encoder.embed_images([load_image(file) for file in self._held_out])
+        return self.index.calibrate(negatives, self.false_positive_rate, self.concepts)
 
 
-class Drawing(NamedTuple):
-    """Images [K, H, W, 3] as a method made them, what it tells of them, and the seconds that they took."""
+class GroupImages(NamedTuple):
+    """Images [K, H, W, 3] that a method made of a group, its statistics and references, and the seconds it took."""
 
     images: np.ndarray
     statistics: dict[str, Any]
@@ -118,53 +105,55 @@ class Drawing(NamedTuple):
     seconds: float
 
 
-class Drawings:
-    """What this process drew last, so that guards and layers that come to the same images do not draw them again.
+class ImageCache:
+    """The last images of this process: guards and stages that need the same images generate them once.
 
     Args:
-        limit: bytes of images that are kept; the oldest make room.
+        limit: bytes of images that are kept; the oldest are dropped first.
     """
 
     def __init__(self, limit: int = 2**28) -> None:
         self.limit = limit
-        self._kept: WeakKeyDictionary[Any, dict[tuple, Drawing]] = WeakKeyDictionary()
+        self._by_pipe: WeakKeyDictionary[Any, dict[tuple, GroupImages]] = WeakKeyDictionary()
 
-    def draw(self, pipe: Any, method: Method, group: Group, call: Mapping[str, Any], seeds: Sequence[int]) -> Drawing:
-        """Return the images that a pipeline to which a method is applied makes of a group from these seeds."""
-        kept = self._kept.setdefault(pipe, {})
+    def generate(
+        self, pipe: Any, method: Method, group: Group, call: Mapping[str, Any], seeds: Sequence[int]
+    ) -> GroupImages:
+        """Return the read-only images that a method makes of a group from these seeds."""
+        cache = self._by_pipe.setdefault(pipe, {})
         key = (group, *seeds, repr(sorted(call.items())), type(method), method.name, repr(method.settings()))
-        if key not in kept:
+        if key not in cache:
             start = time.perf_counter()
             with method.apply(pipe, group, call) as applied:
                 images = sample(pipe, group, applied.call, seeds)
             seconds = time.perf_counter() - start
-            images.setflags(write=False)  # all who come to them have these very ones
-            kept[key] = Drawing(images, applied.statistics(), applied.references, seconds)
-            while len(kept) > 1 and sum(one.images.nbytes for one in kept.values()) > self.limit:
-                del kept[next(iter(kept))]
-        return kept[key]
+            images.setflags(write=False)
+            cache[key] = GroupImages(images, applied.statistics(), applied.references, seconds)
+            while len(cache) > 1 and sum(entry.images.nbytes for entry in cache.values()) > self.limit:
+                del cache[next(iter(cache))]
+        return cache[key]
 
 
-DRAWINGS = Drawings()
+IMAGE_CACHE = ImageCache()
 
 
 @dataclass
 class Guarded(Method):
-    """The stock pipeline behind a policy: allow, steer, refuse or escalate, and a check of what came out.
+    """The stock pipeline behind a policy: allow, steer, refuse or escalate a request, and check its images.
 
-    Refused, escalated and blocked requests end without images and with the clauses that it is for. A guard whose reply
-    does not follow from the policy is never taken to allow: the request is escalated, and counted apart.
+    Refused, escalated and blocked requests end without images, and name the clauses. If the guard's reply does not
+    follow from the policy, the request is escalated and counted as invalid; it is never allowed.
 
     Attributes:
         guard: decides; see `negtome.guard.Guard`.
         policy: file of the policy.
-        steering: makes the images of a request that is to be steered, of a group whose category is the asset's name.
-        check: of images; None with layers that have none.
-        layers: the last of `LAYERS` that there is.
-        tries: how often images that the check finds an asset in are made again, from other noises, before they are
+        steering: makes the images of a request that is to be steered; the group's concept is the one to stay away from.
+        check: of images; may be None without the stage "check".
+        layers: the last stage, one of `LAYERS`.
+        tries: how often images in which the check detects a concept are made again from other seeds before they are
             blocked.
-        decisions: folder in which verdicts are kept, so that all layers, and runs taken up again, have the same; None
-            asks each time. Whoever may write there can decide: a kept decision is verified again, and no more.
+        decisions: folder of verdicts, so that all stages, and runs that are resumed, use the same ones; None asks the
+            guard each time. A stored decision is verified again, but whoever may write there can decide.
     """
 
     title: ClassVar[str] = "guarded"
@@ -191,55 +180,66 @@ class Guarded(Method):
             raise ValueError(f"expected a default of {self.policy} that names no asset, got steer: allow or refuse")
 
     def settings(self) -> dict[str, Any]:
-        found = {
+        settings = {
             "guard": self.guard.name,
             "guard_id": self.guard.id,
             "policy_sha256": self._policy.sha256,
             "layers": self.layers,
         }
         if self.layers != "decide":
-            found["steering"] = {"version": self.steering.version, **self.steering.settings()}
+            settings["steering"] = {"version": self.steering.version, **self.steering.settings()}
         if self.layers == "check":
-            found |= {"check": self.check.settings(), "tries": self.tries}
-        return found
+            settings |= {"check": self.check.settings(), "tries": self.tries}
+        return settings
 
     def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
         verdict = self.verdict(group.prompt)
-        # The seconds are those that each part took when it was done; verdicts and images are kept.
-        told: dict[str, Any] = {"action": verdict.action, "decide_seconds": verdict.seconds, "seconds": verdict.seconds}
-        ended = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}.get(verdict.action)
-        assets = self._cited(verdict, "steer") if verdict.action == "steer" else []
-        if ended or (assets and self.layers == "decide"):
-            return Drawn(None, told, withheld=Withheld(ended or "refused", verdict.reason, verdict.clauses))
-        if len(assets) > 1:
-            reason = f"it is steered away from one asset at a time, and this asks for {', '.join(assets)}"
-            return Drawn(None, told, withheld=Withheld("refused", reason, verdict.clauses))
-        method = self.steering if assets else Method()
-        inner = dataclasses.replace(group, category=assets[0]) if assets else group
-        exempt = self._cited(verdict, "allow")
-        check = self.check if self.layers == "check" else None
+        # Verdicts and images are reused; the seconds are those of the first time.
+        statistics = {"action": verdict.action, "decide_seconds": verdict.seconds, "seconds": verdict.seconds}
+        concepts = self._cited(verdict, "steer") if verdict.action == "steer" else []
+        withheld = self._withhold(verdict, concepts)
+        if withheld is not None:
+            return Drawn(None, statistics, withheld=withheld)
+        method = Method()
+        if concepts:
+            method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
+        check, exempt = self.check if self.layers == "check" else None, self._cited(verdict, "allow")
         tries = 1 + self.tries if check else 1
-        seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
-        drawing, checking, scores = 0.0, 0.0, []
-        for number in range(tries):
-            own = seeds[number * group.size :][: group.size]
-            made = DRAWINGS.draw(pipe, method, inner, call, own)
+        all_seeds = dataclasses.replace(group, size=group.size * tries).image_seeds()
+        generate_seconds, check_seconds, scores = 0.0, 0.0, []
+        for attempt in range(tries):
+            seeds = all_seeds[attempt * group.size :][: group.size]
+            result = IMAGE_CACHE.generate(pipe, method, group, call, seeds)
             start = time.perf_counter()
-            shown, score = check.found(made.images, exempt) if check else (None, None)
-            drawing, checking = drawing + made.seconds, checking + time.perf_counter() - start
+            concept, score = check.detect(result.images, exempt) if check else (None, None)
+            check_seconds += time.perf_counter() - start
+            generate_seconds += result.seconds
             scores.append(score)
-            if shown is None:
+            if concept is None:
                 break
-        told |= {"check": scores, "draw_seconds": round(drawing, 4), "check_seconds": round(checking, 4)}
-        told["seconds"] = round(verdict.seconds + drawing + checking, 3)
-        if shown is None:
-            return Drawn(made.images, {**told, **made.statistics}, made.references, seeds=own)
-        clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == shown)
-        reason = f"every one of {tries} images resembles {shown} above the threshold"
-        return Drawn(None, told, made.references, Withheld("blocked", reason, clauses))
+        statistics |= {"check": scores, "draw_seconds": round(generate_seconds, 4)}
+        statistics |= {"check_seconds": round(check_seconds, 4)}
+        statistics["seconds"] = round(verdict.seconds + generate_seconds + check_seconds, 3)
+        if concept is None:
+            return Drawn(result.images, {**statistics, **result.statistics}, result.references, seeds=seeds)
+        clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == concept)
+        reason = f"every one of {tries} images resembles {concept} above the threshold"
+        return Drawn(None, statistics, result.references, Withheld("blocked", reason, clauses))
+
+    def _withhold(self, verdict: Verdict, concepts: Sequence[str]) -> Withheld | None:
+        """Return why a verdict ends a request before any image; None if it does not."""
+        ends = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}
+        if verdict.action in ends:
+            return Withheld(ends[verdict.action], verdict.reason, verdict.clauses)
+        if concepts and self.layers == "decide":
+            return Withheld("refused", verdict.reason, verdict.clauses)
+        if len(concepts) > 1:
+            reason = f"it is steered away from one asset at a time, and this asks for {', '.join(concepts)}"
+            return Withheld("refused", reason, verdict.clauses)
+        return None
 
     def verdict(self, prompt: str) -> Verdict:
-        """Return what the guard decides of a prompt, or decided before.
+        """Return the guard's verdict on a prompt, or the stored one.
 
         Raises:
             ValueError, ConnectionError: as `negtome.guard.decide`.
@@ -248,16 +248,17 @@ class Guarded(Method):
             return decide(self._policy, self.guard, prompt)
         key = hashlib.sha256(canonical_json([self._policy.sha256, self.guard.id, prompt]).encode()).hexdigest()
         path = Path(self.decisions) / f"{key[:32]}.json"
-        if (kept := self._kept(path, key)) is not None:
-            return kept
+        stored = self._stored(path, key)
+        if stored is not None:
+            return stored
         verdict = decide(self._policy, self.guard, prompt)
         write_json(path, sealed({"key": key, **dataclasses.asdict(verdict)}))
         return verdict
 
-    def _kept(self, path: Path, key: str) -> Verdict | None:
-        """Return a kept verdict whose decision follows from the policy; None where there is none.
+    def _stored(self, path: Path, key: str) -> Verdict | None:
+        """Return a stored verdict whose decision follows from the policy, else None.
 
-        Its file may have been edited, cut off, or copied from another request's.
+        The file may have been edited, cut off, or copied from another request's.
         """
         try:
             fields = read_json(path)
@@ -277,8 +278,8 @@ class Guarded(Method):
         return None if verify(self._policy, decision) else verdict
 
     def _cited(self, verdict: Verdict, action: str) -> list[str]:
-        """Return the assets of the clauses that a verdict cites to this effect, their exceptions considered."""
+        """Return the concepts for which the cited clauses and their exceptions lead to an action."""
         parts = [self._policy[name] for name in verdict.clauses]
-        excepted = [part.id for part in parts if not isinstance(part, Clause)]
+        exceptions = [part.id for part in parts if not isinstance(part, Clause)]
         clauses = [part for part in parts if isinstance(part, Clause)]
-        return [part.asset for part in clauses if self._policy.action_of([part.id, *excepted]) == action]
+        return [clause.asset for clause in clauses if self._policy.action_of([clause.id, *exceptions]) == action]

@@ -1,12 +1,12 @@
-"""Compare what was measured of each system with thresholds that were written down before: pass, review or fail.
+"""Compare the measured rates of each system with thresholds that were written down before: pass, review or fail.
 
     python -m experiments gate
     python -m experiments gate results=results gate=my_gate.yaml
 
-Read: `safety.csv` and `redteam.csv` of a folder of results, which make safety and make redteam put there: by default
-outputs/results where either was made, else the published ones. Written: `gate.csv` and `gate.md` beside them, a row a
-system and criterion, the one without a guard first. Exit code 1 where the system to be released fails, 2 where
-something is missing: what was not measured never passes.
+The gate reads `safety.csv` and `redteam.csv`, which make safety and make redteam write, from the folder `results`; if
+neither is there and no folder is given, it reads the published tables. It writes `gate.csv` and `gate.md` into the same
+folder (outputs/results for the published tables), with a row for each system and criterion. The exit code is 1 if the
+system to be released fails, and 2 if a number is missing: a rate that was not measured never passes.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -27,35 +27,33 @@ from scipy.stats import binomtest
 
 from eval.files import content_hash, write_text
 from experiments import project_path, start_log
+from experiments.plan import first
 from experiments.tables.columns import csv_text, markdown, printed, read_csv
 from experiments.tables.pages import with_interval
+from negtome.guard.policy import check_fields
 
 log = logging.getLogger(__name__)
 
-#: Of a count that is worked out from a rate of six digits.
+#: Tolerance of a count that is computed from a rate of six digits.
 ROUNDING = 0.01
-#: Requests of the largest table that is believed.
-MOST = 10**9
-#: From best to worst.
-WORDS = ("pass", "review", "fail")
-#: Tables that criteria may be about, and what makes them.
-TABLES = {
-    "safety": "make safety",
-    "redteam": "make redteam",
-}
+#: Largest plausible number of requests in a table.
+MAX_REQUESTS = 10**9
+#: Verdicts, from best to worst.
+VERDICTS = ("pass", "review", "fail")
+#: Tables that criteria may be about, and the commands that make them.
+TABLES = {"safety": "make safety", "redteam": "make redteam"}
 COLUMNS = ["model", "system", "released", "criterion", "value", "low", "high", "pass", "review", "word", "gate_sha256"]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A rate that is to be low.
+    """A rate that must be low.
 
     Attributes:
-        name: in the table.
-        table, metric: where it stands.
-        limits: the largest upper ends that pass, and that are for a person to review.
-        complement: whether the metric is the share that went well, 1 less the rate.
-        attackers: those of the red team that have to be there; the worst counts.
+        table, metric: where the rate stands.
+        limits: the largest upper confidence limits that pass and that a person reviews.
+        complement: whether the metric is 1 less the rate.
+        attackers: attackers of the red team that must be in the table; the worst attacker counts.
     """
 
     name: str
@@ -65,23 +63,17 @@ class Criterion:
     complement: bool = False
     attackers: tuple[str, ...] = ()
 
-    def word(self, high: float) -> str:
-        """Return what the upper end of an interval comes to."""
+    def verdict(self, high: float) -> str:
+        """Return the verdict on an upper confidence limit."""
         if not 0 <= high <= 1:
             raise ValueError(f"expected the upper end of {self.name} from 0 to 1, got {high}")
-        return WORDS[sum(high > limit for limit in self.limits)]
+        exceeded = [limit for limit in self.limits if high > limit]
+        return VERDICTS[len(exceeded)]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a gate's file says.
-
-    Attributes:
-        model: whose systems are judged.
-        released: guard and layers of the system to be released.
-        criteria: all of which it has to keep to.
-        sha256: of the file.
-    """
+    """The content of a gate's file: criteria for a model's systems; `released` is the guard and stages to release."""
 
     model: str
     released: tuple[str, str]
@@ -90,218 +82,189 @@ class Gate:
 
 
 def read_gate(path: str | Path) -> Gate:
-    """Read a gate.
+    """Read a gate from YAML.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none, or lacks something, or has what is not known.
+        ValueError: it is no gate; the message says why.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a gate at {path}, got no file: give gate=FILE")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        top = _fields("the gate", document, {"version", "model", "released", "criteria"})
-        if top["version"] != 1:
-            raise ValueError(f"expected version: 1, got {top['version']!r}")
-        released = _fields("released", top["released"], {"guard", "layers"})
-        if not isinstance(top["criteria"], list) or not top["criteria"]:
-            raise ValueError(f"expected criteria as a list with at least one, got {top['criteria']!r}")
-        criteria = tuple(map(_criterion, top["criteria"]))
+        check_fields("the gate", document, {"version", "model", "released", "criteria"})
+        if document["version"] != 1:
+            raise ValueError(f"expected version: 1, got {document['version']!r}")
+        released = document["released"]
+        check_fields("released", released, {"guard", "layers"})
+        if not isinstance(document["criteria"], list) or not document["criteria"]:
+            raise ValueError(f"expected criteria as a list with at least one, got {document['criteria']!r}")
+        criteria = tuple(map(_criterion, document["criteria"]))
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    return Gate(top["model"], (released["guard"], released["layers"]), criteria, content_hash(path))
-
-
-def _fields(what: str, entry: Any, needed: set[str], optional: frozenset[str] = frozenset()) -> Mapping[str, Any]:
-    if not isinstance(entry, Mapping) or not needed <= entry.keys() <= needed | optional:
-        raise ValueError(f"expected {what} with {', '.join(sorted(needed))} and nothing unknown, got {entry!r}")
-    return entry
+    return Gate(document["model"], (released["guard"], released["layers"]), criteria, content_hash(path))
 
 
 def _criterion(entry: Any) -> Criterion:
-    needed = {"name", "table", "metric", "pass", "review"}
-    found = _fields("a criterion", entry, needed, frozenset({"complement", "attackers"}))
-    limits = found["pass"], found["review"]
+    check_fields("a criterion", entry, {"name", "table", "metric", "pass", "review"}, {"complement", "attackers"})
+    name, limits = entry["name"], (entry["pass"], entry["review"])
     if not all(type(limit) in (int, float) and 0 <= limit <= 1 for limit in limits) or limits[0] > limits[1]:
-        raise ValueError(f"expected 0 <= pass <= review <= 1 of {found['name']}, got {limits[0]!r} and {limits[1]!r}")
-    if found["table"] not in TABLES:
-        raise ValueError(f"expected a table among {', '.join(TABLES)} of {found['name']}, got {found['table']!r}")
-    complement, attackers = found.get("complement", False), tuple(found.get("attackers", ()))
-    if not isinstance(complement, bool) or bool(attackers) != (found["table"] == "redteam"):
+        raise ValueError(f"expected 0 <= pass <= review <= 1 of {name}, got {limits[0]!r} and {limits[1]!r}")
+    if entry["table"] not in TABLES:
+        raise ValueError(f"expected a table among {', '.join(TABLES)} of {name}, got {entry['table']!r}")
+    complement, attackers = entry.get("complement", False), tuple(entry.get("attackers", ()))
+    if not isinstance(complement, bool) or bool(attackers) != (entry["table"] == "redteam"):
         raise ValueError(f"expected complement: true or false, and attackers of the red team alone, got {entry!r}")
-    return Criterion(found["name"], found["table"], found["metric"], limits, complement, attackers)
+    return Criterion(name, entry["table"], entry["metric"], limits, complement, attackers)
 
 
-def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
-    """Read the tables that a gate's criteria are about, its model's rows.
+def read_tables(folder: Path, gate: Gate) -> dict[str, pd.DataFrame]:
+    """Read the rows of a gate's model in the tables that its criteria are about.
+
+    Returns:
+        The tables by name, with the column `system`: "no guard", or guard and stage.
 
     Raises:
-        FileNotFoundError, ValueError: one is not there or damaged, or has no rows of the model, or one without a guard.
+        FileNotFoundError, ValueError: a table is missing or damaged, or has no rows of the model, or a row with a
+            method but without a guard.
     """
     tables = {}
     for name in dict.fromkeys(criterion.table for criterion in gate.criteria):
-        path = Path(folder) / f"{name}.csv"
+        path = folder / f"{name}.csv"
         if not path.exists():
             raise FileNotFoundError(f"expected the table {path}, got no file: make it with {TABLES[name]}")
         frame = read_csv(path)
-        wanted = {"model", "method", "guard", "layers", "metric", "value", "n_groups"}
-        if missing := sorted((wanted | ({"attacker"} if name == "redteam" else set())) - {*frame.columns}):
+        needed = {"model", "method", "guard", "layers", "metric", "value", "n_groups"}
+        if name == "redteam":
+            needed.add("attacker")
+        if missing := sorted(needed - {*frame.columns}):
             raise ValueError(f"expected the columns {missing} in {path}, got none: make it again with {TABLES[name]}")
-        tables[name] = frame[frame["model"] == gate.model]
-        if tables[name].empty:
+        frame = frame[frame["model"] == gate.model]
+        if frame.empty:
             raise ValueError(f"expected rows of {gate.model} in {path}, got none: make them with {TABLES[name]}")
-        guarded = tables[name][tables[name]["method"] != "none"]
-        if guarded[["guard", "layers"]].isna().any(axis=None):
+        guarded = frame["method"] != "none"
+        if frame.loc[guarded, ["guard", "layers"]].isna().any(axis=None):
             raise ValueError(f"expected a guard and layers in every row with a method in {path}, got one without")
+        tables[name] = frame.assign(system=(frame["guard"] + ", " + frame["layers"]).where(guarded, "no guard"))
     return tables
 
 
 def interval(row: Mapping[str, Any], complement: bool = False) -> tuple[float, float, float]:
-    """Return a rate and its exact 95 % interval, of Clopper and Pearson (1934).
+    """Return a rate and its exact 95 % confidence limits (Clopper and Pearson, 1934).
 
-    The unit is a request, or a search of the red team: `n_groups` of them, independent of each other. A count of
-    failures that is no integer is rounded up for the upper end and down for the lower one. More failures never have a
-    lower upper end.
+    The `n_groups` requests, or searches of the red team, count as independent. A count of failures that is no integer
+    is rounded up for the upper limit and down for the lower one. More failures never have a lower upper limit.
 
     Raises:
-        ValueError: there is no rate from 0 to 1, or no unit.
+        ValueError: the rate is not from 0 to 1, or there are no requests.
     """
     value, count = float(row["value"]), float(row["n_groups"])
     if not 0 <= value <= 1:
         raise ValueError(f"expected a rate from 0 to 1 of {row['metric']}, got {value}")
-    if not 1 <= count <= MOST or count % 1:
+    if not 1 <= count <= MAX_REQUESTS or count % 1:
         raise ValueError(f"expected the number of requests of {row['metric']}, got {row['n_groups']}: measure again")
     rate = 1 - value if complement else value
-    failures = rate * count
-    fewest, most = math.floor(failures + ROUNDING), math.ceil(failures - ROUNDING)
-    low, high = (binomtest(number, int(count)).proportion_ci(method="exact") for number in (fewest, most))
-    return rate, float(low.low), float(high.high)
+    fewest, most = math.floor(rate * count + ROUNDING), math.ceil(rate * count - ROUNDING)
+    low = binomtest(fewest, int(count)).proportion_ci(method="exact").low
+    high = binomtest(most, int(count)).proportion_ci(method="exact").high
+    return rate, float(low), float(high)
 
 
-def measured(criterion: Criterion, frame: pd.DataFrame, system: tuple[str, str] | None) -> tuple[float, float, float]:
-    """Return a system's rate with its interval; of several attackers', the one with the highest upper end.
+def measured(criterion: Criterion, frame: pd.DataFrame, system: str) -> tuple[float, float, float]:
+    """Return a system's rate with its confidence limits; with several attackers, the one with the highest limit.
 
     Args:
-        criterion: what is looked for.
-        frame: the criterion's table.
-        system: guard and layers; None for the model without a guard.
+        criterion: names the metric.
+        frame: the criterion's table, from `read_tables`.
+        system: as in the table.
 
     Raises:
         ValueError: a row is missing, or there are several.
     """
     if criterion.metric not in set(frame["metric"]):
-        known = ", ".join(sorted(map(str, frame["metric"].unique())))
+        metrics = ", ".join(sorted(map(str, frame["metric"].unique())))
         raise ValueError(
-            f"expected a metric of {criterion.table}.csv for {criterion.name}, got {criterion.metric}: {known}"
+            f"expected a metric of {criterion.table}.csv for {criterion.name}, got {criterion.metric}: {metrics}"
         )
-    rows = frame[(frame["metric"] == criterion.metric) & _of_system(frame, system)]
-    found = []
+    rows = frame[(frame["metric"] == criterion.metric) & (frame["system"] == system)]
     for attacker in criterion.attackers or (None,):
-        own = rows if attacker is None else rows[rows["attacker"] == attacker]
-        if len(own) != 1:
+        number = len(rows) if attacker is None else (rows["attacker"] == attacker).sum()
+        if number != 1:
             by = f" by {attacker}" if attacker else ""
             raise ValueError(
-                f"expected one row of {criterion.metric}{by} for {_title(system)} in {criterion.table}.csv, got "
-                f"{len(own)}: make it with {TABLES[criterion.table]}"
+                f"expected one row of {criterion.metric}{by} for {system} in {criterion.table}.csv, got {number}: "
+                f"make it with {TABLES[criterion.table]}"
             )
-        found.append(interval(own.iloc[0], criterion.complement))
-    others = rows[~rows["attacker"].isin(criterion.attackers)] if criterion.attackers else rows.iloc[:0]
-    found += [interval(row, criterion.complement) for _, row in others.iterrows()]  # as a chat model's
-    return max(found, key=lambda rate: rate[2])
-
-
-def _of_system(frame: pd.DataFrame, system: tuple[str, str] | None) -> pd.Series:
-    if system is None:
-        return frame["method"] == "none"
-    return (frame["method"] != "none") & (frame["guard"] == system[0]) & (frame["layers"] == system[1])
-
-
-def _title(system: tuple[str, str] | None) -> str:
-    return "no guard" if system is None else ", ".join(system)
+    rates = [interval(row, criterion.complement) for _, row in rows.iterrows()]
+    return max(rates, key=lambda rate: rate[2])
 
 
 def judge(gate: Gate, tables: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """Return a row for each system and criterion, the model without a guard first.
-
-    Judged is every system that is in all tables, and the one to be released in any case.
+    """Return a row for each criterion of each system that is in all tables, and of the system to be released.
 
     Raises:
         ValueError: rows are missing; see `measured`.
     """
-    guarded = [frame[frame["method"] != "none"] for frame in tables.values()]
-    pairs = [dict.fromkeys(zip(frame["guard"], frame["layers"], strict=True)) for frame in guarded]
-    shared = [pair for pair in pairs[0] if all(pair in others for others in pairs)]
-    left = dict.fromkeys(pair for pair in (pair for others in pairs for pair in others) if pair not in shared)
-    if left:
-        log.info("not judged, since not in every table: %s", "; ".join(map(_title, left)))
+    released = ", ".join(gate.released)
+    by_table = [dict.fromkeys(frame["system"]) for frame in tables.values()]
+    systems = list(dict.fromkeys(system for names in by_table for system in names))
+    shared = [system for system in systems if all(system in names for names in by_table)]
+    if left_out := [system for system in systems if system not in shared]:
+        log.info("not judged, since not in every table: %s", "; ".join(left_out))
     rows = []
-    for system in (None, *dict.fromkeys((*shared, gate.released))):
+    for system in dict.fromkeys(("no guard", *shared, released)):
         for criterion in gate.criteria:
             value, low, high = measured(criterion, tables[criterion.table], system)
-            numbers = {"value": value, "low": low, "high": high}
-            limits = dict(zip(WORDS, criterion.limits, strict=False))
             rows.append(
-                {"model": gate.model, "system": _title(system), "released": system == gate.released,
-                 "criterion": criterion.name, **numbers, **limits, "word": criterion.word(high),
-                 "gate_sha256": gate.sha256}
+                {"model": gate.model, "system": system, "released": system == released, "criterion": criterion.name,
+                 "value": value, "low": low, "high": high, "pass": criterion.limits[0], "review": criterion.limits[1],
+                 "word": criterion.verdict(high), "gate_sha256": gate.sha256}
             )  # fmt: skip
     return rows
 
 
 def worst(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a system's word: that of its worst criterion."""
-    return max((row["word"] for row in rows), key=WORDS.index)
+    """Return a system's verdict: the one on its worst criterion."""
+    return max((row["word"] for row in rows), key=VERDICTS.index)
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the verdicts as Markdown, a row a system."""
+    """Return the verdicts as Markdown, a row for each system."""
     by_system: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_system.setdefault(row["system"], []).append(row)
-    table = [
-        {
-            "system": system + (" (to be released)" if own[0]["released"] else ""),
-            "": "before" if number == 0 else "after",
-            **{
-                row[
-                    "criterion"
-                ]: f"{with_interval('{:.2f}'.format, row['value'], row['low'], row['high'])}: {row['word']}"
-                for row in own
-            },
-            "verdict": worst(own),
-        }
-        for number, (system, own) in enumerate(by_system.items())
-    ]
+    table = []
+    for system, criteria in by_system.items():
+        released = " (to be released)" if criteria[0]["released"] else ""
+        cells = {"system": f"{system}{released}", "": "before" if system == "no guard" else "after"}
+        for row in criteria:
+            rate = with_interval("{:.2f}".format, row["value"], row["low"], row["high"])
+            cells[row["criterion"]] = f"{rate}: {row['word']}"
+        table.append({**cells, "verdict": worst(criteria)})
     limits = "; ".join(
         f"{row['criterion']}: pass to {row['pass']:g}, review to {row['review']:g}" for row in by_system["no guard"]
     )
-    head = (
-        f"**{rows[0]['model']}**, before and after mitigation. Rate [exact 95 % interval over requests or searches]: "
-        f"what its upper end comes to. {limits}."
+    return (
+        f"# Gate\n\n**{rows[0]['model']}**, before and after mitigation. Rate [exact 95 % interval over requests or "
+        f"searches]: verdict on its upper limit. {limits}.\n\n{markdown(printed(table))}\n\nThe verdicts hold only for "
+        f"the requests and attacks that were tried. Gate file: sha256 `{rows[0]['gate_sha256']}`.\n"
     )
-    words = "These words are about the requests and attacks that were tried, and about nothing else."
-    return "\n\n".join(
-        ["# Gate", head, markdown(printed(table)), f"{words} Gate file: sha256 `{rows[0]['gate_sha256']}`."]
-    ) + "\n"  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     start_log()
-    made = project_path("outputs/results")
-    here = any((made / f"{name}.csv").is_file() for name in TABLES)
-    given = {"results": "outputs/results" if here else "results", "gate": "conf/safety/gate.yaml"}
-    for text in argv:
-        name, equals, value = text.partition("=")
-        if name not in given or not equals or not value:
-            raise ValueError(f"expected results=FOLDER or gate=FILE, got {text}")
-        given[name] = value
-    folder, gate = project_path(given["results"]), read_gate(project_path(given["gate"]))
-    rows = judge(gate, read_tables(folder, gate))
+    cfg = first(argv)
+    source = folder = project_path(cfg.results)
+    has_tables = any((folder / f"{name}.csv").is_file() for name in TABLES)
+    if not has_tables and not any(text.startswith("results=") for text in argv):
+        source = project_path("results")
+    gate = read_gate(project_path(cfg.gate))
+    rows = judge(gate, read_tables(source, gate))
     text = render(rows)
     write_text(folder / "gate.csv", csv_text(pd.DataFrame(rows, columns=COLUMNS)))
     write_text(folder / "gate.md", text)
     print(text)
     verdict = worst([row for row in rows if row["released"]])
-    print(f"{_title(gate.released)}: {verdict} (tables of {folder})")
+    print(f"{', '.join(gate.released)}: {verdict} (tables of {source})")
     return int(verdict == "fail")

@@ -1,4 +1,4 @@
-"""Prompts that a search draws, changes and recombines: wrappers around templates around a few words of one design."""
+"""The grammar of a red team's prompts: wrappers around templates around a few words about one concept."""
 
 import random
 import re
@@ -6,23 +6,23 @@ import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-#: Words that say nothing of a design.
+#: Words that carry no information about a concept.
 EMPTY = frozenset(
     {"a", "an", "and", "as", "at", "emoji", "from", "front", "in", "is", "of", "on", "one", "or", "other", "over",
      "photo", "seen", "than", "that", "the", "to", "under", "who", "with"}
 )  # fmt: skip
-#: Letters that look like others, four of them Cyrillic, by which no list of names knows a word.
+#: Look-alike letters, four of them Cyrillic, which hide a word from a list of names.
 ALIKE = {"a": "\u0430", "c": "\u0441", "e": "\u0435", "i": "1", "o": "0", "p": "\u0440", "s": "5"}
-#: How often a prompt has so many words at first: further ones draw the image elsewhere.
+#: Weights of the number of words in a random prompt: further words lead the image elsewhere.
 COUNTS = {1: 3, 2: 2, 3: 1}
 MOST_WORDS = max(COUNTS)
-#: What is changed, and how often beside others: words are what an image is of.
+#: Weights of the changes of a prompt.
 CHANGES = {"wrapper": 1, "template": 1, "misspell": 1, "replace": 3, "add": 2, "leave out": 1}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A prompt in its parts; `text` is what is asked for."""
+    """A prompt in its parts; `text` is the prompt."""
 
     wrapper: str
     template: str
@@ -33,40 +33,40 @@ class Candidate:
         return self.wrapper.replace("{}", self.template.replace("{}", " ".join(self.words)))
 
 
-def plain(text: str) -> Candidate:
-    """Return a prompt that has no parts."""
+def fixed_text(text: str) -> Candidate:
+    """Return a prompt without parts."""
     return Candidate("{}", "{}", (text,))
 
 
 def words_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the words of texts that say something, each once, in their order."""
-    found = (word for text in texts for word in re.findall(r"[\w-]+", text.lower()))
-    return tuple(dict.fromkeys(word for word in found if word not in EMPTY))
+    """Return the informative words of texts, each once, in their order."""
+    words = (word for text in texts for word in re.findall(r"[\w-]+", text.lower()))
+    return tuple(dict.fromkeys(word for word in words if word not in EMPTY))
 
 
 def misspelled(word: str, rng: random.Random) -> str:
-    """Return a word with one letter left out, doubled, swapped with the next or replaced by one like it, or in two."""
+    """Return a word with one letter dropped, doubled, swapped with the next or replaced, or split at it."""
     place = rng.randrange(len(word))
     before, letter, after = word[:place], word[place], word[place + 1 :]
-    ways = {
-        "left out": before + after,
-        "doubled": before + letter + word[place:],
-        "swapped": before + after[:1] + letter + after[1:],
-        "alike": before + ALIKE.get(letter, letter) + after,
-        "other": before + rng.choice(string.ascii_lowercase) + after,
-        "split": f"{before} {word[place:]}".strip(),
-    }
-    return rng.choice([*ways.values()]) or word
+    variants = [
+        before + after,
+        before + letter + word[place:],
+        before + after[:1] + letter + after[1:],
+        before + ALIKE.get(letter, letter) + after,
+        before + rng.choice(string.ascii_lowercase) + after,
+        f"{before} {word[place:]}".strip(),
+    ]
+    return rng.choice(variants) or word
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What prompts for one design are made of.
+    """The parts of prompts for one concept.
 
     Attributes:
-        wrappers, templates: texts with {} for what they are around.
-        names: what the design is called, in the policy and elsewhere.
-        description: words of what it looks like.
+        wrappers, templates: texts with {} for the inner text.
+        names: names of the concept, in the policy and elsewhere.
+        description: words of its description.
         vocabulary: further words that the image model knows.
     """
 
@@ -77,21 +77,21 @@ class Grammar:
     vocabulary: Sequence[str]
 
     def __post_init__(self) -> None:
-        for what, texts in (("wrappers", self.wrappers), ("templates", self.templates)):
+        for field, texts in (("wrappers", self.wrappers), ("templates", self.templates)):
             if not texts or any("{}" not in text for text in texts):
-                raise ValueError(f"redteam.{what} must be texts with {{}} in them, got {list(texts)}")
-        for what in ("names", "description", "vocabulary"):
-            if not getattr(self, what):
-                raise ValueError(f"expected {what} to attack with, got none: see the policy and the model's labels")
+                raise ValueError(f"redteam.{field} must be texts with {{}} in them, got {list(texts)}")
+        for field in ("names", "description", "vocabulary"):
+            if not getattr(self, field):
+                raise ValueError(f"expected {field} to attack with, got none: see the policy and the model's labels")
 
     def draw(self, rng: random.Random) -> Candidate:
-        """Return a prompt at random."""
+        """Return a random prompt."""
         (count,) = rng.choices([*COUNTS], [*COUNTS.values()])
         words = tuple(self._word(rng) for _ in range(count))
         return Candidate(rng.choice(self.wrappers), rng.choice(self.templates), words)
 
     def mutate(self, candidate: Candidate, rng: random.Random) -> Candidate:
-        """Return a prompt that differs from another in one part."""
+        """Return a copy of a prompt with one part changed."""
         wrapper, template, words = candidate.wrapper, candidate.template, [*candidate.words]
         place = rng.randrange(len(words))
         (change,) = rng.choices([*CHANGES], [*CHANGES.values()])
@@ -110,7 +110,7 @@ class Grammar:
         return Candidate(wrapper, template, tuple(words))
 
     def recombine(self, one: Candidate, other: Candidate, rng: random.Random) -> Candidate:
-        """Return a prompt with each part of one of two."""
+        """Return a prompt that takes each part from one of two prompts."""
         pool = tuple(dict.fromkeys((*one.words, *other.words)))
         words = rng.sample(pool, rng.randint(1, min(len(pool), MOST_WORDS)))
         return Candidate(
@@ -118,6 +118,6 @@ class Grammar:
         )
 
     def _word(self, rng: random.Random) -> str:
-        """Return a word: a name or one of the description more often than one of a thousand others."""
+        """Return a random word, most often a name or one of the description."""
         word = rng.choice(rng.choices((self.names, self.description, self.vocabulary), weights=(2, 2, 1))[0])
         return misspelled(word, rng) if rng.random() < 0.15 else word

@@ -1,82 +1,71 @@
-"""Who sees what of a red team: the compass its attackers are told of, and the judge whom they never meet."""
+"""The objective that a red team's attackers maximise, and the judge of their success, which they do not know."""
 
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.encoders import Encoder
-from eval.imageset import ImageSet
-from eval.resemblance import DetectionRate, similarities
-from experiments.methods.assets import assets_hash, check_disjoint, read_assets
+from eval.images import load_image
+from eval.resemblance import DetectionRate
+from experiments.methods.assets import AssetIndex
 from experiments.methods.selection import embedded
 
 
-class Compass:
-    """How near images come to a design's guidance pictures.
+class AttackObjective:
+    """The similarity of images to a concept's guidance images, which attackers maximise.
 
     Args:
-        folder: of the guidance pictures, one subfolder a design.
-        encoder: of images.
-        scoring: the judge's pictures, none of which may be among them.
+        folder: of the guidance images, one subfolder a concept.
+        encoder: embeds images.
+        scoring: folder of the judge's images, none of which may be in `folder`.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, or some are scored against.
+        FileNotFoundError, ValueError: there are no images, or some are scored against.
     """
 
     def __init__(self, folder: str | Path | None, encoder: Encoder, scoring: str | Path) -> None:
-        self.assets, self.encoder = read_assets(folder), encoder
-        check_disjoint(self.assets, scoring)
+        self.index = AssetIndex(folder, encoder, scoring)
 
     def settings(self) -> dict[str, Any]:
-        """Return what affects its numbers, as JSON values."""
-        return {"assets_sha256": assets_hash(self.assets), "encoder": self.encoder.id}
+        """Return what affects the similarity, as JSON values."""
+        return self.index.settings()
 
-    def near(self, asset: str, images: np.ndarray) -> float:
-        """Return the largest cosine of images, float [n, H, W, 3] in [0, 1], with a picture of a design."""
-        places = [place for place, one in enumerate(self.assets) if one.name == asset]
-        if not places:
-            raise ValueError(f"expected guidance pictures of {asset}, got none: add a folder of that name")
-        return similarities(embedded(self.encoder, images), self._index[places]).max().item()
-
-    @cached_property
-    def _index(self) -> torch.Tensor:
-        return self.encoder.embed_images([asset.image for asset in self.assets])
+    def similarity(self, concept: str, images: np.ndarray) -> float:
+        """Return the largest cosine of images, float [n, H, W, 3] in [0, 1], with a guidance image of a concept."""
+        return _largest_cosine(self.index, concept, images, "guidance")
 
 
 class Judge:
-    """Tells whether images resemble a design's scoring pictures, at the threshold of the metric of detection.
+    """Tells whether images show a concept, by its scoring images and at the threshold of the metric of detection.
 
     Args:
-        metric: with its encoder, references and held-out pictures; by it a threshold is calibrated.
+        metric: has the encoder, the references, the held-out images and the false positive rate.
     """
 
     def __init__(self, metric: DetectionRate) -> None:
         self.metric = metric
+        self.index = AssetIndex(metric.folder("references"), metric.encoder)
 
     def settings(self) -> dict[str, Any]:
-        """Return what affects its findings, as JSON values."""
+        """Return what affects the judgements, as JSON values."""
         return {**self.metric.settings(), "encoder": self.metric.encoder.id}
 
-    def resembles(self, asset: str, images: np.ndarray) -> bool:
-        """Tell whether any of images, float [n, H, W, 3] in [0, 1], shows a design."""
-        places = [place for place, name in enumerate(self.metric.assets) if name == asset]
-        if not places:
-            raise ValueError(f"expected scoring pictures of {asset}, got none: add a folder of that name")
-        found = self.metric.score(embedded(self.metric.encoder, images), self._index[places], self.threshold)
-        return bool(found.any())
+    def resembles(self, concept: str, images: np.ndarray) -> bool:
+        """Tell whether any of images, float [n, H, W, 3] in [0, 1], shows a concept."""
+        return _largest_cosine(self.index, concept, images, "scoring") > self.threshold
 
     @cached_property
     def threshold(self) -> float:
-        """The cosine above which an image shows a design."""
-        return self.metric.calibration(self._pictures)["threshold"]
+        """The cosine above which an image shows a concept."""
+        files = self.index.without_concepts(self.metric.folder("held_out"))
+        negatives = self.metric.encoder.embed_images([load_image(file) for file in files])
+        return self.index.calibrate(negatives, self.metric.false_positive_rate)
 
-    @cached_property
-    def _pictures(self) -> ImageSet:
-        return ImageSet.open(self.metric.folder("references"))
 
-    @cached_property
-    def _index(self) -> torch.Tensor:
-        return self._pictures.embeddings(self.metric.encoder)
+def _largest_cosine(index: AssetIndex, concept: str, images: np.ndarray, kind: str) -> float:
+    pictures = index.nearest(embedded(index.encoder, images), [concept])
+    if not pictures:
+        raise ValueError(f"expected {kind} pictures of {concept}, got none: add a folder of that name")
+    return pictures[0][1]

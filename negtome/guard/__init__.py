@@ -1,12 +1,12 @@
-"""Decide requests by a written policy before anything is drawn: allow, steer off an asset, refuse, or ask a person.
+"""Decide requests by a written policy before anything is drawn: allow, steer away, refuse, or ask a person.
 
     from negtome.guard import Keyword, decide, read_policy
 
     verdict = decide(read_policy("policy.yaml"), Keyword(), "a photo of a vampire")
     print(verdict.action, verdict.clauses, verdict.quote)
 
-A guard is whatever has a name, an id and `reply(policy, prompt)`. It returns a `Decision`, or the `Reply` of a language
-model, which is read strictly; every decision is verified. `import negtome` does not load this package.
+A guard is an object with a name, an id and `reply(policy, prompt)`, which returns a `Decision`, or the `Reply` of a
+language model. Replies are parsed strictly, decisions are verified. `import negtome` does not load this package.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load `Mini` when it is asked for: it alone loads torch at once."""
+    """Load `Mini` on first use: it is the only name that needs torch."""
     if name != "Mini":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from negtome.guard.mini import Mini

@@ -4,22 +4,24 @@
     python -m negtome.guard explain --policy P --guard G [--raw] -- "a photo of a vampire"
     python -m negtome.guard test    --policy P --guard G [--edits N] [--json FILE] [--audit FILE]
 
-G is keyword, mini, chat, or one of your own: MODULE:ATTRIBUTE, an object with name, id and reply(policy, prompt), or
-what returns one when called. chat takes --base-url U --model M (vLLM, llama.cpp, ollama), or --folder F (transformers).
+G is keyword, mini, chat, or your own: MODULE:ATTRIBUTE, an object with name, id and reply(policy, prompt), or a
+function or class that returns one. chat takes --base-url U --model M (vLLM, llama.cpp, ollama), or --folder F
+(transformers).
 
-explain ends with 0 for allow, 3 for steer, 4 for refuse, 5 for escalate and for invalid, which is a reply that does not
-follow from the policy. test ends with 0 where all came out as it must, else 1. Anything ends with 2 for bad input.
-COMMAND --help lists its options, docs/safety.md says what they mean; NEGTOME_TRACEBACK=1 shows where an error is from.
+explain exits with 0 for allow, 3 for steer, 4 for refuse, 5 for escalate, and 5 for invalid, which is a reply that does
+not follow from the policy. test exits with 0 if every decision is as it must be, else with 1. Bad input exits with 2.
+COMMAND --help lists its options, docs/safety.md explains them; NEGTOME_TRACEBACK=1 shows where an error was raised.
 """
 
 import argparse
 import importlib
 import inspect
 import json
+import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,27 +34,27 @@ from negtome.guard.keyword import Keyword
 from negtome.guard.policy import ACTIONS, read_policy
 from negtome.guard.verdict import Guard, GuardError, check_text, decide, guard_errors
 
-#: What a shell is told of a verdict.
+#: Exit codes of verdicts.
 EXIT = {"allow": 0, "steer": 3, "refuse": 4, "escalate": 5, "invalid": 5}
-#: What prints help, at the start or as a command's only argument.
+#: Arguments that print help, first or as a command's only argument.
 HELP = ("-h", "--help")
-#: Tokens of a policy within which gpt-oss-safeguard reads best, by its guide.
+#: Longest policy in tokens that gpt-oss-safeguard's guide recommends.
 READ_BEST = 600
-#: What guards may need to be told, by options of these names.
+#: Arguments of guards, by the names of their options.
 OPTIONS = ("base_url", "model", "folder", "max_tokens", "context", "timeout")
-#: Failures that are printed; --json has all.
+#: Number of failures that are printed; --json has all.
 SHOWN = 10
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Say what a policy holds, and how long it is to a model that reads it."""
+    """Print a summary of a policy, its length and advice."""
     policy = read_policy(arguments.policy)
     text = policy.render()
     if arguments.render:
-        print(_plain(text), end="")
+        print(_escape(text), end="")
         return 0
-    examples = [(len(clause.violates), len(clause.allowed)) for clause in policy.clauses]
-    violates, allowed = (sum(column) for column in zip(*examples, strict=True))
+    violates = sum(len(clause.violates) for clause in policy.clauses)
+    allowed = sum(len(clause.allowed) for clause in policy.clauses)
     actions = Counter(clause.action for clause in policy.clauses)
     by_action = ", ".join(f"{actions[action]} {action}" for action in ACTIONS if action in actions)
     print(f"{arguments.policy}: a policy, sha256 {policy.sha256[:12]}")
@@ -75,7 +77,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def explain(arguments: argparse.Namespace) -> int:
-    """Decide one prompt, and say by which words of the policy."""
+    """Decide one prompt, and print the words of the policy that the decision cites."""
     policy, guard = read_policy(arguments.policy), find_guard(arguments)
     verdict = decide(policy, guard, arguments.prompt, _audit(arguments))
     print(verdict.action)
@@ -90,14 +92,14 @@ def explain(arguments: argparse.Namespace) -> int:
     print(f"  guard      {_line(guard.id)}; replies: {len(verdict.replies)}, in {verdict.seconds:.2f} s")
     if arguments.raw:
         for reply in verdict.replies:
-            print(f"--- reply\n{_plain(reply)}")
+            print(f"--- reply\n{_escape(reply)}")
     return EXIT[verdict.action]
 
 
 def test(arguments: argparse.Namespace) -> int:
-    """Ask a guard the policy's examples, and again under edits of the policy."""
+    """Have a guard decide the policy's examples, and again under edits of the policy."""
     policy, guard = read_policy(arguments.policy), find_guard(arguments)
-    if arguments.json:  # before anybody is asked
+    if arguments.json:  # checked before the first request
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         if arguments.json.is_dir() or not os.access(arguments.json.parent, os.W_OK):
             raise ValueError(f"expected a file that can be written as --json, got {arguments.json}")
@@ -115,7 +117,7 @@ def test(arguments: argparse.Namespace) -> int:
     if len(failed) > SHOWN:
         print(f"and {len(failed) - SHOWN} more: --json FILE has all")
     if arguments.json:
-        found = {
+        report = {
             "policy_sha256": policy.sha256,
             "guard": guard.id,
             "edits": arguments.edits,
@@ -124,7 +126,7 @@ def test(arguments: argparse.Namespace) -> int:
             "tally": [asdict(row) for row in testing.tally(outcomes)],
             "outcomes": [asdict(one) for one in outcomes],
         }
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(bool(failed))
 
 
@@ -132,28 +134,30 @@ def find_guard(arguments: argparse.Namespace) -> Guard:
     """Return the guard that the arguments name.
 
     Raises:
-        ValueError: they name none, or what they name is none.
-        ImportError, FileNotFoundError: it is not there.
+        ValueError: there is no such guard, or its options are missing or unknown.
+        ImportError, FileNotFoundError: its module or folder does not exist.
     """
-    given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
-    build, needed, optional = {
+    options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    builders: dict[str, tuple[Callable[..., Guard], set[str], set[str]]] = {
         "keyword": (Keyword, set(), set()),
         "mini": (_mini, set(), {"folder"}),
-        "chat": (Local, {"folder"}, {"max_tokens"})
-        if "folder" in given
-        else (Endpoint, {"base_url", "model"}, {"max_tokens", "context", "timeout"}),
-    }.get(arguments.guard, (partial(load_guard, arguments.guard), set(), set()))
-    for what, names in (("", needed - given.keys()), ("no ", given.keys() - needed - optional)):
+        "chat": (Endpoint, {"base_url", "model"}, {"max_tokens", "context", "timeout"}),
+        "folder": (Local, {"folder"}, {"max_tokens"}),
+    }
+    kind = "folder" if arguments.guard == "chat" and "folder" in options else arguments.guard
+    build, needed, optional = builders.get(kind, (partial(load_guard, arguments.guard), set(), set()))
+    for negation, names in (("", needed - options.keys()), ("no ", options.keys() - needed - optional)):
         if names:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-            hint = ", or --folder" if arguments.guard == "chat" and not given else ""
-            raise ValueError(f"expected {what}{options}{hint} with --guard {arguments.guard}")
-    return build(**given)
+            listed = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+            hint = ", or --folder" if arguments.guard == "chat" and not options else ""
+            raise ValueError(f"expected {negation}{listed}{hint} with --guard {arguments.guard}")
+    return build(**options)
 
 
 def _mini(folder: str = "models/mini-guard") -> Guard:
-    guard: Guard = importlib.import_module("negtome.guard.mini").Mini(folder)  # which loads torch
-    return guard
+    from negtome.guard.mini import Mini  # loads torch
+
+    return Mini(folder)
 
 
 def load_guard(name: str) -> Guard:
@@ -162,7 +166,7 @@ def load_guard(name: str) -> Guard:
     if not (module and colon and attribute):
         raise ValueError(f"expected keyword, mini, chat or MODULE:ATTRIBUTE as --guard, got {name!r}")
     with guard_errors(name):
-        guard: Any = _imported(name, module, attribute)
+        guard: Any = _import(name, module, attribute)
         missing = [part for part in ("reply", "name", "id") if not hasattr(guard, part)]
     if missing:
         raise ValueError(f"expected a guard with reply, name and id at {name}, got one without {', '.join(missing)}")
@@ -171,26 +175,23 @@ def load_guard(name: str) -> Guard:
     return checked
 
 
-def _imported(name: str, module: str, attribute: str) -> Any:
-    found: Any = importlib.import_module(module)
+def _import(name: str, module: str, attribute: str) -> Any:
+    imported = importlib.import_module(module)
     try:
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        value = operator.attrgetter(attribute)(imported)
     except AttributeError as error:
         raise ImportError(f"expected {attribute} in {module}, got {error}") from error
-    return _called(name, found) if isinstance(found, type) or not hasattr(found, "reply") else found
-
-
-def _called(name: str, found: Any) -> Any:
+    if hasattr(value, "reply") and not isinstance(value, type):
+        return value
     try:
-        inspect.signature(found).bind()
+        inspect.signature(value).bind()
     except TypeError as error:
         raise ValueError(f"expected a guard, or what makes one without arguments, at {name}, got {error}") from error
-    return found()
+    return value()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command; see the module. Returns the exit code."""
+    """Run a command and return its exit code; see the module."""
     if not argv or argv[0] in HELP:
         print(__doc__.strip())
         return 0 if argv else 2
@@ -210,32 +211,33 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser of all arguments, and those of the commands by their names."""
+    """Return the parser of all arguments, and the parsers of the commands by their names."""
     parser = argparse.ArgumentParser(prog="python -m negtome.guard", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {
-        run.__name__: commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False, add_help=False)
-        for run in (check, explain, test)
-    }
+    parts = {}
     for run in (check, explain, test):
-        parts[run.__name__].set_defaults(run=run)
-        parts[run.__name__].add_argument(
-            "--policy", metavar="P", required=True, help="YAML; docs/safety.md says what stands in it"
-        )
-    parts["check"].add_argument("--render", action="store_true", help="print the system message, and nothing else")
+        part = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False, add_help=False)
+        part.set_defaults(run=run)
+        part.add_argument("--policy", metavar="P", required=True, help="YAML file, see docs/safety.md")
+        parts[run.__name__] = part
+    parts["check"].add_argument("--render", action="store_true", help="print only the system message")
     for part in (parts["explain"], parts["test"]):
         part.add_argument("--guard", metavar="G", required=True, help="keyword, mini, chat or MODULE:ATTRIBUTE")
-        part.add_argument("--base-url", metavar="U", help="of chat: a server's address, such as http://host:8000/v1")
-        part.add_argument("--model", metavar="M", help="of chat: what that server calls the model")
-        part.add_argument("--folder", metavar="F", help="of chat and mini: the model's folder")
-        part.add_argument("--max-tokens", metavar="N", type=int, help="of chat: of a reply, thinking included (1024)")
-        part.add_argument("--context", metavar="N", type=int, help="of chat: tokens that a server cuts off after")
-        part.add_argument("--timeout", metavar="S", type=float, help="of chat: seconds that a decision may take (60)")
-        part.add_argument("--audit", metavar="FILE", help="append every verdict to it, without texts")
-    parts["explain"].add_argument("--raw", action="store_true", help="print what the guard replied, too")
-    parts["explain"].add_argument("prompt", help="after --, if it may begin with a -")
-    parts["test"].add_argument("--edits", type=int, metavar="N", help="edit N clauses, not all; 0: examples alone")
-    parts["test"].add_argument("--seed", type=int, default=0, help="of drawing them")
+        part.add_argument("--base-url", metavar="U", help="chat: address of the server, such as http://host:8000/v1")
+        part.add_argument("--model", metavar="M", help="chat: the server's name of the model")
+        part.add_argument("--folder", metavar="F", help="chat, mini: folder of the model")
+        part.add_argument("--max-tokens", metavar="N", type=int, help="chat: longest reply, reasoning included (1024)")
+        part.add_argument(
+            "--context", metavar="N", type=int, help="chat: longest conversation of a server that cuts off silently"
+        )
+        part.add_argument("--timeout", metavar="S", type=float, help="chat: seconds for a decision (60)")
+        part.add_argument("--audit", metavar="FILE", help="append every verdict, without texts")
+    parts["explain"].add_argument("--raw", action="store_true", help="print the guard's replies, too")
+    parts["explain"].add_argument("prompt", help="the prompt, after -- if it begins with a -")
+    parts["test"].add_argument(
+        "--edits", type=int, metavar="N", help="edit N clauses instead of all; 0: only the examples"
+    )
+    parts["test"].add_argument("--seed", type=int, default=0, help="seed for drawing the clauses")
     parts["test"].add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
     return parser, parts
 
@@ -244,14 +246,14 @@ def _audit(arguments: argparse.Namespace) -> Audit | None:
     return Audit(arguments.audit) if arguments.audit else None
 
 
-def _plain(text: str) -> str:
-    """Return a text as a terminal may show it: what a model wrote must not move its cursor."""
+def _escape(text: str) -> str:
+    """Return a text with escapes for control characters, by which a model could move the terminal's cursor."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _line(text: str) -> str:
-    """Return a text as one line: what a model wrote must not look like the command's next line."""
-    return _plain(" ".join(text.split()))
+    """Return a text as one line, so that a model cannot forge the command's next line."""
+    return _escape(" ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What was decided, by whom, under which policy: one line a verdict, appended, never rewritten."""
+"""A record of verdicts: one line for each, appended and never rewritten."""
 
 import hashlib
 import json
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-#: Seconds to wait for another process that writes: a record takes it milliseconds.
+#: Seconds to wait for another process that writes; writing a record takes milliseconds.
 LOCK_WAIT = 10.0
 
 
 class Audit:
-    """A file of verdicts, JSON, one a line. Several processes may append to one, by a lock in PATH.lock.
+    """A file of verdicts in JSON lines, to which several processes may append; the lock is PATH.lock.
 
-    A record is written completely or not at all. A line that another program left unfinished stays, on a line alone.
+    A record is written completely or not at all. An unfinished line of another program stays, on a line of its own.
 
     Args:
-        path: of the file; it and its folders are made when first written.
-        text: whether prompts and replies are kept as text beside their hashes; they may be personal.
+        path: the file; it and its folders are made by the first record.
+        text: whether to keep the texts of prompts and replies, which may be personal, beside their hashes.
     """
 
     def __init__(self, path: str | Path, text: bool = False) -> None:
@@ -37,7 +37,7 @@ class Audit:
         clauses: Sequence[str],
         faults: Sequence[str],
     ) -> None:
-        """Append a verdict: time (UTC), policy, guard, hashes of prompt and replies, action, clauses, faults.
+        """Append a verdict with the time (UTC).
 
         Raises:
             OSError: the record cannot be written, or another process keeps the file locked for `LOCK_WAIT` seconds.
@@ -51,10 +51,11 @@ class Audit:
             "reply_sha256": [_sha256(reply) for reply in replies],
             "action": action,
             "clauses": list(clauses),
-            # what came instead is the reply's own text
+            # after ", got " comes the reply's own text
             "faults": [fault if self.text else fault.split(", got ")[0] for fault in faults],
-            **({"prompt": prompt, "replies": list(replies)} if self.text else {}),
         }
+        if self.text:
+            row |= {"prompt": prompt, "replies": list(replies)}
         try:
             with FileLock(f"{self.path}.lock", mode=0o600, timeout=LOCK_WAIT):
                 self._append((json.dumps(row, ensure_ascii=False) + "\n").encode())
@@ -66,8 +67,10 @@ class Audit:
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
-            if end and _last_byte(descriptor, end) != b"\n":  # of a writer that was killed
-                line = b"\n" + line
+            if end:
+                os.lseek(descriptor, end - 1, os.SEEK_SET)
+                if os.read(descriptor, 1) != b"\n":  # the last writer was killed
+                    line = b"\n" + line
             try:
                 written = os.write(descriptor, line)
                 os.fsync(descriptor)
@@ -78,11 +81,6 @@ class Audit:
                 raise
         finally:
             os.close(descriptor)
-
-
-def _last_byte(descriptor: int, end: int) -> bytes:
-    os.lseek(descriptor, end - 1, os.SEEK_SET)
-    return os.read(descriptor, 1)
 
 
 def _sha256(text: str) -> str:

@@ -1,34 +1,32 @@
-"""Guards that are chat models, behind an address or in a folder, with the policy as their system message.
+"""Guards that are chat models, behind an address or in a folder, with the policy as the system message.
 
-Nothing is cut off and nothing is trusted: a policy that the model cannot read whole is refused, and what it replies is
-parsed and verified as every guard's reply is, without any server's promise of well-formed JSON.
+A policy that does not fit into the model's context is refused. Replies are parsed strictly, and no server is trusted.
 """
 
 import hashlib
 import os
 import re
 import time
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from negtome.guard.decision import Reply, UnusableReplyError, new_nonce, read_json
 from negtome.guard.policy import Policy
 from negtome.guard.transport import Answer, AnswerError, TooLateError, post
 
-#: Where a key is looked for, in this order; servers of one's own mostly ask for none.
+#: Environment variables of the key, the first that is set counts.
 KEYS = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY")
-#: Whose OPENAI_API_KEY it is: environment variables, and the headers that they are sent in.
+#: Environment variables of the account that OPENAI_API_KEY belongs to, and their headers.
 ACCOUNT = {"OPENAI_ORG_ID": "OpenAI-Organization", "OPENAI_PROJECT_ID": "OpenAI-Project"}
-#: Seconds of the longest timeout, a day: the system's clock takes no arbitrarily long one.
+#: Longest timeout in seconds.
 LONGEST_WAIT = 86_400
-#: Characters of the shortest key that is taken for a secret: servers of one's own take "none" or "EMPTY".
+#: Length of the shortest key that is masked: local servers take "none" or "EMPTY".
 SECRET = 8
-#: Characters of English text a token of current tokenizers, about: 3.6 to 4.
+#: Characters of English text per token, 3.6 to 4 with current tokenizers.
 CHARACTERS_A_TOKEN = 4
-#: What chat templates and reasoning models mark their parts by; in a prompt it would pretend to be another part.
+#: Markup of chat templates and reasoning models, by which a prompt could pretend to be another message.
 MARKUP = re.compile(
     r"<[|｜][^<>|｜]{1,40}[|｜]>|</?think(?:ing)?>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>",  # noqa: RUF001
     re.IGNORECASE,
@@ -38,40 +36,30 @@ OPENED = re.compile(r"(<think(?:ing)?>)\s*\Z")
 
 
 def messages(policy: Policy, prompt: str, nonce: str) -> list[dict[str, str]]:
-    """Return the conversation that a model is to continue, whose decision must repeat the nonce.
+    """Return the conversation that a model continues with a decision.
 
     Raises:
-        UnusableReplyError: the prompt has markup of a conversation in it, which no model could tell from its own.
+        UnusableReplyError: the prompt contains markup of conversations.
     """
-    if found := MARKUP.search(prompt):
-        raise UnusableReplyError(f"expected a prompt without markup of conversations, got {found.group()!r} in it")
+    if markup := MARKUP.search(prompt):
+        raise UnusableReplyError(f"expected a prompt without markup of conversations, got {markup.group()!r} in it")
     return [{"role": "system", "content": policy.render(nonce)}, {"role": "user", "content": prompt}]
 
 
 def about_tokens(text: str) -> int:
-    """Return about how many tokens a text has, whosever they are."""
+    """Estimate the number of tokens of a text."""
     return round(len(text) / CHARACTERS_A_TOKEN)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A server's answer to a conversation.
-
-    Attributes:
-        text: of the assistant's message.
-        tokens_read: tokens of the conversation, as the server counts them; 0 where it does not.
-    """
+class Completion(NamedTuple):
+    """The assistant's message, and the server's count of the conversation's tokens, 0 if it does not count."""
 
     text: str
     tokens_read: int
 
 
 def read_completion(body: bytes, max_tokens: int) -> Completion:
-    """Read the answer of an OpenAI-compatible server: one choice, a text that the model ended by itself.
-
-    Args:
-        body: JSON in UTF-8.
-        max_tokens: that the text was limited to.
+    """Read the answer of an OpenAI-compatible server, JSON in UTF-8: one choice, a text that the model ended itself.
 
     Raises:
         UnusableReplyError: there are several choices, or the text is not the model's complete answer.
@@ -108,18 +96,17 @@ def read_completion(body: bytes, max_tokens: int) -> Completion:
 class Endpoint:
     """A chat model behind an OpenAI-compatible address: vLLM, llama.cpp, ollama and others.
 
-    The server is not trusted: it cannot take more than `timeout` or a megabyte, and is followed to no other address.
+    The server is not trusted: time and size of its answers are limited, and redirects are not followed.
 
     Args:
-        model: as the server calls it.
-        base_url: of the server, mostly ending in /v1.
-        api_key: none: that of the environment, NEGTOME_GUARD_API_KEY or else OPENAI_API_KEY. With the latter,
-            OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent, too, where they are set.
-        timeout: seconds that a decision may take, all its tries together; more than 0, at most `LONGEST_WAIT`.
-        temperature: of sampling; at 0 most servers give the most likely reply.
-        max_tokens: of the reply, thinking included.
-        context: tokens that policy, prompt and reply may have together, for servers that cut off what is more and do
-            not say so (ollama); others refuse by themselves.
+        model: the server's name of the model.
+        base_url: of the server, usually ending in /v1.
+        api_key: None: NEGTOME_GUARD_API_KEY of the environment, or else OPENAI_API_KEY; with the latter,
+            OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent too.
+        timeout: seconds for a decision with all its tries, above 0 and at most `LONGEST_WAIT`.
+        temperature: of sampling; at 0 most servers return the likeliest reply.
+        max_tokens: of the reply, reasoning included.
+        context: largest number of tokens of policy, prompt and reply, for servers that cut off silently (ollama).
     """
 
     name = "chat"
@@ -144,13 +131,13 @@ class Endpoint:
         if not re.fullmatch(r"[!-~]*", self._key):
             raise ValueError(f"expected a key of printable ASCII, got another in {source or 'api_key'}")
         self._headers = {"Authorization": f"Bearer {self._key or 'none'}"}
-        if source == "OPENAI_API_KEY":  # they tell whose key it is, and nobody who gets another needs to know
-            named = ((header, os.environ.get(name)) for name, header in ACCOUNT.items())
-            self._headers |= {header: value for header, value in named if value}
+        if source == "OPENAI_API_KEY":  # servers that get another key must not learn the account
+            account = {header: os.environ.get(name) for name, header in ACCOUNT.items()}
+            self._headers |= {header: value for header, value in account.items() if value}
 
     @property
     def id(self) -> str:
-        """Model, address and settings; whether the server has other weights under the same name, nobody here knows."""
+        """Model, address and settings; it does not change with the server's weights."""
         return f"chat-2-{self.model}@{self.base_url}-temperature={self.temperature:g}-max_tokens={self.max_tokens}"
 
     def reply(self, policy: Policy, prompt: str) -> Reply:
@@ -161,9 +148,9 @@ class Endpoint:
         """Return the model's reply.
 
         Raises:
-            UnusableReplyError: it was cut off, filtered or is not a text alone, or the prompt has markup in it.
-            ValueError: policy and prompt are longer than the model reads.
-            ConnectionError: none came before the deadline, or none of a chat model.
+            UnusableReplyError: the reply is cut off, filtered or not only a text, or the prompt contains markup.
+            ValueError: policy and prompt are longer than the context.
+            ConnectionError: no chat completion came before the deadline.
         """
         nonce = new_nonce(prompt)
         conversation = messages(policy, prompt, nonce)
@@ -185,11 +172,11 @@ class Endpoint:
         """Return the server's answer to a conversation, before a deadline of `time.monotonic` or within `timeout`.
 
         Raises:
-            UnusableReplyError: there are several answers, or the answer is incomplete or not a text alone.
-            ConnectionError: none came, or none of a chat model.
-            ValueError: the server says that the conversation is longer than it can read.
+            UnusableReplyError: there are several answers, or the answer is incomplete or not only a text.
+            ConnectionError: no chat completion came in time.
+            ValueError: the server says that the conversation is too long.
         """
-        what = f"expected a reply of {self.model} from {self.base_url}, got"
+        expected = f"expected a reply of {self.model} from {self.base_url}, got"
         deadline = time.monotonic() + self.timeout if deadline is None else deadline
         request = {
             "model": self.model,
@@ -200,44 +187,45 @@ class Endpoint:
         try:
             answer = post(f"{self.base_url.rstrip('/')}/chat/completions", request, self._headers, deadline)
         except TooLateError:
-            raise ConnectionError(f"{what} none in {self.timeout:g} s: give it more time") from None
+            raise ConnectionError(f"{expected} none in {self.timeout:g} s: give it more time") from None
         except AnswerError as error:
-            raise ConnectionError(f"{what} {error}: see what the server is") from None
+            raise ConnectionError(f"{expected} {error}: see what the server is") from None
         except ImportError as error:
             raise ImportError("expected the package httpx2, got none: pip install -e '.[chat]'") from error
         except ConnectionError as error:
-            raise ConnectionError(f"{what} no connection ({self._line(error)}): is it started?") from None
+            raise ConnectionError(f"{expected} no connection ({self._line(error)}): is it started?") from None
         if answer.status != 200:
-            raise self._refused(what, answer)
+            raise self._status_error(expected, answer)
         try:
             completion = read_completion(self._masked_body(answer), self.max_tokens)
         except UnusableReplyError as error:
             raise UnusableReplyError(self._masked(str(error)), self._masked(error.text)) from None
         except ValueError as error:
-            raise ConnectionError(f"{what} no chat completion ({self._line(error)}): correct the address") from None
+            raise ConnectionError(f"{expected} no chat completion ({self._line(error)}): correct the address") from None
         return Completion(self._masked(completion.text), completion.tokens_read)
 
-    def _refused(self, what: str, answer: Answer) -> Exception:
-        """Return the error that a status other than 200 comes to."""
+    def _status_error(self, expected: str, answer: Answer) -> Exception:
+        """Return the error for a status other than 200."""
         if 300 <= answer.status < 400:
             return ConnectionError(
-                f"{what} a redirect (status {answer.status}), which is not followed: give the address that it leads to"
+                f"{expected} a redirect (status {answer.status}), which is not followed: give the address that it "
+                "leads to"
             )
         body = self._masked_body(answer).decode(errors="replace")
         message = self._line(f"Error code: {answer.status} - {body}")
         if answer.status in (400, 413) and re.search(r"context|too (?:long|large)", message):
-            return ValueError(f"{what} that they are too long ({message}): shorten the policy or the reply")
-        return ConnectionError(f"{what} {message}: see what the server says")
+            return ValueError(f"{expected} that they are too long ({message}): shorten the policy or the reply")
+        return ConnectionError(f"{expected} {message}: see what the server says")
 
     def _masked_body(self, answer: Answer) -> bytes:
-        """Return an answer's body without the key, before any part of it is cut off; JSON may write \\/ for a slash."""
+        """Return an answer's body without the key, also where JSON escapes its slashes."""
         if len(self._key) < SECRET:
             return answer.body
         body = answer.body.replace(self._key.encode(), b"***")
         return body.replace(self._key.replace("/", "\\/").encode(), b"***")
 
     def _masked(self, text: str) -> str:
-        """Return a text of the server's without the key, should it have repeated it."""
+        """Return a text of the server without the key."""
         return text.replace(self._key, "***") if len(self._key) >= SECRET else text
 
     def _line(self, text: object) -> str:
@@ -245,12 +233,12 @@ class Endpoint:
 
 
 class Local:
-    """A chat model of transformers from a folder, which is loaded when it is first asked; always its likeliest reply.
+    """A chat model of transformers in a folder, loaded by its first reply; it always writes its likeliest reply.
 
     Args:
-        folder: with weights, tokenizer and its chat template. Code in it is not run.
-        max_tokens: of the reply, thinking included.
-        device: torch's name of it; none: a GPU where there is one.
+        folder: with weights, tokenizer and chat template. Code in it is not run.
+        max_tokens: of the reply, reasoning included.
+        device: torch's name; None: a GPU if there is one.
     """
 
     name = "chat"
@@ -262,7 +250,7 @@ class Local:
 
     @cached_property
     def id(self) -> str:
-        """The folder's name, a digest of all files in it, and how long its replies may be."""
+        """The folder's name, a digest of all files in it, and the longest reply."""
         total = hashlib.sha256()
         for path in sorted(path for path in self.folder.iterdir() if path.is_file()):
             with path.open("rb") as file:
@@ -291,8 +279,8 @@ class Local:
         """Return the model's reply.
 
         Raises:
-            UnusableReplyError: it was cut off, or the prompt has markup in it.
-            ValueError: policy, prompt and reply are longer than the context, or the model has no fitting template.
+            UnusableReplyError: the reply is cut off, or the prompt contains markup.
+            ValueError: policy, prompt and reply are longer than the context, or the chat template does not fit.
         """
         nonce = new_nonce(prompt)
         tokenizer, model = self._loaded
@@ -317,28 +305,30 @@ class Local:
             pad_token_id=ends[0],
         )[0, read:].tolist()
         ended = bool(written) and written[-1] in ends
-        # Without the mark of its end, and with those of channels, which say what is reasoning.
+        # Special tokens are kept, apart from the last: channels mark the reasoning.
         reply: str = tokenizer.decode(written[:-1] if ended else written, skip_special_tokens=False)
         if not ended and len(written) >= self.max_tokens:
             raise UnusableReplyError(_too_long(self.max_tokens), reply)
-        if opened := OPENED.search(text):  # by the template: the model writes the end of its reasoning alone
+        if opened := OPENED.search(text):  # the model writes only the end of the block
             reply = opened.group(1) + reply
         return Reply(reply, nonce)
 
     def _template(self, conversation: list[dict[str, str]]) -> str:
-        """Return a conversation as the model is used to read it.
+        """Return a conversation as a text in the model's chat template.
 
         Raises:
-            UnusableReplyError: the prompt has one of the model's special tokens in it.
-            ValueError: the template has no place for a system message.
+            UnusableReplyError: the prompt contains one of the model's special tokens.
+            ValueError: the template has no system message.
         """
         import jinja2
 
         tokenizer, _ = self._loaded
         policy, prompt = (message["content"].strip() for message in conversation)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        if found := [token for token in special if token and token in prompt]:
-            raise UnusableReplyError(f"expected a prompt without the model's special tokens, got {found[0]!r} in it")
+        if contained := [token for token in special if token and token in prompt]:
+            raise UnusableReplyError(
+                f"expected a prompt without the model's special tokens, got {contained[0]!r} in it"
+            )
         try:
             text: str = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
@@ -351,12 +341,14 @@ class Local:
 
 
 def _check_address(base_url: str) -> None:
-    """Raise ValueError unless it is an address of HTTP without anything that may be secret."""
+    """Raise ValueError unless it is an HTTP address without credentials, query or fragment."""
     parts = urlsplit(base_url)
     secret = parts.username or parts.password or parts.query or parts.fragment
     if parts.scheme not in ("http", "https") or not parts.hostname or secret:
-        shown = f"{parts.scheme}://{parts.hostname}"  # without what may be secret
-        raise ValueError(f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {shown}")
+        without_secret = f"{parts.scheme}://{parts.hostname}"
+        raise ValueError(
+            f"expected an address such as http://127.0.0.1:8000/v1, without a key in it, got {without_secret}"
+        )
     if re.search(r"[\s\x00-\x1f\x7f]", base_url):
         raise ValueError(f"expected an address without spaces and control characters, got {base_url!r}")
     try:
@@ -369,6 +361,6 @@ def _too_long(max_tokens: int) -> str:
     return f"expected a reply of at most {max_tokens} tokens, got one cut off: models that think need more max_tokens"
 
 
-def _line(what: object) -> str:
-    """Return what a server or a library said, in one line and not all of it."""
-    return " ".join(str(what).split())[:200]
+def _line(message: object) -> str:
+    """Return the start of a message in one line."""
+    return " ".join(str(message).split())[:200]

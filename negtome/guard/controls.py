@@ -1,4 +1,4 @@
-"""Guards that no policy guides: what any other is to be told apart from."""
+"""Guards that no policy guides, with which other guards are compared."""
 
 from negtome.guard.decision import Decision, Reply
 from negtome.guard.policy import Policy
@@ -6,10 +6,10 @@ from negtome.guard.verdict import Guard, is_remote
 
 
 class Always:
-    """Does the same about every request: the end of either scale, of what is let through and of what is refused.
+    """Takes the same action on every request.
 
     Args:
-        action: one of `ACTIONS`; it cites the first clause of that action, whatever was asked for.
+        action: one of `ACTIONS`; the guard cites the first clause with that action.
     """
 
     def __init__(self, action: str) -> None:
@@ -27,9 +27,7 @@ class Always:
 
 
 class Stripped:
-    """A guard that is shown an empty policy: what it decides by is not what is written.
-
-    What it cites all the same is not in the policy that it is verified against, or it cites nothing.
+    """Shows an empty policy to a guard, whose citations are then verified against the real policy.
 
     Args:
         guard: one that reads policies.

@@ -1,4 +1,4 @@
-"""A guard's reply: the one JSON object in it is read strictly, and verified against the policy it claims to follow."""
+"""Decisions of guards: a model's reply is parsed strictly, and every decision is verified against the policy."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from typing import Any
 
 from negtome.guard.policy import ACTIONS, Policy, brief
 
-#: Fields of a decision; an object in a text has a nonce, too, and no other field.
+#: Fields of a decision; in a model's reply, the object also has a nonce.
 FIELDS = frozenset({"action", "clauses", "quote", "rationale", "confidence"})
-#: Hexadecimal digits of a nonce: 64 random bits, which no author of a prompt can guess.
+#: Hexadecimal digits of a nonce: 64 random bits, which the author of a prompt cannot guess.
 NONCE_DIGITS = 16
-#: Closed blocks in which models reason before they answer: the tags of most, the analysis channel of gpt-oss.
+#: Closed blocks of reasoning before an answer: the tags of most models, the analysis channel of gpt-oss.
 REASONING = re.compile(
     r"\s*(?:<(think|thinking)>.*?</\1>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>.*?<\|end\|>)",
@@ -25,7 +25,7 @@ FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
 class UnusableReplyError(ValueError):
-    """Raised by a guard that cannot use its model's reply, such as one that was cut off; `text` is what came."""
+    """Raised by a guard that cannot use its model's reply, for example if it was cut off; `text` is the reply."""
 
     def __init__(self, fault: str, text: str = "") -> None:
         super().__init__(fault)
@@ -34,11 +34,11 @@ class UnusableReplyError(ValueError):
 
 @dataclass(frozen=True)
 class Reply:
-    """The text of a guard that is a language model, and the nonce that its request asked for.
+    """The reply of a language model.
 
     Attributes:
-        text: as the model wrote it.
-        nonce: from `new_nonce`, used for no other request. A decision in the text counts only if it repeats the nonce.
+        text: of the model.
+        nonce: of the request, from `new_nonce`. A decision in the text counts only if it repeats the nonce.
     """
 
     text: str
@@ -47,14 +47,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a guard decided.
+    """A guard's decision.
 
     Attributes:
         action: one of `ACTIONS`.
-        clauses: ids of all that applies, clauses and exceptions.
-        quote: words of one of them; "" where there are none.
-        rationale: the guard's own words, which nothing vouches for: a rationale is no reason.
-        confidence: in [0, 1], as the guard says; None where it does not.
+        clauses: ids of all clauses and exceptions that apply.
+        quote: words of one of them; "" without any.
+        rationale: the guard's own words, which are not verified.
+        confidence: the guard's, in [0, 1], or None.
     """
 
     action: str
@@ -68,7 +68,7 @@ class Decision:
         """Build a decision from a mapping with exactly `FIELDS`.
 
         Raises:
-            ValueError: a field is missing, unknown or of another kind.
+            ValueError: a field is missing, unknown or of another type.
         """
         if missing := sorted(FIELDS - entry.keys()):
             raise ValueError(f"expected the fields {', '.join(sorted(FIELDS))}, got no {', '.join(missing)}")
@@ -88,13 +88,13 @@ class Decision:
         return cls(action, tuple(map(replace_halves, clauses)), quote, rationale, confidence)
 
     def to_json(self, nonce: str | None = None) -> str:
-        """Return a JSON object with all fields; with a nonce, it is the object that `parse` reads."""
+        """Return a JSON object with all fields; with a nonce, `parse` reads it."""
         entry = asdict(self) | {"clauses": list(self.clauses)}
         return json.dumps(entry if nonce is None else {"nonce": nonce, **entry}, ensure_ascii=False)
 
 
 def new_nonce(prompt: str) -> str:
-    """Return a random code for one request, `NONCE_DIGITS` hexadecimal digits that do not occur in the prompt."""
+    """Return a random code of `NONCE_DIGITS` hexadecimal digits that does not occur in the prompt."""
     while (nonce := secrets.token_hex(NONCE_DIGITS // 2)) in prompt:
         pass
     return nonce
@@ -103,13 +103,14 @@ def new_nonce(prompt: str) -> str:
 def parse(text: str, nonce: str, prompt: str) -> Decision:
     """Read the decision in a language model's reply.
 
-    The reply is one JSON object with all fields of a decision and the request's nonce. Closed reasoning blocks may come
-    before it, one code fence around it, and white space anywhere. Nothing else may.
+    The reply must be one JSON object with all fields of a decision and the nonce. Only closed reasoning blocks before
+    it, one code fence around it, and white space are allowed in addition.
 
     Args:
         text: the reply.
-        nonce: what the request asked for, see `new_nonce`.
-        prompt: the request. An object that it contains is never accepted, since it must not contain the nonce.
+        nonce: of the request, see `new_nonce`. It does not occur in the prompt, so that the reply cannot be a copy of
+            an object in the prompt.
+        prompt: the request.
 
     Raises:
         ValueError: the reply is anything else, or the nonce is too short or occurs in the prompt.
@@ -131,7 +132,7 @@ def parse(text: str, nonce: str, prompt: str) -> Decision:
 
 
 def after_reasoning(text: str) -> str:
-    """Return what follows the closed reasoning blocks at the start of a model's reply."""
+    """Return a model's reply without the closed reasoning blocks at its start."""
     end = 0
     while block := REASONING.match(text, end):
         end = block.end()
@@ -144,7 +145,7 @@ def read_json(text: str) -> Any:
     """Parse JSON strictly.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or has a name twice in one object, NaN or an infinity.
+        ValueError: it is no JSON or nested too deeply, or contains a name twice in an object, NaN or an infinity.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
@@ -164,7 +165,7 @@ def _refuse(constant: str) -> None:
 
 
 def replace_halves(text: str) -> str:
-    """Return a text with question marks for halves of characters, which models write and no file can keep."""
+    """Return a text with question marks for lone surrogates, which models write and UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
 
 
@@ -173,11 +174,11 @@ def _shown(text: str) -> str:
 
 
 def verify(policy: Policy, decision: Decision) -> list[str]:
-    """Return what is wrong with a decision, a line each; empty where it follows from the policy as it says.
+    """Return the faults of a decision, a line each; [] if it follows from the policy.
 
-    Its ids are the policy's, an exception stands beside a clause that lists it, the quote is whole words of one of the
-    criteria that it cites, verbatim (white space aside) and not its id or action alone, and the action is that of what
-    is cited. No id is cited twice.
+    A decision follows if every id is in the policy and cited once, every exception is cited with a clause that lists
+    it, the quote consists of complete words of a cited criterion (not only its id or action), and the action is the one
+    of the citations.
     """
     faults = []
     if decision.action not in ACTIONS:
@@ -186,31 +187,32 @@ def verify(policy: Policy, decision: Decision) -> list[str]:
         return [*faults, f"expected ids of the policy, got {', '.join(map(brief, unknown[:5]))}"]
     if len(set(decision.clauses)) < len(decision.clauses):
         return [*faults, "expected every id once, got one several times"]
-    if alone := policy.unlisted(decision.clauses):
-        faults.append(f"expected an exception beside a clause that lists it, got {', '.join(alone)} alone")
-    elif decision.action in ACTIONS and decision.action != (follows := policy.action_of(decision.clauses)):
-        shown = ", ".join(decision.clauses) or "no clause"
-        faults.append(f"expected the action that follows from {shown}, {follows}, got {decision.action}")
-    lines = [_spaced(policy.criterion(name)) for name in decision.clauses]
-    quote = _spaced(decision.quote)
-    quoted = [line for line in lines if quote in line]  # a pattern is compiled only of words that are in the policy
-    words = rf"(?<!\w){re.escape(quote)}(?!\w)" if quoted else ""
-    telling = set(re.findall(r"\w{3,}", quote)) - {*decision.clauses, *ACTIONS, "except"}  # name what it is about
-    if lines and not (telling and any(re.search(words, line) for line in quoted)):
+    if unlisted := policy.unlisted(decision.clauses):
+        faults.append(f"expected an exception beside a clause that lists it, got {', '.join(unlisted)} alone")
+    elif decision.action in ACTIONS and decision.action != (action := policy.action_of(decision.clauses)):
+        cited = ", ".join(decision.clauses) or "no clause"
+        faults.append(f"expected the action that follows from {cited}, {action}, got {decision.action}")
+    if decision.clauses and not _is_quoted(policy, decision):
         faults.append(f"expected a quote from {', '.join(decision.clauses)}, got {brief(decision.quote)}")
-    elif not lines and quote:
+    elif not decision.clauses and decision.quote.strip():
         faults.append(f"expected no quote where no clause is cited, got {brief(decision.quote)}")
     return faults
 
 
+def _is_quoted(policy: Policy, decision: Decision) -> bool:
+    """Return whether the quote is complete words of a cited criterion, not only ids and actions."""
+    quote = " ".join(decision.quote.split())
+    if not set(re.findall(r"\w{3,}", quote)) - {*decision.clauses, *ACTIONS, "except"}:
+        return False
+    lines = [" ".join(policy.criterion(name).split()) for name in decision.clauses]
+    lines = [line for line in lines if quote in line]  # first, so that no long pattern is compiled
+    return any(re.search(rf"(?<!\w){re.escape(quote)}(?!\w)", line) for line in lines)
+
+
 def read_reply(policy: Policy, text: str, nonce: str, prompt: str) -> tuple[Decision | None, list[str]]:
-    """Return what a language model's reply decides, as far as it can be read, and its faults, a line each."""
+    """Return the decision in a language model's reply, None if it cannot be read, and the faults, a line each."""
     try:
         decision = parse(text, nonce, prompt)
     except ValueError as error:
         return None, [str(error)]
     return decision, verify(policy, decision)
-
-
-def _spaced(text: str) -> str:
-    return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""A guard by words: a clause applies where one of its names occurs in the prompt."""
+"""A guard by keywords: a clause applies if one of its names occurs in the prompt."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ from confusable_homoglyphs import confusables
 from negtome.guard.decision import Decision
 from negtome.guard.policy import Clause, Policy, PolicyException
 
-#: What Unicode calls default ignorable, as far as it is not in the category Cf: it shows as nothing within a word.
+#: Characters that Unicode calls default ignorable and that are not in the category Cf; they are invisible in a word.
 IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
 )
@@ -20,10 +20,10 @@ _STEMMER = snowballstemmer.stemmer("english")
 
 
 class Keyword:
-    """Looks for the names of clauses and exceptions, in the singular and the plural, whatever letters they are in.
+    """Looks for the names of clauses and exceptions, in the singular and the plural.
 
-    Upper and lower case, compatible and look-alike letters, accents, invisible characters and punctuation make no
-    difference. It knows no other spelling, no description, and no sense in which a word may be meant.
+    It ignores case, accents, invisible characters and punctuation, and reads compatible and look-alike letters. It
+    knows no other spelling, no description and no meaning.
     """
 
     name = "keyword"
@@ -47,15 +47,15 @@ def _named(part: Clause | PolicyException, readings: Sequence[str]) -> bool:
 
 
 def _occurs(name: str, text: str) -> bool:
-    sought, words = _words(name), _words(text)
-    if not sought:  # an emoji, or other signs alone; a name that shows nothing is in no text
+    name_words, words = _words(name), _words(text)
+    if not name_words:  # an emoji or other signs; an invisible name is in no text
         return bool(name.strip()) and name.strip() in text
-    starts = range(len(words) - len(sought) + 1)
-    return any(all(map(_inflected, words[start : start + len(sought)], sought)) for start in starts)
+    starts = range(len(words) - len(name_words) + 1)
+    return any(all(map(_inflected, words[start : start + len(name_words)], name_words)) for start in starts)
 
 
 def _inflected(word: str, base: str) -> bool:
-    """Tell whether a word is another one, or an inflection of it that changes its last letter at most."""
+    """Return whether a word equals `base`, or is an inflection that changes at most its last letter."""
     return word == base or (word.startswith(base[:-1]) and _stem(word) == _stem(base))
 
 
@@ -67,10 +67,10 @@ def _stem(word: str) -> str:
 
 @functools.lru_cache(maxsize=1000)
 def _readings(text: str) -> tuple[str, ...]:
-    """Return a text as it is, and as it looks to somebody who reads Latin letters, in lower case."""
+    """Return a text and its readings in Latin letters, in lower case."""
     text = unicodedata.normalize("NFKC", text)
     texts = [text]
-    for stroke in "li":  # a sign that is no more than a vertical stroke may stand for either
+    for stroke in "li":  # a vertical stroke may stand for either
         texts += ["".join(_latin(sign, stroke) for sign in form) for form in (text, text.casefold())]
     return tuple(dict.fromkeys(map(_visible, texts)))
 
@@ -82,21 +82,21 @@ def _visible(text: str) -> str:
 
 @functools.lru_cache(maxsize=1000)
 def _words(text: str) -> tuple[str, ...]:
-    """Return runs of letters, marks and digits."""
+    """Split a text into runs of letters, marks and digits."""
     return tuple("".join(sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in text).split())
 
 
 def _invisible(sign: str) -> bool:
-    """Tell whether a character adds nothing to a word: a format or control character, an accent, or a frame."""
+    """Return whether a character is a format or control character, an accent, or a frame."""
     category = unicodedata.category(sign)
     return category in ("Cf", "Me") or (category == "Cc" and not sign.isspace()) or unicodedata.combining(sign) > 0
 
 
 @functools.lru_cache(maxsize=10_000)
 def _latin(sign: str, stroke: str) -> str:
-    """Return the Latin letters that a character looks like, by Unicode's table of confusable characters, or itself.
+    """Return the Latin letters that a character looks like by Unicode's table of confusables, or the character.
 
-    The table has l for all vertical strokes; `stroke` takes its place.
+    The table has l for all vertical strokes; `stroke` replaces it.
     """
     if sign.isascii():
         return sign

@@ -1,8 +1,7 @@
-"""A guard of under a million parameters that was trained on one policy, which is not in its prompt.
+"""A guard of under a million parameters that was trained on one policy, which its prompt does not contain.
 
-It is deliberative alignment (arXiv 2412.16339) as small as it gets: the policy is in the weights. Asked, it writes what
-is asked for, cites the clause that it takes to apply and quotes it, and then decides. A table of names would do as
-well; what each part of the training adds is in results/deliberation.md.
+It is a small example of deliberative alignment (arXiv 2412.16339): it writes down the request, cites and quotes the
+clause, and then decides. results/deliberation.md shows the effect of each part of the training.
 """
 
 import hashlib
@@ -20,27 +19,26 @@ from transformers import LlamaForCausalLM
 from negtome.guard.decision import Decision
 from negtome.guard.policy import Policy
 
-#: Words of the vocabulary that no prompt can hold, whose words are split at such signs.
+#: Special words; no prompt contains them, since the tokenizer splits prompts at such signs.
 PADDING, UNKNOWN, BEGIN, REPLY, END = "<pad>", "<unk>", "<s>", "<reply>", "<end>"
 QUOTE, UNQUOTE, ANSWER = "<quote>", "</quote>", "<answer>"
-#: Before an action, and before every letter of an id. Ids are spelt, so that one can be invented, as by larger models.
+#: Prefixes of an action, and of every letter of an id. The model spells ids, so that it can invent one.
 ACTION, LETTER = "=", "@"
-#: Words of a reply, at most; signs around a prompt.
+#: Longest reply in words, and special words around a prompt.
 LONGEST, AROUND = 64, 2
 
 
 class Mini:
-    """Decides by the one policy that it was trained on, greedily: the same prompt has the same reply.
+    """Decides by the policy that it was trained on; the same prompt always has the same reply.
 
-    A prompt with words that it was not trained on (other languages and alphabets, codes) it does not decide. It says
-    so and replies "escalate" without a clause, which follows from no policy whose default is another action: `decide`
-    makes "invalid" of that, never "allow".
+    If a prompt has words that it was not trained on (other languages, alphabets, codes), it replies "escalate" without
+    a clause. Unless that is the policy's default, `decide` makes it "invalid", never "allow".
 
     Args:
         folder: with config.json, model.safetensors and tokenizer.json, as models/mini-guard.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has no model.
     """
 
     name = "mini"
@@ -59,10 +57,10 @@ class Mini:
         self.longest = self.model.config.max_position_embeddings - LONGEST - AROUND
 
     def reply(self, policy: Policy, prompt: str) -> Decision:
-        """Return its decision; the rationale is what it wrote before, the confidence its answer's probability.
+        """Return its decision; the rationale is its text before the answer, the confidence the answer's probability.
 
         Raises:
-            ValueError: the policy is another one than it was trained on, as it reads none; or the prompt is too long.
+            ValueError: it was trained on another policy, or the prompt is too long.
         """
         if policy.sha256 != self.policy_sha256:
             raise ValueError(
@@ -73,39 +71,38 @@ class Mini:
         if len(encoded.ids) > self.longest + AROUND:
             got = len(encoded.ids) - AROUND
             raise ValueError(f"expected a prompt of at most {self.longest} words and signs, got {got}: shorten it")
-        places = zip(encoded.tokens, encoded.offsets, strict=True)
-        if unknown := [prompt[start:end] for token, (start, end) in places if token == UNKNOWN]:
-            shown = ", ".join(unknown[:5])
-            return Decision("escalate", rationale=f"words that I was not trained on: {shown}")
+        spans = zip(encoded.tokens, encoded.offsets, strict=True)
+        if unknown := [prompt[start:end] for token, (start, end) in spans if token == UNKNOWN]:
+            return Decision("escalate", rationale=f"words that I was not trained on: {', '.join(unknown[:5])}")
         return read(*self._write(encoded.ids))
 
     @torch.inference_mode()
     def _write(self, ids: Sequence[int]) -> tuple[list[str], list[float]]:
-        """Return the likeliest words after a prompt's, one by one, and the probability of each."""
-        given = torch.tensor([ids])
+        """Return the likeliest reply, word by word, and the probability of each word."""
+        prompt = torch.tensor([ids])
         output = self.model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             do_sample=False,
-            use_cache=True,  # which a model that was just trained does without
+            use_cache=True,  # training leaves it off
             max_new_tokens=LONGEST,
             output_logits=True,
             return_dict_in_generate=True,
         )
         written = output.sequences[0, len(ids) :]
-        chances = torch.cat(output.logits).softmax(-1).gather(1, written[:, None])[:, 0]
-        return [self.tokenizer.id_to_token(int(number)) or UNKNOWN for number in written], chances.tolist()
+        probabilities = torch.cat(output.logits).softmax(-1).gather(1, written[:, None])[:, 0]
+        return [self.tokenizer.id_to_token(int(token)) or UNKNOWN for token in written], probabilities.tolist()
 
 
-def read(words: Sequence[str], chances: Sequence[float] | None = None) -> Decision:
-    """Return the decision in what a model wrote: `trace... <answer> =action @C @1 , @E @1 <end>`, with a quote in it.
+def read(words: Sequence[str], probabilities: Sequence[float] | None = None) -> Decision:
+    """Read the decision in a reply such as `trace... <answer> =action @C @1 , @E @1 <quote> ... </quote> <end>`.
 
     Args:
         words: of the vocabulary.
-        chances: the probability of each word; without them there is no confidence.
+        probabilities: of the words; None: the decision has no confidence.
 
     Returns:
-        A decision whose action is "", which verifies against no policy, where there is not one whole answer.
+        The decision; its action is "", which verifies against no policy, unless there is one complete answer.
     """
     words = list(words)
     if words.count(END) != 1 or words.count(ANSWER) != 1 or words.count(QUOTE) != words.count(UNQUOTE):
@@ -117,12 +114,12 @@ def read(words: Sequence[str], chances: Sequence[float] | None = None) -> Decisi
     if not answer or not answer[0].startswith(ACTION) or any(word[0] != LETTER for part in spelt for word in part):
         return Decision("", rationale=spaced(words))
     clauses = tuple("".join(word[len(LETTER) :] for word in part) for part in spelt)
-    confidence = None if chances is None else math.prod(chances[start + 1 : start + 1 + len(answer)])
+    confidence = None if probabilities is None else math.prod(probabilities[start + 1 : start + 1 + len(answer)])
     return Decision(answer[0][len(ACTION) :], clauses, quote, spaced(words[:start]), confidence)
 
 
 def spaced(words: Sequence[str]) -> str:
-    """Return words as they are written: ids in one piece, quotes in marks, no space before a comma or full stop."""
+    """Return words as a text: ids joined, quotes in quotation marks, no space before punctuation."""
     pieces: list[str] = []
     for spelt, group in itertools.groupby(words, lambda word: len(word) > 1 and word[0] == LETTER):
         part = list(group)

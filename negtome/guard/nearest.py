@@ -1,4 +1,4 @@
-"""A guard that compares: a clause applies where the prompt comes near to a picture of its asset."""
+"""A guard that compares prompts with images: a clause applies if the prompt comes near an image of its concept."""
 
 from collections.abc import Callable, Collection
 
@@ -7,15 +7,12 @@ from negtome.guard.policy import Policy
 
 
 class Nearest:
-    """Takes the asset that a prompt comes nearest to, whatever its words, if it is near enough.
-
-    It knows no exceptions.
+    """Takes the protected concept that a prompt comes nearest to, if it is near enough; it knows no exceptions.
 
     Args:
-        find: of a prompt and the names of assets, returns the nearest of these and how near the prompt comes to it, or
-            None where none is near enough.
-        id: of what finds: encoder, threshold and pictures.
-        assets: names of those that it has pictures of. It decides by no policy about any other asset.
+        find: for a prompt and names of concepts, returns the nearest one and its cosine; None if none is near enough.
+        id: identifies `find`: encoder, threshold and images.
+        assets: names of the concepts that have images.
     """
 
     name = "nearest"
@@ -30,7 +27,7 @@ class Nearest:
         self.id = f"nearest-2-{id}"
 
     def check(self, policy: Policy) -> None:
-        """Raise ValueError unless there are pictures of every asset of a policy."""
+        """Raise ValueError unless every concept of a policy has images."""
         if absent := sorted({clause.asset for clause in policy.clauses} - self.assets):
             raise ValueError(
                 f"expected pictures of every asset of the policy, got no folder of {', '.join(absent[:5])}: name the "
@@ -40,8 +37,7 @@ class Nearest:
     def reply(self, policy: Policy, prompt: str) -> Decision:
         """Return its decision; ValueError as `check`."""
         self.check(policy)
-        found = self.find(prompt, [clause.asset for clause in policy.clauses])
-        asset, cosine = found or (None, 0.0)
+        asset, cosine = self.find(prompt, [clause.asset for clause in policy.clauses]) or (None, 0.0)
         clause = next((clause for clause in policy.clauses if clause.asset == asset), None)
         if clause is None:
             return Decision(policy.default, (), "", "comes near to no asset of the policy")

@@ -1,11 +1,11 @@
-"""A policy: what may be asked for, and what is done about it. Written in YAML, kept in git, read by models."""
+"""A policy: which requests are allowed, and what happens to the others. A YAML file, kept in git, that models read."""
 
 import hashlib
 import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any
 
 import yaml
 
-#: What can be done about a request: draw it; draw it pushed away from the asset; do not; let a person decide.
+#: Actions on a request: draw it; draw it pushed away from the concept; do not draw it; let a person decide.
 ACTIONS = ("allow", "steer", "refuse", "escalate")
-#: Of the first that a policy may be written in.
+#: Version of the format.
 VERSION = 1
-
 #: Characters of a value in an error.
 BRIEF = 80
 
@@ -42,13 +41,13 @@ it alone. It does not where the request names something else that is only like i
 
 @dataclass(frozen=True)
 class PolicyException:
-    """When a clause that lists it does not hold.
+    """An exception from the clauses that list it.
 
     Attributes:
         id: unique in the policy.
-        text: what it is.
-        action: what is done in place of the clause's action.
-        names: words by which `Keyword` knows it.
+        text: describes the exception.
+        action: replaces the clause's action.
+        names: words by which `Keyword` finds it.
     """
 
     id: str
@@ -58,22 +57,22 @@ class PolicyException:
 
     @property
     def line(self) -> str:
-        """What it says, in one line."""
+        """Id, names and text in one line."""
         return f"{self.id} ({', '.join(self.names)}): {self.text}" if self.names else f"{self.id}: {self.text}"
 
 
 @dataclass(frozen=True)
 class Clause:
-    """One asset, and what is done about requests for it.
+    """A protected concept, and the action on requests for it.
 
     Attributes:
         id: unique in the policy.
-        asset: its name, that of its folder of pictures.
-        names: words that ask for it, `Keyword`'s.
-        description: what it looks like.
+        asset: name of the concept, and of its folder of images.
+        names: words by which `Keyword` finds it.
+        description: of the concept's appearance.
         action: one of `ACTIONS`.
-        exceptions: ids of those that hold for it.
-        violates, allowed: examples of requests that it is about, and of others near to it that it is not.
+        exceptions: ids of the exceptions that hold for it.
+        violates, allowed: example requests for the concept, and benign near-misses.
     """
 
     id: str
@@ -87,20 +86,20 @@ class Clause:
 
     @property
     def line(self) -> str:
-        """What it says, in one line."""
+        """Id, concept, other names and description in one line."""
         others = [name for name in self.names if name != self.asset]
-        named = f"{self.asset} ({', '.join(others)})" if others else self.asset
-        return f"{self.id}: {named}: {self.description}"
+        asset = f"{self.asset} ({', '.join(others)})" if others else self.asset
+        return f"{self.id}: {asset}: {self.description}"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A request with the decision that is expected of it, for exceptions and for several clauses at once.
+    """A request and the expected decision, for exceptions and for several clauses at once.
 
     Attributes:
         request: the prompt.
         action: one of `ACTIONS`; it must follow from `clauses`.
-        clauses: ids of all that applies, clauses and exceptions.
+        clauses: ids of all clauses and exceptions that apply.
     """
 
     request: str
@@ -110,14 +109,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Policy:
-    """What `read_policy` read.
+    """A policy, see `read_policy`.
 
     Attributes:
-        clauses: in the order in which they are shown, which decides nothing.
+        clauses: their order affects how they are shown, and no decision.
         exceptions: that clauses list.
-        default: the action where no clause applies.
-        precedence: all actions; of several clauses that apply, the first has its way.
-        examples: requests with their decisions, in addition to those of single clauses.
+        default: the action if no clause applies.
+        precedence: all actions; if several clauses apply, the first action here wins.
+        examples: requests with decisions, in addition to the examples of single clauses.
     """
 
     clauses: tuple[Clause, ...]
@@ -127,42 +126,42 @@ class Policy:
     examples: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
-        parts = self.parts
-        if twice := [name for name, count in Counter(part.id for part in parts).items() if count > 1]:
-            raise ValueError(f"expected every id once in a policy, got {', '.join(twice)} repeatedly: rename one")
+        if repeated := _repeated(part.id for part in self.parts):
+            raise ValueError(f"expected every id once in a policy, got {', '.join(repeated)} repeatedly: rename one")
         if sorted(self.precedence) != sorted(ACTIONS):
             raise ValueError(f"expected a precedence of all of {', '.join(ACTIONS)}, got {list(self.precedence)}")
-        for where, action in [("default", self.default), *((part.id, part.action) for part in parts)]:
+        for name, action in [("default", self.default), *((part.id, part.action) for part in self.parts)]:
             if action not in ACTIONS:
-                raise ValueError(f"expected an action among {', '.join(ACTIONS)} for {where}, got {action!r}")
-        known = {exception.id for exception in self.exceptions}
+                raise ValueError(f"expected an action among {', '.join(ACTIONS)} for {name}, got {action!r}")
+        exceptions = {exception.id for exception in self.exceptions}
         for clause in self.clauses:
-            if unknown := [name for name in clause.exceptions if name not in known]:
+            if unknown := [name for name in clause.exceptions if name not in exceptions]:
                 raise ValueError(f"expected exceptions of the policy in {clause.id}, got {unknown}: list them there")
             if both := set(clause.violates) & set(clause.allowed):
                 raise ValueError(f"{clause.id} has examples that both violate it and are allowed: {sorted(both)}")
         requests = [text for clause in self.clauses for text in (*clause.violates, *clause.allowed)]
-        requests += [example.request for example in self.examples]
-        if twice := [text for text, count in Counter(requests).items() if count > 1]:
-            raise ValueError(f"expected every example once, got {twice} repeatedly: word one otherwise")
+        if repeated := _repeated([*requests, *(example.request for example in self.examples)]):
+            raise ValueError(f"expected every example once, got {repeated} repeatedly: word one otherwise")
         for example in self.examples:
             self._check_example(example)
 
     def _check_example(self, example: Example) -> None:
-        name = repr(example.request)
-        if unknown := [cited for cited in example.clauses if cited not in self]:
-            raise ValueError(f"expected ids of the policy in the example {name}, got {unknown}")
-        if alone := self.unlisted(example.clauses):
-            raise ValueError(f"expected an exception beside a clause that lists it in the example {name}, got {alone}")
-        if example.action != (follows := self.action_of(example.clauses)):
+        request = repr(example.request)
+        if unknown := [name for name in example.clauses if name not in self]:
+            raise ValueError(f"expected ids of the policy in the example {request}, got {unknown}")
+        if unlisted := self.unlisted(example.clauses):
             raise ValueError(
-                f"expected the action that follows from its clauses, {follows}, in the example {name}, got "
+                f"expected an exception beside a clause that lists it in the example {request}, got {unlisted}"
+            )
+        if example.action != (action := self.action_of(example.clauses)):
+            raise ValueError(
+                f"expected the action that follows from its clauses, {action}, in the example {request}, got "
                 f"{example.action!r}"
             )
 
     @property
     def parts(self) -> tuple[Clause | PolicyException, ...]:
-        """Clauses and exceptions, whatever can be cited."""
+        """Clauses and exceptions, all of which can be cited."""
         return (*self.clauses, *self.exceptions)
 
     @cached_property
@@ -170,7 +169,7 @@ class Policy:
         return {part.id: part for part in self.parts}
 
     def __getitem__(self, name: str) -> Clause | PolicyException:
-        """Return the clause or exception of an id; KeyError where there is none."""
+        """Return the clause or exception with an id; KeyError if there is none."""
         return self._by_id[name]
 
     def __contains__(self, name: str) -> bool:
@@ -178,22 +177,23 @@ class Policy:
 
     @property
     def sha256(self) -> str:
-        """A digest of what it says, 64 digits; comments and layout of the file are not in it."""
+        """Digest of the content, 64 digits; comments and layout of the file do not affect it."""
         fields = asdict(self)
-        if not self.examples:  # as digests were before policies could have any
+        if not self.examples:  # keeps the digests from before policies could have examples
             del fields["examples"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def action_of(self, cited: Sequence[str]) -> str:
-        """Return the action that follows from citing clauses and exceptions, ids of this policy.
+        """Return the action that follows from cited clauses and exceptions, ids of this policy.
 
-        An exception stands for the clauses that list it; of several the first by precedence, of none the default.
+        Exceptions replace the action of the clauses that list them. Of several actions the first by precedence wins;
+        without a clause it is the default.
         """
-        found = set()
+        actions = set()
         for clause in (part for part in map(self.__getitem__, cited) if isinstance(part, Clause)):
             excepted = {self[name].action for name in clause.exceptions if name in cited}
-            found |= excepted or {clause.action}
-        return min(found, key=self.precedence.index) if found else self.default
+            actions |= excepted or {clause.action}
+        return min(actions, key=self.precedence.index) if actions else self.default
 
     def unlisted(self, cited: Sequence[str]) -> list[str]:
         """Return the cited exceptions that no cited clause lists."""
@@ -202,7 +202,7 @@ class Policy:
         return [part.id for part in parts if not isinstance(part, Clause) and part.id not in listed]
 
     def criterion(self, name: str) -> str:
-        """Return the clause or exception of an id as it stands among the criteria: what a quote may be taken from."""
+        """Return the line of a clause or exception among the criteria; a quote must come from such a line."""
         part = self[name]
         excepted = f", except {', '.join(part.exceptions)}" if isinstance(part, Clause) and part.exceptions else ""
         return f"{part.line} -> {part.action}{excepted}"
@@ -210,28 +210,26 @@ class Policy:
     def render(self, nonce: str = "(a new code in every request)") -> str:
         """Return the policy as a chat model's system message, whose last line is the nonce.
 
-        It has the four sections that the guide of gpt-oss-safeguard asks for (instruction, definitions, criteria,
-        examples), and the nonce after them: servers can keep what all requests begin with.
+        The message has the four sections of gpt-oss-safeguard's guide (instruction, definitions, criteria, examples).
+        The nonce comes last, so that servers can cache what all requests begin with.
         """
-        examples = [
-            f'"{text}" -> {action} {json.dumps(cited)}'
-            for clause in self.clauses
-            for texts, action, cited in (
-                (clause.violates, clause.action, [clause.id]),
-                (clause.allowed, self.default, []),
-            )
-            for text in texts
-        ]
-        examples += [f'"{one.request}" -> {one.action} {json.dumps(one.clauses)}' for one in self.examples]
-        instruction = INSTRUCTION.format(precedence=", ".join(self.precedence), default=self.default)
+        examples: list[tuple[str, str, Sequence[str]]] = []
+        for clause in self.clauses:
+            examples += [(text, clause.action, [clause.id]) for text in clause.violates]
+            examples += [(text, self.default, []) for text in clause.allowed]
+        examples += [(example.request, example.action, example.clauses) for example in self.examples]
         sections = {
-            "Instruction": instruction,
+            "Instruction": INSTRUCTION.format(precedence=", ".join(self.precedence), default=self.default),
             "Definitions": DEFINITIONS,
             "Criteria": "\n".join(self.criterion(part.id) for part in self.parts),
-            "Examples": "\n".join(examples),
+            "Examples": "\n".join(f'"{text}" -> {action} {json.dumps(cited)}' for text, action, cited in examples),
             "Nonce": nonce,
         }
         return "\n\n".join(f"## {title}\n{text}" for title, text in sections.items() if text) + "\n"
+
+
+def _repeated(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def read_policy(path: str | Path) -> Policy:
@@ -239,14 +237,14 @@ def read_policy(path: str | Path) -> Policy:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty or no YAML, or what it says is not one policy; the message says where.
+        ValueError: it is no YAML or no policy; the message says where.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a policy at {path}, got no file: give a YAML file with clauses")
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not; lists of lists of lists
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date, deeply nested lists
         raise ValueError(f"expected YAML in {path}, got {' '.join(str(error).split())}") from error
     try:
         return _policy(document)
@@ -259,97 +257,99 @@ _REPR.maxstring = _REPR.maxother = BRIEF
 
 
 def brief(value: Any) -> str:
-    """Return the start of a value's `repr`, at most `BRIEF` characters, whatever it repeats by reference or nests."""
+    """Return the start of a value's `repr`, at most `BRIEF` characters, also of recursive and of huge values."""
     return _REPR.repr(value)[:BRIEF]
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what the plain one does in silence: of a name that is given twice, it takes the last."""
+    """Refuses a name that occurs twice in a mapping; `SafeLoader` silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(mapping) < len(names):
-            twice = next(name for name, count in Counter(names).items() if count > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} twice in one mapping", node.start_mark)
+        if repeated := _repeated(names):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{repeated[0]!r} twice in one mapping", node.start_mark
+            )
         return mapping
 
 
 def _policy(document: Any) -> Policy:
-    top = _fields("the policy", document, {"version", "clauses"}, {"default", "precedence", "exceptions", "examples"})
-    if type(top["version"]) is not int or top["version"] != VERSION:  # to Python, true is 1 too
+    top = check_fields(
+        "the policy", document, {"version", "clauses"}, {"default", "precedence", "exceptions", "examples"}
+    )
+    if type(top["version"]) is not int or top["version"] != VERSION:  # in Python, True == 1
         raise ValueError(f"expected version: {VERSION}, got {brief(top['version'])}")
-    if not _list("clauses", top["clauses"]):
+    clauses = tuple(map(_clause, _list("clauses", top["clauses"])))
+    if not clauses:
         raise ValueError("expected at least one clause, got none")
-    plain = {name: top[name] for name in ("default", "precedence") if name in top}
-    if "precedence" in plain:
-        plain["precedence"] = _texts("precedence", plain["precedence"])
-    exceptions = [_exception(entry) for entry in _list("exceptions", top.get("exceptions", []))]
-    plain["examples"] = tuple(map(_example, _list("examples", top.get("examples", []))))
-    return Policy(tuple(map(_clause, top["clauses"])), tuple(exceptions), **plain)
+    exceptions = tuple(map(_exception, _list("exceptions", top.get("exceptions", []))))
+    examples = tuple(map(_example, _list("examples", top.get("examples", []))))
+    precedence = _texts("precedence", top.get("precedence", list(Policy.precedence)))
+    return Policy(clauses, exceptions, top.get("default", Policy.default), precedence, examples)
 
 
 def _example(entry: Any) -> Example:
-    fields = _fields("an example", entry, {"request", "action", "clauses"}, set())
+    fields = check_fields("an example", entry, {"request", "action", "clauses"})
     request = _text("request of an example", fields["request"])
     clauses = _texts(f"clauses of the example {request!r}", fields["clauses"])
     return Example(request, _text(f"action of the example {request!r}", fields["action"]), clauses)
 
 
 def _clause(entry: Any) -> Clause:
-    found = _fields("a clause", entry, {"id", "asset", "description", "action"}, {"names", "exceptions", "examples"})
-    name = _text("id of a clause", found["id"])
-    examples = _fields(f"examples of {name}", found.get("examples", {}), set(), {"violates", "allowed"})
+    fields = check_fields(
+        "a clause", entry, {"id", "asset", "description", "action"}, {"names", "exceptions", "examples"}
+    )
+    name = _text("id of a clause", fields["id"])
+    examples = check_fields(f"examples of {name}", fields.get("examples", {}), set(), {"violates", "allowed"})
     return Clause(
         name,
-        _text(f"asset of {name}", found["asset"]),
-        _texts(f"names of {name}", found.get("names", [found["asset"]])),
-        _text(f"description of {name}", found["description"]),
-        _text(f"action of {name}", found["action"]),
-        _texts(f"exceptions of {name}", found.get("exceptions", [])),
-        *(_texts(f"examples.{kind} of {name}", examples.get(kind, [])) for kind in ("violates", "allowed")),
+        _text(f"asset of {name}", fields["asset"]),
+        _texts(f"names of {name}", fields.get("names", [fields["asset"]])),
+        _text(f"description of {name}", fields["description"]),
+        _text(f"action of {name}", fields["action"]),
+        _texts(f"exceptions of {name}", fields.get("exceptions", [])),
+        _texts(f"examples.violates of {name}", examples.get("violates", [])),
+        _texts(f"examples.allowed of {name}", examples.get("allowed", [])),
     )
 
 
 def _exception(entry: Any) -> PolicyException:
-    found = _fields("an exception", entry, {"id", "text"}, {"action", "names"})
-    name = _text("id of an exception", found["id"])
-    action = _text(f"action of {name}", found.get("action", "allow"))
-    return PolicyException(
-        name, _text(f"text of {name}", found["text"]), action, _texts(f"names of {name}", found.get("names", []))
-    )
+    fields = check_fields("an exception", entry, {"id", "text"}, {"action", "names"})
+    name = _text("id of an exception", fields["id"])
+    text, action = _text(f"text of {name}", fields["text"]), _text(f"action of {name}", fields.get("action", "allow"))
+    return PolicyException(name, text, action, _texts(f"names of {name}", fields.get("names", [])))
 
 
-def _fields(what: str, entry: Any, needed: set[str], optional: set[str]) -> Mapping[str, Any]:
+def check_fields(label: str, entry: Any, needed: set[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
+    """Return an entry of a YAML document; ValueError unless it is a mapping with the needed and no unknown names."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"expected {what} as a mapping of names to values, got {brief(entry)}")
+        raise ValueError(f"expected {label} as a mapping of names to values, got {brief(entry)}")
     if missing := needed - entry.keys():
         raise ValueError(
-            f"expected {', '.join(sorted(needed))} in {what}, got no {', '.join(sorted(missing))}: {brief(entry)}"
+            f"expected {', '.join(sorted(needed))} in {label}, got no {', '.join(sorted(missing))}: {brief(entry)}"
         )
-    if unknown := {str(name) for name in entry.keys() - needed - optional}:
-        raise ValueError(
-            f"expected {what} to have {', '.join(sorted(needed | optional))}, got "
-            f"{', '.join(sorted(unknown)[:5])} beside"
-        )
+    if unknown := {str(name) for name in entry.keys() - needed - set(optional)}:
+        names = ", ".join(sorted({*needed, *optional}))
+        raise ValueError(f"expected {label} to have {names}, got {', '.join(sorted(unknown)[:5])} too")
     return entry
 
 
-def _list(what: str, value: Any) -> list[Any]:
+def _list(label: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"expected {what} as a list, got {brief(value)}")
+        raise ValueError(f"expected {label} as a list, got {brief(value)}")
     return value
 
 
-def _texts(what: str, values: Any) -> tuple[str, ...]:
-    texts = tuple(_text(f"every one of {what}", value) for value in _list(what, values))
+def _texts(label: str, values: Any) -> tuple[str, ...]:
+    texts = tuple(_text(f"every one of {label}", value) for value in _list(label, values))
     if len(set(texts)) != len(texts):
-        raise ValueError(f"expected {what} to differ, got {list(texts)}")
+        raise ValueError(f"expected {label} to differ, got {list(texts)}")
     return texts
 
 
-def _text(what: str, value: Any) -> str:
-    # YAML reads no, on and 1.0 as what they are not here
+def _text(label: str, value: Any) -> str:
+    # YAML reads no, on and 1.0 as booleans and numbers
     if not isinstance(value, str) or not value.strip() or re.search(r"[\r\n\ud800-\udfff]", value.strip()):
-        raise ValueError(f"expected {what} as a text of one line, got {brief(value)}: put it into quotes")
+        raise ValueError(f"expected {label} as a text of one line, got {brief(value)}: put it into quotes")
     return value.strip()

@@ -11,31 +11,25 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-#: Bytes of an answer, of which a reply of 32,000 tokens needs a quarter.
+#: Largest answer in bytes; a reply of 32,000 tokens needs a quarter of it.
 LONGEST = 1 << 20
-#: Statuses with which a server may ask to be tried again later.
+#: Statuses with which a server may ask for a retry.
 BUSY = (429, 503)
-#: Seconds before the first retry, doubled each time, whatever less the server asks for.
+#: Shortest wait in seconds before the first retry; it doubles with each retry.
 PAUSE = 0.25
 
 
 class TooLateError(ConnectionError):
-    """Raised where the server did not answer in time."""
+    """Raised if the server does not answer in time."""
 
 
 class AnswerError(ConnectionError):
-    """Raised where an answer is not read: it is too long, or compressed."""
+    """Raised for an answer that is too long or compressed."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered.
-
-    Attributes:
-        status: of HTTP.
-        headers: by names, in whatever case.
-        body: at most `LONGEST` bytes.
-    """
+    """A server's answer; header names ignore case, and the body has at most `LONGEST` bytes."""
 
     status: int
     headers: Mapping[str, str]
@@ -43,20 +37,20 @@ class Answer:
 
 
 def post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -> Answer:
-    """Send JSON and return the answer, trying again where the server says when.
+    """Send JSON and return the answer; if a busy server says when to retry, do so until the deadline.
 
-    Redirects are answers: they are not followed. Environment variables may name a proxy.
+    Redirects are not followed but returned. Environment variables may name a proxy.
 
     Args:
         url: of the server.
-        document: what is sent.
-        headers: that are sent beside those of JSON.
-        deadline: as `time.monotonic` counts; waiting included.
+        document: the JSON value.
+        headers: in addition to those of JSON.
+        deadline: in seconds of `time.monotonic`, waiting included.
 
     Raises:
-        TooLateError: the answer was not complete by then.
-        AnswerError: it is longer than `LONGEST` bytes, or compressed.
-        ConnectionError: there is none.
+        TooLateError: the answer is not complete by then.
+        AnswerError: the answer is longer than `LONGEST` bytes, or compressed.
+        ConnectionError: there is no answer.
     """
     shortest = PAUSE
     while True:
@@ -72,7 +66,7 @@ def post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -
 
 
 def _retry_after(answer: Answer) -> float | None:
-    """Return the seconds after which a server asks to be tried again; None where it does not."""
+    """Return the seconds after which a server asks for a retry; None if it does not ask for one."""
     text = answer.headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
@@ -83,8 +77,8 @@ def _retry_after(answer: Answer) -> float | None:
 
 
 def _post(url: str, document: Any, headers: Mapping[str, str], deadline: float) -> Answer:
-    # In a thread, since the caller may have an event loop of its own, and in one that nobody waits for: to look up a
-    # name may take longer than any limit.
+    # In a thread, since the caller may run an event loop. It is a daemon, since looking up a host name may take longer
+    # than any limit.
     future: Future[Answer] = Future()
 
     def run() -> None:
@@ -100,21 +94,17 @@ def _post(url: str, document: Any, headers: Mapping[str, str], deadline: float) 
         raise
     except TimeoutError as error:
         raise TooLateError("no complete answer in time") from error
-    except Exception as error:  # whatever a hostile server makes the client raise
-        cause = _root(error)
-        raise ConnectionError(f"{type(cause).__name__}: {cause}") from error
-
-
-def _root(error: BaseException) -> BaseException:
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return error
+    except Exception as error:  # a hostile server may make the client raise anything
+        root: BaseException = error
+        while cause := root.__cause__ or root.__context__:
+            root = cause
+        raise ConnectionError(f"{type(root).__name__}: {root}") from error
 
 
 async def _exchange(url: str, document: Any, headers: Mapping[str, str], seconds: float) -> Answer:
     import httpx2
 
-    # Not compressed: a kilobyte could become a megabyte before anybody counts.
+    # A compressed kilobyte could become a megabyte before it is counted.
     headers = {**headers, "Accept-Encoding": "identity"}
     body = bytearray()
     async with (

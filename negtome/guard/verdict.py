@@ -1,4 +1,4 @@
-"""From a prompt to what is done about it: ask a guard, verify its reply, ask once more, keep a record."""
+"""From a prompt to an action: ask a guard, verify its reply, ask once more, write a record."""
 
 import time
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ LONGEST = 4000
 
 
 class GuardError(RuntimeError):
-    """Raised where a guard's own code fails: there is no verdict, and the request must not be taken as allowed."""
+    """Raised if a guard's own code fails: there is no verdict, and the request must not count as allowed."""
 
 
 class Guard(Protocol):
-    """Whoever decides.
+    """An object that decides requests.
 
     Attributes:
         name: in tables.
-        id: changes whenever it might decide otherwise: with its weights, thresholds, model, address.
+        id: changes with everything that affects its decisions: weights, thresholds, model, address.
     """
 
     @property
@@ -33,27 +33,27 @@ class Guard(Protocol):
     def id(self) -> str: ...
 
     def reply(self, policy: Policy, prompt: str) -> Decision | Reply:
-        """Return a decision, or the text of a language model with the nonce that it was asked to repeat.
+        """Return a decision, or the reply of a language model with the nonce of its request.
 
         Raises:
-            UnusableReplyError: it knows that it has no reply to this prompt, which makes the verdict invalid.
-            ValueError: the policy or the prompt is longer than it can read; nothing is cut off.
-            ConnectionError: it does not answer.
+            UnusableReplyError: there is no usable reply, which makes the verdict invalid.
+            ValueError: the policy or the prompt is too long.
+            ConnectionError: the guard does not answer.
         """
 
 
 class RemoteGuard(Guard, Protocol):
-    """A guard that somebody else's computer may keep waiting.
+    """A guard behind a network.
 
     Attributes:
-        timeout: seconds that all tries of one decision may take together.
+        timeout: seconds for all tries of one decision.
     """
 
     @property
     def timeout(self) -> float: ...
 
     def reply_before(self, policy: Policy, prompt: str, deadline: float) -> Decision | Reply:
-        """Return what `reply` does, before `time.monotonic()` comes to the deadline; ConnectionError otherwise."""
+        """Return as `reply` does, before `time.monotonic()` reaches the deadline; ConnectionError otherwise."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Verdict:
     """A guard's decision, verified.
 
     Attributes:
-        action: one of `ACTIONS`, or "invalid": no reply of the guard followed from the policy. That is never allow;
-            whoever acts on it asks a person, and counts it apart.
-        decision: the last reply, as far as it could be read.
-        faults: what was wrong with the last reply; empty where the action is valid.
-        replies: as they came, decisions as JSON; the last one decided.
-        seconds: that the guard took.
+        action: one of `ACTIONS`, or "invalid": no reply of the guard followed from the policy. Treat it as escalate,
+            never as allow, and count it separately.
+        decision: of the last reply; None if it could not be read.
+        faults: of the last reply; empty if the action is valid.
+        replies: texts, or decisions as JSON; the last one counts.
+        seconds: of the guard.
     """
 
     action: str
@@ -77,17 +77,17 @@ class Verdict:
 
     @property
     def clauses(self) -> tuple[str, ...]:
-        """The ids that the action rests on; none of an invalid one, whose citations are not to be trusted."""
+        """The cited ids; none for an invalid verdict."""
         return () if self.action == "invalid" or self.decision is None else self.decision.clauses
 
     @property
     def quote(self) -> str:
-        """The words of the policy that it rests on; "" where it cites nothing."""
+        """The quoted words of the policy; "" without a citation, and for an invalid verdict."""
         return "" if self.action == "invalid" or self.decision is None else self.decision.quote
 
     @property
     def reason(self) -> str:
-        """Why, in one line, for whoever asked."""
+        """The reason in one line, for the user."""
         if self.action == "invalid":
             return f"the guard's reply did not follow from the policy: {self.faults[0]}"
         return f"the policy says: {' '.join(self.quote.split())}" if self.quote else "no clause of the policy applies"
@@ -99,13 +99,13 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
     Args:
         policy: from `read_policy`.
         guard: any object with `reply`. A `RemoteGuard` has its timeout for all tries together.
-        prompt: what is asked for, 1 to `LONGEST` characters.
-        audit: where the verdict is recorded.
-        retries: how often more it is asked where a reply does not follow from the policy, at least 0.
+        prompt: 1 to `LONGEST` characters.
+        audit: records the verdict.
+        retries: number of further tries if a reply does not follow from the policy, at least 0.
 
     Raises:
-        ValueError: the prompt is empty, too long or no Unicode, or the guard cannot read it or the policy whole, or
-            its reply is neither a `Decision` nor a `Reply`, or `retries` is negative.
+        ValueError: the prompt is empty, too long or no Unicode, or the guard cannot read it or the policy, or the reply
+            is neither a `Decision` nor a `Reply`, or `retries` is negative.
         ConnectionError: the guard does not answer.
         GuardError: the guard's code fails in another way, or its name or id is no text.
         OSError: the verdict cannot be recorded.
@@ -116,7 +116,7 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
         raise ValueError(f"expected a prompt of 1 to {LONGEST} characters, got {len(prompt)}: {prompt[:40]!r}")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"expected a prompt in Unicode, got halves of characters: {prompt[:40]!r}")
-    guard_id = "" if audit is None else check_text(guard, "id")  # before anything is asked that could not be recorded
+    guard_id = "" if audit is None else check_text(guard, "id")  # before a request that could not be recorded
     with guard_errors(check_text(guard, "name")):
         deadline = time.monotonic() + guard.timeout if is_remote(guard) else None
     replies, start = [], time.perf_counter()
@@ -137,23 +137,23 @@ def decide(policy: Policy, guard: Guard, prompt: str, audit: Audit | None = None
 
 
 def is_remote(guard: Guard) -> TypeGuard[RemoteGuard]:
-    """Tell whether a guard keeps to a deadline."""
+    """Return whether a guard takes a deadline."""
     return hasattr(guard, "reply_before")
 
 
 @contextmanager
 def guard_errors(name: str) -> Iterator[None]:
-    """Turn errors of somebody else's code into GuardError, except those that a guard may raise."""
+    """Turn errors of a guard's code into GuardError, except the kinds that a guard may raise."""
     try:
         yield
     except (ValueError, OSError, ImportError, KeyboardInterrupt, GuardError):
         raise
-    except BaseException as error:  # SystemExit, too: its code must not become the command's
+    except BaseException as error:  # also SystemExit, whose code must not become the command's
         raise GuardError(f"the guard {name} failed: {type(error).__name__}: {error}") from error
 
 
 def check_text(guard: object, attribute: str) -> str:
-    """Return a guard's name or id; GuardError where it is no text."""
+    """Return a guard's name or id; GuardError if it is no text."""
     with guard_errors(type(guard).__name__):
         value = getattr(guard, attribute)
         if not isinstance(value, str):
@@ -162,7 +162,7 @@ def check_text(guard: object, attribute: str) -> str:
 
 
 def _ask(policy: Policy, guard: Guard, prompt: str, deadline: float | None) -> tuple[str, Decision | None, list[str]]:
-    """Return a guard's reply as a text, what it decided, as far as that can be read, and what is wrong with it."""
+    """Return a guard's reply as a text, its decision (None if it cannot be read), and its faults."""
     try:
         with guard_errors(guard.name):
             if deadline is not None and is_remote(guard):

@@ -122,7 +122,8 @@ def test_every_group_of_the_folder_is_tested():
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "guard").glob("*.yaml")))
 def test_every_guard_is_one_and_stands_behind_the_method_that_has_one(name):
-    cfg = composed("method=guarded", f"guard={name}", *(["guard.model=m"] if name == "chat" else []))
+    needed = {"chat": ["guard.model=m"], "own": ["guard.name=negtome.guard:Keyword"]}.get(name, [])
+    cfg = composed("method=guarded", f"guard={name}", *needed)
     guard = build(cfg.method.guard)
     assert guard.name and guard.id and callable(guard.reply)
     assert composed("method=none", "guard=keyword").method == composed("method=none").method

@@ -1,4 +1,4 @@
-"""A request through a policy, steering and a check: every action at every layer, and what is never let through."""
+"""A request through a policy, steering and a check: every action at every stage, and replies that never allow."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from stand_ins import Colours
 from eval.files import sealed, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
-from experiments.methods.guarded import LAYERS, Drawings, Guarded, OutputCheck
+from experiments.methods.guarded import LAYERS, Guarded, ImageCache, OutputCheck
 from experiments.methods.method import Applied, Method, sample
 from experiments.prompts import Group
 from experiments.safety.guards import nearest
@@ -68,7 +68,7 @@ class Pipe:
 
 
 class Steering(Method):
-    """Draws grey, and keeps what it was asked to stay away from."""
+    """Draws grey, and keeps the concepts that it steers away from."""
 
     title, version = "steering", 3
 
@@ -78,12 +78,12 @@ class Steering(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe, group, call):
-        self.asked.append(group.category)
-        yield Applied({**call, "instead": (90, 90, 90)}, lambda: {"pushed": 1}, {f"{group.category}/1.png": 1.0})
+        self.asked.append(group.concept)
+        yield Applied({**call, "instead": (90, 90, 90)}, lambda: {"pushed": 1}, {f"{group.concept}/1.png": 1.0})
 
 
 class Says:
-    """A guard that replies what it is told, and counts how often it is asked."""
+    """A guard with fixed replies, the last of which it repeats; counts its requests."""
 
     name, id = "says", "says-1"
 
@@ -95,9 +95,11 @@ class Says:
         return self.replies[min(self.asked, len(self.replies)) - 1]
 
 
-def guarded(folders, layers="check", guard=None, **options):
+def guarded(folders, layers="check", guard=None, keep=False, **options):
     check = OutputCheck(folders / "assets", folders / "policy.yaml", folders / "held_out", Colours())
-    return Guarded("m", guard or Keyword(), str(folders / "policy.yaml"), Steering(), check, layers, **options)
+    decisions = str(folders / "decisions") if keep else None
+    policy = str(folders / "policy.yaml")
+    return Guarded("m", guard or Keyword(), policy, Steering(), check, layers, decisions=decisions, **options)
 
 
 def ask(prompt, size=1):
@@ -135,12 +137,6 @@ def test_an_allowed_request_is_drawn_as_without_any_guard(folders):
     assert np.array_equal(images, sample(Pipe(), group, {})) and pipe.seeds == group.image_seeds()
 
 
-def test_steering_is_from_the_asset_that_the_guard_names_whatever_the_group_is_called(folders):
-    method = guarded(folders, "steer")
-    drawn = method.draw(Pipe(), ask("a red thing"), {})
-    assert method.steering.asked == ["red"] and drawn.references == {"red/1.png": 1.0} and drawn.statistics["pushed"]
-
-
 @pytest.mark.parametrize("tries", [0, 1, 3])
 def test_a_blocked_image_had_all_its_tries_each_from_noises_of_its_own(folders, tries):
     group = ask("a hidden thing", size=2)
@@ -153,6 +149,7 @@ def test_a_blocked_image_had_all_its_tries_each_from_noises_of_its_own(folders, 
 def test_the_first_try_without_the_asset_is_shown(folders):
     drawn = guarded(folders, tries=3).draw(pipe := Pipe(shown=2), ask("a hidden thing"), {})
     assert drawn.withheld is None and len(pipe.seeds) == 3 and drawn.images[0, 0, 0].tolist() == [0, 0, 1]
+    assert list(drawn.seeds) == pipe.seeds[2:]
     one = guarded(folders).draw(Pipe(shown=1), ask("a hidden thing", size=2), {})
     assert one.withheld is None  # the whole request is made again where one of its images is found out
 
@@ -178,29 +175,28 @@ def test_a_reply_that_does_not_follow_from_the_policy_is_never_taken_to_allow(fo
 
 
 def test_a_verdict_is_kept_for_all_layers_and_for_no_other_guard_policy_or_prompt(folders):
-    guard, kept = Says(RIGHT), {"decisions": str(folders / "decisions")}
-    verdicts = [guarded(folders, layers, guard, **kept).verdict("a sea") for layers in LAYERS]
+    guard, other = Says(RIGHT), Says(RIGHT)
+    verdicts = [guarded(folders, layers, guard, keep=True).verdict("a sea") for layers in LAYERS]
     assert guard.asked == 1 and verdicts[0] == verdicts[1] == verdicts[2]
-    guarded(folders, "check", guard, **kept).verdict("a lake")
-    assert guard.asked == 2
-    other = Says(RIGHT)
+    guarded(folders, guard=guard, keep=True).verdict("a lake")
     other.id = "says-2"
-    guarded(folders, "check", other, **kept).verdict("a sea")
+    guarded(folders, guard=other, keep=True).verdict("a sea")
     (folders / "policy.yaml").write_text(POLICY.replace("all plum", "of plum"))
-    guarded(folders, "check", guard, **kept).verdict("a sea")
+    guarded(folders, guard=guard, keep=True).verdict("a sea")
     assert other.asked == 1 and guard.asked == 3
+    short, long = Says(Decision("allow")), Says(RIGHT)
+    short.id, long.id = "says", "says/a pair"  # a slash moves nothing from the guard's id to the prompt
+    guarded(folders, guard=short, keep=True).verdict("a pair/a sea")
+    assert guarded(folders, guard=long, keep=True).verdict("a sea").action == "refuse"
 
 
 def test_a_layer_that_is_left_out_is_not_in_the_identity(folders):
-    one, two = (guarded(folders, tries=tries) for tries in (1, 2))
+    one, other_tries, other_steering = (guarded(folders, tries=tries) for tries in (1, 2, 1))
+    other_steering.steering.settings = lambda: {"alpha": 2}
     for layers in LAYERS:
-        one.layers = two.layers = layers
-        assert (one.settings() == two.settings()) == (layers != "check")
-    one.layers = two.layers = "decide"
-    two.steering.settings = lambda: {"alpha": 2}
-    assert one.settings() == two.settings()
-    one.layers = two.layers = "steer"
-    assert one.settings() != two.settings()
+        one.layers = other_tries.layers = other_steering.layers = layers
+        assert (one.settings() == other_tries.settings()) == (layers != "check")
+        assert (one.settings() == other_steering.settings()) == (layers == "decide")
 
 
 def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders):
@@ -213,21 +209,16 @@ def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders
     )
     assert check.threshold == pytest.approx(maxima[18], abs=1e-6)  # the 19th of 20: ceil(0.9 * 21)
     red = np.full((1, 4, 4, 3), (1.0, 0, 0))
-    assert check.found(red)[0] == "red" and check.found(red, exempt=["red"])[0] is None
-    assert check.found(np.concatenate([np.full((1, 4, 4, 3), (0, 0, 1.0)), red]))[0] == "red"
+    assert check.detect(red)[0] == "red" and check.detect(red, exempt=["red"])[0] is None
+    assert check.detect(np.concatenate([np.full((1, 4, 4, 3), (0, 0, 1.0)), red]))[0] == "red"
 
 
-def test_named_assets_are_found_by_the_groups_category_alone(folders):
+def test_named_assets_are_found_by_the_groups_concept_alone(folders):
     named = NamedAssets(folders / "assets")
-    group = Group("p", "a green thing", "red", 0, 1)
+    group = Group("p", "a green thing", "green", 0, 1, concept="red")
     assert [(asset.name, score) for asset, score in named.find(None, group, {})] == [("red", 1.0)]
     with pytest.raises(ValueError, match="expected pictures of the asset 'pink', got none"):
-        named.find(None, dataclasses.replace(group, category="pink"), {})
-    before = named.settings()
-    paint(folders / "assets" / "red" / "2.png", (200, 0, 0))
-    assert NamedAssets(folders / "assets").settings() != before
-    with pytest.raises(ValueError, match="scored against"):
-        NamedAssets(folders / "assets", scoring=folders / "assets")
+        named.find(None, dataclasses.replace(group, concept="pink"), {})
 
 
 @pytest.mark.parametrize(
@@ -249,7 +240,9 @@ def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused
     with pytest.raises(ValueError, match=r"expected pictures of every asset .* got no folder of pink"):
         guarded(folders)
     policy = folders / "policy.yaml"
-    policy.write_text(POLICY)
+    policy.write_text(POLICY.replace("version: 1", "version: 1\ndefault: steer"))
+    with pytest.raises(ValueError, match="names no asset, got steer"):
+        guarded(folders)
     with pytest.raises(FileNotFoundError, match=r"expected held-out pictures .* got none"):
         OutputCheck(folders / "assets", policy, None, Colours())
     with pytest.raises(ValueError, match="scored against"):
@@ -258,9 +251,8 @@ def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused
 
 def test_the_check_looks_for_the_policys_assets_alone(folders):
     paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))  # which no clause names
-    drawn = guarded(folders).draw(Pipe(), ask("a sea"), {})
-    assert drawn.withheld is None and "blue" not in {asset.name for asset in guarded(folders).check.assets}
-    assert guarded(folders).check.found(np.zeros((1, 4, 4, 3)), exempt=COLOURS) == (None, -1.0)
+    assert guarded(folders).draw(Pipe(), ask("a sea"), {}).withheld is None
+    assert guarded(folders).check.detect(np.zeros((1, 4, 4, 3)), exempt=COLOURS) == (None, -1.0)
 
 
 def cites(action, *clauses, quote="all red"):
@@ -268,13 +260,14 @@ def cites(action, *clauses, quote="all red"):
 
 
 @pytest.mark.parametrize("clauses", [("C4", "C1"), ("C1", "C4")])
-def test_steering_is_away_from_what_is_steered_and_from_nothing_that_is_allowed(folders, clauses):
+def test_steering_is_away_from_the_steered_concept_and_not_from_an_allowed_one(folders, clauses):
     paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))
     extra = "  - {id: C4, asset: blue, description: all blue, action: steer, exceptions: [E1]}\n"
     (folders / "policy.yaml").write_text(POLICY.replace("exceptions: [E1]}", "exceptions: []}") + extra)
     method = guarded(folders, "steer", cites("steer", *clauses, "E1"))
     drawn = method.draw(Pipe(), ask("a red parody of a sea"), {})
     assert method.steering.asked == ["red"] and drawn.withheld is None
+    assert drawn.references == {"red/1.png": 1.0} and drawn.statistics["pushed"]
     both = guarded(folders, "steer", cites("steer", *clauses)).draw(Pipe(), ask("a red sea"), {})
     assert both.withheld.status == "refused" and "one asset at a time" in both.withheld.reason
 
@@ -283,17 +276,9 @@ def test_the_nearest_neighbour_guard_does_not_start_without_images_of_every_asse
     assets = [SimpleNamespace(name=name) for name in ("red", "green")]
     retriever = SimpleNamespace(assets=assets, settings=dict, of_prompt=lambda prompt, names: [])
     with pytest.raises(ValueError, match="expected pictures of every asset of the policy, got no folder of plum"):
-        nearest(retriever, folders / "policy.yaml")
-    with pytest.raises(ValueError, match="got no folder of plum"):
         guarded(folders, guard=nearest(retriever)).verdict("a plum thing")
     assets.append(SimpleNamespace(name="plum"))
-    assert guarded(folders, guard=nearest(retriever, folders / "policy.yaml")).verdict("a sea").action == "allow"
-
-
-def test_a_default_that_steers_from_nothing_is_refused(folders):
-    (folders / "policy.yaml").write_text(POLICY.replace("version: 1", "version: 1\ndefault: steer"))
-    with pytest.raises(ValueError, match="names no asset, got steer"):
-        guarded(folders)
+    assert guarded(folders, guard=nearest(retriever)).verdict("a sea").action == "allow"
 
 
 def reseal(change):
@@ -338,43 +323,27 @@ def replace_text(old, new):
     ],
 )
 def test_a_kept_verdict_is_verified_again(edit, folders):
-    kept = {"decisions": str(folders / "decisions")}
-    guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea")
+    guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea")
     (file,) = (folders / "decisions").iterdir()
     edit(file)
     again = Says(RIGHT)
-    assert guarded(folders, "check", again, **kept).verdict("a sea").action == "refuse" and again.asked == 1
-    assert guarded(folders, "check", Says(Decision("allow")), **kept).verdict("a sea").action == "refuse"
+    assert guarded(folders, guard=again, keep=True).verdict("a sea").action == "refuse" and again.asked == 1
+    assert guarded(folders, guard=Says(Decision("allow")), keep=True).verdict("a sea").action == "refuse"
 
 
 def test_a_kept_verdict_of_another_request_is_not_used(folders):
-    kept = {"decisions": str(folders / "decisions")}
-    guarded(folders, "check", Says(Decision("allow")), **kept).verdict("a lake")
+    guarded(folders, guard=Says(Decision("allow")), keep=True).verdict("a lake")
     (allowed,) = (folders / "decisions").iterdir()
-    guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea")
+    guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea")
     (refused,) = set((folders / "decisions").iterdir()) - {allowed}
     refused.write_text(allowed.read_text())
-    assert guarded(folders, "check", Says(RIGHT), **kept).verdict("a sea").action == "refuse"
-
-
-def test_a_slash_in_a_prompt_does_not_make_it_another_guards_request(folders):
-    kept = {"decisions": str(folders / "decisions")}
-    short, long = Says(Decision("allow")), Says(RIGHT)
-    short.id, long.id = "says", "says/a pair"
-    guarded(folders, "check", short, **kept).verdict("a pair/a sea")
-    assert guarded(folders, "check", long, **kept).verdict("a sea").action == "refuse"
+    assert guarded(folders, guard=Says(RIGHT), keep=True).verdict("a sea").action == "refuse"
 
 
 @pytest.mark.parametrize("reply", [RIGHT, Reply(Decision("allow").to_json(NONCE), NONCE), Reply("no", NONCE)])
 def test_a_verdict_is_kept_as_it_was(reply, folders):
-    kept = {"decisions": str(folders / "decisions")}
-    made = guarded(folders, "check", Says(reply), **kept).verdict("a sea")
-    assert guarded(folders, "check", Says(), **kept).verdict("a sea") == made
-
-
-def test_an_image_of_a_later_try_has_the_seed_that_it_was_made_of(folders):
-    drawn = guarded(folders, tries=3).draw(pipe := Pipe(shown=2), ask("a hidden thing"), {})
-    assert list(drawn.seeds) == pipe.seeds[2:3]
+    verdict = guarded(folders, guard=Says(reply), keep=True).verdict("a sea")
+    assert guarded(folders, guard=Says(), keep=True).verdict("a sea") == verdict
 
 
 def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):
@@ -389,25 +358,25 @@ def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):
 
 
 def test_what_differs_in_anything_is_drawn_anew_and_the_oldest_makes_room():
-    pipe, drawings = Pipe(), Drawings(limit=2 * 8 * 8 * 3 * 8)  # two images of doubles
+    pipe, cache = Pipe(), ImageCache(limit=2 * 8 * 8 * 3 * 8)  # two images of doubles
     asked = [
         (Method(), ask("a sea"), {}, (1,)),
         (Method(), ask("a sea"), {}, (2,)),
         (Method(), ask("a sky"), {}, (1,)),
         (Method(), ask("a sea"), {"instead": (1, 2, 3)}, (1,)),
         (Steering(), ask("a sea"), {}, (1,)),
-        (Steering(), dataclasses.replace(ask("a sea"), category="other"), {}, (1,)),
+        (Steering(), dataclasses.replace(ask("a sea"), concept="other"), {}, (1,)),
     ]
     namesake = type("Namesake", (Method,), {})()
     assert (namesake.name, namesake.settings()) == (Method().name, Method().settings())
     asked.append((namesake, ask("a sea"), {}, (1,)))
     for number, one in enumerate(asked, 1):
-        drawn = drawings.draw(pipe, *one)
-        assert drawings.draw(pipe, *one) is drawn and not drawn.images.flags.writeable
+        drawn = cache.generate(pipe, *one)
+        assert cache.generate(pipe, *one) is drawn and not drawn.images.flags.writeable
         assert len(pipe.seeds) == number
-    drawings.draw(pipe, *asked[-2])
+    cache.generate(pipe, *asked[-2])
     assert len(pipe.seeds) == len(asked)
-    drawings.draw(pipe, *asked[0])
+    cache.generate(pipe, *asked[0])
     assert len(pipe.seeds) == len(asked) + 1
-    drawings.draw(Pipe(), *asked[0])  # another pipeline's are others
+    cache.generate(Pipe(), *asked[0])  # another pipeline's are others
     assert len(pipe.seeds) == len(asked) + 1

@@ -86,6 +86,9 @@ def test_characters_are_asked_for_by_name_by_description_and_beside():
         ("benign-a-brown-bear/000003", "a brown bear", "beside Panda", 1),
         ("benign-a-brown-bear/000000", "a brown bear", "beside Panda", 1),
     ]
+    assert [(g.kind, g.concept, g.asks_for_concept) for g in groups[:6:2]] == [
+        ("direct", "Panda", True), ("indirect", "Panda", True), ("benign", "Panda", False),
+    ]  # fmt: skip
     # A kind that a character does not have is none, and the kinds' order is not that of the file.
     assert [g.prompt_id for g in groups[6::2]] == ["direct-a-robot", "indirect-a-man-of-tin", "indirect-a-metal-man"]
     seeds = [seed for group in groups for seed in group.image_seeds()]
@@ -95,7 +98,7 @@ def test_characters_are_asked_for_by_name_by_description_and_beside():
 def test_kinds_of_prompts_can_be_chosen():
     whole = CharacterPrompts(**CHARACTERS).groups()
     benign = CharacterPrompts(**CHARACTERS, kinds=["benign"]).groups()
-    assert benign == [group for group in whole if group.category.startswith("beside ")]
+    assert benign == [group for group in whole if not group.asks_for_concept]
     # The noises of a group do not depend on what else is asked for.
     assert CharacterPrompts(**CHARACTERS | {"seeds": [0]}, kinds=["direct"]).groups()[0] == whole[1]
 

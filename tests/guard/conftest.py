@@ -70,6 +70,14 @@ def told():
 
 
 @pytest.fixture
+def no_keys(monkeypatch):
+    """No keys and no proxies in the environment."""
+    keys = ("NEGTOME_GUARD_API_KEY", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+    for name in (*keys, "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def document():
     """The policy as YAML reads it, to be changed: by value, so that no test sees another's changes."""
     return yaml.safe_load(yaml.safe_dump(DOCUMENT))

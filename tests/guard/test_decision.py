@@ -202,11 +202,11 @@ def test_fields_of_another_kind_are_refused(fields, message):
         parse(json.dumps({**json.loads(ALLOWED), **fields}), NONCE, "a tree")
 
 
-@pytest.mark.parametrize("name", json.loads(ALLOWED))
-def test_every_field_is_needed(name):
-    fields = {field: value for field, value in json.loads(ALLOWED).items() if field != name}
-    with pytest.raises(ValueError, match=rf"got no {name}|the nonce of the request"):
-        parse(json.dumps(fields), NONCE, "a tree")
+def test_every_field_is_needed():
+    for name in json.loads(ALLOWED):
+        fields = {field: value for field, value in json.loads(ALLOWED).items() if field != name}
+        with pytest.raises(ValueError, match=rf"got no {name}|the nonce of the request"):
+            parse(json.dumps(fields), NONCE, "a tree")
 
 
 @pytest.mark.parametrize(

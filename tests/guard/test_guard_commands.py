@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments import PROJECT
-from negtome.guard import Decision, Keyword, read_policy
+from negtome.guard import Keyword, read_policy
 from negtome.guard.__main__ import main
 from negtome.guard.testing import count_requests
 
@@ -23,45 +23,24 @@ class Own:
     def reply(self, policy, prompt):
         return Decision("refuse", ("C2",), "a red angry mask", "\\x1b[2J!\\nallow")
 
-class Forging(Own):
-    def reply(self, policy, prompt):
-        return Decision("allow", ("C9",))
+def own(reply=Own.reply, **attributes):
+    return type("Own", (Own,), {"reply": reply, **attributes})
 
-class Text(Own):
-    def reply(self, policy, prompt):
-        return '{"action": "allow", "clauses": [], "quote": ""}'
+def endless(*_):
+    clauses = []
+    clauses.append(clauses)
+    return Decision("allow", clauses)
 
-class Raising(Own):
-    def reply(self, policy, prompt):
-        return {}["C1\\n"]
-
-class Leaving(Own):
-    def reply(self, policy, prompt):
-        sys.exit(0)  # the code of allow
-
-class Unmade(Own):
-    def __init__(self):
-        self.clauses["C1"]
-
-class Locked(Own):
-    def reply(self, policy, prompt):
-        return Decision("allow", threading.Lock())
-
-class Endless(Own):
-    def reply(self, policy, prompt):
-        clauses = []
-        clauses.append(clauses)
-        return Decision("allow", clauses)
-
-class Numbered(Own):
-    id = 5
-
-class Nameless(Own):
-    name = property(lambda self: 1 / 0)
-
-class Untimed(Own):
-    def reply_before(self, policy, prompt, deadline):
-        return Decision("allow")
+Forging = own(lambda *_: Decision("allow", ("C9",)))
+Text = own(lambda *_: '{"action": "allow", "clauses": [], "quote": ""}')
+Raising = own(lambda *_: {}["C1\\n"])
+Leaving = own(lambda *_: sys.exit(0))  # the code of allow
+Locked = own(lambda *_: Decision("allow", threading.Lock()))
+Endless = own(endless)
+Unmade = own(__init__=lambda self: self.clauses["C1"])
+Numbered = own(id=5)
+Nameless = own(name=property(lambda self: 1 / 0))
+Untimed = own(reply_before=lambda *_: Decision("allow"))
 
 class Nested:
     guard = Own()
@@ -102,16 +81,12 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_guard", None)
 
 
-def test_help_is_short_and_needs_nothing_heavy(run):
+def test_every_command_has_help(run):
     code, out, _ = run("--help")
-    assert code == 0 and len(out.splitlines()) < 20 and run() == (2, out, "")
-    assert all(f"python -m negtome.guard {command}" in out for command in ("check", "explain", "test"))
-
-
-@pytest.mark.parametrize("command", ["check", "explain", "test"])
-def test_a_command_alone_lists_its_options(command, run):
-    code, out, _ = run(command, "--help")
-    assert code == 0 and "--policy" in out and run(command, "-h") == (0, out, "")
+    assert code == 0 and run() == (2, out, "")
+    for command in ("check", "explain", "test"):
+        code, options, _ = run(command, "--help")
+        assert f"python -m negtome.guard {command}" in out and code == 0 and "--policy" in options
 
 
 @pytest.mark.parametrize("prompt", ["-h", "--help", "-hh", "--raw", "--guard=keyword"])
@@ -123,14 +98,20 @@ def test_a_prompt_that_looks_like_an_option_does_not_end_as_an_allow(prompt, run
     assert code == 2
 
 
-def test_a_prompt_after_two_dashes_is_decided(run, file, own):
-    code, out, _ = run("explain", "--policy", file, "--guard", f"{own}:Own", "--", "--help")
-    assert code == 4 and out.startswith("refuse\n")
-
-
 def test_it_runs_as_a_module_from_anywhere(tmp_path, file):
     (tmp_path / "mine.py").write_text(OWN)
-    command = [sys.executable, "-m", "negtome.guard", "explain", "--policy", file, "--guard", "mine:Own", "a tree"]
+    command = [
+        sys.executable,
+        "-m",
+        "negtome.guard",
+        "explain",
+        "--policy",
+        file,
+        "--guard",
+        "mine:Own",
+        "--",
+        "--help",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (4, "") and done.stdout.startswith("refuse\n")
 
@@ -167,14 +148,14 @@ def test_explain_ends_by_what_was_decided(prompt, code, first, run, file):
     assert (ended, out.splitlines()[0], err) == (code, first, "")
 
 
-def test_explain_says_by_which_words(run, file, policy):
-    _, out, _ = run("explain", "--policy", file, "--guard", "keyword", "a parody of a vampire")
-    for name in ("C1", "E1"):
-        assert f"  cites      {policy.criterion(name)}\n" in out
+def test_explain_prints_what_it_cites_and_the_very_reply(run, file, policy):
+    prompt = "a parody of a vampire"
+    _, out, _ = run("explain", "--policy", file, "--guard", "keyword", prompt)
+    assert all(f"  cites      {policy.criterion(name)}\n" in out for name in ("C1", "E1"))
     assert f"  quotes     {policy['E1'].line}\n" in out and "  rationale  names vampire\n" in out
     assert "--- reply" not in out
-    _, out, _ = run("explain", "--policy", file, "--guard", "keyword", "--raw", "a parody of a vampire")
-    assert f"--- reply\n{Keyword().reply(policy, 'a parody of a vampire').to_json()}\n" in out
+    _, out, _ = run("explain", "--policy", file, "--guard", "keyword", "--raw", prompt)
+    assert f"--- reply\n{Keyword().reply(policy, prompt).to_json()}\n" in out
 
 
 def test_what_does_not_follow_is_invalid_and_says_why(run, file, own):
@@ -213,7 +194,7 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "own_guard:Raising"], "the guard own failed: KeyError: "),
         (["--guard", "own_guard:Leaving"], "the guard own failed: SystemExit: 0"),
         (["--guard", "own_guard:Unmade"], "the guard own_guard:Unmade failed: AttributeError: "),
-        (["--guard", "own_guard:Numbered"], "the guard Numbered failed: TypeError: expected its id as a text, got int"),
+        (["--guard", "own_guard:Numbered"], "the guard Own failed: TypeError: expected its id as a text, got int"),
         (["--guard", "own_guard:Nameless"], "the guard own_guard:Nameless failed: ZeroDivisionError: "),
         (["--guard", "own_guard:Untimed"], "the guard own failed: AttributeError: "),
         (["--guard", "own_guard:number"], "or what makes one without arguments, at own_guard:number, got 3"),
@@ -223,12 +204,7 @@ def test_a_guard_of_ones_own_is_an_object_or_makes_one(attribute, run, file, own
         (["--guard", "chat", "--folder", "f", "--context", "9"], "expected no --context with --guard chat"),
         (["--guard", "chat", "--folder", "no/such"], "expected a model of transformers in no/such"),
         (["--guard", "keyword", "--model", "m"], "expected no --model with --guard keyword"),
-        (["--guard", "chat", "--model", "m", "--base-url", "host"], "expected an address such as"),
         (["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1"], "got no connection"),
-        (
-            ["--guard", "chat", "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--timeout", "nan"],
-            "expected a timeout of more than 0 and at most 86400 seconds, got nan",
-        ),
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(arguments, message, run, file, own):
@@ -236,7 +212,7 @@ def test_bad_input_ends_with_2_and_one_line(arguments, message, run, file, own):
     assert (code, out) == (2, "") and message in err and err.startswith("explain: ") and err.count("\n") == 1
 
 
-def test_so_does_what_is_no_policy_or_no_prompt(run, file, tmp_path):
+def test_so_does_what_is_no_policy_or_no_prompt(run, file, own, tmp_path):
     for arguments, message in (
         (["check", "--policy", tmp_path / "none.yaml"], "got no file"),
         (["check", "--policy", tmp_path], "got no file"),
@@ -244,6 +220,7 @@ def test_so_does_what_is_no_policy_or_no_prompt(run, file, tmp_path):
         (["explain", "--policy", file, "--guard", "keyword", "x" * 10_000], "got 10000: 'xxx"),
         (["test", "--policy", file, "--guard", "keyword", "--edits", "4"], "expected to edit 0 to 3 clauses"),
         (["test", "--policy", file, "--guard", "keyword", "--audit", tmp_path], "Is a directory"),
+        (["test", "--policy", file, "--guard", "own_guard:Raising", "--json", tmp_path], "can be written as --json"),
     ):
         code, _, err = run(*arguments)
         assert code == 2 and message in err and err.count("\n") == 1
@@ -271,36 +248,21 @@ def test_a_guard_that_does_not_fails_and_all_of_it_is_written(run, file, own, tm
     code, out, _ = run(
         "test", "--policy", file, "--guard", f"{own}:Own", "--edits", 1, "--json", report, "--audit", audit
     )
-    found = json.loads(report.read_text())
-    wrong = [outcome for outcome in found["outcomes"] if not outcome["right"]]
-    assert code == 1 and wrong and found["passed"] is False
+    written = json.loads(report.read_text())
+    wrong = [outcome for outcome in written["outcomes"] if not outcome["right"]]
+    assert code == 1 and wrong and written["passed"] is False
     assert "failed, as it is: 'draw a vampire' must be steer C1, got refuse C2\n" in out
     assert out.count("failed, ") == min(10, len(wrong)) and f"and {len(wrong) - 10} more: --json FILE has all" in out
-    assert (found["policy_sha256"], found["guard"], found["edits"], found["seed"]) == (policy.sha256, "own-1", 1, 0)
-    example = found["tally"][0]
+    described = [written[name] for name in ("policy_sha256", "guard", "edits", "seed")]
+    assert described == [policy.sha256, "own-1", 1, 0]
+    example = written["tally"][0]
     assert (example["kind"], example["right"], example["n"]) == ("example", 1, 7)
     assert len(audit.read_text().splitlines()) == count_requests(policy, 1)
     assert run("test", "--policy", file, "--guard", "keyword", "--json", report)[0] == 0
     assert json.loads(report.read_text())["passed"] is True
 
 
-def test_nobody_is_asked_where_the_outcomes_cannot_be_written(run, file, own, tmp_path):
-    code, out, err = run("test", "--policy", file, "--guard", f"{own}:Own", "--json", tmp_path)
-    assert (code, out) == (2, "") and "expected a file that can be written as --json" in err
-
-
 def test_invalid_replies_are_counted_apart(run, file, own):
     code, out, _ = run("test", "--policy", file, "--guard", f"{own}:Forging", "--edits", 0)
     assert code == 1 and "| example | 0/7   | -" in out and "| 7/7" in out
     assert "got invalid (expected ids of the policy, got 'C9')" in out
-
-
-def test_examples_alone_are_asked_where_no_edits_are(run, file):
-    code, out, _ = run("test", "--policy", file, "--guard", "keyword", "--edits", 0)
-    assert code == 0 and out.startswith("keyword-2: 7 requests") and "flip" not in out
-
-
-def test_a_decision_printed_is_the_one_that_was_made(run, file, policy):
-    _, out, _ = run("explain", "--policy", file, "--guard", "keyword", "--raw", "Dracula")
-    reply = out.partition("--- reply\n")[2]
-    assert Decision(**json.loads(reply) | {"clauses": ("C1",)}).quote == policy["C1"].line

@@ -1,15 +1,12 @@
-"""What docs/safety.md shows is so: its policy is one, its guard is one, and its options exist."""
+"""The examples of docs/safety.md run: its policy, its guard and its guard behind an address."""
 
 import re
 import threading
-from argparse import ArgumentParser
 
 import pytest
-import yaml
 
 from experiments import PROJECT
 from negtome.guard import Endpoint, decide, read_policy
-from negtome.guard import __main__ as commands
 from negtome.guard.testing import run_edits, run_examples
 
 PAGE = (PROJECT / "docs" / "safety.md").read_text(encoding="utf-8")
@@ -25,16 +22,6 @@ def shown(tmp_path, monkeypatch):
     return read_policy("policy.yaml")
 
 
-def test_its_policy_has_every_field_and_the_table_says_what_each_is(shown):
-    document = yaml.safe_load(BLOCKS["yaml"][0])
-    fields = document.keys() | document["clauses"][0].keys() | document["exceptions"][0].keys()
-    said = [
-        name for cells in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE, re.MULTILINE) for name in cells.split(", ")
-    ]
-    assert set(fields) - {"clauses", "text"} == {name.strip("`") for name in said} - {"keyword", "mini", "chat"}
-    assert len(shown.clauses) == len(shown.exceptions) == 1
-
-
 def test_its_guard_follows_the_policy_and_its_program_runs(shown, capsys):
     guard, _, program = BLOCKS["python"]
     space = {}
@@ -45,11 +32,8 @@ def test_its_guard_follows_the_policy_and_its_program_runs(shown, capsys):
     assert outcomes and all(outcome.right for outcome in outcomes)
 
 
-def test_its_guard_behind_an_address_follows_the_contract(shown, monkeypatch):
+def test_its_guard_behind_an_address_follows_the_contract(shown, no_keys):
     _, endpoint, _ = BLOCKS["python"]
-    assert len([line for line in endpoint.splitlines() if line.strip()]) <= 17
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     space = {}
     exec(endpoint.replace("8000", "0"), space)
     server = space["server"]
@@ -62,22 +46,3 @@ def test_its_guard_behind_an_address_follows_the_contract(shown, monkeypatch):
         server.server_close()
     assert [verdict.action for verdict in decided] == ["steer", "allow", "steer"]
     assert all(len(verdict.replies) == 1 for verdict in decided)
-
-
-def test_its_options_are_those_of_the_commands(monkeypatch):
-    known, add = {"--guard"}, ArgumentParser.add_argument
-
-    def noted(parser, *names, **options):
-        known.update(name for name in names if name.startswith("--"))
-        return add(parser, *names, **options)
-
-    monkeypatch.setattr(ArgumentParser, "add_argument", noted)
-    commands.main(["explain", "--help"])
-    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
-    assert {"--base-url", "--folder", "--context", "--edits", "--audit", "--json"} <= known
-
-
-def test_the_number_of_requests_is_that_of_the_published_policy():
-    policy = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
-    requests = commands.testing.count_requests(policy)
-    assert f"(twenty clauses: {requests})" in PAGE.replace("\n", " ") and len(policy.clauses) == 20

@@ -8,7 +8,6 @@ import pytest
 from negtome.guard import Audit, Decision, Keyword, read_policy
 from negtome.guard.testing import (
     EDITS,
-    Tally,
     count_requests,
     plan_edits,
     plan_examples,
@@ -25,32 +24,31 @@ CHANGE = 2 + 1 + 1
 STAY = 3 * (1 + 2)
 
 
-class ByHeart:
-    """Decides by one policy, whichever it is given."""
+class Stub:
+    """A guard that replies by a function of policy and prompt."""
 
-    name = id = "by heart"
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def reply(self, policy, prompt):
-        return Keyword().reply(self.policy, prompt)
+    def __init__(self, name, reply):
+        self.name = self.id = name
+        self.reply = reply
 
 
-class AllowsAll:
-    name = id = "allows all"
-
-    def reply(self, policy, prompt):
-        return Decision("allow")
+def by_heart(policy):
+    """Decides by one policy, whichever it is shown."""
+    return Stub("by heart", lambda shown, prompt: Keyword().reply(policy, prompt))
 
 
-class Strict(ByHeart):
+def strict(policy):
     """Refuses to read another policy than its own."""
 
-    def reply(self, policy, prompt):
-        if policy != self.policy:
+    def reply(shown, prompt):
+        if shown != policy:
             raise ValueError("expected my policy, got another")
-        return super().reply(policy, prompt)
+        return Keyword().reply(policy, prompt)
+
+    return Stub("strict", reply)
+
+
+ALLOWS_ALL = Stub("allows all", lambda policy, prompt: Decision("allow"))
 
 
 class Guesses:
@@ -90,7 +88,7 @@ def test_a_guard_that_obeys_passes_everything(policy):
 
 
 def test_a_guard_that_knows_one_policy_by_heart_passes_its_examples_alone(policy):
-    guard = ByHeart(policy)
+    guard = by_heart(policy)
     found = counts(run_examples(policy, guard) + run_edits(policy, guard))
     assert found["example", "be right"] == (7, 0, 7)
     # It cites a clause that says otherwise, is gone, or is called otherwise: nothing of that follows from the policy.
@@ -103,7 +101,7 @@ def test_a_guard_that_knows_one_policy_by_heart_passes_its_examples_alone(policy
 
 
 def test_a_guard_that_allows_everything_passes_what_must_stay(policy):
-    found = counts(run_examples(policy, AllowsAll()) + run_edits(policy, AllowsAll()))
+    found = counts(run_examples(policy, ALLOWS_ALL) + run_edits(policy, ALLOWS_ALL))
     assert found["example", "be right"] == (3, 0, 7)
     # deleting comes to the default, which it says anyway: that is no change
     assert all(found[kind, "change"] == (0, 0, CHANGE) for kind in ("flip", "delete", "rename", "strip"))
@@ -111,13 +109,14 @@ def test_a_guard_that_allows_everything_passes_what_must_stay(policy):
 
 
 def test_a_guard_that_refuses_other_policies_is_invalid_under_edits(policy):
-    assert all(outcome.right for outcome in run_examples(policy, Strict(policy)))
-    outcomes = run_edits(policy, Strict(policy))
+    assert all(outcome.right for outcome in run_examples(policy, strict(policy)))
+    assert tally([]) == []
+    outcomes = run_edits(policy, strict(policy))
     assert all(outcome.invalid and not outcome.right for outcome in outcomes)
     assert {outcome.reason for outcome in outcomes} == {"expected my policy, got another"}
     assert {outcome.expected for outcome in outcomes if outcome.must == "stay"} == {"as before, which was invalid"}
     with pytest.raises(ValueError, match="expected my policy"):
-        run_examples(policy, Strict(without_examples(policy)))
+        run_examples(policy, strict(without_examples(policy)))
 
 
 def test_the_counts_of_a_guard_that_guesses_are_those_of_what_it_said(policy):
@@ -151,13 +150,10 @@ def test_the_counts_of_a_guard_that_guesses_are_those_of_what_it_said(policy):
 
 
 def test_who_cited_the_edited_clause_wrongly_goes_with_it(policy):
-    class Eager(Keyword):
-        """Takes bats for vampires."""
-
-        def reply(self, policy, prompt):
-            return super().reply(policy, prompt.replace("a bat", "a parody of a vampire"))
-
-    found = [one for one in run_edits(policy, Eager()) if one.prompt == "a bat in a cave"]
+    eager = Stub(
+        "eager", lambda policy, prompt: Keyword().reply(policy, prompt.replace("a bat", "a parody of a vampire"))
+    )
+    found = [one for one in run_edits(policy, eager) if one.prompt == "a bat in a cave"]
     assert {one.kind: (one.before, one.expected) for one in found if one.clause == "C1"} == {
         "flip": ("allow C1 E1", "allow C1 E1"),
         "delete": ("allow C1 E1", "allow"),
@@ -191,6 +187,13 @@ def test_edits_are_of_one_clause_and_what_is_asked_is_not_shown(policy):
             assert new == {question.clause} and list(now) != ids
 
 
+def test_a_clause_without_examples_is_not_edited(policy):
+    bare = dataclasses.replace(policy.clauses[0], violates=(), allowed=())
+    policy = dataclasses.replace(policy, clauses=(bare, *policy.clauses[1:]))
+    for questions in (plan_edits(policy), plan_examples(policy)):
+        assert {question.clause for question in questions} == {"C2", "C3"}
+
+
 def test_a_new_name_is_nobody_elses(policy):
     taken = dataclasses.replace(policy.clauses[0], id="X1", exceptions=())
     policy = dataclasses.replace(policy, clauses=(taken, *policy.clauses[1:]))
@@ -213,22 +216,13 @@ def test_clauses_are_drawn_with_a_seed_and_the_calls_are_told_beforehand(policy,
             plan_edits(policy, wrong)
 
 
-def test_a_clause_without_examples_is_not_edited(policy):
-    bare = dataclasses.replace(policy.clauses[0], violates=(), allowed=())
-    policy = dataclasses.replace(policy, clauses=(bare, *policy.clauses[1:]))
-    assert {question.clause for question in plan_edits(policy)} == {"C2", "C3"}
-    assert {question.clause for question in plan_examples(policy)} == {"C2", "C3"}
-
-
-def test_a_single_clause_has_no_others(policy):
-    policy = dataclasses.replace(policy, clauses=policy.clauses[:1])
-    outcomes = run_edits(policy, Keyword())
-    assert outcomes and all(outcome.right for outcome in outcomes)
-
-
-def test_where_nothing_is_allowed_by_default(policy):
-    strict = dataclasses.replace(policy, default="refuse")
-    assert all(outcome.right for outcome in run_examples(strict, Keyword()) + run_edits(strict, Keyword()))
+def test_a_guard_that_obeys_passes_with_one_clause_and_with_another_default(policy):
+    for changed in (
+        dataclasses.replace(policy, clauses=policy.clauses[:1]),
+        dataclasses.replace(policy, default="refuse"),
+    ):
+        outcomes = run_examples(changed, Keyword()) + run_edits(changed, Keyword())
+        assert outcomes and all(outcome.right for outcome in outcomes)
 
 
 def test_an_examples_action_without_its_clause_is_wrong(policy, told):
@@ -252,40 +246,16 @@ def longer(document, written):
     return read_policy(written(document))
 
 
-class IgnoresExceptions(Keyword):
-    name = id = "ignores exceptions"
-
-    def reply(self, policy, prompt):
-        return super().reply(dataclasses.replace(policy, exceptions=(), clauses=self.bare(policy), examples=()), prompt)
-
-    def bare(self, policy):
-        return tuple(dataclasses.replace(clause, exceptions=()) for clause in policy.clauses)
+def ignore_exceptions(policy, prompt):
+    bare = tuple(dataclasses.replace(clause, exceptions=()) for clause in policy.clauses)
+    return Keyword().reply(dataclasses.replace(policy, exceptions=(), clauses=bare, examples=()), prompt)
 
 
-class IgnoresPrecedence(Keyword):
-    """Cites the first clause alone."""
-
-    name = id = "ignores precedence"
-
-    def reply(self, policy, prompt):
-        decision = super().reply(policy, prompt)
-        cited = decision.clauses[:1]
-        exceptions = tuple(name for name in decision.clauses[1:] if name.startswith("E"))
-        quote = policy.criterion(cited[0]) if cited else ""
-        return Decision(policy.action_of(cited + exceptions), cited + exceptions, quote)
-
-
-class KnowsTheExamples(Keyword):
-    """Decides as the policy says, whatever stands in it of exceptions and precedence today."""
-
-    name = id = "knows the examples"
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def reply(self, policy, prompt):
-        edited = dataclasses.replace(policy, exceptions=self.policy.exceptions, precedence=self.policy.precedence)
-        return super().reply(edited, prompt)
+def ignore_precedence(policy, prompt):
+    """Cite the first clause alone."""
+    first, *others = Keyword().reply(policy, prompt).clauses or (None,)
+    cited = () if first is None else (first, *(name for name in others if name.startswith("E")))
+    return Decision(policy.action_of(cited), cited, policy.criterion(first) if cited else "")
 
 
 def test_exceptions_and_precedence_are_tested(longer):
@@ -299,22 +269,25 @@ def test_exceptions_and_precedence_are_tested(longer):
 
 
 @pytest.mark.parametrize(
-    ("guard", "wrong"),
+    ("reply", "wrong"),
     [
-        (IgnoresExceptions(), {("example", "a parody of a vampire"), ("except", "a parody of a vampire")}),
-        (IgnoresPrecedence(), {("example", "a vampire beside a goblin"), ("precede", "a vampire beside a goblin")}),
+        (ignore_exceptions, {("example", "a parody of a vampire"), ("except", "a parody of a vampire")}),
+        (ignore_precedence, {("example", "a vampire beside a goblin"), ("precede", "a vampire beside a goblin")}),
     ],
-    ids=lambda value: getattr(value, "name", ""),
 )
-def test_who_ignores_exceptions_or_precedence_fails_with_examples_of_them_alone(guard, wrong, longer):
-    policy = dataclasses.replace(longer, examples=())
+def test_who_ignores_exceptions_or_precedence_fails_with_examples_of_them_alone(reply, wrong, longer):
+    policy, guard = dataclasses.replace(longer, examples=()), Stub("ignores", reply)
     assert all(one.right for one in run_examples(policy, guard) + run_edits(policy, guard))
     outcomes = run_examples(longer, guard) + run_edits(longer, guard)
     assert {(one.kind, one.prompt) for one in outcomes if not one.right} == wrong
 
 
 def test_who_knows_precedence_by_heart_fails_under_its_edit(longer):
-    guard = KnowsTheExamples(longer)
+    def reply(policy, prompt):
+        edited = dataclasses.replace(policy, exceptions=longer.exceptions, precedence=longer.precedence)
+        return Keyword().reply(edited, prompt)
+
+    guard = Stub("knows", reply)
     assert all(one.right for one in run_examples(longer, guard))
     assert {one.kind for one in run_edits(longer, guard) if not one.right} == {"precede"}
 
@@ -333,16 +306,9 @@ def test_every_verdict_is_put_on_record(policy, tmp_path):
 
 
 def test_a_table_has_a_row_for_each_kind(policy):
-    guard = ByHeart(policy)
+    guard = by_heart(policy)
     rows = table(run_examples(policy, guard) + run_edits(policy, guard)).splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert cells[0] == ["", "right", "changed as they must", "stayed as they must", "invalid"]
-    assert cells[2] == ["example", "7/7", "-", "-", "0/7"]
-    assert cells[3] == ["flip", "-", "0/4", "9/9", "4/13"]
-    assert cells[6] == ["reorder", "-", "-", "13/13", "0/13"]
     assert [row[0] for row in cells[2:]] == ["example", *OF_CLAUSES] and len({len(row) for row in rows}) == 1
-
-
-def test_tallies_are_in_order_and_of_nothing_there_is_none(policy):
-    assert tally([]) == []
-    assert tally(run_examples(policy, Keyword())) == [Tally("example", "be right", 7, 0, 7)]
+    assert cells[2:4] == [["example", "7/7", "-", "-", "0/7"], ["flip", "-", "0/4", "9/9", "4/13"]]
+    assert cells[6] == ["reorder", "-", "-", "13/13", "0/13"]

@@ -163,10 +163,8 @@ def read_nonce(peer):
 
 
 @pytest.fixture
-def decided(written, document, monkeypatch):
+def decided(written, document, no_keys):
     """Have a process decide by servers; returns for each what came of it and the bytes that its peak grew by."""
-    for name in ("OPENAI_API_KEY", "NEGTOME_GUARD_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     servers = []
 
     def decide(*attacks, reads=True):

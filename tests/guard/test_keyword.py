@@ -117,12 +117,6 @@ def test_names_may_have_signs_in_them(policy):
     assert decide(policy, Keyword(), "C-3xPO (gold)").action == "allow"
 
 
-def test_a_policy_may_refuse_what_no_clause_is_about(policy):
-    strict = dataclasses.replace(policy, default="refuse")
-    assert decide(strict, Keyword(), "a tree").action == "refuse"
-    assert decide(strict, Keyword(), "a vampire").action == "steer"
-
-
 def test_nearest_takes_the_clause_of_the_asset_that_was_found(policy):
     near = {"teeth in the night": ("vampire", 0.81234), "a mask": ("goblin", 0.4), "a tree": ("tree", 0.9)}
     guard = Nearest(lambda prompt, names: near.get(prompt), "table", ASSETS)
@@ -133,13 +127,9 @@ def test_nearest_takes_the_clause_of_the_asset_that_was_found(policy):
     assert decide(policy, guard, "a mask").action == "refuse"
     assert decide(policy, guard, "a tree").action == "allow"  # found, but no clause is about it
     assert decide(policy, guard, "nothing").action == "allow"
-    assert decide(policy, guard, "nothing").decision.rationale == "comes near to no asset of the policy"
-
-
-def test_nearest_says_what_the_policy_does_where_nothing_is_near(policy):
     strict = dataclasses.replace(policy, default="escalate")
-    verdict = decide(strict, Nearest(lambda prompt, names: None, "none", ASSETS), "a tree")
-    assert (verdict.action, verdict.clauses) == ("escalate", ())
+    assert [decide(strict, one, "a tree").action for one in (guard, Keyword())] == ["escalate", "escalate"]
+    assert decide(strict, Keyword(), "a vampire").action == "steer"
 
 
 @pytest.mark.parametrize("assets", [(), ("vampire", "goblin"), ("Vampire", "goblin", "police officer")])

@@ -19,12 +19,6 @@ def test_what_is_left_out_has_its_default(policy):
         policy["C4"]
 
 
-def test_the_published_policy_is_one():
-    policy = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
-    assert len(policy.clauses) == 20
-    assert all(clause.violates and clause.allowed and clause.exceptions == ("E1",) for clause in policy.clauses)
-
-
 def test_the_digest_is_of_what_it_says_and_not_of_how_it_is_written(document, written, policy):
     assert len(policy.sha256) == 64
     file = written(document)
@@ -47,80 +41,74 @@ def test_examples_may_have_an_action_and_ids_of_their_own(document, written, pol
     assert '"a parody of a vampire" -> allow ["C1", "E1"]' in shown and '"a tree" -> allow []' in shown
 
 
-def test_the_digest_of_the_published_policy_is_that_of_the_published_tables():
-    digest = read_policy(PROJECT / "conf" / "safety" / "policy.yaml").sha256
-    assert digest in (PROJECT / "results" / "policy_sensitivity.csv").read_text(encoding="utf-8")
-
-
-def broken(change):
-    """Name a change of the document by its place in the code."""
-    return pytest.param(*change, id=change[1][:40])
+def test_the_published_policy_has_the_digest_of_the_published_tables():
+    published = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
+    assert len(published.clauses) == 20 and all(clause.violates and clause.allowed for clause in published.clauses)
+    assert published.sha256 in (PROJECT / "results" / "policy_sensitivity.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        broken(change)
-        for change in [
-            (lambda d: d.pop("version"), "got no version"),
-            (lambda d: d.update(version=2), "expected version: 1, got 2"),
-            (lambda d: d.update(version="1"), "expected version: 1, got '1'"),
-            (lambda d: d.update(version=True), "expected version: 1, got True"),
-            (lambda d: d.update(version=1.0), "expected version: 1, got 1.0"),
-            (lambda d: d.update(extra=1), "got extra beside"),
-            (lambda d: d.pop("clauses"), "got no clauses"),
-            (lambda d: d.update(clauses=[]), "at least one clause, got none"),
-            (lambda d: d.update(clauses=None), "clauses as a list, got None"),
-            (lambda d: d.update(clauses={"C1": 1}), "clauses as a list"),
-            (lambda d: d.update(clauses=["C1"]), "a clause as a mapping of names to values, got 'C1'"),
-            (lambda d: d.update(default="forbid"), "for default, got 'forbid'"),
-            (lambda d: d.update(precedence=["refuse"]), "precedence of all of"),
-            (lambda d: d.update(precedence=[*ACTIONS[:3], "steer"]), "precedence to differ"),
-            (lambda d: d.update(precedence="refuse"), "precedence as a list"),
-            (lambda d: d["clauses"][1].update(id="C1"), "every id once in a policy, got C1"),
-            (lambda d: d["exceptions"][0].update(id="C1"), "every id once in a policy, got C1"),
-            (lambda d: d["clauses"][0].update(id=1), "id of a clause as a text of one line, got 1"),
-            (lambda d: d["clauses"][0].update(id=" "), "id of a clause as a text of one line"),
-            (lambda d: d["clauses"][0].update(action="block"), "for C1, got 'block'"),
-            (lambda d: d["exceptions"][0].update(action="Allow"), "for E1, got 'Allow'"),
-            (lambda d: d["clauses"][0].update(action=["steer"]), "action of C1 as a text"),
-            (lambda d: d["clauses"][0].update(exceptions=["E9"]), r"exceptions of the policy in C1, got \['E9'\]"),
-            (lambda d: d["clauses"][0].update(exceptions=["C2"]), r"exceptions of the policy in C1, got \['C2'\]"),
-            (lambda d: d["clauses"][0].update(exceptions=["E1", "E1"]), "exceptions of C1 to differ"),
-            (lambda d: d["clauses"][0].pop("description"), "got no description"),
-            (lambda d: d["clauses"][0].update(descripton="x"), "got descripton beside"),
-            (lambda d: d["clauses"][0].update(description="two\nlines"), "description of C1 as a text of one line"),
-            (lambda d: d["clauses"][0].update(description=None), "description of C1 as a text of one line, got None"),
-            (lambda d: d["clauses"][0].update(names="vampire"), "names of C1 as a list"),
-            (lambda d: d["clauses"][0].update(names=["ok", False]), "names of C1 as a text of one line, got False"),
-            (lambda d: d["clauses"][0]["examples"].update(allowed=[3.5]), "examples.allowed of C1"),
-            (lambda d: d["clauses"][0]["examples"].update(steered=[]), "got steered beside"),
-            (lambda d: d["clauses"][0].update(examples=["a"]), "examples of C1 as a mapping"),
-            (
-                lambda d: d["clauses"][0]["examples"].update(allowed=["draw a vampire"]),
-                "C1 has examples that both violate it and are allowed: .'draw a vampire'",
-            ),
-            (
-                lambda d: d["clauses"][1]["examples"].update(allowed=["draw a vampire"]),
-                "every example once, got .'draw a vampire'. repeatedly",
-            ),
-            (lambda d: d["exceptions"][0].pop("text"), "got no text"),
-            (lambda d: d.update(examples={}), "examples as a list"),
-            (lambda d: d.update(examples=["a parody"]), "an example as a mapping"),
-            (lambda d: d.update(examples=[{"request": "a"}]), "got no action, clauses"),
-            (lambda d: d.update(examples=[PARODY | {"more": 1}]), "got more beside"),
-            (lambda d: d.update(examples=[PARODY | {"clauses": ["C1", "C1"]}]), "clauses of .* to differ"),
-            (lambda d: d.update(examples=[PARODY | {"clauses": ["C1", "E9"]}]), r"ids of the policy in .*\['E9'\]"),
-            (lambda d: d.update(examples=[PARODY | {"clauses": ["E1"]}]), r"beside a clause that lists it .*\['E1'\]"),
-            (
-                lambda d: d.update(examples=[PARODY | {"action": "steer"}]),
-                "from its clauses, allow, .* 'steer'",
-            ),
-            (lambda d: d.update(examples=[PARODY | {"action": "draw"}]), "from its clauses, allow, .* 'draw'"),
-            (lambda d: d.update(examples=[PARODY, PARODY]), "every example once"),
-            (lambda d: d.update(examples=[PARODY | {"request": "draw a vampire"}]), "every example once"),
-        ]
+        (lambda d: d.pop("version"), "got no version"),
+        (lambda d: d.update(version=2), "expected version: 1, got 2"),
+        (lambda d: d.update(version="1"), "expected version: 1, got '1'"),
+        (lambda d: d.update(version=True), "expected version: 1, got True"),
+        (lambda d: d.update(version=1.0), "expected version: 1, got 1.0"),
+        (lambda d: d.update(extra=1), "got extra too"),
+        (lambda d: d.pop("clauses"), "got no clauses"),
+        (lambda d: d.update(clauses=[]), "at least one clause, got none"),
+        (lambda d: d.update(clauses=None), "clauses as a list, got None"),
+        (lambda d: d.update(clauses={"C1": 1}), "clauses as a list"),
+        (lambda d: d.update(clauses=["C1"]), "a clause as a mapping of names to values, got 'C1'"),
+        (lambda d: d.update(default="forbid"), "for default, got 'forbid'"),
+        (lambda d: d.update(precedence=["refuse"]), "precedence of all of"),
+        (lambda d: d.update(precedence=[*ACTIONS[:3], "steer"]), "precedence to differ"),
+        (lambda d: d.update(precedence="refuse"), "precedence as a list"),
+        (lambda d: d["clauses"][1].update(id="C1"), "every id once in a policy, got C1"),
+        (lambda d: d["exceptions"][0].update(id="C1"), "every id once in a policy, got C1"),
+        (lambda d: d["clauses"][0].update(id=1), "id of a clause as a text of one line, got 1"),
+        (lambda d: d["clauses"][0].update(id=" "), "id of a clause as a text of one line"),
+        (lambda d: d["clauses"][0].update(action="block"), "for C1, got 'block'"),
+        (lambda d: d["exceptions"][0].update(action="Allow"), "for E1, got 'Allow'"),
+        (lambda d: d["clauses"][0].update(action=["steer"]), "action of C1 as a text"),
+        (lambda d: d["clauses"][0].update(exceptions=["E9"]), r"exceptions of the policy in C1, got \['E9'\]"),
+        (lambda d: d["clauses"][0].update(exceptions=["C2"]), r"exceptions of the policy in C1, got \['C2'\]"),
+        (lambda d: d["clauses"][0].update(exceptions=["E1", "E1"]), "exceptions of C1 to differ"),
+        (lambda d: d["clauses"][0].pop("description"), "got no description"),
+        (lambda d: d["clauses"][0].update(descripton="x"), "got descripton too"),
+        (lambda d: d["clauses"][0].update(description="two\nlines"), "description of C1 as a text of one line"),
+        (lambda d: d["clauses"][0].update(description=None), "description of C1 as a text of one line, got None"),
+        (lambda d: d["clauses"][0].update(names="vampire"), "names of C1 as a list"),
+        (lambda d: d["clauses"][0].update(names=["ok", False]), "names of C1 as a text of one line, got False"),
+        (lambda d: d["clauses"][0]["examples"].update(allowed=[3.5]), "examples.allowed of C1"),
+        (lambda d: d["clauses"][0]["examples"].update(steered=[]), "got steered too"),
+        (lambda d: d["clauses"][0].update(examples=["a"]), "examples of C1 as a mapping"),
+        (
+            lambda d: d["clauses"][0]["examples"].update(allowed=["draw a vampire"]),
+            "C1 has examples that both violate it and are allowed: .'draw a vampire'",
+        ),
+        (
+            lambda d: d["clauses"][1]["examples"].update(allowed=["draw a vampire"]),
+            "every example once, got .'draw a vampire'. repeatedly",
+        ),
+        (lambda d: d["exceptions"][0].pop("text"), "got no text"),
+        (lambda d: d.update(examples={}), "examples as a list"),
+        (lambda d: d.update(examples=["a parody"]), "an example as a mapping"),
+        (lambda d: d.update(examples=[{"request": "a"}]), "got no action, clauses"),
+        (lambda d: d.update(examples=[PARODY | {"more": 1}]), "got more too"),
+        (lambda d: d.update(examples=[PARODY | {"clauses": ["C1", "C1"]}]), "clauses of .* to differ"),
+        (lambda d: d.update(examples=[PARODY | {"clauses": ["C1", "E9"]}]), r"ids of the policy in .*\['E9'\]"),
+        (lambda d: d.update(examples=[PARODY | {"clauses": ["E1"]}]), r"beside a clause that lists it .*\['E1'\]"),
+        (
+            lambda d: d.update(examples=[PARODY | {"action": "steer"}]),
+            "from its clauses, allow, .* 'steer'",
+        ),
+        (lambda d: d.update(examples=[PARODY | {"action": "draw"}]), "from its clauses, allow, .* 'draw'"),
+        (lambda d: d.update(examples=[PARODY, PARODY]), "every example once"),
+        (lambda d: d.update(examples=[PARODY | {"request": "draw a vampire"}]), "every example once"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_what_is_no_policy_says_where(change, message, document, written):
     change(document)
@@ -220,9 +208,6 @@ def test_cases_of_it_by_hand(policy):
     assert policy.action_of(["C1", "C2", "E2"]) == "escalate"  # by C2 alone, and C1 still says steer
     assert policy.action_of(["C2", "E1", "E2"]) == "escalate"
     assert policy.action_of(["C3", "E1"]) == "escalate"  # C3 lists none
-
-
-def test_the_order_of_clauses_decides_nothing(policy):
     turned = dataclasses.replace(policy, clauses=policy.clauses[::-1])
     for cited in (["C1", "C2"], ["C2", "C3"], ["C1", "C3", "E1"]):
         assert turned.action_of(cited) == policy.action_of(cited)

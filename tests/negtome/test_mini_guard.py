@@ -1,6 +1,5 @@
 """The small guard: what it reads of its own words, and the embedded one on the policy that it was trained on."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,45 +88,13 @@ def test_what_is_longer_than_it_reads_is_refused_and_not_cut(guard):
         guard.reply(POLICY, f"{fits} genie")
 
 
-def test_the_folder_is_small_and_names_its_policy():
-    assert json.loads((FOLDER / "config.json").read_text())["policy_sha256"] == POLICY.sha256
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 3_000_000
-
-
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="make mini-guard"):
         Mini(tmp_path)
 
 
-def test_its_id_is_that_of_its_weights(guard):
-    assert guard.id == Mini(FOLDER).id
-
-
-WHOLE = [
-    "asks",
-    "for",
-    "imp",
-    ".",
-    "@C",
-    "@2",
-    ",",
-    "@E",
-    "@1",
-    "<quote>",
-    "red",
-    ",",
-    "long",
-    "nose",
-    "</quote>",
-    "<answer>",
-    "=refuse",
-    "@C",
-    "@2",
-    ",",
-    "@E",
-    "@1",
-    "<end>",
-]
+REPLY = "asks for imp . @C @2 , @E @1 <quote> red , long nose </quote> <answer> =refuse @C @2 , @E @1 <end>"
+WHOLE = REPLY.split()
 
 
 def test_a_reply_is_read():
@@ -138,6 +105,7 @@ def test_a_reply_is_read():
     assert read(["<answer>", "=steer", "@C", "@1", "@0", "<quote>", "a", "wing", "</quote>", "<end>"]) == Decision(
         "steer", ("C10",), "a wing"
     )
+    assert spaced(["see", "@C", "@1", ",", "@E", "@1", "at", "@", "."]) == "see C1, E1 at @."
     assert read(["asks", "for", "b", ".", "no", "clause", "<answer>", "=allow", "<end>"]).clauses == ()
 
 
@@ -157,7 +125,3 @@ def test_a_reply_is_read():
 )
 def test_what_is_no_whole_reply_follows_from_no_policy(words):
     assert verify(POLICY, read(words))
-
-
-def test_ids_are_written_in_one_piece():
-    assert spaced(["see", "@C", "@1", ",", "@E", "@1", "at", "@", "."]) == "see C1, E1 at @."
