@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import taxonomy, tokenizer
-from training.loop import Images, Run, Setting, make_optimizers, prepare
+from training.loop import Run, TrainingArguments, make_optimizers
+from training.rows import Images
 
 PROJECTION = 128
 
@@ -80,23 +81,23 @@ def text_encoders(first: CLIPModel, second: CLIPModel) -> tuple[CLIPTextModel, C
     return one, two
 
 
-def train_text(setting: Setting, seeds: tuple[int, int] = (1, 2)) -> None:
+def train_text(arguments: TrainingArguments, seeds: tuple[int, int] = (1, 2)) -> None:
     """Train the two text encoders of the pipelines into `work/text_encoder` and `work/text_encoder_2`.
 
     Two text towers from different seeds learn against one vision tower, each through projections of its own: half the
     work of two whole models, since nothing but the text towers is kept.
     """
-    prepare(setting, seeds[1])
-    tokens = torch.load(setting.work / "tokens.pt")
-    ids = tokens["clip"].to(setting.device)
-    second = make_model(tokens["clip_size"]).to(setting.device)
+    arguments.seed(seeds[1])
+    tokens = torch.load(arguments.work / "tokens.pt")
+    ids = tokens["clip"].to(arguments.device)
+    second = make_model(tokens["clip_size"]).to(arguments.device)
     torch.manual_seed(seeds[0])
-    first = make_model(tokens["clip_size"]).to(setting.device)
+    first = make_model(tokens["clip_size"]).to(arguments.device)
     second.vision_model = first.vision_model
     both = torch.nn.ModuleList([first, second])
 
-    def losses(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
-        with setting.autocast():
+    def contrast(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
+        with arguments.autocast():
             seen = first.vision_model(pixel_values=pixels).pooler_output
             words = ids[caption].long()
             pairs = [
@@ -111,70 +112,71 @@ def train_text(setting: Setting, seeds: tuple[int, int] = (1, 2)) -> None:
 
     def save() -> None:
         for model, name in zip(text_encoders(first, second), ("text_encoder", "text_encoder_2"), strict=True):
-            model.save_pretrained(setting.work / name)
+            model.save_pretrained(arguments.work / name)
 
-    _fit(setting, "text", both, losses, save, {"first": first, "second": second}, {"seeds": seeds})
+    _fit(arguments, "text", both, contrast, save, {"first": first, "second": second}, seeds=seeds)
 
 
-def train_score(setting: Setting, seed: int = 1000) -> None:
+def train_score(arguments: TrainingArguments, seed: int = 1000) -> None:
     """Train the scoring CLIP into `work/score`: another seed, and no weights shared with the generators."""
-    prepare(setting, seed)
-    tokens = torch.load(setting.work / "tokens.pt")
-    ids = tokens["clip"].to(setting.device)
-    model = make_model(tokens["clip_size"]).to(setting.device)
+    arguments.seed(seed)
+    tokens = torch.load(arguments.work / "tokens.pt")
+    ids = tokens["clip"].to(arguments.device)
+    model = make_model(tokens["clip_size"]).to(arguments.device)
 
-    def losses(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
-        with setting.autocast():
+    def contrast(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
+        with arguments.autocast():
             a, b = forward(model, pixels, ids[caption].long())
             scale = model.logit_scale.exp().clamp(max=100)
         return [contrastive_loss(a, b, scale, image, caption)]
 
     def save() -> None:
-        model.save_pretrained(setting.work / "score" / "model")
+        model.save_pretrained(arguments.work / "score" / "model")
 
-    _fit(setting, "score", model, losses, save, {"score": model}, {"seed": seed})
+    _fit(arguments, "score", model, contrast, save, {"score": model}, seed=seed)
 
 
 def _fit(
-    setting: Setting,
+    arguments: TrainingArguments,
     name: str,
     trained: torch.nn.Module,
-    losses: Callable[..., list[torch.Tensor]],
-    write: Callable[[], None],
+    contrast: Callable[..., list[torch.Tensor]],
+    save: Callable[[], None],
     models: dict[str, CLIPModel],
-    card: dict,
+    **card: object,
 ) -> None:
-    """The loop of both trainings: 1,024 random rows a step; averaged weights and a card at the end."""
-    data = Images(setting.work / "data", setting.device)
-    optimizers = make_optimizers(setting, trained, muon=2e-3, adam=1.2e-3)
-    batch = setting.batch or 1024
-    run = Run(name, setting, [trained], optimizers, 0.998, write)
-    for _ in run:
-        image, caption, variant = data.draw(batch)
-        parts = losses(data.render(image, variant), image, caption)
-        run.descend(sum(parts))
-        run.log(**{f"loss{i}": loss for i, loss in enumerate(parts, 1)})
-    with run.ema.swapped():
-        quality = {key: evaluate(model.eval(), data, setting) for key, model in models.items()}
+    """Train on 1,024 random rows a step; `contrast` returns a loss a model, of pixels, images and captions."""
+    data, batch = Images(arguments.work / "data", arguments.device), arguments.batch or 1024
+
+    def compute_losses() -> dict[str, torch.Tensor]:
+        image, caption, variant = data.rows.draw(batch)
+        parts = contrast(data.render(image, variant), image, caption)
+        return {"loss": sum(parts)} | {f"loss{number}": part for number, part in enumerate(parts, 1)}
+
+    optimizers = make_optimizers(arguments, trained, muon=2e-3, adam=1.2e-3)
+    run = Run(name, arguments, [trained], optimizers, 0.998, save)
+    run.fit(compute_losses)
+    with run.averaged():
+        quality = {key: evaluate(model.eval(), data, arguments) for key, model in models.items()}
     print(f"{name} quality", quality, flush=True)
-    run.write_card(setting.work / name, batch=batch, quality=quality, **card)
+    run.write_card(arguments.work / name, batch=batch, quality=quality, **card)
 
 
 @torch.no_grad()
-def evaluate(model: CLIPModel, data: Images, setting: Setting) -> dict:
+def evaluate(model: CLIPModel, data: Images, arguments: TrainingArguments) -> dict:
     """Held-out pictures: is the category right among all, and is the right label found among the held-out labels?
 
     The held-out labels' words never occurred in training, unless in other labels, so the second number is low by
     nature; the first is what the metrics rely on.
     """
-    tok = CLIPTokenizer.from_pretrained(setting.work / "tokenizer")
+    tok = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
     held = [i for i in data.held_out.tolist()]
     if not held:
         return {}
-    variant = torch.zeros(1, dtype=torch.long, device=setting.device)
+    variant = torch.zeros(1, dtype=torch.long, device=arguments.device)
     pictures, labels = [], [data.emoji[i].label for i in held]
     for i in range(0, len(held), 256):
-        index = torch.tensor(held[i : i + 256], device=setting.device)
+        index = torch.tensor(held[i : i + 256], device=arguments.device)
         pixels = data.render(index, variant.expand(len(index)))
         pictures.append(
             F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
@@ -182,7 +184,7 @@ def evaluate(model: CLIPModel, data: Images, setting: Setting) -> dict:
     image = torch.cat(pictures)
 
     def text(prompts: list[str]) -> torch.Tensor:
-        ids = tokenizer.encode(tok, prompts).to(setting.device)
+        ids = tokenizer.encode(tok, prompts).to(arguments.device)
         return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
 
     categories = [c for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
