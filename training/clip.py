@@ -16,7 +16,7 @@ PROJECTION = 128
 
 
 def make_model(vocabulary: int, vision_width: int = 128, vision_layers: int = 4) -> CLIPModel:
-    """A CLIP with a text tower of 128 x 4 and a vision transformer on 16 x 16 patches of 128 x 128 images."""
+    """Return a CLIP with a text tower of 128 x 4 and a vision transformer on 16 x 16 patches of 128 x 128 images."""
     text = {
         "vocab_size": vocabulary,
         "hidden_size": 128,
@@ -44,7 +44,7 @@ def make_model(vocabulary: int, vision_width: int = 128, vision_layers: int = 4)
 def contrastive_loss(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, image_id: torch.Tensor, text_id: torch.Tensor
 ) -> torch.Tensor:
-    """Symmetric cross-entropy in the batch; pairs that share the picture or the words are no negatives.
+    """Compute the symmetric cross-entropy; pairs in the batch that share the image or the caption are no negatives.
 
     Args:
         image: embeddings [N, D].
@@ -65,14 +65,14 @@ def contrastive_loss(
 
 
 def forward(model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projected, unnormalised embeddings of images [N, D] and texts [N, D]."""
+    """Return projected, unnormalised embeddings of images [N, D] and texts [N, D]."""
     image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
     text = model.text_projection(model.text_model(input_ids=ids).pooler_output)
     return image, text
 
 
 def text_encoders(first: CLIPModel, second: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """The two text encoders of SDXL out of two trained CLIPs (copies)."""
+    """Return the two text encoders of SDXL, copied from two trained CLIPs."""
     one, two = CLIPTextModel(first.config.text_config), CLIPTextModelWithProjection(second.config.text_config)
     for model, source in ((one, first), (two, second)):
         tower = getattr(model, "text_model", model)  # versions of transformers differ in the nesting
@@ -98,12 +98,12 @@ def train_text(arguments: TrainingArguments, seeds: tuple[int, int] = (1, 2)) ->
 
     def contrast(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
         with arguments.autocast():
-            seen = first.vision_model(pixel_values=pixels).pooler_output
-            words = ids[caption].long()
+            vision = first.vision_model(pixel_values=pixels).pooler_output
+            text = ids[caption].long()
             pairs = [
                 (
-                    m.visual_projection(seen),
-                    m.text_projection(m.text_model(input_ids=words).pooler_output),
+                    m.visual_projection(vision),
+                    m.text_projection(m.text_model(input_ids=text).pooler_output),
                     m.logit_scale.exp().clamp(max=100),
                 )
                 for m in both
@@ -164,65 +164,52 @@ def _fit(
 
 @torch.no_grad()
 def evaluate(model: CLIPModel, data: Images, arguments: TrainingArguments) -> dict:
-    """Held-out pictures: is the category right among all, and is the right label found among the held-out labels?
+    """Classify the held-out images among all categories and, where they have one, among the held-out labels.
 
-    The held-out labels' words never occurred in training, unless in other labels, so the second number is low by
-    nature; the first is what the metrics rely on.
+    The words of held-out labels occur in training at most within other labels, so that the share of right labels is
+    low by nature; the metrics rely on the categories.
     """
-    tok = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
-    held = [i for i in data.held_out.tolist()]
-    if not held:
+    held_out = data.held_out.to(arguments.device)
+    if not len(held_out):
         return {}
-    variant = torch.zeros(1, dtype=torch.long, device=arguments.device)
-    pictures, labels = [], [data.emoji[i].label for i in held]
-    for i in range(0, len(held), 256):
-        index = torch.tensor(held[i : i + 256], device=arguments.device)
-        pixels = data.render(index, variant.expand(len(index)))
-        pictures.append(
-            F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
-        )
-    image = torch.cat(pictures)
+    bpe = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
 
-    def text(prompts: list[str]) -> torch.Tensor:
-        ids = tokenizer.encode(tok, prompts).to(arguments.device)
+    def embed(prompts: list[str]) -> torch.Tensor:
+        ids = tokenizer.encode(bpe, prompts).to(arguments.device)
         return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
 
-    categories = [c for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
-    prototypes = F.normalize(
-        torch.stack([text([f"{t} {c}" for t in taxonomy.TEMPLATES]).mean(0) for c in categories]), dim=-1
-    )
-    order = (image @ prototypes.T).argsort(dim=1, descending=True).cpu()
-    known = [n for n, i in enumerate(held) if data.emoji[i].categories]
-    right = [[categories[c] in data.emoji[held[n]].categories for c in order[n, :3]] for n in known]
-    unique = sorted(set(labels))
-    nearest = (image @ text([f"a photo of a {u.lower()}" for u in unique]).T).argmax(1).tolist()
+    images = []
+    for index in held_out.split(256):
+        pixels = data.render(index, torch.zeros_like(index))
+        images.append(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
+    image = F.normalize(torch.cat(images), dim=-1)
+    items = [data.emoji[i] for i in data.held_out.tolist()]
+    categories = [*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT]
+    means = [embed([f"{template} {name}" for template in taxonomy.TEMPLATES]).mean(0) for name in categories]
+    order = (image @ F.normalize(torch.stack(means), dim=-1).T).argsort(dim=1, descending=True).tolist()
+    right = [
+        [categories[number] in item.categories for number in nearest[:3]]
+        for item, nearest in zip(items, order, strict=True)
+        if item.categories
+    ]
+    labels = sorted({item.label for item in items})
+    nearest_label = (image @ embed([f"a photo of a {label.lower()}" for label in labels]).T).argmax(1).tolist()
+    right_labels = sum(labels[n] == item.label for n, item in zip(nearest_label, items, strict=True))
     return {
-        "held_out_images": len(held),
-        "with_category": len(known),
+        "held_out_images": len(items),
+        "with_category": len(right),
         "categories": len(categories),
-        "category_top1": sum(r[0] for r in right) / max(1, len(right)),
-        "category_top3": sum(any(r) for r in right) / max(1, len(right)),
-        "labels": len(unique),
-        "label_top1": sum(unique[n] == label for n, label in zip(nearest, labels, strict=True)) / len(held),
-    }
-
-
-def preprocessor() -> dict:
-    """Content of `preprocessor_config.json` of the scoring CLIP."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": 128, "width": 128},
-        "do_resize": True,
-        "do_center_crop": False,
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "resample": 3,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
+        "category_top1": sum(first for first, *_ in right) / max(1, len(right)),
+        "category_top3": sum(map(any, right)) / max(1, len(right)),
+        "labels": len(labels),
+        "label_top1": right_labels / len(items),
     }
 
 
 def write_preprocessor(folder: Path) -> None:
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(), indent=1) + "\n")
+    """Write `preprocessor_config.json` of the evaluation CLIP."""
+    size = {"height": 128, "width": 128}
+    flags = {"do_resize": True, "do_center_crop": False, "do_convert_rgb": True, "do_rescale": True}
+    scaling = {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    config = {"image_processor_type": "CLIPImageProcessor", "size": size, "resample": 3, **flags, **scaling}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=1) + "\n")

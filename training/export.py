@@ -6,7 +6,6 @@ config's type, diffusers in float32, and a pipeline of mixed types fails.
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,24 @@ def _finish_config(path: Path, **changes: object) -> None:
         if value is not None:
             config[key] = value
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _finish_files(sdxl: Path, fluxes: Path, score: Path) -> None:
+    """Write the configs' types, compact the tokenizers, and replace shared parts by links."""
+    for folder in (sdxl / "text_encoder", sdxl / "text_encoder_2", fluxes / "text_encoder_2", score):
+        _finish_config(folder / "config.json", dtype="float32", torch_dtype=None)
+    for folder in (sdxl / "unet", sdxl / "vae", fluxes / "transformer"):
+        _finish_config(folder / "config.json", _name_or_path=None)
+    for path in (path for folder in (sdxl, fluxes, score) for path in folder.rglob("tokenizer*.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
+    for path in score.glob("tokenizer*.json"):
+        path.unlink()
+        path.symlink_to(Path("..") / "mini-sdxl" / "tokenizer" / path.name)
+    for name in SHARED:
+        shutil.rmtree(fluxes / name)
+        (fluxes / name).symlink_to(Path("..") / "mini-sdxl" / name)
+    shutil.rmtree(sdxl / "tokenizer_2")
+    (sdxl / "tokenizer_2").symlink_to("tokenizer")
 
 
 def export(work: Path, models: Path) -> None:
@@ -98,21 +115,7 @@ def export(work: Path, models: Path) -> None:
     tokenizer.save_pretrained(score)
     clip.write_preprocessor(score)
 
-    for folder in (sdxl / "text_encoder", sdxl / "text_encoder_2", fluxes / "text_encoder_2", score):
-        _finish_config(folder / "config.json", dtype="float32", torch_dtype=None)
-    for folder in (sdxl / "unet", sdxl / "vae", fluxes / "transformer"):
-        _finish_config(folder / "config.json", _name_or_path=None)
-    for path in models.rglob("tokenizer*.json"):
-        if not path.is_symlink():
-            path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
-    for path in score.glob("tokenizer*.json"):
-        path.unlink()
-        os.symlink(Path("..") / "mini-sdxl" / "tokenizer" / path.name, path)
-    for name in SHARED:
-        shutil.rmtree(fluxes / name)
-        os.symlink(Path("..") / "mini-sdxl" / name, fluxes / name)
-    shutil.rmtree(sdxl / "tokenizer_2")
-    os.symlink("tokenizer", sdxl / "tokenizer_2")
+    _finish_files(sdxl, fluxes, score)
     for folder in (sdxl, fluxes):
         (folder / FILE).write_text(choices(folder.name).to_json())
     write_cards(work, models)

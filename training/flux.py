@@ -86,23 +86,6 @@ def image_ids(device: str | torch.device, side: int = 8) -> torch.Tensor:
     return ids.view(-1, 3)
 
 
-def load_start(model: FluxTransformer2DModel, encoder: T5EncoderModel, folder: Path, transformer: str) -> None:
-    """Load an earlier transformer and T5 of the same sizes; one without guidance keeps the zero embedder.
-
-    Raises:
-        ValueError: the transformer has other layers.
-    """
-    earlier = FluxTransformer2DModel.from_pretrained(folder / transformer).state_dict()
-    missing, unexpected = model.load_state_dict(earlier, strict=False)
-    missing = [name for name in missing if "guidance_embedder" not in name]
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder}: expected a transformer of the same layers, got missing {missing} and "
-            f"unexpected {unexpected}; start from another one"
-        )
-    encoder.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2").float().state_dict())
-
-
 @torch.no_grad()
 def encode_pooled(work: Path, ids: torch.Tensor, device: str) -> torch.Tensor:
     """Encode captions as the pooled CLIP vector that the Flux pipeline computes, half precision [U, 128]."""
@@ -141,17 +124,23 @@ def predict(
 
 
 class _Setup:
-    """An untrained transformer and T5 on the device, and the captions and latents that they are trained on."""
+    """A transformer and T5 on the device, and the captions and latents that they are trained on.
 
-    def __init__(self, arguments: TrainingArguments, seed: int) -> None:
+    The networks are untrained, or read from the folders `transformer` and `encoder` where those are there.
+    """
+
+    def __init__(self, arguments: TrainingArguments, seed: int, transformer: Path, encoder: Path) -> None:
         arguments.seed(seed)
         work, device = arguments.work, arguments.device
         if arguments.on_gpu:  # an illegal memory access of the fused kernels at the first step, otherwise
             torch.backends.cuda.enable_mem_efficient_sdp(False)
             torch.backends.cuda.enable_cudnn_sdp(False)
         tokens = torch.load(work / "tokens.pt")
-        self.model = make_model().to(device)
-        self.encoder = make_text_encoder(tokens["t5_size"]).to(device)
+        model, text_encoder = make_model(), make_text_encoder(tokens["t5_size"])
+        if transformer.exists():
+            model.load_state_dict(FluxTransformer2DModel.from_pretrained(transformer).state_dict())
+            text_encoder.load_state_dict(T5EncoderModel.from_pretrained(encoder).float().state_dict())
+        self.model, self.encoder = model.to(device), text_encoder.to(device)
         wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
         packed = [pack(part.flatten(0, 1)) for part in torch.load(work / "vae" / "latents.pt").split(1024)]
         latents = torch.cat(packed).unflatten(0, (-1, VARIANTS)).to(device)
@@ -162,10 +151,9 @@ class _Setup:
 
 def train(arguments: TrainingArguments, seed: int = 6) -> None:
     """Train transformer and T5 by flow matching at guidance 1, into `work/flux`."""
-    setup, batch, out = _Setup(arguments, seed), arguments.batch or 512, arguments.work / "flux"
+    batch, out = arguments.batch or 512, arguments.work / "flux"
+    setup = _Setup(arguments, seed, out / "start" / "transformer", out / "start" / "text_encoder_2")
     model, encoder, data = setup.model, setup.encoder, setup.data
-    if (out / "start").exists():
-        load_start(model, encoder, out / "start", "transformer")
     model.time_text_embed.guidance_embedder.requires_grad_(False)  # left as it is: see make_model
     compiled = arguments.compiled(model)
     dropout = DROPOUT if arguments.dropout is None else arguments.dropout
@@ -200,9 +188,9 @@ def train(arguments: TrainingArguments, seed: int = 6) -> None:
 
 def distil(arguments: TrainingArguments, seed: int = 7) -> None:
     """Distil the classifier-free guidance of what `train` ended with into the guidance embedding: `work/flux/model`."""
-    setup, batch, out = _Setup(arguments, seed), arguments.batch or 512, arguments.work / "flux"
+    batch, out = arguments.batch or 512, arguments.work / "flux"
     wait_for(out / "card.json")
-    load_start(setup.model, setup.encoder, out, "stage1")
+    setup = _Setup(arguments, seed, out / "stage1", out / "text_encoder_2")
     model, teacher = setup.model, copy.deepcopy(setup.model).requires_grad_(False)
     compiled, compiled_teacher = arguments.compiled(model), arguments.compiled(teacher)
     with torch.no_grad(), arguments.autocast():

@@ -1,4 +1,4 @@
-"""What every training stage shares: its arguments, optimizers, a schedule by the clock, running averages, checkpoints.
+"""Arguments, optimizers, schedule, running averages and checkpoints of every training stage.
 
 Schedules follow the clock, not a number of steps: the stages share a device, so nobody can know beforehand how many
 steps fit into the time.
@@ -25,7 +25,7 @@ COOLDOWN = 0.3
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """Where, how long and how a stage trains.
+    """Arguments of a stage: folder, time and recipe.
 
     Attributes:
         work: folder of the data, the other stages' results and the checkpoints.

@@ -1,4 +1,4 @@
-"""What the stages train on: the rows of a data folder, its images, and latents with noise."""
+"""The training data: rows of a data folder, its images, and latents with noise."""
 
 import time
 from collections.abc import Callable

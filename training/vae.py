@@ -140,8 +140,8 @@ def write_latents(model: AutoencoderKL, data: Images, arguments: TrainingArgumen
     """Fold the statistics of the training images' latents, and write all latents for the denoisers."""
     out = arguments.work / "vae"
     latents = encode_all(model, data, arguments)
-    seen = torch.tensor([not e.held_out for e in data.emoji])
-    kept = latents[seen].to(arguments.device).float()
+    of_training = torch.tensor([not item.held_out for item in data.emoji])
+    kept = latents[of_training].to(arguments.device).float()
     mean, std = kept.mean((0, 1, 3, 4)), kept.std((0, 1, 3, 4))
     fold_statistics(model, mean, std)
     mean, std = mean.cpu()[:, None, None], std.cpu()[:, None, None]

@@ -24,7 +24,7 @@ SOURCES = [Path(requests.__file__), Path(requests.__file__).with_suffix(".yaml")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each stage is trained on.
+    """Amounts of training data, by stage.
 
     Attributes:
         form: replies about things of no clause, before all stages.

@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def cited(self) -> bool:
-        """Whether the decision verifies and cites exactly the clauses that apply."""
+        """True if the decision verifies and cites exactly the clauses that apply."""
         return self.action != "invalid" and sorted(self.decision.clauses) == sorted(self.request.clauses)
 
 

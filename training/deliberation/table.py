@@ -1,4 +1,4 @@
-"""What each part of deliberative alignment adds to a guard of under a million parameters; and the embedded guard.
+"""The comparison of what deliberative alignment adds to a guard of under a million parameters; the embedded guard.
 
 Trained models and their answers are kept, each under a digest of all that it depends on, so that a comparison that was
 interrupted goes on.
@@ -125,10 +125,8 @@ def tabulate(policy: Policy, outcomes: Outcomes) -> pd.DataFrame:
 
 def _row(key: tuple[str, bool | None], against: str, name: str, groups: Sequence[dict]) -> dict[str, object]:
     value, low, high = bootstrap_interval(groups)
-    seeds: dict[str, list[float]] = {}
-    for group in groups:
-        seeds.setdefault(group["group"].rpartition("/")[2], []).append(group["value"])
-    means = [sum(part) / len(part) for part in seeds.values()]
+    frame = pd.DataFrame(groups)
+    means = frame.groupby(frame["group"].str.rpartition("/")[2])["value"].mean()
     return {
         "training": key[0],
         "trace": TRACE[key[1]],
@@ -137,11 +135,11 @@ def _row(key: tuple[str, bool | None], against: str, name: str, groups: Sequence
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        "lowest_seed": min(means),
-        "highest_seed": max(means),
-        "n": len(groups),
-        "n_characters": len({group["category"] for group in groups}),
-        "n_seeds": len(seeds),
+        "lowest_seed": means.min(),
+        "highest_seed": means.max(),
+        "n": len(frame),
+        "n_characters": frame["category"].nunique(),
+        "n_seeds": len(means),
     }
 
 
@@ -151,10 +149,9 @@ def render_page(frame: pd.DataFrame, sizes: Sizes) -> str:
     names = list(dict.fromkeys(guards["metric"]))
     wide = []
     for (training, trace), part in guards.groupby(["training", "trace"], sort=False):
-        cells = {
-            row.metric: with_interval("{:.2f}".format, row.value, row.ci_low, row.ci_high) for row in part.itertuples()
-        }
-        first = part.iloc[0]
+        first, cells = part.iloc[0], {}
+        for row in part.itertuples():
+            cells[row.metric] = with_interval("{:.2f}".format, row.value, row.ci_low, row.ci_high)
         seeds = f"{first.lowest_seed:.2f} to {first.highest_seed:.2f}" if first.n_seeds > 1 else ""
         wide.append({"training": training, "trace": trace, **cells, f"{names[0]}, by seed": seeds})
     long = [
