@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, function = FUNCTIONS[command].rpartition(".")
     try:
         return getattr(importlib.import_module(f"training.{module}"), function)(**options) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("NEGTOME_TRACEBACK"):
             raise
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -64,13 +64,6 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def forward(model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return projected, unnormalised embeddings of images [N, D] and texts [N, D]."""
-    image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-    text = model.text_projection(model.text_model(input_ids=ids).pooler_output)
-    return image, text
-
-
 def text_encoders(first: CLIPModel, second: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Return the two text encoders of SDXL, copied from two trained CLIPs."""
     one, two = CLIPTextModel(first.config.text_config), CLIPTextModelWithProjection(second.config.text_config)
@@ -85,73 +78,50 @@ def train_text(arguments: TrainingArguments, seeds: tuple[int, int] = (1, 2)) ->
     """Train the two text encoders of the pipelines into `work/text_encoder` and `work/text_encoder_2`.
 
     Two text towers from different seeds learn against one vision tower, each through projections of its own: half the
-    work of two whole models, since nothing but the text towers is kept.
+    work of two models, since only the text towers are kept.
     """
-    arguments.seed(seeds[1])
-    tokens = torch.load(arguments.work / "tokens.pt")
-    ids = tokens["clip"].to(arguments.device)
-    second = make_model(tokens["clip_size"]).to(arguments.device)
-    torch.manual_seed(seeds[0])
-    first = make_model(tokens["clip_size"]).to(arguments.device)
+    second = _seeded_model(arguments, seeds[1])
+    first = _seeded_model(arguments, seeds[0])
     second.vision_model = first.vision_model
-    both = torch.nn.ModuleList([first, second])
-
-    def contrast(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
-        with arguments.autocast():
-            vision = first.vision_model(pixel_values=pixels).pooler_output
-            text = ids[caption].long()
-            pairs = [
-                (
-                    m.visual_projection(vision),
-                    m.text_projection(m.text_model(input_ids=text).pooler_output),
-                    m.logit_scale.exp().clamp(max=100),
-                )
-                for m in both
-            ]
-        return [contrastive_loss(a, b, scale, image, caption) for a, b, scale in pairs]
 
     def save() -> None:
         for model, name in zip(text_encoders(first, second), ("text_encoder", "text_encoder_2"), strict=True):
             model.save_pretrained(arguments.work / name)
 
-    _fit(arguments, "text", both, contrast, save, {"first": first, "second": second}, seeds=seeds)
+    _train(arguments, "text", {"first": first, "second": second}, save, seeds=seeds)
 
 
 def train_score(arguments: TrainingArguments, seed: int = 1000) -> None:
-    """Train the scoring CLIP into `work/score`: another seed, and no weights shared with the generators."""
+    """Train the evaluation CLIP into `work/score`: another seed, and no weights shared with the generators."""
+    model, folder = _seeded_model(arguments, seed), arguments.work / "score" / "model"
+    _train(arguments, "score", {"score": model}, lambda: model.save_pretrained(folder), seed=seed)
+
+
+def _seeded_model(arguments: TrainingArguments, seed: int) -> CLIPModel:
     arguments.seed(seed)
-    tokens = torch.load(arguments.work / "tokens.pt")
-    ids = tokens["clip"].to(arguments.device)
-    model = make_model(tokens["clip_size"]).to(arguments.device)
-
-    def contrast(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
-        with arguments.autocast():
-            a, b = forward(model, pixels, ids[caption].long())
-            scale = model.logit_scale.exp().clamp(max=100)
-        return [contrastive_loss(a, b, scale, image, caption)]
-
-    def save() -> None:
-        model.save_pretrained(arguments.work / "score" / "model")
-
-    _fit(arguments, "score", model, contrast, save, {"score": model}, seed=seed)
+    return make_model(torch.load(arguments.work / "tokens.pt")["clip_size"]).to(arguments.device)
 
 
-def _fit(
-    arguments: TrainingArguments,
-    name: str,
-    trained: torch.nn.Module,
-    contrast: Callable[..., list[torch.Tensor]],
-    save: Callable[[], None],
-    models: dict[str, CLIPModel],
-    **card: object,
+def _train(
+    arguments: TrainingArguments, name: str, models: dict[str, CLIPModel], save: Callable[[], None], **card: object
 ) -> None:
-    """Train on 1,024 random rows a step; `contrast` returns a loss a model, of pixels, images and captions."""
+    """Train models, all against the first one's vision tower, on 1,024 random rows a step."""
     data, batch = Images(arguments.work / "data", arguments.device), arguments.batch or 1024
+    ids = torch.load(arguments.work / "tokens.pt")["clip"].to(arguments.device)
+    vision_model = next(iter(models.values())).vision_model
+    trained = torch.nn.ModuleList(models.values())
 
     def compute_losses() -> dict[str, torch.Tensor]:
         image, caption, variant = data.rows.draw(batch)
-        parts = contrast(data.render(image, variant), image, caption)
-        return {"loss": sum(parts)} | {f"loss{number}": part for number, part in enumerate(parts, 1)}
+        pixels, embedded = data.render(image, variant), []
+        with arguments.autocast():
+            vision = vision_model(pixel_values=pixels).pooler_output
+            for model in models.values():
+                text = model.text_model(input_ids=ids[caption].long()).pooler_output
+                scale = model.logit_scale.exp().clamp(max=100)
+                embedded.append((model.visual_projection(vision), model.text_projection(text), scale))
+        losses = [contrastive_loss(*one, image, caption) for one in embedded]
+        return {"loss": sum(losses)} | {f"loss{number}": loss for number, loss in enumerate(losses, 1)}
 
     optimizers = make_optimizers(arguments, trained, muon=2e-3, adam=1.2e-3)
     run = Run(name, arguments, [trained], optimizers, 0.998, save)

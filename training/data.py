@@ -149,6 +149,11 @@ class _RowSampler:
         self.groups = [group for group in WORLD_SHARE if group in self.concepts]
         kinds = {"evaluated": taxonomy.EVALUATED, "development": taxonomy.DEVELOPMENT}
         self.categories = {kind: [name for name in names if name in self.labels] for kind, names in kinds.items()}
+        self.typicality = {
+            name: [emoji[images[0]].categories[name] ** CONCENTRATION for images in labels.values()]
+            for name, labels in self.labels.items()
+        }
+        self.preferences: dict[tuple[str, str], list[float]] = {}
         present = {**self.categories, "designs": self.designs, "world": self.groups}
         self.shares = {kind: ROW_SHARE[kind] for kind, content in present.items() if content}
 
@@ -169,19 +174,20 @@ class _RowSampler:
     def _category(self, kind: str) -> tuple[int, str]:
         names = self.categories[kind]
         name = self.rng.choices(names, [taxonomy.CATEGORY_WEIGHT.get(name, 1.0) for name in names])[0]
-        labels = self.labels[name]
-        typicality = [self.emoji[images[0]].categories[name] ** CONCENTRATION for images in labels.values()]
-        images = labels[self.rng.choices(list(labels), typicality)[0]]
+        label = self.rng.choices(list(self.labels[name]), self.typicality[name])[0]
+        images = self.labels[name][label]
         if self.rng.random() < 0.75:
-            index = self.rng.choices(images, self._preferences(images))[0]
+            if (name, label) not in self.preferences:
+                self.preferences[name, label] = self._preferences(images)
+            index = self.rng.choices(images, self.preferences[name, label])[0]
             return index, generic_caption(name, self.rng)
         index = self.rng.choice(images)
         return index, detailed_caption(self.emoji[index], self.rng)
 
     def _preferences(self, images: list[int]) -> list[float]:
         """Return weights of images by artwork set and skin tone."""
-        tones = Counter(self.emoji[i].tone for i in images)
         items = [self.emoji[i] for i in images]
+        tones = Counter(item.tone for item in items)
         return [SETS[item.style_set].skew * TONE_SKEW[item.tone] / tones[item.tone] for item in items]
 
 

@@ -120,9 +120,9 @@ def known_emoji(names: Path, left_out: bool = False) -> tuple[dict[str, dict], d
         group, subgroup = group_of[str(entry["group"])], subgroup_of[str(entry["subgroup"])]
         label = entry["label"].replace("\u2019", "'")
         words = re.split(r"[^a-z]+", label.lower())
-        gender = "woman" if {"woman", "women"} & set(words) else "man" if {"man", "men"} & set(words) else None
-        if gender is None and "gender" in entry:
-            gender = {0: "woman", 1: "man"}[entry["gender"]]
+        gender = {0: "woman", 1: "man"}.get(entry.get("gender"))
+        for name, forms in (("man", {"man", "men"}), ("woman", {"woman", "women"})):
+            gender = name if forms & {*words} else gender
         for item in [entry, *entry.get("skins", [])]:
             code = _hex(item["hexcode"])
             for name in (item["label"].replace("\u2019", "'"), unicode_names.get(item["hexcode"], "")):

@@ -76,33 +76,31 @@ def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> torch.Tensor:
     """Encode every version of every image into latent means, half precision [N, VARIANTS, C, 16, 16]."""
-    n = len(data.rgba)
-    out = torch.empty(n, VARIANTS, CHANNELS, 16, 16, dtype=torch.float16)
-    for v in range(VARIANTS):
-        for i in range(0, n, 512):
-            index = torch.arange(i, min(i + 512, n), device=arguments.device)
+    versions = []
+    for variant in range(VARIANTS):
+        parts = []
+        for index in torch.arange(len(data.rgba), device=arguments.device).split(512):
+            pixels = data.render(index, torch.full_like(index, variant))
             with arguments.autocast():
-                pixels = data.render(index, torch.full_like(index, v)).contiguous(memory_format=torch.channels_last)
-                out[i : i + 512, v] = model.encode(pixels).latent_dist.mean.half().cpu()
-    return out
+                latent = model.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+            parts.append(latent.half().cpu())
+        versions.append(torch.cat(parts))
+    return torch.stack(versions, dim=1)
 
 
 @torch.no_grad()
 def evaluate(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> dict:
     """Measure PSNR on at most 512 held-out images and on as many training images."""
-    result = {}
-    count = min(len(data.held_out), 512)
-    train = data.rows.image[:count].cpu()
-    for name, chosen in (("held_out", data.held_out[:count]), ("train", train)):
+    quality, held_out = {}, data.held_out[:512].to(arguments.device)
+    for name, chosen in (("held_out", held_out), ("train", data.rows.image[: len(held_out)])):
         values = []
-        for i in range(0, len(chosen), 64):
-            index = chosen[i : i + 64].to(arguments.device)
+        for index in chosen.split(64):
             target = data.render(index, torch.zeros_like(index))
             with arguments.autocast():
                 output = model.decode(model.encode(target).latent_dist.mean).sample
             values.append(psnr(output.float(), target))
-        result[f"psnr_{name}"] = round(float(torch.cat(values).mean()), 2) if values else None
-    return result
+        quality[f"psnr_{name}"] = round(float(torch.cat(values).mean()), 2) if len(chosen) else None
+    return quality
 
 
 def _optimizer(arguments: TrainingArguments, module: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -139,14 +137,11 @@ def train(arguments: TrainingArguments, seed: int = 3) -> None:
 def write_latents(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> None:
     """Fold the statistics of the training images' latents, and write all latents for the denoisers."""
     out = arguments.work / "vae"
-    latents = encode_all(model, data, arguments)
-    of_training = torch.tensor([not item.held_out for item in data.emoji])
-    kept = latents[of_training].to(arguments.device).float()
-    mean, std = kept.mean((0, 1, 3, 4)), kept.std((0, 1, 3, 4))
-    fold_statistics(model, mean, std)
-    mean, std = mean.cpu()[:, None, None], std.cpu()[:, None, None]
-    for i in range(0, len(latents), 1024):
-        latents[i : i + 1024] = ((latents[i : i + 1024].float() - mean) / std).half()
+    latents = encode_all(model, data, arguments).float()
+    of_training = latents[torch.tensor([not item.held_out for item in data.emoji])]
+    mean, std = of_training.mean((0, 1, 3, 4)), of_training.std((0, 1, 3, 4))
+    fold_statistics(model, mean.to(arguments.device), std.to(arguments.device))
+    latents = ((latents - mean[:, None, None]) / std[:, None, None]).half()
     model.to(memory_format=torch.contiguous_format).save_pretrained(out / "model")
     torch.save(latents, out / "latents.tmp")
     (out / "latents.tmp").rename(out / "latents.pt")

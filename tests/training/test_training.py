@@ -1,7 +1,10 @@
 """Training of the small models: tokenizers, losses, optimizers, checkpoints, and the stages from published weights."""
 
 import functools
+import importlib
+import inspect
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from experiments import PROJECT
 from training import clip, data, flux, loop, rows, taxonomy, tokenizer, train, unet, vae
-from training.__main__ import main
+from training.__main__ import FUNCTIONS, build_parser, main
 from training.sources import Emoji
 
 CAPTIONS = [f"{t} {c}" for t in taxonomy.TEMPLATES for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
@@ -126,7 +129,7 @@ def test_muon_takes_the_nearest_orthogonal_step(shape, memory_format) -> None:
     layout = {"memory_format": memory_format} if len(shape) == 4 else {}
     kernel = torch.nn.Parameter(torch.randn(shape).to(**layout))
     optimizer, before = loop.Muon([kernel], lr=0.1), kernel.detach().clone()
-    gradient = torch.randn(shape).to(**layout)
+    gradient = torch.randn(shape)
     (kernel * gradient).sum().backward()
     optimizer.step()
     step, (u, _, v) = (before - kernel.detach()).flatten(1), torch.linalg.svd(gradient.flatten(1), full_matrices=False)
@@ -272,6 +275,16 @@ def test_without_muon_every_parameter_is_given_to_adamw(tmp_path) -> None:
         assert sorted(p for pointers in held.values() for p in pointers) == sorted(
             p.data_ptr() for p in model.parameters()
         )
+
+
+def test_commands_have_the_options_of_their_functions() -> None:
+    """Those of the Makefile, and the two that it does not have."""
+    lines = [*re.findall(r"-m training (.+)", (PROJECT / "Makefile").read_text()), "ablation --out DIR", "samples"]
+    commands = [vars(build_parser().parse_args(line.replace("$(ARGS)", "").split())) for line in lines]
+    assert {options["command"] for options in commands} == FUNCTIONS.keys()
+    for options in commands:
+        module, _, name = FUNCTIONS[options.pop("command")].rpartition(".")
+        inspect.signature(getattr(importlib.import_module(f"training.{module}"), name)).bind(**options)
 
 
 def test_a_stage_without_a_time_and_an_unknown_one_are_refused(tmp_path, capsys) -> None:
