@@ -101,7 +101,7 @@ def _arguments(out: Path, device: str | None, **options: Any) -> TrainingArgumen
 
 
 def take_over(models: Path, arguments: TrainingArguments, npm: Path, limit: int | None = None) -> None:
-    """Lay out a work folder from finished models, unless it is done: their parts, the data, token ids and latents."""
+    """Lay out a work folder from finished models, as far as it is not done: parts, data, token ids and latents."""
     work = arguments.work
     with locked(work / ".take_over.lock"):
         if (work / "text" / "card.json").exists():
@@ -110,7 +110,8 @@ def take_over(models: Path, arguments: TrainingArguments, npm: Path, limit: int 
             if not (models / part).exists():
                 raise ValueError(f"expected a folder {models / part}, got none; name the folder of the three models")
             shutil.copytree(models / part, work / target, dirs_exist_ok=True)
-        data.rasterise_into(work / "data", data.describe(work / "data", npm, limit=limit))
+        if not (work / "data" / "images.npy").exists():
+            data.rasterise_into(work / "data", data.describe(work / "data", npm, limit=limit))
         captions = json.loads((work / "data" / "captions.json").read_text())
         bpe = CLIPTokenizer.from_pretrained(work / "tokenizer")
         tokenizer.save_ids(bpe, T5Tokenizer.from_pretrained(work / "tokenizer_2"), captions, work)
