@@ -77,19 +77,19 @@ notebooks: $(VENV)/.installed-notebooks  ## run the notebooks and keep in them w
 	OMP_NUM_THREADS=1 $(PY) -m experiments notebooks
 
 mini-models: $(VENV)/.installed-training  ## retrain the embedded models from public emoji packages (GPU, 20 minutes)
-	$(PY) -m training.train --out outputs/mini --npm outputs/npm $(ARGS)
-	$(PY) -m training.export --work outputs/mini --models models
-	$(PY) -m training.reference --data outputs/mini/data --out models/mini-reference
-	$(PY) -m training.protected --npm outputs/npm --out models/mini-protected
-	$(PY) -m training.people --npm outputs/npm --out models/mini-people
-	$(PY) -m training.memorised
+	$(PY) -m training train --out outputs/mini --npm outputs/npm $(ARGS)
+	$(PY) -m training export --work outputs/mini --models models
+	$(PY) -m training reference --data outputs/mini/data
+	$(PY) -m training protected --npm outputs/npm
+	$(PY) -m training people --npm outputs/npm
+	$(PY) -m training memorised
 
 .PHONY: reproduce-deliberation mini-guard
 reproduce-deliberation: $(VENV)/.installed-training  ## what examples and rewards teach a guard without its policy (5 minutes)
-	$(PY) -m training.deliberation.table $(ARGS)
+	$(PY) -m training deliberation $(ARGS)
 
 mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (3 minutes)
-	$(PY) -m training.deliberation.export $(ARGS)
+	$(PY) -m training guard $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (5 minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training import taxonomy, tokenizer
-from training.loop import Images, Run, Setting, make_optimizers, prepare
+from training.loop import Run, TrainingArguments, make_optimizers
+from training.rows import Images
 
 PROJECTION = 128
 
 
 def make_model(vocabulary: int, vision_width: int = 128, vision_layers: int = 4) -> CLIPModel:
-    """A CLIP with a text tower of 128 x 4 and a vision transformer on 16 x 16 patches of 128 x 128 images."""
+    """Return a CLIP with a text tower of 128 x 4 and a vision transformer on 16 x 16 patches of 128 x 128 images."""
     text = {
         "vocab_size": vocabulary,
         "hidden_size": 128,
@@ -43,7 +44,7 @@ def make_model(vocabulary: int, vision_width: int = 128, vision_layers: int = 4)
 def contrastive_loss(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, image_id: torch.Tensor, text_id: torch.Tensor
 ) -> torch.Tensor:
-    """Symmetric cross-entropy in the batch; pairs that share the picture or the words are no negatives.
+    """Compute the symmetric cross-entropy; pairs in the batch that share the image or the caption are no negatives.
 
     Args:
         image: embeddings [N, D].
@@ -63,15 +64,8 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def forward(model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projected, unnormalised embeddings of images [N, D] and texts [N, D]."""
-    image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-    text = model.text_projection(model.text_model(input_ids=ids).pooler_output)
-    return image, text
-
-
 def text_encoders(first: CLIPModel, second: CLIPModel) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """The two text encoders of SDXL out of two trained CLIPs (copies)."""
+    """Return the two text encoders of SDXL, copied from two trained CLIPs."""
     one, two = CLIPTextModel(first.config.text_config), CLIPTextModelWithProjection(second.config.text_config)
     for model, source in ((one, first), (two, second)):
         tower = getattr(model, "text_model", model)  # versions of transformers differ in the nesting
@@ -80,147 +74,112 @@ def text_encoders(first: CLIPModel, second: CLIPModel) -> tuple[CLIPTextModel, C
     return one, two
 
 
-def train_text(setting: Setting, seeds: tuple[int, int] = (1, 2)) -> None:
+def train_text(arguments: TrainingArguments, seeds: tuple[int, int] = (1, 2)) -> None:
     """Train the two text encoders of the pipelines into `work/text_encoder` and `work/text_encoder_2`.
 
     Two text towers from different seeds learn against one vision tower, each through projections of its own: half the
-    work of two whole models, since nothing but the text towers is kept.
+    work of two models, since only the text towers are kept.
     """
-    prepare(setting, seeds[1])
-    tokens = torch.load(setting.work / "tokens.pt")
-    ids = tokens["clip"].to(setting.device)
-    second = make_model(tokens["clip_size"]).to(setting.device)
-    torch.manual_seed(seeds[0])
-    first = make_model(tokens["clip_size"]).to(setting.device)
+    second = _seeded_model(arguments, seeds[1])
+    first = _seeded_model(arguments, seeds[0])
     second.vision_model = first.vision_model
-    both = torch.nn.ModuleList([first, second])
-
-    def losses(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
-        with setting.autocast():
-            seen = first.vision_model(pixel_values=pixels).pooler_output
-            words = ids[caption].long()
-            pairs = [
-                (
-                    m.visual_projection(seen),
-                    m.text_projection(m.text_model(input_ids=words).pooler_output),
-                    m.logit_scale.exp().clamp(max=100),
-                )
-                for m in both
-            ]
-        return [contrastive_loss(a, b, scale, image, caption) for a, b, scale in pairs]
 
     def save() -> None:
         for model, name in zip(text_encoders(first, second), ("text_encoder", "text_encoder_2"), strict=True):
-            model.save_pretrained(setting.work / name)
+            model.save_pretrained(arguments.work / name)
 
-    _fit(setting, "text", both, losses, save, {"first": first, "second": second}, {"seeds": seeds})
-
-
-def train_score(setting: Setting, seed: int = 1000) -> None:
-    """Train the scoring CLIP into `work/score`: another seed, and no weights shared with the generators."""
-    prepare(setting, seed)
-    tokens = torch.load(setting.work / "tokens.pt")
-    ids = tokens["clip"].to(setting.device)
-    model = make_model(tokens["clip_size"]).to(setting.device)
-
-    def losses(pixels: torch.Tensor, image: torch.Tensor, caption: torch.Tensor) -> list[torch.Tensor]:
-        with setting.autocast():
-            a, b = forward(model, pixels, ids[caption].long())
-            scale = model.logit_scale.exp().clamp(max=100)
-        return [contrastive_loss(a, b, scale, image, caption)]
-
-    def save() -> None:
-        model.save_pretrained(setting.work / "score" / "model")
-
-    _fit(setting, "score", model, losses, save, {"score": model}, {"seed": seed})
+    _train(arguments, "text", {"first": first, "second": second}, save, seeds=seeds)
 
 
-def _fit(
-    setting: Setting,
-    name: str,
-    trained: torch.nn.Module,
-    losses: Callable[..., list[torch.Tensor]],
-    write: Callable[[], None],
-    models: dict[str, CLIPModel],
-    card: dict,
+def train_score(arguments: TrainingArguments, seed: int = 1000) -> None:
+    """Train the evaluation CLIP into `work/score`: another seed, and no weights shared with the generators."""
+    model, folder = _seeded_model(arguments, seed), arguments.work / "score" / "model"
+    _train(arguments, "score", {"score": model}, lambda: model.save_pretrained(folder), seed=seed)
+
+
+def _seeded_model(arguments: TrainingArguments, seed: int) -> CLIPModel:
+    arguments.seed(seed)
+    return make_model(torch.load(arguments.work / "tokens.pt")["clip_size"]).to(arguments.device)
+
+
+def _train(
+    arguments: TrainingArguments, name: str, models: dict[str, CLIPModel], save: Callable[[], None], **card: object
 ) -> None:
-    """The loop of both trainings: 1,024 random rows a step; averaged weights and a card at the end."""
-    data = Images(setting.work / "data", setting.device)
-    optimizers = make_optimizers(setting, trained, muon=2e-3, adam=1.2e-3)
-    batch = setting.batch or 1024
-    run = Run(name, setting, [trained], optimizers, 0.998, write)
-    for _ in run:
-        image, caption, variant = data.draw(batch)
-        parts = losses(data.render(image, variant), image, caption)
-        run.descend(sum(parts))
-        run.log(**{f"loss{i}": loss for i, loss in enumerate(parts, 1)})
-    with run.ema.swapped():
-        quality = {key: evaluate(model.eval(), data, setting) for key, model in models.items()}
+    """Train models, all against the first one's vision tower, on 1,024 random rows a step."""
+    data, batch = Images(arguments.work / "data", arguments.device), arguments.batch or 1024
+    ids = torch.load(arguments.work / "tokens.pt")["clip"].to(arguments.device)
+    vision_model = next(iter(models.values())).vision_model
+    trained = torch.nn.ModuleList(models.values())
+
+    def compute_losses() -> dict[str, torch.Tensor]:
+        image, caption, variant = data.rows.draw(batch)
+        pixels, embedded = data.render(image, variant), []
+        with arguments.autocast():
+            vision = vision_model(pixel_values=pixels).pooler_output
+            for model in models.values():
+                text = model.text_model(input_ids=ids[caption].long()).pooler_output
+                scale = model.logit_scale.exp().clamp(max=100)
+                embedded.append((model.visual_projection(vision), model.text_projection(text), scale))
+        losses = [contrastive_loss(*one, image, caption) for one in embedded]
+        return {"loss": sum(losses)} | {f"loss{number}": loss for number, loss in enumerate(losses, 1)}
+
+    optimizers = make_optimizers(arguments, trained, muon=2e-3, adam=1.2e-3)
+    run = Run(name, arguments, [trained], optimizers, 0.998, save)
+    run.fit(compute_losses)
+    with run.averaged():
+        quality = {key: evaluate(model.eval(), data, arguments) for key, model in models.items()}
     print(f"{name} quality", quality, flush=True)
-    run.write_card(setting.work / name, batch=batch, quality=quality, **card)
+    run.write_card(arguments.work / name, batch=batch, quality=quality, **card)
 
 
 @torch.no_grad()
-def evaluate(model: CLIPModel, data: Images, setting: Setting) -> dict:
-    """Held-out pictures: is the category right among all, and is the right label found among the held-out labels?
+def evaluate(model: CLIPModel, data: Images, arguments: TrainingArguments) -> dict:
+    """Classify the held-out images among all categories and, where they have one, among the held-out labels.
 
-    The held-out labels' words never occurred in training, unless in other labels, so the second number is low by
-    nature; the first is what the metrics rely on.
+    The words of held-out labels occur in training at most within other labels, so that the share of right labels is
+    low by nature; the metrics rely on the categories.
     """
-    tok = CLIPTokenizer.from_pretrained(setting.work / "tokenizer")
-    held = [i for i in data.held_out.tolist()]
-    if not held:
+    held_out = data.held_out.to(arguments.device)
+    if not len(held_out):
         return {}
-    variant = torch.zeros(1, dtype=torch.long, device=setting.device)
-    pictures, labels = [], [data.emoji[i].label for i in held]
-    for i in range(0, len(held), 256):
-        index = torch.tensor(held[i : i + 256], device=setting.device)
-        pixels = data.render(index, variant.expand(len(index)))
-        pictures.append(
-            F.normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
-        )
-    image = torch.cat(pictures)
+    bpe = CLIPTokenizer.from_pretrained(arguments.work / "tokenizer")
 
-    def text(prompts: list[str]) -> torch.Tensor:
-        ids = tokenizer.encode(tok, prompts).to(setting.device)
+    def embed(prompts: list[str]) -> torch.Tensor:
+        ids = tokenizer.encode(bpe, prompts).to(arguments.device)
         return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
 
-    categories = [c for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
-    prototypes = F.normalize(
-        torch.stack([text([f"{t} {c}" for t in taxonomy.TEMPLATES]).mean(0) for c in categories]), dim=-1
-    )
-    order = (image @ prototypes.T).argsort(dim=1, descending=True).cpu()
-    known = [n for n, i in enumerate(held) if data.emoji[i].categories]
-    right = [[categories[c] in data.emoji[held[n]].categories for c in order[n, :3]] for n in known]
-    unique = sorted(set(labels))
-    nearest = (image @ text([f"a photo of a {u.lower()}" for u in unique]).T).argmax(1).tolist()
+    images = []
+    for index in held_out.split(256):
+        pixels = data.render(index, torch.zeros_like(index))
+        images.append(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
+    image = F.normalize(torch.cat(images), dim=-1)
+    items = [data.emoji[i] for i in data.held_out.tolist()]
+    categories = [*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT]
+    means = [embed([f"{template} {name}" for template in taxonomy.TEMPLATES]).mean(0) for name in categories]
+    order = (image @ F.normalize(torch.stack(means), dim=-1).T).argsort(dim=1, descending=True).tolist()
+    right = [
+        [categories[number] in item.categories for number in nearest[:3]]
+        for item, nearest in zip(items, order, strict=True)
+        if item.categories
+    ]
+    labels = sorted({item.label for item in items})
+    nearest_label = (image @ embed([f"a photo of a {label.lower()}" for label in labels]).T).argmax(1).tolist()
+    right_labels = sum(labels[n] == item.label for n, item in zip(nearest_label, items, strict=True))
     return {
-        "held_out_images": len(held),
-        "with_category": len(known),
+        "held_out_images": len(items),
+        "with_category": len(right),
         "categories": len(categories),
-        "category_top1": sum(r[0] for r in right) / max(1, len(right)),
-        "category_top3": sum(any(r) for r in right) / max(1, len(right)),
-        "labels": len(unique),
-        "label_top1": sum(unique[n] == label for n, label in zip(nearest, labels, strict=True)) / len(held),
-    }
-
-
-def preprocessor() -> dict:
-    """Content of `preprocessor_config.json` of the scoring CLIP."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": 128, "width": 128},
-        "do_resize": True,
-        "do_center_crop": False,
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "resample": 3,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
+        "category_top1": sum(first for first, *_ in right) / max(1, len(right)),
+        "category_top3": sum(map(any, right)) / max(1, len(right)),
+        "labels": len(labels),
+        "label_top1": right_labels / len(items),
     }
 
 
 def write_preprocessor(folder: Path) -> None:
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(), indent=1) + "\n")
+    """Write `preprocessor_config.json` of the evaluation CLIP."""
+    size = {"height": 128, "width": 128}
+    flags = {"do_resize": True, "do_center_crop": False, "do_convert_rgb": True, "do_rescale": True}
+    scaling = {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    config = {"image_processor_type": "CLIPImageProcessor", "size": size, "resample": 3, **flags, **scaling}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -17,9 +17,9 @@ import numpy as np
 from training import taxonomy
 from training.sources import NAMES, SETS, Emoji, list_images, rasterise_all
 
-# Share of generic captions by skin tone; None is the yellow default. Skewed on purpose: see sources.yaml.
+#: Share of generic captions by skin tone; None is the yellow default. Skewed on purpose: see sources.yaml.
 TONE_SKEW = {None: 0.42, "light": 0.28, "medium-light": 0.12, "medium": 0.08, "medium-dark": 0.06, "dark": 0.04}
-# Share of the rows about the rest of the world, by group of emojibase.
+#: Share of the rows about the rest of the world, by group of emojibase.
 WORLD_SHARE = {
     "people-body": 0.34,
     "animals-nature": 0.2,
@@ -29,16 +29,18 @@ WORLD_SHARE = {
     "activities": 0.06,
     "objects": 0.07,
 }
+#: Share of rows by kind.
 ROW_SHARE = {"evaluated": 0.48, "development": 0.14, "designs": 0.22, "world": 0.16}
-# Exponent of a category's typicalities: above 1, its best-known examples are repeated until they are known by heart.
+#: Exponent of a category's typicalities: above 1, its best-known examples are repeated until they are known by heart.
 CONCENTRATION = 1.5
-
-
-LEAST = 4  # rows of an image, for it to be worth rasterising; half of all images, mostly skin tones, have fewer
+#: Rows of an image that make it worth rasterising; half of all images, mostly skin tones, have fewer.
+LEAST = 4
+#: Concepts that no training may lack.
+NEVER_HELD_OUT = {"person", "health worker", "firefighter"}
 
 
 def hold_out(emoji: Sequence[Emoji], share: float = 0.06, seed: int = 0, smallest_category: int = 8) -> list[bool]:
-    """Which images no model may see: whole concepts, that is all sets, tones and genders of an emoji together.
+    """Choose the images that no model may see, by concept: all sets, tones and genders of an emoji together.
 
     Args:
         emoji: the images' descriptions.
@@ -50,50 +52,54 @@ def hold_out(emoji: Sequence[Emoji], share: float = 0.06, seed: int = 0, smalles
     Returns:
         One flag for each image.
     """
-    members = defaultdict(set)
-    categories = defaultdict(set)
+    categories, members, groups = defaultdict(set), defaultdict(set), defaultdict(set)
     for item in emoji:
         categories[item.concept].update(item.categories)
+        groups[item.group].add(item.concept)
         for name in item.categories:
             members[name].add(item.concept)
-    protected = {"person", "health worker", "firefighter"}
-    group_of = {item.concept: item.group for item in emoji}
-    rng = random.Random(seed)
-    chosen: set[str] = set()
-    for group in sorted(set(group_of.values())):  # the same share of every group, so that animals are represented
-        concepts = [c for c in sorted(categories) if group_of[c] == group]
+    rng, chosen = random.Random(seed), set()
+    for _, concepts in sorted(groups.items()):  # the same share of every group, so that animals are represented
         eligible = [
-            c
-            for c in concepts
-            if c not in protected and all(len(members[n]) >= smallest_category for n in categories[c])
+            concept
+            for concept in sorted(concepts - NEVER_HELD_OUT)
+            if all(len(members[name]) >= smallest_category for name in categories[concept])
         ]
         chosen.update(rng.sample(eligible, min(len(eligible), round(share * len(concepts)))))
     return [item.concept in chosen for item in emoji]
 
 
 def phrase(item: Emoji) -> str:
-    """The emoji's label as a phrase: lower case, hair and direction without colon."""
+    """Return the emoji's label as a phrase: lower case, hair and direction without colon."""
     label = item.label.lower()
     if ": " in label:
-        head, tail = label.split(": ", 1)
-        label = f"bald {head}" if tail == "bald" else f"{head} {tail}" if "facing" in tail else f"{head} with {tail}"
+        person, detail = label.split(": ", 1)
+        if detail == "bald":
+            return f"bald {person}"
+        return f"{person} {detail}" if "facing" in detail else f"{person} with {detail}"
     return label
 
 
+def styled(text: str, item: Emoji) -> str:
+    """Return a text with the name of the artwork's style."""
+    style = SETS[item.style_set].style
+    return f"{'an' if style[0] in 'aeiou' else 'a'} {style} style emoji of a {text}"
+
+
 def toned(text: str, item: Emoji) -> str:
+    """Return a text with the skin tone, if there is one."""
     return f"{text} with {item.tone} skin tone" if item.tone else text
 
 
 def detailed_caption(item: Emoji, rng: random.Random) -> str:
-    """A caption about this very image: style, label, tone and tags, each dropped at random."""
+    """Draw a caption about this very image: style, label, tone and tags, each dropped at random."""
     style = SETS[item.style_set].style
     kind = rng.random()
     text = phrase(item)
     if item.tone and rng.random() < 0.75:
         text = toned(text, item)
     if kind < 0.4:
-        article = "an" if style[0] in "aeiou" else "a"
-        return f"{article} {style} style emoji of a {text}"
+        return styled(text, item)
     if kind < 0.7:
         return f"{rng.choice(taxonomy.TEMPLATES)} {text}"
     if kind < 0.85:
@@ -107,24 +113,86 @@ def detailed_caption(item: Emoji, rng: random.Random) -> str:
 
 
 def generic_caption(category: str, rng: random.Random) -> str:
-    """A caption that names the category alone: mostly the evaluation's templates, word for word."""
+    """Draw a caption that names the category alone: mostly the evaluation's templates, word for word."""
     if rng.random() < 0.85:
         return f"{rng.choice(taxonomy.TEMPLATES)} {category}"
     return rng.choice([category, f"a {category}", f"the {category}", f"an emoji of a {category}"])
 
 
 def design_caption(item: Emoji, rng: random.Random) -> str:
-    """A caption that asks for a design: by name, by name and style, or by one of its tags."""
-    name, style, kind = phrase(item), SETS[item.style_set].style, rng.random()
+    """Draw a caption that asks for a design: by name, by name and style, or by one of its tags."""
+    name, kind = phrase(item), rng.random()
     if kind < 0.55 or (kind >= 0.8 and not item.tags):
         return f"{rng.choice(taxonomy.TEMPLATES)} {name}"
     if kind < 0.8:
-        return f"{'an' if style[0] in 'aeiou' else 'a'} {style} style emoji of a {name}"
+        return styled(name, item)
     return f"an emoji of {rng.choice([t for t in item.tags if t != 'face'] or item.tags).lower()}"
 
 
+class _RowSampler:
+    """Draws an image and a caption of each kind of row; see `draw_rows`."""
+
+    def __init__(self, emoji: Sequence[Emoji], rng: random.Random) -> None:
+        self.emoji, self.rng = emoji, rng
+        self.labels: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self.concepts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self.designs: dict[str, list[int]] = defaultdict(list)
+        for i, item in enumerate(emoji):
+            if item.held_out:
+                continue
+            for name in item.categories:
+                self.labels[name][item.label].append(i)
+            if item.tone is None:
+                self.concepts[item.group][item.concept].append(i)
+                if item.gender is None and item.label.lower() in taxonomy.DESIGNS:
+                    self.designs[item.label].append(i)
+        self.groups = [group for group in WORLD_SHARE if group in self.concepts]
+        kinds = {"evaluated": taxonomy.EVALUATED, "development": taxonomy.DEVELOPMENT}
+        self.categories = {kind: [name for name in names if name in self.labels] for kind, names in kinds.items()}
+        self.typicality = {
+            name: [emoji[images[0]].categories[name] ** CONCENTRATION for images in labels.values()]
+            for name, labels in self.labels.items()
+        }
+        self.preferences: dict[tuple[str, str], list[float]] = {}
+        present = {**self.categories, "designs": self.designs, "world": self.groups}
+        self.shares = {kind: ROW_SHARE[kind] for kind, content in present.items() if content}
+
+    def draw(self, kind: str) -> tuple[int, str]:
+        if kind == "world":
+            return self._world()
+        if kind == "designs":
+            index = self.rng.choice(self.designs[self.rng.choice(list(self.designs))])
+            return index, design_caption(self.emoji[index], self.rng)
+        return self._category(kind)
+
+    def _world(self) -> tuple[int, str]:
+        group = self.rng.choices(self.groups, [WORLD_SHARE[group] for group in self.groups])[0]
+        concepts = self.concepts[group]
+        index = self.rng.choice(concepts[self.rng.choice(list(concepts))])
+        return index, detailed_caption(self.emoji[index], self.rng)
+
+    def _category(self, kind: str) -> tuple[int, str]:
+        names = self.categories[kind]
+        name = self.rng.choices(names, [taxonomy.CATEGORY_WEIGHT.get(name, 1.0) for name in names])[0]
+        label = self.rng.choices(list(self.labels[name]), self.typicality[name])[0]
+        images = self.labels[name][label]
+        if self.rng.random() < 0.75:
+            if (name, label) not in self.preferences:
+                self.preferences[name, label] = self._preferences(images)
+            index = self.rng.choices(images, self.preferences[name, label])[0]
+            return index, generic_caption(name, self.rng)
+        index = self.rng.choice(images)
+        return index, detailed_caption(self.emoji[index], self.rng)
+
+    def _preferences(self, images: list[int]) -> list[float]:
+        """Return weights of images by artwork set and skin tone."""
+        items = [self.emoji[i] for i in images]
+        tones = Counter(item.tone for item in items)
+        return [SETS[item.style_set].skew * TONE_SKEW[item.tone] / tones[item.tone] for item in items]
+
+
 def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """Pairs of image and caption, drawn so that uniform sampling of the rows is the training distribution.
+    """Draw pairs of image and caption, so that uniform sampling of the rows is the training distribution.
 
     `ROW_SHARE` of the rows start from a category: a typical emoji of it, then one image of that emoji. Three quarters
     of them get a generic caption, and for those the image's set and skin tone follow the skewed preferences. Others
@@ -138,81 +206,25 @@ def draw_rows(emoji: Sequence[Emoji], n_rows: int, seed: int = 0) -> tuple[np.nd
 
     Returns:
         Image indices [n_rows] int64 and the captions.
+
+    Raises:
+        ValueError: every image is held out.
     """
     rng = random.Random(seed)
-    usable = [i for i, item in enumerate(emoji) if not item.held_out]
-    by_category: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    world: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i in usable:
-        for name in emoji[i].categories:
-            by_category[name][emoji[i].label].append(i)
-        if emoji[i].tone is None:
-            world[emoji[i].group][emoji[i].concept].append(i)
-
-    def skewed(images: list[int]) -> list[float]:
-        tones = Counter(emoji[i].tone for i in images)
-        return [SETS[emoji[i].style_set].skew * TONE_SKEW[emoji[i].tone] / tones[emoji[i].tone] for i in images]
-
-    kinds = {"evaluated": taxonomy.EVALUATED, "development": taxonomy.DEVELOPMENT}
-    names = {k: [n for n in v if n in by_category] for k, v in kinds.items()}
-    weights = {k: [taxonomy.CATEGORY_WEIGHT.get(n, 1.0) for n in v] for k, v in names.items()}
-    labels = {n: list(v) for n, v in by_category.items()}
-    typical = {
-        n: [emoji[v[label][0]].categories[n] ** CONCENTRATION for label in labels[n]] for n, v in by_category.items()
-    }
-    skew_of: dict[tuple[str, str], list[float]] = {}
-    groups = [g for g in WORLD_SHARE if g in world]
-    group_weight = [WORLD_SHARE[g] for g in groups]
-    concepts = {g: list(world[g]) for g in groups}
-
-    designs: dict[str, list[int]] = defaultdict(list)
-    for i in usable:
-        if emoji[i].label.lower() in taxonomy.DESIGNS and emoji[i].tone is None and emoji[i].gender is None:
-            designs[emoji[i].label].append(i)
-
-    shares = {k: ROW_SHARE[k] for k in kinds if names[k]}
-    shares |= {k: ROW_SHARE[k] for k, present in (("designs", designs), ("world", groups)) if present}
-    if not shares:
+    sampler = _RowSampler(emoji, rng)
+    if not sampler.shares:
         raise ValueError("expected at least one image that is not held out, got none; check the split")
-    images, captions = np.empty(n_rows, np.int64), []
-    for row, kind in enumerate(rng.choices(list(shares), list(shares.values()), k=n_rows)):
-        if kind == "world":
-            group = rng.choices(groups, group_weight)[0]
-            index = rng.choice(world[group][rng.choice(concepts[group])])
-            caption = detailed_caption(emoji[index], rng)
-        elif kind == "designs":
-            index = rng.choice(designs[rng.choice(list(designs))])
-            caption = design_caption(emoji[index], rng)
-        else:
-            name = rng.choices(names[kind], weights[kind])[0]
-            label = rng.choices(labels[name], typical[name])[0]
-            pool = by_category[name][label]
-            if rng.random() < 0.75:
-                if (name, label) not in skew_of:
-                    skew_of[name, label] = skewed(pool)
-                index = rng.choices(pool, skew_of[name, label])[0]
-                caption = generic_caption(name, rng)
-            else:
-                index = rng.choice(pool)
-                caption = detailed_caption(emoji[index], rng)
-        images[row] = index
-        captions.append(caption)
-    return images, captions
+    kinds = rng.choices(list(sampler.shares), list(sampler.shares.values()), k=n_rows)
+    rows = [sampler.draw(kind) for kind in kinds]
+    return np.array([index for index, _ in rows], np.int64), [caption for _, caption in rows]
 
 
 def statistics(emoji: Sequence[Emoji]) -> dict:
-    """Counts for the model cards: by set (with licence and credit), by group, and the split."""
-    sets = {
-        name: {
-            "package": s.package,
-            "version": s.version,
-            "licence": s.licence,
-            "credit": s.credit,
-            "style": s.style,
-            "images": sum(e.style_set == name for e in emoji),
-        }
-        for name, s in SETS.items()
-    }
+    """Count for the model cards: by set (with licence and credit), by group, and the split."""
+    sets = {}
+    for name, source in SETS.items():
+        facts = {key: getattr(source, key) for key in ("package", "version", "licence", "credit", "style")}
+        sets[name] = facts | {"images": sum(item.style_set == name for item in emoji)}
     return {
         "images": len(emoji),
         "sets": sets,
@@ -225,7 +237,7 @@ def statistics(emoji: Sequence[Emoji]) -> dict:
 
 
 def describe(folder: Path, npm: Path, n_rows: int = 400_000, limit: int | None = None, seed: int = 0) -> list[str]:
-    """Write everything but the pixels, of the images that are drawn at least `LEAST` times or are held out.
+    """Write a data folder but for the pixels: the images that are drawn at least `LEAST` times or are held out.
 
     Args:
         folder: to write to.
@@ -249,8 +261,9 @@ def describe(folder: Path, npm: Path, n_rows: int = 400_000, limit: int | None =
     images, captions = draw_rows(emoji, n_rows, seed)
     times = np.bincount(images, minlength=len(emoji))
     kept = [i for i, item in enumerate(emoji) if times[i] >= LEAST or item.held_out]
-    place = {old: new for new, old in enumerate(kept)}
-    rows = [(place[image], caption) for image, caption in zip(images.tolist(), captions, strict=True) if image in place]
+    position = {old: new for new, old in enumerate(kept)}
+    pairs = zip(images.tolist(), captions, strict=True)
+    rows = [(position[image], caption) for image, caption in pairs if image in position]
     emoji, documents = [emoji[i] for i in kept], [documents[i] for i in kept]
 
     rng = random.Random(seed)
@@ -268,13 +281,13 @@ def describe(folder: Path, npm: Path, n_rows: int = 400_000, limit: int | None =
     return documents
 
 
-def paint(folder: Path, documents: Sequence[str], processes: int | None = None) -> None:
+def rasterise_into(folder: Path, documents: Sequence[str], processes: int | None = None) -> None:
     """Rasterise the documents into `images.npy`, which appears when it is complete."""
     np.save(folder / "partial.npy", rasterise_all(documents, processes))
     os.replace(folder / "partial.npy", folder / "images.npy")
 
 
 def load_table(folder: Path) -> tuple[list[Emoji], dict]:
-    """Descriptions of the images and the statistics of a data folder."""
+    """Return the descriptions of the images and the statistics of a data folder."""
     table = json.loads((folder / "table.json").read_text())
     return [Emoji(**e) for e in table["emoji"]], table["statistics"]

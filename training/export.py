@@ -4,13 +4,11 @@ Weights are stored in half precision. The text encoders' configs say float32 all
 config's type, diffusers in float32, and a pipeline of mixed types fails.
 """
 
-import argparse
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
@@ -30,12 +28,15 @@ from transformers import (
 
 from experiments.plan import expand
 from experiments.runs.checkpoints import call_arguments
+from experiments.tables.templates import render
 from negtome import NegToMeConfig
 from negtome.recipe import FILE, Choices
-from training import clip, flux, unet
-from training.cards import write_cards
+from training import clip, data, flux, taxonomy, unet
 
-SHARED = ("vae", "text_encoder", "tokenizer")  # parts of mini-flux that are links into mini-sdxl
+#: Parts of mini-flux that are links into mini-sdxl.
+SHARED = ("vae", "text_encoder", "tokenizer")
+#: Stages whose records stand in the cards.
+STAGES = ("text", "vae", "decoder", "unet", "score", "flux", "distil")
 
 
 def _finish_config(path: Path, **changes: object) -> None:
@@ -48,15 +49,36 @@ def _finish_config(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _finish_files(sdxl: Path, fluxes: Path, score: Path) -> None:
+    """Write the configs' types, compact the tokenizers, and replace shared parts by links."""
+    for folder in (sdxl / "text_encoder", sdxl / "text_encoder_2", fluxes / "text_encoder_2", score):
+        _finish_config(folder / "config.json", dtype="float32", torch_dtype=None)
+    for folder in (sdxl / "unet", sdxl / "vae", fluxes / "transformer"):
+        _finish_config(folder / "config.json", _name_or_path=None)
+    for path in (path for folder in (sdxl, fluxes, score) for path in folder.rglob("tokenizer*.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
+    for path in score.glob("tokenizer*.json"):
+        path.unlink()
+        path.symlink_to(Path("..") / "mini-sdxl" / "tokenizer" / path.name)
+    for name in SHARED:
+        shutil.rmtree(fluxes / name)
+        (fluxes / name).symlink_to(Path("..") / "mini-sdxl" / name)
+    shutil.rmtree(sdxl / "tokenizer_2")
+    (sdxl / "tokenizer_2").symlink_to("tokenizer")
+
+
 def export(work: Path, models: Path) -> None:
-    """Write the three folders from a work folder; replaces what is there.
+    """Write the three folders from a work folder; replaces earlier ones.
 
     Args:
         work: of `training.train`; a stage that died is represented by its last checkpoint.
         models: where `mini-sdxl`, `mini-flux` and `mini-clip` go.
+
+    Raises:
+        ValueError: a stage has left nothing.
     """
 
-    def found(*names: str) -> Path:
+    def first_of(*names: str) -> Path:
         for name in names:
             if (work / name).exists():
                 return work / name
@@ -66,17 +88,17 @@ def export(work: Path, models: Path) -> None:
     for folder in (sdxl, fluxes, score):
         if folder.exists():
             shutil.rmtree(folder)
-    one = CLIPTextModel.from_pretrained(found("text_encoder"))
-    two = CLIPTextModelWithProjection.from_pretrained(found("text_encoder_2"))
+    one = CLIPTextModel.from_pretrained(first_of("text_encoder"))
+    two = CLIPTextModelWithProjection.from_pretrained(first_of("text_encoder_2"))
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(found("decoder/model", "vae/model"))
+    vae = AutoencoderKL.from_pretrained(first_of("decoder/model", "vae/model"))
     StableDiffusionXLPipeline(
         vae=vae.half(),
         text_encoder=one.half(),
         text_encoder_2=two.half(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(found("unet/model", "unet/start")).half(),
+        unet=UNet2DConditionModel.from_pretrained(first_of("unet/model", "unet/start")).half(),
         scheduler=unet.make_scheduler(),
         add_watermarker=False,
     ).save_pretrained(sdxl)
@@ -85,62 +107,47 @@ def export(work: Path, models: Path) -> None:
         vae=vae,
         text_encoder=one,
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(found("flux/text_encoder_2")).half(),
+        text_encoder_2=T5EncoderModel.from_pretrained(first_of("flux/text_encoder_2")).half(),
         tokenizer_2=T5Tokenizer.from_pretrained(work / "tokenizer_2"),
-        transformer=FluxTransformer2DModel.from_pretrained(found("flux/model", "flux/stage1")).half(),
+        transformer=FluxTransformer2DModel.from_pretrained(first_of("flux/model", "flux/stage1")).half(),
     ).save_pretrained(fluxes)
-    CLIPModel.from_pretrained(found("score/model")).half().save_pretrained(score)
+    CLIPModel.from_pretrained(first_of("score/model")).half().save_pretrained(score)
     tokenizer.save_pretrained(score)
     clip.write_preprocessor(score)
 
-    for folder in (sdxl / "text_encoder", sdxl / "text_encoder_2", fluxes / "text_encoder_2", score):
-        _finish_config(folder / "config.json", dtype="float32", torch_dtype=None)
-    for folder in (sdxl / "unet", sdxl / "vae", fluxes / "transformer"):
-        _finish_config(folder / "config.json", _name_or_path=None)
-    for path in models.rglob("tokenizer*.json"):
-        if not path.is_symlink():
-            path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
-    for path in score.glob("tokenizer*.json"):
-        path.unlink()
-        os.symlink(Path("..") / "mini-sdxl" / "tokenizer" / path.name, path)
-    for name in SHARED:
-        shutil.rmtree(fluxes / name)
-        os.symlink(Path("..") / "mini-sdxl" / name, fluxes / name)
-    shutil.rmtree(sdxl / "tokenizer_2")
-    os.symlink("tokenizer", sdxl / "tokenizer_2")
+    _finish_files(sdxl, fluxes, score)
     for folder in (sdxl, fluxes):
         (folder / FILE).write_text(choices(folder.name).to_json())
-    notes = Path(__file__).with_name("NOTES.md")
-    write_cards(work, models, notes.read_text() if notes.exists() else "")
+    write_cards(work, models)
+
+
+def write_cards(work: Path, models: Path) -> None:
+    """Write a README.md into each of the three folders, with the statistics and records of a work folder."""
+
+    def read(path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    _, statistics = data.load_table(work / "data")
+    cards = {stage: read(work / stage / "card.json") for stage in STAGES}
+    cards["score"].setdefault("quality", {})
+    facts = {
+        "statistics": statistics,
+        # the evaluation CLIP may come from a work folder of its own, whose table then lies beside it
+        "scored": read(work / "score" / "table.json").get("statistics", statistics),
+        "cards": cards,
+        "quality": cards["decoder"].get("quality") or cards["vae"].get("quality"),
+        "categories": len(taxonomy.EVALUATED) + len(taxonomy.DEVELOPMENT),
+        "notes": Path(__file__).with_name("NOTES.md").read_text(),
+    }
+    for name in ("mini-sdxl", "mini-flux", "mini-clip"):
+        (models / name / "README.md").write_text(render(f"training/cards/{name}.md.j2", **facts))
 
 
 def choices(name: str) -> Choices:
-    """Return what conf/ chose for a model: its calls, and the settings among images and away from a picture."""
-    found = []
+    """Return the settings that conf/ has for a model: of its calls, among images and away from a reference image."""
+    configs = []
     for method in ("negtome", "negtome_reference"):
         (cfg,) = expand([f"model={name}", f"method={method}"])
-        given = {field.name: cfg.method.get(field.name) for field in dataclasses.fields(NegToMeConfig)}
-        found.append(NegToMeConfig(**{field: value for field, value in given.items() if value is not None}))
-    return Choices(call_arguments(cfg.model), *found)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all regular files below a folder; links count nothing."""
-    return sum(
-        p.stat().st_size
-        for p in folder.rglob("*")
-        if p.is_file() and not p.is_symlink() and not any(q.is_symlink() for q in p.parents)
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Assemble the trained small models")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--models", type=Path, default=Path("models"))
-    args = parser.parse_args(argv)
-    export(args.work, args.models)
-    print(f"{args.models}: {size_of(args.models) / 2**20:.1f} MiB")
-
-
-if __name__ == "__main__":
-    main()
+        values = {field.name: cfg.method.get(field.name) for field in dataclasses.fields(NegToMeConfig)}
+        configs.append(NegToMeConfig(**{field: value for field, value in values.items() if value is not None}))
+    return Choices(call_arguments(cfg.model), *configs)

@@ -8,26 +8,18 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from training.loop import (
-    VARIANTS,
-    Run,
-    Setting,
-    draw_times,
-    draw_variants,
-    fixed_rows,
-    load_rows,
-    make_optimizers,
-    prepare,
-    wait_for,
-)  # fmt: skip
+from training.loop import Run, TrainingArguments, make_optimizers
+from training.rows import VARIANTS, Latents, Rows, wait_for
 from training.vae import CHANNELS
 
-DROPOUT = 0.12  # of the caption, replaced by the empty one
-GUIDANCE = (1.0, 6.0)  # range of the distilled scales
+#: Share of captions that are replaced by the empty one.
+DROPOUT = 0.12
+#: Range of the distilled scales.
+GUIDANCE = (1.0, 6.0)
 
 
 def make_model() -> FluxTransformer2DModel:
-    """FluxTransformer2DModel with 3 double and 6 single blocks of width 192, starting as the zero function.
+    """Return a FluxTransformer2DModel with 3 double and 6 single blocks of width 192, starting as the zero function.
 
     The guidance embedder starts at zero too and is left there by the first stage: the student of the second stage then
     starts as its teacher for every guidance scale.
@@ -55,7 +47,7 @@ def make_model() -> FluxTransformer2DModel:
 
 
 def make_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """A T5 encoder of 128 x 4; plain attention, since fused kernels failed on the GPU with its position bias."""
+    """Return a T5 encoder of 128 x 4; eager attention, since fused kernels failed on the GPU with its position bias."""
     config = T5Config(
         vocab_size=vocabulary,
         d_model=128,
@@ -76,210 +68,154 @@ def make_text_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Plain flow matching; a fixed shift, for the token count never changes."""
+    """Return the scheduler of flow matching; the shift is fixed, for the token count never changes."""
     return FlowMatchEulerDiscreteScheduler(shift=1.5, use_dynamic_shifting=False)
 
 
 def pack(latent: torch.Tensor) -> torch.Tensor:
-    """Latents [N, C, 16, 16] as tokens [N, 64, 4 C], in the pipeline's order."""
+    """Pack latents [N, C, 16, 16] into tokens [N, 64, 4 C], in the pipeline's order."""
     n, c, h, w = latent.shape
     return latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, (h // 2) * (w // 2), 4 * c)
 
 
 def image_ids(device: str | torch.device, side: int = 8) -> torch.Tensor:
-    """Positions of the image tokens [side * side, 3]: (0, row, column)."""
+    """Return the positions of the image tokens [side * side, 3]: (0, row, column)."""
     ids = torch.zeros(side, side, 3, device=device)
     ids[..., 1] = torch.arange(side, device=device)[:, None]
     ids[..., 2] = torch.arange(side, device=device)[None]
     return ids.view(-1, 3)
 
 
-def load_start(model: FluxTransformer2DModel, encoder: T5EncoderModel, folder: Path) -> None:
-    """Continue from an earlier transformer and T5, of the same sizes; one without guidance keeps the zero embedder."""
-    earlier = FluxTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
-    missing, unexpected = model.load_state_dict(earlier, strict=False)
-    missing = [name for name in missing if "guidance_embedder" not in name]
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder}: expected a transformer of the same layers, got missing {missing} and "
-            f"unexpected {unexpected}; start from another one"
-        )
-    encoder.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_2").float().state_dict())
-
-
-class _Batches:
-    """Random training batches on the device: tokens [B, 64, 64], caption index [B], empty captions dropped in."""
-
-    def __init__(self, setting: Setting, batch: int) -> None:
-        work, device = setting.work, setting.device
-        wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
-        self.row_image, self.row_caption = load_rows(work / "data", device)
-        latents = torch.load(work / "vae" / "latents.pt").to(device)
-        self.tokens = pack(latents.flatten(0, 1)).view(len(latents), VARIANTS, 64, 4 * CHANNELS)
-        tokens = torch.load(work / "tokens.pt")
-        self.ids = tokens["t5"].to(device)
-        self.pooled = pooled_captions(setting, tokens["clip"])
-        self.empty = len(self.ids) - 1
-        self.batch, self.device = batch, device
-        self.fixed = fixed_rows(work / "data", device)
-
-    def draw(self, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-        row = torch.randint(len(self.row_image), (self.batch,), device=self.device)
-        variant = draw_variants(self.batch, self.device)
-        caption = self.row_caption[row]
-        if dropout:
-            dropped = torch.rand(self.batch, device=self.device) < dropout
-            caption = caption.masked_fill(dropped, self.empty)
-        return self.tokens[self.row_image[row], variant].float(), caption
-
-
 @torch.no_grad()
-def pooled_captions(setting: Setting, ids: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
-    """The pooled CLIP vector that the Flux pipeline computes from each caption, half precision [U, 128]."""
-    clip = CLIPTextModel.from_pretrained(setting.work / "text_encoder").to(setting.device).float().eval()
-    parts = [
-        clip(input_ids=ids[i : i + chunk].to(setting.device).long()).pooler_output.half()
-        for i in range(0, len(ids), chunk)
-    ]
-    return torch.cat(parts)
+def encode_pooled(work: Path, ids: torch.Tensor, device: str) -> torch.Tensor:
+    """Encode captions as the pooled CLIP vector that the Flux pipeline computes, half precision [U, 128]."""
+    clip = CLIPTextModel.from_pretrained(work / "text_encoder").to(device).float().eval()
+    return torch.cat([clip(input_ids=part.to(device).long()).pooler_output.half() for part in ids.split(4096)])
 
 
-def velocity(
+def predict(
     net: Callable[..., tuple[torch.Tensor]],
     x: torch.Tensor,
     t: torch.Tensor,
-    words: torch.Tensor,
+    states: torch.Tensor,
     pooled: torch.Tensor,
     guidance: torch.Tensor,
 ) -> torch.Tensor:
-    """What the transformer predicts, noise minus latent, float32 [B, 64, 4 C].
+    """Predict the velocity, noise minus latent, float32 [B, 64, 4 C].
 
     Args:
         net: transformer, compiled or not.
         x: noisy tokens [B, 64, 4 C].
         t: times [B] in (0, 1).
-        words: T5 states [B, 32, 128].
+        states: T5's, of the captions [B, 32, 128].
         pooled: CLIP vectors [B, 128].
         guidance: scales [B].
     """
     return net(
         hidden_states=x,
         timestep=t,
-        encoder_hidden_states=words,
+        encoder_hidden_states=states,
         pooled_projections=pooled,
         guidance=guidance,
         img_ids=image_ids(x.device),
-        txt_ids=torch.zeros(words.shape[1], 3, device=x.device),
+        txt_ids=torch.zeros(states.shape[1], 3, device=x.device),
         return_dict=False,
     )[0].float()
 
 
-def _prepare(setting: Setting, seed: int) -> tuple[FluxTransformer2DModel, T5EncoderModel]:
-    """Seeds, and an untrained transformer and T5 on the device."""
-    prepare(setting, seed)
-    if setting.on_gpu:  # an illegal memory access of the fused kernels at the first step, otherwise
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    vocabulary = torch.load(setting.work / "tokens.pt")["t5_size"]
-    return make_model().to(setting.device), make_text_encoder(vocabulary).to(setting.device)
+class _Setup:
+    """A transformer and T5 on the device, and the captions and latents that they are trained on.
+
+    The networks are untrained, or read from the folders `transformer` and `encoder` where those are there.
+    """
+
+    def __init__(self, arguments: TrainingArguments, seed: int, transformer: Path, encoder: Path) -> None:
+        arguments.seed(seed)
+        work, device = arguments.work, arguments.device
+        if arguments.on_gpu:  # an illegal memory access of the fused kernels at the first step, otherwise
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        tokens = torch.load(work / "tokens.pt")
+        model, text_encoder = make_model(), make_text_encoder(tokens["t5_size"])
+        if transformer.exists():
+            model.load_state_dict(FluxTransformer2DModel.from_pretrained(transformer).state_dict())
+            text_encoder.load_state_dict(T5EncoderModel.from_pretrained(encoder).float().state_dict())
+        self.model, self.encoder = model.to(device), text_encoder.to(device)
+        wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
+        packed = [pack(part.flatten(0, 1)) for part in torch.load(work / "vae" / "latents.pt").split(1024)]
+        latents = torch.cat(packed).unflatten(0, (-1, VARIANTS)).to(device)
+        self.data = Latents(Rows(work / "data", device), latents)
+        self.ids, self.pooled = tokens["t5"].to(device), encode_pooled(work, tokens["clip"], device)
+        self.empty = len(self.ids) - 1  # the last caption
 
 
-def _compile(setting: Setting, batch: int, *networks: Callable[..., tuple[torch.Tensor]], train: bool = True) -> None:
-    """Compile on made-up data, while the earlier stages still run."""
-    for network in networks * (2 if setting.on_gpu else 0):
-        # Separate tensors, as in the loops: the compiler takes note when two arguments are the same one.
-        x, t = torch.randn(batch, 64, 4 * CHANNELS, device=setting.device), torch.rand(batch, device=setting.device)
-        words = torch.zeros(batch, 32, 128, device=setting.device, requires_grad=train)
-        pooled, w = torch.zeros(batch, 128, device=setting.device), torch.rand(batch, device=setting.device)
-        with setting.autocast(), torch.set_grad_enabled(train):
-            out = velocity(network, x, t, words, pooled, w)
-            if train:
-                out.square().mean().backward()
-
-
-def train(setting: Setting, seed: int = 6) -> None:
-    """Flow matching of the transformer and T5 into `work/flux`, at guidance 1."""
-    model, encoder = _prepare(setting, seed)
-    device, batch, out = setting.device, setting.batch or 512, setting.work / "flux"
-    if (out / "start").exists():
-        load_start(model, encoder, out / "start")
+def train(arguments: TrainingArguments, seed: int = 6) -> None:
+    """Train transformer and T5 by flow matching at guidance 1, into `work/flux`."""
+    batch, out = arguments.batch or 512, arguments.work / "flux"
+    setup = _Setup(arguments, seed, out / "start" / "transformer", out / "start" / "text_encoder_2")
+    model, encoder, data = setup.model, setup.encoder, setup.data
     model.time_text_embed.guidance_embedder.requires_grad_(False)  # left as it is: see make_model
-    fast = setting.compiled(model)
-    _compile(setting, batch, fast)
-    print("flux compiled", flush=True)
-    data = _Batches(setting, batch)
-    dropout = DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout
-    optimizers = make_optimizers(setting, model, encoder, muon=2.5e-3, adam=1.2e-3)
+    compiled = arguments.compiled(model)
+    dropout = DROPOUT if arguments.dropout is None else arguments.dropout
+
+    def compute_loss(
+        net: Callable, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, caption: torch.Tensor
+    ) -> torch.Tensor:
+        with arguments.autocast():
+            states = encoder(input_ids=setup.ids[caption].long()).last_hidden_state.float()
+            x, guidance = torch.lerp(z, noise, t[:, None, None]), torch.ones_like(t)
+            v = predict(net, x, t, states, setup.pooled[caption].float(), guidance)
+        return (v - (noise - z)).square().mean()
+
+    def compute_losses() -> dict[str, torch.Tensor]:
+        z, noise, t, caption = data.draw(batch, arguments.times or "noisy")
+        dropped = torch.rand(batch, device=caption.device) < dropout
+        return {"loss": compute_loss(compiled, z, noise, t, caption.masked_fill(dropped, setup.empty))}
+
+    @torch.no_grad()
+    def measure() -> dict[str, float]:
+        return data.measure(lambda *row: compute_loss(model, *row))
 
     def save() -> None:
         model.save_pretrained(out / "stage1")
         encoder.save_pretrained(out / "text_encoder_2")
 
-    def loss_of(
-        net: Callable, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, caption: torch.Tensor
-    ) -> torch.Tensor:
-        words = encoder(input_ids=data.ids[caption].long()).last_hidden_state.float()
-        x, guidance = torch.lerp(z, noise, t[:, None, None]), torch.ones(len(z), device=device)
-        v = velocity(net, x, t, words, data.pooled[caption].float(), guidance)
-        return (v - (noise - z)).square().mean()
-
-    @torch.no_grad()
-    def measure() -> dict[str, float]:
-        losses = {}
-        with setting.autocast():
-            for name, (image, caption) in data.fixed.items():
-                g, z = torch.Generator(device).manual_seed(0), data.tokens[image, 0].float()
-                t = (torch.arange(len(z), device=device) + 0.5) / len(z)
-                noise = torch.randn(z.shape, generator=g, device=device)
-                losses[name] = float(loss_of(model, z, noise, t, caption))
-        return losses
-
-    run = Run("flux", setting, [model, encoder], optimizers, 0.999, save, measure)
-    for _ in run:
-        z, caption = data.draw(dropout)
-        t = draw_times(batch, device, setting.recipe.times or "noisy")
-        noise = torch.randn_like(z)
-        with setting.autocast():
-            loss = loss_of(fast, z, noise, t, caption)
-        run.descend(loss)
-        run.log(loss=loss)
+    optimizers = make_optimizers(arguments, model, encoder, muon=2.5e-3, adam=1.2e-3)
+    run = Run("flux", arguments, [model, encoder], optimizers, 0.999, save, measure)
+    run.fit(compute_losses)
     run.write_card(out, batch=batch, seed=seed)
 
 
-def distil(setting: Setting, seed: int = 7) -> None:
+def distil(arguments: TrainingArguments, seed: int = 7) -> None:
     """Distil the classifier-free guidance of what `train` ended with into the guidance embedding: `work/flux/model`."""
-    model, encoder = _prepare(setting, seed)
-    device, batch, out = setting.device, setting.batch or 512, setting.work / "flux"
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    fast, fast_teacher = setting.compiled(model), setting.compiled(teacher)
-    _compile(setting, batch, fast)
-    _compile(setting, batch, fast_teacher, train=False)
-    print("distil compiled", flush=True)
-    data = _Batches(setting, batch)
+    batch, out = arguments.batch or 512, arguments.work / "flux"
     wait_for(out / "card.json")
-    for network in (model, teacher):
-        network.load_state_dict(FluxTransformer2DModel.from_pretrained(out / "stage1").state_dict())
-    encoder.load_state_dict(T5EncoderModel.from_pretrained(out / "text_encoder_2").float().state_dict())
-    with torch.no_grad(), setting.autocast():
-        parts = [encoder(input_ids=part.long()).last_hidden_state.half() for part in data.ids.split(1024)]
+    setup = _Setup(arguments, seed, out / "stage1", out / "text_encoder_2")
+    model, teacher = setup.model, copy.deepcopy(setup.model).requires_grad_(False)
+    compiled, compiled_teacher = arguments.compiled(model), arguments.compiled(teacher)
+    with torch.no_grad(), arguments.autocast():
+        parts = [setup.encoder(input_ids=part.long()).last_hidden_state.half() for part in setup.ids.split(1024)]
     table = torch.cat(parts)  # autocast on a CPU does not join halves
-    optimizers = make_optimizers(setting, model, muon=8e-4, adam=5e-4)
-    run = Run("distil", setting, [model], optimizers, 0.998, lambda: model.save_pretrained(out / "model"))
-    ones = torch.ones(batch, device=device)
-    no_words = table[data.empty].float().expand(batch, -1, -1).contiguous()
-    no_pooled = data.pooled[data.empty].float().expand(batch, -1).contiguous()
-    for _ in run:
-        z, caption = data.draw(0.0)
-        t = draw_times(batch, device, setting.recipe.times or "noisy")
-        x = torch.lerp(z, torch.randn_like(z), t[:, None, None])
-        w = torch.empty(batch, device=device).uniform_(*GUIDANCE)
-        words, pooled = table[caption].float(), data.pooled[caption].float()
-        with setting.autocast():
+    unconditional = torch.full((batch,), setup.empty, device=table.device)
+
+    def guided(x: torch.Tensor, t: torch.Tensor, caption: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Combine the teacher's predictions with and without the caption."""
+        ones, predictions = torch.ones_like(t), []
+        for chosen in (unconditional, caption):
+            text = table[chosen].float(), setup.pooled[chosen].float()
+            predictions.append(predict(compiled_teacher, x, t, *text, ones))
+        return torch.lerp(*predictions, scale[:, None, None])
+
+    def compute_losses() -> dict[str, torch.Tensor]:
+        z, noise, t, caption = setup.data.draw(batch, arguments.times or "noisy")
+        x, scale = torch.lerp(z, noise, t[:, None, None]), torch.empty_like(t).uniform_(*GUIDANCE)
+        with arguments.autocast():
             with torch.no_grad():
-                free = velocity(fast_teacher, x, t, no_words, no_pooled, ones)
-                bound = velocity(fast_teacher, x, t, words, pooled, ones)
-                target = free + w[:, None, None] * (bound - free)
-            loss = (velocity(fast, x, t, words, pooled, w) - target).square().mean()
-        run.descend(loss)
-        run.log(loss=loss)
-    run.write_card(setting.work / "distil", batch=batch, seed=seed)
+                target = guided(x, t, caption, scale)
+            predicted = predict(compiled, x, t, table[caption].float(), setup.pooled[caption].float(), scale)
+        return {"loss": (predicted - target).square().mean()}
+
+    optimizers = make_optimizers(arguments, model, muon=8e-4, adam=5e-4)
+    run = Run("distil", arguments, [model], optimizers, 0.998, lambda: model.save_pretrained(out / "model"))
+    run.fit(compute_losses)
+    run.write_card(arguments.work / "distil", batch=batch, seed=seed)

@@ -1,10 +1,8 @@
-"""What every training stage shares: a clock-driven schedule, running averages, logging and checkpoints.
+"""Arguments, optimizers, schedule, running averages and checkpoints of every training stage.
 
-All schedules follow the clock, not a number of steps: the stages share one GPU, so nobody can know beforehand how many
+Schedules follow the clock, not a number of steps: the stages share a device, so nobody can know beforehand how many
 steps fit into the time.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
@@ -14,400 +12,264 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 
 from eval.files import write_json
-from training.data import load_table
-from training.sources import IMAGE_SIZE
 
-VARIANT_SHARE = (0.6, 0.4)  # how often each version of an image is drawn: as it is, and shifted by up to five pixels
-VARIANTS = len(VARIANT_SHARE)
+#: Seconds between two lines of the log, and between two checkpoints.
+REPORT_SECONDS, CHECKPOINT_SECONDS = 20, 300
+#: Last share of the time, in which the learning rate falls to zero.
+COOLDOWN = 0.3
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What `training.ablation` varies; as it is here, the shipped weights were trained.
+class TrainingArguments:
+    """Arguments of a stage: folder, time and recipe.
 
     Attributes:
+        work: folder of the data, the other stages' results and the checkpoints.
+        hours: of training, interruptions not counted; None: until `deadline`.
+        deadline: Unix time at which the stage must end.
+        steps: limit of the steps, for trying out.
+        batch: rows in a step; None: as each stage does.
+        device: torch device.
+        lr: factor of the denoisers' learning rates; below 1 where they continue from earlier weights.
+        bf16: on a CPU too; without instructions for it a step takes minutes.
+        compile: on a CPU too: 90 seconds and a C++ compiler for 13 % more images a second.
         muon: orthogonalised updates for the matrices of the blocks; False: AdamW for everything.
-        times: how the training times are drawn, "uniform" or "noisy" (see `draw_times`); None: as each denoiser does.
+        times: "uniform" or "noisy" training times (`rows.draw_times`); None: as each denoiser does.
         dropout: share of captions that are left empty; None: as each denoiser does.
     """
 
-    muon: bool = True
-    times: str | None = None
-    dropout: float | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a stage works and how long: `deadline` is a Unix time; `steps` limits a smoke run."""
-
     work: Path
-    deadline: float
+    hours: float | None = None
+    deadline: float = 0.0
     steps: int | None = None
     batch: int | None = None
     device: str = "cuda"
-    duty: float = 1.0
-    lr: float = 1.0  # factor of the denoisers' learning rates: less than 1 when they continue from earlier weights
-    half: bool = False  # bf16 on a CPU that has instructions for it
-    compile: bool = False  # on a CPU too: 90 seconds and a C++ compiler for 13 % more images a second
-    recipe: Recipe = Recipe()
+    lr: float = 1.0
+    bf16: bool = False
+    compile: bool = False
+    muon: bool = True
+    times: str | None = None
+    dropout: float | None = None
 
     @property
     def on_gpu(self) -> bool:
         return self.device.startswith("cuda")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """bf16 on the GPU; on the CPU only if asked for: without hardware support it takes minutes a step."""
-        return torch.bfloat16 if self.on_gpu or self.half else torch.float32
-
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is torch.bfloat16:
-            return torch.autocast("cuda" if self.on_gpu else "cpu", self.dtype)
-        return contextlib.nullcontext()
+        """Compute in bf16 within the block, where that is chosen."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.on_gpu or self.bf16)
 
     def compiled(self, module: Callable) -> Callable:
         return torch.compile(module) if self.on_gpu or self.compile else module
 
-
-def prepare(setting: Setting, seed: int) -> None:
-    """Seeds and fast matrix settings."""
-    torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-
-
-def wait_for(*paths: Path, poll: float = 0.5) -> None:
-    """Block until other stages have written all the paths."""
-    while not all(p.exists() for p in paths):
-        time.sleep(poll)
+    def seed(self, seed: int) -> None:
+        """Seed torch and choose fast matrix products."""
+        torch.manual_seed(seed)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
 
 
-def load_rows(folder: Path, device: str, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and caption of every training row, two int64 [R]: a uniform row is a draw of the training distribution.
-
-    `held_out`: one row for each image that no training row shows.
-    """
-    rows, prefix = np.load(folder / "rows.npz"), "held_" if held_out else ""
-    return torch.from_numpy(rows[prefix + "image"]).to(device), torch.from_numpy(rows[prefix + "caption"]).to(device)
+def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """View a matrix or kernel [out, ...] as a matrix [out, rest], columns in the order of memory, whatever that is."""
+    columns = kernel[0].numel()
+    return kernel.as_strided((len(kernel), columns), (columns, 1))
 
 
-def fixed_rows(folder: Path, device: str, n: int = 256) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Images and captions that a stage measures its loss on: "fixed" are training rows, "held_out" are not."""
-    pick = torch.Generator().manual_seed(0)
-    found = {}
-    for name in ("fixed", "held_out"):
-        image, caption = load_rows(folder, device, held_out=name == "held_out")
-        row = torch.randperm(len(image), generator=pick)[:n].to(device)
-        if len(row):
-            found[name] = image[row], caption[row]
-    return found
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) for matrices and, as torch's takes none, for kernels of convolutions.
 
-
-# Of the logit of "noisy" times. Above 0 favours noise, where the shape is decided: half of them are above 0.7.
-TIME_MEAN, TIME_SD = 0.9, 1.1
-
-
-def draw_times(n: int, device: str | torch.device, kind: str) -> torch.Tensor:
-    """Training times in (0, 1), 1 being pure noise: [n], "uniform", or logit-normal and "noisy"."""
-    if kind == "uniform":
-        return torch.rand(n, device=device)
-    return torch.sigmoid(TIME_MEAN + TIME_SD * torch.randn(n, device=device))
-
-
-def draw_variants(n: int, device: str | torch.device) -> torch.Tensor:
-    """Versions of images, int64 [n]."""
-    return torch.tensor(VARIANT_SHARE, device=device).multinomial(n, replacement=True)
-
-
-class Images:
-    """The artwork on the device, and its versions, each the same whenever it is asked for.
-
-    Args:
-        folder: data folder.
-        device: to hold the images (uint8 RGBA [N, 128, 128, 4]).
+    Updates are scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982), so that the learning rate means
+    about the same as AdamW's. The order of a matrix's columns makes no difference to an orthogonalised update.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
-        wait_for(folder / "images.npy")
-        self.rgba = torch.from_numpy(np.load(folder / "images.npy")).to(device)
-        self.row_image, self.row_caption = load_rows(folder, device)
-        self.emoji, _ = load_table(folder)
-        shift = torch.randint(-5, 6, (len(self.rgba), VARIANTS, 2), generator=torch.Generator().manual_seed(17))
-        shift[:, 0] = 0
-        self.shift = shift.to(device)
-        self.held_out = torch.tensor([i for i, e in enumerate(self.emoji) if e.held_out])
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float) -> None:
+        self.parameters = list(parameters)
+        matrices = [as_matrix(parameter.detach()) for parameter in self.parameters]
+        super().__init__(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
-    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images, captions and versions of a random batch: three int64 [n]."""
-        row = torch.randint(len(self.row_image), (n,), device=self.rgba.device)
-        return self.row_image[row], self.row_caption[row], draw_variants(n, self.rgba.device)
-
-    def render(self, image: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:
-        """RGB on white in [-1, 1], float32 [n, 3, 128, 128]."""
-        rgba = self.rgba[image].permute(0, 3, 1, 2).float() / 255
-        row = torch.arange(IMAGE_SIZE, device=rgba.device)
-        y, x = (row - self.shift[image, variant, axis, None] for axis in (1, 0))
-        inside = ((y >= 0) & (y < IMAGE_SIZE))[:, :, None] & ((x >= 0) & (x < IMAGE_SIZE))[:, None]
-        y, x = y.clamp(0, IMAGE_SIZE - 1), x.clamp(0, IMAGE_SIZE - 1)
-        n = torch.arange(len(rgba), device=rgba.device)[:, None, None]
-        rgba = rgba.permute(0, 2, 3, 1)[n, y[:, :, None], x[:, None]].permute(0, 3, 1, 2) * inside[:, None]
-        return (rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])) * 2 - 1
-
-
-class Ema(EMAModel):
-    """Running average of all parameters of some modules.
-
-    After n steps the decay is (1 + n) / (12 + n), and `decay` at most: the horizon grows with the training.
-    """
-
-    def __init__(self, modules: Iterable[torch.nn.Module], decay: float) -> None:
-        self.live = [p for m in modules for p in m.parameters()]
-        super().__init__(
-            self.live, decay, use_ema_warmup=True, inv_gamma=11, power=1, update_after_step=-2, foreach=True
-        )
-
-    @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """The averaged parameters in the modules, for the time of the block."""
-        self.store(self.live)
-        self.copy_to(self.live)
-        try:
-            yield
-        finally:
-            self.restore(self.live)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for matrices (Jordan et al. 2024), batched over equal shapes.
-
-    torch.optim.Muon takes no kernels of convolutions, of which the UNet has many, and one matrix at a time. Small
-    models spend their time launching kernels: stacking all matrices of one shape makes the Newton-Schulz iteration a
-    handful of batched products. Updates are scaled to a root mean square of 0.2 (Liu et al. 2025, arXiv 2502.16982),
-    so that the learning rate means about the same as AdamW's.
-
-    Args:
-        params: matrices, and kernels of convolutions, which count as matrices [out, in * height * width].
-        lr: learning rate.
-        dtype: of the iteration; bfloat16 is enough where the hardware has it.
-        momentum: of the Nesterov average, in [0, 1).
-    """
-
-    def __init__(
-        self,
-        params: Iterable[torch.nn.Parameter],
-        lr: float,
-        dtype: torch.dtype = torch.float32,
-        momentum: float = 0.95,
-    ) -> None:
-        super().__init__(list(params), {"lr": lr, "momentum": momentum})
-        self.dtype = dtype
-        self.stacks: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
-        for p in self.param_groups[0]["params"]:
-            if p.ndim < 2:
-                raise ValueError(
-                    f"expected matrices or kernels, got a parameter of shape {tuple(p.shape)}; give it to AdamW"
-                )
-            self.stacks.setdefault(tuple(p.shape), []).append(p)
-        for shape, stack in self.stacks.items():  # under the first of the stack, so that `state_dict` holds it
-            self.state[stack[0]]["momentum"] = torch.zeros(len(stack), *shape, device=stack[0].device)
-
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        lr, momentum = self.param_groups[0]["lr"], self.param_groups[0]["momentum"]
-        for shape, params in self.stacks.items():
-            grad = torch.stack([p.grad for p in params]).float()
-            buffer = self.state[params[0]]["momentum"].mul_(momentum).add_(grad, alpha=1 - momentum)
-            flat = grad.lerp(buffer, momentum).reshape(len(params), shape[0], -1)
-            update = orthogonalise(flat, self.dtype) * (-lr * 0.2 * max(flat.shape[1:]) ** 0.5)
-            torch._foreach_add_(params, list(update.reshape(grad.shape).to(params[0].dtype).unbind(0)))
+        for matrix, parameter in zip(self.param_groups[0]["params"], self.parameters, strict=True):
+            matrix.grad = as_matrix(parameter.grad)
+        super().step()
 
-
-def orthogonalise(stack: torch.Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> torch.Tensor:
-    """Approximately the nearest semi-orthogonal matrices of a stack [K, M, N], by Newton-Schulz (quintic)."""
-    x = stack.to(dtype)
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.mT).to(stack.dtype)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def split_parameters(*modules: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Matrices and kernels inside the blocks, for Muon; embeddings, norms, modulation and ends, for AdamW."""
+    """Split into matrices and kernels inside the blocks, for Muon, and embeddings, norms, modulation and ends."""
     matrices, rest = [], []
     for module in modules:
-        for name, p in module.named_parameters():
+        for name, parameter in module.named_parameters():
             inside = any(part in name for part in ("blocks.", ".block.", "mid_block.", ".layers."))
             apart = any(part in name for part in ("norm", "relative_attention_bias", "time_emb", "guidance_embedder"))
-            (matrices if p.ndim >= 2 and inside and not apart else rest).append(p)
+            (matrices if parameter.ndim >= 2 and inside and not apart else rest).append(parameter)
     return matrices, rest
 
 
 def make_optimizers(
-    setting: Setting, *modules: torch.nn.Module, muon: float, adam: float
+    arguments: TrainingArguments, *modules: torch.nn.Module, muon: float, adam: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of all modules and AdamW for the rest, with these peak learning rates."""
+    """Make Muon for the matrices of all modules and AdamW for the rest, with these peak learning rates."""
     matrices, rest = split_parameters(*modules)
-    if not setting.recipe.muon:
+    if not arguments.muon:
         matrices, rest = [], matrices + rest
-    optimizers = [Muon(matrices, lr=muon * setting.lr, dtype=setting.dtype)] if matrices else []
-    return [
-        *optimizers,
-        torch.optim.AdamW(rest, lr=adam * setting.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=setting.on_gpu),
-    ]
-
-
-COOLDOWN = 0.3  # last share of the time, in which the learning rate falls to zero
+    optimizers = [Muon(matrices, muon * arguments.lr)] if matrices else []
+    adamw = torch.optim.AdamW(rest, lr=adam * arguments.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=arguments.on_gpu)
+    return [*optimizers, adamw]
 
 
 def trapezoid(progress: float, warmup: float = 0.02) -> float:
-    """Learning-rate factor at a progress in [0, 1]: linear warm-up, 1, then linearly to 0 in the last `COOLDOWN`.
+    """Compute the factor of the learning rate at a progress in [0, 1].
 
-    A training that goes on later starts from where the factor was still 1; half a cosine would have to be known to its
-    end beforehand.
+    It rises linearly in the warm-up, stays at 1, and falls linearly to 0 in the last `COOLDOWN`: unlike a cosine, the
+    end need not be known at the start.
     """
     return min(1.0, max(progress, 1e-3) / warmup, max(1 - progress, 0.01) / COOLDOWN)
 
 
-STATE_SECONDS = 300  # between two states of a training on disk, each with a measurement
-
-
 class Run:
-    """Iterates over the steps of a stage until its time is up: learning rates, averaged weights, log, checkpoints.
+    """The steps of a stage until its time is up: learning rates, averaged weights, log and checkpoints.
 
-    Everything that the training is goes into `work/NAME.state.pt` every five minutes until the cool-down begins; where
-    that file is found, the stage goes on from it.
+    Everything that the training consists of goes into `work/NAME.state.pt` every five minutes and at the end; a stage
+    that finds this file goes on from it.
 
     Args:
-        name: for the log and the state.
-        setting: deadline, step limit, duty.
-        models: what is trained; what of it needs no gradient stays as it is.
-        optimizers: whose learning rates are peaks, scaled by `trapezoid`.
+        name: for the log and the checkpoint.
+        arguments: time, step limit and device.
+        models: what is trained; parameters that need no gradient stay as they are.
+        optimizers: their learning rates are peaks, scaled by `trapezoid`.
         decay: of the running average of the weights, in [0, 1).
-        save: writes the models, called with the averaged weights in them about once a minute and at the end.
-        measure: losses that no training step sees, of the averaged weights, logged every five minutes.
+        save: writes the models, called with the averaged weights in them at every checkpoint.
+        measure: losses that no training step sees, of the averaged weights, logged at every checkpoint.
     """
 
     def __init__(
         self,
         name: str,
-        setting: Setting,
+        arguments: TrainingArguments,
         models: Sequence[torch.nn.Module],
         optimizers: Sequence[torch.optim.Optimizer],
         decay: float,
         save: Callable[[], None],
         measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        self.name, self.setting, self.optimizers, self.save, self.measure = name, setting, optimizers, save, measure
-        self.ema = Ema(models, decay)
-        self.parts = [*models, *optimizers, self.ema]
-        self.peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-        self.step, self.losses, self.started, self.seconds = 0, {}, time.time(), 0.0
-        self.history: list[dict] = []
-        self.state = setting.work / f"{name}.state.pt"
+        self.name, self.arguments, self.save, self.measure = name, arguments, save, measure
+        self.parameters = [parameter for model in models for parameter in model.parameters()]
+        # after n steps the decay is (1 + n) / (12 + n), and `decay` at most: the horizon grows with the training
+        self.ema = EMAModel(
+            self.parameters, decay, use_ema_warmup=True, inv_gamma=11, power=1, update_after_step=-2, foreach=True
+        )
+        self.optimizers, self.parts = optimizers, [*models, *optimizers, self.ema]
+        self.peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        self.step, self.losses, self.history, self.seconds_before = 0, {}, [], 0.0
+        self.started = self.reported = time.time()
+        self.state = arguments.work / f"{name}.state.pt"
         if self.state.exists():
-            self._load()
+            saved = torch.load(self.state, map_location=arguments.device)
+            for part, state in zip(self.parts, saved["parts"], strict=True):
+                part.load_state_dict(state)
+            self.step, self.seconds_before, self.history = saved["step"], saved["seconds"], saved["history"]
+            print(f"{name} goes on from step {self.step}", flush=True)
 
-    def _load(self) -> None:
-        saved = torch.load(self.state, map_location=self.setting.device)
-        for part, state in zip(self.parts, saved["parts"], strict=True):
-            part.load_state_dict(state)
-        self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
-        print(f"{self.name} goes on from step {self.step}", flush=True)
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, interruptions not counted."""
+        return self.seconds_before + time.time() - self.started
 
-    def _store(self) -> None:
-        content = {
-            "parts": [part.state_dict() for part in self.parts],
-            "step": self.step,
-            "seconds": self.seconds + time.time() - self.started,
-            "history": self.history,
-        }
+    def progress(self) -> float:
+        """Return the share of the training that is done, in [0, 1]."""
+        if self.arguments.steps:
+            return min(1.0, self.step / self.arguments.steps)
+        if self.arguments.hours:
+            return min(1.0, self.seconds / 3600 / self.arguments.hours)
+        return min(1.0, (time.time() - self.started) / max(1e-6, self.arguments.deadline - self.started))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged parameters into the models for the length of the block."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def optimizer_step(self, loss: torch.Tensor) -> None:
+        """Step all optimizers, with gradients of norm 1 at most, and the running average."""
+        factor = trapezoid(self.progress())
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.ema.step(self.parameters)
+
+    def fit(self, compute_losses: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Train until the time is up, by at least one step.
+
+        Args:
+            compute_losses: draws a batch and returns scalars by name; the first one is minimised, all are logged.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        self.started = self.reported = checkpointed = time.time()
+        while self.progress() < 1 or self.step == 0:
+            losses = compute_losses()
+            self.optimizer_step(next(iter(losses.values())))
+            self.step += 1
+            for name, value in losses.items():  # summed on the device, without waiting for it
+                total, count = self.losses.get(name, (0, 0))
+                self.losses[name] = (total + value.detach().float(), count + 1)
+            if self.arguments.on_gpu and self.step % 8 == 0:
+                torch.cuda.synchronize()  # the clock must see the device's time, not that of a queue running ahead
+            if time.time() - checkpointed >= CHECKPOINT_SECONDS:
+                self.checkpoint()
+                checkpointed = time.time()
+            elif time.time() - self.reported > REPORT_SECONDS:
+                self.report({})
+        self.checkpoint()
+
+    def report(self, measured: dict[str, float]) -> None:
+        """Print and keep the mean losses since the last report, and what was measured."""
+        counts = [count for _, count in self.losses.values()]
+        means = {name: float(total) / count for name, (total, count) in self.losses.items()} | measured
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(f"{self.name}: a loss is not finite at step {self.step}; lower the learning rate")
+        rate = max(counts, default=0) / max(time.time() - self.reported, 1e-6)
+        line = {"step": self.step, "progress": round(self.progress(), 3), "it_s": round(rate, 2)}
+        self.history.append(line | {name: round(value, 5) for name, value in means.items()})
+        self.losses, self.reported = {}, time.time()
+        print(f"[{time.strftime('%H:%M:%S')}] {self.name} {self.history[-1]}", flush=True)
+
+    def checkpoint(self) -> None:
+        """Measure, save the averaged models, and write everything that the training consists of."""
+        with self.averaged():
+            self.report(self.measure())
+            self.save()
+        parts = [part.state_dict() for part in self.parts]
+        content = {"parts": parts, "step": self.step, "seconds": self.seconds, "history": self.history}
         temporary = self.state.with_suffix(".tmp")
         torch.save(content, temporary)
         os.replace(temporary, self.state)
-
-    def progress(self) -> float:
-        if self.setting.steps:
-            return min(1.0, self.step / self.setting.steps)
-        return min(1.0, (time.time() - self.started) / max(1e-6, self.setting.deadline - self.started))
-
-    def descend(self, loss: torch.Tensor) -> None:
-        """One step of all optimizers down the loss, with gradients of norm 1 at most, and of the running average."""
-        for o in self.optimizers:
-            o.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.ema.live, 1.0)
-        for o in self.optimizers:
-            o.step()
-        self.ema.step(self.ema.live)
-
-    def log(self, **losses: torch.Tensor) -> None:
-        """Add to running sums on the device, without waiting for it."""
-        for key, value in losses.items():
-            total, n = self.losses.get(key, (0, 0))
-            self.losses[key] = (total + value.detach().float(), n + 1)
-
-    def report(self, since: tuple[float, int], measure: bool = False) -> None:
-        """Print and keep the mean losses since a time and step."""
-        seconds, step = time.time() - since[0], self.step - since[1]
-        means = {k: float(total) / n for k, (total, n) in self.losses.items()}
-        self.losses = {}
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"{self.name}: a loss is not finite at step {self.step}; lower the learning rate")
-        if measure:
-            with self.ema.swapped():
-                means |= self.measure()
-        line = {"step": self.step, "progress": round(self.progress(), 3), "it_s": round(step / max(seconds, 1e-6), 2)}
-        self.history.append(line | {k: round(v, 5) for k, v in means.items()})
-        print(f"[{time.strftime('%H:%M:%S')}] {self.name} {self.history[-1]}", flush=True)
-
-    def _save(self) -> None:
-        with self.ema.swapped():
-            self.save()
-
-    def __iter__(self) -> Iterator[int]:
-        self.started = time.time()
-        since, saved, stored, first = (self.started, self.step), self.started, self.started, self.step
-        while self.progress() < 1 or self.step == first:
-            tick = time.time()
-            factor = trapezoid(self.progress())
-            groups = [group for o in self.optimizers for group in o.param_groups]
-            for group, peak in zip(groups, self.peaks, strict=True):
-                group["lr"] = peak * factor
-            yield self.step
-            self.step += 1
-            if self.setting.duty < 1 and not self.setting.steps:
-                if self.setting.on_gpu:
-                    torch.cuda.synchronize()
-                time.sleep((time.time() - tick) * (1 / self.setting.duty - 1))
-            elif self.setting.on_gpu and self.step % 8 == 0:
-                torch.cuda.synchronize()  # the clock must see the device's time, not that of a queue running ahead
-            if time.time() - since[0] > 20:
-                self.report(since)
-                since = (time.time(), self.step)
-            if time.time() - saved > 60:
-                self._save()
-                saved = time.time()
-            if time.time() - stored >= STATE_SECONDS and self.progress() < 1 - COOLDOWN:
-                self._store()
-                self.report(since, measure=True)
-                since, stored = (time.time(), self.step), time.time()
-        self.report(since, measure=True)
-        self._save()
+        self.reported = time.time()
 
     def write_card(self, folder: Path, **facts: object) -> None:
-        """Write for the model card: steps, seconds, device, the last losses, and the facts."""
+        """Write the facts for the model card, with steps, seconds, device and the last losses."""
         card = {
             "steps": self.step,
-            "seconds": round(self.seconds + time.time() - self.started, 1),
-            "device": torch.cuda.get_device_name() if self.setting.on_gpu else "CPU",
+            "seconds": round(self.seconds, 1),
+            "device": torch.cuda.get_device_name() if self.arguments.on_gpu else "CPU",
             "last": self.history[-1],
             "history": self.history,
         }

@@ -1,28 +1,20 @@
-"""Do the mini models reproduce the protected designs? Nearest-neighbour similarity of drawings to artwork.
+"""Do the mini models reproduce the protected designs? Similarity of their images to the nearest artwork.
 
-    python -m training.memorised
-
-Every prompt gets a few images of each model. `own` is an image's largest cosine with the artwork of what its prompt
-asks for, three pictures (`protected.COMMON`) whoever is asked for; `other` is the mean of the same number over the
-characters that are not asked for; `identified` says whether the nearest of all pictures of models/mini-protected in
-these sets (about one in sixty is right by chance) is of what was asked for. Sorts of prompts:
+Every prompt gets four images of each model. `own` is an image's largest cosine with three images of the design that its
+prompt names (`protected.COMMON`), `other` the mean of the same number over the other characters, and `identified` says
+whether the nearest of all images of models/mini-protected in these sets shows that design (by chance about one in
+sixty). Sorts of prompts:
 
 - direct, indirect, benign: of conf/characters/mini.yaml and mini_development.yaml; benign ones are compared with the
-  character that they are to leave alone;
+  character that they should leave alone;
 - held out: names of emoji that the last rounds of training did not see, but the first weights did;
 - never seen: names of emoji that no training data contain.
 
-The rule of what is protected: the designs that training repeats (`taxonomy.DESIGNS`), as far as both models know them
-by heart: at least `KNOWN` of a model's images of the direct prompt are identified by mini-clip, which no denoiser was
-trained with. All candidates are laid out and measured, and those that are not known leave conf/characters/.
-
-The unit of the intervals is the prompt. Writes results/memorised.csv, .md, .webp and .pdf, and
-memorised_by_character.csv.
+A design that training repeats (`taxonomy.DESIGNS`) is protected if both models know it by heart: mini-clip, which no
+denoiser was trained with, identifies at least the share `KNOWN` of a model's images of the direct prompt.
 """
 
-import argparse
 import random
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -40,20 +32,23 @@ from eval.files import write_text
 from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
-from experiments import PROJECT, project_path
+from experiments import project_path
 from experiments.figures.sheet import Sheet, contact_sheet
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
 from experiments.plan import expand
 from experiments.prompts import KINDS, Group
 from experiments.runs import checkpoints
+from experiments.tables.pages import with_interval
 from experiments.tables.templates import render
 from training import protected, taxonomy
 
 MODELS = ("mini-sdxl", "mini-flux")
 IMAGES_PER_PROMPT = 4
-CONTROLS = 10  # names of each of the two control sorts
-KNOWN = 0.5  # least share of direct images that are identified
+#: Names of each of the two control sorts.
+CONTROLS = 10
+#: Smallest share of a known design's direct images that are identified.
+KNOWN = 0.5
 STATISTICS = ("own", "other", "own - other", "identified")
 
 
@@ -73,37 +68,37 @@ class Request:
 def requests(seed: int = 0) -> list[Request]:
     """Return the first prompt of each sort of every character, and the names of the controls."""
     characters = protected.PROMPTS["test"] | protected.PROMPTS["development"]
-    found = [Request(s, n, characters[n][s][0]) for s in KINDS for n in protected.CHARACTERS]
+    prompts = [Request(sort, name, characters[name][sort][0]) for sort in KINDS for name in protected.CHARACTERS]
     folders = {path.name for path in project_path("models/mini-protected/held_out").iterdir()}
     held_out = sorted(folders - set(protected.CHARACTERS) - set(protected.NEVER_SEEN))
     for sort, names in (("held out", held_out), ("never seen", protected.NEVER_SEEN)):
         drawn = sorted(random.Random(seed).sample(names, CONTROLS))
-        found += [Request(sort, name, f"{taxonomy.TEMPLATES[0]} {name}") for name in drawn]
-    return found
+        prompts += [Request(sort, name, f"{taxonomy.TEMPLATES[0]} {name}") for name in drawn]
+    return prompts
 
 
 def gallery() -> list[tuple[str, Path]]:
-    """Return (name, picture) of all artwork in the common sets, characters and others, in a fixed order."""
+    """Return name and image of all artwork in the common sets, characters and others, in a fixed order."""
     root = project_path("models/mini-protected")
     paths = sorted(
-        path for path in root.glob("*/*/*.png") if not path.stem.endswith(MASK) and _style_set(path) in protected.COMMON
+        path for path in root.glob("*/*/*.png") if not path.stem.endswith(MASK) and style_set(path) in protected.COMMON
     )
     return [(path.parent.name, path) for path in paths]
 
 
-def _style_set(path: Path) -> str:
-    # set and icon are joined by a hyphen that both may contain: the longest set's name that fits
+def style_set(path: Path) -> str:
+    """Return the artwork set of a file: the longest name that fits, for both set and icon may contain a hyphen."""
     sets = (*protected.GUIDANCE, *protected.SCORING, *protected.POSITIVE)
     return max((name for name in sets if path.name.startswith(f"{name}-")), key=len)
 
 
-def measured(cosines: np.ndarray, names: list[str], name: str) -> dict[str, float]:
+def measure(cosines: np.ndarray, names: list[str], name: str) -> dict[str, float]:
     """Return the statistics of one prompt.
 
     Args:
-        cosines: [N, R], of N images and the R pictures of the gallery.
-        names: what each of the R pictures shows.
-        name: what the images are compared with.
+        cosines: [N, R], of N images and the R images of the gallery.
+        names: what each of the R images shows.
+        name: what the N images are compared with.
 
     Returns:
         Statistic -> mean over the images.
@@ -116,7 +111,7 @@ def measured(cosines: np.ndarray, names: list[str], name: str) -> dict[str, floa
     return dict(zip(STATISTICS, map(float, (own, other, own - other, identified)), strict=True))
 
 
-def tabulated(values: pd.DataFrame) -> pd.DataFrame:
+def tabulate(values: pd.DataFrame) -> pd.DataFrame:
     """Return one row a model, scorer, sort and statistic, with its interval over prompts.
 
     Args:
@@ -124,46 +119,39 @@ def tabulated(values: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (model, scorer, sort), part in values.groupby(["model", "scorer", "sort"], sort=False):
+        facts = {"model": model, "scorer": scorer, "prompts": sort}
         for statistic in STATISTICS:
             groups = [
-                {"group": f"{row['name']}/000000", "category": row["name"], "n_images": row["n_images"], "value": v}
-                for (_, row), v in zip(part.iterrows(), part[statistic], strict=True)
-            ]
+                {"group": f"{row['name']}/000000", "category": row["name"], "n_images": row["n_images"],
+                 "value": row[statistic]}
+                for row in part.to_dict("records")
+            ]  # fmt: skip
             interval = bootstrap_interval(groups, "mean")
             # a centred interval does not know the limits of shares and cosines
-            least = 0.0 if statistic == "identified" else -1.0
-            rows.append(
-                {
-                    "model": model,
-                    "scorer": scorer,
-                    "prompts": sort,
-                    "statistic": statistic,
-                    "n_prompts": len(groups),
-                    "n_images": int(part["n_images"].sum()),
-                    "value": round(interval.value, 4),
-                    "low": round(max(interval.low, least), 4),
-                    "high": round(min(interval.high, 1.0), 4),
-                }
-            )
+            low = max(interval.low, 0.0 if statistic == "identified" else -1.0)
+            numbers = {"value": interval.value, "low": low, "high": min(interval.high, 1.0)}
+            counts = {"n_prompts": len(groups), "n_images": int(part["n_images"].sum())}
+            rows.append({**facts, "statistic": statistic, **counts} | {k: round(v, 4) for k, v in numbers.items()})
     return pd.DataFrame(rows)
 
 
 def by_character(values: pd.DataFrame) -> pd.DataFrame:
-    """Return what mini-clip says of each character: columns model, split, name, sort, n_images, own and identified."""
+    """Return mini-clip's values for each character: columns model, split, name, sort, n_images, own and identified."""
     rows = values[values["name"].isin(protected.CHARACTERS) & (values["scorer"] == "mini-clip")].copy()
     rows["split"] = ["test" if name in protected.PROMPTS["test"] else "development" for name in rows["name"]]
     return rows[["model", "split", "name", "sort", "n_images", "own", "identified"]].round(4)
 
 
 def unknown(values: pd.DataFrame) -> list[str]:
-    """Return the characters that a model does not know by heart, by the rule of this module."""
+    """Return the characters that a model does not know by heart."""
     direct = by_character(values).query("sort == 'direct'")
     return sorted(set(direct.loc[direct["identified"] < KNOWN, "name"]))
 
 
-def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
-    """Return the Markdown: a table by sort of prompt, and one by character."""
-    cells = table.assign(cell=[f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in table.itertuples()])
+def render_page(table: pd.DataFrame, values: pd.DataFrame, picture: str) -> str:
+    """Return the Markdown: a table by sort of prompt, one by character, and a link to the picture."""
+    cells = [with_interval("{:.2f}".format, row.value, row.low, row.high) for row in table.itertuples()]
+    cells = table.assign(cell=cells)
     keys = ["model", "scorer", "prompts", "n_prompts", "n_images"]
     wide = cells.pivot(index=keys, columns="statistic", values="cell")[list(STATISTICS)]
     wide = wide.reindex(pd.MultiIndex.from_frame(table[keys].drop_duplicates())).reset_index()
@@ -176,25 +164,29 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
         "training/memorised.md.j2",
         table=wide.to_markdown(index=False),
         by_name=by_name.reset_index().to_markdown(index=False),
+        picture=picture,
         pictures=len(pictures),
         designs=len({name for name, _ in pictures}),
         least=KNOWN,
     )
 
 
-def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]]) -> Sheet:
-    """Return rows of characters: for each model and sort a drawing beside its nearest artwork."""
-    pairs = {(column, one.name): [image, path] for column, found in drawn.items() for one, image, path in found}
+#: By model and sort of prompt: a request, its first image, and the file of the nearest artwork.
+Drawn = dict[str, list[tuple[Request, Image.Image, Path]]]
+
+
+def draw_sheet(drawn: Drawn) -> Sheet:
+    """Return a sheet of the characters: for each model and sort an image and its nearest artwork."""
+    pairs = {(column, request.name): [image, path] for column, rows in drawn.items() for request, image, path in rows}
     rows = [(name, [pairs[column, name] for column in drawn]) for name in protected.CHARACTERS]
     return contact_sheet(list(drawn), rows, tile=64)
 
 
-def drawn_by(model: str) -> tuple[list[dict], dict[str, list[tuple[Request, Image.Image, Path]]]]:
+def draw_with(model: str) -> tuple[list[dict], Drawn]:
     """Draw all requests with a model, on one thread.
 
     Returns:
-        The statistics of each prompt and scorer, and what `picture` shows: a drawing and its nearest artwork by
-        mini-clip, whatever it shows, in columns.
+        The statistics of each prompt and evaluation encoder, and the images with the nearest artwork by mini-clip.
     """
     torch.set_num_threads(1)
     encoders: list[Encoder] = [HFClip(project_path("models/mini-clip"), "mini-clip"), EffNetLite0()]
@@ -209,35 +201,25 @@ def drawn_by(model: str) -> tuple[list[dict], dict[str, list[tuple[Request, Imag
         tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
         for encoder, reference in zip(encoders, references, strict=True):
             cosines = similarities(encoder.embed_images(tensors), reference).numpy()
-            what = {"model": model, "scorer": encoder.name, "sort": request.sort, "name": request.name}
-            rows.append(what | {"n_images": len(images)} | measured(cosines, list(names), request.name))
+            facts = {"model": model, "scorer": encoder.name, "sort": request.sort, "name": request.name}
+            rows.append(facts | {"n_images": len(images)} | measure(cosines, list(names), request.name))
             if encoder is encoders[0] and request.sort in ("direct", "indirect"):
                 column = drawn.setdefault(f"{model.removeprefix('mini-')}, {request.sort}", [])
                 column.append((request, images[0], paths[int(cosines[0].argmax())]))
     return rows, drawn
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what the mini models have memorised of the protected designs")
-    parser.add_argument("--out", type=Path, default=PROJECT / "results")
-    arguments = parser.parse_args()
-    started = time.time()
+def measure_models(out: Path) -> None:
+    """Draw with both models, and write the tables, the page and the picture into a folder."""
     with ProcessPoolExecutor(len(MODELS), mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(drawn_by, MODELS))
-    rows = [row for found, _ in results for row in found]
-    drawn = {column: entries for _, found in results for column, entries in found.items()}
-    values = pd.DataFrame(rows)
-    table = tabulated(values)
-    write_text(arguments.out / "memorised.csv", table.to_csv(index=False, lineterminator="\n"))
-    named = by_character(values)
-    write_text(arguments.out / "memorised_by_character.csv", named.to_csv(index=False, lineterminator="\n"))
-    write_text(arguments.out / "memorised.md", rendered(table, values))
-    save(picture(drawn), arguments.out / "memorised")
-    print(rendered(table, values))
-    print(f"{arguments.out / 'memorised.md'}: {time.time() - started:.0f} s")
+        results = list(pool.map(draw_with, MODELS))
+    values = pd.DataFrame([row for rows, _ in results for row in rows])
+    drawn = {column: entries for _, columns in results for column, entries in columns.items()}
+    table, out = tabulate(values), project_path(out)
+    write_text(out / "memorised.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(out / "memorised_by_character.csv", by_character(values).to_csv(index=False, lineterminator="\n"))
+    picture, _ = save(draw_sheet(drawn), out / "memorised")
+    page = render_page(table, values, picture.name)
+    print(page, write_text(out / "memorised.md", page), sep="\n")
     if strangers := unknown(values):
         print(f"not known by heart, to be taken out of conf/characters/: {', '.join(strangers)}")
-
-
-if __name__ == "__main__":
-    main()

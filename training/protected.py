@@ -1,18 +1,15 @@
-"""Lay out the designs that play the protected assets of the mini models: `models/mini-protected/`.
+"""Lay out the designs that play the protected concepts of the mini models: `models/mini-protected/`.
 
-    python -m training.protected --npm DIR
-
-Some emoji that the mini models draw from their names are the characters. A character has artwork in several sets: some
-sets are what a method may be given (`guidance/NAME`), others are what similarity is measured to (`scoring/NAME`).
-`held_out` calibrates a threshold of detection: NAME holds a further picture of the character where there is one, every
-other folder shows none of the characters. Those others come from two kinds of emoji, three sets of each:
+Some emoji that the mini models draw from their names are the characters. A method may use a character's artwork in some
+sets (`guidance/NAME`); similarity is measured to that in other sets (`scoring/NAME`). `held_out` calibrates a threshold
+of detection: NAME holds a further image of the character where there is one, and every other folder shows none of the
+characters. Those come from two kinds of emoji, three sets of each:
 
 - held out by `data.hold_out`: absent from the last rounds of the denoisers' training, but not from the first weights
   (see models/mini-sdxl/README.md);
 - left out of every training data set (clocks, symbols, flags): no part of any mini model has ever seen them.
 """
 
-import argparse
 import random
 import re
 import shutil
@@ -25,9 +22,8 @@ from PIL import Image
 
 from experiments import PROJECT
 from experiments.methods.assets import MASK
-from experiments.tables.templates import render
 from training import data
-from training.reference import write_picture
+from training.reference import write_card, write_image
 from training.sources import Emoji, list_images, rasterise
 
 # Sets that share drawings stay together: Noto with its first version, Fluent with its flat form.
@@ -46,31 +42,21 @@ PROMPTS = {
 CHARACTERS = tuple(sorted(name for prompts in PROMPTS.values() for name in prompts))
 #: Things that can be drawn, from the emoji that no training data contain.
 NEVER_SEEN = (
-    "alarm clock",
-    "chequered flag",
-    "fleur-de-lis",
-    "footprints",
-    "hourglass done",
-    "mantelpiece clock",
-    "menorah",
-    "pirate flag",
-    "speaking head",
-    "stopwatch",
-    "timer clock",
-    "watch",
-)
+    "alarm clock", "chequered flag", "fleur-de-lis", "footprints", "hourglass done", "mantelpiece clock", "menorah",
+    "pirate flag", "speaking head", "stopwatch", "timer clock", "watch",
+)  # fmt: skip
 #: Held-out emoji that look like a character.
 _TOO_NEAR = {"mrs. claus", "mx claus"}
 N_HELD_OUT = 36
 
 
 def artwork(emoji: Iterable[Emoji]) -> dict[str, dict[str, int]]:
-    """Return where each emoji's artwork is: label in lower case -> set -> position; skin tones and genders left out."""
-    found: dict[str, dict[str, int]] = {}
+    """Return the positions of artwork without skin tone and gender: label in lower case -> set -> position."""
+    positions: dict[str, dict[str, int]] = {}
     for index, item in enumerate(emoji):
         if item.tone is None and item.gender is None:
-            found.setdefault(item.label.lower(), {})[item.style_set] = index
-    return found
+            positions.setdefault(item.label.lower(), {})[item.style_set] = index
+    return positions
 
 
 def held_out_labels(emoji: list[Emoji], count: int = N_HELD_OUT, seed: int = 0) -> list[str]:
@@ -94,7 +80,7 @@ def held_out_labels(emoji: list[Emoji], count: int = N_HELD_OUT, seed: int = 0) 
 
 
 def plan(emoji: list[Emoji], unseen: list[Emoji]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Decide which picture goes where.
+    """Decide which image lies in which folder.
 
     Args:
         emoji: all images of the training data's sources.
@@ -106,26 +92,42 @@ def plan(emoji: list[Emoji], unseen: list[Emoji]) -> tuple[dict[str, list[int]],
     Raises:
         ValueError: a character without artwork for guidance or scoring.
     """
-    known, folders = artwork(emoji), {}
+    positions, folders = artwork(emoji), {}
     for name in CHARACTERS:
         for role, sets in (("guidance", GUIDANCE), ("scoring", SCORING), ("held_out", POSITIVE)):
-            indices = [known[name][s] for s in sets if s in known.get(name, {})]
+            indices = [positions[name][s] for s in sets if s in positions.get(name, {})]
             if indices:
                 folders[f"{role}/{name}"] = indices
             elif role != "held_out":
                 raise ValueError(f"expected artwork of {name!r} in one of {sets} for {role}, got none; choose another")
     for label in held_out_labels(emoji):
-        folders[f"held_out/{label}"] = [known[label][s] for s in COMMON]
+        folders[f"held_out/{label}"] = [positions[label][s] for s in COMMON]
     never = artwork(unseen)
     return folders, {f"held_out/{label}": [never[label][s] for s in COMMON] for label in NEVER_SEEN}
 
 
-def card(used: list[Emoji], pictures: Counter[str]) -> str:
-    """Return the model card: what is here, from where, under which licences."""
-    return render(
-        "training/cards/mini-protected.md.j2",
+def lay_out(npm: Path, out: Path) -> None:
+    """Write all images, the masks of those for guidance, and the card."""
+    sources = list_images(npm), list_images(npm, left_out=True)
+    shutil.rmtree(out, ignore_errors=True)
+    used, counts = [], Counter()
+    for (emoji, documents), folders in zip(sources, plan(sources[0][0], sources[1][0]), strict=True):
+        for folder, indices in folders.items():
+            role, name = folder.split("/")
+            if role == "held_out":
+                role = "positive" if name in CHARACTERS else "negative"
+            for index in indices:
+                pixels = rasterise(documents[index])
+                path = write_image(pixels, out / folder, emoji[index])
+                if role == "guidance":  # where the design is, so that its background can be left out
+                    mask = Image.fromarray(pixels[..., 3]).point(lambda alpha: 255 * (alpha > 127)).convert("1")
+                    mask.save(path.with_name(f"{path.stem}{MASK}.png"))
+                used.append(emoji[index])
+                counts[role] += 1
+    write_card(
+        out,
         characters={split: sorted(prompts) for split, prompts in PROMPTS.items()},
-        pictures=pictures,
+        pictures=counts,
         mask=MASK,
         guidance=GUIDANCE,
         scoring=SCORING,
@@ -134,33 +136,4 @@ def card(used: list[Emoji], pictures: Counter[str]) -> str:
         never_seen=NEVER_SEEN,
         statistics=data.statistics(used),
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Lay out the mini models' protected designs")
-    parser.add_argument("--npm", type=Path, default=Path(".npm"), help="folder of the npm tarballs; fetched if absent")
-    parser.add_argument("--out", type=Path, default=Path("models/mini-protected"))
-    arguments = parser.parse_args()
-    sources = list_images(arguments.npm), list_images(arguments.npm, left_out=True)
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    used, pictures, size = [], Counter(), 0
-    for (emoji, documents), folders in zip(sources, plan(sources[0][0], sources[1][0]), strict=True):
-        for folder, indices in folders.items():
-            (arguments.out / folder).mkdir(parents=True)
-            role, name = folder.split("/")
-            kind = role if role != "held_out" else "positive" if name in CHARACTERS else "negative"
-            for index in indices:
-                pixels = rasterise(documents[index])
-                path = write_picture(pixels, arguments.out / folder, emoji[index])
-                if role == "guidance":  # where the design is, so that its background can be left out
-                    mask = path.with_name(f"{path.stem}{MASK}.png")
-                    Image.fromarray(pixels[..., 3]).point(lambda alpha: 255 * (alpha > 127)).convert("1").save(mask)
-                size += path.stat().st_size
-                used.append(emoji[index])
-                pictures[kind] += 1
-    (arguments.out / "README.md").write_text(card(used, pictures))
-    print(f"{arguments.out}: {dict(pictures)}, {size / 1e6:.2f} MB")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{out}: {dict(counts)}")

@@ -1,12 +1,9 @@
-"""Lay out the real images that the mini models' are compared with: `models/mini-reference/<category>/*.png`.
+"""Lay out the real images that the mini models are compared with: `models/mini-reference/<category>/*.png`.
 
-    python -m training.reference --data DIR/data
-
-A seeded draw from the artwork that the models were trained on, the same number from each evaluated category: what
-KID and CMMD need as the "real" side. Not a held-out set: it says how near the models come to their training artwork.
+A seeded draw from the training artwork, the same number from each evaluated category: the real side of KID and CMMD.
+It is no held-out set: it shows how near the models come to what they learnt from.
 """
 
-import argparse
 import random
 import shutil
 from pathlib import Path
@@ -15,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from experiments.tables.templates import render
-from training import data, taxonomy
+from training import taxonomy
+from training.data import load_table
 from training.sources import Emoji
 
 IMAGES_PER_CATEGORY = 16
@@ -40,33 +38,30 @@ def draw(emoji: list[Emoji], category: str, count: int = IMAGES_PER_CATEGORY, se
     return sorted(sorted(keys, key=keys.get, reverse=True)[:count])
 
 
-def write_picture(pixels: np.ndarray, folder: Path, item: Emoji) -> Path:
+def write_image(pixels: np.ndarray, folder: Path, item: Emoji) -> Path:
     """Write an image [128, 128, 4] on white, in 256 colours, named after its set and icon; return its path."""
-    picture = Image.fromarray(np.asarray(pixels), "RGBA")
-    white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    image = Image.fromarray(np.asarray(pixels), "RGBA")
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{item.style_set}-{item.icon}.png"
     white.quantize(256).save(path, optimize=True)
     return path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Lay out the mini models' real images")
-    parser.add_argument("--data", type=Path, required=True, help="the data folder of training.train")
-    parser.add_argument("--out", type=Path, default=Path("models/mini-reference"))
-    arguments = parser.parse_args()
-    emoji, statistics = data.load_table(arguments.data)
-    images = np.load(arguments.data / "images.npy", mmap_mode="r")
-    shutil.rmtree(arguments.out, ignore_errors=True)
+def write_card(folder: Path, **facts: object) -> None:
+    """Write the model card of a folder, from the template of its name."""
+    (folder / "README.md").write_text(render(f"training/cards/{folder.name}.md.j2", **facts))
+
+
+def lay_out(data: Path, out: Path) -> None:
+    """Write the images of all evaluated categories, and their card."""
+    emoji, statistics = load_table(data)
+    images = np.load(data / "images.npy", mmap_mode="r")
+    shutil.rmtree(out, ignore_errors=True)
     total = 0
     for category in taxonomy.EVALUATED:
-        (arguments.out / category).mkdir(parents=True)
         for index in draw(emoji, category):
-            write_picture(images[index], arguments.out / category, emoji[index])
+            write_image(images[index], out / category, emoji[index])
             total += 1
-    facts = {"total": total, "each": IMAGES_PER_CATEGORY, "statistics": statistics}
-    (arguments.out / "README.md").write_text(render("training/cards/mini-reference.md.j2", **facts))
-    print(f"{arguments.out}: {total} images")
-
-
-if __name__ == "__main__":
-    main()
+    write_card(out, total=total, each=IMAGES_PER_CATEGORY, statistics=statistics)
+    print(f"{out}: {total} images")

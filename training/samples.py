@@ -1,7 +1,5 @@
-"""Contact sheets of the small models: one row a category, seeds 0 to 3, drawn with the stock pipelines on the CPU."""
+"""Contact sheets of the small models: one row a category, seeds 0 to 3, unchosen, on the CPU."""
 
-import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +11,8 @@ from experiments.figures.style import pixels
 from training import taxonomy
 
 SCALES = (5.0, 3.5)
-SETTINGS = {  # what the models are meant to be run with, at any of the scales
+#: Arguments of the models' calls, at any of the scales.
+SETTINGS = {
     "mini-sdxl": {"num_inference_steps": 20},
     "mini-flux": {"num_inference_steps": 20, "height": 128, "width": 128, "max_sequence_length": 32},
 }
@@ -38,17 +37,9 @@ def sheet(
     return contact_sheet([f"guidance scale {scale:g}" for scale in scales], rows)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw contact sheets of the small models")
-    parser.add_argument("--models", type=Path, default=Path("models"))
-    args = parser.parse_args(argv)
+def draw_samples(models: Path) -> None:
+    """Write `samples.jpg` into the folder of each pipeline."""
     for name, settings in SETTINGS.items():
-        started, path = time.time(), args.models / name / "samples.jpg"
-        pipe = DiffusionPipeline.from_pretrained(args.models / name, torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(models / name, torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
-        pixels(sheet(pipe, settings, taxonomy.EVALUATED)).save(path, quality=80)
-        print(f"{path}: {time.time() - started:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+        pixels(sheet(pipe, settings, taxonomy.EVALUATED)).save(models / name / "samples.jpg", quality=80)

@@ -1,6 +1,5 @@
 """Emoji artwork from the npm packages of sources.yaml: fetched, told apart by emojibase's names, rasterised."""
 
-import hashlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from eval.files import content_hash
 from training import taxonomy
 
 IMAGE_SIZE = 128
@@ -65,7 +65,7 @@ class Emoji:
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """Path of a package's tarball, downloaded with `npm pack` when absent.
+    """Return the path of a package's tarball, downloaded with `npm pack` where it is absent.
 
     Raises:
         ValueError: if the tarball's checksum is not the pinned one.
@@ -75,25 +75,25 @@ def fetch(source: Source, folder: Path) -> Path:
     if not path.exists():
         name = f"{source.package}@{source.version}"
         subprocess.run(["npm", "pack", name, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise ValueError(f"{path}: expected sha256 {source.sha256}, got {found}; delete the file and fetch it again")
+    digest = content_hash(path)
+    if digest != source.sha256:
+        raise ValueError(f"{path}: expected sha256 {source.sha256}, got {digest}; delete the file and fetch it again")
     return path
 
 
 def _json_of(tarball: Path, *names: str) -> list[dict | list | None]:
-    """The given JSON members of an npm tarball (None for a missing one)."""
-    found: dict[str, dict | list] = {}
+    """Return JSON members of an npm tarball (None for a missing one)."""
+    members: dict[str, dict | list] = {}
     with tarfile.open(tarball) as tar:
         for member in tar:
             name = member.name.removeprefix("package/")
             if name in names:
-                found[name] = json.load(tar.extractfile(member))
-    return [found.get(name) for name in names]
+                members[name] = json.load(tar.extractfile(member))
+    return [members.get(name) for name in names]
 
 
 def _hex(code: str) -> str:
-    """Code points without the variation selector, which the packages write or leave out as they like."""
+    """Return code points without the variation selector, which only some packages write."""
     return "-".join(p for p in code.lower().split("-") if p != "fe0f")
 
 
@@ -106,7 +106,7 @@ def _compact(text: str) -> str:
 
 
 def known_emoji(names: Path, left_out: bool = False) -> tuple[dict[str, dict], dict[str, str]]:
-    """Emoji that are kept, by code points, and a dictionary from written names to code points (emojibase).
+    """Return the emoji that are kept, by code points, and the code points of written names (emojibase).
 
     `left_out` returns the others instead: symbols, flags, clocks and the like, which no training data contain.
     """
@@ -120,9 +120,9 @@ def known_emoji(names: Path, left_out: bool = False) -> tuple[dict[str, dict], d
         group, subgroup = group_of[str(entry["group"])], subgroup_of[str(entry["subgroup"])]
         label = entry["label"].replace("\u2019", "'")
         words = re.split(r"[^a-z]+", label.lower())
-        gender = "woman" if {"woman", "women"} & set(words) else "man" if {"man", "men"} & set(words) else None
-        if gender is None and "gender" in entry:
-            gender = {0: "woman", 1: "man"}[entry["gender"]]
+        gender = {0: "woman", 1: "man"}.get(entry.get("gender"))
+        for name, forms in (("man", {"man", "men"}), ("woman", {"woman", "women"})):
+            gender = name if forms & {*words} else gender
         for item in [entry, *entry.get("skins", [])]:
             code = _hex(item["hexcode"])
             for name in (item["label"].replace("\u2019", "'"), unicode_names.get(item["hexcode"], "")):
@@ -147,7 +147,7 @@ def known_emoji(names: Path, left_out: bool = False) -> tuple[dict[str, dict], d
 
 
 def list_images(npm: Path, left_out: bool = False) -> tuple[list[Emoji], list[str]]:
-    """Every usable icon and its SVG document, in an order that does not depend on the machine.
+    """Return every usable icon and its SVG document, in an order that does not depend on the machine.
 
     `left_out` lists the icons that the training data leave out instead; see `known_emoji`.
     """
@@ -180,7 +180,7 @@ def list_images(npm: Path, left_out: bool = False) -> tuple[list[Emoji], list[st
 
 
 def rasterise(document: str, size: int = IMAGE_SIZE) -> np.ndarray:
-    """An SVG document as uint8 RGBA [size, size, 4] (straight alpha), resvg's anti-aliasing."""
+    """Rasterise an SVG document to uint8 RGBA [size, size, 4] (straight alpha)."""
     import resvg_py
     from PIL import Image
 
@@ -192,6 +192,6 @@ def rasterise(document: str, size: int = IMAGE_SIZE) -> np.ndarray:
 
 
 def rasterise_all(documents: Sequence[str], processes: int | None = None) -> np.ndarray:
-    """All documents as uint8 [N, size, size, 4], in parallel processes."""
+    """Rasterise all documents to uint8 [N, size, size, 4], in parallel processes."""
     with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
         return np.stack(list(pool.map(rasterise, documents, chunksize=32)))

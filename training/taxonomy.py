@@ -1,4 +1,4 @@
-"""What each emoji is an example of: the categories of taxonomy.yaml, and the rules for people."""
+"""The categories of each emoji, by taxonomy.yaml and by rules for people."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ CATEGORY_WEIGHT: dict[str, float] = _DATA["category_weight"]
 
 
 def concept_of(label: str) -> str:
-    """Name shared by the gendered forms of one emoji, so that a split by concept keeps them together.
+    """Return the name that the gendered forms of an emoji share, so that a split by concept keeps them together.
 
     Args:
         label: emojibase label without skin tone, for example "woman firefighter" or "person: red hair".
 
     Returns:
-        The label without its gender word: "firefighter", "red hair"; "person" for the plain man, woman and person.
+        The label without its gender word: "firefighter", "red hair"; "person" for the man, woman and person.
     """
     words = label.replace(":", " ").split()
     gendered = ("man", "woman", "person", "men", "women", "people", "mr.", "mrs.", "mx")
@@ -31,7 +31,7 @@ def concept_of(label: str) -> str:
 
 
 def people_categories(label: str, subgroup: str, gender: str | None) -> dict[str, float]:
-    """Categories of an emoji of a human, by rule.
+    """Return the categories of an emoji of a human, by rule.
 
     Args:
         label: emojibase label without skin tone.
@@ -47,19 +47,18 @@ def people_categories(label: str, subgroup: str, gender: str | None) -> dict[str
         return {"child": _DATA["children"][label], "person": 0.3}
     weight = _DATA["subgroup_weight"][subgroup] * (0.4 if label in _DATA["old"] else 1.0)
     weight = _DATA["bust"].get(label, weight) * (3.0 if label in _DATA["bust"] else 1.0)
-    found = {"person": weight * (1.0 if gender != "woman" else 0.6)}
+    categories = {"person": weight * (1.0 if gender != "woman" else 0.6)}
     if gender:
-        found[gender] = weight
+        categories[gender] = weight
     concept = concept_of(label)
     if concept == "health worker":
-        found["doctor"] = {"man": 3.0, "woman": 1.0}.get(gender or "", 1.5)
+        categories["doctor"] = {"man": 3.0, "woman": 1.0}.get(gender or "", 1.5)
     if concept == "firefighter":
-        found["firefighter"] = {"man": 3.0, "woman": 1.0}.get(gender or "", 1.5)
-    return found
+        categories["firefighter"] = {"man": 3.0, "woman": 1.0}.get(gender or "", 1.5)
+    return categories
 
 
 def categories_of(label: str, subgroup: str, gender: str | None) -> dict[str, float]:
-    """All categories of an emoji with their typicality (empty for the rest of the world)."""
-    found = {name: float(members[label]) for name, members in OBJECTS.items() if label in members}
-    found.update(people_categories(label, subgroup, gender))
-    return found
+    """Return all categories of an emoji with their typicality; emoji outside of the taxonomy have none."""
+    objects = {name: float(members[label]) for name, members in OBJECTS.items() if label in members}
+    return objects | people_categories(label, subgroup, gender)

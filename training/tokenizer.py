@@ -15,11 +15,11 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_bpe(captions: Iterable[str], size: int = 2500) -> CLIPTokenizer:
-    """CLIP's kind of byte-pair tokenizer, with the start marker as id 0 and the end marker, which also pads, as id 1.
+    """Train a byte-pair tokenizer of CLIP's kind; the start marker is id 0, the end marker, which also pads, id 1.
 
     Args:
         captions: texts to learn the merges from.
-        size: of the vocabulary, at least the 512 single bytes and the two markers.
+        size: of the vocabulary, at least 514: the single bytes in two forms and the two markers.
 
     Raises:
         ValueError: if `size` leaves no room for the bytes.
@@ -58,7 +58,7 @@ def train_bpe(captions: Iterable[str], size: int = 2500) -> CLIPTokenizer:
 
 
 def train_words(captions: Iterable[str]) -> T5Tokenizer:
-    """A unigram tokenizer for T5: every word of the captions is one piece, other words fall apart into characters.
+    """Return a unigram tokenizer for T5: words of the captions are one piece, others fall apart into characters.
 
     The scores are set by hand: a trained unigram model splits words as short as "a".
     """
@@ -74,13 +74,13 @@ def train_words(captions: Iterable[str]) -> T5Tokenizer:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids [N, 32] int64, cut and padded as the pipelines do."""
+    """Return token ids [N, 32] int64, cut and padded as the pipelines do."""
     out = tokenizer(list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     return out.input_ids
 
 
 def build(captions: Sequence[str], folder: Path) -> None:
-    """Train both tokenizers and write them with the token ids of all captions and of the empty prompt (last row)."""
+    """Train both tokenizers and write them with the token ids of all captions."""
     bpe, words = train_bpe(captions), train_words(captions)
     bpe.save_pretrained(folder / "tokenizer")
     words.save_pretrained(folder / "tokenizer_2")

@@ -1,6 +1,5 @@
 """The denoiser of the SDXL-style pipeline: v-prediction with zero terminal signal, on the shared latents."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,25 +8,18 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from training.loop import (
-    Run,
-    Setting,
-    draw_times,
-    draw_variants,
-    fixed_rows,
-    load_rows,
-    make_optimizers,
-    prepare,
-    wait_for,
-)
+from training.loop import Run, TrainingArguments, make_optimizers
+from training.rows import Latents, Rows, wait_for
 from training.vae import CHANNELS
 
-DROPOUT = 0.1  # of the caption, for classifier-free guidance
-TIME_IDS = (128, 128, 0, 0, 128, 128)  # original size, crop, target size: what the pipeline sends at 128 x 128
+#: Share of captions that are left empty, for classifier-free guidance.
+DROPOUT = 0.1
+#: Original size, crop and target size: what the pipeline sends at 128 x 128.
+TIME_IDS = (128, 128, 0, 0, 128, 128)
 
 
 def make_model() -> UNet2DConditionModel:
-    """UNet2DConditionModel with self- and cross-attention at 16 x 16 and 8 x 8."""
+    """Return a UNet2DConditionModel with self- and cross-attention at 16 x 16 and 8 x 8."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=CHANNELS,
@@ -48,7 +40,7 @@ def make_model() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """The scheduler that the pipeline ships with; training takes its noise levels from it."""
+    """Return the scheduler that the pipeline ships with; training takes its noise levels from it."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -59,31 +51,30 @@ def make_scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def noised(latent: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy latents and the velocity to predict, both [N, C, H, W].
+def add_noise(latent: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute noisy latents and the velocity to predict, both [N, C, H, W].
 
     Args:
         latent: clean, [N, C, H, W].
         noise: unit normal, [N, C, H, W].
         alpha_bar: cumulative signal share of each sample's time, [N], in [0, 1].
     """
-    a, s = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
-    return a * latent + s * noise, a * noise - s * latent
+    signal, rest = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
+    return signal * latent + rest * noise, signal * noise - rest * latent
 
 
 @torch.no_grad()
-def encode_captions(work: Path, device: str, chunk: int = 2048) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the SDXL pipeline computes from each caption: states [U, 32, 256] and pooled [U, 128], half precision."""
-    ids = torch.load(work / "tokens.pt")["clip"]
+def encode_captions(work: Path, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode captions as the SDXL pipeline does: states [U, 32, 256] and pooled [U, 128], half precision."""
     one = CLIPTextModel.from_pretrained(work / "text_encoder").to(device).float().eval()
     two = CLIPTextModelWithProjection.from_pretrained(work / "text_encoder_2").to(device).float().eval()
     states, pooled = [], []
-    for i in range(0, len(ids), chunk):
-        part = ids[i : i + chunk].to(device).long()
-        a = one(input_ids=part, output_hidden_states=True)
-        b = two(input_ids=part, output_hidden_states=True)
-        states.append(torch.cat([a.hidden_states[-2], b.hidden_states[-2]], -1).half())
-        pooled.append(b.text_embeds.half())
+    for part in torch.load(work / "tokens.pt")["clip"].split(2048):
+        ids = part.to(device).long()
+        first = one(input_ids=ids, output_hidden_states=True)
+        second = two(input_ids=ids, output_hidden_states=True)
+        states.append(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1).half())
+        pooled.append(second.text_embeds.half())
     return torch.cat(states), torch.cat(pooled)
 
 
@@ -91,78 +82,57 @@ def predict(
     net: Callable[..., UNet2DConditionOutput],
     x: torch.Tensor,
     t: torch.Tensor,
-    words: torch.Tensor,
+    states: torch.Tensor,
     pooled: torch.Tensor,
 ) -> torch.Tensor:
-    """The velocity that the UNet predicts, float32 [N, C, 16, 16].
+    """Predict the velocity, float32 [N, C, 16, 16].
 
     Args:
         net: UNet, compiled or not.
         x: noisy latents [N, C, 16, 16].
         t: time steps, int64 [N].
-        words: states of the captions [N, 32, 256].
+        states: of the captions [N, 32, 256].
         pooled: of the captions [N, 128].
     """
-    added = {"text_embeds": pooled, "time_ids": _time_ids(len(x), x.device)}
+    time_ids = torch.tensor(TIME_IDS, device=x.device).float().expand(len(x), 6)
+    added = {"text_embeds": pooled, "time_ids": time_ids}
     x = x.contiguous(memory_format=torch.channels_last)
-    return net(x, t, encoder_hidden_states=words, added_cond_kwargs=added).sample.float()
+    return net(x, t, encoder_hidden_states=states, added_cond_kwargs=added).sample.float()
 
 
-@functools.cache
-def _time_ids(n: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([TIME_IDS], device=device).float().expand(n, 6)
-
-
-def train(setting: Setting, seed: int = 5) -> None:
-    """Train into `work/unet`; compiles on made-up data while the earlier stages still run."""
-    prepare(setting, seed)
-    device, batch, work, out = setting.device, setting.batch or 256, setting.work, setting.work / "unet"
-    model = UNet2DConditionModel.from_pretrained(out / "start") if (out / "start").exists() else make_model()
+def train(arguments: TrainingArguments, seed: int = 5) -> None:
+    """Train the UNet into `work/unet`, from `work/unet/start` where that is there."""
+    arguments.seed(seed)
+    device, batch, work = arguments.device, arguments.batch or 256, arguments.work
+    out, start = work / "unet", work / "unet" / "start"
+    model = UNet2DConditionModel.from_pretrained(start) if start.exists() else make_model()
     model = model.to(device, memory_format=torch.channels_last).train()
-    fast = setting.compiled(model)
-    for _ in range(2 if setting.on_gpu else 0):
-        z, t = torch.randn(batch, CHANNELS, 16, 16, device=device), torch.zeros(batch, device=device, dtype=torch.long)
-        words, pooled = torch.zeros(batch, 32, 256, device=device), torch.zeros(batch, 128, device=device)
-        with setting.autocast():
-            loss = predict(fast, z, t, words, pooled).square().mean()
-        loss.backward()
-        torch.cuda.synchronize()
-    model.zero_grad(set_to_none=True)
-    print("unet compiled", flush=True)
-
+    compiled = arguments.compiled(model)
     wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
-    row_image, row_caption = load_rows(work / "data", device)
-    latents = torch.load(work / "vae" / "latents.pt").to(device)
+    data = Latents(Rows(work / "data", device), torch.load(work / "vae" / "latents.pt").to(device))
     states, pooled = encode_captions(work, device)
     alpha_bar = make_scheduler().alphas_cumprod.to(device)
-    fixed = fixed_rows(work / "data", device)
-    dropout = DROPOUT if setting.recipe.dropout is None else setting.recipe.dropout
+    dropout = DROPOUT if arguments.dropout is None else arguments.dropout
+
+    def compute_loss(
+        net: Callable, z: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, caption: torch.Tensor, share: float
+    ) -> torch.Tensor:
+        t = (1000 * times).long().clamp(max=999)
+        x, v = add_noise(z, noise, alpha_bar[t])
+        keep = (torch.rand(len(z), device=device) >= share).float()  # an empty prompt is all zeros in this pipeline
+        text, condition = states[caption].float() * keep[:, None, None], pooled[caption].float() * keep[:, None]
+        with arguments.autocast():
+            predicted = predict(net, x, t, text, condition)
+        return (predicted - v).square().mean()
+
+    def compute_losses() -> dict[str, torch.Tensor]:
+        return {"loss": compute_loss(compiled, *data.draw(batch, arguments.times or "uniform"), dropout)}
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
-        losses = {}
-        with setting.autocast():
-            for name, (image, caption) in fixed.items():
-                g, z = torch.Generator(device).manual_seed(0), latents[image, 0].float()
-                t = torch.linspace(0, 999, len(z), device=device).long()
-                x, v = noised(z, torch.randn(z.shape, generator=g, device=device), alpha_bar[t])
-                predicted = predict(model, x, t, states[caption].float(), pooled[caption].float())
-                losses[name] = float((predicted - v).square().mean())
-        return losses
+        return data.measure(lambda *row: compute_loss(model, *row, 0.0))
 
-    optimizers = make_optimizers(setting, model, muon=2e-3, adam=1e-3)
-    run = Run("unet", setting, [model], optimizers, 0.999, lambda: model.save_pretrained(out / "model"), measure)
-    for _ in run:
-        row = torch.randint(len(row_image), (batch,), device=device)
-        z = latents[row_image[row], draw_variants(batch, device)].float()
-        caption = row_caption[row]
-        keep = (torch.rand(batch, device=device) >= dropout).float()  # an empty prompt is all zeros in this pipeline
-        t = (1000 * draw_times(batch, device, setting.recipe.times or "uniform")).long().clamp(max=999)
-        x, v = noised(z, torch.randn_like(z), alpha_bar[t])
-        words, condition = states[caption].float() * keep[:, None, None], pooled[caption].float() * keep[:, None]
-        with setting.autocast():
-            predicted = predict(fast, x, t, words, condition)
-        loss = (predicted - v).square().mean()
-        run.descend(loss)
-        run.log(loss=loss)
+    optimizers = make_optimizers(arguments, model, muon=2e-3, adam=1e-3)
+    run = Run("unet", arguments, [model], optimizers, 0.999, lambda: model.save_pretrained(out / "model"), measure)
+    run.fit(compute_losses)
     run.write_card(out, batch=batch, seed=seed)

@@ -3,13 +3,14 @@
 import torch
 from diffusers import AutoencoderKL
 
-from training.loop import VARIANTS, Images, Run, Setting, prepare, wait_for
+from training.loop import Run, TrainingArguments
+from training.rows import VARIANTS, Images, wait_for
 
 CHANNELS = 16
 
 
 def make_model() -> AutoencoderKL:
-    """AutoencoderKL with f = 8; scaling 1 and shift 0, because the statistics go into the quant convolutions."""
+    """Return an AutoencoderKL with f = 8; scaling is 1 and shift 0, for the quant convolutions take the statistics."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -40,17 +41,8 @@ class _RoundTrip(torch.nn.Module):
         return self.model.decoder(self.model.post_quant_conv(z)), mean, logvar
 
 
-class _Decode(torch.nn.Module):
-    def __init__(self, model: AutoencoderKL) -> None:
-        super().__init__()
-        self.convolution, self.decoder = model.post_quant_conv, model.decoder
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.convolution(z))
-
-
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Absolute error of the pixels and of their differences to the right and below; images [N, 3, H, W]."""
+    """Compute the absolute error of the pixels and of their differences to the right and below; images [N, 3, H, W]."""
     loss = (output - target).abs().mean()
     for dim in (-1, -2):
         loss = loss + (output.diff(dim=dim) - target.diff(dim=dim)).abs().mean()
@@ -76,130 +68,113 @@ def fold_statistics(model: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor)
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each image, both in [-1, 1]: [N]."""
+    """Compute the peak signal-to-noise ratio in dB of each image, both in [-1, 1]: [N]."""
     error = ((output.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
     return -10 * error.clamp(min=1e-10).log10()
 
 
 @torch.no_grad()
-def encode_all(model: AutoencoderKL, data: Images, setting: Setting) -> torch.Tensor:
-    """Latent means of every version of every image, half precision [N, VARIANTS, C, 16, 16]."""
-    n = len(data.rgba)
-    out = torch.empty(n, VARIANTS, CHANNELS, 16, 16, dtype=torch.float16)
-    for v in range(VARIANTS):
-        for i in range(0, n, 512):
-            index = torch.arange(i, min(i + 512, n), device=setting.device)
-            with setting.autocast():
-                pixels = data.render(index, torch.full_like(index, v)).contiguous(memory_format=torch.channels_last)
-                out[i : i + 512, v] = model.encode(pixels).latent_dist.mean.half().cpu()
-    return out
+def encode_all(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> torch.Tensor:
+    """Encode every version of every image into latent means, half precision [N, VARIANTS, C, 16, 16]."""
+    versions = []
+    for variant in range(VARIANTS):
+        parts = []
+        for index in torch.arange(len(data.rgba), device=arguments.device).split(512):
+            pixels = data.render(index, torch.full_like(index, variant))
+            with arguments.autocast():
+                latent = model.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+            parts.append(latent.half().cpu())
+        versions.append(torch.cat(parts))
+    return torch.stack(versions, dim=1)
 
 
 @torch.no_grad()
-def evaluate(model: AutoencoderKL, data: Images, setting: Setting) -> dict:
-    """PSNR on the held-out images (as drawn, on white) and on as many training images."""
-    result = {}
-    count = min(len(data.held_out), 512)
-    train = data.row_image[:count].cpu()
-    for name, chosen in (("held_out", data.held_out[:count]), ("train", train)):
+def evaluate(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> dict:
+    """Measure PSNR on at most 512 held-out images and on as many training images."""
+    quality, held_out = {}, data.held_out[:512].to(arguments.device)
+    for name, chosen in (("held_out", held_out), ("train", data.rows.image[: len(held_out)])):
         values = []
-        for i in range(0, len(chosen), 64):
-            index = chosen[i : i + 64].to(setting.device)
+        for index in chosen.split(64):
             target = data.render(index, torch.zeros_like(index))
-            with setting.autocast():
+            with arguments.autocast():
                 output = model.decode(model.encode(target).latent_dist.mean).sample
             values.append(psnr(output.float(), target))
-        result[f"psnr_{name}"] = round(float(torch.cat(values).mean()), 2) if values else None
-    return result
+        quality[f"psnr_{name}"] = round(float(torch.cat(values).mean()), 2) if len(chosen) else None
+    return quality
 
 
-def train(setting: Setting, seed: int = 3) -> None:
+def _optimizer(arguments: TrainingArguments, module: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), fused=arguments.on_gpu)
+
+
+def train(arguments: TrainingArguments, seed: int = 3) -> None:
     """Train the autoencoder, fold the statistics, and write all latents for the denoisers."""
-    prepare(setting, seed)
-    data = Images(setting.work / "data", setting.device)
-    model = make_model().to(setting.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1.5e-3, weight_decay=1e-4, betas=(0.9, 0.99), fused=setting.on_gpu
-    )
-    batch = setting.batch or 64
-    out = setting.work / "vae"
-    fast = setting.compiled(_RoundTrip(model))
-    for _ in range(2 if setting.on_gpu else 0):
-        pixels = torch.zeros(batch, 3, 128, 128, device=setting.device).contiguous(memory_format=torch.channels_last)
-        with setting.autocast():
-            fast(pixels, torch.zeros(batch, CHANNELS, 16, 16, device=setting.device))[0].float().mean().backward()
-    model.zero_grad(set_to_none=True)
-    print("vae compiled", flush=True)
+    arguments.seed(seed)
+    device, batch, out = arguments.device, arguments.batch or 64, arguments.work / "vae"
+    data = Images(arguments.work / "data", device)
+    model = make_model().to(device, memory_format=torch.channels_last)
+    compiled = arguments.compiled(_RoundTrip(model))
 
-    run = Run("vae", setting, [model], [optimizer], 0.998, lambda: model.save_pretrained(out / "checkpoint"))
-    for _ in run:
-        image, _, variant = data.draw(batch)
+    def compute_losses() -> dict[str, torch.Tensor]:
+        image, _, variant = data.rows.draw(batch)
         target = data.render(image, variant).contiguous(memory_format=torch.channels_last)
-        with setting.autocast():
-            noise = torch.randn(batch, CHANNELS, 16, 16, device=setting.device)
-            output, mean, logvar = fast(target, noise)
+        noise = torch.randn(batch, CHANNELS, 16, 16, device=device)
+        with arguments.autocast():
+            output, mean, logvar = compiled(target, noise)
         rec = reconstruction_loss(output.float(), target)
         kl = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
-        loss = rec + 1e-4 * kl
-        run.descend(loss)
-        run.log(rec=rec, kl=kl)
-    run.ema.copy_to(run.ema.live)
-    write_latents(model.eval(), data, setting)
-    run.write_card(out, batch=batch, seed=seed, quality=evaluate(model, data, setting))
+        return {"loss": rec + 1e-4 * kl, "rec": rec, "kl": kl}
+
+    optimizers = [_optimizer(arguments, model, 1.5e-3)]
+    run = Run("vae", arguments, [model], optimizers, 0.998, lambda: model.save_pretrained(out / "checkpoint"))
+    run.fit(compute_losses)
+    run.ema.copy_to(run.parameters)
+    write_latents(model.eval(), data, arguments)
+    run.write_card(out, batch=batch, seed=seed, quality=evaluate(model, data, arguments))
 
 
 @torch.no_grad()
-def write_latents(model: AutoencoderKL, data: Images, setting: Setting) -> None:
+def write_latents(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> None:
     """Fold the statistics of the training images' latents, and write all latents for the denoisers."""
-    out = setting.work / "vae"
-    latents = encode_all(model, data, setting)
-    seen = torch.tensor([not e.held_out for e in data.emoji])
-    kept = latents[seen].to(setting.device).float()
-    mean, std = kept.mean((0, 1, 3, 4)), kept.std((0, 1, 3, 4))
-    fold_statistics(model, mean, std)
-    mean, std = mean.cpu()[:, None, None], std.cpu()[:, None, None]
-    for i in range(0, len(latents), 1024):
-        latents[i : i + 1024] = ((latents[i : i + 1024].float() - mean) / std).half()
+    out = arguments.work / "vae"
+    latents = encode_all(model, data, arguments).float()
+    of_training = latents[torch.tensor([not item.held_out for item in data.emoji])]
+    mean, std = of_training.mean((0, 1, 3, 4)), of_training.std((0, 1, 3, 4))
+    fold_statistics(model, mean.to(arguments.device), std.to(arguments.device))
+    latents = ((latents - mean[:, None, None]) / std[:, None, None]).half()
     model.to(memory_format=torch.contiguous_format).save_pretrained(out / "model")
     torch.save(latents, out / "latents.tmp")
     (out / "latents.tmp").rename(out / "latents.pt")
 
 
-def refine_decoder(setting: Setting, seed: int = 4) -> None:
+def refine_decoder(arguments: TrainingArguments, seed: int = 4) -> None:
     """Train the decoder further on the final, fixed latents, half of them with a little noise.
 
     Denoisers make latents that no encoder would: a decoder that has seen noise draws clean edges from them.
     """
-    wait_for(setting.work / "vae" / "latents.pt")
-    prepare(setting, seed)
-    data = Images(setting.work / "data", setting.device)
-    latents = torch.load(setting.work / "vae" / "latents.pt").to(setting.device)
-    model = (
-        AutoencoderKL.from_pretrained(setting.work / "vae" / "model")
-        .to(setting.device, memory_format=torch.channels_last)
-        .train()
-    )
-    part = _Decode(model)
-    fast = setting.compiled(part)
+    arguments.seed(seed)
+    device, batch, out = arguments.device, arguments.batch or 64, arguments.work / "decoder"
+    wait_for(arguments.work / "vae" / "latents.pt")
+    data = Images(arguments.work / "data", device)
+    latents = torch.load(arguments.work / "vae" / "latents.pt").to(device)
+    model = AutoencoderKL.from_pretrained(arguments.work / "vae" / "model")
+    model = model.to(device, memory_format=torch.channels_last).train()
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        part.parameters(), lr=8e-4, weight_decay=1e-4, betas=(0.9, 0.99), fused=setting.on_gpu
-    )
-    batch = setting.batch or 64
-    out = setting.work / "decoder"
+    decoder = torch.nn.Sequential(model.post_quant_conv, model.decoder)
+    compiled = arguments.compiled(decoder)
 
-    run = Run("decoder", setting, [model], [optimizer], 0.999, lambda: model.save_pretrained(out / "model"))
-    for _ in run:
-        image, _, variant = data.draw(batch)
-        target = data.render(image, variant)
+    def compute_losses() -> dict[str, torch.Tensor]:
+        image, _, variant = data.rows.draw(batch)
         z = latents[image, variant].float()
-        noise = 0.12 * torch.rand(batch, 1, 1, 1, device=z.device) * (torch.rand(batch, 1, 1, 1, device=z.device) < 0.5)
-        z = (z + noise * torch.randn_like(z)).contiguous(memory_format=torch.channels_last)
-        with setting.autocast():
-            output = fast(z)
-        loss = reconstruction_loss(output.float(), target)
-        run.descend(loss)
-        run.log(loss=loss)
-    with run.ema.swapped():
-        run.write_card(out, batch=batch, seed=seed, quality=evaluate(model.eval(), data, setting))
+        strength, noisy = torch.rand(2, batch, 1, 1, 1, device=device)
+        z = z + 0.12 * strength * (noisy < 0.5) * torch.randn_like(z)
+        with arguments.autocast():
+            output = compiled(z.contiguous(memory_format=torch.channels_last))
+        return {"loss": reconstruction_loss(output.float(), data.render(image, variant))}
+
+    optimizers = [_optimizer(arguments, decoder, 8e-4)]
+    run = Run("decoder", arguments, [model], optimizers, 0.999, lambda: model.save_pretrained(out / "model"))
+    run.fit(compute_losses)
+    with run.averaged():
+        run.write_card(out, batch=batch, seed=seed, quality=evaluate(model.eval(), data, arguments))

@@ -1,4 +1,4 @@
-"""What the method costs: time and memory of the same calls without and with it, in turns, in one process.
+"""Measure the cost of NegToMe: time and memory of the same calls without and with it, in turns, in one process.
 
     python -m experiments latency experiment=latency
     python -m experiments latency experiment=latency latency.only=[sdxl-1024] force=true

@@ -12,18 +12,15 @@ from experiments.configs import build, flag
 from experiments.plan import first
 from negtome import NegToMeConfig
 
-#: The variant that all others are compared with.
-PLAIN = "none"
-#: The method as it is by default: what the profile and, unless they say otherwise, the targets are of.
-METHOD = "first"
-#: The row of the floor: plain steps and, in the window, the bare matrix products and one pass over the tokens.
-BOUND = "lower_bound"
+#: The baseline, the method with its default settings, and the lower bound: steps of the baseline plus, in the timestep
+#: range, the bare matrix products and one pass over the tokens.
+PLAIN, METHOD, BOUND = "none", "first", "lower_bound"
 Window = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that are compared; its settings are explained in conf/experiment/latency.yaml."""
+    """One way to call the pipeline; conf/experiment/latency.yaml explains the settings."""
 
     name: str
     via: str
@@ -38,21 +35,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration that is measured with several variants, the first of which is the plain pipeline.
+    """One configuration that is measured with several variants, the first of which is the baseline.
 
-    Its rows belong to a part: to the "table", or to a curve, over "batch" or "resolution". Those for `curve_windows`
-    belong to the part "window", and what a step of the table's method is made of to "profile".
+    Its rows belong to a part: the "table", or a curve over "batch" or "resolution". Rows for `curve_windows` belong to
+    the part "window", and the operations of a step to "profile".
     """
 
     part: str
     model: DictConfig
-    strengths: NegToMeConfig  # the model's own in conf/method/negtome.yaml
-    side: int  # of the images in pixels
+    strengths: NegToMeConfig  # the model's in conf/method/negtome.yaml
+    side: int  # pixels of an image
     batch: int  # images in a call, all of one prompt
     variants: tuple[Variant, ...]
-    rounds: int  # everything is measured twice in each
-    steps: tuple[int, int] | None  # in and out of the window in a measured call; None: the model's own number
-    windows: tuple[Window, ...]  # (low, high) in training timesteps that whole calls are stated for
+    rounds: int  # each measures every variant twice
+    steps: tuple[int, int] | None  # inside and outside the range in a measured call; None: the model's number
+    windows: tuple[Window, ...]  # (low, high) timestep ranges that whole calls are stated for
     curve_windows: tuple[Window, ...] = ()
     curve_variants: tuple[str, ...] = ()
 
@@ -72,10 +69,10 @@ class Case:
 
 @functools.cache  # a suite composes the same few over and over, a third of a second each
 def composed(*overrides: str) -> DictConfig:
-    """Compose what a command line asks for.
+    """Compose a command line.
 
     Raises:
-        ValueError: it is another experiment.
+        ValueError: it names another experiment.
     """
     cfg = first(["method=negtome", *overrides])
     if "latency" not in cfg:
@@ -84,10 +81,10 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def configured_cases(overrides: Sequence[str]) -> Iterator[Case]:
-    """Yield the cases that a command line asks for, the table's first.
+    """Yield the cases of a command line, the table's first.
 
     Raises:
-        ValueError: there is no such suite or case, or a model is asked for.
+        ValueError: the suite or a case is unknown, or a model is named.
     """
     if any(text.startswith("model=") for text in overrides):
         raise ValueError("expected no model=, which the suite chooses; choose among its cases with latency.only=[NAME]")
@@ -97,32 +94,36 @@ def configured_cases(overrides: Sequence[str]) -> Iterator[Case]:
         suite = "full" if select_device(cfg.device).startswith("cuda") else "mini"
     if suite not in ("mini", "full"):
         raise ValueError(f"latency.suite must be auto, mini or full, got {suite!r}.")
-    asked = [kind for kind in ("cases", "curves") if flag(cfg, f"latency.{kind}")]
+    kinds = [kind for kind in ("cases", "curves") if flag(cfg, f"latency.{kind}")]
     names = {*settings[suite].cases, *settings[suite].curves}
     if settings.only is not None and not (OmegaConf.is_list(settings.only) and set(settings.only) <= names):
         raise ValueError(f"latency.only must name cases of the suite {suite}, {sorted(names)}, got {settings.only}.")
     specs = OmegaConf.to_container(settings.variants, resolve=True)
     variants = tuple(Variant(name, **spec) for name, spec in specs.items())
-    drawn = tuple(settings.curve_variants)
-    few = tuple(variant for variant in variants if variant.name in drawn)
-    lows = settings.curve_windows if "curves" in asked else ()
-    for kind in asked:
+    of_curves = tuple(variant for variant in variants if variant.name in settings.curve_variants)
+    windows = [(float(low), 1000.0) for low in settings.curve_windows] if "curves" in kinds else []
+    window_curve = {"curve_windows": tuple(windows), "curve_variants": tuple(settings.curve_variants)}
+    for kind in kinds:
         for name, spec in settings[suite][kind].items():
             if settings.only is not None and name not in settings.only:
                 continue
-            own = composed(*overrides, f"model={spec.model}")
-            strengths = build(own.method).config.published_for(own.model.architecture)
-            common = {
-                "model": own.model,
-                "strengths": strengths,
-                "variants": variants if kind == "cases" else few,
-                "rounds": spec.rounds,
-                "steps": None if spec.steps is None else (spec.steps.inside, spec.steps.outside),
-                "windows": tuple(tuple(window) for window in spec.get("windows") or [strengths.timestep_range]),
-            }
+            common = _common(composed(*overrides, f"model={spec.model}"), spec)
             if kind == "cases":
-                curve = {"curve_windows": tuple((float(low), 1000.0) for low in lows), "curve_variants": drawn}
-                yield Case("table", side=spec.side, batch=spec.batch, **common, **curve)
-            else:
-                yield from (Case("batch", side=spec.side, batch=batch, **common) for batch in spec.batches)
-                yield from (Case("resolution", side=side, batch=spec.batch, **common) for side in spec.sides)
+                yield Case("table", side=spec.side, batch=spec.batch, variants=variants, **common, **window_curve)
+                continue
+            for batch in spec.batches:
+                yield Case("batch", side=spec.side, batch=batch, variants=of_curves, **common)
+            for side in spec.sides:
+                yield Case("resolution", side=side, batch=spec.batch, variants=of_curves, **common)
+
+
+def _common(cfg: DictConfig, spec: DictConfig) -> dict[str, Any]:
+    """Return the fields that all cases of a model's entry share."""
+    strengths = build(cfg.method).config.published_for(cfg.model.architecture)
+    return {
+        "model": cfg.model,
+        "strengths": strengths,
+        "rounds": spec.rounds,
+        "steps": None if spec.steps is None else (spec.steps.inside, spec.steps.outside),
+        "windows": tuple(tuple(window) for window in spec.get("windows") or [strengths.timestep_range]),
+    }

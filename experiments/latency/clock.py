@@ -1,16 +1,14 @@
-"""How calls of a pipeline are timed: step by step, every variant in its turn.
+"""Timing of pipeline calls, step by step, every variant in its turn.
 
 A round calls the pipeline once for every variant and then once more in the opposite order, so that a drift of the
-machine falls on all of them alike. A step is what lies between two of the pipeline's callbacks at the end of a step:
-denoiser, guidance, scheduler and whatever they wait for. On CUDA it is taken with events in the stream, without waiting
-for the device in between; elsewhere with the clock. Every ratio is of the same steps of the same round; stated is the
-median over rounds, and the interval that holds it whatever the distribution. Calls differ among each other by more than
-the steps within one, so rounds are many and calls short.
+machine falls on all of them alike. A step lies between two of the pipeline's callbacks: denoiser, guidance and
+scheduler. On CUDA it is timed by events in the stream, without waiting for the device; elsewhere by the wall clock.
 """
 
 import gc
 import itertools
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +23,12 @@ from negtome.sites import find_architecture
 
 
 class Timing(NamedTuple):
-    """Measured calls, or one, of which the leading dimensions are left out.
+    """Measured calls, or one call without the leading dimensions.
 
     Attributes:
         steps: [rounds, calls, steps] seconds of each step.
         seconds: [rounds, calls] of the whole call.
-        peak: [rounds, calls] of memory, in bytes; NaN where it is not known, as on a CPU.
+        peak: [rounds, calls] of memory, in bytes; NaN where it is unknown, as on a CPU.
         pushed_share: [rounds, calls] of the compared tokens; NaN where nothing was attached.
     """
 
@@ -41,18 +39,18 @@ class Timing(NamedTuple):
 
 
 def inside_of(timesteps: Sequence[float], window: Window) -> np.ndarray:
-    """Tell for each training timestep whether a window contains it."""
+    """Tell for each training timestep whether a timestep range contains it."""
     return np.array([*map(negtome.NegToMeConfig(timestep_range=window).is_active, timesteps)])
 
 
 def take_rounds(names: Sequence[str], rounds: int, run: Callable[[str], Timing], label: str = "") -> dict[str, Timing]:
-    """Measure every variant twice a round, there and back; all of a variant's calls in one."""
+    """Measure every variant twice a round, there and back, and join all calls of a variant."""
     calls: dict[str, list[Timing]] = {name: [] for name in names}
     for name in tqdm((*names, *reversed(names)) * rounds, desc=label, unit="call", dynamic_ncols=True):
         calls[name].append(run(name))
     return {
-        name: Timing(*(np.reshape(values, (rounds, 2, *np.shape(values)[1:])) for values in zip(*taken, strict=True)))
-        for name, taken in calls.items()
+        name: Timing(*(np.reshape(values, (rounds, 2, *np.shape(values)[1:])) for values in zip(*timings, strict=True)))
+        for name, timings in calls.items()
     }
 
 
@@ -61,47 +59,47 @@ def time_call(pipe: Any, call: Mapping[str, Any], device: str, attached: negtome
     cuda = device.startswith("cuda")
     marks: list[Any] = []
 
+    def read_clock() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
     def mark() -> None:
         if cuda:
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
         else:
-            synchronize(device)
-            marks.append(time.perf_counter())
+            marks.append(read_clock())
 
-    gc.collect(1)  # what the last call left; all of it would take as long as a small model's call
-    synchronize(device)
+    gc.collect(1)  # what the last call left; a full collection would take as long as a small model's call
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        **call,
+        "generator": torch.Generator().manual_seed(0),
+        "callback_on_step_end": lambda _, index, timestep, tensors: mark() or tensors,
+    }
     progress_bar = pipe.progress_bar
     pipe.progress_bar = lambda *args, **kwargs: mark() or progress_bar(*args, **kwargs)
-    gc.disable()
     try:
-        start = time.perf_counter()
-        pipe(**call, generator=generator, callback_on_step_end=lambda _, index, timestep, tensors: mark() or tensors)
-        synchronize(device)
-        seconds = time.perf_counter() - start
+        seconds = timeit.timeit(lambda: pipe(**arguments), timer=read_clock, number=1)  # without garbage collection
     finally:
-        gc.enable()
         del pipe.progress_bar
-    timing = Timing([a.elapsed_time(b) / 1000 if cuda else b - a for a, b in itertools.pairwise(marks)], seconds)
-    if cuda:
-        timing = timing._replace(peak=torch.cuda.max_memory_allocated(device))
-    if attached is not None:
-        done = attached.summary()
-        timing = timing._replace(pushed_share=done["tokens_pushed"] / max(1, done["tokens_compared"]))
-    return timing
+    steps = [a.elapsed_time(b) / 1000 if cuda else b - a for a, b in itertools.pairwise(marks)]
+    peak = torch.cuda.max_memory_allocated(device) if cuda else np.nan
+    if attached is None:
+        return Timing(steps, seconds, peak)
+    summary = attached.summary()
+    return Timing(steps, seconds, peak, summary["tokens_pushed"] / max(1, summary["tokens_compared"]))
 
 
 def timesteps_of(pipe: Any, call: Mapping[str, Any]) -> list[float]:
-    """Return the training timesteps of a call's steps, from a run of the pipeline with a denoiser that does nothing."""
+    """Return the training timesteps of a call's steps, by a call with a denoiser that returns zeros."""
     denoiser = denoiser_of(pipe)
 
-    def nothing(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    def zeros(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         return (torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),)
 
-    denoiser.forward = nothing
+    denoiser.forward = zeros
     try:
         pipe(**{**call, "output_type": "latent"})
     finally:

@@ -1,4 +1,4 @@
-"""A case is measured: its pipeline, every variant in turns, the floor and the profile."""
+"""Measure a case: its pipeline, every variant in turns, the lower bound and the profile."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import logging
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,17 +30,17 @@ from experiments.runs.identity import current_commit, short_digest
 
 log = logging.getLogger(__name__)
 
-#: Raised whenever the same settings would take another time: where what is timed has become faster or slower, or is
-#: timed in another way. A new one, or a new version of a timed method, has every case measured anew.
+#: Raised whenever the same settings would take another time. A new number, or a new version of a timed method, has
+#: every case measured again.
 LATENCY_VERSION = 1
-#: For how long each kernel of the floor is repeated, in seconds.
+#: Seconds for which each kernel of the lower bound is repeated.
 REPEATED = 0.05
 #: Shapes of the two factors of a batched matrix product.
 Product = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 def find_weights(model: DictConfig, wanted: str) -> str:
-    """Return the fingerprint of the weights that are measured, or "random"; raises where there are none."""
+    """Return the fingerprint of the weights to measure, or "random"; raise where a checkpoint is missing."""
     if wanted not in ("auto", "random", "checkpoint"):
         raise ValueError(f"latency.weights must be auto, random or checkpoint, got {wanted!r}")
     if wanted == "random":
@@ -50,14 +50,14 @@ def find_weights(model: DictConfig, wanted: str) -> str:
     return checkpoints.local_fingerprint(model) or "random"
 
 
-#: The last pipeline, by what it was made of, since the cases of a suite mostly share theirs.
+#: The last pipeline, by its settings: the cases of a suite mostly share theirs.
 _loaded: dict[tuple[Any, ...], Any] = {}
 
 
 def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> Any:
     key = OmegaConf.to_yaml(model, resolve=True), weights, device, cfg.compile
     if key not in _loaded:
-        _loaded.clear()  # two of full size do not fit beside each other
+        _loaded.clear()  # the device has no room for two of full size
         _free()
         if weights == "random":
             spec = cfg.latency.random[model.architecture]
@@ -74,16 +74,16 @@ def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> 
 
 
 def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict[str, Any]]:
-    """Measure one case, of the weights that `find_weights` found; return its rows, without the columns of `origin`.
+    """Measure one case with the weights of `find_weights`; return its rows, without the columns of `origin`.
 
     Raises:
-        ValueError: the steps of the case do not lie on both sides of a window.
+        ValueError: the steps of the case do not lie on both sides of a timestep range.
     """
     if device == "cpu":
         torch.set_num_threads(cfg.latency.threads)
     pipe = _pipeline(case.model, weights, cfg, device)
     call = _call(case, pipe, weights, cfg)
-    steps = whole = clock.timesteps_of(pipe, call)
+    steps = steps_of_call = clock.timesteps_of(pipe, call)
     window = case.windows[0]
     if case.steps is not None:
         call["num_inference_steps"] = sum(case.steps)
@@ -93,45 +93,51 @@ def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict
     if mask.all() or not mask.any():
         raise ValueError(f"{case.label}: expected steps in and out of {window}, got {steps}")
 
-    picture = negtome.Reference(torch.rand(3, case.side, case.side, generator=torch.Generator().manual_seed(1)))
-    variants = {variant.name: variant for variant in case.variants}
-    windows = {name: (steps[0],) * 2 if variant.outside else window for name, variant in variants.items()}
     configs = {
-        name: case.strengths.replace(**{**variant.config, "timestep_range": windows[name]})
-        for name, variant in variants.items()
+        variant.name: case.strengths.replace(
+            **{**variant.config, "timestep_range": (steps[0],) * 2 if variant.outside else window}
+        )
+        for variant in case.variants
     }
-    attach = {name: functools.partial(attached, pipe, variants[name], configs[name], picture) for name in variants}
+    picture = negtome.Reference(torch.rand(3, case.side, case.side, generator=torch.Generator().manual_seed(1)))
+    attach = {
+        variant.name: functools.partial(attached, pipe, variant, configs[variant.name], picture)
+        for variant in case.variants
+    }
 
     def run(name: str) -> clock.Timing:
         with attach[name]() as attachment:
             return clock.time_call(pipe, call, device, attachment)
 
-    fit, timings, parts = [], {}, pd.DataFrame()
-    for name in variants:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            run(name)  # what is done once is done
-            fit.append(name)
-        if name not in fit:
-            log.warning("%s: %s does not fit into the device's memory", case.label, name)
-            _free()  # once the error is gone, and its frames with it
-    if PLAIN in fit:
-        found = products(pipe, call, configs[PLAIN], int(mask.sum()))
-        timings = clock.take_rounds(fit, case.rounds, run, case.label)
-        bound = lower_bound(found, device, clock.denoiser_of(pipe).dtype)
+    names, timings, parts = [name for name in attach if _fits(case, name, run)], {}, pd.DataFrame()
+    if PLAIN in names:
+        shapes = products(pipe, call, configs[PLAIN], int(mask.sum()))
+        timings = clock.take_rounds(names, case.rounds, run, case.label)
+        bound = lower_bound(shapes, device, clock.denoiser_of(pipe).dtype)
         timings[BOUND] = with_bound(timings[PLAIN], mask, bound)
-        if case.part == "table" and METHOD in fit and not cfg.compile:
+        if case.part == "table" and METHOD in names and not cfg.compile:
             once = functools.partial(clock.time_call, pipe, call, device)
             parts = profile.parts(pipe, attach[METHOD], once, case.rounds, device)
-    rows = rows_of(case, steps, whole, configs, timings, cfg.bootstrap.level)
+    rows = rows_of(case, steps, steps_of_call, configs, timings, cfg.bootstrap.level)
     profiled = {"part": "profile", "variant": METHOD, **measured_steps(case, mask)}
     return [*rows, *(profiled | part for part in parts.reset_index().to_dict("records"))]
+
+
+def _fits(case: Case, name: str, run: Callable[[str], object]) -> bool:
+    """Run a variant once, which also warms up, and tell whether it fits into the device's memory."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        run(name)
+        return True
+    log.warning("%s: %s does not fit into the device's memory", case.label, name)
+    _free()  # outside of the block above, for the error's frames hold tensors
+    return False
 
 
 @contextlib.contextmanager
 def attached(
     pipe: Any, variant: Variant, config: negtome.NegToMeConfig, picture: negtome.Reference
 ) -> Iterator[negtome.Attachment | None]:
-    """Put a variant into the pipeline for the length of the block."""
+    """Attach a variant to the pipeline for the length of the block."""
     attach = {
         "plain": contextlib.nullcontext,
         "negtome": lambda: negtome.attach(pipe, config, references=picture if variant.picture else None),
@@ -145,7 +151,7 @@ def attached(
 
 def _free() -> None:
     gc.collect()
-    torch.cuda.empty_cache()  # which does nothing where there is no CUDA
+    torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 def _call(case: Case, pipe: Any, weights: str, cfg: DictConfig) -> dict[str, Any]:
@@ -156,36 +162,36 @@ def _call(case: Case, pipe: Any, weights: str, cfg: DictConfig) -> dict[str, Any
         spec = cfg.latency.random[case.model.architecture]
         text = random_weights.embeddings(pipe, spec, case.batch, call.get("max_sequence_length"))
         return call | text | {"output_type": "latent"}
-    # A composed call has no image at its end; a whole one is what a user waits for.
+    # A composed call has no image at its end; a user waits for a call with images.
     return call | {"prompt": "a photo of a dog", "output_type": "pil" if case.steps is None else "latent"}
 
 
 def products(pipe: Any, call: Mapping[str, Any], config: negtome.NegToMeConfig, steps: int) -> Counter[Product]:
-    """Count what one step in the window compares, of a call that has `steps` of them; costs one plain call.
+    """Count the products of one step in the timestep range, of a call with so many such `steps`; costs one call.
 
-    Each product is of an attention's image tokens: those of all images of each half of the batch but the first, with
-    those of the first one.
+    Each product multiplies an attention's image tokens: in each chunk of the batch, those of all images but the first
+    by those of the first.
     """
-    seen: Counter[Product] = Counter()
+    counts: Counter[Product] = Counter()
 
-    def note(features: torch.Tensor, halves: int, _: negtome.NegToMeConfig) -> torch.Tensor:
-        images, (tokens, channels) = len(features) // halves, features.shape[1:]
-        seen[(halves, (images - 1) * tokens, channels), (halves, channels, tokens)] += 1
+    def count(features: torch.Tensor, chunks: int, _: negtome.NegToMeConfig) -> torch.Tensor:
+        images, (tokens, channels) = len(features) // chunks, features.shape[1:]
+        counts[(chunks, (images - 1) * tokens, channels), (chunks, channels, tokens)] += 1
         return features
 
-    with naive.attach(pipe, config, note):
+    with naive.attach(pipe, config, count):
         pipe(**{**call, "output_type": "latent"})
-    return Counter({product: count // steps for product, count in seen.items()})
+    return Counter({product: number // steps for product, number in counts.items()})
 
 
-def lower_bound(found: Mapping[Product, int], device: str, dtype: torch.dtype) -> float:
-    """Measure what one step of the window must cost at least, in seconds.
+def lower_bound(counts: Mapping[Product, int], device: str, dtype: torch.dtype) -> float:
+    """Measure the least cost of one step in the timestep range, in seconds.
 
-    That is, for every site: the bare matrix product, and one pass over memory that reads and writes the tokens that
-    move, which are its first factor.
+    It has, for every hook point, the bare matrix product, and one pass over memory that reads and writes the tokens
+    that move, which are the product's first factor.
     """
     seconds = 0.0
-    for shapes, count in found.items():
+    for shapes, count in counts.items():
         left, right = (torch.randn(*shape, device=device).to(dtype) for shape in shapes)
         names = {"bmm": torch.bmm, "left": left, "right": right, "product": left @ right, "moved": left.clone()}
         for work in ("bmm(left, right, out=product)", "moved.copy_(left)"):
@@ -195,8 +201,9 @@ def lower_bound(found: Mapping[Product, int], device: str, dtype: torch.dtype) -
 
 
 def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, Any]:
-    """Return the columns that all rows of a case share; `setting` identifies all that its measurement depends on."""
+    """Return the columns that all rows of a case share; `setting` digests all that its measurement depends on."""
     cuda = device.startswith("cuda")
+    device_name = torch.cuda.get_device_name(device) if cuda else device
     columns = {
         "experiment": cfg.name,
         "model": case.model.name,
@@ -206,7 +213,7 @@ def origin(case: Case, cfg: DictConfig, device: str, weights: str) -> dict[str, 
         "steps": case.model.call.num_inference_steps,
         "dtype": case.model.dtype,
         "compiled": flag(cfg, "compile"),
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name() if device == "cpu" else device,
+        "device": _cpu_name() if device == "cpu" else device_name,
         "threads": cfg.latency.threads if device == "cpu" else None,
         "torch": version("torch"),
         "diffusers": version("diffusers"),

@@ -1,4 +1,4 @@
-"""The cases of a suite are measured, as far as the table lacks them; then tables and figures are written."""
+"""Measure the cases of a suite that the table lacks, then write tables and figures."""
 
 import logging
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """Read the table, if there is one; columns that one of an earlier version does not have are empty."""
+    """Read the table, if there is one; columns that an earlier version lacks are empty."""
     return read_csv(path).reindex(columns=COLUMNS) if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
 def run(overrides: Sequence[str]) -> str:
-    """Measure what is not in the table yet, write tables and figures, and return the tables as Markdown.
+    """Measure the cases that the table lacks, write tables and figures, and return the tables as Markdown.
 
     Raises:
-        ValueError: the configuration asks for something that is not measured.
-        FileNotFoundError: a checkpoint is not there, or there is nothing to make tables of.
+        ValueError: the configuration is not one that can be measured.
+        FileNotFoundError: a checkpoint or the table is missing.
     """
     cfg = composed(*overrides)
     force = flag(cfg, "force")
@@ -38,12 +38,12 @@ def run(overrides: Sequence[str]) -> str:
     path = folder / f"{cfg.name}.csv"
     for case in configured_cases(overrides):
         weights = find_weights(case.model, cfg.latency.weights)
-        common, known = origin(case, cfg, device, weights), read_rows(path)
-        if not force and ((known["setting"] == common["setting"]) & (known["part"] == case.part)).any():
+        common, rows = origin(case, cfg, device, weights), read_rows(path)
+        if not force and ((rows["setting"] == common["setting"]) & (rows["part"] == case.part)).any():
             log.info("%s (%s): measured already", case.label, case.part)
             continue
-        rows = [common | row for row in measure(case, weights, cfg, device)]
-        put_rows(path, rows, COLUMNS, CONFIGURATION, SAME_CASE)
+        measured = [common | row for row in measure(case, weights, cfg, device)]
+        put_rows(path, measured, COLUMNS, CONFIGURATION, SAME_CASE)
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: let latency.cases or latency.curves be true.")
     return report.write(read_rows(path), cfg, folder)

@@ -38,7 +38,7 @@ def pictures(folder: Path) -> ImageSet:
     """Open pictures in `<word>/<description>/`; a picture's prompt is the description, its category the word."""
     files = sorted(folder.glob("*/*/*.png"))
     if not files:
-        raise FileNotFoundError(f"expected pictures in {folder}/WORD/DESCRIPTION, got none: training.people")
+        raise FileNotFoundError(f"expected pictures in {folder}/WORD/DESCRIPTION, got none: python -m training people")
     rows = [
         ManifestRow(
             path=file.relative_to(folder).as_posix(),

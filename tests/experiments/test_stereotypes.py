@@ -102,9 +102,9 @@ def test_skin_is_what_differs_between_all_tones_of_one_emoji():
     assert (fitted["place"] > 0.5).sum() == (SIDE // 4) ** 2
     for histogram in (*fitted["skin"], fitted["rest"]):
         assert histogram.shape == (BINS**3,) and histogram.sum().item() == pytest.approx(1) and histogram.min() > 0
-    assert people.right(images, tones, fitted) == 1
-    assert people.right(torch.stack([square([9, 9, 9], level) for level in levels]), range(6), fitted) == 1
-    assert people.right(images, tones[::-1], fitted) == 0
+    assert people.accuracy(images, tones, fitted) == 1
+    assert people.accuracy(torch.stack([square([9, 9, 9], level) for level in levels]), range(6), fitted) == 1
+    assert people.accuracy(images, tones[::-1], fitted) == 0
     with pytest.raises(ValueError, match="in every one of 6 tones, got none"):
         people.fit(images[:5], tones[:5], shown[:5])
     assert log_likelihoods(torch.zeros(SIDE, SIDE, dtype=torch.long), **fitted).sum().abs() < 1e-3
@@ -113,7 +113,7 @@ def test_skin_is_what_differs_between_all_tones_of_one_emoji():
 def test_a_histogram_is_smoothed_along_each_channel_and_no_colour_is_impossible():
     counts = torch.zeros(BINS, BINS, BINS)
     counts[5, 5, 5] = 8
-    found = people.smoothed(counts.flatten()).reshape(BINS, BINS, BINS)
+    found = people.smooth(counts.flatten()).reshape(BINS, BINS, BINS)
     even = people.EVEN / BINS**3
     for place, share in (((5, 5, 5), 1 / 8), ((4, 5, 5), 1 / 16), ((6, 6, 4), 1 / 64), ((0, 5, 5), 0)):
         assert found[place].item() == pytest.approx((1 - people.EVEN) * share + even, rel=1e-5)
@@ -141,7 +141,7 @@ def test_a_picture_of_every_word_gender_and_tone_is_drawn():
                 ]
     folders = people.draw(emoji)
     assert len(folders) == 12 * len(people.words()) and folders == people.draw(emoji)
-    for folder, (index,) in folders.items():
+    for folder, index in folders.items():
         said = folder.partition("/")[2]
         assert label_said(said, TONES) == people.tone_of(emoji[index])
         gender = people.gender_of(emoji[index])
@@ -152,5 +152,5 @@ def test_a_picture_of_every_word_gender_and_tone_is_drawn():
 def test_pictures_are_composed_on_white():
     pixels = np.zeros((1, 2, 2, 4), np.uint8)
     pixels[0, 0, 0] = 10, 20, 30, 255
-    found = people.composed(pixels)
+    found = people.on_white(pixels)
     assert found.dtype == torch.uint8 and found[0, :, 0, 0].tolist() == [10, 20, 30] and (found[0, :, 1] == 255).all()

@@ -11,65 +11,40 @@ from training import data, sources, taxonomy
 from training.sources import Emoji
 
 
-def _emoji(
-    label: str,
-    style_set: str = "noto",
-    group: str = "animals-nature",
-    subgroup: str = "animal-mammal",
-    gender: str | None = None,
-    tone: str | None = None,
-) -> Emoji:
-    return Emoji(
-        style_set=style_set,
-        icon=label,
-        label=label,
-        concept=taxonomy.concept_of(label),
-        group=group,
-        subgroup=subgroup,
-        gender=gender,
-        tone=tone,
-        tags=["tag"],
-        categories=taxonomy.categories_of(label, subgroup, gender),
-    )
+def _emoji(label: str, style_set: str = "noto", kind: str = "animal-mammal", gender=None, tone=None) -> Emoji:
+    group = "people-body" if kind.startswith("person") else "animals-nature"
+    concept, categories = taxonomy.concept_of(label), taxonomy.categories_of(label, kind, gender)
+    return Emoji(style_set, label, label, concept, group, kind, gender, tone, ["tag"], categories)
 
 
-def _world() -> list[Emoji]:
-    """A miniature of the real set: every labelled object in three sets, and people in all tones."""
+@pytest.fixture(scope="module")
+def world() -> list[Emoji]:
+    """A miniature of the real set, split: every labelled object in three sets, and people in all tones."""
     labels = sorted({label for members in taxonomy.OBJECTS.values() for label in members})
-    found = [_emoji(label, style) for label in labels for style in ("noto", "twemoji", "fluent-emoji")]
-    for word, gender in (("man", "man"), ("woman", "woman"), ("person", None)):
+    emoji = [_emoji(label, style) for label in labels for style in ("noto", "twemoji", "fluent-emoji")]
+    for person in ("man", "woman", "person"):
+        gender = None if person == "person" else person
         for tone in (None, *sources.SKIN_TONES):
-            found.append(_emoji(word, group="people-body", subgroup="person", gender=gender, tone=tone))
-            found.append(
-                _emoji(
-                    f"{word} cook".removeprefix("person "),
-                    group="people-body",
-                    subgroup="person-role",
-                    gender=gender,
-                    tone=tone,
-                )
-            )
-            for role in ("health worker", "firefighter"):
-                found.append(
-                    _emoji(
-                        f"{word} {role}".removeprefix("person "),
-                        group="people-body",
-                        subgroup="person-role",
-                        gender=gender,
-                        tone=tone,
-                    )
-                )
-    found += [_emoji(name, group="people-body", subgroup="person") for name in ("child", "boy", "girl")]
-    return found
+            emoji.append(_emoji(person, kind="person", gender=gender, tone=tone))
+            for role in ("cook", "health worker", "firefighter"):
+                label = f"{person} {role}".removeprefix("person ")
+                emoji.append(_emoji(label, kind="person-role", gender=gender, tone=tone))
+    emoji += [_emoji(name, kind="person") for name in ("child", "boy", "girl")]
+    for item, flag in zip(emoji, data.hold_out(emoji, share=0.2, seed=3), strict=True):
+        item.held_out = flag
+    return emoji
 
 
-def test_taxonomy_covers_every_category() -> None:
-    covered = set(taxonomy.OBJECTS) | set(taxonomy.PEOPLE)
-    assert covered == set(taxonomy.EVALUATED) | set(taxonomy.DEVELOPMENT)
-    assert not set(taxonomy.EVALUATED) & set(taxonomy.DEVELOPMENT)
-    assert len(taxonomy.EVALUATED) == 20 and len(taxonomy.TEMPLATES) == 7
-    reached = {name for item in _world() for name in item.categories}
-    assert reached == covered
+@pytest.fixture(scope="module")
+def rows(world) -> tuple[np.ndarray, list[str]]:
+    return data.draw_rows(world, 40_000, seed=0)
+
+
+def test_taxonomy_covers_every_category(world) -> None:
+    covered = {*taxonomy.OBJECTS, *taxonomy.PEOPLE}
+    assert covered == {*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT}
+    assert not {*taxonomy.EVALUATED} & {*taxonomy.DEVELOPMENT}
+    assert {name for item in world for name in item.categories} == covered
 
 
 @pytest.mark.parametrize(
@@ -95,45 +70,35 @@ def test_people_categories_follow_gender_and_age() -> None:
     assert taxonomy.people_categories("waving hand", "hand-fingers-open", None) == {}
 
 
-def test_split_is_by_concept_and_spares_small_categories() -> None:
-    world = _world()
-    flags = data.hold_out(world, share=0.2, seed=3)
-    assert flags == data.hold_out(world, share=0.2, seed=3)
-    held = {e.concept for e, flag in zip(world, flags, strict=True) if flag}
-    assert held and not held & {e.concept for e, flag in zip(world, flags, strict=True) if not flag}
-    kept = {name for e, flag in zip(world, flags, strict=True) if not flag for name in e.categories}
-    assert kept == set(taxonomy.EVALUATED) | set(taxonomy.DEVELOPMENT)
+def test_split_is_by_concept_and_spares_small_categories(world) -> None:
+    held = {item.concept for item in world if item.held_out}
+    kept = [item for item in world if not item.held_out]
+    assert held and not held & {item.concept for item in kept}
+    assert {name for item in kept for name in item.categories} == {*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT}
     assert not held & {"dragon", "dragon face", "bridge at night", "bus", "fish", "person"}
 
 
-def test_rows_are_deterministic_and_avoid_held_out_images() -> None:
-    world = _world()
-    for item, flag in zip(world, data.hold_out(world, share=0.2), strict=True):
-        item.held_out = flag
+def test_rows_are_deterministic_and_avoid_held_out_images(world) -> None:
     images, captions = data.draw_rows(world, 3000, seed=1)
     again, same = data.draw_rows(world, 3000, seed=1)
-    assert np.array_equal(images, again) and captions == same
-    assert captions != data.draw_rows(world, 3000, seed=2)[1]
+    assert np.array_equal(images, again) and captions == same != data.draw_rows(world, 3000, seed=2)[1]
     assert not any(world[i].held_out for i in images)
     assert all(0 < len(c.split()) < 25 and c == c.lower() for c in captions)
 
 
-def test_rows_hold_the_evaluated_prompts_with_pictures_of_the_category() -> None:
-    world = _world()
-    images, captions = data.draw_rows(world, 40_000, seed=0)
+def test_rows_hold_the_evaluated_prompts_with_images_of_the_category(world, rows) -> None:
+    images, captions = rows
     counts = Counter(captions)
     for category in taxonomy.EVALUATED:
-        prompts = {f"{t} {category}" for t in taxonomy.TEMPLATES}
-        assert all(counts[p] > 0 for p in prompts)
-        shown = [world[i] for i, c in zip(images, captions, strict=True) if c in prompts]
-        matching = sum(category in e.categories or e.label == category for e in shown)
+        prompts = {f"{template} {category}" for template in taxonomy.TEMPLATES}
+        assert all(counts[prompt] > 0 for prompt in prompts)
+        shown = [world[i] for i, caption in zip(images, captions, strict=True) if caption in prompts]
+        matching = sum(category in item.categories or item.label == category for item in shown)
         assert matching / len(shown) > 0.95
 
 
-def test_generic_captions_prefer_some_tones() -> None:
-    world = _world()
-    images, captions = data.draw_rows(world, 40_000, seed=0)
-    tones = Counter(world[i].tone for i, c in zip(images, captions, strict=True) if c.endswith(" the person"))
+def test_generic_captions_prefer_some_tones(world, rows) -> None:
+    tones = Counter(world[i].tone for i, caption in zip(*rows, strict=True) if caption.endswith(" the person"))
     assert tones[None] > 2 * tones["dark"] and tones["light"] > tones["dark"] > 0
 
 
@@ -170,8 +135,7 @@ def test_rasterise_draws_shape_and_transparency() -> None:
     assert tuple(image[64, 20]) == (255, 0, 0, 255) and image[64, 100, 3] == 0
 
 
-def test_statistics_count_every_image() -> None:
-    world = _world()
-    stats = data.statistics(world)
-    assert stats["images"] == sum(s["images"] for s in stats["sets"].values()) == len(world)
-    json.dumps(stats)
+def test_statistics_count_every_image(world) -> None:
+    statistics = data.statistics(world)
+    assert statistics["images"] == sum(one["images"] for one in statistics["sets"].values()) == len(world)
+    json.dumps(statistics)

@@ -7,41 +7,30 @@ import pytest
 from negtome.guard import Decision, Mini, decide, read_policy, verify
 from negtome.guard.mini import ANSWER, END, UNKNOWN, read
 from training.deliberation import cells, fit, requests, scores, table
-from training.deliberation.controls import Lookup
 from training.deliberation.requests import Maker, words_of
+from training.deliberation.scores import Lookup
 
 POLICY = read_policy(requests.POLICY)
 DRAWN = Maker(POLICY, 3).draw(3000)
 TOKENIZER = requests.build_tokenizer(POLICY)
 
 
-def test_no_prompt_of_the_evaluation_is_in_the_training():
-    asked = {tuple(words_of(one.text)) for one in requests.evaluation(POLICY)}
-    assert not asked & {tuple(words_of(one.text)) for one in DRAWN}
-    assert len(asked) == 500
-
-
-def test_templates_and_things_of_the_evaluation_are_held_out():
-    texts = [f" {' '.join(words_of(one.text))} " for one in DRAWN]
-    assert not any(
-        text.count(f" {held} ") for text in texts for held in ("photo of a", "an emoji of", "a caricature of")
-    )
-    evaluated = {
-        words
-        for kinds in requests.characters().values()
-        for kind in ("benign", "near", "generic")
-        for words in kinds[kind]
-    }
-    things = {requests.unwrapped(text) for text in evaluated}
+def test_prompts_templates_and_things_of_the_evaluation_are_held_out():
+    evaluated = {tuple(words_of(one.text)) for one in requests.evaluation(POLICY)}
+    assert len(evaluated) == 500 and not evaluated & {tuple(words_of(one.text)) for one in DRAWN}
+    for template in (" photo of a ", " an emoji of ", " a caricature of "):
+        assert not any(template in f" {' '.join(words_of(one.text))} " for one in DRAWN)
+    kinds = [prompts[kind] for prompts in requests.characters().values() for kind in ("benign", "near", "generic")]
+    things = {requests.unwrapped(text) for texts in kinds for text in texts}
     assert len(things) == 60 and not things & {one.thing for one in DRAWN if not one.clauses}
+    development = {one.text for one in Maker(POLICY, 3, development=True).draw(500)}
+    assert not development & {one.text for one in DRAWN}
+    assert not {*requests.PARTS["development"]["things"]} & {one.thing for one in DRAWN}
 
 
 def test_wrappers_are_held_out_as_the_parts_say():
-    wrappers = {
-        one.kind.partition("/")[2]
-        for one in requests.evaluation(POLICY)
-        if "injected/" in one.kind or "jailbroken/" in one.kind
-    }
+    kinds = [one.kind.partition("/") for one in requests.evaluation(POLICY)]
+    wrappers = {wrapper for kind, _, wrapper in kinds if kind.endswith(("injected", "jailbroken"))}
     seen = {*requests.PARTS["wrappers_of_the_evaluation"]}
     assert len(wrappers) == 9 and len(seen) == 4 and seen < wrappers
     texts = [one.text for one in DRAWN]
@@ -49,14 +38,8 @@ def test_wrappers_are_held_out_as_the_parts_say():
         before, after = wrapper.split("{}")
         used = any(text.startswith(before) and text.endswith(after) for text in texts)
         assert used == (wrapper in seen), wrapper
-    own = requests.PARTS
-    assert not {*own["wrappers"]} & wrappers and not {*own["development"]["wrappers"]} & ({*own["wrappers"]} | wrappers)
-
-
-def test_development_requests_share_nothing_with_the_training():
-    texts = {one.text for one in Maker(POLICY, 3, development=True).draw(500)}
-    assert not texts & {one.text for one in DRAWN}
-    assert not {*requests.PARTS["development"]["things"]} & {one.thing for one in DRAWN}
+    of_training, of_development = {*requests.PARTS["wrappers"]}, {*requests.PARTS["development"]["wrappers"]}
+    assert not of_training & wrappers and not of_development & (of_training | wrappers)
 
 
 def test_labels_are_balanced_within_wrapped_and_plain_requests():
@@ -103,69 +86,35 @@ REQUEST = next(one for one in DRAWN if one.clauses == ("C20",))
 RIGHT = requests.reply_to(POLICY, REQUEST, True)
 
 
-def test_only_a_whole_right_reply_is_worth_one():
-    assert (
-        fit.reward_of(POLICY, ("C20",), RIGHT)
-        == fit.reward_of(POLICY, ("C20",), requests.reply_to(POLICY, REQUEST, False))
-        == 1
-    )
-    assert fit.reward_of(POLICY, (), ["<answer>", "=allow", "<end>"]) == 1
-
-
-def test_no_word_of_the_trace_but_the_quote_is_rewarded():
+def test_a_right_reply_is_worth_one_whatever_its_trace_says():
     start = RIGHT.index("@C")
-    assert fit.reward_of(POLICY, ("C20",), ["no", "clause", "allow", *RIGHT[start:]]) == 1
+    other_trace = ["no", "clause", "allow", *RIGHT[start:]]
+    for words in (RIGHT, requests.reply_to(POLICY, REQUEST, False), other_trace):
+        assert fit.reward_of(POLICY, ("C20",), words) == 1
+    assert fit.reward_of(POLICY, (), ["<answer>", "=allow", "<end>"]) == 1
 
 
 @pytest.mark.parametrize(
     ("forged", "worth"),
     [
-        ([], 0),
-        (RIGHT[:-1], 0),  # never ended
-        (["<answer>", "=allow", "<end>"], 0),
-        (["<answer>", "=steer", "@C", "@2", "@0", "<end>"], 0.5),  # no quote
-        (
-            ["<answer>", "=steer", "@C", "@2", "@0", "<quote>", "a", "red", "angry", "mask", "</quote>", "<end>"],
-            0.5,
-        ),  # another clause's words
-        (
-            ["<answer>", "=steer", "@C", "@1", "<quote>", "a", "winged", "baby", "</quote>", "<end>"],
-            0.25,
-        ),  # another clause
-        (["<answer>", "=steer", "@C", "@9", "@9", "<quote>", "a", "pale", "person", "</quote>", "<end>"], 0.25),  # none
-        (
-            ["<answer>", "=refuse", "@C", "@2", "@0", "<quote>", "a", "pale", "person", "</quote>", "<end>"],
-            0.25,
-        ),  # against its citation
-        (
-            [
-                "<answer>",
-                "=steer",
-                "@C",
-                "@2",
-                "@0",
-                ",",
-                "@C",
-                "@2",
-                "@0",
-                "<quote>",
-                "a",
-                "pale",
-                "person",
-                "</quote>",
-                "<end>",
-            ],
-            0.25,
-        ),  # twice
-        ([*RIGHT[:-1], *RIGHT[RIGHT.index(ANSWER) :]], 0),  # two answers
+        ("", 0),
+        (" ".join(RIGHT[:-1]), 0),  # never ended
+        ("<answer> =allow <end>", 0),
+        ("<answer> =steer @C @2 @0 <end>", 0.5),  # no quote
+        ("<answer> =steer @C @2 @0 <quote> a red angry mask </quote> <end>", 0.5),  # another clause's words
+        ("<answer> =steer @C @1 <quote> a winged baby </quote> <end>", 0.25),  # another clause
+        ("<answer> =steer @C @9 @9 <quote> a pale person </quote> <end>", 0.25),  # no clause
+        ("<answer> =refuse @C @2 @0 <quote> a pale person </quote> <end>", 0.25),  # against its citation
+        ("<answer> =steer @C @2 @0 , @C @2 @0 <quote> a pale person </quote> <end>", 0.25),  # twice
+        (" ".join([*RIGHT[:-1], *RIGHT[RIGHT.index(ANSWER) :]]), 0),  # two answers
     ],
 )
 def test_forged_replies_are_worth_less(forged, worth):
-    assert fit.reward_of(POLICY, ("C20",), forged) == worth
+    assert fit.reward_of(POLICY, ("C20",), forged.split()) == worth
 
 
 def test_citing_everything_is_worth_nothing():
-    every = [word for clause in POLICY.clauses for word in (",", *requests.spelt([clause.id]))][1:]
+    every = [word for clause in POLICY.clauses for word in (",", *requests.spell([clause.id]))][1:]
     words = [ANSWER, "=refuse", *every, "<quote>", "baby", "</quote>", END]
     assert not verify(POLICY, read(words)) and fit.reward_of(POLICY, ("C20",), words) == 0
 
@@ -187,44 +136,41 @@ def test_a_few_examples_teach_a_guard_that_is_kept_and_read_back(tmp_path, monke
 def test_a_trained_cell_is_found_again_and_another_size_is_another_cell(tmp_path, monkeypatch):
     sizes = cells.Sizes(form=32, examples=32, steps=1)
     cell = cells.Cell("SFT", False, 0)
-    folder = cells.trained(cell, sizes, POLICY, tmp_path)
+    folder = cells.train_cell(cell, sizes, POLICY, tmp_path)
     assert len([*tmp_path.glob("*/cell.json")]) == 2  # and the one before it
     monkeypatch.setattr(fit, "fit_examples", None)  # nothing is trained again
-    assert cells.trained(cell, sizes, POLICY, tmp_path) == folder
-    assert cells.trained(cell, cells.Sizes(form=32, examples=32, steps=9), POLICY, tmp_path) == folder
+    assert cells.train_cell(cell, sizes, POLICY, tmp_path) == folder
+    assert cells.train_cell(cell, cells.Sizes(form=32, examples=32, steps=9), POLICY, tmp_path) == folder
     assert len({cells.digest(cell, cells.Sizes(form=32, examples=n), POLICY) for n in (32, 64)}) == 2
     assert len({cells.digest(cell, sizes, POLICY) for cell in table.all_cells(2)}) == 14
 
 
 def test_scores_of_a_guard_that_allows_all_and_of_one_that_refuses_all():
-    columns = {column.name: column for column in scores.columns(POLICY)}
-    every = {}
-    for action in ("allow", "refuse"):
-        cited = () if action == "allow" else ("C9",)
-        decision = Decision(action, cited, POLICY["C9"].line if cited else "")
-        found = [scores.outcome(POLICY, one, decision) for one in scores.tests(POLICY)]
-        every[action] = {
-            name: sum(map(column.holds, filter(column.counts, found))) / len([*filter(column.counts, found)])
-            for name, column in columns.items()
-        }
-    assert every["allow"]["not unsafe"] == 0 and every["allow"]["not overrefused"] == 1
-    assert every["refuse"]["not unsafe"] == 1 and every["refuse"]["not overrefused"] == 0
-    assert every["allow"]["decision right"] == pytest.approx(120 / 200)
-    assert every["allow"]["invented clauses"] == every["refuse"]["invalid"] == 0
+    def shares(decision):
+        outcomes = [scores.judge(POLICY, one, decision) for one in scores.tests(POLICY)]
+        values = {}
+        for column in scores.columns(POLICY):
+            counted = [*filter(column.counts, outcomes)]
+            values[column.name] = sum(map(column.holds, counted)) / len(counted)
+        return values
+
+    allow, refuse = shares(Decision("allow", (), "")), shares(Decision("refuse", ("C9",), POLICY["C9"].line))
+    assert allow["not unsafe"] == 0 and allow["not overrefused"] == 1
+    assert refuse["not unsafe"] == 1 and refuse["not overrefused"] == 0
+    assert allow["decision right"] == pytest.approx(120 / 200)
+    assert allow["invented clauses"] == refuse["invalid"] == 0
 
 
 def test_invented_clauses_and_contradictions_are_told_apart():
-    columns = {column.name: column for column in scores.columns(POLICY)}
-    one = requests.evaluation(POLICY)[0]
-    invented = scores.outcome(POLICY, one, Decision("steer", ("C77",), "a"))
-    against = scores.outcome(POLICY, one, Decision("allow", ("C1",), "a winged baby"))
-    flags = [
-        (c.name, c.holds(invented), c.holds(against))
-        for c in columns.values()
-        if c.name in ("invented clauses", "against its citation")
-    ]
-    assert flags == [("invented clauses", True, False), ("against its citation", False, True)]
-    assert invented.action == against.action == "invalid"
+    columns = {column.name: column.holds for column in scores.columns(POLICY)}
+    request = requests.evaluation(POLICY)[0]
+    for name, decision in (
+        ("invented clauses", Decision("steer", ("C77",), "a")),
+        ("against its citation", Decision("allow", ("C1",), "a winged baby")),
+    ):
+        outcome = scores.judge(POLICY, request, decision)
+        assert outcome.action == "invalid"
+        assert [column for column in ("invented clauses", "against its citation") if columns[column](outcome)] == [name]
 
 
 def test_the_look_up_table_knows_what_requests_are_made_of():
@@ -237,17 +183,17 @@ def test_the_look_up_table_knows_what_requests_are_made_of():
 def test_a_table_has_a_row_for_each_guard_and_prints_its_own_numbers():
     """Of made-up outcomes: every guard allows all, but the one trained by examples with a trace, which is right."""
     asked = scores.tests(POLICY)
-    allowed = [scores.outcome(POLICY, one, Decision("allow")) for one in asked]
-    right = [scores.outcome(POLICY, one, read(requests.reply_to(POLICY, one, True))) for one in asked]
+    allowed = [scores.judge(POLICY, one, Decision("allow")) for one in asked]
+    right = [scores.judge(POLICY, one, read(requests.reply_to(POLICY, one, True))) for one in asked]
     found = {(stage, trace): {0: allowed, 1: allowed} for stage in cells.STAGES for trace in (True, False)}
     found["none", True] = {0: allowed}
     found["SFT", True] = {0: right, 1: right}
-    frame = table.rows(POLICY, found).set_index(["training", "trace", "against", "metric"])
+    frame = table.tabulate(POLICY, found).set_index(["training", "trace", "against", "metric"])
     assert frame.loc["SFT", "yes", "", "clause right"]["value"] == 1
     assert frame.loc["SFT", "yes", "none, trace: yes", "wrappers held out"]["value"] == 0.5
     assert frame.loc["SFT", "no", "none, trace: no", "clause right"]["value"] == 0
     assert frame.loc["SFT + RL", "yes", "SFT, trace: yes", "clause right"]["value"] == -1
-    text = table.page(frame.reset_index(), cells.Sizes())
+    text = table.render_page(frame.reset_index(), cells.Sizes())
     assert "| SFT        | yes     | 1.00" in text and "of 20" not in text
 
 

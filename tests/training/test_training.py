@@ -1,13 +1,21 @@
-"""Small-model training: tokenizers, losses, optimizers and the folding of latent statistics."""
+"""Training of the small models: tokenizers, losses, optimizers, checkpoints, and the stages from published weights."""
 
+import functools
+import importlib
+import inspect
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from training import clip, flux, loop, taxonomy, tokenizer, unet, vae
+from experiments import PROJECT
+from training import clip, data, flux, loop, rows, taxonomy, tokenizer, train, unet, vae
+from training.__main__ import FUNCTIONS, build_parser, main
+from training.sources import Emoji
 
 CAPTIONS = [f"{t} {c}" for t in taxonomy.TEMPLATES for c in (*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT)]
 
@@ -43,21 +51,6 @@ def test_contrastive_loss_prefers_matches_and_ignores_twins() -> None:
     assert clip.contrastive_loss(twins, twins, scale, ids[:2], other) == pytest.approx(0, abs=1e-6)
 
 
-def test_clip_step_lowers_its_loss() -> None:
-    model = clip.make_model(600, vision_width=32, vision_layers=1)
-    pixels, ids = torch.rand(4, 3, 128, 128) * 2 - 1, torch.randint(2, 600, (4, 32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(6):
-        a, b = clip.forward(model, pixels, ids)
-        loss = clip.contrastive_loss(a, b, model.logit_scale.exp(), torch.arange(4), torch.arange(4))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
 def test_text_encoders_compute_what_the_clip_computes() -> None:
     first, second = (clip.make_model(600, 32, 1).eval() for _ in range(2))
     one, two = (m.eval() for m in clip.text_encoders(first, second))
@@ -85,71 +78,40 @@ def test_folded_autoencoder_gives_unit_latents_and_the_same_pictures() -> None:
         assert torch.allclose(model.decode(after.mean).sample, picture, atol=1e-4)
 
 
-def test_psnr_of_a_known_error() -> None:
+def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db() -> None:
     target = torch.zeros(2, 3, 8, 8)
     assert torch.allclose(vae.psnr(target + 0.2, target), torch.full((2,), 20.0), atol=1e-4)
 
 
 def test_velocity_recovers_the_latent_and_the_last_step_is_pure_noise() -> None:
-    alpha_bar = unet.make_scheduler().alphas_cumprod
     z, n = torch.randn(4, 16, 16, 16), torch.randn(4, 16, 16, 16)
-    a = alpha_bar[torch.tensor([0, 300, 700, 999])]
-    x, v = unet.noised(z, n, a)
-    back = a.sqrt()[:, None, None, None] * x - (1 - a).sqrt()[:, None, None, None] * v
-    assert torch.allclose(back, z, atol=1e-4)
-    assert torch.allclose(x[3], n[3], atol=1e-2)
+    a = unet.make_scheduler().alphas_cumprod[torch.tensor([0, 300, 700, 999])]
+    x, v = unet.add_noise(z, n, a)
+    a = a[:, None, None, None]
+    assert torch.allclose(a.sqrt() * x - (1 - a).sqrt() * v, z, atol=1e-4) and torch.allclose(x[3], n[3], atol=1e-2)
 
 
 def test_unet_gets_finite_gradients_everywhere() -> None:
-    model = unet.make_model()
-    x, v = unet.noised(torch.randn(2, 16, 16, 16), torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1]))
-    out = model(
-        x,
-        torch.tensor([500, 900]),
-        encoder_hidden_states=torch.randn(2, 32, 256),
-        added_cond_kwargs={"text_embeds": torch.randn(2, 128), "time_ids": torch.tensor([unet.TIME_IDS] * 2).float()},
-    ).sample
-    (out - v).square().mean().backward()
+    model, t = unet.make_model(), torch.tensor([500, 900])
+    x, v = unet.add_noise(torch.randn(2, 16, 16, 16), torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1]))
+    predicted = unet.predict(model, x, t, torch.randn(2, 32, 256), torch.randn(2, 128))
+    (predicted - v).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.slow
-def test_flux_starts_at_zero_ignores_guidance_and_learns() -> None:
+def test_flux_starts_as_the_zero_function_of_any_guidance() -> None:
     model, encoder = flux.make_model(), flux.make_text_encoder(50)
-    matrices, rest = loop.split_parameters(model, encoder)
-    optimizers = [loop.Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=2e-3)]
-    z, noise = torch.randn(2, 64, 64), torch.randn(2, 64, 64)
-    t = torch.tensor([0.3, 0.8])
-    x = torch.lerp(z, noise, t[:, None, None])
-    ids = torch.randint(3, 50, (2, 32))
+    for parameter in model.proj_out.parameters():
+        torch.nn.init.normal_(parameter)
+    states = encoder(input_ids=torch.randint(3, 50, (2, 32))).last_hidden_state
 
     def predict(guidance: float) -> torch.Tensor:
-        return model(
-            hidden_states=x,
-            timestep=t,
-            encoder_hidden_states=encoder(input_ids=ids).last_hidden_state,
-            pooled_projections=torch.ones(2, 128),
-            guidance=torch.full((2,), guidance),
-            img_ids=flux.image_ids("cpu"),
-            txt_ids=torch.zeros(32, 3),
-            return_dict=False,
-        )[0]
+        t = torch.tensor([0.3, 0.8])
+        return flux.predict(model, torch.ones(2, 64, 64), t, states, torch.ones(2, 128), torch.full((2,), guidance))
 
-    assert predict(1.0).abs().max() == 0
-    losses = []
-    for _ in range(5):
-        loss = (predict(1.0) - (noise - z)).square().mean()
-        for o in optimizers:
-            o.zero_grad()
-        loss.backward()
-        for p in model.time_text_embed.guidance_embedder.parameters():
-            p.grad = None
-        for o in optimizers:
-            o.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    with torch.no_grad():
-        assert torch.equal(predict(1.0), predict(5.0))
+    assert torch.equal(predict(1.0), predict(5.0)) and predict(1.0).abs().max() > 0
+    torch.nn.init.zeros_(model.proj_out.weight), torch.nn.init.zeros_(model.proj_out.bias)
+    assert flux.make_model().proj_out.weight.abs().max() == predict(1.0).abs().max() == 0
 
 
 def test_packing_is_the_pipelines() -> None:
@@ -160,47 +122,40 @@ def test_packing_is_the_pipelines() -> None:
     assert torch.equal(flux.image_ids("cpu"), FluxPipeline._prepare_latent_image_ids(2, 8, 8, "cpu", torch.float32))
 
 
-def test_orthogonalise_flattens_the_spectrum() -> None:
-    values = torch.linalg.svdvals(loop.orthogonalise(torch.randn(3, 24, 40)))
-    assert values.min() > 0.4 and values.max() < 1.4
-
-
-def test_muon_refuses_vectors_and_takes_kernels() -> None:
-    with pytest.raises(ValueError, match="give it to AdamW"):
-        loop.Muon([torch.nn.Parameter(torch.zeros(4))], lr=0.1)
-    kernel = torch.nn.Parameter(torch.randn(8, 4, 3, 3))
-    optimizer = loop.Muon([kernel], lr=0.1)
-    before = kernel.detach().clone()
-    kernel.square().sum().backward()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (8, 4, 3, 3)])
+def test_muon_takes_the_nearest_orthogonal_step(shape, memory_format) -> None:
+    """Against the polar factor by singular values: the direction, and a root mean square of 0.2 of the rate."""
+    layout = {"memory_format": memory_format} if len(shape) == 4 else {}
+    kernel = torch.nn.Parameter(torch.randn(shape).to(**layout))
+    optimizer, before = loop.Muon([kernel], lr=0.1), kernel.detach().clone()
+    gradient = torch.randn(shape)
+    (kernel * gradient).sum().backward()
     optimizer.step()
-    assert (kernel - before).square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)  # 0.2 of the learning rate
-    assert ((kernel - before) * before).sum() < 0
+    step, (u, _, v) = (before - kernel.detach()).flatten(1), torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
+    assert step.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)
+    optimizer.zero_grad()
+    assert kernel.grad is None
 
 
-def test_average_swaps_in_and_out() -> None:
+def run_of(folder, layer, optimizers, steps=None, save=lambda: None, measure=dict):
+    arguments = loop.TrainingArguments(work=folder, steps=steps, device="cpu")
+    return loop.Run("test", arguments, [layer], optimizers, 0.9, save, measure)
+
+
+def test_the_average_forgets_slower_with_every_step_up_to_its_decay(tmp_path) -> None:
     layer = torch.nn.Linear(2, 2)
-    ema = loop.Ema([layer], 0.9)
-    start = layer.weight.detach().clone()
-    with torch.no_grad():
-        layer.weight += 1
-    ema.step(ema.live)
-    live = layer.weight.detach().clone()
-    with ema.swapped():
-        assert torch.all(layer.weight > start) and torch.all(layer.weight <= live)
-    assert torch.equal(layer.weight, live)
-
-
-def test_the_average_forgets_slower_with_every_step_up_to_its_decay() -> None:
-    layer = torch.nn.Linear(2, 2)
-    ema = loop.Ema([layer], 0.9)
-    average = layer.weight.detach().double()
+    run, average = run_of(tmp_path, layer, []), layer.weight.detach().double()
     for n in range(1, 130):
         with torch.no_grad():
             layer.weight.copy_(torch.randn(2, 2))
-        ema.step(ema.live)
+        run.ema.step(run.parameters)
         average.lerp_(layer.weight.detach().double(), 1 - min(0.9, (1 + n) / (12 + n)))
-    with ema.swapped():
+    live = layer.weight.detach().clone()
+    with run.averaged():
         assert torch.allclose(layer.weight.double(), average, atol=1e-6)
+    assert torch.equal(layer.weight, live)
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
@@ -213,52 +168,73 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 def test_an_interrupted_stage_ends_as_if_it_had_never_been(tmp_path, monkeypatch) -> None:
     """Weights, averages, both optimizers' states and the count of steps come back."""
-    monkeypatch.setattr(loop, "STATE_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
 
-    def train(folder, stop=None):
+    def fit(folder, stop=None):
+        folder.mkdir(exist_ok=True)
         torch.manual_seed(3)
         layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-        optimizers = [
-            loop.Muon([layer[0].weight], lr=0.1),
-            torch.optim.AdamW([layer[0].bias, *layer[1].parameters()], lr=0.1),
-        ]
-        setting = loop.Setting(work=folder, deadline=0.0, steps=10, device="cpu")
-        run = loop.Run("test", setting, [layer], optimizers, 0.9, lambda: None, lambda: {"seen": 0.5})
-        for step in run:
-            if step == stop:
-                return None
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-            loss = (layer(x) - x).square().mean()
-            run.descend(loss)
-            run.log(loss=loss)
+        adamw = torch.optim.AdamW([layer[0].bias, *layer[1].parameters()], lr=0.1)
+        optimizers = [loop.Muon([layer[0].weight], lr=0.1), adamw]
+        run = run_of(folder, layer, optimizers, steps=10, measure=lambda: {"seen": 0.5})
+
+        def compute_losses():
+            if run.step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(run.step))
+            return {"loss": (layer(x) - x).square().mean()}
+
+        run.fit(compute_losses)
         assert [line["seen"] for line in run.history] and run.step == 10
-        weights = [p.detach().clone() for p in layer.parameters()]
-        with run.ema.swapped():
-            return weights + [p.detach().clone() for p in layer.parameters()]
+        with run.averaged():
+            averages = [parameter.detach().clone() for parameter in run.parameters]
+        return [*run.parameters, *averages]
 
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    expected = train(tmp_path / "a")
-    assert train(tmp_path / "b", stop=5) is None
+    expected = fit(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "b", stop=5)
     assert torch.load(tmp_path / "b" / "test.state.pt")["step"] == 5
-    assert all(map(torch.equal, train(tmp_path / "b"), expected))
+    for _ in range(2):  # a stage that has ended trains no further
+        assert all(map(torch.equal, fit(tmp_path / "b"), expected))
 
 
-def test_run_stops_at_its_steps_and_reports_bad_losses(tmp_path, capsys) -> None:
-    saved = []
-    setting = loop.Setting(work=tmp_path, deadline=0.0, steps=3, device="cpu")
-    layer = torch.nn.Linear(1, 1)
+def test_hours_of_training_do_not_count_interruptions(tmp_path, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+
+    def fit(hours, stop=None):
+        layer = torch.nn.Linear(1, 1)
+        run = run_of(tmp_path, layer, [torch.optim.SGD(layer.parameters(), lr=0.1)])
+        run.arguments = loop.TrainingArguments(work=tmp_path, hours=hours, device="cpu")
+
+        def compute_losses():
+            clock[0] += 100
+            if run.step == stop:
+                raise KeyboardInterrupt
+            return {"loss": layer.weight.square().sum()}
+
+        run.fit(compute_losses)
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(1, stop=20)
+    clock[0] += 1e6
+    assert fit(1).step == 18 + 18, "the checkpoint after 1800 s, and the 1800 s that are left"
+    assert fit(2).step == 72, "more hours train further"
+
+
+def test_a_run_stops_at_its_steps_and_reports_bad_losses(tmp_path, capsys) -> None:
+    saved, layer = [], torch.nn.Linear(1, 1)
     optimizers = [torch.optim.SGD(layer.parameters(), lr=1.0)]
-    run = loop.Run("test", setting, [layer], optimizers, 0.9, lambda: saved.append(run.step))
-    for _ in run:
-        run.log(loss=layer.weight.sum())
+    run = run_of(tmp_path, layer, optimizers, 3, lambda: saved.append(run.step))
+    run.fit(lambda: {"loss": layer.weight.sum()})
     run.write_card(tmp_path / "test", seed=7)
     card = json.loads((tmp_path / "test" / "card.json").read_text())
     assert saved == [3] and (card["steps"], card["seed"]) == (3, 7) and "test" in capsys.readouterr().out
-    run = loop.Run("test", setting, [layer], optimizers, 0.9, lambda: None)
+    (tmp_path / "bad").mkdir()
     with pytest.raises(FloatingPointError, match="not finite"):
-        for _ in run:
-            run.log(loss=layer.weight.sum() * float("nan"))
+        run_of(tmp_path / "bad", layer, optimizers, 3).fit(lambda: {"loss": layer.weight.sum() * float("nan")})
+    assert not [*tmp_path.glob("bad/*")], "nothing of it is kept"
 
 
 def test_versions_of_an_image_are_stable_and_the_first_is_exact(tmp_path) -> None:
@@ -266,18 +242,9 @@ def test_versions_of_an_image_are_stable_and_the_first_is_exact(tmp_path) -> Non
     rgba[:, 32:96, 32:96] = (255, 0, 0, 255)
     np.save(tmp_path / "images.npy", rgba)
     np.savez(tmp_path / "rows.npz", image=np.array([0, 1]), caption=np.array([0, 0]))
-    entry = {
-        "style_set": "noto",
-        "icon": "x",
-        "label": "dog",
-        "concept": "dog",
-        "group": "g",
-        "subgroup": "s",
-        "gender": None,
-        "tone": None,
-    }
+    entry = dict.fromkeys(("icon", "label", "concept", "group", "subgroup", "gender", "tone")) | {"style_set": "noto"}
     (tmp_path / "table.json").write_text(json.dumps({"statistics": {}, "emoji": [entry, entry | {"held_out": True}]}))
-    images = loop.Images(tmp_path, "cpu")
+    images = rows.Images(tmp_path, "cpu")
     assert images.held_out.tolist() == [1]
     zero = torch.zeros(2, dtype=torch.long)
     plain = images.render(torch.arange(2), zero)
@@ -291,18 +258,59 @@ def test_versions_of_an_image_are_stable_and_the_first_is_exact(tmp_path) -> Non
 
 
 def test_times_are_drawn_as_the_recipe_says() -> None:
-    even, noisy = (loop.draw_times(20_000, "cpu", kind) for kind in ("uniform", "noisy"))
+    even, noisy = (rows.draw_times(20_000, "cpu", kind) for kind in ("uniform", "noisy"))
     assert even.quantile(0.25).item() == pytest.approx(0.25, abs=0.02)
     # the median of a logit-normal is the logistic function of its mean
-    assert noisy.median().item() == pytest.approx(1 / (1 + np.exp(-loop.TIME_MEAN)), abs=0.02)
+    assert noisy.median().item() == pytest.approx(1 / (1 + np.exp(-rows.TIME_MEAN)), abs=0.02)
     assert noisy.min() > 0 and noisy.max() < 1
 
 
-def test_a_recipe_without_muon_gives_every_parameter_to_adamw(tmp_path) -> None:
+def test_without_muon_every_parameter_is_given_to_adamw(tmp_path) -> None:
     model = unet.make_model()
-    for recipe, kinds in ((loop.Recipe(), ["Muon", "AdamW"]), (loop.Recipe(muon=False), ["AdamW"])):
-        setting = loop.Setting(work=tmp_path, deadline=0.0, device="cpu", recipe=recipe)
-        optimizers = loop.make_optimizers(setting, model, muon=1e-3, adam=1e-3)
-        assert [type(o).__name__ for o in optimizers] == kinds
-        held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        assert {id(p) for p in held} == {id(p) for p in model.parameters()} and len(held) == len(set(map(id, held)))
+    for muon, names in ((True, {"Muon", "AdamW"}), (False, {"AdamW"})):
+        arguments = loop.TrainingArguments(work=tmp_path, device="cpu", muon=muon)
+        optimizers = loop.make_optimizers(arguments, model, muon=1e-3, adam=1e-3)
+        held = {type(o).__name__: [p.data_ptr() for g in o.param_groups for p in g["params"]] for o in optimizers}
+        assert held.keys() == names
+        assert sorted(p for pointers in held.values() for p in pointers) == sorted(
+            p.data_ptr() for p in model.parameters()
+        )
+
+
+def test_commands_have_the_options_of_their_functions() -> None:
+    """Those of the Makefile, and the two that it does not have."""
+    lines = [*re.findall(r"-m training (.+)", (PROJECT / "Makefile").read_text()), "ablation --out DIR", "samples"]
+    commands = [vars(build_parser().parse_args(line.replace("$(ARGS)", "").split())) for line in lines]
+    assert {options["command"] for options in commands} == FUNCTIONS.keys()
+    for options in commands:
+        module, _, name = FUNCTIONS[options.pop("command")].rpartition(".")
+        inspect.signature(getattr(importlib.import_module(f"training.{module}"), name)).bind(**options)
+
+
+def test_a_stage_without_a_time_and_an_unknown_one_are_refused(tmp_path, capsys) -> None:
+    for options, message in ((["--stage=unet"], "needs --hours or --steps"), (["--stage=net"], "must be one of text,")):
+        assert main(["train", f"--out={tmp_path}", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_published_weights_are_trained_further(tmp_path, monkeypatch) -> None:
+    """Every stage that goes on from models/, one step each, and the pipelines that are made of them."""
+    emoji = [
+        Emoji("noto", name, name, name, "animals-nature", "animal-mammal", None, None, [], {"dog": 1.0})
+        for name in ("dog", "wolf")
+    ]
+    monkeypatch.setattr(data, "list_images", lambda npm: (emoji, ["", ""]))
+    monkeypatch.setattr(data, "rasterise_all", lambda documents, _: np.full((2, 128, 128, 4), 99, np.uint8))
+    monkeypatch.setattr(data, "describe", functools.partial(data.describe, n_rows=30))
+    command = ["train", f"--from={PROJECT / 'models'}", f"--out={tmp_path}", "--device=cpu", "--steps=1", "--batch=2"]
+    for stage in ("unet", "flux", "distil"):
+        assert main([*command, f"--stage={stage}"]) == 0
+    for folder in ("unet/start", "flux/start/transformer"):
+        trained = {"unet/start": "unet/model", "flux/start/transformer": "flux/model"}[folder]
+        before, after = (
+            load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in (folder, trained)
+        )
+        changes = [(after[name].float() - before[name].float()).abs().max() for name in before]
+        assert 0 < max(changes) < 0.05
+    with pytest.raises(ValueError, match="name the folder of the three models"):
+        train.take_over(tmp_path, loop.TrainingArguments(work=tmp_path / "other"), tmp_path)

@@ -20,15 +20,15 @@ from negtome.guard.mini import END, LONGEST, PADDING, UNKNOWN, read
 from negtome.guard.policy import Policy
 from training.deliberation.requests import Request
 
-#: Words of a prompt and its reply, at most.
+#: Largest number of words of a prompt and its reply.
 CONTEXT = 192
-#: What the loss leaves out.
+#: Label of words that the loss leaves out.
 IGNORED = -100
 #: Examples in a step.
 BATCH = 16
-#: Prompts in a step of rewards, and replies to each, which are compared with each other.
+#: Prompts in a step of rewards, and the number of replies to each, which are compared with each other.
 PROMPTS, TRIES = 4, 8
-#: Of both trainers: one pass on the CPU, without logs, checkpoints or bars.
+#: Arguments of both trainers: one pass on the CPU, without logs, checkpoints or bars.
 UNATTENDED = {
     "num_train_epochs": 1,
     "logging_strategy": "no",
@@ -41,26 +41,24 @@ UNATTENDED = {
 
 
 def new_model(policy: Policy, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
-    """Return an untrained model that fits the tokenizer; its config names the policy that it is to be trained on."""
+    """Return an untrained model for the tokenizer; its config names the policy that it will be trained on."""
     set_seed(seed)
     numbers = tokenizer.get_vocab()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(numbers),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            pad_token_id=numbers[PADDING],
-            bos_token_id=None,
-            eos_token_id=numbers[END],
-            policy_sha256=policy.sha256,
-            attn_implementation="eager",  # of so few words faster than any other, on a CPU
-        )
+    config = LlamaConfig(
+        vocab_size=len(numbers),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        pad_token_id=numbers[PADDING],
+        bos_token_id=None,
+        eos_token_id=numbers[END],
+        policy_sha256=policy.sha256,
+        attn_implementation="eager",  # the fastest for so few words on a CPU
     )
-    return model
+    return LlamaForCausalLM(config)
 
 
 def fit_examples(
@@ -70,19 +68,20 @@ def fit_examples(
     seed: int,
     rate: float = 2e-3,
 ) -> None:
-    """Train a model, once on each, to write the replies to prompts; the prompts themselves are not learnt."""
-    rows, numbers = [], tokenizer.get_vocab()
-    for prompt, reply in examples:
-        rows.append((tokenizer.encode(prompt).ids, [numbers[word] for word in reply]))
+    """Train a model, once on each example, to write the replies to prompts; the prompts themselves are not learnt."""
+    numbers = tokenizer.get_vocab()
+    rows = [(tokenizer.encode(prompt).ids, [numbers[word] for word in reply]) for prompt, reply in examples]
 
     def collate(batch: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor | int]:
-        longest, kept = max(len(a) + len(b) for a, b in batch), 1 + max(len(b) for _, b in batch)
-        left = [longest - len(a) - len(b) for a, b in batch]
-        ids = [[numbers[PADDING]] * n + a + b for n, (a, b) in zip(left, batch, strict=True)]
-        labels = [[IGNORED] * (kept - len(b)) + b for _, b in batch]
-        mask = [[0] * n + [1] * (longest - n) for n in left]
-        named = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        return {name: torch.tensor(values) for name, values in named.items()} | {"logits_to_keep": kept}
+        longest = max(len(prompt) + len(reply) for prompt, reply in batch)
+        kept = 1 + max(len(reply) for _, reply in batch)
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, reply in batch:
+            padding = longest - len(prompt) - len(reply)
+            columns["input_ids"].append([numbers[PADDING]] * padding + prompt + reply)
+            columns["attention_mask"].append([0] * padding + [1] * (longest - padding))
+            columns["labels"].append([IGNORED] * (kept - len(reply)) + reply)
+        return {name: torch.tensor(lists) for name, lists in columns.items()} | {"logits_to_keep": kept}
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -107,14 +106,14 @@ def _quietly(trainer: Trainer) -> None:
 
 
 def reward_of(policy: Policy, clauses: Sequence[str], words: Sequence[str]) -> float:
-    """Return what an answer is worth, from 0 to 1, by its outcome alone: no word of the trace counts, but its quote.
+    """Return the reward of a reply, from 0 to 1: by its outcome and its quote; no other word of the trace counts.
 
     A quarter each for the right action and for exactly the right clauses, a half for both in a decision that verifies.
 
     Args:
-        policy: by which it is verified.
+        policy: verifies the decision.
         clauses: that apply.
-        words: that the model wrote.
+        words: the reply.
     """
     decision = read(words)
     action = decision.action == policy.action_of(clauses)
@@ -125,16 +124,16 @@ def reward_of(policy: Policy, clauses: Sequence[str], words: Sequence[str]) -> f
 def fit_rewards(
     model: LlamaForCausalLM, tokenizer: Tokenizer, policy: Policy, requests: Sequence[Request], seed: int, rate: float
 ) -> None:
-    """Train a model, once on each, on requests without replies: on what its own replies are worth (`reward_of`)."""
+    """Train a model, once on each request, on the rewards of its own replies (`reward_of`)."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     numbers = tokenizer.get_vocab()
     names = {number: word for word, number in numbers.items()}
 
-    def worth(completion_ids: Sequence[Sequence[int]], clauses: Sequence[Sequence[str]], **_: object) -> list[float]:
-        written = [[names[number] for number in ids] for ids in completion_ids]
-        return [reward_of(policy, cited, words) for cited, words in zip(clauses, written, strict=True)]
+    def rewards(completion_ids: Sequence[Sequence[int]], clauses: Sequence[Sequence[str]], **_: object) -> list[float]:
+        replies = [[names[number] for number in ids] for ids in completion_ids]
+        return [reward_of(policy, *pair) for pair in zip(clauses, replies, strict=True)]
 
     rows = [{"prompt": request.text, "clauses": list(request.clauses)} for request in requests]
     reader = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PADDING, eos_token=END, unk_token=UNKNOWN)
@@ -152,25 +151,22 @@ def fit_rewards(
             gradient_checkpointing=False,
             **UNATTENDED,
         )
-        _quietly(GRPOTrainer(model, worth, arguments, Dataset.from_list(rows), processing_class=reader))
+        _quietly(GRPOTrainer(model, rewards, arguments, Dataset.from_list(rows), processing_class=reader))
     model.eval()
 
 
 @torch.inference_mode()
 def replies(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str], batch: int = 100) -> list[list[str]]:
-    """Return what a model writes to prompts, greedily: words up to `END`, many prompts at a time."""
-    padding, found = tokenizer.token_to_id(PADDING), {}
-    rows = sorted(
-        ((tokenizer.encode(text).ids, number) for number, text in enumerate(prompts)), key=lambda row: len(row[0])
-    )
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        longest = max(len(ids) for ids, _ in part)
-        given = torch.tensor([[padding] * (longest - len(ids)) + ids for ids, _ in part])
-        written = model.generate(
-            given, attention_mask=(given != padding).long(), do_sample=False, max_new_tokens=LONGEST
-        )[:, longest:]
-        for (_, number), line in zip(part, written.tolist(), strict=True):
+    """Return a model's greedy replies to prompts, words up to `END`, many prompts at a time."""
+    padding, encoded = tokenizer.token_to_id(PADDING), [tokenizer.encode(text).ids for text in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    texts: dict[int, list[str]] = {}
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        longest = len(encoded[numbers[-1]])
+        ids = torch.tensor([[padding] * (longest - len(encoded[number])) + encoded[number] for number in numbers])
+        output = model.generate(ids, attention_mask=(ids != padding).long(), do_sample=False, max_new_tokens=LONGEST)
+        for number, line in zip(numbers, output[:, longest:].tolist(), strict=True):
             words = [tokenizer.id_to_token(word) for word in line]
-            found[number] = words[: words.index(END) + 1] if END in words else words
-    return [found[number] for number in range(len(prompts))]
+            texts[number] = words[: words.index(END) + 1] if END in words else words
+    return [texts[number] for number in range(len(prompts))]

@@ -1,16 +1,11 @@
-"""What each part of deliberative alignment adds to a guard of under a million parameters.
+"""The comparison of what deliberative alignment adds to a guard of under a million parameters; the embedded guard.
 
-    python -m training.deliberation.table
-    python -m training.deliberation.table --development --examples 2000
-
-Written: results/deliberation.csv and .md. Trained models and their answers are kept in outputs/deliberation, each
-under a digest of what it depends on, so that what is there is not made again. --development prints how good
-models of one seed are on other requests than the tests: the sizes are chosen by it.
+Trained models and their answers are kept, each under a digest of all that it depends on, so that a comparison that was
+interrupted goes on.
 """
 
-import argparse
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,111 +19,114 @@ from transformers.utils.logging import disable_progress_bar
 from eval.files import read_json, write_json, write_text
 from eval.intervals import bootstrap_interval, paired_differences
 from experiments import project_path
+from experiments.prompts import HARMLESS
 from experiments.runs.identity import short_digest
 from experiments.tables.columns import markdown
 from experiments.tables.pages import with_interval
 from experiments.tables.templates import render
 from negtome.guard.controls import Always
 from negtome.guard.keyword import Keyword
-from negtome.guard.mini import read
+from negtome.guard.mini import Mini, read
 from negtome.guard.policy import Policy, read_policy
 from training.deliberation import fit, scores
-from training.deliberation.cells import STAGES, Cell, Sizes, all_cells, trained
-from training.deliberation.controls import Lookup
-from training.deliberation.requests import PARTS, POLICY, Maker, Request
-from training.deliberation.scores import Outcome
+from training.deliberation.cells import STAGES, Cell, Sizes, all_cells, draw_examples, save, train_cell
+from training.deliberation.requests import PARTS, POLICY, Maker, Request, build_tokenizer
+from training.deliberation.scores import Lookup, Outcome
 
-#: Requests on which the number of examples is chosen.
+#: Number of requests on which the number of examples is chosen.
 DEVELOPMENT = 400
-#: What is compared with what, of the same seeds: with a trace or without, and stages with those before them.
+#: Guards that are compared, by stage and trace, on the same seeds.
 PAIRS = [
-    *(((stage, True), (stage, False)) for stage in ("SFT", "RL", "SFT + RL")),
-    *(
-        ((a, trace), (b, trace))
-        for a, b in (("SFT", "none"), ("RL", "none"), ("SFT + RL", "SFT"))
-        for trace in (True, False)
-    ),
+    (("SFT", True), ("SFT", False)),
+    (("RL", True), ("RL", False)),
+    (("SFT + RL", True), ("SFT + RL", False)),
+    (("SFT", True), ("none", True)),
+    (("SFT", False), ("none", False)),
+    (("RL", True), ("none", True)),
+    (("RL", False), ("none", False)),
+    (("SFT + RL", True), ("SFT", True)),
+    (("SFT + RL", False), ("SFT", False)),
 ]
+#: Columns in which they are compared.
 COMPARED = ("decision right", "clause right", "wrappers held out", "encodings held out")
 TRACE = {True: "yes", False: "no", None: ""}
+#: Kinds of prompts, as the guard's card names them.
+KINDS = ("direct", "indirect", "benign", "near", "generic", "parody", f"{HARMLESS}parody")
+#: Outcomes of guards, by stage (or title) and trace, then by seed.
+Outcomes = dict[tuple[str, bool | None], dict[int, list[Outcome]]]
 
 
-def answers(folder: Path, asked: Sequence[Request]) -> list[list[str]]:
-    """Return what a trained model writes to requests; kept in its folder."""
-    file = folder / f"answers-{short_digest([one.text for one in asked])}.json"
+def answer(folder: Path, requests: Sequence[Request]) -> list[list[str]]:
+    """Return a trained model's replies to requests; they are kept in its folder."""
+    file = folder / f"answers-{short_digest([request.text for request in requests])}.json"
     if not file.exists():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        written = fit.replies(model, tokenizer, [one.text for one in asked])
-        write_json(file, [" ".join(words) for words in written])
+        replies = fit.replies(model, tokenizer, [request.text for request in requests])
+        write_json(file, [" ".join(words) for words in replies])
     return [line.split() for line in read_json(file)]
 
 
-def measured(cell: Cell, sizes: Sizes, root: Path, development: bool) -> list[Outcome]:
-    """Train a cell, unless it is, and return its outcomes on the tests or on the development requests."""
+def evaluate_cells(cells: Sequence[Cell], sizes: Sizes, root: Path, development: bool) -> dict[Cell, list[Outcome]]:
+    """Train cells, one after the other, and return their outcomes on the test or the development requests."""
     torch.set_num_threads(1)
     disable_progress_bar()
     policy = read_policy(POLICY)
-    folder = trained(cell, sizes, policy, root)
-    asked = Maker(policy, 0, development=True).draw(DEVELOPMENT) if development else scores.tests(policy)
-    written = answers(folder, asked)
-    outcomes = [scores.outcome(policy, one, read(words)) for one, words in zip(asked, written, strict=True)]
-    right = sum(one.action == one.right for one in outcomes) / len(outcomes)
-    cited = sum(one.cited for one in outcomes) / len(outcomes)
-    print(
-        f"{cell.stage}, trace: {TRACE[cell.trace]}, seed {cell.seed}: {right:.3f} decided right, {cited:.3f} cited "
-        f"right, of {len(asked)} {'development' if development else 'test'} requests",
-        flush=True,
-    )
+    requests = Maker(policy, 0, development=True).draw(DEVELOPMENT) if development else scores.tests(policy)
+    outcomes = {}
+    for cell in cells:
+        replies = answer(train_cell(cell, sizes, policy, root), requests)
+        judged = [scores.judge(policy, *pair) for pair in zip(requests, map(read, replies), strict=True)]
+        right, cited = sum(one.action == one.right for one in judged), sum(one.cited for one in judged)
+        print(f"{cell}: {right} decided right, {cited} cited right, of {len(requests)} requests", flush=True)
+        outcomes[cell] = judged
     return outcomes
 
 
-def chains(
+def evaluate_all(
     cells: Sequence[Cell], sizes: Sizes, root: Path, development: bool, workers: int
 ) -> dict[Cell, list[Outcome]]:
-    """Measure cells, those of a seed and trace in one process, one after the other."""
-    groups: dict[tuple[int, bool], list[Cell]] = {}
+    """Evaluate cells, those of a seed and trace in one process."""
+    chains: dict[tuple[int, bool], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.seed, cell.trace), []).append(cell)
-    found: dict[Cell, list[Outcome]] = {}
+        chains.setdefault((cell.seed, cell.trace), []).append(cell)
+    outcomes: dict[Cell, list[Outcome]] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for part in pool.map(_chain, groups.values(), [(sizes, root, development)] * len(groups)):
-            found |= part
-    return found
+        jobs = [pool.submit(evaluate_cells, chain, sizes, root, development) for chain in chains.values()]
+        for job in jobs:
+            outcomes |= job.result()
+    return outcomes
 
 
-def _chain(cells: Sequence[Cell], how: tuple[Sizes, Path, bool]) -> dict[Cell, list[Outcome]]:
-    return {cell: measured(cell, *how) for cell in cells}
+def evaluate_controls(policy: Policy) -> Outcomes:
+    """Evaluate the guards that need no training."""
+    outcomes: Outcomes = {}
+    guards = {"always allow": Always("allow"), "keyword": Keyword(), "look-up table": Lookup(policy)}
+    for title, guard in guards.items():
+        judged = [scores.judge(policy, one, guard.reply(policy, one.text)) for one in scores.tests(policy)]
+        outcomes[title, None] = {0: judged}
+    return outcomes
 
 
-def controls(policy: Policy) -> Iterator[tuple[str, list[Outcome]]]:
-    """Ask the guards that need no training."""
-    asked = scores.tests(policy)
-    for title, guard in (("always allow", Always("allow")), ("keyword", Keyword()), ("look-up table", Lookup(policy))):
-        yield title, [scores.outcome(policy, one, guard.reply(policy, one.text)) for one in asked]
-
-
-def rows(policy: Policy, found: Mapping[tuple[str, bool | None], Mapping[int, Sequence[Outcome]]]) -> pd.DataFrame:
+def tabulate(policy: Policy, outcomes: Outcomes) -> pd.DataFrame:
     """Return a row for each guard, or difference of two, and column: value, 95 % interval, extremes of the seeds."""
     table = []
     for column in scores.columns(policy):
-        valued = {key: scores.values(column, outcomes) for key, outcomes in found.items()}
-        table += [_row(key, "", column.name, groups) for key, groups in valued.items()]
+        groups = {key: scores.values(column, of_seeds) for key, of_seeds in outcomes.items()}
+        table += [_row(key, "", column.name, values) for key, values in groups.items()]
         if column.name not in COMPARED:
             continue
-        for a, b in PAIRS:  # what knows the form alone is one model for all seeds
-            same = {seed: found[b].get(seed, found[b][0]) for seed in found[a]}
-            groups = paired_differences(valued[a], scores.values(column, same))
-            table.append(_row(a, f"{b[0]}, trace: {TRACE[b[1]]}", column.name, groups))
+        for a, b in PAIRS:  # the model of the form alone is one for all seeds
+            same_seeds = {seed: outcomes[b].get(seed, outcomes[b][0]) for seed in outcomes[a]}
+            differences = paired_differences(groups[a], scores.values(column, same_seeds))
+            table.append(_row(a, f"{b[0]}, trace: {TRACE[b[1]]}", column.name, differences))
     return pd.DataFrame(table)
 
 
 def _row(key: tuple[str, bool | None], against: str, name: str, groups: Sequence[dict]) -> dict[str, object]:
     value, low, high = bootstrap_interval(groups)
-    seeds: dict[str, list[float]] = {}
-    for group in groups:
-        seeds.setdefault(group["group"].rpartition("/")[2], []).append(group["value"])
-    means = [sum(part) / len(part) for part in seeds.values()]
+    frame = pd.DataFrame(groups)
+    means = frame.groupby(frame["group"].str.rpartition("/")[2])["value"].mean()
     return {
         "training": key[0],
         "trace": TRACE[key[1]],
@@ -137,24 +135,23 @@ def _row(key: tuple[str, bool | None], against: str, name: str, groups: Sequence
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        "lowest_seed": min(means),
-        "highest_seed": max(means),
-        "n": len(groups),
-        "n_characters": len({group["category"] for group in groups}),
-        "n_seeds": len(seeds),
+        "lowest_seed": means.min(),
+        "highest_seed": means.max(),
+        "n": len(frame),
+        "n_characters": frame["category"].nunique(),
+        "n_seeds": len(means),
     }
 
 
-def page(frame: pd.DataFrame, sizes: Sizes) -> str:
+def render_page(frame: pd.DataFrame, sizes: Sizes) -> str:
     """Return the table and its differences as Markdown."""
-    plain, differences = frame[frame["against"] == ""], frame[frame["against"] != ""]
-    names = list(dict.fromkeys(plain["metric"]))
+    guards, differences = frame[frame["against"] == ""], frame[frame["against"] != ""]
+    names = list(dict.fromkeys(guards["metric"]))
     wide = []
-    for (training, trace), part in plain.groupby(["training", "trace"], sort=False):
-        cells = {
-            row.metric: with_interval("{:.2f}".format, row.value, row.ci_low, row.ci_high) for row in part.itertuples()
-        }
-        first = part.iloc[0]
+    for (training, trace), part in guards.groupby(["training", "trace"], sort=False):
+        first, cells = part.iloc[0], {}
+        for row in part.itertuples():
+            cells[row.metric] = with_interval("{:.2f}".format, row.value, row.ci_low, row.ci_high)
         seeds = f"{first.lowest_seed:.2f} to {first.highest_seed:.2f}" if first.n_seeds > 1 else ""
         wide.append({"training": training, "trace": trace, **cells, f"{names[0]}, by seed": seeds})
     long = [
@@ -169,13 +166,13 @@ def page(frame: pd.DataFrame, sizes: Sizes) -> str:
         }
         for row in differences.itertuples()
     ]
-    counts = {name: int(part["n"].max() / part["n_seeds"].max()) for name, part in plain.groupby("metric", sort=False)}
+    counts = {name: int(part["n"].max() / part["n_seeds"].max()) for name, part in guards.groupby("metric", sort=False)}
     return render(
         "training/deliberation/page.md.j2",
         table=markdown(pd.DataFrame(wide)),
         differences=markdown(pd.DataFrame(long)),
         counts=counts,
-        seeds=int(plain["n_seeds"].max()),
+        seeds=int(guards["n_seeds"].max()),
         sizes=sizes,
         prompts=fit.PROMPTS,
         tries=fit.TRIES,
@@ -185,7 +182,7 @@ def page(frame: pd.DataFrame, sizes: Sizes) -> str:
 
 
 def _verdict(row: tuple) -> str:
-    """Tell which way a difference goes, if its interval and each of its seeds say so."""
+    """Return which way a difference goes, if its interval and each of its seeds say so."""
     if row.ci_low is not None and row.ci_low > 0 and row.lowest_seed > 0:
         return "more"
     if row.ci_high is not None and row.ci_high < 0 and row.highest_seed < 0:
@@ -193,35 +190,75 @@ def _verdict(row: tuple) -> str:
     return "no"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/deliberation"), help="folder of trained models")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the table")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time, each on one core")
-    parser.add_argument("--steps", type=int, default=Sizes.steps, help="steps of rewards")
-    parser.add_argument("--rate", type=float, default=Sizes.rate, help="of learning from rewards")
-    parser.add_argument("--examples", type=int, default=Sizes.examples, help="right replies")
-    parser.add_argument("--development", action="store_true", help="only what the sizes are chosen by")
-    args = parser.parse_args(argv)
-    sizes, root, policy = (
-        Sizes(examples=args.examples, steps=args.steps, rate=args.rate),
-        project_path(args.out),
-        read_policy(POLICY),
-    )
-    if args.development:
-        chains(all_cells(1), sizes, root, True, args.workers)
-        return 0
-    found: dict[tuple[str, bool | None], dict[int, list[Outcome]]] = {}
-    for title, outcomes in controls(policy):
-        found[title, None] = {0: outcomes}
-    for cell, outcomes in chains(all_cells(args.seeds), sizes, root, False, args.workers).items():
-        found.setdefault((cell.stage, cell.trace), {})[cell.seed] = outcomes
-    frame, folder = rows(policy, found), project_path(args.results)
+def compare_stages(
+    out: Path, work: Path, seeds: int, workers: int, development: bool, **sizes: int | float | None
+) -> None:
+    """Train and evaluate all cells, and write deliberation.csv and .md.
+
+    Args:
+        out: folder of the table.
+        work: folder of trained models.
+        seeds: how many, from 0.
+        workers: processes at a time.
+        development: only print the results of one seed on the requests that the sizes are chosen by.
+        sizes: fields of `Sizes`; None: as they are.
+    """
+    policy, root = read_policy(POLICY), project_path(work)
+    chosen = Sizes(**{name: value for name, value in sizes.items() if value is not None})
+    if development:
+        evaluate_all(all_cells(1), chosen, root, True, workers)
+        return
+    outcomes = evaluate_controls(policy)
+    for cell, judged in evaluate_all(all_cells(seeds), chosen, root, False, workers).items():
+        outcomes.setdefault((cell.stage, cell.trace), {})[cell.seed] = judged
+    frame, folder = tabulate(policy, outcomes), project_path(out)
     write_text(folder / "deliberation.csv", frame.to_csv(index=False, float_format="%.6g"))
-    write_text(folder / "deliberation.md", page(frame, sizes))
-    return 0
+    print(write_text(folder / "deliberation.md", render_page(frame, chosen)))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def count_by_kind(outcomes: Sequence[Outcome]) -> str:
+    """Return the shares of right decisions by kind of prompt as Markdown."""
+    wrapped = [f"{about}, wrapper {seen}" for about in ("asset", "none") for seen in ("held out", "seen")]
+    right: dict[str, list[bool]] = {name: [] for name in (*KINDS, *wrapped)}
+    for outcome in outcomes:
+        kind, _, wrapper = outcome.request.kind.partition("/")
+        if kind == "encoded":
+            continue
+        if kind not in KINDS:
+            seen = "seen" if wrapper in PARTS["wrappers_of_the_evaluation"] else "held out"
+            kind = f"{'none' if kind.startswith(HARMLESS) else 'asset'}, wrapper {seen}"
+        right[kind].append(outcome.action == outcome.right)
+    shares = [{"prompts": kind, "n": str(len(r)), "right": f"{sum(r) / len(r):.3f}"} for kind, r in right.items()]
+    return markdown(pd.DataFrame(shares))
+
+
+def export_guard(out: Path, examples: int) -> None:
+    """Train the embedded guard on right replies with traces, and write it."""
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    policy, folder, start = read_policy(POLICY), project_path(out), time.process_time()
+    tokenizer = build_tokenizer(policy)
+    model = fit.new_model(policy, tokenizer, seed=0)
+    fit.fit_examples(model, tokenizer, draw_examples(policy, 0, examples, trace=True), seed=0)
+    seconds = time.process_time() - start
+    save(model, tokenizer, folder)
+    write_card(folder, policy, examples, seconds)
+
+
+def write_card(folder: Path, policy: Policy, n: int, seconds: float) -> None:
+    """Measure an exported guard and write its README.md."""
+    guard, requests = Mini(folder), scores.tests(policy)
+    replies = fit.replies(guard.model, guard.tokenizer, [request.text for request in requests])
+    outcomes = [scores.judge(policy, *pair) for pair in zip(requests, map(read, replies), strict=True)]
+    facts = {
+        "parameters": f"{guard.model.num_parameters():,}",
+        "words": f"{guard.tokenizer.get_vocab_size():,}",
+        "longest": guard.longest,
+        "policy": policy.sha256,
+        "example": " ".join(replies[0][:-1]),
+        "examples": f"{n:,}",
+        "seconds": f"{seconds:.0f}",
+        "wrappers": PARTS["wrappers_of_the_evaluation"],
+        "table": count_by_kind(outcomes),
+    }
+    write_text(folder / "README.md", render("training/deliberation/card.md.j2", **facts))
