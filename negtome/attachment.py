@@ -21,7 +21,7 @@ from negtome.prompt_checks import check_one_length, check_one_prompt
 from negtome.reference import Reference
 from negtome.rows import ReferenceRows, shrink
 from negtome.sites import check_denoiser, fewest_tokens, find_architecture, find_sites, largest_map, unwrap
-from negtome.tally import Run, SiteCount, Step, check_pushed, check_side, check_window
+from negtome.tally import Run, SiteCount, Step, StepReport, StepReporter, check_pushed, check_side, check_window
 from negtome.validation import to_python_scalar
 
 #: Images in a group above which reference="others" warns: its cost grows with their square.
@@ -35,6 +35,7 @@ def attach(
     group_size: int | None = None,
     references: Reference | Sequence[Reference | None] | None = None,
     push: Push | None = None,
+    on_step: Callable[[StepReport], object] | None = None,
     given: Reference | Sequence[Reference | None] | None = None,
 ) -> Attachment:
     """Push the images that a pipeline generates together apart, or away from given ones, until the `with` block ends.
@@ -64,6 +65,9 @@ def attach(
         push: replaces the push at every site, for controls of the method: called as `push(site, tokens, pushed,
             group_size)` with the site's name, the tokens [G * K, N, C] of G groups of K = group_size images, and the
             result of the method; it returns a tensor like them. Counts stay those of the method. Not with `references`.
+        on_step: called with a `negtome.StepReport` after every denoising step, which says which tokens moved. A step
+            ends when the next one begins or the pipeline's call ends. Reading the counts waits for the device in each
+            step of the timestep range; images do not change. The function may raise, which ends the pipeline's call.
         given: the former name of `references`, deprecated.
 
     Returns:
@@ -82,7 +86,7 @@ def attach(
         if references is not None:
             raise ValueError("references was passed twice, also by its former name, given; pass references alone.")
         references = given
-    return Attachment(pipe, config, group_size, references, push)
+    return Attachment(pipe, config, group_size, references, push, on_step)
 
 
 def detach(pipe: Any) -> None:
@@ -118,6 +122,7 @@ class Attachment:
         group_size: int | None,
         references: Reference | Sequence[Reference | None] | None,
         push: Push | None,
+        on_step: Callable[[StepReport], object] | None = None,
     ) -> None:
         if not isinstance(config, NegToMeConfig | None):
             raise TypeError(f"config must be a NegToMeConfig, or None, got a {type(config).__name__}.")
@@ -149,6 +154,7 @@ class Attachment:
         self.config = config
         self.group_size = group_size
         self.steps: list[Step] = []
+        self._on_step = on_step
         self._pipe = pipe
         self._architecture = architecture
         self._pipeline_class = type(pipe).__name__
@@ -209,7 +215,8 @@ class Attachment:
             site.leave()
         for owner in self._owners:
             unpatch_call(owner)
-        self._pipe = self._denoiser = self._rows = None  # the counts may be kept for long, the weights should not
+        # The counts may be kept for long, the weights should not.
+        self._pipe = self._denoiser = self._rows = self._on_step = None
         self._owners, self._links, self._sites = (), [], []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,13 +249,17 @@ class Attachment:
                 f"NegToMe expects one call of its {self._pipeline_class} at a time, but it was called again "
                 "(by a callback or another thread) before that one ended; attach to a pipeline of its own there."
             )
-        run = Run(self._architecture, call)
+        reporter = None
+        if self._on_step is not None:
+            reporter = StepReporter(self._on_step, self.config.strength()["threshold"])
+        run = Run(self._architecture, call, reporter)
         try:
             self._run = run
             self._started_runs += 1
             if self._rows is not None:
                 self._rows.start(self._pipe, call.arguments)
             yield
+            self._report(run)
         finally:
             self._run = None
         self.steps += run.steps
@@ -272,6 +283,12 @@ class Attachment:
             return
         check_window(self.config, timesteps)  # the schedule may be unknown
         check_pushed(self.config, self.sites, compared.total(), pushed.total(), highest)
+
+    def _report(self, run: Run) -> None:
+        """Report the step that has ended; the user's function may call another pipeline."""
+        if run.reporter is not None:
+            with self._suspended():
+                run.reporter.end()
 
     def _rest(self) -> None:
         """Take the sites out of the call of the denoiser that has ended."""
@@ -341,9 +358,12 @@ class Attachment:
         if call.grid != run.grid:
             run.grid, run.fewest_tokens = call.grid, self._fewest_tokens(call)
         active = self.config.is_active(call.timestep)
-        run.rows = call.rows
+        run.rows, run.images = call.rows, call.images
         if not call.again:
+            self._report(run)
             run.steps.append(Step(call.timestep, active))
+            if run.reporter is not None:
+                run.reporter.begin(len(run.steps) - 1, run.steps[-1])
         if not active:
             return None, arguments
         layout: Layout | None = None
@@ -358,6 +378,8 @@ class Attachment:
     def _end(self, run: Run, context: StepContext | None, output: Any) -> Any:
         """Count, and take the rows of outside references out of the denoiser's output."""
         if context is not None:
+            if run.reporter is not None:
+                run.reporter.add(self._sites, context, run.images)
             run.count(self._sites, self.config.strength()["threshold"])
             if context.layout is not None:
                 output = shrink(output, context.layout, self._architecture.listed)

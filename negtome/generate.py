@@ -13,7 +13,7 @@ import tempfile
 import textwrap
 import warnings
 from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from negtome.model_files import INDEX, find_variants, read_index
 from negtome.recipe import Recipe, is_embedded
 from negtome.reference import Reference
 from negtome.sites import find_architecture
+from negtome.tally import StepReport
 
 #: Where images go when no folder is named: below it one of the recipe's own.
 OUT = "negtome-images"
@@ -50,12 +51,13 @@ class Made(NamedTuple):
     attached: Attachment | None
 
 
-def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
+def generate(pipe: Any, recipe: Recipe, on_step: Callable[[StepReport], object] | None = None, **more: Any) -> Made:
     """Make the images of a recipe, with NegToMe where it has settings for it. The pipeline is afterwards as before.
 
     Args:
         pipe: what `DiffusionPipeline.from_pretrained(recipe.model)` gives.
         recipe: what to make.
+        on_step: as of `negtome.attach`; not called for a recipe without NegToMe.
         more: keyword arguments of the pipeline's call that change no pixels, such as callback_on_step_end.
 
     Raises:
@@ -75,7 +77,7 @@ def generate(pipe: Any, recipe: Recipe, **more: Any) -> Made:
     if recipe.config is None:
         made = Made(pipe(**call).images, None)
     else:
-        with attach(pipe, recipe.config, references=reference) as attached:
+        with attach(pipe, recipe.config, references=reference, on_step=on_step) as attached:
             made = Made(pipe(**call).images, attached)
     size = made.images[0].size
     if recipe.width is not None and size != (recipe.width, recipe.height):

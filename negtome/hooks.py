@@ -89,7 +89,8 @@ class Site:
 
     Attributes:
         context: of the call of the denoiser that is running; None while the site is at rest.
-        similarity: [G, S] of the tokens that were compared in this call of the denoiser; None if there were none.
+        similarity: [G, J, N] of the tokens that were compared in this call of the denoiser, with a further J for each
+            further call of the module; None if there were none.
     """
 
     def __init__(self, name: str, place: Place, config: NegToMeConfig, push_fn: Push | None) -> None:

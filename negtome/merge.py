@@ -119,8 +119,8 @@ def push_groups(
 
     Returns:
         The tokens after the push [G * K, N, C], `tokens` itself where none can move; and the similarity that met the
-        threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others", (K - 1) * N
-        otherwise.
+        threshold [G, J, N], of float32 or better, where J counts the images of a group that can move: K for "others",
+        K - 1 otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
     length = _length(_detached(images))  # [G, K, N, 1]
@@ -164,7 +164,7 @@ def push_from(
 
     Returns:
         The tokens after the push [H, K, N, C], `tokens` itself where none can move; and the similarity that met the
-        threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
+        threshold [H, K, N], of float32 or better, -inf where the mask allows no match.
     """
     seen, known = _detached(tokens), _detached(reference)
     product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
@@ -210,10 +210,10 @@ def _move(
     if still is not None:
         similarity.masked_fill_(still, -torch.inf)
     if cannot_move(alpha, threshold):
-        return tokens, similarity.flatten(1)
+        return tokens, similarity.squeeze(-1)
     match = _take(reference, index, tokens.shape)
     weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha)
-    return tokens.lerp(match, weight), similarity.flatten(1)  # x + weight (match - x) in one pass
+    return tokens.lerp(match, weight), similarity.squeeze(-1)  # x + weight (match - x) in one pass
 
 
 def _match(

@@ -1,9 +1,11 @@
-"""What happened in a call of a pipeline, and the reason where nothing did."""
+"""Counts of the tokens that were compared and pushed, reports to the user, and errors where nothing happened."""
 
+import math
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from negtome.architectures import Architecture
 from negtome.calls import CallReader, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
-from negtome.hooks import Site
+from negtome.hooks import Site, StepContext
 
 
 class Step(NamedTuple):
@@ -28,23 +30,117 @@ class SiteCount(NamedTuple):
     pushed: int
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What NegToMe did in one denoising step; `negtome.attach` passes it to `on_step`.
+
+    Attributes:
+        index: number of the step in this call of the pipeline, from 0.
+        timestep: its training timestep, 0 to 1000.
+        active: whether it lies in the timestep range. If not, `counts` and `moved` are empty.
+        counts: tokens compared and pushed at every hook point that the step reached, by the module's name.
+        moved: for each of these, float32 [images, tokens] on the CPU: the share of the comparisons of a token in this
+            step (conditional and unconditional, for example) that moved it. Images that stay as they are have 0.
+            Tokens are in row-major order of the feature map.
+    """
+
+    index: int
+    timestep: float
+    active: bool
+    counts: Mapping[str, SiteCount]
+    moved: Mapping[str, torch.Tensor]
+
+    @property
+    def tokens_compared(self) -> int:
+        """Tokens compared at all hook points together."""
+        return sum(count.compared for count in self.counts.values())
+
+    @property
+    def tokens_pushed(self) -> int:
+        """Tokens pushed at all hook points together."""
+        return sum(count.pushed for count in self.counts.values())
+
+
+class StepReporter:
+    """Collects what happens in a step, over one or more calls of the denoiser, and reports it when the step ends.
+
+    Args:
+        on_step: the user's function.
+        threshold: of the method's settings.
+    """
+
+    def __init__(self, on_step: Callable[[StepReport], object], threshold: float) -> None:
+        self._on_step = on_step
+        self._threshold = _effective_threshold(threshold)
+        self._step: Step | None = None
+        self._index = 0
+        self._counts: dict[str, SiteCount] = {}
+        self._moved: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, sites: Sequence[Site], context: StepContext, images: int) -> None:
+        """Add one call of the denoiser to the step, before the sites drop their similarities."""
+        for site in sites:
+            if site.similarity is None:
+                continue
+            moved = site.similarity > self._threshold
+            before = self._counts.get(site.name, SiteCount(0, 0))
+            self._counts[site.name] = SiteCount(before.compared + moved.numel(), before.pushed + int(moved.sum()))
+            share = _share_moved(moved, context, images, first_moves=site.reference == "others")
+            self._moved.setdefault(site.name, []).append(share)
+
+    def begin(self, index: int, step: Step) -> None:
+        """Start the next step."""
+        self._index, self._step, self._counts, self._moved = index, step, {}, {}
+
+    def end(self) -> None:
+        """Report the step, if one has begun."""
+        if self._step is None:
+            return
+        moved = {name: torch.stack(shares).mean(dim=0) for name, shares in self._moved.items()}
+        report = StepReport(self._index, *self._step, self._counts, moved)
+        self._step = None
+        self._on_step(report)
+
+
+def _share_moved(moved: torch.Tensor, context: StepContext, images: int, first_moves: bool) -> torch.Tensor:
+    """Average what moved [G, J, N] over the chunks of a batch: float32 [images, N] on the CPU."""
+    size = context.group_size
+    movable = list(range(0 if first_moves else 1, size))
+    if context.layout is not None:
+        size = images
+        runs = [run for route in context.layout.routes for run in route.images]
+        movable = [image for start, stop in runs for image in range(start, stop)]
+    repeated = moved.cpu().unflatten(1, (-1, len(movable)))  # a module may be called twice
+    share = torch.zeros(len(repeated), size, moved.shape[-1])  # [chunks * groups, K, N]
+    share[:, movable] = repeated.float().mean(dim=1)
+    averaged: torch.Tensor = share.unflatten(0, (-1, images // size)).mean(dim=0).flatten(0, 1)
+    return averaged
+
+
+def _effective_threshold(threshold: float) -> float:
+    """Return the similarity that must be exceeded: rounding lifts that of a copy above 1, but 1 moves nothing."""
+    return threshold if threshold < 1 else math.inf
+
+
 class Run:
     """The state of one call of the pipeline.
 
     Args:
         architecture: of the pipeline.
         call: the arguments of the call.
+        reporter: reports its steps to the user, or None.
 
     Attributes:
         masks: names of the denoiser's arguments that must be the same for all images of a half.
         thread: the thread that runs it.
         suspended: whether the denoiser is called by somebody else at the moment, from a callback of this call.
         rows: of the batch that the pipeline asked for last.
+        images: among them, generated.
         grid: (height, width) of the generated image in tokens in the last call of the denoiser.
         fewest_tokens: of a feature map that takes part.
     """
 
-    def __init__(self, architecture: Architecture, call: PipelineCall) -> None:
+    def __init__(self, architecture: Architecture, call: PipelineCall, reporter: StepReporter | None = None) -> None:
         self.call = call
         self.masks: tuple[str, ...] = ()
         if architecture.trimmed is not None:
@@ -56,10 +152,11 @@ class Run:
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
         self.prompts: list[Snapshot] = []  # embeddings that passed the checks
-        self.rows = 0
+        self.rows = self.images = 0
         self.grid: tuple[int, ...] | None = None
         self.fewest_tokens = 0
         # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
+        self.reporter = reporter
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
 
     def count(self, sites: Sequence[Site], threshold: float) -> None:
@@ -71,8 +168,7 @@ class Run:
         for some in alike.values():
             found = [site for site, _ in some]
             similarity = torch.stack([seen for _, seen in some]).flatten(1)
-            # The cosine of a copy may be rounded to more than 1, but a threshold of 1 moves nothing.
-            pushed = (similarity > (threshold if threshold < 1 else torch.inf)).sum(dim=1)
+            pushed = (similarity > _effective_threshold(threshold)).sum(dim=1)
             self._counts.append((found, similarity.shape[1], pushed, similarity.amax(dim=1)))
             for site in found:
                 site.similarity = None

@@ -174,7 +174,7 @@ def test_a_mask_under_released_matching_selects_outputs():
     assert torch.equal(masked[:, ~mask], tokens[:, ~mask])
     reference[1] = torch.inf  # which the mask leaves out
     _, similarity = push_from(tokens[:, None], reference.expand(2, 1, -1, -1), mask=mask, **options)
-    assert torch.equal(similarity.isneginf(), ~mask.expand(2, -1))
+    assert torch.equal(similarity.isneginf(), ~mask.expand(2, 1, -1))
 
 
 @pytest.mark.parametrize("matching", ["paper", "released"])
@@ -245,7 +245,7 @@ def test_groups_are_the_algorithm_image_by_image(reference, matching):
     tokens = random(G * K, N, 16)
     result, similarity = push_groups(tokens, K, alpha=0.9, threshold=0.3, matching=matching, reference=reference)
     sources = K if reference == "others" else K - 1
-    assert similarity.shape == (G, sources * N)
+    assert similarity.shape == (G, sources, N)
     for g in range(G):
         group = tokens[g * K : (g + 1) * K]
         moved = 0
@@ -368,7 +368,7 @@ def test_nothing_is_read_back_from_the_device(reference, matching, dtype):
         result, similarity = push_groups(features[:rows, 3:], 4, **options)
         sources = 4 if reference == "others" else 3
         assert (result.shape, result.dtype, result.device.type) == ((rows, 256, 16), dtype, "meta")
-        assert (similarity.shape, similarity.dtype) == ((rows // 4, sources * 256), torch.float32)
+        assert (similarity.shape, similarity.dtype) == ((rows // 4, sources, 256), torch.float32)
         assert similarity.device.type == "meta"
 
 
@@ -405,7 +405,7 @@ def test_halves_with_references_of_their_own_are_pushed_one_by_one():
     mask = torch.arange(14) % 4 > 0
     options = {"alpha": 0.9, "threshold": 0.1, "matching": "paper", "mask": mask}
     result, similarity = push_from(tokens.clone(), reference, **options)
-    assert similarity.shape == (2, 30)
+    assert similarity.shape == (2, 3, 10)
     for half in range(2):
         for image in range(3):
             expected = by_hand(tokens[half, image], reference[half].flatten(0, 1), 0.9, 0.1, mask=mask)
