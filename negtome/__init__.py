@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from negtome.config import NegToMeConfig
     from negtome.merge import negative_merge
     from negtome.reference import Reference
-    from negtome.tally import SiteCount, Step, StepReport
+    from negtome.stats import SiteCount, Step, StepReport
 else:
     # Each is loaded when it is asked for: torch takes seconds, which `negtome.guard` does without.
     _MODULES = {
@@ -35,7 +35,7 @@ else:
         "config": ("NegToMeConfig",),
         "merge": ("negative_merge",),
         "reference": ("Reference",),
-        "tally": ("SiteCount", "Step", "StepReport"),
+        "stats": ("SiteCount", "Step", "StepReport"),
     }
 
     def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ from transformers import (
 from experiments.plan import expand
 from experiments.runs.checkpoints import call_arguments
 from negtome import NegToMeConfig
-from negtome.recipe import FILE, Choices
+from negtome.recipe import FILE, ModelDefaults
 from training import clip, flux, unet
 from training.cards import write_cards
 
@@ -114,14 +114,14 @@ def export(work: Path, models: Path) -> None:
     write_cards(work, models, notes.read_text() if notes.exists() else "")
 
 
-def choices(name: str) -> Choices:
+def choices(name: str) -> ModelDefaults:
     """Return what conf/ chose for a model: its calls, and the settings among images and away from a picture."""
     found = []
     for method in ("negtome", "negtome_reference"):
         (cfg,) = expand([f"model={name}", f"method={method}"])
         given = {field.name: cfg.method.get(field.name) for field in dataclasses.fields(NegToMeConfig)}
         found.append(NegToMeConfig(**{field: value for field, value in given.items() if value is not None}))
-    return Choices(call_arguments(cfg.model), *found)
+    return ModelDefaults(call_arguments(cfg.model), *found)
 
 
 def size_of(folder: Path) -> int:

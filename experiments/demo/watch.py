@@ -98,7 +98,7 @@ class Steps:
         schedule, number, ended = None, 0, self.clock()
         self._began = ended if self._began is None else self._began
         architecture = find_architecture(pipe)
-        plain = not (architecture.listed or architecture.frames or architecture.scale or architecture.video)
+        plain = not (architecture.list_inputs or architecture.frames or architecture.scale or architecture.video)
         previews = previews and plain and _known(scheduler)
 
         def predicted(prediction: Any) -> torch.Tensor:

@@ -39,7 +39,7 @@ from experiments.plan import Plan, expand, first
 from experiments.runs import checkpoints, preflight
 from experiments.runs.store import Run
 from negtome.__main__ import main as negtome_main
-from negtome.generate import Made, generate
+from negtome.generate import GenerationResult, generate
 from negtome.recipe import Recipe
 from negtome.reference import token_mask
 
@@ -117,7 +117,7 @@ def test_images_without_a_method_are_made_once_for_all_that_they_depend_on(one, 
 
     def painted(pipe, recipe):
         calls.append(recipe)
-        return Made(blank * recipe.images, SimpleNamespace(steps=[]))
+        return GenerationResult(blank * recipe.images, SimpleNamespace(steps=[]))
 
     monkeypatch.setattr(session, "generate", painted)
     monkeypatch.setattr(one, "baselines", OrderedDict())

@@ -37,7 +37,7 @@ from negtome import NegToMeConfig
         ("sites", (), "at least one"),
         ("sites", ("up_blocks", 1), "module names"),
         ("cross_attention", 1, "true or false"),
-        ("min_side", 0, "at least 1, or None, got 0"),
+        ("min_side", 0, "min_side must be a whole number of at least 1, got 0"),
         ("min_side", 32.0, "whole number"),
     ],
 )

@@ -1,6 +1,7 @@
 """The small guard: what it reads of its own words, and the embedded one on the policy that it was trained on."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,35 +100,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         Mini(tmp_path)
 
 
-def test_its_id_is_that_of_its_weights(guard):
-    assert guard.id == Mini(FOLDER).id
-
-
-WHOLE = [
-    "asks",
-    "for",
-    "imp",
-    ".",
-    "@C",
-    "@2",
-    ",",
-    "@E",
-    "@1",
-    "<quote>",
-    "red",
-    ",",
-    "long",
-    "nose",
-    "</quote>",
-    "<answer>",
-    "=refuse",
-    "@C",
-    "@2",
-    ",",
-    "@E",
-    "@1",
-    "<end>",
-]
+REPLY = "asks for imp . @C @2 , @E @1 <quote> red , long nose </quote> <answer> =refuse @C @2 , @E @1 <end>"
+WHOLE = re.findall(r"\S+", REPLY)
 
 
 def test_a_reply_is_read():

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_attach import CONFIGS, generate
+from test_attach import CONFIGS
+from tiny import generate
 
 import negtome
 

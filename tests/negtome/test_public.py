@@ -2,11 +2,9 @@
 
 import ast
 import importlib
-import inspect
 import pickle
 import subprocess
 import sys
-import tomllib
 import typing
 from pathlib import Path
 
@@ -14,11 +12,6 @@ import pytest
 
 import negtome
 from negtome import config, merge, reference
-
-
-def test_what_is_public_is_said_to_be():
-    own = {name for name in dir(negtome) if not name.startswith("_") and not inspect.ismodule(getattr(negtome, name))}
-    assert set(negtome.__all__) == own - {"TYPE_CHECKING", "Any"}
 
 
 def test_what_a_type_checker_reads_is_what_is_loaded():
@@ -57,12 +50,6 @@ def test_what_is_public_can_be_pickled():
 
 def test_no_public_name_is_that_of_a_module_too():
     assert not set(negtome.__all__) & {path.stem for path in Path(negtome.__file__).parent.glob("*.py")}
-
-
-def test_types_are_told_and_shipped():
-    assert (Path(negtome.__file__).parent / "py.typed").is_file()
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["negtome"]
 
 
 def test_modes_are_literals_of_what_is_accepted():

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from transformers import CLIPModel
 
 from experiments import PROJECT
-from negtome.recipe import Choices
+from negtome.recipe import ModelDefaults
 from training import clip, data, export, flux, samples, sources, taxonomy, tokenizer, unet, vae
 
 
@@ -79,7 +79,7 @@ def test_how_a_model_is_used_stands_in_its_folder_as_in_conf(models: Path) -> No
         shipped = (PROJECT / "models" / name / "negtome.json").read_text()
         assert (models / name / "negtome.json").read_text() == shipped
     assert export.choices("mini-sdxl").reference.alpha == 1.8
-    assert Choices.of(str(models / "mini-flux")) == export.choices("mini-flux")
+    assert ModelDefaults.of(str(models / "mini-flux")) == export.choices("mini-flux")
 
 
 def test_cards_tell_licences_and_training(models: Path) -> None:

@@ -11,20 +11,20 @@ from typing import NamedTuple
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import CallReader, PipelineCall, Snapshot
+from negtome.call_inspection import CallReader, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
 from negtome.hooks import Site, StepContext
 
 
 class Step(NamedTuple):
-    """One denoising step of a run: its training timestep, and whether the window contains it."""
+    """One denoising step: its training timestep, and whether it lies in the timestep range."""
 
     timestep: float
     active: bool
 
 
 class SiteCount(NamedTuple):
-    """Tokens compared with a reference at a site, and how many of them were pushed, all halves and steps together."""
+    """Tokens compared with a reference at a site, and how many were pushed, over all chunks and steps."""
 
     compared: int
     pushed: int
@@ -32,7 +32,9 @@ class SiteCount(NamedTuple):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What NegToMe did in one denoising step; `negtome.attach` passes it to `on_step`.
+    """Counts and moved tokens of one denoising step; `negtome.attach` passes it to `on_step`.
+
+    A step ends when the next one begins, or when the pipeline's call ends.
 
     Attributes:
         index: number of the step in this call of the pipeline, from 0.
@@ -122,7 +124,7 @@ def _effective_threshold(threshold: float) -> float:
     return threshold if threshold < 1 else math.inf
 
 
-class Run:
+class PipelineRun:
     """The state of one call of the pipeline.
 
     Args:
@@ -131,78 +133,77 @@ class Run:
         reporter: reports its steps to the user, or None.
 
     Attributes:
-        masks: names of the denoiser's arguments that must be the same for all images of a half.
-        thread: the thread that runs it.
-        suspended: whether the denoiser is called by somebody else at the moment, from a callback of this call.
-        rows: of the batch that the pipeline asked for last.
-        images: among them, generated.
+        masks: denoiser arguments that must be the same for all images of a chunk.
+        thread: the thread that runs the call.
+        suspended: whether a callback of this call is running, which may call the denoiser through another pipeline.
+        prompts: embeddings that passed the checks.
+        rows: rows of the batch in the last call of the denoiser.
+        images: generated images among them.
         grid: (height, width) of the generated image in tokens in the last call of the denoiser.
-        fewest_tokens: of a feature map that takes part.
+        fewest_tokens: tokens of the smallest feature map that takes part.
     """
 
     def __init__(self, architecture: Architecture, call: PipelineCall, reporter: StepReporter | None = None) -> None:
         self.call = call
         self.masks: tuple[str, ...] = ()
-        if architecture.trimmed is not None:
-            self.masks = (architecture.trimmed,)
+        if architecture.drops_text_padding is not None:
+            self.masks = (architecture.drops_text_padding,)
         elif call.images_per_prompt > 1:
-            self.masks = architecture.mixed
+            self.masks = architecture.shuffles_text_mask
         self.thread = threading.get_ident()
         self.suspended = False
         self.steps: list[Step] = []
         self.reader = CallReader(architecture)
-        self.prompts: list[Snapshot] = []  # embeddings that passed the checks
+        self.prompts: list[Snapshot] = []
         self.rows = self.images = 0
         self.grid: tuple[int, ...] | None = None
         self.fewest_tokens = 0
-        # Sites alike, the tokens each of them compared, and of each: tokens pushed, and the highest similarity.
         self.reporter = reporter
+        # Sites of one shape, the tokens that each compared, and for each site: tokens pushed, highest similarity.
         self._counts: list[tuple[list[Site], int, torch.Tensor, torch.Tensor]] = []
 
     def count(self, sites: Sequence[Site], threshold: float) -> None:
-        """Count what the sites found in one call of the denoiser: all alike at once, and the host does not wait."""
-        alike: dict[tuple[torch.Size, torch.device], list[tuple[Site, torch.Tensor]]] = {}
+        """Count one call of the denoiser. Sites of one shape are counted together, and the host does not wait."""
+        by_shape: dict[tuple[torch.Size, torch.device], list[Site]] = {}
         for site in sites:
-            if (seen := site.similarity) is not None:
-                alike.setdefault((seen.shape, seen.device), []).append((site, seen))
-        for some in alike.values():
-            found = [site for site, _ in some]
-            similarity = torch.stack([seen for _, seen in some]).flatten(1)
+            if site.similarity is not None:
+                by_shape.setdefault((site.similarity.shape, site.similarity.device), []).append(site)
+        for group in by_shape.values():
+            similarity = torch.stack([site.similarity for site in group if site.similarity is not None]).flatten(1)
             pushed = (similarity > _effective_threshold(threshold)).sum(dim=1)
-            self._counts.append((found, similarity.shape[1], pushed, similarity.amax(dim=1)))
-            for site in found:
+            self._counts.append((group, similarity.shape[1], pushed, similarity.amax(dim=1)))
+            for site in group:
                 site.similarity = None
 
     def read(self) -> tuple[Counter[str], Counter[str], float]:
-        """Fetch what was counted from the device: tokens compared and pushed by site, and the highest similarity."""
+        """Fetch from the device the tokens compared and pushed at each site, and the highest similarity."""
         compared: Counter[str] = Counter()
         pushed: Counter[str] = Counter()
-        highest = -1.0
-        if self._counts:
-            sites, numbers, *of_sites = zip(*self._counts, strict=True)
-            device = of_sites[0][0].device  # a denoiser may be spread over several
-            counts, maxima = (torch.cat([values.to(device) for values in one]).tolist() for one in of_sites)
-            found = [(site.name, number) for alike, number in zip(sites, numbers, strict=True) for site in alike]
-            for (name, number), moved in zip(found, counts, strict=True):
-                compared[name] += number
-                pushed[name] += moved
-            highest = max(highest, *(min(value, 1.0) for value in maxima))  # rounded to more than 1, at times
-        return compared, pushed, highest
+        if not self._counts:
+            return compared, pushed, -1.0
+        device = self._counts[0][2].device  # a denoiser may be spread over several
+        # Two transfers for the whole run.
+        all_pushed = torch.cat([counts.to(device) for _, _, counts, _ in self._counts]).tolist()
+        all_maxima = torch.cat([maxima.to(device) for _, _, _, maxima in self._counts]).tolist()
+        compared_by_site = [(site.name, number) for sites, number, _, _ in self._counts for site in sites]
+        for (name, number), moved in zip(compared_by_site, all_pushed, strict=True):
+            compared[name] += number
+            pushed[name] += moved
+        return compared, pushed, min(1.0, max(all_maxima))  # rounding may exceed 1
 
 
-def check_window(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
-    """Refuse a call of the pipeline none of whose timesteps is in the window."""
+def check_timestep_range(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
+    """Refuse a call of the pipeline without a timestep in the range."""
     if not any(map(config.is_active, timesteps)):
         low, high = config.window()
         raise RuntimeError(
-            f"NegToMe has nothing to do: no step lies in the window, timestep_range=({low:g}, {high:g}); the "
-            f"timesteps of this call are {', '.join(f'{t:g}' for t in timesteps)}; widen the window or take more "
-            "steps."
+            f"NegToMe has nothing to do: no step lies in timestep_range=({low:g}, {high:g}). The timesteps of this "
+            f"call are {', '.join(f'{t:g}' for t in timesteps)}; widen the range or take more steps."
         )
 
 
-def check_side(config: NegToMeConfig, largest: tuple[int, int]) -> None:
-    """Refuse a UNet's feature maps that are all too small to take part, by the size of the largest at a site."""
+def check_min_side(config: NegToMeConfig, largest: tuple[int, int]) -> None:
+    """Refuse a UNet in which all feature maps at hook points are too small, given the size of the largest."""
     if min(largest) < config.side_within(largest):
         raise RuntimeError(
             f"NegToMe has nothing to do: its largest feature map is {largest[0]}x{largest[1]} tokens and min_side="
@@ -211,11 +212,11 @@ def check_side(config: NegToMeConfig, largest: tuple[int, int]) -> None:
 
 
 def check_pushed(config: NegToMeConfig, sites: Sequence[str], compared: int, pushed: int, highest: float) -> None:
-    """Refuse a finished call of the pipeline in which nothing was compared, and warn of one that pushed nothing."""
+    """Raise if a finished call of the pipeline compared nothing; warn if it pushed nothing."""
     if not compared:
         raise RuntimeError(
-            f"NegToMe did nothing: none of its {len(sites)} sites was reached in the steps of the window, the first "
-            f"one being {sites[0]}; expected the denoiser to run them; switch off whatever skips or caches blocks."
+            f"NegToMe did nothing: none of its {len(sites)} sites was reached in the steps of the timestep range. The "
+            f"first one is {sites[0]}; switch off whatever skips or caches blocks."
         )
     threshold = config.strength()["threshold"]
     if config.alpha != 0 and threshold < 1 and not pushed:
