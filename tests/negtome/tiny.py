@@ -364,25 +364,16 @@ CASES = {
     "SDXL unguided": ("StableDiffusionXLPipeline", "sdxl", {}, {"guidance_scale": 1.0}),
     "SDXL img2img": ("StableDiffusionXLImg2ImgPipeline", "sdxl", {}, _STRENGTH),
     "SDXL inpaint": ("StableDiffusionXLInpaintPipeline", "sdxl", {}, _INPAINT),
-    "SDXL inpaint, 9 channels": (
-        "StableDiffusionXLInpaintPipeline", "sdxl", _NINE_CHANNELS,
-        _INPAINT,
-    ),
-    "SDXL ControlNet": (
-        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET,
-        {"image": OTHER},
-    ),
+    "SDXL inpaint, 9 channels": ("StableDiffusionXLInpaintPipeline", "sdxl", _NINE_CHANNELS, _INPAINT),
+    "SDXL ControlNet": ("StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET, {"image": OTHER}),
     "SDXL ControlNet, guess mode": (
-        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET,
-        {"image": OTHER, "guess_mode": True},
+        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET, {"image": OTHER, "guess_mode": True},
     ),
     "SDXL ControlNet img2img": (
-        "StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", _CONTROLNET,
-        _STRENGTH | {"control_image": OTHER},
+        "StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", _CONTROLNET, _STRENGTH | {"control_image": OTHER},
     ),
     "SDXL ControlNet inpaint": (
-        "StableDiffusionXLControlNetInpaintPipeline", "sdxl", _CONTROLNET,
-        _INPAINT | {"control_image": OTHER},
+        "StableDiffusionXLControlNetInpaintPipeline", "sdxl", _CONTROLNET, _INPAINT | {"control_image": OTHER},
     ),
     "SDXL ControlNet union": (
         "StableDiffusionXLControlNetUnionPipeline", "sdxl", {"controlnet": lambda parts: _union(parts["unet"])},
@@ -404,14 +395,8 @@ CASES = {
     ),
     "SD1.5 img2img": ("StableDiffusionImg2ImgPipeline", "sd1.5", {}, _STRENGTH),
     "SD1.5 inpaint": ("StableDiffusionInpaintPipeline", "sd1.5", {}, _INPAINT),
-    "SD1.5 inpaint, 9 channels": (
-        "StableDiffusionInpaintPipeline", "sd1.5", _NINE_CHANNELS,
-        _INPAINT,
-    ),
-    "SD1.5 ControlNet": (
-        "StableDiffusionControlNetPipeline", "sd1.5", _CONTROLNET,
-        {"image": OTHER},
-    ),
+    "SD1.5 inpaint, 9 channels": ("StableDiffusionInpaintPipeline", "sd1.5", _NINE_CHANNELS, _INPAINT),
+    "SD1.5 ControlNet": ("StableDiffusionControlNetPipeline", "sd1.5", _CONTROLNET, {"image": OTHER}),
     "Flux": ("FluxPipeline", "flux", {}, {}),
     "Flux, true guidance": ("FluxPipeline", "flux", {}, _CFG),
     "Flux img2img": ("FluxImg2ImgPipeline", "flux", {}, _STRENGTH | _CFG),
@@ -454,9 +439,8 @@ CASES = {
     ),
     "Sana": ("SanaPipeline", "sana", {}, _SANA),
     "Sana, unguided": (
-        "SanaPipeline", "sana",
-        {"scheduler": lambda parts: _scheduler(
-            parts, "DPMSolverMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
+        "SanaPipeline", "sana", {"scheduler": lambda parts: _scheduler(
+        parts, "DPMSolverMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
         _SANA | _UNGUIDED,
     ),
     "AuraFlow": ("AuraFlowPipeline", "auraflow", {}, {}),
@@ -483,10 +467,8 @@ CASES = {
     "Krea 2": ("Krea2Pipeline", "krea2", {}, {}),
     "Krea 2, unguided": ("Krea2Pipeline", "krea2", {}, {"guidance_scale": 0.0}),
     "Wan": (
-        "WanPipeline", "wan",
-        {"scheduler": lambda parts: _scheduler(
-            parts, "UniPCMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
-        _WAN,
+        "WanPipeline", "wan", {"scheduler": lambda parts: _scheduler(
+        parts, "UniPCMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)}, _WAN,
     ),
     "Wan, a time for each token, unguided": (
         "WanPipeline", "wan", {"expand_timesteps": lambda parts: True}, _WAN | _UNGUIDED,
