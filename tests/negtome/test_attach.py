@@ -141,7 +141,7 @@ def test_each_reference_moves_its_images(pipe, config):
     assert not torch.equal(others[0], base[0])
 
 
-def test_released_without_guidance_is_one_group_not_two_halves(tiny_sdxl):
+def test_released_without_guidance_is_one_group(tiny_sdxl):
     config = NegToMeConfig.preset("sdxl", "released", threshold=-1, timestep_range=(0, 1000), min_side=8)
     base = generate(tiny_sdxl, (0, 1, 2, 3), guidance_scale=1.0)
     with negtome.attach(tiny_sdxl, config):
@@ -150,7 +150,7 @@ def test_released_without_guidance_is_one_group_not_two_halves(tiny_sdxl):
 
 
 @pytest.mark.parametrize("guidance", [True, False])
-def test_a_group_is_what_it_is_alone(pipe, config, kind, guidance):
+def test_groups_do_not_influence_each_other(pipe, config, kind, guidance):
     options = {"prompt": ["a dog", "a red bus"]}
     if kind == "sdxl":
         options["guidance_scale"] = 5.0 if guidance else 1.0
@@ -170,7 +170,7 @@ def test_a_group_is_what_it_is_alone(pipe, config, kind, guidance):
 
 
 @pytest.mark.parametrize("when", ["before", "inside", "global"])
-def test_features_that_somebody_holds_are_not_written_to(pipe, config, when):
+def test_features_that_a_hook_keeps_are_not_written_to(pipe, config, when):
     """A hook, such as a cache's, that keeps what an attention returned keeps that."""
     base = generate(pipe)
     with negtome.attach(pipe, config):
@@ -243,13 +243,13 @@ def test_a_scheduler_of_second_order_has_every_step_twice(tiny_sdxl):
     assert len(calls) == 7  # of 4 steps, all but the last twice
 
 
-def test_a_threshold_of_one_pushes_nothing_not_even_copies(pipe, config):
+def test_a_threshold_of_one_pushes_no_token(pipe, config):
     with negtome.attach(pipe, config.replace(threshold=1)) as attached:
         generate(pipe, seeds=(0, 0, 0))  # cosines of copies are rounded to more than 1, at times
     assert attached.summary()["tokens_pushed"] == 0
 
 
-def test_outside_the_window_nothing_changes(pipe, config, kind):
+def test_steps_outside_the_timestep_range_do_not_change(pipe, config, kind):
     attached_steps = []
 
     def watch(p, index, timestep, tensors):
@@ -267,7 +267,7 @@ def test_outside_the_window_nothing_changes(pipe, config, kind):
     assert attached.steps == [(t, i == 1) for i, t in enumerate(timesteps)]
 
 
-def test_the_window_is_read_exactly_in_bfloat16(tiny_flux):
+def test_the_timestep_range_is_exact_in_bfloat16(tiny_flux):
     # The transformer receives 0.8984 for 900 / 1000 there, which would be outside.
     tiny_flux.to(torch.bfloat16)
     with negtome.attach(tiny_flux, CONFIGS["flux"].replace(timestep_range=(900, 1000))) as attached:
@@ -278,7 +278,7 @@ def test_the_window_is_read_exactly_in_bfloat16(tiny_flux):
 # What is counted
 
 
-def test_what_is_compared_is_counted_exactly(pipe, config, kind):
+def test_compared_tokens_are_counted_exactly(pipe, config, kind):
     with negtome.attach(pipe, config, group_size=2) as attached:
         generate(pipe, (0, 1, 2, 3))
         once = attached.counts()
@@ -306,7 +306,7 @@ def test_calls_in_one_block_do_not_influence_each_other(pipe, config):
 # Nothing stays behind
 
 
-def test_the_pipeline_is_what_it_was(pipe, config):
+def test_the_pipeline_is_restored(pipe, config):
     base, before = generate(pipe), state(pipe)
     with negtome.attach(pipe, config) as attached:
         assert isinstance(pipe, before[0][0])
@@ -490,7 +490,7 @@ def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, conf
         assert torch.equal(generate(pipe), result)
 
 
-def test_what_is_not_said_is_as_published_for_the_architecture(pipe, kind):
+def test_settings_default_to_the_published_ones(pipe, kind):
     def settled(*config):
         attached = negtome.attach(pipe, *config)
         attached.remove()
@@ -502,7 +502,7 @@ def test_what_is_not_said_is_as_published_for_the_architecture(pipe, kind):
     assert settled(NegToMeConfig(timestep_range=(0, 1))).timestep_range == (0, 1)
 
 
-def test_a_refused_attachment_changes_nothing(pipe, config):
+def test_a_refused_attachment_leaves_the_pipeline_as_it_was(pipe, config):
     generate(pipe)  # diffusers keeps attributes of the last call
     before = state(pipe)
     with pytest.raises(ValueError, match="no site under 'nowhere'"):
@@ -553,7 +553,7 @@ def test_a_call_that_is_interrupted_before_the_timestep_range_returns_its_images
     assert len(attached.steps) == 1 and not attached.steps[0].active
 
 
-def test_a_finished_attachment_is_pickled_with_what_it_counted(pipe, config):
+def test_a_finished_attachment_is_pickled_with_its_counts(pipe, config):
     attached = negtome.attach(pipe, config, push=lambda site, tokens, pushed, group_size: pushed)
     with attached:
         generate(pipe)
@@ -590,7 +590,7 @@ def test_a_running_call_is_not_detached(pipe, config, in_thread):
     assert len(refusals) == 4
 
 
-def test_what_may_be_mistaken_is_passed_by_name(pipe, config):
+def test_options_are_keywords_and_given_is_deprecated(pipe, config):
     with pytest.raises(TypeError):
         negtome.attach(pipe, config, 2)
     reference = negtome.Reference(torch.rand(3, 32, 32))
@@ -666,7 +666,7 @@ def test_sites_that_are_not_reached_are_an_error(pipe, config, monkeypatch):
             generate(pipe)
 
 
-def test_a_threshold_that_nothing_exceeds_is_a_warning_that_names_the_highest(pipe, config):
+def test_a_threshold_that_no_token_exceeds_warns_with_the_highest_similarity(pipe, config):
     base = generate(pipe)
     attachment = negtome.attach(pipe, config.replace(threshold=0.9999))
     with pytest.warns(RuntimeWarning, match=r"highest similarity was 0\.\d+, not above threshold=0.9999"), attachment:
@@ -733,7 +733,7 @@ def test_prompts_of_one_image_each_need_a_group_size(pipe, kind, config, guidanc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sink", [1.0, 100.0, 7e5])
-def test_embeddings_of_several_prompts_are_told_apart_beside_attention_sinks(tiny_flux, dtype, sink):
+def test_embeddings_of_several_prompts_are_distinguished_despite_attention_sinks(tiny_flux, dtype, sink):
     """Language models have activations of up to a million times a usual one in the first token, whatever it is."""
     tiny_flux.to(dtype)
     texts, pooled = torch.randn(2, 12, 32), torch.randn(1, 32).expand(2, -1)
@@ -918,7 +918,7 @@ def test_another_pipeline_that_is_called_during_or_after_the_call_runs_unchanged
     assert (attached.counts(), attached.steps) == counts
 
 
-def test_a_callback_of_diffusers_own_is_passed_on_as_it_is(pipe, config):
+def test_callbacks_of_diffusers_classes_work(pipe, config):
     """The pipelines ask for its class, and for the tensors that it wants."""
     from diffusers.callbacks import PipelineCallback
 
@@ -950,7 +950,7 @@ def test_another_pipeline_with_the_module_inside_a_compiled_denoiser_is_left_alo
     assert len(attached.steps) == len(results) == 4 and all(torch.equal(result, expected) for result in results)
 
 
-def test_an_attached_pipeline_is_not_called_within_its_own_call(pipe, config):
+def test_nested_calls_of_the_attached_pipeline_are_refused(pipe, config):
     def again(p, index, timestep, tensors):
         generate(p)
 
@@ -1122,7 +1122,7 @@ def test_inductor_compiles_it(tiny_flux, compiled):
 # Something else in the place of the push
 
 
-def test_another_push_gets_what_was_to_be_pushed_and_has_the_last_word(pipe, config):
+def test_a_custom_push_replaces_the_result(pipe, config):
     plain, called = generate(pipe), []
 
     def keep(site, tokens, pushed, group_size):

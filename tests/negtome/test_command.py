@@ -50,7 +50,7 @@ def pixels(folder, kind, count=2):
     return [Image.open(Path(folder) / f"{kind}-{i}.png").tobytes() for i in range(count)]
 
 
-def test_help_is_short_and_waits_for_nothing():
+def test_help_is_short_and_does_not_load_torch():
     for arguments in ([], ["-h"], ["generate", "--help"]):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "negtome", *arguments],
@@ -63,7 +63,7 @@ def test_help_is_short_and_waits_for_nothing():
             assert len(done.stdout.splitlines()) <= 15 and all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
-def test_a_comparison_is_of_the_same_noises_and_says_how_it_was_made(model, capsys):
+def test_a_comparison_uses_the_same_seeds_and_stores_its_recipe(model, capsys):
     assert main(["generate", "a dog", "-n", "2", "--seed", "3", "--model", model, "--compare", "--out", "dogs"]) == 0
     out = capsys.readouterr().out
     assert {path.name for path in Path("dogs").iterdir()} == {
@@ -85,7 +85,7 @@ def test_a_comparison_is_of_the_same_noises_and_says_how_it_was_made(model, caps
     assert Path("dogs/recipe.py").read_text() == recipe.python()
 
 
-def test_a_picture_is_made_again_by_what_it_says(model, monkeypatch, capsys):
+def test_an_image_is_made_again_from_its_recipe(model, monkeypatch, capsys):
     assert main(["generate", "a cat", "-n", "2", "--model", model, "--alpha", "0.5", "--out", "cats"]) == 0
     assert main(["generate", "--from", "cats/with-0.png", "--model", model, "--out", "again"]) == 0
     assert pixels("again", "with") == pixels("cats", "with")
@@ -121,7 +121,7 @@ def test_files_that_an_image_names_are_read_only_if_the_user_names_them(words, m
     assert message in line
 
 
-def test_away_from_a_picture(model, capsys):
+def test_away_from_a_reference_image(model, capsys):
     Image.linear_gradient("L").resize((32, 32)).save("r.png")
     Image.new("L", (32, 32), 255).save("m.png")
     words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--out", "away"]
@@ -131,7 +131,7 @@ def test_away_from_a_picture(model, capsys):
 
 
 @pytest.mark.parametrize("changed", ["r.png", "m.png"])
-def test_another_picture_under_the_same_path_is_another_recipe(changed, model, capsys):
+def test_another_reference_under_the_same_path_is_another_recipe(changed, model, capsys):
     picture, mask = Image.linear_gradient("L").resize((32, 32)), Image.new("L", (32, 32), 255)
     picture.save("r.png")
     mask.save("m.png")
@@ -156,7 +156,7 @@ def test_another_picture_under_the_same_path_is_another_recipe(changed, model, c
     assert pixels(second, "with", 1) != pixels(first, "with", 1)
 
 
-def test_nothing_of_another_recipe_is_overwritten(model, capsys):
+def test_files_of_another_recipe_are_not_overwritten(model, capsys):
     words = ["generate", "a dog", "-n", "2", "--model", model, "--out", "dogs"]
     assert main(words) == 0
     before = {path.name: path.read_bytes() for path in Path("dogs").iterdir()}
@@ -194,7 +194,7 @@ def test_a_script_that_was_changed_is_kept(alone, model, monkeypatch, capsys):
     assert script.read_text() == text
 
 
-def test_warnings_are_told(model, capsys):
+def test_warnings_are_printed(model, capsys):
     assert main(["generate", "a dog", "-n", "2", "--model", model, "--threshold", "0.999999", "--out", "dogs"]) == 0
     assert "warning: NegToMe pushed no token" in capsys.readouterr().err
 
@@ -248,7 +248,7 @@ def test_weights_of_half_precision_are_taken_where_they_are_meant(others, option
     assert ('variant="fp16"' in Path("dogs/recipe.py").read_text()) == (expected == "fp16")
 
 
-def test_a_variant_that_is_absent_is_said_before_weights_are_read(model, monkeypatch, capsys):
+def test_an_absent_variant_is_refused_before_weights_are_read(model, monkeypatch, capsys):
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     shutil.copytree(model, "both")
     write_variant("both", "fp16", keep=True)
@@ -281,7 +281,7 @@ def test_a_repository_in_the_cache_is_used_as_its_folder_is(cached, model, capsy
     assert pixels("dogs", "with") == pixels("same", "with")
 
 
-def test_settings_that_do_not_fit_are_known_before_the_other_images_are_made(model, monkeypatch, capsys):
+def test_settings_that_do_not_fit_are_refused_before_the_baseline_is_made(model, monkeypatch, capsys):
     calls, forward = [], diffusers.UNet2DConditionModel.forward
 
     @functools.wraps(forward)
@@ -296,7 +296,7 @@ def test_settings_that_do_not_fit_are_known_before_the_other_images_are_made(mod
 
 
 @pytest.mark.parametrize("out", ["file/images", "/proc/images", "dangling"])
-def test_a_folder_that_cannot_be_written_to_is_found_before_images_are_made(out, model, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_images_are_made(out, model, monkeypatch, capsys):
     monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
     Path("file").write_text("mine")
     Path("dangling").symlink_to("nowhere/images")
@@ -314,7 +314,7 @@ class Full(io.FileIO):
 
 
 @pytest.mark.parametrize("name", ["without-0.png", "with-1.png", "compare.png", "recipe.py"])
-def test_a_full_disk_leaves_nothing_that_stops_the_same_command(name, model, monkeypatch, capsys):
+def test_after_a_full_disk_the_same_command_works(name, model, monkeypatch, capsys):
     words = ["generate", "a dog", "-n", "2", "--model", model, "--compare", "--out"]
 
     def full(file, mode="r", *args, **kwargs):
@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_nothing_that_stops_the_same_command(name, model, mon
     }
 
 
-def test_a_prompt_that_is_cut_is_told(model, capsys):
+def test_a_truncated_prompt_warns(model, capsys):
     words = ["generate", "-n", "2", "--model", model]
     assert main([*words, "a dog"]) == 0
     assert "warning" not in capsys.readouterr().err
@@ -488,7 +488,7 @@ def files(tmp_path, model):
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_and_exit_code_2(words, said, model, files, capsys):
+def test_an_error_is_one_line_and_exit_code_2(words, said, model, files, capsys):
     before = sorted(Path().rglob("*"))
     assert main([model if word == "MODEL" else word for word in words]) == 2
     out, err = capsys.readouterr()
@@ -525,7 +525,7 @@ def test_the_former_name_of_the_timestep_range_warns(capsys):
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
               RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )  # fmt: skip
-def test_too_little_memory_says_what_to_change(error, model, monkeypatch, capsys):
+def test_too_little_memory_names_the_options_to_change(error, model, monkeypatch, capsys):
     def full(pipe, recipe):
         raise error
 

@@ -114,7 +114,7 @@ def test_half_precision_differs_by_rounding_only(dtype, matching):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_permuted_copy_pushes_nothing_under_the_papers_matching(dtype):
+def test_a_permuted_copy_pushes_no_token_under_the_papers_matching(dtype):
     tokens = random(2, 40, 32, dtype=dtype)
     permuted = tokens[:, torch.randperm(40, generator=torch.Generator().manual_seed(0))]
     assert torch.equal(negative_merge(tokens, permuted, alpha=0.9, threshold=0.5), tokens)
@@ -311,7 +311,7 @@ def test_groups_are_differentiable_in_all_their_images(reference, matching):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("reference", "matching"), WAYS)
-def test_halves_have_gradients_and_similarities_have_none(reference, matching, dtype):
+def test_half_precision_has_gradients_and_similarities_have_none(reference, matching, dtype):
     tokens = random(6, 4, 5, dtype=dtype)
     options = {"alpha": 0.5, "threshold": -1.0, "matching": matching, "reference": reference}
     leaf = tokens.clone().requires_grad_()
@@ -349,7 +349,7 @@ def test_under_autocast_products_are_less_precise_and_tokens_keep_their_dtype(re
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("reference", "matching"), WAYS)
-def test_nothing_is_read_back_from_the_device(reference, matching, dtype):
+def test_no_value_is_read_back_from_the_device(reference, matching, dtype):
     """On the device that has shapes and no values, whatever waits for a value fails; and nothing is made elsewhere."""
     features = torch.empty(8, 3 + 256, 16, dtype=dtype, device="meta")
     for rows in (4, 8):
@@ -389,7 +389,7 @@ def test_of_many_chunks_one_matrix_is_there_at_a_time(matching, monkeypatch):
     assert len(made) > 5
 
 
-def test_halves_with_references_of_their_own_are_pushed_one_by_one():
+def test_chunks_with_separate_references_are_pushed_one_by_one():
     tokens, reference = random(2, 3, 10, 8), random(2, 2, 7, 8, seed=1)
     mask = torch.arange(14) % 4 > 0
     options = {"alpha": 0.9, "threshold": 0.1, "matching": "paper", "mask": mask}
@@ -430,7 +430,7 @@ def test_a_reference_token_that_is_not_finite_is_the_match_of_those_unlike_all_o
         assert not result[0, 1].isfinite().all() and not result[0, 3].isfinite().all()
 
 
-def test_tokens_too_short_to_be_squared_are_similar_to_nothing():
+def test_tokens_too_short_to_be_squared_have_similarity_zero():
     tokens, reference = random(1, 4, 8), random(3, 8, seed=1)
     reference[1] = 1e-25 * tokens[0, 0]
     assert torch.equal(

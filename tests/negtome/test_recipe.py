@@ -86,7 +86,7 @@ def test_it_is_the_same_after_json_and_after_a_command_line(choosing, recipe):
 
 @settings(deadline=None, max_examples=30)
 @given(recipes())
-def test_its_script_is_python_with_its_very_values(recipe):
+def test_the_script_holds_the_recipes_values(recipe):
     calls = []
 
     class Pipe:
@@ -117,7 +117,7 @@ def test_its_script_is_python_with_its_very_values(recipe):
     assert len(calls) == (1 if recipe.config is None else 2) and seen.get("config") == recipe.config
 
 
-def test_what_is_not_named_is_as_the_folder_chooses(choosing):
+def test_unset_fields_come_from_the_folder(choosing):
     recipe = Recipe.of("a dog", str(choosing))
     assert recipe.arguments() == {
         "prompt": "a dog", "num_images_per_prompt": 4, "num_inference_steps": 3, "guidance_scale": 2.0,
@@ -135,7 +135,7 @@ def test_what_is_not_named_is_as_the_folder_chooses(choosing):
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"call": {}}', '{"call": {}, "group": {"beta": 1}, "reference": {}}'])
-def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
+def test_bad_model_defaults_are_refused(text, tmp_path):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(ValueError, match="must be JSON with call, group and reference"):
         Recipe.of("a dog", str(tmp_path))
@@ -176,7 +176,7 @@ def test_a_folder_that_chooses_in_another_form_is_refused(text, tmp_path):
         ({"config": None, "reference": "r.png"}, "a reference image needs settings of NegToMe"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(changes, message):
+def test_bad_values_are_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         Recipe(**{"model": "m", "prompt": "p", **changes})
     assert "\n" not in str(error.value)
@@ -189,7 +189,7 @@ def test_what_is_wrong_is_said_in_a_line(changes, message):
         *({"model": "m", "prompt": "p", "config": config} for config in ({"beta": 1}, {"alpha": "x"}, [])),
     ],
 )
-def test_only_a_recipe_is_read_as_one(document):
+def test_documents_that_are_no_recipe_are_refused(document):
     with pytest.raises(ValueError, match=r"must be|has unknown|lacks"):
         Recipe.from_dict(document)
 
@@ -225,7 +225,7 @@ settings_of = [one.name for one in dataclasses.fields(NegToMeConfig)]
     st.dictionaries(st.sampled_from(fields), anything, max_size=3),
     st.dictionaries(st.sampled_from(settings_of), anything, max_size=2),
 )
-def test_whatever_json_holds_is_a_recipe_or_an_error_that_says_so(changes, config):
+def test_any_json_is_a_recipe_or_a_value_error(changes, config):
     document = {"model": "m", "prompt": "p", "config": config, **changes}
     try:
         recipe = Recipe.from_dict(document)
@@ -250,7 +250,7 @@ def reference(tmp_path):
 
 
 @pytest.mark.parametrize("given_picture", [False, True])
-def test_its_script_makes_the_very_same_images(kind, given_picture, reference, tiny_checkpoint, tmp_path, monkeypatch):
+def test_the_script_makes_the_same_images(kind, given_picture, reference, tiny_checkpoint, tmp_path, monkeypatch):
     side = {"height": 16, "width": 16, "options": {"max_sequence_length": 32}} if kind == "flux" else {}
     fields = {**SMALL, **side, "config": NegToMeConfig(**ALL), **(reference if given_picture else {})}
     recipe = Recipe(str(tiny_checkpoint(kind)), "a 'dog'", seed=5, **fields)
@@ -296,7 +296,7 @@ def _rounding(pipe):
 
 @settings(deadline=None, max_examples=20)
 @given(recipes())
-def test_a_picture_says_how_it_was_made(tmp_path_factory, recipe):
+def test_an_image_keeps_its_recipe(tmp_path_factory, recipe):
     path = tmp_path_factory.getbasetemp() / "said.png"
     image = Image.linear_gradient("L").convert("RGB")
     image_files.save(image, path, recipe)
@@ -304,7 +304,7 @@ def test_a_picture_says_how_it_was_made(tmp_path_factory, recipe):
     assert Image.open(path).tobytes() == image.tobytes()
 
 
-def test_what_says_nothing_is_no_picture_of_ours(tmp_path):
+def test_images_without_a_recipe_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     with pytest.raises(ValueError, match="has no recipe"):
         image_files.read(tmp_path / "bare.png")
@@ -342,7 +342,7 @@ def test_an_image_grid_shows_every_image_unscaled_and_cuts_an_endless_prompt():
 
 
 @pytest.mark.parametrize("length", [20, 30, 31, 32, 75, 76, 90])
-def test_what_is_told_to_be_cut_is_what_diffusers_cuts(kind, length, tiny_checkpoint, caplog):
+def test_truncation_warnings_agree_with_diffusers(kind, length, tiny_checkpoint, caplog):
     """By its own log, of which it is silent where the command runs."""
     flux = kind == "flux"
     options = {"max_sequence_length": 32} if flux else {}
@@ -366,7 +366,7 @@ def test_what_is_told_to_be_cut_is_what_diffusers_cuts(kind, length, tiny_checkp
 
 
 @pytest.mark.parametrize("name", ["mini-sdxl", "mini-flux"])
-def test_the_embedded_models_make_what_they_are_made_for(name):
+def test_the_embedded_models_make_images_of_their_size(name):
     folder = Path(__file__).parents[2] / "models" / name
     recipe = Recipe.of("a photo of a dog", str(folder), images=2)
     assert (recipe.height, recipe.width, recipe.steps, recipe.guidance_scale) == (128, 128, 20, 5.0)

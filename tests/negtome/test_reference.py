@@ -212,7 +212,7 @@ def test_the_images_random_numbers_are_untouched(pipe, kind, config, guidance_sc
         torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
 
 
-def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
+def test_each_image_is_pushed_from_its_reference_only(pipe, config):
     pipe.to(torch.float64)
     one, two = Reference(PICTURE), Reference(OTHER, seed=1)
     base = generate(pipe, (0, 1, 2))
@@ -244,7 +244,7 @@ def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_lent_one_by_one(
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_outside_the_window_no_row_is_added(pipe, config, monkeypatch):
+def test_outside_the_timestep_range_no_row_is_added(pipe, config, monkeypatch):
     rows = []
     original = type(denoiser(pipe)).forward
 
@@ -278,7 +278,7 @@ def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatc
     assert torch.equal(generate(pipe), base)
 
 
-def test_another_autoencoder_encodes_anew(pipe, config):
+def test_another_autoencoder_encodes_again(pipe, config):
     other = copy.deepcopy(pipe.vae)
     for parameter in other.encoder.parameters():
         parameter.data *= 1.5
@@ -452,7 +452,7 @@ def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
 # What may be handed over
 
 
-def test_images_are_read_alike_from_files_pictures_and_tensors(tmp_path):
+def test_files_images_and_tensors_are_read_alike(tmp_path):
     picture = Image.effect_noise((20, 10), 80).convert("RGB")
     picture.save(tmp_path / "a.png")
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(10, 20, 3).permute(2, 0, 1)
@@ -572,7 +572,7 @@ def test_embeddings_with_other_rows_are_refused(tiny_flux):
         generate(tiny_flux, (0, 1, 2), **embedded(tiny_flux, 2) | {"latents": torch.zeros(3, 64, 4)})
 
 
-def test_what_encodes_may_not_be_missing(pipe, config):
+def test_missing_encoders_are_refused(pipe, config):
     options = embedded(pipe, 1)
     pipe.text_encoder = pipe.text_encoder_2 = None
     with negtome.attach(pipe, config, references=Reference(PICTURE)):
