@@ -213,7 +213,7 @@ def test_the_library_s_own_words_are_shown_where_nothing_is_pushed_or_nothing_ca
     last = ended(one, replace(FEW, threshold=0.9999))
     assert any("pushed no token" in note and "lower the threshold" in note for note in last.notes)
     last = states(one, replace(FEW, low=1, high=2))[-1]
-    assert last.kind == "failed" and "widen the window" in last.text and [row.name for row in last.rows] == ["none"]
+    assert last.kind == "failed" and "widen the range" in last.text and [row.name for row in last.rows] == ["none"]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ import importlib
 import pickle
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 
 import negtome
-from negtome import config, merge, reference
 
 
 def test_type_checkers_and_python_see_the_same_names():
@@ -50,16 +48,3 @@ def test_public_names_can_be_pickled():
 
 def test_no_public_name_is_also_a_module():
     assert not set(negtome.__all__) & {path.stem for path in Path(negtome.__file__).parent.glob("*.py")}
-
-
-def test_literal_types_agree_with_the_accepted_values():
-    for owner, name, accepted in (
-        (negtome.NegToMeConfig, "matching", merge.MATCHINGS),
-        (negtome.NegToMeConfig, "reference", merge.REFERENCES),
-        (negtome.Reference, "posterior", reference.POSTERIORS),
-        (negtome.negative_merge, "matching", merge.MATCHINGS),
-    ):
-        assert typing.get_args(typing.get_type_hints(owner)[name]) == accepted
-    hints = typing.get_type_hints(negtome.NegToMeConfig.preset)
-    named = {(a, v) for a in typing.get_args(hints["architecture"]) for v in typing.get_args(hints["variant"])}
-    assert named == set(config._PRESETS)
