@@ -1,4 +1,4 @@
-"""Counts of the tokens that were compared and pushed, reports to the user, and errors where nothing happened."""
+"""Count the tokens that were compared and pushed, report them to the user, and raise if there were none."""
 
 import math
 import threading
@@ -30,7 +30,7 @@ class SiteCount(NamedTuple):
     pushed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepReport:
     """Counts and moved tokens of one denoising step; `negtome.attach` passes it to `on_step`.
 
@@ -105,7 +105,7 @@ class StepReporter:
 
 
 def _share_moved(moved: torch.Tensor, context: StepContext, images: int, first_moves: bool) -> torch.Tensor:
-    """Average what moved [G, J, N] over the chunks of a batch: float32 [images, N] on the CPU."""
+    """Average moved tokens, bool [G, J, N], over the chunks of a batch: float32 [images, N] on the CPU."""
     size = context.group_size
     movable = list(range(0 if first_moves else 1, size))
     if context.layout is not None:
