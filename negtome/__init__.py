@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from negtome.version import __version__ as __version__
 
-__all__ = ["Attachment", "NegToMeConfig", "Reference", "SiteCount", "Step", "attach", "detach", "negative_merge"]
+__all__ = [
+    "Attachment",
+    "NegToMeConfig",
+    "Reference",
+    "SiteCount",
+    "Step",
+    "StepReport",
+    "attach",
+    "detach",
+    "negative_merge",
+]
 
 if TYPE_CHECKING:
     from negtome.attachment import Attachment, attach, detach
     from negtome.config import NegToMeConfig
     from negtome.merge import negative_merge
     from negtome.reference import Reference
-    from negtome.tally import SiteCount, Step
+    from negtome.stats import SiteCount, Step, StepReport
 else:
     # Each is loaded when it is asked for: torch takes seconds, which `negtome.guard` does without.
     _MODULES = {
@@ -25,7 +35,7 @@ else:
         "config": ("NegToMeConfig",),
         "merge": ("negative_merge",),
         "reference": ("Reference",),
-        "tally": ("SiteCount", "Step"),
+        "stats": ("SiteCount", "Step", "StepReport"),
     }
 
     def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The settings of NegToMe: one frozen dataclass that refuses bad values itself."""
+"""The settings of NegToMe: a frozen dataclass that refuses bad values."""
 
 from __future__ import annotations
 
@@ -9,42 +9,39 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from negtome.merge import MATCHINGS, REFERENCES, GroupReference, Matching, Strength
-from negtome.validation import check_float, to_python_scalar
+from negtome.validation import check_float, check_int, to_python_scalar
 
 
 @dataclass(frozen=True)
 class NegToMeConfig:
-    """Say how strongly, when, where and from what the images of a group are pushed apart.
+    """How strongly, when, where and from what the images of a group are pushed apart.
 
-    The defaults are the paper's method; where one is None, it becomes the number of the authors' release for the
-    architecture that the settings are attached to. `preset` gives the published settings themselves.
+    The defaults are the paper's method. None becomes the number of the authors' release for the architecture that the
+    settings are attached to. `preset` returns the published settings.
     Sources: [P] arXiv 2412.01339; [R] the authors' released pipelines (github.com/1jsingh/negtome, 2024-12-06);
     [S] their evaluation scripts in the same repository.
 
     Attributes:
         alpha: strength of the push in x + alpha * (x - match), any finite number. Positive pushes apart, negative
             pulls together, 0 leaves every image bit-identical. 0.9 in [R] and [S]; 1.9 for Flux in [S].
-        threshold: cosine similarity in [-1, 1] which the match must exceed for a token to move; tau in [P]. 1 is
-            off. None: 0.7 for SDXL and 0.65 for Flux [R]; 0.7 elsewhere, where none was published.
+        threshold: cosine similarity in [-1, 1] that the match must exceed for a token to move; tau in [P]. 1 is
+            off. None: 0.7 for SDXL and 0.65 for Flux [R]; 0.7 for others, unpublished.
         timestep_range: (low, high) in training timesteps, 0 to 1000 with 1000 = pure noise, both ends inclusive
             (to 0.001, for the rounding of 1000 * sigma). None: SDXL (800, 1000), which is 10 of 50 steps, and Flux
-            (900, 1000), which is 6 of 25 steps at 768x768 [R]. [S]: SDXL (600, 1000), 20 of 50 steps. (900, 1000)
-            elsewhere, where none was published.
+            (900, 1000), which is 6 of 25 steps at 768x768 [R]; (900, 1000) for others, unpublished. [S]: SDXL
+            (600, 1000), 20 of 50 steps.
         matching: "paper": the nearest reference token of every token [P]. "released": the axis of the released
             code [R], which is another method; see `negtome.negative_merge`. Only with reference="first".
-        reference: which images of its group an image is pushed from, where `attach` is given none from outside.
-            "first": the first one, which does not move [R]. "previous": all earlier ones together. "others": all
-            others together, at a cost that grows with the square of the group's size. References are always the
-            features before the push.
-        sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", within which attentions are
-            taken, or single ones, as in `Attachment.sites`; None for all blocks of the release: "up_blocks" of SDXL,
-            and of SD1.5 alike; "transformer_blocks" and "single_transformer_blocks", which is every block, of Flux [R];
-            every block of other transformers.
-        cross_attention: whether the outputs of cross-attention are pushed too, as SDXL's are in [R]. [P] speaks of
-            an attention's image tokens, which we read as self-attention. UNets only (SDXL, SD1.5).
+        reference: which images of its group an image is pushed from, if `attach` gets no references. "first": the
+            first one, which does not move [R]. "previous": all earlier ones together. "others": all others together,
+            at a cost that grows with the square of the group's size. Features are compared as they are before the push.
+        sites: names of denoiser modules: blocks, such as "up_blocks" or "up_blocks.1", whose attentions take part, or
+            single attentions, as in `Attachment.sites`. None: the blocks of the release, "up_blocks" for SDXL and
+            SD1.5, and every block of Flux [R] and other transformers.
+        cross_attention: whether the outputs of cross-attention are pushed too, as for SDXL in [R]. [P] speaks of an
+            attention's image tokens, which we read as self-attention. UNets only (SDXL, SD1.5).
         min_side: shortest side, in tokens, of the feature maps that take part. None: 32, as in [R], or the side of the
-            largest feature map where that is smaller. UNets only (SDXL, SD1.5): transformers have a single resolution,
-            so it has no effect there.
+            largest feature map if that is smaller. UNets only: transformers have a single resolution.
     """
 
     alpha: float = 0.9
@@ -57,14 +54,14 @@ class NegToMeConfig:
     min_side: int | None = None
 
     def __post_init__(self) -> None:
-        """Coerce sequences to tuples and refuse what is out of range."""
+        """Convert sequences to tuples and refuse values out of range."""
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, to_python_scalar(getattr(self, field.name)))
         object.__setattr__(self, "alpha", check_float("alpha", self.alpha, -math.inf, math.inf))
         if self.threshold is not None:
             object.__setattr__(self, "threshold", check_float("threshold", self.threshold, -1, 1))
         if self.timestep_range is not None:
-            object.__setattr__(self, "timestep_range", self._checked_window())
+            object.__setattr__(self, "timestep_range", _check_timestep_range(self.timestep_range))
 
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {MATCHINGS}, got {self.matching!r}.")
@@ -86,22 +83,8 @@ class NegToMeConfig:
 
         if not isinstance(self.cross_attention, bool):
             raise ValueError(f"cross_attention must be true or false, got {self.cross_attention!r}.")
-        side = self.min_side
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
-            raise ValueError(f"min_side must be a whole number of tokens, at least 1, or None, got {side!r}.")
-
-    def _checked_window(self) -> tuple[float, float]:
-        """Return `timestep_range` as two numbers, or refuse it."""
-        given: object = self.timestep_range
-        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) or len(ends := tuple(given)) != 2:
-            raise ValueError(f"timestep_range must be two numbers (low, high), got {given!r}.")
-        low, high = (check_float("each end of timestep_range", end, 0, 1000) for end in ends)
-        if low > high:
-            raise ValueError(
-                f"timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g}); 1000 is pure noise, so "
-                f"a window from {low:g} down to {high:g} is ({high:g}, {low:g})."
-            )
-        return low, high
+        if self.min_side is not None:
+            check_int("min_side", self.min_side, 1, advice=" tokens, or None.")
 
     @classmethod
     def preset(
@@ -112,7 +95,7 @@ class NegToMeConfig:
     ) -> NegToMeConfig:
         """Make the settings published for an architecture.
 
-        | architecture | variant      | alpha | threshold | window    | matching | cross-attention | source |
+        | architecture | variant      | alpha | threshold | timesteps | matching | cross-attention | source |
         |--------------|--------------|-------|-----------|-----------|----------|-----------------|--------|
         | "sdxl"       | "paper"      | 0.9   | 0.7       | 800-1000  | paper    | no              | [P, R] |
         | "sdxl"       | "released"   | 0.9   | 0.7       | 800-1000  | released | yes             | [R]    |
@@ -122,8 +105,8 @@ class NegToMeConfig:
         | "flux"       | "evaluation" | 1.9   | 0.65      | 900-1000  | released |                 | [S]    |
         | all others   | no published setting; NegToMeConfig() stands for 0.7 and 900-1000 there                 |
         "paper" is the method as the paper describes it, with the numbers of the release. "released" differs from the
-        release where a call is not guided (SDXL with guidance_scale <= 1): that takes the batch for two halves all the
-        same and pushes them apart one by one, while here all images of the call stay one group.
+        release in calls without guidance (SDXL with guidance_scale <= 1): the release still splits the batch in two and
+        pushes each part by itself, while here all images of the call stay one group.
 
         Args:
             architecture: "sdxl" or "flux".
@@ -137,8 +120,8 @@ class NegToMeConfig:
         try:
             fields = _PRESETS[architecture, variant]
         except KeyError:
-            known = ", ".join(f"{a}/{v}" for a, v in _PRESETS)
-            raise ValueError(f"there is no preset {architecture}/{variant}; the presets are {known}.") from None
+            presets = ", ".join(f"{a}/{v}" for a, v in _PRESETS)
+            raise ValueError(f"there is no preset {architecture}/{variant}; the presets are {presets}.") from None
         return cls(**{**fields, **changes})
 
     def replace(self, **changes: Any) -> NegToMeConfig:
@@ -146,7 +129,7 @@ class NegToMeConfig:
         return dataclasses.replace(self, **changes)
 
     def published_for(self, architecture: str) -> NegToMeConfig:
-        """Return a copy with the numbers published for an architecture, or the usual ones, in the place of None."""
+        """Return a copy in which the numbers published for an architecture, or the defaults, replace None."""
         published = _PRESETS.get((architecture, "paper"), _UNPUBLISHED)
         absent = [name for name in ("threshold", "timestep_range") if getattr(self, name) is None]
         return self.replace(**{name: published[name] for name in absent})
@@ -176,9 +159,21 @@ class NegToMeConfig:
         return min(RELEASED_SIDE, *largest) if self.min_side is None else self.min_side
 
     def is_active(self, timestep: float) -> bool:
-        """Tell whether a training timestep lies in the window; errors are those of `window`."""
+        """Tell whether a training timestep lies in the timestep range; errors are those of `window`."""
         low, high = self.window()
         return low - 1e-3 <= timestep <= high + 1e-3
+
+
+def _check_timestep_range(value: object) -> tuple[float, float]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or len(ends := tuple(value)) != 2:
+        raise ValueError(f"timestep_range must be two numbers (low, high), got {value!r}.")
+    low, high = (check_float("each end of timestep_range", end, 0, 1000) for end in ends)
+    if low > high:
+        raise ValueError(
+            f"timestep_range must be (low, high) with low <= high, got ({low:g}, {high:g}); 1000 is pure noise, so the "
+            f"steps from {low:g} down to {high:g} are ({high:g}, {low:g})."
+        )
+    return low, high
 
 
 #: Shortest side of the feature maps that take part in the authors' release for SDXL.

@@ -1,4 +1,4 @@
-"""What this machine has for `negtome generate`: versions, device, memory, and which embedded models lie here."""
+"""Print what this machine has for `negtome generate`: versions, device, memory and embedded models."""
 
 import os
 import platform
@@ -12,9 +12,9 @@ PACKAGES = ("negtome", "torch", "diffusers", "transformers", "accelerate")
 
 
 def accelerator() -> str:
-    """Return the kind of device that a pipeline is best run on here, by torch's name, such as cuda, mps or cpu."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type
+    """Return the fastest kind of device here, by torch's name, such as cuda, mps or cpu."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if device is None else device.type
 
 
 def _version(package: str) -> str:
@@ -25,18 +25,18 @@ def _version(package: str) -> str:
 
 
 def _memory(device: str) -> str:
-    """Say how much memory a device has free, where that is told."""
+    """Describe the free memory of a device, if the platform reports it."""
     if device == "cuda":
-        free, whole = torch.cuda.mem_get_info()
-        return f", {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB free"
-    pages = "SC_AVPHYS_PAGES"  # of the processor, and where the accelerator has no memory of its own
+        free, total = torch.cuda.mem_get_info()
+        return f", {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    pages = "SC_AVPHYS_PAGES"  # main memory, also for accelerators that share it
     if pages not in getattr(os, "sysconf_names", ()):
         return ""
     return f", {os.sysconf(pages) * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB of main memory free"
 
 
 def main() -> None:
-    """Print it."""
+    """Print a line each for the packages, the device and every embedded model."""
     print(f"python {platform.python_version()}, {', '.join(map(_version, PACKAGES))}")
     print(f"device {(device := accelerator())}{_memory(device)}")
     for name in EMBEDDED:

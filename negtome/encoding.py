@@ -1,4 +1,4 @@
-"""Given images and prompts, encoded, scaled and noised as a pipeline does with those of its own."""
+"""Encode, scale and noise reference images, and embed their prompts, as the pipeline does with its own."""
 
 import inspect
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import DenoiserCall
+from negtome.call_inspection import DenoiserCall
 
 
 def encode(architecture: Architecture, pipe: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -27,7 +27,7 @@ def encode(architecture: Architecture, pipe: Any, pixels: torch.Tensor) -> tuple
     return encoded[0] if posterior is None else posterior.mode(), posterior
 
 
-def scaled(architecture: Architecture, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+def scale_latents(architecture: Architecture, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Scale the autoencoder's latents as the pipeline denoises them: float32 [R, c, h, w]."""
     latents = latents.float()
     latents = latents.squeeze(2) if architecture.frames else latents
@@ -43,8 +43,8 @@ def scaled(architecture: Architecture, pipe: Any, latents: torch.Tensor) -> torc
     return latents * getattr(config, "scaling_factor", 1)
 
 
-def noised(pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, call: DenoiserCall) -> torch.Tensor:
-    """Noise latents, packed or not, to the level of a call's step, as the denoiser gets them from the scheduler."""
+def noise_latents(pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, call: DenoiserCall) -> torch.Tensor:
+    """Noise latents, packed or not, to the level of a call's step, scaled as the denoiser expects them."""
     scheduler = pipe.scheduler
     if noise is not None:
         between = any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma"))
@@ -61,25 +61,26 @@ def noised(pipe: Any, latents: torch.Tensor, noise: torch.Tensor | None, call: D
 
 
 def embed(
-    architecture: Architecture, pipe: Any, prompt: str, call: DenoiserCall, asked: Mapping[str, Any]
+    architecture: Architecture, pipe: Any, prompt: str, call: DenoiserCall, pipeline_arguments: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Embed a prompt as the pipeline does those of a call.
+    """Embed a prompt as the pipeline embeds those of a call.
 
     Args:
         architecture: of the pipeline.
         pipe: the pipeline.
         prompt: one text.
-        call: of the denoiser, in which it is to stand.
-        asked: the arguments of the pipeline's call, whose options, such as clip_skip, are of this prompt too.
+        call: of the denoiser, which will get the embeddings.
+        pipeline_arguments: of the pipeline's call; options such as clip_skip hold for this prompt too.
 
     Returns:
-        [1, ...] for every name of the denoiser's arguments that hold the text.
+        [1, ...] for each denoiser argument that holds the text.
 
     Raises:
-        ValueError: the call's embeddings have more or fewer tokens, which the pipeline cannot make of a prompt.
+        ValueError: the call's embeddings have another number of tokens than the pipeline makes of the prompt.
     """
-    options = {name: value for name, value in asked.items() if "prompt" not in name or name == "system_prompt"}
-    if asked.get("prompt") is None and not architecture.listed:  # it says nothing about the embeddings that were given
+    options = {n: value for n, value in pipeline_arguments.items() if "prompt" not in n or n == "system_prompt"}
+    if pipeline_arguments.get("prompt") is None and not architecture.list_inputs:
+        # The call got embeddings, and its options say nothing about their length.
         options["max_sequence_length"] = call.text.shape[1]
     options |= {
         "prompt": prompt,
@@ -89,18 +90,21 @@ def embed(
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
     }
-    known = inspect.signature(pipe.encode_prompt).parameters
-    values = pipe.encode_prompt(**{name: value for name, value in options.items() if name in known})
-    found = zip(architecture.prompts, values, strict=False)
-    embedded = {name: value for name, value in found if name is not None and name in call.prompts}
-    if architecture.listed:
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    values = pipe.encode_prompt(**{name: value for name, value in options.items() if name in parameters})
+    embedded = {
+        name: value
+        for name, value in zip(architecture.prompts, values, strict=False)
+        if name is not None and name in call.prompts
+    }
+    if architecture.list_inputs:
         return {name: texts[0].unsqueeze(0) for name, texts in embedded.items()}
     for name, value in embedded.items():
-        if value is None:  # a mask: all of it is text
+        if value is None:  # a mask in which all tokens are text
             embedded[name] = torch.ones_like(call.prompts[name][:1])
-    value, expected = next(iter(embedded.values())), call.text  # a mask may go on over the tokens of the image
+    value, expected = next(iter(embedded.values())), call.text  # a mask may also cover the tokens of the image
     lengths = value.shape[1], expected.shape[1]
-    if (mask := architecture.trimmed) is not None:
+    if (mask := architecture.drops_text_padding) is not None:
         lengths = int(embedded[mask][0].sum()), int(call.prompts[mask][0].sum())
     if value.shape[1:] != expected.shape[1:] or lengths[0] != lengths[1]:
         raise ValueError(

@@ -1,18 +1,17 @@
-"""Hook points: how the calls of the pipeline, its denoiser and its attention modules are changed for a while.
+"""Change the calls of a pipeline, its denoiser and its attention modules for a while.
 
 Each of these objects gets a subclass of its own class that differs in `__call__`; afterwards it gets its class back.
-Instance-level hooks would be the usual way, and `tests/negtome/test_hooks.py` shows why none of them is enough:
+Hooks on the instance would be the usual way, and `tests/negtome/test_hooks.py` shows why none of them is enough:
 
-- Python looks `__call__` up on the type, so a pipeline has no place for a hook on the instance. The arguments of
-  its call are needed: they say how many images and prompts there are.
-- torch.compile does not guard on forward hooks: one that is added to a module inside compiled code is never called.
-- A module's `forward`, which `diffusers.hooks.HookRegistry` replaces, is put back by accelerate's model offloading
-  after every call of the pipeline, and with it goes the hook.
-- Copies and pickles of a module carry its forward hooks along, and with them what the hooks refer to.
+- Python looks `__call__` up on the type, so a pipeline has no place for a hook on the instance. We need the arguments
+  of its call: they say how many images and prompts there are.
+- torch.compile does not guard on forward hooks: it never calls one that is added to a module inside compiled code.
+- Accelerate's model offloading puts a module's `forward` back after every call of the pipeline, and removes what
+  `diffusers.hooks.HookRegistry` put there.
+- Copies and pickles of a module carry its forward hooks along, and everything that the hooks refer to.
 
-torch.compile does guard on types. Code that was compiled before is compiled anew for the subclass, and both versions
-stay in its cache, so that attaching again compiles nothing. Copies and pickles are of the original class, and so is
-what is made by calling the subclass, which is equal to the original class.
+torch.compile does guard on types. It compiles again for the subclass and keeps both versions in its cache, so attaching
+again compiles nothing. Copies and pickles have the original class.
 """
 
 import functools
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from negtome.architectures import Place
+from negtome.architectures import HookPoint
 from negtome.config import NegToMeConfig
 from negtome.merge import Strength, cannot_move, push_from, push_groups
 from negtome.sites import unwrap
@@ -38,40 +37,40 @@ _Function = TypeVar("_Function", bound=Call)
 
 
 class Route(NamedTuple):
-    """Which images are pushed from which rows.
+    """Which images are pushed away from which reference rows.
 
     Attributes:
-        images: runs (start, stop) of places of the images in a half of the batch.
-        rows: run of places of the R reference rows in a half of the batch, in which they follow the images.
+        images: runs (start, stop) of the images' indices in a chunk of the batch.
+        rows: run of the indices of the R reference rows in a chunk of the batch, in which they follow the images.
         masks: for each feature map, by its number N of tokens: bool [R * N], or None for all tokens.
-        allowed: the same as numbers of the tokens inside, so that the others need not be compared; None where the
+        allowed: the same as indices of the tokens inside, so that the others need not be compared; absent where the
             mask is None or empty.
     """
 
     images: tuple[tuple[int, int], ...]
     rows: tuple[int, int]
     masks: Mapping[int, torch.Tensor | None]
-    allowed: Mapping[int, torch.Tensor | None]
+    allowed: Mapping[int, torch.Tensor]
 
 
 class Layout(NamedTuple):
-    """How a call's batch is made: `halves` times the `images` and after them the reference `rows`."""
+    """How a call's batch is made: `cfg_chunks` times the `images` and after them the reference `rows`."""
 
-    halves: int
+    cfg_chunks: int
     images: int
     rows: int
     routes: tuple[Route, ...]
 
 
 class StepContext(NamedTuple):
-    """The parts of one call of the denoiser that its sites have to know.
+    """One call of the denoiser, as far as sites need it.
 
     Attributes:
         group_size: images in a group.
-        tokens: of the generated image, where a hook point has others too.
-        stream: tokens of all images of a row, generated and given.
-        fewest_tokens: of a feature map that takes part.
-        layout: of a batch with rows of outside references, or None.
+        tokens: tokens of the generated image.
+        stream: tokens of all images of a row, generated and input.
+        fewest_tokens: tokens of the smallest feature map that takes part.
+        layout: of a batch with reference rows, or None.
     """
 
     group_size: int
@@ -82,21 +81,22 @@ class StepContext(NamedTuple):
 
 
 class Site:
-    """A module whose image tokens are pushed, and the similarities that were measured there.
+    """A module whose image tokens are pushed, and the similarities measured there.
 
     Counts leave as a tensor, so that counting neither waits for the device nor makes torch.compile specialise on a
     number. Compiled code reads nothing else that differs between the sites of an architecture.
 
     Attributes:
-        context: of the call of the denoiser that is running; None while the site is at rest.
-        similarity: [G, S] of the tokens that were compared in this call of the denoiser; None if there were none.
+        context: of the running call of the denoiser; None while the site is inactive.
+        similarity: [G, J, N] of the tokens compared in this call of the denoiser, with a further J for each further
+            call of the module; None if nothing was compared.
     """
 
-    def __init__(self, name: str, place: Place, config: NegToMeConfig, push_fn: Push | None) -> None:
+    def __init__(self, name: str, hook_point: HookPoint, config: NegToMeConfig, push_fn: Push | None) -> None:
         self.name = name
         self.module: torch.nn.Module | None = None
-        self.width: int | None = None  # of the features among the channels, where there are others
-        self.place = place
+        self.width: int | None = None  # leading channels that hold features, if there are others
+        self.hook_point = hook_point
         self.reference = config.reference
         self.strength = config.strength()
         self.push_fn = push_fn
@@ -106,8 +106,8 @@ class Site:
     def enter(self, module: torch.nn.Module, parent: torch.nn.Module) -> None:
         """Push the tokens that pass through a module from now on."""
         self.module = module
-        self.width = None if self.place.width is None else getattr(parent, self.place.width)
-        patch_call(module, self, _PUSHES[self.place.where])
+        self.width = None if self.hook_point.width is None else getattr(parent, self.hook_point.width)
+        patch_call(module, self, _PUSHES[self.hook_point.tensor])
 
     def leave(self) -> None:
         """Give the module back as it was, if there is one."""
@@ -123,8 +123,8 @@ class Site:
             that nothing moved would differ in their last bits further on. `features` itself where no token can move.
         """
         length = features.shape[1]
-        first = length - context.stream if self.place.image == "last" else 0
-        last = length if self.place.image == "all" else first + context.tokens
+        first = length - context.stream if self.hook_point.image == "last" else 0
+        last = length if self.hook_point.image == "all" else first + context.tokens
         image_only = (first, last) == (0, length) and self.width is None
         tokens = features if image_only else features[:, first:last, : self.width]
         if tokens.shape[1] < context.fewest_tokens:
@@ -135,7 +135,7 @@ class Site:
                 pushed = _push_by_function(self, tokens, pushed, context.group_size)
         else:
             pushed, similarity = _push_from_rows(tokens, context.layout, self.strength)
-        if self.similarity is not None:  # a module that is called twice
+        if self.similarity is not None:  # the module is called twice
             similarity = torch.cat([self.similarity, similarity], dim=1)
         self.similarity = similarity
         if pushed is tokens:
@@ -167,12 +167,12 @@ def _push_by_function(site: Site, tokens: torch.Tensor, pushed: torch.Tensor, gr
 
 def _push_from_rows(tokens: torch.Tensor, layout: Layout, strength: Strength) -> tuple[torch.Tensor, torch.Tensor]:
     """Push the images of a batch [rows, N, C] away from its reference rows; see `push_from` for what is returned."""
-    batch = tokens.unflatten(0, (layout.halves, -1))  # [halves, images + rows, N, C]
+    batch = tokens.unflatten(0, (layout.cfg_chunks, -1))  # [cfg_chunks, images + rows, N, C]
     still, similarities = cannot_move(strength["alpha"], strength["threshold"]), []
     result = batch if still else batch.clone()
     for route in layout.routes:
         reference = batch[:, slice(*route.rows)]
-        mask, allowed = route.masks[tokens.shape[1]], route.allowed[tokens.shape[1]]
+        mask, allowed = route.masks[tokens.shape[1]], route.allowed.get(tokens.shape[1])
         if allowed is not None and strength["matching"] == "paper":
             reference, mask = reference.flatten(1, 2).index_select(1, allowed).unsqueeze(1), None
         for start, stop in route.images:
@@ -184,11 +184,11 @@ def _push_from_rows(tokens: torch.Tensor, layout: Layout, strength: Strength) ->
 
 
 def path(root: torch.nn.Module, name: str) -> list[tuple[dict[str, Any], str, torch.nn.Module]]:
-    """List what must stay as it is for a module to keep its name; blocks on the way may be compiled.
+    """List the links that lead from a module to a submodule; blocks on the way may be compiled.
 
     Returns:
-        For every module on the way to `name`, itself last: the dict it is in, its key there, and itself. Looking these
-        up again takes microseconds, walking down from the root to every site a step's fraction.
+        For every module on the way to `name`, itself last: the dict it is in, its key there, and itself. Checking these
+        again takes microseconds; walking down from the root to every site would slow a step down.
 
     Raises:
         KeyError: there is no such module.
@@ -205,7 +205,7 @@ def path(root: torch.nn.Module, name: str) -> list[tuple[dict[str, Any], str, to
 
 
 def patch_call(owner: Any, state: Any, make_call: Callable[[Call], Call]) -> None:
-    """Give `owner` the `__call__` that `make_call` makes of its class's, and `state` to go with it."""
+    """Give `owner` the `__call__` that `make_call` makes from that of its class, and `state` to go with it."""
     owner.__dict__[ATTRIBUTE] = state
     # Not owner.__class__ = ...: OptimizedModule would pass that on to the module inside it.
     cls: type = type(owner)

@@ -1,6 +1,6 @@
 """The arithmetic of negative token merging: match each token to a reference token, then move away from it.
 
-Source: arXiv 2412.01339. Pure torch; nothing here knows a model.
+Source: arXiv 2412.01339. Pure torch, independent of any model.
 
 A token x whose nearest reference token (cosine similarity) is m, with a similarity above the threshold, becomes
 
@@ -8,10 +8,10 @@ A token x whose nearest reference token (cosine similarity) is m, with a similar
 
 alpha > 0 pushes apart, alpha < 0 pulls together, alpha = 0 changes nothing.
 
-The cost is a matrix product and little else. A cosine is compared with others of the same token, so only one side of
-the product has to be normalised; its largest element, divided by the token's length, is the similarity that meets the
-threshold; and one interpolation with a weight of -alpha or 0 moves what has to move.
-Nothing waits for the device, and torch.compile takes all of it in one graph.
+The cost is about one matrix product. Cosines are compared only with others of the same token, so only one side of the
+product is normalised; its largest element, divided by the token's length, is compared with the threshold; one
+interpolation with a weight of -alpha or 0 moves the tokens. Nothing waits for the device, and torch.compile makes one
+graph of it.
 """
 
 from typing import Literal, TypedDict, get_args
@@ -37,14 +37,12 @@ class Strength(TypedDict):
     matching: Matching
 
 
-#: Lengths are rounded up to this one: a token of length zero gets similarity 0 instead of NaN, and where squares
-#: underflow, no length is too small.
+#: Lower bound of lengths: a token of length zero gets similarity 0 instead of NaN, also where squares underflow.
 _SHORTEST = {dtype: 10 * torch.finfo(dtype).tiny ** 0.5 for dtype in (torch.float32, torch.float64)}
 
 
-#: Most elements of a similarity matrix that exist at once. Source tokens are processed in chunks below it (and never
-#: fewer than one token per batch entry). 2**24 is 64 MiB in float32, and no slower than larger
-#: chunks: the matrix product of one keeps a processor busy.
+#: Most elements of a similarity matrix at a time; source tokens are processed in chunks below it (at least one token
+#: per batch entry). 2**24 is 64 MiB in float32, and no slower than larger chunks.
 MAX_SIMILARITY_ELEMENTS = 2**24
 
 
@@ -66,9 +64,9 @@ def negative_merge(
     better and rounded once. In float16 the product of a token with a unit vector must stay below 65504, and tokens
     shorter than 1e-4 are compared less precisely. The similarity of a token of length zero is 0.
 
-    Not finite: a token stays not finite. With matching="paper" such a reference token has a similarity of 0 to all:
-    tokens that are more similar to another are pushed from that one, and the rest, whose match it is, come out as not
-    finite, whatever the threshold. With "released" so may those whose position leads to it.
+    Tokens that are not finite stay so. With matching="paper" such a reference token has a similarity of 0 to all
+    tokens: those that it matches come out as not finite, whatever the threshold. With "released", those whose position
+    leads to it may too.
 
     Args:
         tokens: [B, N, C] floating point, the tokens to move.
@@ -119,15 +117,15 @@ def push_groups(
 
     Returns:
         The tokens after the push [G * K, N, C], `tokens` itself where none can move; and the similarity that met the
-        threshold [G, S], of float32 or better. S counts the source tokens of a group: K * N for "others", (K - 1) * N
-        otherwise.
+        threshold [G, J, N], of float32 or better, where J counts the images of a group that can move: K for "others",
+        K - 1 otherwise.
     """
     images = tokens.view(-1, group_size, *tokens.shape[1:])  # [G, K, N, C]
     length = _length(_detached(images))  # [G, K, N, 1]
     if reference == "first":
         moving, targets = images[:, 1:], images[:, :1]
-        seen, known = _detached(moving), _detached(targets)
-        product, scale, index = _match(seen, known, length[:, 1:], length[:, :1], matching)
+        lengths = length[:, 1:], length[:, :1]
+        product, scale, index = _match(_detached(moving), _detached(targets), *lengths, matching)
     elif reference == "previous":
         moving, targets, scale = images[:, 1:], images, length[:, 1:]
         product, index = _match_previous(_detached(images), length)
@@ -153,21 +151,21 @@ def push_from(
     matching: Matching,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Push images away from given ones.
+    """Push images away from references.
 
     Args:
-        tokens: [H, K, N, C] the tokens of K images in each of H halves of a batch.
-        reference: [H, R, M, C] the tokens of R references in each half; all of them together are what an image is
-            matched to. "released" needs R = 1 and M = N.
+        tokens: [H, K, N, C] the tokens of K images in each of H chunks of a batch.
+        reference: [H, R, M, C] the tokens of R references in each chunk; every image is matched to all of them
+            together. "released" needs R = 1 and M = N.
         alpha, threshold, matching: as in `negative_merge`.
         mask: [R * M] bool, the reference tokens that may be matched, or None for all; see `negative_merge`.
 
     Returns:
         The tokens after the push [H, K, N, C], `tokens` itself where none can move; and the similarity that met the
-        threshold [H, K * N], of float32 or better, -inf where the mask allows no match.
+        threshold [H, K, N], of float32 or better, -inf where the mask allows no match.
     """
-    seen, known = _detached(tokens), _detached(reference)
-    product, scale, index = _match(seen, known, _length(seen), _length(known), matching, mask)
+    source, target = _detached(tokens), _detached(reference)
+    product, scale, index = _match(source, target, _length(source), _length(target), matching, mask)
     still = ~mask.unsqueeze(-1) if mask is not None and matching == "released" else None
     return _move(tokens, reference, product, scale, index, alpha, threshold, still)
 
@@ -175,13 +173,13 @@ def push_from(
 def cannot_move(alpha: float, threshold: float) -> bool:
     """Tell whether a strength and a threshold leave every token as it is.
 
-    The arithmetic does not decide it: 0 * inf is not 0, and the cosine of a copy may be rounded to more than 1.
+    Arithmetic cannot: 0 * inf is not 0, and rounding may lift the cosine of a copy above 1.
     """
     return alpha == 0 or threshold >= 1
 
 
 def _detached(tokens: torch.Tensor) -> torch.Tensor:
-    """Return what a match is found with: it is a choice, and has no gradient."""
+    """Detach tokens for matching: a match is a choice and has no gradient."""
     return tokens.detach() if tokens.requires_grad else tokens
 
 
@@ -198,10 +196,10 @@ def _move(
     """Move tokens [H, K, N, C] away from the reference tokens [H, R, M, C] that were found for them.
 
     Args:
-        product: what meets the threshold, times a length, [H, K, N, 1].
+        product: similarities times a length, [H, K, N, 1].
         length: this length, of float32 or better, [H, K, N, 1] or [H, 1, N, 1].
-        index: the reference tokens, their numbers among the R * M of a half; H * K * N in the order of the tokens.
-        still: [N, 1] bool, the tokens that do not move whatever was found; None if all may.
+        index: matched reference tokens, as indices among the R * M of a chunk; H * K * N in the order of the tokens.
+        still: [N, 1] bool, tokens that never move; None if all may.
 
     Returns:
         As of `push_from`.
@@ -210,10 +208,10 @@ def _move(
     if still is not None:
         similarity.masked_fill_(still, -torch.inf)
     if cannot_move(alpha, threshold):
-        return tokens, similarity.flatten(1)
+        return tokens, similarity.squeeze(-1)
     match = _take(reference, index, tokens.shape)
     weight = (similarity > threshold).to(tokens.dtype).mul_(-alpha)
-    return tokens.lerp(match, weight), similarity.flatten(1)  # x + weight (match - x) in one pass
+    return tokens.lerp(match, weight), similarity.squeeze(-1)  # x + weight (match - x) in one pass
 
 
 def _match(
@@ -224,7 +222,7 @@ def _match(
     matching: Matching,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], whose lengths [..., 1] are known.
+    """Match tokens [H, K, N, C] with reference tokens [H, R, M, C], given the lengths [..., 1] of both.
 
     Returns:
         The product, the length in it and the index, as `_move` takes them.
@@ -245,8 +243,8 @@ def _match(
 def _match_previous(images: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Match the tokens of image k > 0 in [G, K, N, C] with those of images 0 to k-1: product and index for `_move`."""
     unit = _unit(images[:, :-1], length[:, :-1])
-    found = [_largest_products(images[:, k], unit[:, :k].flatten(1, 2)) for k in range(1, images.shape[1])]
-    product, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+    matches = [_largest_products(images[:, k], unit[:, :k].flatten(1, 2)) for k in range(1, images.shape[1])]
+    product, index = (torch.stack(parts, dim=1) for parts in zip(*matches, strict=True))
     return product.unsqueeze(-1), index
 
 
@@ -254,13 +252,13 @@ def _match_others(images: torch.Tensor, length: torch.Tensor) -> tuple[torch.Ten
     """Match the tokens of each image in [G, K, N, C] with those of all the others: product and index for `_move`."""
     K, N = images.shape[1:3]
     unit = _unit(images, length)
-    others, found = unit[:, 1:].clone(), []
+    others, matches = unit[:, 1:].clone(), []
     for k in range(K):
         product, index = _largest_products(images[:, k], others.flatten(1, 2))
-        found.append((product, index + (index >= k * N) * N))  # image k itself was left out
+        matches.append((product, torch.where(index >= k * N, index + N, index)))  # `others` skips image k
         if k < K - 1:
-            others[:, k] = unit[:, k]  # in the place of image k + 1
-    product, index = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+            others[:, k] = unit[:, k]  # replaces image k + 1
+    product, index = (torch.stack(parts, dim=1) for parts in zip(*matches, strict=True))
     return product.unsqueeze(-1), index
 
 
@@ -320,13 +318,13 @@ def _length(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Scale tokens [..., C] to length 1, in their own dtype; one that is not finite becomes 0, of similarity 0 to all.
+    """Scale tokens [..., C] to length 1, in their own dtype. Tokens that are not finite become 0.
 
-    Else the maximum of every token's products would be the NaN of one.
+    A NaN would be the maximum of every product.
     """
     if tokens.dtype is length.dtype:
         unit = tokens / length
-    else:  # with `out`, nothing of float32 is written in between
+    else:  # `out` avoids a float32 copy
         unit = torch.div(tokens, length, out=tokens.new_empty(tokens.shape))
     return unit.nan_to_num_(0.0, 0.0, 0.0)
 

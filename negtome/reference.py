@@ -1,4 +1,4 @@
-"""A given image to push away from: what a user hands to `attach`, and how it is brought to the size of the output."""
+"""Reference images to push away from: reading them, and fitting them to the size of the output."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from negtome.validation import to_python_scalar
+from negtome.validation import check_int, to_python_scalar
 
 #: How an image becomes a latent; see `Reference`.
 Posterior = Literal["mode", "sample"]
@@ -18,7 +18,7 @@ POSTERIORS = get_args(Posterior)
 
 #: Share of a token's area that the mask must cover for the token to count as inside.
 COVERAGE = 0.5
-#: Pixels of an image that is read, 8192 x 8192: decoded, each takes some 25 bytes.
+#: Most pixels of an image, 8192 x 8192; decoding takes about 25 bytes for each.
 MOST_PIXELS = 2**26
 
 
@@ -26,33 +26,31 @@ MOST_PIXELS = 2**26
 class Reference:
     """Images that generated images are pushed away from (or, with alpha < 0, pulled towards).
 
-    They pass through the same denoiser at the same timestep as the images being generated, as further rows of its
-    batch (arXiv 2412.01339: the reference is a given image): added when the pipeline calls it, and taken out of what it
-    returns. Every image being generated is matched to the tokens of all of them together.
+    They pass through the same denoiser at the same timestep as the generated images, as further rows of its batch
+    (arXiv 2412.01339: the reference is a given image). Generated images are matched to the tokens of all of them.
 
-    An image of another shape than the output is scaled until it fits in, and its edges are repeated around it; tokens
-    of that margin are never matched, so nothing is cut off or distorted.
+    An image of another shape than the output is scaled to fit, and its edges are repeated around it. Tokens of that
+    margin are never matched, so nothing is cut off or distorted.
 
     Attributes:
         images: one image or a list of them: a path, a PIL image (RGB, RGBA, grey or palette; transparency is shown on
             white), or a tensor [3, H, W], float in [0, 1] or uint8. Kept as a tuple of float32 tensors [3, H, W] in
             [0, 1].
         mask: which pixels may be matched: None for all, or for each image None, a path, a PIL image, or a tensor
-            [H, W] of the image's size, where what is true, or above half of full scale, is inside. One mask for one
-            image, a list for a list. A token is inside if more than half of its area is.
-        noise: whether the image is noised to the level of the current step, as the images being generated are. False
-            shows the denoiser a clean image at every step, the default of the released code.
-        prompt: what the image shows. None: each image being generated lends its own conditioning. With guidance, the
-            unconditional half always keeps that of the image being generated.
-        seed: of the reference's own noise, which the images' generators know nothing of.
-        posterior: "mode": the image is encoded once, to the mode of the autoencoder's posterior. "sample": a sample
-            of the posterior is drawn anew for every step, as in the released code, from the reference's own generator.
+            [H, W] of the image's size, where true or above half of full scale is inside. One mask for one image, a list
+            for a list. A token is inside if more than half of its area is.
+        noise: whether the image is noised to the level of the current step, as the generated images are. False shows
+            the denoiser a clean image at every step, the default of the released code.
+        prompt: what the image shows. None: each generated image lends its own conditioning. With guidance, the
+            unconditional chunk always keeps that of the generated image.
+        seed: of the reference's own noise, which does not touch the images' generators.
+        posterior: "mode": the image is encoded once, to the mode of the autoencoder's posterior. "sample": every step
+            draws a new sample of the posterior, as in the released code, from the reference's own generator.
 
     Raises:
-        ValueError: an image cannot be read, is animated or has a colour space that would have to be guessed; a mask is
-            empty or does not have its image's size; an image or a mask has more than 2**26 pixels; or a setting is out
-            of range.
-        FileNotFoundError: there is no such file.
+        ValueError: an image cannot be read, is animated, has more than 2**26 pixels or a colour space that must be
+            guessed; a mask is empty or does not have its image's size; or a setting is out of range.
+        FileNotFoundError: a file does not exist.
     """
 
     images: Any
@@ -64,26 +62,29 @@ class Reference:
 
     def __post_init__(self) -> None:
         several = isinstance(self.images, Sequence) and not isinstance(self.images, (str, bytes))
-        images = tuple(_image(image) for image in (self.images if several else [self.images]))
+        images = tuple(_read_image(image) for image in (self.images if several else [self.images]))
         if not images:
             raise ValueError("Reference expected at least one image, got an empty list; give the images to avoid.")
-        masks = list(self.mask) if several and isinstance(self.mask, (list, tuple)) else [self.mask] * (not several)
+        masks: list[Any] | None = [self.mask]
         if several and self.mask is None:
             masks = [None] * len(images)
-        if len(masks) != len(images):
+        elif several:
+            masks = list(self.mask) if isinstance(self.mask, (list, tuple)) else None
+        if masks is None or len(masks) != len(images):
             raise ValueError(
                 f"Reference expected one mask for each of its {len(images)} images, got "
-                f"{len(masks) or 'a single one'}; give a list, with None for an image that counts as a whole."
+                f"{'a single one' if masks is None else len(masks)}; give a list, with None where there is no mask."
             )
-        inside = tuple(None if mask is None else _mask(mask, image) for mask, image in zip(masks, images, strict=True))
+        inside = tuple(
+            None if mask is None else _read_mask(mask, image) for mask, image in zip(masks, images, strict=True)
+        )
         for name in ("noise", "seed"):
             object.__setattr__(self, name, to_python_scalar(getattr(self, name)))
         if not isinstance(self.noise, bool):
             raise ValueError(f"noise must be true or false, got {self.noise!r}.")
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be one text or None, got {self.prompt!r}; it describes all images.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}.")
+        check_int("seed", self.seed, 0, 2**63 - 1)
         if self.posterior not in POSTERIORS:
             raise ValueError(f"posterior must be one of {POSTERIORS}, got {self.posterior!r}.")
         object.__setattr__(self, "images", images)
@@ -93,7 +94,7 @@ class Reference:
 def fit(
     image: torch.Tensor, mask: torch.Tensor | None, height: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Bring an image to the size of the output without cutting or distorting it.
+    """Fit an image to the size of the output without cutting or distorting it.
 
     Args:
         image: [3, h, w] in [0, 1].
@@ -101,8 +102,8 @@ def fit(
         height, width: of the output, in pixels.
 
     Returns:
-        The image [3, height, width] in [0, 1], its edges repeated where it does not reach; and the share of each pixel
-        that may be matched, [height, width] in [0, 1], or None where that is all.
+        The image [3, height, width] in [0, 1], with repeated edges; and the share of each pixel that may be matched,
+        [height, width] in [0, 1], or None for all of every pixel.
     """
     h, w = image.shape[1:]
     scale = min(height / h, width / w)
@@ -130,7 +131,7 @@ def token_mask(share: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (F.adaptive_avg_pool2d(share[None, None], (height, width)) > COVERAGE).flatten()
 
 
-def _image(image: Any) -> torch.Tensor:
+def _read_image(image: Any) -> torch.Tensor:
     """Read an image as float32 [3, H, W] in [0, 1]."""
     if isinstance(image, torch.Tensor):
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
@@ -158,7 +159,7 @@ def _image(image: Any) -> torch.Tensor:
     return _pixels(picture.convert("RGB")).permute(2, 0, 1).float().div_(255)
 
 
-def _mask(mask: Any, image: torch.Tensor) -> torch.Tensor:
+def _read_mask(mask: Any, image: torch.Tensor) -> torch.Tensor:
     """Read the mask of an image [3, H, W] as bool [H, W]."""
     if isinstance(mask, torch.Tensor):
         name = ""
@@ -172,8 +173,7 @@ def _mask(mask: Any, image: torch.Tensor) -> torch.Tensor:
         _check_size(inside, image, name)
     if not inside.any():
         raise ValueError(
-            f"Reference got an empty mask{name}: nothing could be matched; mark what is to be avoided, or pass "
-            "mask=None for the whole image."
+            f"Reference got an empty mask{name}; mark the pixels to avoid, or pass mask=None for the whole image."
         )
     return inside.cpu()
 
@@ -183,21 +183,20 @@ def _check_size(mask: torch.Tensor, image: torch.Tensor, name: str) -> None:
     if mask.shape != image.shape[1:]:
         raise ValueError(
             f"Reference expected a mask of its image's size, {image.shape[2]}x{image.shape[1]} pixels, got "
-            f"{'x'.join(str(side) for side in reversed(mask.shape))}{name}; draw it on that very image."
+            f"{'x'.join(str(side) for side in reversed(mask.shape))}{name}; draw it on that image."
         )
 
 
 def _check_pixels(width: int, height: int, name: str = "") -> None:
-    """Refuse a size of an image before memory is taken for it."""
+    """Refuse an image by its size, before memory is allocated for it."""
     if width * height > MOST_PIXELS:
         raise ValueError(
-            f"Reference expected at most {MOST_PIXELS:,} pixels, got {width} x {height}{name}; scale it down: it is "
-            "brought to the size of the output anyway."
+            f"Reference expected at most {MOST_PIXELS:,} pixels, got {width} x {height}{name}; scale it down."
         )
 
 
 def _open(source: Any, what: str) -> tuple[Any, str]:
-    """Open a path or take a PIL image; return it, loaded and upright, and how to name it in a message."""
+    """Open a path or take a PIL image. Return it, loaded and upright, and its name for messages."""
     from PIL import Image, ImageOps
 
     name = ""
@@ -214,21 +213,20 @@ def _open(source: Any, what: str) -> tuple[Any, str]:
         raise ValueError(
             f"Reference expected {what} as a path, a PIL image or a tensor, got a {type(source).__name__}."
         )
-    with opened if name else contextlib.nullcontext():  # a file is closed, the image of a caller is left as it is
+    with opened if name else contextlib.nullcontext():  # closes a file, and leaves a caller's image alone
         _check_pixels(*opened.size, name)
         with _readable(what, name):
             opened.load()
         if (frames := getattr(opened, "n_frames", 1)) > 1:
             raise ValueError(
-                f"Reference expected a still image, got an animation of {frames} frames{name}; export the frame you "
-                "mean."
+                f"Reference expected a still image, got an animation of {frames} frames{name}; export one frame."
             )
         return ImageOps.exif_transpose(opened), name
 
 
 @contextlib.contextmanager
 def _readable(what: str, name: str) -> Iterator[None]:
-    """Turn the errors of Pillow on a file into one that says what to do."""
+    """Turn Pillow's errors on a file into one that says what to do."""
     from PIL import Image
 
     try:

@@ -1,25 +1,28 @@
-"""What is asked of the table of architectures: which row a pipeline is of, and where its denoiser has sites."""
+"""Look up the architecture of a pipeline, and the modules of its denoiser that NegToMe hooks."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from negtome.architectures import ARCHITECTURES, Architecture, Place
+from negtome.architectures import ARCHITECTURES, Architecture, HookPoint
 
 
 def find_architecture(pipe: Any) -> Architecture:
     """Find the row for a pipeline.
 
     Raises:
-        TypeError: if the pipeline is not supported.
+        TypeError: the pipeline is not supported.
     """
-    names = {cls.__name__ for cls in type(pipe).__mro__}
+    pipeline_classes = {cls.__name__ for cls in type(pipe).__mro__}
     for architecture in ARCHITECTURES:
+        if architecture.denoiser_class in pipeline_classes:
+            raise TypeError(f"Pass the pipeline, not its denoiser, got a {type(pipe).__name__}.")
         denoiser = unwrap(getattr(pipe, architecture.denoiser, None))
-        classes = {cls.__name__ for cls in type(denoiser).__mro__}
-        if names & set(architecture.pipelines) and architecture.denoiser_class in classes:
+        denoiser_classes = {cls.__name__ for cls in type(denoiser).__mro__}
+        if pipeline_classes & set(architecture.pipelines) and architecture.denoiser_class in denoiser_classes:
             return architecture
     supported = "; ".join(f"{', '.join(a.pipelines)} with a {a.denoiser_class}" for a in ARCHITECTURES)
     raise TypeError(f"NegToMe cannot be attached to a {type(pipe).__name__}; supported are {supported}.")
@@ -30,16 +33,25 @@ def unwrap(denoiser: Any) -> Any:
     return getattr(denoiser, "_orig_mod", denoiser)
 
 
+def check_single_denoiser(pipe: Any, architecture: Architecture) -> None:
+    """Raise ValueError for a pipeline that uses a second denoiser in late steps."""
+    if getattr(pipe, f"{architecture.denoiser}_2", None) is not None:
+        raise ValueError(
+            f"NegToMe acts in one denoiser, but this {type(pipe).__name__} has {architecture.denoiser}_2 for its "
+            "late steps; use a checkpoint with a single one, such as Wan 2.1 or Wan 2.2 TI2V."
+        )
+
+
 def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
     """Refuse a denoiser in which NegToMe would silently do something else.
 
     Args:
         denoiser: the module itself.
-        adds_rows: whether its batch has more rows in some steps than in others.
+        adds_rows: whether references add rows to the batch in some steps.
 
     Raises:
-        RuntimeError: it is split over several processes, so that each has a part of the tokens or channels; or a hook
-            of diffusers carries features from one step to the next (a cache), and the rows change.
+        RuntimeError: it is split over several processes, so that each has a part of the tokens or channels; or rows are
+            added, and a diffusers hook keeps features from one step to the next (a cache).
     """
     split = any(type(parameter).__name__ == "DTensor" for parameter in denoiser.parameters())
     if split or getattr(denoiser, "_parallel_config", None) is not None:
@@ -52,7 +64,7 @@ def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
         for hook in getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values():
             if hook._is_stateful:
                 raise RuntimeError(
-                    "NegToMe adds the rows of a Reference in the steps of its window only, but a cache, the "
+                    "NegToMe adds rows for a Reference in the steps of its timestep range only, but a cache, the "
                     f"{type(hook).__name__} on {name or 'the denoiser'}, keeps features from one step to the next; "
                     f"call disable_cache() on the {type(denoiser).__name__}, or leave the Reference out."
                 )
@@ -60,37 +72,40 @@ def check_denoiser(denoiser: torch.nn.Module, adds_rows: bool) -> None:
 
 def find_sites(
     denoiser: torch.nn.Module, architecture: Architecture, sites: Sequence[str] | None, cross_attention: bool
-) -> list[tuple[str, torch.nn.Module, Place]]:
-    """Find the modules to touch in a denoiser, in its own order: (name, module, kind).
+) -> list[tuple[str, torch.nn.Module, HookPoint]]:
+    """Find the modules to hook in a denoiser, in its own order: (name, module, kind).
 
     Args:
         denoiser: UNet or transformer.
         architecture: of the denoiser.
-        sites, cross_attention: as of `NegToMeConfig`.
+        sites, cross_attention: as in `NegToMeConfig`.
 
     Raises:
-        ValueError: if a block holds no site.
+        ValueError: a block holds no module to hook.
     """
     blocks = architecture.blocks if sites is None else sites
-    places = [place for place in architecture.places if cross_attention or not place.cross]
-    found = [
-        (name, module, place)
+    hook_points = [point for point in architecture.hook_points if cross_attention or not point.cross]
+    modules = [
+        (name, module, point)
         for name, module in denoiser.named_modules()
-        for place in places
-        if fnmatchcase(name, place.pattern) and any(_within(name, block) for block in blocks)
+        for point in hook_points
+        if fnmatchcase(name, point.pattern) and any(_is_within(name, block) for block in blocks)
     ]
     for block in blocks:
-        if not any(_within(name, block) for name, _, _ in found):
-            top = ", ".join(dict.fromkeys(name for name, _ in denoiser.named_children()))
+        if not any(_is_within(name, block) for name, _, _ in modules):
+            names = [name for name, _ in denoiser.named_modules() if name]
+            near = get_close_matches(block, names, 1)
+            top = ", ".join(name for name, _ in denoiser.named_children())
+            advice = f"did you mean {near[0]!r}?" if near else f"choose among {top}."
             raise ValueError(
-                f"NegToMe found no site under {block!r} of the {type(denoiser).__name__}: it looked for modules "
-                f"named {' or '.join(place.pattern for place in places)}; choose sites among {top}."
+                f"NegToMe found no site under {block!r} of the {type(denoiser).__name__}: no module there is named "
+                f"{' or '.join(point.pattern for point in hook_points)}; {advice}"
             )
-    return found
+    return modules
 
 
-def _within(name: str, block: str) -> bool:
-    """Tell whether a dotted module name is a block's, or lies inside it."""
+def _is_within(name: str, block: str) -> bool:
+    """Tell whether a dotted module name is that of a block, or lies inside it."""
     return name == block or name.startswith(block + ".")
 
 
@@ -109,7 +124,9 @@ def largest_map(denoiser: Any, names: Sequence[str], latent: tuple[int, int]) ->
 
     def level(name: str) -> int:
         part, number, *_ = name.split(".")
-        return lowest if part == "mid_block" else int(number) if part == "down_blocks" else lowest - int(number)
+        if part == "mid_block":
+            return lowest
+        return int(number) if part == "down_blocks" else lowest - int(number)
 
     maps = feature_maps(latent)
     return maps[min(*map(level, names), len(maps) - 1)]

@@ -30,7 +30,7 @@ from experiments.plan import expand
 from experiments.runs.checkpoints import call_arguments
 from experiments.tables.templates import render
 from negtome import NegToMeConfig
-from negtome.recipe import FILE, Choices
+from negtome.recipe import FILE, ModelDefaults
 from training import clip, data, flux, taxonomy, unet
 
 #: Parts of mini-flux that are links into mini-sdxl.
@@ -143,11 +143,11 @@ def write_cards(work: Path, models: Path) -> None:
         (models / name / "README.md").write_text(render(f"training/cards/{name}.md.j2", **facts))
 
 
-def choices(name: str) -> Choices:
+def choices(name: str) -> ModelDefaults:
     """Return the settings that conf/ has for a model: of its calls, among images and away from a reference image."""
     configs = []
     for method in ("negtome", "negtome_reference"):
         (cfg,) = expand([f"model={name}", f"method={method}"])
         values = {field.name: cfg.method.get(field.name) for field in dataclasses.fields(NegToMeConfig)}
         configs.append(NegToMeConfig(**{field: value for field, value in values.items() if value is not None}))
-    return Choices(call_arguments(cfg.model), *configs)
+    return ModelDefaults(call_arguments(cfg.model), *configs)

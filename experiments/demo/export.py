@@ -14,7 +14,7 @@ from experiments.demo.asked import ITSELF, Asked, split
 from experiments.demo.models import Model
 from experiments.methods.negtome import NegToMe
 from experiments.runs import catalogue
-from negtome.pictures import chunks
+from negtome.image_files import chunks
 from negtome.recipe import Recipe
 
 #: The text in a PNG that holds the page's link.

@@ -283,26 +283,25 @@ class _Run:
     def _pushed(self, pipe: Any, recipe: Recipe) -> Row:
         self._start("NegToMe")
         recipe = recipe.replace(**{name: _absolute(getattr(recipe, name)) for name in ("reference", "mask")})
-        watch = Watch(pipe, recipe.config, recipe.images, given=self.asked.mode != "diversity")
-        with warnings.catch_warnings(record=True) as caught, watch.looking():
+        watch = Watch()
+        with warnings.catch_warnings(record=True) as caught:
             warnings.filterwarnings("always", "NegToMe")
-            (images, steps), seconds = self._timed(lambda: self._attached(pipe, recipe))
+            images, seconds = self._timed(lambda: self._attached(pipe, recipe, watch))
         for warning in caught:
             if str(warning.message).startswith("NegToMe"):
                 self.note(str(warning.message))
             else:
                 log.warning("%s", warning.message)
-        pushed = watch.pushed(steps)
+        pushed = watch.pushed()
         tokens = sum(step.pushed for step in pushed.steps)
         return Row("negtome", "NegToMe", images=images, seconds=seconds, pushed=pushed, tokens=tokens)
 
-    def _attached(self, pipe: Any, recipe: Recipe) -> tuple[tuple[Image.Image, ...], list[negtome.Step]]:
+    def _attached(self, pipe: Any, recipe: Recipe, watch: Watch) -> tuple[Image.Image, ...]:
         if self.asked.mode != "quality":
-            made = generate(pipe, recipe)
-            return tuple(made.images), made.attached.steps
+            return tuple(generate(pipe, recipe, watch.on_step).images)
         copies = [negtome.Reference(blurred(image, self.asked.blur)) for image in self.state.rows[0].images]
-        with negtome.attach(pipe, recipe.config, references=copies) as attached:
-            return tuple(generate(pipe, recipe.without()).images), attached.steps
+        with negtome.attach(pipe, recipe.config, references=copies, on_step=watch.on_step):
+            return tuple(generate(pipe, recipe.without()).images)
 
     def _method(self, model: models.Model, pipe: Any, name: str, recipe: Recipe) -> Row:
         title = catalogue.entries()[name].title

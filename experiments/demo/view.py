@@ -12,7 +12,7 @@ from experiments.demo.models import Model
 from experiments.demo.session import Row, State
 from experiments.demo.watch import Pushed
 from experiments.tables.templates import render
-from negtome.pictures import sheet
+from negtome.image_files import image_grid
 from negtome.reference import fit, token_mask
 
 #: Colour of what is pushed, and of what a mask leaves out: Okabe and Ito's orange, and white.
@@ -76,7 +76,7 @@ def _sheet(state: State) -> str:
     """Return all rows as one picture, which holds the page's link."""
     rows = [(row.title, [_small(image, SHEET) for image in row.images]) for row in state.rows if row.images]
     note = f"{state.recipe.model}, seeds {state.recipe.seed} to {state.recipe.seeds()[-1]}: a column has the same seed"
-    return address(png(sheet(state.recipe.prompt, rows, note), link=state.asked.link()))
+    return address(png(image_grid(state.recipe.prompt, rows, note), link=state.asked.link()))
 
 
 def _small(image: Image.Image, side: int) -> Image.Image:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from experiments.methods.steps import decoded, levels, predictions, replaced, unpacked
-from negtome import NegToMeConfig, Step
-from negtome.hooks import ATTRIBUTE, Site
+from negtome import NegToMeConfig, StepReport
 from negtome.sites import find_architecture, find_sites, largest_map, unwrap
 
 #: Latents a side that a preview is decoded from at most.
@@ -99,7 +98,7 @@ class Steps:
         schedule, number, ended = None, 0, self.clock()
         self._began = ended if self._began is None else self._began
         architecture = find_architecture(pipe)
-        plain = not (architecture.listed or architecture.frames or architecture.scale or architecture.video)
+        plain = not (architecture.list_inputs or architecture.frames or architecture.scale or architecture.video)
         previews = previews and plain and _known(scheduler)
 
         def predicted(prediction: Any) -> torch.Tensor:
@@ -153,59 +152,24 @@ def _preview(pipe: Any, clean: torch.Tensor, size: tuple[int, int] | None) -> to
 
 
 class Watch:
-    """Sees which tokens are pushed while a pipeline makes square images.
+    """Collect which tokens move while a pipeline makes square images; pass `on_step` to `negtome.attach`."""
 
-    Args:
-        pipe: the pipeline, which is attached while it is called.
-        config: the settings that it is attached with.
-        images: K, that the call makes.
-        given: whether they are pushed from given images, so that the first one moves too.
-    """
-
-    def __init__(self, pipe: Any, config: NegToMeConfig, images: int, given: bool) -> None:
-        architecture = find_architecture(pipe)
-        self._denoiser = getattr(pipe, architecture.denoiser)
-        threshold = config.published_for(architecture.name.lower()).threshold
-        self._threshold = threshold if threshold < 1 else math.inf
-        self._images = images
-        self._still = int(not given and config.reference != "others")  # the first image of a group
-        self._calls: list[tuple[int, int]] = []  # tokens compared and pushed in each call of the denoiser
+    def __init__(self) -> None:
+        self._steps: list[StepCount] = []
         self._maps: list[torch.Tensor] = []  # [K, h, w]
 
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Watch until the block ends."""
-        handle = self._denoiser.register_forward_hook(self._look)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def on_step(self, report: StepReport) -> None:
+        """Keep the counts and the maps of a step."""
+        self._steps.append(StepCount(report.timestep, report.active, report.tokens_compared, report.tokens_pushed))
+        for moved in report.moved.values():
+            side = math.isqrt(moved.shape[1])
+            self._maps.append(moved.unflatten(1, (side, side)))
 
-    def _look(self, *_: Any) -> None:
-        """Read what the sites found, before the attachment counts it and lets it go."""
-        compared = pushed = 0
-        for module in self._denoiser.modules():
-            site = vars(module).get(ATTRIBUTE)
-            if not isinstance(site, Site) or site.similarity is None:
-                continue
-            moved = (site.similarity > self._threshold).float().cpu()
-            compared += moved.numel()
-            pushed += int(moved.sum())
-            moving = self._images - self._still
-            side = math.isqrt(moved.shape[1] // moving)
-            if moving * side * side == moved.shape[1]:  # else a module that was called twice
-                found = moved.mean(dim=0).view(moving, side, side)
-                self._maps.append(torch.cat([torch.zeros(self._still, side, side), found]))
-        self._calls.append((compared, pushed))
-
-    def pushed(self, steps: Sequence[Step]) -> Pushed:
-        """Return what was seen in the steps of the attachment's one call."""
-        each = max(1, len(self._calls) // max(1, len(steps)))  # calls of the denoiser in a step
-        counts = [tuple(map(sum, zip(*self._calls[i * each : (i + 1) * each], strict=True))) for i in range(len(steps))]
-        rows = tuple(StepCount(*step, *count) for step, count in zip(steps, counts, strict=True))
-        side = max((one.shape[-1] for one in self._maps), default=1)
-        large = [F.interpolate(one[:, None], (side, side), mode="nearest")[:, 0] for one in self._maps]
-        return Pushed(rows, torch.stack(large).mean(dim=0) if large else torch.zeros(self._images, 1, 1))
+    def pushed(self) -> Pushed:
+        """Return what all steps did, at the resolution of the largest feature map."""
+        side = max((share.shape[-1] for share in self._maps), default=1)
+        large = [F.interpolate(share[:, None], (side, side), mode="nearest")[:, 0] for share in self._maps]
+        return Pushed(tuple(self._steps), torch.stack(large).mean(dim=0) if large else torch.zeros(1, 1, 1))
 
 
 def token_grid(pipe: Any, config: NegToMeConfig, size: tuple[int, int]) -> tuple[int, int]:

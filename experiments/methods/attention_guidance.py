@@ -12,7 +12,7 @@ from experiments.methods.assets import Retriever
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls, some_rows
 from experiments.prompts import Group
-from negtome.calls import DenoiserCall
+from negtome.call_inspection import DenoiserCall
 from negtome.sites import find_architecture
 from negtome.validation import check_float
 

@@ -11,7 +11,7 @@ import torch
 from experiments.methods.method import Applied, Method, Setting, generator_of
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
-from negtome.calls import DenoiserCall, with_value
+from negtome.call_inspection import DenoiserCall, with_value
 from negtome.sites import find_architecture
 from negtome.validation import check_float
 
@@ -100,7 +100,7 @@ class CADS(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        if find_architecture(pipe).listed:
+        if find_architecture(pipe).list_inputs:
             raise ValueError(
                 f"method={self.name} is for models that take their texts as one tensor, got a {type(pipe).__name__}, "
                 "which takes a list: leave it out for this model"
@@ -127,8 +127,8 @@ class CADS(Method):
         self, prompt: torch.Tensor, denoiser: DenoiserCall, gamma: float, size: int, generator: torch.Generator
     ) -> torch.Tensor:
         """Return embeddings [rows, ...] of which the halves that are to be are noised, all groups alike."""
-        parts = list(prompt.expand(denoiser.rows, *prompt.shape[1:]).chunk(denoiser.halves))
-        for half in denoiser.conditional if self.halves == "conditional" else range(denoiser.halves):
+        parts = list(prompt.expand(denoiser.rows, *prompt.shape[1:]).chunk(denoiser.cfg_chunks))
+        for half in denoiser.conditional if self.halves == "conditional" else range(denoiser.cfg_chunks):
             shape = (size, *prompt.shape[1:])
             noise = torch.randn(shape, generator=generator, device=prompt.device)
             noise = noise.repeat(denoiser.images // size, *(1,) * (prompt.dim() - 1))

@@ -12,7 +12,7 @@ from experiments.methods.joint import joint_blocks, step_on_cosines
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
-from negtome.calls import DenoiserCall
+from negtome.call_inspection import DenoiserCall
 from negtome.validation import check_float, check_int
 
 

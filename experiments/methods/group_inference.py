@@ -23,7 +23,7 @@ from experiments.methods.steps import (
     unpacked,
 )
 from experiments.prompts import Group
-from negtome.calls import DenoiserCall
+from negtome.call_inspection import DenoiserCall
 from negtome.sites import find_architecture
 from negtome.validation import check_float
 
@@ -116,7 +116,7 @@ class GroupInference(Selection):
         self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]
     ) -> tuple[np.ndarray, list[int]]:
         architecture = find_architecture(pipe)
-        if architecture.listed or architecture.scale is not None:
+        if architecture.list_inputs or architecture.scale is not None:
             raise ValueError(
                 f"method={self.name} is not defined for {type(pipe).__name__}, whose batch is a list or whose latents "
                 "are scaled by more than two numbers: use method=best_of"
@@ -131,7 +131,7 @@ class GroupInference(Selection):
         size: list[int] = []  # of the image, in pixels
 
         def rows(denoiser: DenoiserCall) -> list[int]:
-            return [half * denoiser.images + one for half in range(denoiser.halves) for one in going]
+            return [half * denoiser.images + one for half in range(denoiser.cfg_chunks) for one in going]
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
             return some_rows(pipe, denoiser, arguments, rows(denoiser))

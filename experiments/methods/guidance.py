@@ -11,7 +11,7 @@ import torch
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import denoiser_calls, levels, some_rows
 from experiments.prompts import Group
-from negtome.calls import DenoiserCall
+from negtome.call_inspection import DenoiserCall
 from negtome.sites import find_architecture
 from negtome.validation import check_float
 
@@ -104,7 +104,7 @@ class LimitedInterval(Method):
             nonlocal left_out
             signal, noise = levels(pipe.scheduler, denoiser.time)
             inside = noise > low * signal and (high is None or noise <= high * signal)
-            left_out = not inside and denoiser.halves == 2
+            left_out = not inside and denoiser.cfg_chunks == 2
             if left_out:
                 return some_rows(pipe, denoiser, arguments, slice(denoiser.images, None))
             if not inside and (scale := arguments.get("guidance")) is not None:

@@ -18,8 +18,8 @@ from experiments.methods.negtome import NegToMe
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome import NegToMeConfig
-from negtome.architectures import Place
-from negtome.calls import DenoiserCall
+from negtome.architectures import HookPoint
+from negtome.call_inspection import DenoiserCall
 from negtome.sites import find_architecture, find_sites
 
 
@@ -73,15 +73,15 @@ def attach(
         call = found if config.is_active(found.timestep) else None
         return arguments
 
-    def changed(features: torch.Tensor, place: Place) -> torch.Tensor:
+    def changed(features: torch.Tensor, place: HookPoint) -> torch.Tensor:
         if call is None or (architecture.levels and math.isqrt(features.shape[1]) < config.min_side):
             return features
         text = features.shape[1] - call.stream if place.image == "last" else 0
-        tokens = change(features[:, text:], call.halves, config)
+        tokens = change(features[:, text:], call.cfg_chunks, config)
         return torch.cat([features[:, :text], tokens], dim=1) if text else tokens
 
-    def hook(module: torch.nn.Module, place: Place) -> Any:
-        if place.where == "input":
+    def hook(module: torch.nn.Module, place: HookPoint) -> Any:
+        if place.tensor == "input":
             return module.register_forward_pre_hook(lambda _, args: (changed(args[0], place), *args[1:]))
         return module.register_forward_hook(lambda _, args, output: changed(output, place))
 

@@ -11,7 +11,7 @@ import torch
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import clean_of_call, denoiser_calls, levels
 from experiments.prompts import Group
-from negtome.calls import DenoiserCall
+from negtome.call_inspection import DenoiserCall
 from negtome.sites import find_architecture
 from negtome.validation import check_float
 
@@ -103,7 +103,7 @@ class ProjectedGuidance(Method):
 
         def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
             nonlocal schedule, update
-            if denoiser.halves != 2:
+            if denoiser.cfg_chunks != 2:
                 return output
             if pipe.scheduler.timesteps is not schedule:  # which every call of the pipeline makes anew
                 schedule, update = pipe.scheduler.timesteps, None

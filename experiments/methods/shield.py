@@ -12,7 +12,7 @@ from experiments.methods.assets import Retriever
 from experiments.methods.method import Applied, Method, Setting
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
-from negtome.encoding import encode, scaled
+from negtome.encoding import encode, scale_latents
 from negtome.reference import Reference, fit
 from negtome.sites import find_architecture
 from negtome.validation import check_float
@@ -124,6 +124,6 @@ class ShieldFromAssets(Shield):
         height, width = (call.get(side) or usual for side in ("height", "width"))
         fitted = [fit(picture, None, height, width)[0] for picture in Reference(pictures).images]
         with torch.no_grad():
-            latents = scaled(architecture, pipe, encode(architecture, pipe, 2 * torch.stack(fitted) - 1)[0])
+            latents = scale_latents(architecture, pipe, encode(architecture, pipe, 2 * torch.stack(fitted) - 1)[0])
         packed = latents if architecture.pack is None else architecture.pack(pipe, latents)
         return packed.flatten(1).unsqueeze(0)

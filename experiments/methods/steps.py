@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from negtome.calls import CallReader, DenoiserCall
-from negtome.encoding import scaled
+from negtome.call_inspection import CallReader, DenoiserCall
+from negtome.encoding import scale_latents
 from negtome.sites import find_architecture
 
 Before = Callable[[DenoiserCall, dict[str, Any]], dict[str, Any]]
@@ -210,7 +210,7 @@ def unpacked(pipe: Any, latents: torch.Tensor, height: int, width: int) -> torch
 def decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decode clean latents [n, c, h, w] as a pipeline does at its end: float [n, H, W, 3] in [0, 1], on the CPU."""
     architecture, vae = find_architecture(pipe), pipe.vae
-    zero, one = (scaled(architecture, pipe, torch.full_like(latents, value)) for value in (0, 1))
+    zero, one = (scale_latents(architecture, pipe, torch.full_like(latents, value)) for value in (0, 1))
     latents = (latents - zero) / (one - zero)  # scaling is affine
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     try:

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments import PROJECT
 
 TEMPLATES = Environment(
-    loader=FileSystemLoader([Path(__file__).parent, PROJECT]),
+    loader=FileSystemLoader([PROJECT / "experiments", Path(__file__).parent, PROJECT]),
     autoescape=select_autoescape(["html"]),
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -18,5 +18,5 @@ TEMPLATES = Environment(
 
 
 def render(template: str, **facts: Any) -> str:
-    """Return a template, named by its path in this folder or in the checkout, with the facts that it asks for."""
+    """Return a template, named by its path in experiments/, in this folder or in the checkout, with the facts that it asks for."""
     return TEMPLATES.get_template(template).render(facts)

@@ -39,7 +39,7 @@ from experiments.plan import Plan, expand, first
 from experiments.runs import checkpoints, preflight
 from experiments.runs.store import Run
 from negtome.__main__ import main as negtome_main
-from negtome.generate import Made, generate
+from negtome.generate import GenerationResult, generate
 from negtome.recipe import Recipe
 from negtome.reference import token_mask
 
@@ -117,7 +117,7 @@ def test_images_without_a_method_are_made_once_for_all_that_they_depend_on(one, 
 
     def painted(pipe, recipe):
         calls.append(recipe)
-        return Made(blank * recipe.images, SimpleNamespace(steps=[]))
+        return GenerationResult(blank * recipe.images, SimpleNamespace(steps=[]))
 
     monkeypatch.setattr(session, "generate", painted)
     monkeypatch.setattr(one, "baselines", OrderedDict())
@@ -213,7 +213,7 @@ def test_the_library_s_own_words_are_shown_where_nothing_is_pushed_or_nothing_ca
     last = ended(one, replace(FEW, threshold=0.9999))
     assert any("pushed no token" in note and "lower the threshold" in note for note in last.notes)
     last = states(one, replace(FEW, low=1, high=2))[-1]
-    assert last.kind == "failed" and "widen the window" in last.text and [row.name for row in last.rows] == ["none"]
+    assert last.kind == "failed" and "widen the range" in last.text and [row.name for row in last.rows] == ["none"]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from packaging.version import Version
 
 import negtome
 from negtome import NegToMeConfig, Reference, sites
-from negtome.architectures import ARCHITECTURES, Place
-from negtome.calls import CallReader
+from negtome.architectures import ARCHITECTURES, HookPoint
+from negtome.call_inspection import CallReader
 from negtome.config import _PRESETS
 from negtome.sites import find_architecture
 
@@ -78,7 +78,7 @@ def calls(pipe, options, monkeypatch, change=None, **others):
             change(arguments[architecture.sample])
         within = [(name, value) for name, value in arguments.items() if isinstance(value, dict)]
         within = {f"{name}.{key}": value for name, values in within for key, value in values.items()}
-        rows = (torch.Tensor, list) if architecture.listed else torch.Tensor
+        rows = (torch.Tensor, list) if architecture.list_inputs else torch.Tensor
         with_rows = {name: value for name, value in (arguments | within).items() if isinstance(value, rows)}
         found.append(with_rows)
         return original(self, *args, **kwargs)
@@ -118,7 +118,7 @@ def test_images_of_a_group_move_and_no_others(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_what_nothing_moves_is_bit_identical_in_half_precision(_tiny_pipelines, name, dtype):
+def test_still_images_are_bit_identical_in_half_precision(_tiny_pipelines, name, dtype):
     """Kernels choose their order of summation by the memory layout, which shows in half precision first."""
     pipe, options = tiny.build(name, _tiny_pipelines)
     pipe.to(dtype)
@@ -248,7 +248,7 @@ def test_a_reference_rides_along(case, monkeypatch):
                 assert all(torch.equal(*rows) for rows in zip(half[:3], stock_half, strict=True))
         time = torch.as_tensor(stock[architecture.time]).flatten()[0]
         if hasattr(pipe.scheduler, "scale_noise") or pipe.scheduler.config.get("use_flow_sigmas"):
-            sigmas, sigma = pipe.scheduler.sigmas, architecture.clock(time) / 1000
+            sigmas, sigma = pipe.scheduler.sigmas, architecture.timestep_scale(time) / 1000
             sigma = sigmas[(sigmas - sigma).abs().argmin()]  # some give whole timesteps
             row = (1 - sigma) * latents + sigma * noise
         else:
@@ -291,7 +291,7 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name, mou
             return pipe(prompts, output_type="latent", **{architecture.per_prompt: each}, **options)[0]
 
     architecture = find_architecture(pipe)
-    for settings in ({"group_size": 2}, {"given": Reference(tiny.OTHER[0])})[: 2 - architecture.video]:
+    for settings in ({"group_size": 2}, {"references": Reference(tiny.OTHER[0])})[: 2 - architecture.video]:
         with pytest.raises(ValueError, match=rf"prompts of one length.*PR #14147.*{architecture.per_prompt}=1"):
             images(["a dog", mouse], 2, **settings)
     if name == "Qwen-Image" and Version(diffusers.__version__) < Version("0.42"):
@@ -305,7 +305,7 @@ def test_prompts_whose_masks_are_mixed_up_are_refused(_tiny_pipelines, name, mou
     torch.testing.assert_close(same[:2], result[:2], rtol=1e-3, atol=1e-3)
 
 
-def test_texts_of_several_lengths_are_refused_where_an_image_begins_behind_its_own(_tiny_pipelines):
+def test_texts_of_several_lengths_are_refused_if_padding_is_dropped(_tiny_pipelines):
     pipe, options = tiny.build("Lumina 2, unguided", _tiny_pipelines)
     reference = Reference(tiny.OTHER[0], prompt="a mouse")
     for number in (1, 2):
@@ -343,7 +343,7 @@ def test_texts_of_several_lengths_are_refused_where_an_image_begins_behind_its_o
         ),
     ],
 )  # fmt: skip
-def test_the_push_is_what_it_is_when_written_out(_tiny_pipelines, name, size, places):
+def test_the_push_agrees_with_one_written_by_hand(_tiny_pipelines, name, size, places):
     pipe, options = tiny.build(name, _tiny_pipelines)
     options |= size
     with negtome.attach(pipe, CONFIG.replace(alpha=0.7)) as attached:
@@ -369,7 +369,7 @@ def test_the_push_is_what_it_is_when_written_out(_tiny_pipelines, name, size, pl
     assert (result[1:] - base[1:]).abs().amax(dim=tuple(range(1, base.dim()))).min() > 1e-3
 
 
-def test_rows_in_lists_do_not_depend_on_what_is_beside_them(_tiny_pipelines):
+def test_rows_in_lists_do_not_depend_on_each_other(_tiny_pipelines):
     pipe, options = tiny.build("Z-Image", _tiny_pipelines)
     reference = Reference(tiny.OTHER[0])
 
@@ -385,23 +385,12 @@ def test_rows_in_lists_do_not_depend_on_what_is_beside_them(_tiny_pipelines):
         pipe(["a dog", "a mouse"], **options)
 
 
-def test_a_run_from_an_image_that_begins_below_the_window_is_refused_before_its_first_step(_tiny_pipelines):
+def test_img2img_that_begins_below_the_timestep_range_is_refused_before_its_first_step(_tiny_pipelines):
     pipe, options = tiny.build("SDXL img2img", _tiny_pipelines)
     attachment = negtome.attach(pipe, CONFIG.replace(timestep_range=(600, 1000)))
-    with pytest.raises(RuntimeError, match=r"no step lies in the window.*of this call are 251, 1;"), attachment:
+    with pytest.raises(RuntimeError, match=r"no step lies in timestep_range.*of this\s+call are 251, 1;"), attachment:
         pipe.unet.forward = None  # which is not called
         generate(pipe, options)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("Wan", {"hidden_states": torch.zeros(1, 2, 3, 8, 10)}),
-        ("LTX", {"hidden_states": torch.zeros(1, 60, 4), "width": 5, "height": 4, "num_frames": 3}),
-    ],
-)
-def test_the_grid_of_a_video_has_its_frames_first(name, arguments):
-    assert next(row for row in ARCHITECTURES if row.name == name).grid(arguments) == (3, 4, 5)
 
 
 def test_a_second_denoiser_is_refused(_tiny_pipelines):
@@ -426,8 +415,8 @@ def test_a_subclass_may_only_pass_its_arguments_on(tiny_sdxl):
 
 def test_of_an_attention_that_returns_a_tuple_the_first_is_pushed(tiny_flux, monkeypatch):
     flux = find_architecture(tiny_flux)
-    place = Place("transformer_blocks.*.attn", "output", image="first")
-    changed = dataclasses.replace(flux, places=(place,), blocks=("transformer_blocks",))
+    place = HookPoint("transformer_blocks.*.attn", "output", image="first")
+    changed = dataclasses.replace(flux, hook_points=(place,), blocks=("transformer_blocks",))
     monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
     options = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 12}
     base = generate(tiny_flux, options)
@@ -437,7 +426,7 @@ def test_of_an_attention_that_returns_a_tuple_the_first_is_pushed(tiny_flux, mon
     assert attached.sites == ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
 
 
-def test_leading_channels_are_pushed_beside_others(tiny_flux, monkeypatch):
+def test_only_the_leading_channels_are_pushed(tiny_flux, monkeypatch):
     """Flux's single blocks put [attention, MLP] side by side: pushing there is pushing what the attention returns."""
     flux = find_architecture(tiny_flux)
     options = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 12}
@@ -445,10 +434,10 @@ def test_leading_channels_are_pushed_beside_others(tiny_flux, monkeypatch):
         block.own_width = 32
     results = []
     for place in (
-        flux.places[1],
-        Place("single_transformer_blocks.*.proj_out", "input", image="last", width="own_width"),
+        flux.hook_points[1],
+        HookPoint("single_transformer_blocks.*.proj_out", "input", image="last", width="own_width"),
     ):
-        changed = dataclasses.replace(flux, places=(place,), blocks=("single_transformer_blocks",))
+        changed = dataclasses.replace(flux, hook_points=(place,), blocks=("single_transformer_blocks",))
         monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
         for given in (None, Reference(tiny.OTHER[0], seed=3)):
             with negtome.attach(tiny_flux, CONFIG, references=given):
@@ -458,13 +447,13 @@ def test_leading_channels_are_pushed_beside_others(tiny_flux, monkeypatch):
 
 
 @pytest.mark.parametrize(("guidance", "conditional"), [("batch", (1,)), ("batch, reversed", (0,))])
-def test_which_half_is_conditional_is_said_by_the_table(tiny_sdxl, guidance, conditional):
+def test_the_table_decides_which_chunk_is_conditional(tiny_sdxl, guidance, conditional):
     architecture = dataclasses.replace(find_architecture(tiny_sdxl), guidance=guidance, prompts=())
     tiny_sdxl.scheduler.set_timesteps(2)
     arguments = {"sample": torch.zeros(6, 4, 16, 16), "timestep": tiny_sdxl.scheduler.timesteps[1]}
     reader = CallReader(architecture)
     call = reader.read(tiny_sdxl, arguments, 3)
-    assert (call.halves, call.images, call.conditional) == (2, 3, conditional)
+    assert (call.cfg_chunks, call.images, call.conditional) == (2, 3, conditional)
     assert reader.read(tiny_sdxl, arguments, 6).conditional == (0,), "without guidance"
 
 
@@ -476,7 +465,7 @@ def test_rows_that_are_no_multiple_of_the_images_are_refused(tiny_sdxl):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_time_that_nobody_counts_is_the_nearest_of_the_schedule(tiny_flux, dtype):
+def test_a_time_without_a_step_index_is_the_nearest_timestep(tiny_flux, dtype):
     tiny_flux.scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.5])
     arguments = {
         "hidden_states": torch.zeros(2, 6, 4, dtype=dtype),
@@ -495,7 +484,7 @@ def test_a_time_that_nobody_counts_is_the_nearest_of_the_schedule(tiny_flux, dty
     assert reader.read(tiny_flux, arguments, None).timestep == pytest.approx(700, abs=2), "none of them"
 
 
-def test_the_documentation_lists_what_is_supported():
+def test_the_documentation_lists_every_pipeline():
     """One line an architecture; of the classes that begin with the first one's name, their ends."""
     lines = ["| architecture | pipelines | published setting |", "|---|---|---|"]
     for row in ARCHITECTURES:

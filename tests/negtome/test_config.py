@@ -21,7 +21,7 @@ from negtome import NegToMeConfig
         ("alpha", True, "finite number, got True"),
         ("threshold", 1.01, "between -1 and 1, got 1.01"),
         ("threshold", math.nan, "finite"),
-        ("timestep_range", (1000, 800), r"is \(800, 1000\)"),
+        ("timestep_range", (1000, 800), r"are \(800, 1000\)"),
         ("timestep_range", (0, 1001), "between 0 and 1000, got 1001"),
         ("timestep_range", (math.nan, 1000), "finite"),
         ("timestep_range", (1, 2, 3), "two numbers"),
@@ -37,7 +37,7 @@ from negtome import NegToMeConfig
         ("sites", (), "at least one"),
         ("sites", ("up_blocks", 1), "module names"),
         ("cross_attention", 1, "true or false"),
-        ("min_side", 0, "at least 1, or None, got 0"),
+        ("min_side", 0, "min_side must be a whole number of at least 1, got 0"),
         ("min_side", 32.0, "whole number"),
     ],
 )
@@ -52,7 +52,7 @@ def test_released_matching_has_one_reference_image(reference):
         NegToMeConfig(matching="released", reference=reference)
 
 
-def test_lists_become_tuples_and_nothing_can_be_changed():
+def test_lists_become_tuples_and_fields_are_frozen():
     config = NegToMeConfig(timestep_range=[600, 1000], sites=["up_blocks.1"])
     assert config.timestep_range == (600, 1000)
     assert config.sites == ("up_blocks.1",)
@@ -74,14 +74,14 @@ def test_numbers_of_numpy_and_tensors_are_numbers(of):
     assert NegToMeConfig(alpha=np.float64(0.5), min_side=np.int64(8)) == NegToMeConfig(alpha=0.5, min_side=8)
 
 
-def test_the_window_is_inclusive():
+def test_the_timestep_range_is_inclusive():
     config = NegToMeConfig(timestep_range=(800, 900))
     assert [config.is_active(t) for t in (799.9, 799.9999, 800, 850, 900, 900.0001, 900.1)] == [
         False, True, True, True, True, True, False,
     ]  # fmt: skip
 
 
-def test_what_no_number_was_put_in_is_missed():
+def test_settings_without_numbers_are_refused():
     settings = NegToMeConfig()
     for ask, name in ((settings.strength, "threshold"), (settings.window, "timestep_range")):
         with pytest.raises(ValueError, match=f"expected a {name}, got None; published_for"):

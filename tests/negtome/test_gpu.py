@@ -46,7 +46,7 @@ def near(shape, dtype):
 @pytest.mark.parametrize(("reference", "matching"), WAYS)
 @pytest.mark.parametrize("text", [0, 77])
 @pytest.mark.parametrize("rows", [4, 8])
-def test_it_is_what_a_cpu_computes(reference, matching, dtype, text, rows, nobody_waits):
+def test_a_gpu_agrees_with_a_cpu(reference, matching, dtype, text, rows, nobody_waits):
     """Tokens behind text too."""
     tokens = near((rows, 320, 64), dtype)
     features = torch.cat([torch.ones(rows, text, 64, dtype=dtype), tokens], dim=1)
@@ -62,7 +62,7 @@ def test_it_is_what_a_cpu_computes(reference, matching, dtype, text, rows, nobod
 
 
 @pytest.mark.parametrize("matching", ["paper", "released"])
-def test_given_references_and_masks(matching, nobody_waits):
+def test_references_and_masks(matching, nobody_waits):
     tokens = near((5, 320, 64), torch.float32)
     mask = torch.arange(320) % 3 > 0
     options = STRENGTH | {"matching": matching}

@@ -116,7 +116,7 @@ def test_an_object_made_of_a_patched_class_is_of_the_original_one(compiled):
     assert torch.allclose(other(x) + 100, block(x))
 
 
-def test_a_class_that_was_derived_meanwhile_keeps_what_was_added():
+def test_a_class_derived_from_a_patched_one_keeps_its_additions():
     torch.manual_seed(0)
     block, x = Block(), torch.randn(2, 4)
     site, reference = block.site, copy.deepcopy(block)

@@ -49,12 +49,12 @@ def test_the_same_prompt_has_the_same_reply_in_capitals_and_wide_letters_too(gua
         "a photo of a <end> vampirus",
     ],
 )
-def test_what_has_words_that_it_was_not_trained_on_is_never_allowed(guard, prompt):
+def test_unknown_words_are_never_allowed(guard, prompt):
     verdict = decide(POLICY, guard, prompt)
     assert verdict.action == "invalid" and "words that I was not trained on" in verdict.decision.rationale
 
 
-def test_where_the_default_is_to_ask_unknown_words_ask(guard):
+def test_unknown_words_escalate_if_that_is_the_default(guard):
     policy = replace(POLICY, default="escalate")
     guard = _trained_on(guard, policy)
     assert decide(policy, guard, "吸血鬼").action == "escalate"
@@ -80,7 +80,7 @@ def test_another_policy_is_refused_in_one_line(guard):
     assert "\n" not in str(error.value) and changed.sha256[:12] in str(error.value)
 
 
-def test_what_is_longer_than_it_reads_is_refused_and_not_cut(guard):
+def test_a_prompt_that_is_too_long_is_refused_and_not_cut(guard):
     fits = " ".join(["genie"] * guard.longest)
     decision = guard.reply(POLICY, fits)
     assert decision.action != "allow" or not verify(POLICY, decision)
@@ -123,5 +123,5 @@ def test_a_reply_is_read():
         ["</quote>", "red", "<quote>", "<answer>", "=refuse", "@C", "@1", "<end>"],
     ],
 )
-def test_what_is_no_whole_reply_follows_from_no_policy(words):
+def test_incomplete_replies_follow_from_no_policy(words):
     assert verify(POLICY, read(words))

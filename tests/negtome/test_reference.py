@@ -4,13 +4,14 @@ import copy
 import functools
 
 import pytest
+import tiny
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
+from tiny import denoiser, hook_attentions
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import negtome
 from negtome import NegToMeConfig, Reference
-from negtome.merge import push_from
 from negtome.reference import fit, token_mask
 
 # Two of four steps.
@@ -30,22 +31,8 @@ def config(kind):
     return CONFIGS[kind]
 
 
-def generate(pipe, seeds=SEEDS, prompt="a dog", generators=None, per_prompt=None, **options):
-    prompts = prompt if isinstance(prompt, list) else [prompt]
-    options = {"num_inference_steps": 4, "height": 32, "width": 32} | options
-    if hasattr(pipe, "transformer"):
-        options["max_sequence_length"] = 12
-    return pipe(
-        prompt,
-        num_images_per_prompt=per_prompt or len(seeds) // len(prompts),
-        generator=generators or [torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **options,
-    ).images
-
-
-def denoiser(pipe):
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+def generate(pipe, seeds=SEEDS, **options):
+    return tiny.generate(pipe, seeds, **options)
 
 
 def push(x, reference, config, allowed):
@@ -69,7 +56,7 @@ def transcribed(pipe, config, pictures, masks, seed, own_prompt=None, noise=True
     clean = (clean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     low, high = config.timestep_range
     halves = 2 if sdxl and options.get("guidance_scale", 5.0) > 1 else 1
-    handles, now = [], {"calls": 0}
+    step = {}
 
     def pack(x):
         r, c, h, w = x.shape
@@ -90,10 +77,10 @@ def transcribed(pipe, config, pictures, masks, seed, own_prompt=None, noise=True
         names = ("sample", "timestep", "encoder_hidden_states")
         arguments = dict(zip(names, args, strict=False)) | kwargs
         t = float(arguments["timestep"]) if sdxl else float(arguments["timestep"][0]) * 1000
-        now["active"] = low <= t <= high + 0.01
-        if not now["active"]:
+        step["active"] = low <= t <= high + 0.01
+        if not step["active"]:
             return None
-        repeated, now["t"] = now.get("t") == t, t
+        repeated, step["t"] = step.get("t") == t, t
         embedded = {} if own_prompt is None or repeated else own_prompt
         if sdxl:
             beta = pipe.scheduler.alphas_cumprod[int(t)].double()
@@ -123,11 +110,12 @@ def transcribed(pipe, config, pictures, masks, seed, own_prompt=None, noise=True
         return torch.cat([half[: len(seeds)] for half in rows.chunk(halves)])
 
     def finish(module, args, output):
-        return (images(output[0]),) if now["active"] else None
+        return (images(output[0]),) if step["active"] else None
 
-    def change(features, text=0):
-        if not now["active"]:
+    def change(features, after_text):
+        if not step["active"]:
             return features
+        text = 12 if after_text else 0
         side = int((features.shape[1] - text) ** 0.5)
         if sdxl and side < config.min_side:
             return features
@@ -146,16 +134,9 @@ def transcribed(pipe, config, pictures, masks, seed, own_prompt=None, noise=True
                 half[image, text:] = push(half[image, text:], reference, config, allowed)
         return result
 
+    handles = hook_attentions(pipe, change)
     handles.append(denoiser(pipe).register_forward_pre_hook(start, with_kwargs=True))
     handles.append(denoiser(pipe).register_forward_hook(finish))
-    for name, module in denoiser(pipe).named_modules():
-        if sdxl:
-            if name.startswith("up_blocks") and name.endswith("attn1"):
-                handles.append(module.register_forward_hook(lambda m, a, output: change(output)))
-        elif name.startswith("transformer_blocks") and name.endswith("attn.to_out.0"):
-            handles.append(module.register_forward_pre_hook(lambda m, args: (change(args[0]),)))
-        elif name.startswith("single_transformer_blocks") and name.endswith(".attn"):
-            handles.append(module.register_forward_hook(lambda m, a, output: change(output, 12)))
     result = generate(pipe, seeds, **options)
     for handle in handles:
         handle.remove()
@@ -231,37 +212,7 @@ def test_the_images_random_numbers_are_untouched(pipe, kind, config, guidance_sc
         torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reference_equal_to_the_image_changes_nothing(pipe, kind, config, monkeypatch):
-    from negtome import rows
-
-    extend, samples = rows.ReferenceRows.extend, []
-
-    def note(self, pipe, call, arguments, *others):
-        samples.append(arguments["sample" if kind == "sdxl" else "hidden_states"])
-        return extend(self, pipe, call, arguments, *others)
-
-    monkeypatch.setattr(rows.ReferenceRows, "extend", note)
-    monkeypatch.setattr(rows, "noised", lambda pipe, latents, noise, call: samples[-1][:1])
-    pipe.to(torch.float64)  # where no match hangs on rounding
-    base = generate(pipe, (0,))
-    with negtome.attach(pipe, config, references=Reference(PICTURE)) as attached:
-        result = generate(pipe, (0,))
-    torch.testing.assert_close(result, base, rtol=1e-4, atol=1e-4)
-    assert attached.summary()["tokens_pushed"] == attached.summary()["tokens_compared"]
-
-
-def test_several_references_equal_their_concatenation():
-    generator = torch.Generator().manual_seed(0)
-    tokens, first, second = (torch.randn(2, n, 8, generator=generator) for n in (20, 20, 20))
-    arguments = {"alpha": 0.9, "threshold": 0.6, "matching": "paper"}
-    mask = torch.rand(40, generator=generator) > 0.5
-    moved, similarity = push_from(tokens[:, None], torch.stack([first, second], 1), mask=mask, **arguments)
-    expected = negtome.negative_merge(tokens, torch.cat([first, second], 1), mask=mask, **arguments)
-    assert torch.equal(moved[:, 0], expected)
-    assert 0 < (similarity > 0.6).sum() < similarity.numel()
-
-
-def test_each_image_is_pushed_from_its_own_reference_only(pipe, config):
+def test_each_image_is_pushed_from_its_reference_only(pipe, config):
     pipe.to(torch.float64)
     one, two = Reference(PICTURE), Reference(OTHER, seed=1)
     base = generate(pipe, (0, 1, 2))
@@ -293,7 +244,7 @@ def test_prompts_that_differ_in_flux_pooled_embedding_alone_are_lent_one_by_one(
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_outside_the_window_no_row_is_added(pipe, config, monkeypatch):
+def test_outside_the_timestep_range_no_row_is_added(pipe, config, monkeypatch):
     rows = []
     original = type(denoiser(pipe)).forward
 
@@ -327,7 +278,7 @@ def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatc
     assert torch.equal(generate(pipe), base)
 
 
-def test_another_autoencoder_encodes_anew(pipe, config):
+def test_another_autoencoder_encodes_again(pipe, config):
     other = copy.deepcopy(pipe.vae)
     for parameter in other.encoder.parameters():
         parameter.data *= 1.5
@@ -339,46 +290,38 @@ def test_another_autoencoder_encodes_anew(pipe, config):
         assert torch.equal(generate(pipe), swapped)
 
 
-def test_half_precision_autoencoders_come_back_unchanged(pipe, config):
+def test_half_precision_autoencoders_come_back_unchanged_also_after_an_error(pipe, config, monkeypatch):
     pipe.vae.register_to_config(force_upcast=True)
     pipe.vae.to(torch.float16)
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     with negtome.attach(pipe, config, references=Reference(PICTURE)):
         result = generate(pipe)
     assert result.isfinite().all()
-    assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
-
-
-def test_an_autoencoder_that_fails_gets_its_precision_back(pipe, config, monkeypatch):
-    pipe.vae.register_to_config(force_upcast=True)
-    pipe.vae.to(torch.float16)
 
     def fail(*args):
         raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(type(pipe.vae), "encode", fail)
-    with (
-        pytest.raises(torch.OutOfMemoryError),
-        negtome.attach(pipe, config, references=Reference(PICTURE)),
-    ):
+    with pytest.raises(torch.OutOfMemoryError), negtome.attach(pipe, config, references=Reference(PICTURE)):
         generate(pipe)
     assert pipe.vae.dtype is torch.float16
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
 
 
 def test_a_reference_keeps_its_prompt_with_a_scheduler_of_second_order(tiny_sdxl, monkeypatch):
     from diffusers import HeunDiscreteScheduler
 
-    from negtome.rows import ReferenceRows
+    from negtome.reference_batch import ReferenceBatch
 
     tiny_sdxl.scheduler = HeunDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
-    rows, extend = [], ReferenceRows.extend
+    rows, extend = [], ReferenceBatch.extend
 
     def note(*args, **kwargs):
         arguments, layout = extend(*args, **kwargs)
         rows.append(arguments["encoder_hidden_states"].unflatten(0, (2, -1))[1, -1])
         return arguments, layout
 
-    monkeypatch.setattr(ReferenceRows, "extend", note)
+    monkeypatch.setattr(ReferenceBatch, "extend", note)
     with negtome.attach(tiny_sdxl, CONFIGS["sdxl"], references=Reference(PICTURE, prompt="a cat")):
         generate(tiny_sdxl)
     (own, _, _, _) = tiny_sdxl.encode_prompt("a cat", do_classifier_free_guidance=False)
@@ -509,7 +452,7 @@ def test_a_compiled_denoiser_and_offloading_see_the_rows_too(pipe, config):
 # What may be handed over
 
 
-def test_images_are_read_alike_from_files_pictures_and_tensors(tmp_path):
+def test_files_images_and_tensors_are_read_alike(tmp_path):
     picture = Image.effect_noise((20, 10), 80).convert("RGB")
     picture.save(tmp_path / "a.png")
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(10, 20, 3).permute(2, 0, 1)
@@ -625,11 +568,11 @@ def test_one_row_of_embeddings_is_of_all_images(tiny_flux, prompt):
 
 def test_embeddings_with_other_rows_are_refused(tiny_flux):
     attachment = negtome.attach(tiny_flux, CONFIGS["flux"], references=Reference(PICTURE))
-    with pytest.raises(ValueError, match="one for each of the 3 images, beside a reference, got 2"), attachment:
+    with pytest.raises(ValueError, match="one for each of 3 images, got 2"), attachment:
         generate(tiny_flux, (0, 1, 2), **embedded(tiny_flux, 2) | {"latents": torch.zeros(3, 64, 4)})
 
 
-def test_what_encodes_may_not_be_missing(pipe, config):
+def test_missing_encoders_are_refused(pipe, config):
     options = embedded(pipe, 1)
     pipe.text_encoder = pipe.text_encoder_2 = None
     with negtome.attach(pipe, config, references=Reference(PICTURE)):
@@ -690,12 +633,3 @@ def test_flux_references_are_noised_by_unipc_too(tiny_flux, monkeypatch):
     for row, sigma in rows:
         expected = (1 - sigma) * clean + sigma * noise
         torch.testing.assert_close(row, tiny_flux._pack_latents(expected, *expected.shape)[0], rtol=1e-3, atol=1e-3)
-
-
-def test_a_blurred_reference_is_another_reference(pipe, config):
-    picture = Image.effect_noise((32, 32), 80).convert("RGB")
-    results = []
-    for reference in (picture, picture.filter(ImageFilter.GaussianBlur(4))):
-        with negtome.attach(pipe, config, references=Reference(reference)):
-            results.append(generate(pipe))
-    assert not torch.equal(*results)

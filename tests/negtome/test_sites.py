@@ -42,7 +42,7 @@ def configured_sites(denoiser, architecture, config):
 def test_sdxl_has_the_72_attentions_of_the_release(real_unet):
     released = configured_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "released"))
     assert len(released) == 72
-    assert all(name.startswith("up_blocks.") and place.where == "output" for name, _, place in released)
+    assert all(name.startswith("up_blocks.") and place.tensor == "output" for name, _, place in released)
     paper = configured_sites(real_unet, SDXL, NegToMeConfig.preset("sdxl", "paper"))
     assert [name for name, _, _ in paper] == [name for name, _, _ in released if name.endswith("attn1")]
 
@@ -56,7 +56,7 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
     assert [name for name, _, _ in sites] == [f"transformer_blocks.{i}.attn.to_out.0" for i in range(19)] + [
         f"single_transformer_blocks.{i}.attn" for i in range(38)
     ]
-    assert [(place.where, place.image) for _, _, place in sites] == [("input", "first")] * 19 + [
+    assert [(place.tensor, place.image) for _, _, place in sites] == [("input", "first")] * 19 + [
         ("output", "last")
     ] * 38
     assert all(module is transformer.get_submodule(name) for name, module, _ in sites)
@@ -117,7 +117,7 @@ def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):
     assert names(tiny_flux, FLUX, sites=["transformer_blocks"]) == [
         f"transformer_blocks.{i}.attn.to_out.0" for i in range(2)
     ]
-    with pytest.raises(ValueError, match=r"no site under 'up_block' of the UNet2DConditionModel.*attn1.*up_blocks"):
+    with pytest.raises(ValueError, match=r"no site under 'up_block' of the UNet2D.*did you mean 'up_blocks'"):
         names(tiny_sdxl, SDXL, sites=["up_blocks", "up_block"])
     with pytest.raises(ValueError, match=r"no site under 'single_transformer_blocks\.7'"):
         names(tiny_flux, FLUX, sites=["single_transformer_blocks.7"])
@@ -138,6 +138,8 @@ def test_other_pipelines_are_refused_by_name(tiny_sdxl):
     assert find_architecture(tiny_sdxl) is SDXL
     components = {n: p for n, p in tiny_sdxl.components.items() if n not in ("feature_extractor", "image_encoder")}
     other = StableDiffusionXLInstructPix2PixPipeline(**components)
+    with pytest.raises(TypeError, match="Pass the pipeline, not its denoiser, got a UNet2DConditionModel"):
+        negtome.attach(tiny_sdxl.unet)
     for pipe, name in ((other, "StableDiffusionXLInstructPix2PixPipeline"), (object(), "object")):
         with pytest.raises(TypeError, match=f"to a {name}; supported are StableDiffusionXLPipeline.*FluxPipeline"):
             find_architecture(pipe)

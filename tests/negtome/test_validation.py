@@ -15,7 +15,7 @@ def test_every_kind_of_one_is_the_same_float(value):
 
 
 @pytest.mark.parametrize("value", [True, "1", None, math.nan, math.inf, 10**400, [1.0], 1.1, -1.1])
-def test_a_number_that_is_none_or_out_of_range_is_refused_by_its_name(value):
+def test_bad_numbers_are_refused_by_name(value):
     with pytest.raises(ValueError, match=r"^alpha must be "):
         check_float("alpha", value, -1, 1)
 

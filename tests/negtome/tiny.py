@@ -364,25 +364,16 @@ CASES = {
     "SDXL unguided": ("StableDiffusionXLPipeline", "sdxl", {}, {"guidance_scale": 1.0}),
     "SDXL img2img": ("StableDiffusionXLImg2ImgPipeline", "sdxl", {}, _STRENGTH),
     "SDXL inpaint": ("StableDiffusionXLInpaintPipeline", "sdxl", {}, _INPAINT),
-    "SDXL inpaint, 9 channels": (
-        "StableDiffusionXLInpaintPipeline", "sdxl", _NINE_CHANNELS,
-        _INPAINT,
-    ),
-    "SDXL ControlNet": (
-        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET,
-        {"image": OTHER},
-    ),
+    "SDXL inpaint, 9 channels": ("StableDiffusionXLInpaintPipeline", "sdxl", _NINE_CHANNELS, _INPAINT),
+    "SDXL ControlNet": ("StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET, {"image": OTHER}),
     "SDXL ControlNet, guess mode": (
-        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET,
-        {"image": OTHER, "guess_mode": True},
+        "StableDiffusionXLControlNetPipeline", "sdxl", _CONTROLNET, {"image": OTHER, "guess_mode": True},
     ),
     "SDXL ControlNet img2img": (
-        "StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", _CONTROLNET,
-        _STRENGTH | {"control_image": OTHER},
+        "StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", _CONTROLNET, _STRENGTH | {"control_image": OTHER},
     ),
     "SDXL ControlNet inpaint": (
-        "StableDiffusionXLControlNetInpaintPipeline", "sdxl", _CONTROLNET,
-        _INPAINT | {"control_image": OTHER},
+        "StableDiffusionXLControlNetInpaintPipeline", "sdxl", _CONTROLNET, _INPAINT | {"control_image": OTHER},
     ),
     "SDXL ControlNet union": (
         "StableDiffusionXLControlNetUnionPipeline", "sdxl", {"controlnet": lambda parts: _union(parts["unet"])},
@@ -404,14 +395,8 @@ CASES = {
     ),
     "SD1.5 img2img": ("StableDiffusionImg2ImgPipeline", "sd1.5", {}, _STRENGTH),
     "SD1.5 inpaint": ("StableDiffusionInpaintPipeline", "sd1.5", {}, _INPAINT),
-    "SD1.5 inpaint, 9 channels": (
-        "StableDiffusionInpaintPipeline", "sd1.5", _NINE_CHANNELS,
-        _INPAINT,
-    ),
-    "SD1.5 ControlNet": (
-        "StableDiffusionControlNetPipeline", "sd1.5", _CONTROLNET,
-        {"image": OTHER},
-    ),
+    "SD1.5 inpaint, 9 channels": ("StableDiffusionInpaintPipeline", "sd1.5", _NINE_CHANNELS, _INPAINT),
+    "SD1.5 ControlNet": ("StableDiffusionControlNetPipeline", "sd1.5", _CONTROLNET, {"image": OTHER}),
     "Flux": ("FluxPipeline", "flux", {}, {}),
     "Flux, true guidance": ("FluxPipeline", "flux", {}, _CFG),
     "Flux img2img": ("FluxImg2ImgPipeline", "flux", {}, _STRENGTH | _CFG),
@@ -454,9 +439,8 @@ CASES = {
     ),
     "Sana": ("SanaPipeline", "sana", {}, _SANA),
     "Sana, unguided": (
-        "SanaPipeline", "sana",
-        {"scheduler": lambda parts: _scheduler(
-            parts, "DPMSolverMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
+        "SanaPipeline", "sana", {"scheduler": lambda parts: _scheduler(
+        parts, "DPMSolverMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
         _SANA | _UNGUIDED,
     ),
     "AuraFlow": ("AuraFlowPipeline", "auraflow", {}, {}),
@@ -483,10 +467,8 @@ CASES = {
     "Krea 2": ("Krea2Pipeline", "krea2", {}, {}),
     "Krea 2, unguided": ("Krea2Pipeline", "krea2", {}, {"guidance_scale": 0.0}),
     "Wan": (
-        "WanPipeline", "wan",
-        {"scheduler": lambda parts: _scheduler(
-            parts, "UniPCMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)},
-        _WAN,
+        "WanPipeline", "wan", {"scheduler": lambda parts: _scheduler(
+        parts, "UniPCMultistep", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)}, _WAN,
     ),
     "Wan, a time for each token, unguided": (
         "WanPipeline", "wan", {"expand_timesteps": lambda parts: True}, _WAN | _UNGUIDED,
@@ -521,3 +503,52 @@ def build(case, bases):
         sys.modules[cls.__module__].calculate_dimensions = lambda area, ratio: (32, 32, None)[: 3 - ("Plus" in name)]
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"num_inference_steps": 2, "height": 32, "width": 32} | options
+
+
+def denoiser(pipe):
+    """Return the UNet or transformer of a pipeline, also if it is compiled."""
+    module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    return getattr(module, "_orig_mod", module)
+
+
+def state(pipe):
+    """Return the type and the attributes of the pipeline and of every module in it, and the number of hooks."""
+    modules = [m for part in pipe.components.values() if isinstance(part, torch.nn.Module) for m in part.modules()]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [(type(o), sorted(o.__dict__), [len(getattr(o, h, ())) for h in hooks]) for o in (pipe, *modules)]
+
+
+def generate(pipe, seeds=(0, 1, 2), prompt="a dog", generators=None, per_prompt=None, **options):
+    """Return the latents of one call, with a generator for each image; 4 steps, SDXL with guidance."""
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    options = {"num_inference_steps": 4, "height": 32, "width": 32} | options
+    if hasattr(pipe, "transformer"):
+        options["max_sequence_length"] = options.get("max_sequence_length", 12)
+    return pipe(
+        prompt,
+        num_images_per_prompt=per_prompt or len(seeds) // len(prompts),
+        generator=generators or [torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        **options,
+    ).images
+
+
+def hook_attentions(pipe, change, cross_attention=False):
+    """Register torch hooks that apply `change(tokens, text)` where SDXL and Flux are pushed; return the handles.
+
+    Args:
+        pipe: of SDXL or Flux.
+        change: called with features [rows, N, C], and whether text precedes the tokens of the image.
+        cross_attention: whether SDXL's cross-attention is hooked too.
+    """
+    handles = []
+    for name, module in denoiser(pipe).named_modules():
+        if hasattr(pipe, "unet"):
+            kinds = ("attn1", "attn2") if cross_attention else ("attn1",)
+            if name.startswith("up_blocks") and name.split(".")[-1] in kinds:
+                handles.append(module.register_forward_hook(lambda m, args, output: change(output, False)))
+        elif name.startswith("transformer_blocks") and name.endswith("attn.to_out.0"):
+            handles.append(module.register_forward_pre_hook(lambda m, args: (change(args[0], False),)))
+        elif name.startswith("single_transformer_blocks") and name.endswith(".attn"):
+            handles.append(module.register_forward_hook(lambda m, args, output: change(output, True)))
+    return handles

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from experiments import PROJECT
-from negtome.recipe import Choices
+from negtome.recipe import ModelDefaults
 from training import clip, data, export, flux, samples, sources, taxonomy, tokenizer, unet, vae
 
 
@@ -68,7 +68,7 @@ def test_how_a_model_is_used_stands_in_its_folder_as_in_conf(models: Path) -> No
     for name in ("mini-sdxl", "mini-flux"):
         shipped = (PROJECT / "models" / name / "negtome.json").read_text()
         assert (models / name / "negtome.json").read_text() == shipped
-    assert Choices.of(str(models / "mini-sdxl")).reference.alpha == 1.8
+    assert ModelDefaults.of(str(models / "mini-sdxl")).reference.alpha == 1.8
 
 
 def test_cards_tell_licences_and_training(models: Path) -> None:

@@ -1,4 +1,4 @@
-"""Outside references as further rows of the denoiser's batch: neither what calls it nor what it returns has them."""
+"""Add reference images as further rows to the denoiser's batch, and remove them from its output."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from negtome.architectures import Architecture
-from negtome.calls import DenoiserCall, Snapshot, value_at, with_value
-from negtome.encoding import embed, encode, noised, scaled
+from negtome.call_inspection import DenoiserCall, Snapshot, value_at, with_value
+from negtome.encoding import embed, encode, noise_latents, scale_latents
 from negtome.hooks import Layout, Route
 from negtome.merge import Matching
 from negtome.reference import Reference, fit, token_mask
@@ -16,7 +16,7 @@ from negtome.sites import feature_maps
 
 
 class _Encoded(NamedTuple):
-    """A reference at the size of the output: scaled latents, what they are the mode of, what may be matched."""
+    """A reference at the size of the output: scaled latents, the posterior, and the share of pixels to match."""
 
     latents: torch.Tensor
     posterior: Any
@@ -24,22 +24,22 @@ class _Encoded(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Who rides along in the calls with certain prompts, in certain halves."""
+    """The batch of all calls with certain prompts in certain chunks."""
 
     prompts: Snapshot
     conditional: tuple[int, ...]
     slots: tuple[tuple[Reference, int], ...]  # a reference, and the image that lends it its conditioning
     size: tuple[int, int]  # of the latent
     layout: Layout
-    order: list[int]  # [halves * (images + rows)] the original row that each new row copies
+    order: list[int]  # [cfg_chunks * (images + rows)] the original row that each new row copies
     gathered: torch.Tensor  # the same on the device
 
 
-class ReferenceRows:
-    """The references of an attachment: encoded once, noised to every step, added to and taken from the batch.
+class ReferenceBatch:
+    """The references of an attachment: encoded once, noised in every step, added to and removed from the batch.
 
-    A row is added for every image of a reference; where images with different conditioning share a reference without
-    a prompt of its own, one for each conditioning, so that no image depends on what else is generated beside it.
+    Every image of a reference adds a row. If images with different conditioning share a reference without its own
+    prompt, every conditioning adds one, so that no image depends on the other prompts of the call.
 
     Args:
         architecture: of the pipeline.
@@ -47,23 +47,23 @@ class ReferenceRows:
         matching: of the method's settings.
 
     Raises:
-        TypeError: what is given is no Reference.
-        ValueError: none is given, or one that the matching is not defined for.
+        TypeError: an item is no Reference.
+        ValueError: there is no Reference, or one that the matching is not defined for.
     """
 
     def __init__(
         self, architecture: Architecture, references: Reference | Sequence[Reference | None], matching: Matching
     ) -> None:
-        given = [references] if isinstance(references, Reference) else references
-        if not isinstance(given, Sequence) or not all(isinstance(r, Reference | None) for r in given):
+        items = [references] if isinstance(references, Reference) else references
+        if not isinstance(items, Sequence) or not all(isinstance(item, Reference | None) for item in items):
             raise TypeError(
                 "references must be a negtome.Reference, or a list with one or None for each image of a call, got "
-                f"{type(given).__name__}; wrap images: negtome.Reference(image)."
+                f"{type(items).__name__}; wrap images: negtome.Reference(image)."
             )
-        self._given = [reference for reference in given if reference is not None]
-        if not self._given:
+        self._distinct = [item for item in items if item is not None]
+        if not self._distinct:
             raise ValueError("references must hold at least one negtome.Reference, got none; leave them out instead.")
-        if matching == "released" and any(len(reference.images) > 1 for reference in self._given):
+        if matching == "released" and any(len(reference.images) > 1 for reference in self._distinct):
             raise ValueError(
                 'matching="released" is defined between two images only, got a Reference of several images; use '
                 'matching="paper", or one image.'
@@ -71,21 +71,17 @@ class ReferenceRows:
         self._architecture = architecture
         self._references = references
         self._encoded: dict[tuple[Reference, tuple[int, int]], _Encoded] = {}
-        self._vae: Any = None  # that encoded them; another one encodes anew
+        self._vae: Any = None  # that encoded them; another one encodes again
 
     def check(self, pipe: Any) -> None:
-        """Refuse a pipeline that lacks what encodes the references or their prompts.
-
-        Raises:
-            ValueError: it does, or generates videos, or reads prompts together with images.
-        """
+        """Raise ValueError if the pipeline cannot encode the references or their prompts, or generates videos."""
         if self._architecture.video:
             raise ValueError(
                 f"NegToMe takes no references for a {type(pipe).__name__}, whose output is a video; use groups."
             )
         if pipe.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
-        prompted = any(reference.prompt is not None for reference in self._given)
+        prompted = any(reference.prompt is not None for reference in self._distinct)
         if prompted and None in (getattr(pipe, name, ...) for name in ("text_encoder", "text_encoder_2")):
             raise ValueError(
                 "NegToMe expected all text encoders, to embed a Reference's prompt, got None; load them too, or leave "
@@ -97,17 +93,13 @@ class ReferenceRows:
                 "cannot be; leave that prompt out, and each image lends its own."
             )
 
-    def start(self, pipe: Any, asked: Mapping[str, Any]) -> None:
-        """Begin a call of the pipeline with the arguments `asked`: each one draws the same noise.
-
-        Raises:
-            ValueError: the pipeline lacks what encodes the references or their prompts.
-        """
+    def start(self, pipe: Any, pipeline_arguments: Mapping[str, Any]) -> None:
+        """Begin a call of the pipeline; every call draws the same noise. Errors are those of `check`."""
         self.check(pipe)
         if pipe.vae is not self._vae:
             self._encoded.clear()
             self._vae = pipe.vae
-        self._asked = asked
+        self._pipeline_arguments = pipeline_arguments
         self._plans: list[_Plan] = []
         self._noise: dict[Reference, tuple[torch.Tensor, torch.Generator]] = {}
         self._embedded: dict[Reference, dict[str, torch.Tensor]] = {}
@@ -119,7 +111,7 @@ class ReferenceRows:
 
         Args:
             pipe: the pipeline.
-            call: what `arguments` say.
+            call: the same call, as `CallReader` reads it.
             arguments: the denoiser's arguments by name.
             fewest_tokens: tokens of the smallest feature map that takes part.
 
@@ -134,11 +126,10 @@ class ReferenceRows:
         for name, value in call.prompts.items():
             if len(value) not in (1, call.rows):
                 raise ValueError(
-                    f"NegToMe expected text embeddings with one row, or one for each of the {call.rows} images, beside "
-                    f"a reference, got {len(value)}; repeat prompt_embeds and pooled_prompt_embeds along their first "
-                    "dimension."
+                    f"With references, text embeddings must have one row, or one for each of {call.rows} images, got "
+                    f"{len(value)}; repeat prompt_embeds and pooled_prompt_embeds along their first dimension."
                 )
-            if not architecture.listed:
+            if not architecture.list_inputs:
                 arguments = with_value(arguments, name, value.expand(call.rows, *value.shape[1:]))
         prompts, conditional = list(call.prompts.values()), call.conditional
         plan = next((p for p in self._plans if p.prompts.holds(prompts) and p.conditional == conditional), None)
@@ -151,80 +142,75 @@ class ReferenceRows:
             return [rows[k] for k in plan.order] if isinstance(rows, list) else rows[plan.gathered]
 
         extended = {
-            name: value if name in architecture.shared else _map(value, call.rows, take, architecture.listed)
+            name: value if name in architecture.shared else _map(value, call.rows, take, architecture.list_inputs)
             for name, value in arguments.items()
         }
         start = layout.images
         for reference, _ in plan.slots:
             stop = start + len(reference.images)
-            latents, noise = self._draw(pipe, reference, size)
-            rows = noised(pipe, latents, noise, call)
+            latents, noise = self._latents_and_noise(pipe, reference, size)
+            rows = noise_latents(pipe, latents, noise, call)
             # The new tensors are ours: what was indexed is a copy.
-            _put(extended[architecture.sample], rows, layout, start, stop, range(layout.halves))
+            _put(extended[architecture.sample], rows, layout, start, stop, range(layout.cfg_chunks))
             if call.conditional and reference.prompt is not None:
                 if reference not in self._embedded:
-                    self._embedded[reference] = embed(architecture, pipe, reference.prompt, call, self._asked)
+                    options = self._pipeline_arguments
+                    self._embedded[reference] = embed(architecture, pipe, reference.prompt, call, options)
                 for name, row in self._embedded[reference].items():
                     _put(value_at(extended, name), row, layout, start, stop, call.conditional)
             start = stop
         return extended, layout
 
     def _plan(self, pipe: Any, call: DenoiserCall, fewest_tokens: int) -> _Plan:
+        """Lay out the batch of a call, and everything that later calls with the same prompts need."""
         images, (height, width), patch = call.images, call.grid, self._architecture.patch
         size = (patch * height, patch * width)
-        wanted = self._references
-        if isinstance(wanted, Reference):
-            wanted = [wanted] * images
-        if len(wanted) != images:
+        references = self._references
+        if isinstance(references, Reference):
+            references = [references] * images
+        if len(references) != images:
             raise ValueError(
                 f"NegToMe expected one reference or None for each of the {images} images of the call, got "
-                f"{len(wanted)}; give a single Reference for all, or a list in the order of the images."
+                f"{len(references)}; give a single Reference for all, or a list in the order of the images."
             )
-        conditions = [
-            embedding.expand(call.rows, *embedding.shape[1:]).unflatten(0, (call.halves, images))
-            for embedding in call.prompts.values()
-        ]  # [halves, images, ...]
-        slots: dict[tuple[Reference, int], list[int]] = {}
-        for image, reference in enumerate(wanted):
-            if reference is None:
-                continue
-            # A prompt of its own takes the place of the image's in the conditional halves.
-            lent = [h for h in range(call.halves) if reference.prompt is None or h not in call.conditional]
-            lender = next(
-                (
-                    other
-                    for known, other in slots
-                    if known is reference and all(torch.equal(c[lent, other], c[lent, image]) for c in conditions)
-                ),
-                image,
-            )
-            slots.setdefault((reference, lender), []).append(image)
-
+        slots = _assign_slots(references, call)
+        maps = feature_maps((height, width)) if self._architecture.levels else [(height, width)]
+        grids = [(h, w) for h, w in maps if h * w >= fewest_tokens]
         routes: list[Route] = []
         lenders: list[int] = []
         for (reference, lender), members in slots.items():
             start = images + len(lenders)
             lenders += [lender] * len(reference.images)
-            shares = self._encode(pipe, reference, size).shares
-            maps = feature_maps((height, width)) if self._architecture.levels else [(height, width)]
-            grids = [(h, w) for h, w in maps if h * w >= fewest_tokens]
-            masks = {h * w: _mask(shares, h, w) for h, w in grids}
-            if masks and all(mask is not None and not mask.any() for mask in masks.values()):
-                raise ValueError(
-                    "NegToMe got a mask that covers more than half of no token: the largest feature map has "
-                    f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
-                )
+            masks = self._masks(pipe, reference, size, grids)
+            allowed = {n: mask.nonzero().flatten() for n, mask in masks.items() if mask is not None and mask.any()}
+            rows = (start, images + len(lenders))
             device = call.text.device
-            allowed = {
-                n: mask.nonzero().flatten().to(device) if mask is not None and mask.any() else None
-                for n, mask in masks.items()
-            }
-            masks = {n: None if mask is None else mask.to(device) for n, mask in masks.items()}
-            routes.append(Route(_runs(members), (start, images + len(lenders)), masks, allowed))
-        order = [images * half + image for half in range(call.halves) for image in (*range(images), *lenders)]
+            routes.append(
+                Route(
+                    images=_runs(members),
+                    rows=rows,
+                    masks={n: None if mask is None else mask.to(device) for n, mask in masks.items()},
+                    allowed={n: indices.to(device) for n, indices in allowed.items()},
+                )
+            )
+        chunk = [*range(images), *lenders]
+        order = [images * number + image for number in range(call.cfg_chunks) for image in chunk]
         index = torch.tensor(order, device=call.text.device)
-        layout = Layout(call.halves, images, len(lenders), tuple(routes))
+        layout = Layout(call.cfg_chunks, images, len(lenders), tuple(routes))
         return _Plan(Snapshot(call.prompts.values()), call.conditional, tuple(slots), size, layout, order, index)
+
+    def _masks(
+        self, pipe: Any, reference: Reference, size: tuple[int, int], grids: Sequence[tuple[int, int]]
+    ) -> dict[int, torch.Tensor | None]:
+        """Return which tokens of a reference may be matched, for each feature map by its number of tokens."""
+        shares = self._encode(pipe, reference, size).shares
+        masks = {height * width: _mask(shares, height, width) for height, width in grids}
+        if masks and all(mask is not None and not mask.any() for mask in masks.values()):
+            raise ValueError(
+                "NegToMe got a mask that covers more than half of no token: the largest feature map has "
+                f"{grids[0][0]}x{grids[0][1]} of them; draw a larger mask or generate larger images."
+            )
+        return masks
 
     def _encode(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> _Encoded:
         """Encode a reference for a size of the latent, at most once."""
@@ -239,11 +225,13 @@ class ReferenceRows:
                     f'posterior="sample" needs an autoencoder that has one, got a {type(pipe.vae).__name__}; use '
                     '"mode".'
                 )
-            latents = scaled(self._architecture, pipe, latents)
+            latents = scale_latents(self._architecture, pipe, latents)
             self._encoded[key] = _Encoded(latents, posterior, tuple(share for _, share in fitted))
         return self._encoded[key]
 
-    def _draw(self, pipe: Any, reference: Reference, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _latents_and_noise(
+        self, pipe: Any, reference: Reference, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a reference's latents and noise for this step, float32, packed as the denoiser takes them."""
         latents, posterior, _ = self._encode(pipe, reference, size)
         if reference not in self._noise:
@@ -253,33 +241,54 @@ class ReferenceRows:
             self._noise[reference] = (noise, generator)
         noise, generator = self._noise[reference]
         if reference.posterior == "sample":
-            latents = scaled(self._architecture, pipe, posterior.sample(generator))
+            latents = scale_latents(self._architecture, pipe, posterior.sample(generator))
         if (pack := self._architecture.pack) is not None:
             latents, noise = pack(pipe, latents), pack(pipe, noise)
         return latents, noise if reference.noise else None
 
 
-def shrink(output: Any, layout: Layout, listed: bool) -> Any:
-    """Take the reference rows out of what the denoiser returned, which is a list of rows or holds tensors of them."""
-    half = layout.images + layout.rows
+def shrink(output: Any, layout: Layout, list_inputs: bool) -> Any:
+    """Remove the reference rows from the denoiser's output, which is a list of rows or holds tensors of them."""
+    chunk = layout.images + layout.rows
 
     def keep(rows: torch.Tensor | list[Any]) -> torch.Tensor | list[Any]:
         if isinstance(rows, list):
-            return [row for place, row in enumerate(rows) if place % half < layout.images]
-        kept: torch.Tensor = rows.unflatten(0, (layout.halves, half))[:, : layout.images].flatten(0, 1)
+            return [row for index, row in enumerate(rows) if index % chunk < layout.images]
+        kept: torch.Tensor = rows.unflatten(0, (layout.cfg_chunks, chunk))[:, : layout.images].flatten(0, 1)
         return kept
 
-    return _map(output, layout.halves * half, keep, listed)
+    return _map(output, layout.cfg_chunks * chunk, keep, list_inputs)
 
 
-def _runs(places: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Write rising places as runs (start, stop)."""
+def _assign_slots(references: Sequence[Reference | None], call: DenoiserCall) -> dict[tuple[Reference, int], list[int]]:
+    """Group the images that share a reference and the conditioning it borrows: (reference, lending image) -> images."""
+    conditions = [
+        embedding.expand(call.rows, *embedding.shape[1:]).unflatten(0, (call.cfg_chunks, call.images))
+        for embedding in call.prompts.values()
+    ]  # [cfg_chunks, images, ...]
+    slots: dict[tuple[Reference, int], list[int]] = {}
+    for image, reference in enumerate(references):
+        if reference is None:
+            continue
+        # The reference's own prompt replaces the image's in the conditional chunks.
+        borrowed = [c for c in range(call.cfg_chunks) if reference.prompt is None or c not in call.conditional]
+        lender = image
+        for other, candidate in slots:
+            if other is reference and all(torch.equal(c[borrowed, candidate], c[borrowed, image]) for c in conditions):
+                lender = candidate
+                break
+        slots.setdefault((reference, lender), []).append(image)
+    return slots
+
+
+def _runs(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Write rising indices as runs (start, stop)."""
     runs: list[tuple[int, int]] = []
-    for place in places:
-        if runs and runs[-1][1] == place:
-            runs[-1] = (runs[-1][0], place + 1)
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
         else:
-            runs.append((place, place + 1))
+            runs.append((index, index + 1))
     return tuple(runs)
 
 
@@ -292,32 +301,33 @@ def _mask(shares: Sequence[torch.Tensor | None], height: int, width: int) -> tor
     return torch.cat(masks)
 
 
-def _map(value: Any, rows: int, change: Callable[[Any], Any], listed: bool) -> Any:
+def _map(value: Any, rows: int, change: Callable[[Any], Any], list_inputs: bool) -> Any:
     """Change every tensor with this many rows, in dicts, lists, tuples and the outputs of models.
 
-    Where rows are `listed`, a list of this many is changed itself.
+    If `list_inputs`, a list of this many rows is changed itself.
     """
     if isinstance(value, torch.Tensor):
         return change(value) if value.dim() and value.shape[0] == rows else value
     if isinstance(value, Mapping):
-        changed = {key: _map(item, rows, change, listed) for key, item in value.items()}
+        changed = {key: _map(item, rows, change, list_inputs) for key, item in value.items()}
         return changed if type(value) is dict else type(value)(**changed)  # a model's output takes its fields
-    if listed and type(value) is list:
+    if list_inputs and type(value) is list:
         return change(value) if len(value) == rows else value
     if type(value) in (list, tuple):
-        return type(value)(_map(item, rows, change, listed) for item in value)
+        return type(value)(_map(item, rows, change, list_inputs) for item in value)
     return value
 
 
 def _put(
-    target: torch.Tensor | list[Any], rows: torch.Tensor, layout: Layout, start: int, stop: int, halves: Sequence[int]
+    target: torch.Tensor | list[Any], rows: torch.Tensor, layout: Layout, start: int, stop: int, chunks: Sequence[int]
 ) -> None:
-    """Write rows into places start to stop of some halves of a batch: their channels and tokens are its first ones."""
+    """Write rows to the indices start to stop of some chunks of a batch, into its first channels and tokens."""
     if isinstance(target, list):
-        for first in (half * (layout.images + layout.rows) for half in halves):
+        for chunk in chunks:
+            first = chunk * (layout.images + layout.rows)
             target[first + start : first + stop] = rows.to(target[first]).expand(stop - start, *rows.shape[1:])
         return
-    batch = target.unflatten(0, (layout.halves, -1))
+    batch = target.unflatten(0, (layout.cfg_chunks, -1))
     leading = tuple(slice(size) for size in rows.shape[1:])
-    for half in halves:
-        batch[half, start:stop][:, *leading] = rows.to(batch)
+    for chunk in chunks:
+        batch[chunk, start:stop][:, *leading] = rows.to(batch)

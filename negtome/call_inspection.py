@@ -1,4 +1,4 @@
-"""How the calls of a pipeline and of its denoiser are read: how many images, which step, where their tokens are."""
+"""Read the calls of a pipeline and of its denoiser: how many images, which step, which prompts and tokens."""
 
 import inspect
 import math
@@ -10,30 +10,34 @@ import torch
 
 from negtome.architectures import Architecture
 
+#: Two embeddings of one text differ by rounding. Those of different texts differ in some element by more than this
+#: share of itself and of a median element.
+ROUNDING = 0.05
+
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """What one call of the denoiser says about itself.
+    """One call of the denoiser.
 
     Attributes:
-        timestep: in training timesteps, 1000 = pure noise.
+        timestep: training timestep, 1000 = pure noise.
         time: [1] the same, as the scheduler holds it.
-        again: whether the call before was of the same step.
-        rows: of the batch, all halves included.
-        halves: parts of the batch that hold the same images, one after the other: 2 for unconditional and conditional
-            in one batch, 3 with a perturbed one, else 1.
-        conditional: the halves that are conditioned on the prompt.
-        prompts: [rows, ...] the embeddings of the text, or [1, ...] of all rows, by the names of their arguments;
-            without those that are None. Of texts in a list, padded with zeros.
-        grid: (height, width) of the generated image in tokens, of the largest feature map, or (frames, height, width).
-        stream: tokens of all images of a row, generated and given, where the sample is packed; else of the grid.
+        again: whether the previous call was of the same step.
+        rows: rows of the batch, all chunks included.
+        cfg_chunks: parts of the batch that hold the same images, one after the other: 2 for unconditional and
+            conditional in one batch, 3 with a perturbed one, else 1.
+        conditional: indices of the chunks that are conditioned on the prompt.
+        prompts: [rows, ...] text embeddings, or [1, ...] for all rows, by the names of their arguments; lists of texts
+            are padded with zeros.
+        grid: (height, width) of the generated image in tokens on the largest feature map, or (frames, height, width).
+        stream: tokens of all images of a row, generated and input, if the sample is packed; else those of the grid.
     """
 
     timestep: float
     time: torch.Tensor
     again: bool
     rows: int
-    halves: int
+    cfg_chunks: int
     conditional: tuple[int, ...]
     prompts: Mapping[str, torch.Tensor]
     grid: tuple[int, ...]
@@ -41,27 +45,27 @@ class DenoiserCall:
 
     @property
     def images(self) -> int:
-        """Images that are generated."""
-        return self.rows // self.halves
+        """Return how many images are generated."""
+        return self.rows // self.cfg_chunks
 
     @property
     def text(self) -> torch.Tensor:
-        """The first of `prompts`."""
+        """Return the first of `prompts`."""
         return next(iter(self.prompts.values()))
 
 
 class Snapshot:
-    """Tensors as they are now. They are kept, so that no other tensor gets the memory of one."""
+    """Remembers tensors and their versions. It keeps the tensors, so that no other tensor gets their memory."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._tensors = [(tensor, self._count_writes(tensor)) for tensor in tensors]
 
     def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Tell whether these are the very tensors, and nothing was written to them since."""
-        now = [(tensor, self._count_writes(tensor)) for tensor in tensors]
-        return len(now) == len(self._tensors) and all(
+        current = [(tensor, self._count_writes(tensor)) for tensor in tensors]
+        return len(current) == len(self._tensors) and all(
             tensor is other and writes == before
-            for (tensor, writes), (other, before) in zip(now, self._tensors, strict=True)
+            for (tensor, writes), (other, before) in zip(current, self._tensors, strict=True)
         )
 
     @staticmethod
@@ -70,22 +74,21 @@ class Snapshot:
 
 
 class CallReader:
-    """Reads the calls of the denoiser in one call of a pipeline, without waiting for the device at every one.
+    """Reads the calls of the denoiser in one call of a pipeline, without waiting for the device each time.
 
-    A UNet gets its timestep as a view of one element of `scheduler.timesteps`, some transformers one that is expanded
-    to the rows, and where that lies in memory says which. Others get it divided and rounded to the dtype of the
-    latents, in bfloat16 by up to 4 timesteps: there the scheduler's own counter says which. The values are fetched
-    once.
+    A UNet gets its timestep as a view of one element of `scheduler.timesteps`, and some transformers get that expanded
+    to the rows; the position in memory tells the step. Others get it divided and rounded to the dtype of the latents,
+    in bfloat16 by up to 4 timesteps; there the scheduler's own counter tells the step. Values are fetched once.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
-        self._known = Snapshot([])  # the scheduler's timesteps
+        self._timesteps = Snapshot([])  # the scheduler's timesteps
         self._values: list[float] = []
         self._step: tuple[int | None, float] | None = None  # of the last call
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
-        self._padded: list[tuple[Snapshot, torch.Tensor]] = []  # texts, and what was made of them
-        self.schedule: list[float] = []  # of the pipeline's whole loop, as far as it is known
+        self._padded: list[tuple[Snapshot, torch.Tensor]] = []
+        self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
         """Read a call of the denoiser.
@@ -97,7 +100,7 @@ class CallReader:
 
         Raises:
             ValueError: the time, or another of the schedule, is no training timestep; or the rows are not `images`
-                times the halves of a batch.
+                times the chunks of a batch.
         """
         architecture = self._architecture
         sample = arguments[architecture.sample]
@@ -112,26 +115,26 @@ class CallReader:
                 f"images (of prompt or prompt_embeds, times {architecture.per_prompt}, in the call of the attached "
                 f"{type(pipe).__name__}); give a prompt, or a row of embeddings, for each image."
             )
-        halves = rows // images
-        index, timestep, time = self._when(pipe, arguments[architecture.time])
+        chunks = rows // images
+        index, timestep, time = self._locate(pipe, arguments[architecture.time])
         step = (index, timestep)
         again, self._step = step == self._step, step
         if shape not in self._grids:
             self._grids[shape] = architecture.grid(arguments)
         grid = self._grids[shape]
         if architecture.guidance == "batch":
-            conditional = range(max(halves - 1 - perturbed, 0), halves)
+            conditional = range(max(chunks - 1 - perturbed, 0), chunks)
         else:
             conditional = range(0 if again and architecture.guidance == "calls" else 1)
         prompts = {name: value_at(arguments, name) for name in filter(None, architecture.prompts)}
-        if architecture.listed:
+        if architecture.list_inputs:
             prompts = {name: self._pad(value) for name, value in prompts.items()}
         return DenoiserCall(
             timestep=timestep,
             time=time,
             again=again,
             rows=rows,
-            halves=halves,
+            cfg_chunks=chunks,
             conditional=tuple(conditional),
             prompts={name: value for name, value in prompts.items() if value is not None},
             grid=grid,
@@ -139,39 +142,40 @@ class CallReader:
         )
 
     def _pad(self, texts: list[torch.Tensor]) -> torch.Tensor:
-        """Return texts [L, D] as one tensor, the same one in every step, in which a pipeline may make a new list."""
-        for known, padded in self._padded:
-            if known.holds(texts):
+        """Pad texts [L, D] to one tensor, the same in every step even if the pipeline makes a new list."""
+        for snapshot, padded in self._padded:
+            if snapshot.holds(texts):
                 return padded
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         self._padded.append((Snapshot(texts), padded))
         return padded
 
-    def _when(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
-        """Return which of the scheduler's timesteps a call is at, the timestep itself, and as a tensor [1]."""
-        scheduler, clock = pipe.scheduler, self._architecture.clock
-        known = getattr(scheduler, "timesteps", None)
-        if not isinstance(known, torch.Tensor):
-            _check_unit(scheduler, value := clock(_first(time)))
+    def _locate(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
+        """Return the index of a call among the scheduler's timesteps, the timestep, and the same as a tensor [1]."""
+        scheduler, to_timestep = pipe.scheduler, self._architecture.timestep_scale
+        timesteps = getattr(scheduler, "timesteps", None)
+        if not isinstance(timesteps, torch.Tensor):
+            value = to_timestep(_first(time))
+            _check_unit(scheduler, value)
             return None, value, torch.tensor([value])
-        if not self._known.holds([known]):
-            self._known, self._values = Snapshot([known]), known.tolist()
+        if not self._timesteps.holds([timesteps]):
+            self._timesteps, self._values = Snapshot([timesteps]), timesteps.tolist()
             self.schedule = []
             _check_unit(scheduler, *self._values)
-        index = _number_in(known, time.flatten()[:1]) if isinstance(time, torch.Tensor) else None
-        if index is None:  # the counter is there after the first step, and where a loop begins is often said before
+        index = _index_in(timesteps, time.flatten()[:1]) if isinstance(time, torch.Tensor) else None
+        if index is None:  # step_index is set after the first step, and begin_index often before the loop
             index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None)
         if index is None:
-            value = clock(_first(time))
+            value = to_timestep(_first(time))
             index = min(range(len(self._values)), key=lambda number: abs(self._values[number] - value))
-            if abs(self._values[index] - value) > 4:  # more than bfloat16 rounds: none of them
+            if abs(self._values[index] - value) > 4:  # bfloat16 rounds by less, so it is none of them
                 _check_unit(scheduler, value)
-                return None, value, known.new_tensor([value])
-        if not self.schedule:  # it begins later than the scheduler's with a given image, and may end before
+                return None, value, timesteps.new_tensor([value])
+        if not self.schedule:  # an input image makes the loop begin later than the schedule, and it may end earlier
             self.schedule = self._values[index:][: getattr(pipe, "num_timesteps", None)]
-        return index, float(self._values[index]), known[index : index + 1]
+        return index, float(self._values[index]), timesteps[index : index + 1]
 
 
 def _first(time: torch.Tensor | float) -> float:
@@ -179,17 +183,17 @@ def _first(time: torch.Tensor | float) -> float:
 
 
 def _check_unit(scheduler: Any, *timesteps: float) -> None:
-    """Refuse what cannot be training timesteps, of which a window is made."""
+    """Refuse values that cannot be training timesteps."""
     if not all(-1e-3 <= timestep <= 1000 + 1e-3 for timestep in timesteps):
         raise ValueError(
-            f"NegToMe's window is in training timesteps, from 0 to 1000, but the timesteps of this "
+            f"NegToMe's timestep_range is in training timesteps, from 0 to 1000, but the timesteps of this "
             f"{type(scheduler).__name__} go from {min(timesteps):g} to {max(timesteps):g} (EDM's are logarithms of the "
             "noise level); choose a scheduler in training timesteps, such as EulerDiscreteScheduler."
         )
 
 
-def _number_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
-    """Tell which element of a list of values [n] a tensor of one element is a view of, if any."""
+def _index_in(values: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Return the index of the element of values [n] that a tensor of one element is a view of, if any."""
     if values.dim() != 1 or value.numel() != 1 or value.dtype != values.dtype or values.stride(0) < 1:
         return None
     if value.device != values.device or value.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
@@ -256,3 +260,84 @@ def with_value(arguments: Mapping[str, Any], name: str, value: Any) -> dict[str,
     """Return arguments in which another value stands at such a name."""
     key, _, rest = name.partition(".")
     return {**arguments, key: with_value(arguments[key], rest, value) if rest else value}
+
+
+def images_in_group(pipeline_call: PipelineCall, call: DenoiserCall, group_size: int | None, argument: str) -> int:
+    """Return the size of the groups in a call of the denoiser.
+
+    Args:
+        pipeline_call: that makes the call.
+        call: of the denoiser.
+        group_size: as in `negtome.attach`.
+        argument: of the pipeline, that sets how many images a prompt has.
+
+    Raises:
+        ValueError: a group has a single image, ends within the images of a prompt, or is incomplete.
+    """
+    per_prompt = pipeline_call.images_per_prompt
+    several_prompts = (pipeline_call.prompts or 1) > 1
+    size = group_size
+    if size is None:
+        # Several prompts form a group each, if the pipeline makes as many images as its arguments say.
+        as_expected = several_prompts and per_prompt > 1 and pipeline_call.images == call.images
+        size = per_prompt if as_expected else call.images
+    if size < 2:
+        raise ValueError(f"NegToMe pushes images apart and needs at least 2, got 1; pass {argument}=2 or more.")
+    if several_prompts and size % per_prompt and per_prompt % size:
+        raise ValueError(
+            f"NegToMe expected groups that end where a prompt's images do, got group_size={size} and {argument}="
+            f"{per_prompt}; make {argument} a multiple of group_size."
+        )
+    if call.rows % (call.cfg_chunks * size):
+        raise ValueError(
+            f"NegToMe expected complete groups of {size} images, got {call.images} images in one call; make {argument} "
+            "times the number of prompts a multiple of group_size."
+        )
+    return size
+
+
+def check_one_prompt(
+    pipeline_call: PipelineCall, call: DenoiserCall, group_size: int, architecture: Architecture
+) -> None:
+    """Raise ValueError if the images of a group have several prompts."""
+    several = group_size == call.images and pipeline_call.has_several_texts()
+    # A callback, or a pipeline of the user's, may have put other embeddings in the place of the texts'.
+    if several or not all(_rows_agree(rows, group_size) for rows in call.prompts.values() if len(rows) == call.rows):
+        raise ValueError(
+            "NegToMe expected the images of a group to share their prompt, got several prompts; pass "
+            f"{architecture.per_prompt}=2 or more, or group_size to attach, so that only images of a prompt are pushed "
+            "apart."
+        )
+
+
+def _rows_agree(embedding: torch.Tensor, group_size: int) -> bool:
+    """Tell whether the rows of an embedding [rows, ...] are of one text in every group of consecutive rows.
+
+    Rows of one text are copies, or were computed in one batch and differ by rounding. Each element is compared at the
+    scale of a median one: some language models have activations a million times as large as the others, which would
+    hide the difference between two texts.
+    """
+    groups = embedding.detach().unflatten(0, (-1, group_size))
+    if torch.equal(groups, groups[:, :1].expand_as(groups)):
+        return True
+    groups = groups.float()
+    size = groups.abs()
+    nonzero = size[size > 0]  # padding is zero
+    median = nonzero.median() if nonzero.numel() else 0
+    return not ((groups - groups[:, :1]).abs() > ROUNDING * (size[:, :1] + median)).any()
+
+
+def check_one_length(call: DenoiserCall, mask: torch.Tensor, architecture: Architecture) -> None:
+    """Raise ValueError if masks [rows, T] differ within a chunk, where diffusers mixes them up or drops padding."""
+    chunks = mask.unflatten(0, (call.cfg_chunks, -1))
+    if (chunks == chunks[:, :1]).all():
+        return
+    each = architecture.per_prompt
+    if architecture.drops_text_padding is not None:
+        reason = "the image's tokens follow its text at once here; give each prompt a call of its own."
+    else:
+        reason = (
+            f"with {each} > 1, diffusers gives images the text masks of other prompts here (its PR #14147 describes "
+            f"how); give each prompt a call of its own, or repeat it in the list of prompts, with {each}=1."
+        )
+    raise ValueError(f"NegToMe expected prompts of one length, got several: {reason}")
