@@ -18,5 +18,5 @@ TEMPLATES = Environment(
 
 
 def render(template: str, **facts: Any) -> str:
-    """Return a template, named by its path in experiments/, in this folder or in the checkout, with the facts that it asks for."""
+    """Return a template, named by its path in experiments/, in this folder or in the checkout, with its facts."""
     return TEMPLATES.get_template(template).render(facts)
