@@ -311,12 +311,12 @@ def _generate_groups(jobs: list[Job]) -> Iterator[Run]:
 
 def _generate_each(todo: list[tuple[Task, Group]], wait: bool, workers: int) -> Iterator[tuple[Task, Group]]:
     """Generate groups here or in several processes, yielding those that no other process is at as they are there."""
-    for (*one, _), there in spread(_generate_group, [(*one, wait) for one in todo], workers):
+    for (*one, _), there in parallel_map(_generate_group, [(*one, wait) for one in todo], workers):
         if there:
             yield tuple(one)
 
 
-def spread(work: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
+def parallel_map(work: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
     """Call a function of a module with each task's arguments, here or in several processes; yield both when done."""
     if workers == 1:
         yield from ((task, work(*task)) for task in tasks)
@@ -336,16 +336,16 @@ def _generate_group(task: Task, group: Group, wait: bool) -> bool:
         if not mine:
             return task.run.has(group)
         made_of = task.model, task.method, task.checkpoint, task.device, task.compile, task.offload
-        pipe, method, call = ready(*made_of)
+        pipe, method, call = load_pipeline_and_method(*made_of)
         start = time.perf_counter()
-        drawn = method.draw(pipe, group, call)
+        drawn = method.generate(pipe, group, call)
         images = [] if drawn.withheld else _pictures(pipe, drawn.images, _model(task.model))
         statistics = {"seconds": round(time.perf_counter() - start, 3), **drawn.statistics}
         task.run.save(group, images, statistics, drawn.references, drawn.withheld, drawn.seeds)
         return True
 
 
-def ready(
+def load_pipeline_and_method(
     model: str,
     method: str,
     checkpoint: checkpoints.Checkpoint,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting, generator_of
+from experiments.methods.method import Method, MethodContext, Setting, generator_of
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall, with_value
@@ -99,7 +99,7 @@ class CADS(Method):
                 raise ValueError(f"method.{setting} must be one of {', '.join(choices)}, got {value!r}")
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if find_architecture(pipe).listed:
             raise ValueError(
                 f"method={self.name} is for models that take their texts as one tensor, got a {type(pipe).__name__}, "
@@ -121,7 +121,7 @@ class CADS(Method):
             return arguments
 
         with denoiser_calls(pipe, before) if self.noise_scale else contextlib.nullcontext():
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
 
     def _noised(
         self, prompt: torch.Tensor, denoiser: DenoiserCall, gamma: float, size: int, generator: torch.Generator

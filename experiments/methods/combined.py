@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from experiments.methods.method import Applied, Method
+from experiments.methods.method import Method, MethodContext
 from experiments.prompts import Group
 
 
@@ -27,7 +27,7 @@ class Combined(Method):
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
         super().__init__(name)
         self.methods = list(methods.values())
-        if alone := [method.name for method in self.methods if type(method).draw is not Method.draw]:
+        if alone := [method.name for method in self.methods if type(method).generate is not Method.generate]:
             raise ValueError(f"method={name} combines methods of one call, got {alone}, which draw by themselves")
         self.version += sum(method.version for method in self.methods)  # rises with any of them
 
@@ -36,7 +36,7 @@ class Combined(Method):
         return _merged(method.settings() for method in self.methods) | {"methods": parts}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         changed, parts = {}, []
         with contextlib.ExitStack() as stack:
             for method in self.methods:
@@ -50,7 +50,7 @@ class Combined(Method):
                 changed |= changes
                 parts.append(part)
             references = [part.references for part in parts if part.references is not None]
-            yield Applied(
+            yield MethodContext(
                 {**call, **changed},
                 lambda: _merged(part.statistics() for part in parts),
                 _merged(references) if references else None,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -61,10 +61,10 @@ class ContextualRepulsion(Method):
         self.first_steps = check_int("method.first_steps", self.first_steps, 1)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         blocks, single_blocks = joint_blocks(pipe, self.name)
         if not self.eta or group.size == 1:
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
             return
         step = 0
 
@@ -91,4 +91,4 @@ class ContextualRepulsion(Method):
             for kind, hook in ((blocks, text_apart), (single_blocks, all_apart)):
                 for block in kind:
                     stack.callback(block.register_forward_hook(hook).remove)
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.steps import Prediction, initial_noise, predictions, unpacked
 from experiments.prompts import Group
 from negtome.validation import check_float, check_int
@@ -91,9 +91,9 @@ class ContrastiveNoise(Method):
         if self.loss not in LOSSES:
             raise ValueError(f"method.loss must be one of {LOSSES}, got {self.loss!r}")
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         if group.size < 2 or not self.inner_steps or not self.learning_rate:
-            return super().draw(pipe, group, call)
+            return super().generate(pipe, group, call)
         noise, clean = self._first(pipe, group, call, None)
         dtype, first = noise.dtype, clean
         noise = noise.float().requires_grad_()
@@ -109,7 +109,7 @@ class ContrastiveNoise(Method):
             losses.append(loss.item())
         with initial_noise(pipe, lambda _: noise.detach().to(dtype)):
             images = sample(pipe, group, call)
-        return Drawn(images, {"losses": [round(loss, 4) for loss in losses]})
+        return GroupResult(images, {"losses": [round(loss, 4) for loss in losses]})
 
     def _loss(self, clean: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         size = [min(side, self.window) for side in clean.shape[2:]]

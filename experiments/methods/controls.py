@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import negtome
-from experiments.methods.method import Applied, generator_of
+from experiments.methods.method import MethodContext, generator_of
 from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 
@@ -62,7 +62,7 @@ class Control(NegToMe):
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         generators: dict[tuple[str, torch.device], torch.Generator] = {}
 
         def push(site: str, tokens: torch.Tensor, moved: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Control(NegToMe):
             return self.replace(tokens, moved, group_size, generators[key])
 
         with negtome.attach(pipe, self.config, group_size=group.size, push=push) as attached:
-            yield Applied(dict(call), attached.summary)
+            yield MethodContext(dict(call), attached.summary)
 
 
 class RandomMatch(Control):

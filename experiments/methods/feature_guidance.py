@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -69,12 +69,12 @@ class FeatureGuidance(Method):
         return torch.softmax(cosines.flatten(1) / self.temperature, dim=1).view_as(cosines) / self.temperature
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         blocks, _ = joint_blocks(pipe, self.name)
         if self.block > len(blocks):
             raise ValueError(f"method.block must be at most {len(blocks)}, the blocks of the model, got {self.block}")
         if not self.w or group.size == 1:
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
             return
         low, high = self.timestep_range
         active = False
@@ -96,4 +96,4 @@ class FeatureGuidance(Method):
         with denoiser_calls(pipe, before), contextlib.ExitStack() as stack:
             hook = blocks[self.block - 1].register_forward_hook(after, with_kwargs=True)
             stack.callback(hook.remove)
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -18,7 +18,7 @@ from eval.files import canonical_json, check_seal, content_hash, read_json, seal
 from eval.images import Withheld, load_image, read_manifest
 from eval.resemblance import calibrate_threshold, similarities
 from experiments.methods.assets import assets_hash, check_disjoint, read_assets
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
 from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
@@ -203,17 +203,17 @@ class Guarded(Method):
             found |= {"check": self.check.settings(), "tries": self.tries}
         return found
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         verdict = self.verdict(group.prompt)
         # The seconds are those that each part took when it was done; verdicts and images are kept.
         told: dict[str, Any] = {"action": verdict.action, "decide_seconds": verdict.seconds, "seconds": verdict.seconds}
         ended = {"refuse": "refused", "escalate": "escalated", "invalid": "escalated"}.get(verdict.action)
         assets = self._cited(verdict, "steer") if verdict.action == "steer" else []
         if ended or (assets and self.layers == "decide"):
-            return Drawn(None, told, withheld=Withheld(ended or "refused", verdict.reason, verdict.clauses))
+            return GroupResult(None, told, withheld=Withheld(ended or "refused", verdict.reason, verdict.clauses))
         if len(assets) > 1:
             reason = f"it is steered away from one asset at a time, and this asks for {', '.join(assets)}"
-            return Drawn(None, told, withheld=Withheld("refused", reason, verdict.clauses))
+            return GroupResult(None, told, withheld=Withheld("refused", reason, verdict.clauses))
         method = self.steering if assets else Method()
         inner = dataclasses.replace(group, category=assets[0]) if assets else group
         exempt = self._cited(verdict, "allow")
@@ -233,10 +233,10 @@ class Guarded(Method):
         told |= {"check": scores, "draw_seconds": round(drawing, 4), "check_seconds": round(checking, 4)}
         told["seconds"] = round(verdict.seconds + drawing + checking, 3)
         if shown is None:
-            return Drawn(made.images, {**told, **made.statistics}, made.references, seeds=own)
+            return GroupResult(made.images, {**told, **made.statistics}, made.references, seeds=own)
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == shown)
         reason = f"every one of {tries} images resembles {shown} above the threshold"
-        return Drawn(None, told, made.references, Withheld("blocked", reason, clauses))
+        return GroupResult(None, told, made.references, Withheld("blocked", reason, clauses))
 
     def verdict(self, prompt: str) -> Verdict:
         """Return what the guard decides of a prompt, or decided before.

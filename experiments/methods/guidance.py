@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import denoiser_calls, levels, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -48,13 +48,13 @@ class LowerGuidance(Method):
         self.scale = None if self.scale is None else check_float("method.scale", self.scale, 1, math.inf)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         check_guided(self.name, call)
-        yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+        yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
 
 
 @dataclass
-class LimitedInterval(Method):
+class IntervalGuidance(Method):
     """Guidance in an interval of noise levels only (Kynkaanniemi et al., arXiv 2404.07724).
 
     Outside, a UNet that is guided in one batch predicts from the prompt alone, and calculates no other half. A model
@@ -89,7 +89,7 @@ class LimitedInterval(Method):
         self.outside = check_float("method.outside", self.outside, 1, math.inf)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         check_guided(self.name, call)
         architecture = find_architecture(pipe)
         if architecture.guidance != "batch" and not getattr(pipe.transformer.config, "guidance_embeds", False):
@@ -115,4 +115,4 @@ class LimitedInterval(Method):
             return torch.cat([output, output]) if left_out else output  # w (cond - cond) adds nothing
 
         with denoiser_calls(pipe, before, after):
-            yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+            yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})

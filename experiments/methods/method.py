@@ -16,7 +16,7 @@ from experiments.prompts import Group
 
 
 @dataclass
-class Applied:
+class MethodContext:
     """A method at work on one group.
 
     Attributes:
@@ -32,14 +32,14 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GroupResult:
     """What a method made of one group: images, or none and why.
 
     Attributes:
         images: float [K, H, W, 3] in [0, 1], in the order of the group's images; None or [0, H, W, 3] where they are
             withheld.
         statistics: what the run's log should keep, as JSON values.
-        references: as of `Applied`.
+        references: as of `MethodContext`.
         withheld: why there are no images.
         seeds: of the images' noises, where they are not those of the group's own.
     """
@@ -81,10 +81,10 @@ def generator_of(group: Group, name: str, seed: int = 0, device: torch.device | 
 
 
 class Method:
-    """What an experiment asks of a method: `draw`. As it stands here, it is the stock pipeline.
+    """What an experiment asks of a method: `generate`. As it stands here, it is the stock pipeline.
 
     Most methods change a pipeline or its arguments for one call, and write `apply` alone. One that calls the pipeline
-    several times, or chooses among candidates, writes `draw`.
+    several times, or chooses among candidates, writes `generate`.
 
     Attributes:
         name: in tables and configurations.
@@ -110,7 +110,7 @@ class Method:
         return {field.name: getattr(self, field.name) for field in fields if field.name != "name"}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         """Change what `pipe` generates for `group` until the block ends.
 
         The block calls `pipe(group.prompt, ..., **applied.call)` once, or with several prompts, each of which has
@@ -121,9 +121,9 @@ class Method:
             group: the images to be generated together.
             call: further keyword arguments that the pipeline is to be called with.
         """
-        yield Applied(dict(call))
+        yield MethodContext(dict(call))
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         """Make the images of a group, by one call of the pipeline to which the method is applied.
 
         Args:
@@ -133,7 +133,7 @@ class Method:
         """
         with self.apply(pipe, group, call) as applied:
             images = sample(pipe, group, applied.call)
-        return Drawn(images, applied.statistics(), applied.references)
+        return GroupResult(images, applied.statistics(), applied.references)
 
 
 class Baseline(Method):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied
+from experiments.methods.method import MethodContext
 from experiments.methods.negtome import NegToMe
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
@@ -101,6 +101,6 @@ class Naive(NegToMe):
         return {**super().settings(), "transcription": "naive"}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with attach(pipe, self.config.published_for(find_architecture(pipe).name.lower())):
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -9,7 +9,7 @@ import torch
 
 from eval.images import load_picture
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.prompts import Group
 
 
@@ -47,14 +47,14 @@ class NegativePrompt(Method):
         }
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if "negative_prompt" not in inspect.signature(pipe).parameters:
             raise ValueError(
                 f"method={self.name} needs a pipeline that takes a negative prompt, which a {type(pipe).__name__} does "
                 "not: leave the method out, or choose another model"
             )
         found = self.retriever.find(pipe, group, call)
-        applied = Applied(dict(call), references={asset.label: score for asset, score in found})
+        applied = MethodContext(dict(call), references={asset.label: score for asset, score in found})
         if found:
             names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in found)
             applied.call["negative_prompt"] = ", ".join(filter(None, [call.get("negative_prompt"), *names]))
@@ -99,7 +99,7 @@ class NegativeIPAdapter(Method):
         return {"ip_adapter": self.weights, "scale": self.scale, "retriever": self.retriever.settings()}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if call.get("guidance_scale", 5.0) <= 1:
             raise ValueError(
                 f"method={self.name} needs guidance, got guidance_scale={call['guidance_scale']}: set "
@@ -108,7 +108,7 @@ class NegativeIPAdapter(Method):
         found = self.retriever.find(pipe, group, call)
         references = {asset.label: score for asset, score in found}
         if not found:
-            yield Applied(dict(call), references=references)
+            yield MethodContext(dict(call), references=references)
             return
         pipe.load_ip_adapter(**self.weights)
         try:
@@ -121,6 +121,6 @@ class NegativeIPAdapter(Method):
                     [pictures], None, pipe._execution_device, 1, do_classifier_free_guidance=True
                 )
             halves = [torch.cat(embedded.chunk(2)[::-1])]
-            yield Applied(dict(call) | {"ip_adapter_image_embeds": halves}, references=references)
+            yield MethodContext(dict(call) | {"ip_adapter_image_embeds": halves}, references=references)
         finally:
             pipe.unload_ip_adapter()

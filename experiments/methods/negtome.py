@@ -7,7 +7,7 @@ from typing import Any
 
 import negtome
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.prompts import Group
 from negtome.config import RELEASED_SIDE
 
@@ -40,9 +40,9 @@ class NegToMe(Method):
         return dataclasses.asdict(self.config.replace(min_side=side))
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with negtome.attach(pipe, self.config, group_size=group.size) as attached:
-            yield Applied(dict(call), attached.summary)
+            yield MethodContext(dict(call), attached.summary)
 
 
 class NegToMeFromAssets(NegToMe):
@@ -98,11 +98,11 @@ class NegToMeFromAssets(NegToMe):
         }
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         found = self.retriever.find(pipe, group, call)[: self.images]
         references = {asset.label: score for asset, score in found}
         if not found:
-            yield Applied(dict(call), references=references)
+            yield MethodContext(dict(call), references=references)
             return
         reference = negtome.Reference(
             [asset.image for asset, _ in found],
@@ -111,4 +111,4 @@ class NegToMeFromAssets(NegToMe):
             **self.reference,
         )
         with negtome.attach(pipe, self.config, references=reference) as attached:
-            yield Applied(dict(call), attached.summary, references)
+            yield MethodContext(dict(call), attached.summary, references)

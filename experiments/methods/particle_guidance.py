@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.validation import check_float
@@ -76,7 +76,7 @@ class ParticleGuidance(Method):
             raise ValueError(f"method.bandwidth must be one of {BANDWIDTHS}, got {self.bandwidth!r}")
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if group.size == 2 and self.bandwidth == "released":
             raise ValueError(
                 f"method={self.name} divides by log(n - 1) where bandwidth=released, which is 0 for a group of n = 2: "
@@ -94,4 +94,4 @@ class ParticleGuidance(Method):
         with contextlib.ExitStack() as stack:
             if group.size > 1 and self.coefficient:
                 stack.enter_context(predictions(pipe, repel))
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

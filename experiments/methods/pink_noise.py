@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import initial_noise
 from experiments.prompts import Group
 from negtome.validation import check_float
@@ -51,6 +51,6 @@ class PinkNoise(Method):
         self.exponent = check_float("method.exponent", self.exponent, -math.inf, math.inf)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with initial_noise(pipe, lambda noise: coloured(noise, self.exponent) if self.exponent else noise):
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting, generator_of
+from experiments.methods.method import Method, MethodContext, Setting, generator_of
 from experiments.prompts import Group
 from negtome.validation import check_float
 
@@ -77,7 +77,7 @@ class Rewriting(Method):
         ]
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         prompts = self.prompts(group)
         changes = {} if set(prompts) == {group.prompt} else {"prompt": prompts, "num_images_per_prompt": 1}
-        yield Applied({**call, **changes}, lambda: {"prompts": prompts})
+        yield MethodContext({**call, **changes}, lambda: {"prompts": prompts})

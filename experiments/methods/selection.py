@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.prompts import Group
 from negtome.validation import check_int
 
@@ -59,17 +59,17 @@ class Selection(Method):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "encoder": self.encoder.id}
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         if self.candidates < group.size:
             raise ValueError(
                 f"method={self.name} chooses the {group.size} images of a group among {self.candidates}: set "
                 "method.candidates to at least as many"
             )
         if group.size == 1 or self.candidates == group.size:  # there is nothing to choose
-            return super().draw(pipe, group, call)
+            return super().generate(pipe, group, call)
         seeds = dataclasses.replace(group, size=self.candidates).image_seeds()
         images, chosen = self.choose(pipe, group, call, seeds)
-        return Drawn(images, {"chosen": chosen}, seeds=[seeds[one] for one in chosen])
+        return GroupResult(images, {"chosen": chosen}, seeds=[seeds[one] for one in chosen])
 
     def choose(
         self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]

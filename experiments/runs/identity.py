@@ -27,6 +27,14 @@ from experiments.runs import checkpoints
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+#: Classes of methods that were renamed after tables were published, whose digests hash the earlier name.
+EARLIER_TARGETS = {
+    "experiments.methods.apg.APG": "experiments.methods.projected_guidance.ProjectedGuidance",
+    "experiments.methods.guidance.IntervalGuidance": "experiments.methods.guidance.LimitedInterval",
+    "experiments.methods.nag.NAG": "experiments.methods.attention_guidance.AttentionGuidance",
+    "experiments.methods.spell.SPELL": "experiments.methods.shield.Shield",
+    "experiments.methods.spell.SPELLFromAssets": "experiments.methods.shield.ShieldFromAssets",
+}
 
 
 def short_digest(value: Any) -> str:
@@ -44,12 +52,12 @@ def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
     """
     method = build(cfg.method) if method is None else method
     return {
-        **request_apart(cfg),
+        **request_without_method(cfg),
         "method": {"name": method.name, "settings": json.loads(canonical_json(method.settings()))},
     }
 
 
-def request_apart(cfg: DictConfig) -> dict[str, Any]:
+def request_without_method(cfg: DictConfig) -> dict[str, Any]:
     """Return what `request` does, the method apart; what means the same is spelled the same."""
     prompts: PromptSet = build(cfg.prompts)
     return {
@@ -71,7 +79,7 @@ def request_apart(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def made_by(method: Method, weights: str | None, device: str) -> dict[str, Any]:
+def provenance(method: Method, weights: str | None, device: str) -> dict[str, Any]:
     """Return what may change pixels beside the request: weights, machine, software and the method's version."""
     return {
         "weights": weights,
@@ -126,7 +134,7 @@ def config_digest(cfg: DictConfig) -> str:
             raise ValueError(f"method.{key} must be a finite number, got {value}")
     named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical_json(spelled, compact=True))]
     versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
-    return short_digest([request_apart(cfg), _by_content(spelled), versions])
+    return short_digest([request_without_method(cfg), _by_content(spelled), versions])
 
 
 def code_digest(asked: str, weights: str | None, metric_version: int) -> str:
@@ -138,7 +146,7 @@ def code_digest(asked: str, weights: str | None, metric_version: int) -> str:
 
 
 def _by_content(spec: Any) -> Any:
-    """Return a configuration with what its folders and files hold in the place of their names."""
+    """Return a configuration in which digests of content replace the names of folders and files."""
     if isinstance(spec, dict):
         return {key: _by_content(value) for key, value in spec.items()}
     if isinstance(spec, list):
@@ -148,4 +156,4 @@ def _by_content(spec: Any) -> Any:
         return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
     if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
         return remembered_hash(file)
-    return spec
+    return EARLIER_TARGETS.get(spec, spec) if isinstance(spec, str) else spec

@@ -30,7 +30,7 @@ from experiments.methods.method import Method
 from experiments.plan import RunSpec, plan_file
 from experiments.prompts import Group
 from experiments.runs import checkpoints
-from experiments.runs.identity import environment, made_by, request, short_digest
+from experiments.runs.identity import environment, provenance, request, short_digest
 from experiments.runs.locks import locked
 
 #: What was generated in a group's folder: the manifest's rows, or why there are none, and the log's numbers.
@@ -110,7 +110,7 @@ class Run:
             method: the configured method, if it is built already.
         """
         method = build(cfg.method) if method is None else method
-        identity = {"request": request(cfg, method), **made_by(method, weights, device)}
+        identity = {"request": request(cfg, method), **provenance(method, weights, device)}
         return cls(project_path(cfg.outputs) / RUNS / short_digest(identity)), identity
 
     def begin(self, identity: Mapping[str, Any], device: str) -> None:
@@ -216,7 +216,7 @@ class Run:
 
         Args:
             group, images: what was generated.
-            statistics, references, withheld, seeds: see `experiments.methods.method.Drawn`.
+            statistics, references, withheld, seeds: see `experiments.methods.method.GroupResult`.
         """
         folder = self.group_folder(group)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

@@ -33,12 +33,12 @@ from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of,
 from eval.resemblance import DetectionRate
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
-from experiments.generate import count_workers, ready, spread
+from experiments.generate import count_workers, load_pipeline_and_method, parallel_map
 from experiments.methods.method import Method
 from experiments.plan import expand
 from experiments.prompts import Group
 from experiments.runs import checkpoints
-from experiments.runs.identity import made_by, request_apart, short_digest
+from experiments.runs.identity import provenance, request_without_method, short_digest
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.judge import Compass, Judge
 from experiments.safety.search import (
@@ -147,9 +147,9 @@ def prepare(cfg: DictConfig, attacker: str) -> tuple[Task, list[str], dict[str, 
     settings = method.settings()
     identity = {
         "version": VERSION,
-        "model": request_apart(cfg)["model"],
+        "model": request_without_method(cfg)["model"],
         "method": {"name": method.name, "settings": settings},
-        **made_by(method, checkpoint.fingerprint, device),
+        **provenance(method, checkpoint.fingerprint, device),
         "attacker": attacker,
         "policy_sha256": policy.sha256,
         "guidance": compass.settings(),
@@ -225,13 +225,13 @@ def find(task: Task, asset: str) -> None:
     if finished(made, task.queries):
         return
     cfg, policy, compass, judge = _setting(task.config)
-    pipe, method, call = ready(task.model, task.method, task.checkpoint, task.device)
+    pipe, method, call = load_pipeline_and_method(task.model, task.method, task.checkpoint, task.device)
 
     def answer(prompt: str, number: int) -> tuple[str, np.ndarray | None]:
         if not usable(policy, prompt, cfg.redteam.exceptions):
             return "unusable", None
         # Of other noise each time, the same in every system.
-        drawn = method.draw(pipe, Group(f"redteam-{task.attacker}-{asset}", prompt, asset, number, 1), call)
+        drawn = method.generate(pipe, Group(f"redteam-{task.attacker}-{asset}", prompt, asset, number, 1), call)
         return (drawn.withheld.status, None) if drawn.withheld else ("shown", drawn.images)
 
     attacker = attacker_of(cfg, policy, task.attacker, asset)
@@ -349,7 +349,7 @@ def write_table(argv: Sequence[str]) -> str:
     ]
     log.info("%d of %d searches to make", len(todo), sum(len(assets) for _, _, assets, _ in prepared))
     workers = count_workers(cfg, prepared[0][1].device)
-    for _ in tqdm(spread(find, todo, workers), "red team", len(todo), unit="search", disable=not todo):
+    for _ in tqdm(parallel_map(find, todo, workers), "red team", len(todo), unit="search", disable=not todo):
         pass
     made = [{asset: read_search(task.folder / f"{asset}.jsonl") for asset in assets} for _, task, assets, _ in prepared]
     bases = {

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from eval.encoders import Encoder
 from eval.images import Withheld
-from experiments.methods.method import Drawn, Method
+from experiments.methods.method import GroupResult, Method
 
 #: What `Colours` knows by name.
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
@@ -104,8 +104,10 @@ class Withholding(Method):
     def settings(self):
         return {"withhold": self.withhold}
 
-    def draw(self, pipe, group, call):
+    def generate(self, pipe, group, call):
         status = next((status for pattern, status in self.withhold.items() if fnmatch(group.id, pattern)), None)
         if status is None:
-            return super().draw(pipe, group, call)
-        return Drawn(None, {"asked": 1}, withheld=Withheld(status, f"<{group.category}> is protected", ("C1", "C3")))
+            return super().generate(pipe, group, call)
+        return GroupResult(
+            None, {"asked": 1}, withheld=Withheld(status, f"<{group.category}> is protected", ("C1", "C3"))
+        )

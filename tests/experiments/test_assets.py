@@ -225,7 +225,7 @@ def test_the_preview_is_made_only_where_the_prompt_finds_nothing(folder):
     assert both.find(pipe, Group("p", "a thing", "red", 0, 2), {})[0][0].name == "green" and len(pipe.calls) == 1
 
 
-class Drawn(Colours):
+class GroupResult(Colours):
     """Texts as directions drawn by their hash: exchangeable, as ordinary prompts are thought to be."""
 
     def embed_texts(self, texts):
@@ -240,9 +240,9 @@ def test_the_automatic_threshold_keeps_its_promise_on_further_ordinary_prompts(f
     for draw in range(40):
         numbers = [str(1000 * draw + number) for number in range(39)]
         ordinary = PromptSet("o", "development", numbers, ["a"], [0], 2)
-        found = Retriever(folder, Drawn(), {"prompt": "auto"}, ordinary, 0.2)
+        found = Retriever(folder, GroupResult(), {"prompt": "auto"}, ordinary, 0.2)
         further = [f"a {10**6 + 100 * draw + number}" for number in range(100)]
-        nearest = (Drawn().embed_texts(further) @ found._index.T).amax(dim=1)
+        nearest = (GroupResult().embed_texts(further) @ found._index.T).amax(dim=1)
         rates.append((nearest > found.thresholds["prompt"]).double().mean().item())
     assert np.mean(rates) == pytest.approx(0.2, abs=4 * np.std(rates) / 40**0.5)
 
@@ -250,7 +250,7 @@ def test_the_automatic_threshold_keeps_its_promise_on_further_ordinary_prompts(f
 def test_the_automatic_threshold_needs_prompts_enough(folder):
     few = PromptSet("o", "development", ["1", "2"], ["a"], [0], 2)
     with pytest.raises(ValueError, match="at least 19 negatives"):
-        _ = Retriever(folder, Drawn(), {"prompt": "auto"}, few).thresholds
+        _ = Retriever(folder, GroupResult(), {"prompt": "auto"}, few).thresholds
     with pytest.raises(ValueError, match=r"retriever\.ordinary"):
         retriever(folder, "auto")
 
@@ -299,5 +299,5 @@ def test_settings_say_what_decides_the_choice(folder):
     assert "preview_steps" not in retriever(folder, preview_steps=3).settings()
     assert retriever(folder, 0.9, 0.5, preview_steps=3).settings()["preview_steps"] == 3
     numbers = PromptSet("o", "development", [str(number) for number in range(30)], ["a"], [0], 2)
-    automatic = Retriever(folder, Drawn(), {"prompt": "auto"}, numbers).settings()
+    automatic = Retriever(folder, GroupResult(), {"prompt": "auto"}, numbers).settings()
     assert automatic["thresholds"]["prompt"] == round(automatic["thresholds"]["prompt"], 4), "what it came out as"

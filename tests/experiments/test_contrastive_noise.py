@@ -68,7 +68,7 @@ def test_the_first_step_of_adam_goes_down_the_gradient_of_each_number(pipe, kind
         return found
 
     method._first = kept
-    method.draw(pipe, GROUP, CALLS[kind])
+    method.generate(pipe, GROUP, CALLS[kind])
     x = clean[0].requires_grad_()
     side = x.shape[2] // 4
     pooled = x.unflatten(3, (4, side)).unflatten(2, (4, side)).mean(dim=(3, 5))
@@ -83,25 +83,25 @@ def test_the_first_step_of_adam_goes_down_the_gradient_of_each_number(pipe, kind
 def test_every_step_costs_one_call_of_the_denoiser_and_starts_where_the_last_one_ended(pipe, kind):
     calls = []
     with denoiser_calls(pipe, lambda call, arguments: calls.append(call.timestep) or arguments):
-        drawn = ContrastiveNoise("m", inner_steps=3).draw(pipe, GROUP, CALLS[kind])
+        drawn = ContrastiveNoise("m", inner_steps=3).generate(pipe, GROUP, CALLS[kind])
     assert calls == [calls[0]] * 3 + [calls[0], calls[-1]] and len(drawn.statistics["losses"]) == 3
     assert drawn.statistics["losses"][2] != drawn.statistics["losses"][0]
 
 
 def test_it_changes_images_and_leaves_the_pipeline_as_it_was(pipe, kind):
-    stock, shape = Baseline().draw(pipe, GROUP, CALLS[kind]).images, shape_of(pipe)
-    made = ContrastiveNoise("m", learning_rate=0.1).draw(pipe, GROUP, CALLS[kind]).images
+    stock, shape = Baseline().generate(pipe, GROUP, CALLS[kind]).images, shape_of(pipe)
+    made = ContrastiveNoise("m", learning_rate=0.1).generate(pipe, GROUP, CALLS[kind]).images
     assert np.isfinite(made).all() and not np.allclose(made, stock, atol=1e-2)
     assert shape_of(pipe) == shape and not {"step", "prepare_latents"} & {*vars(pipe.scheduler), *vars(pipe)}
-    assert np.array_equal(Baseline().draw(pipe, GROUP, CALLS[kind]).images, stock)
+    assert np.array_equal(Baseline().generate(pipe, GROUP, CALLS[kind]).images, stock)
 
 
 @pytest.mark.parametrize("nothing", [{"inner_steps": 0}, {"learning_rate": 0}, {"size": 1}])
 def test_without_a_step_or_another_image_it_is_the_baseline_bit_for_bit(pipe, kind, nothing):
     group = Group("one", "a red thing", "red", 0, nothing.get("size", 2))
     method = ContrastiveNoise("m", **{key: value for key, value in nothing.items() if key != "size"})
-    stock = Baseline().draw(pipe, group, CALLS[kind])
-    assert np.array_equal(method.draw(pipe, group, CALLS[kind]).images, stock.images)
+    stock = Baseline().generate(pipe, group, CALLS[kind])
+    assert np.array_equal(method.generate(pipe, group, CALLS[kind]).images, stock.images)
 
 
 def test_bad_settings_are_refused_and_it_is_combined_with_nothing():

@@ -78,7 +78,7 @@ def test_on_a_pipeline_the_first_image_stays_and_equal_seeds_give_equal_images(c
     call = {"height": 32, "width": 32, "num_inference_steps": 2}
     call |= {"max_sequence_length": 16} if kind == "flux" else {}
     drawn = [
-        method.draw(pipe, Group("a", "a red thing", "red", 0, 2), call)
+        method.generate(pipe, Group("a", "a red thing", "red", 0, 2), call)
         for method in (
             NegToMe("n", **CONFIG), control("c", **CONFIG), control("c", **CONFIG), control("c", seed=1, **CONFIG),
         )

@@ -20,8 +20,8 @@ from stand_ins import save_ip_adapter
 
 from eval.clip import HFClip
 from experiments import PROJECT
+from experiments.methods.apg import APG
 from experiments.methods.assets import NamedAssets, Retriever
-from experiments.methods.attention_guidance import AttentionGuidance
 from experiments.methods.cads import CADS
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
@@ -30,17 +30,17 @@ from experiments.methods.controls import NoiseControl, RandomMatch
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
 from experiments.methods.guarded import Guarded
-from experiments.methods.guidance import LimitedInterval, LowerGuidance
+from experiments.methods.guidance import IntervalGuidance, LowerGuidance
 from experiments.methods.method import Baseline
+from experiments.methods.nag import NAG
 from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
-from experiments.methods.projected_guidance import ProjectedGuidance
 from experiments.methods.rewriting import Rewriting
 from experiments.methods.selection import BestOf
-from experiments.methods.shield import Shield, ShieldFromAssets
+from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
 from negtome.guard import Keyword
 
@@ -100,19 +100,19 @@ METHODS = {
     "noise_control": lambda: NoiseControl("m", **STRENGTH),
     "naive": lambda: Naive("m", **STRENGTH),
     "lower_guidance": lambda: LowerGuidance("m", scale=2.0),
-    "limited_interval": lambda: LimitedInterval("m", outside=2.0),
+    "limited_interval": lambda: IntervalGuidance("m", outside=2.0),
     "feature_guidance": lambda: FeatureGuidance("m", w=0.05, relative=True),
     "contextual_repulsion": lambda: ContextualRepulsion("m", eta=1.0, relative=True),
-    "nag": lambda: AttentionGuidance("m", retriever()),
+    "nag": lambda: NAG("m", retriever()),
     "particle_guidance": lambda: ParticleGuidance("m", coefficient=50),
-    "shield": lambda: Shield("m", radius=1.4),
-    "shield_reference": lambda: ShieldFromAssets("m", radius=1.4, retriever=retriever()),
+    "shield": lambda: SPELL("m", radius=1.4),
+    "shield_reference": lambda: SPELLFromAssets("m", radius=1.4, retriever=retriever()),
     "contrastive_noise": lambda: ContrastiveNoise("m", learning_rate=0.05),
     "best_of": lambda: BestOf("m", retriever().encoder, candidates=10),
     "group_inference": lambda: GroupInference("m", retriever().encoder, candidates=6),
     "cads": lambda: CADS("m"),
     "pink_noise": lambda: PinkNoise("m", 0.8),
-    "projected_guidance": lambda: ProjectedGuidance("m", norm_threshold=4.0),
+    "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "rewriting": lambda: Rewriting("m", {"panda": ["koala", "penguin", "red apple"]}),
 }  # fmt: skip
@@ -120,7 +120,7 @@ METHODS = {
 PEERS, PEER = [*METHODS][[*METHODS].index("lower_guidance") :], [pytest.mark.slow]
 #: Methods that are defined for one architecture.
 ALONE = {
-    NegativeIPAdapter: "mini-sdxl", ProjectedGuidance: "mini-sdxl",
+    NegativeIPAdapter: "mini-sdxl", APG: "mini-sdxl",
     FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux",
 }  # fmt: skip
 KEPT = {}
@@ -139,7 +139,7 @@ def picture(method):
     images = []
     for model in [ALONE[type(method)]] if type(method) in ALONE else CALLS:
         pipe = pipeline(model)
-        images += pipe.image_processor.numpy_to_pil(method.draw(pipe, GROUP, CALLS[model]).images)
+        images += pipe.image_processor.numpy_to_pil(method.generate(pipe, GROUP, CALLS[model]).images)
     return np.concatenate([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images], axis=1)
 
 

@@ -13,7 +13,7 @@ import negtome
 from eval.images import load_picture
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
-from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
+from experiments.methods.method import Baseline, GroupResult, Method, MethodContext, sample
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import Group
@@ -205,18 +205,18 @@ class BestOf(Method):
     def settings(self):
         return {"drafts": self.drafts}
 
-    def draw(self, pipe, group, call):
+    def generate(self, pipe, group, call):
         drafts = np.stack([
             sample(pipe, group, call, [seed + draft for seed in group.image_seeds()]) for draft in range(self.drafts)
         ])  # fmt: skip
         best = np.abs(drafts - drafts[0]).mean(axis=(2, 3, 4)).argmax(axis=0)
-        return Drawn(drafts[best, np.arange(group.size)], {"chosen": best.tolist()})
+        return GroupResult(drafts[best, np.arange(group.size)], {"chosen": best.tolist()})
 
 
 def test_a_method_may_call_the_pipeline_several_times_and_choose(pipe, kind):
     stock, _ = generate(pipe, Baseline(), NEAR, CALLS[kind])
     with untouched(pipe, CALLS[kind]):
-        one, best = (BestOf(drafts).draw(pipe, NEAR, CALLS[kind]) for drafts in (1, 4))
+        one, best = (BestOf(drafts).generate(pipe, NEAR, CALLS[kind]) for drafts in (1, 4))
     assert np.array_equal((255 * one.images).round().astype(np.uint8), stock), "the first draft is the baseline's"
     assert best.images.shape == one.images.shape == (2, *stock.shape[1:])
     assert min(best.statistics["chosen"]) > 0 and best.references is None
@@ -230,7 +230,7 @@ def test_a_method_may_call_the_pipeline_several_times_and_choose(pipe, kind):
 def test_a_method_of_one_call_draws_what_it_makes_of_that(pipe, kind):
     method = NegToMe("negtome", **STRENGTH)
     images, applied = generate(pipe, method, NEAR, CALLS[kind])
-    drawn = method.draw(pipe, NEAR, CALLS[kind])
+    drawn = method.generate(pipe, NEAR, CALLS[kind])
     assert np.array_equal((255 * drawn.images).round().astype(np.uint8), images)
     assert drawn.statistics == applied.statistics() and drawn.references is None
 
@@ -243,7 +243,7 @@ class Spy(Baseline):
     @contextlib.contextmanager
     def apply(self, pipe, group, call):
         self.seen = dict(call)
-        yield Applied(dict(call))
+        yield MethodContext(dict(call))
 
 
 def test_combined_methods_look_for_assets_as_they_do_alone(tiny_sdxl, retriever):

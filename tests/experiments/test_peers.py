@@ -12,19 +12,19 @@ import torch
 from stand_ins import Finds
 from test_methods import CALLS, STRENGTH, shape_of
 
-from experiments.methods.attention_guidance import AttentionGuidance
+from experiments.methods.apg import APG
 from experiments.methods.cads import CADS
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.feature_guidance import FeatureGuidance
-from experiments.methods.guidance import LimitedInterval, LowerGuidance
+from experiments.methods.guidance import IntervalGuidance, LowerGuidance
 from experiments.methods.method import Baseline
+from experiments.methods.nag import NAG
 from experiments.methods.negtome import NegToMe
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
-from experiments.methods.projected_guidance import ProjectedGuidance
 from experiments.methods.rewriting import Rewriting
-from experiments.methods.shield import Shield
+from experiments.methods.spell import SPELL
 from experiments.prompts import Group
 
 REWRITES = {"red": ["scarlet", "crimson", "ruby"], "blue": ["azure", "navy"]}
@@ -53,18 +53,18 @@ class Case(NamedTuple):
 JOINT_ALONE = {"sdxl": "defined for the joint blocks of Flux's transformer, got StableDiffusionXLPipeline"}
 CASES = {
     "lower guidance": Case(LowerGuidance, {"scale": 1.5}, {"scale": None}),
-    "limited interval": Case(LimitedInterval, {"sigma_range": (0.5, 1.0)}, {"sigma_range": (0, None)}),
+    "limited interval": Case(IntervalGuidance, {"sigma_range": (0.5, 1.0)}, {"sigma_range": (0, None)}),
     "feature self-guidance": Case(FeatureGuidance, {"w": 0.2, "relative": True}, {"w": 0}, JOINT_ALONE, alone=False),
     "contextual repulsion": Case(
         ContextualRepulsion, {"eta": 5, "relative": True}, {"eta": 0}, JOINT_ALONE, alone=False
     ),
-    "attention guidance": Case(partial(AttentionGuidance, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
+    "attention guidance": Case(partial(NAG, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
     "particle guidance": Case(ParticleGuidance, {"coefficient": 20}, {"coefficient": 0}, alone=False),
-    "shield": Case(Shield, {"radius": 8}, {"radius": 0}, alone=False),
+    "shield": Case(SPELL, {"radius": 8}, {"radius": 0}, alone=False),
     "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
     "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
     "projected guidance": Case(
-        ProjectedGuidance,
+        APG,
         {"norm_threshold": 1},
         {"eta": 1, "norm_threshold": None, "momentum": 0},
         refused={"flux": r"got a FluxPipeline: leave it out"},
@@ -135,8 +135,8 @@ def test_an_image_alone_has_no_group(case, pipe, kind):
 @pytest.mark.parametrize("name", ["CADS", "limited interval", "pink noise"])
 def test_beside_negtome_the_first_image_is_as_without_and_the_other_is_pushed(name, pipe, kind):
     alone = CASES[name].make("m", **CASES[name].strong)
-    drawn = alone.draw(pipe, GROUP, CALLS[kind]).images
-    both = Combined("both", {"a": alone, "b": NegToMe("b", **STRENGTH)}).draw(pipe, GROUP, CALLS[kind])
+    drawn = alone.generate(pipe, GROUP, CALLS[kind]).images
+    both = Combined("both", {"a": alone, "b": NegToMe("b", **STRENGTH)}).generate(pipe, GROUP, CALLS[kind])
     assert both.statistics["tokens_pushed"] > 0
     assert np.allclose(both.images[0], drawn[0], atol=2e-3) and not np.allclose(both.images[1], drawn[1], atol=2e-3)
 

@@ -104,9 +104,9 @@ def make(request):
 
 def test_the_chosen_images_are_those_of_their_noises(make, pipe, kind):
     call = CALLS[kind] | {"num_inference_steps": 3}
-    Baseline().draw(pipe, GROUP, call)  # a pipeline keeps its call's options
+    Baseline().generate(pipe, GROUP, call)  # a pipeline keeps its call's options
     shape = shape_of(pipe), sorted(vars(pipe.vae))
-    drawn = make(5).draw(pipe, GROUP, call)
+    drawn = make(5).generate(pipe, GROUP, call)
     chosen, seeds = drawn.statistics["chosen"], list(drawn.seeds)
     assert len(set(chosen)) == 2 and seeds == [FIVE.image_seeds()[one] for one in chosen]
     assert FIVE.image_seeds()[:2] == GROUP.image_seeds()
@@ -117,25 +117,25 @@ def test_the_chosen_images_are_those_of_their_noises(make, pipe, kind):
 
 
 def test_no_more_candidates_than_images_are_the_baseline_bit_for_bit(make, pipe, kind):
-    stock = Baseline().draw(pipe, GROUP, CALLS[kind]).images
-    assert np.array_equal(make(2).draw(pipe, GROUP, CALLS[kind]).images, stock)
+    stock = Baseline().generate(pipe, GROUP, CALLS[kind]).images
+    assert np.array_equal(make(2).generate(pipe, GROUP, CALLS[kind]).images, stock)
 
 
 def test_an_image_alone_has_no_group(make, pipe, kind):
     alone = Group("one", "a red thing", "red", 0, 1)
-    stock = Baseline().draw(pipe, alone, CALLS[kind])
-    assert np.array_equal(make(4).draw(pipe, alone, CALLS[kind]).images, stock.images)
+    stock = Baseline().generate(pipe, alone, CALLS[kind])
+    assert np.array_equal(make(4).generate(pipe, alone, CALLS[kind]).images, stock.images)
 
 
 def test_the_best_of_several_are_the_farthest_of_all(pipe, kind):
-    drawn = BestOf("m", Corners(), 5).draw(pipe, GROUP, CALLS[kind])
+    drawn = BestOf("m", Corners(), 5).generate(pipe, GROUP, CALLS[kind])
     everything = np.concatenate([sample(pipe, FIVE, CALLS[kind], [seed]) for seed in FIVE.image_seeds()])
     pixels = [torch.from_numpy((255 * image).round().astype(np.uint8)).permute(2, 0, 1) for image in everything]
     cosines = torch.nn.functional.cosine_similarity(
         Corners().embed_images(pixels)[:1], Corners().embed_images(pixels), dim=1
     )
     assert drawn.statistics["chosen"] == [0, int(cosines.argmin())]
-    assert np.array_equal(drawn.images[0], Baseline().draw(pipe, GROUP, CALLS[kind]).images[0])
+    assert np.array_equal(drawn.images[0], Baseline().generate(pipe, GROUP, CALLS[kind]).images[0])
 
 
 def test_what_is_left_out_is_denoised_no_further(pipe, kind):
@@ -149,13 +149,13 @@ def test_what_is_left_out_is_denoised_no_further(pipe, kind):
         return forward(**arguments)
 
     denoiser.forward = counted
-    GroupInference("m", Corners(), 6).draw(pipe, GROUP, CALLS[kind] | {"num_inference_steps": 4})
+    GroupInference("m", Corners(), 6).generate(pipe, GROUP, CALLS[kind] | {"num_inference_steps": 4})
     assert rows == [6, 3, 2, 2]
 
 
 def test_the_score_of_the_text_decides_where_distances_weigh_nothing(pipe, kind):
     method = GroupInference("m", Corners(), 5, distance_weight=0, scorer=Ranked())
-    assert method.draw(pipe, GROUP, CALLS[kind]).statistics["chosen"] == [3, 4]
+    assert method.generate(pipe, GROUP, CALLS[kind]).statistics["chosen"] == [3, 4]
 
 
 def test_previews_are_decoded_as_the_pipeline_decodes(pipe, kind):
@@ -172,9 +172,9 @@ def test_previews_are_decoded_as_the_pipeline_decodes(pipe, kind):
 
 def test_bad_settings_are_refused(tiny_sdxl):
     with pytest.raises(ValueError, match=r"chooses the 2 images of a group among 1: set method.candidates"):
-        BestOf("m", Corners(), 1).draw(tiny_sdxl, GROUP, CALLS["sdxl"])
+        BestOf("m", Corners(), 1).generate(tiny_sdxl, GROUP, CALLS["sdxl"])
     with pytest.raises(ValueError, match=r"takes 4 steps to leave 2 of 20, got 2: keep"):
-        GroupInference("m", Corners(), 20).draw(tiny_sdxl, GROUP, CALLS["sdxl"])
+        GroupInference("m", Corners(), 20).generate(tiny_sdxl, GROUP, CALLS["sdxl"])
     for bad in ({"candidates": 0}, {"keep": 1}, {"distance_weight": -1}):
         with pytest.raises(ValueError, match=f"method.{next(iter(bad))} must be"):
             GroupInference("m", Corners(), **bad)

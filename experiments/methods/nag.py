@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import denoiser_calls, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -20,7 +20,7 @@ NORMS = {"L1": 1, "L2": 2}
 
 
 @dataclass
-class AttentionGuidance(Method):
+class NAG(Method):
     """Normalised attention guidance, NAG (Chen et al., arXiv 2505.21179), away from the nearest protected asset's name.
 
     What an attention's image tokens get from the prompt, Z+, is extrapolated away from what they get from the negative
@@ -84,7 +84,7 @@ class AttentionGuidance(Method):
         return torch.lerp(wanted, apart, self.alpha).to(positive.dtype)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         architecture = find_architecture(pipe)
         if architecture.name not in ("Flux", "SDXL", "SD1.5"):
             raise ValueError(
@@ -94,12 +94,12 @@ class AttentionGuidance(Method):
         found = self.retriever.find(pipe, group, call)
         references = {asset.label: score for asset, score in found}
         if not found or self.scale == 1 or not self.alpha:
-            yield Applied(dict(call), references=references)
+            yield MethodContext(dict(call), references=references)
             return
         names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in found)
         guided = _in_joint_attentions if architecture.name == "Flux" else _in_cross_attentions
         with guided(self, pipe, ", ".join(names), call):
-            yield Applied(dict(call), references=references)
+            yield MethodContext(dict(call), references=references)
 
     def is_active(self, denoiser: DenoiserCall) -> bool:
         return denoiser.timestep >= 1000 * (1 - self.end)
@@ -114,7 +114,7 @@ def _encoded(pipe: Any, prompt: str, **options: Any) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _in_joint_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
+def _in_joint_attentions(method: NAG, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
     """Guide Flux: a batch [with the prompt, with the negative one], as long as the step is one of those."""
     architecture = find_architecture(pipe)
     options = {key: call[key] for key in ("max_sequence_length",) if key in call}
@@ -166,7 +166,7 @@ def _in_joint_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call
 
 
 @contextlib.contextmanager
-def _in_cross_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
+def _in_cross_attentions(method: NAG, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
     """Guide a UNet: its cross-attentions get, behind the rows of the batch, the prompt's with the negative text."""
     architecture = find_architecture(pipe)
     text = _encoded(pipe, prompt, do_classifier_free_guidance=False)[architecture.prompts[0]]

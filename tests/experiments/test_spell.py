@@ -9,7 +9,7 @@ import torch
 from test_methods import CALLS, shape_of
 
 from experiments.methods.method import Baseline, sample
-from experiments.methods.shield import Shield, ShieldFromAssets, repellency
+from experiments.methods.spell import SPELL, SPELLFromAssets, repellency
 from experiments.methods.steps import predictions
 from experiments.prompts import Group
 
@@ -55,7 +55,7 @@ def seen(pipe, kind, method, group=GROUP):
 
 
 def test_of_a_group_the_others_are_shielded(pipe, kind):
-    steps, _ = seen(pipe, kind, Shield("m", radius=8.0, overcompensation=1.2))
+    steps, _ = seen(pipe, kind, SPELL("m", radius=8.0, overcompensation=1.2))
     for before, after in steps:
         radius = 8.0 * math.sqrt(before.shape[1])
         moved = [1.2 * naive(x, [z for k, z in enumerate(before) if k != i], radius) for i, x in enumerate(before)]
@@ -75,7 +75,7 @@ def finder():
 
 @pytest.mark.parametrize("images", [None, 1])
 def test_of_assets_their_encoded_pictures_are_shielded(pipe, kind, finder, images):
-    steps, applied = seen(pipe, kind, ShieldFromAssets("m", radius=8.0, retriever=finder, images=images))
+    steps, applied = seen(pipe, kind, SPELLFromAssets("m", radius=8.0, retriever=finder, images=images))
     assert applied.references == dict([("red/0.png", 0.9), ("red/1.png", 0.9)][:images])
     balls, config = [], pipe.vae.config
     for asset, _ in finder.find(pipe, GROUP, {})[:images]:
@@ -95,26 +95,28 @@ def test_of_assets_their_encoded_pictures_are_shielded(pipe, kind, finder, image
 
 def test_where_no_asset_is_near_or_the_radius_is_0_nothing_happens(pipe, kind, finder):
     far = Group("two", "a blue thing", "blue", 0, 2)
-    stock = Baseline().draw(pipe, far, CALLS[kind])
+    stock = Baseline().generate(pipe, far, CALLS[kind])
     shape = shape_of(pipe)
-    drawn = ShieldFromAssets("m", radius=8.0, retriever=finder).draw(pipe, far, CALLS[kind])
+    drawn = SPELLFromAssets("m", radius=8.0, retriever=finder).generate(pipe, far, CALLS[kind])
     assert np.array_equal(drawn.images, stock.images) and drawn.references == {}
-    near = ShieldFromAssets("m", radius=0, retriever=finder).draw(pipe, GROUP, CALLS[kind])
-    assert np.array_equal(near.images, Baseline().draw(pipe, GROUP, CALLS[kind]).images) and len(near.references) == 2
+    near = SPELLFromAssets("m", radius=0, retriever=finder).generate(pipe, GROUP, CALLS[kind])
+    assert (
+        np.array_equal(near.images, Baseline().generate(pipe, GROUP, CALLS[kind]).images) and len(near.references) == 2
+    )
     assert shape_of(pipe) == shape
 
 
 def test_an_image_alone_is_shielded_from_assets_too(pipe, kind, finder):
     alone = Group("one", "a red thing", "red", 0, 1)
-    drawn = ShieldFromAssets("m", radius=8.0, retriever=finder).draw(pipe, alone, CALLS[kind])
-    assert not np.array_equal(drawn.images, Baseline().draw(pipe, alone, CALLS[kind]).images)
+    drawn = SPELLFromAssets("m", radius=8.0, retriever=finder).generate(pipe, alone, CALLS[kind])
+    assert not np.array_equal(drawn.images, Baseline().generate(pipe, alone, CALLS[kind]).images)
 
 
 def test_settings_are_part_of_the_identity_and_bad_ones_are_refused(finder):
-    settings = ShieldFromAssets("m", radius=2, retriever=finder, images=1).settings()
+    settings = SPELLFromAssets("m", radius=2, retriever=finder, images=1).settings()
     assert settings == {
         "radius": 2.0, "overcompensation": 1.6, "images": 1, "reference": "assets", "retriever": {"assets": "red"},
     }  # fmt: skip
     for bad in ({"radius": -1}, {"overcompensation": "much"}, {"images": 0}):
         with pytest.raises(ValueError, match=f"method.{next(iter(bad))} must be"):
-            ShieldFromAssets("m", retriever=finder, **bad)
+            SPELLFromAssets("m", retriever=finder, **bad)

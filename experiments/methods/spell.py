@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.encoding import encode, scaled
@@ -35,7 +35,7 @@ def repellency(latents: torch.Tensor, shielded: torch.Tensor, radius: float) -> 
 
 
 @dataclass
-class Shield(Method):
+class SPELL(Method):
     """SPELL, sparse repellency, within a group (Kirchhof et al., arXiv 2410.06025).
 
     At every step the predicted clean latents gain overcompensation * `repellency` from those of the other images of
@@ -61,9 +61,9 @@ class Shield(Method):
             setattr(self, name, check_float(f"method.{name}", getattr(self, name), 0, math.inf))
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with self._shielding(pipe, group.size if group.size > 1 else 0):
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
 
     @contextlib.contextmanager
     def _shielding(self, pipe: Any, group_size: int, given: torch.Tensor | None = None) -> Iterator[None]:
@@ -82,20 +82,20 @@ class Shield(Method):
 
 
 @dataclass
-class ShieldFromAssets(Shield):
+class SPELLFromAssets(SPELL):
     """SPELL from the protected assets that the prompt comes nearest to; where none is near, nothing is done.
 
     An asset's pictures are scaled until they fit in, and their edges repeated around them; all of each counts.
 
     Attributes:
-        radius, overcompensation: as of `Shield`.
+        radius, overcompensation: as of `SPELL`.
         retriever: finds the assets.
         images: how many pictures of the asset are shielded, the nearest first; None for all.
     """
 
     title: ClassVar[str] = "shielded from the asset"
     columns: ClassVar[tuple[Setting, ...]] = (
-        *Shield.columns,
+        *SPELL.columns,
         Setting("images", ("pictures",), "pictures", number=True),
     )
 
@@ -111,11 +111,11 @@ class ShieldFromAssets(Shield):
         return {**super().settings(), "reference": "assets", "retriever": self.retriever.settings()}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         found = self.retriever.find(pipe, group, call)[: self.images]
         shielded = self._latents(pipe, [asset.image for asset, _ in found], call) if found else None
         with self._shielding(pipe, 1 if found else 0, shielded):
-            yield Applied(dict(call), references={asset.label: score for asset, score in found})
+            yield MethodContext(dict(call), references={asset.label: score for asset, score in found})
 
     def _latents(self, pipe: Any, pictures: list[torch.Tensor], call: Mapping[str, Any]) -> torch.Tensor:
         """Encode pictures at the size of a call, scaled and packed as its latents: float32 [1, R, N]."""

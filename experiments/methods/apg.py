@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.methods.steps import clean_of_call, denoiser_calls, levels
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -28,7 +28,7 @@ def projected(update: torch.Tensor, along: torch.Tensor, eta: float, norm_thresh
 
 
 @dataclass
-class ProjectedGuidance(Method):
+class APG(Method):
     """Adaptive projected guidance (Sadat et al., arXiv 2410.02416), of models that are guided in one batch.
 
     Of the predictions c with the prompt and u without it in step i,
@@ -81,7 +81,7 @@ class ProjectedGuidance(Method):
             raise ValueError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if find_architecture(pipe).guidance != "batch":
             raise ValueError(
                 f"method={self.name} is for models that are guided in one batch, as SDXL, got a {type(pipe).__name__}: "
@@ -120,4 +120,4 @@ class ProjectedGuidance(Method):
 
         plain = self.eta == 1 and self.norm_threshold is None and self.momentum == 0
         with contextlib.nullcontext() if plain else denoiser_calls(pipe, before, after):
-            yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+            yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})

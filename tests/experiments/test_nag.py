@@ -8,8 +8,8 @@ import torch
 from stand_ins import Finds
 from test_methods import CALLS
 
-from experiments.methods.attention_guidance import AttentionGuidance
 from experiments.methods.method import Baseline, sample
+from experiments.methods.nag import NAG
 from experiments.prompts import Group
 
 GROUP = Group("one", "a red thing", "red", 0, 2)
@@ -17,7 +17,7 @@ OPTIONS = {"scale": 4.0, "tau": 1.2, "alpha": 0.6}
 
 
 def method(name="a blue thing", **options):
-    return AttentionGuidance("m", Finds(name), **OPTIONS | options)
+    return NAG("m", Finds(name), **OPTIONS | options)
 
 
 def guided(positive, negative, norm="L2"):
@@ -152,8 +152,8 @@ def test_away_from_the_prompt_itself_there_is_nowhere_to_go(pipe, kind):
 
 
 def test_no_asset_no_change(pipe, kind):
-    made = method(None).draw(pipe, GROUP, CALLS[kind])
-    assert np.array_equal(made.images, Baseline().draw(pipe, GROUP, CALLS[kind]).images) and made.references == {}
+    made = method(None).generate(pipe, GROUP, CALLS[kind])
+    assert np.array_equal(made.images, Baseline().generate(pipe, GROUP, CALLS[kind]).images) and made.references == {}
 
 
 def test_it_ends_with_its_share_of_the_way(kind, into):
@@ -166,7 +166,7 @@ def test_it_ends_with_its_share_of_the_way(kind, into):
 
 
 def test_what_is_left_out_is_as_published():
-    settings = AttentionGuidance("m", Finds("a blue thing"), scale=None).settings()
+    settings = NAG("m", Finds("a blue thing"), scale=None).settings()
     assert (settings["scale"], settings["tau"], settings["alpha"], settings["end"]) == (5.0, 2.5, 0.25, 1.0)
     assert settings["retriever"] == {"finds": "a blue thing"}
 
