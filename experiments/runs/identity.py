@@ -152,7 +152,7 @@ def _by_content(spec: Any) -> Any:
     if isinstance(spec, list):
         return [_by_content(value) for value in spec]
     if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")  # cards
         return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
     if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
         return remembered_hash(file)
