@@ -153,7 +153,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
 def test_processes_are_given_all_runs_at_once_and_each_ends_with_its_last_group(tiny_overrides, tmp_path, monkeypatch):
     """A process that has no group of a run left goes on with the next run's."""
     asked = tiny_overrides("sweep", tmp_path, "method=none,negtome", "workers=2")
-    ids = [Run.start(cfg, find_checkpoint(cfg.model).fingerprint, "cpu").id for cfg in expand(asked)]
+    ids = [Run.plan(cfg, find_checkpoint(cfg.model).fingerprint, "cpu")[0].id for cfg in expand(asked)]
     seen, finish = [], Run.finish
 
     class Executor(Future):

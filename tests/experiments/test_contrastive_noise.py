@@ -39,10 +39,8 @@ def naive(latents, first, temperature, gamma, loss):
 
 @pytest.mark.parametrize("loss", ["paper", "released"])
 def test_the_loss_is_that_of_every_image_against_every_other(loss):
-    generator = torch.Generator().manual_seed(0)
-    latents, first = torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
-    expected = naive(latents, first, 0.3, 0.8, loss)
-    assert torch.allclose(contrast(latents, first, 0.3, 0.8, loss), expected, rtol=1e-9)
+    latents, first = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(contrast(latents, first, 0.3, 0.8, loss), naive(latents, first, 0.3, 0.8, loss), rtol=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["paper", "released"])
@@ -104,10 +102,6 @@ def test_without_a_step_or_another_image_it_is_the_baseline_bit_for_bit(pipe, ki
     assert np.array_equal(method.generate(pipe, group, CALLS[kind]).images, stock.images)
 
 
-def test_bad_settings_are_refused_and_it_is_combined_with_nothing():
-    numbers = {"inner_steps": -1, "learning_rate": -1, "temperature": 0, "gamma": 0, "window": 0}
-    for bad in (*({name: value} for name, value in numbers.items()), {"loss": "nce"}):
-        with pytest.raises(ValueError, match=f"method.{next(iter(bad))} must be"):
-            ContrastiveNoise("m", **bad)
+def test_it_cannot_be_combined():
     with pytest.raises(ValueError, match=r"which draw by themselves"):
         Combined("m", {"one": ContrastiveNoise("c")})

@@ -94,8 +94,3 @@ def test_on_a_pipeline_the_first_image_stays_and_equal_seeds_give_equal_images(c
 def test_a_control_is_another_method_than_negtome_and_than_the_other():
     settings = [method("m", **CONFIG).settings() for method in (NegToMe, RandomMatch, NoiseControl)]
     assert [one["matching"] for one in settings] == ["paper", "random", "noise"]
-
-
-def test_references_without_a_control_are_refused():
-    with pytest.raises(ValueError, match="reference"):
-        NoiseControl("c", reference="others")

@@ -20,7 +20,7 @@ from plans import plan_of
 
 from experiments import PROJECT, select_device
 from experiments.configs import build
-from experiments.generate import Job, Task, _generate_groups, generate
+from experiments.generate import RunJob, RunTask, _generate_groups, generate
 from experiments.runs import checkpoints
 from experiments.runs.locks import locked
 from experiments.runs.store import LOCKS, Run
@@ -86,7 +86,7 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
     plan = plan_of(asked)
     cfg = plan.cfg
-    run = Run.start(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
+    run, _ = Run.plan(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
 
     def groups():
         return list((tmp_path / "outputs").rglob("[0-9]*/group.json"))
@@ -139,7 +139,7 @@ def test_a_process_is_lost(made, ends, monkeypatch):
 
     monkeypatch.setattr("experiments.generate._executor", functools.cache(lambda _: Pool()))
     monkeypatch.setattr("experiments.generate.as_completed", iter)
-    job = Job(None, Task("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
+    job = RunJob(None, RunTask("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
     with contextlib.nullcontext() if ends else pytest.raises(RuntimeError, match="workers=1"):
         assert list(_generate_groups([job])) == ["run"] * 3
 

@@ -99,7 +99,8 @@ def test_what_a_killed_process_left_of_a_group_is_swept_once_all_are_there(half)
     cfg, folder = half
     left = next(folder.glob("images/*")) / ".000000.abc"
     left.mkdir()
-    Run.start(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, "cpu")
+    run, identity = Run.plan(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, "cpu")
+    run.begin(identity, "cpu")
     assert left.exists(), "it may be another process's"
     generate(plan_from(cfg))
     assert not left.exists()

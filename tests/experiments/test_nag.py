@@ -171,7 +171,7 @@ def test_what_is_left_out_is_as_published():
     assert settings["retriever"] == {"finds": "a blue thing"}
 
 
-def test_other_architectures_and_settings_are_refused(tiny_flux):
+def test_another_architecture_is_refused():
     from diffusers import StableDiffusion3Pipeline
 
     class SD3Transformer2DModel(torch.nn.Module):
@@ -182,7 +182,3 @@ def test_other_architectures_and_settings_are_refused(tiny_flux):
     applied = method().apply(pipe, GROUP, {})
     with pytest.raises(ValueError, match=r"defined for Flux, SDXL and .*, got StableDiffusion3Pipeline"), applied:
         pass
-    for setting, said in (({"norm": "L3"}, "method.norm must be one of"), ({"scale": 0}, "method.scale must be"),
-                          ({"alpha": 2}, "method.alpha must be"), ({"end": 0}, "method.end must be")):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
-            method(**setting)

@@ -52,11 +52,11 @@ def test_images_that_are_not_finite_are_never_saved(kind, component, asked, weig
 
 
 def test_half_precision_is_named_where_it_may_be_the_cause(tiny_sdxl):
-    from experiments.generate import _pictures
+    from experiments.generate import _to_pil
 
     model = OmegaConf.create({"name": "sdxl", "dtype": "float16"})
     with pytest.raises(ValueError, match=r"overflows in float16: give model\.dtype=float32"):
-        _pictures(tiny_sdxl, torch.full((1, 8, 8, 3), float("nan")).numpy(), model)
+        _to_pil(tiny_sdxl, torch.full((1, 8, 8, 3), float("nan")).numpy(), model)
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,6 @@ def test_what_cannot_be_rewritten_says_which_category():
         method.prompts(group(category="green"))
     with pytest.raises(ValueError, match="does not name 'red'"):
         method.prompts(group(prompt="a hundred things"))
-    with pytest.raises(ValueError, match=r"method\.share"):
-        Rewriting("m", PHRASES, 2)
-    with pytest.raises(ValueError, match=r"method\.rewrites must be lists of phrases by category, got 'mini'"):
-        Rewriting("m", "mini")
-    for phrases in ([], ["a", "a"], "a"):
-        with pytest.raises(ValueError, match=r"method\.rewrites\.red must be a list of distinct phrases"):
-            Rewriting("m", {"red": phrases})
 
 
 def test_the_phrases_are_part_of_the_identity():
