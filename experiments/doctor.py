@@ -198,7 +198,8 @@ def main(argv: list[str]) -> int | None:
     fetch = "--fetch" in argv
     names = [argument for argument in argv if argument not in ("--details", "--fetch")]
     overrides = [argument for argument in names if "=" in argument]
-    if fetch or len(overrides) > 1 or any(override.startswith("experiment=") for override in overrides):
+    is_option = len(overrides) <= 1 and all(text.startswith(("model=", "scorer=", "metric=")) for text in overrides)
+    if fetch or not is_option:
         start_log()
         return diagnose(names, fetch)
     if len(names) > 1 or any(name.startswith("-") for name in names):

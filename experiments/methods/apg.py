@@ -1,4 +1,4 @@
-"""Guidance without its part along the prediction, which saturates: images that differ more at the same scale."""
+"""Adaptive projected guidance: guidance without its part along the prediction, which saturates images."""
 
 import contextlib
 import math
@@ -29,27 +29,28 @@ def projected(update: torch.Tensor, along: torch.Tensor, eta: float, norm_thresh
 
 @dataclass
 class APG(Method):
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416), of models that are guided in one batch.
+    """Adaptive projected guidance, APG (Sadat et al., arXiv 2410.02416), for models that are guided in one batch.
 
-    Of the predictions c with the prompt and u without it in step i,
+    With the predictions c with the prompt and u without it in step i,
 
         d_i = c - u + momentum d_(i-1)
         e = d_i min(1, norm_threshold / |d_i|),  e = e_parallel + e_orthogonal to c
         guided = c + (w - 1) (e_orthogonal + eta e_parallel)
 
-    where norm and projection are over all of an image's latents. The predictions are those of clean latents: what the
-    paper's formulas have, and where its authors say that it works best. The guider of diffusers takes what the model
-    returns, noise or velocity, and begins from u: u + w (e_orthogonal + eta e_parallel), which is the same without
-    momentum, threshold and projection alone.
+    where norm and projection are over all latents of an image. The predictions are clean latents, as in the paper's
+    formulas; its authors say that they work best. The guider of diffusers uses the model's output instead, noise or
+    velocity, and begins from u: u + w (e_orthogonal + eta e_parallel). Both are equal only without momentum, threshold
+    and projection.
 
     Attributes:
-        eta: share of the parallel part that is kept, at least 0; published: 0. With 1, and neither threshold nor
-            momentum, it is plain guidance, and the model is left alone.
-        norm_threshold: r, above 0, in latents as the denoiser's: it grows with the root of their number; None for none.
-            Published: 15 for SDXL, whose images of 1024 x 1024 pixels have 65536; 7.5 for Stable Diffusion 2.1.
+        eta: the share of the parallel part that is kept, at least 0; published: 0. With 1, and neither threshold nor
+            momentum, it is ordinary guidance, and the model is unchanged.
+        norm_threshold: r, above 0, in units of the denoiser's latents; None for no threshold. It grows with the root of
+            their number. Published: 15 for SDXL, whose images of 1024 x 1024 pixels have 65536; 7.5 for Stable
+            Diffusion 2.1.
         momentum: beta, between -1 and 1; published: -0.5 for SDXL, -0.75 for others.
         scale: w, at least 1, which is no guidance; None: the model's. Published: 15 for SDXL.
-        variant: "paper" (default), or "diffusers", as said above.
+        variant: "paper" (default), or "diffusers", as above.
     """
 
     title: ClassVar[str] = "adaptive projected guidance"
@@ -93,24 +94,24 @@ class APG(Method):
                 "leave that out of model.call"
             )
         levels(pipe.scheduler)  # before anything is generated
-        given: dict[str, Any] = {}  # to the denoiser, in the running call
-        schedule, update = None, None  # of the running call of the pipeline: its timesteps, and d so far
+        inputs: dict[str, Any] = {}  # of the denoiser, in the running step
+        schedule, update = None, None  # timesteps and d of the pipeline's running call
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
-            nonlocal given
-            given = arguments
+            nonlocal inputs
+            inputs = arguments
             return arguments
 
         def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
             nonlocal schedule, update
             if denoiser.halves != 2:
                 return output
-            if pipe.scheduler.timesteps is not schedule:  # which every call of the pipeline makes anew
+            if pipe.scheduler.timesteps is not schedule:  # a new tensor in every call of the pipeline
                 schedule, update = pipe.scheduler.timesteps, None
             without, prompted = output.float().chunk(2)
             along, slope = prompted, 1.0
             if self.variant == "paper":
-                clean, slope = clean_of_call(pipe, denoiser, given, output)
+                clean, slope = clean_of_call(pipe, denoiser, inputs, output)
                 along = clean[denoiser.images :]
             update = (prompted - without) / slope + (0 if update is None else self.momentum * update)
             step = slope * projected(update, along, self.eta, self.norm_threshold)
@@ -118,6 +119,6 @@ class APG(Method):
             guided = prompted + (w - 1) * step if self.variant == "paper" else without + w * step
             return torch.cat([guided, guided]).to(output.dtype)  # g + w (g - g) is g
 
-        plain = self.eta == 1 and self.norm_threshold is None and self.momentum == 0
-        with contextlib.nullcontext() if plain else denoiser_calls(pipe, before, after):
+        is_off = self.eta == 1 and self.norm_threshold is None and self.momentum == 0
+        with contextlib.nullcontext() if is_off else denoiser_calls(pipe, before, after):
             yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})

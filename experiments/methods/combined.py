@@ -11,14 +11,14 @@ from experiments.prompts import Group
 class Combined(Method):
     """Several methods at once, the first outermost.
 
-    Each looks for assets as it does alone: in a preview of the model's own call, not of what the methods before it make
-    of that. Those that touch the pipeline itself therefore come last.
+    Each looks for protected concepts as it does alone: in a preview of the model's own call, without the changes of the
+    methods before it. Methods that change the pipeline itself therefore come last.
 
     Args:
         methods: by name; at most one of them may attach NegToMe, and no two may change the same argument of the call.
 
     Raises:
-        ValueError: one of them makes its images otherwise than by one call.
+        ValueError: one of them overrides `generate`.
     """
 
     title = "several methods"
@@ -27,8 +27,8 @@ class Combined(Method):
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
         super().__init__(name)
         self.methods = list(methods.values())
-        if alone := [method.name for method in self.methods if type(method).generate is not Method.generate]:
-            raise ValueError(f"method={name} combines methods of one call, got {alone}, which draw by themselves")
+        if others := [method.name for method in self.methods if type(method).generate is not Method.generate]:
+            raise ValueError(f"method={name} combines methods of one call, got {others}, which make several")
         self.version += sum(method.version for method in self.methods)  # rises with any of them
 
     def settings(self) -> dict[str, Any]:

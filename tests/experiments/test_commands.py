@@ -75,6 +75,8 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
         (["generate", "model=mini-sdxl", "workers=0"], ["workers must be auto", "got 0"]),
+        (["doctor", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
+        (["generate", "experiment=safety", "guard=chat"], ["guard.model has no value: give guard.model=VALUE"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now", "here"], ["one name", "now here"]),
     ],

@@ -103,5 +103,5 @@ def test_without_a_step_or_another_image_it_is_the_baseline_bit_for_bit(pipe, ki
 
 
 def test_it_cannot_be_combined():
-    with pytest.raises(ValueError, match=r"which draw by themselves"):
+    with pytest.raises(ValueError, match=r"which make several"):
         Combined("m", {"one": ContrastiveNoise("c")})

@@ -41,7 +41,7 @@ def test_every_missing_file_is_named(tiny_checkpoint, tmp_path, model):
     folder = shutil.copytree(tiny_checkpoint("sdxl"), tmp_path / "copy")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "tokenizer_2" / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="model.source=/path/to/folder") as error:
+    with pytest.raises(FileNotFoundError, match=r"model\.source=/path/to/folder") as error:
         checkpoints.find_checkpoint(model("sdxl", source=folder))
     missing = re.findall(r"^  missing: (\S+)", str(error.value), re.MULTILINE)
     assert missing == ["tokenizer_2/tokenizer_config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
@@ -149,7 +149,7 @@ def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint, model):
 
 
 def test_a_mistyped_folder_is_named(model):
-    with pytest.raises(FileNotFoundError, match=r"^no folder .*models/nope: "):
+    with pytest.raises(FileNotFoundError, match=r"^no folder models/nope: "):
         checkpoints.find_checkpoint(model("sdxl", source="models/nope"))
 
 

@@ -106,7 +106,10 @@ def test_kinds_of_prompts_can_be_chosen():
         ({"characters": {}}, "at least one prompt of the chosen kinds, got none"),
         ({"characters": {"Robot": {"direct": ["a Robot"]}}, "kinds": ["benign"]}, "at least one prompt of the chosen"),
         ({"characters": {"Robot": {"Direct": ["a Robot"]}}}, r"must be among .*got \['Direct'\]"),
-        ({"characters": {"Robot": {"indirect": ["the small robot"]}}}, r"must not contain the name, got \['the small r"),
+        (
+            {"characters": {"Robot": {"indirect": ["the small robot"]}}},
+            r"not contain the name, got \['the small r",
+        ),
         ({"characters": {"Robot": {"direct": ["a Robot", "a robot!"]}}}, r"twice: \['direct-a-robot'\]"),
         (
             {"characters": {name: {"benign": ["a bear"]} for name in ("Panda", "Robot")}},
