@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import clean_of_call, denoiser_calls, levels
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -53,15 +54,9 @@ class APG(Method):
         variant: "paper" (default), or "diffusers", as above.
     """
 
-    title: ClassVar[str] = "adaptive projected guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("eta", number=True),
-        Setting("norm_threshold", number=True),
-        Setting("momentum", number=True),
-        Setting("scale", number=True),
-        Setting("variant"),
-    )
-    version: ClassVar[int] = 1
+    title = "adaptive projected guidance"
+    columns = (*numbers("eta", "norm_threshold", "momentum", "scale"), Setting("variant"))
+    version = 1
 
     name: str
     eta: float = 0.0

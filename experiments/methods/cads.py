@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, Setting, generator_of
+from experiments.methods.method import Method, MethodContext, generator_of
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall, with_value
@@ -71,16 +72,9 @@ class CADS(Method):
         halves: which halves of a guided batch are noised: "conditional" (default), or "both", with different noise.
     """
 
-    title: ClassVar[str] = "CADS"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("noise_scale", number=True),
-        Setting("tau1", number=True),
-        Setting("tau2", number=True),
-        Setting("mixing", number=True),
-        Setting("rescale"),
-        Setting("halves"),
-    )
-    version: ClassVar[int] = 1
+    title = "CADS"
+    columns = (*numbers("noise_scale", "tau1", "tau2", "mixing"), Setting("rescale"), Setting("halves"))
+    version = 1
 
     name: str
     noise_scale: float = 0.25

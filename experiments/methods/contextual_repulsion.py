@@ -4,12 +4,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -44,9 +45,9 @@ class ContextualRepulsion(Method):
         first_steps: the number of denoising steps that are changed, at least 1; published 1 (tau).
     """
 
-    title: ClassVar[str] = "contextual repulsion"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("eta", number=True), Setting("first_steps", number=True))
-    version: ClassVar[int] = 1
+    title = "contextual repulsion"
+    columns = numbers("eta", "first_steps")
+    version = 1
 
     name: str
     eta: float = 1e8

@@ -4,12 +4,13 @@ import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
-from experiments.methods.method import GroupResult, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, sample
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import Prediction, initial_noise, predictions, unpacked
 from experiments.prompts import Group
 from negtome.validation import check_float, check_int
@@ -67,13 +68,9 @@ class ContrastiveNoise(Method):
         loss: as of `contrast`.
     """
 
-    title: ClassVar[str] = "contrastive noise"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("inner_steps", number=True),
-        Setting("learning_rate", number=True),
-        Setting("loss"),
-    )
-    version: ClassVar[int] = 1
+    title = "contrastive noise"
+    columns = (*numbers("inner_steps", "learning_rate"), Setting("loss"))
+    version = 1
 
     name: str
     inner_steps: int = 3

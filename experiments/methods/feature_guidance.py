@@ -4,12 +4,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -40,9 +41,9 @@ class FeatureGuidance(Method):
         timestep_range: (low, high) in training timesteps, 1000 = pure noise; published (800, 1000).
     """
 
-    title: ClassVar[str] = "feature self-guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("w", number=True), Setting("mix", number=True))
-    version: ClassVar[int] = 1
+    title = "feature self-guidance"
+    columns = numbers("w", "mix")
+    version = 1
 
     name: str
     w: float = 0.5

@@ -4,14 +4,15 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import Setting, sample
+from experiments.methods.method import sample
 from experiments.methods.selection import Selection, distances, embedded
+from experiments.methods.setting import numbers
 from experiments.methods.steps import (
     Prediction,
     decoded,
@@ -99,9 +100,9 @@ class GroupInference(Selection):
         scorer: an encoder of texts and images, whose cosine is an image's score; None: all scores are 0.
     """
 
-    title: ClassVar[str] = "group inference"
-    columns: ClassVar[tuple[Setting, ...]] = (*Selection.columns, Setting("keep", number=True))
-    version: ClassVar[int] = 1
+    title = "group inference"
+    columns = (*Selection.columns, *numbers("keep"))
+    version = 1
 
     keep: float = 0.5
     distance_weight: float = 1.5

@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import denoiser_calls, levels, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -33,9 +34,9 @@ class LowerGuidance(Method):
         scale: w in uncond + w (cond - uncond), at least 1, which is no guidance; None: the model's.
     """
 
-    title: ClassVar[str] = "lower guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("scale", number=True),)
-    version: ClassVar[int] = 1
+    title = "lower guidance"
+    columns = numbers("scale")
+    version = 1
 
     name: str
     scale: float | None = None
@@ -63,12 +64,9 @@ class IntervalGuidance(Method):
         outside: the distilled scale outside, at least 1, which has almost no effect.
     """
 
-    title: ClassVar[str] = "limited interval"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("sigma_range", ("sigma_low", "sigma_high"), "sigma", number=True),
-        Setting("scale", number=True),
-    )
-    version: ClassVar[int] = 1
+    title = "limited interval"
+    columns = (Setting("sigma_range", ("sigma_low", "sigma_high"), "sigma", number=True), *numbers("scale"))
+    version = 1
 
     name: str
     sigma_range: tuple[float, float | None] = (0.28, 5.42)

@@ -4,12 +4,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import denoiser_calls, some_rows
 from experiments.prompts import Group
 from negtome.calls import DenoiserCall
@@ -47,9 +48,9 @@ class NAG(Method):
         prompt: with {} for the concept's name.
     """
 
-    title: ClassVar[str] = "normalised attention guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("scale", number=True), Setting("end", number=True))
-    version: ClassVar[int] = 1
+    title = "normalised attention guidance"
+    columns = numbers("scale", "end")
+    version = 1
 
     name: str
     retriever: Retriever

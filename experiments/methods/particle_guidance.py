@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.validation import check_float
@@ -58,9 +59,9 @@ class ParticleGuidance(Method):
             begin without any signal, have an infinite sigma at first; nothing is published for them.
     """
 
-    title: ClassVar[str] = "particle guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("coefficient", number=True), Setting("bandwidth"))
-    version: ClassVar[int] = 1
+    title = "particle guidance"
+    columns = (*numbers("coefficient"), Setting("bandwidth"))
+    version = 1
 
     name: str
     coefficient: float = 30.0

@@ -4,11 +4,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import initial_noise
 from experiments.prompts import Group
 from negtome.validation import check_float
@@ -40,9 +41,9 @@ class PinkNoise(Method):
             negative one prefers high frequencies.
     """
 
-    title: ClassVar[str] = "pink noise"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("exponent", number=True),)
-    version: ClassVar[int] = 1
+    title = "pink noise"
+    columns = numbers("exponent")
+    version = 1
 
     name: str
     exponent: float = 0.2

@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, Setting, generator_of
+from experiments.methods.method import Method, MethodContext, generator_of
+from experiments.methods.setting import numbers
 from experiments.prompts import Group
 from negtome.validation import check_float
 
@@ -31,9 +32,9 @@ class Rewriting(Method):
             1 the first image keeps the group's prompt.
     """
 
-    title: ClassVar[str] = "prompt rewriting"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("share", number=True),)
-    version: ClassVar[int] = 1
+    title = "prompt rewriting"
+    columns = numbers("share")
+    version = 1
 
     name: str
     rewrites: Mapping[str, Sequence[str]]

@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import GroupResult, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, sample
+from experiments.methods.setting import numbers
 from experiments.prompts import Group
 from negtome.validation import check_int
 
@@ -47,7 +48,7 @@ class Selection(Method):
         candidates: their number, at least the images of a group.
     """
 
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("candidates", number=True),)
+    columns = numbers("candidates")
 
     name: str
     encoder: Encoder
@@ -86,8 +87,8 @@ class BestOf(Selection):
     so that the group's own images are the baseline's, and no more memory is needed.
     """
 
-    title: ClassVar[str] = "best of several"
-    version: ClassVar[int] = 1
+    title = "best of several"
+    version = 1
 
     def choose(
         self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]

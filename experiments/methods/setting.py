@@ -40,3 +40,8 @@ class Setting:
         if any(value is None or value != value for value in values):
             return ""
         return " to ".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+
+
+def numbers(*names: str) -> tuple[Setting, ...]:
+    """Return settings whose columns hold only numbers."""
+    return tuple(Setting(name, number=True) for name in names)

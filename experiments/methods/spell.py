@@ -4,12 +4,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Method, MethodContext, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.encoding import encode, scaled
@@ -48,9 +49,9 @@ class SPELL(Method):
         overcompensation: lambda, at least 0: 1.6 in the paper.
     """
 
-    title: ClassVar[str] = "shielded diffusion"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("radius", number=True),)
-    version: ClassVar[int] = 1
+    title = "shielded diffusion"
+    columns = numbers("radius")
+    version = 1
 
     name: str
     radius: float = 1.0
@@ -93,8 +94,8 @@ class SPELLFromAssets(SPELL):
         images: the number of reference images to use, the nearest first; None for all.
     """
 
-    title: ClassVar[str] = "shielded from the asset"
-    columns: ClassVar[tuple[Setting, ...]] = (
+    title = "shielded from the asset"
+    columns = (
         *SPELL.columns,
         Setting("images", ("pictures",), "pictures", number=True),
     )

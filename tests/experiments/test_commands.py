@@ -75,6 +75,8 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
         (["generate", "model=mini-sdxl", "workers=0"], ["workers must be auto", "got 0"]),
+        (["evaluate", "model=sdxl", "model.scorer.weights=/x"], ["did you mean model.scorer.weights_dir?"]),
+        (["generate", "model=mini-sdxl", "method=negtome", "scorer@method.encodr=sscd"], ["encodr"]),
         (["doctor", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
         (["generate", "experiment=safety", "guard=chat"], ["guard.model has no value: give guard.model=VALUE"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
