@@ -1,4 +1,4 @@
-"""What every method makes of one prompt on the mini models, beside what it made when its version was declared.
+"""Every method's images of one prompt on the mini models, compared with those of its declared version.
 
     python tests/experiments/test_golden.py
 
@@ -70,7 +70,7 @@ def negative_ip_adapter():
 
 
 def guarded():
-    """One that steers, among the slow tests by its place."""
+    """A guarded method that steers."""
     policy = Path(tempfile.mkdtemp()) / "policy.yaml"
     clause = "{id: C1, asset: panda, description: black and white, action: steer}"
     policy.write_text(f"version: 1\nclauses:\n  - {clause}\n")
@@ -83,7 +83,7 @@ METHODS = {
     "none": Baseline,
     "negtome": lambda: NegToMe("m", **STRENGTH),
     "negtome_released": lambda: NegToMe("m", **STRENGTH, matching="released", cross_attention=True),
-    # weaker than the rest: at 0.9 near ties go one way or the other with the CPU, and its images with them
+    # weaker than the rest: at 0.9 the CPU decides near ties, and so the images
     "negtome_others": lambda: NegToMe("m", **STRENGTH | {"alpha": 0.3}, reference="others"),
     "negtome_reference": lambda: NegToMeFromAssets("m", retriever(), **STRENGTH),
     "negtome_reference_released": lambda: NegToMeFromAssets(
@@ -116,8 +116,8 @@ METHODS = {
     "guarded": guarded,
     "rewriting": lambda: Rewriting("m", {"panda": ["koala", "penguin", "red apple"]}),
 }  # fmt: skip
-#: Those of `make peers` are among the slow tests; what the main results are made by is not.
-PEERS, PEER = [*METHODS][[*METHODS].index("lower_guidance") :], [pytest.mark.slow]
+#: The methods of `make peers` are slow tests; those of the main results are not.
+NAMES, PEERS = [*METHODS][:12], [*METHODS][12:]
 #: Methods that are defined for one architecture.
 ALONE = {
     NegativeIPAdapter: "mini-sdxl", APG: "mini-sdxl",
@@ -151,13 +151,15 @@ def file_of(name, method):
     return GOLDEN / f"{name}-{method.version}.png"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=PEER * (name in PEERS)) for name in METHODS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in PEERS else []) for name in METHODS]
+)
 def test_a_version_makes_the_images_that_it_made_before(name):
     method = METHODS[name]()
     file = file_of(name, method)
     assert file.exists(), f"expected {file.name} of the version that {name} declares: python {Path(__file__).name}"
-    found = difference(picture(method), np.asarray(Image.open(file).convert("RGB")))
-    assert found < TOLERANCE, f"{name} makes other images than in {file.name}: raise its version, and write that anew"
+    change = difference(picture(method), np.asarray(Image.open(file).convert("RGB")))
+    assert change < TOLERANCE, f"{name} makes other images than in {file.name}: raise its version, and write that anew"
 
 
 def test_every_class_that_is_configured_has_a_picture_and_no_picture_is_of_an_earlier_version():
@@ -169,8 +171,8 @@ def test_every_class_that_is_configured_has_a_picture_and_no_picture_is_of_an_ea
     assert {path.name for path in GOLDEN.iterdir()} == {file_of(*pair).name for pair in methods.items()}
 
 
-def test_a_change_of_pixels_is_found():
-    """Methods differ by more than rounding may, as do strengths by a tenth; the naive transcription does not."""
+def test_a_change_of_pixels_is_detected():
+    """Methods differ by more than rounding, as do strengths by a tenth; the naive transcription does not."""
     pictures = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in GOLDEN.glob("*.png")}
     for name, one in pictures.items():
         for other, two in pictures.items():
