@@ -151,9 +151,7 @@ def file_of(name, method):
     return GOLDEN / f"{name}-{method.version}.png"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in PEERS else []) for name in METHODS]
-)
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in PEERS)])
 def test_a_version_makes_the_images_that_it_made_before(name):
     method = METHODS[name]()
     file = file_of(name, method)
