@@ -1,4 +1,4 @@
-"""What stands in for networks, folders and methods: an encoder of colours, a retriever, random weights, refusals."""
+"""Stand-ins for networks, folders and methods: an encoder of colours, a retriever, random weights, refusals."""
 
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from eval.encoders import Encoder
 from eval.images import Withheld
 from experiments.methods.method import GroupResult, Method
 
-#: What `Colours` knows by name.
+#: The colours that `Colours` knows by name.
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
 
 
@@ -33,7 +33,7 @@ class Colours(Encoder):
 
 
 class Finds:
-    """A retriever that finds one asset, whatever is asked for; or, of no name, none."""
+    """A retriever that finds one concept for every prompt; without a name, none."""
 
     def __init__(self, name):
         self.name = name
@@ -94,7 +94,7 @@ def save_ip_adapter(folder, unet, plus=False):
 
 
 class Withholding(Method):
-    """The stock pipeline, but for the groups whose ids fit a pattern, which end without images."""
+    """The stock pipeline; groups whose ids fit a pattern end without images."""
 
     title, version = "withholding", 1
 

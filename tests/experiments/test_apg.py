@@ -1,4 +1,4 @@
-"""Projected guidance beside diffusers' own, an implementation of another hand, and what a pipeline makes of it."""
+"""APG compared with the independent implementation in diffusers, and on a pipeline."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Contrastive noise optimisation: the loss, and the noise that a pipeline then begins from."""
+"""Contrastive noise optimisation: the loss, and the resulting initial noise of a pipeline."""
 
 import math
 

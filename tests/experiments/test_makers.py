@@ -13,7 +13,7 @@ from experiments.generate import generate, generate_jobs, prepare_job
 from experiments.methods.negtome import NegToMe
 from experiments.plan import expand
 from experiments.runs import checkpoints
-from experiments.runs.identity import request, short_digest
+from experiments.runs.identity import config_digest, request, short_digest
 from experiments.runs.store import Run
 
 
@@ -135,3 +135,17 @@ def test_numbers_that_mean_the_same_make_the_same_images(finished, tmp_path):
     other.model.call.guidance_scale, other.model.call.height, other.model.dtype = 5, 32.0, "float"
     (folder,) = generate(plan_from(other))
     assert pngs(folder) == pngs(before.folder) and folder.name == before.id
+
+
+def test_a_digest_is_of_the_content_of_folders_without_their_cards(with_model, tmp_path):
+    def digest():
+        cfg = OmegaConf.create(OmegaConf.to_container(with_model("mini-sdxl"), resolve=True))
+        cfg.method.folder = str(tmp_path)
+        return config_digest(cfg)
+
+    (tmp_path / "weights.bin").write_bytes(b"1")
+    before = digest()
+    (tmp_path / "README.md").write_text("a card")
+    assert digest() == before
+    (tmp_path / "weights.bin").write_bytes(b"2")
+    assert digest() != before

@@ -1,4 +1,4 @@
-"""Rewritten prompts: which, for which images, and that nothing else of a run knows of them."""
+"""Rewritten prompts: the phrases, the images that get them, and that the rest of a run does not depend on them."""
 
 import numpy as np
 import pytest

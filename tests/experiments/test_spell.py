@@ -1,4 +1,4 @@
-"""Shielded diffusion: balls around the others of a group, and around given pictures."""
+"""SPELL: balls around the other images of a group, and around reference images."""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ GROUP = Group("one", "a red thing", "red", 0, 3)
 
 
 def naive(x, shielded, radius):
-    """What one latent [N] gains from every z of a list, ball by ball."""
+    """Return the push on one latent [N] from every z of a list, ball by ball."""
     moved = torch.zeros_like(x)
     for z in shielded:
         apart = math.dist(x.tolist(), z.tolist())
@@ -29,11 +29,11 @@ def naive(x, shielded, radius):
 def test_the_repellency_is_the_sum_over_the_balls():
     groups = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for shielded in (groups, groups[:1, :2] + 1):
-        found = repellency(groups, shielded, 3.5)
-        for group, balls, rows in zip(groups, shielded.expand(2, -1, -1), found, strict=True):
+        pushes = repellency(groups, shielded, 3.5)
+        for group, balls, rows in zip(groups, shielded.expand(2, -1, -1), pushes, strict=True):
             expected = torch.stack([naive(x, balls, 3.5) for x in group])
             assert torch.allclose(rows, expected, rtol=1e-9)
-        assert found.any() and not repellency(groups, shielded, 0.1).any()
+        assert pushes.any() and not repellency(groups, shielded, 0.1).any()
 
 
 def test_what_is_in_one_ball_alone_is_put_onto_its_surface():
@@ -65,11 +65,11 @@ def test_of_a_group_the_others_are_shielded(pipe, kind):
 
 @pytest.fixture
 def finder():
-    """What stands for a retriever: two pictures for a prompt of red things, of another size than what is generated."""
+    """A stand-in for a retriever: two images for a prompt of red things, of another size than the generated ones."""
     pixels = np.random.default_rng(0).integers(0, 255, (2, 3, 16, 32), dtype=np.uint8)
-    found = [(SimpleNamespace(image=torch.from_numpy(p), label=f"red/{i}.png"), 0.9) for i, p in enumerate(pixels)]
+    assets = [(SimpleNamespace(image=torch.from_numpy(p), label=f"red/{i}.png"), 0.9) for i, p in enumerate(pixels)]
     return SimpleNamespace(
-        find=lambda pipe, group, call: found if "red" in group.prompt else [], settings=lambda: {"assets": "red"}
+        find=lambda pipe, group, call: assets if "red" in group.prompt else [], settings=lambda: {"assets": "red"}
     )
 
 
@@ -79,10 +79,10 @@ def test_of_assets_their_encoded_pictures_are_shielded(pipe, kind, finder, image
     assert applied.references == dict([("red/0.png", 0.9), ("red/1.png", 0.9)][:images])
     balls, config = [], pipe.vae.config
     for asset, _ in finder.find(pipe, GROUP, {})[:images]:
-        # Half as high as wide: it fits in as it is, and the first and last rows are repeated above and below.
-        whole = torch.cat([asset.image[:, :1].repeat(1, 8, 1), asset.image, asset.image[:, -1:].repeat(1, 8, 1)], dim=1)
+        # Half as high as wide: it fits unscaled, and the first and last rows are repeated above and below.
+        padded = torch.nn.functional.pad(asset.image[None].float(), (0, 0, 8, 8), mode="replicate")
         with torch.no_grad():
-            latent = pipe.vae.encode(whole[None] / 127.5 - 1).latent_dist.mode()
+            latent = pipe.vae.encode(padded / 127.5 - 1).latent_dist.mode()
         latent = (latent - (config.shift_factor or 0)) * config.scaling_factor
         packed = pipe._pack_latents(latent, *latent.shape) if kind == "flux" else latent
         balls.append(packed.flatten())
