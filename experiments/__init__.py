@@ -1,6 +1,6 @@
-"""The acts of the benchmark: generate, evaluate, tabulate, plot.
+"""The stages of the benchmark: generate, evaluate, tabulate, plot.
 
-The only package that imports Hydra, pandas or matplotlib.
+No other package imports Hydra, pandas or matplotlib.
 """
 
 import logging
@@ -23,24 +23,24 @@ OmegaConf.register_new_resolver("project", lambda path: str(project_path(path)),
 
 
 def select_device(name: str) -> str:
-    """Return the torch device that `device=NAME` means; auto is CUDA where there is one, else the CPU.
+    """Return the torch device of `device=NAME`: auto is CUDA if available, otherwise the CPU.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not available.
     """
     import torch  # not with the package: a command's help must not wait for it
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there = [kind for kind in available if available[kind]]
+    has_device = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [kind for kind in has_device if has_device[kind]]
     if name == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if str(name).split(":")[0] not in there:
-        raise ValueError(f"device={name} is not available here: expected auto or one of {there}")
+        return "cuda" if has_device["cuda"] else "cpu"
+    if str(name).split(":")[0] not in available:
+        raise ValueError(f"device={name} is not available here: expected auto or one of {available}")
     return name
 
 
 def start_log() -> None:
-    """Print what this project logs, and of other packages the warnings alone: they log every request and every font."""
+    """Print the log of this project, and only the warnings of other packages, which log every request and font."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger().setLevel(logging.WARNING)
     for package in ("experiments", "eval"):
@@ -48,7 +48,7 @@ def start_log() -> None:
 
 
 def synchronize(device: str) -> None:
-    """Wait until a torch device has done what it was given; a CPU has."""
+    """Wait until a torch device has finished its work; a CPU always has."""
     import torch
 
     if device.startswith("cuda"):
@@ -62,7 +62,7 @@ def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
     return (strengths.get(_root_.model.name) or {}).get(setting)
 
 
-# `${strength:alpha}` in conf/method/: what its `about.strengths` have for the model; null where they have nothing.
+# `${strength:alpha}` in conf/method/: the model's value in `about.strengths`, or null.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 
@@ -77,12 +77,12 @@ def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
     return choices[about["blocks"]]
 
 
-# `${blocks:}` in conf/method/: the chosen of `about.choices`; of every architecture the library's own are one: release.
+# `${blocks:}` in conf/method/: the choice of `about.choices` that `about.blocks` names; "release" is the library's own.
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 
 def chosen_file(results: str | Path) -> Path:
-    """Return the file of the values that `experiments.rank` chose: by model and method."""
+    """Return the file of the values that `experiments.rank` chose for each model and method."""
     return project_path(results) / "peers_grid_chosen.yaml"
 
 
@@ -91,5 +91,5 @@ def _peers(model: str) -> str:
     return ",".join(file.stem for file in files if OmegaConf.select(OmegaConf.load(file), f"about.knob.values.{model}"))
 
 
-# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a knob for a model, as the choices of a sweep.
+# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a hyperparameter for a model, as choices of a sweep.
 OmegaConf.register_new_resolver("peers", _peers, replace=True)

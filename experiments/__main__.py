@@ -4,7 +4,7 @@
     python -m experiments generate --help       what a command does, with examples
 
 Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows where it was raised. Ctrl-C ends a command with
-130, and a second one at once: what is complete is on disk, and the same command goes on from there.
+exit code 130, and a second Ctrl-C ends it at once. Completed groups are on disk: the same command goes on from there.
 """
 
 import ast
@@ -42,7 +42,7 @@ COMMANDS = {
 
 
 def describe(command: str) -> str:
-    """Return a command's docstring, which is its help, without importing what it needs."""
+    """Return a command's docstring, which is its help, without importing the module."""
     return ast.get_docstring(ast.parse(_file(command).read_text())) or ""
 
 
@@ -52,14 +52,7 @@ def _file(command: str) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command.
-
-    Args:
-        argv: its name and its arguments.
-
-    Returns:
-        The exit code: 0, what the command returns, or 2 for input that it cannot use.
-    """
+    """Run a command, given its name and its arguments, and return the exit code: 2 for input that it cannot use."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         for command in COMMANDS:
@@ -82,12 +75,14 @@ def main(argv: Sequence[str]) -> int:
         os._exit(130)  # not waiting for other processes: they end with this one, and leave whole files only
     except Exception as error:
         from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-        # What is raised of input, files and machines, and not of a mistake in the code.
+        # Errors of input, files and machines; any other one is a mistake in the code.
         of_input = ValueError, OSError, RuntimeError, ImportError, HydraException, OmegaConfBaseException
         if os.environ.get("NEGTOME_TRACEBACK") or not isinstance(error, of_input):
             raise
+        if isinstance(error, MissingMandatoryValue):
+            return _refuse(command, f"{error.full_key} has no value: give {error.full_key}=VALUE")
         return _refuse(command, str(error))
 
 

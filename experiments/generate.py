@@ -1,12 +1,12 @@
-"""Act 1: a configuration becomes a run folder of images.
+"""Stage 1: generate the images of an experiment, a folder for each run.
 
     python -m experiments generate experiment=diversity
     python -m experiments generate model=mini-sdxl method=negtome method.alpha=0.3,0.9
 
-The run without a method that the others are compared with is made beside them, whether it is named or not.
+The baseline of each run is generated too, whether you name it or not.
 
-Interrupt it at will: the same command goes on where it stopped, and does nothing where everything is there. Call it as
-often as you like at the same time, on one machine or on several with a shared disk: no group is generated twice.
+You may interrupt the command at any time: the same command goes on where it stopped, and does nothing when everything
+is there. Several commands may run at once, also on several machines with a shared disk: no group is generated twice.
 
     python -m experiments generate -m experiment=sweep launcher=joblib
     python -m experiments generate -m experiment=sweep launcher=slurm
@@ -59,8 +59,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
-    """All that generating a group of a run needs, model and method as YAML: who generates composes nothing."""
+class RunTask:
+    """Everything that a process needs to generate a group of a run; model and method are YAML, already composed."""
 
     run: Run
     checkpoint: checkpoints.Checkpoint
@@ -72,29 +72,25 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run, its identity, what this process has to generate of it, and in how many processes."""
+class RunJob:
+    """A run, its identity, all of its groups, those that are missing, and the number of processes to generate them."""
 
     spec: RunSpec
-    task: Task
+    task: RunTask
     identity: dict[str, Any]
     groups: list[Group]
     missing: list[Group]
     workers: int
 
-    def begin(self) -> None:
-        """Make the run's folder."""
-        self.task.run.begin(self.identity, self.task.device)
 
-
-def prepare_job(spec: RunSpec, checkpoint: checkpoints.Checkpoint, method: Method | None = None) -> Job:
-    """Look what is missing of a run; nothing is written.
+def prepare_job(spec: RunSpec, checkpoint: checkpoints.Checkpoint, method: Method | None = None) -> RunJob:
+    """Find the missing groups of a run, without writing anything.
 
     Args:
-        method: the configured one, if it is built already.
+        method: the configured method, if it is built already.
 
     Raises:
-        FileNotFoundError: something that the method needs is not there.
+        FileNotFoundError: the method lacks a file.
         ValueError: a setting is out of range.
     """
     cfg = spec.cfg
@@ -104,85 +100,80 @@ def prepare_job(spec: RunSpec, checkpoint: checkpoints.Checkpoint, method: Metho
     groups: list[Group] = build(cfg.prompts).groups()
     run, identity = Run.plan(cfg, checkpoint.fingerprint, device, method)
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
-    if faults := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
-        log.warning("%s: %d groups are made again, the first since %s", spec.label, len(faults), faults[0])
+    if damaged := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
+        log.warning("%s: %d groups are made again, the first since %s", spec.label, len(damaged), damaged[0])
     texts = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
-    task = Task(run, checkpoint, device, *texts, cfg.compile, cfg.offload)
-    return Job(spec, task, identity, groups, [*missing], workers)
+    task = RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload)
+    return RunJob(spec, task, identity, groups, [*missing], workers)
 
 
-def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
-    """Look what is missing of all runs, and find all that would stop them or their scoring.
+def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[RunJob], list[Fault]]:
+    """Find the missing groups of all runs, and every fault that would stop them or their scoring.
 
     Nothing is written or fetched.
 
     Args:
-        tables: whether tables are to be made, which need the primary metrics.
+        tables: whether tables will be made, which need the primary metrics.
         disk: whether the images go to a disk of this machine.
     """
-    jobs: list[Job] = []
-    faults: dict[str, Fault] = {}
+    jobs: list[RunJob] = []
+    faults: list[Fault] = []
     n_images: Counter[tuple[int, int]] = Counter()
     configs = [spec.cfg for spec in plan.runs]
     for cfg in configs:
-        select_device(cfg.device)  # which all else asks for
+        select_device(cfg.device)  # everything else depends on it
     for spec in plan.runs:
-        cfg = spec.cfg
-        job, some = _examine_run(spec, configs)
-        faults |= {fault.problem: fault for fault in some}
+        job, faults_of_run = _examine_run(spec, configs)
+        faults += faults_of_run
         if job is not None:
             jobs.append(job)
-        with contextlib.suppress(ValueError):  # of the prompts, which is among the faults
-            groups = build(cfg.prompts).groups() if job is None else job.missing
-            size = tuple(cfg.model.call.get(side) or 1024 for side in ("height", "width"))
+        with contextlib.suppress(ValueError):  # invalid prompts are among the faults
+            groups = build(spec.cfg.prompts).groups() if job is None else job.missing
+            size = tuple(spec.cfg.model.call.get(side) or 1024 for side in ("height", "width"))
             n_images[size] += sum(group.size for group in groups)
     if disk:
-        faults |= {fault.problem: fault for fault in preflight.of_disk(n_images, project_path(configs[0].outputs))}
-    return jobs, [*faults.values(), *preflight.of_scoring(configs, tables)]
+        faults += preflight.of_disk(n_images, project_path(configs[0].outputs))
+    distinct = {fault.problem: fault for fault in faults}
+    return jobs, [*distinct.values(), *preflight.of_scoring(configs, tables)]
 
 
-def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[Job | None, list[Fault]]:
-    """Look what is missing of a run if it can be generated, and return what is wrong with it."""
-    cfg, faults = spec.cfg, []
+def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[RunJob | None, list[Fault]]:
+    """Return the job of a run, or None if the run cannot be generated; and the faults of the run."""
+    cfg, faults, checkpoint = spec.cfg, [], None
+    without_method = _others(cfg, configs, "method")
     try:
         checkpoint = checkpoints.find_checkpoint(cfg.model, fetch=False)
     except FileNotFoundError as error:
-        fetch = (
-            functools.partial(checkpoints.find_checkpoint, cfg.model) if checkpoints.is_repository(cfg.model) else None
-        )
+        is_repository = checkpoints.is_repository(cfg.model)
+        fetch = functools.partial(checkpoints.find_checkpoint, cfg.model) if is_repository else None
         faults.append(Fault(str(error), f"model={cfg.model.name}", without=_others(cfg, configs, "model"), fetch=fetch))
-        checkpoint = None
     except ValueError as error:
         return None, [Fault(str(error))]
-    leave_out = _others(cfg, configs, "method")
     try:
         method = build(cfg.method)
         if missing := preflight.of_method(method):
-            return None, [*faults, *(replace(fault, without=leave_out) for fault in missing)]
+            return None, [*faults, *(replace(fault, without=without_method) for fault in missing)]
         if checkpoint is None:
             request(cfg, method)
             return None, faults
         job = prepare_job(spec, checkpoint, method)
     except (FileNotFoundError, ValueError) as error:
-        return None, [*faults, Fault(str(error), without=leave_out)]
+        return None, [*faults, Fault(str(error), without=without_method)]
     if job.missing:
         settings = job.identity["request"]["method"]["settings"]
-        steps = preflight.of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings)
-        faults = [replace(fault, without=leave_out) for fault in steps]
+        of_steps = preflight.of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings)
+        faults = [replace(fault, without=without_method) for fault in of_steps]
     return job, faults
 
 
 def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:
-    """Return the override by which a run's model or method is left out of several."""
-    others = dict.fromkeys(one[group].name for one in configs if one[group].name != cfg[group].name)
+    """Return the override that leaves a run's model or method out of several."""
+    others = dict.fromkeys(other[group].name for other in configs if other[group].name != cfg[group].name)
     return f"{group}={','.join(others)}" if others else ""
 
 
-def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[Job], list[Fault]]:
-    """Look what is missing of all runs, and return all that would stop them; arguments are those of `examine`.
-
-    Where nothing is wrong but that files are missing, they are fetched, all before the first image.
-    """
+def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[RunJob], list[Fault]]:
+    """Call `examine`; if missing files are the only faults, fetch them and examine again."""
     jobs, faults = examine(plan, tables, disk)
     if not faults or not all(fault.fetch for fault in faults):
         return jobs, faults
@@ -192,27 +183,27 @@ def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tu
 
 
 def fetch_all(faults: list[Fault]) -> list[Fault]:
-    """Fetch what can be fetched, and return what is still wrong."""
-    left = []
+    """Fetch everything that can be fetched, and return the faults that remain."""
+    remaining = []
     log.info("Fetching: %s", ", ".join(fault.name for fault in faults if fault.fetch))
     for fault in faults:
         try:
             if fault.fetch is None:
-                left.append(fault)
+                remaining.append(fault)
             else:
                 fault.fetch()
         except (OSError, ValueError) as error:
-            left.append(replace(fault, problem=str(error)))
-    return left
+            remaining.append(replace(fault, problem=str(error)))
+    return remaining
 
 
 def generate(plan: Plan) -> list[Path]:
-    """Generate what is missing of a plan's runs and return their folders; the plan is written, with their ids.
+    """Write the plan, generate the missing groups of its runs, and return the runs' folders.
 
     Raises:
-        FileNotFoundError: a checkpoint is not there and cannot be fetched.
+        FileNotFoundError: a checkpoint is missing and cannot be fetched.
         ValueError: a setting is out of range, or an image is not finite.
-        RuntimeError: NegToMe was attached and compared nothing; or processes were lost over and over.
+        RuntimeError: NegToMe was attached and compared nothing; or processes were killed repeatedly.
     """
     plan.write()
     jobs = [prepare_job(spec, checkpoints.find_checkpoint(spec.cfg.model)) for spec in plan.runs]
@@ -220,32 +211,32 @@ def generate(plan: Plan) -> list[Path]:
     return [job.task.run.folder for job in jobs]
 
 
-def generate_jobs(plan: Plan, jobs: list[Job]) -> None:
-    """Generate what is missing of runs, finishing each with its last group; see `generate`.
+def generate_jobs(plan: Plan, jobs: list[RunJob]) -> None:
+    """Generate the missing groups of runs, and complete each run after its last group; errors as of `generate`.
 
     Raises:
-        KeyboardInterrupt: saying what is kept.
+        KeyboardInterrupt: its message says which groups are kept.
     """
     for job in jobs:
-        job.begin()
-    runs = {job.task.run: job for job in jobs}  # one that is named twice is one
-    names = Plan([job.spec for job in runs.values()]).names()
+        job.task.run.begin(job.identity, job.task.device)
+    by_run = {job.task.run: job for job in jobs}  # a run that is named twice is generated once
+    names = Plan([job.spec for job in by_run.values()]).names()
     titles = {}
-    left = {run: len(job.missing) for run, job in runs.items()}
-    total = sum(left.values())
+    remaining = {run: len(job.missing) for run, job in by_run.items()}
+    total = sum(remaining.values())
     with logging_redirect_tqdm(), tqdm(total=total, unit="group", dynamic_ncols=True, disable=not total) as bar:
         try:
-            for number, (run, name) in enumerate(zip(runs, names, strict=True), 1):
-                titles[run] = f"run {number} of {len(runs)}: {name}"
-                there = f"{left[run]} of" if left[run] else "nothing to generate, there are all"
-                log.info("%s: %s %d groups: %s", name, there, len(runs[run].groups), run.folder)
-                if not left[run]:
+            for number, (run, name) in enumerate(zip(by_run, names, strict=True), 1):
+                titles[run] = f"run {number} of {len(by_run)}: {name}"
+                state = f"{remaining[run]} of" if remaining[run] else "nothing to generate, there are all"
+                log.info("%s: %s %d groups: %s", name, state, len(by_run[run].groups), run.folder)
+                if not remaining[run]:
                     _finish(plan, run, jobs)
-            for run in _generate_groups(list(runs.values())):
+            for run in _generate_groups(list(by_run.values())):
                 bar.set_description(titles[run])
                 bar.update()
-                left[run] -= 1
-                if not left[run]:
+                remaining[run] -= 1
+                if not remaining[run]:
                     _finish(plan, run, jobs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -254,26 +245,27 @@ def generate_jobs(plan: Plan, jobs: list[Job]) -> None:
             ) from None
 
 
-def _finish(plan: Plan, run: Run, jobs: list[Job]) -> None:
-    """Complete a run, and note its id in the plan."""
+def _finish(plan: Plan, run: Run, jobs: list[RunJob]) -> None:
+    """Complete a run, and write its id into the plan."""
     for job in jobs:
-        if job.task.run == run:
-            if not run.finish(job.groups):
-                raise RuntimeError(f"Groups vanished from {run.folder} meanwhile: run the same command again")
-            plan.complete(job.spec, run.id)
-            if withheld := read_withheld(run.folder):
-                text = "%s: %d of %d groups are withheld: %s"
-                log.info(text, job.spec.label, len(withheld), len(job.groups), count_withheld(withheld))
+        if job.task.run != run:
+            continue
+        if not run.finish(job.groups):
+            raise RuntimeError(f"Groups vanished from {run.folder} meanwhile: run the same command again")
+        plan.complete(job.spec, run.id)
+        if withheld := read_withheld(run.folder):
+            text = "%s: %d of %d groups are withheld: %s"
+            log.info(text, job.spec.label, len(withheld), len(job.groups), count_withheld(withheld))
 
 
 def count_workers(cfg: DictConfig, device: str) -> int:
-    """Return how many processes generate at the same time.
+    """Return the number of processes that generate at the same time.
 
-    `workers=auto` is one a core for the mini models on a CPU: their operations are too small to share one between
-    threads. Else it is one.
+    `workers=auto` means one process a core for the mini models on a CPU, whose operations are too small to be shared by
+    threads, and otherwise one process.
 
     Raises:
-        ValueError: not "auto" or a number of at least 1.
+        ValueError: `workers` is neither "auto" nor an integer of at least 1.
     """
     if cfg.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -283,46 +275,50 @@ def count_workers(cfg: DictConfig, device: str) -> int:
     return cfg.workers
 
 
-def _generate_groups(jobs: list[Job]) -> Iterator[Run]:
-    """See to it that the missing groups of all runs are there, yielding the run of each when it is on disk.
+def _generate_groups(jobs: list[RunJob]) -> Iterator[Run]:
+    """Generate the missing groups of all runs, and yield the run of each group when the group is on disk.
 
-    Those that another process is generating are left to it, and waited for at the end: should it die, they are free.
-    Where one of several processes that generate here is lost, new ones go on.
+    Groups that another process is generating come last: this process waits for them, and generates them itself if the
+    other one dies. When a process of this command is killed, new processes go on.
     """
     for workers in sorted({job.workers for job in jobs}, reverse=True):
-        left = {(job.task, group): job.task.run for job in jobs if job.workers == workers for group in job.missing}
-        wait, losses = False, 0  # in a row, without a group between them
-        while left:
-            before = len(left)
+        remaining = {(job.task, group): job.task.run for job in jobs if job.workers == workers for group in job.missing}
+        wait, losses = False, 0  # losses in a row, without a group between them
+        while remaining:
+            before = len(remaining)
             try:
-                for done in _generate_each(list(left), wait, workers):
-                    yield left.pop(done)
+                for finished in _generate_each(list(remaining), wait, workers):
+                    yield remaining.pop(finished)
                 wait = True
             except BrokenProcessPool as error:
                 _executor.cache_clear()
-                losses = losses + 1 if len(left) == before else 0
+                losses = losses + 1 if len(remaining) == before else 0
                 if losses == 2:
                     raise RuntimeError(
                         f"One of {workers} processes that generate was killed, most likely for want of memory, before "
                         "any had finished a group, twice: what is done is kept, run the same command with workers=1"
                     ) from error
-                log.warning("A process that generates was killed: new ones go on with the %d groups left", len(left))
+                log.warning("A process that generates was killed: %d groups remain for new processes", len(remaining))
 
 
-def _generate_each(todo: list[tuple[Task, Group]], wait: bool, workers: int) -> Iterator[tuple[Task, Group]]:
-    """Generate groups here or in several processes, yielding those that no other process is at as they are there."""
-    for (*one, _), there in spread(_generate_group, [(*one, wait) for one in todo], workers):
-        if there:
-            yield tuple(one)
+def _generate_each(todo: list[tuple[RunTask, Group]], wait: bool, workers: int) -> Iterator[tuple[RunTask, Group]]:
+    """Generate groups, and yield each that is on disk; skip those that another process is generating, unless `wait`."""
+    tasks = [(*task_and_group, wait) for task_and_group in todo]
+    for (task, group, _), is_on_disk in parallel_map(_generate_group, tasks, workers):
+        if is_on_disk:
+            yield task, group
 
 
-def spread(work: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
-    """Call a function of a module with each task's arguments, here or in several processes; yield both when done."""
+def parallel_map(function: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Any]]:
+    """Call a module-level function with each task's arguments, in this or in several processes.
+
+    Yields (task, result) pairs, as they are done.
+    """
     if workers == 1:
-        yield from ((task, work(*task)) for task in tasks)
+        yield from ((task, function(*task)) for task in tasks)
         return
     with _quiet_children():
-        futures = {_executor(workers).submit(work, *task): task for task in tasks}
+        futures = {_executor(workers).submit(function, *task): task for task in tasks}
     try:
         yield from ((futures[future], future.result()) for future in as_completed(futures))
     finally:
@@ -330,39 +326,27 @@ def spread(work: Callable[..., Any], tasks: Sequence[tuple], workers: int) -> It
             future.cancel()
 
 
-def _generate_group(task: Task, group: Group, wait: bool) -> bool:
-    """Generate and save a group, unless it is there; tell whether it is now, and no other process is at it."""
-    with task.run.claim(group, wait) as mine:
-        if not mine:
+def _generate_group(task: RunTask, group: Group, wait: bool) -> bool:
+    """Generate and save a group unless it is on disk; return whether it is there and no other process works on it."""
+    with task.run.claim(group, wait) as is_claimed:
+        if not is_claimed:
             return task.run.has(group)
-        made_of = task.model, task.method, task.checkpoint, task.device, task.compile, task.offload
-        pipe, method, call = ready(*made_of)
+        pipe, method, call = load_pipeline_and_method(
+            task.model, task.method, task.checkpoint, task.device, task.compile, task.offload
+        )
         start = time.perf_counter()
-        drawn = method.draw(pipe, group, call)
-        images = [] if drawn.withheld else _pictures(pipe, drawn.images, _model(task.model))
-        statistics = {"seconds": round(time.perf_counter() - start, 3), **drawn.statistics}
-        task.run.save(group, images, statistics, drawn.references, drawn.withheld, drawn.seeds)
+        result = method.generate(pipe, group, call)
+        images = [] if result.withheld else _to_pil(pipe, result.images, _model(task.model))
+        statistics = {"seconds": round(time.perf_counter() - start, 3), **result.statistics}
+        task.run.save(group, images, statistics, result.references, result.withheld, result.seeds)
         return True
 
 
-def ready(
-    model: str,
-    method: str,
-    checkpoint: checkpoints.Checkpoint,
-    device: str,
-    compiled: bool = False,
-    offload: bool = False,
-) -> tuple[Any, Method, dict[str, Any]]:
-    """Return a pipeline, a method and the arguments of the model's calls, of YAML; the last ones are kept."""
-    pipe = _pipeline(model, checkpoint, device, compiled, offload)
-    return pipe, _method(method), checkpoints.call_arguments(_model(model))
-
-
-def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:
-    """Return decoded images, float [N, H, W, 3] in [0, 1], as the pipeline itself would have.
+def _to_pil(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:
+    """Convert decoded images, float [N, H, W, 3] in [0, 1], as the pipeline itself would.
 
     Raises:
-        ValueError: they are not numbers, which a PNG would show as black.
+        ValueError: an image is not finite; a PNG would show it black.
     """
     if not np.isfinite(images).all():
         half = "SDXL's own autoencoder overflows in float16: give model.dtype=float32, or a checkpoint whose does not"
@@ -373,21 +357,31 @@ def _pictures(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Im
     return pipe.image_processor.numpy_to_pil(images)
 
 
-@functools.lru_cache(maxsize=1)
+def load_pipeline_and_method(
+    model: str,
+    method: str,
+    checkpoint: checkpoints.Checkpoint,
+    device: str,
+    compiled: bool = False,
+    offload: bool = False,
+) -> tuple[Any, Method, dict[str, Any]]:
+    """Load a pipeline, a method and the arguments of the model's calls from YAML; the last ones are cached."""
+    pipe = _pipeline(model, checkpoint, device, compiled, offload)
+    return pipe, _method(method), checkpoints.call_arguments(_model(model))
+
+
+@functools.lru_cache(maxsize=1)  # parsing takes as long as a step of a mini model
 def _model(spec: str) -> DictConfig:
-    """Read a model's configuration, or return the last one: it takes as long as a step of a mini model."""
     return OmegaConf.create(spec)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # a method that looks for assets holds an encoder
 def _method(spec: str) -> Method:
-    """Build a method, or return the last one: one that looks for assets holds an encoder."""
     return build(OmegaConf.create(spec))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # the runs of a sweep mostly share a pipeline
 def _pipeline(model: str, checkpoint: checkpoints.Checkpoint, device: str, compiled: bool, offload: bool) -> Any:
-    """Load a pipeline, or return the last one: the runs of a sweep mostly share theirs."""
     cfg = _model(model)
     if device == "cpu" and cfg.kind == "mini":
         torch.set_num_threads(1)
@@ -396,9 +390,9 @@ def _pipeline(model: str, checkpoint: checkpoints.Checkpoint, device: str, compi
 
 @functools.cache
 def _executor(workers: int) -> ProcessPoolExecutor:
-    """Return the processes that generate; they outlive a call of `generate`, and then wait for the next."""
+    """Start the processes that generate. They outlive a call of `generate`, and wait for the next."""
     log.info("Starting %d processes that generate side by side; each loads the model first", workers)
-    # Interrupted, Python's process that frees their semaphores would warn that it did.
+    # When interrupted, Python's process that frees their semaphores would print a warning.
     warnings = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     context = multiprocessing.get_context("spawn")  # a forked torch hangs
@@ -407,21 +401,18 @@ def _executor(workers: int) -> ProcessPoolExecutor:
 
 @contextlib.contextmanager
 def _quiet_children() -> Iterator[None]:
-    """Start processes in the block that leave Ctrl-C to this one from their first instruction on.
-
-    Else each shows a traceback of its imports.
-    """
-    listens = threading.current_thread() is threading.main_thread()
-    answer = signal.signal(signal.SIGINT, signal.SIG_IGN) if listens else None
+    """Let processes that start in the block ignore Ctrl-C; otherwise each prints a traceback of its imports."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         yield
     finally:
-        if listens:
-            signal.signal(signal.SIGINT, answer)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _die_with_parent() -> None:
-    """End this process when the one that started it is gone, killed or interrupted, and only then."""
+    """End this process when its parent is gone, killed or interrupted, and only then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -436,7 +427,8 @@ def refuse(faults: list[Fault], tables: bool) -> int:
     if len(faults) == 1 and len(faults[0].lines()) == 1:
         raise ValueError(faults[0].problem)
     print(f"generate: {len(faults)} faults, and no image was made:\n{preflight.listing(faults)}", file=sys.stderr)
-    if any(fault.fetch for fault in faults) and not all(fault.fetch for fault in faults):  # none of them was tried
+    can_be_fetched = [bool(fault.fetch) for fault in faults]
+    if any(can_be_fetched) and not all(can_be_fetched):  # otherwise all were tried
         print("python -m experiments doctor --fetch with the same overrides fetches what it can.", file=sys.stderr)
     if any(fault.needed_by for fault in faults):
         command = "python -m experiments generate with the same overrides and" if tables else "The same command with"
@@ -444,20 +436,20 @@ def refuse(faults: list[Fault], tables: bool) -> int:
     return 2
 
 
-def generate_job(cfg: DictConfig) -> None:
+def generate_launched(cfg: DictConfig) -> None:
     """Generate the run of a job that a launcher started."""
     plan, spec = launched_run(cfg)
     generate_jobs(plan, [prepare_job(spec, checkpoints.find_checkpoint(spec.cfg.model))])
 
 
 def _on_cpu(plan: Plan) -> Plan:
-    """Return a plan whose runs need no device of this machine: a job's own machine may be another."""
+    """Return the plan for the CPU: a launched job may run on a machine with other devices than this one."""
     configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in plan.runs]
     return Plan([RunSpec(OmegaConf.create(with_device(cfg, lambda _: "cpu")), "") for cfg in configs])
 
 
 def main(argv: list[str], plan: Plan | None = None) -> int:
-    """Generate; `plan` is that of `experiments.reproduce`, which goes on to scores and tables."""
+    """Generate; `experiments.reproduce` passes its plan, and goes on to scores and tables."""
     start_log()
     tables = plan is not None
     plan = plan or Plan.of(argv)
@@ -467,7 +459,7 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
         if faults := examine_and_fetch(_on_cpu(plan), tables, disk=False)[1]:
             return refuse(faults, tables)
         plan.write()
-        launch(generate_job, plan)
+        launch(generate_launched, plan)
         return 0
     jobs, faults = examine_and_fetch(plan, tables)
     if faults:

@@ -1,4 +1,4 @@
-"""Which prompts, in which groups, from which seeds."""
+"""The sets of prompts: their groups of images, and the seed of each image."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Group:
-    """Images generated together: the unit of pairing, of resuming and of every interval.
+    """Images that are generated together: the unit of pairing, of resuming and of every interval.
 
-    Under NegToMe an image depends on the others of its group, so the group and not the image is what a seed names.
+    Under NegToMe an image depends on the others of its group, so a seed names a group and not an image.
 
     Attributes:
         category: cluster of the group in tables; of a benign near-miss, "beside " and the concept.
@@ -42,15 +42,13 @@ class Group:
         return f"{self.prompt_id}/{self.seed:06d}"
 
     def image_seeds(self) -> list[int]:
-        """Return one 32-bit seed an image, a hash of prompt, group seed and place.
+        """Return a 32-bit seed for each image, a hash of the prompt, the group's seed and the image's index.
 
-        They depend on nothing else, so all methods start a group from the same noises (paired differences), and no two
-        prompts share a noise (the released scripts reuse one seed for all prompts, which correlates them).
+        All methods start a group from the same initial latents, so that differences are paired. No two prompts share a
+        seed; the released scripts reuse one for all prompts, which correlates them.
         """
-        return [
-            int.from_bytes(hashlib.sha256(f"{self.id}/{index}".encode()).digest()[:4], "big")
-            for index in range(self.size)
-        ]
+        digests = [hashlib.sha256(f"{self.id}/{index}".encode()).digest() for index in range(self.size)]
+        return [int.from_bytes(digest[:4], "big") for digest in digests]
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,12 @@ class PromptSet:
 
     Args:
         name: the set's name.
-        split: "test" (reported) or "development" (where settings are chosen).
-        categories: what is asked for.
+        split: "test" (reported) or "development" (for choosing settings).
+        categories: the things to show.
         templates: prefixes; the prompt is `"<template> <category>"`.
         seeds: group seeds, each at least 0 and below 10**6.
         images_per_prompt: images in a group, at least 2.
-        groups_per_category: None for all of templates x seeds, or how many of them to draw in each category.
+        groups_per_category: None for all of templates x seeds, or the number to draw in each category.
         subset_seed: seed of that draw; categories are drawn independently of each other and of their order.
 
     Raises:
@@ -94,8 +92,7 @@ class PromptSet:
     subset_seed: int = 0
 
     def __post_init__(self) -> None:
-        # Of a single image there is no diversity.
-        _check(self, "categories", "templates", "seeds", fewest=2)
+        _check(self, "categories", "templates", "seeds", fewest=2)  # a single image has no diversity
         _check_ids(_prompt_id(prompt) for _, prompt in self.prompts())
         most = len(self.templates) * len(self.seeds)
         if self.groups_per_category is not None and not 1 <= self.groups_per_category <= most:
@@ -110,19 +107,18 @@ class PromptSet:
 
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: category, template, seed."""
-        result = []
+        groups = []
         for category in self.categories:
             pairs = list(itertools.product(self.templates, self.seeds))
             if self.groups_per_category is not None:
                 # A string seed hashes by SHA-512, equal on every platform and Python; order is restored after the draw.
-                drawn = random.Random(f"{self.subset_seed}/{category}").sample(
-                    range(len(pairs)), self.groups_per_category
-                )
-                pairs = [pairs[i] for i in sorted(drawn)]
+                rng = random.Random(f"{self.subset_seed}/{category}")
+                indices = rng.sample(range(len(pairs)), self.groups_per_category)
+                pairs = [pairs[index] for index in sorted(indices)]
             for template, seed in pairs:
                 prompt = f"{template} {category}"
-                result.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
-        return result
+                groups.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
+        return groups
 
 
 @dataclass(frozen=True)
@@ -131,18 +127,18 @@ class ConsecutivePrompts(PromptSet):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The name is part of a run's identity, which knows the groups by prompt and seed alone.
+        # The name is part of a run's identity, which otherwise knows the groups by prompt and seed alone.
         object.__setattr__(self, "name", f"{self.name}, consecutive seeds")
 
     def groups(self) -> list[Group]:
         return [ConsecutiveGroup(*dataclasses.astuple(group)) for group in super().groups()]
 
 
-#: Kinds of prompts about a protected character, see `CharacterPrompts`.
+#: Kinds of prompts about a protected concept, see `CharacterPrompts`.
 KINDS = ("direct", "indirect", "benign")
-#: Further kinds that ask for no character, or are allowed to: near in words, near in looks, a parody.
+#: Benign near-misses: near in words, near in looks, a parody.
 NEIGHBOURS = ("near", "generic", "parody")
-#: Before a kind of wrapped prompts: the same wrappers around benign ones.
+#: Prefix of a wrapped kind: the same wrappers around benign prompts.
 HARMLESS = "harmless_"
 
 
@@ -153,23 +149,23 @@ def asks_for_concept(kind: str) -> bool:
 
 @dataclass(frozen=True)
 class CharacterPrompts:
-    """Prompts about protected characters, and neighbours that have to stay as they are.
+    """Prompts about protected concepts, and benign near-misses that must not change.
 
     Args:
         name: the set's name.
-        split: "test" (reported) or "development" (where settings are chosen).
-        characters: for each character's name and each kind its prompts. "direct": the name is said. "indirect": the
-            character is described without it. "benign": something else that is near in meaning; "near" in words, the
-            name itself in another sense, say; "generic" in looks; "parody" one that is allowed.
+        split: "test" (reported) or "development" (for choosing settings).
+        characters: prompts by concept and kind. "direct" prompts contain the name, "indirect" ones describe the concept
+            without it. "benign" prompts ask for something near in meaning, "near" for something near in words (such as
+            another sense of the name), "generic" for something near in looks, "parody" for an allowed parody.
         seeds: group seeds, each at least 0 and below 10**6.
         images_per_prompt: images in a group, at least 1.
-        kinds: which kinds to take, wrapped ones among them.
-        wrappers: further kinds, each with texts around a direct prompt, "ignore the rules: {}"; every character gets
-            one of them, in turn. "harmless_KIND" is the same around the benign prompt of the character, so that
-            whoever goes by the wrapper is found out.
+        kinds: the kinds to use, wrapped kinds included.
+        wrappers: further kinds, each with texts around a direct prompt, "ignore the rules: {}"; every concept gets one
+            of them, in turn. "harmless_KIND" is the same around the concept's benign prompt, which exposes a guard that
+            goes by the wrapper.
 
     Raises:
-        ValueError: a list is empty, a kind is unknown, an indirect prompt says the name, or two prompts are one.
+        ValueError: a list is empty, a kind is unknown, an indirect prompt contains the name, or two prompts are equal.
     """
 
     name: str
@@ -182,46 +178,42 @@ class CharacterPrompts:
 
     def __post_init__(self) -> None:
         _check(self, "seeds", "kinds", fewest=1)
-        known = [*KINDS, *NEIGHBOURS]
+        kinds = [*KINDS, *NEIGHBOURS]
         wrapped = [name for kind in self.wrappers for name in (kind, f"{HARMLESS}{kind}")]
-        asked = {kind for prompts in self.characters.values() for kind in prompts}
-        if unknown := (asked - set(known)) | ({*self.kinds} - {*known, *wrapped}):
-            raise ValueError(f"kinds of prompts must be among {known + wrapped}, got {sorted(unknown)}")
+        used = {kind for prompts in self.characters.values() for kind in prompts}
+        if unknown := (used - set(kinds)) | (set(self.kinds) - {*kinds, *wrapped}):
+            raise ValueError(f"kinds of prompts must be among {kinds + wrapped}, got {sorted(unknown)}")
         for kind, texts in self.wrappers.items():
-            if not _listed(f"prompts.wrappers.{kind}", texts) or any(text.count("{}") != 1 for text in texts):
+            if not _as_tuple(f"prompts.wrappers.{kind}", texts) or any(text.count("{}") != 1 for text in texts):
                 raise ValueError(f"prompts.wrappers.{kind} must be texts with one {{}} for the prompt, got {texts}")
         for character, prompts in self.characters.items():
             for kind, texts in prompts.items():
-                _listed(f"prompts.characters.{character}.{kind}", texts)
-            told = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
-            if told:
-                raise ValueError(f"prompts.characters.{character}.indirect must not say the name, got {told}")
+                _as_tuple(f"prompts.characters.{character}.{kind}", texts)
+            named = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
+            if named:
+                raise ValueError(f"prompts.characters.{character}.indirect must not contain the name, got {named}")
         _check_ids(group.prompt_id for group in self.groups() if group.seed == self.seeds[0])
 
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: character, kind, prompt, seed.
 
-        A group's category is its character, or "beside " and the character that it is a neighbour of; its prompt_id
+        The category of a group is its character, or for a benign near-miss "beside " and the character; its prompt_id
         starts with its kind.
         """
-        return [
-            Group(
-                f"{kind}-{_prompt_id(prompt)}",
-                prompt,
-                character if asks_for_concept(kind) else f"beside {character}",
-                seed,
-                self.images_per_prompt,
-                kind,
-                character,
-            )
-            for number, (character, prompts) in enumerate(self.characters.items())
-            for kind in self.kinds
-            for prompt in self._texts(kind, prompts, number)
-            for seed in self.seeds
-        ]
+        groups = []
+        for number, (character, prompts) in enumerate(self.characters.items()):
+            for kind in self.kinds:
+                category = character if asks_for_concept(kind) else f"beside {character}"
+                for prompt in self._texts(kind, prompts, number):
+                    name = f"{kind}-{_prompt_id(prompt)}"
+                    groups += [
+                        Group(name, prompt, category, seed, self.images_per_prompt, kind, character)
+                        for seed in self.seeds
+                    ]
+        return groups
 
     def _texts(self, kind: str, prompts: Mapping[str, Sequence[str]], number: int) -> Sequence[str]:
-        """Return the prompts of a kind about a character, which is the `number`-th."""
+        """Return the prompts of a kind about the `number`-th character."""
         wrapping = kind.removeprefix(HARMLESS)
         if wrapping not in self.wrappers:
             return prompts.get(kind, ())
@@ -232,19 +224,20 @@ class CharacterPrompts:
 
 @dataclass(frozen=True)
 class PeoplePrompts:
-    """Prompts about people that leave gender and skin tone open, and others that say them.
+    """Prompts about people that leave gender and skin tone open, and others that specify them.
 
     Args:
         name: the set's name.
-        split: "test" (reported) or "development" (where settings are chosen).
-        people: for each word for a person the descriptions that say more, such as "woman judge with dark skin tone".
+        split: "test" (reported) or "development" (for choosing settings).
+        people: for each word for a person the descriptions that specify more, such as "woman judge with dark skin
+            tone".
         template: prefix; the prompt is `"<template> <word>"` or `"<template> <description>"`.
         seeds: group seeds of the open prompts, each at least 0 and below 10**6.
-        said_seeds: those of the prompts that say more, among `seeds`.
+        said_seeds: group seeds of the descriptions, among `seeds`.
         images_per_prompt: images in a group, at least 2.
 
     Raises:
-        ValueError: a list is empty or has duplicates, or two prompts are one.
+        ValueError: a list is empty or has duplicates, or two prompts are equal.
     """
 
     name: str
@@ -260,36 +253,36 @@ class PeoplePrompts:
         if unknown := set(self.said_seeds) - set(self.seeds):
             raise ValueError(f"prompts.said_seeds must be among prompts.seeds, got {sorted(unknown)} too")
         for word, descriptions in self.people.items():
-            _listed(f"prompts.people.{word}", descriptions)
+            _as_tuple(f"prompts.people.{word}", descriptions)
         if not self.people:
             raise ValueError("prompts.people must hold at least one word, got none")
         _check_ids(group.prompt_id for group in self.groups() if group.seed == self.said_seeds[0])
 
     def groups(self) -> list[Group]:
-        """Return the groups in canonical order: word, open before said, description, seed.
+        """Return the groups in canonical order: word, "open" before "said", description, seed.
 
-        A group's category is the word; its prompt_id starts with "open" or "said".
+        The category of a group is the word; its prompt_id starts with "open" or "said".
         """
-        return [
-            Group(f"{kind}-{_prompt_id(prompt)}", prompt, word, seed, self.images_per_prompt)
-            for word, descriptions in self.people.items()
-            for kind, texts, seeds in (("open", [word], self.seeds), ("said", descriptions, self.said_seeds))
-            for prompt in (f"{self.template} {text}" for text in texts)
-            for seed in seeds
-        ]
+        groups = []
+        for word, descriptions in self.people.items():
+            for kind, texts, seeds in (("open", [word], self.seeds), ("said", descriptions, self.said_seeds)):
+                for prompt in (f"{self.template} {text}" for text in texts):
+                    name = f"{kind}-{_prompt_id(prompt)}"
+                    groups += [Group(name, prompt, word, seed, self.images_per_prompt) for seed in seeds]
+        return groups
 
 
-def _listed(name: str, values: Any) -> tuple[Any, ...]:
-    """Return the values of a list; a text, which is a sequence of letters too, is refused."""
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """Return the values of a list; refuse a text, which is a sequence of letters."""
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list, got {values!r}: give {name}=[{values}]")
     return tuple(values)
 
 
 def _check(prompts: PromptSet | CharacterPrompts | PeoplePrompts, *lists: str, fewest: int) -> None:
-    """Check what all sets have, and make tuples of their lists, which are to be of distinct values."""
+    """Check the fields that all sets have, and convert their lists of distinct values to tuples."""
     for field in lists:
-        values = _listed(f"prompts.{field}", getattr(prompts, field))
+        values = _as_tuple(f"prompts.{field}", getattr(prompts, field))
         if not values or len(set(values)) != len(values):
             raise ValueError(f"prompts.{field} must be a list of distinct values with at least one, got {list(values)}")
         object.__setattr__(prompts, field, values)
@@ -300,12 +293,13 @@ def _check(prompts: PromptSet | CharacterPrompts | PeoplePrompts, *lists: str, f
 
 
 def _check_ids(names: Iterable[str]) -> None:
-    if not (counts := Counter(names)):
+    counts = Counter(names)
+    if not counts:
         raise ValueError("prompts.characters must hold at least one prompt of the chosen kinds, got none")
-    if twice := sorted(name for name, count in counts.items() if not name or count > 1):
+    if invalid := sorted(name for name, count in counts.items() if not name or count > 1):
         raise ValueError(
             "prompts must differ in their letters a-z and digits, since folders are named after them, got twice: "
-            f"{twice}"
+            f"{invalid}"
         )
 
 

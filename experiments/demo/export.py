@@ -67,7 +67,7 @@ def _python_of_methods(asked: Asked, recipe: Recipe, model: Model) -> Export:
         "}",
         "for name, overrides in methods.items():",
         f'    method = build(first(["model={model.base}", f"method={{name}}", *overrides]).method)',
-        "    images = method.draw(pipe, group, arguments).images",
+        "    images = method.generate(pipe, group, arguments).images",
         '    for i, pixels in enumerate((255 * images).round().astype("uint8")):',
         '        Image.fromarray(pixels).save(f"{name}-{i}.png")',
     ]

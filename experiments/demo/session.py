@@ -312,7 +312,7 @@ class _Run:
         del call["prompt"], call["num_images_per_prompt"]
         try:
             setup, method = model.setup(name).text, model.method(name)
-            drawn, seconds = self._timed(lambda: method.draw(pipe, group, call))
+            drawn, seconds = self._timed(lambda: method.generate(pipe, group, call))
         except (ValueError, FileNotFoundError, RuntimeError) as error:  # one that the model cannot have hides no other
             if is_out_of_memory(error):
                 raise

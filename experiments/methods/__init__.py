@@ -1,1 +1,1 @@
-"""The compared methods, one class each; no experiment knows any of them by name, only its file in conf/method/."""
+"""The compared methods, one class each, configured by its file in conf/method/."""

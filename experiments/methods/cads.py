@@ -1,14 +1,15 @@
-"""Condition-annealed sampling: the prompt is heard through noise at first, and ever more clearly."""
+"""Condition-annealed sampling: noise on the prompt's embeddings that fades during sampling."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting, generator_of
+from experiments.methods.method import Method, MethodContext, generator_of
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall, with_value
@@ -26,13 +27,16 @@ def share_of_prompt(t: float, tau1: float, tau2: float) -> float:
 def anneal(
     prompt: torch.Tensor, noise: torch.Tensor, gamma: float, scale: float, mixing: float, rescale: str
 ) -> torch.Tensor:
-    """Return embeddings [rows, ..., C] of a prompt as CADS noises them, in their dtype.
+    """Add noise to embeddings of a prompt.
 
     Args:
-        prompt: y.
+        prompt: y, [rows, ..., C].
         noise: n, like y, of unit variance.
         gamma: share of the prompt's variance.
         scale, mixing, rescale: of `CADS`.
+
+    Returns:
+        The noised embeddings, of the prompt's shape and dtype.
     """
     y = prompt.float()
     noised = math.sqrt(gamma) * y + scale * math.sqrt(1 - gamma) * noise
@@ -47,39 +51,30 @@ def anneal(
 class CADS(Method):
     """Condition-annealed sampling (Sadat et al., arXiv 2310.17347): noise on the prompt's embeddings that fades.
 
-    At the time t, the timestep over 1000, the denoiser is given in place of an embedding y, that of the tokens as well
-    as the pooled one,
+    At time t, the timestep over 1000, y2 replaces each embedding y of the prompt, tokens and pooled:
 
         y1 = sqrt(gamma) y + noise_scale sqrt(1 - gamma) n,  gamma = 1 for t <= tau1, 0 for t >= tau2, linear between
         y2 = mixing ((y1 - mean(y1)) / std(y1) std(y) + mean(y)) + (1 - mixing) y1
 
-    with noise n of its own for each image, embedding and step. From tau2 on nothing of the prompt is left, and under
-    mixing = 1 the scale of the noise no longer shows there: it is the part between tau2 and tau1 that it rules.
+    The noise n differs for each image, embedding and step. For t >= tau2 nothing of the prompt is left; with mixing = 1
+    noise_scale has no effect there, only between tau1 and tau2.
 
-    The paper noises the condition, and its code takes mean and std over the whole tensor, so that the images of a batch
-    depend on each other; here they are of each image, as in ComfyUI-CADS. Ports noise the unconditional half, too, as
-    do NegToMe's authors in their baseline, who rescale every token by itself.
+    The paper noises the condition. Its code takes mean and std over the whole tensor, so that the images of a batch
+    depend on each other; here they are taken for each image, as in ComfyUI-CADS. Ports, and the CADS baseline of
+    NegToMe's authors, also noise the unconditional half; the latter rescales every token by itself.
 
     Attributes:
         noise_scale: s, at least 0, which is off; published: 0.25 for Stable Diffusion, 0.1 to 0.7 elsewhere.
-        tau1, tau2: in [0, 1], tau1 <= tau2; published: 0.6 and 0.9, which is also what None stands for.
+        tau1, tau2: in [0, 1], tau1 <= tau2; published: 0.6 and 0.9; None for tau2 means 0.9.
         mixing: psi, in [0, 1]; published: 1.
-        rescale: over what mean and std are: "sample", tokens and channels of an image (default); "token", the channels
-            of each token; or "none".
-        halves: of a batch that is guided, which are noised: "conditional" (default), or "both", each by noise of its
-            own.
+        rescale: the axes of mean and std: "sample", tokens and channels of an image (default); "token", the channels of
+            each token; or "none" for no rescaling.
+        halves: which halves of a guided batch are noised: "conditional" (default), or "both", with different noise.
     """
 
-    title: ClassVar[str] = "CADS"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("noise_scale", number=True),
-        Setting("tau1", number=True),
-        Setting("tau2", number=True),
-        Setting("mixing", number=True),
-        Setting("rescale"),
-        Setting("halves"),
-    )
-    version: ClassVar[int] = 1
+    title = "CADS"
+    columns = (*numbers("noise_scale", "tau1", "tau2", "mixing"), Setting("rescale"), Setting("halves"))
+    version = 1
 
     name: str
     noise_scale: float = 0.25
@@ -99,7 +94,7 @@ class CADS(Method):
                 raise ValueError(f"method.{setting} must be one of {', '.join(choices)}, got {value!r}")
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if find_architecture(pipe).list_inputs:
             raise ValueError(
                 f"method={self.name} is for models that take their texts as one tensor, got a {type(pipe).__name__}, "
@@ -121,12 +116,12 @@ class CADS(Method):
             return arguments
 
         with denoiser_calls(pipe, before) if self.noise_scale else contextlib.nullcontext():
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
 
     def _noised(
         self, prompt: torch.Tensor, denoiser: DenoiserCall, gamma: float, size: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """Return embeddings [rows, ...] of which the halves that are to be are noised, all groups alike."""
+        """Return embeddings [rows, ...] with noise on the chosen halves, the same for all groups."""
         parts = list(prompt.expand(denoiser.rows, *prompt.shape[1:]).chunk(denoiser.cfg_chunks))
         for half in denoiser.conditional if self.halves == "conditional" else range(denoiser.cfg_chunks):
             shape = (size, *prompt.shape[1:])

@@ -4,21 +4,21 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from experiments.methods.method import Applied, Method
+from experiments.methods.method import Method, MethodContext
 from experiments.prompts import Group
 
 
 class Combined(Method):
     """Several methods at once, the first outermost.
 
-    Each looks for assets as it does alone: in a preview of the model's own call, not of what the methods before it make
-    of that. Those that touch the pipeline itself therefore come last.
+    Each looks for protected concepts as it does alone: in a preview of the model's own call, without the changes of the
+    methods before it. Methods that change the pipeline itself therefore come last.
 
     Args:
         methods: by name; at most one of them may attach NegToMe, and no two may change the same argument of the call.
 
     Raises:
-        ValueError: one of them makes its images otherwise than by one call.
+        ValueError: one of them overrides `generate`.
     """
 
     title = "several methods"
@@ -27,8 +27,8 @@ class Combined(Method):
     def __init__(self, name: str, methods: Mapping[str, Method]) -> None:
         super().__init__(name)
         self.methods = list(methods.values())
-        if alone := [method.name for method in self.methods if type(method).draw is not Method.draw]:
-            raise ValueError(f"method={name} combines methods of one call, got {alone}, which draw by themselves")
+        if others := [method.name for method in self.methods if type(method).generate is not Method.generate]:
+            raise ValueError(f"method={name} combines methods of one call, got {others}, which make several")
         self.version += sum(method.version for method in self.methods)  # rises with any of them
 
     def settings(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class Combined(Method):
         return _merged(method.settings() for method in self.methods) | {"methods": parts}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         changed, parts = {}, []
         with contextlib.ExitStack() as stack:
             for method in self.methods:
@@ -50,7 +50,7 @@ class Combined(Method):
                 changed |= changes
                 parts.append(part)
             references = [part.references for part in parts if part.references is not None]
-            yield Applied(
+            yield MethodContext(
                 {**call, **changed},
                 lambda: _merged(part.statistics() for part in parts),
                 _merged(references) if references else None,

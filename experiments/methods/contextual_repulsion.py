@@ -1,15 +1,16 @@
-"""Repulsion in the contextual space: the text tokens of the images driven apart where they have seen these."""
+"""Repulsion in the contextual space: push apart the images' text tokens after they have attended to the images."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall
@@ -19,7 +20,7 @@ from negtome.validation import check_float, check_int
 def entropy_slope(cosines: torch.Tensor) -> torch.Tensor:
     """Return dS/dC = -(log(C / K) + 1) / K of S = -tr(C/K log(C/K)), cosines [groups, K, K]."""
     values, vectors = torch.linalg.eigh(cosines / cosines.shape[-1])
-    values = values.clamp_min(1e-12)  # S has an infinite slope where images are the same
+    values = values.clamp_min(1e-12)  # S has an infinite slope at equal images
     return -(vectors * (values.log() + 1).unsqueeze(1)) @ vectors.mT / cosines.shape[-1]
 
 
@@ -27,27 +28,26 @@ def entropy_slope(cosines: torch.Tensor) -> torch.Tensor:
 class ContextualRepulsion(Method):
     """Repulsion in the contextual space (Dahary et al., arXiv 2603.28762, SIGGRAPH 2026), for Flux.
 
-    What each block returns of the K images' tokens, of each image as one vector f, ascends the von Neumann entropy of
-    their cosines C, the logarithm of the Vendi score, `inner_steps` = M times:
+    The tokens that each block returns, as one vector f for each of K images, ascend the von Neumann entropy of their
+    cosines C, the logarithm of the Vendi score, in `inner_steps` = M steps:
 
         f <- f + eta / M grad S(C / K),   S(A) = -tr(A log A)
 
-    without a gradient through the network. The tokens are those of the text in the blocks with a stream each for text
-    and image, and all of them in the single-stream blocks. Where there are two calls a step (true guidance), in both.
-    The authors published no code.
+    without a gradient through the network. In dual-stream blocks these are the text tokens, in single-stream blocks all
+    tokens. With two calls a step (true guidance), both calls are changed. The authors published no code.
 
     Attributes:
-        eta: overall step, at least 0, which is off. Published for FLUX.1-dev with `relative: false`: 5e6 to 8e9.
-        relative: whether the gradient is taken as that of the direction f / |f|, which is |f|^2 times as large: an eta
-            then means the same for every block, model, length of text and size of image. With that of f itself, as
-            the paper has it, an eta is as much as one of eta / |f|^2, and the largest by far in blocks of small |f|.
+        eta: total step size, at least 0, which is off. Published for FLUX.1-dev with `relative: false`: 5e6 to 8e9.
+        relative: whether to use the gradient for the direction f / |f|, which is |f|^2 times as large: eta then means
+            the same for every block, model, length of text and size of image. With the gradient for f itself, as in the
+            paper, the effect is by far largest in blocks with small |f|.
         inner_steps: M, at least 1; published 50.
-        first_steps: denoising steps in which it is done, at least 1; published 1 (tau).
+        first_steps: the number of denoising steps that are changed, at least 1; published 1 (tau).
     """
 
-    title: ClassVar[str] = "contextual repulsion"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("eta", number=True), Setting("first_steps", number=True))
-    version: ClassVar[int] = 1
+    title = "contextual repulsion"
+    columns = numbers("eta", "first_steps")
+    version = 1
 
     name: str
     eta: float = 1e8
@@ -61,10 +61,10 @@ class ContextualRepulsion(Method):
         self.first_steps = check_int("method.first_steps", self.first_steps, 1)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         blocks, single_blocks = joint_blocks(pipe, self.name)
         if not self.eta or group.size == 1:
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
             return
         step = 0
 
@@ -91,4 +91,4 @@ class ContextualRepulsion(Method):
             for kind, hook in ((blocks, text_apart), (single_blocks, all_apart)):
                 for block in kind:
                     stack.callback(block.register_forward_hook(hook).remove)
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -1,15 +1,16 @@
-"""Contrastive noise optimisation: a group's noises are moved until what they are first denoised to is less alike."""
+"""Contrastive noise optimisation: move a group's initial latents until the first predictions are less alike."""
 
 import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, sample
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import Prediction, initial_noise, predictions, unpacked
 from experiments.prompts import Group
 from negtome.validation import check_float, check_int
@@ -17,22 +18,22 @@ from negtome.validation import check_float, check_int
 #: Which contrast is minimised; see `contrast`.
 Loss = Literal["paper", "released"]
 LOSSES = get_args(Loss)
-#: Adam's, for the gradient to clean latents in the place of that to the noise. How fast the former move with the latter
-#: is but a factor, which Adam takes out; at the first step of the released code's models, whose epsilon is 1e-8, 14.6.
+#: Adam's epsilon. The gradient is for the clean latents instead of the noise; they differ by a factor, which Adam
+#: cancels but for epsilon. The factor is 14.6 at the first step of the released code's models, whose epsilon is 1e-8.
 EPSILON = 1e-8 / 14.6
 
 
 def contrast(latents: torch.Tensor, first: torch.Tensor, temperature: float, gamma: float, loss: Loss) -> torch.Tensor:
-    """Return the InfoNCE loss of B latents, each held to what it was and pushed from the others: the mean over i of
+    """Return the InfoNCE loss, which holds each of B latents to its first value and apart from the others: the mean of
 
         -log(exp(cos(x_i, first_i) / (gamma T)) / sum_j exp(cos(x_i, x_j) / T))
 
     Args:
         latents, first: [B, c, h, w].
         temperature: T.
-        gamma: the lower, the more an image is held to what it was.
-        loss: "paper": cosines are of whole latents. "released": of the c numbers of each place, over which the loss is
-            averaged, and in the sum j = i stands with the numerator's term.
+        gamma: the lower, the more an image is held to its first value.
+        loss: "paper": cosines are of all latents of an image. "released": of the c numbers at each spatial position,
+            over which the loss is averaged, and the sum's term j = i is the numerator.
     """
     B = len(latents)
     x, y = ((z if loss == "released" else z.reshape(B, -1, 1, 1)).flatten(2) for z in (latents, first))  # [B, C, P]
@@ -52,27 +53,24 @@ class _Predicted(Exception):
 class ContrastiveNoise(Method):
     """Contrastive noise optimisation (Kim, Um and Ye, CNO, arXiv 2510.03813).
 
-    Adam minimises `contrast` of the clean latents that the first step predicts, averaged to `window` x `window` places.
-    The network is asked anew at every step, and has no gradient: clean latents move as their noise does. The released
-    code differs from the paper in that its gradient goes through the network, which is not offered here. Every step
-    costs one call of the denoiser; the prompt is encoded anew.
+    Adam minimises `contrast` of the clean latents that the first step predicts, averaged to `window` x `window`
+    positions. Every step calls the denoiser again, without a gradient through it: clean latents are taken to move as
+    their noise does. The released code takes the gradient through the network, unlike the paper; that is not offered
+    here. Every step costs one call of the denoiser, and encodes the prompt again.
 
     Attributes:
-        inner_steps: of Adam, 3 in the released scripts for SDXL and Stable Diffusion 1.5, in groups of 5.
-        learning_rate: of Adam, at least 0; 0.01 in the released scripts. So far a number of the noise moves in a step.
+        inner_steps: of Adam; 3 in the released scripts for SDXL and Stable Diffusion 1.5, in groups of 5.
+        learning_rate: of Adam, at least 0, the distance that each number of the noise moves in a step; 0.01 in the
+            released scripts.
         temperature: T, above 0; 0.1 in both.
         gamma: above 0; None: the paper's 1 / (T ln(B - 1) + 1) for B images. The released scripts have 1.
-        window: at least 1, and as much as the latents have where they have less; 16 in both.
+        window: at least 1; 16 in both. Smaller latents are not averaged.
         loss: as of `contrast`.
     """
 
-    title: ClassVar[str] = "contrastive noise"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("inner_steps", number=True),
-        Setting("learning_rate", number=True),
-        Setting("loss"),
-    )
-    version: ClassVar[int] = 1
+    title = "contrastive noise"
+    columns = (*numbers("inner_steps", "learning_rate"), Setting("loss"))
+    version = 1
 
     name: str
     inner_steps: int = 3
@@ -91,9 +89,9 @@ class ContrastiveNoise(Method):
         if self.loss not in LOSSES:
             raise ValueError(f"method.loss must be one of {LOSSES}, got {self.loss!r}")
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         if group.size < 2 or not self.inner_steps or not self.learning_rate:
-            return super().draw(pipe, group, call)
+            return super().generate(pipe, group, call)
         noise, clean = self._first(pipe, group, call, None)
         dtype, first = noise.dtype, clean
         noise = noise.float().requires_grad_()
@@ -109,7 +107,7 @@ class ContrastiveNoise(Method):
             losses.append(loss.item())
         with initial_noise(pipe, lambda _: noise.detach().to(dtype)):
             images = sample(pipe, group, call)
-        return Drawn(images, {"losses": [round(loss, 4) for loss in losses]})
+        return GroupResult(images, {"losses": [round(loss, 4) for loss in losses]})
 
     def _loss(self, clean: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         size = [min(side, self.window) for side in clean.shape[2:]]
@@ -121,22 +119,23 @@ class ContrastiveNoise(Method):
     def _first(
         pipe: Any, group: Group, call: Mapping[str, Any], noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the noise that a call begins from and the clean latents that its first step predicts, [K, c, h, w].
+        """Return a call's initial noise and the clean latents that its first step predicts, [K, c, h, w].
 
-        `noise` is begun from in the place of the pipeline's own, where it is given.
+        Args:
+            noise: replaces the pipeline's noise; None: the pipeline's.
         """
-        begun: list[torch.Tensor] = []
-        found: list[torch.Tensor] = []
+        initial: list[torch.Tensor] = []
+        predicted: list[torch.Tensor] = []
 
-        def begin(own: torch.Tensor) -> torch.Tensor:
-            begun.append(own if noise is None else noise)
-            return begun[0]
+        def begin(default: torch.Tensor) -> torch.Tensor:
+            initial.append(default if noise is None else noise)
+            return initial[0]
 
         def end(prediction: Prediction) -> torch.Tensor:
-            height, width = (side * pipe.vae_scale_factor for side in begun[0].shape[2:])
-            found.append(unpacked(pipe, prediction.clean, height, width).clone())
+            height, width = (side * pipe.vae_scale_factor for side in initial[0].shape[2:])
+            predicted.append(unpacked(pipe, prediction.clean, height, width).clone())
             raise _Predicted
 
         with initial_noise(pipe, begin), predictions(pipe, end), contextlib.suppress(_Predicted):
             sample(pipe, group, call)
-        return begun[0], found[0]
+        return initial[0], predicted[0]

@@ -1,7 +1,7 @@
-"""Controls of NegToMe: the same tokens moved at the same sites and steps, without what the method says makes it work.
+"""Controls of NegToMe: they move the same tokens at the same hook points and steps, without a part of the method.
 
-`RandomMatch` keeps the push and takes away the matching; `NoiseControl` keeps the length of the push and takes away its
-direction. Whatever they do as well as NegToMe is owed to disturbing the features, not to pushing them apart.
+`RandomMatch` keeps the push without the matching; `NoiseControl` keeps the length of the push without its direction. An
+effect that a control has too comes from disturbing the features, not from pushing them apart.
 """
 
 import contextlib
@@ -11,28 +11,28 @@ from typing import Any
 import torch
 
 import negtome
-from experiments.methods.method import Applied, generator_of
+from experiments.methods.method import MethodContext, generator_of
 from experiments.methods.negtome import NegToMe
 from experiments.prompts import Group
 
 
 def changed(tokens: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """Tell which tokens [B, N, C] were moved: bool [B, N, 1]."""
+    """Return which tokens [B, N, C] were moved, bool [B, N, 1]."""
     return (tokens != moved).any(dim=-1, keepdim=True)
 
 
 class Control(NegToMe):
-    """NegToMe with each site's push replaced; at every site it is asked first what it would move, and where to.
+    """NegToMe with its push replaced at each hook point, after NegToMe has determined which tokens move, and where to.
 
     Args:
-        seed: of the draws, beside the group's identity and the site's name.
+        seed: of the random numbers, together with the group's id and the hook point's name.
         **config: as of `NegToMe`.
 
     Raises:
-        ValueError: references other than the first image, which the controls are not defined for.
+        ValueError: the matching or the reference is one that the controls are not defined for.
     """
 
-    #: Which control it is, in the run's identity.
+    #: The control's name in the run's identity.
     control: str
 
     def __init__(self, name: str, seed: int = 0, **config: Any) -> None:
@@ -50,19 +50,19 @@ class Control(NegToMe):
     def replace(
         self, tokens: torch.Tensor, moved: torch.Tensor, group_size: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """Return [G * K, N, C], what the control makes of the tokens: those that NegToMe leaves alone, as they are.
+        """Return the control's tokens [G * K, N, C]; tokens that NegToMe does not move are unchanged.
 
         Args:
             tokens: [G * K, N, C] the tokens of G groups of K = `group_size` images before the push.
             moved: [G * K, N, C] the same after NegToMe's push.
             group_size: K.
-            generator: of the draws, once for all groups of the batch: guidance's two halves draw alike, as they mostly
-                match alike, so that guidance does not amplify the difference between draws.
+            generator: of random numbers, which all groups of the batch share. Otherwise guidance would amplify the
+                difference between the numbers of its two halves, which mostly match alike.
         """
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         generators: dict[tuple[str, torch.device], torch.Generator] = {}
 
         def push(site: str, tokens: torch.Tensor, moved: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Control(NegToMe):
             return self.replace(tokens, moved, group_size, generators[key])
 
         with negtome.attach(pipe, self.config, group_size=group.size, push=push) as attached:
-            yield Applied(dict(call), attached.summary)
+            yield MethodContext(dict(call), attached.summary)
 
 
 class RandomMatch(Control):
@@ -94,7 +94,7 @@ class RandomMatch(Control):
 
 
 class NoiseControl(Control):
-    """NegToMe's updates, each as long, in a direction u of its own, uniform on the sphere: x + |update| * u."""
+    """NegToMe's updates with their lengths, in random directions u, uniform on the sphere: x + |update| * u."""
 
     title = "control: noise of equal norm"
     control = "noise"

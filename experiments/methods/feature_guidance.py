@@ -1,15 +1,16 @@
-"""Feature self-guidance: the images' features in one early block dispersed, and led back by the same block."""
+"""Feature self-guidance: disperse the images' features after an early block, and apply the block again."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from experiments.methods.joint import joint_blocks, step_on_cosines
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall
@@ -20,29 +21,29 @@ from negtome.validation import check_float, check_int
 class FeatureGuidance(Method):
     """Feature self-guidance, "Don't Settle at the Mode!" (Bhat et al., arXiv 2606.27371, ECCV 2026), for Flux.
 
-    The image tokens h that one block returns, of each image as one vector, descend their mean likeness,
+    The image tokens h that one block returns, as one vector for each image, descend their mean similarity,
 
         E(h) = log mean_ij exp(cos(h_i, h_j) / temperature)
         h~ <- h~ - w grad E(h~)                             n_opt times from h~ = h, every image
         h' = beta block(h~) + (1 - beta) h~
 
-    where the same block is run once more, with the text as it left it, and its text dropped (the paper says no more
-    than that h~ is given to the block again). h' goes on to the next block. The authors published no code.
+    The block runs a second time with the text that it returned, and the second text is dropped (the paper says only
+    that h~ passes through the block again). h' goes on to the next block. The authors published no code.
 
     Attributes:
         w: step size, at least 0, which is off; published 0.5.
-        relative: whether the gradient is taken as that of the direction h / |h|, which is |h|^2 times as large. That of
-            h itself, as the formula has it, moves h by a fraction of some w / |h|^2: little, in any model.
-        n_opt: steps; published 30.
-        temperature: above 0; what was published for it is not known here.
-        mix: beta, in [0, 1], more is more faithful and less diverse; published 0.4.
-        block: the number of the block among those with a stream each for text and image, from 1; published 2.
-        timestep_range: (low, high) in training timesteps, 1000 = pure noise, where it is done; published (800, 1000).
+        relative: whether to use the gradient for the direction h / |h|, which is |h|^2 times as large. The gradient for
+            h itself, as in the formula, moves h by a fraction of about w / |h|^2, which is tiny in any model.
+        n_opt: number of steps; published 30.
+        temperature: above 0; we found no published value.
+        mix: beta, in [0, 1]; larger is more faithful and less diverse; published 0.4.
+        block: the number of the dual-stream block, from 1; published 2.
+        timestep_range: (low, high) in training timesteps, 1000 = pure noise; published (800, 1000).
     """
 
-    title: ClassVar[str] = "feature self-guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("w", number=True), Setting("mix", number=True))
-    version: ClassVar[int] = 1
+    title = "feature self-guidance"
+    columns = numbers("w", "mix")
+    version = 1
 
     name: str
     w: float = 0.5
@@ -69,12 +70,12 @@ class FeatureGuidance(Method):
         return torch.softmax(cosines.flatten(1) / self.temperature, dim=1).view_as(cosines) / self.temperature
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         blocks, _ = joint_blocks(pipe, self.name)
         if self.block > len(blocks):
             raise ValueError(f"method.block must be at most {len(blocks)}, the blocks of the model, got {self.block}")
         if not self.w or group.size == 1:
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
             return
         low, high = self.timestep_range
         active = False
@@ -84,16 +85,16 @@ class FeatureGuidance(Method):
             active = low <= denoiser.timestep <= high
             return arguments
 
-        def after(block: torch.nn.Module, args: tuple[()], given: dict[str, Any], output: tuple[Any, Any]) -> Any:
+        def after(block: torch.nn.Module, args: tuple[()], kwargs: dict[str, Any], output: tuple[Any, Any]) -> Any:
             if not active:
                 return output
             text, image = output
             apart = step_on_cosines(image, self.slope, -self.w, self.n_opt, group.size, self.relative)
-            # Not called as a module: its hooks have been.
-            _, again = block.forward(**given | {"hidden_states": apart, "encoder_hidden_states": text})
+            # `forward` skips the block's hooks, which have run already.
+            _, again = block.forward(**kwargs | {"hidden_states": apart, "encoder_hidden_states": text})
             return text, torch.lerp(apart, again, self.mix)
 
         with denoiser_calls(pipe, before), contextlib.ExitStack() as stack:
             hook = blocks[self.block - 1].register_forward_hook(after, with_kwargs=True)
             stack.callback(hook.remove)
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -1,17 +1,18 @@
-"""Group inference: the images of a group are chosen among candidates, most of which are denoised a few steps only."""
+"""Group inference: choose a group's images among candidates, most of which are denoised for only a few steps."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import Setting, sample
+from experiments.methods.method import sample
 from experiments.methods.selection import Selection, distances, embedded
+from experiments.methods.setting import numbers
 from experiments.methods.steps import (
     Prediction,
     decoded,
@@ -29,16 +30,19 @@ from negtome.validation import check_float
 
 
 def best_subset(score: torch.Tensor, distance: torch.Tensor, count: int, weight: float) -> list[int]:
-    """Choose `count` of n, so that sum_i u_i + weight * sum_{i < j} b_ij of those chosen is large; in ascending order.
+    """Choose `count` of n candidates with a large sum_i u_i + weight * sum_{i < j} b_ij.
 
-    Beginning from each of the n, the one that adds most is added until they are enough, and then one is exchanged for
-    another as long as that adds something. The best of these n subsets is mostly the best of all.
+    From each of the n candidates, a greedy search adds the candidate with the largest gain until there are enough; then
+    candidates are exchanged while that increases the sum. The best of these n subsets is mostly the best of all.
 
     Args:
         score: u, [n].
         distance: b, symmetric [n, n].
-        count: how many.
-        weight: of distances.
+        count: number of candidates to choose.
+        weight: of the distances.
+
+    Returns:
+        The indices of the chosen candidates, in ascending order.
     """
     distance, score = weight * distance.double().fill_diagonal_(0), score.double()
     best, most = score, -math.inf
@@ -48,8 +52,8 @@ def best_subset(score: torch.Tensor, distance: torch.Tensor, count: int, weight:
         for _ in range(count - 1):
             inside[(score + distance[:, inside].sum(dim=1)).masked_fill(inside, -math.inf).argmax()] = True
         while True:
-            worth = score + distance[:, inside].sum(dim=1)  # of each, beside those inside
-            gain = worth[None] - worth[:, None] - distance  # [out, in]: who comes in is not beside who goes out
+            worth = score + distance[:, inside].sum(dim=1)  # of each candidate, together with the chosen ones
+            gain = worth[None] - worth[:, None] - distance  # [out, in]: no distance to the candidate that goes out
             gain[~inside], gain[:, inside] = -math.inf, -math.inf
             if not gain.max() > 1e-9:
                 break
@@ -61,17 +65,17 @@ def best_subset(score: torch.Tensor, distance: torch.Tensor, count: int, weight:
 
 
 def counts(candidates: int, keep: float, final: int) -> list[int]:
-    """Return how many of the candidates go on after each step, until there are `final` ones: always fewer."""
-    left = []
+    """Return the number of candidates after each step until `final` remain; each step drops at least one."""
+    remaining = []
     while candidates > final:
         candidates = max(min(math.ceil(round(candidates * keep, 9)), candidates - 1), final)
-        left.append(candidates)
-    return left
+        remaining.append(candidates)
+    return remaining
 
 
 @contextlib.contextmanager
 def decoding(pipe: Any, rows: list[int]) -> Iterator[None]:
-    """Have the autoencoder decode some rows of what it is given, and drop the others."""
+    """Let the autoencoder decode only some rows of its input."""
     original = pipe.vae.decode
     with replaced(pipe.vae, "decode", lambda latents, *args, **kwargs: original(latents[rows], *args, **kwargs)):
         yield
@@ -79,26 +83,26 @@ def decoding(pipe: Any, rows: list[int]) -> Iterator[None]:
 
 @dataclass
 class GroupInference(Selection):
-    """Scalable group inference (Parmar et al., arXiv 2508.15773): candidates are left out while they are denoised.
+    """Scalable group inference (Parmar et al., arXiv 2508.15773): drop candidates while they are denoised.
 
-    After every step `keep` of the candidates go on, until there are as many as the group has: those of the largest sum
-    of scores and weighted distances (`best_subset`) of their predicted clean images. All are denoised in one batch.
+    After every step the share `keep` of the candidates goes on, until there are as many as the group has images: those
+    with the largest sum of scores and weighted distances (`best_subset`) of their predicted clean images. All are
+    denoised in one batch.
 
-    The authors choose with a solver of integer programs, by CLIP ViT-B/32 and by DINOv2 base, whose distance is a mean
-    over the picture's patches or, by an option, that of whole pictures, as here. For FLUX.1-dev they have 128
-    candidates for 4 images, keep 0.5; for FLUX.1-schnell 64, keep 0.1. Their code predicts the clean image from the
-    noisier step's velocity at the next step's latents, as if a step more had been made, and leaves guidance out of the
-    first step; here the images are those that the paper writes of.
+    The authors choose by CLIP ViT-B/32 and DINOv2 base with a solver of integer programs. Their distance is a mean over
+    an image's patches or, by an option, that of entire images, as here. For FLUX.1-dev they have 128 candidates for 4
+    images, keep 0.5; for FLUX.1-schnell 64, keep 0.1. Their code predicts the clean image from the noisier step's
+    velocity at the next step's latents, and leaves guidance out of the first step; here both are as in the paper.
 
     Attributes:
-        keep: the share of candidates that go on after a step, rounded up, but always fewer, in (0, 1).
+        keep: the share of candidates that go on after a step, in (0, 1); rounded up, but at least one is dropped.
         distance_weight: lambda of the distances, at least 0; 1.5 in the released code.
-        scorer: of texts and images, the cosine of which is an image's score; None: it is 0.
+        scorer: an encoder of texts and images, whose cosine is an image's score; None: all scores are 0.
     """
 
-    title: ClassVar[str] = "group inference"
-    columns: ClassVar[tuple[Setting, ...]] = (*Selection.columns, Setting("keep", number=True))
-    version: ClassVar[int] = 1
+    title = "group inference"
+    columns = (*Selection.columns, *numbers("keep"))
+    version = 1
 
     keep: float = 0.5
     distance_weight: float = 1.5
@@ -127,7 +131,7 @@ class GroupInference(Selection):
                 f"method={self.name} takes {len(plan)} steps to leave {group.size} of {len(seeds)}, got {steps}: "
                 "keep fewer of them, or make more steps"
             )
-        going = list(range(len(seeds)))  # changed in place
+        going = list(range(len(seeds)))  # the remaining candidates; changed in place
         size: list[int] = []  # of the image, in pixels
 
         def rows(denoiser: DenoiserCall) -> list[int]:
@@ -137,9 +141,9 @@ class GroupInference(Selection):
             return some_rows(pipe, denoiser, arguments, rows(denoiser))
 
         def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
-            whole = output.new_zeros(denoiser.rows, *output.shape[1:])
-            whole[rows(denoiser)] = output
-            return whole
+            all_rows = output.new_zeros(denoiser.rows, *output.shape[1:])
+            all_rows[rows(denoiser)] = output
+            return all_rows
 
         def measure(noise: torch.Tensor) -> torch.Tensor:
             size.extend(side * pipe.vae_scale_factor for side in noise.shape[-2:])
@@ -147,7 +151,7 @@ class GroupInference(Selection):
 
         def prune(prediction: Prediction) -> torch.Tensor:
             if plan:
-                # Of all rows, of which `decoding` decodes those that are going on.
+                # `decoding` decodes only the remaining candidates.
                 images = decoded(pipe, unpacked(pipe, prediction.clean, *size))
                 score = torch.zeros(len(going))
                 if self.scorer is not None:

@@ -16,7 +16,7 @@ from eval.encoders import Encoder
 from eval.files import canonical_json, check_seal, content_hash, read_json, sealed, write_json
 from eval.images import Withheld, load_image
 from experiments.methods.assets import AssetIndex
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, Setting, sample
 from experiments.methods.selection import embedded
 from experiments.prompts import Group
 from negtome.guard import Clause, Decision, Guard, Verdict, decide, read_policy, verify
@@ -192,14 +192,14 @@ class Guarded(Method):
             settings |= {"check": self.check.settings(), "tries": self.tries}
         return settings
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         verdict = self.verdict(group.prompt)
         # Verdicts and images are reused; the seconds are those of the first time.
         statistics = {"action": verdict.action, "decide_seconds": verdict.seconds, "seconds": verdict.seconds}
         concepts = self._cited(verdict, "steer") if verdict.action == "steer" else []
         withheld = self._withhold(verdict, concepts)
         if withheld is not None:
-            return Drawn(None, statistics, withheld=withheld)
+            return GroupResult(None, statistics, withheld=withheld)
         method = Method()
         if concepts:
             method, group = self.steering, dataclasses.replace(group, concept=concepts[0])
@@ -221,10 +221,10 @@ class Guarded(Method):
         statistics |= {"check_seconds": round(check_seconds, 4)}
         statistics["seconds"] = round(verdict.seconds + generate_seconds + check_seconds, 3)
         if concept is None:
-            return Drawn(result.images, {**statistics, **result.statistics}, result.references, seeds=seeds)
+            return GroupResult(result.images, {**statistics, **result.statistics}, result.references, seeds=seeds)
         clauses = tuple(clause.id for clause in self._policy.clauses if clause.asset == concept)
         reason = f"every one of {tries} images resembles {concept} above the threshold"
-        return Drawn(None, statistics, result.references, Withheld("blocked", reason, clauses))
+        return GroupResult(None, statistics, result.references, Withheld("blocked", reason, clauses))
 
     def _withhold(self, verdict: Verdict, concepts: Sequence[str]) -> Withheld | None:
         """Return why a verdict ends a request before any image; None if it does not."""

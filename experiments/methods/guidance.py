@@ -1,14 +1,15 @@
-"""Less guidance: the cheapest way to more diverse images, and what every other method has to beat."""
+"""Less guidance: the cheapest way to more diverse images, and the one that other methods have to beat."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import denoiser_calls, levels, some_rows
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall
@@ -17,11 +18,7 @@ from negtome.validation import check_float
 
 
 def check_guided(method: str, call: Mapping[str, Any]) -> None:
-    """Refuse a model that is called without a scale of guidance, for which less of it is nothing.
-
-    Raises:
-        ValueError: there is no scale above 1.
-    """
+    """Raise ValueError for a model that is called without a guidance scale above 1."""
     if not (call.get("guidance_scale") or 0) > 1:
         raise ValueError(
             f"method={method} needs a model that is called with a guidance_scale above 1, got "
@@ -31,15 +28,15 @@ def check_guided(method: str, call: Mapping[str, Any]) -> None:
 
 @dataclass
 class LowerGuidance(Method):
-    """Another scale of classifier-free guidance (arXiv 2207.12598), or of a distilled model's own.
+    """Another scale of classifier-free guidance (arXiv 2207.12598), or of distilled guidance.
 
     Attributes:
-        scale: w in uncond + w (cond - uncond), at least 1, which is none; None: the model's.
+        scale: w in uncond + w (cond - uncond), at least 1, which is no guidance; None: the model's.
     """
 
-    title: ClassVar[str] = "lower guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("scale", number=True),)
-    version: ClassVar[int] = 1
+    title = "lower guidance"
+    columns = numbers("scale")
+    version = 1
 
     name: str
     scale: float | None = None
@@ -48,31 +45,28 @@ class LowerGuidance(Method):
         self.scale = None if self.scale is None else check_float("method.scale", self.scale, 1, math.inf)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         check_guided(self.name, call)
-        yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+        yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
 
 
 @dataclass
-class LimitedInterval(Method):
+class IntervalGuidance(Method):
     """Guidance in an interval of noise levels only (Kynkaanniemi et al., arXiv 2404.07724).
 
-    Outside, a UNet that is guided in one batch predicts from the prompt alone, and calculates no other half. A model
-    whose guidance is distilled, as FLUX.1-dev's, is given `outside` as its scale there.
+    Outside the interval, a UNet that is guided in one batch computes only the conditional half. A model with distilled
+    guidance, such as FLUX.1-dev, gets `outside` as its scale there.
 
     Attributes:
-        sigma_range: (low, high], where there is guidance, in noise over signal, EDM's noise levels; None for no upper
-            end. For SDXL the paper has (0.28, 5.42] with a scale of about 15.
+        sigma_range: (low, high], the interval with guidance, in noise over signal, EDM's noise levels; None for no
+            upper end. For SDXL the paper has (0.28, 5.42] with a scale of about 15.
         scale: of the guidance inside, at least 1; None: the model's.
-        outside: the distilled scale outside, at least 1, which is as good as none.
+        outside: the distilled scale outside, at least 1, which has almost no effect.
     """
 
-    title: ClassVar[str] = "limited interval"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("sigma_range", ("sigma_low", "sigma_high"), "sigma", number=True),
-        Setting("scale", number=True),
-    )
-    version: ClassVar[int] = 1
+    title = "limited interval"
+    columns = (Setting("sigma_range", ("sigma_low", "sigma_high"), "sigma", number=True), *numbers("scale"))
+    version = 1
 
     name: str
     sigma_range: tuple[float, float | None] = (0.28, 5.42)
@@ -89,7 +83,7 @@ class LimitedInterval(Method):
         self.outside = check_float("method.outside", self.outside, 1, math.inf)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         check_guided(self.name, call)
         architecture = find_architecture(pipe)
         if architecture.guidance != "batch" and not getattr(pipe.transformer.config, "guidance_embeds", False):
@@ -98,7 +92,7 @@ class LimitedInterval(Method):
                 f"FLUX.1-dev, got a {type(pipe).__name__} that is neither: leave the method out for this model"
             )
         low, high = self.sigma_range
-        left_out = False  # the other half, in the running call
+        left_out = False  # whether the running call is without the unconditional half
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
             nonlocal left_out
@@ -115,4 +109,4 @@ class LimitedInterval(Method):
             return torch.cat([output, output]) if left_out else output  # w (cond - cond) adds nothing
 
         with denoiser_calls(pipe, before, after):
-            yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+            yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})

@@ -1,4 +1,4 @@
-"""What methods inside of Flux's blocks share: where these are, and gradient steps on the cosines among images."""
+"""Shared by methods inside Flux's blocks: the blocks, and gradient steps on the cosines among images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from negtome.sites import find_architecture
 
 
 def joint_blocks(pipe: Any, method: str) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList]:
-    """Return the blocks that attend to text and image tokens together: with a stream each, and with a single one.
+    """Return the blocks that attend to text and image tokens together: the dual-stream and the single-stream ones.
 
     Both kinds return (text [rows, L, C], image [rows, N, C]).
 
     Raises:
-        ValueError: the pipeline has none, or those of another architecture, named for `method`.
+        ValueError: the pipeline is not Flux; the message names `method`.
     """
     architecture = find_architecture(pipe)
     if architecture.name != "Flux":
@@ -40,26 +40,26 @@ def step_on_cosines(
 
         grad_i E = 2 (sum_j M_ij u_j - sum_j M_ij C_ij u_i) / |f_i|
 
-    which lies in the span of the K images, so that all steps are taken on K x K numbers, and the images added up once.
+    which lies in the span of the K images: all steps are taken on K x K numbers, and the images are combined once.
 
     Args:
         features: [groups * K, ...] of K = `group_size` images each.
         slope: cosines [groups, K, K] -> dE/dC, of the same shape, as if each entry were a variable.
-        rate: of a step; negative descends.
-        steps: how many.
+        rate: step size; negative to descend.
+        steps: number of steps.
         group_size: K.
-        relative: times |f_i|^2, which makes them steps of the directions u_i: the same for features of any length.
+        relative: multiply the gradient by |f_i|^2. The steps then act on the directions u_i, whatever the length.
     """
     images = features.unflatten(0, (-1, group_size)).flatten(2)
-    if images.device.type != "mps":  # which knows no float64
-        images = images.double()  # images are alike to the last digits of float32 where the text has just come in
+    if images.device.type != "mps":  # which has no float64
+        images = images.double()  # right after the text comes in, images differ only in the last digits of float32
     gram = (images @ images.mT).double().cpu()
     identity = torch.eye(group_size, dtype=torch.float64)
-    weights = identity.expand_as(gram)  # of the images before, in those of now
+    weights = identity.expand_as(gram)  # each moved image as a combination of the original images
     for _ in range(steps):
-        now = weights @ gram @ weights.mT
-        length = now.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        cosines = now / length.unsqueeze(2) / length.unsqueeze(1)
+        moved_gram = weights @ gram @ weights.mT
+        length = moved_gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        cosines = moved_gram / length.unsqueeze(2) / length.unsqueeze(1)
         change = slope(cosines)
         change = change - torch.diag_embed((change * cosines).sum(dim=2))
         scale = length.unsqueeze(2) if relative else 1 / length.unsqueeze(2)

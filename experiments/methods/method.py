@@ -1,4 +1,4 @@
-"""What a method is: it makes the images of a group with a stock pipeline, and leaves that as it was."""
+"""The interface of methods, which generate the images of a group and leave the stock pipeline unchanged."""
 
 import contextlib
 import dataclasses
@@ -16,14 +16,14 @@ from experiments.prompts import Group
 
 
 @dataclass
-class Applied:
-    """A method at work on one group.
+class MethodContext:
+    """A method that is applied to one group.
 
     Attributes:
-        call: keyword arguments of the pipeline's call: those of the model, as far as the method did not change them.
-        statistics: returns what the run's log should keep of the finished call, as JSON values.
-        references: the assets the method was given for this group, file -> score by which it was found; None where the
-            method takes none.
+        call: keyword arguments of the pipeline's call: the model's, with the method's changes.
+        statistics: returns numbers of the finished call for the run's log, as JSON values.
+        references: reference images that the method used for this group, label -> score of the retriever; None for a
+            method without references.
     """
 
     call: dict[str, Any]
@@ -32,16 +32,15 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a method made of one group: images, or none and why.
+class GroupResult:
+    """The images of one group, or the reason why there are none.
 
     Attributes:
-        images: float [K, H, W, 3] in [0, 1], in the order of the group's images; None or [0, H, W, 3] where they are
-            withheld.
-        statistics: what the run's log should keep, as JSON values.
-        references: as of `Applied`.
+        images: float [K, H, W, 3] in [0, 1], in the order of the group's images; None or [0, H, W, 3] if withheld.
+        statistics: numbers for the run's log, as JSON values.
+        references: as of `MethodContext`.
         withheld: why there are no images.
-        seeds: of the images' noises, where they are not those of the group's own.
+        seeds: of the images' initial latents, if they are not the group's own.
     """
 
     images: np.ndarray | None
@@ -61,37 +60,37 @@ def sample(pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int
 
     Args:
         pipe: a stock pipeline.
-        group: what is asked for.
+        group: the prompt, and the seeds by default.
         call: further keyword arguments.
-        seeds: of the images' noises, one each; None: the group's own, those of all methods.
+        seeds: one for each image's initial latents; None: the group's, which all methods share.
 
     Returns:
         The images, float [len(seeds), H, W, 3] in [0, 1].
     """
-    # Each image its own generator, on the CPU: the same noises for every method and on every device.
+    # One generator per image, on the CPU: the same initial latents for every method and on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in (group.image_seeds() if seeds is None else seeds)]
-    usual = {"prompt": group.prompt, "num_images_per_prompt": len(generators), "generator": generators}
-    return pipe(**{**usual, **call, "output_type": "np"}).images
+    defaults = {"prompt": group.prompt, "num_images_per_prompt": len(generators), "generator": generators}
+    return pipe(**{**defaults, **call, "output_type": "np"}).images
 
 
 def generator_of(group: Group, name: str, seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator of draws beside the images' own noises, the same for a group in every run and batch."""
+    """Return a generator for a method's own random numbers, the same for a group in every run and batch."""
     digest = hashlib.sha256(f"{seed}/{group.id}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Method:
-    """What an experiment asks of a method: `draw`. As it stands here, it is the stock pipeline.
+    """A way to generate the images of a group; this base class calls the stock pipeline.
 
-    Most methods change a pipeline or its arguments for one call, and write `apply` alone. One that calls the pipeline
-    several times, or chooses among candidates, writes `draw`.
+    Most methods change the pipeline or its arguments for one call, and override `apply` only. A method that calls the
+    pipeline several times, or chooses among candidates, overrides `generate`.
 
     Attributes:
         name: in tables and configurations.
-        title: in figures, where its file in conf/method/ does not say another one.
-        columns: the settings that tell runs of the method apart in tables, in the order of the columns.
-        version: raised whenever the same settings would make other pixels, whatever was edited; runs of another version
-            are neither gone on with nor put into a table (tests/experiments/test_golden.py tells).
+        title: in figures, unless its file in conf/method/ has another one.
+        columns: the settings that distinguish runs of the method in tables, in the order of the columns.
+        version: raise it whenever the same settings would produce other pixels. Runs of another version are neither
+            continued nor tabulated; tests/experiments/test_golden.py detects such changes.
     """
 
     title: str
@@ -102,42 +101,40 @@ class Method:
         self.name = name
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting of the method that affects pixels, as JSON values: part of the run's identity.
-
-        Of a method that is a dataclass, its fields.
-        """
+        """Return every setting that affects pixels, as JSON values, for the run's identity; a dataclass's fields."""
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         return {field.name: getattr(self, field.name) for field in fields if field.name != "name"}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        """Change what `pipe` generates for `group` until the block ends.
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
+        """Change the images that `pipe` generates for `group`, until the block ends.
 
-        The block calls `pipe(group.prompt, ..., **applied.call)` once, or with several prompts, each of which has
-        `group.size` images and is then a group of its own; with prompts in `applied.call` these alone, one an image.
+        The block calls `pipe(group.prompt, ..., **context.call)` once, or with several prompts, each of which has
+        `group.size` images and is a group of its own. If `context.call` has prompts, they replace the block's, one for
+        each image.
 
         Args:
             pipe: a stock pipeline.
             group: the images to be generated together.
-            call: further keyword arguments that the pipeline is to be called with.
+            call: further keyword arguments of the call.
         """
-        yield Applied(dict(call))
+        yield MethodContext(dict(call))
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
-        """Make the images of a group, by one call of the pipeline to which the method is applied.
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
+        """Generate the images of a group, by one call of the pipeline to which the method is applied.
 
         Args:
-            pipe: a stock pipeline; it is afterwards as before.
+            pipe: a stock pipeline, which is unchanged afterwards.
             group: the images to be generated together.
-            call: keyword arguments of the model's calls, without the number of images, generators and kind of output.
+            call: keyword arguments of the model's calls, without the number of images, generators and type of output.
         """
-        with self.apply(pipe, group, call) as applied:
-            images = sample(pipe, group, applied.call)
-        return Drawn(images, applied.statistics(), applied.references)
+        with self.apply(pipe, group, call) as context:
+            images = sample(pipe, group, context.call)
+        return GroupResult(images, context.statistics(), context.references)
 
 
 class Baseline(Method):
-    """The stock pipeline: changes nothing."""
+    """The stock pipeline, unchanged."""
 
     title = "without NegToMe"
-    version = 0  # what all runs share has a version of its own, `experiments.runs.identity.GENERATION_VERSION`
+    version = 0  # the code that all runs share has its own version, `experiments.runs.identity.GENERATION_VERSION`

@@ -1,9 +1,9 @@
-"""A naive transcription of NegToMe, to measure against: nothing here is fast, and nothing here knows `negtome.merge`.
+"""A naive transcription of NegToMe as a yardstick, which does not use `negtome.merge`.
 
-It makes the passes over memory that the authors' released code makes (github.com/1jsingh/negtome, described, not
-copied): both sides normalised, the whole similarity matrix kept, its maximum over an axis, a gather, a blend of all
-images with the first one among them, and a concatenation. It is put into a stock pipeline by ordinary torch hooks, at
-those of `negtome.sites`. Images are square, and all images of a call are one group. `Naive` is the same as a method.
+It makes the same passes over memory as the authors' released code (github.com/1jsingh/negtome, described, not copied):
+it normalises both sides, keeps the whole similarity matrix, takes its maximum over an axis, gathers, blends all images,
+and concatenates. Ordinary torch hooks at the hook points of `negtome.sites` put it into a stock pipeline. Images are
+square, and all images of a call are one group. `Naive` is the transcription as a method.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied
+from experiments.methods.method import MethodContext
 from experiments.methods.negtome import NegToMe
 from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
@@ -32,9 +32,9 @@ def push(tokens: torch.Tensor, halves: int, config: NegToMeConfig) -> torch.Tens
         config: the settings.
 
     Returns:
-        A new tensor [halves * K, N, C]; the first image of each half as it was.
+        A new tensor [halves * K, N, C], in which the first image of each half is unchanged.
     """
-    done = []
+    pushed = []
     for source in tokens.chunk(halves):
         target = source[:1].expand_as(source)
         source_unit = source / source.norm(dim=-1, keepdim=True)
@@ -44,8 +44,8 @@ def push(tokens: torch.Tensor, halves: int, config: NegToMeConfig) -> torch.Tens
         match = torch.gather(target, 1, index.unsqueeze(-1).expand_as(source))
         moved = (1 + config.alpha) * source - config.alpha * match
         moved = torch.where((closest > config.threshold).unsqueeze(-1), moved, source)
-        done.append(torch.cat([source[:1], moved[1:]]))
-    return torch.cat(done)
+        pushed.append(torch.cat([source[:1], moved[1:]]))
+    return torch.cat(pushed)
 
 
 @contextlib.contextmanager
@@ -57,20 +57,20 @@ def attach(
     Args:
         pipe: the pipeline; its calls must generate square images of a single prompt.
         config: the settings; reference="first" only.
-        change: what happens to an attention's image tokens in the steps of the window, called as `push`.
+        change: replaces an attention's image tokens in the steps of the timestep range, called as `push`.
 
     Raises:
-        ValueError: for a setting that is not transcribed.
+        ValueError: a setting is not transcribed.
     """
     if config.reference != "first":
         raise ValueError(f'the transcription is of reference="first", got {config.reference!r}; use negtome.attach.')
     architecture = find_architecture(pipe)
     denoiser = getattr(pipe, architecture.denoiser)
-    call: DenoiserCall | None = None  # the one that is running, if it is in the window
+    call: DenoiserCall | None = None  # the running call, if it is in the timestep range
 
-    def begin(found: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
+    def begin(denoiser_call: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
         nonlocal call
-        call = found if config.is_active(found.timestep) else None
+        call = denoiser_call if config.is_active(denoiser_call.timestep) else None
         return arguments
 
     def changed(features: torch.Tensor, place: HookPoint) -> torch.Tensor:
@@ -101,6 +101,6 @@ class Naive(NegToMe):
         return {**super().settings(), "transcription": "naive"}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with attach(pipe, self.config.published_for(find_architecture(pipe).name.lower())):
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -1,4 +1,4 @@
-"""What models offer themselves to stay away from protected assets: a negative prompt, and a negative image prompt."""
+"""The models' own ways to avoid protected concepts: a negative prompt, and a negative image prompt."""
 
 import contextlib
 import inspect
@@ -9,22 +9,21 @@ import torch
 
 from eval.images import load_picture
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.prompts import Group
 
 
 class NegativePrompt(Method):
-    """The prompt's nearest protected assets, named in a negative prompt.
+    """Name the protected concept that is nearest to the prompt in a negative prompt.
 
     Args:
-        retriever: finds the assets.
-        prompt: with {} for an asset's name; those of several assets are joined by commas, after the negative prompt
-            that the model is called with anyway.
+        retriever: finds the concept.
+        prompt: with {} for the concept's name; it follows the model's own negative prompt, after a comma.
         true_cfg_scale: guidance scale away from the negative prompt, for pipelines whose own guidance is distilled
             (Flux); None for the others.
 
     Raises:
-        ValueError: when applied to a pipeline that takes no negative prompt (FLUX.2).
+        ValueError: when applied to a pipeline without negative prompts (FLUX.2).
     """
 
     title = "negative prompt"
@@ -47,30 +46,30 @@ class NegativePrompt(Method):
         }
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if "negative_prompt" not in inspect.signature(pipe).parameters:
             raise ValueError(
                 f"method={self.name} needs a pipeline that takes a negative prompt, which a {type(pipe).__name__} does "
                 "not: leave the method out, or choose another model"
             )
-        found = self.retriever.find(pipe, group, call)
-        applied = Applied(dict(call), references={asset.label: score for asset, score in found})
-        if found:
-            names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in found)
-            applied.call["negative_prompt"] = ", ".join(filter(None, [call.get("negative_prompt"), *names]))
+        references = self.retriever.find(pipe, group, call)
+        context = MethodContext(dict(call), references={asset.label: score for asset, score in references})
+        if references:
+            names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in references)
+            context.call["negative_prompt"] = ", ".join(filter(None, [call.get("negative_prompt"), *names]))
             if self.true_cfg_scale is not None:
-                applied.call["true_cfg_scale"] = self.true_cfg_scale
-        yield applied
+                context.call["true_cfg_scale"] = self.true_cfg_scale
+        yield context
 
 
 class NegativeIPAdapter(Method):
-    """The prompt's nearest protected assets as the image prompt of the unconditional half (IP-Adapter, SDXL).
+    """Show the protected concept that is nearest to the prompt to the unconditional half (IP-Adapter, SDXL).
 
-    The conditional half gets what the adapter takes for no picture. This is the like-for-like alternative to an image
-    as negative: another network that was trained to read images.
+    The conditional half gets the adapter's embedding of no image. Like NegToMe, the method takes reference images as
+    negatives, but it needs another network that was trained to read images.
 
     Args:
-        retriever: finds the assets.
+        retriever: finds the concept's reference images.
         weights: keyword arguments of the pipeline's `load_ip_adapter`: a repository or folder, its subfolder and file.
         scale: of the adapter's attention, in [0, 1].
 
@@ -99,28 +98,28 @@ class NegativeIPAdapter(Method):
         return {"ip_adapter": self.weights, "scale": self.scale, "retriever": self.retriever.settings()}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if call.get("guidance_scale", 5.0) <= 1:
             raise ValueError(
                 f"method={self.name} needs guidance, got guidance_scale={call['guidance_scale']}: set "
                 "model.call.guidance_scale above 1, or leave the method out"
             )
-        found = self.retriever.find(pipe, group, call)
-        references = {asset.label: score for asset, score in found}
-        if not found:
-            yield Applied(dict(call), references=references)
+        references = self.retriever.find(pipe, group, call)
+        scores = {asset.label: score for asset, score in references}
+        if not references:
+            yield MethodContext(dict(call), references=scores)
             return
         pipe.load_ip_adapter(**self.weights)
         try:
             pipe.set_ip_adapter_scale(self.scale)
-            pictures = [load_picture(asset.file) for asset, _ in found]
-            # The adapter's layout: [unconditional, conditional], where the former shows nothing: zeros, or the
-            # embedding of a black picture, as the adapter was trained.
+            pictures = [load_picture(asset.file) for asset, _ in references]
+            # The adapter's layout is [unconditional, conditional]; the former stands for no image: zeros, or the
+            # embedding of a black image, as the adapter was trained.
             with torch.no_grad():
                 (embedded,) = pipe.prepare_ip_adapter_image_embeds(
                     [pictures], None, pipe._execution_device, 1, do_classifier_free_guidance=True
                 )
             halves = [torch.cat(embedded.chunk(2)[::-1])]
-            yield Applied(dict(call) | {"ip_adapter_image_embeds": halves}, references=references)
+            yield MethodContext(dict(call) | {"ip_adapter_image_embeds": halves}, references=scores)
         finally:
             pipe.unload_ip_adapter()

@@ -1,4 +1,4 @@
-"""NegToMe: among the images of a group, or away from protected assets."""
+"""NegToMe: among the images of a group, or away from protected concepts."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any
 
 import negtome
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext, Setting
 from experiments.prompts import Group
 from negtome.config import RELEASED_SIDE
 
@@ -21,7 +21,7 @@ class NegToMe(Method):
 
     title = "NegToMe"
     columns = (
-        Setting("matching", printed="never"),  # which the methods' names tell
+        Setting("matching", printed="never"),  # it is part of the methods' names
         Setting("reference", heading="from"),
         Setting("alpha", printed="always", number=True),
         Setting("threshold", printed="always", number=True),
@@ -35,27 +35,27 @@ class NegToMe(Method):
         self.config = negtome.NegToMeConfig(**{key: value for key, value in config.items() if value is not None})
 
     def settings(self) -> dict[str, Any]:
-        # None became the default later; where both run, they are the same setting.
+        # None became the default later; both are the same setting.
         side = RELEASED_SIDE if self.config.min_side is None else self.config.min_side
         return dataclasses.asdict(self.config.replace(min_side=side))
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with negtome.attach(pipe, self.config, group_size=group.size) as attached:
-            yield Applied(dict(call), attached.summary)
+            yield MethodContext(dict(call), attached.summary)
 
 
 class NegToMeFromAssets(NegToMe):
-    """Negative token merging away from the protected assets that the prompt comes nearest to.
+    """Negative token merging away from the protected concept that is nearest to the prompt.
 
-    Where no asset is near enough, the pipeline stays as it is.
+    If no concept is near enough, the pipeline is unchanged.
 
     Args:
-        retriever: finds the assets.
+        retriever: finds the concept's reference images.
         noise, posterior: of `negtome.Reference`.
-        images: how many pictures of the asset are used, the nearest first; None for all.
-        masks: whether the assets' masks are used, where they have some.
-        prompt: what the assets are said to show, with {} for their name; None: what the group's prompt says.
+        images: the number of reference images to use, the nearest first; None for all.
+        masks: whether to use the masks of the reference images that have one.
+        prompt: the prompt of the reference images, with {} for the concept's name; None: the group's prompt.
         **config: as of `NegToMe`.
     """
 
@@ -98,17 +98,18 @@ class NegToMeFromAssets(NegToMe):
         }
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        found = self.retriever.find(pipe, group, call)[: self.images]
-        references = {asset.label: score for asset, score in found}
-        if not found:
-            yield Applied(dict(call), references=references)
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
+        references = self.retriever.find(pipe, group, call)[: self.images]
+        scores = {asset.label: score for asset, score in references}
+        if not references:
+            yield MethodContext(dict(call), references=scores)
             return
+        assets = [asset for asset, _ in references]
         reference = negtome.Reference(
-            [asset.image for asset, _ in found],
-            mask=[asset.mask for asset, _ in found] if self.masks else None,
-            prompt=None if self.prompt is None else self.prompt.format(found[0][0].name),
+            [asset.image for asset in assets],
+            mask=[asset.mask for asset in assets] if self.masks else None,
+            prompt=None if self.prompt is None else self.prompt.format(assets[0].name),
             **self.reference,
         )
         with negtome.attach(pipe, self.config, references=reference) as attached:
-            yield Applied(dict(call), attached.summary, references)
+            yield MethodContext(dict(call), attached.summary, scores)

@@ -4,16 +4,17 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.validation import check_float
 
-#: How wide the kernel is; see `repulsion`.
+#: The width of the kernel; see `repulsion`.
 Bandwidth = Literal["paper", "released"]
 BANDWIDTHS = get_args(Bandwidth)
 
@@ -22,12 +23,12 @@ def repulsion(latents: torch.Tensor, bandwidth: Bandwidth) -> torch.Tensor:
     """Return sum_j 2 exp(-|x_i - x_j|^2 / h_i) (x_i - x_j) / h_i, the gradient of -sum_j exp(-|x_i - x_j|^2 / h_i).
 
     Args:
-        latents: float32 [G, K, N], those of G groups of K images, K at least 2.
+        latents: float32 [G, K, N], of G groups of K images, K at least 2.
         bandwidth: "paper": h is the squared median of a group's distances over log K. "released": h_i is the squared
             median of the distances of x_i to the others, the lower one of two, over log(K - 1), infinite for K = 2.
 
     Returns:
-        [G, K, N]; h counts as a constant.
+        [G, K, N], with h as a constant.
     """
     K = latents.shape[1]
     distance = torch.cdist(latents, latents, compute_mode="donot_use_mm_for_euclid_dist")  # [G, K, K]
@@ -45,23 +46,22 @@ def repulsion(latents: torch.Tensor, bandwidth: Bandwidth) -> torch.Tensor:
 class ParticleGuidance(Method):
     """Particle guidance by an RBF kernel on latents (Corso, Xu et al., arXiv 2310.13102).
 
-    The noise that a step predicts loses sigma * coefficient * `repulsion` of the group's noisy latents, scaled to a
-    variance-preserving process; the clean latents x0 gain sigma times that. The authors' code is of Stable Diffusion
-    1.5, 4 x 64 x 64 latents, in groups of 4; `repulsion` falls with the number of latents, so that a model with a
-    fourth of them needs about a fourth of the coefficient. The guidance scales that they give count from another zero:
-    their 8 is 9 here.
+    sigma * coefficient * `repulsion` of the group's noisy latents, scaled to a variance-preserving process, is
+    subtracted from the noise that a step predicts; sigma times that is added to the clean latents. The authors' code is
+    for Stable Diffusion 1.5, 4 x 64 x 64 latents, in groups of 4. `repulsion` falls with the number of latents: a model
+    with a fourth of them needs about a fourth of the coefficient. The authors' guidance scale of 8 is 9 here.
 
     Attributes:
         coefficient: at least 0. The authors' notebook has 30; later comparisons go from 10 to 150.
         bandwidth: "paper", log n of n images, or "released", log(n - 1), which is not defined for two.
         sigma_low: the noise over signal below which there is no guidance: 1 in the released code.
-        sigma_high: the most that sigma counts for, 14.6 as at the first step of Stable Diffusion. Flows and schedules
-            without any signal begin with an infinite one; nothing is published for them.
+        sigma_high: an upper bound of sigma, 14.6 as at the first step of Stable Diffusion. Flows, and schedules that
+            begin without any signal, have an infinite sigma at first; nothing is published for them.
     """
 
-    title: ClassVar[str] = "particle guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("coefficient", number=True), Setting("bandwidth"))
-    version: ClassVar[int] = 1
+    title = "particle guidance"
+    columns = (*numbers("coefficient"), Setting("bandwidth"))
+    version = 1
 
     name: str
     coefficient: float = 30.0
@@ -76,7 +76,7 @@ class ParticleGuidance(Method):
             raise ValueError(f"method.bandwidth must be one of {BANDWIDTHS}, got {self.bandwidth!r}")
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if group.size == 2 and self.bandwidth == "released":
             raise ValueError(
                 f"method={self.name} divides by log(n - 1) where bandwidth=released, which is 0 for a group of n = 2: "
@@ -94,4 +94,4 @@ class ParticleGuidance(Method):
         with contextlib.ExitStack() as stack:
             if group.size > 1 and self.coefficient:
                 stack.enter_context(predictions(pipe, repel))
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

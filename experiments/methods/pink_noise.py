@@ -1,24 +1,25 @@
-"""Images begun from noise of more low frequencies: other layouts, where white noise hardly differs in them."""
+"""Pink noise: initial latents with more low frequencies, so that layouts differ more than from white noise."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import initial_noise
 from experiments.prompts import Group
 from negtome.validation import check_float
 
 
 def coloured(noise: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Return white noise [rows, c, h, w] with a power spectrum of f^-exponent, of unit variance again.
+    """Filter white noise [rows, c, h, w] to a power spectrum of f^-exponent with unit variance.
 
-    The frequency f is in cycles a pixel, and that of the mean counts as the lowest other one. Amplitudes are scaled by
-    a number of the shape alone, so that what was normal noise remains that, of unit variance in the mean of its draws.
+    The frequency f is in cycles a pixel; the mean is treated as the lowest other frequency. The gain depends only on
+    the shape, so that normal noise stays normal, with unit variance on average.
     """
     height, width = noise.shape[-2:]
     vertical = torch.fft.fftfreq(height, device=noise.device)[:, None]
@@ -30,19 +31,19 @@ def coloured(noise: torch.Tensor, exponent: float) -> torch.Tensor:
 
 @dataclass
 class PinkNoise(Method):
-    """Pink in place of white noise at the beginning of sampling, as in "It's Never Too Late" (arXiv 2601.00090).
+    """Pink instead of white noise as initial latents, as in "It's Never Too Late" (arXiv 2601.00090).
 
-    Of each channel's noise the Fourier amplitude at the frequency f is multiplied by f^(-exponent / 2), and all of them
-    by one number that gives unit variance back. The paper optimises the noise beyond that, which is not done here.
+    The Fourier amplitude of each channel at frequency f is multiplied by f^(-exponent / 2), and all amplitudes by one
+    number that restores unit variance. The paper also optimises the noise, which is not done here.
 
     Attributes:
         exponent: a of the power spectrum f^-a: 0 is white, and off; 0.2 is published, 1 is pink in the strict sense; a
             negative one prefers high frequencies.
     """
 
-    title: ClassVar[str] = "pink noise"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("exponent", number=True),)
-    version: ClassVar[int] = 1
+    title = "pink noise"
+    columns = numbers("exponent")
+    version = 1
 
     name: str
     exponent: float = 0.2
@@ -51,6 +52,6 @@ class PinkNoise(Method):
         self.exponent = check_float("method.exponent", self.exponent, -math.inf, math.inf)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with initial_noise(pipe, lambda noise: coloured(noise, self.exponent) if self.exponent else noise):
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))

@@ -1,4 +1,4 @@
-"""Prompts rewritten before anything is drawn: diversity asked for in words."""
+"""Rewritten prompts: ask for diversity in words."""
 
 import contextlib
 import hashlib
@@ -6,34 +6,35 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting, generator_of
+from experiments.methods.method import Method, MethodContext, generator_of
+from experiments.methods.setting import numbers
 from experiments.prompts import Group
 from negtome.validation import check_float
 
 
 @dataclass
 class Rewriting(Method):
-    """Other words for the prompt's category in some of a group's images, as a writer or a language model puts them.
+    """Replace the category in the prompts of some of a group's images by a kind or a scene of it.
 
-    In place of the category, "a photo of a dog" says a kind or a scene of it, "a photo of a poodle". The phrases are
-    given, so that no language model is needed and everybody asks for the same; NegToMe's paper (arXiv 2412.01339) has
-    prompts rewritten by one. Images are scored against the prompt as it was. The last images of a group are rewritten,
-    each to another phrase as long as there are some; the phrases are drawn for the group, the same at every share. One
-    call of the pipeline is for one group.
+    "a photo of a dog" becomes "a photo of a poodle". The phrases are part of the configuration, so that runs need no
+    language model and are reproducible; NegToMe's paper (arXiv 2412.01339) has prompts rewritten by a language model.
+    Images are scored against the original prompt. The last images of a group are rewritten, with different phrases as
+    long as there are enough; a group's order of phrases is the same at every share. A call of the pipeline is for one
+    group.
 
     Attributes:
-        rewrites: phrases by category, as conf/rewrites/ has them.
-        share: of a group's images that are rewritten, in [0, 1], rounded down to whole images; 0 is off. Below 1 the
-            first image keeps the group's prompt.
+        rewrites: phrases by category, as in conf/rewrites/.
+        share: the share of a group's images that are rewritten, in [0, 1], rounded down to an integer; 0 is off. Below
+            1 the first image keeps the group's prompt.
     """
 
-    title: ClassVar[str] = "prompt rewriting"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("share", number=True),)
-    version: ClassVar[int] = 1
+    title = "prompt rewriting"
+    columns = numbers("share")
+    version = 1
 
     name: str
     rewrites: Mapping[str, Sequence[str]]
@@ -50,11 +51,11 @@ class Rewriting(Method):
                 )
 
     def settings(self) -> dict[str, Any]:
-        phrases = json.dumps(self.rewrites, sort_keys=True)  # hundreds: their digest tells them apart
+        phrases = json.dumps(self.rewrites, sort_keys=True)  # there are hundreds, so the identity has their digest
         return {"rewrites": hashlib.sha256(phrases.encode()).hexdigest()[:12], "share": self.share}
 
     def prompts(self, group: Group) -> list[str]:
-        """Return what is asked for, a prompt for each image.
+        """Return a prompt for each image.
 
         Raises:
             ValueError: there are no phrases for the category, or the prompt does not name it.
@@ -64,20 +65,20 @@ class Rewriting(Method):
                 f"method={self.name} expected phrases for the category {group.category!r} in method.rewrites, got "
                 "none: add them to the model's file in conf/rewrites/, or leave the method out for these prompts"
             )
-        if not re.search(named := rf"\b{re.escape(group.category)}\b", group.prompt):
+        pattern = rf"\b{re.escape(group.category)}\b"
+        if not re.search(pattern, group.prompt):
             raise ValueError(
                 f"method={self.name} rewrites the category in a prompt, got {group.prompt!r}, which does not name "
                 f"{group.category!r}: leave the method out for these prompts"
             )
         order = torch.randperm(len(phrases), generator=generator_of(group, "rewriting")).tolist()
         kept = group.size - int(self.share * group.size + 1e-9)
-        chosen = [phrases[order[place % len(order)]] for place in range(kept, group.size)]
-        return [group.prompt] * kept + [
-            re.sub(named, lambda _, phrase=phrase: phrase, group.prompt) for phrase in chosen
-        ]
+        chosen = [phrases[order[index % len(order)]] for index in range(kept, group.size)]
+        rewritten = [re.sub(pattern, lambda _, phrase=phrase: phrase, group.prompt) for phrase in chosen]
+        return [group.prompt] * kept + rewritten
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         prompts = self.prompts(group)
         changes = {} if set(prompts) == {group.prompt} else {"prompt": prompts, "num_images_per_prompt": 1}
-        yield Applied({**call, **changes}, lambda: {"prompts": prompts})
+        yield MethodContext({**call, **changes}, lambda: {"prompts": prompts})

@@ -1,22 +1,23 @@
-"""Diversity bought with more candidates instead of a push: the images of a group are chosen among more of them."""
+"""Choose the images of a group among more candidates: diversity by computing more, without a push."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from eval.encoders import Encoder
-from experiments.methods.method import Drawn, Method, Setting, sample
+from experiments.methods.method import GroupResult, Method, sample
+from experiments.methods.setting import numbers
 from experiments.prompts import Group
 from negtome.validation import check_int
 
 
 def farthest_first(distance: torch.Tensor, count: int) -> list[int]:
-    """Choose `count` of n by distances [n, n]: the first, then always the one farthest from its nearest chosen."""
+    """Choose `count` of n by distances [n, n]: the first, then repeatedly the farthest from its nearest chosen one."""
     chosen = [0]
     while len(chosen) < count:
         nearest = distance[:, chosen].amin(dim=1)
@@ -38,16 +39,16 @@ def distances(features: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Selection(Method):
-    """A group's images, chosen among candidates, the first of which begin from the noises of the group's own images.
+    """A group's images, chosen among candidates, the first of which have the seeds of the group's own images.
 
-    What is chosen by tells nothing about the method when images are judged by it.
+    Do not evaluate the images with the encoder that chooses them.
 
     Attributes:
-        encoder: of images, 1 - cosine of whose embeddings is how far they are apart.
-        candidates: how many, at least the images of a group.
+        encoder: of images; their distance is 1 - cosine of the embeddings.
+        candidates: their number, at least the images of a group.
     """
 
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("candidates", number=True),)
+    columns = numbers("candidates")
 
     name: str
     encoder: Encoder
@@ -59,35 +60,35 @@ class Selection(Method):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "encoder": self.encoder.id}
 
-    def draw(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Drawn:
+    def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         if self.candidates < group.size:
             raise ValueError(
                 f"method={self.name} chooses the {group.size} images of a group among {self.candidates}: set "
                 "method.candidates to at least as many"
             )
         if group.size == 1 or self.candidates == group.size:  # there is nothing to choose
-            return super().draw(pipe, group, call)
+            return super().generate(pipe, group, call)
         seeds = dataclasses.replace(group, size=self.candidates).image_seeds()
         images, chosen = self.choose(pipe, group, call, seeds)
-        return Drawn(images, {"chosen": chosen}, seeds=[seeds[one] for one in chosen])
+        return GroupResult(images, {"chosen": chosen}, seeds=[seeds[one] for one in chosen])
 
     def choose(
         self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]
     ) -> tuple[np.ndarray, list[int]]:
-        """Return `group.size` images, float [K, H, W, 3], of noises of some of the seeds, and of which ones."""
+        """Return `group.size` images, float [K, H, W, 3], and the indices of their seeds."""
         raise NotImplementedError
 
 
 @dataclass
 class BestOf(Selection):
-    """The group's first image, and of all further candidates always the one that is least like those chosen before.
+    """The group's first image, and then repeatedly the candidate that is least like the images chosen before.
 
-    Gonzalez' farthest-first traversal (1985). Candidates are made in calls of as many images as the group has, so that
-    its own are what they are without a method, and no more memory is needed.
+    This is Gonzalez' farthest-first traversal (1985). Each call generates as many candidates as the group has images,
+    so that the group's own images are the baseline's, and no more memory is needed.
     """
 
-    title: ClassVar[str] = "best of several"
-    version: ClassVar[int] = 1
+    title = "best of several"
+    version = 1
 
     def choose(
         self, pipe: Any, group: Group, call: Mapping[str, Any], seeds: Sequence[int]

@@ -1,4 +1,4 @@
-"""How a setting of a method stands in tables."""
+"""A setting of a method, as a column of tables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Setting:
 
     Attributes:
         name: in `Method.settings`.
-        columns: of the CSV: one, or those of a range's lower and upper end; by default the name.
-        heading: of printed tables; by default the name in words.
-        printed: "always", "differing": where a model's runs differ in it, or "never".
-        number: whether the columns hold numbers alone.
+        columns: of the CSV: one, or two for the lower and upper end of a range; the default is the name.
+        heading: of printed tables; the default is the name with spaces.
+        printed: "always", "differing" (only if a model's runs differ in it) or "never".
+        number: whether the columns hold only numbers.
     """
 
     name: str
@@ -28,15 +28,20 @@ class Setting:
         object.__setattr__(self, "heading", self.heading or self.name.replace("_", " "))
 
     def cells(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a row of a CSV has, by column, of a method's settings; None where they lack this one."""
+        """Return the cells of a CSV's row, by column; None if the method's settings lack this one."""
         value = settings.get(self.name)
         if len(self.columns) == 2:
             return dict(zip(self.columns, value or (None, None), strict=True))
         return {self.columns[0]: ("+".join(map(str, value)) or None) if isinstance(value, (list, tuple)) else value}
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return the setting of a CSV's row as it is printed, a range from its upper end; blank where there is none."""
+        """Return the setting of a CSV's row as text, a range from its upper end; empty if the row lacks it."""
         values = [row[column] for column in reversed(self.columns)]
         if any(value is None or value != value for value in values):
             return ""
         return " to ".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+
+
+def numbers(*names: str) -> tuple[Setting, ...]:
+    """Return settings whose columns hold only numbers."""
+    return tuple(Setting(name, number=True) for name in names)

@@ -1,7 +1,7 @@
-"""Where a method can step into the sampling of a stock pipeline: its noise, its denoiser's calls, its predictions.
+"""Hooks into the sampling of a stock pipeline: its initial noise, its denoiser's calls, its predictions.
 
-Each is a context manager that leaves the pipeline as it was. Rows are those of the batch: of guidance's halves, each of
-the prompts of the call one after the other, each of these with its group of K images.
+Each is a context manager that restores the pipeline. Rows of a batch are ordered by the halves of guidance, then the
+prompts of the call, then the K images of a group.
 """
 
 import contextlib
@@ -24,29 +24,29 @@ After = Callable[[DenoiserCall, torch.Tensor], torch.Tensor]
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give an object a method of its own in the place of its class's, or of one that it was given before."""
+    """Replace a method of one object for the length of the block; blocks may be nested."""
     before = vars(owner).get(name)
     setattr(owner, name, method)
     try:
         yield
     finally:
         if before is None:
-            delattr(owner, name)  # the class's shows again
+            delattr(owner, name)  # the class has the original
         else:
             setattr(owner, name, before)
 
 
 @contextlib.contextmanager
 def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None = None) -> Iterator[None]:
-    """Change what the denoiser is given, and what it returns, at every call in the block.
+    """Change the denoiser's arguments and its output, at every call in the block.
 
     Args:
         pipe: a stock pipeline of `negtome.architectures`.
-        before: call, arguments by name -> those that the denoiser gets.
-        after: call, output [rows, ...] -> what the pipeline gets.
+        before: (call, arguments by name) -> the arguments for the denoiser.
+        after: (call, output [rows, ...]) -> the output for the pipeline.
 
     Raises:
-        TypeError: the pipeline is of no known architecture.
+        TypeError: the pipeline's architecture is unknown.
     """
     architecture = find_architecture(pipe)
     denoiser = getattr(pipe, architecture.denoiser)
@@ -73,7 +73,7 @@ def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None 
 def some_rows(
     pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], rows: slice | list[int] | torch.Tensor
 ) -> dict[str, Any]:
-    """Return the denoiser's arguments for some rows of its batch, or for the same ones several times."""
+    """Return the denoiser's arguments for some rows of its batch; rows may be repeated."""
     shared = find_architecture(pipe).shared
 
     def pick(name: str, value: Any) -> Any:
@@ -87,10 +87,10 @@ def some_rows(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step predicts, sample = signal * clean + noise * n with n of unit variance.
+    """The prediction of a step, sample = signal * clean + noise * n with n of unit variance.
 
     Attributes:
-        clean: [rows, ...] the predicted clean latents, float32, guidance done; packed as the pipeline packs them.
+        clean: [rows, ...] the predicted clean latents, float32, after guidance, packed if the pipeline packs them.
         sample: [rows, ...] the noisy latents.
         signal, noise: 1 and sigma of Euler's schedulers, sqrt(abar) and sqrt(1 - abar) of DDIM, 1 - t and t of flows.
         timestep: in training timesteps, 1000 = pure noise.
@@ -104,20 +104,20 @@ class Prediction:
 
     @property
     def sigma(self) -> float:
-        """Noise over signal: EDM's noise level; infinite of pure noise."""
+        """Noise over signal, EDM's noise level; infinite for pure noise."""
         return self.noise / self.signal if self.signal else math.inf
 
 
 @contextlib.contextmanager
 def predictions(pipe: Any, change: Callable[[Prediction], torch.Tensor]) -> Iterator[None]:
-    """Replace the clean latents that each step predicts; a change of nothing leaves the step bit-identical.
+    """Replace the clean latents that each step predicts; if `change` returns them unchanged, so is the step.
 
     Args:
         pipe: a stock pipeline.
-        change: the prediction -> other clean latents, of the same shape.
+        change: prediction -> clean latents, of the same shape.
 
     Raises:
-        ValueError: it is not known how the scheduler, or its prediction type, predicts.
+        ValueError: the scheduler, or its prediction type, is unknown.
     """
     scheduler = pipe.scheduler
     levels(scheduler)  # before anything is generated
@@ -140,17 +140,16 @@ def predictions(pipe: Any, change: Callable[[Prediction], torch.Tensor]) -> Iter
 def clean_of_call(
     pipe: Any, call: DenoiserCall, arguments: Mapping[str, Any], output: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """Return the clean latents, float32, that each row of a denoiser's output predicts; and by how much that output
-    changes with them.
+    """Return the clean latents, float32, that a denoiser's output predicts, and the output's slope in them.
 
     Args:
-        pipe: a stock pipeline whose scheduler `levels` knows.
+        pipe: a stock pipeline with a scheduler that `levels` supports.
         call: of the denoiser.
         arguments: the denoiser's, by name.
-        output: [rows, ...] what it returned.
+        output: [rows, ...] of the denoiser.
     """
     signal, noise = levels(pipe.scheduler, call.time)
-    # Euler's schedulers scale what the denoiser gets to unit variance; the others have it, or flows.
+    # Euler's schedulers scale the denoiser's input to unit variance; the others need no scaling.
     norm = 1.0 if _is_flow(pipe.scheduler) else math.hypot(signal, noise)
     noisy = norm * arguments[find_architecture(pipe).sample].float()
     return _clean(pipe.scheduler, signal, noise, noisy, output.float())
@@ -159,7 +158,7 @@ def clean_of_call(
 def _clean(
     scheduler: Any, signal: float, noise: float, noisy: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """Return the clean latents that an output predicts, and by how much the output changes with them."""
+    """Return the clean latents that an output predicts, and the output's slope in them."""
     norm = math.hypot(signal, noise)
     kind = "flow_prediction" if _is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
@@ -176,10 +175,10 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def levels(scheduler: Any, timestep: Any = None) -> tuple[float, float]:
-    """Return (signal, noise) of a step, as of `Prediction`; by default of the first one that is known.
+    """Return (signal, noise) of a step, as of `Prediction`; by default of the first step.
 
     Raises:
-        ValueError: it is not known how the scheduler scales.
+        ValueError: the scheduler is unknown.
     """
     name = type(scheduler).__name__
     if hasattr(scheduler, "sigmas"):
@@ -194,8 +193,8 @@ def levels(scheduler: Any, timestep: Any = None) -> tuple[float, float]:
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
     elif name in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler"):
-        share = float(scheduler.alphas_cumprod[int(scheduler.timesteps[0] if timestep is None else timestep)])
-        return math.sqrt(share), math.sqrt(1 - share)
+        alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[0] if timestep is None else timestep)])
+        return math.sqrt(alpha), math.sqrt(1 - alpha)
     raise ValueError(
         f"expected a scheduler whose noise levels are known here, got {name}: choose EulerDiscreteScheduler, "
         "DDIMScheduler, DPMSolverMultistepScheduler, or FlowMatchEulerDiscreteScheduler for flow models"
@@ -203,12 +202,12 @@ def levels(scheduler: Any, timestep: Any = None) -> tuple[float, float]:
 
 
 def unpacked(pipe: Any, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return latents of images of so many pixels as [rows, c, h, w], packed or not."""
+    """Return latents, packed or not, as [rows, c, h, w]; height and width are the images', in pixels."""
     return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor) if latents.dim() == 3 else latents
 
 
 def decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Decode clean latents [n, c, h, w] as a pipeline does at its end: float [n, H, W, 3] in [0, 1], on the CPU."""
+    """Decode clean latents [n, c, h, w] as the pipeline does: float [n, H, W, 3] in [0, 1], on the CPU."""
     architecture, vae = find_architecture(pipe), pipe.vae
     zero, one = (scale_latents(architecture, pipe, torch.full_like(latents, value)) for value in (0, 1))
     latents = (latents - zero) / (one - zero)  # scaling is affine
@@ -225,27 +224,27 @@ def decoded(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def initial_noise(pipe: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Replace the noise that the pipeline begins from; a change of nothing leaves it bit-identical.
+    """Replace the pipeline's initial noise; if `change` returns it unchanged, the images are bit-identical.
 
     Args:
         pipe: a stock pipeline.
-        change: noise [rows, c, h, w] of unit variance, unpacked -> other noise.
+        change: noise [rows, c, h, w] of unit variance, unpacked -> noise of the same shape.
     """
     original = pipe.prepare_latents
     parameters = inspect.signature(original)
 
     @functools.wraps(original)
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        asked = parameters.bind(*args, **kwargs).arguments
-        made = original(*args, **kwargs)
-        latents, *rest = made if isinstance(made, tuple) else (made,)
+        arguments = parameters.bind(*args, **kwargs).arguments
+        prepared = original(*args, **kwargs)
+        latents, *rest = prepared if isinstance(prepared, tuple) else (prepared,)
         packed, scale = latents.dim() == 3, getattr(pipe.scheduler, "init_noise_sigma", 1.0)
         noise = latents / scale
         if packed:
-            noise = unpacked(pipe, noise, asked["height"], asked["width"])
+            noise = unpacked(pipe, noise, arguments["height"], arguments["width"])
         changed = change(noise)
         if changed is noise:
-            return made
+            return prepared
         latents = scale * (pipe._pack_latents(changed, *changed.shape) if packed else changed)
         return (latents, *rest) if rest else latents
 

@@ -1,4 +1,4 @@
-"""What the methods of conf/method/ say of themselves to tables and figures, which know none of them by name."""
+"""The methods of conf/method/ with their titles, colours and columns, for tables and figures."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ from hydra.utils import get_class
 from experiments import PROJECT
 from experiments.methods.setting import Setting
 
-#: Colours that a method's file may name: Okabe and Ito's, told apart with any colour vision, and a shape each for print
-#: without colours. Black is for the run without a method.
+#: Colours that a method's file may name: Okabe and Ito's, which are distinct for any colour vision, and a marker each
+#: for print without colours. Black is for the baseline.
 PALETTE = {
     "black": ("#000000", "o"), "blue": ("#0072B2", "s"), "red": ("#D55E00", "^"), "green": ("#009E73", "D"),
     "purple": ("#CC79A7", "v"), "orange": ("#E69F00", "P"), "sky": ("#56B4E9", "X"), "yellow": ("#F0E442", "*"),
@@ -21,9 +21,9 @@ class Entry(NamedTuple):
     """A method of conf/method/.
 
     Attributes:
-        columns: the settings that tell its runs apart in tables.
-        title: what figures call it.
-        colour: its own in every figure, one of `PALETTE`; None: what the others of a figure leave.
+        columns: the settings that distinguish its runs in tables.
+        title: its name in figures.
+        colour: its colour in every figure, one of `PALETTE`; None: a colour that no other method of a figure has.
     """
 
     columns: tuple[Setting, ...]
@@ -36,31 +36,31 @@ def entries() -> dict[str, Entry]:
     """Return the methods by their names.
 
     Raises:
-        ValueError: a method's file names a colour that there is not.
+        ValueError: a method's file names an unknown colour.
     """
-    found = {}
+    methods = {}
     for file in sorted((PROJECT / "conf" / "method").glob("*.yaml")):
         spec = _read(file.stem)
         method, about = get_class(spec["_target_"]), spec.get("about", {})
         colour = about.get("colour")
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
-        found[spec["name"]] = Entry(method.columns, about.get("title") or method.title, colour)
-    return found
+        methods[spec["name"]] = Entry(method.columns, about.get("title") or method.title, colour)
+    return methods
 
 
 def _read(name: str) -> dict[str, Any]:
-    """Return a method's file over those that it is based on."""
+    """Read a method's file, merged over the files in its defaults."""
     spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
-    based: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for base in spec.get("defaults", ()):
         if isinstance(base, str) and base != "_self_" and "@" not in base:
-            based |= _read(base)
-    based.pop("about", None)  # a title is of one method, as is a colour
-    return based | spec
+            defaults |= _read(base)
+    defaults.pop("about", None)  # title and colour are not inherited
+    return defaults | spec
 
 
 def settings(*names: str) -> tuple[Setting, ...]:
-    """Return the settings that methods declare for tables, each once; of all methods where none is named."""
+    """Return the columns of the named methods, or of all methods, each once."""
     chosen = [entries()[name] for name in names if name in entries()] if names else list(entries().values())
     return tuple(dict.fromkeys(setting for entry in chosen for setting in entry.columns))

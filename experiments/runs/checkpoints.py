@@ -1,4 +1,4 @@
-"""A configured model becomes a stock diffusers pipeline, or an error that says which files are missing."""
+"""Load a configured model as a stock diffusers pipeline, or say which of its files are missing."""
 
 import contextlib
 import functools
@@ -23,13 +23,13 @@ from experiments import PROJECT, project_path
 
 
 class Architecture(NamedTuple):
-    """What has to be known of an architecture to find and to load it.
+    """How to find and load the pipelines of an architecture.
 
     Attributes:
-        pipeline: the name of diffusers' class.
-        denoiser: that component's name.
-        patch: latents a side of an image token of the denoiser's input.
-        options: of `from_pretrained`; a component that is None there is neither loaded nor missed.
+        pipeline: name of diffusers' class.
+        denoiser: name of the component.
+        patch: side of an image token in latents.
+        options: of `from_pretrained`; a component that is None there is not loaded, and not missing if it is absent.
     """
 
     pipeline: str
@@ -39,7 +39,7 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    # A safety checker would blacken what it suspects, and so change what is measured.
+    # A safety checker would blacken some images, and so change what is measured.
     "sd15": Architecture(
         "StableDiffusionPipeline",
         "unet",
@@ -63,54 +63,61 @@ ARCHITECTURES = {
     "auraflow": Architecture("AuraFlowPipeline"),
 }
 
-#: Arguments of the pipelines' calls that are fractional numbers, or lists of them; all other numbers are whole.
+#: Arguments of the pipelines' calls that are floats or lists of floats; all other numbers are integers.
 FLOATS = {
     "caption_upsample_temperature", "cfg_trunc_ratio", "cfg_truncation", "denoising_end", "eta", "guidance_rescale",
     "guidance_scale", "mu", "sigmas", "skip_layer_guidance_scale", "skip_layer_guidance_start",
     "skip_layer_guidance_stop", "true_cfg_scale",
 }  # fmt: skip
 
-#: Stems of the weights' files: transformers' and diffusers' conventions.
+#: Stems of the weights' files, by transformers' and diffusers' conventions.
 STEMS = ("model", "diffusion_pytorch_model")
 
-#: What else than weights is read of a component: its settings, vocabulary and chat template.
+#: Suffixes of a component's other files: its settings, vocabulary and chat template.
 SETTINGS = (".json", ".txt", ".model", ".jinja")
 
-#: Configuration files of the components that have no weights, by what their classes' names contain; any of several.
+#: Components without weights, by a part of their classes' names: their configuration file, one of several.
 CONFIGURATIONS = {
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json",),
     "processor": ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"),
 }
 
-#: Components that no pipeline is loaded with.
+#: Components that are not loaded.
 UNUSED = {name for architecture in ARCHITECTURES.values() for name, it in architecture.options.items() if it is None}
 
-#: Where autoencoders' configurations have a list with an item a level.
+#: Keys of autoencoders' configurations that have a list with an item for each level.
 LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint on disk: its folder, and a fingerprint of its content (independent of where it lies)."""
+    """A checkpoint on disk: its folder, and a fingerprint of its content, which does not depend on the folder."""
 
     folder: Path
     fingerprint: str
 
 
 def find_checkpoint(model: DictConfig, fetch: bool = True) -> Checkpoint:
-    """Find the model's checkpoint: a local folder, the hub's cache, or (with a network) the hub.
+    """Find the model's checkpoint in a local folder, in the hub's cache, or (with a network) on the hub.
 
     Args:
         model: a conf/model/ group with `source`, `architecture`, `revision`, `variant`.
-        fetch: whether to ask the hub for what is not on this machine.
+        fetch: whether to download from the hub what is not on this machine.
 
     Raises:
-        FileNotFoundError: something is missing; the message lists the files and the ways to get them.
-        ValueError: the architecture is unknown, or the model takes no images of the size that is asked for.
+        FileNotFoundError: a file is missing; the message lists the files and the ways to get them.
+        ValueError: the architecture is unknown, or the model does not support the image size of its call.
     """
     if model.architecture not in ARCHITECTURES:
         raise ValueError(f"model.architecture must be one of {sorted(ARCHITECTURES)}, got {model.architecture!r}")
-    folder = _local(model.source) or _from_hub(model, fetch)
+    local = _local(model.source)
+    if local is not None and not local.is_dir():
+        shown = local.relative_to(PROJECT) if local.is_relative_to(PROJECT) else local
+        raise FileNotFoundError(
+            f"no folder {shown}: model.source of model={model.name} must be a folder in the diffusers layout, or a "
+            "repository of the hub, OWNER/NAME"
+        )
+    folder = local or _from_hub(model, fetch)
     missing = missing_files(folder, model.architecture, model.variant)
     if missing:
         problem = f"{folder} is not a complete {model.architecture} pipeline folder"
@@ -120,19 +127,19 @@ def find_checkpoint(model: DictConfig, fetch: bool = True) -> Checkpoint:
 
 
 def _local(source: str) -> Path | None:
-    """Return the folder that a source means; None for a repository of the hub."""
+    """Return the folder that a source names, or None for a repository of the hub."""
     local = project_path(source)
     means_folder = local.exists() or Path(source).is_absolute() or source.startswith((".", "~", "models/"))
     return Path(os.path.normpath(local)) if means_folder else None
 
 
 def is_repository(model: DictConfig) -> bool:
-    """Tell whether a model's source is a repository of the hub, and no folder."""
+    """Return whether a model's source is a repository of the hub and not a folder."""
     return _local(model.source) is None
 
 
 def canonical_source(source: str) -> str:
-    """Return a source in its one spelling: a folder within the project relative to it, any other one absolute."""
+    """Normalize a source: a folder within the project relative to it, any other folder absolute."""
     folder = _local(source)
     if folder is None:
         return source
@@ -140,16 +147,12 @@ def canonical_source(source: str) -> str:
 
 
 def licence(model: DictConfig) -> str | None:
-    """Return what the configuration knows of the terms of the model's source, and whether it is gated."""
+    """Return the licence of the model's source, and whether it is gated, if the configuration says so."""
     return model.get("licence", {}).get(model.source)
 
 
 def torch_dtype(model: DictConfig) -> torch.dtype:
-    """Return the dtype that `model.dtype` names.
-
-    Raises:
-        ValueError: it names none.
-    """
+    """Return the dtype of `model.dtype`; raise ValueError if torch has no such dtype."""
     dtype = getattr(torch, str(model.dtype), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(
@@ -159,10 +162,10 @@ def torch_dtype(model: DictConfig) -> torch.dtype:
 
 
 def call_arguments(model: DictConfig) -> dict[str, Any]:
-    """Return `model.call` with numbers as the pipeline declares them: 5 is 5.0 for a scale, 128.0 is 128 for a side.
+    """Return `model.call` with numbers of the declared types: 5 becomes 5.0 for a scale, 128.0 becomes 128 for a side.
 
     Raises:
-        ValueError: a text stands where the pipeline takes a number.
+        ValueError: a text is given for a number.
     """
     call = OmegaConf.to_container(model.call, resolve=True)
     return {name: _as_declared(name, value) for name, value in call.items()}
@@ -179,14 +182,14 @@ def _as_declared(name: str, value: Any) -> Any:
 
 
 def _pixels_of_token(model: DictConfig, folder: Path) -> int:
-    """Return the side of an image token in pixels: the autoencoder halves a side once a level but the last."""
+    """Return the side of an image token in pixels: each level of the autoencoder but the last halves a side."""
     vae = json.loads((folder / "vae" / "config.json").read_text())
     levels = next((len(vae[name]) for name in LEVELS if name in vae), 0)
     return 2 ** max(levels - 1, 0) * ARCHITECTURES[model.architecture].patch
 
 
 def _check_size(model: DictConfig, folder: Path) -> None:
-    """Refuse a size that the pipeline would replace by its default or round to another, and steps that are none."""
+    """Refuse sizes that the pipeline would replace by its default or round, and numbers of steps below 1."""
     multiple = _pixels_of_token(model, folder)
     for name, step in (("height", multiple), ("width", multiple), ("num_inference_steps", 1)):
         value = model.get("call", {}).get(name)
@@ -197,9 +200,9 @@ def _check_size(model: DictConfig, folder: Path) -> None:
 
 
 def timesteps(model: DictConfig, folder: Path) -> list[float]:
-    """Return the training timesteps of a call's steps, 1000 = pure noise, as its checkpoint's scheduler spaces them.
+    """Return the training timesteps of a call's steps, 1000 = pure noise, as the checkpoint's scheduler spaces them.
 
-    Empty for what only the pipeline itself knows: another architecture than SD1.5, SDXL and Flux, or steps of the call.
+    Returns an empty list for other architectures than SD1.5, SDXL and Flux, and for calls with timesteps or sigmas.
     """
     call = call_arguments(model)
     if model.architecture not in ("sd15", "sdxl", "flux") or {"timesteps", "sigmas"} & call.keys():
@@ -228,7 +231,7 @@ def _spaced(folder: Path, steps: int, tokens: int, flux: bool) -> list[float]:
 
 
 def local_fingerprint(model: DictConfig) -> str | None:
-    """Return the fingerprint of a checkpoint that is a folder on this machine, or None: nothing is fetched."""
+    """Return the fingerprint of a checkpoint in a local folder, or None; nothing is fetched."""
     folder = project_path(model.source)
     if not folder.is_dir() or missing_files(folder, model.architecture, model.variant):
         return None
@@ -236,15 +239,14 @@ def local_fingerprint(model: DictConfig) -> str | None:
 
 
 def _components(folder: Path, variant: str | None) -> dict[str, tuple[str, list[str]]]:
-    """Return what the pipeline in a folder consists of: name -> configuration file, and files of weights if any."""
+    """Return the components of the pipeline in a folder: name -> configuration file, and files of weights if any."""
     components = {}
-    index = read_json(folder / "model_index.json")
-    for name, made_of in sorted(index.items()):
-        # Beside the components, [library, class] or [null, null], stand settings of the pipeline, some of them lists.
-        is_component = isinstance(made_of, list) and len(made_of) == 2 and all(isinstance(one, str) for one in made_of)
+    for name, value in sorted(read_json(folder / "model_index.json").items()):
+        # The index also has settings of the pipeline, some of them lists; a component is [library, class].
+        is_component = isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
         if not is_component or name in UNUSED:
             continue
-        library, kind = made_of
+        library, kind = value
         names = next((names for part, names in CONFIGURATIONS.items() if part in kind.lower()), None)
         if names:
             components[name] = next((file for file in names if (folder / name / file).is_file()), names[0]), []
@@ -270,8 +272,8 @@ def missing_files(folder: Path, architecture: str, variant: str | None = None) -
 def fingerprint(folder: Path, variant: str | None = None) -> str:
     """Return 16 hex digits of a SHA-256 over the configuration files and a sample of the weights.
 
-    Weights above 16 MiB are sampled: size and 64 blocks of 64 KiB evenly spread, so that 24 GB take a second; a
-    fine-tuned or otherwise exchanged checkpoint differs in any of them. Read again only when a file has changed.
+    Of weights above 16 MiB it hashes the size and 64 blocks of 64 KiB, so that 24 GB take a second; fine-tuned weights
+    differ in every block. Files are read again only when they have changed.
     """
     files = [folder / "model_index.json"]
     for name, (_, weights) in _components(folder, variant).items():
@@ -296,18 +298,18 @@ def _sampled(folder: Path, files: tuple[Path, ...], _: tuple[tuple[int, ...] | N
     return digest.hexdigest()[:16]
 
 
-#: Every act asks for each of its runs whether it is of the weights that are here.
+#: Every stage compares the weights of each of its runs with those on this machine.
 _remembered = functools.lru_cache(maxsize=64)(_sampled)
 
 
 def load(
     model: DictConfig, checkpoint: Checkpoint, device: str, *, compile_denoiser: bool = False, offload: bool = False
 ) -> Any:
-    """Load the stock pipeline of `model` from what `find_checkpoint` found.
+    """Load the stock pipeline of a model from its checkpoint.
 
     Args:
         compile_denoiser: `torch.compile` the denoiser in place.
-        offload: keep on `device` only the component that works (`enable_model_cpu_offload`).
+        offload: keep only the active component on `device` (`enable_model_cpu_offload`).
 
     Raises:
         ValueError: an unknown dtype.
@@ -316,7 +318,7 @@ def load(
     import diffusers
     import transformers
 
-    # Their bars would tear the one of experiments.generate.
+    # Their progress bars would break the one of experiments.generate.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     architecture = ARCHITECTURES[model.architecture]
@@ -339,15 +341,15 @@ def load(
 
 
 def _names_modules(record: logging.LogRecord) -> bool:
-    """Tell whether a warning of a cast to float32 names a module; whether to log a record, that is."""
+    """Filter out warnings of a cast to float32 that name no module."""
     return "should be kept in float32: []" not in record.getMessage()
 
 
 def _weight_files(folder: Path, stem: str, variant: str | None) -> list[str]:
-    """Return the weight files of one component's folder, as the index names them where they are in several.
+    """Return the weight files of one component's folder, as the index of a sharded component lists them.
 
-    The variant's files are preferred; a component without them falls back to the plain ones, as diffusers does. Where
-    there are none at all, it is the variant's file that is wanted.
+    The variant's files are preferred; a component without them falls back to files without variant, as in diffusers.
+    If there are no files at all, the variant's file is returned.
     """
     suffixes = [f".{variant}", ""] if variant else [""]
     for suffix in suffixes:
@@ -376,7 +378,7 @@ def _from_hub(model: DictConfig, fetch: bool) -> Path:
     try:
         folder = Path(snapshot_download(**arguments))
         if model.variant and (missing := missing_files(folder, model.architecture, model.variant)):
-            # What a repository has not in the variant it has as a plain file.
+            # Components without the variant are fetched without it.
             arguments["allow_patterns"] = [name.replace(f".{model.variant}.", ".") for name in missing]
             snapshot_download(**arguments)
         return folder
@@ -397,7 +399,7 @@ def _accept_licence(model: DictConfig) -> str:
 
 
 def _patterns(variant: str | None) -> list[str]:
-    """Return what to fetch of a repository: the components' folders, and the variant's weights alone."""
+    """Return patterns of the files to fetch: the components' folders, with the variant's weights only."""
     suffix = f".{variant}" if variant else ""
     shards = dict.fromkeys((suffix, f"{suffix}-0*", "-0*"))
     weights = [f"*/{stem}{rest}.safetensors" for stem in STEMS for rest in shards]
@@ -405,8 +407,7 @@ def _patterns(variant: str | None) -> list[str]:
 
 
 def _advice(model: DictConfig, problem: str, files: Iterable[str] = ()) -> str:
-    # A local folder tells nothing about where it came from.
-    repository = model.source if _local(model.source) is None else "OWNER/NAME"
+    repository = model.source if is_repository(model) else "OWNER/NAME"
     gated = "gated" in (licence(model) or "")
     patterns = " ".join(f"--include '{pattern}'" for pattern in _patterns(model.variant))
     lines = [

@@ -1,6 +1,6 @@
-"""What identifies a run: the settings that its images depend on, and the weights, machine and software that made them.
+"""The identity of a run: the settings that its images depend on, and the weights, machine and software that made them.
 
-Its id is a hash of both.
+A run's id is a hash of both.
 """
 
 import hashlib
@@ -27,35 +27,44 @@ from experiments.runs import checkpoints
 
 #: Raise when experiments/generate.py would make other pixels from the same settings.
 GENERATION_VERSION = 1
+#: Classes of methods that were renamed after tables were published, whose digests hash the earlier name.
+EARLIER_TARGETS = {
+    "experiments.methods.apg.APG": "experiments.methods.projected_guidance.ProjectedGuidance",
+    "experiments.methods.guidance.IntervalGuidance": "experiments.methods.guidance.LimitedInterval",
+    "experiments.methods.nag.NAG": "experiments.methods.attention_guidance.AttentionGuidance",
+    "experiments.methods.spell.SPELL": "experiments.methods.shield.Shield",
+    "experiments.methods.spell.SPELLFromAssets": "experiments.methods.shield.ShieldFromAssets",
+}
 
 
 def short_digest(value: Any) -> str:
-    """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON: of a run's identity, its id."""
+    """Return the first 12 hex digits of the SHA-256 of `value` in canonical JSON; for a run's identity, its id."""
     return hashlib.sha256(canonical_json(value, compact=True).encode()).hexdigest()[:12]
 
 
 def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
-    """Return what the configuration asks for, as far as it affects pixels: no weights or machine needed to know it.
+    """Return the settings of a configuration that affect pixels; they do not depend on weights or the machine.
 
-    A `method` that is given stands in place of the configured one.
+    Args:
+        method: the configured method, if it is built already.
 
     Raises:
         ValueError: a setting is out of range.
     """
     method = build(cfg.method) if method is None else method
     return {
-        **request_apart(cfg),
+        **request_without_method(cfg),
         "method": {"name": method.name, "settings": json.loads(canonical_json(method.settings()))},
     }
 
 
-def request_apart(cfg: DictConfig) -> dict[str, Any]:
-    """Return what `request` does, the method apart; what means the same is spelled the same."""
+def request_without_method(cfg: DictConfig) -> dict[str, Any]:
+    """Return `request` without the method; equal settings are spelled the same."""
     prompts: PromptSet = build(cfg.prompts)
     return {
         "version": GENERATION_VERSION,
         "model": {
-            # Key by key: to resolve all of a model's configuration takes a tenth of a second.
+            # Key by key: resolving all of a model's configuration takes a tenth of a second.
             **{key: cfg.model[key] for key in ("name", "kind", "architecture", "revision", "variant")},
             "source": checkpoints.canonical_source(cfg.model.source),
             "dtype": str(checkpoints.torch_dtype(cfg.model)).removeprefix("torch."),
@@ -71,21 +80,21 @@ def request_apart(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def made_by(method: Method, weights: str | None, device: str) -> dict[str, Any]:
-    """Return what may change pixels beside the request: weights, machine, software and the method's version."""
+def provenance(method: Method, weights: str | None, device: str) -> dict[str, Any]:
+    """Return everything else that may change pixels: weights, machine, software and the method's version."""
     return {
         "weights": weights,
         "machine": {
-            # The model of a GPU, since kernels differ; CPUs differ less, and have no name that is the same everywhere.
+            # The name of a GPU, since kernels differ; CPUs differ less, and their names are not portable.
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.device(device).type,
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
-        "code": method.version or None,  # the baseline has none: what all runs share is in the request
+        "code": method.version or None,  # the baseline has none: GENERATION_VERSION is in the request
     }
 
 
 def current_commit() -> str:
-    """Return the checkout's commit, marked where code, configuration or models differ from it."""
+    """Return the checkout's commit, with a mark if code, configuration or models differ from it."""
     git = ["git", "-C", str(PROJECT)]
     code = ["--", "negtome", "eval", "experiments", "conf", "models"]
     try:
@@ -98,9 +107,9 @@ def current_commit() -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return by what, when and where images are made now, as far as it is in no run id.
+    """Return the facts about this moment and machine that are not part of the run id.
 
-    `cpu` is the set of instructions that torch uses, by which images differ in their last digits; None on a GPU.
+    `cpu` is the instruction set that torch uses, which affects the last digits of images; None on a GPU.
     """
     return {
         "commit": current_commit(),
@@ -112,40 +121,40 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def config_digest(cfg: DictConfig) -> str:
-    """Return a digest of what is asked for, a method as its configuration spells it: none is built, no encoder loaded.
+    """Return a digest of a configuration's settings, without building the method or loading an encoder.
 
-    Pictures and weights that a method is given count by their content, wherever they lie.
+    Images and weights of a method are hashed by their content, wherever they lie.
 
     Raises:
         ValueError: a setting is out of range.
     """
-    # Wherever things are computed and verdicts are kept, and whatever is said of a method.
-    spelled = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", "about")
-    for key, value in leaves(spelled):
+    # Device, folder of verdicts and metadata do not affect pixels.
+    method = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", "about")
+    for key, value in leaves(method):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"method.{key} must be a finite number, got {value}")
-    named = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical_json(spelled, compact=True))]
-    versions = [one.version for one in named if isinstance(one, type) and issubclass(one, Method)]
-    return short_digest([request_apart(cfg), _by_content(spelled), versions])
+    targets = [get_object(name) for name in re.findall('"_target_":"(.+?)"', canonical_json(method, compact=True))]
+    versions = [target.version for target in targets if isinstance(target, type) and issubclass(target, Method)]
+    return short_digest([request_without_method(cfg), _by_content(method), versions])
 
 
-def code_digest(asked: str, weights: str | None, metric_version: int) -> str:
-    """Return a digest of all that is declared of a number: what is asked for (`config_digest`), weights and metric.
+def code_digest(settings: str, weights: str | None, metric_version: int) -> str:
+    """Return a digest of a number's settings (`config_digest`), weights and metric version.
 
-    A table keeps it, so that one of other settings, weights or versions is found out, on any machine.
+    Tables keep it, so that any machine can detect a table of other settings, weights or versions.
     """
-    return short_digest([asked, weights, metric_version])
+    return short_digest([settings, weights, metric_version])
 
 
 def _by_content(spec: Any) -> Any:
-    """Return a configuration with what its folders and files hold in the place of their names."""
+    """Return a configuration in which digests of content replace the names of folders and files."""
     if isinstance(spec, dict):
         return {key: _by_content(value) for key, value in spec.items()}
     if isinstance(spec, list):
         return [_by_content(value) for value in spec]
     if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")  # cards
         return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
     if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
         return remembered_hash(file)
-    return spec
+    return EARLIER_TARGETS.get(spec, spec) if isinstance(spec, str) else spec

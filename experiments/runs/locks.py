@@ -1,7 +1,7 @@
-"""Locks between processes that a crash cannot leave behind: they end with the process that holds them.
+"""Locks between processes, which end with the process that holds them, even if it is killed.
 
-They save work, not correctness: whatever is written appears by one atomic rename, with or without a lock. So where a
-file system has no locks (some network file systems), the work goes on without.
+They only save work: all files appear by one atomic rename, with or without a lock. On a file system without locks, such
+as some network file systems, the work goes on without them.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-#: How a file system that has no locks answers.
+#: Errors of a file system without locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -20,11 +20,11 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock for the length of a `with` block.
 
     Args:
-        path: the lock's file, the same for all that share the lock; it is made if needed, stays, and is empty.
-        wait: whether to wait for another process that holds it.
+        path: the lock's file, an empty file that is created if needed and stays.
+        wait: whether to wait for another process that holds the lock.
 
     Yields:
-        Whether the lock is held. False only without `wait`: another process has it.
+        Whether this process holds the lock; always True with `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:

@@ -1,4 +1,4 @@
-"""The metrics that a configuration asks for: which of them can be measured, and which a table tests."""
+"""The metrics of a configuration: which of them can be measured, and which a table tests."""
 
 from collections.abc import Container, Iterable
 
@@ -11,7 +11,7 @@ from eval.metric import Metric, SetMetric
 from experiments.configs import build
 from experiments.tables import columns
 
-#: Images that a metric may need and that a model's configuration may lack: how to give them.
+#: Images that a metric may need and a model's configuration may lack, and how to give them.
 NEEDS = {
     "reference": "they compare with real images; give a folder, one subfolder a category: "
     "model.reference_images=FOLDER",
@@ -20,11 +20,11 @@ NEEDS = {
     "held_out": "their threshold is calibrated on pictures that show no protected asset; give a folder of them, one "
     "subfolder a kind: model.copyright.held_out=FOLDER",
 }
-OF_RUNS = "they compare a run with the one without a method, and a folder of images is no run"
+OF_RUNS = "they compare a run with its baseline, and a folder of images is no run"
 
 
 def left_out(cfg: DictConfig) -> dict[str, str]:
-    """Return the configured metrics that have nothing to compare with, each with the reason."""
+    """Return the configured metrics whose images for comparison are missing, with the reason."""
     reasons = {}
     for name, spec in cfg.metric.items():
         lacking = [need for need in NEEDS if need in spec and spec[need] is None]
@@ -36,25 +36,25 @@ def left_out(cfg: DictConfig) -> dict[str, str]:
 
 
 def left_out_lines(configs: Iterable[DictConfig]) -> list[str]:
-    """Say which metrics are left out of some runs, a line for each model and reason."""
+    """Return a line for each model and reason with the metrics that are left out."""
     names: dict[tuple[str, str], dict[str, None]] = {}
     for cfg in configs:
         for name, reason in left_out(cfg).items():
             names.setdefault((cfg.model.name, reason), {})[name] = None
-    return [f"model={model}: left out: {', '.join(some)}: {reason}" for (model, reason), some in names.items()]
+    return [f"model={model}: left out: {', '.join(metrics)}: {reason}" for (model, reason), metrics in names.items()]
 
 
 def measured(cfg: DictConfig) -> list[str]:
-    """Return the names of the configured metrics but for those that are `left_out`."""
+    """Return the names of the configured metrics that are not `left_out`."""
     absent = left_out(cfg)
     return [name for name in cfg.metric if name not in absent]
 
 
 def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Metric:
-    """Build a configured metric, which is called what the configuration calls it, in documents and tables.
+    """Build a configured metric, named as in the configuration.
 
     Args:
-        baseline: folder of the run without a method, for a metric that compares with it.
+        baseline: folder of the baseline run, for a metric that compares with it.
 
     Raises:
         FileNotFoundError, ValueError: an argument is wrong.
@@ -68,13 +68,13 @@ def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Met
         settings["baseline"] = baseline
     metric = build(OmegaConf.create(settings))
     metric.only = None if only is None else tuple(only)
-    if isinstance(metric, SetMetric):  # its intervals are prepared while it is measured
+    if isinstance(metric, SetMetric):  # which prepares its intervals while it is measured
         metric.cluster = cfg.bootstrap.cluster
     return metric
 
 
 def place_of_weights(cfg: DictConfig, name: str, scorer: Scorer) -> str:
-    """Return the override that gives another place of the weights of a metric's scorer; empty where there is none."""
+    """Return the override for another place of the weights of a metric's scorer; empty if there is none."""
     if not isinstance(scorer, Network) or not scorer.PLACE:
         return ""
     spec = cfg.metric[name]
@@ -84,10 +84,10 @@ def place_of_weights(cfg: DictConfig, name: str, scorer: Scorer) -> str:
 
 
 def primary_metrics(cfg: DictConfig) -> dict[str, str]:
-    """Return the metrics that an experiment tests, and what each is primary for: one, several or none for a role.
+    """Return the metrics that an experiment tests, each with its role.
 
     Raises:
-        ValueError: they are not two of the configured ones.
+        ValueError: a role lacks a metric, or a metric is not configured or has two roles.
     """
     primary = {role: cfg.primary[role] for role in columns.ROLES if cfg.primary[role] is not None}
     named = {role: [names] if isinstance(names, str) else list(names) for role, names in primary.items()}
@@ -109,11 +109,10 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
 
 
 def check_table(cfg: DictConfig) -> None:
-    """Check what a table needs of a configuration, before anything is made for it.
+    """Check that a table can be made with a configuration, before its images are generated.
 
     Raises:
-        ValueError: the primary metrics are not two of the configured ones that can be tested, or the intervals are not
-            of the level that tables and figures state.
+        ValueError: the primary metrics cannot be tested, or the intervals do not have the level that tables state.
     """
     if (level := cfg.bootstrap.level) != 0.95:
         raise ValueError(f"tables and figures say 95 % of their intervals: expected bootstrap.level=0.95, got {level}")
@@ -129,20 +128,20 @@ def check_table(cfg: DictConfig) -> None:
 
 
 def tested_among(cfg: DictConfig, names: Iterable[str]) -> list[str]:
-    """Return which of some metrics are primary."""
+    """Return the primary metrics among `names`."""
     values = [cfg.primary[role] for role in columns.ROLES]
     primary = {name for value in values for name in (value if isinstance(value, ListConfig) else [value])}
     return [name for name in names if name in primary]
 
 
 def primary_without(cfg: DictConfig, names: Iterable[str], doubtful: Container[str]) -> list[str] | None:
-    """Return overrides of `primary` by which a table needs none of some metrics; None where no other can stand in.
+    """Return overrides of `primary` that replace some metrics, or None if there is no replacement.
 
-    Another of the same class stands in: a distance by another encoder for a distance.
+    A replacement has the same class, such as a distance by another encoder for a distance.
 
     Args:
-        names: of the metrics that are left out.
-        doubtful: metrics that stand in only where no other one can.
+        names: the metrics to replace.
+        doubtful: metrics that are replacements only if there is no other one.
     """
     absent = set(names)
     overrides = []

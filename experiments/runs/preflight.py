@@ -1,7 +1,7 @@
-"""What would stop an experiment after hours, found before its first image: weights, settings, numbers of images, disk.
+"""Faults that would stop an experiment after hours, found before its first image: weights, settings, prompts, disk.
 
-Nothing is loaded, and nothing fetched. What is wrong is one list, with what to do for each entry and, where there is
-one, the override that goes on without it.
+Nothing is loaded or fetched. Every fault says what to do and, where possible, names the override that goes on without
+the part that is missing.
 """
 
 import shutil
@@ -30,11 +30,11 @@ class Fault:
 
     Attributes:
         problem: what is wrong and what to do.
-        name: of what is missing, where it may be fetched.
-        needed_by: the metrics that it keeps from being measured.
+        name: of the missing part, if it may be fetched.
+        needed_by: metrics that cannot be measured because of it.
         elsewhere: the override that names another place of a missing file.
-        without: the overrides by which an experiment goes on without it.
-        fetch: downloads what is missing, or raises FileNotFoundError; None where nothing can be downloaded.
+        without: the overrides by which an experiment goes on without the part.
+        fetch: downloads the part, or raises FileNotFoundError; None if nothing can be downloaded.
     """
 
     problem: str
@@ -51,7 +51,7 @@ class Fault:
 
 
 def listing(faults: Sequence[Fault]) -> str:
-    """Return the list of faults, numbered."""
+    """Return the numbered list of faults."""
     lines = []
     for number, fault in enumerate(faults, 1):
         first, *rest = fault.lines()
@@ -60,7 +60,7 @@ def listing(faults: Sequence[Fault]) -> str:
 
 
 def of_weights(scorer: Scorer, elsewhere: str = "") -> list[Fault]:
-    """Return what is wrong with the weights of a scorer and of its parts: they are missing, or not their publishers'.
+    """Find missing weights of a scorer and of its parts, and weights that are not their publishers'.
 
     Args:
         elsewhere: the override that names another place of the weights.
@@ -71,17 +71,18 @@ def of_weights(scorer: Scorer, elsewhere: str = "") -> list[Fault]:
         try:
             if facts.present:
                 _ = facts.fingerprint
-            else:
-                can_be_fetched = isinstance(part, Network) and part.can_be_fetched(facts)
-                fetch = part.obtain if can_be_fetched else None
-                faults.append(Fault(str(facts.missing()), facts.encoder, elsewhere=elsewhere, fetch=fetch))
+                continue
         except ValueError as error:
             faults.append(Fault(str(error), elsewhere=elsewhere))
+            continue
+        can_be_fetched = isinstance(part, Network) and part.can_be_fetched(facts)
+        fetch = part.obtain if can_be_fetched else None
+        faults.append(Fault(str(facts.missing()), facts.encoder, elsewhere=elsewhere, fetch=fetch))
     return faults
 
 
 def of_method(method: Any) -> list[Fault]:
-    """Return what is wrong with the weights of the networks that a method holds, anywhere within it."""
+    """Find faults in the weights of the networks that a method holds, at any depth."""
     if isinstance(method, Scorer):
         return of_weights(method)
     if isinstance(method, Mapping):
@@ -96,10 +97,10 @@ def of_method(method: Any) -> list[Fault]:
 
 
 def of_scoring(configs: Sequence[DictConfig], tables: bool) -> list[Fault]:
-    """Return what would keep the configured metrics from being measured of images that are still to be made.
+    """Find faults that would keep the configured metrics from being measured.
 
     Args:
-        tables: whether a table is to be made of the numbers, which needs the primary metrics.
+        tables: whether a table will be made of the numbers, which needs the primary metrics.
     """
     faults: dict[str, tuple[DictConfig, Fault]] = {}
     absent: set[str] = set()
@@ -107,7 +108,7 @@ def of_scoring(configs: Sequence[DictConfig], tables: bool) -> list[Fault]:
     for cfg in distinct:
         try:
             images = _planned(build(cfg.prompts).groups())
-        except ValueError:  # of the prompts: a run's fault, too
+        except ValueError:  # invalid prompts are a fault of the run, too
             continue
         for name in metrics.measured(cfg):
             for fault in _of_metric(cfg, name, images):
@@ -115,23 +116,24 @@ def of_scoring(configs: Sequence[DictConfig], tables: bool) -> list[Fault]:
                 first, earlier = faults.get(fault.problem, (cfg, fault))
                 needed_by = tuple(dict.fromkeys([*earlier.needed_by, name]))
                 faults[fault.problem] = first, replace(earlier, needed_by=needed_by)
-    listed = [replace(fault, without=_leave_out(cfg, fault, absent, tables)) for cfg, fault in faults.values()]
-    return [*listed, *(_of_tables(distinct) if tables else ())]
+    result = [replace(fault, without=_leave_out(cfg, fault, absent, tables)) for cfg, fault in faults.values()]
+    if tables:
+        result += _of_tables(distinct)
+    return result
 
 
 def _distinct(configs: Sequence[DictConfig]) -> list[DictConfig]:
     """Return one configuration of all that measure alike: methods and settings of calls make no difference."""
     distinct = {}
     for cfg in configs:
-        parts = (
-            without(OmegaConf.to_container(part), "call") for part in (cfg.metric, cfg.model, cfg.prompts, cfg.primary)
-        )
+        nodes = (cfg.metric, cfg.model, cfg.prompts, cfg.primary)
+        parts = [without(OmegaConf.to_container(node), "call") for node in nodes]
         distinct.setdefault(str([*parts, cfg.get("scorers"), cfg.bootstrap]), cfg)
     return list(distinct.values())
 
 
 def _planned(groups: Iterable[Group]) -> ImageSet:
-    """Return the images that groups will have, none of which is there yet."""
+    """Return the images that groups will have; their files do not exist yet."""
     rows = [
         ManifestRow(f"{group.id}/{index}.png", group.prompt_id, group.prompt, group.category, group.seed, index, seed)
         for group in groups
@@ -147,15 +149,14 @@ def _of_metric(cfg: DictConfig, name: str, images: ImageSet) -> list[Fault]:
         return [Fault(str(error))]
     faults = of_weights(metric.encoder, metrics.place_of_weights(cfg, name, metric.encoder))
     try:
-        mine = images.only(metric.only)
-        metric.require(metric.part(mine))
+        metric.require(metric.part(images.only(metric.only)))
     except (FileNotFoundError, ValueError) as error:
         faults.append(Fault(str(error)))
     return faults
 
 
 def _leave_out(cfg: DictConfig, fault: Fault, absent: set[str], tables: bool) -> str:
-    """Return the overrides that leave a fault's metrics out, and have others tested in their place."""
+    """Return the overrides that leave out the metrics of a fault, and test other metrics in their place."""
     overrides = [f"~metric.{name}" for name in fault.needed_by]
     primary = metrics.tested_among(cfg, fault.needed_by) if tables else []
     if primary:
@@ -177,11 +178,11 @@ def _of_tables(configs: Iterable[DictConfig]) -> list[Fault]:
 
 
 def of_disk(n_images: dict[tuple[int, int], int], folder: Path) -> list[Fault]:
-    """Return the fault that images do not fit onto a disk, if they do not.
+    """Return a fault if the images do not fit onto the disk.
 
     Args:
-        n_images: how many of each height and width, in pixels, are to be made.
-        folder: where they go; it need not be there.
+        n_images: number of images by height and width in pixels.
+        folder: where they go; it need not exist.
     """
     needed = sum(BYTES_PER_PIXEL * height * width * number for (height, width), number in n_images.items())
     existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -198,24 +199,25 @@ def of_disk(n_images: dict[tuple[int, int], int], folder: Path) -> list[Fault]:
 
 
 def of_timesteps(model: DictConfig, folder: Path, method: str, settings: dict[str, Any]) -> list[Fault]:
-    """Return the fault that a method acts on no step of a call, if it does not.
+    """Return a fault if no step of a call lies in the method's timestep range.
 
     Args:
-        folder: of the model's checkpoint.
-        method: name of the method.
-        settings: of the method; one without a `timestep_range` acts on all steps.
+        folder: the model's checkpoint.
+        method: the method's name.
+        settings: of the method; without a `timestep_range`, it acts on all steps.
     """
     if "timestep_range" not in settings:
         return []
-    window = negtome.NegToMeConfig(timestep_range=settings["timestep_range"]).published_for(model.architecture)
+    config = negtome.NegToMeConfig(timestep_range=settings["timestep_range"]).published_for(model.architecture)
     steps = checkpoints.timesteps(model, folder)
-    if not steps or any(map(window.is_active, steps)):
+    if not steps or any(map(config.is_active, steps)):
         return []
-    low, high = window.window()
+    low, high = config.window()
+    first_steps = ", ".join(f"{step:.4g}" for step in steps[:6]) + (", ..." if len(steps) > 6 else "")
     return [
         Fault(
             f"model={model.name} method={method}: no step lies in timestep_range=[{low:g},{high:g}]: the "
-            f"{len(steps)} steps of a call are at {', '.join(f'{step:.4g}' for step in steps[:6])}"
-            f"{', ...' if len(steps) > 6 else ''}; widen method.timestep_range, or raise model.call.num_inference_steps"
+            f"{len(steps)} steps of a call are at {first_steps}; widen method.timestep_range, or raise "
+            "model.call.num_inference_steps"
         )
     ]

@@ -1,8 +1,8 @@
-"""A run's identity and its folder: what is complete is skipped, what is half done goes on, settings never mix.
+"""The folders of runs: complete groups are kept, missing groups are generated, and settings never mix.
 
-The identity is a hash of everything that affects pixels: the request (model, method, prompts as configured), the
-weights' content, the software and the kind of device. A group of images appears in the folder by one atomic rename, so
-an interruption at any moment leaves whole groups only, and several processes may work in one folder.
+A run's id is a hash of everything that affects pixels: the request, the weights' content, the software and the kind of
+device. A group of images appears in the folder by one atomic rename, so that an interruption at any moment leaves
+complete groups only, and several processes may work in one folder.
 """
 
 import contextlib
@@ -30,25 +30,22 @@ from experiments.methods.method import Method
 from experiments.plan import RunSpec, plan_file
 from experiments.prompts import Group
 from experiments.runs import checkpoints
-from experiments.runs.identity import environment, made_by, request, short_digest
+from experiments.runs.identity import environment, provenance, request, short_digest
 from experiments.runs.locks import locked
 
-#: What was generated in a group's folder: the manifest's rows, or why there are none, and the log's numbers.
+#: In a group's folder: the manifest's rows, or the reason why there are no images, and the method's statistics.
 RECORD = "group.json"
 
-#: Where runs lie in `outputs`.
+#: Folder of all runs, in `outputs`.
 RUNS = "runs"
 
-#: Beside the runs, where their locks lie while they are generated, a file a group.
+#: Folder of the locks, beside the runs: a file for each group that is being generated.
 LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, `<outputs>/runs/<run_id>/`, whatever experiments it belongs to.
-
-    Use `Run.start` to generate, `Run.of` to score what was generated.
-    """
+    """The folder of one run, `<outputs>/runs/<run_id>/`, which several experiments may share."""
 
     folder: Path
 
@@ -65,18 +62,18 @@ class Run:
         """The settings that the run id hashes.
 
         Raises:
-            ValueError: the file was changed by hand, so the folder's name no longer tells what is in it.
+            ValueError: the file was edited, so the folder's name no longer identifies its content.
         """
         path = self.folder / "config.yaml"
         try:
             status = path.stat()
             identity = _read_identity(path, status.st_size, status.st_mtime_ns)
-            found = short_digest(identity)
+            digest = short_digest(identity)
             _ = identity["request"], identity["machine"]
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{path} cannot be read ({reason}): restore it, or move the folder away") from error
-        if found != self.id:
+        if digest != self.id:
             raise ValueError(
                 f"{path} does not hash to its folder's name {self.id}: it was edited. "
                 "Restore it, or move the folder away and generate again"
@@ -85,7 +82,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Commit, date, platform and CPU, as recorded when the run began; "unknown" where that was lost.
+        """Commit, date, platform and CPU, recorded when the run began; "unknown" if the file was lost.
 
         Raises:
             ValueError: the file holds something else.
@@ -103,18 +100,18 @@ class Run:
     def plan(
         cls, cfg: DictConfig, weights: str, device: str, method: Method | None = None
     ) -> tuple[Self, dict[str, Any]]:
-        """Return the run that `cfg` asks for, and the identity that its folder will state; no file is written.
+        """Return the run of a configuration, and the identity for `begin`; nothing is written.
 
         Args:
             weights: the checkpoint's fingerprint.
             method: the configured method, if it is built already.
         """
         method = build(cfg.method) if method is None else method
-        identity = {"request": request(cfg, method), **made_by(method, weights, device)}
+        identity = {"request": request(cfg, method), **provenance(method, weights, device)}
         return cls(project_path(cfg.outputs) / RUNS / short_digest(identity)), identity
 
     def begin(self, identity: Mapping[str, Any], device: str) -> None:
-        """Make the folder of a run that was planned, if it is new."""
+        """Create the folder of a planned run, unless it exists."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "config.yaml").exists():
             files.write_json(self.folder / "environment.json", environment(device))
@@ -122,18 +119,11 @@ class Run:
         _ = self.identity  # fails here and not after hours, should the file be damaged
 
     @classmethod
-    def start(cls, cfg: DictConfig, weights: str, device: str) -> Self:
-        """Plan a run and make its folder."""
-        run, identity = cls.plan(cfg, weights, device)
-        run.begin(identity, device)
-        return run
-
-    @classmethod
     def of(cls, spec: RunSpec) -> Self:
         """Return the complete run of a spec, on whatever machine it was generated.
 
         Raises:
-            FileNotFoundError: there is none, or it was made with other weights than those that are here.
+            FileNotFoundError: there is none, or it was made with other weights than those on this machine.
             ValueError: its identity or its manifest was changed.
         """
         cfg, cure = spec.cfg, "run python -m experiments generate with the same overrides"
@@ -145,8 +135,8 @@ class Run:
         run = cls(project_path(cfg.outputs) / RUNS / spec.id)
         if not run.complete:
             raise FileNotFoundError(f"the run of method={cfg.method.name}, {run.folder}, is unfinished or gone: {cure}")
-        here = checkpoints.local_fingerprint(cfg.model)
-        if here not in (None, run.identity["weights"]):
+        weights = checkpoints.local_fingerprint(cfg.model)
+        if weights not in (None, run.identity["weights"]):
             raise FileNotFoundError(
                 f"{run.folder} was made with other weights than those of {cfg.model.source}: {cure}"
             )
@@ -154,25 +144,25 @@ class Run:
         return run
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return what was recorded of every group, by its id, those without images among them.
+        """Return the record of every group by its id, including groups without images.
 
         Raises:
-            ValueError: a record holds other values than were written.
+            ValueError: a record was edited.
         """
         files = sorted(self.folder.glob(f"images/*/[0-9]*/{RECORD}"))
         return {f"{file.parts[-3]}/{file.parts[-2]}": _read_record(file) for file in files}
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return what the method's log keeps of every group that has images; ValueError as of `records`."""
+        """Return the method's statistics of every group that has images; ValueError as of `records`."""
         return [record["stats"] for record in self.records().values() if "withheld" not in record]
 
     def check_manifest(self) -> None:
-        """Raise ValueError where a complete run's manifest or withheld groups are not those it was completed with."""
-        recorded = read_regular(self.folder / "complete").decode().split("\n")
-        for name, known in zip((MANIFEST, WITHHELD), [*recorded, None], strict=False):
+        """Raise ValueError if a complete run's manifest, or list of withheld groups, was changed."""
+        hashes = read_regular(self.folder / "complete").decode().split("\n")
+        for name, expected in zip((MANIFEST, WITHHELD), [*hashes, None], strict=False):
             path = self.folder / name
-            found = hashlib.sha256(read_regular(path)).hexdigest() if path.exists() else None
-            if found != known:
+            actual = hashlib.sha256(read_regular(path)).hexdigest() if path.exists() else None
+            if actual != expected:
                 raise ValueError(
                     f"expected the manifest that the run was completed with, got another {path}: it was edited, is "
                     "damaged or of an earlier version; run experiments.generate with the run's settings again"
@@ -182,11 +172,11 @@ class Run:
         return self.folder / "images" / group.prompt_id / f"{group.seed:06d}"
 
     def has(self, group: Group) -> bool:
-        """Tell whether the group's images are all there, as they were generated, or why they are withheld."""
+        """Return whether all images of the group are as generated, or the reason why it has none is recorded."""
         return self.fault(group) is None
 
     def fault(self, group: Group) -> str | None:
-        """Say in words why the group's images cannot be taken, naming the file; None where they are as generated."""
+        """Return why the group has to be generated (again), naming the file; None if it is complete."""
         path = self.group_folder(group) / RECORD
         try:
             record = _read_record(path)
@@ -194,7 +184,8 @@ class Run:
             if record["run"] != self.id or any(image.parent != path.parent for image, _ in images):
                 return f"{path} is of another run or group"
             withheld = WithheldRow(**record["withheld"]) if "withheld" in record else None
-            if (withheld is None) != bool(images) or withheld not in (None, _withheld_row(group, withheld)):
+            is_other = withheld is not None and withheld != _withheld_row(group, withheld)
+            if is_other or (withheld is None) != bool(images):
                 return f"{path} is of another group, or says neither which images there are nor why there are none"
             for image, sha256 in images:
                 if remembered_hash(image) != sha256:
@@ -212,22 +203,25 @@ class Run:
         withheld: Withheld | None = None,
         seeds: Sequence[int] | None = None,
     ) -> None:
-        """Write a group's images, or why there are none, and its record; they appear together, by one rename.
+        """Write the images of a group and its record, which appear together by one rename.
 
         Args:
-            group, images: what was generated.
-            statistics, references, withheld, seeds: see `experiments.methods.method.Drawn`.
+            group, images: the group, and its images in their order.
+            statistics, references, withheld, seeds: as of `experiments.methods.method.GroupResult`.
         """
         folder = self.group_folder(group)
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        record = {"run": self.id, "rows": [], "stats": statistics}
+        if withheld is not None:
+            record["withheld"] = _withheld_row(group, withheld).to_dict()
+        seeds = [] if withheld is not None else (seeds or group.image_seeds())
         try:
             temporary.mkdir(parents=True)
-            rows, noises = [], (seeds or group.image_seeds()) if withheld is None else []
-            for index, (seed, image) in enumerate(zip(noises, images, strict=True)):
-                picture = temporary / f"{index:02d}.png"
-                image.save(picture)
+            for index, (seed, image) in enumerate(zip(seeds, images, strict=True)):
+                file = temporary / f"{index:02d}.png"
+                image.save(file)
                 row = ManifestRow(
-                    path=(folder / picture.name).relative_to(self.folder).as_posix(),
+                    path=(folder / file.name).relative_to(self.folder).as_posix(),
                     prompt_id=group.prompt_id,
                     prompt=group.prompt,
                     category=group.category,
@@ -235,19 +229,15 @@ class Run:
                     index=index,
                     seed=seed,
                     references=None if references is None else dict(references),
-                    sha256=content_hash(picture),
+                    sha256=content_hash(file),
                 )
-                rows.append(row.to_dict())
-            record = {"run": self.id, "rows": rows, "stats": statistics}
-            if withheld is not None:
-                record["withheld"] = _withheld_row(group, withheld).to_dict()
-            record = sealed(record)
-            (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+                record["rows"].append(row.to_dict())
+            (temporary / RECORD).write_text(json.dumps(sealed(record), indent=1) + "\n")
             if folder.exists() and not self.has(group):
                 shutil.rmtree(folder)  # see `fault`
             os.rename(temporary, folder)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk above all
+            shutil.rmtree(temporary, ignore_errors=True)  # above all on a full disk
             # Another process may have been faster, and `finish` then swept up: its images are the same.
             if not (isinstance(error, OSError) and self.has(group)):
                 raise
@@ -256,20 +246,23 @@ class Run:
     def claim(self, group: Group, wait: bool) -> Iterator[bool]:
         """Reserve a group for the length of a `with` block, so that no two processes generate it.
 
-        Where another process has reserved it, `wait` until that is done with it. Yields whether the group is this
-        process's to generate: it is not there, and no other has reserved it.
+        Args:
+            wait: whether to wait for another process that has reserved the group.
+
+        Yields:
+            Whether to generate the group: it is missing, and no other process has reserved it.
         """
         if self.has(group):
             yield False
             return
         lock = f"{self.id}.{group.prompt_id}.{group.seed:06d}"
-        with locked(self.folder.parent / LOCKS / lock, wait) as mine:
-            yield mine and not self.has(group)
+        with locked(self.folder.parent / LOCKS / lock, wait) as is_locked:
+            yield is_locked and not self.has(group)
 
     def finish(self, groups: list[Group]) -> bool:
-        """Write the manifests and the mark of completeness if every group is there; tell whether it is complete.
+        """Write the manifests and mark the run as complete, if all groups are there; return whether they are.
 
-        The mark is the manifest's hash and, where groups are withheld, that of their file in a line of its own.
+        The mark is the manifest's hash and, if groups are withheld, the hash of their list in a second line.
         """
         if not all(self.has(group) for group in groups):
             return False
@@ -283,14 +276,15 @@ class Run:
         manifests = [write_manifest(self.folder, [ManifestRow(**row) for record in records for row in record["rows"]])]
         withheld = [WithheldRow(**record["withheld"]) for record in records if "withheld" in record]
         write_withheld(self.folder, withheld)
-        manifests += [self.folder / WITHHELD] * bool(withheld)
+        if withheld:
+            manifests.append(self.folder / WITHHELD)
         write_text(self.folder / "complete", "\n".join(map(content_hash, manifests)))
         return True
 
 
-def _withheld_row(group: Group, withheld: Withheld | None) -> WithheldRow | None:
-    """Return what the manifest of withheld groups says of a group."""
-    return withheld and WithheldRow(
+def _withheld_row(group: Group, withheld: Withheld) -> WithheldRow:
+    """Return the row of a group in the manifest of withheld groups."""
+    return WithheldRow(
         status=withheld.status,
         reason=withheld.reason,
         clauses=withheld.clauses,
@@ -305,14 +299,13 @@ def _withheld_row(group: Group, withheld: Withheld | None) -> WithheldRow | None
 def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
     text = read_regular(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    # Aliases of aliases are a small file and an endless configuration; what is written here has none.
+    # Aliases of aliases make a small file an endless configuration; the files of runs have none.
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
         raise ValueError("it has aliases")
     return yaml.load(text, loader)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """Read what a group's folder says of its images, as it was written."""
     record = read_json(path)
     files.check_seal(record, path)
     return record

@@ -33,11 +33,11 @@ from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of,
 from eval.resemblance import DetectionRate
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
-from experiments.generate import count_workers, ready, spread
+from experiments.generate import count_workers, load_pipeline_and_method, parallel_map
 from experiments.methods.method import Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
-from experiments.runs.identity import made_by, request_apart, short_digest
+from experiments.runs.identity import provenance, request_without_method, short_digest
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.guards import guarded_systems
 from experiments.safety.judge import AttackObjective, Judge
@@ -138,9 +138,9 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
         material = [vars(grammar_of(cfg, policy, concept)) for concept in protected]
     identity = {
         "version": VERSION,
-        "model": request_apart(cfg)["model"],
+        "model": request_without_method(cfg)["model"],
         "method": {"name": method.name, "settings": settings},
-        **made_by(method, checkpoint.fingerprint, device),
+        **provenance(method, checkpoint.fingerprint, device),
         "attacker": attacker,
         "policy_sha256": policy.sha256,
         "guidance": objective.settings(),
@@ -215,13 +215,13 @@ def run_search(task: Task, concept: str) -> None:
     if finished(queries, task.n_queries):
         return
     cfg, policy, objective, judge = _setting(task.config)
-    pipe, method, call = ready(task.model, task.method, task.checkpoint, task.device)
+    pipe, method, call = load_pipeline_and_method(task.model, task.method, task.checkpoint, task.device)
 
     def answer(prompt: str, number: int) -> tuple[str, np.ndarray | None]:
         if not usable(policy, prompt, cfg.redteam.exceptions):
             return "unusable", None
         # Each query has another seed, which is the same in every system.
-        drawn = method.draw(pipe, Group(f"redteam-{task.attacker}-{concept}", prompt, concept, number, 1), call)
+        drawn = method.generate(pipe, Group(f"redteam-{task.attacker}-{concept}", prompt, concept, number, 1), call)
         return (drawn.withheld.status, None) if drawn.withheld else ("shown", drawn.images)
 
     attacker = _attacker(cfg, policy, task.attacker, concept)
@@ -327,7 +327,7 @@ def write_table(argv: Sequence[str]) -> str:
     ]
     log.info("%d of %d searches to make", len(todo), sum(len(attack.concepts) for attack in attacks))
     workers = count_workers(cfg, attacks[0].task.device)
-    for _ in tqdm(spread(run_search, todo, workers), "red team", len(todo), unit="search", disable=not todo):
+    for _ in tqdm(parallel_map(run_search, todo, workers), "red team", len(todo), unit="search", disable=not todo):
         pass
     rows, baselines = [], {}
     for attack in attacks:  # those without a guard come first

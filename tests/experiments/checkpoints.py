@@ -1,4 +1,4 @@
-"""Tiny checkpoints and scoring networks of random weights, in the files where the published ones have theirs."""
+"""Tiny checkpoints and scoring networks of random weights, in the file layout of the published ones."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on the loopback, and checkpoints that lie there in the layout of the real ones."""
+"""A stand-in for the Hugging Face hub on the loopback interface."""
 
 import hashlib
 import json
@@ -37,8 +37,8 @@ class Repository:
 
     Attributes:
         folder: its files.
-        gated: the status that a download is refused with, 401 or 403; 0 where everybody may download.
-        cuts: how many downloads of a file break off half way, by the file's path.
+        gated: the status of a refused download, 401 or 403; 0 if everybody may download.
+        cuts: the number of downloads that break off half way, by the file's path.
     """
 
     folder: Path

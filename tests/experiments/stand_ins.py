@@ -1,4 +1,4 @@
-"""What stands in for networks, folders and methods: an encoder of colours, a retriever, random weights, refusals."""
+"""Stand-ins for networks, folders and methods: an encoder of colours, a retriever, random weights, refusals."""
 
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -9,9 +9,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from eval.encoders import Encoder
 from eval.images import Withheld
-from experiments.methods.method import Drawn, Method
+from experiments.methods.method import GroupResult, Method
 
-#: What `Colours` knows by name.
+#: The colours that `Colours` knows by name.
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0)}
 
 
@@ -33,7 +33,7 @@ class Colours(Encoder):
 
 
 class Finds:
-    """A retriever that finds one asset, whatever is asked for; or, of no name, none."""
+    """A retriever that finds one concept for every prompt; without a name, none."""
 
     def __init__(self, name):
         self.name = name
@@ -94,7 +94,7 @@ def save_ip_adapter(folder, unet, plus=False):
 
 
 class Withholding(Method):
-    """The stock pipeline, but for the groups whose ids fit a pattern, which end without images."""
+    """The stock pipeline; groups whose ids fit a pattern end without images."""
 
     title, version = "withholding", 1
 
@@ -104,8 +104,10 @@ class Withholding(Method):
     def settings(self):
         return {"withhold": self.withhold}
 
-    def draw(self, pipe, group, call):
+    def generate(self, pipe, group, call):
         status = next((status for pattern, status in self.withhold.items() if fnmatch(group.id, pattern)), None)
         if status is None:
-            return super().draw(pipe, group, call)
-        return Drawn(None, {"asked": 1}, withheld=Withheld(status, f"<{group.category}> is protected", ("C1", "C3")))
+            return super().generate(pipe, group, call)
+        return GroupResult(
+            None, {"asked": 1}, withheld=Withheld(status, f"<{group.category}> is protected", ("C1", "C3"))
+        )

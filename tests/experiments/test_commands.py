@@ -75,6 +75,10 @@ def test_the_list_names_every_command_with_what_it_does(capsys):
         (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
         (["generate", "model=mini-sdxl", "workers=0"], ["workers must be auto", "got 0"]),
+        (["evaluate", "model=sdxl", "model.scorer.weights=/x"], ["did you mean model.scorer.weights_dir?"]),
+        (["generate", "model=mini-sdxl", "method=negtome", "scorer@method.encodr=sscd"], ["encodr"]),
+        (["doctor", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
+        (["generate", "experiment=safety", "guard=chat"], ["guard.model has no value: give guard.model=VALUE"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now", "here"], ["one name", "now here"]),
     ],
@@ -153,7 +157,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
 def test_processes_are_given_all_runs_at_once_and_each_ends_with_its_last_group(tiny_overrides, tmp_path, monkeypatch):
     """A process that has no group of a run left goes on with the next run's."""
     asked = tiny_overrides("sweep", tmp_path, "method=none,negtome", "workers=2")
-    ids = [Run.start(cfg, find_checkpoint(cfg.model).fingerprint, "cpu").id for cfg in expand(asked)]
+    ids = [Run.plan(cfg, find_checkpoint(cfg.model).fingerprint, "cpu")[0].id for cfg in expand(asked)]
     seen, finish = [], Run.finish
 
     class Executor(Future):

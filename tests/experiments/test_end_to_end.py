@@ -180,7 +180,7 @@ def test_every_setting_that_affects_pixels_makes_a_run_of_its_own(finished, tmp_
         from experiments.runs.checkpoints import find_checkpoint
 
         (cfg,) = expand([*arguments, "method=negtome", f"outputs={tmp_path}", *changes])
-        return Run.start(cfg, find_checkpoint(cfg.model).fingerprint, "cpu").id
+        return Run.plan(cfg, find_checkpoint(cfg.model).fingerprint, "cpu")[0].id
 
     assert identity() == folders[1].name
     ids = [

@@ -1,4 +1,4 @@
-"""What every method makes of one prompt on the mini models, beside what it made when its version was declared.
+"""Every method's images of one prompt on the mini models, compared with those of its declared version.
 
     python tests/experiments/test_golden.py
 
@@ -20,8 +20,8 @@ from stand_ins import save_ip_adapter
 
 from eval.clip import HFClip
 from experiments import PROJECT
+from experiments.methods.apg import APG
 from experiments.methods.assets import NamedAssets, Retriever
-from experiments.methods.attention_guidance import AttentionGuidance
 from experiments.methods.cads import CADS
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
@@ -30,17 +30,17 @@ from experiments.methods.controls import NoiseControl, RandomMatch
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
 from experiments.methods.guarded import Guarded
-from experiments.methods.guidance import LimitedInterval, LowerGuidance
+from experiments.methods.guidance import IntervalGuidance, LowerGuidance
 from experiments.methods.method import Baseline
+from experiments.methods.nag import NAG
 from experiments.methods.naive import Naive
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
-from experiments.methods.projected_guidance import ProjectedGuidance
 from experiments.methods.rewriting import Rewriting
 from experiments.methods.selection import BestOf
-from experiments.methods.shield import Shield, ShieldFromAssets
+from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
 from negtome.guard import Keyword
 
@@ -70,7 +70,7 @@ def negative_ip_adapter():
 
 
 def guarded():
-    """One that steers, among the slow tests by its place."""
+    """A guarded method that steers."""
     policy = Path(tempfile.mkdtemp()) / "policy.yaml"
     clause = "{id: C1, asset: panda, description: black and white, action: steer}"
     policy.write_text(f"version: 1\nclauses:\n  - {clause}\n")
@@ -83,7 +83,7 @@ METHODS = {
     "none": Baseline,
     "negtome": lambda: NegToMe("m", **STRENGTH),
     "negtome_released": lambda: NegToMe("m", **STRENGTH, matching="released", cross_attention=True),
-    # weaker than the rest: at 0.9 near ties go one way or the other with the CPU, and its images with them
+    # weaker than the rest: at 0.9 the CPU decides near ties, and so the images
     "negtome_others": lambda: NegToMe("m", **STRENGTH | {"alpha": 0.3}, reference="others"),
     "negtome_reference": lambda: NegToMeFromAssets("m", retriever(), **STRENGTH),
     "negtome_reference_released": lambda: NegToMeFromAssets(
@@ -100,27 +100,27 @@ METHODS = {
     "noise_control": lambda: NoiseControl("m", **STRENGTH),
     "naive": lambda: Naive("m", **STRENGTH),
     "lower_guidance": lambda: LowerGuidance("m", scale=2.0),
-    "limited_interval": lambda: LimitedInterval("m", outside=2.0),
+    "limited_interval": lambda: IntervalGuidance("m", outside=2.0),
     "feature_guidance": lambda: FeatureGuidance("m", w=0.05, relative=True),
     "contextual_repulsion": lambda: ContextualRepulsion("m", eta=1.0, relative=True),
-    "nag": lambda: AttentionGuidance("m", retriever()),
+    "nag": lambda: NAG("m", retriever()),
     "particle_guidance": lambda: ParticleGuidance("m", coefficient=50),
-    "shield": lambda: Shield("m", radius=1.4),
-    "shield_reference": lambda: ShieldFromAssets("m", radius=1.4, retriever=retriever()),
+    "shield": lambda: SPELL("m", radius=1.4),
+    "shield_reference": lambda: SPELLFromAssets("m", radius=1.4, retriever=retriever()),
     "contrastive_noise": lambda: ContrastiveNoise("m", learning_rate=0.05),
     "best_of": lambda: BestOf("m", retriever().encoder, candidates=10),
     "group_inference": lambda: GroupInference("m", retriever().encoder, candidates=6),
     "cads": lambda: CADS("m"),
     "pink_noise": lambda: PinkNoise("m", 0.8),
-    "projected_guidance": lambda: ProjectedGuidance("m", norm_threshold=4.0),
+    "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "rewriting": lambda: Rewriting("m", {"panda": ["koala", "penguin", "red apple"]}),
 }  # fmt: skip
-#: Those of `make peers` are among the slow tests; what the main results are made by is not.
-PEERS, PEER = [*METHODS][[*METHODS].index("lower_guidance") :], [pytest.mark.slow]
+#: The methods of `make peers` are slow tests; those of the main results are not.
+NAMES, PEERS = [*METHODS][:12], [*METHODS][12:]
 #: Methods that are defined for one architecture.
 ALONE = {
-    NegativeIPAdapter: "mini-sdxl", ProjectedGuidance: "mini-sdxl",
+    NegativeIPAdapter: "mini-sdxl", APG: "mini-sdxl",
     FeatureGuidance: "mini-flux", ContextualRepulsion: "mini-flux",
 }  # fmt: skip
 KEPT = {}
@@ -139,7 +139,7 @@ def picture(method):
     images = []
     for model in [ALONE[type(method)]] if type(method) in ALONE else CALLS:
         pipe = pipeline(model)
-        images += pipe.image_processor.numpy_to_pil(method.draw(pipe, GROUP, CALLS[model]).images)
+        images += pipe.image_processor.numpy_to_pil(method.generate(pipe, GROUP, CALLS[model]).images)
     return np.concatenate([np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX)) for image in images], axis=1)
 
 
@@ -151,13 +151,13 @@ def file_of(name, method):
     return GOLDEN / f"{name}-{method.version}.png"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=PEER * (name in PEERS)) for name in METHODS])
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in PEERS)])
 def test_a_version_makes_the_images_that_it_made_before(name):
     method = METHODS[name]()
     file = file_of(name, method)
     assert file.exists(), f"expected {file.name} of the version that {name} declares: python {Path(__file__).name}"
-    found = difference(picture(method), np.asarray(Image.open(file).convert("RGB")))
-    assert found < TOLERANCE, f"{name} makes other images than in {file.name}: raise its version, and write that anew"
+    change = difference(picture(method), np.asarray(Image.open(file).convert("RGB")))
+    assert change < TOLERANCE, f"{name} makes other images than in {file.name}: raise its version, and write that anew"
 
 
 def test_every_class_that_is_configured_has_a_picture_and_no_picture_is_of_an_earlier_version():
@@ -169,8 +169,8 @@ def test_every_class_that_is_configured_has_a_picture_and_no_picture_is_of_an_ea
     assert {path.name for path in GOLDEN.iterdir()} == {file_of(*pair).name for pair in methods.items()}
 
 
-def test_a_change_of_pixels_is_found():
-    """Methods differ by more than rounding may, as do strengths by a tenth; the naive transcription does not."""
+def test_a_change_of_pixels_is_detected():
+    """Methods differ by more than rounding, as do strengths by a tenth; the naive transcription does not."""
     pictures = {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in GOLDEN.glob("*.png")}
     for name, one in pictures.items():
         for other, two in pictures.items():

@@ -15,7 +15,7 @@ from eval.files import sealed, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
 from experiments.methods.guarded import LAYERS, Guarded, ImageCache, OutputCheck
-from experiments.methods.method import Applied, Method, sample
+from experiments.methods.method import Method, MethodContext, sample
 from experiments.prompts import Group
 from experiments.safety.guards import nearest
 from negtome.guard import Decision, Keyword, Reply
@@ -79,7 +79,7 @@ class Steering(Method):
     @contextlib.contextmanager
     def apply(self, pipe, group, call):
         self.asked.append(group.concept)
-        yield Applied({**call, "instead": (90, 90, 90)}, lambda: {"pushed": 1}, {f"{group.concept}/1.png": 1.0})
+        yield MethodContext({**call, "instead": (90, 90, 90)}, lambda: {"pushed": 1}, {f"{group.concept}/1.png": 1.0})
 
 
 class Says:
@@ -121,7 +121,7 @@ SHOWN = {"blue": (0, 0, 255), "grey": (90, 90, 90), "red": (255, 0, 0), "green":
 @pytest.mark.parametrize("prompt", ENDS)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
-    drawn = guarded(folders, layers).draw(Pipe(), ask(prompt), {})
+    drawn = guarded(folders, layers).generate(Pipe(), ask(prompt), {})
     end = ENDS[prompt][LAYERS.index(layers)]
     if end in SHOWN:
         assert drawn.withheld is None and (drawn.images * 255).round().reshape(-1, 3).tolist() == [[*SHOWN[end]]] * 64
@@ -133,24 +133,24 @@ def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
 
 def test_an_allowed_request_is_drawn_as_without_any_guard(folders):
     group = ask("a sea", size=3)
-    images = guarded(folders).draw(pipe := Pipe(), group, {}).images
+    images = guarded(folders).generate(pipe := Pipe(), group, {}).images
     assert np.array_equal(images, sample(Pipe(), group, {})) and pipe.seeds == group.image_seeds()
 
 
 @pytest.mark.parametrize("tries", [0, 1, 3])
 def test_a_blocked_image_had_all_its_tries_each_from_noises_of_its_own(folders, tries):
     group = ask("a hidden thing", size=2)
-    drawn = guarded(folders, tries=tries).draw(pipe := Pipe(), group, {})
+    drawn = guarded(folders, tries=tries).generate(pipe := Pipe(), group, {})
     assert drawn.withheld.status == "blocked" and len(drawn.statistics["check"]) == 1 + tries
     assert pipe.seeds == dataclasses.replace(group, size=2 * (1 + tries)).image_seeds()
     assert len(set(pipe.seeds)) == 2 * (1 + tries) and pipe.seeds[:2] == group.image_seeds()
 
 
 def test_the_first_try_without_the_asset_is_shown(folders):
-    drawn = guarded(folders, tries=3).draw(pipe := Pipe(shown=2), ask("a hidden thing"), {})
+    drawn = guarded(folders, tries=3).generate(pipe := Pipe(shown=2), ask("a hidden thing"), {})
     assert drawn.withheld is None and len(pipe.seeds) == 3 and drawn.images[0, 0, 0].tolist() == [0, 0, 1]
     assert list(drawn.seeds) == pipe.seeds[2:]
-    one = guarded(folders).draw(Pipe(shown=1), ask("a hidden thing", size=2), {})
+    one = guarded(folders).generate(Pipe(shown=1), ask("a hidden thing", size=2), {})
     assert one.withheld is None  # the whole request is made again where one of its images is found out
 
 
@@ -167,10 +167,10 @@ FORGED = [
 
 @pytest.mark.parametrize("reply", FORGED)
 def test_a_reply_that_does_not_follow_from_the_policy_is_never_taken_to_allow(folders, reply):
-    drawn = guarded(folders, guard=Says(reply)).draw(pipe := Pipe(), ask("a sea"), {})
+    drawn = guarded(folders, guard=Says(reply)).generate(pipe := Pipe(), ask("a sea"), {})
     assert drawn.withheld.status == "escalated" and drawn.withheld.clauses == () and not pipe.seeds
     assert drawn.statistics["action"] == "invalid"
-    again = guarded(folders, guard=Says(reply, RIGHT)).draw(Pipe(), ask("a sea"), {})
+    again = guarded(folders, guard=Says(reply, RIGHT)).generate(Pipe(), ask("a sea"), {})
     assert again.withheld.status == "refused" and again.withheld.clauses == ("C2",)
 
 
@@ -251,7 +251,7 @@ def test_an_asset_without_pictures_and_a_check_without_held_out_ones_are_refused
 
 def test_the_check_looks_for_the_policys_assets_alone(folders):
     paint(folders / "assets" / "blue" / "1.png", (0, 0, 255))  # which no clause names
-    assert guarded(folders).draw(Pipe(), ask("a sea"), {}).withheld is None
+    assert guarded(folders).generate(Pipe(), ask("a sea"), {}).withheld is None
     assert guarded(folders).check.detect(np.zeros((1, 4, 4, 3)), exempt=COLOURS) == (None, -1.0)
 
 
@@ -265,10 +265,10 @@ def test_steering_is_away_from_the_steered_concept_and_not_from_an_allowed_one(f
     extra = "  - {id: C4, asset: blue, description: all blue, action: steer, exceptions: [E1]}\n"
     (folders / "policy.yaml").write_text(POLICY.replace("exceptions: [E1]}", "exceptions: []}") + extra)
     method = guarded(folders, "steer", cites("steer", *clauses, "E1"))
-    drawn = method.draw(Pipe(), ask("a red parody of a sea"), {})
+    drawn = method.generate(Pipe(), ask("a red parody of a sea"), {})
     assert method.steering.asked == ["red"] and drawn.withheld is None
     assert drawn.references == {"red/1.png": 1.0} and drawn.statistics["pushed"]
-    both = guarded(folders, "steer", cites("steer", *clauses)).draw(Pipe(), ask("a red sea"), {})
+    both = guarded(folders, "steer", cites("steer", *clauses)).generate(Pipe(), ask("a red sea"), {})
     assert both.withheld.status == "refused" and "one asset at a time" in both.withheld.reason
 
 
@@ -349,7 +349,7 @@ def test_a_verdict_is_kept_as_it_was(reply, folders):
 def test_layers_and_guards_that_come_to_the_same_images_draw_them_once(folders):
     pipe = Pipe()
     first, *others = [
-        guarded(folders, layers, Says(Decision("allow"))).draw(pipe, ask("a sea"), {}) for layers in LAYERS
+        guarded(folders, layers, Says(Decision("allow"))).generate(pipe, ask("a sea"), {}) for layers in LAYERS
     ]
     assert len(pipe.seeds) == 1
     for other in others:

@@ -20,19 +20,19 @@ from plans import plan_of
 
 from experiments import PROJECT, select_device
 from experiments.configs import build
-from experiments.generate import Job, Task, _generate_groups, generate
+from experiments.generate import RunJob, RunTask, _generate_groups, generate
 from experiments.runs import checkpoints
 from experiments.runs.locks import locked
 from experiments.runs.store import LOCKS, Run
 
-#: A baseline and a method; of few categories, and of many where processes must meet.
+#: A baseline and a method with few categories, and with more where processes must meet.
 FEW = ("method=none,negtome", "prompts.categories=[flower,fruit,horse]")
 MANY = (FEW[0], "prompts.categories=[flower,fruit,horse,train,hat,shoe]")
-GENERATE = ("-m", "experiments.generate")
+needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 
 
 def leftovers(outputs):
-    """What is in run folders and ought not to be: temporary files and folders, and locks."""
+    """Temporary files and folders, and locks."""
     return [path for path in outputs.glob("runs/*/**/.*") if path.name != ".hydra"]
 
 
@@ -49,54 +49,54 @@ def undisturbed(sweep, tmp_path_factory, tiny_overrides, tabulated):
 
 
 @pytest.fixture
-def asked(sweep, tmp_path, tiny_overrides):
+def overrides(sweep, tmp_path, tiny_overrides):
     """The same, to be disturbed."""
     return tiny_overrides("sweep", tmp_path, *sweep)
 
 
-def start(program, *arguments):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(program, *arguments, **options):
     command = [sys.executable, *program, *arguments]
-    return subprocess.Popen(command, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    return subprocess.Popen(command, cwd=PROJECT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
 
 
-def wait_for(condition, process=None, seconds=120):
+def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < end, "waited in vain"
-        assert process is None or process.poll() is None, "it ended before it could be disturbed"
+        assert process.poll() is None, "it ended before it could be disturbed"
         time.sleep(0.01)
-    return found
+    return result
 
 
 def spawned(process):
     """The processes that generate for a command."""
-    found = []
+    workers = []
     for child in psutil.Process(process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):  # gone, or about to
             if "spawn_main" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
+                workers.append(child)
+    return workers
 
 
+@needs_locks
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [MANY], indirect=True, ids=["many"])
-@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
-def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_path, tabulated):
+def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, overrides, tmp_path, tabulated):
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
-    plan = plan_of(asked)
+    plan = plan_of(overrides)
     cfg = plan.cfg
-    run = Run.start(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
+    run, _ = Run.plan(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
 
     def groups():
         return list((tmp_path / "outputs").rglob("[0-9]*/group.json"))
 
-    # However fast it is, it cannot be done before it is killed: some of its groups are claimed here meanwhile.
+    # It cannot be done before it is killed, however fast it is: some of its groups are claimed here meanwhile.
     with contextlib.ExitStack() as last, contextlib.ExitStack() as later:
         for number, group in enumerate(build(cfg.prompts).groups()):
             if number > 1:
                 assert (last if number == 5 else later).enter_context(run.claim(group, wait=False))
-        process = start(GENERATE, *asked, "workers=2")
+        process = start(["-m", "experiments.generate"], *overrides, "workers=2")
         last.callback(process.kill)
         wait_for(groups, process)
         workers = spawned(process)
@@ -114,18 +114,18 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, asked, tmp_
     kept = {path: path.stat().st_mtime_ns for path in groups()}
     assert len(kept) == 5
     assert len(generate(plan)) == 2
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done was done again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a group was generated again"
     assert tabulated(plan) == undisturbed
     assert not leftovers(tmp_path / "outputs")
 
 
 @pytest.mark.parametrize(
-    ("made", "ends"),
+    ("done", "ends"),
     [((0, 3), True), ((1, 0, 2), True), ((0, 1, 0, 2), True), ((0, 0), False), ((1, 0, 0), False)],
 )
-def test_a_process_is_lost(made, ends, monkeypatch):
-    """`made` groups by each pool before it loses a process: without any twice in a row, it would not end."""
-    pools = iter(made)
+def test_a_process_is_lost(done, ends, monkeypatch):
+    """Each pool generates `done` groups before it loses a process: two pools in a row without any end the command."""
+    pools = iter(done)
 
     class Pool:
         def __init__(self):
@@ -139,14 +139,14 @@ def test_a_process_is_lost(made, ends, monkeypatch):
 
     monkeypatch.setattr("experiments.generate._executor", functools.cache(lambda _: Pool()))
     monkeypatch.setattr("experiments.generate.as_completed", iter)
-    job = Job(None, Task("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
+    job = RunJob(None, RunTask("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
     with contextlib.nullcontext() if ends else pytest.raises(RuntimeError, match="workers=1"):
         assert list(_generate_groups([job])) == ["run"] * 3
 
 
-def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated, monkeypatch):
+def test_evaluation_and_table_are_killed(undisturbed, overrides, tmp_path, tabulated, monkeypatch):
     """Stopped between any two files, the next call ends as one that was never stopped."""
-    plan = plan_of(asked)
+    plan = plan_of(overrides)
     generate(plan)
     replace = os.replace
     for files in (2, 1, 3, 1):
@@ -165,53 +165,45 @@ def test_evaluation_and_table_are_killed(undisturbed, asked, tmp_path, tabulated
 
 
 @pytest.mark.parametrize(
-    "what",
+    ("suffix", "owner", "name", "after"),
     [
-        "an image",
-        "the manifest",
-        *(pytest.param(what, marks=pytest.mark.slow) for what in ("the record", "the identity")),
+        (".png", Image.Image, "save", 3),
+        (".jsonl", os, "replace", 0),
+        pytest.param("group.json", Path, "write_text", 2, marks=pytest.mark.slow),
+        pytest.param("config.yaml", os, "replace", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_full_disk_leaves_nothing_half_written(what, undisturbed, asked, tmp_path, tabulated, monkeypatch):
+def test_a_full_disk_leaves_nothing_half_written(
+    suffix, owner, name, after, undisturbed, overrides, tmp_path, tabulated, monkeypatch
+):
     """Real writes that fail half-way as on a full disk: part of the bytes are there, then ENOSPC."""
-    plan = plan_of([*asked, "workers=1"])
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    suffix = {"an image": ".png", "the record": "group.json", "the identity": "config.yaml", "the manifest": ".jsonl"}
+    plan = plan_of([*overrides, "workers=1"])
+    write, count = getattr(owner, name), 0
 
-    def failing(write, after):
-        count = 0
-
-        def wrapped(self, *arguments, **options):
-            nonlocal count
-            path = Path(arguments[0]) if isinstance(self, Image.Image) else Path(self)
-            count += suffix[what] in path.name
-            if suffix[what] in path.name and count > after:
-                path.write_bytes(b"half") if path.parent.is_dir() else None
-                raise full
-            return write(self, *arguments, **options)
-
-        return wrapped
+    def failing(first, *arguments, **options):
+        nonlocal count
+        path = Path(arguments[0] if owner is Image.Image else first)
+        count += suffix in path.name
+        if suffix in path.name and count > after:
+            path.write_bytes(b"half") if path.parent.is_dir() else None
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(first, *arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        if what == "an image":
-            patch.setattr(Image.Image, "save", failing(Image.Image.save, 3))
-        elif what == "the record":
-            patch.setattr(Path, "write_text", failing(Path.write_text, 2))
-        else:
-            patch.setattr(os, "replace", failing(os.replace, 0))
+        patch.setattr(owner, name, failing)
         generate(plan)
-    for record in (tmp_path / "outputs").rglob("group.json"):
+    outputs = tmp_path / "outputs"
+    for record in outputs.rglob("group.json"):
         json.loads(record.read_text())
         for image in record.parent.glob("*.png"):
             with Image.open(image) as opened:
                 opened.load()
-    assert not list((tmp_path / "outputs").rglob("images/*/.*")) and not list((tmp_path / "outputs").rglob(".*.tmp"))
-    assert not list((tmp_path / "outputs").rglob("complete"))
+    assert not [*outputs.rglob("images/*/.*"), *outputs.rglob(".*.tmp"), *outputs.rglob("complete")]
     generate(plan)
     assert tabulated(plan) == undisturbed
 
 
-#: The command, which notes what it saves in a file, one a process, and ends its first group when the other has one too.
+#: The command, which notes each group that it saves, and saves its first one when the other command has one, too.
 NOTING = """
 import os, sys, time
 from pathlib import Path
@@ -232,22 +224,22 @@ main(sys.argv[1:])
 """
 
 
+@needs_locks
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [MANY], indirect=True, ids=["many"])
-@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
-def test_two_commands_at_the_same_run_share_its_groups(undisturbed, asked, tmp_path, tabulated):
-    """Whoever comes second takes what the first has not begun; nothing is made twice, and nobody waits for ever."""
+def test_two_commands_at_the_same_run_share_its_groups(undisturbed, overrides, tmp_path, tabulated):
+    """The second takes the groups that the first has not begun; none is generated twice, and both end."""
     notes = tmp_path / "notes"
     notes.mkdir()
-    processes = [start(["-c", NOTING, str(notes)], *asked, "workers=1") for _ in range(2)]
+    processes = [start(["-c", NOTING, str(notes)], *overrides, "workers=1") for _ in range(2)]
     try:
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
-    made = [line for file in notes.iterdir() for line in file.read_text().splitlines()]
-    assert len(set(made)) == 2 * 6 and len(made) == len(set(made)), "something was made twice"
-    plan = plan_of(asked)
+    saved = [line for file in notes.iterdir() for line in file.read_text().splitlines()]
+    assert len(set(saved)) == len(saved) == 2 * 6
+    plan = plan_of(overrides)
     assert all(Run.of(spec).complete for spec in plan.runs)
     assert tabulated(plan) == undisturbed
     assert not leftovers(tmp_path / "outputs")
@@ -257,48 +249,42 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from experiments.runs.locks import locked
-with locked(Path(sys.argv[1])) as mine:
-    print(mine, flush=True)
+with locked(Path(sys.argv[1])) as is_locked:
+    print(is_locked, flush=True)
     time.sleep(600)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
-def test_a_claim_ends_with_the_process_that_held_it(asked, tmp_path):
-    """Claimed elsewhere, a group is left alone; once its holder was killed without a word, it is free."""
-    cfg = plan_of(asked).cfg
-    group = build(cfg.prompts).groups()[0]
+@needs_locks
+def test_a_claim_ends_with_the_process_that_held_it(overrides, tmp_path):
+    """A group that is claimed elsewhere is left alone; once its holder was killed, it is free."""
+    group = build(plan_of(overrides).cfg.prompts).groups()[0]
     run = Run(tmp_path / "run")
     lock = tmp_path / LOCKS / f"{run.id}.{group.prompt_id}.{group.seed:06d}"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline().strip() == "True"
-        with run.claim(group, wait=False) as mine:
-            assert mine is False
-        holder.kill()
-        with run.claim(group, wait=True) as mine:
-            assert mine is True
-            with locked(lock, wait=False) as again:
-                assert again is False, "held by this process already"
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
+    with start(["-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline().strip() == "True"
+            with run.claim(group, wait=False) as is_claimed:
+                assert is_claimed is False
+        finally:
+            holder.kill()
+    with run.claim(group, wait=True) as is_claimed, locked(lock, wait=False) as again:
+        assert (is_claimed, again) == (True, False)
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_where_the_disk_knows_no_locks_the_work_goes_on(tmp_path, monkeypatch, code):
+def test_without_locks_on_the_disk_the_work_goes_on(tmp_path, monkeypatch, code):
     fcntl = pytest.importorskip("fcntl")
 
     def refuse(*arguments):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / "a" / "lock") as mine, locked(tmp_path / "a" / "lock", wait=False) as another:
-        assert mine is another is True
+    with locked(tmp_path / "a" / "lock") as one, locked(tmp_path / "a" / "lock", wait=False) as another:
+        assert one is another is True
 
 
-def test_a_folder_of_locks_that_can_never_be_made_is_said(tmp_path):
+def test_a_folder_of_locks_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     with pytest.raises(FileExistsError, match="nowhere"), locked(tmp_path / "nowhere" / "lock"):
         pass

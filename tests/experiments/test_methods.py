@@ -1,4 +1,4 @@
-"""Every method at work on tiny pipelines: what it changes, what it leaves alone, and what it says that it did."""
+"""The methods at work on tiny pipelines: what they change, what they leave alone, and what they record."""
 
 import contextlib
 from types import SimpleNamespace
@@ -13,11 +13,12 @@ import negtome
 from eval.images import load_picture
 from experiments.methods.assets import Retriever
 from experiments.methods.combined import Combined
-from experiments.methods.method import Applied, Baseline, Drawn, Method, sample
+from experiments.methods.method import Baseline, GroupResult, Method, MethodContext, sample
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import Group
 
+PAIR = Group("one", "a red thing", "red", 0, 2)
 NEAR, FAR = Group("near", "a red thing", "red", 0, 2), Group("far", "a thing", "red", 0, 2)
 CALLS = {
     "sdxl": {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "blurry"},
@@ -26,11 +27,13 @@ CALLS = {
     },
 }  # fmt: skip
 STRENGTH = {"alpha": 0.9, "threshold": -1.0, "timestep_range": [0, 1000], "min_side": 4}
+#: Guidance away from the negative prompt, which only Flux needs.
+TRUE_SCALE = {"sdxl": None, "flux": 2.0}
 
 
 @pytest.fixture
 def retriever(tmp_path):
-    """Two pictures of one asset, the nearer one masked; `retriever(prompt=None, preview=0.5)` for other thresholds."""
+    """Two images of one concept, the nearer one masked; `retriever(prompt=None, preview=0.5)` for other thresholds."""
     folder = tmp_path / "assets" / "the red one"
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -49,13 +52,12 @@ def retriever(tmp_path):
 
 
 def generate(pipe, method, group, call):
-    """Do what experiments.generate does: the images as one array, and what was applied."""
-    generators = [torch.Generator().manual_seed(seed) for seed in group.image_seeds()]
+    """Return the images of a group, uint8 [K, H, W, 3], and the method's context."""
     before = dict(call)
-    with method.apply(pipe, group, call) as applied:
-        images = pipe(group.prompt, num_images_per_prompt=group.size, generator=generators, **applied.call).images
-    assert call == before, "the configured call is everybody's"
-    return np.stack([np.array(image) for image in images]), applied
+    with method.apply(pipe, group, call) as context:
+        images = sample(pipe, group, context.call)
+    assert call == before, "the configured call is shared"
+    return (255 * images).round().astype(np.uint8), context
 
 
 def shape_of(pipe):
@@ -72,153 +74,127 @@ def shape_of(pipe):
 
 @contextlib.contextmanager
 def untouched(pipe, call):
-    """Check that the pipeline is and makes afterwards what it was and made before."""
-    made = generate(pipe, Baseline(), NEAR, call)[0]
+    """Check that the pipeline afterwards is what it was, and generates what it generated."""
+    images = generate(pipe, Baseline(), NEAR, call)[0]
     before = shape_of(pipe)  # after a first call: a pipeline keeps its call's options
-    yield
+    yield images
     assert shape_of(pipe) == before
-    assert np.array_equal(generate(pipe, Baseline(), NEAR, call)[0], made)
+    assert np.array_equal(generate(pipe, Baseline(), NEAR, call)[0], images)
 
 
 def test_the_baseline_is_the_stock_pipeline_bit_for_bit(pipe, kind):
     generators = [torch.Generator().manual_seed(seed) for seed in NEAR.image_seeds()]
     stock = pipe(NEAR.prompt, num_images_per_prompt=2, generator=generators, **CALLS[kind]).images
-    images, applied = generate(pipe, Baseline(), NEAR, CALLS[kind])
+    images, context = generate(pipe, Baseline(), NEAR, CALLS[kind])
     assert np.array_equal(images, np.stack([np.array(image) for image in stock]))
-    assert applied.statistics() == {} and applied.references is None
+    assert context.statistics() == {} and context.references is None
     assert (Baseline().settings(), Baseline().version) == ({}, 0)
 
 
 def test_negtome_among_the_images_of_a_group(pipe, kind):
-    baseline, _ = generate(pipe, Baseline(), NEAR, CALLS[kind])
-    with untouched(pipe, CALLS[kind]):
-        images, applied = generate(pipe, NegToMe("negtome", **STRENGTH), NEAR, CALLS[kind])
+    method = NegToMe("negtome", **STRENGTH)
+    with untouched(pipe, CALLS[kind]) as baseline:
+        images, context = generate(pipe, method, NEAR, CALLS[kind])
+        result = method.generate(pipe, NEAR, CALLS[kind])
     assert np.array_equal(images[0], baseline[0]) and not np.array_equal(images[1], baseline[1])
-    assert applied.statistics()["tokens_pushed"] > 0 and applied.references is None
+    assert context.statistics()["tokens_pushed"] > 0 and context.references is None
+    assert np.array_equal((255 * result.images).round().astype(np.uint8), images)
+    assert result.statistics == context.statistics() and result.references is None
 
 
 @pytest.mark.parametrize("method", [NegToMeFromAssets, NegativePrompt])
 @pytest.mark.parametrize("preview", [None, 0.999], ids=["prompt", "prompt and preview"])
-def test_where_no_asset_is_near_the_images_are_the_baselines(pipe, kind, method, preview, retriever):
+def test_where_no_concept_is_near_the_images_are_the_baselines(pipe, kind, method, preview, retriever):
     baseline, _ = generate(pipe, Baseline(), FAR, CALLS[kind])
     strength = STRENGTH if method is NegToMeFromAssets else {"true_cfg_scale": 4.0}
     with untouched(pipe, CALLS[kind]):
-        images, applied = generate(pipe, method("m", retriever(0.99, preview), **strength), FAR, CALLS[kind])
+        images, context = generate(pipe, method("m", retriever(0.99, preview), **strength), FAR, CALLS[kind])
     assert np.array_equal(images, baseline)
-    assert applied.call == CALLS[kind] and applied.references == {} and applied.statistics() == {}
+    assert context.call == CALLS[kind] and context.references == {} and context.statistics() == {}
 
 
 def test_negtome_from_assets_is_an_attached_reference(pipe, kind, retriever):
-    """All pictures of the asset with their masks, as `negtome.attach` would be called by hand."""
-    baseline, _ = generate(pipe, Baseline(), NEAR, CALLS[kind])
-    method = NegToMeFromAssets("m", retriever(), **STRENGTH)
-    with untouched(pipe, CALLS[kind]):
-        images, applied = generate(pipe, method, NEAR, CALLS[kind])
+    """All images of the concept with their masks, as `negtome.attach` would be called by hand."""
+    with untouched(pipe, CALLS[kind]) as baseline:
+        images, context = generate(pipe, NegToMeFromAssets("m", retriever(), **STRENGTH), NEAR, CALLS[kind])
     assert not any(np.array_equal(image, stock) for image, stock in zip(images, baseline, strict=True))
-    assert list(applied.references) == ["the red one/1.png", "the red one/2.png"]
-    scores = list(applied.references.values())
+    assert list(context.references) == ["the red one/1.png", "the red one/2.png"]
+    scores = list(context.references.values())
     assert 0.9 < scores[1] < scores[0] <= 1
-    assert applied.statistics()["tokens_pushed"] > 0
+    assert context.statistics()["tokens_pushed"] > 0
 
-    found = retriever().find(None, NEAR, {})
-    reference = negtome.Reference([asset.image for asset, _ in found], mask=[asset.mask for asset, _ in found])
-    config = negtome.NegToMeConfig(**STRENGTH)
-    generators = [torch.Generator().manual_seed(seed) for seed in NEAR.image_seeds()]
-    with negtome.attach(pipe, config, references=reference):
-        by_hand = pipe(NEAR.prompt, num_images_per_prompt=2, generator=generators, **CALLS[kind]).images
-    assert np.array_equal(images, np.stack([np.array(image) for image in by_hand]))
+    assets = [asset for asset, _ in retriever().find(None, NEAR, {})]
+    reference = negtome.Reference([asset.image for asset in assets], mask=[asset.mask for asset in assets])
+    with negtome.attach(pipe, negtome.NegToMeConfig(**STRENGTH), references=reference):
+        assert np.array_equal(images, generate(pipe, Baseline(), NEAR, CALLS[kind])[0])
 
 
 def test_what_is_used_of_the_assets_is_a_setting(tiny_sdxl, retriever):
-    def made(**options):
-        method = NegToMeFromAssets("m", retriever(), **STRENGTH, **options)
-        images, applied = generate(tiny_sdxl, method, NEAR, CALLS["sdxl"])
-        return images.tobytes(), method.settings(), list(applied.references)
-
     variants = [{}, {"images": 1}, {"masks": False}, {"noise": False}, {"prompt": "a drawing of {}"},
                 {"posterior": "sample"}]  # fmt: skip
-    found = [made(**options) for options in variants]
-    assert len({pixels for pixels, _, _ in found}) == len(variants), "each changes pixels"
-    settings = [settings for _, settings, _ in found]
-    assert all(one != other for i, one in enumerate(settings) for other in settings[:i]), "and the run's identity"
-    assert [len(references) for _, _, references in found] == [2, 1, 2, 2, 2, 2]
-    assert found[1][2] == ["the red one/1.png"], "the nearest"
+    pixels, settings, references = set(), [], []
+    for options in variants:
+        method = NegToMeFromAssets("m", retriever(), **STRENGTH, **options)
+        images, context = generate(tiny_sdxl, method, NEAR, CALLS["sdxl"])
+        pixels.add(images.tobytes())
+        settings.append(method.settings())
+        references.append(list(context.references))
+    assert len(pixels) == len(variants)
+    assert all(one != other for i, one in enumerate(settings) for other in settings[:i])
+    assert [len(one) for one in references] == [2, 1, 2, 2, 2, 2] and references[1] == ["the red one/1.png"]
     assert settings[0]["reference"] == "assets" and settings[0]["retriever"] == retriever().settings()
-    with pytest.raises(ValueError, match="images must be at least 1"):
-        NegToMeFromAssets("m", retriever(), images=0)
 
 
 def test_a_negative_prompt_is_appended_to_the_models_own(pipe, kind, retriever):
-    """True guidance only where it is asked for: that is, for Flux."""
-    scale = {"sdxl": None, "flux": 2.0}[kind]
-    method = NegativePrompt("m", retriever(), "a picture of {}", scale)
-    with untouched(pipe, CALLS[kind]):
-        images, applied = generate(pipe, method, NEAR, CALLS[kind])
+    method = NegativePrompt("m", retriever(), "a picture of {}", TRUE_SCALE[kind])
+    with untouched(pipe, CALLS[kind]) as baseline:
+        images, context = generate(pipe, method, NEAR, CALLS[kind])
     expected = {"sdxl": {"negative_prompt": "blurry, a picture of the red one"},
                 "flux": {"negative_prompt": "a picture of the red one", "true_cfg_scale": 2.0}}  # fmt: skip
-    assert applied.call == CALLS[kind] | expected[kind]
-    # One asset is named once, and every one of its pictures is recorded.
-    assert list(applied.references) == ["the red one/1.png", "the red one/2.png"]
-    assert not np.array_equal(images, generate(pipe, Baseline(), NEAR, CALLS[kind])[0])
-    by_hand, _ = generate(pipe, Baseline(), NEAR, CALLS[kind] | expected[kind])
-    assert np.array_equal(images, by_hand)
-
-
-def test_a_pipeline_that_takes_no_negative_prompt_is_refused(retriever):
-    class Distilled:
-        def __call__(self, prompt, guidance_scale=4.0): ...
-
-    method = NegativePrompt("m", retriever())
-    with pytest.raises(ValueError, match=r"method=m needs .* negative prompt, which a Distilled does not: leave"):
-        generate(Distilled(), method, NEAR, {})
+    assert context.call == CALLS[kind] | expected[kind]
+    # A concept is named once, and every one of its images is recorded.
+    assert list(context.references) == ["the red one/1.png", "the red one/2.png"]
+    assert not np.array_equal(images, baseline)
+    assert np.array_equal(images, generate(pipe, Baseline(), NEAR, CALLS[kind] | expected[kind])[0])
 
 
 def test_both_at_once(pipe, kind, retriever):
-    scale = {"sdxl": None, "flux": 2.0}[kind]
-    alone = NegativePrompt("negative_prompt", retriever(), true_cfg_scale=scale)
+    alone = NegativePrompt("negative_prompt", retriever(), true_cfg_scale=TRUE_SCALE[kind])
     pushed = NegToMeFromAssets("negtome_reference", retriever(), **STRENGTH)
     method = Combined("both", {"negative_prompt": alone, "negtome_reference": pushed})
     with untouched(pipe, CALLS[kind]):
-        images, applied = generate(pipe, method, NEAR, CALLS[kind])
-    prompted, alone_applied = generate(pipe, alone, NEAR, CALLS[kind])
-    assert applied.call == alone_applied.call
-    assert applied.references == alone_applied.references and len(applied.references) == 2, "recorded once"
-    assert applied.statistics()["tokens_pushed"] > 0
-    # The push on top of the negative prompt, as the one is applied to a call that has the other.
-    on_top, _ = generate(pipe, pushed, NEAR, applied.call)
-    assert np.array_equal(images, on_top)
+        images, context = generate(pipe, method, NEAR, CALLS[kind])
+    prompted, alone_context = generate(pipe, alone, NEAR, CALLS[kind])
+    assert context.call == alone_context.call
+    assert context.references == alone_context.references and len(context.references) == 2, "recorded once"
+    assert context.statistics()["tokens_pushed"] > 0
+    # The push on top of the negative prompt.
+    assert np.array_equal(images, generate(pipe, pushed, NEAR, context.call)[0])
     assert not np.array_equal(images, prompted)
     assert not np.array_equal(images, generate(pipe, pushed, NEAR, CALLS[kind])[0])
-    # Nothing found: the baseline.
-    images, applied = generate(pipe, method, FAR, CALLS[kind])
-    assert np.array_equal(images, generate(pipe, Baseline(), FAR, CALLS[kind])[0]) and applied.references == {}
+    images, context = generate(pipe, method, FAR, CALLS[kind])
+    assert np.array_equal(images, generate(pipe, Baseline(), FAR, CALLS[kind])[0]) and context.references == {}
 
 
 class BestOf(Method):
-    """Of several drafts of every image, each from a noise of its own, the one that is least like the first."""
+    """Of several drafts of every image, each with a seed of its own, the one that is least like the first."""
 
     name, version = "best_of", 1
 
     def __init__(self, drafts):
         self.drafts = drafts
 
-    def settings(self):
-        return {"drafts": self.drafts}
-
-    def draw(self, pipe, group, call):
-        drafts = np.stack([
-            sample(pipe, group, call, [seed + draft for seed in group.image_seeds()]) for draft in range(self.drafts)
-        ])  # fmt: skip
+    def generate(self, pipe, group, call):
+        seeds = [[seed + draft for seed in group.image_seeds()] for draft in range(self.drafts)]
+        drafts = np.stack([sample(pipe, group, call, row) for row in seeds])
         best = np.abs(drafts - drafts[0]).mean(axis=(2, 3, 4)).argmax(axis=0)
-        return Drawn(drafts[best, np.arange(group.size)], {"chosen": best.tolist()})
+        return GroupResult(drafts[best, np.arange(group.size)], {"chosen": best.tolist()})
 
 
 def test_a_method_may_call_the_pipeline_several_times_and_choose(pipe, kind):
-    stock, _ = generate(pipe, Baseline(), NEAR, CALLS[kind])
-    with untouched(pipe, CALLS[kind]):
-        one, best = (BestOf(drafts).draw(pipe, NEAR, CALLS[kind]) for drafts in (1, 4))
+    with untouched(pipe, CALLS[kind]) as stock:
+        one, best = (BestOf(drafts).generate(pipe, NEAR, CALLS[kind]) for drafts in (1, 4))
     assert np.array_equal((255 * one.images).round().astype(np.uint8), stock), "the first draft is the baseline's"
-    assert best.images.shape == one.images.shape == (2, *stock.shape[1:])
     assert min(best.statistics["chosen"]) > 0 and best.references is None
     for index, draft in enumerate(best.statistics["chosen"]):
         again = sample(pipe, NEAR, CALLS[kind], [seed + draft for seed in NEAR.image_seeds()])
@@ -227,61 +203,49 @@ def test_a_method_may_call_the_pipeline_several_times_and_choose(pipe, kind):
         Combined("both", {"a": Baseline(), "b": BestOf(2)})
 
 
-def test_a_method_of_one_call_draws_what_it_makes_of_that(pipe, kind):
-    method = NegToMe("negtome", **STRENGTH)
-    images, applied = generate(pipe, method, NEAR, CALLS[kind])
-    drawn = method.draw(pipe, NEAR, CALLS[kind])
-    assert np.array_equal((255 * drawn.images).round().astype(np.uint8), images)
-    assert drawn.statistics == applied.statistics() and drawn.references is None
-
-
 class Spy(Baseline):
-    """Changes nothing and remembers the call that it was applied to."""
+    """Changes nothing and keeps the call that it was applied to."""
 
     seen = None
 
     @contextlib.contextmanager
     def apply(self, pipe, group, call):
         self.seen = dict(call)
-        yield Applied(dict(call))
+        yield MethodContext(dict(call))
 
 
 def test_combined_methods_look_for_assets_as_they_do_alone(tiny_sdxl, retriever):
-    """Else a negative prompt would drive the asset out of the preview by which the next method is to find it."""
+    """Otherwise a negative prompt would drive the concept out of the preview that the next method searches."""
     spy = Spy()
     method = Combined("both", {"a": NegativePrompt("a", retriever()), "b": spy, "c": Baseline()})
-    with method.apply(tiny_sdxl, NEAR, CALLS["sdxl"]) as applied:
+    with method.apply(tiny_sdxl, NEAR, CALLS["sdxl"]) as context:
         assert spy.seen == CALLS["sdxl"]
-        assert applied.call["negative_prompt"] == "blurry, the red one"
+        assert context.call["negative_prompt"] == "blurry, the red one"
     twice = Combined("twice", {"a": NegativePrompt("a", retriever()), "b": NegativePrompt("b", retriever())})
-    with (
-        pytest.raises(ValueError, match=r"method=twice combines .*\['negative_prompt'\]"),
-        twice.apply(tiny_sdxl, NEAR, CALLS["sdxl"]),
-    ):
+    context = twice.apply(tiny_sdxl, NEAR, CALLS["sdxl"])
+    with pytest.raises(ValueError, match=r"method=twice combines .*\['negative_prompt'\]"), context:
         pass
 
 
 def test_the_preview_leaves_no_trace(pipe, kind, retriever):
-    """It is a call of the pipeline like any other, and neither the images nor their log know of it."""
-    looking = retriever(None, -1.0)
-    found = looking.find(pipe, NEAR, CALLS[kind])
-    knowing = SimpleNamespace(find=lambda *_: found)
+    """It is a call of the pipeline like any other, and neither the images nor the statistics depend on it."""
+    previewing = retriever(None, -1.0)
+    assets = previewing.find(pipe, NEAR, CALLS[kind])
+    fixed = SimpleNamespace(find=lambda *_: assets)
     with untouched(pipe, CALLS[kind]):
-        previewed, applied = generate(pipe, NegToMeFromAssets("m", looking, **STRENGTH), NEAR, CALLS[kind])
-    told, expected = generate(pipe, NegToMeFromAssets("m", knowing, **STRENGTH), NEAR, CALLS[kind])
-    assert np.array_equal(previewed, told)
-    assert applied.references == expected.references and len(applied.references) == 2
-    assert applied.statistics() == expected.statistics()
+        images, context = generate(pipe, NegToMeFromAssets("m", previewing, **STRENGTH), NEAR, CALLS[kind])
+    expected, expected_context = generate(pipe, NegToMeFromAssets("m", fixed, **STRENGTH), NEAR, CALLS[kind])
+    assert np.array_equal(images, expected)
+    assert context.references == expected_context.references and len(context.references) == 2
+    assert context.statistics() == expected_context.statistics()
 
 
-def test_identities_of_the_methods(retriever):
-    """Settings of a combination are those of its parts, and a part of another version makes another run."""
+def test_a_combination_has_the_settings_and_the_versions_of_its_parts(retriever):
     parts = {"a": NegativePrompt("a", retriever()), "b": NegToMeFromAssets("b", retriever(), **STRENGTH)}
     both = Combined("both", parts)
     assert [part["name"] for part in both.settings()["methods"]] == ["a", "b"]
-    assert {key: both.settings()[key] for key in ("alpha", "reference", "negative_prompt")} == {
-        "alpha": 0.9, "reference": "assets", "negative_prompt": "{}",
-    }  # fmt: skip
+    values = {key: both.settings()[key] for key in ("alpha", "reference", "negative_prompt")}
+    assert values == {"alpha": 0.9, "reference": "assets", "negative_prompt": "{}"}
     parts["b"].version += 1
     assert Combined("both", parts).version == both.version + 1
 
@@ -296,43 +260,33 @@ def ip_adapter(request, tiny_sdxl, tmp_path):
 
 def test_a_negative_ip_adapter_shows_the_assets_to_the_unconditional_half(tiny_sdxl, retriever, ip_adapter):
     call = CALLS["sdxl"]
-    baseline, _ = generate(tiny_sdxl, Baseline(), NEAR, call)
-    with untouched(tiny_sdxl, call):
-        images, applied = generate(tiny_sdxl, NegativeIPAdapter("m", retriever(), ip_adapter, 0.5), NEAR, call)
+    with untouched(tiny_sdxl, call) as baseline:
+        images, context = generate(tiny_sdxl, NegativeIPAdapter("m", retriever(), ip_adapter, 0.5), NEAR, call)
         assert not np.array_equal(images, baseline)
-        assert list(applied.references) == ["the red one/1.png", "the red one/2.png"]
-        # Of no effect at scale 0; and nothing is loaded where no asset is near.
+        assert list(context.references) == ["the red one/1.png", "the red one/2.png"]
+        # It has no effect at scale 0, and loads nothing where no concept is near.
         images, _ = generate(tiny_sdxl, NegativeIPAdapter("m", retriever(), ip_adapter, 0.0), NEAR, call)
         assert np.array_equal(images, baseline)
         nowhere = ip_adapter | {"pretrained_model_name_or_path_or_dict": "/nowhere"}
-        images, applied = generate(tiny_sdxl, NegativeIPAdapter("m", retriever(), nowhere), FAR, call)
-        assert np.array_equal(images, generate(tiny_sdxl, Baseline(), FAR, call)[0]) and applied.references == {}
-    # What the pipeline itself makes of an image prompt, with the halves exchanged: both of its pictures on the one
-    # side, and on the other what the adapter was trained to take for none.
+        images, context = generate(tiny_sdxl, NegativeIPAdapter("m", retriever(), nowhere), FAR, call)
+        assert np.array_equal(images, generate(tiny_sdxl, Baseline(), FAR, call)[0]) and context.references == {}
+        with (
+            pytest.raises(KeyboardInterrupt),
+            NegativeIPAdapter("m", retriever(), ip_adapter).apply(tiny_sdxl, NEAR, call),
+        ):
+            raise KeyboardInterrupt
+    # The pipeline's own embeddings of an image prompt, with the halves exchanged: both images on the one side, and on
+    # the other the adapter's embedding of no image.
     pictures = [load_picture(asset.file) for asset, _ in retriever().find(None, NEAR, {})]
-    with NegativeIPAdapter("m", retriever(), ip_adapter).apply(tiny_sdxl, NEAR, call) as applied, torch.no_grad():
+    with NegativeIPAdapter("m", retriever(), ip_adapter).apply(tiny_sdxl, NEAR, call) as context, torch.no_grad():
         (usual,) = tiny_sdxl.prepare_ip_adapter_image_embeds([pictures], None, "cpu", 1, True)
-        (given,) = applied.call["ip_adapter_image_embeds"]
-    assert torch.equal(given[0], usual[1]) and torch.equal(given[1], usual[0])
-    assert given.shape[:2] == (2, 2) and not torch.equal(given[0], given[1])
+        (exchanged,) = context.call["ip_adapter_image_embeds"]
+    assert torch.equal(exchanged[0], usual[1]) and torch.equal(exchanged[1], usual[0])
+    assert exchanged.shape[:2] == (2, 2) and not torch.equal(exchanged[0], exchanged[1])
 
 
-def test_the_ip_adapter_is_unloaded_when_generation_fails(tiny_sdxl, retriever, ip_adapter):
-    with (
-        untouched(tiny_sdxl, CALLS["sdxl"]),
-        pytest.raises(KeyboardInterrupt),
-        NegativeIPAdapter("m", retriever(), ip_adapter).apply(tiny_sdxl, NEAR, CALLS["sdxl"]),
-    ):
-        raise KeyboardInterrupt
-
-
-def test_a_negative_ip_adapter_needs_weights_and_guidance(tiny_sdxl, retriever):
+def test_a_negative_ip_adapter_needs_weights(retriever):
     with pytest.raises(FileNotFoundError, match=r"method\.weights=\{pretrained_model_name_or_path_or_dict: .*leave"):
         NegativeIPAdapter("m", retriever(), None)
     method = NegativeIPAdapter("m", retriever(), {"weight_name": "x"}, 0.3)
     assert method.settings()["scale"] == 0.3 and method.settings()["ip_adapter"] == {"weight_name": "x"}
-    with (
-        pytest.raises(ValueError, match=r"needs guidance, got guidance_scale=1"),
-        method.apply(tiny_sdxl, NEAR, CALLS["sdxl"] | {"guidance_scale": 1.0}),
-    ):
-        pass

@@ -1,9 +1,9 @@
-"""What every method that changes one call of a pipeline must keep to, whatever its formula: one row a method."""
+"""Requirements of all methods, whatever their formula, and the settings and calls that they refuse: a row each."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,19 +12,24 @@ import torch
 from stand_ins import Finds
 from test_methods import CALLS, STRENGTH, shape_of
 
-from experiments.methods.attention_guidance import AttentionGuidance
+from experiments.methods.apg import APG
 from experiments.methods.cads import CADS
 from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
+from experiments.methods.contrastive_noise import ContrastiveNoise
+from experiments.methods.controls import NoiseControl
 from experiments.methods.feature_guidance import FeatureGuidance
-from experiments.methods.guidance import LimitedInterval, LowerGuidance
+from experiments.methods.group_inference import GroupInference
+from experiments.methods.guidance import IntervalGuidance, LowerGuidance
 from experiments.methods.method import Baseline
-from experiments.methods.negtome import NegToMe
+from experiments.methods.nag import NAG
+from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
+from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
-from experiments.methods.projected_guidance import ProjectedGuidance
 from experiments.methods.rewriting import Rewriting
-from experiments.methods.shield import Shield
+from experiments.methods.selection import BestOf
+from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
 
 REWRITES = {"red": ["scarlet", "crimson", "ruby"], "blue": ["azure", "navy"]}
@@ -37,7 +42,7 @@ class Case(NamedTuple):
     Attributes:
         make: returns it, strong enough to be seen on random weights.
         off: arguments of `make` with which it must do nothing at all.
-        refused: kinds of pipelines for which it is not defined, and what the error says.
+        kinds: kinds of pipelines for which it is defined.
         alone: whether it does anything to a group of one image.
         several: whether one call may be for several groups.
     """
@@ -45,35 +50,36 @@ class Case(NamedTuple):
     make: Callable
     strong: Mapping[str, Any]
     off: Mapping[str, Any]
-    refused: Mapping[str, str] = MappingProxyType({})
+    kinds: tuple[str, ...] = ("sdxl", "flux")
     alone: bool = True
     several: bool = True
 
 
-JOINT_ALONE = {"sdxl": "defined for the joint blocks of Flux's transformer, got StableDiffusionXLPipeline"}
 CASES = {
     "lower guidance": Case(LowerGuidance, {"scale": 1.5}, {"scale": None}),
-    "limited interval": Case(LimitedInterval, {"sigma_range": (0.5, 1.0)}, {"sigma_range": (0, None)}),
-    "feature self-guidance": Case(FeatureGuidance, {"w": 0.2, "relative": True}, {"w": 0}, JOINT_ALONE, alone=False),
-    "contextual repulsion": Case(
-        ContextualRepulsion, {"eta": 5, "relative": True}, {"eta": 0}, JOINT_ALONE, alone=False
+    "limited interval": Case(IntervalGuidance, {"sigma_range": (0.5, 1.0)}, {"sigma_range": (0, None)}),
+    "feature self-guidance": Case(
+        FeatureGuidance, {"w": 0.2, "relative": True}, {"w": 0}, kinds=("flux",), alone=False
     ),
-    "attention guidance": Case(partial(AttentionGuidance, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
+    "contextual repulsion": Case(
+        ContextualRepulsion, {"eta": 5, "relative": True}, {"eta": 0}, kinds=("flux",), alone=False
+    ),
+    "attention guidance": Case(partial(NAG, retriever=Finds("a blue thing")), {"alpha": 1}, {"scale": 1}),
     "particle guidance": Case(ParticleGuidance, {"coefficient": 20}, {"coefficient": 0}, alone=False),
-    "shield": Case(Shield, {"radius": 8}, {"radius": 0}, alone=False),
+    "shield": Case(SPELL, {"radius": 8}, {"radius": 0}, alone=False),
     "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
     "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
     "projected guidance": Case(
-        ProjectedGuidance,
+        APG,
         {"norm_threshold": 1},
         {"eta": 1, "norm_threshold": None, "momentum": 0},
-        refused={"flux": r"got a FluxPipeline: leave it out"},
+        kinds=("sdxl",),
     ),
     "rewriting": Case(Rewriting, {"rewrites": REWRITES, "share": 1}, {"rewrites": REWRITES, "share": 0}, several=False),
 }
 
 
-PAIRS = [(name, kind) for name, case in CASES.items() for kind in CALLS if kind not in case.refused]
+PAIRS = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -135,20 +141,77 @@ def test_an_image_alone_has_no_group(case, pipe, kind):
 @pytest.mark.parametrize("name", ["CADS", "limited interval", "pink noise"])
 def test_beside_negtome_the_first_image_is_as_without_and_the_other_is_pushed(name, pipe, kind):
     alone = CASES[name].make("m", **CASES[name].strong)
-    drawn = alone.draw(pipe, GROUP, CALLS[kind]).images
-    both = Combined("both", {"a": alone, "b": NegToMe("b", **STRENGTH)}).draw(pipe, GROUP, CALLS[kind])
+    drawn = alone.generate(pipe, GROUP, CALLS[kind]).images
+    both = Combined("both", {"a": alone, "b": NegToMe("b", **STRENGTH)}).generate(pipe, GROUP, CALLS[kind])
     assert both.statistics["tokens_pushed"] > 0
     assert np.allclose(both.images[0], drawn[0], atol=2e-3) and not np.allclose(both.images[1], drawn[1], atol=2e-3)
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, c in CASES.items() for k in c.refused])
-def test_where_it_is_not_defined_it_says_so_before_anything_is_generated(name, kind, request):
-    case, pipe = CASES[name], request.getfixturevalue(f"tiny_{kind}")
-    shape = shape_of(pipe)
-    applied = case.make("m", **case.strong).apply(pipe, GROUP, CALLS[kind])
-    with pytest.raises(ValueError, match=case.refused[kind]), applied:
+class Distilled:
+    def __call__(self, prompt, guidance_scale=4.0): ...
+
+
+#: Calls for which a method is not defined: pipeline, arguments, and the error.
+UNDEFINED = [
+    (FeatureGuidance("m"), "tiny_sdxl", {}, "joint blocks of Flux's transformer, got StableDiffusionXLPipeline"),
+    (ContextualRepulsion("m"), "tiny_sdxl", {}, "joint blocks of Flux's transformer, got StableDiffusionXLPipeline"),
+    (FeatureGuidance("m", block=3), "tiny_flux", {}, r"method\.block must be at most 2"),
+    (APG("m"), "tiny_flux", {}, "got a FluxPipeline: leave it out"),
+    (APG("m"), "tiny_sdxl", {"guidance_rescale": 0.7}, r"guidance_rescale=0\.7"),
+    (NegativePrompt("m", None), "distilled", {}, "negative prompt, which a Distilled does not: leave"),
+    (NegativeIPAdapter("m", None, {"a": 1}), "tiny_sdxl", {"guidance_scale": 1.0}, "needs guidance, got .*=1"),
+]
+
+
+@pytest.fixture
+def distilled():
+    return Distilled()
+
+
+@pytest.mark.parametrize(("method", "pipe", "call", "message"), UNDEFINED)
+def test_a_call_for_which_it_is_not_defined_is_refused_before_anything_is_generated(
+    method, pipe, call, message, request
+):
+    context = method.apply(request.getfixturevalue(pipe), GROUP, CALLS["sdxl"] | call)
+    with pytest.raises(ValueError, match=message), context:
         pass
-    assert shape_of(pipe) == shape
+
+
+#: Settings that are out of range, and the error.
+BAD = [
+    (CADS, {"noise_scale": -1}, "noise_scale"), (CADS, {"tau1": 0.9, "tau2": 0.6}, "tau1"),
+    (CADS, {"mixing": 2}, "mixing"),
+    (CADS, {"rescale": "batch"}, "one of sample, token, none"), (CADS, {"halves": "none"}, "one of conditional, both"),
+    (ContrastiveNoise, {"inner_steps": -1}, "inner_steps"), (ContrastiveNoise, {"learning_rate": -1}, "learning_rate"),
+    (ContrastiveNoise, {"temperature": 0}, "temperature"), (ContrastiveNoise, {"gamma": 0}, "gamma"),
+    (ContrastiveNoise, {"window": 0}, "window"), (ContrastiveNoise, {"loss": "nce"}, "loss"),
+    (FeatureGuidance, {"w": -1}, "method.w must be between 0"), (FeatureGuidance, {"mix": 2}, "between 0 and 1"),
+    (FeatureGuidance, {"n_opt": 2.5}, "n_opt must be a whole number"),
+    (FeatureGuidance, {"timestep_range": (900, 800)}, "low <= high, got"),
+    (ContextualRepulsion, {"eta": math.inf}, "finite number"), (ContextualRepulsion, {"first_steps": 0}, "least 1"),
+    (NAG, {"retriever": None, "norm": "L3"}, "norm must be one of"), (NAG, {"retriever": None, "scale": 0}, "scale"),
+    (NAG, {"retriever": None, "alpha": 2}, "alpha"), (NAG, {"retriever": None, "end": 0}, "end"),
+    (ParticleGuidance, {"coefficient": -1}, "coefficient"), (ParticleGuidance, {"bandwidth": "median"}, "bandwidth"),
+    (ParticleGuidance, {"sigma_low": "one"}, "sigma_low"), (APG, {"eta": -1}, "eta"),
+    (APG, {"momentum": 2}, "momentum"),
+    (APG, {"norm_threshold": 0}, "above 0"), (APG, {"scale": 0.5}, "scale"), (APG, {"variant": "raw"}, "one of paper"),
+    (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
+    (SPELLFromAssets, {"retriever": None, "images": 0}, "images"),
+    (NegToMeFromAssets, {"retriever": None, "images": 0}, "images must be at least 1"),
+    (NoiseControl, {"reference": "others"}, "reference"), (Rewriting, {"rewrites": REWRITES, "share": 2}, "share"),
+    (Rewriting, {"rewrites": "mini"}, "lists of phrases by category, got 'mini'"),
+    *((Rewriting, {"rewrites": {"red": bad}}, "red must be a list of distinct") for bad in ([], ["a", "a"], "a")),
+    (BestOf, {"encoder": None, "candidates": 6.5}, "candidates must be a whole number from 1 to 1000000, got 6.5"),
+    (GroupInference, {"encoder": None, "candidates": 0}, "candidates"),
+    (GroupInference, {"encoder": None, "keep": 1}, "keep"),
+    (GroupInference, {"encoder": None, "distance_weight": -1}, "distance_weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "settings", "message"), BAD, ids=lambda value: getattr(value, "__name__", None))
+def test_a_setting_out_of_range_is_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make("m", **settings)
 
 
 @pytest.mark.parametrize("name", CASES)

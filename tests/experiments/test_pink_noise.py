@@ -5,53 +5,49 @@ import math
 
 import pytest
 import torch
-from test_methods import CALLS
+from test_methods import CALLS, PAIR
 
 from experiments.methods.method import sample
 from experiments.methods.pink_noise import PinkNoise, coloured
 from experiments.methods.steps import initial_noise
-from experiments.prompts import Group
-
-GROUP = Group("one", "a red thing", "red", 0, 2)
 
 
 def naive(noise, exponent):
     """Filter one channel [h, w] by sums over all pixels and frequencies."""
     height, width = noise.shape
-    places = [(y, x) for y in range(height) for x in range(width)]
+    positions = [(y, x) for y in range(height) for x in range(width)]
 
     def wave(sign, v, u, y, x):
         return cmath.exp(sign * 2j * math.pi * (v * y / height + u * x / width))
 
     gains = {}
-    for v, u in places:  # frequencies beyond a half are negative ones
+    for v, u in positions:  # frequencies beyond a half are negative ones
         f = math.hypot(min(v, height - v) / height, min(u, width - u) / width) or 1 / max(height, width)
         gains[v, u] = f ** (-exponent / 2)
     norm = math.sqrt(sum(gain**2 for gain in gains.values()) / len(gains))
     spectrum = {
-        (v, u): gains[v, u] / norm * sum(float(noise[y, x]) * wave(-1, v, u, y, x) for y, x in places)
-        for v, u in places
+        (v, u): gains[v, u] / norm * sum(float(noise[y, x]) * wave(-1, v, u, y, x) for y, x in positions)
+        for v, u in positions
     }
-    made = [sum(spectrum[v, u] * wave(1, v, u, y, x) for v, u in places) / len(places) for y, x in places]
-    assert max(abs(value.imag) for value in made) < 1e-9
-    return torch.tensor([value.real for value in made]).view(height, width)
+    filtered = [sum(spectrum[v, u] * wave(1, v, u, y, x) for v, u in positions) / len(positions) for y, x in positions]
+    assert max(abs(value.imag) for value in filtered) < 1e-9
+    return torch.tensor([value.real for value in filtered]).view(height, width)
 
 
 @pytest.mark.parametrize(("height", "width", "exponent"), [(4, 6, 0.2), (5, 4, 1.0), (4, 4, -0.7)])
 def test_the_filter(height, width, exponent):
     noise = torch.randn(2, 2, height, width, generator=torch.Generator().manual_seed(0))
-    made = coloured(noise, exponent)
-    for i in range(2):
-        for j in range(2):
-            assert torch.allclose(made[i, j], naive(noise[i, j], exponent), atol=1e-5)
+    filtered = coloured(noise, exponent)
+    for channel, expected in zip(filtered.flatten(0, 1), noise.flatten(0, 1), strict=True):
+        assert torch.allclose(channel, naive(expected, exponent), atol=1e-5)
     assert coloured(noise.half(), exponent).dtype == torch.float16
 
 
 def test_its_spectrum_falls_and_its_variance_stays():
     noise = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    made = coloured(noise, 1.0)
-    assert float(made.var()) == pytest.approx(1, abs=0.03)
-    gain = (torch.fft.fft2(made) / torch.fft.fft2(noise)).abs().square().median(dim=0).values.median(dim=0).values
+    pink = coloured(noise, 1.0)
+    assert float(pink.var()) == pytest.approx(1, abs=0.03)
+    gain = (torch.fft.fft2(pink) / torch.fft.fft2(noise)).abs().square().median(dim=0).values.median(dim=0).values
     assert float(gain[0, 1] / gain[0, 4]) == pytest.approx(4, rel=1e-3)  # f^-1
     assert float(gain[2, 0] / gain[8, 0]) == pytest.approx(4, rel=1e-3)
     assert float(gain[0, 0] / gain[0, 1]) == pytest.approx(1, rel=1e-3), "the mean as the lowest other frequency"
@@ -60,13 +56,10 @@ def test_its_spectrum_falls_and_its_variance_stays():
 
 def test_sampling_begins_from_it(pipe, kind):
     white, pink = [], []
-
-    def kept(seen):
-        return lambda noise: seen.append(noise) or noise
-
-    with initial_noise(pipe, kept(white)):
-        sample(pipe, GROUP, CALLS[kind])
-    with PinkNoise("m", 0.8).apply(pipe, GROUP, CALLS[kind]) as applied, initial_noise(pipe, kept(pink)):
-        sample(pipe, GROUP, applied.call)
+    with initial_noise(pipe, lambda noise: white.append(noise) or noise):
+        sample(pipe, PAIR, CALLS[kind])
+    watched = initial_noise(pipe, lambda noise: pink.append(noise) or noise)
+    with PinkNoise("m", 0.8).apply(pipe, PAIR, CALLS[kind]) as context, watched:
+        sample(pipe, PAIR, context.call)
     assert torch.allclose(pink[0], coloured(white[0], 0.8), atol=1e-5)
     assert not torch.allclose(pink[0], white[0], atol=0.1)

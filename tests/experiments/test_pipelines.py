@@ -8,42 +8,56 @@ import shutil
 import diffusers
 import pytest
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from experiments import PROJECT
+from experiments.configs import build
 from experiments.plan import expand
 from experiments.runs import checkpoints
 
 
-def model(name, **changes):
-    return expand([f"model={name}", *(f"model.{key}={value}" for key, value in changes.items())])[0].model
+@pytest.fixture
+def model(with_model):
+    """A copy of a model's configuration: `model("sdxl", source=folder)`."""
+
+    def configured(name, **changes):
+        cfg = with_model(name).model.copy()
+        cfg.update({key: str(value) for key, value in changes.items()})
+        return cfg
+
+    return configured
 
 
 @pytest.mark.parametrize(("kind", "name"), [("sdxl", "sdxl"), ("flux", "flux-dev"), ("flux", "flux-schnell")])
-def test_a_folder_in_the_real_layout_loads_with_the_stock_pipeline(kind, name, tiny_checkpoint):
+def test_a_folder_in_the_real_layout_loads_with_the_stock_pipeline(kind, name, tiny_checkpoint, model):
     config = model(name, source=tiny_checkpoint(kind), dtype="float32")
-    checkpoint = checkpoints.find_checkpoint(config)
-    pipe = checkpoints.load(config, checkpoint, "cpu")
+    pipe = checkpoints.load(config, checkpoints.find_checkpoint(config), "cpu")
     assert type(pipe).__name__ == checkpoints.ARCHITECTURES[kind].pipeline
     assert next(pipe.vae.parameters()).dtype is torch.float32
 
 
-def test_every_missing_file_is_named(tiny_checkpoint, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_checkpoint("sdxl"), folder)
+def test_every_missing_file_is_named(tiny_checkpoint, tmp_path, model):
+    folder = shutil.copytree(tiny_checkpoint("sdxl"), tmp_path / "copy")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "tokenizer_2" / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(FileNotFoundError, match=r"model\.source=/path/to/folder") as error:
         checkpoints.find_checkpoint(model("sdxl", source=folder))
-    missing = ["tokenizer_2/tokenizer_config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
-    lines = str(error.value).splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("  missing: ")] == missing
-    assert "model.source=/path/to/folder" in str(error.value)
+    missing = re.findall(r"^  missing: (\S+)", str(error.value), re.MULTILINE)
+    assert missing == ["tokenizer_2/tokenizer_config.json", "unet/diffusion_pytorch_model.fp16.safetensors"]
     (folder / "model_index.json").unlink()
-    assert checkpoints.missing_files(folder, "sdxl") == ["model_index.json"], "which says what else there is to be"
+    assert checkpoints.missing_files(folder, "sdxl") == ["model_index.json"], "which lists the other files"
+    assert checkpoints.missing_files(tiny_checkpoint("flux"), "sdxl") == ["unet/config.json"], "of another architecture"
 
 
-def test_another_architectures_checkpoint_is_incomplete(tiny_checkpoint):
-    assert checkpoints.missing_files(tiny_checkpoint("flux"), "sdxl") == ["unet/config.json"]
+def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint("flux"), tmp_path / "copy")
+    stem = str(folder / "transformer" / "diffusion_pytorch_model")
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shutil.move(f"{stem}.safetensors", folder / "transformer" / names[0])
+    with open(f"{stem}.safetensors.index.json", "w") as index:
+        json.dump({"weight_map": dict(zip("ab", names, strict=True))}, index)
+    assert checkpoints.missing_files(folder, "flux") == [f"transformer/{names[1]}"]
 
 
 def test_numbers_of_calls_have_the_types_that_diffusers_declares():
@@ -52,21 +66,6 @@ def test_numbers_of_calls_have_the_types_that_diffusers_declares():
         call = inspect.signature(getattr(diffusers, architecture.pipeline).__call__)
         declared |= {n for n, argument in call.parameters.items() if re.search(r"\bfloat\b", str(argument.annotation))}
     assert declared == checkpoints.FLOATS
-
-
-def test_a_missing_shard_is_named(tiny_checkpoint, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny_checkpoint("flux"), folder)
-    transformer = folder / "transformer"
-    (transformer / "diffusion_pytorch_model.safetensors").rename(
-        transformer / "diffusion_pytorch_model-00001-of-00002.safetensors"
-    )
-    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    index = {"weight_map": dict(zip("ab", names, strict=True))}
-    (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert checkpoints.missing_files(folder, "flux") == [
-        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
-    ]
 
 
 AUTOENCODERS = {
@@ -78,7 +77,7 @@ AUTOENCODERS = {
 
 @pytest.fixture
 def outline(tmp_path):
-    """A folder of a model's parts without content, as they are named: those of the denoiser and of an autoencoder."""
+    """Lay down the components of a model without their weights: a denoiser and an autoencoder."""
 
     def lay_down(denoiser, autoencoder, **more):
         index = {denoiser: ["diffusers", "Denoiser"], "vae": ["diffusers", f"Autoencoder{autoencoder}"]}
@@ -96,7 +95,7 @@ def outline(tmp_path):
     ("name", "autoencoder", "multiple"),
     [("sd15", "KL", 8), ("sd3.5-large", "KL", 16), ("sana", "DC", 32), ("qwen-image", "Qwen", 16)],
 )
-def test_a_size_that_the_pipeline_would_round_is_refused(name, autoencoder, multiple, outline):
+def test_a_size_that_the_pipeline_would_round_is_refused(name, autoencoder, multiple, outline, model):
     config = model(name)
     config.source = str(outline(checkpoints.ARCHITECTURES[config.architecture].denoiser, autoencoder))
     assert checkpoints.find_checkpoint(config).fingerprint
@@ -107,8 +106,8 @@ def test_a_size_that_the_pipeline_would_round_is_refused(name, autoencoder, mult
         checkpoints.find_checkpoint(config)
 
 
-def test_of_an_index_the_components_are_wanted_that_are_loaded(outline):
-    """And neither lists among its settings, nor what is switched off, nor the weights of what has none."""
+def test_only_the_components_of_an_index_that_are_loaded_are_needed(outline):
+    """Lists among its settings, switched-off components and weights of components without any are not missing."""
     layers, none = {"text_encoder_select_layers": [2, 5, 8], "patch_sizes": [2, 2]}, {"image_encoder": [None, None]}
     checker = {"safety_checker": ["stable_diffusion", "Checker"], "feature_extractor": ["transformers", "Extractor"]}
     folder = outline("unet", "KL", processor=["transformers", "PixtralProcessor"], **layers, **none, **checker)
@@ -128,14 +127,12 @@ def test_every_call_is_one_that_its_pipeline_takes(with_model):
         inspect.signature(pipeline.__call__).bind(None, prompt="a cat", **checkpoints.call_arguments(config))
 
 
-def test_the_fingerprint_is_the_contents_and_not_the_places(tiny_checkpoint, tmp_path):
-    original = tiny_checkpoint("sdxl")
-    moved = tmp_path / "moved"
-    shutil.copytree(original, moved)
-    before = checkpoints.fingerprint(original)
+def test_the_fingerprint_identifies_the_content_and_not_the_place(tiny_checkpoint, tmp_path):
+    moved = shutil.copytree(tiny_checkpoint("sdxl"), tmp_path / "moved")
+    before = checkpoints.fingerprint(tiny_checkpoint("sdxl"))
     assert checkpoints.fingerprint(moved) == before
     (moved / "negtome.json").write_text("{}")
-    assert checkpoints.fingerprint(moved) == before, "published runs are named by it, and it says nothing of pixels"
+    assert checkpoints.fingerprint(moved) == before, "it does not affect pixels"
     weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -143,9 +140,78 @@ def test_the_fingerprint_is_the_contents_and_not_the_places(tiny_checkpoint, tmp
     assert checkpoints.fingerprint(moved) != before
 
 
-def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint):
+def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint, model):
     config = model("sdxl", source=tiny_checkpoint("sdxl"), dtype="half_precision")
     with pytest.raises(ValueError, match="half_precision"):
         checkpoints.load(config, checkpoints.find_checkpoint(config), "cpu")
     with pytest.raises(ValueError, match=r"architecture must be one of .*'dit'"):
         checkpoints.find_checkpoint(model("sdxl", architecture="dit"))
+
+
+def test_a_mistyped_folder_is_named(model):
+    with pytest.raises(FileNotFoundError, match=r"^no folder models/nope: "):
+        checkpoints.find_checkpoint(model("sdxl", source="models/nope"))
+
+
+# --- models of conf/ --------------------------------------------------------------------------------------------------
+
+MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
+REAL = [name for name in MODELS if not name.startswith("mini-")]
+METHODS = ("none", "negtome", "negtome_released", "negative_prompt", "negtome_reference", "random_match")
+
+
+@pytest.fixture(scope="module")
+def methods():
+    return {name: expand([f"method={name}"])[0].method for name in METHODS}
+
+
+@pytest.fixture
+def method_of(methods, with_model):
+    """A method's configuration for a model: `method_of("sdxl", "negtome", blocks="early")`."""
+
+    def of(model, method, **about):
+        cfg = {"model": {key: with_model(model).model[key] for key in ("name", "architecture")}, "retriever": {}}
+        cfg = OmegaConf.create(cfg | {"method": methods[method]})
+        cfg.method.about.update(about)
+        return cfg.method
+
+    return of
+
+
+def test_every_model_goes_with_every_method(method_of):
+    for model in MODELS:
+        for name in METHODS:
+            assert OmegaConf.to_container(method_of(model, name), resolve=True)["name"] == name
+        method = build(method_of(model, "negtome"))
+        assert method.config.sites is None and (method.config.alpha, method.config.reference) == (0.9, "first")
+        assert build(method_of(model, "negtome_released")).config.matching == "released"
+
+
+def test_an_unknown_choice_of_blocks_is_refused_and_the_known_ones_are_named(method_of):
+    assert method_of("sdxl", "negtome", blocks="early").sites == ["up_blocks.0"]
+    for model, choices in (("sd3.5-large", r"\['release'\]"), ("sdxl", r"\['all', 'early', 'late', 'release'\]")):
+        with pytest.raises(InterpolationResolutionError, match=f"one of {choices} for model={model}, got 'erly'"):
+            _ = method_of(model, "negtome", blocks="erly").sites
+
+
+def test_without_weights_and_network_the_message_says_what_to_fetch(with_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in REAL:
+        model = with_model(name).model
+        with pytest.raises(FileNotFoundError, match=f"hf download {model.source}") as error:
+            checkpoints.find_checkpoint(model)
+        message = str(error.value)
+        assert "model_index.json" in message and ("gated" in message) == ("gated" in model.licence[model.source])
+
+
+def test_the_documentation_lists_the_real_models_as_they_are_configured(with_model, method_of):
+    expected = []
+    for name in REAL:
+        model, timesteps = with_model(name).model, method_of(name, "negtome").timestep_range
+        scale = model.call.true_cfg_scale if model.call.guidance_scale is None else model.call.guidance_scale
+        cells = [f"`{name}`", model.source, model.licence[model.source], f"{model.call.num_inference_steps}, {scale:g}"]
+        expected.append(" | ".join([*cells, f"{timesteps[1]} to {timesteps[0]}" if timesteps else "none"]))
+    lines = (PROJECT / "docs" / "running.md").read_text().splitlines()
+    rows = [re.sub(" +", " ", line).strip("| ") for line in lines if line.startswith("| `") and "`model=`" not in line]
+    assert sorted(rows) == sorted(expected)

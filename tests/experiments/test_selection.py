@@ -1,4 +1,4 @@
-"""Methods that choose among candidates: what they choose, and that it is what those noises make anyway."""
+"""Methods that choose among candidates: which they choose, and that these are the images of their seeds."""
 
 import functools
 import itertools
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from stand_ins import Colours
-from test_methods import CALLS, shape_of
+from test_methods import CALLS, PAIR, shape_of
 
 from eval.encoders import Encoder
 from experiments.methods.group_inference import GroupInference, best_subset, counts
@@ -16,13 +16,12 @@ from experiments.methods.selection import BestOf, farthest_first
 from experiments.methods.steps import decoded
 from experiments.prompts import Group
 
-GROUP = Group("one", "a red thing", "red", 0, 2)
-#: That of five candidates; its seeds begin with those of the group.
+#: Its seeds begin with those of the pair.
 FIVE = Group("one", "a red thing", "red", 0, 5)
 
 
 class Corners(Encoder):
-    """Embeds an image as its pixels at 4 x 4 places, less their mean: images of random weights differ in them."""
+    """Embeds an image as its pixels at 4 x 4 positions, less their mean: images of random weights differ in them."""
 
     name, id = "corners", "corners-1"
 
@@ -59,23 +58,23 @@ def worth(chosen, score, distance, weight):
 def test_the_best_subset_is_that_of_a_search_through_all(weight):
     for seed in range(8):
         score, distance = random_problem(9, seed)
-        found = best_subset(score, distance, 4, weight)
+        chosen = best_subset(score, distance, 4, weight)
         best = max(itertools.combinations(range(9), 4), key=lambda some: worth(some, score, distance, weight))
-        assert found == sorted(set(found)) and len(found) == 4
-        assert worth(found, score, distance, weight) == pytest.approx(worth(best, score, distance, weight), rel=1e-6)
+        assert chosen == sorted(set(chosen)) and len(chosen) == 4
+        assert worth(chosen, score, distance, weight) == pytest.approx(worth(best, score, distance, weight), rel=1e-6)
         if not weight:
-            assert found == sorted(score.topk(4).indices.tolist())
+            assert chosen == sorted(score.topk(4).indices.tolist())
 
 
 def test_no_exchange_of_two_makes_the_subset_better():
     score, distance = random_problem(30, 1)
-    found = best_subset(score, distance, 6, 1.5)
-    for out, into in itertools.product(found, set(range(30)) - set(found)):
-        other = [into if one == out else one for one in found]
-        assert worth(other, score, distance, 1.5) <= worth(found, score, distance, 1.5) + 1e-6
+    chosen = best_subset(score, distance, 6, 1.5)
+    for out, into in itertools.product(chosen, set(range(30)) - set(chosen)):
+        other = [into if one == out else one for one in chosen]
+        assert worth(other, score, distance, 1.5) <= worth(chosen, score, distance, 1.5) + 1e-6
 
 
-def test_the_farthest_come_first():
+def test_the_farthest_come_first_and_each_step_drops_a_candidate():
     _, distance = random_problem(8, 0)
     chosen = [0]
     while len(chosen) < 4:
@@ -83,11 +82,8 @@ def test_the_farthest_come_first():
         chosen.append(max(rest, key=lambda i: min(float(distance[i, j]) for j in chosen)))
     assert farthest_first(distance, 4) == chosen
     assert farthest_first(torch.zeros(3, 3), 3) == [0, 1, 2], "none twice, however alike"
-
-
-def test_how_many_go_on():
     assert counts(128, 0.5, 4) == [64, 32, 16, 8, 4] and counts(64, 0.1, 4) == [7, 4]
-    assert counts(6, 0.9, 4) == [5, 4] and counts(4, 0.5, 4) == [], "always fewer"
+    assert counts(6, 0.9, 4) == [5, 4] and counts(4, 0.5, 4) == []
 
 
 METHODS = {
@@ -102,43 +98,36 @@ def make(request):
     return METHODS[request.param]
 
 
-def test_the_chosen_images_are_those_of_their_noises(make, pipe, kind):
+def test_the_chosen_images_are_those_of_their_seeds(make, pipe, kind):
     call = CALLS[kind] | {"num_inference_steps": 3}
-    Baseline().draw(pipe, GROUP, call)  # a pipeline keeps its call's options
+    Baseline().generate(pipe, PAIR, call)  # a pipeline keeps its call's options
     shape = shape_of(pipe), sorted(vars(pipe.vae))
-    drawn = make(5).draw(pipe, GROUP, call)
-    chosen, seeds = drawn.statistics["chosen"], list(drawn.seeds)
-    assert len(set(chosen)) == 2 and seeds == [FIVE.image_seeds()[one] for one in chosen]
-    assert FIVE.image_seeds()[:2] == GROUP.image_seeds()
-    assert np.allclose(
-        drawn.images, sample(pipe, GROUP, call, seeds), atol=2e-3
-    )  # other batches may be rounded otherwise
+    result = make(5).generate(pipe, PAIR, call)
+    chosen, seeds = result.statistics["chosen"], list(result.seeds)
+    assert len(set(chosen)) == 2 and seeds == [FIVE.image_seeds()[index] for index in chosen]
+    assert FIVE.image_seeds()[:2] == PAIR.image_seeds()
+    assert np.allclose(result.images, sample(pipe, PAIR, call, seeds), atol=2e-3)  # batches differ in rounding
     assert (shape_of(pipe), sorted(vars(pipe.vae))) == shape
 
 
-def test_no_more_candidates_than_images_are_the_baseline_bit_for_bit(make, pipe, kind):
-    stock = Baseline().draw(pipe, GROUP, CALLS[kind]).images
-    assert np.array_equal(make(2).draw(pipe, GROUP, CALLS[kind]).images, stock)
-
-
-def test_an_image_alone_has_no_group(make, pipe, kind):
-    alone = Group("one", "a red thing", "red", 0, 1)
-    stock = Baseline().draw(pipe, alone, CALLS[kind])
-    assert np.array_equal(make(4).draw(pipe, alone, CALLS[kind]).images, stock.images)
+@pytest.mark.parametrize(("size", "candidates"), [(2, 2), (1, 4)])
+def test_without_a_choice_it_is_the_baseline_bit_for_bit(make, pipe, kind, size, candidates):
+    group = Group("one", "a red thing", "red", 0, size)
+    stock = Baseline().generate(pipe, group, CALLS[kind]).images
+    assert np.array_equal(make(candidates).generate(pipe, group, CALLS[kind]).images, stock)
 
 
 def test_the_best_of_several_are_the_farthest_of_all(pipe, kind):
-    drawn = BestOf("m", Corners(), 5).draw(pipe, GROUP, CALLS[kind])
-    everything = np.concatenate([sample(pipe, FIVE, CALLS[kind], [seed]) for seed in FIVE.image_seeds()])
-    pixels = [torch.from_numpy((255 * image).round().astype(np.uint8)).permute(2, 0, 1) for image in everything]
-    cosines = torch.nn.functional.cosine_similarity(
-        Corners().embed_images(pixels)[:1], Corners().embed_images(pixels), dim=1
-    )
-    assert drawn.statistics["chosen"] == [0, int(cosines.argmin())]
-    assert np.array_equal(drawn.images[0], Baseline().draw(pipe, GROUP, CALLS[kind]).images[0])
+    result = BestOf("m", Corners(), 5).generate(pipe, PAIR, CALLS[kind])
+    candidates = np.concatenate([sample(pipe, FIVE, CALLS[kind], [seed]) for seed in FIVE.image_seeds()])
+    pixels = [torch.from_numpy((255 * image).round().astype(np.uint8)).permute(2, 0, 1) for image in candidates]
+    features = Corners().embed_images(pixels)
+    cosines = torch.nn.functional.cosine_similarity(features[:1], features, dim=1)
+    assert result.statistics["chosen"] == [0, int(cosines.argmin())]
+    assert np.array_equal(result.images[0], Baseline().generate(pipe, PAIR, CALLS[kind]).images[0])
 
 
-def test_what_is_left_out_is_denoised_no_further(pipe, kind):
+def test_a_dropped_candidate_is_denoised_no_further(pipe, kind):
     rows = []
     denoiser = pipe.unet if kind == "sdxl" else pipe.transformer
     forward = denoiser.forward
@@ -149,19 +138,19 @@ def test_what_is_left_out_is_denoised_no_further(pipe, kind):
         return forward(**arguments)
 
     denoiser.forward = counted
-    GroupInference("m", Corners(), 6).draw(pipe, GROUP, CALLS[kind] | {"num_inference_steps": 4})
+    GroupInference("m", Corners(), 6).generate(pipe, PAIR, CALLS[kind] | {"num_inference_steps": 4})
     assert rows == [6, 3, 2, 2]
 
 
-def test_the_score_of_the_text_decides_where_distances_weigh_nothing(pipe, kind):
+def test_the_score_of_the_text_decides_if_distances_have_no_weight(pipe, kind):
     method = GroupInference("m", Corners(), 5, distance_weight=0, scorer=Ranked())
-    assert method.draw(pipe, GROUP, CALLS[kind]).statistics["chosen"] == [3, 4]
+    assert method.generate(pipe, PAIR, CALLS[kind]).statistics["chosen"] == [3, 4]
 
 
 def test_previews_are_decoded_as_the_pipeline_decodes(pipe, kind):
-    usual = {"num_images_per_prompt": 2, **CALLS[kind]}
+    call = {"num_images_per_prompt": 2, **CALLS[kind]}
     latents, images = (
-        pipe("a red thing", generator=torch.Generator().manual_seed(0), output_type=output, **usual).images
+        pipe("a red thing", generator=torch.Generator().manual_seed(0), output_type=output, **call).images
         for output in ("latent", "np")
     )
     if kind == "flux":
@@ -170,24 +159,12 @@ def test_previews_are_decoded_as_the_pipeline_decodes(pipe, kind):
         assert np.allclose(decoded(pipe, latents).numpy(), images, atol=1e-4)
 
 
-def test_bad_settings_are_refused(tiny_sdxl):
+def test_too_few_candidates_or_steps_are_refused_and_encoders_are_part_of_the_identity(tiny_sdxl):
     with pytest.raises(ValueError, match=r"chooses the 2 images of a group among 1: set method.candidates"):
-        BestOf("m", Corners(), 1).draw(tiny_sdxl, GROUP, CALLS["sdxl"])
+        BestOf("m", Corners(), 1).generate(tiny_sdxl, PAIR, CALLS["sdxl"])
     with pytest.raises(ValueError, match=r"takes 4 steps to leave 2 of 20, got 2: keep"):
-        GroupInference("m", Corners(), 20).draw(tiny_sdxl, GROUP, CALLS["sdxl"])
-    for bad in ({"candidates": 0}, {"keep": 1}, {"distance_weight": -1}):
-        with pytest.raises(ValueError, match=f"method.{next(iter(bad))} must be"):
-            GroupInference("m", Corners(), **bad)
-
-
-def test_what_is_chosen_by_is_part_of_the_identity():
-    settings = GroupInference("m", Corners(), 6, scorer=Colours()).settings()
-    assert settings == {
-        "encoder": "corners-1", "candidates": 6, "keep": 0.5, "distance_weight": 1.5, "scorer": "colours-1",
-    }  # fmt: skip
-    assert BestOf("m", Corners(), 6).settings() == {"encoder": "corners-1", "candidates": 6}
-
-
-def test_a_fraction_of_a_candidate_is_refused():
-    with pytest.raises(ValueError, match=r"method.candidates must be a whole number from 1 to 1000000, got 6.5"):
-        BestOf("m", None, candidates=6.5)
+        GroupInference("m", Corners(), 20).generate(tiny_sdxl, PAIR, CALLS["sdxl"])
+    settings = {"encoder": "corners-1", "candidates": 6}
+    assert BestOf("m", Corners(), 6).settings() == settings
+    settings |= {"keep": 0.5, "distance_weight": 1.5, "scorer": "colours-1"}
+    assert GroupInference("m", Corners(), 6, scorer=Colours()).settings() == settings

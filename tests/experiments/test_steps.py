@@ -1,4 +1,4 @@
-"""Where methods step into a pipeline: what a step predicts, by the scheduler's own word, and what it begins from."""
+"""Hooks into a pipeline: the predictions of a step, compared with the scheduler's own, and the initial noise."""
 
 from types import SimpleNamespace
 

@@ -19,7 +19,7 @@ from experiments.evaluate import evaluate, evaluate_folder
 from experiments.figures.sheet import contact_sheet
 from experiments.figures.style import pixels
 from experiments.generate import generate
-from experiments.methods.method import Drawn
+from experiments.methods.method import GroupResult
 from experiments.plan import Plan, expand
 from experiments.plot import plot
 from experiments.report import report
@@ -274,4 +274,4 @@ def test_a_list_that_was_added_is_refused(made, copy):
 def test_a_method_returns_images_or_says_why_there_are_none():
     for images in (None, np.zeros((0, 8, 8, 3))):
         with pytest.raises(ValueError, match="expected images of a group, or why"):
-            Drawn(images, {})
+            GroupResult(images, {})

@@ -1,15 +1,16 @@
-"""Normalised attention guidance: a negative prompt inside of the attentions, at any number of steps."""
+"""Normalised attention guidance: a negative prompt inside the attentions, for any number of steps."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import numbers
 from experiments.methods.steps import denoiser_calls, some_rows
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall
@@ -20,37 +21,36 @@ NORMS = {"L1": 1, "L2": 2}
 
 
 @dataclass
-class AttentionGuidance(Method):
-    """Normalised attention guidance, NAG (Chen et al., arXiv 2505.21179), away from the nearest protected asset's name.
+class NAG(Method):
+    """Normalised attention guidance (Chen et al., arXiv 2505.21179) away from the nearest protected concept's name.
 
-    What an attention's image tokens get from the prompt, Z+, is extrapolated away from what they get from the negative
-    prompt, Z-, before the output projection; the norm is that of a token:
+    Before the output projection of an attention, the image tokens' output for the prompt, Z+, is extrapolated away from
+    their output for the negative prompt, Z-; norms are those of a token:
 
         Z~ = scale Z+ - (scale - 1) Z-
         Z~ <- Z~ min(1, tau |Z+| / |Z~|)
         Z = alpha Z~ + (1 - alpha) Z+
 
-    On Flux in every block, as in the published code: the negative text runs through the blocks beside the prompt; in
-    those with a stream each for text and image it meets the prompt's image tokens, in the single-stream blocks image
-    tokens of its own, which begin as the prompt's and get the same Z. That costs a second pass. With UNets, in the
-    cross-attentions of what is conditioned on the prompt; the call's own negative prompt stays.
+    Flux is guided in every block, as in the published code, at the cost of a second pass. The negative text runs
+    through the blocks beside the prompt. In the dual-stream blocks it attends to the prompt's image tokens; in the
+    single-stream blocks to a copy of them, which gets the same Z. UNets are guided in the cross-attentions of the
+    conditional half; the call's own negative prompt stays.
 
-    Where no asset is near enough, the pipeline stays as it is.
+    If no concept is near enough, the pipeline is unchanged.
 
     Attributes:
-        retriever: finds the asset.
+        retriever: finds the concept.
         scale: at least 1, which is off; None: 5, as published for Flux.
-        tau: how many times as long as Z+ it may get, above 0; None: 2.5, as published.
+        tau: the largest norm of Z~ relative to that of Z+, above 0; None: 2.5, as published.
         alpha: in [0, 1], 0 is off; None: 0.25, as published.
-        end: the share of the way from noise to image where it is done, in (0, 1]: timesteps from 1000 (1 - end) on;
-            published 1, all.
+        end: the share of the denoising that is guided, in (0, 1]: timesteps from 1000 (1 - end) on; published 1.
         norm: "L2" as in the published code, or "L1" as in the paper.
-        prompt: with {} for an asset's name.
+        prompt: with {} for the concept's name.
     """
 
-    title: ClassVar[str] = "normalised attention guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("scale", number=True), Setting("end", number=True))
-    version: ClassVar[int] = 1
+    title = "normalised attention guidance"
+    columns = numbers("scale", "end")
+    version = 1
 
     name: str
     retriever: Retriever
@@ -84,38 +84,38 @@ class AttentionGuidance(Method):
         return torch.lerp(wanted, apart, self.alpha).to(positive.dtype)
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         architecture = find_architecture(pipe)
         if architecture.name not in ("Flux", "SDXL", "SD1.5"):
             raise ValueError(
                 f"method={self.name} is defined for Flux, SDXL and Stable Diffusion 1.5, got {type(pipe).__name__}: "
                 "choose another model, or leave the method out"
             )
-        found = self.retriever.find(pipe, group, call)
-        references = {asset.label: score for asset, score in found}
-        if not found or self.scale == 1 or not self.alpha:
-            yield Applied(dict(call), references=references)
+        references = self.retriever.find(pipe, group, call)
+        context = MethodContext(dict(call), references={asset.label: score for asset, score in references})
+        if not references or self.scale == 1 or not self.alpha:
+            yield context
             return
-        names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in found)
+        names = dict.fromkeys(self.prompt.format(asset.name) for asset, _ in references)
         guided = _in_joint_attentions if architecture.name == "Flux" else _in_cross_attentions
         with guided(self, pipe, ", ".join(names), call):
-            yield Applied(dict(call), references=references)
+            yield context
 
     def is_active(self, denoiser: DenoiserCall) -> bool:
         return denoiser.timestep >= 1000 * (1 - self.end)
 
 
 def _encoded(pipe: Any, prompt: str, **options: Any) -> dict[str, torch.Tensor]:
-    """Return what the pipeline makes of a prompt, [1, ...], by the denoiser's arguments."""
+    """Return the embeddings of a prompt, [1, ...], by the denoiser's arguments."""
     with torch.no_grad():
-        made = pipe.encode_prompt(prompt, device=pipe._execution_device, num_images_per_prompt=1, **options)
+        values = pipe.encode_prompt(prompt, device=pipe._execution_device, num_images_per_prompt=1, **options)
     names = find_architecture(pipe).prompts
-    return {name: value for name, value in zip(names, made, strict=False) if name is not None and value is not None}
+    return {name: value for name, value in zip(names, values, strict=False) if name is not None and value is not None}
 
 
 @contextlib.contextmanager
-def _in_joint_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
-    """Guide Flux: a batch [with the prompt, with the negative one], as long as the step is one of those."""
+def _in_joint_attentions(method: NAG, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
+    """Guide Flux: in active steps the batch is [rows with the prompt, the same rows with the negative prompt]."""
     architecture = find_architecture(pipe)
     options = {key: call[key] for key in ("max_sequence_length",) if key in call}
     negative = _encoded(pipe, prompt, prompt_2=None, **options)
@@ -135,11 +135,11 @@ def _in_joint_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call
     def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
         return output[: denoiser.rows] if active else output
 
-    def same_images(attention: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def same_images(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the negative text the prompt's image tokens."""
         if not active:
             return None
-        return args, given | {"hidden_states": given["hidden_states"].chunk(2)[0].repeat(2, 1, 1)}
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].chunk(2)[0].repeat(2, 1, 1)}
 
     def of_images(projection: Any, args: tuple[torch.Tensor]) -> Any:
         return (method.guide(*args[0].chunk(2)).repeat(2, 1, 1),) if active else None
@@ -166,8 +166,8 @@ def _in_joint_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call
 
 
 @contextlib.contextmanager
-def _in_cross_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
-    """Guide a UNet: its cross-attentions get, behind the rows of the batch, the prompt's with the negative text."""
+def _in_cross_attentions(method: NAG, pipe: Any, prompt: str, call: Mapping[str, Any]) -> Iterator[None]:
+    """Guide a UNet: cross-attentions get the conditional rows again with the negative text, behind the batch."""
     architecture = find_architecture(pipe)
     text = _encoded(pipe, prompt, do_classifier_free_guidance=False)[architecture.prompts[0]]
     active, rows = False, slice(0)
@@ -178,12 +178,12 @@ def _in_cross_attentions(method: AttentionGuidance, pipe: Any, prompt: str, call
         rows = slice(denoiser.images * denoiser.conditional[0], denoiser.images * (denoiser.conditional[-1] + 1))
         return arguments
 
-    def with_negative(attention: Any, args: tuple[torch.Tensor, ...], given: dict[str, Any]) -> Any:
+    def with_negative(attention: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
         if not active:
             return None
-        tokens, prompts = args[0], given["encoder_hidden_states"]
+        tokens, prompts = args[0], kwargs["encoder_hidden_states"]
         unwanted = text.to(prompts).expand_as(prompts[rows])
-        return (torch.cat([tokens, tokens[rows]]),), given | {"encoder_hidden_states": torch.cat([prompts, unwanted])}
+        return (torch.cat([tokens, tokens[rows]]),), kwargs | {"encoder_hidden_states": torch.cat([prompts, unwanted])}
 
     def of_images(projection: Any, args: tuple[torch.Tensor]) -> Any:
         if not active:

@@ -1,14 +1,15 @@
-"""Guidance without its part along the prediction, which saturates: images that differ more at the same scale."""
+"""Adaptive projected guidance: guidance without its part along the prediction, which saturates images."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import clean_of_call, denoiser_calls, levels
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall
@@ -28,39 +29,34 @@ def projected(update: torch.Tensor, along: torch.Tensor, eta: float, norm_thresh
 
 
 @dataclass
-class ProjectedGuidance(Method):
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416), of models that are guided in one batch.
+class APG(Method):
+    """Adaptive projected guidance, APG (Sadat et al., arXiv 2410.02416), for models that are guided in one batch.
 
-    Of the predictions c with the prompt and u without it in step i,
+    With the predictions c with the prompt and u without it in step i,
 
         d_i = c - u + momentum d_(i-1)
         e = d_i min(1, norm_threshold / |d_i|),  e = e_parallel + e_orthogonal to c
         guided = c + (w - 1) (e_orthogonal + eta e_parallel)
 
-    where norm and projection are over all of an image's latents. The predictions are those of clean latents: what the
-    paper's formulas have, and where its authors say that it works best. The guider of diffusers takes what the model
-    returns, noise or velocity, and begins from u: u + w (e_orthogonal + eta e_parallel), which is the same without
-    momentum, threshold and projection alone.
+    where norm and projection are over all latents of an image. The predictions are clean latents, as in the paper's
+    formulas; its authors say that they work best. The guider of diffusers uses the model's output instead, noise or
+    velocity, and begins from u: u + w (e_orthogonal + eta e_parallel). Both are equal only without momentum, threshold
+    and projection.
 
     Attributes:
-        eta: share of the parallel part that is kept, at least 0; published: 0. With 1, and neither threshold nor
-            momentum, it is plain guidance, and the model is left alone.
-        norm_threshold: r, above 0, in latents as the denoiser's: it grows with the root of their number; None for none.
-            Published: 15 for SDXL, whose images of 1024 x 1024 pixels have 65536; 7.5 for Stable Diffusion 2.1.
+        eta: the share of the parallel part that is kept, at least 0; published: 0. With 1, and neither threshold nor
+            momentum, it is ordinary guidance, and the model is unchanged.
+        norm_threshold: r, above 0, in units of the denoiser's latents; None for no threshold. It grows with the root of
+            their number. Published: 15 for SDXL, whose images of 1024 x 1024 pixels have 65536; 7.5 for Stable
+            Diffusion 2.1.
         momentum: beta, between -1 and 1; published: -0.5 for SDXL, -0.75 for others.
         scale: w, at least 1, which is no guidance; None: the model's. Published: 15 for SDXL.
-        variant: "paper" (default), or "diffusers", as said above.
+        variant: "paper" (default), or "diffusers", as above.
     """
 
-    title: ClassVar[str] = "adaptive projected guidance"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        Setting("eta", number=True),
-        Setting("norm_threshold", number=True),
-        Setting("momentum", number=True),
-        Setting("scale", number=True),
-        Setting("variant"),
-    )
-    version: ClassVar[int] = 1
+    title = "adaptive projected guidance"
+    columns = (*numbers("eta", "norm_threshold", "momentum", "scale"), Setting("variant"))
+    version = 1
 
     name: str
     eta: float = 0.0
@@ -81,7 +77,7 @@ class ProjectedGuidance(Method):
             raise ValueError(f"method.variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         if find_architecture(pipe).guidance != "batch":
             raise ValueError(
                 f"method={self.name} is for models that are guided in one batch, as SDXL, got a {type(pipe).__name__}: "
@@ -93,24 +89,24 @@ class ProjectedGuidance(Method):
                 "leave that out of model.call"
             )
         levels(pipe.scheduler)  # before anything is generated
-        given: dict[str, Any] = {}  # to the denoiser, in the running call
-        schedule, update = None, None  # of the running call of the pipeline: its timesteps, and d so far
+        inputs: dict[str, Any] = {}  # of the denoiser, in the running step
+        schedule, update = None, None  # timesteps and d of the pipeline's running call
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
-            nonlocal given
-            given = arguments
+            nonlocal inputs
+            inputs = arguments
             return arguments
 
         def after(denoiser: DenoiserCall, output: torch.Tensor) -> torch.Tensor:
             nonlocal schedule, update
             if denoiser.cfg_chunks != 2:
                 return output
-            if pipe.scheduler.timesteps is not schedule:  # which every call of the pipeline makes anew
+            if pipe.scheduler.timesteps is not schedule:  # a new tensor in every call of the pipeline
                 schedule, update = pipe.scheduler.timesteps, None
             without, prompted = output.float().chunk(2)
             along, slope = prompted, 1.0
             if self.variant == "paper":
-                clean, slope = clean_of_call(pipe, denoiser, given, output)
+                clean, slope = clean_of_call(pipe, denoiser, inputs, output)
                 along = clean[denoiser.images :]
             update = (prompted - without) / slope + (0 if update is None else self.momentum * update)
             step = slope * projected(update, along, self.eta, self.norm_threshold)
@@ -118,6 +114,6 @@ class ProjectedGuidance(Method):
             guided = prompted + (w - 1) * step if self.variant == "paper" else without + w * step
             return torch.cat([guided, guided]).to(output.dtype)  # g + w (g - g) is g
 
-        plain = self.eta == 1 and self.norm_threshold is None and self.momentum == 0
-        with contextlib.nullcontext() if plain else denoiser_calls(pipe, before, after):
-            yield Applied(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})
+        is_off = self.eta == 1 and self.norm_threshold is None and self.momentum == 0
+        with contextlib.nullcontext() if is_off else denoiser_calls(pipe, before, after):
+            yield MethodContext(dict(call) if self.scale is None else {**call, "guidance_scale": self.scale})

@@ -1,15 +1,16 @@
-"""Shielded diffusion: predicted images are put out of balls around the others of their group, or around given ones."""
+"""SPELL: predicted images are moved out of balls around the other images of their group, or around reference images."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from experiments.methods.assets import Retriever
-from experiments.methods.method import Applied, Method, Setting
+from experiments.methods.method import Method, MethodContext
+from experiments.methods.setting import Setting, numbers
 from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.encoding import encode, scale_latents
@@ -19,11 +20,11 @@ from negtome.validation import check_float
 
 
 def repellency(latents: torch.Tensor, shielded: torch.Tensor, radius: float) -> torch.Tensor:
-    """Return sum_k relu(radius / |x - z_k| - 1) (x - z_k), which puts x onto the surface of a ball that it is in alone.
+    """Return sum_k relu(radius / |x - z_k| - 1) (x - z_k), which moves an x in one ball onto the ball's surface.
 
     Args:
         latents: x, float32 [G, K, N].
-        shielded: z, [G or 1, R, N]; one that is x itself counts for nothing.
+        shielded: z, [G or 1, R, N]; a z that equals x adds nothing.
         radius: of the balls around z.
 
     Returns:
@@ -35,22 +36,22 @@ def repellency(latents: torch.Tensor, shielded: torch.Tensor, radius: float) -> 
 
 
 @dataclass
-class Shield(Method):
+class SPELL(Method):
     """SPELL, sparse repellency, within a group (Kirchhof et al., arXiv 2410.06025).
 
-    At every step the predicted clean latents gain overcompensation * `repellency` from those of the other images of
-    the group. All images of a group move at once, by what the step predicted.
+    At every step, overcompensation * `repellency` from the other images of the group is added to the predicted clean
+    latents. All images of a group move at once.
 
     Attributes:
-        radius: of the balls, at least 0, in root mean squares of an element: it is multiplied by sqrt(N) of N latent
-            elements, and so means the same at every resolution. Independent latents of unit variance are sqrt(2) apart.
-            The paper gives a length for each of its models.
+        radius: of the balls, at least 0, in root mean squares of an element. It is multiplied by sqrt(N) for N latent
+            elements, so that it means the same at every resolution; independent latents of unit variance are sqrt(2)
+            apart. The paper gives a length for each of its models.
         overcompensation: lambda, at least 0: 1.6 in the paper.
     """
 
-    title: ClassVar[str] = "shielded diffusion"
-    columns: ClassVar[tuple[Setting, ...]] = (Setting("radius", number=True),)
-    version: ClassVar[int] = 1
+    title = "shielded diffusion"
+    columns = numbers("radius")
+    version = 1
 
     name: str
     radius: float = 1.0
@@ -61,18 +62,18 @@ class Shield(Method):
             setattr(self, name, check_float(f"method.{name}", getattr(self, name), 0, math.inf))
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
         with self._shielding(pipe, group.size if group.size > 1 else 0):
-            yield Applied(dict(call))
+            yield MethodContext(dict(call))
 
     @contextlib.contextmanager
-    def _shielding(self, pipe: Any, group_size: int, given: torch.Tensor | None = None) -> Iterator[None]:
-        """Repel predictions from `given`, [1, R, N], or else from each other in groups of `group_size`, 0 for none."""
+    def _shielding(self, pipe: Any, group_size: int, shielded: torch.Tensor | None = None) -> Iterator[None]:
+        """Repel predictions from `shielded`, [1, R, N], or from each other in groups; a `group_size` of 0 is off."""
 
         def repel(prediction: Prediction) -> torch.Tensor:
             latents = prediction.clean.flatten(1).unflatten(0, (-1, group_size))
             radius = self.radius * math.sqrt(latents.shape[-1])
-            away = repellency(latents, latents if given is None else given.to(latents), radius)
+            away = repellency(latents, latents if shielded is None else shielded.to(latents), radius)
             return prediction.clean + self.overcompensation * away.view_as(prediction.clean)
 
         with contextlib.ExitStack() as stack:
@@ -82,20 +83,20 @@ class Shield(Method):
 
 
 @dataclass
-class ShieldFromAssets(Shield):
-    """SPELL from the protected assets that the prompt comes nearest to; where none is near, nothing is done.
+class SPELLFromAssets(SPELL):
+    """SPELL from the protected concept that is nearest to the prompt; without a near concept it does nothing.
 
-    An asset's pictures are scaled until they fit in, and their edges repeated around them; all of each counts.
+    Reference images are scaled to fit, and padded by repeating their edges; masks are not used.
 
     Attributes:
-        radius, overcompensation: as of `Shield`.
-        retriever: finds the assets.
-        images: how many pictures of the asset are shielded, the nearest first; None for all.
+        radius, overcompensation: as of `SPELL`.
+        retriever: finds the concept's reference images.
+        images: the number of reference images to use, the nearest first; None for all.
     """
 
-    title: ClassVar[str] = "shielded from the asset"
-    columns: ClassVar[tuple[Setting, ...]] = (
-        *Shield.columns,
+    title = "shielded from the asset"
+    columns = (
+        *SPELL.columns,
         Setting("images", ("pictures",), "pictures", number=True),
     )
 
@@ -111,17 +112,17 @@ class ShieldFromAssets(Shield):
         return {**super().settings(), "reference": "assets", "retriever": self.retriever.settings()}
 
     @contextlib.contextmanager
-    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[Applied]:
-        found = self.retriever.find(pipe, group, call)[: self.images]
-        shielded = self._latents(pipe, [asset.image for asset, _ in found], call) if found else None
-        with self._shielding(pipe, 1 if found else 0, shielded):
-            yield Applied(dict(call), references={asset.label: score for asset, score in found})
+    def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
+        references = self.retriever.find(pipe, group, call)[: self.images]
+        shielded = self._latents(pipe, [asset.image for asset, _ in references], call) if references else None
+        with self._shielding(pipe, 1 if references else 0, shielded):
+            yield MethodContext(dict(call), references={asset.label: score for asset, score in references})
 
     def _latents(self, pipe: Any, pictures: list[torch.Tensor], call: Mapping[str, Any]) -> torch.Tensor:
-        """Encode pictures at the size of a call, scaled and packed as its latents: float32 [1, R, N]."""
+        """Encode images at the size of a call, scaled and packed as its latents: float32 [1, R, N]."""
         architecture = find_architecture(pipe)
-        usual = getattr(pipe, "default_sample_size", 0) * pipe.vae_scale_factor
-        height, width = (call.get(side) or usual for side in ("height", "width"))
+        default = getattr(pipe, "default_sample_size", 0) * pipe.vae_scale_factor
+        height, width = (call.get(side) or default for side in ("height", "width"))
         fitted = [fit(picture, None, height, width)[0] for picture in Reference(pictures).images]
         with torch.no_grad():
             latents = scale_latents(architecture, pipe, encode(architecture, pipe, 2 * torch.stack(fitted) - 1)[0])

@@ -1,4 +1,4 @@
-"""Projected guidance beside diffusers' own, an implementation of another hand, and what a pipeline makes of it."""
+"""APG compared with the independent implementation in diffusers, and on a pipeline."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from diffusers.guiders import AdaptiveProjectedGuidance
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from test_methods import CALLS
 
+from experiments.methods.apg import APG, projected
 from experiments.methods.guidance import LowerGuidance
 from experiments.methods.method import Baseline, sample
-from experiments.methods.projected_guidance import ProjectedGuidance, projected
 from experiments.methods.steps import denoiser_calls, predictions
 from experiments.prompts import Group
 
@@ -33,9 +33,6 @@ def test_projection_by_hand():
     update, along = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.tensor([[2.0, 0.0], [0.0, 0.5]])
     assert torch.allclose(projected(update, along, 0.5, 1.0), torch.tensor([[0.3, 0.8], [0.3, 0.2]]))
     assert torch.equal(projected(update, along, 1.0, None), update)
-
-
-def test_nothing_is_divided_by_a_norm_of_zero():
     assert torch.equal(projected(torch.zeros(1, 4), torch.ones(1, 4), 0.0, 1.0), torch.zeros(1, 4))
 
 
@@ -59,7 +56,7 @@ def test_a_step_is_what_the_guider_of_diffusers_makes_of_the_same_predictions(
         alone.set_timesteps(3)
         return alone.step(output, alone.timesteps[step], made[step].sample).pred_original_sample
 
-    method = ProjectedGuidance("m", **settings, variant=variant)
+    method = APG("m", **settings, variant=variant)
     with (
         # Of hooks, those that are registered first are called first.
         denoiser_calls(tiny_sdxl, after=lambda _, output: outputs.append(output) or output),
@@ -84,34 +81,18 @@ def test_a_step_is_what_the_guider_of_diffusers_makes_of_the_same_predictions(
 
 def test_a_call_with_another_scale_is_guided_by_that(tiny_sdxl):
     """Without projection, threshold and momentum, as good as, it is plain guidance: by the method's scale."""
-    method = ProjectedGuidance("m", eta=1, norm_threshold=1e9, momentum=0, scale=2.0)
+    method = APG("m", eta=1, norm_threshold=1e9, momentum=0, scale=2.0)
     plain = LowerGuidance("m", 2.0)
     images, expected, unguided = (
-        torch.from_numpy(one.draw(tiny_sdxl, GROUP, CALLS["sdxl"]).images) for one in (method, plain, Baseline())
+        torch.from_numpy(one.generate(tiny_sdxl, GROUP, CALLS["sdxl"]).images) for one in (method, plain, Baseline())
     )
     assert torch.allclose(images, expected, atol=1e-4) and not torch.allclose(images, unguided, atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["paper", "diffusers"])
 def test_no_row_depends_on_another(tiny_sdxl, variant):
-    method = ProjectedGuidance("m", norm_threshold=0.5, variant=variant)
-    both = method.draw(tiny_sdxl, GROUP, CALLS["sdxl"]).images
+    method = APG("m", norm_threshold=0.5, variant=variant)
+    both = method.generate(tiny_sdxl, GROUP, CALLS["sdxl"]).images
     with method.apply(tiny_sdxl, GROUP, CALLS["sdxl"]) as applied:
         second = sample(tiny_sdxl, GROUP, applied.call, GROUP.image_seeds()[1:])
     assert torch.allclose(torch.from_numpy(both[1:]), torch.from_numpy(second), atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"eta": -1}, "eta"), ({"norm_threshold": 0}, "above 0"), ({"momentum": 2}, "momentum"), ({"scale": 0.5}, "scale"),
-     ({"variant": "raw"}, "one of paper, diffusers")],
-)  # fmt: skip
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        ProjectedGuidance("m", **settings)
-
-
-def test_guidance_that_is_rescaled_afterwards_is_refused(tiny_sdxl):
-    applied = ProjectedGuidance("m").apply(tiny_sdxl, GROUP, {"guidance_rescale": 0.7})
-    with pytest.raises(ValueError, match=r"guidance_rescale=0\.7"), applied:
-        pass
