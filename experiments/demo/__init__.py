@@ -23,9 +23,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="mini-sdxl")
     parser.add_argument("--port", type=int)
     try:
-        arguments = parser.parse_args(argv)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise ValueError(f"expected only --model NAME and --port NUMBER, got {' '.join(argv)}") from error
+        arguments, unknown = parser.parse_known_args(argv)
+    except (argparse.ArgumentError, SystemExit):
+        unknown = argv
+    if unknown:
+        raise ValueError(f"expected only --model NAME and --port NUMBER, got {' '.join(argv)}")
     if arguments.port is not None and not 1 <= arguments.port <= 65535:
         raise ValueError(f"expected a port from 1 to 65535, got {arguments.port}: leave --port out for a free one")
     try:

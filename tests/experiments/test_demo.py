@@ -304,45 +304,45 @@ def read_recipe(line):
     return recipes[0]
 
 
+@pytest.mark.parametrize("name", ["mini-sdxl", "flux-dev"])
+def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_has_an_effect(name):
+    model, values = models.find(name), chosen(name) if name.startswith("mini-") else {}
+    assert values.keys() <= model.methods().keys()
+    for method in model.methods():
+        spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{method}.yaml").read_text())
+        if (knob := spec.get("about", {}).get("knob")) is None:
+            continue
+        without_effect = knob.get("nothing")
+        if without_effect == "${model.call.guidance_scale}":
+            without_effect = model.call["guidance_scale"]
+        (override,) = model.setup(method).overrides
+        setting, _, value = override.partition("=")
+        assert setting == f"method.{knob['setting']}" and yaml.safe_load(value) != without_effect, method
+        assert yaml.safe_load(value) == values.get(method, yaml.safe_load(value)), method
+
+
 @pytest.mark.parametrize("name", ["mini-sdxl", pytest.param("mini-flux", marks=pytest.mark.slow)])
-def test_every_method_has_its_chosen_hyperparameter_and_every_export_the_same_settings(name):
-    model = models.find(name)
-    methods = tuple(model.methods())
-    assert chosen(name).keys() <= {*methods}
+def test_every_export_of_compared_methods_has_their_settings(name):
+    model, methods = models.find(name), ("negtome", "cads", "lower_guidance", "negtome_released")
     asked = GenerationRequest(mode="compare", model=name, methods=methods, images=3, steps=7, seed=5)
     recipe = asked.recipe(model)
     script, commands, overrides = (export.text for export in exports(asked, recipe, model))
     assignments = [node for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Assign)]
     of_script = next(ast.literal_eval(node.value) for node in assignments if node.targets[0].id == "methods")
     of_commands = [read_recipe(line) for line in commands.splitlines()]
-    lines = [shlex.split(line)[3:] for line in overrides.splitlines()]
-    assert len(lines) == 1 + len(methods) and list(of_script) == list(methods)
+    lines = [shlex.split(line)[4:] for line in overrides.splitlines()]
+    assert len(lines) == 1 + len(methods) and tuple(of_script) == methods
     assert expand(lines[0])[0].method.name == "none"
-    call = checkpoints.call_arguments(model.cfg) | {"num_inference_steps": 7}
     for method, line in zip(methods, lines[1:], strict=True):
         shown, (cfg,) = model.method(method), expand(line)
-        assert build(cfg.method).settings() == shown.settings(), method
         scripted = first([f"model={name}", f"method={method}", *of_script[method]]).method
-        assert build(scripted).settings() == shown.settings()
+        assert build(cfg.method).settings() == build(scripted).settings() == shown.settings(), method
+        call = checkpoints.call_arguments(model.cfg) | {"num_inference_steps": 7}
         assert checkpoints.call_arguments(cfg.model) == call
-        if method in chosen(name):
-            knob = cfg.method.about.knob
-            value = OmegaConf.select(cfg, f"method.{knob.setting}")
-            assert value == chosen(name)[method] and value != OmegaConf.select(cfg, "method.about.knob.nothing")
         (group,) = build(cfg.prompts).groups()
         assert (group.prompt, group.image_seeds()) == (asked.prompt, [5, 6, 7])
         if type(shown) is NegToMe:
             assert recipe.replace(config=shown.config) in of_commands
-
-
-@pytest.mark.parametrize("name", ["flux-dev", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_every_method_of_a_published_checkpoint_has_an_effect(name):
-    model = models.find(name)
-    for method in model.methods():
-        cfg = first([f"model={name}", f"method={method}", *model.setup(method).overrides])
-        if knob := OmegaConf.select(cfg, "method.about.knob"):
-            value = OmegaConf.select(cfg, f"method.{knob.setting}")
-            assert value is not None and value != knob.get("nothing"), method
 
 
 def run_script(loaded, folder, monkeypatch, text):
@@ -369,7 +369,7 @@ def test_the_exports_of_compared_methods_make_these_very_images(loaded, tmp_path
         assert np.array_equal(saved(tmp_path, name), pixels(row.images)), name
     lines = overrides.splitlines()
     for number in (0, 3):  # the baseline, and a method with random numbers of its own
-        arguments = [*shlex.split(lines[number])[3:], f"outputs={tmp_path}", "device=cpu"]
+        arguments = [*shlex.split(lines[number])[4:], f"outputs={tmp_path}", "device=cpu"]
         assert main(["generate", *arguments]) == 0
         run = Run.of(Plan.make(arguments).runs[-1]).folder
         rows = sorted(read_manifest(run), key=lambda row: row.index)
@@ -509,7 +509,7 @@ def test_the_overrides_compose_to_the_same_settings_and_read_nothing_of_the_mach
         (spec,) = cfg.applications.values()
         assert (spec.prompt, list(spec.alphas), list(spec.seeds)) == (prompt, [asked.alpha], [0, 1])
         assert spec.get("blur") == (asked.blur if mode == "quality" else None)
-        applications = expand(["method=negtome", *shlex.split(export.text)[3:]])[0].applications
+        applications = expand(["method=negtome", *shlex.split(export.text)[4:]])[0].applications
         (spec,) = OmegaConf.to_container(applications, resolve=True).values()
         assert spec["prompt"] == hostile.prompt
     assert cfg.model.call.num_inference_steps == 2
