@@ -1,4 +1,4 @@
-"""The exports of a run: a script, commands, overrides of the benchmark, and images that hold their settings."""
+"""The exports of a run: a script, commands, Hydra overrides of the benchmark, and PNGs that hold their settings."""
 
 import base64
 import io
@@ -10,154 +10,162 @@ from typing import NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from experiments.demo.asked import ITSELF, Asked, split
 from experiments.demo.models import Model
+from experiments.demo.request import ITSELF, GenerationRequest, split_prompt
 from experiments.methods.negtome import NegToMe
 from experiments.runs import catalogue
 from negtome.image_files import chunks
 from negtome.recipe import Recipe
 
-#: The text in a PNG that holds the page's link.
+#: Key of the page's link in the texts of a PNG.
 LINK = "negtome demo"
+#: The end of a script that makes the images of several methods; its braces are doubled for `format`.
+METHODS_SCRIPT = """
+# The methods are the benchmark's.
+from PIL import Image
+
+from experiments.configs import build
+from experiments.plan import first
+from experiments.prompts import ConsecutiveGroup
+
+group = ConsecutiveGroup.of({prompt!r}, {category!r}, seed={seed}, size={images})
+arguments = {{name: value for name, value in call.items() if name not in ("prompt", "num_images_per_prompt")}}
+methods = {{
+{methods}
+}}
+for name, overrides in methods.items():
+    method = build(first(["model={model}", f"method={{name}}", *overrides]).method)
+    images = method.generate(pipe, group, arguments).images
+    for i, pixels in enumerate((255 * images).round().astype("uint8")):
+        Image.fromarray(pixels).save(f"{{name}}-{{i}}.png")
+"""
 
 
 class Export(NamedTuple):
-    """A text to copy: what it is, a line on what it makes, and the text itself, empty where there is none."""
+    """A text to copy: its title, a line on the images that it makes, and the text, "" if there is none."""
 
     title: str
-    what: str
+    description: str
     text: str
 
 
-def exports(asked: Asked, recipe: Recipe, model: Model) -> list[Export]:
-    """Return the ways to make what is shown elsewhere; one that cannot say it all says so."""
-    if asked.mode == "compare":
-        by_hand = [_python_of_methods(asked, recipe, model), _commands_of_methods(asked, recipe, model)]
+def exports(request: GenerationRequest, recipe: Recipe, model: Model) -> list[Export]:
+    """Return a script, commands and overrides that make the images again; an incomplete export says so."""
+    if request.mode == "compare":
+        first = [_methods_script(request, recipe, model), _methods_commands(request, recipe, model)]
     else:
-        by_hand = [_python(asked, recipe), _command(asked, recipe)]
-    return [*by_hand, _hydra(asked, recipe, model)]
+        first = [_script(request, recipe), _command(request, recipe)]
+    return [*first, _hydra(request, recipe, model)]
 
 
-def _python(asked: Asked, recipe: Recipe) -> Export:
+def _script(request: GenerationRequest, recipe: Recipe) -> Export:
     text = recipe.python()
-    if asked.mode == "quality":
-        copy = f"image.filter(ImageFilter.GaussianBlur({asked.blur:g} * min(image.size)))"
+    if request.mode == "quality":
+        copy = f"image.filter(ImageFilter.GaussianBlur({request.blur:g} * min(image.size)))"
         text = text.replace(f'negtome.Reference("{ITSELF}")', f"[negtome.Reference({copy}) for image in without]")
         text = text.replace("import DiffusionPipeline\n", "import DiffusionPipeline\nfrom PIL import ImageFilter\n", 1)
     return Export("Python", "These very images, with diffusers and negtome alone.", text)
 
 
-def _python_of_methods(asked: Asked, recipe: Recipe, model: Model) -> Export:
-    """Return a script that makes the baseline, and then the images of each method as the benchmark does."""
-    _, category = split(recipe.prompt)
-    settings = {name: list(model.setup(name).overrides) for name in asked.methods}
-    lines = [
-        "",
-        "# The methods are the benchmark's.",
-        "from PIL import Image",
-        "",
-        "from experiments.configs import build",
-        "from experiments.plan import first",
-        "from experiments.prompts import ConsecutiveGroup",
-        "",
-        f"group = ConsecutiveGroup.of({recipe.prompt!r}, {category!r}, seed={recipe.seed}, size={recipe.images})",
-        'arguments = {name: value for name, value in call.items() if name not in ("prompt", "num_images_per_prompt")}',
-        "methods = {",
-        *(f"    {name!r}: {overrides!r}," for name, overrides in settings.items()),
-        "}",
-        "for name, overrides in methods.items():",
-        f'    method = build(first(["model={model.base}", f"method={{name}}", *overrides]).method)',
-        "    images = method.generate(pipe, group, arguments).images",
-        '    for i, pixels in enumerate((255 * images).round().astype("uint8")):',
-        '        Image.fromarray(pixels).save(f"{name}-{i}.png")',
-    ]
-    what = "These very images, from the project's folder: the methods are the benchmark's."
-    return Export("Python", what, recipe.python() + "\n".join(lines) + "\n")
+def _methods_script(request: GenerationRequest, recipe: Recipe, model: Model) -> Export:
+    methods = [f"    {name!r}: {list(model.setup(name).overrides)!r}," for name in request.methods]
+    text = METHODS_SCRIPT.format(
+        prompt=recipe.prompt, category=split_prompt(recipe.prompt)[1], seed=recipe.seed, images=recipe.images,
+        model=model.base, methods="\n".join(methods),
+    )  # fmt: skip
+    return Export("Python", "These very images, if run in the project's folder.", recipe.python() + text)
 
 
-def _commands_of_methods(asked: Asked, recipe: Recipe, model: Model) -> Export:
-    """Return a command for each method that NegToMe's own settings describe."""
-    configs = {name: method.config for name in asked.methods if type(method := model.method(name)) is NegToMe}
-    commands = [f"{recipe.replace(config=config).command()} --compare" for config in configs.values()]
-    if not commands:
-        return Export("Command line", "It makes the baseline alone: use Python or the overrides.", recipe.command())
-    titles = ", ".join(catalogue.entries()[name].title for name in configs)
-    rest = "" if len(configs) == len(asked.methods) else " For the other methods use Python or the overrides."
-    what = f"The baseline and {titles}, from the project's folder.{rest}"
-    return Export("Command line", what, "\n".join(commands))
-
-
-def _command(asked: Asked, recipe: Recipe) -> Export:
-    if asked.mode == "quality":
+def _command(request: GenerationRequest, recipe: Recipe) -> Export:
+    if request.mode == "quality":
         return Export("Command line", "It has no blurred copies: use the Python above.", "")
-    return Export("Command line", "Both rows, from the project's folder.", f"{recipe.command()} --compare")
+    return Export("Command line", "Both rows, if run in the project's folder.", f"{recipe.command()} --compare")
 
 
-def _hydra(asked: Asked, recipe: Recipe, model: Model) -> Export:
-    """Return the benchmark's commands: of images pushed apart a run for each row, else a grid of images."""
+def _methods_commands(request: GenerationRequest, recipe: Recipe, model: Model) -> Export:
+    """Return a command for each method that is NegToMe with other settings."""
+    configs = {name: method.config for name in request.methods if type(method := model.method(name)) is NegToMe}
+    if not configs:
+        return Export("Command line", "It makes the baseline alone: use Python or the overrides.", recipe.command())
+    commands = [f"{recipe.replace(config=config).command()} --compare" for config in configs.values()]
+    titles = ", ".join(catalogue.entries()[name].title for name in configs)
+    rest = "" if len(configs) == len(request.methods) else " For the other methods use Python or the overrides."
+    description = f"The baseline and {titles}, if run in the project's folder.{rest}"
+    return Export("Command line", description, "\n".join(commands))
+
+
+def _hydra(request: GenerationRequest, recipe: Recipe, model: Model) -> Export:
+    """Return commands of the benchmark: a run for each row, or one image grid if there is a reference image."""
     shared = [f"model={model.base}"]
     if model.name != model.base:
         shared += [f"model.source={_quoted(recipe.model)}", "model.variant=null"]
-    shared += [f"model.dtype={recipe.dtype}"] if recipe.dtype != model.configured_dtype else []
-    shared += [f"model.call.num_inference_steps={recipe.steps}"] if recipe.steps else []
-    if asked.mode == "compare":
-        return _runs(asked, recipe, shared, {name: model.setup(name).overrides for name in asked.methods})
+    if recipe.dtype != model.configured_dtype:
+        shared.append(f"model.dtype={recipe.dtype}")
+    if recipe.steps:
+        shared.append(f"model.call.num_inference_steps={recipe.steps}")
+    if request.mode == "compare":
+        return _runs(request, recipe, shared, {name: model.setup(name).overrides for name in request.methods})
     config = recipe.config
-    window = ",".join(f"{end:g}" for end in config.timestep_range)
-    settings = [f"method.threshold={config.threshold:g}", f"method.timestep_range=[{window}]"]
-    settings += [f"method.matching={config.matching}", f"method.min_side={config.min_side}"]
-    if asked.mode == "diversity":
-        return _runs(asked, recipe, shared, {"negtome": (f"method.alpha={config.alpha:g}", *settings)})
+    low, high = config.timestep_range
+    settings = [
+        f"method.threshold={config.threshold:g}", f"method.timestep_range=[{low:g},{high:g}]",
+        f"method.matching={config.matching}", f"method.min_side={config.min_side}",
+    ]  # fmt: skip
+    if request.mode == "diversity":
+        return _runs(request, recipe, shared, {"negtome": (f"method.alpha={config.alpha:g}", *settings)})
     if recipe.mask is not None:
-        return Export("Hydra overrides", "It has no painted masks: use the Python above.", "")
-    reference = "null" if asked.mode == "quality" else _quoted(recipe.reference)
-    blur = f", blur: {asked.blur:g}" if asked.mode == "quality" else ""
+        return Export("Hydra overrides", "They have no painted masks: use the Python above.", "")
+    reference = _quoted(recipe.reference)
+    if request.mode == "quality":
+        reference = f"null, blur: {request.blur:g}"
     seeds = ",".join(map(str, recipe.seeds()))
-    own = (
-        f"+applications.demo={{description: demo, prompt: {_quoted(recipe.prompt)}, reference: {reference}{blur}, "
+    grid = (
+        f"+applications.demo={{description: demo, prompt: {_quoted(recipe.prompt)}, reference: {reference}, "
         f"alphas: [{config.alpha:g}], seeds: [{seeds}]}}"
     )
     others = [f"~applications.{name}" for name in ("style", "quality", "masked", "interpolation")]
-    what = "The same images as a grid with a row for each seed; files in outputs/results."
-    return _overrides("applications", what, [*shared, *settings, *others, own])
+    description = "The same images as a grid with a row for each seed; files in outputs/results."
+    return _overrides("applications", description, [*shared, *settings, *others, grid])
 
 
-def _runs(asked: Asked, recipe: Recipe, shared: list[str], methods: Mapping[str, Sequence[str]]) -> Export:
+def _runs(
+    request: GenerationRequest, recipe: Recipe, shared: list[str], methods: Mapping[str, Sequence[str]]
+) -> Export:
     """Return the benchmark's command for the baseline and for each method with its overrides."""
-    template, category = split(recipe.prompt)
+    template, category = split_prompt(recipe.prompt)
     if not template:
-        what = "The benchmark's prompts are a template and a category, two words at least: this prompt has one."
-        return Export("Hydra overrides", what, "")
-    if "${" in recipe.prompt:  # which building the prompts interpolates once more, however it is escaped here
+        description = "The benchmark's prompts have at least two words, a template and a category; this one has one."
+        return Export("Hydra overrides", description, "")
+    if "${" in recipe.prompt:  # the configuration of the prompts interpolates it again, however it is escaped here
         return Export("Hydra overrides", "The benchmark's prompts cannot hold ${: use the Python above.", "")
     prompts = [
         "prompts._target_=experiments.prompts.ConsecutivePrompts",
         f"prompts.templates=[{_quoted(template)}]", f"prompts.categories=[{_quoted(category)}]",
-        f"prompts.seeds=[{asked.seed}]", f"prompts.images_per_prompt={asked.images}",
+        f"prompts.seeds=[{request.seed}]", f"prompts.images_per_prompt={request.images}",
         "prompts.groups_per_category=null",
     ]  # fmt: skip
-    what = "These very images as runs of the benchmark, a command for each row; files in outputs/runs."
-    methods = {"none": (), **methods}
-    # A few images are too few for most metrics.
-    lines = (["metric=none", *shared, f"method={name}", *settings, *prompts] for name, settings in methods.items())
-    return _overrides("generate", what, *lines)
+    lines = []
+    for name, settings in {"none": (), **methods}.items():
+        # metric=none: a few images are too few for most metrics.
+        lines.append(["metric=none", *shared, f"method={name}", *settings, *prompts])
+    description = "These very images as runs of the benchmark, a command for each row; files in outputs/runs."
+    return _overrides("generate", description, *lines)
 
 
-def _overrides(command: str, what: str, *lines: list[str]) -> Export:
-    """Return a command of the benchmark for each line of overrides."""
-    commands = (shlex.join(["python", "-m", "experiments", command, *words]) for words in lines)
-    return Export("Hydra overrides", what, "\n".join(commands))
+def _overrides(command: str, description: str, *lines: list[str]) -> Export:
+    commands = [shlex.join(["python", "-m", "experiments", command, *overrides]) for overrides in lines]
+    return Export("Hydra overrides", description, "\n".join(commands))
 
 
 def _quoted(text: str) -> str:
-    """Write a text as Hydra's grammar has it, none of which stands for something else."""
+    """Quote a text for Hydra's grammar, without interpolation."""
     escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     escaped = re.sub(r"(\\+)('|$)", r"\1\1\2", escaped).replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def png(image: Image.Image, recipe: Recipe | None = None, link: str = "") -> bytes:
-    """Return an image as PNG; as texts in it a recipe, which `negtome generate --from` reads, and the page's link."""
+    """Return a PNG that holds a recipe, for `negtome generate --from`, and the page's link."""
     info = PngInfo() if recipe is None else chunks(recipe)
     if link:
         info.add_itxt(LINK, link)
@@ -166,6 +174,6 @@ def png(image: Image.Image, recipe: Recipe | None = None, link: str = "") -> byt
     return file.getvalue()
 
 
-def address(content: bytes, kind: str = "png") -> str:
-    """Return a picture as an address that holds it whole."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(content: bytes) -> str:
+    """Return a PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"

@@ -1,10 +1,9 @@
-"""Which models the page has: those of conf/model/ by name, a folder, or a repository in the hub's cache."""
+"""The models that the page knows: names of conf/model/, folders, and repositories in the hub's cache."""
 
 import functools
 import os
 import re
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,34 +21,46 @@ from experiments.plan import first
 from experiments.runs import catalogue, checkpoints
 from negtome import NegToMeConfig
 
-#: What is there in every checkout, and stands in for a model whose weights are missing.
-USUAL = "mini-sdxl"
-#: Bytes that a large picture's autoencoder takes at once; with less free memory it works in tiles.
+#: In every checkout; replaces a model whose weights are missing.
+DEFAULT_MODEL = "mini-sdxl"
+#: Bytes that decoding a large image takes at once; with less free memory the autoencoder works in tiles.
 DECODING = 6 << 30
-#: A repository of the hub, which has no longer names.
+#: A repository of the hub, whose names have at most 96 characters.
 REPOSITORY = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
-#: Hydra is one for the process, and the page has a thread a visitor.
+#: Hydra has one state for the process, and the page has one thread a visitor.
 _composing = threading.Lock()
+
+
+class Setup(NamedTuple):
+    """The hyperparameter that a method is shown with.
+
+    Attributes:
+        overrides: for Hydra; () if the method's file has all settings.
+        text: the value and its origin; "" for a method without a hyperparameter.
+    """
+
+    overrides: tuple[str, ...]
+    text: str
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as the page knows it.
+    """A model and its settings.
 
     Attributes:
-        name: as it was asked for.
-        base: its name in conf/model/, or that of one that is called as it is.
-        cfg: as of conf/model/.
-        configured_dtype: the dtype in conf/model/, which `cfg` need not have on a CPU.
-        group, given: settings of NegToMe among images, and away from a reference image, as configured for it.
+        name: as the visitor wrote it.
+        base: its name in conf/model/, or the name of a model with the same architecture.
+        cfg: as in conf/model/.
+        configured_dtype: the dtype in conf/model/; `cfg.dtype` differs from it if the CPU lacks that dtype.
+        group_config, reference_config: settings of NegToMe within a group, and away from a reference image.
     """
 
     name: str
     base: str
     cfg: DictConfig
     configured_dtype: str
-    group: NegToMeConfig
-    given: NegToMeConfig
+    group_config: NegToMeConfig
+    reference_config: NegToMeConfig
 
     @property
     def call(self) -> dict[str, Any]:
@@ -58,24 +69,24 @@ class Model:
 
     @property
     def steps(self) -> int:
-        """Steps of denoising that it is configured with."""
+        """Default number of denoising steps."""
         return self.call["num_inference_steps"]
 
     def method(self, name: str) -> Method:
-        """Return a method of conf/method/ as it is configured for the model.
+        """Build a method of conf/method/ with its `setup` for the model.
 
         Raises:
-            ValueError, FileNotFoundError: it has no settings for it, or needs something that is not here.
+            ValueError, FileNotFoundError: it has no settings for the model, or needs a file that is not here.
         """
         with _composing:
             cfg = first([f"model={self.base}", f"method={name}", *self.setup(name).overrides]).method
         return build(cfg)
 
-    def setup(self, name: str) -> "Setup":
+    def setup(self, name: str) -> Setup:
         """Return the hyperparameter that a method of conf/method/ is shown with.
 
-        It is the value that experiment=peers_grid chose for the model, else the default of its file, else the weakest
-        of its grid; never one with which the method does nothing.
+        It is the value that experiment=peers_grid chose for the model, else the default in the method's file, else
+        the weakest value of its grid; never a value with which the method has no effect.
 
         Raises:
             ValueError: there is no such value.
@@ -83,27 +94,14 @@ class Model:
         return _setup(self.base, name)
 
     def methods(self) -> dict[str, str]:
-        """Return the methods that need only a prompt, name -> title: those with a hyperparameter, and the release's."""
-        found = {}
+        """Return name -> title of the methods that need only a prompt, NegToMe first."""
+        titles = {}
         for name, entry in catalogue.entries().items():
             spec = OmegaConf.load(PROJECT / "conf" / "method" / f"{name}.yaml")
-            values = OmegaConf.to_container(spec).get("about", {}).get("knob") or {"values": {}}
-            fits = {self.base, f"mini-{self.cfg.architecture}"} & values["values"].keys()
-            if fits or name == "negtome_released":
-                found[name] = entry.title
-        return {"negtome": found.pop("negtome", catalogue.entries()["negtome"].title), **found}
-
-
-class Setup(NamedTuple):
-    """The hyperparameter that a method is shown with.
-
-    Attributes:
-        overrides: for Hydra, beside the method's name; () where the method's file has all settings.
-        text: the value and its origin, for people; "" of a method without a hyperparameter.
-    """
-
-    overrides: tuple[str, ...]
-    text: str
+            grid = OmegaConf.select(spec, "about.knob.values") or {}
+            if {self.base, f"mini-{self.cfg.architecture}"} & grid.keys() or name == "negtome_released":
+                titles[name] = entry.title
+        return {"negtome": catalogue.entries()["negtome"].title} | titles
 
 
 @functools.lru_cache(maxsize=128)
@@ -113,29 +111,31 @@ def _setup(base: str, name: str) -> Setup:
     knob = OmegaConf.select(cfg, "method.about.knob")
     if knob is None:
         return Setup((), "")
-    setting, nothing = knob.setting, knob.get("nothing")
+    setting, without_effect = knob.setting, knob.get("nothing")
     grid = knob["values"].get(base) or knob["values"].get(f"mini-{cfg.model.architecture}") or [None]
     values = {
-        "chosen on development prompts": _chosen(cfg.results, base, name),
+        "chosen on development prompts": _chosen_value(cfg.results, base, name),
         "the default of its file": OmegaConf.select(cfg, f"method.{setting}"),
         "the weakest of its grid": grid[0],
     }
+    values = {origin: value for origin, value in values.items() if value is not None}
     for origin, value in values.items():
-        if value is None or value == nothing:
+        if value == without_effect:
             continue
-        plain = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
-        text = " to ".join(f"{end:g}" for end in plain) if isinstance(plain, list) else f"{plain:g}"
-        override = f"method.{setting}={str(plain).replace(' ', '')}"
+        if OmegaConf.is_list(value):
+            value = OmegaConf.to_container(value)
+        text = " to ".join(f"{end:g}" for end in value) if isinstance(value, list) else f"{value:g}"
+        override = f"method.{setting}={str(value).replace(' ', '')}"
         return Setup((override,), f"{setting.rpartition('.')[2].replace('_', ' ')} {text}, {origin}")
-    if any(value is not None for value in values.values()):
+    if values:
         raise ValueError(
-            f"expected a value of {setting} that changes images of {base}, got {nothing}: leave {name} out"
+            f"expected a value of {setting} that changes images of {base}, got {without_effect}: leave {name} out"
         )
-    return Setup((), "")  # what the library has for models without settings of their own
+    return Setup((), "")  # the library's default for models without settings of their own
 
 
-def _chosen(results: str, base: str, name: str) -> Any:
-    """Return the value that was chosen of a method's hyperparameter, here or else as published; None without one."""
+def _chosen_value(results: str, base: str, name: str) -> Any:
+    """Return the chosen value of a method's hyperparameter, made here or else published; None without one."""
     for file in map(chosen_file, (results, "results")):
         value = OmegaConf.load(file).get(base, {}).get(name) if file.is_file() else None
         if value is not None:
@@ -143,27 +143,20 @@ def _chosen(results: str, base: str, name: str) -> Any:
     return None
 
 
-class Memory(NamedTuple):
-    """How memory is saved: only the component that works is on the device; the autoencoder works in tiles."""
-
-    offload: bool
-    tiled: bool
-
-
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Return the names of conf/model/, the embedded models last: who types "sdxl" means that one."""
+    """Return the names of conf/model/, the embedded models last: a visitor who types "sdxl" means that one."""
     found = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
     return tuple(sorted(found, key=lambda name: (name.startswith("mini-"), name)))
 
 
-def may_be_linked(name: str) -> bool:
-    """Tell whether a link may name a model: by a name of conf/model/ or a repository of the hub, never by a folder."""
+def is_linkable(name: str) -> bool:
+    """Tell whether a link may name a model: a name of conf/model/ or a repository of the hub, never a folder."""
     return name in names() or (REPOSITORY.fullmatch(name) is not None and not project_path(name).exists())
 
 
-def is_here(name: str) -> bool:
-    """Tell whether the weights of a model of conf/model/ are on this machine."""
+def has_weights(name: str) -> bool:
+    """Tell whether a model's weights are on this machine."""
     try:
         checkpoints.find_checkpoint(find(name).cfg, fetch=False)
     except FileNotFoundError:
@@ -173,30 +166,30 @@ def is_here(name: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def find(name: str) -> Model:
-    """Return a model by a name of conf/model/, its folder, or its repository.
+    """Return a model by its name in conf/model/, its folder or its repository, without looking for its weights.
 
     Raises:
-        FileNotFoundError: it is none of these on this machine; of a name, the weights are not looked for.
-        ValueError: it is no pipeline that is supported here.
+        FileNotFoundError: there is no such model on this machine.
+        ValueError: its pipeline is not supported.
     """
     if name in names():
-        return _composed(name, name)
+        return _compose(name, name)
     folder = _folder(name)
     if not isinstance(index := read_json(folder / "model_index.json"), dict):
         raise ValueError(f"expected a model_index.json that maps names in {folder}, got a {type(index).__name__}")
-    made_of = index.get("_class_name")
-    kinds = {key for key, architecture in checkpoints.ARCHITECTURES.items() if architecture.pipeline == made_of}
-    bases = [name for name, kind in _architectures().items() if kind in kinds]
-    if not bases:
+    pipeline = index.get("_class_name")
+    kinds = {key for key, architecture in checkpoints.ARCHITECTURES.items() if architecture.pipeline == pipeline}
+    base = next((name for name, kind in _architectures().items() if kind in kinds), None)
+    if base is None:
         known = ", ".join(sorted(architecture.pipeline for architecture in checkpoints.ARCHITECTURES.values()))
-        raise ValueError(f"expected a model of one of {known}, got a {made_of} in {folder}: choose another one")
+        raise ValueError(f"expected a model of one of {known}, got a {pipeline} in {folder}: choose another one")
     variant = "fp16" if any(folder.glob("*/*.fp16.*")) else None
-    return _composed(name, bases[0], source=str(folder), revision=None, variant=variant)
+    return _compose(name, base, source=str(folder), revision=None, variant=variant)
 
 
 def _folder(name: str) -> Path:
     folder = project_path(name)
-    if os.path.isfile(folder / "model_index.json"):  # of a name that no file can have, too
+    if os.path.isfile(folder / "model_index.json"):  # False, not an error, for a name that no file can have
         return folder
     if REPOSITORY.fullmatch(name) and not folder.exists():
         cached = try_to_load_from_cache(name, "model_index.json")
@@ -204,55 +197,55 @@ def _folder(name: str) -> Path:
             return Path(cached).parent
         raise FileNotFoundError(
             f"expected {name} in the hub's cache, got no model_index.json of it: hf download {name}, on a machine with "
-            f"a network, or choose {USUAL}"
+            f"a network, or choose {DEFAULT_MODEL}"
         )
     raise FileNotFoundError(
         f"expected a name of conf/model, a folder in the diffusers layout or OWNER/NAME of the hub, got {name!r} "
-        f"without a model_index.json: choose {USUAL}, or give another folder"
+        f"without a model_index.json: choose {DEFAULT_MODEL}, or give another folder"
     )
 
 
 @functools.cache
 def _architectures() -> dict[str, str]:
-    """Return the architectures of conf/model/ by names, published checkpoints first, which say how to call theirs."""
+    """Return name -> architecture of conf/model/, published checkpoints before the embedded models."""
     specs = {name: OmegaConf.load(PROJECT / "conf" / "model" / f"{name}.yaml") for name in names()}
     return {name: spec.architecture for name, spec in specs.items() if "architecture" in spec}
 
 
-def _composed(name: str, base: str, **changes: Any) -> Model:
+def _compose(name: str, base: str, **changes: Any) -> Model:
     with _composing:
-        cfg, given = (first([f"model={base}", f"method={method}"]) for method in ("negtome", "negtome_reference"))
+        cfg, reference = (first([f"model={base}", f"method={method}"]) for method in ("negtome", "negtome_reference"))
     model = cfg.model
     if changes:
-        model.merge_with(changes)
-        # Its own size, which its configuration alone knows.
-        model.call.merge_with({side: None for side in ("height", "width") if side in model.call})
+        # The size comes from the checkpoint's own configuration.
+        size = {side: None for side in ("height", "width") if side in model.call}
+        model.merge_with(changes, {"call": size})
     dtype = str(model.dtype)
     if select_device("auto") == "cpu" and dtype == "float16":
-        model.dtype = "float32"  # half of the operations are missing there
-    settings = (_settings(one.method).published_for(model.architecture) for one in (cfg, given))
-    return Model(name, base, model, dtype, *settings)
+        model.dtype = "float32"  # the CPU lacks half of the operations
+    configs = []
+    for method in (cfg.method, reference.method):
+        values = {field: method.get(field) for field in NegToMeConfig.__dataclass_fields__}
+        config = NegToMeConfig(**{field: value for field, value in values.items() if value is not None})
+        configs.append(config.published_for(model.architecture))
+    return Model(name, base, model, dtype, *configs)
 
 
-def _settings(method: Mapping[str, Any]) -> NegToMeConfig:
-    values = {field: method.get(field) for field in NegToMeConfig.__dataclass_fields__}
-    return NegToMeConfig(**{field: value for field, value in values.items() if value is not None})
+class MemoryPlan(NamedTuple):
+    """How memory is saved: only the component that runs is on the device; the autoencoder works in tiles."""
+
+    offload: bool
+    tiled: bool
 
 
-def plan(free: int, weights: int, device: str) -> Memory:
-    """Decide how to save memory.
-
-    Args:
-        free: bytes on the device.
-        weights: bytes of the pipeline's.
-        device: torch's name of it; nothing can be moved away from a CPU.
-    """
+def plan_memory(free: int, weights: int, device: str) -> MemoryPlan:
+    """Decide how to save memory from the free bytes on a device and the bytes of the pipeline's weights."""
     offload = device != "cpu" and 1.25 * weights > free
-    return Memory(offload, free - (0 if offload else weights) < DECODING)
+    return MemoryPlan(offload, free - (0 if offload else weights) < DECODING)
 
 
-def load(model: Model) -> tuple[Any, Memory]:
-    """Load a model's pipeline from this machine, in as little memory as is free.
+def load(model: Model) -> tuple[Any, MemoryPlan]:
+    """Load a model's pipeline from this machine in the memory that is free.
 
     Raises:
         FileNotFoundError: its weights are missing; the message names the files.
@@ -260,14 +253,12 @@ def load(model: Model) -> tuple[Any, Memory]:
     device = select_device("auto")
     checkpoint = checkpoints.find_checkpoint(model.cfg, fetch=False)
     weights = sum(file.stat().st_size for file in checkpoint.folder.glob("*/*.safetensors"))
-    memory = plan(_free(device), weights, device)
+    is_cuda = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    memory = plan_memory(free, weights, device)
     if device == "cpu" and model.cfg.kind == "mini":
         torch.set_num_threads(1)  # its operations are too small to share
     pipe = checkpoints.load(model.cfg, checkpoint, device, offload=memory.offload)
     if memory.tiled and hasattr(pipe.vae, "enable_tiling"):
         pipe.vae.enable_tiling()
     return pipe, memory
-
-
-def _free(device: str) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available

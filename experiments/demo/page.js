@@ -7,7 +7,7 @@ function compare(row, image) {
   if (row === "0" || !after || !picture("0")) return;
   find(".nt-before").src = picture("0").src;
   find(".nt-after").src = after.src;
-  find(".nt-which").textContent = after.alt.replace(/: before and after$/, "");
+  find(".nt-which").textContent = after.alt.replace(/: compare$/, "");
   find(".nt-save").href = after.src;
   find(".nt-save").download = `negtome-${Number(image) + 1}.png`;
   find(".nt-slider").hidden = false;

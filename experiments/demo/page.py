@@ -1,4 +1,4 @@
-"""The page: what stands where, and what calls what. The one module that imports gradio."""
+"""The layout and the events of the page. The only module that imports gradio."""
 
 import os
 import random
@@ -7,80 +7,81 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported, which reads them then: nothing of this page goes anywhere.
+# Gradio reads these when it is imported: the page sends nothing anywhere.
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 
 import gradio as gr
 from PIL import Image
 
 from experiments.demo import models, view
-from experiments.demo.asked import MODES, MOST_IMAGES, SEEDS, Asked, keep, kept
 from experiments.demo.jobs import Jobs
+from experiments.demo.request import MAX_IMAGES, MODES, SEEDS, GenerationRequest, picture_file, save_picture
 from experiments.demo.session import Session
 from experiments.runs import catalogue
 
 FOLDER = Path(__file__).parent
-#: The fields of what is asked for that have a control of their own, in the order of the page.
+#: Fields of a request with a control of their own, in the order of the page.
 FIELDS = (
     "mode", "prompt", "model", "images", "seed", "steps", "alpha", "threshold", "low", "high", "matching", "blur",
     "methods",
 )  # fmt: skip
-#: Whose settings are those of the model and mode, until somebody moves them.
+#: Fields whose defaults depend on the model and the mode.
 SETTINGS = ("alpha", "threshold", "low", "high")
-#: Of what is painted over a picture.
+#: Colour of the brush that paints a mask.
 BRUSH = "#D55E00"
-#: What is raised of a name that is no model's, on this machine.
+#: Raised by `models.find` for a name that is no model on this machine.
 NO_MODEL = (ValueError, OSError, RuntimeError)
-#: Seconds between two looks for pictures of visitors that gradio keeps, and after which it drops them.
-KEPT_FOR = 3600
-WELCOME = "<p class='nt-hint'>Generate shows the same seeds in two rows, the baseline and NegToMe.</p>"
+#: Seconds after which gradio deletes uploaded images, and between two looks for them.
+KEEP_SECONDS = 3600
+WELCOME = "<p class='nt-hint'>Generate makes two rows from the same seeds: the baseline and NegToMe.</p>"
+#: On a narrow screen the results stand above the controls.
+_SCROLL_TO_RESULTS = "() => { if (innerWidth < 900) document.getElementById('nt-right').scrollIntoView(); }"
+#: The address keeps the settings and the run when the page is reloaded.
+_SET_ADDRESS = "(link, job) => { if (link) history.replaceState(null, '', link + (job ? `&job=${job}` : '')); }"
 
 
 class Page:
-    """One page and its session.
+    """A page that serves the runs of a session.
 
     Args:
-        model: that is chosen at first.
-        session: that makes the images.
+        model: selected at first.
+        session: runs the requests.
     """
 
     def __init__(self, model: str, session: Session) -> None:
         self.session, self.jobs = session, Jobs(session)
-        steps = models.find(model).steps  # which says it where there is no such model
-        settings = dict(zip(SETTINGS, self._usual("diversity", model), strict=True))
-        self.first = Asked(model=model, steps=steps, **settings)
+        steps = models.find(model).steps  # raises if there is no such model
+        settings = dict(zip(SETTINGS, self._default_settings("diversity", model), strict=True))
+        self.initial = GenerationRequest(model=model, steps=steps, **settings)
         self.controls: dict[str, Any] = {}
-        about = {"title": "negtome", "analytics_enabled": False, "fill_width": True}
-        with gr.Blocks(**about, delete_cache=(KEPT_FOR, KEPT_FOR)) as self.blocks:
+        options = {"title": "negtome", "analytics_enabled": False, "fill_width": True}
+        with gr.Blocks(**options, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as self.blocks:
             gr.HTML(
-                "<header><h1>negtome</h1><p>The same prompts and seeds without Negative Token Merging and with it. "
-                "Everything happens on this machine.</p></header>"
+                "<header><h1>negtome</h1><p>The same prompt and seeds without and with Negative Token Merging. "
+                "All images are made on this machine.</p></header>"
             )
             with gr.Row(elem_id="nt-page"):
                 with gr.Column(scale=2, min_width=300, elem_id="nt-left"):
-                    self._task_controls()
-                    self._strength_controls()
-                    self._image_controls()
+                    self._add_task_controls()
+                    self._add_strength_controls()
+                    self._add_image_controls()
                 with gr.Column(scale=5, min_width=300, elem_id="nt-right"):
                     self.progress = gr.HTML(WELCOME, elem_id="nt-progress")
                     self.results = gr.HTML("", elem_id="nt-results", js_on_load=(FOLDER / "page.js").read_text())
-            # The address of these settings, and the run that is shown: a reload of the page keeps both.
             self.link, self.job = (gr.Textbox("", visible="hidden", label=name) for name in ("Link", "Run"))
-            self._wire()
+            self._connect_events()
 
-    def _task_controls(self) -> None:
-        """What to do, the prompt, and what a mode has of its own."""
-        add, first = self.controls, self.first
-        add["mode"] = gr.Radio(
-            [(mode.title, name) for name, mode in MODES.items()],
-            value=first.mode,
-            label="What to do",
-            elem_id="nt-mode",
-        )
-        self.what = gr.Markdown(MODES[first.mode].what, elem_id="nt-what")
-        add["prompt"] = gr.Textbox(
-            first.prompt, label="Prompt", info="What all images show.", lines=2, elem_id="nt-prompt"
-        )
+    def _add(self, control: Any, field: str, label: str, info: str | None = None, **options: Any) -> None:
+        """Add a control of a field of the request, with its initial value."""
+        value = getattr(self.initial, field)
+        value = list(value) if isinstance(value, tuple) else value
+        self.controls[field] = control(value=value, label=label, info=info, elem_id=f"nt-{field}", **options)
+
+    def _add_task_controls(self) -> None:
+        titles = [(mode.title, name) for name, mode in MODES.items()]
+        self._add(gr.Radio, "mode", "What to do", choices=titles)
+        self.description = gr.Markdown(MODES[self.initial.mode].description, elem_id="nt-description")
+        self._add(gr.Textbox, "prompt", "Prompt", "What all images show.", lines=2)
         with gr.Row():
             self.go = gr.Button("Generate", variant="primary", elem_id="nt-go")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="nt-stop")
@@ -92,264 +93,231 @@ class Page:
             placeholder="Drop an image here, or paste one",
         )  # fmt: skip
         self.seen = gr.HTML("", visible=False, elem_id="nt-seen")
-        add["methods"] = gr.CheckboxGroup(
-            [(entry.title, name) for name, entry in catalogue.entries().items()],
-            label="Methods",
-            info="Each with the hyperparameter chosen for this model, else its default.",
-            visible=False,
-            elem_id="nt-methods",
-        )
-        add["blur"] = gr.Slider(
-            0.01, 0.2, first.blur, step=0.01, label="Blur", info="Of the copy, as a share of an image's side.",
-            visible=False, elem_id="nt-blur",
-        )  # fmt: skip
+        titles = [(entry.title, name) for name, entry in catalogue.entries().items()]
+        info = "Each with the hyperparameter chosen for this model, else its default."
+        self._add(gr.CheckboxGroup, "methods", "Methods", info, choices=titles, visible=False)
+        info = "Radius, as a share of the image's side. Higher: a more blurred copy."
+        self._add(gr.Slider, "blur", "Blur", info, minimum=0.01, maximum=0.2, step=0.01, visible=False)
 
-    def _strength_controls(self) -> None:
-        """How tokens are pushed."""
-        add, first = self.controls, self.first
+    def _add_strength_controls(self) -> None:
         with gr.Group(elem_id="nt-strength") as self.strength:
-            add["alpha"] = gr.Slider(
-                -2, 4, first.alpha, step=0.05, label="Alpha", info="How far tokens are pushed; below 0 pulls."
-            )
-            add["threshold"] = gr.Slider(
-                -1,
-                1,
-                first.threshold,
-                step=0.01,
-                label="Threshold",
-                info="Only tokens more alike than this move.",
-            )
-            add["high"] = gr.Slider(
-                0,
-                1000,
-                first.high,
-                step=10,
-                label="Timestep range from",
-                info="Timestep of the first push; 1000 is noise.",
-            )
-            add["low"] = gr.Slider(
-                0, 1000, first.low, step=10, label="Timestep range to", info="Timestep of the last push."
-            )
-            add["matching"] = gr.Radio(
-                ["paper", "released"], value=first.matching, label="Matching",
-                info="To the nearest token, as in the paper, or as in the released code.",
-            )  # fmt: skip
+            info = "Higher: tokens are pushed further. Below 0: they are pulled."
+            self._add(gr.Slider, "alpha", "Alpha", info, minimum=-2, maximum=4, step=0.05)
+            info = "Only tokens more similar than this are pushed. Higher: fewer tokens."
+            self._add(gr.Slider, "threshold", "Threshold", info, minimum=-1, maximum=1, step=0.01)
+            info = "Pushes start at this timestep; 1000 is pure noise. Higher: an earlier start."
+            self._add(gr.Slider, "high", "Timestep range from", info, minimum=0, maximum=1000, step=10)
+            info = "Pushes end at this timestep; 0 is the final image. Higher: an earlier end."
+            self._add(gr.Slider, "low", "Timestep range to", info, minimum=0, maximum=1000, step=10)
+            info = "paper: to the most similar token. released: as in the authors' code."
+            self._add(gr.Radio, "matching", "Matching", info, choices=["paper", "released"])
 
-    def _image_controls(self) -> None:
-        """Which images are made: by what model, how many, from which seeds."""
-        add, first = self.controls, self.first
+    def _add_image_controls(self) -> None:
         with gr.Group():
-            add["model"] = gr.Dropdown(
-                list(models.names()), value=first.model, label="Model", allow_custom_value=True, filterable=True,
-                info="A name (mini-: small, they draw emoji), a folder, or a cached repository.", elem_id="nt-model",
-            )  # fmt: skip
-            self.here = gr.Markdown("", visible=False, elem_id="nt-here")
-            add["images"] = gr.Slider(1, MOST_IMAGES, first.images, step=1, label="Images", info="Made together.")
-            add["steps"] = gr.Number(
-                first.steps, label="Steps", info="Of denoising; at first the model's own.", precision=0, minimum=1,
-                maximum=200, elem_id="nt-steps",
-            )  # fmt: skip
-            add["seed"] = gr.Number(
-                first.seed, label="Seed", info="Of the first image; the others' follow it.", precision=0,
-                minimum=0, maximum=SEEDS - 1, elem_id="nt-seed",
-            )  # fmt: skip
-            self.lock = gr.Checkbox(True, label="Keep this seed", info="Otherwise every run draws a new one.")
+            info = "A name (mini-: small models that draw emoji), a folder, or a cached repository."
+            names = list(models.names())
+            self._add(gr.Dropdown, "model", "Model", info, choices=names, allow_custom_value=True, filterable=True)
+            self.model_note = gr.Markdown("", visible=False, elem_id="nt-model-note")
+            info = "Generated together. More: more memory and time."
+            self._add(gr.Slider, "images", "Images", info, minimum=1, maximum=MAX_IMAGES, step=1)
+            info = "Denoising steps. More: finer images and more time."
+            self._add(gr.Number, "steps", "Steps", info, precision=0, minimum=1, maximum=200)
+            info = "Of the first image; the next images have the next seeds."
+            self._add(gr.Number, "seed", "Seed", info, precision=0, minimum=0, maximum=SEEDS - 1)
+            self.lock = gr.Checkbox(True, label="Keep this seed", info="If off, every run draws a new one.")
         self.dice = gr.Button("Draw a new seed", size="sm", elem_id="nt-dice")
 
-    def _wire(self) -> None:
-        """What calls what."""
+    def _connect_events(self) -> None:
         inputs = [*(self.controls[name] for name in FIELDS), self.editor]
         state = [self.lock, *inputs]
-        into_address = {"fn": None, "inputs": [self.link, self.job], "js": _ADDRESS, "api_visibility": "private"}
+        model, methods = self.controls["model"], self.controls["methods"]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        shown = [self.what, self.editor, self.seen, self.strength, self.controls["blur"], self.controls["methods"]]
-        chosen = [self.controls["mode"], self.controls["model"]]
-        settings = [self.controls[name] for name in SETTINGS]
-        restored = self.blocks.load(self._restore, None, [self.job, *state], **quiet)
+        address = {"fn": None, "inputs": [self.link, self.job], "js": _SET_ADDRESS, "api_visibility": "private"}
+        mode_and_model = [self.controls["mode"], model]
+        shown = [self.description, self.editor, self.seen, self.strength, self.controls["blur"], methods]
         show = {
             "fn": self._show,
-            "inputs": [*chosen, self.controls["methods"]],
-            "outputs": [*shown, self.here],
+            "inputs": [*mode_and_model, methods],
+            "outputs": [*shown, self.model_note],
             **quiet,
         }
-        restored.then(**show)
-        shown_run = [self.progress, self.results, self.go, self.stop]
-        follow = {"fn": self._follow, "inputs": self.job, "outputs": shown_run, "concurrency_limit": None, **quiet}
-        restored.then(**follow)
-        for control in chosen:
-            moved = control.input(**show).then(self._usual, chosen, settings, **quiet)
-        moved.then(self._steps, chosen[1], self.controls["steps"], **quiet)
-        editor = self.editor
-        drawn = [editor.change, editor.upload, editor.input]  # change alone is told of a new image before it is there
-        gr.on(
-            drawn,
-            self._look,
-            [editor, self.controls["model"]],
-            self.seen,
-            trigger_mode="always_last",
-            **quiet,
-        )
-        self.dice.click(lambda: random.randrange(SEEDS), None, self.controls["seed"], **quiet)
-        self.go.click(None, None, None, js=_TO_RESULTS, api_visibility="private")
-        started = gr.on(
-            [self.go.click, self.controls["prompt"].submit],
-            self._start,
-            state,
-            [self.job, self.link, self.controls["seed"]],
-            **quiet,
-        )
-        started.success(**into_address)
-        started.success(**follow)
+        run = [self.progress, self.results, self.go, self.stop]
+        follow = {"fn": self._follow, "inputs": self.job, "outputs": run, "concurrency_limit": None, **quiet}
         link = {"fn": self._link, "inputs": state, "outputs": self.link, **quiet}
-        restored.then(**link).then(**into_address)
-        changed = [one.change for one in (self.lock, *self.controls.values())]
-        gr.on([*changed, *drawn], **link, trigger_mode="always_last").then(**into_address)
+
+        restored = self.blocks.load(self._restore, None, [self.job, *state], **quiet)
+        restored.then(**show)
+        restored.then(**follow)
+        restored.then(**link).then(**address)
+
+        settings = [self.controls[name] for name in SETTINGS]
+        for control in mode_and_model:
+            changed = control.input(**show).then(self._default_settings, mode_and_model, settings, **quiet)
+        changed.then(self._default_steps, model, self.controls["steps"], **quiet)
+
+        editor = self.editor
+        edited = [editor.change, editor.upload, editor.input]  # change alone comes before a new image is there
+        gr.on(edited, self._show_mask, [editor, model], self.seen, trigger_mode="always_last", **quiet)
+        controls = [control.change for control in (self.lock, *self.controls.values())]
+        gr.on([*controls, *edited], **link, trigger_mode="always_last").then(**address)
+
+        self.dice.click(lambda: random.randrange(SEEDS), None, self.controls["seed"], **quiet)
+        self.go.click(None, None, None, js=_SCROLL_TO_RESULTS, api_visibility="private")
+        submit = [self.go.click, self.controls["prompt"].submit]
+        started = gr.on(submit, self._start, state, [self.job, self.link, self.controls["seed"]], **quiet)
+        started.success(**address)
+        started.success(**follow)
         self.stop.click(self._stop, self.job, None, queue=False, **quiet)
 
     def _restore(self, request: gr.Request) -> list[Any]:
-        """Set all controls, and the run to follow, by the page's address, if it says anything."""
+        """Set the job, the lock, all controls and the editor from the page's address."""
         query = dict(request.query_params)
         job, lock = query.get("job", ""), query.get("lock") != "0"
         job = job if self.jobs.get(job) else ""
         if not query.keys() & set(FIELDS):
             return [job, lock, *[gr.skip()] * (len(FIELDS) + 1)]
-        asked, picture = Asked.from_query(query, own=self.first.model), gr.skip()
-        if query.get("model", asked.model) != asked.model:
-            gr.Warning(f"A link may name no folder as model: {asked.model} is chosen instead.")
-        usual = dict(zip(SETTINGS, self._usual(asked.mode, asked.model), strict=True))
-        values = {name: getattr(asked, name) for name in FIELDS} | {"methods": list(asked.methods)}
-        usual["steps"] = self._steps(asked.model)
-        values |= {name: value for name, value in usual.items() if name not in query}
-        if asked.picture:
-            background = Image.open(kept(asked.picture)).convert("RGBA")
-            layers = [_painted(Image.open(kept(asked.mask)))] if asked.mask else []
-            composite = background if not layers else Image.alpha_composite(background, layers[0])
-            picture = {"background": background, "layers": layers, "composite": composite}
-        return [job, lock, *values.values(), picture]
+        linked = GenerationRequest.from_query(query, self.initial.model)
+        if query.get("model", linked.model) != linked.model:
+            gr.Warning(f"A link may not name a folder as model: {linked.model} is chosen instead.")
+        defaults = dict(zip(SETTINGS, self._default_settings(linked.mode, linked.model), strict=True))
+        defaults["steps"] = self._default_steps(linked.model)
+        values = {name: getattr(linked, name) for name in FIELDS} | {"methods": list(linked.methods)}
+        values |= {name: value for name, value in defaults.items() if name not in query}
+        return [job, lock, *values.values(), _editor_value(linked)]
 
     def _show(self, mode: str, name: str, methods: list[str]) -> list[Any]:
-        """Show the controls of a mode, and say whether a model is here."""
-        controls = MODES[mode].controls
-        titles, here = {}, ""
+        """Show the controls of a mode, and a note if the model is not on this machine."""
+        controls, titles, note = MODES[mode].controls, {}, ""
         try:
-            model = models.find(name)
-            titles = model.methods()
-            if not models.is_here(name):
-                here = f"Its weights are not on this machine: {models.USUAL} would make the images."
+            titles = models.find(name).methods()
+            if not models.has_weights(name):
+                note = f"Its weights are not on this machine: {models.DEFAULT_MODEL} would make the images."
         except NO_MODEL as error:
-            here = str(error)
-        chosen = [name for name in methods or self.first.methods if name in titles]
+            note = str(error)
+        choices = [(title, method) for method, title in titles.items()]
+        ticked = [method for method in methods or self.initial.methods if method in titles]
         return [
-            gr.Markdown(MODES[mode].what),
+            gr.Markdown(MODES[mode].description),
             gr.ImageEditor(visible="picture" in controls),
             gr.HTML(visible="picture" in controls),
             gr.Group(visible="alpha" in controls),
             gr.Slider(visible="blur" in controls),
-            gr.CheckboxGroup(
-                [(title, method) for method, title in titles.items()], value=chosen, visible="methods" in controls
-            ),
-            gr.Markdown(here, visible=bool(here)),
+            gr.CheckboxGroup(choices, value=ticked, visible="methods" in controls),
+            gr.Markdown(note, visible=bool(note)),
         ]
 
-    def _usual(self, mode: str, name: str) -> list[Any]:
-        """Return the settings that a model is used best with, as far as that is known."""
+    def _default_settings(self, mode: str, name: str) -> list[Any]:
+        """Return the values of `SETTINGS` that are configured for a model and a mode."""
         try:
             model = models.find(name)
         except NO_MODEL:  # `_show` says why
             return [gr.skip()] * len(SETTINGS)
-        config = model.group if mode == "diversity" else model.given
+        config = model.group_config if mode == "diversity" else model.reference_config
         alpha = MODES[mode].alpha
         return [config.alpha if alpha is None else alpha, config.threshold, *config.timestep_range]
 
-    def _steps(self, name: str) -> Any:
-        """Return how many steps a model is configured with."""
+    def _default_steps(self, name: str) -> Any:
         try:
             return models.find(name).steps
         except NO_MODEL:
             return gr.skip()
 
-    def _asked(self, *values: Any) -> Asked:
-        """Return what is asked for, and keep its picture."""
-        *values, drawn = values
+    def _request(self, *values: Any) -> GenerationRequest:
+        """Return the request that the controls and the editor describe, and save its reference image."""
+        *values, drawing = values
         fields = dict(zip(FIELDS, values, strict=True))
         for name in ("images", "seed", "steps"):
             fields[name] = int(fields[name] or 0)
         fields["methods"] = tuple(fields["methods"] or ())
-        fields["model"] = str(fields["model"] or models.USUAL).strip()
-        picture, mask = _given(drawn)
+        fields["model"] = str(fields["model"] or models.DEFAULT_MODEL).strip()
+        picture, mask = _picture_and_mask(drawing)
         if picture is not None and "picture" in MODES[fields["mode"]].controls:
-            fields |= {"picture": keep(picture), "mask": "" if mask is None else keep(mask)}
-        return Asked(**fields)
+            fields |= {"picture": save_picture(picture), "mask": "" if mask is None else save_picture(mask)}
+        return GenerationRequest(**fields)
 
-    def _look(self, drawn: Any, model: str) -> str:
-        """Return the given picture as the tokens see it."""
-        picture, mask = _given(drawn)
+    def _show_mask(self, drawing: Any, model: str) -> str:
+        """Return the reference image as the tokens see it."""
+        picture, mask = _picture_and_mask(drawing)
         if picture is None:
             return ""
-        seen = self.session.grid(model)
-        return view.mask_seen(picture, mask, *seen) if seen else "Shown as the tokens see it once the model is loaded."
+        grid = self.session.grid(model)
+        return view.mask_seen(picture, mask, *grid) if grid else "Shown as the tokens see it once the model is loaded."
 
     def _link(self, lock: bool, *values: Any) -> str:
         """Return the page's address with all of its settings."""
-        return self._asked(*values).link() + ("" if lock else "&lock=0")
+        return _locked_link(self._request(*values), lock)
 
     def _start(self, lock: bool, *values: Any) -> list[Any]:
-        """Start what is asked for; return its job, the page's address and the seed."""
-        asked = self._asked(*values)
+        """Start a run; return its job, the page's address and the seed."""
+        request = self._request(*values)
         try:
-            asked.check()
+            request.check()
         except ValueError as error:
             raise gr.Error(str(error), duration=8, print_exception=False) from error
         if not lock:
-            asked = replace(asked, seed=random.randrange(SEEDS))
-        return [self.jobs.start(asked), asked.link() + ("" if lock else "&lock=0"), asked.seed]
+            request = replace(request, seed=random.randrange(SEEDS))
+        return [self.jobs.start(request), _locked_link(request, lock), request.seed]
 
     def _follow(self, name: str) -> Iterator[list[Any]]:
-        """Show a job until it ends; nothing where there is none of this id."""
+        """Yield the progress, the results and the buttons of a job until it ends."""
         if (job := self.jobs.get(name)) is None:
-            yield [gr.skip()] * 4  # else gradio empties what is shown
+            yield [gr.skip()] * 4  # without a value gradio would empty the page
             return
-        rows, buttons = -1, [gr.Button(interactive=False), gr.Button(interactive=True)]
+        n_rows = -1
         for state in job.follow():
-            ended = state.kind in ("done", "stopped", "failed")
-            if ended:
-                buttons = [gr.Button(interactive=True), gr.Button(interactive=False)]
-            fresh = ended or len(state.rows) != rows
-            rows = len(state.rows)
-            model = models.find(state.asked.model) if state.kind == "done" else None
-            shown = view.results(state, model) if fresh else gr.skip()
-            yield [view.progress(state), shown, *buttons]
+            has_ended = state.kind in ("done", "stopped", "failed")
+            results = gr.skip()
+            if has_ended or len(state.rows) != n_rows:
+                model = models.find(state.request.model) if state.kind == "done" else None
+                results, n_rows = view.results(state, model), len(state.rows)
+            yield [
+                view.progress(state),
+                results,
+                gr.Button(interactive=has_ended),
+                gr.Button(interactive=not has_ended),
+            ]
 
     def _stop(self, name: str) -> None:
         if (job := self.jobs.get(name)) is not None:
             job.stop.set()
 
 
-def _given(drawn: Any) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return an image editor's picture, RGB, and its mask, L, white where something is painted; None where none is."""
-    if not drawn or drawn["background"] is None:
+def _locked_link(request: GenerationRequest, lock: bool) -> str:
+    return request.link() + ("" if lock else "&lock=0")
+
+
+def _picture_and_mask(drawing: Any) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return the editor's image, RGB, and its mask, L and white where something is painted, or None."""
+    if not drawing or drawing["background"] is None:
         return None, None
-    picture = drawn["background"].convert("RGBA")
+    picture = drawing["background"].convert("RGBA")
     mask = Image.new("L", picture.size)
-    for layer in drawn["layers"]:
+    for layer in drawing["layers"]:
         mask.paste(255, mask=layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0))
     on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return on_white, mask if mask.getbbox() else None
 
 
-def _painted(mask: Image.Image) -> Image.Image:
-    """Return a mask as the editor's brush would have painted it."""
-    layer = Image.new("RGBA", mask.size)
-    layer.paste(BRUSH, mask=mask.convert("L"))
-    return layer
+def _editor_value(request: GenerationRequest) -> Any:
+    """Return the editor's value for a saved reference image, with its mask as the brush would have painted it."""
+    if not request.picture:
+        return gr.skip()
+    background = composite = Image.open(picture_file(request.picture)).convert("RGBA")
+    layers = []
+    if request.mask:
+        mask = Image.open(picture_file(request.mask)).convert("L")
+        layers = [Image.new("RGBA", mask.size)]
+        layers[0].paste(BRUSH, mask=mask)
+        composite = Image.alpha_composite(background, layers[0])
+    return {"background": background, "layers": layers, "composite": composite}
 
 
-def launched(page: Page, port: int | None = None) -> str:
-    """Serve a page in threads of this process, to this machine alone, and return its address."""
-    system = ("system-ui", "sans-serif")  # the usual ones are files of their own
+def launch(page: Page, port: int | None = None) -> str:
+    """Serve a page to this machine in threads of this process, and return its address."""
+    system = ("system-ui", "sans-serif")  # gradio's own fonts would be fetched
     theme = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=system, font_mono=("ui-monospace", "monospace")
-    ).set(  # darker than usual, to be read by everybody
+    ).set(  # darker than the defaults, for a contrast of at least 4.5
         body_text_color_subdued="*neutral_600",
         block_info_text_color="*neutral_600",
         block_label_text_color="*neutral_700",
@@ -367,11 +335,5 @@ def launched(page: Page, port: int | None = None) -> str:
 def serve(model: str, port: int | None) -> None:
     """Serve a page until Ctrl-C."""
     page = Page(model, Session())
-    print(f"negtome is at {launched(page, port)} (Ctrl-C ends it)", flush=True)
+    print(f"negtome is at {launch(page, port)} (Ctrl-C ends it)", flush=True)
     page.blocks.block_thread()
-
-
-#: On a narrow screen the images stand above all controls.
-_TO_RESULTS = "() => { if (innerWidth < 900) document.getElementById('nt-right').scrollIntoView(); }"
-#: A reload of the page finds its settings and its run in the address.
-_ADDRESS = "(link, job) => { if (link) history.replaceState(null, '', link + (job ? `&job=${job}` : '')); }"

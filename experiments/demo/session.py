@@ -1,7 +1,6 @@
-"""What happens when somebody asks for images: a pipeline is loaded once, runs are queued, shown step by step, stopped.
+"""Run requests: load a pipeline once, queue runs, show every step, and stop.
 
-Nothing here knows the page. `Session.run` yields a `State` whenever there is something new to show, the last of which
-is "done", "stopped" or "failed".
+`Session.run` yields a `State` whenever there is something new to show; the last is "done", "stopped" or "failed".
 """
 
 import logging
@@ -26,7 +25,7 @@ from eval.resemblance import similarities
 from experiments import project_path
 from experiments.configs import build
 from experiments.demo import models
-from experiments.demo.asked import MODES, Asked, kept, split
+from experiments.demo.request import GenerationRequest, picture_file, split_prompt
 from experiments.demo.watch import Pushed, Steps, Stopped, Watch, pictures, stoppable, token_grid
 from experiments.prompts import ConsecutiveGroup
 from experiments.runs import catalogue
@@ -35,13 +34,13 @@ from negtome.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-#: Baselines that are kept, the last ones.
-KEPT = 16
-#: Share of the baseline's CLIPScore below which images are said to show something else. It was chosen on the emoji
-#: artwork of models/mini-reference, scored by mini-clip (tests/experiments/test_demo.py). Relative to four images of
-#: the prompt's category, 99.9 % of other four score more, and 95 % of the other categories less. The rest are pairs
-#: such as dog and animal, where both prompts are right.
-STILL_SHOWN = 0.6
+#: Number of baselines that are kept.
+MAX_BASELINES = 16
+#: A visitor is warned of images with less than this share of the baseline's CLIPScore. We chose it on the emoji artwork
+#: of models/mini-reference, scored by mini-clip (tests/experiments/test_demo.py): compared with four images of the
+#: prompt's category, 99.9 % of other four images score more, and 95 % of the other categories less. The other 5 % are
+#: pairs such as dog and animal, where both prompts are right.
+MIN_CLIP_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,19 @@ class Row:
 
     Attributes:
         name: of the method, as in conf/method.
-        title: for people.
-        setup: its hyperparameter, for people; "" where the recipe has all settings.
-        images: in the order of their seeds; empty where `refused`.
-        seeds: of the images, where the method chose other ones than the recipe's.
+        title: of the method, for people.
+        setup: its hyperparameter; "" if the recipe has all settings.
+        images: by seed; empty if `refused`.
+        seeds: of the images, if the method chose other seeds than the recipe's.
         seconds: that the pipeline took, without the previews.
         kept: whether the images are those of an earlier run.
-        distance: 1 - mean cosine similarity over the pairs of images; None of a single one, or without a scorer.
-        clip: mean CLIPScore; None without a scorer.
-        similarity: mean cosine similarity to the reference image, in [-1, 1]; None without one, or without a scorer.
-        pushed: where and when tokens were pushed; None where that was not watched.
-        tokens: how many were pushed; None of a method that pushes none.
-        warning: why the images are probably not what the prompt asks for; "" where they may well be.
-        refused: why there are no images.
+        distance: 1 - mean pairwise cosine similarity; None for a single image, or without an evaluation encoder.
+        clip: mean CLIPScore; None without an evaluation encoder.
+        similarity: mean cosine similarity to the reference image; None without one, or without an evaluation encoder.
+        pushed: where and when tokens were pushed; None if that was not observed.
+        tokens: number of pushed tokens; None for a method that pushes none.
+        warning: why the images probably do not show the prompt, or "".
+        refused: why there are no images, or "".
     """
 
     name: str
@@ -83,24 +82,26 @@ class Row:
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is.
+    """The state of a run.
 
     Attributes:
-        kind: "failed" is of what cannot be made, and of machines; `text` says what is so and `advice` what to do.
-        asked: with the model that is used, which is another one than was asked for where weights are missing.
-        recipe: what decides the images, once it is known.
-        rows: the finished ones; the first is the baseline.
-        title: of the row that is being made.
+        kind: "failed" also for a request that cannot be run.
+        text: one sentence on the state.
+        request: with the model that is used, which differs from the visitor's if weights are missing.
+        advice: what the visitor can do, or "".
+        recipe: of the images; None at first.
+        rows: the finished rows; the first is the baseline.
+        title: of the row in progress.
         step, steps: of its current call of the pipeline.
-        preview: what it predicts by now.
-        notes: what has to be known of the result: missing weights, warnings of the library.
-        scorer: by what it is measured, or what is missing for that.
-        seconds: by the clock, since the run was asked for: with waiting, loading, previews and measuring.
+        preview: the images that the last step predicts.
+        notes: missing weights and warnings of the library.
+        encoder: what measures the images, or why nothing does.
+        seconds: wall-clock time since the request.
     """
 
     kind: Literal["queued", "loading", "working", "done", "stopped", "failed"]
     text: str
-    asked: Asked
+    request: GenerationRequest
     advice: str = ""
     recipe: Recipe | None = None
     rows: tuple[Row, ...] = ()
@@ -109,7 +110,7 @@ class State:
     steps: int = 0
     preview: tuple[Image.Image, ...] = ()
     notes: tuple[str, ...] = ()
-    scorer: str = ""
+    encoder: str = ""
     seconds: float = 0.0
 
 
@@ -117,22 +118,22 @@ class Session:
     """One pipeline, and the runs that share it.
 
     Args:
-        preview_share: of a run's time that its previews may take, in [0, 1].
+        preview_share: share of a run's time that its previews may take, in [0, 1].
         clock: returns seconds.
     """
 
     def __init__(self, preview_share: float = 0.1, clock: Callable[[], float] = time.perf_counter) -> None:
         self.preview_share, self.clock = preview_share, clock
         self.preview_costs: dict[Any, float] = {}
-        self.turn = threading.Lock()  # held by the run that is going on
-        self.loaded: tuple[models.Model, Any, models.Memory] | None = None
+        self.turn = threading.Lock()  # held by the run in progress
+        self.loaded: tuple[models.Model, Any, models.MemoryPlan] | None = None
         self.measured: tuple[str, Measure] | None = None
         self.baselines: OrderedDict[Recipe, Row] = OrderedDict()
 
-    def run(self, asked: Asked, stop: threading.Event) -> Iterator[State]:
-        """Make what is asked for; set `stop`, and it ends before the next step. A generator closed does the same."""
+    def run(self, request: GenerationRequest, stop: threading.Event) -> Iterator[State]:
+        """Run a request in a thread of its own; if `stop` is set or the iterator closed, it ends before a step."""
         states: queue.SimpleQueue[State | None] = queue.SimpleQueue()
-        threading.Thread(target=_Run(self, asked, stop, states.put).all, daemon=True).start()
+        threading.Thread(target=_Run(self, request, stop, states.put).run, daemon=True).start()
         try:
             while (state := states.get()) is not None:
                 yield state
@@ -140,18 +141,19 @@ class Session:
             stop.set()
 
     def measure(self, model: models.Model) -> "Measure":
-        """Return what measures a model's images; the last one is kept, for it holds a network."""
+        """Return the measurement of a model's images; the last one is kept, since it holds a network."""
         if self.measured is None or self.measured[0] != model.name:
             self.measured = (model.name, Measure(model))
         return self.measured[1]
 
     def grid(self, name: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """Return the size of a model's images in pixels and in tokens.
+        """Return height and width of a model's images in pixels and in tokens.
 
-        None while that is not known without waiting, or without dropping another model that somebody has loaded.
+        Returns None if that takes waiting, or would drop another model that is loaded.
         """
-        loaded = self.loaded  # once: a run of another thread may drop it at any time
-        if loaded is None and name in models.names() and name.startswith("mini-") and self.turn.acquire(blocking=False):
+        loaded = self.loaded  # read once: a run in another thread may drop it at any time
+        is_embedded = name in models.names() and name.startswith("mini-")
+        if loaded is None and is_embedded and self.turn.acquire(blocking=False):
             try:
                 loaded = self.loaded or self.load(name)
             finally:
@@ -159,130 +161,145 @@ class Session:
         if loaded is None or loaded[0].name != name:
             return None
         model, pipe, _ = loaded
-        size = tuple(model.call.get(side) or _default_side(pipe) for side in ("height", "width"))
-        return size, token_grid(pipe, model.given, size)
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        size = tuple(model.call.get(side) or default for side in ("height", "width"))
+        return size, token_grid(pipe, model.reference_config, size)
 
-    def load(self, name: str) -> tuple[models.Model, Any, models.Memory]:
-        """Return a model with its pipeline; the last one is kept. Where `turn` is held."""
+    def load(self, name: str) -> tuple[models.Model, Any, models.MemoryPlan]:
+        """Return a model with its pipeline, which stays loaded; the caller holds `turn`."""
         if self.loaded is None or self.loaded[0].name != name:
-            self.loaded = None  # before there are two of them
+            self.loaded = None  # so that two models are never in memory
             model = models.find(name)
             self.loaded = (model, *models.load(model))
         return self.loaded
 
 
 class _Run:
-    """One run, in a thread of its own: what is yielded goes through `emit`, and None ends it."""
+    """One run in a thread of its own; `emit` gets its states and then None."""
 
     def __init__(
-        self, session: Session, asked: Asked, stop: threading.Event, emit: Callable[[State | None], None]
+        self,
+        session: Session,
+        request: GenerationRequest,
+        stop: threading.Event,
+        emit: Callable[[State | None], None],
     ) -> None:
-        self.session, self.asked, self.stop, self._emit = session, asked, stop, emit
-        self.state = State("loading", "", asked)
-        self.began = session.clock()
+        self.session, self.request, self.stop, self._emit = session, request, stop, emit
+        self.state = State("loading", "", request)
+        self.started = session.clock()
         self.steps = Steps(self._step, session.preview_share, session.clock, session.preview_costs)
 
-    def say(self, kind: str, text: str, **changes: Any) -> None:
-        usual = {"advice": "", "preview": (), "title": "", "step": 0, "steps": 0}
-        seconds = self.session.clock() - self.began
-        self.state = replace(self.state, kind=kind, text=text, seconds=seconds, **{**usual, **changes})
+    def update(self, kind: str, text: str, **changes: Any) -> None:
+        """Emit a new state; what belongs to one step is reset unless it is in `changes`."""
+        per_step = {"advice": "", "preview": (), "title": "", "step": 0, "steps": 0}
+        seconds = self.session.clock() - self.started
+        self.state = replace(self.state, kind=kind, text=text, seconds=seconds, **{**per_step, **changes})
         self._emit(self.state)
 
     def note(self, text: str) -> None:
+        """Add a note to the next states."""
         self.state = replace(self.state, notes=(*self.state.notes, text))
 
-    def all(self) -> None:
-        """Wait for the turn and make everything; whatever happens is said."""
+    def run(self) -> None:
+        """Wait for the turn and run the request; every error ends in a state."""
         turn = self.session.turn
         try:
-            self.asked.check()
+            self.request.check()
             if not turn.acquire(blocking=False):
-                self.say("queued", "Queued: another run is going on, and yours starts when it has ended.")
+                self.update("queued", "Queued: another run is in progress, and yours starts after it.")
                 while not turn.acquire(timeout=0.1):
                     if self.stop.is_set():
                         raise Stopped
             try:
-                self._make()
+                self._make_rows()
             finally:
                 turn.release()
         except Stopped:
-            at = f" after step {self.state.step} of {self.state.steps}" if self.state.steps else ""
-            below = "What is finished stays below; " if self.state.rows else ""
-            self.say("stopped", f"Stopped{at}.", advice=f"{below}Generate starts anew.", preview=self.state.preview)
-        except Exception as error:  # whoever looks at the page has no other place to see it
-            if is_out_of_memory(error):
-                self.say("failed", "Out of memory.", advice=self._smaller())
-            else:
-                expected = isinstance(error, (ValueError, RuntimeError, OSError, TypeError))
-                if not expected:
-                    log.exception("a run of the demo failed")
-                self.say("failed", str(error) if expected else f"{type(error).__name__}: {error}")
+            position = f" after step {self.state.step} of {self.state.steps}" if self.state.steps else ""
+            rows = "The finished rows stay below. " if self.state.rows else ""
+            advice = f"{rows}Generate starts a new run."
+            self.update("stopped", f"Stopped{position}.", advice=advice, preview=self.state.preview)
+        except Exception as error:  # a visitor sees errors only on the page
+            self._fail(error)
         finally:
             self._emit(None)
 
-    def _make(self) -> None:
-        model, pipe, memory = self._load()
-        recipe = self.asked.recipe(model)
-        measure = self.session.measure(model)
-        self.state = replace(self.state, recipe=recipe, scorer=measure.words)
-        size = None if recipe.height is None else (recipe.height, recipe.width)
-        reference = _reference(self.asked) if "picture" in MODES[self.asked.mode].controls else None
-        with stoppable(pipe, self.stop), self.steps.of(pipe, size, previews=not memory.offload):
-            self._add(measure.similar(self._baseline(pipe, recipe.without(), measure), reference))
-            for row in self._others(model, pipe, recipe):
-                row = measure.similar(measure(row, recipe.prompt), reference)
-                self._add(replace(row, warning=fallen(row, self.state.rows[0], recipe.prompt)))
-        self.say("done", f"Done: {recipe.images} images a row.")
-
-    def _others(self, model: models.Model, pipe: Any, recipe: Recipe) -> Iterator[Row]:
-        """Make the rows after the baseline, each when it is asked for."""
-        if self.asked.mode == "compare":
-            yield from (self._method(model, pipe, name, recipe) for name in self.asked.methods)
+    def _fail(self, error: Exception) -> None:
+        if is_out_of_memory(error):
+            torch.cuda.empty_cache()
+            images = self.request.images
+            fewer = f"fewer images at a time ({images // 2} instead of {images}), " if images > 1 else ""
+            advice = f"Try {fewer}a smaller model, or close other programs; {models.DEFAULT_MODEL} fits everywhere."
+            self.update("failed", "Out of memory.", advice=advice)
+        elif isinstance(error, (ValueError, RuntimeError, OSError, TypeError)):
+            self.update("failed", str(error))
         else:
-            yield self._pushed(pipe, recipe)
+            log.exception("a run of the demo failed")
+            self.update("failed", f"{type(error).__name__}: {error}")
 
-    def _load(self) -> tuple[models.Model, Any, models.Memory]:
-        name = self.asked.model
+    def _make_rows(self) -> None:
+        model, pipe, memory = self._load()
+        recipe = self.request.recipe(model)
+        measure = self.session.measure(model)
+        self.state = replace(self.state, recipe=recipe, encoder=measure.text)
+        size = None if recipe.height is None else (recipe.height, recipe.width)
+        reference = _reference_image(self.request) if self.request.uses("picture") else None
+        with stoppable(pipe, self.stop), self.steps.of(pipe, size, previews=not memory.offload):
+            baseline = measure.add_similarity(self._baseline(pipe, recipe.without(), measure), reference)
+            self.state = replace(self.state, rows=(baseline,))
+            for row in self._method_rows(model, pipe, recipe):
+                row = measure.add_similarity(measure.add_scores(row, recipe.prompt), reference)
+                row = replace(row, warning=clip_warning(row, baseline, recipe.prompt))
+                self.state = replace(self.state, rows=(*self.state.rows, row))
+        self.update("done", f"Done: {recipe.images} images a row.")
+
+    def _method_rows(self, model: models.Model, pipe: Any, recipe: Recipe) -> Iterator[Row]:
+        if self.request.mode == "compare":
+            yield from (self._method(model, pipe, name, recipe) for name in self.request.methods)
+        else:
+            yield self._negtome(pipe, recipe)
+
+    def _load(self) -> tuple[models.Model, Any, models.MemoryPlan]:
+        name = self.request.model
         if self.session.loaded is None or self.session.loaded[0].name != name:
-            self.say("loading", f"Loading {name}.", advice="It stays loaded: the next run starts at once.")
+            self.update("loading", f"Loading {name}.", advice="It stays loaded: the next run starts at once.")
         try:
             return self.session.load(name)
         except FileNotFoundError as error:
-            if name == models.USUAL:
+            if name == models.DEFAULT_MODEL:
                 raise
-            self.note(f"{error}\nThese images are by {models.USUAL}, the embedded model, instead.")
-            self.asked = replace(self.asked, model=models.USUAL)
-            self.state = replace(self.state, asked=self.asked)
+            self.note(f"{error}\nThese images are by {models.DEFAULT_MODEL}, the embedded model, instead.")
+            self.request = replace(self.request, model=models.DEFAULT_MODEL)
+            self.state = replace(self.state, request=self.request)
             return self._load()
 
     def _step(self, number: int, steps: int, preview: torch.Tensor | None) -> None:
-        shown = self.state.preview if preview is None else pictures(preview)[: self.asked.images]
+        images = self.state.preview if preview is None else pictures(preview)[: self.request.images]
         title = self.state.title
-        self.say("working", f"{title}: step {number} of {steps}.", title=title, step=number, steps=steps, preview=shown)
+        text = f"{title}: step {number} of {steps}."
+        self.update("working", text, title=title, step=number, steps=steps, preview=images)
 
     def _start(self, title: str) -> None:
-        self.say("working", f"{title}: starting.", title=title)
-
-    def _add(self, row: Row) -> None:
-        self.state = replace(self.state, rows=(*self.state.rows, row))
+        self.update("working", f"{title}: starting.", title=title)
 
     def _baseline(self, pipe: Any, recipe: Recipe, measure: "Measure") -> Row:
-        """Return the baseline, which is made once for all that depends on the same."""
-        kept = self.session.baselines
-        if recipe in kept:
-            kept.move_to_end(recipe)
-            return replace(kept[recipe], kept=True)
+        """Return the baseline, from an earlier run if its recipe is the same."""
+        baselines = self.session.baselines
+        if recipe in baselines:
+            baselines.move_to_end(recipe)
+            return replace(baselines[recipe], kept=True)
         self._start("Baseline")
-        made, seconds = self._timed(lambda: generate(pipe, recipe))
-        row = Row("none", "Baseline", images=tuple(made.images), seconds=seconds)
-        row = kept[recipe] = measure(row, recipe.prompt)
-        if len(kept) > KEPT:
-            kept.popitem(last=False)
+        result, seconds = self._timed(lambda: generate(pipe, recipe))
+        row = Row("none", "Baseline", images=tuple(result.images), seconds=seconds)
+        row = baselines[recipe] = measure.add_scores(row, recipe.prompt)
+        if len(baselines) > MAX_BASELINES:
+            baselines.popitem(last=False)
         return row
 
-    def _pushed(self, pipe: Any, recipe: Recipe) -> Row:
+    def _negtome(self, pipe: Any, recipe: Recipe) -> Row:
         self._start("NegToMe")
-        recipe = recipe.replace(**{name: _absolute(getattr(recipe, name)) for name in ("reference", "mask")})
+        files = {name: getattr(recipe, name) for name in ("reference", "mask")}
+        recipe = recipe.replace(**{name: file and str(project_path(file)) for name, file in files.items()})
         watch = Watch()
         with warnings.catch_warnings(record=True) as caught:
             warnings.filterwarnings("always", "NegToMe")
@@ -297,63 +314,55 @@ class _Run:
         return Row("negtome", "NegToMe", images=images, seconds=seconds, pushed=pushed, tokens=tokens)
 
     def _attached(self, pipe: Any, recipe: Recipe, watch: Watch) -> tuple[Image.Image, ...]:
-        if self.asked.mode != "quality":
+        if self.request.mode != "quality":
             return tuple(generate(pipe, recipe, watch.on_step).images)
-        copies = [negtome.Reference(blurred(image, self.asked.blur)) for image in self.state.rows[0].images]
+        copies = [negtome.Reference(blurred(image, self.request.blur)) for image in self.state.rows[0].images]
         with negtome.attach(pipe, recipe.config, references=copies, on_step=watch.on_step):
             return tuple(generate(pipe, recipe.without()).images)
 
     def _method(self, model: models.Model, pipe: Any, name: str, recipe: Recipe) -> Row:
         title = catalogue.entries()[name].title
         self._start(title)
-        _, category = split(recipe.prompt)
+        _, category = split_prompt(recipe.prompt)
         group = ConsecutiveGroup.of(recipe.prompt, category, recipe.seed, recipe.images)
         call = recipe.arguments()
         del call["prompt"], call["num_images_per_prompt"]
         try:
             setup, method = model.setup(name).text, model.method(name)
-            drawn, seconds = self._timed(lambda: method.generate(pipe, group, call))
-        except (ValueError, FileNotFoundError, RuntimeError) as error:  # one that the model cannot have hides no other
+            result, seconds = self._timed(lambda: method.generate(pipe, group, call))
+        except (ValueError, FileNotFoundError, RuntimeError) as error:  # a method that fails hides no other method
             if is_out_of_memory(error):
                 raise
             return Row(name, title, refused=str(error))
-        images = pictures(drawn.images)
-        if all(map(_same, images, self.state.rows[0].images)):
-            changed = f"It changes none of {recipe.images} images of this prompt: they are the baseline's. "
-            return Row(name, title, setup, refused=f"{changed}Choose more images or leave the method out.")
-        tokens = drawn.statistics.get("tokens_pushed")
-        return Row(name, title, setup, images, tuple(drawn.seeds or ()), seconds, tokens=tokens)
+        images = pictures(result.images)
+        if all(map(_is_same, images, self.state.rows[0].images)):
+            unchanged = f"It changes none of {recipe.images} images of this prompt: they are the baseline's. "
+            return Row(name, title, setup, refused=f"{unchanged}Choose more images or leave the method out.")
+        tokens = result.statistics.get("tokens_pushed")
+        return Row(name, title, setup, images, tuple(result.seeds or ()), seconds, tokens=tokens)
 
-    def _timed(self, make: Callable[[], Any]) -> tuple[Any, float]:
+    def _timed(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        """Return a function's result and its seconds without those of the previews."""
         clock = self.session.clock
-        before, start = self.steps.spent, clock()
-        made = make()
-        return made, clock() - start - (self.steps.spent - before)
-
-    def _smaller(self) -> str:
-        torch.cuda.empty_cache()
-        fewer = (
-            f"fewer images at a time ({self.asked.images // 2} instead of {self.asked.images}), "
-            if self.asked.images > 1
-            else ""
-        )
-        return f"Try {fewer}a smaller model, or close what else uses the memory; {models.USUAL} fits everywhere."
+        previews, start = self.steps.spent, clock()
+        result = function()
+        return result, clock() - start - (self.steps.spent - previews)
 
 
 class Measure:
-    """Measures rows by a model's scorer; where its weights are missing, nothing is measured and `words` say so."""
+    """Measures rows with a model's evaluation encoder; without its weights it measures nothing and `text` says so."""
 
     def __init__(self, model: models.Model) -> None:
         encoder = build(model.cfg.scorer)
         facts = encoder.weights()
         self._encoder = encoder if facts.present else None
-        of_own = "this project's own small CLIP of emoji, which says nothing of other images"
-        what = f"{facts.encoder}, {of_own}" if model.cfg.kind == "mini" else facts.encoder
-        self.words = f"Measured by {what}. One group of images has no interval: it is one example, not a measurement."
+        emoji = ", this project's small CLIP of emoji, whose scores of other images mean nothing"
+        name = f"{facts.encoder}{emoji if model.cfg.kind == 'mini' else ''}"
+        self.text = f"Measured by {name}. This is one example, not a measurement: one group has no interval."
         if self._encoder is None:
-            self.words = f"Not measured: the weights of {facts.encoder} are not on this machine. {facts.how_to_get}"
+            self.text = f"Not measured: the weights of {facts.encoder} are not on this machine. {facts.how_to_get}"
 
-    def __call__(self, row: Row, prompt: str) -> Row:
+    def add_scores(self, row: Row, prompt: str) -> Row:
         """Return a row with its mean pairwise distance and its CLIPScore."""
         if self._encoder is None or not row.images:
             return row
@@ -362,53 +371,45 @@ class Measure:
         distance = 1 - float(mean_pairwise_similarity(features)) if len(features) > 1 else None
         return replace(row, distance=distance, clip=clip)
 
-    def similar(self, row: Row, reference: Image.Image | None) -> Row:
+    def add_similarity(self, row: Row, reference: Image.Image | None) -> Row:
         """Return a row with its mean cosine similarity to a reference image, if there is one."""
         if self._encoder is None or not row.images or reference is None:
             return row
-        to = similarities(self._features(row.images), self._features([reference]))
-        return replace(row, similarity=float(to.mean()))
+        similarity = similarities(self._features(row.images), self._features([reference]))
+        return replace(row, similarity=float(similarity.mean()))
 
     def _features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
         return self._encoder.embed_images(pixels)
 
 
-def fallen(row: Row, baseline: Row, prompt: str) -> str:
-    """Return a warning where the CLIPScore fell so far that the images show something else; else ""."""
-    if row.clip is None or not baseline.clip or row.clip >= STILL_SHOWN * baseline.clip:
+def clip_warning(row: Row, baseline: Row, prompt: str) -> str:
+    """Return a warning if the CLIPScore fell so far that the images show something else, or ""."""
+    if row.clip is None or not baseline.clip or row.clip >= MIN_CLIP_SHARE * baseline.clip:
         return ""
     advice = "Bring alpha nearer to 0, raise the threshold or narrow the timestep range. " if row.pushed else ""
     return (
         f"CLIPScore fell from {baseline.clip:.1f} to {row.clip:.1f}: these images probably no longer show “{prompt}”. "
-        f"{advice}(You are warned below {100 * STILL_SHOWN:.0f} % of the baseline's score. In emoji artwork, an image "
-        "paired with another category's prompt scores less than that in 95 % of the pairs.)"
+        f"{advice}(You are warned below {100 * MIN_CLIP_SHARE:.0f} % of the baseline's score. In emoji artwork, an "
+        "image paired with another category's prompt scores less than that in 95 % of the pairs.)"
     )
 
 
-def _reference(asked: Asked) -> Image.Image:
-    """Return the reference image, white where its mask leaves it out."""
-    with Image.open(kept(asked.picture)) as picture:
+def _reference_image(request: GenerationRequest) -> Image.Image:
+    """Return the reference image, white outside of its mask."""
+    with Image.open(picture_file(request.picture)) as picture:
         image = picture.convert("RGB")
-    if asked.mask:
-        with Image.open(kept(asked.mask)) as mask:
+    if request.mask:
+        with Image.open(picture_file(request.mask)) as mask:
             inside = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
         image = Image.composite(image, Image.new("RGB", image.size, "white"), inside)
     return image
 
 
-def _same(one: Image.Image, other: Image.Image) -> bool:
+def _is_same(one: Image.Image, other: Image.Image) -> bool:
     return one.size == other.size and one.tobytes() == other.tobytes()
 
 
-def _default_side(pipe: Any) -> int:
-    return pipe.default_sample_size * pipe.vae_scale_factor
-
-
-def _absolute(file: str | None) -> str | None:
-    return None if file is None else str(project_path(file))
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether something failed for want of memory, of a GPU's or the machine's."""
+    """Tell whether an error comes from a lack of memory, on a GPU or in the machine."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

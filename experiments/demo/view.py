@@ -1,4 +1,4 @@
-"""What the page shows of a state: one piece of HTML, with its pictures in it."""
+"""HTML of a run's state, with its images as data URIs."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.demo.export import address, exports, png
+from experiments.demo.export import data_uri, exports, png
 from experiments.demo.models import Model
 from experiments.demo.session import Row, State
 from experiments.demo.watch import Pushed
@@ -15,128 +15,120 @@ from experiments.tables.templates import render
 from negtome.image_files import image_grid
 from negtome.reference import fit, token_mask
 
-#: Colour of what is pushed, and of what a mask leaves out: Okabe and Ito's orange, and white.
+#: Colour of pushed tokens: Okabe and Ito's orange.
 HOT = (213, 94, 0)
-#: Side of a small picture, in pixels.
+#: Side of a small image, in pixels.
 SMALL = 256
-#: Largest side of a picture on a sheet, in pixels.
-SHEET = 512
+#: Largest side of an image in the image grid, in pixels.
+LARGE = 512
+#: The last preview and its data URIs: a preview stays for several steps.
+_last_preview: tuple[tuple[Image.Image, ...], list[str]] = ((), [])
 
 
 def progress(state: State) -> str:
-    """Return where a run is: a sentence, what to do, a bar, the seconds so far, and what is predicted by now."""
-    preview = _addresses(state.preview)
-    return render("demo/progress.html", state=state, preview=preview, columns=state.asked.images)
-
-
-def _addresses(images: tuple[Image.Image, ...]) -> list[str]:
-    """Return previews as addresses; those of the last call again where its very images are given again."""
-    global _last
-    if _last[0] is not images:
-        _last = images, [address(png(image)) for image in images]
-    return _last[1]
-
-
-#: What `_addresses` was given and returned; a preview stays for several steps.
-_last: tuple[tuple[Image.Image, ...], list[str]] = ((), [])
+    """Return the progress of a run: a sentence, advice, a bar, the seconds so far, and the preview."""
+    global _last_preview
+    if _last_preview[0] is not state.preview:
+        _last_preview = state.preview, [data_uri(png(image)) for image in state.preview]
+    template = "experiments/demo/progress.html"
+    return render(template, state=state, preview=_last_preview[1], columns=state.request.images)
 
 
 def results(state: State, model: Model | None = None) -> str:
-    """Return the images that are there, and once all are, how they differ and what can be taken away."""
-    done = state.kind == "done" and model is not None
-    shown = [row for row in state.rows if not row.refused]
-    asked = replace(state.asked, methods=tuple(row.name for row in shown[1:]))
+    """Return the finished rows; for a run that is done, given its model, also the exports."""
+    exported, grid = [], ""
+    if state.kind == "done" and model is not None:
+        methods = tuple(row.name for row in state.rows[1:] if not row.refused)
+        exported = exports(replace(state.request, methods=methods), state.recipe, model)
+        grid = _image_grid(state)
+    pushed = next((row.pushed for row in state.rows if row.pushed is not None), None)
     return render(
-        "demo/results.html",
+        "experiments/demo/results.html",
         state=state,
-        rows=[_row(state, number, row) for number, row in enumerate(state.rows)],
-        columns=state.asked.images,
-        steps=_bars(next((row.pushed for row in state.rows if row.pushed is not None), None)),
-        numbers=_numbers(state),
-        similar=any(row.similarity is not None for row in state.rows),
-        exports=exports(asked, state.recipe, model) if done else [],
-        sheet=_sheet(state) if done else "",
-        link=state.asked.link(),
+        rows=[_row(state, row) for row in state.rows],
+        columns=state.request.images,
+        steps=_steps(pushed),
+        numbers=[_numbers(row, state.rows[0]) for row in state.rows],
+        has_similarity=any(row.similarity is not None for row in state.rows),
+        exports=exported,
+        grid=grid,
+        link=state.request.link(),
     )
 
 
-def _row(state: State, number: int, row: Row) -> dict[str, Any]:
-    whole = state.asked.mode not in ("quality", "compare")  # else no recipe says it all
-    recipe = state.recipe.without() if number == 0 else state.recipe if whole else None
-    images = [address(png(image, recipe, state.asked.link())) for image in row.images]
-    where = [] if row.pushed is None else list(map(_heat, row.pushed.where, row.images))
-    seeds = list(row.seeds or state.recipe.seeds())
+def _row(state: State, row: Row) -> dict[str, Any]:
+    recipe = state.recipe
+    if row is state.rows[0]:
+        recipe = recipe.without()
+    elif state.request.mode in ("quality", "compare"):
+        recipe = None  # a recipe has neither blurred copies nor other methods
+    link = state.request.link()
+    heat = [] if row.pushed is None else list(map(_heat_map, row.pushed.where, row.images))
     return {
-        "title": row.title, "setup": row.setup, "images": images, "refused": row.refused, "warning": row.warning,
-        "where": where, "seeds": seeds,
+        "title": row.title, "setup": row.setup, "refused": row.refused, "warning": row.warning, "heat_maps": heat,
+        "images": [data_uri(png(image, recipe, link)) for image in row.images],
+        "seeds": list(row.seeds or state.recipe.seeds()),
     }  # fmt: skip
 
 
-def _sheet(state: State) -> str:
-    """Return all rows as one picture, which holds the page's link."""
-    rows = [(row.title, [_small(image, SHEET) for image in row.images]) for row in state.rows if row.images]
-    note = f"{state.recipe.model}, seeds {state.recipe.seed} to {state.recipe.seeds()[-1]}: a column has the same seed"
-    return address(png(image_grid(state.recipe.prompt, rows, note), link=state.asked.link()))
+def _image_grid(state: State) -> str:
+    rows = []
+    for row in state.rows:
+        images = [image.copy() for image in row.images]
+        for image in images:
+            image.thumbnail((LARGE, LARGE))
+        if images:
+            rows.append((row.title, images))
+    seeds = state.recipe.seeds()
+    note = f"{state.recipe.model}, seeds {seeds[0]} to {seeds[-1]}: a column has the same seed"
+    return data_uri(png(image_grid(state.recipe.prompt, rows, note), link=state.request.link()))
 
 
-def _small(image: Image.Image, side: int) -> Image.Image:
-    """Return an image with no side above `side` pixels."""
-    small = image.copy()
-    small.thumbnail((side, side))
-    return small
+def _heat_map(share: torch.Tensor, image: Image.Image) -> str:
+    """Return a pale copy of an image under the shares [h, w] in [0, 1] of pushes."""
+    grey = image.convert("L").resize((SMALL, SMALL))
+    pale = Image.blend(grey, Image.new("L", grey.size, 255), 0.5).convert("RGB")
+    strength = Image.fromarray((150 * share).round().byte().numpy()).resize(grey.size, Image.Resampling.NEAREST)
+    return data_uri(png(Image.composite(Image.new("RGB", pale.size, HOT), pale, strength)))
 
 
-def _heat(share: torch.Tensor, image: Image.Image) -> str:
-    """Return a small pale picture of an image, with the shares [h, w] in [0, 1] of pushes laid over it."""
-    pale = Image.blend(image.convert("L").resize((SMALL, SMALL)), Image.new("L", (SMALL, SMALL), 255), 0.5).convert(
-        "RGB"
-    )
-    strength = Image.fromarray((150 * share).round().byte().numpy()).resize((SMALL, SMALL), Image.Resampling.NEAREST)
-    return address(png(Image.composite(Image.new("RGB", pale.size, HOT), pale, strength)))
-
-
-def _bars(pushed: Pushed | None) -> list[dict[str, Any]]:
-    """Return a bar a step: its height in per cent of the tokens compared, and what it says."""
+def _steps(pushed: Pushed | None) -> list[dict[str, Any]]:
+    """Return each step's share of pushed tokens in percent, and a line about it."""
     bars = []
     for number, step in enumerate(pushed.steps if pushed else (), 1):
+        text = f"{step.pushed} of {step.compared} tokens pushed" if step.active else "outside the timestep range"
         share = 100 * step.pushed / step.compared if step.compared else 0.0
-        said = f"{step.pushed} of {step.compared} tokens pushed" if step.active else "outside the timestep range"
-        bars.append(
-            {"share": share, "active": step.active, "what": f"Step {number}, timestep {step.timestep:.0f}: {said}"}
-        )
+        text = f"Step {number}, timestep {step.timestep:.0f}: {text}"
+        bars.append({"share": share, "active": step.active, "text": text})
     return bars
 
 
-def _numbers(state: State) -> list[dict[str, str]]:
-    """Return the table's rows as texts; after a value, its difference to the baseline."""
-    base, table = (state.rows or (None,))[0], []
-    for row in state.rows:
-        pushed = "-" if row.tokens is None else f"{row.tokens:,}".replace(",", " ")
-        table.append(
-            {
-                "title": row.title,
-                "distance": _beside(row.distance, base.distance, row is base, 3),
-                "clip": _beside(row.clip, base.clip, row is base, 1),
-                "similarity": _beside(row.similarity, base.similarity, row is base, 3),
-                "pushed": pushed,
-                "seconds": "-" if row.refused else f"{row.seconds:.1f}{' (kept)' if row.kept else ''}",
-            }
-        )
-    return table
+def _numbers(row: Row, baseline: Row) -> dict[str, str]:
+    """Return a row of the table as texts."""
 
+    def text(name: str, digits: int) -> str:
+        value, other = getattr(row, name), getattr(baseline, name)
+        if value is None:
+            return "-"
+        change = "" if row is baseline or other is None else f" ({value - other:+.{digits}f})"
+        return f"{value:.{digits}f}{change}"
 
-def _beside(value: float | None, base: float | None, is_base: bool, digits: int) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if is_base or base is None else f"{value:.{digits}f} ({value - base:+.{digits}f})"
+    return {
+        "title": row.title,
+        "distance": text("distance", 3),
+        "clip": text("clip", 1),
+        "similarity": text("similarity", 3),
+        "pushed": "-" if row.tokens is None else f"{row.tokens:,}".replace(",", " "),
+        "seconds": "-" if row.refused else f"{row.seconds:.1f}{' (kept)' if row.kept else ''}",
+    }
 
 
 def mask_seen(picture: Image.Image, mask: Image.Image | None, size: tuple[int, int], grid: tuple[int, int]) -> str:
-    """Return a given picture as the tokens see it: brought to the output's size, dimmed where none may be matched.
+    """Return a reference image as the tokens see it: at the output's size, dimmed where no token may be matched.
 
     Args:
         picture: RGB.
-        mask: grey, of its size: above half of full scale is inside; None: all of it is.
+        mask: grey, of the same size; values above 127 are inside; None: all of the image is.
         size: height and width of the output in pixels.
         grid: height and width in tokens.
     """
@@ -144,12 +136,12 @@ def mask_seen(picture: Image.Image, mask: Image.Image | None, size: tuple[int, i
     inside = None if mask is None else torch.from_numpy(np.array(mask.convert("L"))) > 127
     fitted, share = fit(pixels, inside, *size)
     tokens = torch.ones(grid, dtype=torch.bool) if share is None else token_mask(share, *grid).view(grid)
-    shown = Image.fromarray((255 * fitted).round().byte().permute(1, 2, 0).numpy()).resize((SMALL, SMALL))
-    cover = Image.fromarray(np.where(tokens, 255, 56).astype(np.uint8)).resize((SMALL, SMALL), Image.Resampling.NEAREST)
-    ground = Image.new("RGB", shown.size, "white")
+    image = Image.fromarray((255 * fitted).round().byte().permute(1, 2, 0).numpy()).resize((SMALL, SMALL))
+    cover = Image.fromarray(np.where(tokens, 255, 56).astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    dimmed = Image.composite(image, Image.new("RGB", image.size, "white"), cover)
     return render(
-        "demo/mask.html",
-        picture=address(png(Image.composite(shown, ground, cover))),
+        "experiments/demo/mask.html",
+        picture=data_uri(png(dimmed)),
         inside=int(tokens.sum()),
         tokens=tokens.numel(),
         height=grid[0],

@@ -1,4 +1,4 @@
-"""The images of a table's runs, group by group: what is on this machine of them, with the scores of each group."""
+"""The images of a table's runs, group by group, with the scores of each group."""
 
 import itertools
 import logging
@@ -24,7 +24,7 @@ from eval.images import (
 from experiments.figures.style import title
 from experiments.methods.assets import read_assets
 from experiments.plan import first
-from experiments.report.pictures import Pictures, is_elsewhere, kept, reduced
+from experiments.report.pictures import Pictures, is_link, reduced
 from experiments.runs import catalogue
 from experiments.runs.store import RUNS, Run
 from experiments.tables import pages
@@ -32,64 +32,75 @@ from experiments.tables.columns import CALL, ROLES, spelled, words
 
 log = logging.getLogger(__name__)
 
-#: A number of a table has six digits, that of a document all of them.
+#: Relative difference between a number in a table, which has six digits, and the same number in a file of scores.
 ROUNDING = 1e-4
+#: Packages whose versions are shown.
+PACKAGES = ("python", "torch", "diffusers", "transformers")
+
+Group = list[ManifestRow] | list[WithheldRow]
 
 
 def read_runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
-    """Return a table's runs, each with its settings in words and, where its folder is here, its groups and scores."""
-    labels, found = pages.run_labels(frame), []
-    calls = [column for setting in CALL for column in setting.columns]
-    plain = frame[frame["method"] == "none"].drop_duplicates("run_id")
+    """Return the runs of a table with their settings and, for runs on this machine, their groups and scores."""
+    labels = pages.run_labels(frame)
+    runs = []
     for (run_id, model), rows in frame.groupby(["run_id", "model"], sort=False):
-        common = rows.iloc[0]
-        name = title(labels[run_id], common["method"])
-        run, manifest, state, made = Run(outputs / RUNS / run_id), None, "not on this machine", {}
+        row = rows.iloc[0]
+        run, groups, environment, state = Run(outputs / RUNS / run_id), None, {}, "not on this machine"
         if run.complete:
             try:
-                manifest, state, made = _images(run), f"{RUNS}/{run_id}", run.identity["machine"] | run.environment
+                groups, environment = _read_groups(run), run.identity["machine"] | run.environment
+                state = f"{RUNS}/{run_id}"
             except (OSError, ValueError, KeyError) as error:
                 log.warning("The images of %s are left out: %s", run.folder, error)
                 state = "cannot be read"
-        settings = {"model": model, "method": name, "run": run_id}
-        settings |= {one.heading: one.text(common) for one in dict.fromkeys((*CALL, *catalogue.settings()))}
-        settings |= {column: spelled(common[column]) for column in ("device", "commit")}
-        settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
+        label = title(labels[run_id], row["method"])
+        settings = {"model": model, "method": label, "run": run_id}
+        settings |= {one.heading: one.text(row) for one in dict.fromkeys((*CALL, *catalogue.settings()))}
+        settings |= {column: spelled(row[column]) for column in ("device", "commit")}
+        settings |= {package: environment.get(package, "") for package in PACKAGES}
         settings["folder of its images"] = state
-        # What differs from a run by the method alone: the one without, called alike.
-        same = plain[calls].map(spelled).eq(common[calls].map(spelled)).all(axis=1)
-        bases = plain.loc[same & (plain["model"] == model), "run_id"].tolist()
-        found.append(
+        runs.append(
             {
-                "id": run_id, "base": bases[0] if bases and common["method"] != "none" else None,
-                "model": model, "method": common["method"], "title": name, "folder": run.folder, "manifest": manifest,
-                "scores": {} if manifest is None else _scores(run, rows), "settings": settings,
+                "id": run_id, "baseline": _baseline(frame, row), "model": model, "method": row["method"],
+                "title": label, "folder": run.folder, "manifest": groups,
+                "scores": {} if groups is None else _read_scores(run, rows), "settings": settings,
             }
         )  # fmt: skip
-    return found
+    return runs
 
 
-def _images(run: Run) -> dict[str, list[ManifestRow] | list[WithheldRow]]:
-    """Return the rows of a run's images by group; of one that is withheld, the row that says why.
+def _baseline(frame: pd.DataFrame, row: pd.Series) -> str | None:
+    """Return the id of the run that differs from a run only by having no method; None if there is none."""
+    if row["method"] == "none":
+        return None
+    columns = ["model", *(column for setting in CALL for column in setting.columns)]
+    baselines = frame[frame["method"] == "none"]
+    alike = baselines[columns].map(spelled).eq(row[columns].map(spelled)).all(axis=1)
+    return next(iter(baselines.loc[alike, "run_id"]), None)
+
+
+def _read_groups(run: Run) -> dict[str, Group]:
+    """Return the images of a run by group; for a group that is withheld, the row with the reason.
 
     Raises:
-        OSError, ValueError: images are gone, or not the run's own; or the manifest is damaged.
+        OSError, ValueError: images are missing or links, or the manifest is damaged.
     """
     manifest = group_rows(read_manifest(run.folder))
     paths = [run.folder / row.path for rows in manifest.values() for row in rows]
-    if gone := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{len(gone)} images are gone, the first {gone[0]}")
-    if any(is_elsewhere(path, run.folder) for path in paths):
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} images are gone, the first {missing[0]}")
+    if any(is_link(path, run.folder) for path in paths):
         raise ValueError("expected images of its own, got links")
     return manifest | {row.group_id: [row] for row in read_withheld(run.folder)}
 
 
-def _scores(run: Run, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return the values of a run's groups, by primary metric: those that the table's number is the mean of."""
-    found = {}
+def _read_scores(run: Run, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return the primary metrics of a run's groups, if their mean is the number in the table."""
+    scores = {}
     for _, row in rows[rows["primary"].isin(ROLES) & rows["value"].notna()].iterrows():
         path = scores_path(run.folder / METRICS, row["metric"], row["encoder"])
-        if not path.is_file() or is_elsewhere(path, run.folder):
+        if not path.is_file() or is_link(path, run.folder):
             continue
         try:
             document = read_document(path)
@@ -97,77 +108,87 @@ def _scores(run: Run, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
             log.warning("The scores of %s are left out: %s", run.folder, error)
             continue
         if document["aggregate"] != "mean" or not all("value" in group for group in document["groups"]):
-            continue  # of categories, or of the whole set
+            continue  # a score of each category, or of the whole set
         if not np.isclose(document["value"], row["value"], rtol=ROUNDING):
             log.warning("%s is left out: the table has %g, and it %g", path, row["value"], document["value"])
             continue
-        found[row["metric"]] = {group["group"]: group["value"] for group in document["groups"]}
-    return found
+        scores[row["metric"]] = {group["group"]: group["value"] for group in document["groups"]}
+    return scores
 
 
 def gallery(
-    name: str, model: str, runs: list[dict[str, Any]], results: Path, pictures: Pictures, limit: int
+    name: str, model: str, runs: list[dict[str, Any]], sheet: Path | None, pictures: Pictures, limit: int
 ) -> dict[str, Any]:
-    """Return what is needed to choose among a model's images."""
+    """Return what the page shows of a model's images.
+
+    Args:
+        name: of the table.
+        model: of the runs.
+        runs: as `read_runs` returns them.
+        sheet: an image grid in results/, shown if no run is on this machine.
+        pictures: to which the images are added.
+        limit: the largest number of groups.
+    """
     here = [run for run in runs if run["manifest"] is not None]
-    everything = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
-    # A group keeps its number, and so its address, however many others are shown.
-    numbers = {group: number for number, group in enumerate(spread(everything, len(everything)), 1)}
-    pushed = any(_shown(rows) and rows[0].references for run in here for rows in run["manifest"].values())
-    assets = _asset_files(model) if pushed else {}
+    rows_of = {group: rows for run in reversed(here) for group, rows in run["manifest"].items()}
+    # The number of a group, and so its address, does not depend on the limit.
+    numbers = {group: number for number, group in enumerate(spread(rows_of, len(rows_of)), 1)}
+    assets = _asset_files(model) if any(map(_uses_references, here)) else {}
     groups = []
-    for group in tqdm(spread(everything, limit), desc=f"{name} {model}", disable=None, leave=False):
-        row = everything[group][0]
-        asset = None
+    for group in tqdm(spread(rows_of, limit), desc=f"{name} {model}", disable=None, leave=False):
+        row, asset = rows_of[group][0], None
         if row.category in assets:
             asset = pictures.put(reduced(load_picture(assets[row.category])), "webp")
-        shown = [_strip(run, group, here, pictures) for run in here]
+        strips = [_strip(run, group, here, pictures) for run in here]
         address = f"{name}/{model}/{numbers[group]}"
-        groups.append({"address": address, "row": row, "asset": asset, "runs": shown})
-    picture = None
-    for sheet in kept(results, f"{name}_grid_{model}"):
-        if not here and not is_elsewhere(sheet, results):
-            what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
-            picture = pictures.copy(sheet, what)
+        groups.append({"address": address, "row": row, "asset": asset, "runs": strips})
+    figure = None
+    if sheet is not None and not here:
+        figure = pictures.copy(
+            sheet, f"a choice of the images of {model}, one row a prompt, one block of columns a method"
+        )
     return {
-        "model": model, "runs": runs, "n_groups": len(everything), "sheet": picture, "groups": groups,
-        "has_images": bool(picture or groups),
-        "metrics": list(dict.fromkeys(metric for run in here if run["base"] for metric in run["scores"])),
+        "model": model, "runs": runs, "n_groups": len(rows_of), "sheet": figure, "groups": groups,
+        "metrics": list(dict.fromkeys(metric for run in here if run["baseline"] for metric in run["scores"])),
         "single": max((len(run["images"]) for group in groups for run in group["runs"]), default=0) == 1,
     }  # fmt: skip
 
 
 def _strip(run: dict[str, Any], group: str, here: list[dict[str, Any]], pictures: Pictures) -> dict[str, Any]:
-    """Return what a run has of a group: its images or why there are none, and its scores beside those without."""
-    found = run["manifest"].get(group, [])
-    rows = _shown(found)
-    base = next((number for number, other in enumerate(here) if other["id"] == run["base"]), None)
+    """Return a run's images of a group, or the reason why there are none, and its scores against the baseline's."""
+    rows = run["manifest"].get(group, [])
+    images = _images(rows)
+    baseline = next((number for number, other in enumerate(here) if other["id"] == run["baseline"]), None)
     scores, changes = [], {}
     for metric, values in run["scores"].items():
-        if (value := values.get(group)) is None:
+        if group not in values:
             continue
-        before = None if base is None else here[base]["scores"].get(metric, {}).get(group)
-        text = f"{value:.3g}"
+        text, before = f"{values[group]:.3g}", None
+        if baseline is not None:
+            before = here[baseline]["scores"].get(metric, {}).get(group)
         if before is not None:
-            changes[metric] = value - before
-            text += f" ({value - before:+.2g})"
+            changes[metric] = values[group] - before
+            text += f" ({changes[metric]:+.2g})"
         scores.append({"label": words(metric), "text": text})
     return {
-        "title": run["title"], "method": run["method"], "base": base,
-        "images": [pictures.tile(run["folder"] / row.path) for row in rows],
-        "references": rows[0].references if rows else None,
-        "withheld": found[0] if found and not rows else None,
+        "title": run["title"], "method": run["method"], "baseline": baseline,
+        "images": [pictures.tile(run["folder"] / row.path) for row in images],
+        "references": images[0].references if images else None,
+        "withheld": rows[0] if rows and not images else None,
         "scores": scores, "changes": changes,
     }  # fmt: skip
 
 
-def _shown(rows: list[Any]) -> list[ManifestRow]:
-    """Return the images of a group's rows."""
+def _images(rows: Group) -> list[ManifestRow]:
     return [row for row in rows if isinstance(row, ManifestRow)]
 
 
-def spread(groups: dict[str, list[Any]], limit: int) -> list[str]:
-    """Return at most `limit` groups: the first of every category, then the second of every one, and so on."""
+def _uses_references(run: dict[str, Any]) -> bool:
+    return any(row.references for rows in run["manifest"].values() for row in _images(rows)[:1])
+
+
+def spread(groups: dict[str, Group], limit: int) -> list[str]:
+    """Return at most `limit` groups: the first of every category, then the second of every category, and so on."""
     by_category: dict[str, list[str]] = {}
     for group in sorted(groups):
         by_category.setdefault(groups[group][0].category, []).append(group)
@@ -177,9 +198,9 @@ def spread(groups: dict[str, list[Any]], limit: int) -> list[str]:
 
 
 def _asset_files(model: str) -> dict[str, Path]:
-    """Return one picture of every protected asset that is configured for a model, as `experiments.plot` shows them."""
+    """Return one image of every protected concept that is configured for a model."""
     try:
         assets = read_assets(first([f"model={model}"]).model.copyright.guidance)
     except (HydraException, OSError, ValueError):
-        return {}  # of a model or a folder that is not here
+        return {}  # the model or its folder of concepts is not here
     return {asset.name: asset.file for asset in reversed(assets)}

@@ -2,9 +2,9 @@
 
     python -m experiments notebooks [NAME ...]
 
-NAME is a file of notebooks/ without its ending, such as quickstart; without a name, all of them run. It needs the extra
-`notebooks`: pip install -e '.[notebooks]'. Cells run top to bottom, in the notebook's folder, as a kernel runs them,
-but in this process. Equal tables give equal files.
+NAME is a file in notebooks/ without its ending, such as quickstart (default: all). It needs the extra `notebooks`:
+pip install -e '.[notebooks]'. Cells run top to bottom, as a kernel runs them, but in this process and in the
+notebook's folder. Equal tables give equal files.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -34,35 +34,36 @@ except ModuleNotFoundError as error:
     ) from error
 
 FOLDER = PROJECT / "notebooks"
-#: Kinds of outputs that are kept, as far as a value has them; pages and GitHub show the last of them that they know.
-KEPT = ("text/plain", "text/html", "image/png", "image/jpeg")
+#: Kinds of outputs that are kept; pages and GitHub show the last kind that they know.
+KINDS = ("text/plain", "text/html", "image/png", "image/jpeg")
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Run a notebook's code and return the notebook with its outputs, in the folder where the process is."""
-    names: dict[str, Any] = {}
+    """Run a notebook's code in the current folder and return the notebook with its outputs."""
+    variables: dict[str, Any] = {}
     for count, cell in enumerate([cell for cell in notebook.cells if cell.cell_type == "code"], start=1):
         body = ast.parse(cell.source).body
         last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(ast.Module(body, []), cell.id, "exec"), names)
-            value = last and eval(compile(ast.Expression(last.value), cell.id, "eval"), names)
+            exec(compile(ast.Module(body, []), cell.id, "exec"), variables)
+            value = last and eval(compile(ast.Expression(last.value), cell.id, "eval"), variables)
         cell.execution_count, cell.outputs = count, []
         if text := printed.getvalue():
             cell.outputs.append(new_output("stream", name="stdout", text=text))
         if value is not None:
-            cell.outputs.append(new_output("execute_result", data=shown(value), execution_count=count))
+            cell.outputs.append(new_output("execute_result", data=_display(value), execution_count=count))
     return notebook
 
 
-def shown(value: Any) -> dict[str, str]:
-    """Return what a kernel shows of a value, by its kinds."""
-    data, _ = DisplayFormatter().format(value, include=KEPT)
+def _display(value: Any) -> dict[str, str]:
+    """Return what a kernel shows of a value, by kind of output."""
+    data, _ = DisplayFormatter().format(value, include=KINDS)
     if len(data) > 1:
-        del data["text/plain"]  # which is for terminals
-    return {
-        kind: base64.b64encode(one).decode() + "\n" if isinstance(one, bytes) else one for kind, one in data.items()
-    }
+        del data["text/plain"]  # a fallback for terminals
+    for kind, content in data.items():
+        if isinstance(content, bytes):
+            data[kind] = base64.b64encode(content).decode() + "\n"
+    return data
 
 
 def refresh(file: Path) -> Path:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the named notebooks, by default all, and print their paths.
 
     Raises:
-        ValueError: notebooks/ has no notebook of a name; none is run then.
+        ValueError: there is no notebook of a name; then none is run.
     """
     names = sorted(file.stem for file in FOLDER.glob("*.ipynb"))
     if unknown := [name for name in argv if name not in names]:

@@ -95,7 +95,7 @@ filter.elements.unfold.addEventListener("click", () => fold(true));
 filter.elements.fold.addEventListener("click", () => fold(false));
 filter.hidden = false;
 
-// The lightbox: an image over the same noise without the method, and how much of each is to be seen.
+// The lightbox: an image over the baseline's of the same seed, and a slider between the two.
 const dialog = document.querySelector("dialog"), part = (selector) => dialog.querySelector(selector);
 const pair = part(".pair"), slider = part("input"), before = new Image(), after = new Image();
 pair.prepend(before, after);
@@ -112,7 +112,7 @@ function compared(group) {
   return pushed.length ? pushed : strips;
 }
 const without = (strip) => {
-  const base = strip.dataset.base && strip.parentElement.querySelector(`[data-run="${strip.dataset.base}"]`);
+  const base = strip.dataset.baseline && strip.parentElement.querySelector(`[data-run="${strip.dataset.baseline}"]`);
   return base && tiles(base).length ? base : null;
 };
 const large = (link) => link.dataset.full ?? link.querySelector("img").src;

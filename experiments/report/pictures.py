@@ -1,4 +1,4 @@
-"""The pictures of a page: beside it, each named after its content, or within it."""
+"""Files of a folder of results, and the images of a page: beside the page, or within it."""
 
 import base64
 import hashlib
@@ -13,59 +13,74 @@ from eval.images import load_picture
 
 log = logging.getLogger(__name__)
 
-#: Folder of a page's pictures, beside it.
+#: Folder of a page's images, beside it.
 PICTURES = "pictures"
-#: Of a reduced image, in pixels; smaller ones keep their size.
+#: Largest side of a reduced image, in pixels.
 SIDE = 256
-#: What a browser calls the kinds of pictures.
+#: Subtypes of image/ that are not called as the ending of their files.
 TYPES = {"svg": "svg+xml"}
 
 
-def kept(folder: Path, stem: str = "*") -> list[Path]:
-    """Return the pictures kept beside tables, by name; of a sheet the WebP, where an older PNG lies beside it."""
-    found = {file.stem: file for kind in ("png", "webp") for file in folder.glob(f"{stem}.{kind}")}
-    return [found[name] for name in sorted(found)]
+def result_files(results: Path, *endings: str) -> dict[str, Path]:
+    """Return the files of a folder of results by name, such as diversity or diversity_grid_mini-flux.
+
+    Links are left out and logged. All reading of paths in results/ goes through this function.
+
+    Args:
+        results: the folder.
+        endings: of the files' names, such as csv; of two files with one name, that with the later ending is taken.
+    """
+    files = {file.stem: file for ending in endings for file in results.glob(f"*.{ending}")}
+    return {name: files[name] for name in sorted(files) if not is_link(files[name], results)}
+
+
+def is_link(file: Path, folder: Path) -> bool:
+    """Tell whether a file in a folder is a link or in a linked folder, which may be private, and log it."""
+    linked = file.resolve() != folder.resolve() / file.relative_to(folder)
+    if linked:
+        log.warning("%s is left out: it is a link, and what it links to may not be meant for others", file)
+    return linked
 
 
 class Pictures(dict[str, bytes]):
-    """What lies beside a page, by names that are made of the contents.
+    """The images of a page by the names of their files, which are made of their contents.
 
-    None takes another's place: a page of before stays whole until the new one replaces it, and whoever is killed or
-    comes second leaves a whole page.
+    No file replaces another: if the process is killed, or two write at once, the page that is there stays complete.
 
     Args:
-        inline: put the pictures into the page instead, as data URIs; then nothing lies beside it.
+        inline: put the images into the page as data URIs; then no files lie beside it.
     """
 
     def __init__(self, inline: bool = False) -> None:
         super().__init__()
         self.inline = inline
 
-    def put(self, content: bytes, kind: str) -> str:
-        """Take a picture of a kind, such as png; return its address on the page."""
+    def put(self, content: bytes, ending: str) -> str:
+        """Add an image and return its address on the page."""
         if self.inline:
-            return f"data:image/{TYPES.get(kind, kind)};base64,{base64.b64encode(content).decode()}"
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
+            return f"data:image/{TYPES.get(ending, ending)};base64,{base64.b64encode(content).decode()}"
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{ending}"
         self[name] = content
         return f"{PICTURES}/{name}"
 
-    def plate(self, content: bytes, kind: str, size: tuple[float, float], what: str) -> dict[str, Any]:
-        """Take a picture that stands by itself, of so many pixels; return it as the template wants it."""
+    def figure(self, content: bytes, ending: str, size: Any, alt: str, name: str = "") -> dict[str, Any]:
+        """Add a figure of a size in pixels and return its facts for the template."""
         width, height = map(round, size)
-        return {"file": self.put(content, kind), "alt": what, "width": width, "height": height}
+        return {"file": self.put(content, ending), "alt": alt, "width": width, "height": height, "name": name}
 
-    def copy(self, file: Path, what: str) -> dict[str, Any]:
-        return self.plate(file.read_bytes(), file.suffix[1:], load_picture(file).size, what)
+    def copy(self, file: Path, alt: str) -> dict[str, Any]:
+        """Add a file as a figure."""
+        return self.figure(file.read_bytes(), file.suffix[1:], load_picture(file).size, alt)
 
     def tile(self, file: Path) -> dict[str, str | None]:
-        """Take an image of a group: a reduced copy and, where that is smaller than the image, one of its own size."""
+        """Add an image of a group: a reduced copy, and a full one if the image is larger than that."""
         image = load_picture(file)
-        large = max(image.size) > SIDE
-        return {"file": self.put(reduced(image), "webp"), "full": self.put(_webp(image), "webp") if large else None}
+        is_large = max(image.size) > SIDE
+        return {"file": self.put(reduced(image), "webp"), "full": self.put(_webp(image), "webp") if is_large else None}
 
 
 def reduced(image: Image.Image) -> bytes:
-    """Return a copy of an image, of at most `SIDE` pixels a side."""
+    """Return a WebP copy of an image with at most `SIDE` pixels a side."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return _webp(small)
@@ -75,11 +90,3 @@ def _webp(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="webp", quality=90)
     return file.getvalue()
-
-
-def is_elsewhere(file: Path, folder: Path) -> bool:
-    """Tell whether a file within a folder is a link, or in a linked folder, and so may be anybody's; then log it."""
-    linked = file.resolve() != folder.resolve() / file.relative_to(folder)
-    if linked:
-        log.warning("%s is left out: it is a link, and what it links to may not be meant for others", file)
-    return linked

@@ -1,4 +1,4 @@
-"""Pages in a real Chromium: make test-browser. Where there is none, every test is skipped with one line."""
+"""Pages in a real Chromium: make test-browser. Without one, every test is skipped with a line that says why."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NEEDED = "make test-browser needs {}: apt install chromium; pip install -e '.[browser]'"
-#: Of these rules of axe, what is found is an error: the best known of WCAG 2.1, levels A and AA.
+#: Rules of axe that pages must follow: WCAG 2.1, levels A and AA.
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
 
 
@@ -18,12 +18,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def chromium():
-    """The browser, which no test closes."""
+    """The browser of all tests."""
     api = pytest.importorskip("playwright.sync_api", reason=NEEDED.format("playwright"))
-    if not (found := next(filter(None, map(shutil.which, NAMES)), None)):
+    if not (executable := next(filter(None, map(shutil.which, NAMES)), None)):
         pytest.skip(NEEDED.format("a Chromium"))
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -55,15 +55,20 @@ def open_page(chromium):
     assert errors == [], "a script of the page failed"
 
 
-@pytest.fixture
-def check_accessibility():
-    """Fail on what axe finds in a page: `check_accessibility(page)`."""
+@pytest.fixture(scope="session")
+def check_accessibility(chromium):
+    """Fail if axe finds a violation in a page: `check_accessibility(page)`; first, that it finds one in a bad page."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=NEEDED.format("axe-playwright-python"))
 
     def check(page):
-        found = axe.Axe().run(page, options=RULES).response["violations"]
-        if found:
-            lines = [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in found]
+        violations = axe.Axe().run(page, options=RULES).response["violations"]
+        lines = [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in violations]
+        if lines:
             raise AssertionError("\n".join(lines))
 
+    page = chromium.new_page()
+    page.set_content("<html><img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>")
+    with pytest.raises(AssertionError, match="image-alt"):
+        check(page)
+    page.close()
     return check

@@ -1,15 +1,7 @@
-"""The report in a browser: what a click, a key and an address do, on a desk and on a phone.
-
-The pictures of it in docs/images are those of `python -m experiments report` on scored runs of experiment=diversity:
-
-    python tests/browser/test_report_page.py outputs/report/index.html docs/images '#g=diversity/mini-sdxl/3/2/4'
-"""
+"""The report in a browser: what a click, a key and an address do, on a desk and on a phone."""
 
 import io
 import re
-import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from laid_runs import METHODS, PROMPTS, colour, scored_runs
@@ -20,7 +12,7 @@ from experiments import report
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The address of a page of scored runs, of images that are larger than their copies."""
+    """The address of a page of scored runs, whose images are larger than their copies, and of a wide table."""
     folder = tmp_path_factory.mktemp("page")
     scored_runs(folder, size=320)
     rows = [[f"column {n} of many" for n in range(30)], *([f"row {row}", *["1.5"] * 29] for row in range(60))]
@@ -29,7 +21,7 @@ def address(tmp_path_factory):
 
 
 def opened(page):
-    """What stands above the lightbox, once it is open."""
+    """The title of the lightbox, once it is open."""
     page.wait_for_selector("dialog[open]")
     return page.locator("#shown").text_content()
 
@@ -40,27 +32,27 @@ def closed(page):
 
 
 def group(page):
-    """The id of the group that is to be seen."""
-    (found,) = page.locator(".group:visible").evaluate_all("groups => groups.map(one => one.id)")
-    return found
+    """The id of the visible group."""
+    (name,) = page.locator(".group:visible").evaluate_all("groups => groups.map(one => one.id)")
+    return name
 
 
 def pixel(page, across):
-    """The colour at a share of the width of the picture in the lightbox."""
+    """The colour at a share of the width of the image in the lightbox."""
     box = page.locator(".pair").bounding_box()
     with Image.open(io.BytesIO(page.screenshot())) as taken:
         return taken.convert("RGB").getpixel((int(box["x"] + across * box["width"]), int(box["y"] + box["height"] / 2)))
 
 
-def near(found, *arguments):
-    return max(abs(one - other) for one, other in zip(found, colour("mini-sdxl", *arguments), strict=True)) <= 8
+def is_near(pixel, *arguments):
+    return max(abs(one - other) for one, other in zip(pixel, colour("mini-sdxl", *arguments), strict=True)) <= 8
 
 
-#: Addresses: groups are numbered by category and prompt, runs and images from 1.
+#: Addresses of groups, which are numbered by category and prompt from 1.
 BUS, CAT, ODD = "g=diversity/mini-sdxl/1", "g=diversity/mini-sdxl/3", "g=diversity/mini-sdxl/5"
 
 
-def test_an_image_opens_beside_the_one_without_the_method(open_page, address):
+def test_an_image_opens_over_the_baseline_s_and_at_its_own_size(open_page, address):
     page = open_page(address)
     page.locator(".best .tile").nth(5).click()
     odd = PROMPTS["odd"][0]
@@ -69,21 +61,28 @@ def test_an_image_opens_beside_the_one_without_the_method(open_page, address):
     slider = page.get_by_role("slider")
     for value, left in (("100", "none"), ("0", "negtome")):
         slider.fill(value)
-        assert near(pixel(page, 0.4), left, "odd", 0, 1)
+        assert is_near(pixel(page, 0.4), left, "odd", 0, 1)
     slider.fill("50")
-    assert near(pixel(page, 0.25), "none", "odd", 0, 1) and near(pixel(page, 0.75), "negtome", "odd", 0, 1)
+    assert is_near(pixel(page, 0.25), "none", "odd", 0, 1) and is_near(pixel(page, 0.75), "negtome", "odd", 0, 1)
     slider.focus()
     page.keyboard.press("ArrowLeft")
-    assert slider.input_value() == "49" and page.url.endswith(f"#{ODD}/2/2"), "on the slider keys are its own"
+    assert slider.input_value() == "49" and page.url.endswith(f"#{ODD}/2/2"), "keys on the slider move it"
     box = page.locator(".pair").bounding_box()
     page.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 20)
     assert slider.input_value() == "20"
-    # What is without the method is shown below one with it.
+    # The baseline's image is shown under the method's.
     page.goto(f"{address}#{ODD}/1/3")
     assert opened(page) == f"{odd}, seed 0, image 3 of 4: NegToMe"
+    page.wait_for_function("document.querySelector('.pair').getBoundingClientRect().width > 320")
+    page.locator("#shown").click()
+    page.keyboard.press("z")
+    button = page.get_by_role("button", name="Native size")
+    assert page.locator(".pair").bounding_box()["width"] == 320 and button.get_attribute("aria-pressed") == "true"
+    button.click()
+    assert page.locator(".pair").bounding_box()["width"] > 320
 
 
-def test_keys_go_through_images_groups_and_methods_and_close(open_page, address):
+def test_keys_move_through_images_groups_and_methods_and_close(open_page, address):
     page = open_page(address)
     page.locator(".best .tile").last.click()
     page.keyboard.press("ArrowDown")
@@ -109,17 +108,7 @@ def test_keys_go_through_images_groups_and_methods_and_close(open_page, address)
     assert page.evaluate("document.activeElement.className") == "tile" and page.evaluate("scrollY") == 0
 
 
-def test_an_image_is_shown_at_its_own_size(open_page, address):
-    page = open_page(f"{address}#{CAT}/2/1")
-    page.wait_for_function("document.querySelector('.pair').getBoundingClientRect().width > 320")
-    page.keyboard.press("z")
-    button = page.get_by_role("button", name="Native size")
-    assert page.locator(".pair").bounding_box()["width"] == 320 and button.get_attribute("aria-pressed") == "true"
-    button.click()
-    assert page.locator(".pair").bounding_box()["width"] > 320
-
-
-def test_an_address_opens_what_it_names_and_back_goes_back(open_page, address):
+def test_an_address_opens_its_group_or_image_and_back_goes_back(open_page, address):
     page = open_page(f"{address}#{CAT}")
     assert group(page) == CAT and page.locator("details.section#diversity").get_attribute("open") is not None
     assert page.locator(f"[id='{CAT}']").evaluate("one => one.getBoundingClientRect().top") < 900
@@ -136,7 +125,7 @@ def test_an_address_opens_what_it_names_and_back_goes_back(open_page, address):
     page.go_forward()
     assert "seed 1, image 1 of 4: NegToMe" in opened(page)
     page = open_page(page.url)
-    assert "seed 1, image 1 of 4: NegToMe" in opened(page) and group(page) == second, "sent to somebody else"
+    assert "seed 1, image 1 of 4: NegToMe" in opened(page) and group(page) == second, "in another browser"
     page.keyboard.press("Escape")
     assert closed(page)
     assert page.url.endswith(f"#{second}")
@@ -159,7 +148,7 @@ def test_groups_are_filtered_and_sorted(open_page, address):
     assert listed()[0] == "g=diversity/mini-sdxl/4"
     page.get_by_label("NegToMe, released matching", exact=True).uncheck()
     assert page.locator(".group:visible .strip:visible").count() == len(METHODS) - 1
-    # An address that the filter hides is shown all the same.
+    # An address shows its group although the filter hides it.
     page.locator("select[name=category]").select_option("bus")
     page.evaluate(f"location.hash = '{CAT}'")
     page.wait_for_function(f"!document.getElementById('{CAT}').hidden")
@@ -170,7 +159,7 @@ def visible(page, selector):
     return page.locator(f"{selector}:visible").count()
 
 
-def test_a_query_leaves_the_sections_tables_and_figures_of_that_name(open_page, address):
+def test_a_query_keeps_the_sections_tables_and_figures_of_that_name(open_page, address):
     page = open_page(address)
     sections, tables = page.locator(".section").count(), page.locator(".scroll.table").count()
     field = page.get_by_role("searchbox")
@@ -178,16 +167,16 @@ def test_a_query_leaves_the_sections_tables_and_figures_of_that_name(open_page, 
     assert visible(page, ".section") == 1 and visible(page, "#wide") == 1 and visible(page, ".contents li") == 1
     assert page.locator("output[name=count]").text_content().startswith("1 section, 1 table")
     field.fill("Main Table")
-    assert visible(page, ".scroll.table") == visible(page, ".section") == 1, "what has the name is unfolded"
+    assert visible(page, ".scroll.table") == visible(page, ".section") == 1, "a match is unfolded"
     assert visible(page, "#diversity .plate") == visible(page, "#diversity .gallery") == 0
     field.fill("forest")
-    assert visible(page, ".plate:not(.opening *)") > 0, "a figure is found by the name of its file, too"
+    assert visible(page, ".plate:not(.opening *)") > 0, "a figure is also found by the name of its file"
     field.fill("no such name")
     assert visible(page, ".section") == visible(page, "main > section:not(.opening)") == 0
     assert "Nothing" in page.locator("output[name=count]").text_content()
     page.evaluate("location.hash = 'wide'")
     page.wait_for_function("!document.getElementById('wide').hidden")
-    assert field.input_value() == "", "an address is shown whatever was looked for"
+    assert field.input_value() == "", "an address ends the search"
     field.fill("main table")
     field.fill("")
     assert visible(page, ".section") == sections and page.locator(".section[open]").count() == 1
@@ -197,16 +186,16 @@ def test_a_query_leaves_the_sections_tables_and_figures_of_that_name(open_page, 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1920, 1280, 390])
-def test_it_is_read_at_every_width(width, dark, open_page, address, check_accessibility):
+def test_everybody_can_read_it_at_every_width(width, dark, open_page, address, check_accessibility):
     page = open_page(address, width=width, dark=dark)
     fits = "document.documentElement.scrollWidth <= innerWidth"
     assert page.evaluate(fits)
-    assert page.locator(".best img").first.bounding_box()["y"] < 300, "a picture is what is seen first"
+    assert page.locator(".best img").first.bounding_box()["y"] < 300, "an image is seen first"
     check_accessibility(page)
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     assert page.evaluate(fits)
     check_accessibility(page)
-    # A wide table scrolls by itself, and what says which row and column a number is of stays.
+    # A wide table scrolls by itself, and the names of its rows and columns stay.
     table = page.get_by_role("region", name="all rows of wide")
     table.evaluate("box => { box.scrollLeft = 900; box.scrollTop = 300; }")
     assert page.evaluate(fits) and table.evaluate("box => box.scrollLeft") > 0
@@ -222,12 +211,12 @@ def test_it_is_read_at_every_width(width, dark, open_page, address, check_access
     assert page.locator("dialog").evaluate("one => one.scrollWidth <= innerWidth && one.scrollHeight <= innerHeight")
 
 
-def test_without_a_script_everything_is_there_and_on_paper_what_is_unfolded(open_page, address, chromium):
+def test_without_a_script_everything_is_there_and_paper_shows_what_is_unfolded(open_page, address, chromium):
     page = open_page(f"{address}#diversity")
     page.emulate_media(media="print")
     assert page.locator(".group:visible").count() == 6
     assert page.locator(".chooser:visible, .filter:visible").count() == 0
-    assert page.locator("#diversity details:not([open]):visible").count() == 0, "what is folded stays out"
+    assert page.locator("#diversity details:not([open]):visible").count() == 0, "folded parts are not printed"
     assert page.locator("details.section:visible").count() == 1 and page.locator("main h2:visible").count() == 2
     page.emulate_media(media="screen")
     page.get_by_role("button", name="Unfold all").click()
@@ -243,7 +232,7 @@ def test_without_a_script_everything_is_there_and_on_paper_what_is_unfolded(open
     context.close()
 
 
-def test_in_one_file_it_does_the_same(open_page, tmp_path):
+def test_a_single_file_does_the_same(open_page, tmp_path):
     scored_runs(tmp_path)
     page = report.report(tmp_path / "results", tmp_path / "outputs", tmp_path / "one", single_file=True)
     sent = page.rename(tmp_path / "sent.html")
@@ -253,21 +242,3 @@ def test_in_one_file_it_does_the_same(open_page, tmp_path):
     page.keyboard.press("Escape")
     page.get_by_role("searchbox").fill("no such name")
     assert visible(page, ".section") == 0
-
-
-def shoot(page: Path, into: Path, image: str) -> None:
-    """Take the pictures of a page in docs/images: its top at 1280 pixels, and an image, by its address, at 390."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for width, height, address in ((1280, 900, ""), (390, 844, image)):
-            tab = browser.new_page(viewport={"width": width, "height": height})
-            tab.goto(page.resolve().as_uri() + address, timeout=300_000)
-            with Image.open(io.BytesIO(tab.screenshot(timeout=300_000))) as taken:
-                taken.save(into / f"report_{width}.webp", quality=70, method=6)
-        browser.close()
-
-
-if __name__ == "__main__":
-    shoot(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,4 +1,4 @@
-"""The demo without its page: what a session makes, says and stops; and what a visitor takes away."""
+"""The demo without its page: what a session makes, reports and stops; and its exports."""
 
 import ast
 import contextlib
@@ -11,7 +11,6 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
@@ -23,17 +22,17 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import negtome
-from eval.alignment import clip_score
-from eval.images import load_picture, read_manifest
+from eval.alignment import ClipScore, clip_score
+from eval.diversity import PairwiseDistance
+from eval.images import blurred, load_picture, read_manifest
 from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.configs import build
-from experiments.demo import asked as asking
-from experiments.demo import models, session, view, watch
-from experiments.demo.asked import MODES, Asked, keep, split
+from experiments.demo import models, request, session, view, watch
 from experiments.demo.export import exports, png
 from experiments.demo.jobs import Job, Jobs
-from experiments.demo.session import Session, blurred
+from experiments.demo.request import MODES, GenerationRequest, save_picture, split_prompt
+from experiments.demo.session import Session
 from experiments.methods.negtome import NegToMe
 from experiments.plan import Plan, expand, first
 from experiments.runs import checkpoints, preflight
@@ -43,37 +42,39 @@ from negtome.generate import GenerationResult, generate
 from negtome.recipe import Recipe
 from negtome.reference import token_mask
 
-FEW = Asked(images=2, steps=2, low=0, threshold=0.5)
+SHORT = GenerationRequest(images=2, steps=2, low=0, threshold=0.5)
 
 
 @pytest.fixture(scope="module")
-def one():
+def loaded():
     """A session that has mini-sdxl loaded; no test changes its pipeline."""
-    made = Session(preview_share=1)
-    made.load("mini-sdxl")
-    return made
+    loaded = Session(preview_share=1)
+    loaded.load("mini-sdxl")
+    return loaded
 
 
 @pytest.fixture
-def kept_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(asking, "PICTURES", tmp_path / "pictures")
+def folder(tmp_path, monkeypatch):
+    """The folder of reference images."""
+    monkeypatch.setattr(request, "PICTURES", tmp_path / "pictures")
     return tmp_path / "pictures"
 
 
-def given(kept_in, **changes):
-    """Ask for what is away from a picture, of which the left half counts."""
+@pytest.fixture
+def away(folder):
+    """A request away from an image, of which the left half counts."""
     picture, mask = Image.new("RGB", (96, 64), "red"), Image.new("L", (96, 64))
     ImageDraw.Draw(picture).ellipse((20, 10, 70, 60), fill="blue")
     ImageDraw.Draw(mask).rectangle((0, 0, 47, 63), fill=255)
-    return replace(FEW, mode="away", picture=keep(picture), mask=keep(mask), **changes)
+    return replace(SHORT, mode="away", picture=save_picture(picture), mask=save_picture(mask))
 
 
-def states(one, asked, stop=None):
-    return list(one.run(asked, stop or threading.Event()))
+def states(loaded, asked):
+    return list(loaded.run(asked, threading.Event()))
 
 
-def ended(one, asked):
-    last = states(one, asked)[-1]
+def result(loaded, asked):
+    last = states(loaded, asked)[-1]
     assert last.kind == "done", last
     return last
 
@@ -82,37 +83,38 @@ def pixels(images):
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_both_rows_are_the_library_s_own_images_whatever_is_watched(one):
-    seen = states(one, FEW)
-    recipe, pipe = seen[-1].recipe, one.loaded[1]
-    made = generate(pipe, recipe)
-    assert np.array_equal(pixels(seen[-1].rows[0].images), pixels(generate(pipe, recipe.without()).images))
-    assert np.array_equal(pixels(seen[-1].rows[1].images), pixels(made.images))
+def saved(folder, name, count=2):
+    return pixels([Image.open(folder / f"{name}-{number}.png") for number in range(count)])
+
+
+def chosen(model):
+    """The published hyperparameters of a model's methods."""
+    return yaml.safe_load((PROJECT / "results" / "peers_grid_chosen.yaml").read_text())[model]
+
+
+def test_both_rows_are_the_library_s_own_images_and_every_step_is_shown(loaded):
+    seen = states(loaded, SHORT)
+    last, pipe = seen[-1], loaded.loaded[1]
+    expected = generate(pipe, last.recipe)
+    assert np.array_equal(pixels(last.rows[0].images), pixels(generate(pipe, last.recipe.without()).images))
+    assert np.array_equal(pixels(last.rows[1].images), pixels(expected.images))
     working = [state for state in seen if state.kind == "working" and state.step]
-    assert [state.step for state in working] == [1, 2, 1, 2] and {state.steps for state in working} == {2}
-    assert all(len(state.preview) == 2 for state in working), "a preview of every image after every step"
-    pushed, summary = seen[-1].rows[1].pushed, made.attached.summary()
+    assert [(state.step, state.steps, len(state.preview)) for state in working] == [(1, 2, 2), (2, 2, 2)] * 2
+    pushed, summary = last.rows[1].pushed, expected.attached.summary()
     assert sum(step.pushed for step in pushed.steps) == summary["tokens_pushed"] > 0
     assert sum(step.compared for step in pushed.steps) == summary["tokens_compared"]
-    assert [step[:2] for step in pushed.steps] == made.attached.steps
+    assert [step[:2] for step in pushed.steps] == expected.attached.steps
     assert pushed.where.shape == (2, 16, 16) and not pushed.where[0].any() and 0 < pushed.where[1].mean() <= 1
-
-
-def test_what_is_measured_is_what_the_harness_measures(one, tmp_path):
-    from eval.alignment import ClipScore
-    from eval.diversity import PairwiseDistance
-
-    row = ended(one, FEW).rows[1]
     encoder = build(models.find("mini-sdxl").cfg.scorer)
-    images = torch.from_numpy(pixels(row.images)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(pixels(last.rows[1].images)).permute(0, 3, 1, 2)
     distance, clip = PairwiseDistance(encoder), ClipScore(encoder)
     distance.update(images[None])
-    clip.update(images, [FEW.prompt] * 2)
-    assert row.distance == pytest.approx(float(distance.compute()), abs=1e-5)
-    assert row.clip == pytest.approx(float(clip.compute()), abs=1e-3)
+    clip.update(images, [SHORT.prompt] * 2)
+    assert last.rows[1].distance == pytest.approx(float(distance.compute()), abs=1e-5)
+    assert last.rows[1].clip == pytest.approx(float(clip.compute()), abs=1e-3)
 
 
-def test_images_without_a_method_are_made_once_for_all_that_they_depend_on(one, monkeypatch):
+def test_a_baseline_is_made_once_for_all_settings_that_it_does_not_depend_on(loaded, monkeypatch):
     calls, blank = [], [Image.new("RGB", (8, 8))]
 
     def painted(pipe, recipe):
@@ -120,104 +122,85 @@ def test_images_without_a_method_are_made_once_for_all_that_they_depend_on(one, 
         return GenerationResult(blank * recipe.images, SimpleNamespace(steps=[]))
 
     monkeypatch.setattr(session, "generate", painted)
-    monkeypatch.setattr(one, "baselines", OrderedDict())
-    ended(one, FEW)
+    monkeypatch.setattr(loaded, "baselines", OrderedDict())
+    result(loaded, SHORT)
     for change in ({"alpha": 0.1}, {"threshold": 0.9}, {"low": 500}, {"matching": "released"}):
         calls.clear()
-        assert ended(one, replace(FEW, **change)).rows[0].kept and len(calls) == 1, change
+        assert result(loaded, replace(SHORT, **change)).rows[0].kept and len(calls) == 1, change
     for change in ({"prompt": "a photo of a cat"}, {"seed": 7}, {"steps": 1}, {"images": 3}):
         calls.clear()
-        assert not ended(one, replace(FEW, **change)).rows[0].kept and len(calls) == 2, change
+        assert not result(loaded, replace(SHORT, **change)).rows[0].kept and len(calls) == 2, change
     for seed in range(20):
-        ended(one, replace(FEW, seed=seed))
-    assert len(one.baselines) == session.KEPT and not ended(one, FEW).rows[0].kept, "the oldest are forgotten"
+        result(loaded, replace(SHORT, seed=seed))
+    assert len(loaded.baselines) == session.MAX_BASELINES
+    assert not result(loaded, SHORT).rows[0].kept, "the oldest are dropped"
 
 
-@pytest.fixture
-def stopped_at(one, monkeypatch):
-    """Run what is asked for and stop it where it has so many rows and is at a step; return its states.
+@pytest.mark.parametrize(("seed", "rows"), [(11, []), (0, ["none"])])
+def test_stop_ends_a_run_before_the_next_step_and_keeps_finished_rows_and_the_preview(loaded, monkeypatch, seed, rows):
+    stop, update = threading.Event(), session._Run.update
 
-    In the run's own thread, which would else be done before it is told.
-    """
+    def stopping(run, *arguments, **changes):
+        """Stop in the run's own thread, which would be done before another thread could."""
+        update(run, *arguments, **changes)
+        if (len(run.state.rows), run.state.step) == (len(rows), 1):
+            stop.set()
 
-    def run(asked, rows, step):
-        stop, say = threading.Event(), session._Run.say
-
-        def stopping(run, *words, **changes):
-            say(run, *words, **changes)
-            if (len(run.state.rows), run.state.step) == (rows, step):
-                stop.set()
-
-        with monkeypatch.context() as patch:
-            patch.setattr(session._Run, "say", stopping)
-            return list(one.run(asked, stop))
-
-    return run
+    with monkeypatch.context() as patch:
+        patch.setattr(session._Run, "update", stopping)
+        *before, last = loaded.run(replace(SHORT, seed=seed), stop)
+    assert last.kind == "stopped" and "after step 1 of 2" in last.text and last.advice
+    assert [row.name for row in last.rows] == rows and before[-1].step == 1
+    assert view.progress(last).count("data:image/png;base64,") == len(last.preview) == 2
+    negtome.attach(loaded.loaded[1]).remove()  # which is refused if the run left anything behind
+    assert not loaded.turn.locked() and result(loaded, SHORT)
 
 
-def test_stop_ends_a_run_before_the_next_step_and_the_pipeline_is_free_again(one, stopped_at):
-    seen = stopped_at(replace(FEW, seed=11), rows=0, step=1)
-    assert seen[-1].kind == "stopped" and "after step 1 of 2" in seen[-1].text and seen[-1].advice
-    assert max(state.step for state in seen[:-1]) == 1 and not seen[-1].rows
-    assert not one.turn.locked() and ended(one, FEW)
-
-
-def test_a_run_that_is_stopped_in_its_second_row_keeps_the_first(one, stopped_at):
-    *_, state = stopped_at(FEW, rows=1, step=1)
-    assert state.kind == "stopped" and [row.name for row in state.rows] == ["none"]
-    negtome.attach(one.loaded[1]).remove()  # which is refused where anything is left
-
-
-def test_a_visitor_who_leaves_ends_the_run(one):
-    stop = threading.Event()
-    run = one.run(replace(FEW, seed=12), stop)
-    next(run)
-    run.close()
-    assert stop.is_set()
-
-
-def test_runs_wait_for_each_other_and_may_be_taken_out_of_the_queue(one):
-    with one.turn:
+def test_runs_wait_for_each_other_and_can_leave_the_queue(loaded):
+    with loaded.turn:
         stop = threading.Event()
-        run = one.run(FEW, stop)
-        first = next(run)
-        assert first.kind == "queued" and "another run" in first.text
+        run = loaded.run(SHORT, stop)
+        assert next(run).kind == "queued"
         stop.set()
         assert [state.kind for state in run] == ["stopped"]
-        waiting = one.run(FEW, threading.Event())
+        waiting = loaded.run(SHORT, threading.Event())
         assert next(waiting).kind == "queued"
+        left = threading.Event()
+        leaving = loaded.run(SHORT, left)
+        next(leaving)
+        leaving.close()
+        assert left.is_set(), "a visitor who leaves ends the run"
     assert [*waiting][-1].kind == "done"
 
 
-def test_missing_weights_are_named_and_the_embedded_model_stands_in(one, tmp_path, monkeypatch):
+def test_missing_weights_are_named_and_the_embedded_model_replaces_them(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    last = ended(one, replace(FEW, model="sd15"))
-    assert last.asked.model == "mini-sdxl" and last.recipe.model == "models/mini-sdxl"
-    assert "stable-diffusion-v1-5" in last.notes[0] and "hf download" in last.notes[0]
-    assert "These images are by mini-sdxl" in last.notes[0]
+    last = result(loaded, replace(SHORT, model="sd15"))
+    assert last.request.model == "mini-sdxl" and last.recipe.model == "models/mini-sdxl"
+    assert all(text in last.notes[0] for text in ("stable-diffusion-v1-5", "hf download", "mini-sdxl"))
     for name in ("./nowhere", "nobody/nothing"):
-        assert name in ended(one, replace(FEW, model=name)).notes[0]
+        assert name in result(loaded, replace(SHORT, model=name)).notes[0]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_without_memory_it_says_what_to_try(one, monkeypatch, error):
+def test_without_memory_the_advice_names_fewer_images(loaded, monkeypatch, error):
     def failing(pipe, recipe):
         raise error
 
     monkeypatch.setattr(session, "generate", failing)
-    last = states(one, replace(FEW, seed=13))[-1]
+    last = states(loaded, replace(SHORT, seed=13))[-1]
     assert last.kind == "failed" and last.text == "Out of memory." and "1 instead of 2" in last.advice
 
 
-def test_the_library_s_own_words_are_shown_where_nothing_is_pushed_or_nothing_can_be(one):
-    last = ended(one, replace(FEW, threshold=0.9999))
+def test_warnings_and_errors_of_the_library_are_shown(loaded):
+    last = result(loaded, replace(SHORT, threshold=0.9999))
     assert any("pushed no token" in note and "lower the threshold" in note for note in last.notes)
-    last = states(one, replace(FEW, low=1, high=2))[-1]
-    assert last.kind == "failed" and "widen the range" in last.text and [row.name for row in last.rows] == ["none"]
+    last = states(loaded, replace(SHORT, low=1, high=2))[-1]
+    assert last.kind == "failed" and "timestep" in last.text and [row.name for row in last.rows] == ["none"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "text"),
     [
         ({"prompt": " "}, "prompt is empty: write"),
         ({"images": 1}, "at least two"),
@@ -230,36 +213,31 @@ def test_the_library_s_own_words_are_shown_where_nothing_is_pushed_or_nothing_ca
         ({"mode": "sharpen"}, "got 'sharpen'"),
     ],
 )
-def test_what_cannot_be_made_is_said_before_anything_is(one, change, said):
-    (state,) = states(one, replace(FEW, **change))
-    assert state.kind == "failed" and said in state.text and not state.rows
+def test_an_impossible_request_fails_before_anything_is_made(loaded, change, text):
+    (state,) = states(loaded, replace(SHORT, **change))
+    assert state.kind == "failed" and text in state.text and not state.rows
 
 
-def test_a_picture_and_its_mask_are_what_the_library_gets(one, kept_in):
-    last = ended(one, given(kept_in, images=1))
-    picture, mask = (kept_in / f"{name}.png" for name in (last.asked.picture, last.asked.mask))
+def test_a_reference_image_and_its_mask_are_the_library_s(loaded, folder, away):
+    last = result(loaded, replace(away, images=1))
+    picture, mask = (folder / f"{name}.png" for name in (away.picture, away.mask))
     reference = negtome.Reference(str(picture), mask=str(mask))
-    with negtome.attach(one.loaded[1], last.recipe.config, references=reference):
-        images = generate(one.loaded[1], last.recipe.without()).images
+    with negtome.attach(loaded.loaded[1], last.recipe.config, references=reference):
+        images = generate(loaded.loaded[1], last.recipe.without()).images
     assert np.array_equal(pixels(last.rows[1].images), pixels(images))
     assert last.rows[1].pushed.where.shape == (1, 16, 16) and last.rows[1].distance is None
-
-
-def test_the_mask_is_shown_as_the_tokens_see_it(one, kept_in):
-    asked = given(kept_in)
-    size, grid = one.grid(asked.model)
+    size, grid = loaded.grid(away.model)
     assert (size, grid) == ((128, 128), (16, 16))
-    picture, mask = (Image.open(kept_in / f"{name}.png") for name in (asked.picture, asked.mask))
     # 96 x 64 in a square: a third of the height is margin, and half of the width is inside.
-    inside = token_mask(
-        torch.zeros(128, 128).index_fill_(0, torch.arange(21, 106), 1) * (torch.arange(128) < 64), *grid
-    )
-    assert f"{int(inside.sum())} of 256 (16 x 16)" in view.mask_seen(picture, mask, size, grid)
+    rows = torch.zeros(128, 128).index_fill_(0, torch.arange(21, 106), 1)
+    inside = int(token_mask(rows * (torch.arange(128) < 64), *grid).sum())
+    picture, mask = Image.open(picture), Image.open(mask)
+    assert f"{inside} of 256 (16 x 16)" in view.mask_seen(picture, mask, size, grid)
     assert "0 of 256" in view.mask_seen(picture, Image.new("L", picture.size), size, grid)
 
 
-class Dropped(Session):
-    """Whose model a run of another thread drops as soon as anybody has looked at it."""
+class Dropping(Session):
+    """A session whose model is dropped by another thread as soon as anybody has looked at it."""
 
     @property
     def loaded(self):
@@ -271,90 +249,50 @@ class Dropped(Session):
         self._loaded = loaded
 
 
-def test_a_look_at_a_picture_survives_a_run_that_drops_the_model(one):
-    dropped = Dropped()
-    dropped.loaded = one.loaded
-    assert dropped.grid("mini-sdxl") == one.grid("mini-sdxl") is not None
-
-
-def test_a_look_at_a_picture_drops_no_model_and_waits_for_none(one):
-    before = one.loaded
-    assert one.grid("mini-flux") is None and one.grid("mini-none") is None and one.loaded is before
+def test_a_look_at_a_mask_drops_no_model_waits_for_none_and_survives_a_drop(loaded):
+    before = loaded.loaded
+    assert loaded.grid("mini-flux") is None and loaded.grid("mini-none") is None and loaded.loaded is before
     fresh = Session()
     with fresh.turn:
         assert fresh.grid("mini-sdxl") is None
     # A run that ends between two looks of this one leaves its model behind.
     fresh.turn = SimpleNamespace(acquire=lambda blocking: vars(fresh).update(loaded=before) or True, release=list)
     assert fresh.grid("mini-flux") is None and fresh.loaded is before
+    dropping = Dropping()
+    dropping.loaded = before
+    assert dropping.grid("mini-sdxl") == loaded.grid("mini-sdxl") is not None
 
 
-def test_quality_is_away_from_a_blurred_copy_of_each_image(one):
-    last = ended(one, replace(FEW, mode="quality", blur=0.1, alpha=0.6))
+def test_quality_is_away_from_a_blurred_copy_of_each_image(loaded):
+    last = result(loaded, replace(SHORT, mode="quality", blur=0.1, alpha=0.6))
     copies = [negtome.Reference(blurred(image, 0.1)) for image in last.rows[0].images]
-    with negtome.attach(one.loaded[1], last.recipe.config, references=copies):
-        images = generate(one.loaded[1], last.recipe.without()).images
+    with negtome.attach(loaded.loaded[1], last.recipe.config, references=copies):
+        images = generate(loaded.loaded[1], last.recipe.without()).images
     assert np.array_equal(pixels(last.rows[1].images), pixels(images))
 
 
-def test_methods_are_those_of_the_benchmark_and_one_that_refuses_hides_no_other(one):
-    methods = models.find("mini-sdxl").methods()
-    assert next(iter(methods)) == "negtome" and {"cads", "negtome_released", "best_of"} <= methods.keys()
-    assert not {"shield_reference", "guarded", "contextual_repulsion", "none"} & methods.keys()
-    last = ended(one, replace(FEW, mode="compare", methods=("lower_guidance", "contextual_repulsion", "negtome")))
-    assert [row.name for row in last.rows] == ["none", "lower_guidance", "contextual_repulsion", "negtome"]
-    assert last.rows[2].refused and not last.rows[2].images and len(last.rows[3].images) == 2
-    pipe, config = one.loaded[1], models.find("mini-sdxl").group.replace(alpha=chosen("mini-sdxl")["negtome"])
-    made = generate(pipe, last.recipe.replace(config=config))
-    assert np.array_equal(pixels(last.rows[3].images), pixels(made.images)), "from the same seeds"
-    assert last.rows[3].tokens == made.attached.summary()["tokens_pushed"] > 0 and last.rows[1].tokens is None
-    shown = view.results(last, models.find("mini-sdxl"))
-    assert f"<td>{last.rows[3].tokens:,}</td>".replace(",", " ") in shown and "scale 2.79" in shown
-
-
-def chosen(model):
-    """The published hyperparameters of a model's methods."""
-    return yaml.safe_load((PROJECT / "results" / "peers_grid_chosen.yaml").read_text())[model]
-
-
-@pytest.mark.parametrize("name", ["mini-sdxl", "mini-flux"])
-def test_every_method_has_its_chosen_hyperparameter_and_every_export_the_same_settings(name):
-    model = models.find(name)
-    methods = tuple(model.methods())
-    assert chosen(name).keys() <= {*methods}
-    asked = Asked(mode="compare", model=name, methods=methods, images=3, steps=7, seed=5)
-    recipe = asked.recipe(model)
-    script, commands, overrides = (export.text for export in exports(asked, recipe, model))
-    of_script = next(
-        ast.literal_eval(node.value)
-        for node in ast.walk(ast.parse(script))
-        if isinstance(node, ast.Assign) and node.targets[0].id == "methods"
-    )
-    of_commands = [read_recipe(line) for line in commands.splitlines()]
-    lines = [shlex.split(line)[3:] for line in overrides.splitlines()]
-    assert len(lines) == 1 + len(methods) and list(of_script) == list(methods)
-    assert expand(lines[0])[0].method.name == "none"
-    for method, line in zip(methods, lines[1:], strict=True):
-        shown, (cfg,) = model.method(method), expand(line)
-        assert build(cfg.method).settings() == shown.settings(), method
-        assert build(first([f"model={name}", f"method={method}", *of_script[method]]).method).settings() == (
-            shown.settings()
-        )
-        assert checkpoints.call_arguments(cfg.model) == checkpoints.call_arguments(model.cfg) | {
-            "num_inference_steps": 7
-        }
-        if method in chosen(name):
-            knob = cfg.method.about.knob
-            value = OmegaConf.select(cfg, f"method.{knob.setting}")
-            assert value == chosen(name)[method] and value != OmegaConf.select(cfg, "method.about.knob.nothing")
-        (group,) = build(cfg.prompts).groups()
-        assert (group.prompt, group.image_seeds()) == (asked.prompt, [5, 6, 7])
-        if type(shown) is NegToMe:
-            assert recipe.replace(config=shown.config) in of_commands
+def test_a_compared_method_that_fails_or_changes_nothing_hides_no_other(loaded):
+    titles = models.find("mini-sdxl").methods()
+    assert next(iter(titles)) == "negtome" and {"cads", "negtome_released", "best_of"} <= titles.keys()
+    assert not {"shield_reference", "guarded", "contextual_repulsion", "none"} & titles.keys()
+    methods = ("lower_guidance", "contextual_repulsion", "rewriting", "negtome")
+    last = result(loaded, replace(SHORT, mode="compare", methods=methods))
+    _, lower, failed, unchanged, pushed = last.rows
+    assert [row.name for row in last.rows] == ["none", *methods] and len(lower.images) == 2 and lower.tokens is None
+    assert failed.refused and not failed.images
+    assert chosen("mini-sdxl")["rewriting"] * SHORT.images < 1, "no image of two is rewritten"
+    assert "the baseline's" in unchanged.refused and not unchanged.images
+    config = models.find("mini-sdxl").group_config.replace(alpha=chosen("mini-sdxl")["negtome"])
+    expected = generate(loaded.loaded[1], last.recipe.replace(config=config))
+    assert np.array_equal(pixels(pushed.images), pixels(expected.images)), "from the same seeds"
+    assert pushed.tokens == expected.attached.summary()["tokens_pushed"] > 0
+    html = view.results(last, models.find("mini-sdxl"))
+    assert f"<td>{pushed.tokens:,}</td>".replace(",", " ") in html and "scale 2.79" in html
 
 
 def read_recipe(line):
-    """What a command line of negtome generate would load a model for."""
-    words, recipes = shlex.split(line), []
+    """The recipe that a command line of negtome generate loads a model for."""
+    arguments, recipes = shlex.split(line), []
 
     def load(recipe, *_):
         recipes.append(recipe)
@@ -362,118 +300,153 @@ def read_recipe(line):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("negtome.generate.load", load)
-        assert words[0] == "negtome" and negtome_main(words[1:]) == 2
+        assert arguments[0] == "negtome" and negtome_main(arguments[1:]) == 2
     return recipes[0]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux-dev"])
-def test_no_method_of_a_published_checkpoint_does_nothing(name):
-    model = models.find(name)
+@pytest.mark.parametrize("name", ["mini-sdxl", "flux-dev"])
+def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_has_an_effect(name):
+    model, values = models.find(name), chosen(name) if name.startswith("mini-") else {}
+    assert values.keys() <= model.methods().keys()
     for method in model.methods():
-        cfg = first([f"model={name}", f"method={method}", *model.setup(method).overrides])
-        if knob := OmegaConf.select(cfg, "method.about.knob"):
-            value = OmegaConf.select(cfg, f"method.{knob.setting}")
-            assert value is not None and value != knob.get("nothing"), method
+        spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{method}.yaml").read_text())
+        if (knob := spec.get("about", {}).get("knob")) is None:
+            continue
+        without_effect = knob.get("nothing")
+        if without_effect == "${model.call.guidance_scale}":
+            without_effect = model.call["guidance_scale"]
+        (override,) = model.setup(method).overrides
+        setting, _, value = override.partition("=")
+        assert setting == f"method.{knob['setting']}" and yaml.safe_load(value) != without_effect, method
+        assert yaml.safe_load(value) == values.get(method, yaml.safe_load(value)), method
 
 
-def test_the_exports_of_compared_methods_make_these_very_images(one, tmp_path, monkeypatch):
-    """Methods of settings, of further draws, and of other seeds; by the script and as runs of the benchmark."""
+@pytest.mark.parametrize("name", ["mini-sdxl", pytest.param("mini-flux", marks=pytest.mark.slow)])
+def test_every_export_of_compared_methods_has_their_settings(name):
+    model, methods = models.find(name), ("negtome", "cads", "lower_guidance", "negtome_released")
+    asked = GenerationRequest(mode="compare", model=name, methods=methods, images=3, steps=7, seed=5)
+    recipe = asked.recipe(model)
+    script, commands, overrides = (export.text for export in exports(asked, recipe, model))
+    assignments = [node for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Assign)]
+    of_script = next(ast.literal_eval(node.value) for node in assignments if node.targets[0].id == "methods")
+    of_commands = [read_recipe(line) for line in commands.splitlines()]
+    lines = [shlex.split(line)[4:] for line in overrides.splitlines()]
+    assert len(lines) == 1 + len(methods) and tuple(of_script) == methods
+    assert expand(lines[0])[0].method.name == "none"
+    for method, line in zip(methods, lines[1:], strict=True):
+        shown, (cfg,) = model.method(method), expand(line)
+        scripted = first([f"model={name}", f"method={method}", *of_script[method]]).method
+        assert build(cfg.method).settings() == build(scripted).settings() == shown.settings(), method
+        call = checkpoints.call_arguments(model.cfg) | {"num_inference_steps": 7}
+        assert checkpoints.call_arguments(cfg.model) == call
+        (group,) = build(cfg.prompts).groups()
+        assert (group.prompt, group.image_seeds()) == (asked.prompt, [5, 6, 7])
+        if type(shown) is NegToMe:
+            assert recipe.replace(config=shown.config) in of_commands
+
+
+def run_script(loaded, folder, monkeypatch, text):
+    """Run an exported script in a folder, with the loaded pipeline; return the models that it loads."""
+    loads = []
+    monkeypatch.setattr(
+        "diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: loads.append(model) or loaded.loaded[1]
+    )
+    (folder / "script.py").write_text(text)
+    monkeypatch.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path("script.py")
+    return loads
+
+
+def test_the_exports_of_compared_methods_make_these_very_images(loaded, tmp_path, monkeypatch):
+    """Methods with settings, with further calls, and with other seeds; by the script and as runs of the benchmark."""
     methods = ("negtome", "lower_guidance", "cads", "best_of", "negtome_previous")
-    asked = replace(FEW, mode="compare", methods=methods, seed=3)
-    last = ended(one, asked)
+    last = result(loaded, replace(SHORT, mode="compare", methods=methods, seed=3))
     assert not any(row.refused for row in last.rows)
-    script, _, overrides = (export.text for export in exports(asked, last.recipe, models.find("mini-sdxl")))
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda model, **_: one.loaded[1])
-    (tmp_path / "script.py").write_text(script)
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path("script.py")
-    for row, file in zip(last.rows, ("without", *methods), strict=True):
-        made = [Image.open(f"{file}-{number}.png") for number in range(2)]
-        assert np.array_equal(pixels(made), pixels(row.images)), row.name
-    for row, line in [*zip(last.rows, overrides.splitlines(), strict=True)][:4:3]:  # the baseline, and one that draws
-        words = [*shlex.split(line)[3:], f"outputs={tmp_path}", "device=cpu"]
-        assert main(["generate", *words]) == 0
-        rows = sorted(read_manifest(Run.of(Plan.make(words).runs[-1]).folder), key=lambda row: row.index)
-        made = [Image.open(Run.of(Plan.make(words).runs[-1]).folder / one.path) for one in rows]
-        assert np.array_equal(pixels(made), pixels(row.images)), row.name
+    script, _, overrides = (export.text for export in exports(last.request, last.recipe, models.find("mini-sdxl")))
+    run_script(loaded, tmp_path, monkeypatch, script)
+    for row, name in zip(last.rows, ("without", *methods), strict=True):
+        assert np.array_equal(saved(tmp_path, name), pixels(row.images)), name
+    lines = overrides.splitlines()
+    for number in (0, 3):  # the baseline, and a method with random numbers of its own
+        arguments = [*shlex.split(lines[number])[4:], f"outputs={tmp_path}", "device=cpu"]
+        assert main(["generate", *arguments]) == 0
+        run = Run.of(Plan.make(arguments).runs[-1]).folder
+        rows = sorted(read_manifest(run), key=lambda row: row.index)
+        images = [Image.open(run / row.path) for row in rows]
+        assert np.array_equal(pixels(images), pixels(last.rows[number].images)), last.rows[number].name
 
 
-def test_a_method_that_changes_no_image_says_so_and_shows_none(one):
-    last = ended(one, replace(FEW, mode="compare", methods=("rewriting", "negtome")))
-    assert chosen("mini-sdxl")["rewriting"] * FEW.images < 1, "no image of two is rewritten"
-    assert "the baseline's" in last.rows[1].refused and not last.rows[1].images and last.rows[2].images
+@pytest.mark.parametrize(
+    "mode", ["away", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("diversity", "quality", "towards"))]
+)
+def test_the_script_makes_these_very_images(loaded, away, tmp_path, monkeypatch, mode):
+    last = result(loaded, replace(away, mode=mode, alpha=-0.3 if mode == "towards" else 0.9))
+    script = exports(last.request, last.recipe, models.find("mini-sdxl"))[0].text
+    assert run_script(loaded, tmp_path, monkeypatch, script) == ["models/mini-sdxl"]
+    for row, name in zip(last.rows, ("without", "with"), strict=True):
+        assert np.array_equal(saved(tmp_path, name), pixels(row.images)), name
 
 
-def test_similarity_to_the_reference_image_is_shown_for_both_rows(one, kept_in):
-    asked = given(kept_in)
-    last = ended(one, asked)
+def test_similarity_to_the_reference_image_is_shown_for_both_rows(loaded, folder, away):
+    last = result(loaded, away)
     encoder = build(models.find("mini-sdxl").cfg.scorer)
-    reference = np.array(Image.open(kept_in / f"{asked.picture}.png"))
+    reference = np.array(Image.open(folder / f"{away.picture}.png"))
     reference[:, 48:] = 255  # outside of the mask
     features = encoder.embed_images([torch.from_numpy(reference).permute(2, 0, 1)])
     for row in last.rows:
         images = encoder.embed_images([*torch.from_numpy(pixels(row.images)).permute(0, 3, 1, 2)])
         expected = torch.nn.functional.cosine_similarity(images, features).mean()
         assert row.similarity == pytest.approx(float(expected), abs=1e-5)
-    shown, difference = view.results(last), last.rows[1].similarity - last.rows[0].similarity
-    assert f"{last.rows[0].similarity:.3f}<" in shown and f"({difference:+.3f})" in shown
-    again = ended(one, replace(asked, mask=""))
-    assert again.rows[0].kept and again.rows[0].similarity != last.rows[0].similarity, "a kept row is measured anew"
-    assert ended(one, FEW).rows[1].similarity is None
+    html, change = view.results(last), last.rows[1].similarity - last.rows[0].similarity
+    assert f"{last.rows[0].similarity:.3f}<" in html and f"({change:+.3f})" in html
+    again = result(loaded, replace(away, mask=""))
+    assert again.rows[0].kept and again.rows[0].similarity != last.rows[0].similarity, "a kept row is measured again"
+    assert result(loaded, SHORT).rows[1].similarity is None
 
 
-def test_images_that_show_something_else_come_with_a_warning(one, kept_in):
-    asked = Asked(images=2, steps=8, seed=1, threshold=-1, low=0)
-    torn, mild = (ended(one, replace(asked, alpha=alpha)) for alpha in (4, 0.05))
-    assert torn.rows[1].clip < 0.6 * torn.rows[0].clip and "CLIPScore fell" in torn.rows[1].warning
+def test_images_that_show_something_else_come_with_a_warning(loaded, away):
+    asked = GenerationRequest(images=2, steps=8, seed=1, threshold=-1, low=0)
+    torn, mild = (result(loaded, replace(asked, alpha=alpha)) for alpha in (4, 0.05))
+    referenced = result(loaded, replace(away, mask="", steps=8, threshold=-1, alpha=4))
+    for last in (torn, referenced):
+        assert last.rows[1].clip < 0.6 * last.rows[0].clip and "CLIPScore fell" in last.rows[1].warning
     assert "CLIPScore fell" in view.results(torn) and not mild.rows[1].warning and not torn.rows[0].warning
-    away = ended(one, replace(given(kept_in), mask="", steps=8, threshold=-1, alpha=4))
-    assert away.rows[1].clip < 0.6 * away.rows[0].clip and "CLIPScore fell" in away.rows[1].warning
 
 
-def test_the_limit_of_the_warning_parts_fitting_images_from_others():
+def test_the_limit_of_the_warning_separates_fitting_images_from_others():
     """On the artwork of the evaluated categories, by mini-clip, as the limit's comment says."""
     encoder = build(models.find("mini-sdxl").cfg.scorer)
     folders = sorted(path for path in (PROJECT / "models" / "mini-reference").iterdir() if path.is_dir())
     texts = {folder.name: encoder.embed_texts([f"a photo of a {folder.name}"]) for folder in folders}
-    images = {
-        folder.name: encoder.embed_images(
-            [torch.from_numpy(np.array(load_picture(file))).permute(2, 0, 1) for file in sorted(folder.glob("*.png"))]
+    scores = {}
+    for folder in folders:
+        files = sorted(folder.glob("*.png"))
+        images = encoder.embed_images(
+            [torch.from_numpy(np.array(load_picture(file))).permute(2, 0, 1) for file in files]
         )
-        for folder in folders
-    }
-    scores = {
-        (shown, said): clip_score(images[shown], texts[said].expand(len(images[shown]), -1)).numpy()
-        for shown in images for said in texts
-    }  # fmt: skip
-    mismatched = [scores[a, b].mean() / scores[b, b].mean() for a in images for b in texts if a != b]
-    assert np.mean(np.array(mismatched) < session.STILL_SHOWN) >= 0.95
-    draw, matched = np.random.default_rng(0), []
-    for name in images:
+        for name, text in texts.items():
+            scores[folder.name, name] = clip_score(images, text.expand(len(images), -1)).numpy()
+    mismatched = [
+        values.mean() / scores[text, text].mean() for (shown, text), values in scores.items() if shown != text
+    ]
+    assert np.mean(np.array(mismatched) < session.MIN_CLIP_SHARE) >= 0.95
+    generator, matched = np.random.default_rng(0), []
+    for name in texts:
         for _ in range(200):
-            before, after = draw.permutation(scores[name, name])[:8].reshape(2, 4).mean(axis=1)
+            before, after = generator.permutation(scores[name, name])[:8].reshape(2, 4).mean(axis=1)
             matched.append(after / before)
-    assert np.mean(np.array(matched) > session.STILL_SHOWN) >= 0.999
-
-
-class Clock:
-    """Seconds that pass only when something says so."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
+    assert np.mean(np.array(matched) > session.MIN_CLIP_SHARE) >= 0.999
 
 
 @pytest.mark.parametrize("cost", [0.01, 0.2, 7])
-def test_previews_take_a_tenth_of_the_time_and_the_clock_says_how_much_that_is(one, monkeypatch, cost):
-    clock, decoded = Clock(), []
-    watched = Session(clock=clock)
-    watched.loaded = one.loaded
+def test_previews_take_a_tenth_of_the_time_and_are_not_the_pipeline_s(loaded, monkeypatch, cost):
+    clock, previews = SimpleNamespace(now=0.0), []
+    watched = Session(clock=lambda: clock.now)
+    watched.loaded = loaded.loaded
 
     def preview(pipe, clean, size):
-        decoded.append(clock.now)
+        previews.append(clock.now)
         clock.now += cost
         return torch.zeros(2, 8, 8, 3)
 
@@ -481,231 +454,154 @@ def test_previews_take_a_tenth_of_the_time_and_the_clock_says_how_much_that_is(o
         clock.now += 1
 
     monkeypatch.setattr(watch, "_preview", preview)
-    handle = one.loaded[1].unet.register_forward_pre_hook(step)
+    handle = loaded.loaded[1].unet.register_forward_pre_hook(step)
     try:
-        for run, most in ((0, cost), (1, 0)):  # the first run does not know what a preview takes
-            decoded.clear()
-            began = clock.now
-            last = ended(watched, replace(FEW, steps=12, seed=run))
-            assert last.seconds == pytest.approx(clock.now - began) == pytest.approx(24 + cost * len(decoded))
-            assert cost * len(decoded) <= 0.1 * last.seconds + most
-            assert last.rows[0].seconds == pytest.approx(12), "previews are not the pipeline's"
-        assert cost > 4 or cost * (len(decoded) + 1) > 0.1 * 24 or len(decoded) == 24, "as many as there may be"
+        for run, slack in ((0, cost), (1, 0)):  # the first run does not know what a preview takes
+            previews.clear()
+            start = clock.now
+            last = result(watched, replace(SHORT, steps=12, seed=run))
+            assert last.seconds == pytest.approx(clock.now - start) == pytest.approx(24 + cost * len(previews))
+            assert cost * len(previews) <= 0.1 * last.seconds + slack
+            assert last.rows[0].seconds == pytest.approx(12)
+        assert cost > 4 or cost * (len(previews) + 1) > 0.1 * 24 or len(previews) == 24, "as many as there may be"
     finally:
         handle.remove()
 
 
-def test_after_a_stop_the_last_preview_stays(one, stopped_at):
-    seen = stopped_at(replace(FEW, seed=14), rows=0, step=1)
-    assert seen[-1].kind == "stopped" and len(seen[-1].preview) == 2
-    assert view.progress(seen[-1]).count("data:image/png;base64,") == 2
-
-
-def test_a_run_goes_on_while_its_page_is_loaded_again(one):
-    jobs = Jobs(one)
-    with one.turn:
-        name = jobs.start(replace(FEW, seed=15))
-        first = jobs.get(name).follow()
-        assert next(first).kind == "queued"
-        first.close()  # the page is gone
+def test_a_run_continues_while_its_page_is_reloaded_and_ends_if_nobody_follows_it(loaded):
+    jobs = Jobs(loaded)
+    with loaded.turn:
+        name = jobs.start(replace(SHORT, seed=15))
+        page = jobs.get(name).follow()
+        assert next(page).kind == "queued"
+        page.close()
         again = jobs.get(name).follow()
         assert next(again).kind == "queued"
     assert [*again][-1].kind == "done"
-    assert [state.kind for state in jobs.get(name).follow()] == ["done"], "and is shown when it has ended"
+    assert [state.kind for state in jobs.get(name).follow()] == ["done"], "also after it has ended"
     assert jobs.get("no such run") is None
-
-
-def test_a_run_that_nobody_follows_ends(one):
-    with one.turn:
-        job = Job(one, replace(FEW, seed=16), patience=0)
-        run = job.follow()
-        next(run)
-        run.close()
+    with loaded.turn:
+        job = Job(loaded, replace(SHORT, seed=16), patience=0)
+        page = job.follow()
+        next(page)
+        page.close()
         assert job.stop.wait(timeout=60)
     assert [*job.follow()][-1].kind == "stopped"
 
 
-@pytest.mark.parametrize(
-    "mode", ["away", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("diversity", "quality", "towards"))]
-)
-def test_the_script_makes_these_very_images(one, kept_in, tmp_path, monkeypatch, mode):
-    asked = replace(given(kept_in), mode=mode, alpha=-0.3 if mode == "towards" else 0.9)
-    last = ended(one, asked)
-    script = exports(asked, last.recipe, models.find(asked.model))[0].text
-    loads = []
-    monkeypatch.setattr(
-        "diffusers.DiffusionPipeline.from_pretrained",
-        lambda model, **options: loads.append(model) or one.loaded[1],
-    )
-    (tmp_path / "script.py").write_text(script)
-    monkeypatch.chdir(tmp_path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_path("script.py")
-    for row, name in zip(last.rows, ("without", "with"), strict=True):
-        made = [Image.open(f"{name}-{number}.png") for number in range(2)]
-        assert np.array_equal(pixels(made), pixels(row.images)), name
-    assert loads == ["models/mini-sdxl"]
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_the_overrides_compose_to_the_same_settings(kept_in, mode):
-    prompt = 'a photo of a dog\'s "day, \\ out\\"\\'
-    asked = replace(given(kept_in), mode=mode, mask="", prompt=prompt, methods=("negtome", "cads"))
-    model = models.find(asked.model)
+def test_the_overrides_compose_to_the_same_settings_and_read_nothing_of_the_machine(away, mode):
+    prompt, model = 'a photo of a dog\'s "day, \\ out\\"\\', models.find(away.model)
+    asked = replace(away, mode=mode, mask="", prompt=prompt, methods=("negtome", "cads"))
     recipe = asked.recipe(model)
-    words = shlex.split(exports(asked, recipe, model)[2].text.splitlines()[-1])
-    assert words[:3] == ["python", "-m", "experiments"]
-    cfg = expand(words[4:])[-1] if words[3] == "generate" else expand(["method=negtome", *words[4:]])[0]
-    assert cfg.model.call.num_inference_steps == 2
-    if words[3] == "generate":
+    arguments = shlex.split(exports(asked, recipe, model)[2].text.splitlines()[-1])
+    assert arguments[:3] == ["python", "-m", "experiments"]
+    hostile = replace(asked, prompt="a photo of ${oc.env:HOME}, \\${x \\\\${project:a} \\'${")
+    export = exports(hostile, hostile.recipe(model), model)[2]
+    if mode in ("diversity", "compare"):
+        cfg = expand(arguments[4:])[-1]
         (group,) = build(cfg.prompts).groups()
         assert (group.prompt, group.seed, group.size) == (prompt, 0, 2)
         assert preflight.of_scoring([cfg], tables=False) == [], "two images are too few for most metrics"
+        assert not export.text and "cannot hold ${" in export.description
     else:
+        cfg = expand(["method=negtome", *arguments[4:]])[0]
         (spec,) = cfg.applications.values()
         assert (spec.prompt, list(spec.alphas), list(spec.seeds)) == (prompt, [asked.alpha], [0, 1])
         assert spec.get("blur") == (asked.blur if mode == "quality" else None)
+        applications = expand(["method=negtome", *shlex.split(export.text)[4:]])[0].applications
+        (spec,) = OmegaConf.to_container(applications, resolve=True).values()
+        assert spec["prompt"] == hostile.prompt
+    assert cfg.model.call.num_inference_steps == 2
     if mode != "compare":
         config = build(cfg.method).config
-        if mode != "diversity":
-            config = config.replace(alpha=recipe.config.alpha)
+        config = config if mode == "diversity" else config.replace(alpha=recipe.config.alpha)
         assert config.published_for("sdxl") == recipe.config
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_prompt_reads_nothing_of_the_machine_in_the_overrides(kept_in, mode):
-    prompt = "a photo of ${oc.env:HOME}, \\${x \\\\${project:a} \\'${"
-    asked = replace(given(kept_in), mode=mode, mask="", prompt=prompt)
-    model = models.find(asked.model)
-    export = exports(asked, asked.recipe(model), model)[2]
-    if mode in ("diversity", "compare"):
-        assert not export.text and "cannot hold ${" in export.what
-    else:
-        (spec,) = OmegaConf.to_container(
-            expand(["method=negtome", *shlex.split(export.text)[3:]])[0].applications, resolve=True
-        ).values()
-        assert spec["prompt"] == prompt
-
-
 def test_a_prompt_is_split_at_its_last_article_or_word():
-    assert split("a photo of a red dog") == ("a photo of a", "red dog")
-    assert split("cats and dogs") == ("cats and", "dogs")
-    assert split("dog") == ("", "dog")
+    assert split_prompt("a photo of a red dog") == ("a photo of a", "red dog")
+    assert split_prompt("cats and dogs") == ("cats and", "dogs")
+    assert split_prompt("dog") == ("", "dog")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_link_restores_what_was_asked_for(kept_in, mode):
-    asked = replace(given(kept_in), mode=mode, prompt="50 % of a dög & cat?", methods=("negtome", "cads"), blur=0.1)
-    back = Asked.from_query(dict(parse_qsl(asked.link()[1:])))
-    matters = {"mode", "prompt", "model", "images", "seed", "steps", *MODES[mode].controls}
-    assert {name: getattr(back, name) for name in matters} == {name: getattr(asked, name) for name in matters}
+def test_a_link_restores_the_request(away, mode):
+    asked = replace(away, mode=mode, prompt="50 % of a dög & cat?", methods=("negtome", "cads"), blur=0.1)
+    back = GenerationRequest.from_query(dict(parse_qsl(asked.link()[1:])))
+    fields = {"mode", "prompt", "model", "images", "seed", "steps", *MODES[mode].controls}
+    assert {name: getattr(back, name) for name in fields} == {name: getattr(asked, name) for name in fields}
 
 
-def test_a_foreign_link_names_no_file_and_changes_nothing_that_it_may_not(kept_in):
-    query = {
-        "picture": "../../../etc/passwd",
-        "mask": "0" * 16,
-        "alpha": "nan",
-        "images": "1e9",
-        "mode": "x",
-        "who": "me",
-        "methods": "nothing,../negtome",
-    }
-    assert Asked.from_query(query) == Asked()
-    assert Asked.from_query({"methods": "nothing,cads"}).methods == ("cads",)
+FOLDERS = ("/etc", "../x/y", "./x", "~", "~x/y", "models/mini-sdxl", "a" * 400, "a/" + "b" * 400)
 
 
-@pytest.mark.parametrize(
-    "model", ["/etc", "../x/y", "./x", "~", "~x/y", "models/mini-sdxl", "a" * 400, "a/" + "b" * 400]
-)
-def test_a_link_names_no_folder_but_the_page_s_own(model):
-    assert Asked.from_query({"model": model}).model == Asked().model
-    assert Asked.from_query({"model": model}, own=model).model == model
+def test_a_foreign_link_names_no_file_or_folder_and_no_invalid_value(folder):
+    read, default = GenerationRequest.from_query, GenerationRequest()
+    query = {"picture": "../../../etc/passwd", "mask": "0" * 16, "alpha": "nan", "images": "1e9", "mode": "x",
+             "who": "me", "methods": "nothing,../negtome"}  # fmt: skip
+    assert read(query) == default and read({"methods": "nothing,cads"}).methods == ("cads",)
+    for model in FOLDERS:
+        assert read({"model": model}) == default and read({"model": model}, page_model=model).model == model
+    for model in ("mini-flux", "sd15", "owner/name-1.0"):
+        assert read({"model": model}).model == model
+    images = (("RGB", (9, 6)), ("L", (9, 6)), ("L", (6, 9)))
+    picture, mask, other = (save_picture(Image.new(mode, size)) for mode, size in images)
+    assert read({"mask": mask, "picture": picture}).mask == mask
+    assert read({"mask": other, "picture": picture}) == replace(default, picture=picture), "not the picture's size"
+    assert read({"mask": mask}) == default
 
 
-@pytest.mark.parametrize("model", ["mini-flux", "sd15", "owner/name-1.0"])
-def test_a_link_names_a_model_of_the_configuration_or_of_the_hub(model):
-    assert Asked.from_query({"model": model}).model == model
-
-
-def test_a_link_names_no_mask_but_one_of_its_picture(kept_in):
-    picture, fits, other = (
-        keep(Image.new(mode, size)) for mode, size in (("RGB", (9, 6)), ("L", (9, 6)), ("L", (6, 9)))
-    )
-    assert Asked.from_query({"mask": fits, "picture": picture}).mask == fits
-    assert Asked.from_query({"mask": other, "picture": picture}) == Asked(picture=picture)
-    assert Asked.from_query({"mask": fits}) == Asked()
-
-
-def test_a_picture_holds_its_settings(one):
-    last = ended(one, FEW)
-    with Image.open(io.BytesIO(png(last.rows[1].images[0], last.recipe, FEW.link()))) as image:
+def test_the_page_is_escaped_and_complete_and_an_image_holds_its_settings(loaded):
+    asked = replace(SHORT, prompt="a photo of a <b onclick=x>${dog}")
+    last = result(loaded, asked)
+    html = view.results(last, models.find(asked.model))
+    assert "<b onclick" not in html and html.count("data:image/png;base64,") == 2 * 2 + 2 + 1
+    assert "mini-clip" in html and "negtome generate" in html
+    assert 'max="3"' in view.progress(replace(last, kind="working", step=1, steps=3))
+    with Image.open(io.BytesIO(png(last.rows[1].images[0], last.recipe, asked.link()))) as image:
         assert Recipe.from_dict(json.loads(image.text["negtome"])) == last.recipe
-        assert Asked.from_query(dict(parse_qsl(image.text["negtome demo"][1:]))) == FEW
+        assert GenerationRequest.from_query(dict(parse_qsl(image.text["negtome demo"][1:]))) == asked
 
 
-def test_memory_is_saved_only_where_it_is_needed():
+def test_memory_is_saved_only_if_it_is_needed():
     gigabyte = 1 << 30
-    assert models.plan(80 * gigabyte, 7 * gigabyte, "cuda") == (False, False)
-    assert models.plan(8 * gigabyte, 7 * gigabyte, "cuda") == (True, False)
-    assert models.plan(5 * gigabyte, 7 * gigabyte, "cuda") == (True, True)
-    assert models.plan(8 * gigabyte, 7 * gigabyte, "cpu") == (False, True), "nothing can be moved off a CPU"
+    assert models.plan_memory(80 * gigabyte, 7 * gigabyte, "cuda") == (False, False)
+    assert models.plan_memory(8 * gigabyte, 7 * gigabyte, "cuda") == (True, False)
+    assert models.plan_memory(5 * gigabyte, 7 * gigabyte, "cuda") == (True, True)
+    assert models.plan_memory(8 * gigabyte, 7 * gigabyte, "cpu") == (False, True), "nothing can be moved off a CPU"
 
 
 def test_a_folder_is_called_as_the_model_of_its_architecture(tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint("sdxl")
     model = models.find(str(folder))
     assert (model.base, model.cfg.source, model.cfg.call.height) == ("sdxl", str(folder), None)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(ValueError, match=r"FluxPipeline.*got a WanPipeline"):
-        models.find(str(tmp_path))
-    (tmp_path / "model_index.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"maps names in .*, got a list"):
-        models.find(str(tmp_path))
+    for index, error in (('{"_class_name": "WanPipeline"}', r"FluxPipeline.*got a WanPipeline"), ("[]", "got a list")):
+        (tmp_path / "model_index.json").write_text(index)
+        with pytest.raises(ValueError, match=error):
+            models.find(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="choose mini-sdxl"):
         models.find("a" * 400)
 
 
 @pytest.mark.slow
 def test_a_folder_makes_images_that_nothing_measures(tiny_checkpoint):
-    asked = Asked(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
-    models.find(asked.model).cfg.call.max_sequence_length = 32  # which the tiny encoder reads
-    last = ended(Session(preview_share=1), asked)
+    asked = GenerationRequest(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
+    models.find(asked.model).cfg.call.max_sequence_length = 32  # the length that the tiny encoder reads
+    last = result(Session(preview_share=1), asked)
     assert last.rows[1].pushed.steps[0].pushed and last.rows[1].distance is None
-    assert "Not measured: the weights of" in last.scorer
+    assert "Not measured: the weights of" in last.encoder
 
 
-def test_what_is_shown_is_escaped_and_complete(one):
-    asked = replace(FEW, prompt="a photo of a <b onclick=x>${dog}")
-    last = ended(one, asked)
-    shown = view.results(last, models.find(asked.model))
-    assert "<b onclick" not in shown and shown.count("data:image/png;base64,") == 2 * 2 + 2 + 1
-    assert "mini-clip" in shown and "tokens pushed" in shown and "negtome generate" in shown
-    assert "step 1 of 3" in view.progress(replace(last, kind="working", text="step 1 of 3", step=1, steps=3))
-
-
-def test_a_missing_gradio_is_one_line(monkeypatch, capsys):
+def test_a_missing_gradio_and_a_wrong_argument_are_one_line(monkeypatch, capsys):
     monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "experiments.demo.page", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert main(["demo"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "demo: expected gradio for the demo, got none: pip install -e '.[demo]', or make demo\n"
-    )
-    assert main(["demo", "--prot", "1"]) == 2 and "got --prot 1" in capsys.readouterr().err
-    for port in ("99999", "0", "-1"):
-        assert main(["demo", "--port", port]) == 2
-        assert capsys.readouterr().err.startswith(f"demo: expected a port from 1 to 65535, got {port}: ")
-
-
-def test_gradio_is_of_the_page_alone():
-    files = [path for package in ("negtome", "eval", "experiments") for path in (PROJECT / package).rglob("*.py")]
-    found = set()
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            found |= {path for name in names if name.split(".")[0] == "gradio"}
-    assert found == {Path(PROJECT, "experiments", "demo", "page.py")}
+    for arguments, text in (
+        ([], "pip install -e '.[demo]', or make demo"), (["--prot", "1"], "got --prot 1"),
+        *((["--port", port], f"a port from 1 to 65535, got {port}: ") for port in ("99999", "0", "-1")),
+    ):  # fmt: skip
+        assert main(["demo", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("demo: expected ") and text in error and len(error.splitlines()) == 1
