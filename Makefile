@@ -126,6 +126,7 @@ dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
 types: $(VENV)/.installed-dev  ## mypy: the types of negtome/
 	$(PY) -m mypy
 
-lint: types  ## ruff: rules and format; and types
+lint: types  ## ruff: rules and format; which package imports which; and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
