@@ -121,7 +121,9 @@ def test_the_plain_entropy_needs_no_two_images_a_label(numbered_run, scripted):
     assert [group["value"] for group in document["groups"]] == pytest.approx([math.log(2), 0])
     assert document["value"] == pytest.approx(math.log(2) / 2) and document["n_images"] == 16
     corrected = AttributeEntropy(encoder, ["carp", "tuna"], ["{}"])
-    assert not is_current(measure(corrected, run), AttributeEntropy(encoder, ["carp", "tuna"], ["{}"], False), run)
+    assert not is_current(
+        measure(corrected, run), AttributeEntropy(encoder, ["carp", "tuna"], ["{}"], miller_madow=False), run
+    )
     plain.update(torch.eye(2).repeat(4, 1), torch.eye(2))
     assert plain.compute().item() == pytest.approx(math.log(2))
 

@@ -16,7 +16,7 @@ from eval.stereotypes import (
     confusion,
     evenness,
     evenness_found,
-    label_said,
+    label_in_prompt,
 )
 
 
@@ -59,12 +59,12 @@ def test_confusions_make_one_label_look_like_several_and_leave_a_balance_of_symm
 
 def test_a_prompt_says_whole_phrases():
     tones = ["no skin tone", "light skin tone", "medium-light skin tone", "medium skin tone"]
-    assert label_said("a photo of a woman judge with medium-light skin tone", tones) == 2
-    assert label_said("a photo of a woman judge with light skin tone", ["woman", "man"]) == 0
-    assert label_said("a photo of a man with light skin tone", ["woman", "man"]) == 1
+    assert label_in_prompt("a photo of a woman judge with medium-light skin tone", tones) == 2
+    assert label_in_prompt("a photo of a woman judge with light skin tone", ["woman", "man"]) == 0
+    assert label_in_prompt("a photo of a man with light skin tone", ["woman", "man"]) == 1
     for prompt in ("a photo of a judge", "a man and a woman"):
         with pytest.raises(ValueError, match="says one of woman, man, got"):
-            label_said(prompt, ["woman", "man"])
+            label_in_prompt(prompt, ["woman", "man"])
 
 
 TEXTS = {"woman": [1, 0, 0], "man": [0, 1, 0], "person": [0, 0, 1]}

@@ -28,7 +28,7 @@ def test_every_row_is_some_networks_and_has_its_texts():
     assert with_rows(Network) == set(FACTS) - {"none", "pixels"}
     for name, row in FACTS.items():
         assert row.keys() >= TEXTS, name
-        assert row.get("given", {}).keys() <= TEXTS, name
+        assert row.get("local", {}).keys() <= TEXTS, name
 
 
 def test_any_of_a_rows_files_will_do_and_a_named_place_is_the_only_one(tmp_path, monkeypatch):
