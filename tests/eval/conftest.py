@@ -1,4 +1,4 @@
-"""A folder of small images, and a CLIP model with random weights, both as the real ones lie on disk."""
+"""Small folders of images, a CLIP model with random weights, and encoders whose embeddings a test writes down."""
 
 import json
 
@@ -125,6 +125,25 @@ def scripted():
             return sum(len(text) > 15 for text in texts)
 
     return Scripted
+
+
+@pytest.fixture(scope="session")
+def grouped():
+    """Groups of a document with values, or counts of labels if a value is a list; one prompt and category each."""
+
+    def make(values, prompts=None, categories=None):
+        prompts = [f"p{index:03d}" for index in range(len(values))] if prompts is None else prompts
+        groups = []
+        for index, (value, prompt, category) in enumerate(zip(values, prompts, categories or prompts, strict=True)):
+            group = {"group": f"{prompt}/{index:06d}", "category": category, "n_images": 4}
+            if np.ndim(value):
+                counts = {f"label{label}": int(count) for label, count in enumerate(value) if count}
+                groups.append(group | {"n_images": int(sum(value)), "counts": counts})
+            else:
+                groups.append(group | {"value": float(value)})
+        return groups
+
+    return make
 
 
 @pytest.fixture
