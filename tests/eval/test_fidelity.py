@@ -144,9 +144,7 @@ def test_kernel_distance_against_the_definition_and_the_libraries(monkeypatch):
     metric.update(x[..., None, None].float(), real=False)
     assert distance == pytest.approx(metric.compute()[0].item(), rel=1e-3)
     # two samples of one distribution have an expected distance of 0 at any n
-    values = [
-        computed(KernelDistance(), sample(10, 4, 2 * seed), sample(15, 4, 2 * seed + 1)) for seed in range(400)
-    ]
+    values = [computed(KernelDistance(), sample(10, 4, 2 * seed), sample(15, 4, 2 * seed + 1)) for seed in range(400)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values)) and min(values) < 0
 
 
