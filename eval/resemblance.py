@@ -5,6 +5,7 @@ the method pushes away from only show whether it avoids these very images, so ke
 """
 
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -111,6 +112,21 @@ class RequestedConceptMetric(ReferenceMetric):
         assets = torch.tensor([numbers[asset] for asset in self.assets])
         return *super().inputs(images, positions), assets, torch.tensor(wanted)
 
+    def score(
+        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        cosines = similarities(embeddings, references)
+        if (*wanted.shape, *assets.shape) != cosines.shape:
+            raise ValueError(
+                f"expected an asset of each of {cosines.shape[1]} references and {cosines.shape[0]} images, got "
+                f"{list(assets.shape)} and {list(wanted.shape)}"
+            )
+        return self.combine(cosines, assets == wanted[:, None])
+
+    @abstractmethod
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        """Return a number per image of the cosines [N, R]; `requested`, bool [N, R], marks the requested concept."""
+
     def part(self, images: ImageSet) -> ImageSet:
         rows = [row for row in images.rows if row.category in self.assets]
         withheld = [row for row in images.withheld if row.category in self.assets]
@@ -137,10 +153,8 @@ class MaximumResemblance(RequestedConceptMetric):
     version = 2
     unit = "cosine, -1 to 1"
 
-    def score(
-        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        return _similarities_to_concept(embeddings, references, assets, wanted).nan_to_num(-torch.inf).amax(dim=1)
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        return cosines.masked_fill(~requested, -torch.inf).amax(dim=1)
 
 
 class MeanResemblance(RequestedConceptMetric):
@@ -150,31 +164,8 @@ class MeanResemblance(RequestedConceptMetric):
     version = 2
     unit = "cosine, -1 to 1"
 
-    def score(
-        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        return _similarities_to_concept(embeddings, references, assets, wanted).nanmean(dim=1)
-
-
-def _similarities_to_concept(
-    embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-) -> torch.Tensor:
-    """Compute `similarities` [N, R], NaN for references of other concepts than the requested one."""
-    cosines = similarities(embeddings, references)
-    requested = _requested(cosines, assets, wanted)
-    if not requested.any(dim=1).all():
-        raise ValueError("expected references of every asset that is asked for, got images of which there is none")
-    return cosines.masked_fill(~requested, torch.nan)
-
-
-def _requested(cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return which references show the requested concept, bool [N, R]."""
-    if (*wanted.shape, *assets.shape) != cosines.shape:
-        raise ValueError(
-            f"expected an asset of each of {cosines.shape[1]} references and {cosines.shape[0]} images, got "
-            f"{list(assets.shape)} and {list(wanted.shape)}"
-        )
-    return assets == wanted[:, None]
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        return cosines.masked_fill(~requested, torch.nan).nanmean(dim=1)
 
 
 class AnyResemblance(ReferenceMetric):
@@ -219,11 +210,8 @@ class Identification(RequestedConceptMetric):
     unit = "share of images, 0 to 1"
     bounds = (0.0, 1.0)
 
-    def score(
-        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        cosines = similarities(embeddings, references)
-        return _requested(cosines, assets, wanted).gather(1, cosines.argmax(dim=1, keepdim=True)).flatten()
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        return requested.gather(1, cosines.argmax(dim=1, keepdim=True)).flatten()
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Count the images by their most similar concept."""

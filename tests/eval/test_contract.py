@@ -98,14 +98,14 @@ def test_images_come_in_any_shape_and_as_a_list(make_run):
 
 
 def test_clip_scores_by_hand_and_by_torchmetrics(make_run, numbered_run, scripted, tiny_clip):
-    """torchmetrics clamps the mean of a group; a single image shows no difference."""
+    """Torchmetrics clamps the mean of a group; a single image shows no difference."""
     from torchmetrics.functional.multimodal import clip_score as theirs
     from transformers import CLIPModel, CLIPProcessor
 
     vectors, texts = torch.tensor([[3.0, 0], [1, 1], [1, 0], [1, 0]]), torch.tensor([[2.0, 0], [1, 0], [0, 1], [-1, 0]])
     assert clip_score(vectors, texts).tolist() == pytest.approx([100, 100 / 2**0.5, 0, 0])
     for wrong in (texts[:1], torch.ones(4, 5)):
-        with pytest.raises(ValueError, match="one text .* with one model"):
+        with pytest.raises(ValueError, match=r"one text .* with one model"):
             clip_score(vectors, wrong)
     run = numbered_run(name="numbered", seeds=(0,), images=2)
     texts = {"a photo of a bird": [1, 0], "a photo of a fish": [0, 1]}
@@ -279,7 +279,7 @@ def test_a_missing_encoder_or_folder_is_named(make_run):
             with pytest.raises(TypeError, match=f"a folder as `{argument}` of {metric.name} "):
                 ask()
     for ask in (VendiScore().prepare, lambda: PairwiseDistance(Pixels()), lambda: measure(PairwiseDistance(), run)):
-        with pytest.raises(TypeError, match="expected an encoder|an encoder to measure a folder .* got None"):
+        with pytest.raises(TypeError, match=r"expected an encoder|an encoder to measure a folder .* got None"):
             ask()
     with pytest.raises(TypeError, match="text tower"):
         measure(ClipScore(PixelEncoder()), run)

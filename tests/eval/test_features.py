@@ -9,6 +9,7 @@ import json
 import shutil
 import socket
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,20 +77,13 @@ def lay_down_dreamsim(folder):
     return dino
 
 
+@contextmanager
 def package_dino(dino):
     """Let DreamSim's own code get DINO without running code from the hub, and leave torch.hub's folder as it is."""
-    patch = pytest.MonkeyPatch.context()
-
-    class Context:
-        def __enter__(self):
-            monkeypatch = patch.__enter__()
-            monkeypatch.setattr(torch.hub, "load", lambda *_: copy.deepcopy(dino))
-            monkeypatch.setattr(torch.hub, "set_dir", lambda _: None)
-
-        def __exit__(self, *error):
-            return patch.__exit__(*error)
-
-    return Context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "load", lambda *_: copy.deepcopy(dino))
+        patch.setattr(torch.hub, "set_dir", lambda _: None)
+        yield
 
 
 class Descriptor(torch.nn.Module):
@@ -121,7 +115,7 @@ def published(tmp_path_factory, make_open_clip):
 
     home = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
-    home_of = {"dino": lay_down_dreamsim(home / "torch" / "hub" / "dreamsim")}
+    dino = lay_down_dreamsim(home / "torch" / "hub" / "dreamsim")
     checkpoints = home / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir()
     torch.save(squeezenet1_1(weights=None).state_dict(), checkpoints / BACKBONES["squeeze"])
@@ -138,7 +132,7 @@ def published(tmp_path_factory, make_open_clip):
     dinov2.save_pretrained(home / "hub" / "models--facebook--dinov2-base" / SNAPSHOT)
     state = make_open_clip(ARCHITECTURE, 16).state_dict()
     save_file(state, home / "hub" / "models--timm--tiny" / SNAPSHOT / "open_clip_model.safetensors")
-    return {"home": home, "checkpoints": checkpoints, **home_of}
+    return {"home": home, "checkpoints": checkpoints, "dino": dino}
 
 
 def use_home(monkeypatch, home):
