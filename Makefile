@@ -123,7 +123,7 @@ dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
 	$(PY) -m build --outdir outputs/dist
 	$(PY) -m twine check --strict outputs/dist/*
 
-types: $(VENV)/.installed-dev  ## mypy: the types of negtome/
+types: $(VENV)/.installed-dev  ## mypy: the types of negtome/ and eval/
 	$(PY) -m mypy
 
 lint: types  ## ruff: rules and format; which package imports which; and types

@@ -68,8 +68,11 @@ class Attributes(Metric):
                 raise ValueError(f"expected a list of labels and of templates for {self.name}, got the text {texts!r}")
             return [str(text) for text in texts]
 
-        by_category = isinstance(labels, Mapping)
-        self.labels = {str(key): to_list(labels[key]) for key in labels} if by_category else to_list(labels)
+        self.labels: dict[str, list[str]] | list[str]
+        if isinstance(labels, Mapping):
+            self.labels = {str(category): to_list(texts) for category, texts in labels.items()}
+        else:
+            self.labels = to_list(labels)
         self.templates = to_list(templates)
         self._embedded: dict[str, torch.Tensor] = {}
 
@@ -102,7 +105,7 @@ class AttributeEntropy(Attributes):
     version = 2
     higher_is_better = True
     unit = "nats"
-    bounds = (0, None)
+    bounds: tuple[float | None, float | None] = (0, None)
     aggregate = "category_entropy"
     score = staticmethod(zero_shot_labels)
 
@@ -143,8 +146,8 @@ class AttributeEntropy(Attributes):
             category = images.rows[members[0]].category
             if category in left_out or category in too_small:
                 continue
-            indices = self.score(*self.inputs(images, members)).tolist()
-            counts = Counter(self.labels_of(category)[index] for index in indices)
+            indices, labels = self.score(*self.inputs(images, members)).tolist(), self.labels_of(category) or []
+            counts = Counter(labels[index] for index in indices)
             value = images.group_value(pool, members, counts=dict(sorted(counts.items())))
             if not self.miller_madow:
                 value["value"] = entropy(list(counts.values()), miller_madow=False)

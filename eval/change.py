@@ -46,7 +46,7 @@ class BaselineMetric(Metric):
                 f"{len(missing)} of them: {', '.join(missing[:5])}; compare runs of the same prompts"
             )
         positions = [position for group in images.groups for position in groups[group]]
-        return images.with_images_of(ImageSet(self.baseline, [rows[position] for position in positions]))
+        return images.with_images_of(ImageSet(self._baseline_images.folder, [rows[position] for position in positions]))
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, Any]:
         if self._paired is None or self._paired[0] is not images:

@@ -28,7 +28,8 @@ def _gram(embeddings: torch.Tensor, minimum: int) -> torch.Tensor:
 def mean_pairwise_similarity(embeddings: torch.Tensor) -> torch.Tensor:
     """Average the cosine over the pairs of images of each group [..., K, D], K >= 2: float64 [...] in [-1, 1]."""
     gram = _gram(embeddings, minimum=2)
-    i, j = torch.triu_indices(*gram.shape[-2:], offset=1)
+    k = gram.shape[-1]
+    i, j = torch.triu_indices(k, k, offset=1)
     return gram[..., i, j].mean(dim=-1)
 
 

@@ -97,7 +97,7 @@ class DreamSim(ImageNetwork):
         if self.DINO in wanted:
             facts.download(FACTS[self.ROW]["dino"], folder / self.DINO)
         if wanted != [self.DINO]:
-            facts.download(facts.url, archive)
+            facts.download(str(facts.url), archive)
             try:
                 shutil.unpack_archive(archive, folder)
             except (OSError, shutil.ReadError) as error:
@@ -117,7 +117,7 @@ class DreamSim(ImageNetwork):
         try:
             torch.hub.load = lambda *_: self._dino(folder)  # the package's call would run code from the folder
             # The package would change torch.hub's folder for the whole process, and so for all other networks.
-            torch.hub.set_dir = lambda _: None
+            torch.hub.set_dir = lambda d: None
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 # The package wraps its network in peft twice, which causes a warning.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -247,7 +247,10 @@ class Inception(ImageNetwork):
             resize = interpolate_bilinear_2d_like_tensorflow1x
             pixels = resize(image[None].float(), size=(299, 299), align_corners=False)[0]
         elif self.resize == "clean":
-            channels = [Image.fromarray(channel).resize((299, 299), Image.BICUBIC) for channel in image.float().numpy()]
+            channels = [
+                Image.fromarray(channel).resize((299, 299), Image.Resampling.BICUBIC)
+                for channel in image.float().numpy()
+            ]
             pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
         else:
             pixels = _resized(image.float(), 299, "bilinear", 299)
@@ -290,7 +293,7 @@ class TorchvisionInception(ImageNetwork):
         return network.eval().requires_grad_(False).to(self.device)
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((299, 299), Image.BILINEAR)
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((299, 299), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 127.5 - 1
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class FidelityMetric(SetMetric):
 
     @cached_property
     def real(self) -> ImageSet:
-        return ImageSet(self.reference, read_manifest(self.folder("reference"), flat=True))
+        folder = Path(self.folder("reference"))
+        return ImageSet(folder, read_manifest(folder, flat=True))
 
     def require(self, images: ImageSet) -> None:
         super().require(images)
@@ -173,7 +175,7 @@ class FrechetDistance(FidelityMetric):
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
         d = features.shape[1]
-        extractor = torch.nn.Identity()
+        extractor: Any = torch.nn.Identity()
         extractor.num_features = d
         # `features` has been gathered from all processes already
         distance = FrechetInceptionDistance(extractor, sync_on_compute=False)
@@ -274,7 +276,7 @@ class NeighbourMetric(FidelityMetric):
     """
 
     higher_is_better = True
-    bounds = (0.0, 1.0)
+    bounds: tuple[float | None, float | None] = (0.0, 1.0)
     k: int
     SETTINGS = ("k",)
 
@@ -358,7 +360,7 @@ class InceptionScore(SetMetric):
     # with fewer images, the mean prediction shows no variety
     IMAGES_A_SPLIT = 10
 
-    def __init__(self, encoder: Scorer | None = None, splits: int = 1, **options: Any) -> None:
+    def __init__(self, encoder: Encoder | None = None, splits: int = 1, **options: Any) -> None:
         super().__init__(encoder, **options)
         if encoder is not None and type(encoder).logits_from_features is Encoder.logits_from_features:
             raise TypeError(

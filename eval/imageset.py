@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import torch
@@ -114,7 +114,7 @@ class ImageSet:
         texts: the prompt of each row.
     """
 
-    folder: str | Path
+    folder: Path
     rows: Sequence[ManifestRow]
     cache: EmbeddingCache | None = None
     batch_size: int = 32
@@ -145,7 +145,7 @@ class ImageSet:
         cls, folder: str | Path, cache: EmbeddingCache | None = None, batch_size: int = 32, progress: bool = False
     ) -> ImageSet:
         """Read a folder; see `eval.images.read_manifest`."""
-        return cls(folder, read_manifest(folder), cache, batch_size, progress, read_withheld(folder))
+        return cls(Path(folder), read_manifest(folder), cache, batch_size, progress, read_withheld(folder))
 
     def only(self, patterns: Sequence[str] | None) -> ImageSet:
         """Select the images whose prompt_id matches a shell pattern, such as "direct-*"; None selects all.
@@ -163,7 +163,7 @@ class ImageSet:
         if not rows and not withheld:
             raise ValueError(
                 f"expected prompts named {' or '.join(patterns)} in {self.folder}, got none, but for example "
-                f"{[*self.rows, *self.withheld][0].prompt_id}; leave the metric out or change its `only`"
+                f"{(self.rows or self.withheld)[0].prompt_id}; leave the metric out or change its `only`"
             )
         return replace(self, rows=rows, withheld=withheld)
 
@@ -203,7 +203,8 @@ class ImageSet:
         known = self.cache.get(encoder.cache_id, self.hashes) if self.cache else {}
         todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in known}
         self._check_readable(todo)
-        keys, fresh = list(todo), {}
+        keys = list(todo)
+        fresh: dict[str, torch.Tensor] = {}
         hidden = not (self.progress and todo)
         try:
             with tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=hidden) as bar:
@@ -262,7 +263,7 @@ class ImageSet:
         """Describe a group, or a pool of images, for a document: id, category, number of images, and `values`."""
         members = self.groups[group_id] if members is None else members
         category = self.rows[members[0]].category
-        return {"group": group_id, "category": category, "n_images": len(members), **values}
+        return cast(GroupValue, {"group": group_id, "category": category, "n_images": len(members), **values})
 
 
 @functools.cache

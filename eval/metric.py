@@ -28,7 +28,7 @@ from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 #: Packages on which a value may depend.
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
 #: The numbers of a document if all images were withheld.
-UNMEASURED = {"value": None, "n_groups": 0, "n_images": 0, "groups": []}
+UNMEASURED: dict[str, Any] = {"value": None, "n_groups": 0, "n_images": 0, "groups": []}
 #: A folder of images to compare with; None if the caller passes features to `update`.
 Folder = str | Path | None
 

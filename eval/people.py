@@ -104,8 +104,9 @@ class Genders(_Fitted):
         return f"{self.slug}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:12]}"
 
     def prepare(self) -> None:
-        for part in (super(), *self.encoders):
-            part.prepare()
+        super().prepare()
+        for encoder in self.encoders:
+            encoder.prepare()
 
     def parts(self) -> list[Scorer]:
         return [self, *self.encoders]

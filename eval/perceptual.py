@@ -103,7 +103,7 @@ class PairMetric(Metric):
     `update` takes the images of one group, uint8 [K, 3, H, W].
     """
 
-    encoder = Pixels()  # subclasses replace it
+    encoder: Any = Pixels()  # subclasses replace it
     minimum = 2
 
     def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -79,7 +79,7 @@ class AttributeEvenness(AttributeEntropy):
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         return [
-            {**pool, "value": pool["value"] / math.log(len(self.labels_of(pool["category"])))}
+            {**pool, "value": pool["value"] / math.log(len(self.labels_of(pool["category"]) or ()))}
             for pool in super().per_group(images)
         ]
 
