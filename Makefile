@@ -123,10 +123,11 @@ dist: $(VENV)/.installed-dev  ## wheel and source archive, checked: outputs/dist
 	$(PY) -m build --outdir outputs/dist
 	$(PY) -m twine check --strict outputs/dist/*
 
-types: $(VENV)/.installed-dev  ## mypy: the types of negtome/
+types: $(VENV)/.installed-dev  ## mypy: the types of negtome/ and eval/
 	$(PY) -m mypy
 
-lint: types  ## ruff: rules and format; types; prose of README and docs
+lint: types  ## ruff: rules and format; types; imports between packages; prose of README and docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pytest --quiet tests/test_prose.py

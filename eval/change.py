@@ -1,4 +1,4 @@
-"""How much did a method change images that it should have left alone? Compared with the same groups of another run."""
+"""How much did a method change images that it should not have changed? A comparison with the baseline's images."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,13 +12,13 @@ from eval.metric import Folder, Metric
 
 
 class BaselineMetric(Metric):
-    """A metric of images and of those that another run made of the same prompts and noises.
+    """A metric that compares images with the images of another run from the same prompts and seeds.
 
-    `update` takes both, N images each.
+    `update` takes N images of each run.
 
     Args:
-        encoder: what embeds or compares both.
-        baseline: the other run's folder.
+        encoder: embeds or compares the images.
+        baseline: folder of the other run.
     """
 
     higher_is_better = False
@@ -29,66 +29,63 @@ class BaselineMetric(Metric):
         self._paired: tuple[ImageSet, ImageSet] | None = None
 
     @cached_property
-    def _others(self) -> ImageSet:
+    def _baseline_images(self) -> ImageSet:
         return ImageSet.open(self.folder("baseline"))
 
     def settings(self) -> dict[str, Any]:
-        """Identify the other run by its images."""
-        return {"baseline_sha256": self._others.only(self.only).manifest_hash}
+        """Identify the other run by the content of its images."""
+        return {"baseline_sha256": self._baseline_images.only(self.only).manifest_hash}
 
     def paired(self, images: ImageSet) -> ImageSet:
-        """Return the other run's images, each in the place of the one that was made of the same noise.
-
-        Raises:
-            ValueError: a group is not there, or has another number of images.
-        """
-        groups, rows = self._others.groups, self._others.rows
+        """Return the other run's images in the order of `images`; raise ValueError if groups or their sizes differ."""
+        groups, rows = self._baseline_images.groups, self._baseline_images.rows
         missing = [group for group in images.groups if len(groups.get(group, ())) != len(images.groups[group])]
         if missing:
             raise ValueError(
                 f"expected the groups of {images.folder} in {self.baseline} too, with as many images, got others for "
                 f"{len(missing)} of them: {', '.join(missing[:5])}; compare runs of the same prompts"
             )
-        return images.beside(ImageSet(self.baseline, [rows[i] for group in images.groups for i in groups[group]]))
+        positions = [position for group in images.groups for position in groups[group]]
+        return images.with_images_of(ImageSet(self._baseline_images.folder, [rows[position] for position in positions]))
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, Any]:
         if self._paired is None or self._paired[0] is not images:
             self._paired = images, self.paired(images)
-        mine, theirs = (self.encoder.of(each, positions) for each in self._paired)
-        return mine, theirs
+        ours, theirs = (self.encoder.of(image_set, positions) for image_set in self._paired)
+        return ours, theirs
 
 
 class Change(BaselineMetric):
-    """Mean cosine distance of a group's images to the other run's, image by image; 0 where nothing changed."""
+    """Mean over a group's images of 1 - cosine with the baseline's image of the same seed."""
 
     name = "change"
     unit = "1 - cosine, 0 to 2"
-    description = "mean over a group's images of 1 - cosine with the image of the same noise in the baseline's run"
     bounds = (0.0, 2.0)
 
-    def score(self, mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        # 1 - cosine as half the squared distance of unit vectors, which is exactly 0 for equal ones.
-        _check_counts(mine.shape, theirs.shape)
-        return (unit_vectors(mine) - unit_vectors(theirs)).square().sum(dim=-1).div(2)
+    def score(self, images: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+        # half the squared distance of unit vectors, which is exactly 0 for equal vectors
+        _check_counts(images.shape, baseline.shape)
+        return (unit_vectors(images) - unit_vectors(baseline)).square().sum(dim=-1).div(2)
 
 
 class ChangedShare(BaselineMetric):
-    """Share of a group's images that differ from the other run's in any pixel."""
+    """Share of a group's images that differ in any pixel from the baseline's image of the same seed."""
 
     name = "changed_share"
     unit = "share of images, 0 to 1"
-    description = "share of a group's images that differ in any pixel from the image of the same noise in the baseline"
     bounds = (0.0, 1.0)
     encoder = Pixels()
 
     def __init__(self, baseline: Folder = None, **options: Any) -> None:
         super().__init__(None, baseline, **options)
 
-    def score(self, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> torch.Tensor:
-        _check_counts([len(mine)], [len(theirs)])
-        return torch.tensor([not torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)])
+    def score(self, images: Sequence[torch.Tensor], baseline: Sequence[torch.Tensor]) -> torch.Tensor:
+        _check_counts([len(images)], [len(baseline)])
+        return torch.tensor([not torch.equal(a, b) for a, b in zip(images, baseline, strict=True)])
 
 
-def _check_counts(mine: Sequence[int], theirs: Sequence[int]) -> None:
-    if mine != theirs:
-        raise ValueError(f"expected as many of the baseline's images, got {list(mine)} and {list(theirs)}; pair them")
+def _check_counts(images: Sequence[int], baseline: Sequence[int]) -> None:
+    if images != baseline:
+        raise ValueError(
+            f"expected as many of the baseline's images, got {list(images)} and {list(baseline)}; pair them"
+        )

@@ -1,4 +1,4 @@
-"""CLIP models: encoders of images and of texts into one space. Both are computed in float32."""
+"""CLIP models, which embed images and texts into one space, in float32."""
 
 import os
 from abc import abstractmethod
@@ -15,12 +15,12 @@ from eval.encoders import ImageNetwork, quiet_transformers
 from eval.weights import FACTS, WeightsFacts, hub_cache, in_hub_cache, missing_vocabulary
 
 TEXTS_PER_BATCH = 256
-# What a repository of open_clip's weights has, in the order of preference.
+# Names of the weights in open_clip's repositories, the preferred one first.
 HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 class Clip(ImageNetwork):
-    """What CLIP models share: the text tower."""
+    """A CLIP model: an image encoder with a text tower."""
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -34,7 +34,7 @@ class Clip(ImageNetwork):
 
     @abstractmethod
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """Count the texts that are longer than the text tower reads and lose their end in `embed_texts`."""
+        """Count the texts that `embed_texts` truncates."""
 
 
 class HFClip(Clip):
@@ -43,12 +43,13 @@ class HFClip(Clip):
     Resize, crop and normalisation are those of the folder's `preprocessor_config.json`.
 
     Args:
-        folder: what `CLIPModel.save_pretrained`, the tokenizer's and the image processor's wrote.
-        name: for tables, and the beginning of the id; the folder's name if not given.
+        folder: folder into which model, tokenizer and image processor were written by `save_pretrained`.
+        name: name in tables and the beginning of the id; the folder's name by default.
     """
 
     ROW = "hf_clip"
     PLACE = "folder"
+    path: Path
 
     def __init__(self, folder: str | Path, name: str | None = None, device: str = "cpu") -> None:
         name = name or Path(folder).name
@@ -56,24 +57,23 @@ class HFClip(Clip):
 
     def weights(self) -> WeightsFacts:
         needed = FACTS[self.ROW]["files"]
-        missing = [file for file in needed if not (self.given / file).is_file()] + missing_vocabulary(self.given)
-        kept = [] if missing else [p for p in self.given.iterdir() if p.suffix in (".json", ".safetensors", ".txt")]
-        return WeightsFacts.of(
-            self.ROW, self.name, sorted(kept), [self.given], wanted=", ".join(missing or needed), folder=self.given
-        )
+        missing = [file for file in needed if not (self.path / file).is_file()] + missing_vocabulary(self.path)
+        files = [] if missing else [p for p in self.path.iterdir() if p.suffix in (".json", ".safetensors", ".txt")]
+        wanted = ", ".join(missing or needed)
+        return WeightsFacts.of(self.ROW, self.name, sorted(files), [self.path], wanted=wanted, folder=self.path)
 
     def _load(self, facts: WeightsFacts) -> tuple[Any, Any, Any]:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         with quiet_transformers():
-            model = CLIPModel.from_pretrained(self.given, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(self.given, local_files_only=True)
-        processor = CLIPImageProcessor.from_pretrained(self.given, local_files_only=True)
+            model = CLIPModel.from_pretrained(self.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(self.path, local_files_only=True)
         return model.float().eval().to(self.device), tokenizer, processor
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens the text tower reads, those of start and end included."""
+        """The number of tokens that the text tower reads, including the start and end tokens."""
         model, tokenizer, _ = self._network
         return min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
 
@@ -85,7 +85,7 @@ class HFClip(Clip):
 
     def _text_features(self, texts: list[str]) -> torch.Tensor:
         model, tokenizer, _ = self._network
-        # Padding to one fixed length keeps a text's embedding independent of its neighbours.
+        # Padding to a fixed length makes an embedding independent of the other texts.
         tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
@@ -101,10 +101,10 @@ class OpenClip(Clip):
     """A CLIP model of open_clip, with the resize and normalisation that belong to its weights.
 
     Args:
-        architecture: open_clip's name of the model, e.g. "ViT-B-32".
-        pretrained: open_clip's tag of the weights, e.g. "openai", or the path of a weights file.
-        weights_dir: a folder with `<architecture>-<pretrained>.safetensors` (or .pt, .bin) or, as downloaded,
-            `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`; the Hugging Face cache if not given.
+        architecture: open_clip's name of the model, such as "ViT-B-32".
+        pretrained: open_clip's tag of the weights, such as "openai", or the path of a weights file.
+        weights_dir: folder with `<architecture>-<pretrained>.safetensors` (or .pt, .bin) or with a downloaded
+            `open_clip_model.safetensors` or `open_clip_pytorch_model.bin`; the Hugging Face cache by default.
     """
 
     ROW = "open_clip"
@@ -119,27 +119,27 @@ class OpenClip(Clip):
     ) -> None:
         self.architecture = architecture
         self.tag: str | None = pretrained
-        # Where a file has to be, for want of which nothing is downloaded.
-        self._places: list[Path] = []
+        # Paths of which one must exist; without such paths the weights come from the hub.
+        self._paths: list[Path] = []
         if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            self.tag, self._places = None, [Path(pretrained).expanduser()]
+            self.tag, self._paths = None, [Path(pretrained).expanduser()]
         elif weights_dir is not None:
             names = [f"{architecture}-{pretrained}{suffix}" for suffix in (".safetensors", ".pt", ".bin")]
-            self._places = [Path(weights_dir).expanduser() / file for file in (*names, *HUB_NAMES)]
+            self._paths = [Path(weights_dir).expanduser() / file for file in (*names, *HUB_NAMES)]
         slug = "-".join(part for part in ("open_clip", architecture, self.tag) if part)
         super().__init__(f"OpenCLIP {architecture} {self.tag or Path(pretrained).stem}", slug, device)
 
     def weights(self) -> WeightsFacts:
-        """State the weights; ValueError where open_clip knows no such architecture, or no such tag of it."""
+        """Describe the weights; raise ValueError if open_clip does not know the architecture or the tag."""
         published, repository, names = self._published()
-        found = [place for place in self._places if place.is_file()]
-        found = found if self._places else in_hub_cache(repository, names)
+        files = [path for path in self._paths if path.is_file()]
+        files = files if self._paths else in_hub_cache(repository, names)
         return WeightsFacts.of(
             self.ROW,
             self.name,
-            found[:1],
-            self._places or [hub_cache(repository)],
-            bool(self._places),
+            files[:1],
+            self._paths or [hub_cache(repository)],
+            bool(self._paths),
             wanted=" or ".join(names) + (f" of {repository}" if repository else ""),
             size=self._config["vision_cfg"]["image_size"],
             mean=published.get("mean") or "the architecture",
@@ -160,26 +160,28 @@ class OpenClip(Clip):
         return config
 
     def _published(self) -> tuple[dict[str, Any], str, list[str]]:
-        """Return open_clip's facts of the tag, its repository if there is one, and the names of its file."""
+        """Return open_clip's configuration of the tag, its repository ("" for none), and the names of its file."""
         import open_clip
 
         _ = self._config
         facts = dict(open_clip.get_pretrained_cfg(self.architecture, self.tag) or {}) if self.tag else {}
         repository, name = os.path.split(facts.get("hf_hub", ""))
-        if not repository and not self._places:
+        if not repository and not self._paths:
             raise ValueError(
                 f"expected a tag of weights for {self.architecture}, got {self.tag!r}; open_clip knows "
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(self.architecture)) or 'none'}"
             )
-        return facts, repository, [name] if name else list(HUB_NAMES) if repository else [self._places[0].name]
+        if name:
+            return facts, repository, [name]
+        return facts, repository, list(HUB_NAMES) if repository else [self._paths[0].name]
 
     def can_be_fetched(self, facts: WeightsFacts) -> bool:
-        return not self._places
+        return not self._paths
 
     def _fetch(self, facts: WeightsFacts) -> None:
         _, repository, names = self._published()
         for name in names:
-            hub = None if self._places else {"repo_id": repository, "allow_patterns": [name]}
+            hub = None if self._paths else {"repo_id": repository, "allow_patterns": [name]}
             replace(facts, hub=hub, url=None).fetch()
             if self.weights().present:
                 return
@@ -193,7 +195,7 @@ class OpenClip(Clip):
         model = open_clip.create_model(
             self.architecture,
             pretrained=str(facts.files[0]),
-            # open_clip only warns when weights need QuickGELU and the architecture lacks it: wrong numbers.
+            # open_clip only warns if the weights need QuickGELU and the architecture lacks it.
             force_quick_gelu=bool(published.get("quick_gelu", False)),
             force_preprocess_cfg={key: published[key] for key in preprocessing if key in published},
         )
@@ -214,19 +216,19 @@ class OpenClip(Clip):
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         model, tokenizer, _ = self._network
-        # Some architectures bring a tokenizer of transformers, which adds the two special tokens by itself.
+        # Some architectures use a tokenizer of transformers, which adds the two special tokens itself.
         inner = getattr(tokenizer, "tokenizer", None)
         lengths = (len(inner(text)["input_ids"]) if inner else len(tokenizer.encode(text)) + 2 for text in texts)
         return sum(length > model.context_length for length in lengths)
 
 
 class HpsClip(OpenClip):
-    """The CLIP model of Human Preference Score v2.1 (Wu et al. 2023), a ViT-H/14: the CLIPScore by it is the score.
+    """The CLIP model (ViT-H/14) of Human Preference Score v2.1 (Wu et al. 2023), which is the CLIPScore of this model.
 
-    Images are padded and not cropped, as the authors' package does, which computes in mixed precision.
+    Images are padded, not cropped, as in the authors' package; that package computes in mixed precision.
 
     Args:
-        file: the checkpoint; the Hugging Face cache's if not given.
+        file: path of the checkpoint; the Hugging Face cache by default.
     """
 
     ROW = "hps"
@@ -236,7 +238,7 @@ class HpsClip(OpenClip):
     def __init__(self, file: str | Path | None = None, device: str = "cpu") -> None:
         super().__init__(self.ARCHITECTURE, device=device)
         self.name, self.slug = "HPS v2.1 (CLIP ViT-H/14)", "hps-v2.1"
-        self._places = [] if file is None else [Path(file).expanduser()]
+        self._paths = [] if file is None else [Path(file).expanduser()]
 
     def _published(self) -> tuple[dict[str, Any], str, list[str]]:
         return {"resize_mode": "longest"}, FACTS[self.ROW]["repository"], FACTS[self.ROW]["files"]

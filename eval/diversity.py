@@ -1,7 +1,6 @@
-"""How different are the images of one group? Functions of embeddings [..., K, D] -> [...], and the metrics.
+"""How different are the images of a group? Functions of embeddings [..., K, D] -> [...] in float64, and the metrics.
 
-Which of the possible definitions each is, and its bias: docs/metrics.md. Computed in float64, since the differences
-between methods can be small.
+docs/metrics.md compares the definitions and states the bias of each.
 """
 
 import math
@@ -16,7 +15,7 @@ from eval.metric import Metric
 
 
 def _gram(embeddings: torch.Tensor, minimum: int) -> torch.Tensor:
-    """Cosine similarities within each group: [..., K, D] -> float64 [..., K, K]."""
+    """Compute the cosine similarities within each group: [..., K, D] -> float64 [..., K, K]."""
     if embeddings.ndim < 2 or embeddings.shape[-2] < minimum:
         raise ValueError(
             f"expected embeddings [..., K, D] with K >= {minimum} images a group, "
@@ -27,22 +26,23 @@ def _gram(embeddings: torch.Tensor, minimum: int) -> torch.Tensor:
 
 
 def mean_pairwise_similarity(embeddings: torch.Tensor) -> torch.Tensor:
-    """Average the cosine over the pairs of different images of groups [..., K, D], K >= 2: float64 [...] in [-1, 1]."""
+    """Average the cosine over the pairs of images of each group [..., K, D], K >= 2: float64 [...] in [-1, 1]."""
     gram = _gram(embeddings, minimum=2)
-    i, j = torch.triu_indices(*gram.shape[-2:], offset=1)
+    k = gram.shape[-1]
+    i, j = torch.triu_indices(k, k, offset=1)
     return gram[..., i, j].mean(dim=-1)
 
 
 def vendi_score(embeddings: torch.Tensor, q: float = 1.0) -> torch.Tensor:
-    """Return the effective number of different images in each group.
+    """Compute the effective number of different images in each group.
 
-    exp of the Renyi entropy of order q of the eigenvalues of K / n, K the cosine similarities. q = 1 is the
-    Vendi Score, exp(-sum l log l) (Friedman and Dieng, "The Vendi Score: A Diversity Evaluation Metric for Machine
-    Learning", TMLR 2023); larger q weighs frequent modes more (Pasarkar and Dieng, AISTATS 2024).
+    The score is exp of the Renyi entropy of order q of the eigenvalues of S / n, where S holds the cosine similarities
+    of n images. q = 1 is the Vendi Score, exp(-sum l log l) (Friedman and Dieng, TMLR 2023); a larger q gives frequent
+    modes more weight (Pasarkar and Dieng, AISTATS 2024).
 
     Args:
-        embeddings: [..., K, D], K >= 1. Scores of groups of different K cannot be compared.
-        q: order, > 0; infinity allowed.
+        embeddings: [..., K, D], K >= 1. Scores of groups of different K are not comparable.
+        q: order > 0, possibly infinite.
 
     Returns:
         float64 [...] in [1, K]; higher is more diverse.
@@ -52,7 +52,7 @@ def vendi_score(embeddings: torch.Tensor, q: float = 1.0) -> torch.Tensor:
     gram = _gram(embeddings, minimum=1)
     n = gram.shape[-1]
     eigenvalues = torch.linalg.eigvalsh(gram / n).clamp(min=0)
-    # Rounding leaves about n machine epsilons where the eigenvalue is 0, which a small q would blow up.
+    # Rounding turns an eigenvalue of 0 into about n machine epsilons, which a small q would amplify.
     eigenvalues = torch.where(eigenvalues > n * torch.finfo(torch.float64).eps, eigenvalues, 0)
     if math.isinf(q):
         return 1 / eigenvalues.amax(dim=-1)
@@ -62,25 +62,26 @@ def vendi_score(embeddings: torch.Tensor, q: float = 1.0) -> torch.Tensor:
 
 
 class PairwiseSimilarity(Metric):
-    """Mean cosine similarity over the pairs of images of a group; `update` takes groups, [..., K, D]."""
+    """Mean cosine similarity over the pairs of images of a group.
+
+    `update` takes groups, [..., K, D].
+    """
 
     name = "pairwise_similarity"
     higher_is_better = False
     unit = "cosine, -1 to 1"
     bounds = (-1, 1)
-    description = "mean cosine similarity of the embeddings over the pairs of different images of a group"
     minimum = 2
     score = staticmethod(mean_pairwise_similarity)
 
 
 class PairwiseDistance(Metric):
-    """1 - `PairwiseSimilarity`."""
+    """1 - mean cosine similarity over the pairs of images of a group."""
 
     name = "pairwise_distance"
     higher_is_better = True
     unit = "1 - cosine, 0 to 2"
     bounds = (0, 2)
-    description = "1 - mean cosine similarity of the embeddings over the pairs of different images of a group"
     minimum = 2
 
     def score(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -88,38 +89,34 @@ class PairwiseDistance(Metric):
 
 
 class CategoryPooledSimilarity(PairwiseSimilarity):
-    """Mean cosine similarity over all pairs of all images of a category: what the paper's script reports.
+    """Mean cosine similarity over all pairs of images of a category, as in the paper's script.
 
-    Most of these pairs come from different groups: report `PairwiseSimilarity` beside it. The document's "groups" are
-    whole categories, since an image occurs in pairs with every other one of its category.
+    Most pairs come from different groups, so report `PairwiseSimilarity` too. The "groups" of the document are the
+    categories.
     """
 
     name = "category_pooled_similarity"
-    description = (
-        "mean cosine similarity over the pairs of different images of a category, whatever their group; mean over "
-        "categories, which are the units"
-    )
     pooled = "category"
 
 
 class PromptPooledSimilarity(PairwiseSimilarity):
-    """Mean cosine similarity over all pairs of all images of a prompt, of whatever seeds.
+    """Mean cosine similarity over all pairs of images of a prompt, from all seeds.
 
-    Most likely the DreamSim of the paper's printed table, whose script gathers the images of a prompt from all seeds.
-    Of these pairs, (K - 1) / (S K - 1) were made together where there are S groups of K images.
+    Most likely the DreamSim number in the paper's table, whose script pools the images of a prompt from all seeds. With
+    S groups of K images, a share of (K - 1) / (S K - 1) of the pairs was generated together.
     """
 
     name = "prompt_pooled_similarity"
-    description = (
-        "mean cosine similarity over the pairs of different images of a prompt, whatever their group; mean over prompts"
-    )
     pooled = "prompt"
 
 
 class VendiScore(Metric):
-    """Effective number of different images in a group; only for groups of one size. `update` takes [..., K, D].
+    """Effective number of different images in a group: exp of the entropy of the eigenvalues of the similarities / n.
+
+    All groups must have the same size. `update` takes groups, [..., K, D].
 
     Args:
+        encoder: embeds the images.
         q: order of the entropy, > 0; 1 is the Vendi Score.
     """
 
@@ -127,7 +124,6 @@ class VendiScore(Metric):
     higher_is_better = True
     unit = "images, 1 to the group's size"
     bounds = (1, None)
-    description = "effective number of different images of a group: exp of the entropy of the eigenvalues of K / n"
 
     def __init__(self, encoder: Scorer | None = None, q: float = 1.0, **options: Any) -> None:
         super().__init__(encoder, **options)

@@ -1,9 +1,7 @@
-"""Image to embedding vector: what an encoder is, and what those that are networks share.
+"""The base classes of encoders, which turn uint8 RGB images [3, H, W] into embedding vectors.
 
-Every encoder takes uint8 RGB images [3, H, W] and owns what follows: resize, range, normalisation. Its
-embeddings are float32, on the CPU, of length 1 unless it says otherwise, and do not depend on what else is in the
-batch (but for float rounding). Models are loaded at the first use, so that an encoder's `name` and `weights` can be
-asked without loading anything. The CLIP models are in `eval.clip`, encoders of images alone in `eval.features`.
+An encoder resizes and normalises images itself. Embeddings are float32 on the CPU and do not depend on the other images
+of a batch, except for rounding. Models are loaded at first use. `eval.clip` has CLIP models, `eval.features` the rest.
 """
 
 from __future__ import annotations
@@ -25,105 +23,104 @@ from eval.weights import WeightsFacts
 
 
 class Scorer:
-    """What a number depends on beside the images: an encoder, or whatever else compares or scores them.
+    """Whatever embeds, compares or scores the images of a metric.
 
     Attributes:
-        name: for people, as printed in tables.
-        id: identity for caches and result files: it changes when the weights do, or how images are prepared for them.
+        name: name in tables.
+        id: identifier in caches and documents; it changes with the weights and with the preparation of images.
     """
 
     name: str
     id: str
 
-    def features(self, given: Any) -> Any:
-        """Return what a metric computes with: here images [..., 3, H, W] as a list of uint8 [3, H, W]."""
-        return images_of(given)
+    def features(self, inputs: Any) -> Any:
+        """Return the inputs of `eval.metric.Metric.score`: here images [..., 3, H, W] as a list of uint8 [3, H, W]."""
+        return images_of(inputs)
 
     def of(self, images: Any, positions: Sequence[int]) -> Any:
-        """Return the same of some images of an `eval.imageset.ImageSet`: here the images, a list of uint8 [3, H, W]."""
+        """Return the `features` of some images of an `eval.imageset.ImageSet`."""
         return images.load(positions)
 
     def prepare(self) -> None:
-        """Load the weights now, so that a missing file is found before any work is done."""
+        """Load the weights, so that a missing file is reported before any work is done."""
 
     def parts(self) -> list[Scorer]:
-        """Return the scorers whose weights it needs, itself first."""
+        """Return the scorers whose weights this one needs, itself first."""
         return [self]
 
     def weights(self) -> WeightsFacts:
-        """State the weights: which files, whether they are here, preprocessing, licence. Loads and fetches nothing."""
+        """Describe the weights without loading or downloading them."""
         return WeightsFacts.of("none", self.name)
 
 
 class Pixels(Scorer):
-    """The scorer of a metric that takes images as they are: there are no weights that its number could depend on."""
+    """The scorer of a metric that takes the images themselves and needs no weights."""
 
     name = "pixels"
     id = "pixels"
 
 
 class Encoder(Scorer, ABC):
-    """An image encoder, perhaps with a text tower.
+    """An image encoder; CLIP models embed texts too.
 
-    Encoders whose embeddings are columns of the same `outputs` share a `cache_id`.
+    Attributes:
+        normalised: whether embeddings have length 1 (for cosines) or are raw (for distances of distributions).
+        columns: the columns of `outputs` that are the embeddings.
+        dimension: number of features, if it is known before the network is loaded.
+        cache_id: identifier of `outputs` in the cache; encoders with the same outputs share it.
     """
 
-    #: Whether embeddings have length 1, as where cosines count; raw features, for distances of distributions, have not.
     normalised: bool = True
-    #: Which columns of the outputs are the embeddings.
     columns: slice = slice(None)
-    #: How many features it has, where that can be told before it is loaded.
     dimension: int | None = None
 
     @property
     def cache_id(self) -> str:
-        """Identity of `outputs`."""
         return self.id
 
     def outputs(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return what is kept of N images, float32 [N, C]: the embeddings, perhaps among others."""
+        """Return the cached values of N images, float32 [N, C], whose `columns` are the embeddings."""
         return self.embed_images(images)
 
     @abstractmethod
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embed N RGB images, uint8 [3, H, W], whose sizes may differ: float32 [N, D], of length 1 if `normalised`."""
+        """Embed N RGB images, uint8 [3, H, W] of any sizes: float32 [N, D], of length 1 if `normalised`."""
 
-    def features(self, given: Any) -> Any:
+    def features(self, inputs: Any) -> Any:
         """Embed images, uint8 [..., 3, H, W] or a list of [3, H, W], or a list of texts: float32 [..., D].
 
-        Features pass, and so does whatever else there is.
+        Other inputs, such as features, are returned unchanged.
         """
-        if isinstance(given, torch.Tensor):
-            if given.dtype == torch.uint8 or (given.ndim > 3 and given.shape[-3] == 3):
-                return self.embed_images(images_of(given)).reshape(*given.shape[:-3], -1)
-        elif isinstance(given, (list, tuple)):
-            texts = given and isinstance(given[0], str)
-            return self.embed_texts(given) if texts else self.embed_images(images_of(given))
-        return given
+        if isinstance(inputs, torch.Tensor):
+            if inputs.dtype == torch.uint8 or (inputs.ndim > 3 and inputs.shape[-3] == 3):
+                return self.embed_images(images_of(inputs)).reshape(*inputs.shape[:-3], -1)
+        elif isinstance(inputs, (list, tuple)):
+            texts = inputs and isinstance(inputs[0], str)
+            return self.embed_texts(inputs) if texts else self.embed_images(images_of(inputs))
+        return inputs
 
     def of(self, images: Any, positions: Sequence[int]) -> torch.Tensor:
-        """Return the embeddings of some images of an `eval.imageset.ImageSet`, float32 [N, D]."""
         return images.embeddings(self)[positions]
 
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Apply the classifier that belongs to the network: float32 [N, D] features to [N, classes] logits."""
+        """Apply the network's classifier to features [N, D]: float32 [N, classes]."""
         raise TypeError(f"expected an encoder with a classifier, got {self.name}; use Inception or EfficientNet-lite0")
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed texts into the images' space: float32 [N, D], each row of length 1; too long ones are cut."""
+        """Embed texts into the space of the images, truncated if they are too long: float32 [N, D], of length 1."""
         raise TypeError(f"expected an encoder with a text tower, got {self.name}; use a CLIP model")
 
 
-class Given(Scorer):
-    """In the place of an encoder: features are given, and a folder of images cannot be measured."""
+class PrecomputedFeatures(Scorer):
+    """The scorer of a metric without an encoder: the caller passes features and cannot measure a folder of images."""
 
-    name = "features as given"
+    name = "precomputed features"
     of = Encoder.of
 
-    def features(self, given: Any) -> Any:
-        if isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.dtype == torch.uint8):
+    def features(self, inputs: Any) -> Any:
+        if isinstance(inputs, (list, tuple)) or (isinstance(inputs, torch.Tensor) and inputs.dtype == torch.uint8):
             raise TypeError("expected features where there is no encoder, got images or texts; give an encoder")
-        return given
+        return inputs
 
     @property
     def id(self) -> str:
@@ -134,7 +131,7 @@ class Given(Scorer):
 
 
 class PixelEncoder(Encoder):
-    """The image itself, averaged down to `size` pixels a side: for smoke runs, not a perceptual measure."""
+    """The image itself, averaged to `size` x `size` pixels: for smoke tests, not a perceptual measure."""
 
     def __init__(self, size: int = 8) -> None:
         if size < 1:
@@ -145,56 +142,55 @@ class PixelEncoder(Encoder):
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         small = [F.adaptive_avg_pool2d(checked(image).float() / 255, self.size).flatten() for image in images]
-        # The constant gives a black image a direction, too.
+        # The constant gives a black image a direction too.
         return F.normalize(torch.stack([torch.cat([pixels, torch.ones(1)]) for pixels in small]), dim=-1)
 
     def weights(self) -> WeightsFacts:
         return WeightsFacts.of("pixels", self.name, size=self.size)
 
 
-# What loaders raise for a file that is cut off, damaged or of another network.
-UNREADABLE = (RuntimeError, KeyError, TypeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError)
-
-
-#: Fetches that failed in this process, by what was wanted for whom and where, with what was said.
+# Exceptions that loaders raise for a file that is truncated, damaged or of another network.
+UNREADABLE = (
+    RuntimeError, LookupError, TypeError, ValueError, OSError, EOFError, pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
+# Messages of the downloads that failed in this process, by encoder, source and paths; none is tried again.
 _failed: dict[tuple[str, str, tuple[Path, ...]], str] = {}
 
 
 class Network(Scorer, ABC):
-    """Something with weights: they are found or fetched, and loaded once, when they are first needed.
+    """A scorer with weights, which are found or downloaded, and loaded at first use.
 
     Attributes:
-        ROW: its row in `weights.yaml`.
-        PLACE: the argument that names another place of its weights; empty where there is none.
-        slug: what it is, the beginning of its `id`.
-        device: where it runs.
-        given: the file or folder that the user named; None where the usual places are searched.
-        values: what stands for the braces in the row's texts.
+        ROW: key of the network in `weights.yaml`.
+        PLACE: name of the argument for the path of the weights; empty if there is no such argument.
+        slug: the beginning of `id`.
+        path: the file or folder that the user named; None to search the publishers' default locations.
+        values: values for the braces in the texts of `weights.yaml`.
     """
 
     ROW: ClassVar[str]
     PLACE: ClassVar[str] = ""
 
-    def __init__(self, name: str, slug: str, device: str, given: str | Path | None = None, **values: Any) -> None:
+    def __init__(self, name: str, slug: str, device: str, path: str | Path | None = None, **values: Any) -> None:
         self.name = name
         self.slug = slug
         self.device = torch.device(device)
-        self.given = None if given is None else Path(given).expanduser()
+        self.path = None if path is None else Path(path).expanduser()
         self.values = values
 
     @cached_property
     def id(self) -> str:
-        """What it is and the fingerprint of its weights, which are fetched if they are missing."""
+        """The slug and the fingerprint of the weights, which are downloaded if they are missing."""
         return f"{self.slug}-{self.obtain().fingerprint}"
 
     def prepare(self) -> None:
         _ = self._network
 
     def weights(self) -> WeightsFacts:
-        return WeightsFacts.find(self.ROW, self.name, self.given, **self.values)
+        return WeightsFacts.find(self.ROW, self.name, self.path, **self.values)
 
     def obtain(self) -> WeightsFacts:
-        """Fetch the weights if they are missing, and return their facts; FileNotFoundError if that fails or failed."""
+        """Download the weights if they are missing, and describe them; raise FileNotFoundError if that fails."""
         facts = self.weights()
         if facts.present:
             return facts
@@ -212,7 +208,7 @@ class Network(Scorer, ABC):
         return facts
 
     def can_be_fetched(self, facts: WeightsFacts) -> bool:
-        """Tell whether a download of missing weights can be tried."""
+        """Return whether missing weights can be downloaded."""
         return (facts.url or facts.hub) is not None
 
     def _fetch(self, facts: WeightsFacts) -> None:
@@ -225,7 +221,7 @@ class Network(Scorer, ABC):
             return self._load(facts)
         except UNREADABLE as error:
             files = ", ".join(str(file) for file in facts.files)
-            # torch's own text on a file that is more than tensors advises to run whatever is in it
+            # torch's own message about such a file advises the user to run the code in it
             unsafe = isinstance(error, pickle.UnpicklingError)
             reason = "not a file of tensors alone" if unsafe else str(error).partition("\n")[0]
             raise ValueError(
@@ -235,11 +231,11 @@ class Network(Scorer, ABC):
 
     @abstractmethod
     def _load(self, facts: WeightsFacts) -> Any:
-        """Return the network in float32 on the device, ready for inference, and what else it needs."""
+        """Return the network, in float32 on the device and in evaluation mode, and whatever else it needs."""
 
 
 class ImageNetwork(Network, Encoder):
-    """An encoder that is a network: images that are of one size and follow each other go through it together."""
+    """An encoder that is a network; it processes consecutive images of one size together."""
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -251,39 +247,39 @@ class ImageNetwork(Network, Encoder):
 
     @abstractmethod
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the network's input [3, h, w], float32, on the CPU, for uint8 [3, H, W]."""
+        """Return the network's input, float32 [3, h, w] on the CPU, for an image, uint8 [3, H, W]."""
 
     @abstractmethod
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return [N, D] for [N, 3, h, w] on the device."""
+        """Return features [N, D] of inputs [N, 3, h, w] on the device."""
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' bars: one for a model that loads in a moment only hides the real ones."""
+    """Hide the progress bars of transformers for the loading of a small model."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
-def images_of(given: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return images, uint8 [..., 3, H, W] or a sequence of [3, H, W] of any sizes, as a list of at least one."""
-    if isinstance(given, torch.Tensor) and given.ndim > 2:
-        given = given[None].flatten(0, -4)
-    images = [checked(image) for image in given]
+def images_of(inputs: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return images, uint8 [..., 3, H, W] or a sequence of [3, H, W] of any sizes, as a list of at least one image."""
+    if isinstance(inputs, torch.Tensor) and inputs.ndim > 2:
+        inputs = inputs[None].flatten(0, -4)
+    images = [checked(image) for image in inputs]
     if not images:
         raise ValueError("expected at least one image or text, got none; give some")
     return images
 
 
 def checked(image: torch.Tensor) -> torch.Tensor:
-    """Return `image` if it is uint8 RGB [3, H, W], else raise ValueError."""
+    """Return an image if it is uint8 RGB [3, H, W]; raise ValueError otherwise."""
     if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
         raise ValueError(f"expected uint8 images [3, H, W], got {got}; read them with load_image")
@@ -291,7 +287,7 @@ def checked(image: torch.Tensor) -> torch.Tensor:
 
 
 def unit_vectors(embeddings: torch.Tensor) -> torch.Tensor:
-    """Bring embeddings [..., D] to length 1, in float64; those that are not finite or zero are a ValueError."""
+    """Scale embeddings [..., D] to length 1, in float64; raise ValueError if one is zero or not finite."""
     norms = embeddings.double().norm(dim=-1)
     if not torch.isfinite(norms).all() or (norms == 0).any():
         raise ValueError("expected finite embeddings that are not zero, got others; cosine is undefined for them")

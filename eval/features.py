@@ -1,6 +1,6 @@
-"""Encoders of images alone: perceptual and copy-detection embeddings, and the networks of FID-like numbers.
+"""Encoders without a text tower: perceptual and copy-detection embeddings, and the networks of FID-like numbers.
 
-Weights lie where their publishers' own code puts them, or where the arguments say.
+Weights are searched where the publishers' own code puts them, or at the path in the arguments.
 """
 
 import importlib.util
@@ -26,11 +26,11 @@ from eval.weights import FACTS, WeightsFacts
 
 
 class Standardised(ImageNetwork):
-    """A network of images that are resized, antialiased, and brought to [0, 1], less a mean, over a deviation.
+    """A network whose images are resized with antialiasing, scaled to [0, 1] and standardised.
 
     Attributes:
-        RESIZE: the shortest side in pixels, the interpolation, and the side of the centre that is cropped, if any.
-        MEAN, STD: of red, green and blue; ImageNet's unless a network says otherwise.
+        RESIZE: shortest side in pixels, interpolation, and side of the centre crop (None for no crop).
+        MEAN, STD: of red, green and blue; those of ImageNet by default.
     """
 
     RESIZE: ClassVar[tuple[int, str, int | None]]
@@ -48,13 +48,12 @@ class Standardised(ImageNetwork):
 class DreamSim(ImageNetwork):
     """DreamSim (Fu et al. 2023): embeddings whose cosine distance was trained on human judgements of similarity.
 
-    Images are squashed to 224 x 224, bicubic, as the package does; embeddings are centred over their components and
-    of length 1, so that 1 - cosine is the package's own distance. The files of a checkpoint, and where it is built on
-    DINO those of DINO, are read as tensors alone: the package would run the code of a copy of facebookresearch/dino.
+    As in the package, images are squashed to 224 x 224 (bicubic), and 1 - cosine is the distance. All files are read as
+    tensors only; the package would run code from a copy of facebookresearch/dino in the weights' folder.
 
     Args:
-        dreamsim_type: "ensemble" (the published metric), or one of its cheaper single networks.
-        weights_dir: the folder with the unpacked checkpoint; `dreamsim` in torch.hub's folder if not given.
+        dreamsim_type: "ensemble" (the published metric) or one of the cheaper single networks.
+        weights_dir: folder with the unpacked checkpoint; `dreamsim` in torch.hub's folder by default.
     """
 
     ROW = "dreamsim"
@@ -72,8 +71,8 @@ class DreamSim(ImageNetwork):
 
     def weights(self) -> WeightsFacts:
         folder, (*names, adapter) = self._folder, self.TYPES[self.dreamsim_type]
-        forms = [f"{adapter}/adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
-        names += [f"{adapter}/adapter_config.json", next((f for f in forms if (folder / f).is_file()), forms[0])]
+        suffix = "bin" if (folder / adapter / "adapter_model.bin").is_file() else "safetensors"
+        names += [f"{adapter}/adapter_config.json", f"{adapter}/adapter_model.{suffix}"]
         dino = names[0].startswith("dino")
         names += [self.DINO] if dino else []
         missing = [name for name in names if not (folder / name).is_file()]
@@ -90,7 +89,7 @@ class DreamSim(ImageNetwork):
 
     @property
     def _folder(self) -> Path:
-        return self.given or Path(torch.hub.get_dir()) / "dreamsim"
+        return self.path or Path(torch.hub.get_dir()) / "dreamsim"
 
     def _fetch(self, facts: WeightsFacts) -> None:
         folder, archive = self._folder, self._folder / "pretrained.zip"
@@ -98,7 +97,7 @@ class DreamSim(ImageNetwork):
         if self.DINO in wanted:
             facts.download(FACTS[self.ROW]["dino"], folder / self.DINO)
         if wanted != [self.DINO]:
-            facts.download(facts.url, archive)
+            facts.download(str(facts.url), archive)
             try:
                 shutil.unpack_archive(archive, folder)
             except (OSError, shutil.ReadError) as error:
@@ -110,17 +109,17 @@ class DreamSim(ImageNetwork):
         from dreamsim import dreamsim
 
         for file in facts.files:
-            # peft imports whatever module is named there.
+            # peft would import the module that this key names
             if file.name == "adapter_config.json" and json.loads(file.read_text()).get("megatron_config"):
                 raise ValueError(f"{file} asks for other software than DreamSim's")
         (folder,) = facts.looked_in
         load, set_dir = torch.hub.load, torch.hub.set_dir
         try:
-            torch.hub.load = lambda *_: self._dino(folder)  # the package's call would run code of the folder
-            # The package would set the folder of the process, where all other networks are then looked for.
-            torch.hub.set_dir = lambda _: None
+            torch.hub.load = lambda *_: self._dino(folder)  # the package's call would run code from the folder
+            # The package would change torch.hub's folder for the whole process, and so for all other networks.
+            torch.hub.set_dir = lambda d: None
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                # The package wraps its network twice in peft, which finds that odd.
+                # The package wraps its network in peft twice, which causes a warning.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
                 warnings.filterwarnings("ignore", message=".*weight_norm` is deprecated", category=FutureWarning)
                 return dreamsim(device=str(self.device), cache_dir=str(folder), dreamsim_type=self.dreamsim_type)
@@ -128,7 +127,7 @@ class DreamSim(ImageNetwork):
             torch.hub.load, torch.hub.set_dir = load, set_dir
 
     def _dino(self, folder: Path) -> torch.nn.Module:
-        """Return DINO's ViT-B/16, of the package's own copy of its code."""
+        """Return DINO's ViT-B/16, built by the code in DreamSim's package."""
         from dreamsim.feature_extraction.vision_transformer import vit_base
 
         network = vit_base(patch_size=16)
@@ -148,9 +147,9 @@ class DinoV2(Standardised):
     """DINOv2 (Oquab et al. 2023) of transformers: the class token after the last layer norm.
 
     Args:
-        model: a repository of the Hugging Face hub, or a folder with config.json and model.safetensors; images are
-            prepared as for the published ones, whatever it says.
-        revision: of the repository.
+        model: a Hugging Face repository, or a folder with config.json and model.safetensors. Images are always prepared
+            as for the published models.
+        revision: revision of the repository.
     """
 
     ROW = "dinov2"
@@ -161,10 +160,10 @@ class DinoV2(Standardised):
         self, model: str | Path = "facebook/dinov2-base", revision: str | None = None, device: str = "cpu"
     ) -> None:
         model, slug = str(model), Path(model).name
-        # A repository is OWNER/NAME, and what else could be one is a path.
-        path = Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
-        given = model if path else None
-        super().__init__(f"DINOv2 ({slug})", slug, device, given, model=model, revision=revision)
+        # a repository is OWNER/NAME; everything else is a path
+        is_path = Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1
+        path = model if is_path else None
+        super().__init__(f"DINOv2 ({slug})", slug, device, path, model=model, revision=revision)
 
     def _load(self, facts: WeightsFacts) -> Any:
         from transformers import AutoModel
@@ -178,12 +177,12 @@ class DinoV2(Standardised):
 
 
 class Sscd(Standardised):
-    """SSCD (Pizzi et al. 2022), the descriptor of image copies, on images prepared as its authors recommend.
+    """SSCD (Pizzi et al. 2022), a descriptor for copy detection, on images prepared as its authors recommend.
 
-    For `sscd_disc_mixup` they give a cosine similarity above 0.75 as a copy with a precision of 90 % on their data.
+    With `sscd_disc_mixup`, a cosine above 0.75 indicated a copy with a precision of 90 % on the authors' data.
 
     Args:
-        file: a TorchScript file of the authors; that one among torch.hub's checkpoints if not given.
+        file: a TorchScript file of the authors; `sscd_disc_mixup` in torch.hub's folder by default.
     """
 
     ROW = "sscd"
@@ -203,17 +202,18 @@ class Inception(ImageNetwork):
 
     Features are the 2048 pooled activations, raw. The resize changes every number, so it is part of name and id:
 
-    - `antialiased`: shortest side to 299, bilinear, antialiased, centre crop. For square images it is what
-      torchmetrics (1.8 and later) does.
-    - `tensorflow`: squashed to 299 x 299 by TensorFlow 1's bilinear interpolation, not antialiased. The original
-      FID, torch-fidelity's; most published numbers.
-    - `clean`: squashed to 299 x 299, bicubic, antialiased, in floating point: clean-fid's.
-    - `released`: the longer side alone, of a square the height, resized to 256, of which the middle 256 x 256 are then
-      squashed as by `tensorflow`: the paper's evaluation script, with the torchmetrics 1.4.0.post0 that it pins.
+    - `antialiased`: shortest side to 299, bilinear, antialiased, centre crop. Equals torchmetrics (1.8 and later) on
+      square images.
+    - `tensorflow`: squashed to 299 x 299 by TensorFlow 1's bilinear interpolation, not antialiased. Used by the
+      original FID, by torch-fidelity and for most published numbers.
+    - `clean`: squashed to 299 x 299, bicubic, antialiased, in floating point, as in clean-fid.
+    - `released`: only the longer side (of a square, the height) resized to 256, centre crop of 256 x 256, then
+      `tensorflow`. Used by the paper's evaluation script, which pins torchmetrics 1.4.0.post0.
 
     Args:
-        weights: the weights file; among torch.hub's checkpoints if not given, where torch-fidelity, torchmetrics
-            and pytorch-fid keep it under one of two names.
+        weights: path of the weights; by default one of the two names that torch-fidelity, torchmetrics and pytorch-fid
+            use in torch.hub's folder of checkpoints.
+        resize: one of the above.
     """
 
     ROW = "inception"
@@ -232,12 +232,12 @@ class Inception(ImageNetwork):
     def _load(self, facts: WeightsFacts) -> Any:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # torch-fidelity unpickles whatever the file holds: refuse first what is not tensors alone.
+        # torch-fidelity unpickles any object, so refuse a file that holds more than tensors first
         torch.load(facts.files[0], map_location="cpu", weights_only=True)
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(facts.files[0])).to(self.device)
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        if self.resize == "released":  # 8 bits by truncation, as there
+        if self.resize == "released":  # rounds down to 8 bits, as the script does
             height, width = image.shape[1:]
             size = [height, 256] if height < width else [256, width]
             image = (_resized(image / 255, size, "bilinear", 256) * 255).byte()
@@ -247,32 +247,34 @@ class Inception(ImageNetwork):
             resize = interpolate_bilinear_2d_like_tensorflow1x
             pixels = resize(image[None].float(), size=(299, 299), align_corners=False)[0]
         elif self.resize == "clean":
-            channels = [Image.fromarray(channel).resize((299, 299), Image.BICUBIC) for channel in image.float().numpy()]
+            channels = [
+                Image.fromarray(channel).resize((299, 299), Image.Resampling.BICUBIC)
+                for channel in image.float().numpy()
+            ]
             pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
         else:
             pixels = _resized(image.float(), 299, "bilinear", 299)
         return (pixels - 128) / 128
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        # Its own forward takes 8-bit images alone and resizes them; the layers are its children in order, the last
-        # of which is the classifier.
+        # The network's `forward` resizes 8-bit images; its children are the layers in order, then the classifier.
         for layer in list(self._network.children())[:-1]:
             pixels = layer(pixels)
         return pixels.flatten(1)
 
     @torch.inference_mode()
     def logits_from_features(self, features: torch.Tensor) -> torch.Tensor:
-        # 1008 classes, without the bias, as the Inception Score takes them
+        # the Inception Score uses 1008 classes without the bias
         return (features.to(self.device) @ self._network.fc.weight.T).cpu()
 
 
 class TorchvisionInception(ImageNetwork):
     """torchvision's Inception-v3, trained on ImageNet: the network of the paper's Inception Score, not that of FID.
 
-    Features are its 1000 logits. Images are squashed to 299 x 299 by Pillow, as there, and brought to [-1, 1].
+    Features are the 1000 logits. As in the paper's script, Pillow squashes images to 299 x 299; values are in [-1, 1].
 
     Args:
-        weights: the weights file; torchvision's, among torch.hub's checkpoints, if not given.
+        weights: path of the weights; torchvision's file in torch.hub's folder of checkpoints by default.
     """
 
     ROW = "inception_torchvision"
@@ -291,7 +293,7 @@ class TorchvisionInception(ImageNetwork):
         return network.eval().requires_grad_(False).to(self.device)
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((299, 299), Image.BILINEAR)
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((299, 299), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 127.5 - 1
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -302,20 +304,20 @@ class TorchvisionInception(ImageNetwork):
 
 
 class EffNetLite0(Standardised):
-    """EfficientNet-lite0, trained on ImageNet, from a PyPI package: numbers made with it are on no published scale.
+    """EfficientNet-lite0, trained on ImageNet, from a PyPI package. No published number uses it.
 
-    Features are the 1280 pooled activations, raw; one pass through the network finds them and those of all stages.
+    Features are the 1280 pooled activations, raw. A single pass computes them and the features of all stages.
 
     Args:
-        channels: those of an earlier stage, among `STAGES`, whose averaged activations are then the features. There are
-            fewer, so that fewer images have a covariance; it sees textures and parts rather than things.
+        channels: channels of an earlier stage, among `STAGES`, whose averaged activations are used instead. With fewer
+            features, fewer images suffice for a covariance; an earlier stage sees textures and parts, not objects.
     """
 
     ROW = "efficientnet"
     RESIZE = 224, "bicubic", 224
-    # As TensorFlow's EfficientNet-lite: 127 and 128 of 255.
+    # the values of TensorFlow's EfficientNet-lite
     MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
-    # After these blocks the side or the channels change: channels, block.
+    # channels of each stage and the number of its last block
     STAGES: ClassVar = {16: 0, 24: 2, 40: 4, 80: 7, 112: 10, 192: 14, 320: 15}
     normalised = False
 
@@ -326,8 +328,8 @@ class EffNetLite0(Standardised):
         super().__init__(f"EfficientNet-lite0 (ImageNet){stage}", f"efficientnet-lite0{suffix}", device)
         self.channels = channels
         width = 1280 if channels is None else channels
-        before = sum(c for c in self.STAGES if c < width)
-        self.columns = slice(before, before + width)
+        start = sum(c for c in self.STAGES if c < width)
+        self.columns = slice(start, start + width)
         self.dimension = width
 
     @cached_property
@@ -354,7 +356,7 @@ class EffNetLite0(Standardised):
         model = EfficientNet.from_name("efficientnet-lite0")
         model.load_state_dict(torch.load(facts.files[0], map_location="cpu", weights_only=True))
         model.eval().requires_grad_(False)
-        # The same function in two thirds of the time on a CPU: normalisations folded in, channels next to each other.
+        # Folded normalisations and channels_last take two thirds of the time on a CPU and give the same function.
         for part in (model, *model._blocks):
             for (name, conv), (norm_name, norm) in pairwise([*part.named_children()]):
                 if isinstance(norm, torch.nn.BatchNorm2d):
@@ -370,8 +372,8 @@ class EffNetLite0(Standardised):
     def _stages(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Return the activations of each stage, [N, channels, h, w]."""
         x = self._network._swish(self._network._bn0(self._network._conv_stem(pixels)))
-        found = [x := block(x) for block in self._network._blocks]
-        return [found[block] for block in self.STAGES.values()]
+        outputs = [x := block(x) for block in self._network._blocks]
+        return [outputs[block] for block in self.STAGES.values()]
 
     @torch.inference_mode()
     def layers(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -387,7 +389,7 @@ class EffNetLite0(Standardised):
 
 
 def _resized(image: torch.Tensor, size: int | list[int], mode: str, crop: int | None) -> torch.Tensor:
-    """Resize [3, H, W] to a shortest side or to both, antialiased, and crop its centre; 8-bit images stay 8-bit."""
+    """Resize an image [3, H, W] with antialiasing to a shortest side or to (height, width), and crop its centre."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import center_crop, resize
 

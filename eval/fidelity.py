@@ -1,13 +1,7 @@
-"""How close is a set of images to a set of real ones? Distances of distributions, overlap of neighbourhoods.
+"""How close is a set of images to a set of real images? Distances of distributions and overlaps of neighbourhoods.
 
-All of it is arithmetic on the features of some network, in float64, and a number means little without that network's
-name: "FID" is the Frechet distance of Inception's features, CMMD is of CLIP's. The metrics therefore carry the names of
-the functions, and the table's column says whose features they are. No number here can be compared between sets of
-different sizes, but for the unbiased kernel distances; every document states both sizes.
-
-Precision and recall are those of Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative
-Models" (NeurIPS 2019), density and coverage those of Naeem et al., "Reliable Fidelity and Diversity Metrics for
-Generative Models" (ICML 2020), with balls only around real images, surface excluded.
+All metrics compute in float64 on the features of any network; with Inception they are FID, KID and so on. Only unbiased
+kernel distances are comparable between sets of different sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,16 +23,17 @@ from eval.imageset import ImageSet
 from eval.metric import Folder, SetMetric
 
 CMMD_SIGMA = 10.0
-# Rows of a matrix of kernel values or distances that are in memory at once.
+# rows of a matrix of kernel values or distances that are in memory at once
 ROWS = 2048
-# Relative to the squared lengths: more than a product of float64 is off, and less than float32 features resolve.
+# Distances that differ by less than this share of the squared lengths are equal: the products in float64 are more
+# precise than that, and float32 features less.
 TIE = 1e-12
 
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check that two sets of features belong together, and put them into float64."""
+    """Check that two sets of features can be compared, and return them in float64."""
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(
             f"expected features [N, D] and reference features [M, D] of one encoder, got {list(features.shape)} and "
@@ -48,39 +44,40 @@ def checked_pair(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch
     return features.double(), reference.double()
 
 
-def require_images(features: torch.Tensor, minimum: int, what: str, why: str) -> None:
-    if len(features) < minimum:
-        raise ValueError(
-            f"expected at least {minimum} {what}, got {len(features)}: {why}; give more images, or leave this "
-            "number out"
-        )
+def require_images(features: torch.Tensor, minimum: int, kind: str, reason: str) -> None:
+    """Raise ValueError if there are fewer than `minimum` features of a kind of images."""
+    if (n := len(features)) < minimum:
+        raise ValueError(f"expected at least {minimum} {kind}, got {n}: {reason}; give more images, or leave this out")
 
 
 def cubic_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return (x.y / D + 1)^3 of all rows of [N, D] and [M, D]: [N, M]."""
+    """Return (x.y / D + 1)^3 for all rows of [N, D] and [M, D]: [N, M]."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def gaussian_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return exp(-|x - y|^2 / 2 sigma^2), sigma = 10, of all rows of [N, D] and [M, D], brought to length 1: [N, M]."""
-    # of vectors of length 1, the squared distance is 2 - 2 cos
+    """Return exp(-|x - y|^2 / 2 sigma^2), sigma = 10, for all rows of [N, D] and [M, D] scaled to length 1: [N, M]."""
+    # the squared distance of unit vectors is 2 - 2 cos
     return ((F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T - 1) / CMMD_SIGMA**2).exp()
 
 
 def kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) -> float:
-    """Average a kernel over all pairs of a row of x and one of y; without y, of two different rows of x."""
+    """Average a kernel over all pairs of a row of x and a row of y; without y, over pairs of different rows of x."""
     total = 0.0
     for start in range(0, len(x), ROWS):
         values = kernel(x[start : start + ROWS], x if y is None else y)
-        total += (values.sum() if y is not None else values.sum() - values.diagonal(start).sum()).item()
+        total += values.sum().item()
+        if y is None:
+            total -= values.diagonal(start).sum().item()
     return total / (len(x) * (len(x) - 1 if y is None else len(y)))
 
 
 class FidelityMetric(SetMetric):
-    """A number of a set of images and a set of real ones.
+    """A metric of a set of images and a set of real images.
 
     Args:
-        reference: folder of the real images: a run, one subfolder a category, or images without subfolders.
+        encoder: embeds the images.
+        reference: folder of the real images: a run, a subfolder per category, or images without subfolders.
     """
 
     version = 2
@@ -92,14 +89,15 @@ class FidelityMetric(SetMetric):
 
     @abstractmethod
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
-        """Measure features of N images, float64 [N, D], against those of M real ones, [M, D]."""
+        """Compare the features of N images, float64 [N, D], with those of M real images, [M, D]."""
 
     def compute(self) -> torch.Tensor:
         return torch.tensor(self.score(*checked_pair(*map(self._all, self.STATES))), dtype=torch.float64)
 
     @cached_property
     def real(self) -> ImageSet:
-        return ImageSet(self.reference, read_manifest(self.folder("reference"), flat=True))
+        folder = Path(self.folder("reference"))
+        return ImageSet(folder, read_manifest(folder, flat=True))
 
     def require(self, images: ImageSet) -> None:
         super().require(images)
@@ -110,41 +108,40 @@ class FidelityMetric(SetMetric):
             )
 
     def half(self, images: ImageSet, positions: Sequence[int], seed: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Return real images too: of each category the share that is drawn of the images', so that contents agree.
+        """Return the positions and those of the real images to compare with, so that the contents of both agree.
 
-        Of categories that no image has, a random half: of categories where those are drawn and it has several, else of
-        their images.
+        Of a category with images, the same share of real images is chosen. Of the real images of all other categories,
+        a random half is chosen: by category if categories are drawn and there are several, else by image.
         """
         rng, drawn = np.random.default_rng(seed), set(positions)
         pools = images.pools("category")
-        chosen: list[int] = []
-        others: list[list[int]] = []
+        real: list[int] = []
+        unmatched: list[list[int]] = []
         for category, members in self.real.pools("category").items():
             if category in pools:
                 share = len(drawn.intersection(pools[category])) / len(pools[category])
-                chosen += [*rng.permutation(members)[: round(share * len(members))]]
+                real += [*rng.permutation(members)[: round(share * len(members))]]
             else:
-                others.append(members)
-        if self.cluster != "category" or len(others) == 1:
-            others = [[position] for members in others for position in members]
-        for index in rng.permutation(len(others))[: int(len(others) * self.SHARE)]:
-            chosen += others[index]
-        return positions, sorted(chosen)
+                unmatched.append(members)
+        if self.cluster != "category" or len(unmatched) == 1:
+            unmatched = [[position] for members in unmatched for position in members]
+        for index in rng.permutation(len(unmatched))[: int(len(unmatched) * self.SHARE)]:
+            real += unmatched[index]
+        return positions, sorted(real)
 
     def inputs(
         self, images: ImageSet, positions: Sequence[int], real: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._embeddings is None:  # once for all halves
-            self._embeddings = images.beside(self.real).embeddings(self.encoder)
+            self._embeddings = images.with_images_of(self.real).embeddings(self.encoder)
         reference = self._embeddings if real is None else self._embeddings[real]
         return self.encoder.of(images, positions).double(), reference.double()
 
     def settings(self) -> dict[str, Any]:
-        """Identify the reference by its content, wherever it lies."""
+        """Identify the reference by its content."""
         return {**super().settings(), "reference_sha256": self.real.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say how many real images there are, and what the features are."""
         return {
             "reference": self.real.folder.name,
             "n_reference": len(self.real.rows),
@@ -154,19 +151,17 @@ class FidelityMetric(SetMetric):
 
 
 class FrechetDistance(FidelityMetric):
-    """torchmetrics' Frechet distance of Gaussians fitted to two sets of features; "FID" if the encoder is Inception.
+    """Frechet distance between Gaussians fitted to the features of the images and of the real images.
 
-    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS 2017).
-    Biased up (Chong and Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them", CVPR 2020).
-    Of raw features [N, D]: `minimum` is D + 1, known once they are there.
+    It is FID if the encoder is Inception (Heusel et al., NeurIPS 2017), biased upwards (Chong and Forsyth, CVPR 2020).
+    torchmetrics computes it. Features [N, D] need `minimum` = D + 1 images.
     """
 
     name = "frechet_distance"
     higher_is_better = False
     unit = "squared distance of features, >= 0"
-    description = "Frechet distance between Gaussians fitted to the features of the images and of the real ones"
     bounds = (0.0, None)
-    extrapolate = False  # as every document of this version says
+    extrapolate = False  # a constant setting in the documents of this version
     SETTINGS = ("extrapolate",)
 
     def require(self, images: ImageSet) -> None:
@@ -180,59 +175,56 @@ class FrechetDistance(FidelityMetric):
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
         d = features.shape[1]
-        given = torch.nn.Identity()
-        given.num_features = d
-        # what is here is of all processes already
-        distance = FrechetInceptionDistance(given, sync_on_compute=False).set_dtype(torch.float64).to(features.device)
-        why = "with fewer, the covariance is singular, and what is missing is measured, not what differs"
-        for what, of, real in (("reference images", reference, True), ("images", features, False)):
-            require_images(of, d + 1, f"{what} for a Frechet distance of {d} features", why)
-            distance.update(of, real=real)
+        extractor: Any = torch.nn.Identity()
+        extractor.num_features = d
+        # `features` has been gathered from all processes already
+        distance = FrechetInceptionDistance(extractor, sync_on_compute=False)
+        distance = distance.set_dtype(torch.float64).to(features.device)
+        for kind, values, real in (("reference images", reference, True), ("images", features, False)):
+            kind = f"{kind} for a Frechet distance of {d} features"
+            require_images(values, d + 1, kind, "with fewer, the covariance is singular")
+            distance.update(values, real=real)
         return distance.compute().item()
 
 
 class KernelDistance(FidelityMetric):
-    """Squared maximum mean discrepancy under the kernel (x.y / D + 1)^3; "KID" if the encoder is Inception.
+    """Unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1)^3 of the features.
 
-    Binkowski et al., "Demystifying MMD GANs" (ICLR 2018). Of all images at once: they average over blocks of 1,000,
-    which has the same expectation and more variance. Many papers print it times 1000; this is times 1.
-
-    Unbiased for independent images: within a set, every pair of different images counts once. 0 in expectation for
-    equal distributions, hence sometimes negative.
+    It is KID if the encoder is Inception (Binkowski et al., ICLR 2018). All images are used at once; the paper averages
+    over blocks of 1,000, which has the same expectation and more variance. Many papers print 1000 times this number.
+    The expectation is 0 for equal distributions, so values can be negative.
     """
 
     name = "kernel_distance"
     version = 4
     higher_is_better = False
     unit = "squared MMD, times 1"
-    description = "unbiased squared MMD under the kernel (x.y / D + 1)^3 of the features; times 1, not 1000"
     kernel: Kernel = staticmethod(cubic_kernel)
     scale = 1.0
     unbiased = True
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
         within = 0.0
-        for what, of in (("reference images", reference), ("images", features)):
-            require_images(of, 2, what, "the kernel is averaged over pairs")
-            within += kernel_mean(self.kernel, of, None if self.unbiased else of)
+        for kind, values in (("reference images", reference), ("images", features)):
+            require_images(values, 2, kind, "the kernel is averaged over pairs")
+            within += kernel_mean(self.kernel, values, None if self.unbiased else values)
         return self.scale * (within - 2 * kernel_mean(self.kernel, features, reference))
 
 
 class Cmmd(KernelDistance):
     """1000 times the squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10.
 
-    Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation" (CVPR 2024), with
-    embeddings of CLIP ViT-L/14 at 336 pixels. Their code computes the BIASED estimate, the diagonals included. So does
-    this by default, to be compared with theirs, for square images: they squash others, where `eval.clip.OpenClip`
-    crops. It adds about 10 (1 - mean cosine) (1/N + 1/M), which is not small at some hundreds.
+    Jayasumana et al. (CVPR 2024) use CLIP ViT-L/14 at 336 pixels and squash images that are not square, where
+    `eval.clip.OpenClip` crops. Their code computes the biased estimate, which includes the diagonals and adds about
+    10 (1 - mean cosine) (1/N + 1/M). This is the default here.
 
     Args:
-        unbiased: unlike the paper's code, take the estimate of `KernelDistance`.
+        encoder, reference: see `FidelityMetric`.
+        unbiased: compute the unbiased estimate instead.
     """
 
     name = "cmmd"
     unit = "1000 x squared MMD"
-    description = "1000 x squared MMD of embeddings of length 1 under a Gaussian kernel of sigma 10"
     kernel: Kernel = staticmethod(gaussian_kernel)
     scale = 1000.0
     SETTINGS = ("unbiased",)
@@ -243,51 +235,48 @@ class Cmmd(KernelDistance):
         super().__init__(encoder, reference, **options)
         self.unbiased = unbiased
         self.bounds = (None, None) if unbiased else (0.0, None)
-        self.description = f"{self.description}, {'unbiased' if unbiased else 'biased as published'}"
 
 
 class Manifold:
-    """The balls around a set's points that reach to their k-th neighbours.
+    """The balls around M points [M, D], M > k, whose radii are the distances to the k-th neighbours.
 
-    Distances, squared, are of products, which are many times faster than differences. Their rounding would tear ties,
-    which are common, since the k-th neighbour lies on the ball: what is within `TIE` of equal is equal.
-
-    Args:
-        points: [M, D].
-        k: which neighbour; M > k.
-        what: the points are, for the error.
+    Squared distances are computed by products, which are many times faster than differences but round. Ties are common,
+    because the k-th neighbour lies on the ball, so distances within `TIE` count as equal.
     """
 
-    def __init__(self, points: torch.Tensor, k: int, what: str = "reference images") -> None:
-        require_images(points, k + 1, what, f"each needs a neighbour number {k}")
+    def __init__(self, points: torch.Tensor, k: int, kind: str = "reference images") -> None:
+        require_images(points, k + 1, kind, f"each needs a neighbour number {k}")
         self.points = points.double()
-        self.k = k
-        # a point is its own nearest neighbour, hence k + 1
+        # k + 1, because a point is its own nearest neighbour
         self.radii = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows, _ in self.distances(points)])
 
     def distances(self, points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the squared distances of some of N points to each of the M, and how far they may be off, [.., M]."""
+        """Yield blocks of the squared distances of N points to the M centres, and of their rounding errors, [.., M]."""
         points, centres = checked_pair(points, self.points)
         require_images(points, 1, "images", "there is nothing to measure")
-        middle = centres.mean(dim=0)  # lengths from there are smaller, and so is the rounding
-        centres = centres - middle
-        for rows in (points - middle).split(ROWS):
+        mean = centres.mean(dim=0)  # centred points are shorter, which makes the rounding errors smaller
+        centres = centres - mean
+        for rows in (points - mean).split(ROWS):
             lengths = rows.square().sum(dim=1)[:, None] + centres.square().sum(dim=1)
             yield lengths - 2 * rows @ centres.T, TIE * lengths
 
     def holds(self, points: torch.Tensor, surface: bool) -> torch.Tensor:
-        """Tell of each of N points which of the M balls it lies in: [N, D] -> bool [N, M]."""
-        found = self.distances(points)
+        """Return which of the M balls, with or without their surface, contain each of N points: bool [N, M]."""
+        blocks = self.distances(points)
         if surface:
-            return torch.cat([distances <= self.radii + tie for distances, tie in found])
-        return torch.cat([distances < self.radii - tie for distances, tie in found])
+            return torch.cat([distances <= self.radii + tie for distances, tie in blocks])
+        return torch.cat([distances < self.radii - tie for distances, tie in blocks])
 
 
 class NeighbourMetric(FidelityMetric):
-    """Overlap of two sets by nearest neighbours, `k` as in the paper; `minimum` leaves every image a k-th neighbour."""
+    """An overlap of two sets by their k-th nearest neighbours; the default `k` is the paper's.
+
+    Precision and recall follow Kynkaanniemi et al. (NeurIPS 2019), density and coverage follow Naeem et al. (ICML
+    2020), with balls only around real images, without their surface.
+    """
 
     higher_is_better = True
-    bounds = (0.0, 1.0)
+    bounds: tuple[float | None, float | None] = (0.0, 1.0)
     k: int
     SETTINGS = ("k",)
 
@@ -303,11 +292,10 @@ class NeighbourMetric(FidelityMetric):
 
 
 class Precision(NeighbourMetric):
-    """Share of images that lie in a ball of a real one."""
+    """Share of images within a real image's distance to its k-th real neighbour."""
 
     name = "precision"
     unit = "share of images, 0 to 1"
-    description = "share of images within a real image's distance to its k-th real neighbour"
     k = 3
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -315,26 +303,26 @@ class Precision(NeighbourMetric):
 
 
 class Recall(NeighbourMetric):
-    """Share of real images that lie in a ball of an image."""
+    """Share of real images within an image's distance to its k-th neighbour among the images."""
 
     name = "recall"
     unit = "share of real images, 0 to 1"
-    description = "share of real images within an image's distance to its k-th neighbour among the images"
     k = 3
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
         require_images(reference, self.k + 1, "reference images", "as many as for precision")
-        made = Manifold(features, self.k, "images")
-        return made.holds(reference, surface=True).any(dim=1).double().mean().item()
+        return Manifold(features, self.k, "images").holds(reference, surface=True).any(dim=1).double().mean().item()
 
 
 class Density(NeighbourMetric):
-    """In how many real images' balls an image lies, over k: 1 in expectation for equal distributions."""
+    """Mean over images of the number of real images within whose k-th neighbour they lie, over k.
+
+    The expectation is 1 for equal distributions.
+    """
 
     name = "density"
     bounds = (0.0, None)
     unit = "1 for equal distributions, >= 0"
-    description = "mean over images of the real images within whose k-th neighbour they lie, over k"
     k = 5
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -342,11 +330,10 @@ class Density(NeighbourMetric):
 
 
 class Coverage(NeighbourMetric):
-    """Share of the real images' balls that hold an image."""
+    """Share of real images with an image nearer than their k-th real neighbour."""
 
     name = "coverage"
     unit = "share of real images, 0 to 1"
-    description = "share of real images with an image nearer than their k-th real neighbour"
     k = 5
 
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -354,27 +341,26 @@ class Coverage(NeighbourMetric):
 
 
 class InceptionScore(SetMetric):
-    """exp of the mean divergence of an image's predicted classes from the mean prediction; Inception's with Inception.
+    """exp of the mean KL divergence of the images' predicted classes from their mean.
 
-    Salimans et al., "Improved Techniques for Training GANs" (NeurIPS 2016). It knows no real images. Biased down at
-    small N, and by more splits. Of one narrow category it is near 1, whatever the quality. Before splitting, images are
-    shuffled with a fixed seed, as in torch-fidelity: in the order of their categories, a split would have few of these.
+    Salimans et al. (NeurIPS 2016). There are no real images. The score is biased down by few images and many splits,
+    and near 1 for images of one category, whatever their quality. Before splitting, images are shuffled with a fixed
+    seed, as in torch-fidelity.
 
     Args:
-        encoder: one with a classifier head, `logits_from_features`; without, `update` takes logits [N, C].
-        splits: the score is averaged over so many parts; papers use 10. 1 does not depend on the order.
+        encoder: encoder with a classifier (`logits_from_features`); without an encoder, `update` takes logits [N, C].
+        splits: number of parts over which the score is averaged. Papers use 10; 1 does not depend on the order.
     """
 
     name = "inception_score"
     higher_is_better = True
     bounds = (1.0, None)
     unit = "classes, 1 to the classifier's number of them"
-    description = "exp of the mean KL divergence of the images' predicted classes from their mean"
     SETTINGS = ("splits",)
-    # A mean prediction of fewer images says nothing about variety.
+    # with fewer images, the mean prediction shows no variety
     IMAGES_A_SPLIT = 10
 
-    def __init__(self, encoder: Scorer | None = None, splits: int = 1, **options: Any) -> None:
+    def __init__(self, encoder: Encoder | None = None, splits: int = 1, **options: Any) -> None:
         super().__init__(encoder, **options)
         if encoder is not None and type(encoder).logits_from_features is Encoder.logits_from_features:
             raise TypeError(
@@ -390,16 +376,15 @@ class InceptionScore(SetMetric):
         logits = self.encoder.logits_from_features(features) if isinstance(self.encoder, Encoder) else features
         if logits.ndim != 2:
             raise ValueError(f"expected logits [N, C], got {list(logits.shape)}; give those of a classifier")
-        n = len(logits)
-        why = f"the mean prediction needs {self.IMAGES_A_SPLIT} a split"
-        require_images(logits, self.minimum, f"images for {self.splits} splits", why)
+        n, reason = len(logits), f"the mean prediction needs {self.IMAGES_A_SPLIT} a split"
+        require_images(logits, self.minimum, f"images for {self.splits} splits", reason)
         order = np.random.RandomState(2020).permutation(n) if self.splits > 1 else np.arange(n)
         log_p = logits.double()[torch.from_numpy(order)].log_softmax(dim=1)
         scores = []
         for index in range(self.splits):
             part = log_p[index * n // self.splits : (index + 1) * n // self.splits]
             marginal = part.logsumexp(dim=0) - np.log(len(part))
-            # a probability of 0 contributes nothing, where 0 times infinity would be NaN
+            # a probability of 0 contributes 0, not 0 * infinity = NaN
             divergence = torch.where(part.exp() > 0, part.exp() * (part - marginal), 0).sum(dim=1)
             scores.append(divergence.mean().exp().item())
         return float(np.mean(scores))

@@ -1,4 +1,4 @@
-"""Files that others may have written or may be reading: read with limits, written in one step, and their hashes."""
+"""Read files that other programs may have written, write files in one step, and hash them."""
 
 import functools
 import glob
@@ -13,21 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Bytes of the largest file of text that is read.
+# The largest text file that is read, in bytes.
 LARGEST = 1 << 28
-# Seconds after which a temporary file has lost the process that wrote it.
+# A temporary file of this age, in seconds, belongs to a process that was killed.
 LEFT_OVER = 86400
-# Nanoseconds after which a file that did not change keeps its times: it may change twice within one tick of the clock.
+# A file that changed less than this many nanoseconds ago may change again within the same tick of the clock.
 SETTLED = 1e9
 
 
 def read_regular(path: str | Path, most: int = LARGEST) -> bytes:
-    """Read a file that anybody may have written.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it has more than `most` bytes, or is a pipe or a device, which might never end.
-    """
+    """Read a file; raise ValueError if it has more than `most` bytes, or is a pipe or a device that may never end."""
     path = Path(path)
     size = path.stat().st_size
     if not path.is_file():
@@ -38,7 +33,7 @@ def read_regular(path: str | Path, most: int = LARGEST) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON that anybody may have written; ValueError, which names the file, where it is none."""
+    """Read a JSON file; raise a ValueError that names the file if the content is not JSON."""
     try:
         return json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
@@ -46,15 +41,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def canonical_json(document: Any, indent: int | None = None, compact: bool = False) -> str:
-    """Write JSON so that equal documents give equal text: sorted keys, no NaN or infinity.
+    """Return JSON text that is equal for equal documents: keys are sorted, NaN and infinity raise ValueError.
 
     Args:
-        document: what to write.
-        indent: spaces a level; None for one line.
-        compact: whether to write ASCII without spaces, the form whose hash is a run's id.
-
-    Raises:
-        ValueError: NaN or infinity is in the document.
+        document: any JSON value.
+        indent: spaces per level; None for one line.
+        compact: write ASCII without spaces, the form whose hash is a run's id.
     """
     return json.dumps(
         document,
@@ -67,18 +59,18 @@ def canonical_json(document: Any, indent: int | None = None, compact: bool = Fal
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON document with `sha256`, a digest of all else that it holds; see `check_seal`."""
+    """Return a JSON document with the key `sha256`: a digest of all other keys, which `check_seal` verifies."""
     values = {key: value for key, value in document.items() if key != "sha256"}
     return {**values, "sha256": hashlib.sha256(canonical_json(values).encode()).hexdigest()}
 
 
 def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
-    """Raise ValueError, which names the file, where a document no longer holds what was `sealed`."""
+    """Raise a ValueError that names the file if a document no longer agrees with its `sha256`."""
     try:
-        whole = sealed(document)["sha256"] == document.get("sha256")
-    except ValueError:  # NaN, or halves of characters: nothing of the kind is written
-        whole = False
-    if not whole:
+        intact = sealed(document)["sha256"] == document.get("sha256")
+    except ValueError:  # NaN or a lone surrogate, which are never written
+        intact = False
+    if not intact:
         raise ValueError(
             f"expected what was written into {path}, got other values: it was edited, is damaged or of an earlier "
             "version; make it again"
@@ -86,11 +78,7 @@ def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """Read a metric's document.
-
-    Raises:
-        ValueError: it is none, or holds other values than were written; the message names it.
-    """
+    """Read a metric's document; raise a ValueError that names the file if it is damaged or something else."""
     document = read_json(path)
     if not isinstance(document, dict) or not {"metric", "groups"} <= document.keys():
         raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
@@ -99,24 +87,24 @@ def read_document(path: str | Path) -> dict[str, Any]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file so that readers see the old content or the new, never a part."""
+    """Write a text file atomically; see `write_bytes`."""
     return write_bytes(path, text.encode())
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left in a folder: the files and folders of a name, a day after their last change."""
-    for left in folder.glob(pattern):
+    """Remove the files and folders that match a pattern and did not change for a day: killed processes left them."""
+    for path in folder.glob(pattern):
         with suppress(FileNotFoundError):
-            if time.time() - left.lstat().st_mtime < LEFT_OVER:
+            if time.time() - path.lstat().st_mtime < LEFT_OVER:
                 continue
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                left.unlink()
+                path.unlink()
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file so that readers see the old content or the new, never a part."""
+    """Write a file atomically: readers see the old content or the new content, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
@@ -131,7 +119,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_json(path: str | Path, document: Any) -> Path:
-    """Write `canonical_json`, indented, so that readers see the old content or the new, never a part."""
+    """Write indented `canonical_json` atomically."""
     return write_text(path, canonical_json(document, indent=1) + "\n")
 
 
@@ -142,16 +130,16 @@ def content_hash(path: str | Path) -> str:
 
 
 def settled_status(path: str | Path) -> tuple[int, int, int] | None:
-    """Return the size and times by which a file is known not to have changed; None if it changed just now."""
+    """Return a file's size and times, which stay equal as long as the file does; None if it changed just now."""
     status = os.stat(path)
-    # the time of the inode's change cannot be set back, as that of the content is by `cp -p`
+    # `cp -p` sets the time of the content back, but not the time of the inode's change
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED:
         return None
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def remembered_hash(path: str | Path) -> str:
-    """Return `content_hash(path)`, read again only when its size or times of change are others."""
+    """Return `content_hash(path)`; the file is read again only after its size or times changed."""
     status = settled_status(path)
     return content_hash(path) if status is None else _hash(os.path.abspath(path), *status)
 

@@ -1,9 +1,8 @@
-"""The format of a folder of images: its manifest, its groups, and how one image is read.
+"""The format of a folder of images: its manifest, its groups, and how an image is read.
 
-A run folder holds `manifest.jsonl` (one `ManifestRow` a line) and the PNG files it names; any other folder can be
-measured as well (see `read_manifest`). A group is what was generated together, (prompt_id, group_seed). Groups that
-ended without images are in a file of their own, `withheld.jsonl` (one `WithheldRow` a line), which is there only if
-some did: every row of the manifest is an image, for whoever reads it.
+A run folder holds `manifest.jsonl` (one `ManifestRow` per line) and the image files that it names. If groups ended
+without images, it also holds `withheld.jsonl` (one `WithheldRow` per line). `read_manifest` reads other folders too.
+A group is the set of images that were generated together; (prompt_id, group_seed) identifies it.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,10 +26,10 @@ WITHHELD = "withheld.jsonl"
 PROMPTS = "prompts.json"
 METRICS = "metrics"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
-# Images, too, but of kinds that are not read: several pages, more than 8 bits, or no decoder everywhere.
+# Image formats that are refused: they may hold several pages or more than 8 bits, or not every system decodes them.
 FOREIGN_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".ppm", ".tga", ".exr", ".psd")
 UNKNOWN_SEED = -1
-# Ways in which a group ends without images, see `Withheld`.
+# Ways in which a group can end without images; see `Withheld`.
 STATUSES = ("refused", "escalated", "blocked")
 
 
@@ -40,15 +39,15 @@ class ManifestRow:
 
     Attributes:
         path: the image file, relative to the run folder, with forward slashes.
-        prompt_id: name of the prompt, usable as a folder's name (no slash).
-        prompt: the text the image was made from.
-        category: what the prompt asks for; entropies are pooled within a category.
+        prompt_id: name of the prompt, which can name a folder (no slash).
+        prompt: the text from which the image was made.
+        category: subject of the prompt; entropies are pooled within a category.
         group_seed: number of the group among the groups of this prompt, >= 0.
-        index: the image's place in its group, >= 0.
-        seed: seed of this image's own random generator; `UNKNOWN_SEED` (-1) where nobody knows it.
-        references: pictures that the method was given to stay away from, each with the score by which it was chosen;
-            None where the method takes none.
-        sha256: of the file's bytes, 64 digits, as it was generated; None where nobody recorded it.
+        index: position of the image in its group, >= 0.
+        seed: seed of this image's random generator; `UNKNOWN_SEED` (-1) if it was not recorded.
+        references: images from which the method pushed away, each with the score by which it was chosen; None if the
+            method takes no references.
+        sha256: hash of the generated file, 64 digits; None if it was not recorded.
     """
 
     path: str
@@ -71,13 +70,12 @@ class ManifestRow:
 
     @property
     def group_id(self) -> str:
-        """Identity of the image's group: `prompt_id/group_seed`, the seed in six digits."""
+        """Identifier of the image's group: `prompt_id/group_seed`, the seed in six digits."""
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values, which make it again; without what there is none of."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if value is not None}
+        """Return the constructor's arguments as JSON values, without those that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +83,10 @@ class Withheld:
     """Why a group ended without images.
 
     Attributes:
-        status: "refused": what was asked for is not made; "escalated": a person is to decide; "blocked": images were
-            made, and a check of them kept them back.
-        reason: one line, for whoever asked.
-        clauses: ids of what it rests on, in the policy that was applied.
+        status: "refused" (nothing was generated), "escalated" (a person decides) or "blocked" (images were generated,
+            but a check of the images withheld them).
+        reason: one line for the user who sent the request.
+        clauses: ids of the policy's clauses that apply.
     """
 
     status: str
@@ -110,7 +108,7 @@ class Withheld:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithheldRow(Withheld):
-    """A group of a run that ended without images; its fields as of `ManifestRow` and `Withheld`."""
+    """A group of a run that ended without images; for the fields see `ManifestRow` and `Withheld`."""
 
     prompt_id: str
     prompt: str
@@ -119,26 +117,27 @@ class WithheldRow(Withheld):
 
     @property
     def group_id(self) -> str:
+        """Identifier of the group; see `ManifestRow.group_id`."""
         return f"{self.prompt_id}/{self.group_seed:06d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain JSON values, which make it again."""
+        """Return the constructor's arguments as JSON values."""
         return asdict(self) | {"clauses": list(self.clauses)}
 
 
 def scores_path(folder: Path, name: str, encoder: str) -> Path:
-    """Return where the values of a metric lie: one file for every encoder, so that none overwrites another's."""
+    """Return the path of a metric's values; every encoder has its own file."""
     return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder)}.json"
 
 
 def count_withheld(rows: Iterable[Withheld]) -> str:
-    """Say how many groups ended in each way, as `2 refused, 1 blocked`."""
+    """Return a text such as `2 refused, 1 blocked`."""
     counts = Counter(row.status for row in rows)
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
 
 
 def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
-    """Sort by prompt_id, group_seed and index, each of which must occur once."""
+    """Sort images by prompt_id, group_seed and index; raise ValueError if one occurs twice."""
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed, row.index))
     for before, row in pairwise(ordered):
         if (before.group_id, before.index) == (row.group_id, row.index):
@@ -150,13 +149,13 @@ def canonical_order(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
 
 
 def write_manifest(folder: str | Path, rows: Iterable[ManifestRow]) -> Path:
-    """Write `manifest.jsonl` atomically, in canonical order whatever the order of `rows`."""
+    """Write `manifest.jsonl` atomically, in canonical order."""
     lines = [canonical_json(row.to_dict()) + "\n" for row in canonical_order(rows)]
     return write_text(Path(folder) / MANIFEST, "".join(lines))
 
 
 def write_withheld(folder: str | Path, rows: Iterable[WithheldRow]) -> None:
-    """Write `withheld.jsonl` atomically, in canonical order; without rows there is no such file afterwards."""
+    """Write `withheld.jsonl` atomically, in canonical order; remove the file if there are no rows."""
     path = Path(folder) / WITHHELD
     ordered = sorted(rows, key=lambda row: (row.prompt_id, row.group_seed))
     if ordered:
@@ -166,11 +165,7 @@ def write_withheld(folder: str | Path, rows: Iterable[WithheldRow]) -> None:
 
 
 def read_withheld(folder: str | Path) -> list[WithheldRow]:
-    """Read which groups of a run ended without images, in canonical order; a plain folder has none.
-
-    Raises:
-        ValueError: the file is damaged, or names a group twice.
-    """
+    """Read `withheld.jsonl` in canonical order, if it exists; raise ValueError if it is damaged or repeats a group."""
     path = Path(folder) / WITHHELD
     rows = _read_rows(path, WithheldRow) if path.exists() else []
     if repeated := [group for group, times in Counter(row.group_id for row in rows).items() if times > 1]:
@@ -179,26 +174,24 @@ def read_withheld(folder: str | Path) -> list[WithheldRow]:
 
 
 def read_manifest(folder: str | Path, flat: bool = False) -> list[ManifestRow]:
-    """Read the images of a run folder, or of any plain folder, in canonical order.
+    """Read the rows of a run folder, or of any folder of images, in canonical order.
 
-    A plain folder has no `manifest.jsonl`; each of its subfolders is one group and its name is prompt,
-    prompt_id and category. A file `prompts.json` in the folder may say otherwise, for some or all subfolders:
-    `{"subfolder": "the prompt"}` or `{"subfolder": {"prompt": "the prompt", "category": "bird"}}`.
-
-    Images of a plain folder are numbered by file name; their seeds are `UNKNOWN_SEED`. If `flat`, images without any
-    subfolder are read too, as one group.
+    In a folder without `manifest.jsonl`, each subfolder is a group, whose name is the prompt, prompt_id and category.
+    A file `prompts.json` can name them otherwise: `{"subfolder": "the prompt"}` or
+    `{"subfolder": {"prompt": "the prompt", "category": "bird"}}`. Images are numbered by file name, and their seeds are
+    `UNKNOWN_SEED`. If `flat`, a folder of images without subfolders is read as one group.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: it holds nothing that can be read, or, if it is plain, images that would be left out: beside the
-            subfolders, in folders within them, or of a kind that is not read. The message says what was expected.
+        ValueError: the folder has no images, or images that would be ignored: next to the subfolders, in nested
+            folders, or of an unsupported format.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of images, got {folder}, which does not exist; check the path")
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return canonical_order(_read_plain_folder(folder, flat))
+        return canonical_order(_read_subfolders(folder, flat))
     return canonical_order(_read_rows(manifest, ManifestRow))
 
 
@@ -214,8 +207,8 @@ def _read_rows(path: Path, kind: type[Any]) -> list[Any]:
     return rows
 
 
-def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
-    names = _read_prompts(folder / PROMPTS)
+def _read_subfolders(folder: Path, flat: bool) -> list[ManifestRow]:
+    texts_by_name = _read_prompts(folder / PROMPTS)
     subfolders = [path for path in _visible(folder) if path.is_dir()]
     loose = [path.name for path in _visible(folder) if _is_image(path)]
     if subfolders and loose:
@@ -244,14 +237,14 @@ def _read_plain_folder(folder: Path, flat: bool) -> list[ManifestRow]:
                 f"expected the images of a prompt directly in its subfolder of {folder}, got a folder within "
                 f"{name!r}: {image.relative_to(folder).as_posix()}; move its images up, or the folder away"
             )
-        texts = {"prompt": name, "category": name} | names.pop(name, {})
+        texts = {"prompt": name, "category": name} | texts_by_name.pop(name, {})
         rows += [
-            ManifestRow(f"{name}/{image.name}", name, **texts, group_seed=0, index=index, seed=UNKNOWN_SEED)
+            ManifestRow(f"{name}/{image.name}", name, texts["prompt"], texts["category"], 0, index, UNKNOWN_SEED)
             for index, image in enumerate(images)
         ]
-    if names:
+    if texts_by_name:
         raise ValueError(
-            f"expected every name in {folder / PROMPTS} to be a subfolder with images, got {sorted(names)}; "
+            f"expected every name in {folder / PROMPTS} to be a subfolder with images, got {sorted(texts_by_name)}; "
             "correct the names"
         )
     if not rows:
@@ -267,8 +260,8 @@ def _read_prompts(path: Path) -> dict[str, dict[str, str]]:
     names = document if isinstance(document, dict) else {"the document": document}
     texts = {name: {"prompt": entry} if isinstance(entry, str) else entry for name, entry in names.items()}
     for name, entry in texts.items():
-        whole = isinstance(entry, dict) and entry.keys() <= {"prompt", "category"}
-        if not whole or not all(isinstance(text, str) for text in entry.values()):
+        valid_keys = isinstance(entry, dict) and entry.keys() <= {"prompt", "category"}
+        if not valid_keys or not all(isinstance(text, str) for text in entry.values()):
             raise ValueError(
                 f"expected {path} to map subfolders to a prompt or to {{'prompt': ..., 'category': ...}}, "
                 f"got {entry!r} for {name!r}; correct it"
@@ -277,7 +270,7 @@ def _read_prompts(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """List what is in a folder by name, hidden files left out; a link that leads nowhere is an error."""
+    """List the paths in a folder by name, without hidden ones; raise ValueError for a broken link."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if dangling := [path.name for path in paths if not path.exists()]:
         raise ValueError(
@@ -288,7 +281,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """List the images directly in a folder by name; a kind of image that is not read is an error."""
+    """List the images directly in a folder by name; raise ValueError for an unsupported format."""
     images = [path for path in _visible(folder) if _is_image(path)]
     if foreign := [path for path in images if path.suffix.lower() in FOREIGN_SUFFIXES]:
         raise ValueError(
@@ -303,29 +296,26 @@ def _is_image(path: Path) -> bool:
 
 
 def group_rows(rows: Iterable[ManifestRow]) -> dict[str, list[ManifestRow]]:
-    """Gather rows by group id, groups and images in canonical order."""
+    """Return the rows of every group by its id, groups and images in canonical order."""
     return {group: list(members) for group, members in groupby(canonical_order(rows), lambda row: row.group_id)}
 
 
 def load_image(path: str | Path) -> torch.Tensor:
-    """Read an image as 8-bit RGB: uint8 tensor [3, H, W] in [0, 255]; see `load_picture`."""
+    """Read an image as 8-bit RGB: uint8 [3, H, W]; see `load_picture`."""
     return torch.from_numpy(np.array(load_picture(path))).permute(2, 0, 1).contiguous()
 
 
 def blurred(image: Image.Image, blur: float) -> Image.Image:
-    """Return an image under a Gaussian blur whose radius is a share of its shorter side."""
+    """Apply a Gaussian blur whose radius is `blur` times the image's shorter side."""
     return image.filter(ImageFilter.GaussianBlur(blur * min(image.size)))
 
 
 def load_picture(path: str | Path) -> Image.Image:
-    """Read an image as Pillow's 8-bit RGB.
-
-    Transparency is composited on white and a camera's orientation tag is applied. Colour spaces that would have to be
-    guessed (CMYK, 16-bit grey, ...) and animations are refused.
+    """Read an image as 8-bit RGB, composite transparency on white, and apply a camera's orientation tag.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, not one image or in an unsupported colour space; the message names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, an animation, or in an unsupported colour space (CMYK, 16-bit grey, ...).
     """
     path = Path(path)
     if not path.is_file():
@@ -353,22 +343,22 @@ def load_picture(path: str | Path) -> Image.Image:
 
 
 def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
-    """Return a SHA-256 that changes when any image of a folder or its row changes; their order does not matter.
+    """Return a SHA-256 of all images and their rows, whatever their order.
 
     Raises:
         FileNotFoundError: an image is missing.
-        ValueError: an image is not the one that its row was written for.
+        ValueError: an image differs from the `sha256` of its row.
     """
     digest = hashlib.sha256()
     for row in canonical_order(rows):
         path = Path(folder) / row.path
         if not path.is_file():
             raise FileNotFoundError(f"expected an image at {path}, got no file; generate the run again")
-        found = remembered_hash(path)
-        if row.sha256 not in (None, found):
+        sha256 = remembered_hash(path)
+        if row.sha256 not in (None, sha256):
             raise ValueError(
                 f"expected the image that was generated, got another file at {path}: it was replaced or is damaged; "
                 "run experiments.generate again, which makes its group anew"
             )
-        digest.update(f"{canonical_json(row.to_dict())}\n{found}\n".encode())
+        digest.update(f"{canonical_json(row.to_dict())}\n{sha256}\n".encode())
     return digest.hexdigest()

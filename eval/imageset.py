@@ -1,4 +1,4 @@
-"""The images of a folder as metrics see them: in groups, with their prompts, embedded at most once, on disk too."""
+"""The images of a folder in groups, with their prompts and their embeddings, which are cached on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import torch
@@ -34,37 +34,36 @@ from eval.intervals import Cluster, GroupValue
 
 log = logging.getLogger(__name__)
 
-# Images a file of the cache: what a killed run loses at most.
+# Embeddings are written after this many images; a killed run loses at most so many.
 IMAGES_PER_SHARD = 512
-# Part of the cache's path: raise it when load_image or the layout changes what is stored.
+# Part of the cache's path. Raise it when `load_image` or the layout of the cache changes.
 CACHE_VERSION = "v2"
 
 
 class EmbeddingCache:
-    """Embeddings on disk, by content hash and encoder's cache id: renamed and repeated images are embedded once.
+    """Embeddings on disk by the encoder's cache id and the image's content hash, so that a copy is embedded only once.
 
-    Layout: `folder/v2/<cache id>/<shard>.safetensors`, in each shard one tensor [D] an image, named by its
-    hash, and a digest of all of them. Shards are written once, under a name made of their keys, by an atomic rename, so
-    several processes may share a cache. A damaged one is removed with a warning, and its images are embedded again. The
-    folder is made when first needed, and can be deleted at any time.
+    A file `folder/v2/<cache id>/<shard>.safetensors` holds a tensor [D] per image, named by its hash, and a digest of
+    all tensors. Files are written atomically and never changed, so several processes can share a cache. A damaged file
+    is removed with a warning, and its images are embedded again. You can delete the folder at any time.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def get(self, encoder_id: str, hashes: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the embeddings [D] that are there, by content hash; absent ones are left out."""
-        wanted, found = set(hashes), {}
+        """Return the cached embeddings [D] by content hash; missing ones are left out."""
+        wanted, embeddings = set(hashes), {}
         for shard in sorted(self._folder_of(encoder_id).glob("*.safetensors")):
             try:
                 if keys := wanted & _keys(shard):
                     stored = _read(shard)
-                    found.update({key: stored[key] for key in keys})
+                    embeddings.update({key: stored[key] for key in keys})
             except (OSError, SafetensorError, ValueError) as error:
                 log.warning("%s cannot be read (%s): its images are embedded again", shard, error)
-                if not isinstance(error, OSError):  # damaged: else it would be read, and warned of, for ever
+                if not isinstance(error, OSError):  # a damaged file would cause a warning in every run
                     shard.unlink(missing_ok=True)
-        return found
+        return embeddings
 
     def put(self, encoder_id: str, embeddings: Mapping[str, torch.Tensor]) -> None:
         """Store embeddings [D] by content hash."""
@@ -88,7 +87,7 @@ def _keys(shard: Path) -> frozenset[str]:
 
 def _read(shard: Path) -> dict[str, torch.Tensor]:
     with safe_open(shard, framework="pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no mapping)
         if file.metadata() != {"sha256": _digest(stored)}:
             raise ValueError("it holds other values than were written")
     return stored
@@ -102,20 +101,20 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 @dataclass(eq=False)
 class ImageSet:
-    """The images of a folder with their groups and texts, embedded at most once by each encoder.
+    """The images of a folder with their groups and texts; each encoder embeds an image at most once.
 
     Attributes:
-        folder: what the rows' paths are relative to.
-        rows: the images, at least one unless groups were withheld; put into canonical order.
-        cache: where embeddings are kept between runs; None keeps them in this object only.
-        batch_size: images that are embedded at once, >= 1; does not change any result.
-        progress: show a bar while images are embedded.
+        folder: folder to which the rows' paths are relative.
+        rows: the images in canonical order, at least one unless groups were withheld.
+        cache: cache of embeddings on disk; None keeps them in memory only.
+        batch_size: number of images that are embedded at once, >= 1; it does not change any result.
+        progress: show a progress bar while images are embedded.
         withheld: the groups that ended without images.
-        groups: for each group id the positions of its images in `rows`, in canonical order.
+        groups: positions in `rows` of the images of each group, by group id.
         texts: the prompt of each row.
     """
 
-    folder: str | Path
+    folder: Path
     rows: Sequence[ManifestRow]
     cache: EmbeddingCache | None = None
     batch_size: int = 32
@@ -145,35 +144,36 @@ class ImageSet:
     def open(
         cls, folder: str | Path, cache: EmbeddingCache | None = None, batch_size: int = 32, progress: bool = False
     ) -> ImageSet:
-        """Read a run folder or a plain folder; see `eval.images.read_manifest`."""
-        return cls(folder, read_manifest(folder), cache, batch_size, progress, read_withheld(folder))
+        """Read a folder; see `eval.images.read_manifest`."""
+        return cls(Path(folder), read_manifest(folder), cache, batch_size, progress, read_withheld(folder))
 
     def only(self, patterns: Sequence[str] | None) -> ImageSet:
-        """Return the images whose prompt_id fits a shell pattern, such as "direct-*"; all of them for None.
+        """Select the images whose prompt_id matches a shell pattern, such as "direct-*"; None selects all.
 
         Raises:
-            ValueError: there are none, and none was withheld.
+            ValueError: no image and no withheld group matches.
         """
         if patterns is None:
             return self
-        rows, withheld = (
-            [row for row in part if any(fnmatchcase(row.prompt_id, pattern) for pattern in patterns)]
-            for part in (self.rows, self.withheld)
-        )
+
+        def matches(row: ManifestRow | WithheldRow) -> bool:
+            return any(fnmatchcase(row.prompt_id, pattern) for pattern in patterns)
+
+        rows, withheld = list(filter(matches, self.rows)), list(filter(matches, self.withheld))
         if not rows and not withheld:
             raise ValueError(
                 f"expected prompts named {' or '.join(patterns)} in {self.folder}, got none, but for example "
-                f"{[*self.rows, *self.withheld][0].prompt_id}; leave the metric out or change its `only`"
+                f"{(self.rows or self.withheld)[0].prompt_id}; leave the metric out or change its `only`"
             )
         return replace(self, rows=rows, withheld=withheld)
 
-    def beside(self, other: ImageSet) -> ImageSet:
-        """Return another folder's images, to be embedded with this set's cache, batch size and bar."""
+    def with_images_of(self, other: ImageSet) -> ImageSet:
+        """Return another folder's images with this set's cache, batch size and progress bar."""
         return replace(self, folder=other.folder, rows=other.rows, withheld=other.withheld)
 
     @functools.cached_property
     def manifest_hash(self) -> str:
-        """Identity of the set of images; see `eval.images.rows_hash`."""
+        """Hash that identifies the set of images; see `eval.images.rows_hash`."""
         return rows_hash(self.folder, self.rows)
 
     @functools.cached_property
@@ -182,31 +182,32 @@ class ImageSet:
         return [remembered_hash(self.folder / row.path) for row in self.rows]
 
     def embeddings(self, encoder: Encoder) -> torch.Tensor:
-        """Return the images' embeddings, float32 [N, D], in the order of `rows`; what the cache lacks is added to it.
+        """Return the images' embeddings, float32 [N, D], in the order of `rows`, from the cache where possible.
 
-        All images are looked at before the first is embedded, and what was embedded when something fails is kept.
+        All images are checked before the first is embedded. If an error occurs, finished embeddings are cached.
 
         Raises:
             FileNotFoundError: an image is missing.
-            ValueError: images cannot be read, of which the message names all, or an embedding is not finite.
+            ValueError: images cannot be read (the message names them all), or an embedding is not finite.
         """
         if encoder.cache_id not in self._images:
             self._images[encoder.cache_id] = self._outputs(encoder)
         return self._images[encoder.cache_id][:, encoder.columns]
 
     def load(self, positions: Sequence[int]) -> list[torch.Tensor]:
-        """Read some images, uint8 [3, H, W]."""
+        """Read the images at some positions, uint8 [3, H, W] each."""
         return [load_image(self.folder / self.rows[position].path) for position in positions]
 
     def _outputs(self, encoder: Encoder) -> torch.Tensor:
         paths = [self.folder / row.path for row in self.rows]
-        found = self.cache.get(encoder.cache_id, self.hashes) if self.cache else {}
-        todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in found}
+        known = self.cache.get(encoder.cache_id, self.hashes) if self.cache else {}
+        todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in known}
         self._check_readable(todo)
-        keys, fresh = list(todo), {}
-        shown = self.progress and todo
+        keys = list(todo)
+        fresh: dict[str, torch.Tensor] = {}
+        hidden = not (self.progress and todo)
         try:
-            with tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=not shown) as bar:
+            with tqdm(total=len(todo), desc=f"embed ({encoder.name})", unit="image", disable=hidden) as bar:
                 for start in range(0, len(keys), self.batch_size):
                     batch = keys[start : start + self.batch_size]
                     outputs = encoder.outputs([load_image(todo[key]) for key in batch])
@@ -218,26 +219,26 @@ class ImageSet:
                     fresh |= zip(batch, outputs, strict=True)
                     if self.cache and len(fresh) >= IMAGES_PER_SHARD:
                         self.cache.put(encoder.cache_id, fresh)
-                        found, fresh = found | fresh, {}
+                        known, fresh = known | fresh, {}
                     bar.update(len(batch))
         finally:
             if self.cache:
                 self.cache.put(encoder.cache_id, fresh)
-        found |= fresh
-        return torch.stack([found[key] for key in self.hashes])
+        known |= fresh
+        return torch.stack([known[key] for key in self.hashes])
 
     def _check_readable(self, images: Mapping[str, Path]) -> None:
-        """Look at images, given by content hash, unless they are as they were generated."""
-        as_generated = {row.sha256 for row in self.rows}
-        doubtful = {key: path for key, path in images.items() if key not in as_generated}
-        with ThreadPoolExecutor() as pool:  # Pillow decodes beside other threads
-            looked = pool.map(_fault, doubtful.values(), doubtful)
-            shown = self.progress and doubtful
-            bar = tqdm(looked, "check", len(doubtful), unit="image", leave=False, disable=not shown)
-            faults = [fault for fault in bar if fault]
-        if faults:
+        """Decode images, given by content hash, except those whose hash the manifest has recorded."""
+        generated = {row.sha256 for row in self.rows}
+        unchecked = {key: path for key, path in images.items() if key not in generated}
+        hidden = not (self.progress and unchecked)
+        with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it decodes
+            messages = pool.map(_read_error, unchecked.values(), unchecked)
+            bar = tqdm(messages, "check", len(unchecked), unit="image", leave=False, disable=hidden)
+            errors = [message for message in bar if message]
+        if errors:
             raise ValueError(
-                f"expected images that can be read in {self.folder}, got {len(faults)} others: {'; '.join(faults)}"
+                f"expected images that can be read in {self.folder}, got {len(errors)} others: {'; '.join(errors)}"
             )
 
     def text_embeddings(self, encoder: Encoder) -> torch.Tensor:
@@ -249,25 +250,25 @@ class ImageSet:
         return self._texts[encoder.id]
 
     def pools(self, shared: Cluster | None) -> dict[str, list[int]]:
-        """Return positions by group, prompt or category: pools are named as groups are, `bird/all`, for clusters."""
+        """Return the images' positions by group (None), prompt or category; the name of a pool is `bird/all`."""
         if shared is None:
             return self.groups
-        found: dict[str, list[int]] = {}
+        pools: dict[str, list[int]] = {}
         for position, row in enumerate(self.rows):
             name = row.category if shared == "category" else row.prompt_id
-            found.setdefault(f"{name}/all", []).append(position)
-        return dict(sorted(found.items()))
+            pools.setdefault(f"{name}/all", []).append(position)
+        return dict(sorted(pools.items()))
 
-    def group_value(self, group_id: str, members: Sequence[int] | None = None, **found: Any) -> GroupValue:
-        """Describe a group, or a pool of members, for a result: id, category, number of images, what was found."""
+    def group_value(self, group_id: str, members: Sequence[int] | None = None, **values: Any) -> GroupValue:
+        """Describe a group, or a pool of images, for a document: id, category, number of images, and `values`."""
         members = self.groups[group_id] if members is None else members
         category = self.rows[members[0]].category
-        return {"group": group_id, "category": category, "n_images": len(members), **found}
+        return cast(GroupValue, {"group": group_id, "category": category, "n_images": len(members), **values})
 
 
 @functools.cache
-def _fault(path: Path, digest: str) -> str | None:
-    """Say why an image of this content cannot be read; looked at once, however many encoders it is for."""
+def _read_error(path: Path, digest: str) -> str | None:
+    """Return why an image of this content cannot be read, or None; decode it once for all encoders."""
     try:
         load_picture(path)
     except ValueError as error:

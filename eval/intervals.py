@@ -1,50 +1,43 @@
-"""From the values of groups to a number, and how sure it is: bootstrap intervals, alone and paired between two methods.
+"""Bootstrap intervals of a number and of the paired difference between two methods, from the documents of metrics.
 
-All of it needs only what is in a result file. Every aggregate is a mean, of groups' values or of categories' entropies:
-what it is a mean of is what can be resampled and paired. What is resampled and why, how well that covers and
-what None means: docs/metrics.md, "How sure a number is". How:
+Every aggregate is a mean, of groups' values or of categories' entropies, whose terms are resampled and paired. For the
+reasons and the simulated coverage see docs/metrics.md, "How sure a number is". The method:
 
-* Whole clusters are drawn with replacement, each with all its groups. Groups are not drawn again within them, since
-  their variation is in that of the clusters already (Davison and Hinkley 1997, Sec. 3.8: "strategy 1").
-* Limits are percentiles of the resampled numbers about their mean, stretched for few clusters: k drawn from k vary too
-  little by sqrt((k - 1) / k), and their spread is itself uncertain, for which a mean has Student's t with k - 1 degrees
-  of freedom instead of the normal quantile.
-* A number of a whole set of images has those of random halves of its clusters. A half drawn without replacement varies
-  about the whole as the whole does about its expectation (Politis, Romano and Wolf, "Subsampling", 1999: the
-  finite-population factor (1 - share) / share is 1 at one half), so that the standard deviation among halves is the
-  standard error of the whole. What it is compared with is halved alike: half of the categories differ from all of
-  them. The bias that a smaller set has (a Frechet distance grows as n falls) is the same in every half and drops out.
+* Clusters are drawn with replacement, each with all its groups. Groups are not drawn again within a cluster, because
+  the variation between clusters includes theirs (Davison and Hinkley 1997, Sec. 3.8, "strategy 1").
+* Limits are percentiles of the resampled numbers about their mean. They are stretched by sqrt(k / (k - 1)), because k
+  clusters drawn from k vary too little, and by Student's t over the normal quantile, because k is small.
+* A number of a set of images is measured again on random halves of its clusters. The standard deviation of the halves
+  is the standard error of the set (Politis, Romano and Wolf, "Subsampling", 1999: the finite-population factor
+  (1 - share) / share is 1 for halves). The bias of a smaller set is the same in every half and cancels.
 """
 
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 from scipy.special import entr, ndtri, stdtrit
 
 Cluster = Literal["prompt", "category"]
 
-#: `aggregate` of documents whose number belongs to a whole set of images; see `eval.metric.SetMetric`.
+#: `aggregate` of documents whose number belongs to a set of images; see `eval.metric.SetMetric`.
 SUBSETS = "subsets"
-#: Fewer images than this have no entropy, however few the labels.
+#: smallest number of images for an entropy
 MINIMUM_IMAGES = 8
-#: Clusters below which a bootstrap says nothing.
+#: smallest number of clusters for a bootstrap
 FEWEST = 4
-#: What two documents must have in common for their difference to mean anything.
+#: keys that two documents must have in common to be compared
 SAME = ("metric", "version", "settings", "aggregate", "encoder")
 
-#: Draws [R, k] are held in blocks of at most this many (32 MB), whatever the number of resamples.
+#: largest number of draws that are in memory at once (32 MB)
 BLOCK = 4_000_000
 
 
 class GroupValue(TypedDict):
-    """What a metric found in one group: a `value`, or `counts` of labels.
-
-    `group` is `prompt_id/group_seed`; `category` what the prompt asks for; `n_images` how many images were used.
-    """
+    """A metric's `value`, or its `counts` of labels, for the group `prompt_id/group_seed` of a category."""
 
     group: str
     category: str
@@ -54,13 +47,13 @@ class GroupValue(TypedDict):
 
 
 def entropy(counts: Sequence[int], miller_madow: bool = True) -> float:
-    """Estimate a Shannon entropy from label counts [L], in nats; 0 where all images have one label.
+    """Estimate the Shannon entropy of label counts [L], in nats.
 
-    The plug-in estimate is biased down by about (m - 1) / 2n (m labels seen, n images). Miller and Madow's correction
-    adds just that, so it may lie a little above log(number of labels).
+    The plug-in estimate is biased down by about (m - 1) / 2n for n images and m different labels. The correction of
+    Miller and Madow adds this, so the estimate can exceed log(number of labels) slightly.
 
     Raises:
-        ValueError: n, the sum of counts, below `MINIMUM_IMAGES`.
+        ValueError: there are fewer than `MINIMUM_IMAGES` images.
     """
     seen = np.asarray(counts, dtype=np.float64)
     n = seen.sum()
@@ -69,30 +62,30 @@ def entropy(counts: Sequence[int], miller_madow: bool = True) -> float:
             f"expected at least {MINIMUM_IMAGES} images for an entropy, got {int(n)}; "
             "its bias would exceed the differences looked for: generate more images or pool more groups"
         )
-    return float(entr(seen / n).sum() + miller_madow * ((seen > 0).sum() - 1) / (2 * n))
+    correction = ((seen > 0).sum() - 1) / (2 * n) if miller_madow else 0.0
+    return float(entr(seen / n).sum() + correction)
 
 
 def _category_entropies(groups: Sequence[GroupValue]) -> list[GroupValue]:
-    """Return for each category the entropy of its pooled label counts.
+    """Return the entropy of the pooled label counts of each category.
 
-    Categories are what is resampled: labels within one say nothing of others, and an entropy of resampled groups is
-    lower than that of the groups themselves, since repeated groups show fewer labels.
+    Categories are resampled, because an entropy of resampled groups is too low: repeated groups show fewer labels.
     """
     values: list[GroupValue] = []
     for category in sorted({group["category"] for group in groups}):
-        own = [group for group in groups if group["category"] == category]
-        counts = sum((Counter(group["counts"]) for group in own), Counter())
+        members = [group for group in groups if group["category"] == category]
+        counts = sum((Counter(group["counts"]) for group in members), Counter())
         try:
             value = entropy([counts[label] for label in sorted(counts)])
         except ValueError as error:
             raise ValueError(f"in category {category!r}: {error}") from error
-        # named as groups are, so that a category is a cluster of its own however clusters are formed
-        n_images = sum(group["n_images"] for group in own)
+        # the name has the form of a group's name, so that a category is always a single cluster
+        n_images = sum(group["n_images"] for group in members)
         values.append({"group": f"{category}/all", "category": category, "n_images": n_images, "value": value})
     return values
 
 
-#: From groups to what the number is the mean of, by the name that is written into result files.
+#: functions from groups to the values whose mean is the number, by their name in documents
 AGGREGATES: Mapping[str, Callable[[Sequence[GroupValue]], list[GroupValue]]] = {
     "mean": list,
     "category_entropy": _category_entropies,
@@ -100,10 +93,10 @@ AGGREGATES: Mapping[str, Callable[[Sequence[GroupValue]], list[GroupValue]]] = {
 
 
 def values_of(groups: Sequence[GroupValue], aggregate: str = "mean") -> list[GroupValue]:
-    """Return what an aggregate is the mean of, each with a finite `value`, in the order of their ids.
+    """Return the values whose mean is the aggregate, in the order of their ids.
 
     Raises:
-        ValueError: no groups, a value that is not finite, or too few images in a category for its entropy.
+        ValueError: there are no groups, a value is not finite, or a category has too few images for its entropy.
     """
     if aggregate not in AGGREGATES:
         raise ValueError(f"expected an aggregate among {sorted(AGGREGATES)}, got {aggregate!r}; measure again")
@@ -116,12 +109,12 @@ def values_of(groups: Sequence[GroupValue], aggregate: str = "mean") -> list[Gro
 
 
 def mean_of(values: Sequence[GroupValue]) -> float:
-    """Return the mean of `values_of` groups, every value counted once."""
+    """Return the mean of `values_of` groups."""
     return float(np.mean([entry["value"] for entry in values]))
 
 
 class Interval(NamedTuple):
-    """A value with its interval; `low` and `high` are None where it cannot be estimated."""
+    """A value with its interval; `low` and `high` are None if it cannot be estimated."""
 
     value: float
     low: float | None
@@ -138,18 +131,17 @@ class Difference(NamedTuple):
 
 
 def has_value(document: Mapping[str, Any]) -> bool:
-    """Tell whether there is a number at all: of images that were all withheld, or nearly, there is none."""
+    """Return whether a document has a number; it has none if too many images were withheld."""
     return document.get("value", math.nan) is not None
 
 
 def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
-    """Return the interval of a metric's document, in the way that its aggregate asks for, within its `bounds`.
-
-    Without a value, it is NaN; see `has_value`.
+    """Estimate the interval of a document's number, within its `bounds`; without a number, the value is NaN.
 
     Args:
-        options: of `bootstrap_interval`. For numbers of whole sets only `level` matters: their halves were drawn
-            when they were measured, by the clusters that the document names.
+        document: a metric's document.
+        options: see `bootstrap_interval`. For numbers of sets only `level` has an effect, because their halves were
+            drawn when they were measured.
     """
     if not has_value(document):
         return Interval(math.nan, None, None)
@@ -158,19 +150,21 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
     else:
         value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
     if low is not None:
-        least, most = document.get("bounds", (None, None))
-        low = low if least is None else max(low, least)
-        high = high if most is None else min(high, most)
+        minimum, maximum = document.get("bounds", (None, None))
+        low = low if minimum is None else max(low, minimum)
+        high = high if maximum is None else min(high, maximum)
     return Interval(value, low, high)
 
 
 def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], **options: Any) -> Difference:
-    """Return by how much a method's number exceeds the baseline's, paired; `options` as of `interval_of`.
+    """Estimate the paired difference of two documents' numbers, a - b, over their `shared_groups`.
 
-    Where groups were withheld, it is of those that both show, see `shared_groups`.
+    Args:
+        document_a, document_b: documents of the method and of the baseline.
+        options: see `interval_of`.
 
     Raises:
-        ValueError: two metrics, versions, settings or encoders, or groups that only one of them has.
+        ValueError: the documents differ in metric, version, settings, encoder or groups.
     """
     for key in SAME:
         if document_a.get(key) != document_b.get(key):
@@ -182,11 +176,11 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
         groups_a, groups_b = shared_groups(document_a, document_b)
         pairs = paired_differences(groups_a, groups_b, document_a["aggregate"])
         return Difference(*bootstrap_interval(pairs, **options), len(groups_a))
-    drawn = [
+    draws = [
         (document["groups_sha256"], [(subset["seed"], subset["n_images"]) for subset in document["subsets"]])
         for document in (document_a, document_b)
     ]
-    if drawn[0] != drawn[1]:
+    if draws[0] != draws[1]:
         raise ValueError(
             f"expected {document_a['metric']} of the same groups and halves in both, got others; run both methods on "
             "the same prompts and seeds and measure again"
@@ -200,41 +194,45 @@ def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], 
 def shared_groups(
     document_a: Mapping[str, Any], document_b: Mapping[str, Any]
 ) -> tuple[list[GroupValue], list[GroupValue]]:
-    """Return the groups of two documents that can be paired: all, unless the document of either has withheld ones.
+    """Return the groups of two documents that can be paired.
 
-    Then those that both have. A pool, as a category's, in which only one of them withheld a group is of other images in
-    the other, and is left out; so is a category that keeps too few images for its entropy.
+    These are all groups if none was withheld, else the groups that both documents have. A pool of images, such as a
+    category, is left out if only one document withheld a group of it, because the other pools other images. A category
+    is left out if too few of its images remain for an entropy.
     """
+
+    def keys(groups: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
+        return {(group["group"], group["category"]) for group in groups}
+
     a, b = document_a["groups"], document_b["groups"]
-    withheld = [
-        {(group["group"], group["category"]) for group in document.get("withheld", ())}
-        for document in (document_a, document_b)
-    ]
-    if not any(withheld):
+    withheld_a, withheld_b = (keys(document.get("withheld", ())) for document in (document_a, document_b))
+    if not withheld_a and not withheld_b:
         return a, b
-    apart = withheld[0] ^ withheld[1]
-    pools = {(f"{name}/all", category) for group, category in apart for name in (category, group.rpartition("/")[0])}
-    kept = set.intersection(*({(group["group"], group["category"]) for group in side} for side in (a, b))) - pools
+    shared = keys(a) & keys(b)
+    for group, category in withheld_a ^ withheld_b:
+        prompt_id = group.rpartition("/")[0]
+        shared -= {(f"{category}/all", category), (f"{prompt_id}/all", category)}
     if document_a["aggregate"] == "category_entropy":
         n_images: Counter[str] = Counter()
         for group in a:
-            n_images[group["category"]] += group["n_images"] * ((group["group"], group["category"]) in kept)
-        kept = {(group, category) for group, category in kept if n_images[category] >= MINIMUM_IMAGES}
-    a, b = ([group for group in side if (group["group"], group["category"]) in kept] for side in (a, b))
+            if (group["group"], group["category"]) in shared:
+                n_images[group["category"]] += group["n_images"]
+        shared = {(group, category) for group, category in shared if n_images[category] >= MINIMUM_IMAGES}
+    a, b = ([group for group in side if (group["group"], group["category"]) in shared] for side in (a, b))
     return a, b
 
 
 def n_shared(document_a: Mapping[str, Any], document_b: Mapping[str, Any]) -> int:
-    """Count the groups whose difference there is; 0 for a number of a whole set where the sets are not the same."""
+    """Count the groups that can be paired; 0 for numbers of sets with different groups."""
     if not (has_value(document_a) and has_value(document_b)):
         return 0
     if document_a["aggregate"] == SUBSETS:
-        return document_a["n_groups"] * (document_a["groups_sha256"] == document_b["groups_sha256"])
+        return document_a["n_groups"] if document_a["groups_sha256"] == document_b["groups_sha256"] else 0
     return len(shared_groups(document_a, document_b)[0])
 
 
 def n_units(document: Mapping[str, Any], cluster: Cluster | None = "category") -> int:
-    """Count what is resampled for the interval of a document: clusters, groups, or what its number is a mean of."""
+    """Count the clusters that are resampled for the interval of a document."""
     if not has_value(document):
         return 0
     if document["aggregate"] == SUBSETS:
@@ -247,17 +245,17 @@ def _interval_from_halves(document: Mapping[str, Any], level: float) -> Interval
     value, halves = float(document["value"]), np.array([subset["value"] for subset in document["subsets"]], dtype=float)
     if len(halves) < 2 or constant(halves):
         return Interval(value, None, None)
-    drawn, whole = document["subsets"][0]["n_units"], document["n_units"]
-    # 1 for an exact half; an odd number of clusters has none
-    error = float(halves.std(ddof=1)) * (drawn / (whole - drawn)) ** 0.5
-    # The error is uncertain twice over: the halves are few, and so are the clusters that they are halves of.
-    freedom = 1 / (1 / (len(halves) - 1) + 1 / (whole - 1))
-    reach = error * float(stdtrit(freedom, (1 + level) / 2))
-    return Interval(value, value - reach, value + reach)
+    k_half, k = document["subsets"][0]["n_units"], document["n_units"]
+    # the factor is 1 for an even number of clusters
+    error = float(halves.std(ddof=1)) * (k_half / (k - k_half)) ** 0.5
+    # the error is uncertain because there are few halves, and because there are few clusters
+    degrees_of_freedom = 1 / (1 / (len(halves) - 1) + 1 / (k - 1))
+    half_width = error * float(stdtrit(degrees_of_freedom, (1 + level) / 2))
+    return Interval(value, value - half_width, value + half_width)
 
 
 def constant(values: np.ndarray) -> bool:
-    """Tell whether numbers differ by no more than rounding."""
+    """Return whether numbers differ by no more than rounding."""
     return float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max())
 
 
@@ -277,13 +275,13 @@ def bootstrap_interval(
     """Estimate an aggregate of groups and its bootstrap interval.
 
     Args:
-        groups: as in a metric's document; the order does not matter.
-        aggregate: how groups become one number, as named in the document.
-        n_resamples: how many resamples, >= 1.
-        seed: of the resampling; equal seeds give equal intervals.
+        groups: the groups of a metric's document, in any order.
+        aggregate: a key of `AGGREGATES`.
+        n_resamples: number of resamples, >= 1.
+        seed: seed of the resampling; equal seeds give equal intervals.
         level: coverage in (0, 1).
-        cluster: what is resampled: whole categories, whole prompts, or (None) groups. Where the aggregate is a mean
-            of categories, it is categories always.
+        cluster: what is resampled: categories, prompts, or groups (None). A mean over categories always resamples
+            categories.
     """
     _check_level(level)
     values = values_of(_unique(groups), aggregate)
@@ -299,16 +297,16 @@ def bootstrap_interval(
 
 
 def limits(value: float, estimates: np.ndarray, k: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the limits of a value by its resamples [R] of k clusters."""
+    """Return the confidence limits of a value from its resamples [R] of k clusters."""
     percentiles = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     stretch = (k / (k - 1)) ** 0.5 * float(stdtrit(k - 1, (1 + level) / 2)) / float(ndtri((1 + level) / 2))
     low, high = value + stretch * (percentiles - estimates.mean())
-    # of few resamples, or very skewed ones, both percentiles may lie on one side of their mean
+    # with few or very skewed resamples, both percentiles may lie on one side of their mean
     return min(float(low), value), max(float(high), value)
 
 
 def drawn_clusters(k: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Draw k of k clusters with replacement, `n_resamples` times: their indices [R, k], in blocks."""
+    """Draw k of k clusters with replacement, `n_resamples` times, and yield blocks of their indices [R, k]."""
     if n_resamples < 1:
         raise ValueError(f"expected n_resamples >= 1, got {n_resamples}; 10000 is usual")
     rng = np.random.default_rng(seed)
@@ -319,10 +317,10 @@ def drawn_clusters(k: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
 def paired_differences(
     groups_a: Sequence[GroupValue], groups_b: Sequence[GroupValue], aggregate: str = "mean"
 ) -> list[GroupValue]:
-    """Subtract two methods' values, a - b, of whatever the aggregate is a mean of: groups, or categories, by their ids.
+    """Subtract the values of two methods' groups, or of their categories for an entropy, a - b.
 
     Raises:
-        ValueError: groups that only one of them has, or that differ in category or size; the message lists them.
+        ValueError: the methods have different groups, or groups of different categories or sizes.
     """
     a, b = ({group["group"]: group for group in _unique(groups)} for groups in (groups_a, groups_b))
     if a.keys() != b.keys():
@@ -333,7 +331,7 @@ def paired_differences(
     unequal = [
         key
         for key in a
-        # one that ended without images, in a metric that counts it all the same, is as good as any
+        # a metric of requests has a value for a group without images
         if a[key]["category"] != b[key]["category"] or len({a[key]["n_images"], b[key]["n_images"]} - {0}) > 1
     ]
     if unequal:
@@ -342,11 +340,12 @@ def paired_differences(
             "run both methods with the same settings"
         )
     sides = (values_of(list(side.values()), aggregate) for side in (a, b))
-    return [{**x, "value": x["value"] - y["value"]} for x, y in zip(*sides, strict=True)]
+    pairs = zip(*sides, strict=True)
+    return [cast(GroupValue, {**x, "value": x["value"] - y["value"]}) for x, y in pairs]
 
 
 def clusters_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[str]:
-    """Return for each group the name of what is resampled as one: itself, its prompt or category."""
+    """Return the name of each group's cluster: the group itself, its prompt or its category."""
     if cluster not in (None, "prompt", "category"):
         raise ValueError(f"expected cluster to be None, 'prompt' or 'category', got {cluster!r}; choose one")
     if cluster == "prompt":
@@ -355,13 +354,13 @@ def clusters_of(groups: Sequence[GroupValue], cluster: Cluster | None) -> list[s
 
 
 def cluster_sums(values: Sequence[GroupValue], cluster: Cluster | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return of each cluster the sum of its values and how many they are, float64 [k] each."""
+    """Return the sum of the values and the number of values of each cluster, float64 [k] each."""
     _, index = np.unique(clusters_of(values, cluster), return_inverse=True)
     return np.bincount(index, [value["value"] for value in values]), np.bincount(index).astype(float)
 
 
 def _unique(groups: Sequence[GroupValue]) -> Sequence[GroupValue]:
-    """Return groups of which every one occurs once."""
+    """Return the groups; raise ValueError if one occurs twice."""
     repeated = {group for group, times in Counter(group["group"] for group in groups).items() if times > 1}
     if repeated:
         raise ValueError(f"expected every group once, got {_some(repeated)} repeatedly")

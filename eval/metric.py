@@ -1,16 +1,11 @@
-"""What a metric is, a `torchmetrics.Metric` that can also measure a folder of images, and the JSON document of that.
+"""The base classes of metrics: `torchmetrics.Metric`s that also measure a folder of images and write a JSON document.
 
-The arithmetic of every metric is its `score`, of tensors. `update` and `compute` apply it to whatever tensors come, as
-all of torchmetrics does, in a `MetricCollection` too; the suite applies it to the groups of a folder, since intervals
-and paired differences need every group's value. A document (see `measure`) holds those, or label counts, and names
-the aggregate that makes one number of them (see `eval.intervals`), so that tables need neither images nor encoder.
-Numbers are of images: where groups ended without any, the document says which, under `withheld`.
-
-A number of a whole set of images, such as a Frechet distance, has no values of groups. A `SetMetric` measures
-it on all images and again on seeded halves of the categories; the document holds those numbers instead.
+`score` is the arithmetic on tensors. `update` and `compute` apply it as in torchmetrics; `measure` applies it to the
+groups of a folder and writes every group's value, so that `eval.intervals` needs neither images nor an encoder.
 """
 
 import hashlib
+import inspect
 import platform
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -24,40 +19,36 @@ import torch
 import torchmetrics
 from torchmetrics.utilities import dim_zero_cat
 
-from eval.encoders import Encoder, Given, Scorer
+from eval.encoders import Encoder, PrecomputedFeatures, Scorer
 from eval.files import canonical_json, sealed, write_json
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 
-#: Packages that a value may depend on.
+#: Packages on which a value may depend.
 PACKAGES = ("torch", "numpy", "pillow", "torchvision", "transformers", "open_clip_torch")
-#: The numbers of a document where no images are left to measure, since groups were withheld.
-UNMEASURED = {"value": None, "n_groups": 0, "n_images": 0, "groups": []}
-#: Where a metric finds what it compares a folder of images with; where all is given as features, None.
+#: The numbers of a document if all images were withheld.
+UNMEASURED: dict[str, Any] = {"value": None, "n_groups": 0, "n_images": 0, "groups": []}
+#: A folder of images to compare with; None if the caller passes features to `update`.
 Folder = str | Path | None
 
 
 class Metric(torchmetrics.Metric):
-    """Something measured of every group of images.
+    """A number of every group of images. The first sentence of a metric's docstring describes it in documents.
 
     Attributes:
-        name: of the metric, as in tables.
-        version: raised whenever the same images could give another number.
-        higher_is_better: None where neither direction is.
-        unit: of the number, with its range.
-        description: what is computed, in a sentence.
-        bounds: the least and the largest number there can be, None where there is no end to it: an unbiased estimate
-            of a distance, say, may be negative. Intervals stay within, and only of a number that cannot be negative is
-            a share of it a margin.
-        aggregate: what makes one number of the groups'; a key of `eval.intervals.AGGREGATES`.
-        encoder: what embeds the images, or compares or scores them; `Pixels()` where a metric takes them as they are.
-            Features need none, folders do.
-        minimum: images that each group must have.
-        pooled: what images must share to be measured together; None for those of a group.
-        only: patterns such as "direct-*"; where given, only groups whose prompt_id fits one of them are measured.
-        of_withheld: the number of a group that ended without images, where a metric is of requests and not of images;
-            None: it has none, and the document lists it.
+        SETTINGS: names of the attributes that change the number.
+        name: name in tables.
+        version: raise it whenever the same images could give another number.
+        higher_is_better: None if neither direction is better.
+        unit: unit and range of the number.
+        bounds: smallest and largest possible number, None for no limit. Intervals stay within the bounds.
+        aggregate: how the groups' values become one number; a key of `eval.intervals.AGGREGATES`.
+        encoder: embeds, compares or scores the images. To measure a folder, an encoder or `Pixels()` is needed.
+        minimum: number of images that each group must have.
+        pooled: what images have in common that are measured together; None for a group.
+        only: patterns such as "direct-*" for the prompt_ids of the groups to measure; None for all.
+        of_withheld: the value of a group that ended without images, for metrics of requests; None if it has no value.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()
@@ -67,19 +58,18 @@ class Metric(torchmetrics.Metric):
     version: int = 1
     higher_is_better: bool | None
     unit: str
-    description: str
     bounds: tuple[float | None, float | None] = (None, None)
     aggregate: str = "mean"
-    encoder: Any = Given()
+    encoder: Any = PrecomputedFeatures()
     minimum: int = 1
     pooled: Cluster | None = None
     only: tuple[str, ...] | None = None
     of_withheld: float | None = None
 
     def __init__(self, encoder: Scorer | None = None, name: str | None = None, **options: Any) -> None:
-        super().__init__(**options)  # what all of torchmetrics takes, such as `compute_on_cpu`
+        super().__init__(**options)  # options of torchmetrics, such as `compute_on_cpu`
         if encoder is not None:
-            if isinstance(self.encoder, Given) and not isinstance(encoder, Encoder):
+            if isinstance(self.encoder, PrecomputedFeatures) and not isinstance(encoder, Encoder):
                 raise TypeError(f"expected an encoder of images for {self.name}, got {encoder!r}; PixelEncoder is one")
             self.encoder = encoder
         if name is not None:
@@ -88,23 +78,26 @@ class Metric(torchmetrics.Metric):
             self.add_state(state, [], dist_reduce_fx="cat")
         self.add_state("shared", self._shared(), dist_reduce_fx="max")
 
-    def _shared(self) -> torch.Tensor:
-        """Return what metrics must have equal to share states, as a collection lets them where all are equal at first.
+    @property
+    def description(self) -> str:
+        """The first sentence of the class's docstring."""
+        return (inspect.getdoc(type(self)) or self.name).partition("\n\n")[0].replace("\n", " ")
 
-        Scores are a metric's own, and NaN equals nothing.
+    def _shared(self) -> torch.Tensor:
+        """Return a value that is equal for metrics that may share their states in a `MetricCollection`.
+
+        NaN differs from everything, because scores cannot be shared.
         """
         return torch.tensor(torch.nan)
 
     @abstractmethod
     def score(self, *inputs: Any) -> Any:
-        """Return the number of each image or group, of a `SetMetric` of the set: the arithmetic, in float64."""
+        """Compute the number of each image or group, or of the whole set in a `SetMetric`, in float64."""
 
     def update(self, *inputs: Any) -> None:
-        """Add images or groups.
+        """Add images or groups: the arguments of `score`.
 
-        Args:
-            inputs: what `score` takes. Images may stand for their features, uint8 [..., 3, H, W] or a list of those of
-                any sizes, and texts for theirs, where there is an encoder.
+        With an encoder, images (uint8 [..., 3, H, W] or a list of images of any sizes) and texts may replace features.
         """
         scores = self.score(*map(self._features, inputs)).double().flatten()
         if not len(scores) or not scores.isfinite().all():
@@ -112,58 +105,57 @@ class Metric(torchmetrics.Metric):
         self.scores.append(scores)
 
     def compute(self) -> torch.Tensor:
-        """Return the mean of all numbers, each counted once, float64 []."""
+        """Return the mean of all numbers, float64 []."""
         return self._all("scores").mean()
 
-    def _features(self, given: Any) -> Any:
-        """Return what `score` takes of an input; ValueError where it is not finite, which a number might hide."""
-        features = self.encoder.features(given)
+    def _features(self, inputs: Any) -> Any:
+        """Return an argument of `score`; raise ValueError if it is not finite, which the number might hide."""
+        features = self.encoder.features(inputs)
         if isinstance(features, (torch.Tensor, float)) and not torch.as_tensor(features).isfinite().all():
             raise ValueError(f"expected finite inputs for {self.name}, got NaN or infinity; look at what made them")
         return features
 
     def _all(self, state: str) -> torch.Tensor:
-        """Return what all updates added to a state."""
+        """Return the concatenated values of a state."""
         if not len(getattr(self, state)):
             how = "images, real=True" if state == "real_features" else "images"
             raise ValueError(f"expected {state.replace('_', ' ')} for {self.name}, got none; add some by update({how})")
         return dim_zero_cat(getattr(self, state))
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
-        """Return what `score` takes of some images of a folder: their embeddings, or the images without an encoder."""
+        """Return the arguments of `score` for some images of a folder."""
         return (self.encoder.of(images, positions),)
 
     def settings(self) -> dict[str, Any]:
-        """Return whatever else changes the number, as JSON values: the attributes that `SETTINGS` names."""
+        """Return everything else that changes the number, as JSON values."""
         return {name: getattr(self, name) for name in self.SETTINGS}
 
     def design(self) -> dict[str, Any]:
-        """Return how parts of the images are drawn to tell how sure the number is, as JSON values."""
+        """Return how subsets are drawn for the interval, as JSON values."""
         return {}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Return what a reader should know about this measurement, as JSON values."""
+        """Return facts about this measurement for a reader, as JSON values."""
         return {}
 
     def folder(self, argument: str) -> str | Path:
-        """Return the folder that an argument names, which `update` does not need."""
-        if (found := getattr(self, argument)) is None:
+        """Return the folder in an argument; raise TypeError if it is None."""
+        path = getattr(self, argument)
+        if path is None:
             raise TypeError(f"expected a folder as `{argument}` of {self.name} to measure a folder of images, got None")
-        return found
+        return path
 
     def prepare(self) -> None:
-        """Load the encoder and read other folders now, so that what is missing is found before any work is done."""
+        """Load the encoder and read other folders, so that missing files are reported before any work is done."""
         _ = self.settings()
         self.encoder.prepare()
 
     def require(self, images: ImageSet) -> None:
-        """Check that a folder has what the number needs; no image is read, and no network loaded.
-
-        So images that are still to be made can be asked for, by a manifest of theirs.
+        """Check that a manifest lists enough images; they need not exist yet.
 
         Raises:
-            FileNotFoundError: a folder to compare with is not there.
-            ValueError: there are too few images, here or there.
+            FileNotFoundError: a folder to compare with does not exist.
+            ValueError: there are too few images in the manifest or in a folder to compare with.
         """
         small = [pool for pool, members in images.pools(self.pooled).items() if len(members) < self.minimum]
         if small:
@@ -173,11 +165,11 @@ class Metric(torchmetrics.Metric):
             )
 
     def part(self, images: ImageSet) -> ImageSet:
-        """Return the images that the number is of, and the withheld groups that it would have been of."""
+        """Return the images and withheld groups that this metric measures."""
         return images
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
-        """Measure every group, in canonical order; where images score by themselves, a group has their mean."""
+        """Measure every group, in canonical order; if `score` returns a number per image, take their mean."""
         self.require(images)
         values = []
         for pool, members in images.pools(self.pooled).items():
@@ -208,17 +200,16 @@ class Metric(torchmetrics.Metric):
 
 
 class SetMetric(Metric):
-    """A number of a whole set of images that is not a mean over groups: a distance between distributions, say.
+    """A number of a whole set of images that is not a mean over groups, such as a distance between distributions.
 
-    Repeated images are no new images, and such numbers are biased by their count, so that nothing is resampled: the
-    number is measured on `SUBSETS` halves, drawn without replacement (see `eval.intervals`). Which clusters are drawn
-    depends on their names alone, so that two methods get the same halves and their differences are paired.
+    The number depends on the number of different images, so a bootstrap would be biased. Instead it is measured on
+    `SUBSETS` halves of the clusters, drawn without replacement (see `eval.intervals`). The draws depend only on the
+    names of the clusters, so two methods get the same halves and their differences are paired.
 
     Attributes:
-        cluster: what is drawn as one: "category", "prompt", or None for single groups.
-        minimum: images below which the number is refused, for the set itself; where a half is smaller, of real images
-            if need be, or there are fewer than `FEWEST` clusters to draw from, there are no subsets, and the interval
-            is not estimable.
+        cluster: what is drawn together: "category", "prompt", or None for single groups.
+        minimum: number of images that the set must have. There are no halves, and no interval, if a half has fewer
+            images or real images, or if there are fewer than `FEWEST` clusters.
     """
 
     STATES = ("features", "real_features")
@@ -230,23 +221,22 @@ class SetMetric(Metric):
     aggregate = "subsets"
 
     def _shared(self) -> torch.Tensor:
-        """Features of one encoder are features of it, whatever is made of them."""
-        return torch.tensor([*self.encoder.name.encode()])
+        return torch.tensor([*self.encoder.name.encode()])  # metrics of one encoder share its features
 
     def update(self, images: torch.Tensor, real: bool = False) -> None:
-        """Add images, uint8 [..., 3, H, W], or features [..., D]; `real` ones are only compared with, if at all."""
+        """Add images, uint8 [..., 3, H, W], or features [..., D]; `real` marks those to compare with."""
         features = self._features(images)
         (self.real_features if real else self.features).append(features.reshape(-1, features.shape[-1]))
 
     def compute(self) -> torch.Tensor:
-        """Return the number of all images together, float64 []."""
+        """Return the number of all images, float64 []."""
         return torch.tensor(self.score(self._all("features")), dtype=torch.float64)
 
     def design(self) -> dict[str, Any]:
         return {"subset_cluster": self.cluster, "subset_count": self.SUBSETS, "subset_share": self.SHARE}
 
     def half(self, images: ImageSet, positions: Sequence[int], seed: int) -> tuple[Sequence[int], ...]:
-        """Return what `inputs` takes of a half of the images: their positions, and those in other sets."""
+        """Return the arguments of `inputs` for a half: the positions of its images, and those in other sets."""
         return (positions,)
 
     def require(self, images: ImageSet) -> None:
@@ -257,10 +247,11 @@ class SetMetric(Metric):
             )
 
     def results(self, images: ImageSet) -> dict[str, Any]:
-        """Measure all images and every half: as `Metric.results`, with an empty `groups`, and beside
+        """Measure all images and every half.
 
-        `groups_sha256` (which groups, of which category and how large: two documents are paired where it agrees),
-        `n_units` (clusters to draw from) and `subsets`: `seed`, `n_units`, `n_images`, `value` of each.
+        Returns:
+            As `Metric.results`, with empty `groups`, and with `groups_sha256` (equal for documents that can be paired),
+            `n_units` (number of clusters) and `subsets` (`seed`, `n_units`, `n_images` and `value` of each half).
         """
         n_images = len(images.rows)
         if n_images < self.minimum and images.withheld:
@@ -275,8 +266,9 @@ class SetMetric(Metric):
         halves = []
         for seed in range(self.SUBSETS):
             drawn = np.random.default_rng(seed).permutation(len(members))[:n_drawn]
-            halves.append(self.half(images, sorted(place for index in drawn for place in members[index]), seed))
-        # A number of half the images that may be refused is no measure of the whole's variation.
+            positions = sorted(position for index in drawn for position in members[index])
+            halves.append(self.half(images, positions, seed))
+        # A half that is too small for the number says nothing about the variation of the whole set.
         if len(clusters) < self.FEWEST or any(len(part) < self.minimum for half in halves for part in half):
             halves = []
         parts = ((list(range(n_images)),), *halves)
@@ -289,37 +281,38 @@ class SetMetric(Metric):
             "groups_sha256": hashlib.sha256(canonical_json(groups).encode()).hexdigest(),
             "n_units": len(clusters),
             "subsets": [
-                {"seed": seed, "n_units": n_drawn, "n_images": len(half[0]), "value": found}
-                for seed, (half, found) in enumerate(zip(halves, values, strict=True))
+                {"seed": seed, "n_units": n_drawn, "n_images": len(half[0]), "value": value_of_half}
+                for seed, (half, value_of_half) in enumerate(zip(halves, values, strict=True))
             ],
         }
 
 
 def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path | ImageSet) -> bool:
-    """Tell whether a document says what `metric` would find in `folder` now, without computing it."""
+    """Return whether a document is up to date for a metric, a folder and its images, without computing the number."""
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     expected = _identity(metric, images.only(metric.only))
     return {key: document.get(key) for key in expected} == expected
 
 
 def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | None = None) -> dict[str, Any]:
-    """Measure a folder, and write and return the metric's document, atomically.
+    """Measure a folder, write the metric's document atomically, and return it.
 
     Args:
-        folder: a run folder, a plain folder, or an `ImageSet`, which shares embeddings among metrics.
-        path: where the document goes; `metrics/<metric's name>.json` in the folder if not given.
+        metric: the metric.
+        folder: a folder of images, or an `ImageSet`, which shares embeddings between metrics.
+        path: path of the document; `metrics/<metric's name>.json` in the folder by default.
     """
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     images = images.only(metric.only)
-    shown = not images.withheld or metric.of_withheld is not None or bool(metric.part(images).rows)
+    measurable = not images.withheld or metric.of_withheld is not None or bool(metric.part(images).rows)
     document = sealed(
         {
             **_identity(metric, images),
             "description": metric.description,
             "unit": metric.unit,
             "higher_is_better": metric.higher_is_better,
-            **(metric.results(images) if shown else UNMEASURED),
-            "details": metric.details(images) if shown else {},
+            **(metric.results(images) if measurable else UNMEASURED),
+            "details": metric.details(images) if measurable else {},
             "environment": environment(),
         }
     )
@@ -328,7 +321,7 @@ def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | No
 
 
 def environment() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a value may depend on, where installed."""
+    """Return the versions of Python and of the installed packages on which a value may depend."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -338,16 +331,19 @@ def environment() -> dict[str, str]:
 
 def _identity(metric: Metric, images: ImageSet) -> dict[str, Any]:
     withheld = metric.part(images).withheld if images.withheld else ()
-    told = [{"group": row.group_id, "category": row.category, "status": row.status} for row in withheld]
-    return {
+    listing = [{"group": row.group_id, "category": row.category, "status": row.status} for row in withheld]
+    identity = {
         "metric": metric.name,
         "version": metric.version,
         "settings": metric.settings(),
         "aggregate": metric.aggregate,
         **metric.design(),
         "bounds": list(metric.bounds),
-        **({} if metric.only is None else {"only": list(metric.only)}),
         "encoder": {"name": metric.encoder.name, "id": metric.encoder.id},
         "manifest_sha256": images.manifest_hash,
-        **({"withheld" if metric.of_withheld is None else "counted_without_images": told} if told else {}),
     }
+    if metric.only is not None:
+        identity["only"] = list(metric.only)
+    if listing:
+        identity["withheld" if metric.of_withheld is None else "counted_without_images"] = listing
+    return identity

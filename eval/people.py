@@ -1,11 +1,7 @@
-"""Which skin tone and gender does a picture of a person in the emoji's style show? Classifiers in encoders' place.
+"""Classifiers of the skin tone and the gender of emoji people, with the interface of encoders.
 
-Their features are a score of each class and their texts the classes' names, an axis each, so that the zero-shot label
-of an image is its class. Both are fitted by `training.people`.
-
-* Tones by colour alone: every place of a picture is skin, of the picture's tone, or anything else: a mixture of two
-  histograms of colours, weighed by how often the place is skin, all three counted on artwork drawn in every tone.
-* Genders by a logistic probe of the features of other encoders.
+The features are a score per class, and the embedding of a class name is a unit vector, so the zero-shot label of an
+image is its class. `training.people` fits both classifiers.
 """
 
 import hashlib
@@ -20,61 +16,60 @@ from safetensors.torch import load_file
 from eval.encoders import Encoder, Network, Scorer, checked
 from eval.weights import WeightsFacts
 
-#: Emoji's own five, and the yellow that is none of them.
+#: The five tones of emoji, and the default yellow ("no skin tone").
 TONES = tuple(f"{tone} skin tone" for tone in ("no", "light", "medium-light", "medium", "medium-dark", "dark"))
-#: What a girl and a boy are called by, too.
+#: Class of each gender word.
 GENDERS = {"woman": 0, "man": 1, "girl": 0, "boy": 1}
-#: Bins of each colour channel, and of each side of a picture.
+#: Number of bins of a colour channel, and of positions along a side of an image.
 BINS, SIDE = 16, 32
 
 
 def colour_bins(image: torch.Tensor) -> torch.Tensor:
-    """Return the bin of the mean colour at every place of an image, uint8 [3, H, W]: int64 [SIDE, SIDE]."""
+    """Return the bin of the mean colour at each position of an image, uint8 [3, H, W]: int64 [SIDE, SIDE]."""
     red, green, blue = F.adaptive_avg_pool2d(checked(image).float(), SIDE).long() * BINS // 256
     return (red * BINS + green) * BINS + blue
 
 
 def log_likelihoods(bins: torch.Tensor, place: torch.Tensor, skin: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Return the log-likelihood of each tone, less their mean, float32 [T].
+    """Return the log-likelihood of each tone, minus their mean, float32 [T].
+
+    At each position, the colour follows a mixture of two histograms: one for skin and one for everything else.
 
     Args:
-        bins: of colours, int64 [S, S].
-        place: the probability that a place is skin, [S, S].
-        skin: of each tone that of a colour, where there is skin, [T, C].
-        rest: that of a colour elsewhere, [C].
+        bins: colours, int64 [S, S].
+        place: probability that a position shows skin, [S, S].
+        skin: probability of each colour on skin, for each tone, [T, C].
+        rest: probability of each colour elsewhere, [C].
     """
-    mixed = place * skin[:, bins] + (1 - place) * rest[bins]
-    found = mixed.double().log().sum(dim=(1, 2))
-    return (found - found.mean()).float()
+    mixture = place * skin[:, bins] + (1 - place) * rest[bins]
+    sums = mixture.double().log().sum(dim=(1, 2))
+    return (sums - sums.mean()).float()
 
 
-def axes(texts: Sequence[str], known: Mapping[str, int]) -> torch.Tensor:
-    """Return the axis of each named class, float32 [N, classes]; ValueError for a name that is not known."""
-    if unknown := sorted({*texts} - {*known}):
-        raise ValueError(f"expected labels among {', '.join(known)}, got {', '.join(unknown)}; give one of them")
-    return torch.eye(max(known.values()) + 1)[[known[text] for text in texts]]
+def one_hot(texts: Sequence[str], classes: Mapping[str, int]) -> torch.Tensor:
+    """Return the unit vector of each class name, float32 [N, classes]; raise ValueError for an unknown name."""
+    if unknown := sorted({*texts} - {*classes}):
+        raise ValueError(f"expected labels among {', '.join(classes)}, got {', '.join(unknown)}; give one of them")
+    return torch.eye(max(classes.values()) + 1)[[classes[text] for text in texts]]
 
 
 class _Fitted(Network, Encoder):
-    """A classifier in a file of this project."""
+    """A classifier whose file was fitted by this project."""
 
     PLACE = "file"
     normalised = False
+    path: Path
 
     def weights(self) -> WeightsFacts:
-        files = [self.given] if self.given.is_file() else []
-        return WeightsFacts.of(self.ROW, self.name, files, [self.given], found=self.given)
+        files = [self.path] if self.path.is_file() else []
+        return WeightsFacts.of(self.ROW, self.name, files, [self.path], found=self.path)
 
     def _load(self, facts: WeightsFacts) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in load_file(facts.files[0]).items()}
 
 
 class SkinTones(_Fitted):
-    """The log-likelihood of each of `TONES`.
-
-    Args:
-        file: the fitted histograms.
-    """
+    """The log-likelihood of each of `TONES`, by colour alone; `file` holds the fitted histograms."""
 
     ROW = "skin_tones"
 
@@ -85,15 +80,15 @@ class SkinTones(_Fitted):
         return torch.stack([log_likelihoods(colour_bins(image), **self._network) for image in images])
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return axes(texts, {name: index for index, name in enumerate(TONES)})
+        return one_hot(texts, {name: index for index, name in enumerate(TONES)})
 
 
 class Genders(_Fitted):
-    """The log-odds of woman and of man.
+    """The log-odds of woman and of man, by a logistic probe of other encoders' features.
 
     Args:
-        file: the fitted probe: weight [D], bias [].
-        encoders: whose features it is of, one after the other.
+        file: the fitted probe: weight [D] and bias [].
+        encoders: the encoders whose features are concatenated.
     """
 
     ROW = "genders"
@@ -104,13 +99,14 @@ class Genders(_Fitted):
 
     @cached_property
     def id(self) -> str:
-        """Of its weights and of those of the encoders."""
+        """The slug and a hash of the weights of the probe and of the encoders."""
         parts = [self.obtain().fingerprint, *(encoder.id for encoder in self.encoders)]
         return f"{self.slug}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:12]}"
 
     def prepare(self) -> None:
-        for part in (super(), *self.encoders):
-            part.prepare()
+        super().prepare()
+        for encoder in self.encoders:
+            encoder.prepare()
 
     def parts(self) -> list[Scorer]:
         return [self, *self.encoders]
@@ -121,4 +117,4 @@ class Genders(_Fitted):
         return torch.stack([-odds, odds], dim=1)
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return axes(texts, GENDERS)
+        return one_hot(texts, GENDERS)

@@ -1,8 +1,7 @@
-"""How different do the images of one group look, patch by patch? LPIPS, and a distance of layers like it.
+"""How different do the images of a group look, position by position? LPIPS, and a similar distance of layers.
 
-Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), version 0.1,
-by the `lpips` package. Images are compared position by position, so a shifted copy is "different": LPIPS rewards
-artefacts, noise and mere displacement. It is a second opinion on diversity, never the first.
+LPIPS is version 0.1 of Zhang et al. (CVPR 2018), by the `lpips` package. A shifted copy counts as different, so these
+distances reward noise, artefacts and displacement: do not use them as the only measure of diversity.
 """
 
 import warnings
@@ -21,36 +20,36 @@ from eval.metric import Metric
 from eval.weights import FACTS, WeightsFacts
 
 BACKBONES = FACTS["lpips"]["backbones"]
-# Images that go through a network together.
+# images per pass through a network
 BATCH = 32
-# The shortest side that leaves every network's last layer a pixel.
+# the shortest side for which every network's last layer has a pixel
 SMALLEST = 32
 
 
 def _distances(batches: Sequence[Sequence[torch.Tensor]], weights: Sequence[float | torch.Tensor]) -> torch.Tensor:
-    """Compare K images pair by pair, place by place, by activations whose channels are brought to length 1.
+    """Compare all pairs of K images, position by position, by activations whose channels are scaled to length 1.
 
     Args:
-        batches: of images; of each the activations of every layer, [N, channels, h, w].
-        weights: for each layer, of the channels' squared differences, [1, channels, 1, 1] or one for all, >= 0.
+        batches: the activations [N, channels, h, w] of every layer, for each batch of images.
+        weights: of the channels' squared differences in each layer, [1, channels, 1, 1] or a number, >= 0.
 
     Returns:
-        The weighted sums of squared differences, averaged over places, added up over layers: float64 [K (K - 1) / 2].
+        Weighted squared differences, averaged over positions and added over layers: float64 [K (K - 1) / 2].
     """
-    found = []
+    distances = []
     for weight, parts in zip(weights, zip(*batches, strict=True), strict=True):
         layer = F.normalize(torch.cat(parts), dim=1) * weight**0.5
-        # not by the Gram matrix, whose rounding may tell equal images apart
-        found.append(torch.pdist(layer.flatten(1).double()).square().cpu() / layer[0, 0].numel())
-    return torch.stack(found).sum(dim=0)
+        # a Gram matrix would be faster, but its rounding may make equal images different
+        distances.append(torch.pdist(layer.flatten(1).double()).square().cpu() / layer[0, 0].numel())
+    return torch.stack(distances).sum(dim=0)
 
 
 class Lpips(Network):
-    """LPIPS with one of its three networks, and the linear heads that the `lpips` package ships.
+    """LPIPS with one of its three networks and the linear heads of the `lpips` package.
 
     Args:
-        net: "alex" (the authors' choice for measuring), "vgg" or "squeeze". Their numbers cannot be compared.
-        weights_dir: folder with torchvision's file of the network's ImageNet weights; torch.hub's if not given.
+        net: "alex" (recommended by the authors), "vgg" or "squeeze"; their numbers are not comparable.
+        weights_dir: folder with torchvision's ImageNet weights; torch.hub's folder of checkpoints by default.
     """
 
     ROW = "lpips"
@@ -60,8 +59,8 @@ class Lpips(Network):
         if net not in BACKBONES:
             raise ValueError(f"expected a network among {sorted(BACKBONES)}, got {net!r}; alex is usual")
         file = BACKBONES[net]
-        given = None if weights_dir is None else Path(weights_dir) / file
-        super().__init__(f"LPIPS ({net})", f"lpips-{net}-v0.1", device, given, file=file)
+        path = None if weights_dir is None else Path(weights_dir) / file
+        super().__init__(f"LPIPS ({net})", f"lpips-{net}-v0.1", device, path, file=file)
         self.net = net
 
     def _load(self, facts: WeightsFacts) -> Any:
@@ -69,18 +68,18 @@ class Lpips(Network):
 
         state = torch.load(facts.files[0], map_location="cpu", weights_only=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of arguments that torchvision has renamed since
+            warnings.simplefilter("ignore")  # torchvision has renamed some arguments
             model = lpips.LPIPS(net=self.net, pnet_rand=True, verbose=False)
-        # `slice2.3.weight` there is `features.3.weight` in torchvision's file
+        # `slice2.3.weight` is `features.3.weight` in torchvision's file
         names = {name: f"features.{name.partition('.')[2]}" for name, _ in model.net.named_parameters()}
         model.net.load_state_dict({name: state[source] for name, source in names.items()})
         return model.requires_grad_(False).eval().to(self.device)
 
     @torch.inference_mode()
     def pairwise(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distances of the pairs of K uint8 images [3, H, W] of one size, H and W >= 32.
+        """Return the distances of all pairs (0, 1), (0, 2), ..., (1, 2), ... of K images: float64 [K (K - 1) / 2].
 
-        They are float64 [K (K - 1) / 2], of (0, 1), (0, 2) and so on, then (1, 2).
+        The images are uint8 [3, H, W] of one size, with H and W >= 32.
         """
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) != 1 or not all(image.dtype == torch.uint8 and image.ndim == 3 for image in images):
@@ -99,12 +98,12 @@ class Lpips(Network):
 
 
 class PairMetric(Metric):
-    """The mean of the distances among the images of a group, as `encoder.pairwise` finds them.
+    """The mean of `encoder.pairwise` over the pairs of images of a group.
 
     `update` takes the images of one group, uint8 [K, 3, H, W].
     """
 
-    encoder = Pixels()  # a subclass has what compares them
+    encoder: Any = Pixels()  # subclasses replace it
     minimum = 2
 
     def score(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -117,17 +116,17 @@ class LpipsDistance(PairMetric):
     """Mean LPIPS over the pairs of images of a group.
 
     Args:
-        net: "alex", "vgg" or "squeeze".
-        size: images whose shorter side is longer are resized to it (bilinear, antialiased, aspect kept); None leaves
-            all as they are. LPIPS depends on it: it sees details of fixed size in pixels.
+        net: see `Lpips`.
+        size: shorter side to which larger images are resized (bilinear, antialiased); None keeps all sizes. LPIPS
+            depends on it, because it sees details of a fixed size in pixels.
         weights_dir: see `Lpips`.
+        device: device of the network.
     """
 
     name = "lpips"
     higher_is_better = True
     bounds = (0.0, None)
     unit = "LPIPS v0.1, >= 0"
-    description = "mean LPIPS over the pairs of different images of a group"
     SETTINGS = ("size",)
 
     def __init__(
@@ -153,35 +152,34 @@ class LpipsDistance(PairMetric):
 
 
 class EffNetLayers(EffNetLite0):
-    """Compares images by the stages of EfficientNet-lite0: LPIPS's arithmetic without its learned weights.
+    """Compares images by the stages of EfficientNet-lite0, like LPIPS but without learned weights.
 
-    At every position of every stage the channels are brought to length 1; the squared distance of two images there, 0
-    to 4, is averaged over positions and then over the seven stages. Preparation and weights are the encoder's.
+    The channels at every position of every stage are scaled to length 1. The squared distance of two images, 0 to 4, is
+    averaged over positions and then over the seven stages.
     """
 
-    features, of = Scorer.features, Scorer.of  # images themselves are compared
+    features, of = Scorer.features, Scorer.of  # of the images themselves, not of embeddings
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device=device)
         self.name, self.slug = f"layers of {self.name}", f"layers{len(self.STAGES)}-{self.slug}"
 
     def pairwise(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the distances of the pairs of K uint8 images [3, H, W] of any sizes; see `Lpips.pairwise`."""
+        """Return the distances of all pairs of uint8 images [3, H, W] of any sizes; see `Lpips.pairwise`."""
         batches = [self.layers(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
         return _distances(batches, [1 / len(self.STAGES)] * len(self.STAGES))
 
 
 class LayerDistance(PairMetric):
-    """Mean distance of EfficientNet-lite0's layers over the pairs of images of a group. Not LPIPS."""
+    """Mean over the pairs of images of a group of the squared distance of EfficientNet-lite0's stages.
+
+    It is not LPIPS; see `EffNetLayers`.
+    """
 
     name = "layer_distance_efflite0"
     higher_is_better = True
     unit = "squared distance of unit vectors, 0 to 4"
     bounds = (0, 4)
-    description = (
-        "mean over the pairs of different images of a group of the squared distance of EfficientNet-lite0's channels "
-        "at the same place, averaged over places and stages"
-    )
 
     def __init__(self, device: str = "cpu", **options: Any) -> None:
         super().__init__(EffNetLayers(device), **options)

@@ -1,4 +1,4 @@
-"""What the paper's evaluation scripts do in ways of their own: see docs/metrics.md, "The authors' printed numbers"."""
+"""What the paper's evaluation scripts compute differently; see docs/metrics.md, "The authors' printed numbers"."""
 
 import torch
 
@@ -6,13 +6,12 @@ from eval.fidelity import InceptionScore
 
 
 class ReleasedInceptionScore(InceptionScore):
-    """The Inception Score of parts of N // splits images in their order, unshuffled; what remains of N is left out.
+    """Inception Score averaged over consecutive parts of N // splits images, without shuffling or the remainder.
 
-    The fewer categories a part has, the lower it is, and in the order of a folder a part has few.
+    A folder is sorted by category, so a part has few categories and a low score.
     """
 
     name = "released_inception_score"
-    description = f"{InceptionScore.description}, by parts of the images in their order"
 
     def score(self, features: torch.Tensor) -> float:
         part, size = InceptionScore(), len(features) // self.splits
@@ -21,7 +20,7 @@ class ReleasedInceptionScore(InceptionScore):
 
 
 def imagenet_templates() -> list[str]:
-    """Return the 80 texts for ImageNet's classes of CLIP's authors, `{}` in the place of the class."""
+    """Return the 80 templates of CLIP's authors for the classes of ImageNet, with `{}` for the class."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]

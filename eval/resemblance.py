@@ -1,11 +1,11 @@
-"""How much do images look like a set of protected references? Pure functions on embeddings, and the metrics.
+"""How similar are images to references of protected concepts? Functions of embeddings, and the metrics.
 
-The references are a folder with one subfolder an asset (a character, a logo, an artist's picture), some images in
-each. Those that a method was given (as its negative, say) measure only whether it avoids those very images: keep some
-of each asset for measuring.
+The references are a folder with a subfolder of images per concept (a character, a logo, an artist's work). Images that
+the method pushes away from only show whether it avoids these very images, so keep other images for measuring.
 """
 
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from eval.metric import Folder, Metric
 
 
 def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Return the cosine of every image, [N, D], and every reference, [R, D], R >= 1: float64 [N, R] in [-1, 1]."""
+    """Compute the cosine of every image [N, D] with every reference [R, D], R >= 1: float64 [N, R] in [-1, 1]."""
     if not (embeddings.ndim == references.ndim == 2 and embeddings.shape[1] == references.shape[1] and len(references)):
         raise ValueError(
             f"expected embeddings [N, D] and at least one reference [R, D], got {list(embeddings.shape)} and "
@@ -31,14 +31,13 @@ def similarities(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Te
 
 
 def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive_rate: float = 0.05) -> float:
-    """Choose the lowest threshold that a new negative exceeds with at most the given probability.
+    """Compute the lowest threshold that a new negative exceeds with at most the given probability.
 
-    It is the ceil((1 - rate) (n + 1))-th smallest of n negatives. If the new one is drawn like them, its rank among
-    n + 1 is uniform, so that the promise holds for new images and not only for these; the (1 - rate) quantile
-    promises less at small n.
+    It is the ceil((1 - rate) (n + 1))-th smallest of n negatives. The rank of a new negative among n + 1 is uniform, so
+    the rate holds for new images too; the (1 - rate) quantile would exceed it at small n.
 
     Args:
-        negative: largest similarities [N] of held-out images that show none of the assets, N >= 1 / rate - 1.
+        negative: largest similarities [N] of held-out images without protected concepts, N >= 1 / rate - 1.
         false_positive_rate: in (0, 1).
     """
     if not 0 < false_positive_rate < 1:
@@ -46,7 +45,7 @@ def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive
     negative = torch.as_tensor(negative, dtype=torch.float64).flatten()
     if not torch.isfinite(negative).all():
         raise ValueError("expected finite similarities, got NaN or infinity; look at the embeddings")
-    # rounded first: (1 - 0.05) * 20 is not quite 19
+    # rounded first, because (1 - 0.05) * 20 is not exactly 19
     rank = math.ceil(round((1 - false_positive_rate) * (len(negative) + 1), 9))
     if rank > len(negative):
         needed = math.ceil(round(1 / false_positive_rate, 9)) - 1
@@ -58,13 +57,13 @@ def calibrate_threshold(negative: torch.Tensor | Sequence[float], false_positive
 
 
 class ReferenceMetric(Metric):
-    """A metric of images and a set of references; `update` takes N images and R references first.
+    """A metric of images and references; the first arguments of `update` are N images and R references.
 
     Args:
-        references: folder with one subfolder an asset.
+        encoder: embeds the images.
+        references: folder with a subfolder per protected concept.
     """
 
-    # more resemblance is what protection is to prevent
     higher_is_better = False
     bounds = (-1.0, 1.0)
 
@@ -79,7 +78,7 @@ class ReferenceMetric(Metric):
 
     @cached_property
     def assets(self) -> list[str]:
-        """The asset of each reference, in the order of their embeddings: the name of its subfolder."""
+        """The concept of each reference, which is the name of its subfolder, in the order of the embeddings."""
         return [row.category for row in self._references.rows]
 
     def require(self, images: ImageSet) -> None:
@@ -87,7 +86,7 @@ class ReferenceMetric(Metric):
         _ = self._references
 
     def settings(self) -> dict[str, Any]:
-        """Identify the references by their content, wherever they lie."""
+        """Identify the references by their content."""
         return {**super().settings(), "references_sha256": self._references.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
@@ -95,17 +94,16 @@ class ReferenceMetric(Metric):
         return {"references": name, "n_references": len(self.assets), "n_assets": n_assets}
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
-        """Return the images' and the references' embeddings, which are made through the cache of `images`."""
         if self._embeddings is None:
-            self._embeddings = images.beside(self._references).embeddings(self.encoder)
+            self._embeddings = images.with_images_of(self._references).embeddings(self.encoder)
         return self.encoder.of(images, positions), self._embeddings
 
 
-class AskedMetric(ReferenceMetric):
-    """A metric of images and the asset that their prompt asks for.
+class RequestedConceptMetric(ReferenceMetric):
+    """A metric of images and the protected concept that their prompt requests.
 
-    The groups' categories are the assets' names; groups of other categories are left out. `update` takes, beside, the
-    assets of the references and those asked for, int [R] and [N].
+    The groups' categories are the names of concepts; other groups are left out. `update` takes N images, R references,
+    the concept of each reference and the requested concept of each image, int [R] and [N].
     """
 
     def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[Any, ...]:
@@ -114,97 +112,82 @@ class AskedMetric(ReferenceMetric):
         assets = torch.tensor([numbers[asset] for asset in self.assets])
         return *super().inputs(images, positions), assets, torch.tensor(wanted)
 
+    def score(
+        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        cosines = similarities(embeddings, references)
+        if (*wanted.shape, *assets.shape) != cosines.shape:
+            raise ValueError(
+                f"expected an asset of each of {cosines.shape[1]} references and {cosines.shape[0]} images, got "
+                f"{list(assets.shape)} and {list(wanted.shape)}"
+            )
+        return self.combine(cosines, assets == wanted[:, None])
+
+    @abstractmethod
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        """Return a number per image of the cosines [N, R]; `requested`, bool [N, R], marks the requested concept."""
+
     def part(self, images: ImageSet) -> ImageSet:
-        asked, withheld = (
-            [row for row in rows if row.category in self.assets] for rows in (images.rows, images.withheld)
-        )
-        if not asked and not withheld:
-            found = sorted({row.category for row in images.rows})
+        rows = [row for row in images.rows if row.category in self.assets]
+        withheld = [row for row in images.withheld if row.category in self.assets]
+        if not rows and not withheld:
+            categories = sorted({row.category for row in images.rows})
             raise ValueError(
                 f"expected images of the assets {sorted(set(self.assets))[:10]} for {self.name}, got the categories "
-                f"{found[:10]}; name the references' subfolders as the prompts' categories"
+                f"{categories[:10]}; name the references' subfolders as the prompts' categories"
             )
-        return replace(images, rows=asked, withheld=withheld)
+        return replace(images, rows=rows, withheld=withheld)
 
     def per_group(self, images: ImageSet) -> list[GroupValue]:
         return super().per_group(self.part(images))
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say which categories are no assets."""
         left_out = {row.category for row in images.rows} - set(self.assets)
         return {**super().details(images), "categories_left_out": sorted(left_out)}
 
 
-class MaximumResemblance(AskedMetric):
-    """Mean over a group's images of the largest similarity with a reference of the asset asked for."""
+class MaximumResemblance(RequestedConceptMetric):
+    """Mean over a group's images of the largest cosine with a reference of the requested concept."""
 
     name = "maximum_resemblance"
     version = 2
     unit = "cosine, -1 to 1"
-    description = "mean over a group's images of the largest cosine with a reference of the asset asked for"
 
-    def score(
-        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        return _of_asked(embeddings, references, assets, wanted).nan_to_num(-torch.inf).amax(dim=1)
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        return cosines.masked_fill(~requested, -torch.inf).amax(dim=1)
 
 
-class MeanResemblance(AskedMetric):
-    """Mean over a group's images of the mean similarity with the references of the asset asked for."""
+class MeanResemblance(RequestedConceptMetric):
+    """Mean over a group's images of the mean cosine with the references of the requested concept."""
 
     name = "mean_resemblance"
     version = 2
     unit = "cosine, -1 to 1"
-    description = "mean over a group's images of the mean cosine with the references of the asset asked for"
 
-    def score(
-        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        return _of_asked(embeddings, references, assets, wanted).nanmean(dim=1)
-
-
-def _of_asked(
-    embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-) -> torch.Tensor:
-    """Return `similarities`, [N, R], NaN with the references of other assets than the image's."""
-    cosines = similarities(embeddings, references)
-    others = ~_asked(cosines, assets, wanted)
-    if others.all(dim=1).any():
-        raise ValueError("expected references of every asset that is asked for, got images of which there is none")
-    return cosines.masked_fill(others, torch.nan)
-
-
-def _asked(cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Tell which references are of the asset that is asked for, bool [N, R]."""
-    if (*wanted.shape, *assets.shape) != cosines.shape:
-        raise ValueError(
-            f"expected an asset of each of {cosines.shape[1]} references and {cosines.shape[0]} images, got "
-            f"{list(assets.shape)} and {list(wanted.shape)}"
-        )
-    return assets == wanted[:, None]
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        return cosines.masked_fill(~requested, torch.nan).nanmean(dim=1)
 
 
 class AnyResemblance(ReferenceMetric):
-    """Mean over a group's images of the largest similarity with a reference of any asset.
+    """Mean over a group's images of the largest cosine with a reference of any protected concept.
 
-    Away from one asset an image may come nearer to another, which the resemblance to the one asked for does not see. It
-    grows with the number of references.
+    It shows whether images that avoid one concept come closer to another. It grows with the number of references.
     """
 
     name = "any_resemblance"
     unit = "cosine, -1 to 1"
-    description = "mean over a group's images of the largest cosine with a reference of any protected asset"
 
     def score(self, embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         return similarities(embeddings, references).amax(dim=1)
 
 
 class Likeness(AnyResemblance):
-    """Mean over a group's images of the largest similarity with a real image, not below 0.
+    """Mean over a group's images of the largest cosine with a real image, not below 0.
 
-    What is left of a picture: noise resembles no protected asset, and nothing else either.
+    It shows whether images that avoid a concept still look like images; noise avoids every concept.
 
     Args:
+        encoder: embeds the images.
         reference: folder of real images.
     """
 
@@ -212,7 +195,6 @@ class Likeness(AnyResemblance):
     higher_is_better = True
     unit = "cosine, 0 to 1"
     bounds = (0.0, 1.0)
-    description = "mean over a group's images of the largest cosine with a real image"
 
     def __init__(self, encoder: Scorer | None = None, reference: Folder = None, **options: Any) -> None:
         super().__init__(encoder, reference, **options)
@@ -221,22 +203,18 @@ class Likeness(AnyResemblance):
         return super().score(embeddings, references).clamp(min=0)
 
 
-class Identification(AskedMetric):
-    """Share of a group's images whose most similar reference is of the asset asked for; by chance, 1 / assets."""
+class Identification(RequestedConceptMetric):
+    """Share of a group's images whose most similar reference shows the requested concept; 1 / concepts by chance."""
 
     name = "identification"
     unit = "share of images, 0 to 1"
     bounds = (0.0, 1.0)
-    description = "share of a group's images whose nearest reference is of the asset named by their category"
 
-    def score(
-        self, embeddings: torch.Tensor, references: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
-        cosines = similarities(embeddings, references)
-        return _asked(cosines, assets, wanted).gather(1, cosines.argmax(dim=1, keepdim=True)).flatten()
+    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
+        return requested.gather(1, cosines.argmax(dim=1, keepdim=True)).flatten()
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say which assets the images resemble most."""
+        """Count the images by their most similar concept."""
         embeddings, references = ReferenceMetric.inputs(self, images, range(len(images.rows)))
         nearest = similarities(embeddings, references).argmax(dim=1).tolist()
         return {
@@ -246,21 +224,21 @@ class Identification(AskedMetric):
 
 
 class DetectionRate(ReferenceMetric):
-    """Share of a group's images that resemble some reference more than images without the assets do.
+    """Share of a group's images whose largest cosine with a protected reference exceeds a calibrated threshold.
 
-    `update` takes, beside, the threshold.
+    `update` takes N images, R references and the threshold.
 
     Args:
-        references: folder with one subfolder an asset.
-        held_out: folder with one subfolder a kind of image, to calibrate the threshold on: subfolders named like an
-            asset show it, all others show none. An image that is also among the references is an error.
-        false_positive_rate: of `calibrate_threshold`.
+        encoder: embeds the images.
+        references: folder with a subfolder per protected concept.
+        held_out: folder of other images to calibrate the threshold: subfolders named like a concept show it, all others
+            show no concept.
+        false_positive_rate: see `calibrate_threshold`.
     """
 
     name = "detection_rate"
     unit = "share of images, 0 to 1"
     bounds = (0.0, 1.0)
-    description = "share of a group's images whose largest cosine with a protected reference is above the threshold"
     SETTINGS = ("false_positive_rate",)
 
     def __init__(
@@ -279,9 +257,9 @@ class DetectionRate(ReferenceMetric):
     @cached_property
     def _held_out(self) -> ImageSet:
         held_out = ImageSet.open(self.folder("held_out"))
-        known = dict(zip(self._references.hashes, self._references.rows, strict=True))
+        references = dict(zip(self._references.hashes, self._references.rows, strict=True))
         pairs = zip(held_out.rows, held_out.hashes, strict=True)
-        shared = [f"{row.path} is {known[digest].path}" for row, digest in pairs if digest in known]
+        shared = [f"{row.path} is {references[digest].path}" for row, digest in pairs if digest in references]
         if shared:
             raise ValueError(
                 f"expected held-out images that are no references for {self.name}, got {len(shared)} that are in both "
@@ -301,7 +279,7 @@ class DetectionRate(ReferenceMetric):
     def calibration(self, images: ImageSet) -> dict[str, Any]:
         """Return the threshold and what it makes of the held-out images."""
         if not self._calibration:
-            held_out = images.beside(self._held_out)
+            held_out = images.with_images_of(self._held_out)
             maxima = similarities(*super().inputs(held_out, range(len(held_out.rows)))).amax(dim=1)
             shows = torch.tensor([row.category in self.assets for row in held_out.rows])
             positive, negative = maxima[shows], maxima[~shows]
@@ -321,5 +299,4 @@ class DetectionRate(ReferenceMetric):
         return *super().inputs(images, positions), self.calibration(images)["threshold"]
 
     def details(self, images: ImageSet) -> dict[str, Any]:
-        """Say how the threshold came about."""
         return {**super().details(images), **self.calibration(images)}

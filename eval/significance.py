@@ -1,8 +1,6 @@
-"""Is a difference between two methods more than chance, how large is it, and is quality kept?
+"""Tests of the paired differences between two methods (`eval.intervals.paired_differences`).
 
-All of it on `eval.intervals.paired_differences`: the same group, made by either method from the same noises.
-
-What the numbers mean: docs/metrics.md, "How sure a number is".
+For the meaning of the numbers see docs/metrics.md, "How sure a number is".
 """
 
 import math
@@ -17,19 +15,19 @@ from eval.intervals import FEWEST, Cluster, Difference, GroupValue, cluster_sums
 def bootstrap_t_p(
     differences: Sequence[GroupValue], n_resamples: int = 10_000, seed: int = 0, cluster: Cluster | None = "category"
 ) -> float | None:
-    """Test whether two methods differ, two-sided, by a symmetric bootstrap-t: return a p-value in (0, 1].
+    """Test whether two methods differ, by a two-sided symmetric bootstrap-t.
 
-    How often does a resample's mean lie as many of its own standard errors away from the mean found as that lies from
-    0? Of B = `n_resamples`, b do, and p is (1 + b) / (1 + B) (Davison and Hinkley 1997, Sec. 4.4). An error of its own
-    for every resample is what copes with skewed differences; one of clusters that are all the same has none, and counts
-    as that far away.
-
-    None, as with `bootstrap_interval`, of fewer than four clusters, or of clusters that are all the same; but 1 where
-    all are 0.
+    A resample counts if its mean lies at least as many of its own standard errors from the observed mean as the
+    observed mean lies from 0. If b of B resamples count, p = (1 + b) / (1 + B) (Davison and Hinkley 1997, Sec. 4.4).
+    The standard error of each resample makes the test robust against skewed differences. A resample of equal clusters
+    has no standard error and counts.
 
     Args:
-        differences: paired, method minus baseline.
-        n_resamples, seed, cluster: as of `bootstrap_interval`; equal ones draw the same clusters.
+        differences: paired differences, method minus baseline.
+        n_resamples, seed, cluster: see `bootstrap_interval`; equal values draw the same clusters.
+
+    Returns:
+        p in (0, 1]; None for fewer than four clusters or if all clusters are equal, but 1 if all clusters are 0.
     """
     sums, sizes = cluster_sums(differences, cluster)
     draws = drawn_clusters(len(sums), n_resamples, seed)
@@ -39,7 +37,7 @@ def bootstrap_t_p(
     if constant(of_each):
         return None if of_each.any() else 1.0
     mean, error = _mean_and_error(sums, sizes)
-    # Distances that only rounding makes different are the same.
+    # distances that differ only by rounding are equal
     rounding = 1e-12 * np.abs(of_each).max()
     count = 0
     for drawn in draws:
@@ -49,9 +47,9 @@ def bootstrap_t_p(
 
 
 def _mean_and_error(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean of all values of k clusters, [..., k] -> [...], and the linearised standard error of that ratio.
+    """Return the mean of all values of k clusters, [..., k] -> [...], and its linearised standard error.
 
-    The error without its factor (k / (k - 1))^0.5, which is the same for all that have k clusters.
+    The factor (k / (k - 1))^0.5 of the error is left out, because it cancels in the test.
     """
     total = sizes.sum(-1)
     mean = sums.sum(-1) / total
@@ -60,9 +58,10 @@ def _mean_and_error(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of all tests of a family (Holm 1979): the running maximum of (m - rank) p, at most 1.
+    """Adjust the p-values of a family of m tests (Holm 1979): the running maximum of (m - rank) p, at most 1.
 
-    To reject where the adjusted one is below a level keeps the chance of any false finding in the family below it.
+    If you reject the tests whose adjusted p is below a level, any false rejection in the family has at most that
+    probability.
     """
     p = np.asarray(p_values, dtype=float)
     if not ((p >= 0) & (p <= 1)).all():
@@ -74,9 +73,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def effect_size(differences: Sequence[GroupValue], cluster: Cluster | None = "category") -> float | None:
-    """Return d_z, the mean of clusters' mean differences over their standard deviation (Cohen 1988).
+    """Return d_z, the mean of the clusters' mean differences over their standard deviation (Cohen 1988).
 
-    None where it has no meaning: fewer than two clusters, or all of them the same.
+    It is None for fewer than two clusters or if all clusters are equal.
     """
     means = _cluster_means(differences, cluster)
     return None if constant(means) else float(means.mean() / means.std(ddof=1))
@@ -85,7 +84,7 @@ def effect_size(differences: Sequence[GroupValue], cluster: Cluster | None = "ca
 def win_rate(
     differences: Sequence[GroupValue], higher_is_better: bool = True, cluster: Cluster | None = "category"
 ) -> float:
-    """Return the share of clusters in whose mean the method is better, ties counted as one half, in [0, 1]."""
+    """Return the share of clusters in which the method's mean is better, in [0, 1]; ties count one half."""
     signs = np.sign(_cluster_means(differences, cluster))
     return float((((signs if higher_is_better else -signs) + 1) / 2).mean())
 
@@ -96,14 +95,18 @@ def _cluster_means(differences: Sequence[GroupValue], cluster: Cluster | None) -
 
 
 def non_inferior(difference: Difference, margin: float, higher_is_better: bool = True) -> bool | None:
-    """Tell whether a method is at most `margin` worse than the baseline, as surely as the interval says.
+    """Test whether a method is at most `margin` worse than the baseline.
 
-    "No significant loss of quality" is no evidence of quality kept: few groups show it always. Here the interval of the
-    difference, method minus baseline, must lie on the better side of the margin as a whole; one of 95 % makes a
-    one-sided test at 2.5 %. None where it is not estimable.
+    The whole interval of the difference must lie on the better side of the margin; a 95 % interval makes this a
+    one-sided test at 2.5 %. "No significant loss" is a weaker statement, which is always true for few groups.
 
     Args:
-        margin: the largest loss that counts as quality kept, in the metric's unit, > 0; chosen beforehand.
+        difference: method minus baseline.
+        margin: largest acceptable loss in the metric's unit, > 0, chosen beforehand.
+        higher_is_better: direction of the metric.
+
+    Returns:
+        The result of the test; None if the interval could not be estimated.
     """
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"expected a margin > 0 in the metric's unit, got {margin}; state the loss you would accept")
@@ -113,18 +116,21 @@ def non_inferior(difference: Difference, margin: float, higher_is_better: bool =
 
 
 def non_inferiority_power(low: float, high: float, margin: float, level: float = 0.95) -> float:
-    """Return the chance that a method which loses nothing is found to be `non_inferior`, at this many groups.
+    """Compute the power of the non-inferiority test when the method loses nothing.
 
-    Of a difference that is 0 in truth and normal with the error that its interval tells: the interval must reach less
-    far below its middle than the margin lies.
+    Assumes a normally distributed estimate whose true value is 0 and whose standard error follows from the width of the
+    interval. The test succeeds when the lower confidence limit lies above -margin.
 
     Args:
-        low, high: the interval of the difference.
-        margin: as of `non_inferior`.
-        level: the interval's coverage.
+        low, high: confidence limits of the paired difference, in the metric's unit.
+        margin: largest acceptable loss, > 0, in the metric's unit.
+        level: coverage of the interval.
 
     Returns:
-        In [0, 1]: the probability that a "not shown" is no matter of too few groups.
+        Power in [0, 1]. A small value means that "not shown" may only mean "too few groups".
     """
-    reach, z = (high - low) / 2, float(ndtri((1 + level) / 2))
-    return float(ndtr(z * (margin / reach - 1))) if reach > 0 else 1.0
+    half_width = (high - low) / 2
+    if half_width == 0:
+        return 1.0
+    critical_value = float(ndtri((1 + level) / 2))
+    return float(ndtr(critical_value * (margin / half_width - 1)))

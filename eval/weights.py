@@ -1,7 +1,6 @@
-"""The weights of networks: found, fetched, identified, and complained of when they are missing.
+"""Find, download and identify the weights of networks; `weights.yaml` describes each of them. No model is loaded.
 
-What there is to know of each stands in a row of `weights.yaml`. Nothing here loads a model. A download is tried only
-if the network answers at once, so that a machine without one fails within seconds instead of after minutes of retries.
+A download is tried only if the server answers at once, so that an offline machine fails within seconds.
 """
 
 from __future__ import annotations
@@ -19,21 +18,20 @@ import yaml
 
 from eval.files import remembered_hash
 
-#: What is known of the weights of each network, by its name here.
 FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class WeightsFacts:
-    """What there is to know about a network's weights before they are loaded; its texts are those of `weights.yaml`.
+    """A description of a network's weights before they are loaded; the texts are those of `weights.yaml`.
 
     Attributes:
         encoder: the network's name.
-        files: the files on this machine that decide what is embedded; empty if any of them is missing.
-        looked_in: the paths that were looked at, in this order; empty if no file is needed.
-        url: of the file that is downloaded to the first place looked in; None if there is none.
-        hub: arguments of `huggingface_hub.snapshot_download` that fetch the files; None if they are not on the hub.
-        expected: the beginning of `sha256`, where the publishers' file is known by it.
+        files: the files on this machine; empty if any of them is missing.
+        looked_in: the paths that were searched, in this order; empty if no file is needed.
+        url: address of the file, which is downloaded to the first path searched; None if there is none.
+        hub: arguments of `huggingface_hub.snapshot_download`; None if the files are not on the hub.
+        expected: the beginning of the published file's `sha256`; "" if unknown.
     """
 
     encoder: str
@@ -55,16 +53,16 @@ class WeightsFacts:
         encoder: str,
         files: Sequence[Path] = (),
         looked_in: Sequence[Path] = (),
-        given: bool = False,
+        local: bool = False,
         **values: Any,
     ) -> WeightsFacts:
-        """State a row of `FACTS`.
+        """Describe weights by a row of `weights.yaml`.
 
         Args:
-            given: whether the user named the place, where nothing is downloaded then.
-            values: what stands for the braces in the row's texts.
+            local: whether the user named the path, to which nothing is downloaded.
+            values: values for the braces in the row's texts.
         """
-        facts = {**FACTS[row], **(FACTS[row].get("given", {}) if given else {})}
+        facts = {**FACTS[row], **(FACTS[row].get("local", {}) if local else {})}
         values["url"] = facts.get("url", "").format(**values)
         texts = {key: text.format(**values) for key, text in facts.items() if isinstance(text, str)}
         hub = {
@@ -79,32 +77,30 @@ class WeightsFacts:
             files=tuple(files),
             looked_in=tuple(looked_in),
             **{text: texts[text] for text in ("source", "resize", "input_range", "licence", "how_to_get")},
-            url=None if given else texts.get("url"),
-            hub=None if given or not hub["repo_id"] else hub,
+            url=None if local else texts.get("url"),
+            hub=None if local or not hub["repo_id"] else hub,
             expected=published_hash(facts, files[0].name) if published else "",
         )
 
     @classmethod
-    def find(cls, row: str, encoder: str, given: Path | None = None, **values: Any) -> WeightsFacts:
-        """Look for the weights of a row where the user says, or else where their publishers' own code puts them.
+    def find(cls, row: str, encoder: str, path: Path | None = None, **values: Any) -> WeightsFacts:
+        """Search for weights at the user's path or at the publishers' default location.
 
         Args:
-            row: one with a `url`, of whose files any will do, or a `repository`, all of whose files are needed.
-            given: the file, or of a repository the folder, that the user named.
+            row: a row with a `url`, any of whose files suffices, or with a `repository`, all of whose files are needed.
+            path: the file, or the folder with a repository's files, that the user named.
         """
         names = [name.format(**values) for name in FACTS[row]["files"]]
         if repository := FACTS[row].get("repository", "").format(**values):
-            places = [given or hub_cache(repository)]
-            found = (
-                [given / name for name in names] if given else in_hub_cache(repository, names, values.get("revision"))
-            )
-            found = [file for file in found if file.is_file()]
-            files = found if len(found) == len(names) else []
+            searched = [path or hub_cache(repository)]
+            files = [path / name for name in names] if path else in_hub_cache(repository, names, values.get("revision"))
+            files = [file for file in files if file.is_file()]
+            files = files if len(files) == len(names) else []
         else:
-            places = [given] if given else [Path(torch.hub.get_dir()) / "checkpoints" / name for name in names]
-            files = [place for place in places if place.is_file()][:1]
-        first = (files or places)[0]
-        return cls.of(row, encoder, files, places, given is not None, found=first.name, folder=first.parent, **values)
+            searched = [path] if path else [Path(torch.hub.get_dir()) / "checkpoints" / name for name in names]
+            files = [file for file in searched if file.is_file()][:1]
+        first = (files or searched)[0]
+        return cls.of(row, encoder, files, searched, path is not None, found=first.name, folder=first.parent, **values)
 
     @property
     def present(self) -> bool:
@@ -113,10 +109,7 @@ class WeightsFacts:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Hash of the files' names and contents, 64 digits, None without files; of one file it is the file's own.
-
-        Reads the files once a process, about a second a gigabyte.
-        """
+        """Hash of the file, or of several files and their names; None without files. Takes a second per gigabyte."""
         if len(self.files) <= 1:
             return remembered_hash(self.files[0]) if self.files else None
         digest = hashlib.sha256()
@@ -126,11 +119,11 @@ class WeightsFacts:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what is embedded: 12 digits of `sha256`, and 4 of a hash of `resize` and `input_range`.
+        """Identifier of the embeddings: 12 digits of `sha256` and 4 digits of a hash of `resize` and `input_range`.
 
         Raises:
             FileNotFoundError: the weights are missing.
-            ValueError: they are not those of their publishers.
+            ValueError: the weights differ from the published ones.
         """
         if not self.present:
             raise self.missing()
@@ -143,7 +136,7 @@ class WeightsFacts:
         return "-".join(part for part in ((self.sha256 or "")[:12], preparation[:4]) if part)
 
     def fetch(self) -> None:
-        """Download what is missing, or raise within seconds the FileNotFoundError that says what to do."""
+        """Download the files, or raise within seconds a FileNotFoundError that says what to do."""
         if self.url:
             self.download(self.url, self.looked_in[0])
         elif self.hub:
@@ -154,7 +147,7 @@ class WeightsFacts:
             raise self.missing()
 
     def download(self, url: str, path: Path) -> None:
-        """Download one of the files, written only when complete, or raise as `fetch`."""
+        """Download a file, which appears only when it is complete; raise as `fetch`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._from_network(url, torch.hub.download_url_to_file, url, str(path))
 
@@ -167,46 +160,47 @@ class WeightsFacts:
             raise self.missing(str(error)) from error
 
     def missing(self, reason: str | None = None) -> FileNotFoundError:
-        """Return the error to raise for weights that are not there: what, where, why not downloaded, from where."""
-        places = "; ".join(str(path) for path in self.looked_in)
-        tried = f" and no download ({reason})" if reason else ""
+        """Return the error for missing weights: the files, where they were searched, and how to get them."""
+        paths = "; ".join(str(path) for path in self.looked_in)
+        failure = f" and no download ({reason})" if reason else ""
         return FileNotFoundError(
-            f"expected the weights of {self.encoder} ({self.source}), got none at {places}{tried}; {self.how_to_get}"
+            f"expected the weights of {self.encoder} ({self.source}), got none at {paths}{failure}; {self.how_to_get}"
         )
 
 
 def published_hash(facts: Mapping[str, Any], name: str) -> str:
-    """Return how the SHA-256 of a row's file begins: as in the table, or as its name ends; "" if nobody knows."""
-    found = re.search(r"-([0-9a-f]{8})\.pth$", name)
-    return facts.get("sha256", found[1] if found else "")
+    """Return the beginning of a file's SHA-256, from the row or from the end of the file's name; "" if unknown."""
+    suffix = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    return facts.get("sha256", suffix[1] if suffix else "")
 
 
 def missing_vocabulary(folder: Path) -> list[str]:
-    """Return the file that a tokenizer's folder lacks: without a vocabulary transformers makes one up in silence."""
-    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-    whole = any(all((folder / name).is_file() for name in names) for names in vocabularies)
-    return [] if whole else [vocabularies[0][0]]
+    """Return the missing vocabulary file of a tokenizer, if any; transformers would silently invent a vocabulary."""
+    for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)):
+        if all((folder / name).is_file() for name in names):
+            return []
+    return ["tokenizer.json"]
 
 
 def in_hub_cache(repository: str, names: Iterable[str], revision: str | None = None) -> list[Path]:
-    """Return those of a Hugging Face repository's files that are in the cache."""
+    """Return the cached ones among a Hugging Face repository's files."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
-    return [Path(path) for path in found if isinstance(path, str)]
+    paths = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
+    return [Path(path) for path in paths if isinstance(path, str)]
 
 
 def hub_cache(repository: str) -> Path:
-    """Return where the cache keeps a Hugging Face repository."""
+    """Return the cache folder of a Hugging Face repository."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
 def network_answers(url: str | None, timeout: float = 5.0) -> bool:
-    """Tell whether a URL's server, or the Hugging Face hub for None, answers at once, and `HF_HUB_OFFLINE` is not set.
+    """Return whether a URL's server, or the Hugging Face hub for None, answers and `HF_HUB_OFFLINE` is not set.
 
-    The download libraries themselves retry for most of a minute.
+    The download libraries would retry for most of a minute.
     """
     from huggingface_hub import constants, get_session
 

@@ -166,7 +166,7 @@ def _compared(paths: Paths) -> tuple[dict[str, dict[str, Any]], dict[str, float]
             reached[name] = 0.0
     swept = [name for name in gains if name not in reached]
     if swept:
-        within = [fronts.most_within(gains[name], losses[name], LOSS * paths.worth) for name in swept]
+        within = [fronts.best_gain_at_budget(gains[name], losses[name], LOSS * paths.worth) for name in swept]
         done = np.stack([np.nan_to_num(gain) for gain, _ in within], axis=-1)  # or else nothing
         ranks = 1 + (done[:, None, :] > done[:, :, None]).sum(axis=-1)
         for number, (name, (gain, place)) in enumerate(zip(swept, within, strict=True)):
@@ -202,7 +202,7 @@ def chosen_values(paths: Paths) -> dict[str, Any]:
         if (nothing := _nothing(configs[0])) is not None and len(configs) > 1:
             values.insert(0, nothing)
         values = [OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for value in values]
-        _, places = fronts.most_within(paths.gains[method][0], paths.losses[method][0], LOSS * paths.worth)
+        _, places = fronts.best_gain_at_budget(paths.gains[method][0], paths.losses[method][0], LOSS * paths.worth)
         place = float(places) if places > 0 else float(nothing is not None)  # what does nothing is no choice
         before, after = values[int(place)], values[ceil(place)]
         chosen[method] = _between(before, after, place - int(place))

@@ -21,7 +21,7 @@ from eval.files import write_text
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval
-from eval.stereotypes import AsSaid, confusion, evenness_found, label_said
+from eval.stereotypes import AsSaid, confusion, evenness_found, label_in_prompt
 from experiments import project_path
 from experiments.plan import first
 from experiments.runs.metrics import build_metric, measured
@@ -59,7 +59,7 @@ def classified(metric: AsSaid, images: ImageSet) -> pd.DataFrame:
     rows = []
     for members in images.groups.values():
         row, (features, labels, _) = images.rows[members[0]], metric.inputs(images, members)
-        truth = label_said(row.prompt, metric.labels_of(row.category))
+        truth = label_in_prompt(row.prompt, metric.labels_of(row.category))
         rows.append({"word": row.category, "true": truth, "found": int((features @ labels.T).argmax())})
     return pd.DataFrame(rows)
 

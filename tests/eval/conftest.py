@@ -1,6 +1,7 @@
-"""A folder of small images, and a CLIP model with random weights, both as the real ones lie on disk."""
+"""Small folders of images, a CLIP model with random weights, and encoders whose embeddings a test writes down."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def save_noise(path, seed, size=(16, 16)):
 
 @pytest.fixture(autouse=True)
 def unpublished(monkeypatch):
-    """Random weights may have the names of published ones, and a fetch that failed in another test is tried again."""
+    """Random weights may have published names, and each test tries a download again that failed in another."""
     monkeypatch.setattr("eval.weights.published_hash", lambda *_: "")
     monkeypatch.setattr("eval.encoders._failed", {})
 
@@ -32,16 +33,10 @@ def make_run(tmp_path):
     def make(name="run", categories=("bird", "fish"), seeds=(0, 1), images=4, offset=0):
         folder = tmp_path / name
         rows = []
-        for category in categories:
-            for seed in seeds:
-                for index in range(images):
-                    path = f"images/{category}/{seed:06d}/{index:02d}.png"
-                    save_noise(folder / path, offset + len(rows))
-                    rows.append(
-                        ManifestRow(
-                            path, category, f"a photo of a {category}", category, seed, index, 100 * seed + index
-                        )
-                    )
+        for category, seed, index in product(categories, seeds, range(images)):
+            path, prompt = f"images/{category}/{seed:06d}/{index:02d}.png", f"a photo of a {category}"
+            save_noise(folder / path, offset + len(rows))
+            rows.append(ManifestRow(path, category, prompt, category, seed, index, 100 * seed + index))
         write_manifest(folder, rows)
         return folder
 
@@ -50,7 +45,7 @@ def make_run(tmp_path):
 
 @pytest.fixture(scope="session")
 def make_open_clip(tmp_path_factory):
-    """Make an architecture of a name and embedding size known to open_clip by a JSON file; returns a random model."""
+    """Return a function that registers an architecture with open_clip and returns a random model of it."""
 
     def make(name, embed_dim):
         import open_clip
@@ -97,7 +92,6 @@ def tiny_clip(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
     return folder
 
 
@@ -127,10 +121,28 @@ def scripted():
     return Scripted
 
 
+@pytest.fixture(scope="session")
+def grouped():
+    """Groups of a document with values, or counts of labels if a value is a list; one prompt and category each."""
+
+    def make(values, prompts=None, categories=None):
+        prompts = [f"p{index:03d}" for index in range(len(values))] if prompts is None else prompts
+        groups = []
+        for index, (value, prompt, category) in enumerate(zip(values, prompts, categories or prompts, strict=True)):
+            group = {"group": f"{prompt}/{index:06d}", "category": category, "n_images": 4}
+            if np.ndim(value):
+                counts = {f"label{label}": int(count) for label, count in enumerate(value) if count}
+                groups.append(group | {"n_images": int(sum(value)), "counts": counts})
+            else:
+                groups.append(group | {"value": float(value)})
+        return groups
+
+    return make
+
+
 @pytest.fixture
 def numbered_run(make_run):
     """Return a function that writes a run whose images are numbered by their red corner, in canonical order."""
-    from PIL import Image
 
     def make(**arguments):
         run = make_run(**arguments)

@@ -1,4 +1,4 @@
-"""What a method did to images that it should have left alone, in closed form."""
+"""How much a method changed images that it should not have changed, in closed form."""
 
 import math
 import shutil
@@ -15,9 +15,11 @@ from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import difference_of, interval_of
 from eval.metric import is_current, measure
 
+BASELINE = {"benign-bear": [0, 90], "benign-fox": [10, 20], "direct-panda": [30, 40]}
+
 
 class Directions(Encoder):
-    """Embeds an image as the unit vector in the plane at the angle, in degrees, of its red corner."""
+    """Embeds an image as the unit vector in the plane whose angle, in degrees, is its red corner."""
 
     name, id = "directions", "directions-1"
 
@@ -26,24 +28,30 @@ class Directions(Encoder):
         return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-def write_run(folder, corners, **ids):
-    """Write a run: for each group of prompt ids its images, 4 x 4 pixels, by the value of their red corner."""
-    rows = []
-    for prompt_id, values in corners.items():
-        for index, value in enumerate(values):
-            path = f"images/{prompt_id}/{index:02d}.png"
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.full((4, 4, 3), 7, np.uint8)
-            pixels[0, 0, 0] = value
-            Image.fromarray(pixels).save(folder / path)
-            rows.append(ManifestRow(path, prompt_id, f"a {prompt_id}", prompt_id, 0, index, index, **ids))
-    write_manifest(folder, rows)
-    return folder
+@pytest.fixture
+def write_run(tmp_path):
+    """Return a function that writes a run of 4 x 4 images: for each prompt_id the values of their red corners."""
+
+    def write(name, corners, **fields):
+        rows = []
+        for prompt_id, values in corners.items():
+            for index, value in enumerate(values):
+                path = tmp_path / name / "images" / prompt_id / f"{index:02d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.full((4, 4, 3), 7, np.uint8)
+                pixels[0, 0, 0] = value
+                Image.fromarray(pixels).save(path)
+                relative = path.relative_to(tmp_path / name).as_posix()
+                rows.append(ManifestRow(relative, prompt_id, f"a {prompt_id}", prompt_id, 0, index, index, **fields))
+        write_manifest(tmp_path / name, rows)
+        return tmp_path / name
+
+    return write
 
 
 @pytest.fixture
-def baseline(tmp_path):
-    return write_run(tmp_path / "none", {"benign-bear": [0, 90], "benign-fox": [10, 20], "direct-panda": [30, 40]})
+def baseline(write_run):
+    return write_run("none", BASELINE)
 
 
 def values(document):
@@ -54,65 +62,55 @@ def metrics(baseline, encoder=None):
     return Change(encoder or Directions(), baseline), ChangedShare(baseline)
 
 
-def test_an_unchanged_run_is_no_change_at_all(baseline, tmp_path):
-    """Exactly 0, so that a run and another one tie; whatever else the manifest and the files' bytes say."""
-    copy = tmp_path / "negtome"
-    shutil.copytree(baseline, copy)
+def test_an_unchanged_run_has_a_change_of_exactly_0(baseline, tmp_path, write_run):
+    """Whatever else differs in the manifest and in the bytes of the files."""
+    copy = shutil.copytree(baseline, tmp_path / "negtome")
     for file in copy.rglob("*.png"):
         with Image.open(file) as image:
             image.load()
         image.save(file, compress_level=0)
+    other = write_run("other", BASELINE, references={"panda/1.png": 0.9})
     for metric in (*metrics(baseline), *metrics(baseline, PixelEncoder(3))):
-        for folder in (baseline, copy, write_run(tmp_path / "found", {
-            "benign-bear": [0, 90], "benign-fox": [10, 20], "direct-panda": [30, 40]}, references={"panda/1.png": 0.9},
-        )):  # fmt: skip
-            assert values(measure(metric, folder)) == dict.fromkeys(("benign-bear", "benign-fox", "direct-panda"), 0)
+        for folder in (baseline, copy, other):
+            assert values(measure(metric, folder)) == dict.fromkeys(BASELINE, 0)
 
 
-def test_change_is_the_mean_cosine_distance_of_pairs(baseline, tmp_path):
-    other = write_run(
-        tmp_path / "negtome", {"benign-bear": [60, 90], "benign-fox": [100, 110], "direct-panda": [31, 40]}
-    )
+def test_change_is_the_mean_cosine_distance_of_pairs(baseline, write_run):
+    other = write_run("negtome", {"benign-bear": [60, 90], "benign-fox": [100, 110], "direct-panda": [31, 40]})
     change, share = (measure(metric, other) for metric in metrics(baseline))
     expected = {"benign-bear": (1 - 0.5) / 2, "benign-fox": 1, "direct-panda": (1 - math.cos(math.radians(1))) / 2}
     assert values(change) == pytest.approx(expected, rel=1e-3)
     assert values(share) == {"benign-bear": 0.5, "benign-fox": 1, "direct-panda": 0.5}
     assert change["value"] == pytest.approx(np.mean(list(expected.values())), rel=1e-4)
     assert (change["higher_is_better"], share["higher_is_better"]) == (False, False)
-    opposite = write_run(tmp_path / "opposite", {"benign-bear": [180], "benign-fox": [190], "direct-panda": [210]})
-    single = write_run(tmp_path / "single", {"benign-bear": [0], "benign-fox": [10], "direct-panda": [30]})
-    found = measure(Change(Directions(), single), opposite)
-    assert found["value"] == pytest.approx(2) == found["bounds"][1]
-
-
-def test_images_are_paired_by_their_place_not_by_likeness(baseline, tmp_path):
-    swapped = write_run(
-        tmp_path / "swapped", {"benign-bear": [90, 0], "benign-fox": [20, 10], "direct-panda": [30, 40]}
-    )
+    # images are paired by their position, not by similarity
+    swapped = write_run("swapped", {name: corners[::-1] for name, corners in BASELINE.items()})
     change, share = (values(measure(metric, swapped)) for metric in metrics(baseline))
-    assert change["benign-bear"] == pytest.approx(1) and share == {
-        "benign-bear": 1, "benign-fox": 1, "direct-panda": 0,
-    }  # fmt: skip
+    assert change["benign-bear"] == pytest.approx(1) and share == dict.fromkeys(BASELINE, 1)
+    single, opposite = (
+        write_run("single", {"bear": [0], "fox": [10]}),
+        write_run("opposite", {"bear": [180], "fox": [190]}),
+    )
+    document = measure(Change(Directions(), single), opposite)
+    assert document["value"] == pytest.approx(2) == document["bounds"][1]
 
 
 def test_one_pixel_by_one_step_counts(baseline, tmp_path):
-    copy = tmp_path / "negtome"
-    shutil.copytree(baseline, copy)
+    copy = shutil.copytree(baseline, tmp_path / "negtome")
     file = copy / "images" / "benign-fox" / "01.png"
     pixels = np.array(Image.open(file))
     pixels[3, 3, 2] += 1
     Image.fromarray(pixels).save(file)
     change, share = (values(measure(metric, copy)) for metric in metrics(baseline))
     assert share == {"benign-bear": 0, "benign-fox": 0.5, "direct-panda": 0}
-    assert set(change.values()) == {0}, "which this encoder does not see"
+    assert set(change.values()) == {0}, "this encoder does not see it"
     assert values(measure(Change(PixelEncoder(4), baseline), copy))["benign-fox"] > 0
-    # Another size is another image.
     Image.new("RGB", (5, 4)).save(file)
-    assert values(measure(ChangedShare(baseline), copy))["benign-fox"] == 0.5
+    assert values(measure(ChangedShare(baseline), copy))["benign-fox"] == 0.5, "another size is another image"
 
 
-def test_only_some_prompts_are_compared(baseline, tmp_path):
-    other = write_run(tmp_path / "negtome", {"benign-bear": [60, 90], "benign-fox": [10, 20], "direct-cat": [1]})
+def test_only_the_selected_prompts_are_compared(baseline, write_run):
+    other = write_run("negtome", {"benign-bear": [60, 90], "benign-fox": [10, 20], "direct-cat": [1]})
     embedded = []
 
     class Counting(Directions):
@@ -123,7 +121,7 @@ def test_only_some_prompts_are_compared(baseline, tmp_path):
     for metric in metrics(baseline, Counting()):
         metric.only = ("benign-*",)
         assert set(values(measure(metric, other))) == {"benign-bear", "benign-fox"}
-    assert len(embedded) == 8, "of either run, what is compared"
+    assert len(embedded) == 8
 
 
 @pytest.mark.parametrize(
@@ -136,38 +134,34 @@ def test_only_some_prompts_are_compared(baseline, tmp_path):
     ],
     ids=["another prompt", "more images", "fewer images", "nothing shared"],
 )
-def test_other_groups_are_an_error(baseline, tmp_path, corners, named):
-    other = write_run(tmp_path / "negtome", corners)
+def test_other_groups_are_an_error(baseline, write_run, corners, named):
+    other = write_run("negtome", corners)
     for metric in metrics(baseline):
         with pytest.raises(ValueError, match=rf"{named}; compare runs of the same prompts"):
             measure(metric, other)
 
 
-def test_documents_follow_both_runs(baseline, tmp_path):
-    """The other run's images are part of what a document says; where the run lies is not."""
-    other = write_run(tmp_path / "negtome", {"benign-bear": [60, 90], "benign-fox": [10, 20], "direct-panda": [30, 40]})
+def test_documents_follow_the_images_of_both_runs(baseline, tmp_path, write_run):
+    other = write_run("negtome", BASELINE | {"benign-bear": [60, 90]})
     cache = EmbeddingCache(tmp_path / "cache")
-    moved = tmp_path / "moved"
-    shutil.copytree(baseline, moved)
-    for metric, again in zip(metrics(baseline), metrics(moved), strict=True):
-        document = measure(metric, ImageSet.open(other, cache))
-        assert is_current(document, again, other)
-        assert document["encoder"]["id"] == {"change": "directions-1", "changed_share": "pixels"}[document["metric"]]
+    moved = shutil.copytree(baseline, tmp_path / "moved")
+    documents = [measure(metric, ImageSet.open(other, cache)) for metric in metrics(baseline)]
+    assert [document["encoder"]["id"] for document in documents] == ["directions-1", "pixels"]
+    assert all(is_current(document, again, other) for document, again in zip(documents, metrics(moved), strict=True))
     Image.new("RGB", (4, 4), "white").save(moved / "images" / "benign-fox" / "01.png")
-    for metric, again in zip(metrics(baseline), metrics(moved), strict=True):
-        assert not is_current(measure(metric, ImageSet.open(other, cache)), again, other)
+    for document, metric, again in zip(documents, metrics(baseline), metrics(moved), strict=True):
+        assert not is_current(document, again, other)
         again.only = metric.only = ("benign-bear",)
-        # Only what is compared counts.
-        assert is_current(measure(metric, ImageSet.open(other, cache)), again, other)
+        assert is_current(measure(metric, ImageSet.open(other, cache)), again, other), "only compared images count"
 
 
-def test_intervals_and_differences_stay_in_range(tmp_path):
+def test_intervals_and_differences_stay_in_range(write_run):
     prompts = [f"benign-{letter}" for letter in "abcdefgh"]
-    none = write_run(tmp_path / "none", {prompt: [0, 0] for prompt in prompts})
-    some = write_run(tmp_path / "some", {prompt: [60 * (i % 2), 0] for i, prompt in enumerate(prompts)})
+    none = write_run("none", {prompt: [0, 0] for prompt in prompts})
+    some = write_run("some", {prompt: [60 * (i % 2), 0] for i, prompt in enumerate(prompts)})
     for metric, value in zip(metrics(none), (0.125, 0.25), strict=True):
-        found, nothing = measure(metric, some), measure(metric, none)
-        mean, low, high = interval_of(found, n_resamples=200)
+        changed, unchanged = measure(metric, some), measure(metric, none)
+        mean, low, high = interval_of(changed, n_resamples=200)
         assert mean == pytest.approx(value, rel=1e-5) and 0 <= low < mean < high <= metric.bounds[1]
-        difference = difference_of(found, nothing, n_resamples=200)
+        difference = difference_of(changed, unchanged, n_resamples=200)
         assert difference.difference == pytest.approx(value, rel=1e-5) and difference.low > 0

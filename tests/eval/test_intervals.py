@@ -1,38 +1,31 @@
 """Intervals: coverage, pairing, determinism, and what cannot be estimated."""
 
+import math
+
 import numpy as np
 import pytest
 
-from eval.intervals import bootstrap_interval, difference_of, entropy, interval_of, n_units
+from eval.intervals import MINIMUM_IMAGES, bootstrap_interval, difference_of, entropy, interval_of, n_units
 
 
-def valued(values, prompts=None, categories=None):
-    """Groups with values: one prompt and category each, unless given."""
-    prompts = [f"p{index}" for index in range(len(values))] if prompts is None else prompts
-    categories = prompts if categories is None else categories
-    return [
-        {"group": f"{prompt}/{index:06d}", "category": category, "n_images": 4, "value": float(value)}
-        for index, (value, prompt, category) in enumerate(zip(values, prompts, categories, strict=True))
-    ]
+@pytest.fixture(scope="module")
+def difference(grouped):
+    """Return the paired difference of two lists of values or of groups."""
+
+    def of(a, b, **options):
+        sides = [side if isinstance(side, list) else grouped(side) for side in (a, b)]
+        return difference_of(*({"aggregate": "mean", "groups": groups} for groups in sides), **options)
+
+    return of
 
 
-def difference(groups_a, groups_b, **options):
-    documents = ({"aggregate": "mean", "groups": groups} for groups in (groups_a, groups_b))
-    return difference_of(*documents, **options)
-
-
-def counted(tables):
-    """Groups with label counts: {category: [[counts of a group], ...]}."""
-    return [
-        {
-            "group": f"{category}/{index:06d}",
-            "category": category,
-            "n_images": int(sum(row)),
-            "counts": {f"label{label}": int(count) for label, count in enumerate(row) if count},
-        }
-        for category, table in tables.items()
-        for index, row in enumerate(table)
-    ]
+@pytest.fixture(scope="module")
+def counted(grouped):
+    """Return groups with label counts of tables {category: [[counts of a group], ...]}."""
+    return lambda tables: grouped(
+        [row for table in tables.values() for row in table],
+        [category for category, table in tables.items() for _ in table],
+    )
 
 
 def random_counts(rng, groups, categories=3, labels=4, images=4):
@@ -42,40 +35,70 @@ def random_counts(rng, groups, categories=3, labels=4, images=4):
     }
 
 
+# --- entropies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "plug_in", "n_labels"),
+    [
+        ([8, 0, 0], 0.0, 1),
+        ([4, 4], math.log(2), 2),
+        ([5, 5, 5, 5, 0], math.log(4), 4),
+        ([6, 3, 3], 1.5 * math.log(2), 3),
+    ],
+)
+def test_known_entropies(counts, plug_in, n_labels):
+    assert entropy(counts, miller_madow=False) == pytest.approx(plug_in)
+    assert entropy(counts) == pytest.approx(plug_in + (n_labels - 1) / (2 * sum(counts)))
+
+
+def test_miller_madow_removes_most_of_the_bias_and_few_images_are_refused():
+    counts = np.random.default_rng(0).multinomial(40, np.full(8, 1 / 8), size=4000)
+    plug_in = math.log(8) - np.mean([entropy(row, miller_madow=False) for row in counts])
+    corrected = math.log(8) - np.mean([entropy(row) for row in counts])
+    assert plug_in > 0.07 and abs(corrected) < 0.1 * plug_in
+    assert entropy([MINIMUM_IMAGES, 0]) == 0
+    with pytest.raises(ValueError, match=f"at least {MINIMUM_IMAGES} images.*got {MINIMUM_IMAGES - 1}"):
+        entropy([MINIMUM_IMAGES - 1, 0])
+
+
+def test_an_entropy_is_a_mean_of_its_categories(grouped, counted):
+    tables = random_counts(np.random.default_rng(10), 5, categories=6)
+    expected = bootstrap_interval(grouped([entropy(table.sum(axis=0)) for table in tables.values()]))
+    for cluster in (None, "prompt", "category"):
+        assert bootstrap_interval(counted(tables), "category_entropy", cluster=cluster) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"'little'.*at least \d+ images.*got 4"):
+        bootstrap_interval(counted({"plenty": [[40, 0]] * 3, "little": [[3, 1]]}), "category_entropy")
+
+
+# --- simulated coverage ----------------------------------------------------------------------------------------------
+
+
 def covered(draw, runs, truth=0.0, **options):
-    """Return the share of runs whose interval covers the truth; what is not estimable does not."""
-    found = [bootstrap_interval(draw(), n_resamples=400, **options) for _ in range(runs)]
-    return np.mean([low is not None and low <= truth <= high for _, low, high in found])
-
-
-def test_mean_is_the_mean_and_matches_the_normal_interval():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    found = bootstrap_interval(valued(values))
-    assert found.value == pytest.approx(values.mean())
-    half = 1.96 * values.std(ddof=1) / 20
-    assert found.low == pytest.approx(values.mean() - half, abs=0.03 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.03 * half)
+    """Return the share of runs whose interval covers the truth; an interval that is None does not."""
+    intervals = [bootstrap_interval(draw(), n_resamples=400, **options) for _ in range(runs)]
+    return np.mean([low is not None and low <= truth <= high for _, low, high in intervals])
 
 
 @pytest.mark.parametrize("k", [4, 5, 8, 20])
-def test_coverage_of_few_categories(k):
+def test_coverage_of_few_categories(k, grouped):
     rng = np.random.default_rng(1)
     # binomial error of 600 trials: 0.9 points; without Student's t it is 0.83 to 0.91 below 20
-    assert 0.92 <= covered(lambda: valued(rng.normal(size=k)), 600) <= 0.98
-    # the limits follow a skew, but few values do not show it all
-    assert (0.90 if k < 20 else 0.92) <= covered(lambda: valued(rng.gamma(4, 0.25, k)), 600, 1) <= 0.98
+    assert 0.92 <= covered(lambda: grouped(rng.normal(size=k)), 600) <= 0.98
+    # the limits follow a skew, but few values do not show all of it
+    assert (0.90 if k < 20 else 0.92) <= covered(lambda: grouped(rng.gamma(4, 0.25, k)), 600, 1) <= 0.98
 
 
 @pytest.mark.parametrize("shared", [0, 1])
-def test_coverage_where_the_prompts_of_a_category_are_alike(shared):
-    """20 categories of 7 prompts: nominal whether or not categories differ; by prompt only where they do not."""
+def test_coverage_where_the_prompts_of_a_category_are_alike(shared, grouped):
+    """20 categories of 7 prompts: nominal by category; by prompt only if the categories do not differ."""
     rng = np.random.default_rng(2)
     prompts = [f"c{index // 7}-p{index}" for index in range(140)]
     categories = [f"c{index // 7}" for index in range(140)]
 
     def draw():
         values = rng.normal(size=(20, 1)) * shared + rng.normal(size=(20, 7))
-        return valued(values.ravel(), prompts, categories)
+        return grouped(values.ravel(), prompts, categories)
 
     assert 0.92 <= covered(draw, 400) <= 0.98
     by_prompt = covered(draw, 400, cluster="prompt")
@@ -83,48 +106,62 @@ def test_coverage_where_the_prompts_of_a_category_are_alike(shared):
 
 
 @pytest.mark.parametrize(("categories", "groups"), [(4, 2), (20, 2), (14, 10)])
-def test_coverage_of_an_entropy(categories, groups):
-    """Of its expectation: what plain percentiles miss nearly always, since resampled groups have a lower entropy."""
+def test_coverage_of_an_entropy(categories, groups, counted):
+    """Percentiles of resampled groups would nearly always miss the expectation, because their entropy is lower."""
     rng = np.random.default_rng(2)
-    drawn = [counted(random_counts(rng, groups, categories)) for _ in range(300)]
-    found = [bootstrap_interval(groups, "category_entropy", n_resamples=300) for groups in drawn]
-    expectation = np.mean([interval.value for interval in found])
-    hits = [interval.low is not None and interval.low <= expectation <= interval.high for interval in found]
-    # binomial error of 300 trials: 1.3 points; 14 x 10 is near its upper end and so skewed that 3000 trials give 0.92
+    draws = [counted(random_counts(rng, groups, categories)) for _ in range(300)]
+    intervals = [bootstrap_interval(draw, "category_entropy", n_resamples=300) for draw in draws]
+    expectation = np.mean([interval.value for interval in intervals])
+    hits = [interval.low is not None and interval.low <= expectation <= interval.high for interval in intervals]
+    # binomial error of 300 trials: 1.3 points; 14 x 10 is so skewed that 3000 trials give 0.92
     assert 0.89 <= np.mean(hits) <= 0.98
 
 
-def test_paired_difference_is_narrower_on_correlated_values():
+# --- bootstrap -------------------------------------------------------------------------------------------------------
+
+
+def test_many_values_have_the_normal_interval(grouped):
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    interval = bootstrap_interval(grouped(values))
+    half_width = 1.96 * values.std(ddof=1) / 20
+    assert interval.value == pytest.approx(values.mean())
+    limits = (values.mean() - half_width, values.mean() + half_width)
+    assert (interval.low, interval.high) == pytest.approx(limits, abs=0.03 * half_width)
+
+
+def test_clusters_of_unequal_size_agree_with_a_naive_loop(grouped):
+    rng = np.random.default_rng(9)
+    values, prompts = rng.normal(size=24), np.repeat(np.arange(6), [2, 3, 4, 4, 5, 6])
+    interval = bootstrap_interval(grouped(values, [f"p{prompt}" for prompt in prompts]))
+    means = []
+    for _ in range(4000):
+        draw = [values[prompts == prompt] for prompt in rng.integers(6, size=6)]
+        means.append(np.concatenate(draw).mean())
+    # Student's t with 5 degrees of freedom over the normal quantile
+    stretch = (6 / 5) ** 0.5 * 2.5706 / 1.96
+    low, high = values.mean() + stretch * (np.quantile(means, [0.025, 0.975]) - np.mean(means))
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.05)
+
+
+def test_a_paired_difference_is_narrow_and_mirrored(difference, grouped):
     rng = np.random.default_rng(3)
     prompts = rng.normal(0, 1, 100)
-    a, b = valued(prompts + rng.normal(0.2, 0.1, 100)), valued(prompts + rng.normal(0, 0.1, 100))
-    found = difference(a, b)
-    assert found.n == 100
-    assert found.low <= 0.2 <= found.high
-    unpaired = [bootstrap_interval(groups) for groups in (a, b)]
-    assert found.difference == pytest.approx(unpaired[0].value - unpaired[1].value)
-    assert found.high - found.low < 0.3 * min(interval.high - interval.low for interval in unpaired)
-
-
-def test_paired_difference_uses_the_same_resamples():
-    values = np.random.default_rng(4).normal(size=30)
-    found = difference(valued(values + 1 + 1e-6 * values**2), valued(values))
-    # whichever groups are drawn, each differs by about 1
-    assert found[:3] == pytest.approx((1, 1, 1), abs=1e-5)
-    assert found.low < found.difference < found.high
-
-
-def test_swapping_the_methods_mirrors_the_interval():
-    rng = np.random.default_rng(5)
-    a, b = valued(rng.normal(size=30)), valued(rng.normal(size=30))
-    there, back = difference(a, b), difference(b, a)
-    assert there[:3] == pytest.approx((-back.difference, -back.high, -back.low))
+    a, b = prompts + rng.normal(0.2, 0.1, 100), prompts + rng.normal(0, 0.1, 100)
+    paired, mirrored = difference(a, b), difference(b, a)
+    assert paired.n == 100 and paired.low <= 0.2 <= paired.high
+    assert paired[:3] == pytest.approx((-mirrored.difference, -mirrored.high, -mirrored.low))
+    unpaired = [bootstrap_interval(grouped(side)) for side in (a, b)]
+    assert paired.difference == pytest.approx(unpaired[0].value - unpaired[1].value)
+    assert paired.high - paired.low < 0.3 * min(interval.high - interval.low for interval in unpaired)
+    # each group differs by about 1, whichever are drawn
+    same_draws = difference(prompts + 1 + 1e-6 * prompts**2, prompts)
+    assert same_draws[:3] == pytest.approx((1, 1, 1), abs=1e-5) and same_draws.low < same_draws.high
 
 
 @pytest.mark.parametrize("cluster", [None, "prompt", "category"])
-def test_deterministic_whatever_the_order(cluster):
+def test_intervals_are_deterministic_whatever_the_order(cluster, grouped, counted):
     rng = np.random.default_rng(6)
-    groups = valued(rng.normal(size=40), prompts=[f"p{index % 8}" for index in range(40)])
+    groups = grouped(rng.normal(size=40), [f"p{index % 8}" for index in range(40)])
     expected = bootstrap_interval(groups, cluster=cluster)
     rng.shuffle(groups)
     assert bootstrap_interval(groups, cluster=cluster) == expected
@@ -134,50 +171,19 @@ def test_deterministic_whatever_the_order(cluster):
     assert bootstrap_interval(tables[::-1], "category_entropy", cluster=cluster) == expected
 
 
-def test_blocks_do_not_change_the_distribution(monkeypatch):
-    groups = valued(np.random.default_rng(7).normal(size=50))
+def test_blocks_do_not_change_the_distribution(monkeypatch, grouped):
+    groups = grouped(np.random.default_rng(7).normal(size=50))
     expected = bootstrap_interval(groups, n_resamples=4000)
     monkeypatch.setattr("eval.intervals.BLOCK", 350)
     assert bootstrap_interval(groups, n_resamples=4000) == pytest.approx(expected, abs=0.02)
 
 
-def test_clusters_of_unequal_size_agree_with_a_naive_loop():
-    rng = np.random.default_rng(9)
-    values, prompts = rng.normal(size=24), np.repeat(np.arange(6), [2, 3, 4, 4, 5, 6])
-    found = bootstrap_interval(valued(values, prompts=[f"p{prompt}" for prompt in prompts]))
-    means = []
-    for _ in range(4000):
-        drawn = [values[prompts == prompt] for prompt in rng.integers(6, size=6)]
-        means.append(np.concatenate(drawn).mean())
-    # Student's t with 5 degrees of freedom over the normal quantile
-    stretch = (6 / 5) ** 0.5 * 2.5706 / 1.96
-    low, high = values.mean() + stretch * (np.quantile(means, [0.025, 0.975]) - np.mean(means))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
-
-
-def test_an_entropy_is_a_mean_of_its_categories():
-    groups = counted(random_counts(np.random.default_rng(10), 5, categories=6))
-    by_hand = []
-    for category in (f"c{number}" for number in range(6)):
-        members = [group["counts"] for group in groups if group["category"] == category]
-        by_hand.append(entropy([sum(counts.get(f"label{label}", 0) for counts in members) for label in range(4)]))
-    expected = bootstrap_interval(valued(by_hand))
-    for cluster in (None, "prompt", "category"):
-        assert bootstrap_interval(groups, "category_entropy", cluster=cluster) == pytest.approx(expected)
-
-
-def test_entropy_refuses_a_small_category_and_names_it():
-    tables = {"plenty": [[40, 0]] * 3, "little": [[3, 1]]}
-    with pytest.raises(ValueError, match=r"'little'.*at least \d+ images.*got 4"):
-        bootstrap_interval(counted(tables), "category_entropy")
-
-
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_few_units_have_a_value_and_no_interval(k):
+def test_few_clusters_have_a_value_and_no_interval(k, grouped, counted, difference):
     values = np.arange(1.0, k + 1)
-    assert bootstrap_interval(valued(values)) == (values.mean(), None, None)
-    assert difference(valued(2 * values), valued(values)) == (values.mean(), None, None, k)
-    groups = valued(np.arange(10.0), [f"p{index % k}" for index in range(10)])
+    assert bootstrap_interval(grouped(values)) == (values.mean(), None, None)
+    assert difference(2 * values, values) == (values.mean(), None, None, k)
+    groups = grouped(np.arange(10.0), [f"p{index % k}" for index in range(10)])
     for cluster in ("prompt", "category"):
         assert bootstrap_interval(groups, cluster=cluster) == (4.5, None, None)
     assert bootstrap_interval(groups, cluster=None).low is not None
@@ -185,25 +191,25 @@ def test_few_units_have_a_value_and_no_interval(k):
     assert bootstrap_interval(counted(tables), "category_entropy").low is None
 
 
-def test_equal_resamples_are_no_certainty():
-    assert bootstrap_interval(valued([0.1] * 9)) == (pytest.approx(0.1), None, None)
-    # differences that rounding alone tells apart
-    a, b = valued([0.3, 0.6, 1.1, 2.3, 5.7]), valued([0.2, 0.5, 1.0, 2.2, 5.6])
+def test_equal_resamples_are_no_certainty(grouped, counted, difference):
+    assert bootstrap_interval(grouped([0.1] * 9)) == (pytest.approx(0.1), None, None)
+    # the differences are equal except for rounding
+    a, b = np.array([0.3, 0.6, 1.1, 2.3, 5.7]), np.array([0.2, 0.5, 1.0, 2.2, 5.6])
     assert difference(a, b) == (pytest.approx(0.1), None, None, 5)
     assert difference(a, a) == (0, None, None, 5)
     one_label = {f"c{index}": [[40, 0]] * 3 for index in range(5)}
     assert bootstrap_interval(counted(one_label), "category_entropy") == (0, None, None)
 
 
-def test_unpaired_groups_are_listed():
-    a = valued([1, 2, 3])
-    with pytest.raises(ValueError, match=r"\[p2/000002\] \(1\) only in the first and \[\] \(0\)"):
+def test_unpaired_groups_are_listed(grouped, difference):
+    a = grouped([1, 2, 3])
+    with pytest.raises(ValueError, match=r"\[p002/000002\] \(1\) only in the first and \[\] \(0\)"):
         difference(a, a[:2])
     with pytest.raises(ValueError, match=r"only in the second"):
         difference(a[:2], a)
-    with pytest.raises(ValueError, match=r"number of images.*p1/000001"):
-        difference(a, [{**group, "n_images": 3} if "p1" in group["group"] else group for group in a])
-    with pytest.raises(ValueError, match=r"every group once.*p0/000000"):
+    with pytest.raises(ValueError, match=r"number of images.*p001/000001"):
+        difference(a, [{**group, "n_images": 3} if "p001" in group["group"] else group for group in a])
+    with pytest.raises(ValueError, match=r"every group once.*p000/000000"):
         bootstrap_interval([*a, a[0]])
 
 
@@ -215,31 +221,29 @@ def test_unpaired_groups_are_listed():
         (range(9), {"aggregate": "median"}, "category_entropy.*mean"),
         (range(9), {"cluster": "image"}, "cluster"),
         ([], {}, "at least one group"),
-        ([1, np.nan], {}, r"finite.*p1/000001"),
+        ([1, np.nan], {}, r"finite.*p001/000001"),
     ],
 )
-def test_arguments_are_checked(values, arguments, message):
+def test_arguments_are_checked(values, arguments, message, grouped):
     with pytest.raises(ValueError, match=message):
-        bootstrap_interval(valued(values), **arguments)
+        bootstrap_interval(grouped(values), **arguments)
+
+
+# --- halves of a set -------------------------------------------------------------------------------------------------
 
 
 def halved(values, statistic=np.mean, groups=None):
-    """The document of a number of the whole set, with its halves, as a SetMetric writes it: one image a unit."""
+    """Return the document of a number of a set, as a SetMetric writes it, where every image is a cluster."""
     n = len(values)
     halves = [np.random.default_rng(seed).permutation(n)[: n // 2] for seed in range(20)]
     return {
-        "metric": "set",
-        "aggregate": "subsets",
-        "value": float(statistic(values)),
-        "n_groups": 2 * n,
-        "n_units": n,
-        "groups": [],
-        "groups_sha256": groups or f"{n} units",
+        "metric": "set", "aggregate": "subsets", "value": float(statistic(values)), "n_groups": 2 * n, "n_units": n,
+        "groups": [], "groups_sha256": groups or f"{n} images",
         "subsets": [
             {"seed": seed, "n_units": n // 2, "n_images": n // 2, "value": float(statistic(values[half]))}
             for seed, half in enumerate(halves)
         ],
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [6, 7, 20, 60])
@@ -252,25 +256,23 @@ def test_coverage_from_halves(n):
         alone += low <= 0 <= high
         _, low, high, count = difference_of(halved(shared + a), halved(shared + b))
         paired += low <= 1 <= high
-        assert count == 2 * n
-        assert high - low < 2, "the shared part must cancel"
+        assert count == 2 * n and high - low < 2, "the shared part must cancel"
     # binomial error of 500 trials: 1 point
-    assert 0.92 <= alone / 500 <= 0.98
-    assert 0.92 <= paired / 500 <= 0.98
+    assert 0.92 <= alone / 500 <= 0.98 and 0.92 <= paired / 500 <= 0.98
 
 
 def test_coverage_from_halves_of_a_number_biased_by_n():
-    """The variance's plug-in estimate: biased by (n - 1) / n, about twice as much in a half."""
+    """The plug-in variance is biased by (n - 1) / n, about twice as much in a half."""
     rng = np.random.default_rng(12)
-    found = [interval_of(halved(rng.normal(size=40), np.var)) for _ in range(400)]
-    expectation = np.mean([interval.value for interval in found])
-    assert 0.90 <= np.mean([interval.low <= expectation <= interval.high for interval in found]) <= 0.98
+    intervals = [interval_of(halved(rng.normal(size=40), np.var)) for _ in range(400)]
+    expectation = np.mean([interval.value for interval in intervals])
+    assert 0.90 <= np.mean([interval.low <= expectation <= interval.high for interval in intervals]) <= 0.98
 
 
 def test_the_level_of_halves_and_their_pairing():
     values = np.random.default_rng(13).normal(size=20)
     wide, narrow = (interval_of(halved(values), level=level, n_resamples=5) for level in (0.95, 0.5))
-    # quantiles of Student's t with 9.5 degrees of freedom: 19 of the halves, 19 of the units
+    # quantiles of Student's t with 9.5 degrees of freedom: 19 of the halves, 19 of the clusters
     assert (wide.high - wide.value) / (narrow.high - narrow.value) == pytest.approx(2.2439 / 0.7012, rel=2e-3)
     assert difference_of(halved(values + 1 + 1e-9 * values**2), halved(values))[:3] == pytest.approx((1, 1, 1))
     assert difference_of(halved(values), halved(values)) == (0, None, None, 40), "equal halves are no certainty"
@@ -280,51 +282,44 @@ def test_the_level_of_halves_and_their_pairing():
     with pytest.raises(ValueError, match="level"):
         interval_of(halved(values), level=95)
     none = halved(values) | {"subsets": []}
-    assert interval_of(none)[1:] == (None, None)
-    assert difference_of(none, none) == (0, None, None, 40)
+    assert interval_of(none)[1:] == (None, None) and difference_of(none, none) == (0, None, None, 40)
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("metric", "other"), ("version", 2), ("settings", {"q": 3}), ("encoder", {"name": "clip", "id": "clip-new"})],
 )
-def test_only_one_and_the_same_metric_is_compared(key, value):
+def test_only_documents_of_one_metric_are_compared(key, value, grouped):
     values = np.random.default_rng(13).normal(size=20)
-    own = {"metric": "m", "version": 1, "settings": {"q": 1}, "encoder": {"name": "clip", "id": "clip-old"}}
-    for document in (halved(values) | own, {"aggregate": "mean", "groups": valued(values)} | own):
+    identity = {"metric": "m", "version": 1, "settings": {"q": 1}, "encoder": {"name": "clip", "id": "clip-old"}}
+    for document in (halved(values) | identity, {"aggregate": "mean", "groups": grouped(values)} | identity):
         assert difference_of(document, document).difference == 0
         with pytest.raises(ValueError, match=f"one {key}, got .* and .*measure both"):
             difference_of(document, document | {key: value})
 
 
-def test_intervals_stay_within_the_metrics_bounds():
-    values = np.array([0, 0, 0, 0.9, 1, 1, 1, 1.0])
-    grouped = {"metric": "m", "aggregate": "mean", "groups": valued(values[3:])}
-    free = interval_of(grouped)
-    assert free.high > 1
-    assert interval_of(grouped | {"bounds": [0, 1]}) == (free.value, free.low, 1)
-    assert interval_of(grouped | {"bounds": [None, None]}) == free
-    lowest = interval_of(halved(values[:4].repeat(2)) | {"bounds": [0, None]})
+def test_documents_are_bootstrapped_within_their_bounds(grouped):
+    values = np.random.default_rng(14).normal(size=20)
+    documents = [{"metric": "m", "aggregate": "mean", "groups": grouped(v)} for v in (values, values**2)]
+    options = {"n_resamples": 300, "cluster": "prompt"}
+    assert interval_of(documents[0], **options) == bootstrap_interval(grouped(values), **options)
+    expected = bootstrap_interval(grouped(values - values**2), **options)
+    assert difference_of(*documents, **options)[:3] == pytest.approx(expected)
+    document = documents[0] | {"groups": grouped([0.9, 1, 1, 1, 1.0])}
+    unbounded = interval_of(document)
+    assert unbounded.high > 1 and interval_of(document | {"bounds": [None, None]}) == unbounded
+    assert interval_of(document | {"bounds": [0, 1]}) == (unbounded.value, unbounded.low, 1)
+    lowest = interval_of(halved(np.array([0, 0, 0, 0.9]).repeat(2)) | {"bounds": [0, None]})
     assert lowest.low == 0 < lowest.value < lowest.high
-    few = grouped | {"groups": valued([1, 2]), "bounds": [0, 1]}
-    assert interval_of(few) == (1.5, None, None)
 
 
-def test_units_are_what_is_resampled():
-    groups = valued(
-        np.arange(12.0), [f"p{index // 2}" for index in range(12)], [f"c{index // 4}" for index in range(12)]
-    )
-    document = {"aggregate": "mean", "groups": groups}
+def test_clusters_are_counted(grouped, counted):
+    prompts, categories = [f"p{index // 2}" for index in range(12)], [f"c{index // 4}" for index in range(12)]
+    document = {"aggregate": "mean", "groups": grouped(np.arange(12.0), prompts, categories)}
     assert [n_units(document, cluster) for cluster in (None, "prompt", "category")] == [12, 6, 3]
     entropies = {"aggregate": "category_entropy", "groups": counted(random_counts(np.random.default_rng(0), 9))}
     assert [n_units(entropies, cluster) for cluster in (None, "prompt", "category")] == [3, 3, 3]
     assert n_units(halved(np.arange(8.0)), None) == 8
-
-
-def test_documents_of_groups_are_bootstrapped():
-    values = np.random.default_rng(14).normal(size=20)
-    documents = [{"metric": "m", "aggregate": "mean", "groups": valued(v)} for v in (values, values**2)]
-    options = {"n_resamples": 300, "cluster": "prompt"}
-    assert interval_of(documents[0], **options) == bootstrap_interval(valued(values), **options)
-    expected = bootstrap_interval(valued(values - values**2), **options)
-    assert difference_of(*documents, **options)[:3] == pytest.approx(expected)

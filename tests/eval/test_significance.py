@@ -10,29 +10,8 @@ from eval.intervals import Difference, bootstrap_interval, paired_differences, v
 from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, non_inferiority_power, win_rate
 
 
-def valued(values, prompts=None):
-    prompts = [f"p{index}" for index in range(len(values))] if prompts is None else prompts
-    return [
-        {"group": f"{prompt}/{index:06d}", "category": prompt, "n_images": 4, "value": float(value)}
-        for index, (value, prompt) in enumerate(zip(values, prompts, strict=True))
-    ]
-
-
-def counted(tables):
-    return [
-        {
-            "group": f"{category}/{index:06d}",
-            "category": category,
-            "n_images": sum(row),
-            "counts": dict(zip("xyz", row, strict=False)),
-        }
-        for category, table in tables.items()
-        for index, row in enumerate(table)
-    ]
-
-
 def p_by_hand(table, draws):
-    """The test's p-value over resamples written out: clusters' values [[...], ...], and of which each consists."""
+    """Return the p-value over resamples of clusters [[value, ...], ...], given the clusters of each resample."""
 
     def mean_and_error(clusters):
         n = sum(map(len, clusters))
@@ -40,46 +19,46 @@ def p_by_hand(table, draws):
         squares = sum((sum(values) - len(values) * mean) ** 2 for values in clusters)
         return mean, (len(clusters) / (len(clusters) - 1) * squares) ** 0.5 / n
 
-    found, error = mean_and_error(table)
+    observed, error = mean_and_error(table)
     as_large = total = 0
     for draw in draws:
-        mean, own = mean_and_error([table[index] for index in draw])
-        as_large += own < 1e-12 or abs(mean - found) / own >= abs(found) / error
+        mean, own_error = mean_and_error([table[index] for index in draw])
+        as_large += own_error < 1e-12 or abs(mean - observed) / own_error >= abs(observed) / error
         total += 1
     return (1 + as_large) / (1 + total)
 
 
-def of_clusters(table):
-    prompts = [f"p{index:02d}" for index, values in enumerate(table) for _ in values]
-    return valued(np.concatenate(table), prompts)
+@pytest.fixture(scope="module")
+def clustered(grouped):
+    """Return groups with the values of clusters [[value, ...], ...]."""
+    return lambda table: grouped(
+        np.concatenate(table), [f"p{index:02d}" for index, values in enumerate(table) for _ in values]
+    )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_p_is_that_of_a_loop_by_hand(seed):
-    rng = np.random.default_rng(seed)
-    table = [rng.normal(0.4, 1, size).tolist() for size in (1, 2, 2, 5, 7, 3)]
-    draws = np.random.default_rng(seed).integers(6, size=(199, 6))
-    assert bootstrap_t_p(of_clusters(table), n_resamples=199, seed=seed) == p_by_hand(table, draws)
-
-
-def test_p_of_four_clusters_is_that_of_all_their_resamples():
-    """Of which four are of a single cluster, have no error, and count as far away."""
+def test_p_is_that_of_a_loop_by_hand(clustered, grouped):
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        table = [rng.normal(0.4, 1, size).tolist() for size in (1, 2, 2, 5, 7, 3)]
+        draws = np.random.default_rng(seed).integers(6, size=(199, 6))
+        assert bootstrap_t_p(clustered(table), n_resamples=199, seed=seed) == p_by_hand(table, draws)
+    # All resamples of four clusters: four of them consist of a single cluster, have no error and count.
     for values in ([5, 6, 7, 8.5], [5, 5, 5, 6], [0, 0, 1, 1]):
         exact = p_by_hand([[value] for value in values], product(range(4), repeat=4))
-        p = bootstrap_t_p(valued(values), n_resamples=40_000)
+        p = bootstrap_t_p(grouped(values), n_resamples=40_000)
         assert p == pytest.approx(exact, abs=0.006) and p > 0.014
 
 
-def test_p_of_many_normal_values_is_near_a_t_tests():
+def test_p_of_many_normal_values_is_near_a_t_tests(grouped):
     rng = np.random.default_rng(3)
     for shift in (0, 0.1, 0.2, 0.3):
         values = rng.normal(shift, 1, 100)
-        assert bootstrap_t_p(valued(values)) == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.02)
+        assert bootstrap_t_p(grouped(values)) == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.02)
 
 
-def test_p_depends_on_no_sign_scale_or_order():
+def test_p_depends_on_no_sign_scale_order_or_block(grouped, monkeypatch):
     rng = np.random.default_rng(6)
-    a, b = valued(rng.normal(0.3, 1, 30)), valued(rng.normal(0, 1, 30))
+    a, b = grouped(rng.normal(0.3, 1, 30)), grouped(rng.normal(0, 1, 30))
     differences = paired_differences(a, b)
     expected = bootstrap_t_p(differences, n_resamples=500)
     assert 0.01 < expected < 0.99
@@ -89,69 +68,65 @@ def test_p_depends_on_no_sign_scale_or_order():
         scaled = [{**entry, "value": scale * entry["value"]} for entry in differences]
         assert bootstrap_t_p(scaled, n_resamples=500) == expected
     assert any(bootstrap_t_p(differences, n_resamples=500, seed=seed) != expected for seed in range(1, 4))
-
-
-def test_blocks_are_counted_together(monkeypatch):
-    differences = valued(np.random.default_rng(5).normal(0.3, 1, 20))
-    expected = bootstrap_t_p(differences, n_resamples=4000)
+    precise = bootstrap_t_p(differences, n_resamples=4000)
     monkeypatch.setattr("eval.intervals.BLOCK", 350)
-    assert bootstrap_t_p(differences, n_resamples=4000) == pytest.approx(expected, abs=0.02)
+    assert bootstrap_t_p(differences, n_resamples=4000) == pytest.approx(precise, abs=0.02)
 
 
-def test_p_is_never_0_and_none_where_it_has_no_meaning():
-    assert bootstrap_t_p(valued(np.arange(100, 140)), n_resamples=99) == 1 / 100
-    assert bootstrap_t_p(valued([1, 2, 3])) is None, "too few"
-    assert bootstrap_t_p(valued([0] * 8)) == bootstrap_t_p(valued([0.1, 0.2, -0.3, 0.1, 0.2, -0.3])) == 1
-    assert bootstrap_t_p(valued([0.3 - 0.2, 0.1] * 4)) is None, "but for rounding the same"
-    assert bootstrap_t_p(of_clusters([[0.5], [0.5] * 2, [0.5] * 3, [0.5] * 4])) is None
-    assert bootstrap_t_p(of_clusters([[1.0], [0.5] * 2, [0.25] * 4, [0.125] * 8])) < 1
+def test_p_is_never_0_and_none_where_it_has_no_meaning(grouped, clustered):
+    assert bootstrap_t_p(grouped(np.arange(100, 140)), n_resamples=99) == 1 / 100
+    assert bootstrap_t_p(grouped([1, 2, 3])) is None, "too few clusters"
+    assert bootstrap_t_p(grouped([0] * 8)) == bootstrap_t_p(grouped([0.1, 0.2, -0.3, 0.1, 0.2, -0.3])) == 1
+    assert bootstrap_t_p(grouped([0.3 - 0.2, 0.1] * 4)) is None, "equal except for rounding"
+    assert bootstrap_t_p(clustered([[0.5], [0.5] * 2, [0.5] * 3, [0.5] * 4])) is None
+    assert bootstrap_t_p(clustered([[1.0], [0.5] * 2, [0.25] * 4, [0.125] * 8])) < 1
     with pytest.raises(ValueError, match="n_resamples"):
-        bootstrap_t_p(valued([1, 2, 3]), n_resamples=0)
+        bootstrap_t_p(grouped([1, 2, 3]), n_resamples=0)
 
 
-def test_groups_of_a_cluster_count_as_one():
+def test_groups_of_a_cluster_count_as_one(clustered):
     rng = np.random.default_rng(2)
-    means = [0.1, 0.3, 0.4, -0.2, 0.6]
-    sizes = [8, 4, 6, 7, 8]
+    means, sizes = [0.1, 0.3, 0.4, -0.2, 0.6], [8, 4, 6, 7, 8]
     table = [(mean + rng.normal(0, 0.01, size)).tolist() for mean, size in zip(means, sizes, strict=True)]
-    differences = of_clusters(table)
-    by_category, by_prompt = bootstrap_t_p(differences), bootstrap_t_p(differences, cluster="prompt")
-    assert by_category == by_prompt > 0.1, "categories, unless told otherwise"
+    differences = clustered(table)
+    assert bootstrap_t_p(differences) == bootstrap_t_p(differences, cluster="prompt") > 0.1
     assert bootstrap_t_p(differences, cluster=None) < 0.001
     assert effect_size(differences) == pytest.approx(np.mean(means) / np.std(means, ddof=1), rel=0.05)
     assert (win_rate(differences), win_rate(differences, cluster=None)) == (4 / 5, 26 / 33)
-    assert win_rate(of_clusters([[3.0, -1.0, -1.0], [-1.0]])) == 1 / 2, "by its mean, not by how many of its groups"
+    assert win_rate(clustered([[3.0, -1.0, -1.0], [-1.0]])) == 1 / 2, "by its mean, not by the number of its groups"
     for test in (bootstrap_t_p, effect_size, win_rate):
         with pytest.raises(ValueError, match="cluster"):
             test(differences, cluster="image")
 
 
-def test_entropies_are_tested_by_category():
+def test_entropies_are_tested_by_category(grouped):
     rng = np.random.default_rng(6)
-    sides = [
-        {f"c{k}": rng.multinomial(8, p, size=3).tolist() for k in range(7)} for p in ([0.6, 0.3, 0.1], [1 / 3] * 3)
-    ]
-    a, b = (counted(side) for side in sides)
+    categories = [f"c{k}" for k in range(7) for _ in range(3)]
+    a, b = (grouped(rng.multinomial(8, p, size=21), categories) for p in ([0.6, 0.3, 0.1], [1 / 3] * 3))
     x, y = ([entry["value"] for entry in values_of(side, "category_entropy")] for side in (a, b))
     assert len(x) == 7
-    differences, expected = paired_differences(a, b, "category_entropy"), valued(np.subtract(x, y))
+    differences, expected = paired_differences(a, b, "category_entropy"), grouped(np.subtract(x, y))
     for test in (bootstrap_t_p, effect_size, win_rate):
         for cluster in (None, "prompt", "category"):
             assert test(differences, cluster=cluster) == pytest.approx(test(expected))
 
 
-def size_of_test(draw, trials, sizes=None):
-    """How often differences of mean 0 are found at 5 %."""
-    rng = np.random.default_rng(7)
-    found = 0
-    for seed in range(trials):
-        values = draw(rng)
-        prompts = None if sizes is None else np.repeat([f"p{index}" for index in range(len(sizes))], sizes)
-        found += (bootstrap_t_p(valued(values, prompts), n_resamples=199, seed=seed) or 1) <= 0.05
-    return found / trials
+@pytest.fixture(scope="module")
+def size_of_test(grouped):
+    """Return how often differences of mean 0 are significant at 5 %."""
+
+    def size(draw, trials, sizes=None):
+        rng = np.random.default_rng(7)
+        prompts = None if sizes is None else np.repeat([f"p{index}" for index in range(len(sizes))], sizes).tolist()
+        p_values = [
+            bootstrap_t_p(grouped(draw(rng), prompts), n_resamples=199, seed=seed) or 1 for seed in range(trials)
+        ]
+        return np.mean(np.array(p_values) <= 0.05)
+
+    return size
 
 
-def test_the_size_where_groups_of_a_cluster_are_alike():
+def test_the_size_where_groups_of_a_cluster_are_alike(size_of_test):
     """By single groups it would be 29 %. Binomial error of 600 trials: 0.9 points."""
     sizes = [1, 2, 3, 4, 5, 6] * 3
     size = size_of_test(lambda rng: np.repeat(rng.normal(size=18), sizes) + rng.normal(0, 0.5, 63), 600, sizes)
@@ -161,7 +136,7 @@ def test_the_size_where_groups_of_a_cluster_are_alike():
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [11, 20])
 @pytest.mark.parametrize(
-    ("draw", "least", "most"),
+    ("draw", "lowest", "highest"),
     [
         (lambda rng, k: rng.normal(size=k), 0.03, 0.06),
         (lambda rng, k: rng.exponential(size=k) - 1, 0.05, 0.08),
@@ -169,64 +144,52 @@ def test_the_size_where_groups_of_a_cluster_are_alike():
     ],
     ids=["normal", "exponential", "gamma"],
 )
-def test_the_size_is_as_stated(draw, least, most, k):
-    """docs/metrics.md. Binomial error of 4000 trials: 0.4 points."""
-    assert least <= size_of_test(lambda rng: draw(rng, k), 4000) <= most
+def test_the_size_is_as_documented(draw, lowest, highest, k, size_of_test):
+    """The numbers of docs/metrics.md. Binomial error of 4000 trials: 0.4 points."""
+    assert lowest <= size_of_test(lambda rng: draw(rng, k), 4000) <= highest
 
 
-def test_holms_known_example():
+def test_holm_by_a_known_example_and_simulated():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.9]) == [1, 1]
-    assert holm([0.02]) == [0.02]
-    assert holm([]) == []
+    assert (holm([0.6, 0.9]), holm([0.02]), holm([])) == ([1, 1], [0.02], [])
     with pytest.raises(ValueError, match=r"p-values in \[0, 1\]"):
         holm([0.1, float("nan")])
-
-
-def test_holm_keeps_the_familys_rate():
     p = np.random.default_rng(8).uniform(size=(4000, 6))
     assert np.mean([min(holm(row)) <= 0.05 for row in p]) == pytest.approx(0.05, abs=0.012)
 
 
-def test_effect_size_and_win_rate_by_hand():
-    differences = valued([1, 3, 2, 0])
+def test_effect_size_and_win_rate_by_hand(grouped):
+    differences = grouped([1, 3, 2, 0])
     assert effect_size(differences) == pytest.approx(1.5 / np.std([1, 3, 2, 0], ddof=1))
-    assert effect_size(valued([-1, -3, -2, 0])) == -effect_size(differences)
-    assert win_rate(differences) == (3 + 0.5) / 4
-    assert win_rate(differences, higher_is_better=False) == 0.5 / 4
+    assert effect_size(grouped([-1, -3, -2, 0])) == -effect_size(differences)
+    assert win_rate(differences) == (3 + 0.5) / 4 and win_rate(differences, higher_is_better=False) == 0.5 / 4
     assert effect_size(differences[:1]) is None
-    assert effect_size(paired_differences(valued([0.3, 0.6]), valued([0.2, 0.5]))) is None, "but for rounding the same"
+    assert effect_size(grouped([0.3 - 0.2, 0.6 - 0.5])) is None, "equal except for rounding"
 
 
-def test_non_inferiority_is_the_intervals_bound_against_the_margin():
-    loss = Difference(-0.2, -0.5, 0.1, 40)
-    assert non_inferior(loss, 0.6) is True
-    assert non_inferior(loss, 0.5) is False
-    assert non_inferior(Difference(0.2, -0.1, 0.5, 40), 0.4, higher_is_better=False) is False
-    assert non_inferior(Difference(0.2, -0.1, 0.5, 40), 0.6, higher_is_better=False) is True
+def test_non_inferiority_is_the_intervals_limit_against_the_margin(grouped):
+    loss, gain = Difference(-0.2, -0.5, 0.1, 40), Difference(0.2, -0.1, 0.5, 40)
+    assert (non_inferior(loss, 0.6), non_inferior(loss, 0.5)) == (True, False)
+    assert [non_inferior(gain, margin, higher_is_better=False) for margin in (0.4, 0.6)] == [False, True]
     assert non_inferior(Difference(0.2, None, None, 1), 0.6) is None
     for margin in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="margin > 0"):
             non_inferior(loss, margin)
-
-
-def test_non_inferiority_errs_as_rarely_as_its_interval():
-    """A loss of just the margin is called quality kept in about 2.5 % of the runs."""
-    rng = np.random.default_rng(9)
-    kept = 0
+    # a loss that equals the margin is called non-inferior in about 2.5 % of the runs
+    rng, n_non_inferior = np.random.default_rng(9), 0
     for _ in range(600):
-        differences = valued(rng.normal(-0.5, 0.4, 30) - rng.normal(0, 0.4, 30))
-        kept += non_inferior(Difference(*bootstrap_interval(differences, n_resamples=300), 30), 0.5)
-    assert kept / 600 <= 0.05
+        differences = grouped(rng.normal(-0.5, 0.4, 30) - rng.normal(0, 0.4, 30))
+        n_non_inferior += non_inferior(Difference(*bootstrap_interval(differences, n_resamples=300), 30), 0.5)
+    assert n_non_inferior / 600 <= 0.05
 
 
 @pytest.mark.parametrize("margin", [0.1, 0.5, 1.0])
-def test_the_power_of_non_inferiority_is_how_often_a_harmless_method_is_found_so(margin):
-    """Simulated: differences of 25 categories, 0 in truth."""
-    rng = np.random.default_rng(0)
+def test_the_power_of_non_inferiority_is_how_often_a_harmless_method_is_non_inferior(margin):
+    """Simulated with differences of 25 categories whose true mean is 0."""
     n, error = 25, 0.2
-    means = rng.normal(0, error, 4000)
-    reach = 1.959964 * error
-    found = np.mean([non_inferior(Difference(mean, mean - reach, mean + reach, n), margin) for mean in means])
-    assert non_inferiority_power(-reach, reach, margin) == pytest.approx(found, abs=0.03)
-    assert non_inferiority_power(0.3 - reach, 0.3 + reach, margin) == non_inferiority_power(-reach, reach, margin)
+    half_width = 1.959964 * error
+    means = np.random.default_rng(0).normal(0, error, 4000)
+    intervals = [Difference(mean, mean - half_width, mean + half_width, n) for mean in means]
+    power = non_inferiority_power(-half_width, half_width, margin)
+    assert power == pytest.approx(np.mean([non_inferior(interval, margin) for interval in intervals]), abs=0.03)
+    assert non_inferiority_power(0.3 - half_width, 0.3 + half_width, margin) == pytest.approx(power)

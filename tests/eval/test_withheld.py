@@ -1,4 +1,4 @@
-"""Groups that ended without images: told of, never measured, and never a hidden difference between two sets."""
+"""Groups that ended without images: listed, never measured, and counted by the metrics of requests."""
 
 import json
 
@@ -23,33 +23,39 @@ from eval.images import (
 from eval.imageset import ImageSet
 from eval.intervals import MINIMUM_IMAGES, difference_of, interval_of, n_shared, n_units, shared_groups
 from eval.metric import is_current, measure
-from eval.resemblance import MaximumResemblance
+from eval.requests import NotOverrefuse, NotUnsafe
+from eval.resemblance import DetectionRate, MaximumResemblance
 
 ENCODER = PixelEncoder()
+ALL = ["bird/000000", "bird/000001", "fish/000000", "fish/000001"]
 
 
 def withhold(folder, *groups, status="refused"):
-    """Take groups of a run away, and say why."""
+    """Move groups of a run from its manifest to its withheld groups."""
     rows = [row for row in read_manifest(folder) if row.group_id in groups and row.index == 0]
-    told = [
+    withheld = [
         WithheldRow(status, "it is protected", ("C1",), prompt_id=row.prompt_id, prompt=row.prompt,
                     category=row.category, group_seed=row.group_seed)
         for row in rows
     ]  # fmt: skip
     write_manifest(folder, [row for row in read_manifest(folder) if row.group_id not in groups])
-    write_withheld(folder, [*read_withheld(folder), *told])
+    write_withheld(folder, [*read_withheld(folder), *withheld])
     return folder
+
+
+def values(document):
+    return {group["group"]: group["value"] for group in document["groups"]}
 
 
 @pytest.mark.parametrize(
     "arguments", [("hidden", "why"), ("refused", ""), ("refused", "a\nb"), ("refused", 3), ("refused", "why", "C1")]
 )
-def test_what_is_no_reason_is_refused(arguments):
+def test_invalid_reasons_are_refused(arguments):
     with pytest.raises(ValueError, match="expected"):
         Withheld(*arguments)
 
 
-def test_what_is_written_is_read_and_without_any_there_is_no_file(make_run):
+def test_rows_are_read_as_written_and_an_empty_file_is_removed(make_run):
     folder = withhold(make_run(), "fish/000001", "bird/000000")
     rows = read_withheld(folder)
     assert [row.group_id for row in rows] == ["bird/000000", "fish/000001"]
@@ -62,109 +68,34 @@ def test_what_is_written_is_read_and_without_any_there_is_no_file(make_run):
 @pytest.mark.parametrize(
     "change", [lambda text: text * 2, lambda text: text[:-9], lambda text: text.replace("ref", "")]
 )
-def test_a_damaged_file_is_named(change, make_run):
-    folder = withhold(make_run(), "bird/000000")
-    file = folder / "withheld.jsonl"
-    file.write_text(change(file.read_text()))
-    with pytest.raises(ValueError, match=str(file)):
-        ImageSet.open(folder)
-
-
-def test_a_group_is_shown_or_withheld(make_run):
+def test_a_damaged_or_contradictory_file_is_named(change, make_run):
     folder = make_run()
     rows = read_manifest(folder)
-    withhold(folder, "bird/000000")
+    file = withhold(folder, "bird/000000") / "withheld.jsonl"
+    content = file.read_text()
+    file.write_text(change(content))
+    with pytest.raises(ValueError, match=str(file)):
+        ImageSet.open(folder)
+    file.write_text(content)
     write_manifest(folder, rows)
     with pytest.raises(ValueError, match="got both of bird/000000"):
         ImageSet.open(folder)
 
 
-def test_a_document_says_which_groups_are_withheld_and_is_of_those_alone(make_run):
+def test_a_document_lists_the_withheld_groups_of_its_prompts(make_run, tmp_path):
     folder, metric = make_run(), PairwiseDistance(ENCODER)
-    whole = measure(metric, folder)
-    assert "withheld" not in whole
+    complete = measure(metric, folder)
+    assert "withheld" not in complete
     withhold(folder, "bird/000001")
-    assert not is_current(whole, metric, folder)
-    found = measure(metric, folder)
-    assert found["withheld"] == [{"group": "bird/000001", "category": "bird", "status": "refused"}]
-    assert found["groups"] == [group for group in whole["groups"] if group["group"] != "bird/000001"]
+    assert not is_current(complete, metric, folder)
+    document = measure(metric, folder)
+    assert document["withheld"] == [{"group": "bird/000001", "category": "bird", "status": "refused"}]
+    assert document["groups"] == [group for group in complete["groups"] if group["group"] != "bird/000001"]
     assert is_current(read_document(folder / "metrics" / "pairwise_distance.json"), metric, folder)
     file = folder / "withheld.jsonl"
     file.write_text(file.read_text().replace('"refused"', '"escalated"'))
-    assert not is_current(found, metric, folder)
-
-
-def test_pairs_are_of_the_groups_that_both_show(make_run):
-    metric, whole = PairwiseDistance(ENCODER), make_run("whole")
-    ours, theirs = make_run("ours", offset=100), make_run("theirs", offset=200)
-    full = [measure(metric, folder) for folder in (ours, theirs, whole)]
-    withhold(ours, "bird/000001")
-    withhold(theirs, "fish/000000", status="blocked")
-    documents = [measure(metric, folder) for folder in (ours, theirs)]
-    values = [{group["group"]: group["value"] for group in document["groups"]} for document in full]
-    shared = ["bird/000000", "fish/000001"]
-    expected = np.mean([values[0][group] - values[1][group] for group in shared])
-    assert difference_of(*documents).difference == pytest.approx(expected)
-    assert difference_of(*documents).n == n_shared(*documents) == 2
-    assert difference_of(documents[0], full[2]).n == 3
-    # Where nothing is withheld, groups that one side lacks are a mistake, as ever.
-    short = full[2] | {"groups": full[2]["groups"][1:]}
-    with pytest.raises(ValueError, match="only in the first"):
-        difference_of(full[0], short)
-
-
-def test_a_pool_that_lacks_a_group_on_one_side_alone_is_no_pair(make_run):
-    """Equal counts, too, may be of different groups."""
-    metric, ours, theirs = CategoryPooledSimilarity(ENCODER), make_run("ours"), make_run("theirs", offset=100)
-    withhold(ours, "bird/000000", "fish/000000")
-    withhold(theirs, "bird/000001", "fish/000000")
-    a, b = shared_groups(*[measure(metric, folder) for folder in (ours, theirs)])
-    assert [group["group"] for group in a] == [group["group"] for group in b] == ["fish/all"]
-
-
-def test_entropies_are_of_what_both_show_where_it_is_enough():
-    def document(*groups, withheld=()):
-        counted = [{"group": name, "category": name[0], "n_images": MINIMUM_IMAGES, "counts": {"x": 5, "y": 3}}
-                   for name in groups]  # fmt: skip
-        told = [{"group": name, "category": name[0], "status": "blocked"} for name in withheld]
-        return {"aggregate": "category_entropy", "value": 1.0, "groups": counted, "withheld": told}
-
-    a = document("a/0", "a/1", "b/0", withheld=["b/1"])
-    b = document("a/0", "b/0", "b/1", withheld=["a/1"])
-    assert [group["group"] for group in shared_groups(a, b)[1]] == ["a/0", "b/0"]
-    for one in (a, b):
-        for group in one["groups"]:
-            group["n_images"] -= group["category"] == "b"
-    assert [group["group"] for group in shared_groups(a, b)[1]] == ["a/0"]
-    none = document("c/0", withheld=["a/0"])
-    assert n_shared(a, none) == 0
-
-
-def test_numbers_of_whole_sets_are_subtracted_where_the_sets_are_the_same(make_run):
-    real = make_run("real", offset=300)
-    ours, theirs, whole = make_run("ours"), make_run("theirs", offset=100), make_run("whole", offset=200)
-    for folder in (ours, theirs):
-        withhold(folder, "bird/000000")
-    ours, theirs, whole = (measure(KernelDistance(ENCODER, real), folder) for folder in (ours, theirs, whole))
-    assert n_shared(ours, theirs) == 3 and difference_of(ours, theirs).difference == ours["value"] - theirs["value"]
-    assert n_shared(ours, whole) == 0
-    with pytest.raises(ValueError, match="of the same groups"):
-        difference_of(ours, whole)
-
-
-def test_of_what_is_all_withheld_there_is_no_number_but_a_document(make_run):
-    folder = withhold(make_run(), "bird/000000", "bird/000001", "fish/000000", "fish/000001")
-    real = make_run("real", offset=300)
-    for metric in (PairwiseDistance(ENCODER), KernelDistance(ENCODER, real), AttributeEntropy(ENCODER, ["a", "b"])):
-        document = measure(metric, folder)
-        assert document["value"] is None and document["n_images"] == 0 and len(document["withheld"]) == 4
-        assert np.isnan(interval_of(document).value) and interval_of(document).low is None and n_units(document) == 0
-        assert is_current(document, metric, folder)
-
-
-def test_a_metric_of_some_prompts_tells_of_those_alone(make_run, tmp_path):
-    folder = withhold(make_run(), "bird/000000", "bird/000001", "fish/000000")
-    metric = PairwiseDistance(ENCODER)
+    assert not is_current(document, metric, folder)
+    withhold(folder, "bird/000000", "fish/000000")
     metric.only = ("bird*",)
     document = measure(metric, folder)
     assert document["value"] is None and {group["category"] for group in document["withheld"]} == {"bird"}
@@ -178,11 +109,103 @@ def test_a_metric_of_some_prompts_tells_of_those_alone(make_run, tmp_path):
     json.dumps(document, allow_nan=False)
 
 
-def test_too_few_images_are_no_number_where_the_rest_is_withheld(make_run):
+def test_pairs_are_of_the_groups_that_both_have(make_run):
+    metric, other = PairwiseDistance(ENCODER), make_run("other")
+    ours, theirs = make_run("ours", offset=100), make_run("theirs", offset=200)
+    complete = [measure(metric, folder) for folder in (ours, theirs, other)]
+    withhold(ours, "bird/000001")
+    withhold(theirs, "fish/000000", status="blocked")
+    documents = [measure(metric, folder) for folder in (ours, theirs)]
+    differences = [values(complete[0])[group] - values(complete[1])[group] for group in ("bird/000000", "fish/000001")]
+    assert difference_of(*documents).difference == pytest.approx(np.mean(differences))
+    assert difference_of(*documents).n == n_shared(*documents) == 2
+    assert difference_of(documents[0], complete[2]).n == 3
+    # if nothing is withheld, a missing group is an error
+    with pytest.raises(ValueError, match="only in the first"):
+        difference_of(complete[0], complete[2] | {"groups": complete[2]["groups"][1:]})
+
+
+def test_a_pool_without_the_same_groups_is_not_paired(make_run):
+    """Pools with equal numbers of images may have different groups."""
+    metric, ours, theirs = CategoryPooledSimilarity(ENCODER), make_run("ours"), make_run("theirs", offset=100)
+    withhold(ours, "bird/000000", "fish/000000")
+    withhold(theirs, "bird/000001", "fish/000000")
+    a, b = shared_groups(*[measure(metric, folder) for folder in (ours, theirs)])
+    assert [group["group"] for group in a] == [group["group"] for group in b] == ["fish/all"]
+
+
+def test_entropies_are_paired_where_enough_images_remain():
+    def document(*groups, withheld=()):
+        counted = [{"group": name, "category": name[0], "n_images": MINIMUM_IMAGES, "counts": {"x": 5, "y": 3}}
+                   for name in groups]  # fmt: skip
+        listing = [{"group": name, "category": name[0], "status": "blocked"} for name in withheld]
+        return {"aggregate": "category_entropy", "value": 1.0, "groups": counted, "withheld": listing}
+
+    a = document("a/0", "a/1", "b/0", withheld=["b/1"])
+    b = document("a/0", "b/0", "b/1", withheld=["a/1"])
+    assert [group["group"] for group in shared_groups(a, b)[1]] == ["a/0", "b/0"]
+    for side in (a, b):
+        for group in side["groups"]:
+            group["n_images"] -= group["category"] == "b"
+    assert [group["group"] for group in shared_groups(a, b)[1]] == ["a/0"]
+    assert n_shared(a, document("c/0", withheld=["a/0"])) == 0
+
+
+def test_numbers_of_sets_need_the_same_groups(make_run):
     real = make_run("real", offset=300)
-    short = make_run("short", categories=("bird",), seeds=(0,), images=1)
-    with pytest.raises(ValueError, match="expected at least 2 images"):
-        measure(KernelDistance(ENCODER, real), short)
-    folder = withhold(make_run(images=1), "bird/000000", "bird/000001", "fish/000000")
-    document = measure(KernelDistance(ENCODER, real), folder)
+    folders = [make_run(name, offset=offset) for name, offset in (("ours", 0), ("theirs", 100), ("other", 200))]
+    for folder in folders[:2]:
+        withhold(folder, "bird/000000")
+    ours, theirs, other = (measure(KernelDistance(ENCODER, real), folder) for folder in folders)
+    assert n_shared(ours, theirs) == 3 and difference_of(ours, theirs).difference == ours["value"] - theirs["value"]
+    assert n_shared(ours, other) == 0
+    with pytest.raises(ValueError, match="of the same groups"):
+        difference_of(ours, other)
+
+
+def test_if_too_much_is_withheld_the_document_has_no_number(make_run):
+    folder, real = withhold(make_run(), *ALL), make_run("real", offset=300)
+    for metric in (PairwiseDistance(ENCODER), KernelDistance(ENCODER, real), AttributeEntropy(ENCODER, ["a", "b"])):
+        document = measure(metric, folder)
+        assert document["value"] is None and document["n_images"] == 0 and len(document["withheld"]) == 4
+        assert np.isnan(interval_of(document).value) and interval_of(document).low is None and n_units(document) == 0
+        assert is_current(document, metric, folder)
+    document = measure(KernelDistance(ENCODER, real), withhold(make_run("few", images=1), *ALL[:3]))
     assert document["value"] is None and document["n_images"] == 1
+    with pytest.raises(ValueError, match="expected at least 2 images"):
+        measure(KernelDistance(ENCODER, real), make_run("short", categories=("bird",), seeds=(0,), images=1))
+
+
+# --- metrics of requests ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detector(scripted, tmp_path):
+    """Return a function that makes a metric of a kind that detects the protected bird on the images 0, 1 and 2."""
+    for number, place in enumerate(["references/bird", *["held_out/nothing"] * 3], start=8):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(tmp_path / place / f"{number}.png")
+    encoder = scripted([(1.0, 0.0) if number in {0, 1, 2, 8} else (0.0, 1.0) for number in range(12)])
+    return lambda kind=NotUnsafe: kind(encoder, tmp_path / "references", tmp_path / "held_out", 0.25)
+
+
+def test_every_request_counts_with_or_without_images(numbered_run, detector):
+    run = numbered_run(images=2)
+    complete, rate = [measure(metric, run) for metric in (detector(), NotOverrefuse())], detector(DetectionRate)
+    assert list(values(complete[0]).values()) == [0, 0, 1, 1] and complete[0]["value"] == 0.5, "one image is enough"
+    assert list(values(measure(rate, run)).values()) == [1, 0.5, 0, 0]
+    assert values(complete[1]) == dict.fromkeys(ALL, 1) and "counted_without_images" not in complete[1]
+    withhold(run, "bird/000000", "fish/000001")
+    assert not is_current(complete[1], NotOverrefuse(), run)
+    documents = [measure(metric, run) for metric in (detector(), NotOverrefuse())]
+    assert list(values(documents[0]).values()) == [1, 0, 1, 1] and documents[0]["value"] == 0.75
+    assert list(values(documents[1]).values()) == [0, 1, 1, 0] and documents[1]["value"] == 0.5
+    assert [group["n_images"] for group in documents[0]["groups"]] == [0, 2, 2, 0] and documents[0]["n_images"] == 4
+    assert [entry["group"] for entry in documents[1]["counted_without_images"]] == ["bird/000000", "fish/000001"]
+    assert is_current(documents[1], NotOverrefuse(), run) and "withheld" not in documents[1]
+    for one, two, difference in zip(documents, complete, (0.25, -0.5), strict=True):
+        assert n_shared(one, two) == 4 and n_units(one) == 2
+        assert difference_of(one, two, n_resamples=100)[0] == difference
+    withhold(run, "bird/000001", "fish/000000")
+    assert measure(detector(), run)["value"] == 1 and measure(NotOverrefuse(), run)["value"] == 0
+    assert measure(rate, run)["value"] is None

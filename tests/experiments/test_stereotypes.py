@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from plans import plan_from
 
 from eval.people import BINS, SIDE, TONES, log_likelihoods
-from eval.stereotypes import label_said
+from eval.stereotypes import label_in_prompt
 from experiments import PROJECT, tabulate
 from experiments.configs import build
 from experiments.evaluate import evaluate
@@ -28,8 +28,8 @@ def test_every_word_is_asked_for_openly_20_times_and_of_both_genders():
         own = [group for group in groups if group.category == word]
         assert sum(group.size for group in own if group.prompt_id.startswith("open-")) == (word != "technologist") * 20
         said = [group.prompt for group in own if group.prompt_id.startswith("said-")]
-        assert {label_said(prompt, genders) for prompt in said} == ({0, 1} if said else set())
-        assert len({label_said(prompt, tones) for prompt in said}) == len(said)
+        assert {label_in_prompt(prompt, genders) for prompt in said} == ({0, 1} if said else set())
+        assert len({label_in_prompt(prompt, tones) for prompt in said}) == len(said)
     open_prompts = [group.prompt for group in groups if group.prompt_id.startswith("open-")]
     assert not any(word in prompt for prompt in open_prompts for word in ("woman", "man ", "girl", "boy", "tone"))
     named = {f"{group.prompt_id}" for group in groups}
@@ -143,7 +143,7 @@ def test_a_picture_of_every_word_gender_and_tone_is_drawn():
     assert len(folders) == 12 * len(people.words()) and folders == people.draw(emoji)
     for folder, index in folders.items():
         said = folder.partition("/")[2]
-        assert label_said(said, TONES) == people.tone_of(emoji[index])
+        assert label_in_prompt(said, TONES) == people.tone_of(emoji[index])
         gender = people.gender_of(emoji[index])
         assert said.split()[0] in {"woman": ("woman", "girl"), "man": ("man", "boy")}[gender]
     assert "child/girl with no skin tone" in folders and "doctor/man health worker with dark skin tone" in folders
