@@ -244,7 +244,6 @@ def _subclass(cls: type, make_call: Callable[[Call], Call]) -> type:
 
     There is one for all modules of a class, so that compiled code is shared between them as before.
     """
-
     original_new: Call = cls.__new__
     original_reduce: Call = cls.__reduce_ex__
 

@@ -20,7 +20,7 @@ def cosine(one, other):
 
 
 def likeness(images, temperature):
-    """log mean exp(cos / T) over all ordered pairs, including an image with itself."""
+    """Log mean exp(cos / T) over all ordered pairs, including an image with itself."""
     pairs = [torch.exp(cosine(one, other) / temperature) for one in images for other in images]
     return torch.log(sum(pairs) / len(pairs))
 
