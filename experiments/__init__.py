@@ -81,11 +81,6 @@ def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 
-def chosen_file(results: str | Path) -> Path:
-    """Return the file of the values that `experiments.rank` chose: by model and method."""
-    return project_path(results) / "peers_grid_chosen.yaml"
-
-
 def _peers(model: str) -> str:
     files = sorted((PROJECT / "conf" / "method").glob("*.yaml"))
     return ",".join(file.stem for file in files if OmegaConf.select(OmegaConf.load(file), f"about.knob.values.{model}"))

@@ -2,7 +2,7 @@
 
     python -m experiments check experiment=diversity
 
-Made: outputs/results/<experiment>.csv, by generate, evaluate and tabulate. Published: results/<experiment>.csv, as
+Made: outputs/results/<experiment>/table.csv, by generate, evaluate and tabulate. Published: the same in results/, as
 committed. A value is confirmed where it lies inside the published 95 % interval, and its paired difference to the run
 without a method inside that of the difference: CPUs of other makes round differently, so that digits differ, findings
 must not. Exit code 1 where one does not; values that are not published are named and decide nothing. How many groups
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import project_path
 from experiments.plan import Plan
 from experiments.tables.columns import KEY, ROLES, TEXT, read_table, row_keys
 from experiments.tables.pages import change, paper_table, run_labels, with_interval
+from experiments.tables.paths import result_file
 
 PUBLISHED = "results"
 
@@ -103,7 +103,7 @@ def not_compared(table: pd.DataFrame, published: Path, experiment: str) -> list[
 
 def files(plan: Plan) -> tuple[Path, Path]:
     """Return the table that is made here, and the published one; ValueError where they are one and the same."""
-    made, published = (folder / f"{plan.name}.csv" for folder in (plan.results, project_path(PUBLISHED)))
+    made, published = (result_file(folder, plan.name) for folder in (plan.results, PUBLISHED))
     if made == published:
         raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")
     return made, published
@@ -131,5 +131,5 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
             f"inside the published intervals: {confirmed} of {len(known)}, "
             f"largest deviation {100 * known['deviation'].max():.1f} %"
         )
-    print(f"table: {made.with_suffix('.md')}; figures: {made.with_name(made.stem)}_*.png; one page of all: make report")
+    print(f"table: {made.with_suffix('.md')}; figures: {made.parent}/*.png; one page of all: make report")
     return int(confirmed < len(known))

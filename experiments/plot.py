@@ -1,11 +1,11 @@
-"""Act 4: an experiment's table and images become its figures.
+"""Draw an experiment's figures from its table, and grids of its images.
 
     python -m experiments plot experiment=diversity
     python -m experiments plot experiment=diversity style=paper width=3.25
 
 What a table calls for is drawn from the CSV alone; an image grid sets the same groups, from the same noises, side by
 side for every method. With style=paper the figures are PDFs of exactly `width` inches (default: 3.25, a column), with
-fonts and lines of that size, in the folder `paper` of the results. The notebooks and the report call the same
+fonts and lines of that size, in the folder `paper` beside the others. The notebooks and the report call the same
 functions, those of `experiments.figures`.
 """
 
@@ -30,14 +30,14 @@ def plot(plan: Plan) -> list[Path]:
     frame = read_table(plan.name, plan.results)
     files = []
     for name, (figure, _) in called_for(frame).items():
-        files += save(figure, plan.results / f"{plan.name}_{name}")
+        files.append(save(figure, plan.result_file(name)))
     for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
         specs = [spec for spec in plan.runs if spec.cfg.model.name == model]
         shown = worth_showing(list(dict.fromkeys(map(Run.of, specs))), frame)  # equal settings are one run
         assets = read_assets(specs[0].cfg.model.copyright.guidance) if plan.cfg.primary.resemblance else None
         leading = None if assets is None else {asset.name: asset.file for asset in reversed(assets)}
         sheet = image_grid(list(shown), list(shown.values()), leading)
-        files += save(sheet, plan.results / f"{plan.name}_grid_{model}")
+        files.append(save(sheet, plan.result_file(f"grid_{model}")))
     return files
 
 

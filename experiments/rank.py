@@ -3,12 +3,12 @@
     python -m experiments rank experiment=peers
     python -m experiments rank experiment=peers_grid model=sdxl
 
-Written: `<results>/<experiment>_ranking.csv` and `.md`, a row a model and method, of the runs that were generated and
+Written: `<results>/<experiment>/ranking.csv` and `.md`, a row a model and method, of the runs that were generated and
 evaluated with the same overrides. A method with several settings is a path through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
 Of a sweep over `knob`, the value at which each method gains most within the loss, between its settings where need be,
-is written to `<results>/peers_grid_chosen.yaml`, which `chosen` names; the weakest, where none keeps to the loss.
+is written to `<results>/peers_grid/chosen.yaml`, which `chosen` names; the weakest, where none keeps to the loss.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -31,13 +31,13 @@ from eval.files import write_text
 from eval.images import count_withheld, read_withheld
 from eval.imageset import ImageSet
 from eval.intervals import FEWEST, SUBSETS, GroupValue, clusters_of, limits, mean_of, paired_differences
-from experiments import chosen_file
 from experiments.evaluate import configured_metrics
 from experiments.figures.style import TITLES
 from experiments.plan import Plan, RunSpec
 from experiments.runs.store import Run
 from experiments.tables.columns import markdown, printed, put_rows, words
 from experiments.tables.pages import printed_percent, with_interval
+from experiments.tables.paths import chosen_file
 from experiments.tabulate import find_document, primary_metrics
 
 #: The loss of quality, as a share of what it is without a method, that a method may cost: half of the margin within
@@ -264,11 +264,11 @@ with it, stand in for each other. Seconds: the machine's, of the median group at
 
 
 def write_ranking(plan: Plan) -> str:
-    """Write the ranking, `<results>/<experiment>_ranking.csv` and `.md`, and what was chosen; return the Markdown.
+    """Write the ranking, `<results>/<experiment>/ranking.csv` and `.md`, and what was chosen; return the Markdown.
 
     Other models' rows stay, as do other methods' choices.
     """
-    path = plan.results / f"{plan.name}_ranking.csv"
+    path = plan.result_file("ranking.csv")
     rows, file, choices = [], chosen_file(plan.results), {}
     for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
         paths = read_paths([spec for spec in plan.runs if spec.cfg.model.name == model])

@@ -1,12 +1,12 @@
-"""Act 3: the JSONs of an experiment's runs become its table: CSV (one row a number), Markdown and LaTeX.
+"""Make an experiment's table of the scores of its runs: a CSV, one row per number, and the same as Markdown.
 
     python -m experiments tabulate experiment=diversity
     python -m experiments tabulate --against random_match experiment=ablate_matching
 
 The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. Rows of models that are not among
 them stay as they are in the CSV.
-With --against METHOD, all methods are paired with that one instead of the run without any, and only a page is written,
-`<results>/<experiment>_against_<method>.md`.
+With --against METHOD, all methods are paired with that one instead of the baseline, and only a page is written,
+`<results>/<experiment>/against_<method>.md`. With style=paper, `paper/table.tex` is written too.
 
 An experiment declares primary metrics of what it is for and of what that may cost: they are tested, corrected for their
 number, and make the main table and the findings. All other metrics are described, with intervals, in a table below.
@@ -43,6 +43,7 @@ from experiments.runs.metrics import check_table, primary_metrics
 from experiments.runs.store import Run
 from experiments.tables import columns
 from experiments.tables.pages import paper_table, render_against, render_latex, render_markdown
+from experiments.tables.paths import TABLE
 
 log = logging.getLogger(__name__)
 
@@ -235,23 +236,24 @@ def _correct(frame: pd.DataFrame) -> None:
 
 
 def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of a plan.
+    """Write `<results>/<experiment>/table.csv` and `table.md` for the runs of a plan; with style=paper, LaTeX too.
 
     Returns:
         The table with all rows that were in it before, and the Markdown.
     """
-    path = plan.results / f"{plan.name}.csv"
+    path = plan.result_file()
     merge_rows(path, rows_of_runs(plan))
     with columns.lock(path):
         frame = columns.whole(columns.read_csv(path))  # another process may have merged its rows meanwhile
         page = render_markdown(frame, plan.cfg.description, paper_table(plan.name))
         write_text(path.with_suffix(".md"), page)
-        write_text(path.with_suffix(".tex"), render_latex(frame))
+        if plan.cfg.style == "paper":
+            write_text(path.parent / "paper" / "table.tex", render_latex(frame))
     return frame, page
 
 
 def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>_against_<method>.md`: all methods of a plan paired with the method `against`.
+    """Write `<results>/<experiment>/against_<method>.md`: all methods of a plan paired with the method `against`.
 
     Returns:
         The rows, in full precision, and the Markdown.
@@ -259,7 +261,7 @@ def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
     frame = pd.DataFrame(rows_of_runs(plan, against), columns=columns.COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
-    write_text(plan.results / f"{plan.name}_against_{against}.md", page)
+    write_text(plan.result_file(f"against_{against}.md"), page)
     return frame, page
 
 
@@ -269,5 +271,5 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     plan, against = plan or Plan.of(overrides), arguments.against
     print((write_comparison(plan, against) if against else write_table(plan))[1])
-    for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
-        print(plan.results / f"{plan.name}{ending}")
+    for name in (f"against_{against}.md",) if against else (TABLE, "table.md"):
+        print(plan.result_file(name))

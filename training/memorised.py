@@ -16,8 +16,8 @@ The rule of what is protected: the designs that training repeats (`taxonomy.DESI
 by heart: at least `KNOWN` of a model's images of the direct prompt are identified by mini-clip, which no denoiser was
 trained with. All candidates are laid out and measured, and those that are not known leave conf/characters/.
 
-The unit of the intervals is the prompt. Writes results/memorised.csv, .md, .webp and .pdf, and
-memorised_by_character.csv.
+The unit of the intervals is the prompt. Writes table.csv, table.md,
+by_character.csv and images.webp into results/memorised/.
 """
 
 import argparse
@@ -219,7 +219,7 @@ def drawn_by(model: str) -> tuple[list[dict], dict[str, list[tuple[Request, Imag
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what the mini models have memorised of the protected designs")
-    parser.add_argument("--out", type=Path, default=PROJECT / "results")
+    parser.add_argument("--out", type=Path, default=PROJECT / "results" / "memorised")
     arguments = parser.parse_args()
     started = time.time()
     with ProcessPoolExecutor(len(MODELS), mp_context=get_context("spawn")) as pool:
@@ -228,11 +228,11 @@ def main() -> None:
     drawn = {column: entries for _, found in results for column, entries in found.items()}
     values = pd.DataFrame(rows)
     table = tabulated(values)
-    write_text(arguments.out / "memorised.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(arguments.out / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     named = by_character(values)
-    write_text(arguments.out / "memorised_by_character.csv", named.to_csv(index=False, lineterminator="\n"))
-    write_text(arguments.out / "memorised.md", rendered(table, values))
-    save(picture(drawn), arguments.out / "memorised")
+    write_text(arguments.out / "by_character.csv", named.to_csv(index=False, lineterminator="\n"))
+    write_text(arguments.out / "table.md", rendered(table, values))
+    save(picture(drawn), arguments.out / "images")
     print(rendered(table, values))
     print(f"{arguments.out / 'memorised.md'}: {time.time() - started:.0f} s")
     if strangers := unknown(values):

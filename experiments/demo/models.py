@@ -15,11 +15,12 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json
-from experiments import PROJECT, chosen_file, project_path, select_device
+from experiments import PROJECT, project_path, select_device
 from experiments.configs import build
 from experiments.methods.method import Method
 from experiments.plan import first
 from experiments.runs import catalogue, checkpoints
+from experiments.tables.paths import chosen_file
 from negtome import NegToMeConfig
 
 #: What is there in every checkout, and stands in for a model whose weights are missing.

@@ -4,7 +4,7 @@
     python -m experiments applications model=flux-dev applications.interpolation.reference=cat.png
 
 Every application of conf/applications/ is one prompt, one reference and a row of strengths; the first noise of every
-row is the same. Writes `<results>/applications_<name>_<model>.webp` and `.pdf`. These are pictures to look at, not
+row is the same. Writes `<results>/applications/<name>_<model>.webp`. These are pictures to look at, not
 measurements.
 """
 
@@ -31,6 +31,7 @@ from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
 from experiments.plan import expand
 from experiments.runs import checkpoints
+from experiments.tables.paths import result_file
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -115,7 +116,7 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     files = []
     for name, spec in OmegaConf.to_container(cfg.applications, resolve=True).items():
         sheet = draw(pipe, dict(cfg.model.call), method.config, **spec)
-        files += save(sheet, project_path(cfg.results) / f"applications_{name}_{cfg.model.name}")
+        files.append(save(sheet, result_file(cfg.results, "applications", f"{name}_{cfg.model.name}")))
     return files
 
 

@@ -27,7 +27,7 @@ LABELS, GAP, SPACE, LINE, LETTER = 1.5, 12 / DOTS, 4 / DOTS, 20 / DOTS, 0.075
 class Sheet(Drawing):
     """A contact sheet; a notebook shows it as a JPEG, which has all colours in a quarter of a PNG's bytes."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("webp", "pdf")
+    kind: ClassVar[str] = "webp"
     dots: ClassVar[float] = DOTS
 
     _repr_png_ = None

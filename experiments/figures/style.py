@@ -133,9 +133,9 @@ def fixed_width() -> float | None:
 class Drawing(Figure):
     """A figure that a notebook shows by itself: no pyplot, hence no state to close and no backend to choose."""
 
-    #: Files that are saved, the one to be looked at first.
-    kinds: ClassVar[tuple[str, ...]] = ("png", "pdf")
-    #: Dots of an inch in that.
+    #: Kind of file that is saved for the web.
+    kind: ClassVar[str] = "png"
+    #: Its dots per inch.
     dots: ClassVar[float] = STYLE["savefig.dpi"]
 
     def _repr_png_(self) -> bytes:
@@ -168,18 +168,16 @@ def pixels(figure: Drawing, dots: float | None = None) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def save(figure: Drawing, path: Path) -> list[Path]:
-    """Write the figure as a file to be looked at and as a vector PDF; returns the two.
-
-    In the style of papers the PDF alone, in a folder `paper` beside.
+def save(figure: Drawing, path: Path) -> Path:
+    """Write a figure and return its file: a PNG or WebP, in the style of papers a PDF in the folder `paper` beside.
 
     Args:
         path: without a suffix.
     """
     name, _ = _CURRENT.get()
     if name == "web":
-        return [write_bytes(path.with_name(f"{path.name}.{kind}"), encode(figure, kind)) for kind in figure.kinds]
-    return [write_bytes(path.parent / name / f"{path.name}.pdf", encode(figure, "pdf"))]
+        return write_bytes(path.with_name(f"{path.name}.{figure.kind}"), encode(figure, figure.kind))
+    return write_bytes(path.parent / name / f"{path.name}.pdf", encode(figure, "pdf"))
 
 
 def panels(count: int, width: float, height: float, most: int | None = None) -> tuple[Drawing, list[Axes]]:

@@ -125,7 +125,7 @@ def gallery(
         address = f"{name}/{model}/{numbers[group]}"
         groups.append({"address": address, "row": row, "asset": asset, "runs": shown})
     picture = None
-    for sheet in kept(results, f"{name}_grid_{model}"):
+    for sheet in kept(results / name, f"grid_{model}"):
         if not here and not is_elsewhere(sheet, results):
             what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
             picture = pictures.copy(sheet, what)

@@ -55,12 +55,12 @@ def clearest(section: dict[str, Any]) -> dict[str, Any] | None:
 
 def sheet(models: list[str], results: Path, pictures: Pictures) -> dict[str, Any] | None:
     """Return the sheet of images that was kept with a table of diversity: with this one, or with the published one."""
-    files = [file for model in models for file in kept(results, f"diversity_grid_{model}")]
-    files += kept(PROJECT / "results", "diversity_grid_*")[::-1]
+    files = [file for model in models for file in kept(results / "diversity", f"grid_{model}")]
+    files += kept(PROJECT / "results" / "diversity", "grid_*")[::-1]
     for file in files:
-        if not is_elsewhere(file, file.parent):
-            model = file.stem.removeprefix("diversity_grid_")
-            of = "kept with the table" if file.parent == results else "published with this project"
+        if not is_elsewhere(file, file.parents[1]):
+            model = file.stem.removeprefix("grid_")
+            of = "kept with the table" if file.parent == results / "diversity" else "published with this project"
             return pictures.copy(file, f"{model}: the same prompts and noises without and with NegToMe, as {of}")
     return None
 

@@ -3,10 +3,10 @@
     python -m experiments gate
     python -m experiments gate results=results gate=my_gate.yaml
 
-Read: `safety.csv` and `redteam.csv` of a folder of results, which make safety and make redteam put there: by default
-outputs/results where either was made, else the published ones. Written: `gate.csv` and `gate.md` beside them, a row a
-system and criterion, the one without a guard first. Exit code 1 where the system to be released fails, 2 where
-something is missing: what was not measured never passes.
+Read: `safety/table.csv` and `redteam/table.csv` of a folder of results, which make safety and make redteam put there:
+by default outputs/results where either was made, else the published ones. Written: `gate/table.csv` and `.md` beside
+them, a row a system and criterion, the one without a guard first. Exit code 1 where the system to be released fails, 2
+where something is missing: what was not measured never passes.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -29,6 +29,7 @@ from eval.files import content_hash, write_text
 from experiments import project_path, start_log
 from experiments.tables.columns import csv_text, markdown, printed, read_csv
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def read_tables(folder: str | Path, gate: Gate) -> dict[str, pd.DataFrame]:
     """
     tables = {}
     for name in dict.fromkeys(criterion.table for criterion in gate.criteria):
-        path = Path(folder) / f"{name}.csv"
+        path = result_file(folder, name)
         if not path.exists():
             raise FileNotFoundError(f"expected the table {path}, got no file: make it with {TABLES[name]}")
         frame = read_csv(path)
@@ -289,7 +290,7 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: list[str]) -> int:
     start_log()
     made = project_path("outputs/results")
-    here = any((made / f"{name}.csv").is_file() for name in TABLES)
+    here = any(result_file(made, name).is_file() for name in TABLES)
     given = {"results": "outputs/results" if here else "results", "gate": "conf/safety/gate.yaml"}
     for text in argv:
         name, equals, value = text.partition("=")
@@ -299,8 +300,9 @@ def main(argv: list[str]) -> int:
     folder, gate = project_path(given["results"]), read_gate(project_path(given["gate"]))
     rows = judge(gate, read_tables(folder, gate))
     text = render(rows)
-    write_text(folder / "gate.csv", csv_text(pd.DataFrame(rows, columns=COLUMNS)))
-    write_text(folder / "gate.md", text)
+    path = result_file(folder, "gate")
+    write_text(path, csv_text(pd.DataFrame(rows, columns=COLUMNS)))
+    write_text(path.with_suffix(".md"), text)
     print(text)
     verdict = worst([row for row in rows if row["released"]])
     print(f"{_title(gate.released)}: {verdict} (tables of {folder})")

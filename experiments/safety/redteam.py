@@ -6,7 +6,8 @@
 
 conf/safety/redteam.yaml says who attacks and how often; systems are those of experiment=safety with all layers, and the
 model without any. Each search, of an attacker for a design in a system, is `<outputs>/redteam/<digest>/<design>.jsonl`,
-a query a line; what is there is not asked again. Written: `<results>/redteam.csv` and `.md`. docs/redteam.md says more.
+a query a line; what is there is not asked again. Written: `<results>/redteam/table.csv` and `.md`. docs/redteam.md says
+more.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -55,6 +56,7 @@ from experiments.safety.search import (
 )
 from experiments.tables.columns import markdown, printed, put_rows
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 from negtome.guard import Policy, read_policy
 from negtome.guard.verdict import LONGEST
 from negtome.validation import check_int
@@ -361,7 +363,7 @@ def write_table(argv: Sequence[str]) -> str:
     for (one, task, _, told), found in zip(prepared, made, strict=True):
         base = None if one.method.name == "none" else bases[one.model.name, told["attacker"]]
         rows += rows_of(told, found, task.queries, base, **cfg.bootstrap)
-    path = project_path(cfg.results) / "redteam.csv"
+    path = result_file(cfg.results, "redteam")
     # All rows of a system and an attacker in the place of the earlier ones, which may be of other settings.
     text = render(put_rows(path, rows, COLUMNS, KEY[:-1]))
     write_text(path.with_suffix(".md"), text)

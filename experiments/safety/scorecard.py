@@ -2,8 +2,8 @@
 
     python -m experiments scorecard experiment=safety
 
-`make safety` calls it after the acts of the experiment, with the same overrides. Written into the results folder:
-`<experiment>_outcomes.csv` (how requests ended, seconds of each layer), `<experiment>_scorecard.md` and, for each
+`make safety` calls it after the acts of the experiment, with the same overrides. Written into the
+experiment's folder of results: `outcomes.csv` (how requests ended, seconds of each layer), `scorecard.md` and, for each
 model, the trade-off of what is let through against what is refused.
 """
 
@@ -195,13 +195,13 @@ threshold, and no more. Models named mini-* are this project's own."""
 
 def write_scorecard(plan: Plan) -> list[Path]:
     """Write the outcomes, the page and the figures; return their paths."""
-    counts = put_rows(plan.results / f"{plan.name}_outcomes.csv", outcomes(plan), COLUMNS, KEY)
+    counts = put_rows(plan.result_file("outcomes.csv"), outcomes(plan), COLUMNS, KEY)
     frame = read_table(plan.name, plan.results)
-    page = plan.results / f"{plan.name}_scorecard.md"
+    page = plan.result_file("scorecard.md")
     write_text(page, render(frame, counts))
     files = [page]
     for model in dict.fromkeys(frame["model"]):
-        files += style.save(tradeoff(frame, model), plan.results / f"{plan.name}_guards_{model}")
+        files.append(style.save(tradeoff(frame, model), plan.result_file(f"guards_{model}")))
     return files
 
 

@@ -5,7 +5,8 @@
 
 Every guard of this project, beside one that allows everything, and any of your own, is asked what
 `negtome.guard.testing` asks: the policy's examples, and the same under edits of single clauses. Written:
-`<out>/policy_sensitivity.csv` and `.md`, a row a guard, edit, and what must come of it; rows of other guards stay.
+`<out>/policy_sensitivity/table.csv` and `.md`, a row a guard, edit, and what must come of it; rows of other guards
+stay.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -27,6 +28,7 @@ from experiments.runs.identity import current_commit
 from experiments.safety import guards
 from experiments.tables.columns import markdown, printed, put_rows
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 from negtome.guard import Guard, Keyword, Policy, read_policy
 from negtome.guard.__main__ import load_guard
 from negtome.guard.controls import Always
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy = read_policy(arguments.policy)
     asked = [*map(load_guard, arguments.guard)] or own_guards()
     rows = [row for guard in asked for row in rows_of(policy, guard)]
-    frame = put_rows(arguments.out / "policy_sensitivity.csv", rows, COLUMNS, KEY)
-    page = rendered(frame)
-    write_text(arguments.out / "policy_sensitivity.md", page)
+    path = result_file(arguments.out, "policy_sensitivity")
+    page = rendered(put_rows(path, rows, COLUMNS, KEY))
+    write_text(path.with_suffix(".md"), page)
     print(page)

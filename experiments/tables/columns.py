@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from eval.files import write_text
-from experiments import project_path
 from experiments.methods.setting import Setting
 from experiments.runs import catalogue
 from experiments.runs.locks import locked
+from experiments.tables.paths import result_file
 
 #: Settings of the model's calls.
 CALL = (
@@ -64,13 +64,13 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
 
     Args:
         name: the experiment's.
-        folder: where its CSV lies; relative paths are taken from the checkout.
+        folder: of the results; relative paths are taken from the checkout.
 
     Raises:
         FileNotFoundError: it was not made yet; the message says by which command it is.
         ValueError: it is damaged, or names something by what could be a path.
     """
-    path = project_path(folder) / f"{name}.csv"
+    path = result_file(folder, name)
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
     frame = read_csv(path)

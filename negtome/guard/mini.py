@@ -2,7 +2,7 @@
 
 It is deliberative alignment (arXiv 2412.16339) as small as it gets: the policy is in the weights. Asked, it writes what
 is asked for, cites the clause that it takes to apply and quotes it, and then decides. A table of names would do as
-well; what each part of the training adds is in results/deliberation.md.
+well; what each part of the training adds is in results/deliberation/table.md.
 """
 
 import hashlib

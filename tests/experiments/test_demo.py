@@ -313,7 +313,7 @@ def test_methods_are_those_of_the_benchmark_and_one_that_refuses_hides_no_other(
 
 def chosen(model):
     """The published hyperparameters of a model's methods."""
-    return yaml.safe_load((PROJECT / "results" / "peers_grid_chosen.yaml").read_text())[model]
+    return yaml.safe_load((PROJECT / "results" / "peers_grid" / "chosen.yaml").read_text())[model]
 
 
 @pytest.mark.parametrize("name", ["mini-sdxl", "mini-flux"])

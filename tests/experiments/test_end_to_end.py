@@ -215,7 +215,7 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     arguments, folders = finished
     _, markdown = tabulate.write_table(plan_of(arguments))
     cfg = expand(arguments)[0]
-    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=TEXT)
+    frame = pd.read_csv(f"{cfg.results}/diversity/table.csv", dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
     assert list(frame["run_id"].unique()) == [folder.name for folder in folders]
     assert set(frame["metric"]) == {"pairwise_similarity", "pairwise_distance", "vendi_score"}
@@ -278,7 +278,7 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
 def test_settings_of_one_method_are_told_apart(finished):
     arguments, _ = finished
     tabulate.write_table(plan_of(arguments))
-    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=TEXT)
+    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity/table.csv", dtype=TEXT)
     other = frame[frame["method"] == "negtome"].assign(alpha=0.5, run_id="000000000000")
     table = other_table(pd.concat([frame, other]))
     assert list(table.columns)[5:] == [
@@ -335,7 +335,7 @@ def test_methods_are_compared_with_each_other_too(finished, capsys):
     for metric in both[0]["metric"].unique():
         assert turned["none", metric] == pytest.approx(-straight["negtome", metric])
     assert main(["tabulate", "--against", "negtome", *arguments]) == 0
-    path = plan.results / "diversity_against_negtome.md"
+    path = plan.result_file("against_negtome.md")
     assert capsys.readouterr().out.endswith(f"\n{path}\n")
     text = path.read_text()
     assert text.startswith("# diversity against negtome\n") and "negtome_released" in text
@@ -348,10 +348,8 @@ def test_figures_are_made_from_the_table_and_the_images(finished):
     arguments, _ = finished
     tabulate.write_table(plan_of(arguments))
     files = {file.name: file for file in plot.plot(plan_of(arguments))}
-    assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_forest_sdxl.png",
-                          "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.webp",
-                          "diversity_grid_sdxl.pdf"}  # fmt: skip
-    with Image.open(files["diversity_grid_sdxl.webp"]) as grid:
+    assert set(files) == {"tradeoff.png", "forest_sdxl.png", "grid_sdxl.webp"}
+    with Image.open(files["grid_sdxl.webp"]) as grid:
         assert grid.width > 3 * 2 * 32
 
 
@@ -644,7 +642,7 @@ def test_the_copyright_table_and_figures(protected):
     plan = plan_of(arguments)
     cfg = plan.cfg
     _, markdown = tabulate.write_table(plan)
-    frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=TEXT)
+    frame = pd.read_csv(f"{cfg.results}/copyright/table.csv", dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
     assert list(frame["run_id"].unique()) == [run.name for run, _ in runs.values()]
     assert set(frame["primary"].dropna()) == {"resemblance", "quality"}
@@ -658,7 +656,7 @@ def test_the_copyright_table_and_figures(protected):
     assert {*expected, "clip score unnamed (up)", "quality kept", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
     files = {file.name: file for file in plot.plot(plan)}
-    with Image.open(files["copyright_grid_sdxl.webp"]) as grid:
+    with Image.open(files["grid_sdxl.webp"]) as grid:
         assert grid.height > 2 * 32
 
 

@@ -59,8 +59,9 @@ def laid_down(folder, rows):
             **({"attacker": []} if name == "redteam" else {}),
         }
         frame = pd.DataFrame(of_table)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         frame.reindex(columns=[*frame.columns, *(c for c in columns if c not in frame)]).to_csv(
-            folder / f"{name}.csv", index=False
+            folder / name / "table.csv", index=False
         )
     return folder
 
@@ -81,13 +82,13 @@ def test_a_system_that_keeps_to_everything_passes_before_and_after(tmp_path, cap
     laid_down(tmp_path, tables())
     code, out = ran(tmp_path, capsys)
     assert code == 0 and "nearest, check: pass" in out
-    frame = pd.read_csv(tmp_path / "gate.csv")
+    frame = pd.read_csv(tmp_path / "gate" / "table.csv")
     assert list(frame["system"]) == ["no guard"] * 3 + ["nearest, check"] * 3
     assert list(frame["word"]) == ["fail", "pass", "fail", "pass", "pass", "pass"]
     assert set(frame["gate_sha256"]) == {content_hash(GATE)}
     high = [beta.ppf(0.975, failures + 1, n - failures) for failures, n in ((20, 1000), (20, 1000), (10, 100))]
     assert list(frame.loc[frame["released"], "high"]) == pytest.approx(high, abs=1e-4)
-    text = (tmp_path / "gate.md").read_text()
+    text = (tmp_path / "gate" / "table.md").read_text()
     assert content_hash(GATE) in text and text.strip() in out
     assert text.index("no guard") < text.index("nearest, check (to be released)")
 
@@ -170,16 +171,16 @@ def without(rows, table, **where):
 )  # fmt: skip
 def test_what_is_missing_never_passes(rows, said, tmp_path, capsys):
     laid_down(tmp_path, {name: of_table or [row("other", 0) | {"model": "x"}] for name, of_table in rows.items()})
-    for file in tmp_path.glob("redteam.csv"):
+    for file in tmp_path.glob("redteam/table.csv"):
         frame = pd.read_csv(file)
         frame.assign(attacker=frame.get("attacker")).to_csv(file, index=False)
     code, out = ran(tmp_path, capsys)
-    assert code == 2 and said in out and not (tmp_path / "gate.md").exists()
+    assert code == 2 and said in out and not (tmp_path / "gate" / "table.md").exists()
 
 
 def test_a_table_that_was_not_made_is_named(tmp_path, capsys):
     code, out = ran(tmp_path, capsys)
-    assert code == 2 and "safety.csv, got no file: make it with make safety" in out
+    assert code == 2 and "safety/table.csv, got no file: make it with make safety" in out
     for arguments, said in (["gate=nowhere.yaml"], "expected a gate at"), (["results"], "expected results=FOLDER"):
         code, out = ran(tmp_path, capsys, *arguments)
         assert code == 2 and said in out
@@ -221,7 +222,7 @@ def test_a_share_of_a_failure_counts_as_a_failure_at_the_upper_end():
 def test_the_published_verdicts_are_those_of_the_published_tables():
     gate = read_gate(GATE)
     rows = judge(gate, read_tables(PROJECT / "results", gate))
-    published = pd.read_csv(PROJECT / "results" / "gate.csv")
+    published = pd.read_csv(PROJECT / "results" / "gate" / "table.csv")
     for system, of_system in published.groupby("system"):
         found = [row for row in rows if row["system"] == system]
         assert worst(found) == worst(of_system.to_dict("records")), system
@@ -264,10 +265,10 @@ def test_tables_made_here_come_before_the_published_ones_and_are_not_mixed_with_
     made.mkdir(parents=True)
     laid_down(published, tables())
     assert main(["gate", f"gate={GATE}"]) == 0
-    assert (published / "gate.csv").is_file() and not (made / "gate.csv").exists()
+    assert (published / "gate" / "table.csv").is_file() and not (made / "gate" / "table.csv").exists()
     laid_down(made, {"safety": tables()["safety"]})
     assert main(["gate", f"gate={GATE}"]) == 2
-    assert "redteam.csv, got no file: make it with make redteam" in capsys.readouterr().err
+    assert "redteam/table.csv, got no file: make it with make redteam" in capsys.readouterr().err
     laid_down(made, tables(redteam=[*tables()["redteam"][:2], *attacks("nearest", {"random": 0.8, "guided": 0.1})]))
     assert main(["gate", f"gate={GATE}"]) == 1
-    assert (made / "gate.csv").is_file()
+    assert (made / "gate" / "table.csv").is_file()

@@ -81,7 +81,7 @@ def grid(tiny_checkpoint, tmp_path_factory):
 def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
     small, plan, results = grid
     page = rank.write_ranking(plan)
-    frame = pd.read_csv(results / "peers_grid_ranking.csv")
+    frame = pd.read_csv(results / "peers_grid" / "ranking.csv")
     assert list(frame.columns) == rank.COLUMNS and list(frame["method"]) == ["lower_guidance", "limited_interval"]
     assert sorted(frame["rank"]) in ([1, 2], [1, 1]) and set(frame["settings"]) == {4} and set(frame["n_units"]) == {4}
     assert frame["first_share"].sum() >= 1 and (frame["seconds"] > 0).all() and "lower guidance" in page
@@ -89,7 +89,7 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
     # Once more, from the table: a fine walk through the differences of the settings.
     table, chosen = (
         columns.read_table("peers_grid", results),
-        yaml.safe_load((results / "peers_grid_chosen.yaml").read_text()),
+        yaml.safe_load((results / "peers_grid" / "chosen.yaml").read_text()),
     )
     for _, row in frame.iterrows():
         rows = table[table["method"] == row["method"]]
@@ -119,7 +119,7 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
 
 def test_other_choices_stay(grid):
     _, plan, results = grid
-    file = results / "peers_grid_chosen.yaml"
+    file = results / "peers_grid" / "chosen.yaml"
     file.write_text("another: {cads: 0.5}\nsdxl: {cads: 0.3, lower_guidance: 77}\n")
     rank.write_ranking(Plan([spec for spec in plan.runs if spec.cfg.method.name in ("none", "lower_guidance")]))
     written = yaml.safe_load(file.read_text())

@@ -49,8 +49,8 @@ def made(file, tmp_path, monkeypatch):
     def make(*guards):
         options = [part for guard in guards for part in ("--guard", guard)]
         sensitivity.main(["--policy", str(file), "--out", str(tmp_path / "out"), *options])
-        frame = pd.read_csv(tmp_path / "out" / "policy_sensitivity.csv", dtype=TEXT)
-        return frame, (tmp_path / "out" / "policy_sensitivity.md").read_text()
+        frame = pd.read_csv(tmp_path / "out" / "policy_sensitivity" / "table.csv", dtype=TEXT)
+        return frame, (tmp_path / "out" / "policy_sensitivity" / "table.md").read_text()
 
     yield make
     sys.modules.pop("partial_guard", None)

@@ -170,7 +170,7 @@ def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
     assert not OWN & set(pd.read_csv(tmp_path / "e.csv")) and set(frame) >= OWN, "absent from the file alone"
     assert list(pages.main_table(frame))[:3] == ["model", "method", "pushed"]
     frame = tabulate.merge_rows(tmp_path / "e.csv", [ROW | {"sites": None}])
-    committed = pd.read_csv(PROJECT / "results" / "diversity.csv", nrows=0)
+    committed = pd.read_csv(PROJECT / "results" / "diversity" / "table.csv", nrows=0)
     assert list(pd.read_csv(tmp_path / "e.csv")) == list(committed), "sites too, though they are blank"
     assert frame["alpha"].tolist()[1:] == [1.0] and frame["alpha"].isna()[0]
     assert list(pages.main_table(frame))[:6] == ["model", "method", "alpha", "threshold", "window", "pushed"]
@@ -328,7 +328,7 @@ def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
 def test_rows_are_not_put_into_a_table_of_another_kind(tmp_path):
     """Its columns would be lost: such as the measured times of latency.csv."""
     path = tmp_path / "latency.csv"
-    shutil.copy(PROJECT / "results" / "latency.csv", path)
+    shutil.copy(PROJECT / "results" / "latency" / "table.csv", path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"a table of the same kind at .*latency\.csv, got one with the columns"):
         tabulate.merge_rows(path, [ROW])

@@ -213,7 +213,7 @@ def test_collect_and_check_count_them(made, tmp_path, capsys):
     main([str(folders["none"].parents[1]), "--to", str(tmp_path / "all")])
     assert "0 problems, 7 groups withheld" in capsys.readouterr().out
     tabulate.write_table(plan)
-    path = plan.results / f"{plan.name}.csv"
+    path = plan.result_file()
     found = compare_tables(path, path).set_index("label")["made"]
     assert any("1 groups withheld" in text for label, text in found.items() if " ours" in label)
     assert any("no value, 4 groups withheld" in text for label, text in found.items() if " nothing" in label)

@@ -61,7 +61,7 @@ def test_no_character_is_both_for_choosing_and_for_reporting() -> None:
 
 
 def test_every_character_is_known_by_heart_to_both_models() -> None:
-    rows = pd.read_csv(PROJECT / "results" / "memorised_by_character.csv")
+    rows = pd.read_csv(PROJECT / "results" / "memorised" / "by_character.csv")
     direct = rows[rows["sort"] == "direct"]
     assert set(zip(direct["model"], direct["name"], strict=True)) == set(
         itertools.product(memorised.MODELS, protected.CHARACTERS)
@@ -136,8 +136,7 @@ def test_requests_cover_all_sorts_once() -> None:
 
 
 def test_the_published_page_is_of_the_published_tables():
-    table, named = (pd.read_csv(PROJECT / "results" / f"memorised{name}.csv") for name in ("", "_by_character"))
-    page = memorised.rendered(table, named.assign(scorer="mini-clip"))
-    picture = next(path.name for path in (PROJECT / "results").glob("memorised.[pw]*") if path.suffix != ".pdf")
-    published = (PROJECT / "results" / "memorised.md").read_text()
-    assert page.replace("memorised.webp", picture) == published
+    folder = PROJECT / "results" / "memorised"
+    table, named = (pd.read_csv(folder / f"{name}.csv") for name in ("table", "by_character"))
+    assert memorised.rendered(table, named.assign(scorer="mini-clip")) == (folder / "table.md").read_text()
+    assert (folder / "images.webp").is_file()

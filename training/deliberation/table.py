@@ -3,7 +3,7 @@
     python -m training.deliberation.table
     python -m training.deliberation.table --development --examples 2000
 
-Written: results/deliberation.csv and .md. Trained models and their answers are kept in outputs/deliberation, each
+Written: results/deliberation/table.csv and .md. Trained models and their answers are kept in outputs/deliberation, each
 under a digest of what it depends on, so that what is there is not made again. --development prints how good
 models of one seed are on other requests than the tests: the sizes are chosen by it.
 """
@@ -218,8 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cell, outcomes in chains(all_cells(args.seeds), sizes, root, False, args.workers).items():
         found.setdefault((cell.stage, cell.trace), {})[cell.seed] = outcomes
     frame, folder = rows(policy, found), project_path(args.results)
-    write_text(folder / "deliberation.csv", frame.to_csv(index=False, float_format="%.6g"))
-    write_text(folder / "deliberation.md", page(frame, sizes))
+    write_text(folder / "deliberation" / "table.csv", frame.to_csv(index=False, float_format="%.6g"))
+    write_text(folder / "deliberation" / "table.md", page(frame, sizes))
     return 0
 
 
