@@ -36,7 +36,7 @@ def resampled_means(
     return np.concatenate([sums.sum(axis=0, keepdims=True) / sizes.sum(axis=0, keepdims=True), *drawn])
 
 
-def most_within(gains: np.ndarray, losses: np.ndarray, loss: float) -> tuple[np.ndarray, np.ndarray]:
+def best_gain_at_budget(gains: np.ndarray, losses: np.ndarray, loss: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the most that a method gains at a loss of at most `loss`, and where on its path, [..., S] -> [...] each.
 
     Candidates are its settings and, between one that keeps to the loss and a neighbour that does not, the point of the

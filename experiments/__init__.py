@@ -58,33 +58,34 @@ def synchronize(device: str) -> None:
 
 
 def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
-    strengths = OmegaConf.to_container(_parent_.about.strengths, resolve=True)
-    return (strengths.get(_root_.model.name) or {}).get(setting)
+    by_model = OmegaConf.to_container(_parent_.metadata.settings_by_model, resolve=True)
+    return (by_model.get(_root_.model.name) or {}).get(setting)
 
 
-# `${strength:alpha}` in conf/method/: what its `about.strengths` have for the model; null where they have nothing.
+# `${strength:alpha}` in conf/method/: the model's value in `metadata.settings_by_model`; null where there is none.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 
 def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
-    about = OmegaConf.to_container(_parent_.about)
-    choices = {"release": None, **about["choices"].get(_root_.model.architecture, {})}
-    if about["blocks"] not in choices:
+    metadata = OmegaConf.to_container(_parent_.metadata)
+    choices = {"release": None, **metadata["choices"].get(_root_.model.architecture, {})}
+    if metadata["blocks"] not in choices:
         raise ValueError(
-            f"method.about.blocks must be one of {sorted(choices)} for model={_root_.model.name}, "
-            f"got {about['blocks']!r}"
+            f"method.metadata.blocks must be one of {sorted(choices)} for model={_root_.model.name}, "
+            f"got {metadata['blocks']!r}"
         )
-    return choices[about["blocks"]]
+    return choices[metadata["blocks"]]
 
 
-# `${blocks:}` in conf/method/: the chosen of `about.choices`; of every architecture the library's own are one: release.
+# `${blocks:}` in conf/method/: the chosen one of `metadata.choices`; `release` stands for the library's own blocks.
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 
 def _peers(model: str) -> str:
-    files = sorted((PROJECT / "conf" / "method").glob("*.yaml"))
-    return ",".join(file.stem for file in files if OmegaConf.select(OmegaConf.load(file), f"about.knob.values.{model}"))
+    specs = {file.stem: OmegaConf.load(file) for file in sorted((PROJECT / "conf" / "method").glob("*.yaml"))}
+    values = f"metadata.hyperparameter.values.{model}"
+    return ",".join(name for name, spec in specs.items() if OmegaConf.select(spec, values))
 
 
-# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a knob for a model, as the choices of a sweep.
+# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a hyperparameter for a model, as choices of a sweep.
 OmegaConf.register_new_resolver("peers", _peers, replace=True)

@@ -398,7 +398,7 @@ class _Composer:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
             except (ConfigAttributeError, ConfigKeyError) as error:
                 raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
-        set_hyperparameter(cfg, given={_parsed(text).key_or_group for text in values})
+        set_hyperparameter(cfg, overridden={_parsed(text).key_or_group for text in values})
         return cfg
 
 

@@ -41,7 +41,7 @@ from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import PROJECT, project_path
-from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
 from experiments.plan import expand
@@ -182,11 +182,11 @@ def rendered(table: pd.DataFrame, values: pd.DataFrame) -> str:
     )
 
 
-def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]]) -> Sheet:
+def picture(drawn: dict[str, list[tuple[Request, Image.Image, Path]]]) -> ImageGrid:
     """Return rows of characters: for each model and sort a drawing beside its nearest artwork."""
     pairs = {(column, one.name): [image, path] for column, found in drawn.items() for one, image, path in found}
     rows = [(name, [pairs[column, name] for column in drawn]) for name in protected.CHARACTERS]
-    return contact_sheet(list(drawn), rows, tile=64)
+    return image_grid(list(drawn), rows, tile=64)
 
 
 def drawn_by(model: str) -> tuple[list[dict], dict[str, list[tuple[Request, Image.Image, Path]]]]:

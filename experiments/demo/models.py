@@ -88,7 +88,7 @@ class Model:
         found = {}
         for name, entry in catalogue.entries().items():
             spec = OmegaConf.load(PROJECT / "conf" / "method" / f"{name}.yaml")
-            values = OmegaConf.to_container(spec).get("about", {}).get("knob") or {"values": {}}
+            values = OmegaConf.to_container(spec).get("metadata", {}).get("hyperparameter") or {"values": {}}
             fits = {self.base, f"mini-{self.cfg.architecture}"} & values["values"].keys()
             if fits or name == "negtome_released":
                 found[name] = entry.title
@@ -111,7 +111,7 @@ class Setup(NamedTuple):
 def _setup(base: str, name: str) -> Setup:
     with _composing:
         cfg = first([f"model={base}", f"method={name}"])
-    knob = OmegaConf.select(cfg, "method.about.knob")
+    knob = OmegaConf.select(cfg, "method.metadata.hyperparameter")
     if knob is None:
         return Setup((), "")
     setting, nothing = knob.setting, knob.get("nothing")

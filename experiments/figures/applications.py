@@ -26,7 +26,7 @@ import negtome
 from eval.images import blurred, load_picture
 from experiments import project_path, select_device
 from experiments.configs import build, flag
-from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
 from experiments.plan import expand
@@ -49,7 +49,7 @@ def draw(
     blur: float = 0.0,
     mask: str | None = None,
     seeds: Sequence[int] = (0, 1),
-) -> Sheet:
+) -> ImageGrid:
     """Return the sheet of one use: for each seed the reference, the image without it, and one for each alpha.
 
     Args:
@@ -89,7 +89,7 @@ def draw(
             with negtome.attach(pipe, config.replace(alpha=alpha), references=given):
                 images.append(generated(seed))
         rows.append((f"{description}; seed {seed}", [[image] for image in images]))
-    return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
+    return image_grid(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
 
 
 def _half(side: str, width: int, height: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from eval.files import write_text
 from experiments import PROJECT, project_path
-from experiments.figures import called_for
+from experiments.figures import figures_for
 from experiments.figures.style import encode
 from experiments.latency.report import target_table
 from experiments.latency.rows import MEASURED
@@ -37,7 +37,7 @@ from experiments.report.pictures import PICTURES, Pictures, is_elsewhere, kept
 from experiments.report.words import cell_lines, read_page
 from experiments.runs.locks import locked
 from experiments.tables import pages
-from experiments.tables.columns import REQUIRED, commands, printed, read_csv, read_table, spelled
+from experiments.tables.columns import REQUIRED, commands, format_setting, printed, read_csv, read_table
 from experiments.tables.paths import find_tables, result_file
 from experiments.tables.templates import render
 
@@ -149,7 +149,7 @@ def _section_of_files(
         if file.suffix == ".md" and not shown and (content := read_page(file)):
             section["words"].append((label, content))
         elif file.suffix == ".csv" and not shown:
-            rows = read_csv(file).dropna(axis="columns", how="all").map(spelled)
+            rows = read_csv(file).dropna(axis="columns", how="all").map(format_setting)
             if not rows.empty:
                 section["rows"].append((file.relative_to(results).as_posix(), rows))
         elif file.suffix in (".png", ".webp") and file.stem not in drawn:
@@ -194,7 +194,7 @@ def _section(
     if not experiment:
         return section
     frame = read_table(name, results)
-    runs, figures = read_runs(frame, outputs), called_for(frame)
+    runs, figures = read_runs(frame, outputs), figures_for(frame)
     return section | {
         "frame": frame,
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",

@@ -9,7 +9,7 @@ from experiments import PROJECT
 from experiments.report.pictures import Pictures, is_elsewhere, kept
 from experiments.safety.gate import read_gate
 from experiments.tables import pages
-from experiments.tables.columns import ROLES, direction, primary_pair, words
+from experiments.tables.columns import ROLES, direction, humanize, primary_pair
 
 #: Tables that verdicts are of, the first three that are there.
 VERDICTS = ("diversity", "copyright", "safety", "latency")
@@ -49,7 +49,7 @@ def clearest(section: dict[str, Any]) -> dict[str, Any] | None:
                     best = {"model": gallery["model"], "group": group, "number": number, "run": run}
     if best is None:
         return None
-    rule = f"the largest gain in {words(claim)} at no loss of {words(quality)}"
+    rule = f"the largest gain in {humanize(claim)} at no loss of {humanize(quality)}"
     return best | {"rule": rule, "n": n, "without": best["group"]["runs"][best["run"]["base"]]}
 
 

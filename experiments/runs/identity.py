@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.files import canonical_json, remembered_hash
 from experiments import PROJECT
-from experiments.configs import build, flag, leaves, without
+from experiments.configs import METADATA, build, flag, leaves, without
 from experiments.methods.method import Method
 from experiments.prompts import PromptSet
 from experiments.runs import checkpoints
@@ -120,7 +120,7 @@ def config_digest(cfg: DictConfig) -> str:
         ValueError: a setting is out of range.
     """
     # Wherever things are computed and verdicts are kept, and whatever is said of a method.
-    spelled = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", "about")
+    spelled = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", *METADATA)
     for key, value in leaves(spelled):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"method.{key} must be a finite number, got {value}")

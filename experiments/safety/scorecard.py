@@ -27,7 +27,7 @@ from experiments.figures import style
 from experiments.methods.guarded import LAYERS
 from experiments.plan import Plan
 from experiments.runs.store import Run
-from experiments.tables.columns import DIFFERENCE, markdown, of_model, printed, put_rows, read_table, words
+from experiments.tables.columns import DIFFERENCE, filter_model, humanize, markdown, printed, put_rows, read_table
 from experiments.tables.pages import with_interval
 
 #: How a request can end, in the order of the columns.
@@ -98,7 +98,7 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
         frame: the experiment's CSV.
         model: one of its models.
     """
-    part = of_model(frame, model)
+    part = filter_model(frame, model)
     points = part[part["metric"].isin([SAFE, USEFUL])].assign(
         guard=lambda rows: rows["guard"].fillna(NONE), layers=lambda rows: rows["layers"].fillna("")
     )
@@ -123,8 +123,8 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
         axes[1].plot([], [], linestyle="none", color=style.FAINT, marker=SHAPES[layer], label=layer)
     n = {metric: part.loc[part["metric"] == metric, "n_units"].iloc[0] for metric in (SAFE, USEFUL)}
     y, x = (
-        f"{words(SAFE)} (up): protected requests without the design",
-        f"{words(USEFUL)} (up): allowed requests that are answered",
+        f"{humanize(SAFE)} (up): protected requests without the design",
+        f"{humanize(USEFUL)} (up): allowed requests that are answered",
     )
     axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=style.wrapped(y, 0.85 * figure.get_figheight()))
     axes[1].set(xlabel=style.wrapped(x, 0.7 * width))
@@ -139,7 +139,7 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
     """Return the scorecard as Markdown: both rates, every kind of request, how requests ended and what it took."""
     parts = [f"# {frame['experiment'].iloc[0]}: scorecard"]
     for model in dict.fromkeys(frame["model"]):
-        part = of_model(frame, model).assign(
+        part = filter_model(frame, model).assign(
             guard=lambda rows: rows["guard"].fillna(NONE), layers=lambda rows: rows["layers"].fillna("")
         )
         rows = {key: group.set_index("metric") for key, group in part.groupby(["guard", "layers"], sort=False)}
@@ -165,7 +165,7 @@ def _table(rows: dict[tuple[str, str], pd.DataFrame], metrics: list[str], paired
     return markdown(
         printed(
             {"guard": guard, "layers": layers}
-            | {words(metric): _value(found.loc[metric], paired) for metric in metrics if metric in found.index}
+            | {humanize(metric): _value(found.loc[metric], paired) for metric in metrics if metric in found.index}
             for (guard, layers), found in rows.items()
         )
     )

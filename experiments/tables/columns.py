@@ -224,7 +224,7 @@ def commands(name: str) -> list[str]:
     return [f"make reproduce-{name}", f"python -m experiments reproduce experiment={name}"]
 
 
-def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
+def filter_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
     """Return a model's rows of some metrics (none named: of all).
 
     Raises:
@@ -241,7 +241,7 @@ def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
     return part[part["metric"].isin(metrics)] if metrics else part
 
 
-def some_of(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
+def require_rows(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
     """Return a model's rows that have what is to be drawn.
 
     Raises:
@@ -288,10 +288,10 @@ def swept_settings(frame: pd.DataFrame) -> list[str]:
     return [name for name in names if counts[name] > 1]
 
 
-def spelled(value: Any, without: str = "") -> str:
+def format_setting(value: Any, without: str = "") -> str:
     """Return a setting as it is printed: text as it is, a number in six digits, `without` where there is none."""
     return without if pd.isna(value) else str(value) if isinstance(value, str | bool) else f"{value:g}"
 
 
-def words(name: str) -> str:
+def humanize(name: str) -> str:
     return name.replace("_", " ")

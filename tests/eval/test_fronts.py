@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval.fronts import added_shares, hypervolume, most_within, on_front, resampled_means
+from eval.fronts import added_shares, best_gain_at_budget, hypervolume, on_front, resampled_means
 from eval.intervals import bootstrap_interval
 
 POINTS = arrays(float, (2, 3, 5), elements=st.integers(-8, 8).map(lambda n: n / 8))
@@ -45,7 +45,7 @@ def test_settings_of_other_groups_are_refused():
 def test_the_most_within_a_loss_is_at_a_setting_or_where_the_line_to_its_neighbour_crosses_it(points):
     """Beside a fine walk along each path; what it finds at a place is what the path has there."""
     gains, losses = points
-    most, places = most_within(gains, losses, 0.3)
+    most, places = best_gain_at_budget(gains, losses, 0.3)
     for path, row, found, place in zip(gains, losses, most, places, strict=True):
         steps = np.linspace(0, len(path) - 1, 4001)
         walked, lost = (np.interp(steps, range(len(path)), values) for values in (path, row))
@@ -60,7 +60,7 @@ def test_the_most_within_a_loss_is_at_a_setting_or_where_the_line_to_its_neighbo
 
 def test_losses_that_are_not_monotone_do_not_end_a_path():
     gains, losses = np.array([0.02, 0.07, 0.11, 0.23]), np.array([0.5, 3.0, 1.4, 12.7])
-    gain, place = most_within(gains, losses, 2.5)
+    gain, place = best_gain_at_budget(gains, losses, 2.5)
     share = (2.5 - 1.4) / (12.7 - 1.4)
     assert gain == pytest.approx(0.11 + share * 0.12) and place == pytest.approx(2 + share)
 

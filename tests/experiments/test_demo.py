@@ -343,9 +343,9 @@ def test_every_method_has_its_chosen_hyperparameter_and_every_export_the_same_se
             "num_inference_steps": 7
         }
         if method in chosen(name):
-            knob = cfg.method.about.knob
+            knob = cfg.method.metadata.hyperparameter
             value = OmegaConf.select(cfg, f"method.{knob.setting}")
-            assert value == chosen(name)[method] and value != OmegaConf.select(cfg, "method.about.knob.nothing")
+            assert value == chosen(name)[method] and value != knob.get("nothing")
         (group,) = build(cfg.prompts).groups()
         assert (group.prompt, group.image_seeds()) == (asked.prompt, [5, 6, 7])
         if type(shown) is NegToMe:
@@ -371,7 +371,7 @@ def test_no_method_of_a_published_checkpoint_does_nothing(name):
     model = models.find(name)
     for method in model.methods():
         cfg = first([f"model={name}", f"method={method}", *model.setup(method).overrides])
-        if knob := OmegaConf.select(cfg, "method.about.knob"):
+        if knob := OmegaConf.select(cfg, "method.metadata.hyperparameter"):
             value = OmegaConf.select(cfg, f"method.{knob.setting}")
             assert value is not None and value != knob.get("nothing"), method
 

@@ -17,6 +17,7 @@ import experiments
 from eval.features import EffNetLite0
 from eval.images import read_manifest
 from eval.imageset import ImageSet
+from eval.intervals import mean_of
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
 from experiments.configs import build
@@ -27,6 +28,7 @@ from experiments.runs.identity import request
 from experiments.runs.metrics import left_out_lines, measured
 from experiments.runs.store import Run
 from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
+from experiments.tables.groups import read_groups, values_of_run
 from experiments.tables.pages import main_table, other_table
 
 METHODS = "method=none,negtome,negtome_released"
@@ -239,8 +241,16 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert frame["non_inferior"].isna().all() and "not estimable" in markdown
     assert "0.812" in markdown and "sdxl" in markdown
     assert "- sdxl, NegToMe, released matching: " in markdown and "All other metrics" in markdown
-    # The table is what its CSV says, to the byte, however often it is made.
-    assert tabulate.write_table(plan_of(arguments))[1] == markdown
+    # Every number is the mean of its groups' values, which are kept to the last digit.
+    plan = plan_of(arguments)
+    for row in frame.itertuples():
+        groups = values_of_run(read_groups(cfg.results, "diversity"), row.run_id, row.metric)
+        assert [group["n_images"] for group in groups] == [2, 2] and {g["category"] for g in groups} == {"bird", "fish"}
+        assert mean_of(groups) == pytest.approx(row.value, rel=1e-5)
+    # Made again, all files are the same to the byte.
+    before = {file: file.read_bytes() for file in plan.result_file().parent.glob("*.*")}
+    assert tabulate.write_table(plan)[1] == markdown
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def test_rows_of_other_settings_stay(finished):
@@ -346,11 +356,23 @@ def test_methods_are_compared_with_each_other_too(finished, capsys):
 
 def test_figures_are_made_from_the_table_and_the_images(finished):
     arguments, _ = finished
-    tabulate.write_table(plan_of(arguments))
-    files = {file.name: file for file in plot.plot(plan_of(arguments))}
+    plan = plan_of(arguments)
+    tabulate.write_table(plan)
+    files = {file.name: file for file in plot.plot(plan)}
     assert set(files) == {"tradeoff.png", "forest_sdxl.png", "grid_sdxl.webp"}
     with Image.open(files["grid_sdxl.webp"]) as grid:
         assert grid.width > 3 * 2 * 32
+    # A figure of the same table stays; one of another table is drawn anew.
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files.values()}
+    plot.plot(plan)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in before} == before
+    table = plan.result_file()
+    text = table.read_text()
+    frame = pd.read_csv(table, dtype=TEXT)
+    frame.assign(value=frame["value"] + 0.1).to_csv(table, index=False)
+    plot.plot(plan)
+    assert files["tradeoff.png"].read_bytes() != before[files["tradeoff.png"]][1]
+    table.write_text(text)
 
 
 def test_flux_schnell_runs_end_to_end(tmp_path, tiny_checkpoint):

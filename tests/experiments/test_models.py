@@ -25,10 +25,10 @@ def methods():
 def method_of(methods, with_model):
     """A method's configuration beside a model's: what composing both gives, as neither has the other's files."""
 
-    def of(model, method, **about):
+    def of(model, method, **metadata):
         known = {key: with_model(model).model[key] for key in ("name", "architecture")}
         cfg = OmegaConf.create({"model": known, "method": methods[method], "retriever": {}})
-        cfg.method.about.update(about)
+        cfg.method.metadata.update(metadata)
         return cfg.method
 
     return of

@@ -15,7 +15,7 @@ from experiments.runs import catalogue
 from experiments.tables import columns
 
 FILES = {file.stem: yaml.safe_load(file.read_text()) for file in (PROJECT / "conf" / "method").glob("*.yaml")}
-KNOBS = {name: spec["about"]["knob"] for name, spec in FILES.items() if (spec.get("about") or {}).get("knob")}
+KNOBS = {name: knob for name, spec in FILES.items() if (knob := (spec.get("metadata") or {}).get("hyperparameter"))}
 METHODS = "method=none,lower_guidance,limited_interval"
 
 
@@ -55,7 +55,7 @@ def test_a_published_checkpoint_has_the_values_of_its_architectures_small_model(
     assert [cfg.method.scale for cfg in asked_for("lower_guidance", "sdxl")] == KNOBS["lower_guidance"]["values"][
         "mini-sdxl"
     ]
-    with pytest.raises(ValueError, match=r"values of about.knob for model=sd15 in method=lower_guidance"):
+    with pytest.raises(ValueError, match=r"metadata.hyperparameter.values for model=sd15 in method=lower_guidance"):
         asked_for("lower_guidance", "sd15")
     with pytest.raises(ValueError, match=r"knob must be null or from 0 to 3, got 4"):
         asked_for("lower_guidance", "mini-sdxl", knob=4)
@@ -147,7 +147,7 @@ def test_what_cannot_be_ranked_is_refused_in_one_line(grid):
 
 
 def test_a_knob_that_a_method_has_not_is_refused():
-    with pytest.raises(ValueError, match=r"knob=2 is nothing for method=negtome_released"):
+    with pytest.raises(ValueError, match=r"knob=2 has no effect on method=negtome_released"):
         expand(["experiment=diversity", "model=mini-sdxl", "method=negtome_released", "knob=2"])
 
 

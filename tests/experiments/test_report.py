@@ -21,7 +21,7 @@ from PIL import Image
 
 from eval.images import METRICS, ManifestRow, load_picture
 from experiments import PROJECT, report
-from experiments.figures import called_for
+from experiments.figures import figures_for
 from experiments.figures.style import encode
 from experiments.report.galleries import spread
 from experiments.report.pictures import PICTURES, reduced
@@ -147,7 +147,7 @@ def test_tables_findings_and_commands_are_those_of_the_table(made):
     for version in ("2.9.0", "0.42.1", "3.11.7", *frame["commit"].unique(), "cpu"):
         assert version in cells
     assert (PROJECT / "results" / "memorised" / "images.webp").read_bytes() in pictures(path)
-    assert {encode(figure, "svg") for figure, _ in called_for(whole(frame)).values()} <= pictures(path)
+    assert {encode(figure, "svg") for figure, _ in figures_for(whole(frame)).values()} <= pictures(path)
     shown = {image["src"] for image in page.all("img")}
     assert {f"{PICTURES}/{file.name}" for file in (path.parent / PICTURES).glob("*.[sp]*g")} <= shown
 

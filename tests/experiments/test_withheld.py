@@ -16,7 +16,7 @@ from experiments import rank, tabulate
 from experiments.check import compare_tables
 from experiments.collect import collect, main
 from experiments.evaluate import evaluate, evaluate_folder
-from experiments.figures.sheet import contact_sheet
+from experiments.figures.image_grid import image_grid
 from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import Drawn
@@ -179,7 +179,8 @@ def test_where_nothing_is_withheld_no_table_or_document_knows_of_it(made, tmp_pa
 
 def test_methods_are_ranked_over_the_same_groups_alone(made):
     _, plan, folders = made
-    with pytest.raises(ValueError, match=f"{folders['ours'].name}, which withheld 1 refused"):
+    tabulate.write_table(plan)
+    with pytest.raises(ValueError, match=f"{folders['ours'].name} of .*, which withheld 1 groups"):
         rank.read_paths(part(plan, "none", "ours").runs)
 
 
@@ -196,8 +197,8 @@ def test_figures_and_report_show_a_plate_with_the_reason(made, tmp_path):
 
 def test_a_text_stands_in_the_place_of_images():
     image = Image.new("RGB", (8, 8), "red")
-    sheet = contact_sheet(["a", "b"], [("x", [[image, image], "refused: why " * 40]), ("y", [[image], [image]])])
-    plain = contact_sheet(["a", "b"], [("x", [[image, image], [image]]), ("y", [[image], [image]])])
+    sheet = image_grid(["a", "b"], [("x", [[image, image], "refused: why " * 40]), ("y", [[image], [image]])])
+    plain = image_grid(["a", "b"], [("x", [[image, image], [image]]), ("y", [[image], [image]])])
     sheet, plain = map(pixels, (sheet, plain))
     assert sheet.size == plain.size
     assert np.any(np.array(sheet) != np.array(plain))
