@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from eval.files import write_text
 from experiments import PROJECT, project_path
-from experiments.figures import figures_for
+from experiments.figures import called_for
 from experiments.figures.style import encode
 from experiments.latency.report import target_table
 from experiments.latency.rows import MEASURED
@@ -37,8 +37,7 @@ from experiments.report.pictures import PICTURES, Pictures, is_elsewhere, kept
 from experiments.report.words import cell_lines, read_page
 from experiments.runs.locks import locked
 from experiments.tables import pages
-from experiments.tables.columns import REQUIRED, commands, format_setting, printed, read_csv, read_table
-from experiments.tables.paths import find_tables, result_file
+from experiments.tables.columns import REQUIRED, commands, printed, read_csv, read_table, spelled
 from experiments.tables.templates import render
 
 #: Chapters of the page, each of the tables whose names fit its patterns, and of none of an earlier one's.
@@ -80,7 +79,7 @@ def report(results: Path, outputs: Path, into: Path, groups: int = 40, single_fi
     others = into.exists() and any(entry.name != PICTURES and entry.name[0] != "." for entry in into.iterdir())
     if others and not (page.is_file() and MARK.encode() in page.read_bytes()):
         raise ValueError(f"expected an earlier page, an empty folder or none, got {into}: choose another --into")
-    if not find_tables(results):
+    if not any(path.stem not in APART for path in results.glob("*.csv")):
         raise FileNotFoundError(f"expected tables in {results}, got none: make one with {commands('diversity')[0]}")
     pictures = Pictures(inline=single_file)
     sections = _sections(results, outputs, pictures, groups)
@@ -119,47 +118,51 @@ def _chapters(sections: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, A
 
 
 def _sections(results: Path, outputs: Path, pictures: Pictures, groups: int) -> dict[str, dict[str, Any]]:
-    """Return one section per folder of results, and one per table that lies beside the folders."""
-    by_section: dict[str, list[Path]] = {}
-    for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
-        for file in [*sorted(folder.glob("*.csv")), *sorted(folder.glob("*.md")), *kept(folder)]:
-            name = file.stem if folder == results else folder.name
-            if name not in APART and not is_elsewhere(file, results):
-                by_section.setdefault(name, []).append(file)
-    sections = {}
-    for name, members in sorted(by_section.items()):
-        section = _section_of_files(name, members, results, outputs, pictures, groups)
-        if _has_content(section):
-            sections[name] = section
-    return sections
-
-
-def _section_of_files(
-    name: str, files: list[Path], results: Path, outputs: Path, pictures: Pictures, groups: int
-) -> dict[str, Any]:
-    """Return a section with all tables, pages and figures of its files."""
-    table = result_file(results, name)
-    frame = read_csv(table) if table in files else None
-    experiment = frame is not None and _is_experiment(name, frame)
-    section = _section(name, frame, experiment, results, outputs, pictures, groups)
-    drawn = {*section["drawn"], *(f"grid_{model}" for model in section["models"])}
-    for file in files:
-        label = name if file.stem in ("table", name) else f"{name} {file.stem}"
-        shown = experiment and file.stem == "table"  # by the section itself
-        if file.suffix == ".md" and not shown and (content := read_page(file)):
-            section["words"].append((label, content))
-        elif file.suffix == ".csv" and not shown:
-            rows = read_csv(file).dropna(axis="columns", how="all").map(format_setting)
+    """Return what the page says of every table, and of what is beside them; nothing of the folder is left out."""
+    kinds = {kind: sorted(results.glob(f"*.{kind}")) for kind in ("csv", "md")}
+    own = {kind: [file for file in files if not is_elsewhere(file, results)] for kind, files in kinds.items()}
+    tables = {path.stem: read_csv(path) for path in own["csv"] if path.stem not in APART}
+    words = {path.stem: path for path in own["md"] if path.stem not in APART}
+    of_experiments = {name for name, frame in tables.items() if _is_experiment(name, frame)}
+    # A table without a page of its own, as that of outcomes, belongs to one with words whose name its own begins with.
+    told = of_experiments | words.keys()
+    names = {name for name in tables if name in told or not _owner(name, told)}
+    names |= {stem for stem in words if not _owner(stem, names)}
+    sections = {
+        name: _section(name, tables.get(name), name in of_experiments, results, outputs, pictures, groups)
+        for name in sorted(names)
+    }
+    for stem, path in words.items():
+        if stem not in of_experiments:  # whose page says what its section does
+            owner = stem if stem in names else _owner(stem, names)
+            if content := read_page(path):
+                sections[owner]["words"].append((stem, content))
+    for stem, frame in tables.items():
+        if stem not in of_experiments:
+            owner = stem if stem in names else _owner(stem, names)
+            rows = frame.dropna(axis="columns", how="all").map(spelled)
             if not rows.empty:
-                section["rows"].append((file.relative_to(results).as_posix(), rows))
-        elif file.suffix in (".png", ".webp") and file.stem not in drawn:
-            section["figures"].append(pictures.copy(file, f"{label}: a picture beside the table"))
-    return section
+                sections[owner]["rows"].append((stem, rows))
+    drawn = {f"{name}_{key}" for name, section in sections.items() for key in section["drawn"]}
+    drawn |= {f"{name}_grid_{model}" for name, section in sections.items() for model in section["models"]}
+    for file in kept(results):
+        if file.stem in drawn or is_elsewhere(file, results):
+            continue
+        if not (owner := file.stem if file.stem in names else _owner(file.stem, names)):
+            owner = file.stem.partition("_")[0]
+            sections.setdefault(owner, _head(owner, None))
+        sections[owner]["figures"].append(pictures.copy(file, f"{file.stem}: a picture beside the table"))
+    return {name: section for name, section in sections.items() if _has_content(section)}
 
 
 def _has_content(section: dict[str, Any]) -> bool:
     """Tell whether a section shows anything but how it would be made."""
     return "frame" in section or any(section[kind] for kind in ("words", "rows", "figures"))
+
+
+def _owner(stem: str, names: Any) -> str:
+    """Return the longest of the names that another begins with, or nothing."""
+    return max((name for name in names if stem.startswith(f"{name}_")), key=len, default="")
 
 
 def _is_experiment(name: str, frame: pd.DataFrame) -> bool:
@@ -194,7 +197,7 @@ def _section(
     if not experiment:
         return section
     frame = read_table(name, results)
-    runs, figures = read_runs(frame, outputs), figures_for(frame)
+    runs, figures = read_runs(frame, outputs), called_for(frame)
     return section | {
         "frame": frame,
         "runs_here": f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}",
@@ -221,6 +224,6 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     made = Path(arguments.outputs) / "results"  # what was made here comes before what was published
-    results = arguments.results or (made if find_tables(made) else "results")
+    results = arguments.results or (made if any(project_path(made).glob("*.csv")) else "results")
     folders = [project_path(path) for path in (results, arguments.outputs, arguments.into)]
     print(report(*folders, groups=arguments.groups, single_file=arguments.single_file))

@@ -28,7 +28,7 @@ from experiments.report.pictures import Pictures, is_elsewhere, kept, reduced
 from experiments.runs import catalogue
 from experiments.runs.store import RUNS, Run
 from experiments.tables import pages
-from experiments.tables.columns import CALL, ROLES, format_setting, humanize
+from experiments.tables.columns import CALL, ROLES, spelled, words
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ def read_runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
                 state = "cannot be read"
         settings = {"model": model, "method": name, "run": run_id}
         settings |= {one.heading: one.text(common) for one in dict.fromkeys((*CALL, *catalogue.settings()))}
-        settings |= {column: format_setting(common[column]) for column in ("device", "commit")}
+        settings |= {column: spelled(common[column]) for column in ("device", "commit")}
         settings |= {package: made.get(package, "") for package in ("python", "torch", "diffusers", "transformers")}
         settings["folder of its images"] = state
         # What differs from a run by the method alone: the one without, called alike.
-        same = plain[calls].map(format_setting).eq(common[calls].map(format_setting)).all(axis=1)
+        same = plain[calls].map(spelled).eq(common[calls].map(spelled)).all(axis=1)
         bases = plain.loc[same & (plain["model"] == model), "run_id"].tolist()
         found.append(
             {
@@ -125,7 +125,7 @@ def gallery(
         address = f"{name}/{model}/{numbers[group]}"
         groups.append({"address": address, "row": row, "asset": asset, "runs": shown})
     picture = None
-    for sheet in kept(results / name, f"grid_{model}"):
+    for sheet in kept(results, f"{name}_grid_{model}"):
         if not here and not is_elsewhere(sheet, results):
             what = f"a choice of the images of {model}, one row a prompt, one block of columns a method"
             picture = pictures.copy(sheet, what)
@@ -151,7 +151,7 @@ def _strip(run: dict[str, Any], group: str, here: list[dict[str, Any]], pictures
         if before is not None:
             changes[metric] = value - before
             text += f" ({value - before:+.2g})"
-        scores.append({"label": humanize(metric), "text": text})
+        scores.append({"label": words(metric), "text": text})
     return {
         "title": run["title"], "method": run["method"], "base": base,
         "images": [pictures.tile(run["folder"] / row.path) for row in rows],

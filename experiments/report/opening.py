@@ -9,7 +9,7 @@ from experiments import PROJECT
 from experiments.report.pictures import Pictures, is_elsewhere, kept
 from experiments.safety.gate import read_gate
 from experiments.tables import pages
-from experiments.tables.columns import ROLES, direction, humanize, primary_pair
+from experiments.tables.columns import ROLES, direction, primary_pair, words
 
 #: Tables that verdicts are of, the first three that are there.
 VERDICTS = ("diversity", "copyright", "safety", "latency")
@@ -49,18 +49,18 @@ def clearest(section: dict[str, Any]) -> dict[str, Any] | None:
                     best = {"model": gallery["model"], "group": group, "number": number, "run": run}
     if best is None:
         return None
-    rule = f"the largest gain in {humanize(claim)} at no loss of {humanize(quality)}"
+    rule = f"the largest gain in {words(claim)} at no loss of {words(quality)}"
     return best | {"rule": rule, "n": n, "without": best["group"]["runs"][best["run"]["base"]]}
 
 
 def sheet(models: list[str], results: Path, pictures: Pictures) -> dict[str, Any] | None:
     """Return the sheet of images that was kept with a table of diversity: with this one, or with the published one."""
-    files = [file for model in models for file in kept(results / "diversity", f"grid_{model}")]
-    files += kept(PROJECT / "results" / "diversity", "grid_*")[::-1]
+    files = [file for model in models for file in kept(results, f"diversity_grid_{model}")]
+    files += kept(PROJECT / "results", "diversity_grid_*")[::-1]
     for file in files:
-        if not is_elsewhere(file, file.parents[1]):
-            model = file.stem.removeprefix("grid_")
-            of = "kept with the table" if file.parent == results / "diversity" else "published with this project"
+        if not is_elsewhere(file, file.parent):
+            model = file.stem.removeprefix("diversity_grid_")
+            of = "kept with the table" if file.parent == results else "published with this project"
             return pictures.copy(file, f"{model}: the same prompts and noises without and with NegToMe, as {of}")
     return None
 

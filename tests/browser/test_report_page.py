@@ -24,8 +24,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     scored_runs(folder, size=320)
     rows = [[f"column {n} of many" for n in range(30)], *([f"row {row}", *["1.5"] * 29] for row in range(60))]
-    (folder / "results" / "wide").mkdir()
-    (folder / "results" / "wide" / "table.csv").write_text("\n".join(map(",".join, rows)))
+    (folder / "results" / "wide.csv").write_text("\n".join(map(",".join, rows)))
     return report.report(folder / "results", folder / "outputs", folder / "report").as_uri()
 
 

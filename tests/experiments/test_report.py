@@ -21,7 +21,7 @@ from PIL import Image
 
 from eval.images import METRICS, ManifestRow, load_picture
 from experiments import PROJECT, report
-from experiments.figures import figures_for
+from experiments.figures import called_for
 from experiments.figures.style import encode
 from experiments.report.galleries import spread
 from experiments.report.pictures import PICTURES, reduced
@@ -29,7 +29,6 @@ from experiments.report.words import blocks
 from experiments.tables import pages
 from experiments.tables.columns import TEXT, commands, read_table, whole
 from experiments.tables.pages import findings, main_table
-from experiments.tables.paths import find_tables
 from experiments.tabulate import merge_rows
 
 
@@ -63,7 +62,7 @@ class Page(HTMLParser):
 
 def runs_of(results):
     """The run ids of the diversity table, by model and method."""
-    rows = pd.read_csv(results / "diversity" / "table.csv", dtype=TEXT).drop_duplicates("run_id")
+    rows = pd.read_csv(results / "diversity.csv", dtype=TEXT).drop_duplicates("run_id")
     return rows.set_index(["model", "method"])["run_id"]
 
 
@@ -72,7 +71,7 @@ def made(tmp_path_factory):
     """The committed diversity table with runs of mini-sdxl laid down, and those of mini-flux absent or damaged."""
     folder = tmp_path_factory.mktemp("made")
     results, outputs = folder / "results", folder / "outputs"
-    (results / "diversity").mkdir(parents=True)
+    results.mkdir()
     frame = diversity_table()
     frame["encoder"] = frame["encoder"] + "<b>&"
     for method in METHODS:
@@ -82,9 +81,10 @@ def made(tmp_path_factory):
     frame.loc[damaged, "run_id"] = run = write_run(outputs, "mini-flux", "negtome")
     manifest = outputs / "runs" / run / "manifest.jsonl"
     manifest.write_text(manifest.read_text()[:-40])
-    frame.to_csv(results / "diversity" / "table.csv", index=False)
-    shutil.copytree(PROJECT / "results" / "memorised", results / "memorised")
-    Image.new("RGB", (64, 32)).save(results / "diversity" / "grid_mini-flux.png")
+    frame.to_csv(results / "diversity.csv", index=False)
+    for suffix in ("csv", "md", "png"):
+        shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
+    Image.new("RGB", (64, 32)).save(results / "diversity_grid_mini-flux.png")
     page = report.report(results, outputs, folder / "report")
     return folder, frame, page, Page(page.read_text(encoding="utf-8"))
 
@@ -142,12 +142,12 @@ def test_tables_findings_and_commands_are_those_of_the_table(made):
     for command in commands("diversity"):
         assert command in page.all("pre")[0]["text"]
     assert "0.812" in cells, "the paper's number"
-    memorised = pd.read_csv(PROJECT / "results" / "memorised" / "table.csv", dtype=str)
+    memorised = pd.read_csv(PROJECT / "results" / "memorised.csv", dtype=str)
     assert {"own - other", memorised["value"][0]} <= set(cells), "of a table with columns of its own"
     for version in ("2.9.0", "0.42.1", "3.11.7", *frame["commit"].unique(), "cpu"):
         assert version in cells
-    assert (PROJECT / "results" / "memorised" / "images.webp").read_bytes() in pictures(path)
-    assert {encode(figure, "svg") for figure, _ in figures_for(whole(frame)).values()} <= pictures(path)
+    assert (PROJECT / "results" / "memorised.png").read_bytes() in pictures(path)
+    assert {encode(figure, "svg") for figure, _ in called_for(whole(frame)).values()} <= pictures(path)
     shown = {image["src"] for image in page.all("img")}
     assert {f"{PICTURES}/{file.name}" for file in (path.parent / PICTURES).glob("*.[sp]*g")} <= shown
 
@@ -192,18 +192,18 @@ def test_what_is_not_here_is_said(made):
     text = " ".join(made[3].all("main")[0]["text"].split())
     assert "Not on this machine: the images of all 3 runs" in text and "3 of 6" in text
     assert {"not on this machine", "cannot be read"} <= {cell["text"] for cell in made[3].all("td")}
-    assert (made[0] / "results" / "diversity" / "grid_mini-flux.png").read_bytes() in pictures(made[2]), (
-        "the kept sheet"
-    )
+    assert (made[0] / "results" / "diversity_grid_mini-flux.png").read_bytes() in pictures(made[2]), "the kept sheet"
 
 
 def test_a_sheet_of_all_colours_comes_before_one_of_before(made, tmp_path):
     results = tmp_path / "results"
-    shutil.copytree(made[0] / "results" / "diversity", results / "diversity")
-    Image.new("RGB", (64, 32), "red").save(results / "diversity" / "grid_mini-flux.webp")
+    results.mkdir()
+    for name in ("diversity.csv", "diversity_grid_mini-flux.png"):
+        shutil.copyfile(made[0] / "results" / name, results / name)
+    Image.new("RGB", (64, 32), "red").save(results / "diversity_grid_mini-flux.webp")
     shown = pictures(report.report(results, tmp_path / "nothing", tmp_path / "report", groups=0))
-    assert (results / "diversity" / "grid_mini-flux.webp").read_bytes() in shown
-    assert (results / "diversity" / "grid_mini-flux.png").read_bytes() not in shown
+    assert (results / "diversity_grid_mini-flux.webp").read_bytes() in shown
+    assert (results / "diversity_grid_mini-flux.png").read_bytes() not in shown
 
 
 def test_everything_is_escaped(made):
@@ -216,7 +216,7 @@ def test_everything_is_escaped(made):
 
 def tiles(found):
     """The images of groups among a page's files: all but the sheet that is published with this project."""
-    sheets = [sheet.read_bytes() for sheet in (PROJECT / "results" / "diversity").glob("grid_*.webp")]
+    sheets = [sheet.read_bytes() for sheet in (PROJECT / "results").glob("diversity_grid_*.webp")]
     return [file for file, content in found.items() if file.suffix == ".webp" and content not in sheets]
 
 
@@ -296,7 +296,7 @@ def test_scores_that_are_not_those_of_the_table_are_left_out(damage, scored, tmp
     else:
         shutil.move(file, tmp_path / "private.json")
         file.symlink_to(tmp_path / "private.json")
-    frame.to_csv(results / "diversity" / "table.csv", index=False)
+    frame.to_csv(results / "diversity.csv", index=False)
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text(encoding="utf-8"))
     strips = [one for one in page.elements if one.get("class") == "strip" and one["data-title"] == "NegToMe"]
     assert len(strips) == 6 and all("pairwise distance" not in one["text"] for one in strips)
@@ -344,25 +344,26 @@ def test_an_image_that_is_reduced_has_a_copy_of_its_own_size_too(tmp_path):
 
 
 def test_nothing_of_the_folder_of_results_falls_through(tmp_path):
-    """A folder's tables, pages and pictures stand in one section, each once; a table beside the folders in its own."""
+    """Tables, pages and pictures stand with the table whose name theirs begins with, each once."""
     results = tmp_path / "results"
-    for name in ("judged", "other", "lonely"):
-        (results / name).mkdir(parents=True)
-    for path in ("judged/table", "judged/more", "other/table", "flat"):
-        (results / f"{path}.csv").write_text(f"what,value\ncell of {path}.,1\n")
-    for path in ("judged/table", "judged/extra", "README"):
-        (results / f"{path}.md").write_text(
-            f"# {path}\n\nWords of {path}, **so** `much`.\n\n| a |\n|:--|\n| row of {path} |\n"
+    results.mkdir()
+    for stem in ("judged", "judged_more", "judged_most", "other", "other_more"):
+        (results / f"{stem}.csv").write_text(f"what,value\ncell of {stem}.,1\n")
+    for stem in ("judged", "judged_most", "judged_most_extra", "alone", "README"):
+        (results / f"{stem}.md").write_text(
+            f"# {stem}\n\nWords of {stem}, **so** `much`.\n\n| a |\n|:--|\n| row of {stem} |\n"
         )
-    for path in ("judged/picture", "lonely/picture"):
-        Image.new("RGB", (8, 8)).save(results / f"{path}.png")
+    for stem in ("judged_picture", "lonely_picture", "alone"):
+        Image.new("RGB", (8, 8)).save(results / f"{stem}.png")
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
     sections = {one["id"]: one["text"] for one in page.all("details", **{"class": "section"})}
-    assert list(sections) == ["flat", "judged", "lonely", "other"]
+    assert list(sections) == ["alone", "judged", "judged_most", "lonely", "other", "other_more"]
     places = {
-        "cell of judged/table.": "judged", "cell of judged/more.": "judged", "cell of other/table.": "other",
-        "cell of flat.": "flat", "Words of judged/table, so much.": "judged", "row of judged/extra": "judged",
-        "judged picture: a": "judged", "lonely picture: a": "lonely",
+        "cell of judged.": "judged", "cell of judged_more.": "judged", "cell of judged_most": "judged_most",
+        "cell of other.": "other", "cell of other_more.": "other_more",
+        "Words of judged, so much.": "judged", "row of judged_most_extra": "judged_most",
+        "Words of judged_most, so": "judged_most", "row of alone": "alone", "judged_picture: a": "judged",
+        "lonely_picture: a": "lonely", "alone: a picture": "alone",
     }  # fmt: skip
     for text, place in places.items():
         assert [name for name, content in sections.items() if text in content] == [place], text
@@ -372,11 +373,10 @@ def test_nothing_of_the_folder_of_results_falls_through(tmp_path):
 
 def test_what_holds_nothing_is_left_out_of_the_page(tmp_path):
     results = tmp_path / "results"
-    for file, text in (
-        ("full/table.csv", "what,value\na cell,1\n"), ("headed/table.csv", "what,value\n"), ("titled/table.md", "# t"),
-    ):  # fmt: skip
-        (results / file).parent.mkdir(parents=True)
-        (results / file).write_text(text)
+    results.mkdir()
+    (results / "full.csv").write_text("what,value\na cell,1\n")
+    (results / "headed.csv").write_text("what,value\n")
+    (results / "titled.md").write_text("# titled\n")
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
     assert [one["id"] for one in page.all("details", **{"class": "section"})] == ["full"]
     assert {one["href"] for one in page.all("a")} & {"#headed", "#titled"} == set()
@@ -384,8 +384,8 @@ def test_what_holds_nothing_is_left_out_of_the_page(tmp_path):
 
 def test_where_no_image_is_here_no_heading_announces_some(made, tmp_path):
     results = tmp_path / "results"
-    (results / "diversity").mkdir(parents=True)
-    shutil.copyfile(made[0] / "results" / "diversity" / "table.csv", results / "diversity" / "table.csv")
+    results.mkdir()
+    shutil.copyfile(made[0] / "results" / "diversity.csv", results / "diversity.csv")
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report").read_text())
     assert "Images" in [one["text"] for one in made[3].all("h4")]
     assert "Images" not in [one["text"] for one in page.all("h4")] and not page.all("h5")
@@ -401,9 +401,9 @@ def test_a_difference_without_an_interval_says_of_few_units_that_they_are_few(n_
     assert ("too few units" in text) == (n_units < 4) and "alike" not in text
 
 
-@pytest.mark.parametrize("table", [*find_tables("results")])
+@pytest.mark.parametrize("table", [path.stem for path in sorted((PROJECT / "results").glob("*.csv"))])
 def test_no_finding_puts_a_column_s_name_where_a_noun_belongs(table):
-    frame = pd.read_csv(find_tables("results")[table], dtype=TEXT)
+    frame = pd.read_csv(PROJECT / "results" / f"{table}.csv", dtype=TEXT)
     if not report._is_experiment(table, frame) or "difference" not in frame:
         pytest.skip("no table of differences")
     adjective = r"\b(not (unsafe|overrefuse)|as said|the [a-z ]+ (unnamed|allowed|(in)?direct)) by\b"
@@ -412,7 +412,7 @@ def test_no_finding_puts_a_column_s_name_where_a_noun_belongs(table):
 
 
 def test_every_published_table_has_its_chapter():
-    stems = {*find_tables("results"), "published", "published_cards"}
+    stems = {path.stem for path in (PROJECT / "results").glob("*.csv")} - set(report.APART) | {"gate", "redteam"}
     chapters = report._chapters({stem: {"name": stem} for stem in stems})
     assert "Further" not in chapters and sum(map(len, chapters.values())) == len(stems)
     assert [section["name"] for section in chapters["Claims"]] == ["diversity", "copyright", "latency"]
@@ -444,9 +444,9 @@ lines, [here](https://example.org/x) ![picture](y.png).
 def small(made, tmp_path):
     """A table, a run and a picture of it, to be changed: results and outputs, in the test's folder."""
     results, outputs = tmp_path / "results", tmp_path / "outputs"
-    (results / "diversity").mkdir(parents=True)
+    results.mkdir()
     frame = made[1][(made[1]["model"] == "mini-sdxl") & (made[1]["method"] != "negtome_released")]
-    frame.to_csv(results / "diversity" / "table.csv", index=False)
+    frame.to_csv(results / "diversity.csv", index=False)
     shutil.copytree(made[0] / "outputs", outputs)
     return results, outputs, frame
 
@@ -458,14 +458,14 @@ def test_an_earlier_page_is_replaced_and_what_lies_beside_it_stays(small, tmp_pa
     (page.parent / "notes.txt").write_text("mine")
     (page.parent / "figures").mkdir()
     (page.parent / "figures" / "mine.png").write_text("mine")
-    frame.assign(value=0.5).to_csv(results / "diversity" / "table.csv", index=False)
+    frame.assign(value=0.5).to_csv(results / "diversity.csv", index=False)
     report.report(results, outputs, page.parent, groups=2)
     after = contents(page.parent)
     assert {file for file in after if after[file] == b"mine"} == {Path("notes.txt"), Path("figures/mine.png")}
     assert len(tiles(after)) == 2 * 2 * 4
     (page.parent / "notes.txt").unlink()
     shutil.rmtree(page.parent / "figures")
-    frame.to_csv(results / "diversity" / "table.csv", index=False)
+    frame.to_csv(results / "diversity.csv", index=False)
     report.report(results, outputs, page.parent, groups=1)
     assert contents(page.parent) == before
 
@@ -487,7 +487,7 @@ def test_killed_anywhere_there_is_a_whole_page_and_the_next_one_is_made(small, t
     """Stopped before some changes of a folder in turn, of the first page and of one in another's place."""
     results, outputs, frame = small
     for number in (1, 2):
-        frame.assign(value=number / 10).to_csv(results / "diversity" / "table.csv", index=False)
+        frame.assign(value=number / 10).to_csv(results / "diversity.csv", index=False)
         for steps in range(0, 20, 4):
             left = iter(range(steps))
 
@@ -537,9 +537,9 @@ def test_several_at_once_leave_a_whole_page(small, tmp_path):
 )
 def test_a_table_cannot_name_other_folders(column, value, small, tmp_path):
     results, outputs, frame = small
-    frame.assign(**{column: value}).to_csv(results / "diversity" / "table.csv", index=False)
+    frame.assign(**{column: value}).to_csv(results / "diversity.csv", index=False)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=rf"name of a folder for {column} in .*diversity/table\.csv, got '{value}'"):
+    with pytest.raises(ValueError, match=rf"name of a folder for {column} in .*diversity\.csv, got '{value}'"):
         report.report(results, outputs, tmp_path / "report")
     with pytest.raises(ValueError, match=f"name of a folder for {column}"):
         read_table("diversity", results)
@@ -552,15 +552,15 @@ def test_links_are_left_out(small, tmp_path, caplog):
     image = sorted((outputs / "runs" / runs_of(results).loc["mini-sdxl", "negtome"]).rglob("*.png"))[0]
     image.unlink()
     image.symlink_to(tmp_path / "private.png")
-    shutil.copytree(PROJECT / "results" / "memorised", results / "memorised")
-    (results / "memorised" / "images.webp").unlink()
-    (results / "memorised" / "images.png").symlink_to(tmp_path / "private.png")
+    for suffix in ("csv", "md"):
+        shutil.copyfile(PROJECT / "results" / f"memorised.{suffix}", results / f"memorised.{suffix}")
+    (results / "memorised.png").symlink_to(tmp_path / "private.png")
     (tmp_path / "private.csv").write_text("who,what\nsomebody,something of theirs\n")
     (results / "linked.csv").symlink_to(tmp_path / "private.csv")
     page = report.report(results, outputs, tmp_path / "report", groups=9)
     assert "something of theirs" not in page.read_text()
     assert "the images of 1 of 2 runs (NegToMe)" in page.read_text()
-    assert f"{image} is left out: it is a link" in caplog.text and "images.png is left out" in caplog.text
+    assert f"{image} is left out: it is a link" in caplog.text and "memorised.png is left out" in caplog.text
     for file in page.parent.rglob("*.[pw]*"):
         with Image.open(file) as opened:
             assert np.abs(np.array(opened.convert("RGB"))[0, 0].astype(int) - (1, 2, 3)).max() > 8, file
@@ -569,7 +569,7 @@ def test_links_are_left_out(small, tmp_path, caplog):
 @pytest.mark.parametrize("damage", ["empty", "bytes", "words", "ragged"])
 def test_a_damaged_table_is_named_in_one_line_and_neither_merged_nor_lost(damage, small, tmp_path):
     results, outputs, frame = small
-    table = results / "diversity" / "table.csv"
+    table = results / "diversity.csv"
     damaged = {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b'a,b\n1,2,3,4\n1\n"no end',
                "words": frame.assign(value="a lot").to_csv(index=False).encode()}[damage]  # fmt: skip
     table.write_bytes(damaged)
@@ -578,9 +578,7 @@ def test_a_damaged_table_is_named_in_one_line_and_neither_merged_nor_lost(damage
         lambda: read_table("diversity", results),
         lambda: merge_rows(table, frame.to_dict("records")),
     ):
-        with pytest.raises(
-            ValueError, match=r"expected a table in .*diversity/table\.csv, got a damaged file"
-        ) as error:
+        with pytest.raises(ValueError, match=r"expected a table in .*diversity\.csv, got a damaged file") as error:
             read()
         assert "\n" not in str(error.value) and table.read_bytes() == damaged
 
