@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval.fronts import added_shares, hypervolume, best_gain_at_budget, on_front, resampled_means
+from eval.fronts import added_shares, best_gain_at_budget, hypervolume, on_front, resampled_means
 from eval.intervals import bootstrap_interval
 
 POINTS = arrays(float, (2, 3, 5), elements=st.integers(-8, 8).map(lambda n: n / 8))

@@ -46,11 +46,6 @@ def test_every_method_that_has_a_knob_is_swept_over_as_many_settings_each_of_the
         assert knob["setting"].rpartition(".")[2] in {setting.name for setting in catalogue.settings()}, "as do tables"
 
 
-def test_what_is_compared_is_documented():
-    page = (PROJECT / "docs" / "methods.md").read_text()
-    assert [name for name in KNOBS if f"`{name}`" not in page] == []
-
-
 def test_a_published_checkpoint_has_the_values_of_its_architectures_small_model():
     assert [cfg.method.scale for cfg in asked_for("lower_guidance", "sdxl")] == KNOBS["lower_guidance"]["values"][
         "mini-sdxl"

@@ -14,7 +14,7 @@ from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import select_runs
 from experiments.generate import generate
-from experiments.plan import Plan, composed, expand, experiments_of
+from experiments.plan import Plan, expand, experiments_of
 from experiments.runs.identity import config_digest
 from experiments.runs.store import Run
 from experiments.tables import columns
@@ -38,8 +38,6 @@ ALIKE = {
     "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching", "cfg_scale_flux"
 }  # fmt: skip
 RUN = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in SWEEPS]
-#: Those that choose nothing, and so may look at the reported prompts.
-REPORTED = {"ablate_matching", "cfg_scale", "cfg_scale_flux"}
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +60,6 @@ def done(tmp_path_factory, tiny_overrides):
     return run
 
 
-def test_every_experiment_that_sweeps_is_run_here():
-    """Apart from those whose own tests run them, or that are another of these with other prompts."""
-    elsewhere = {"diversity", "copyright", "copyright_sweep", "latency", "stereotypes", "safety", "safety_controls"}
-    elsewhere |= {"peers_grid", "peers_grid_flux", "peers", "peers_flux", "peers_copyright"}  # test_rank.py
-    assert {file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")} == {*SWEEPS, *elsewhere}
-
-
 @pytest.mark.parametrize("experiment", RUN)
 def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
     plan, frame, markdown, files = done(experiment)
@@ -87,20 +78,6 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
         assert all(file.stat().st_size for file in files)
         with Image.open(next(file for file in files if file.suffix == ".webp")) as grid:
             assert grid.width > 2 * 2 * 96
-
-
-@pytest.mark.parametrize("experiment", SWEEPS)
-def test_what_is_swept_is_chosen_on_development_prompts_and_the_page_says_which(experiment):
-    cfg = composed([f"experiment={experiment}"])
-    split = build(cfg.prompts).split
-    assert split == ("test" if experiment in REPORTED else "development")
-    assert ("reported prompts" if experiment in REPORTED else "development prompts") in cfg.description
-
-
-def test_guidance_is_swept_as_in_the_papers_figure_and_each_scale_has_its_baseline():
-    for name, scales in (("cfg_scale", (2, 3, 4, 5, 6, 7, 8)), ("cfg_scale_flux", (1.5, 2.5, 3.5, 5))):
-        found = [(cfg.model.call.guidance_scale, cfg.method.name) for cfg in expand([f"experiment={name}"])]
-        assert found == [(scale, method) for scale in scales for method in ("none", "negtome")]
 
 
 def test_the_blocks_of_an_ablation_are_the_models_own():
