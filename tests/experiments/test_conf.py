@@ -102,8 +102,7 @@ def test_every_set_of_prompts_is_built(option):
 
 @pytest.mark.parametrize("option", OPTIONS["metric"])
 def test_every_suite_of_metrics_is_built(option):
-    suite = side_by_side("metric").all_metric[option]
-    metrics = OmegaConf.to_container(suite, resolve=True, throw_on_missing=True) if suite else {}
+    metrics = OmegaConf.to_container(composed(f"metric={option}").metric, resolve=True, throw_on_missing=True)
     assert metrics or option == "none"
     check_metrics(metrics)
 
@@ -273,7 +272,7 @@ def test_the_mini_models_entropies_have_images_enough():
 
 def test_numbers_of_other_networks_are_not_called_fid_or_kid():
     for suite in ("full", "diversity", "released"):
-        for name, spec in side_by_side("metric").all_metric[suite].items():
+        for name, spec in composed(f"metric={suite}").metric.items():
             if name.endswith(("fid", "kid", "inception_score")):
                 own = "TorchvisionInception" if name == "released_inception_score" else "Inception"
                 assert spec.encoder._target_ == f"eval.features.{own}", name
@@ -289,7 +288,7 @@ def test_the_documentation_names_every_metric():
     headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert links <= headings
     for suite in ("diversity", "full", "released", "stereotypes"):
-        for name, spec in side_by_side("metric").all_metric[suite].items():
+        for name, spec in composed(f"metric={suite}").metric.items():
             assert any(fnmatch(name, pattern) for pattern in named), f"{name} ({spec._target_})"
 
 
