@@ -55,4 +55,4 @@ def main(argv: Sequence[str]) -> None:
     cfg = composed(*argv)
     with using(cfg.style, cfg.width):
         print(run(argv))
-    print(*sorted(result_file(cfg.results, cfg.name).parent.glob("*.*")), sep="\n")
+    print(*sorted(result_file(cfg.results, cfg.name).parent.glob("[!.]*")), sep="\n")
