@@ -69,7 +69,8 @@ def read_groups(results: str | Path, experiment: str) -> pd.DataFrame:
     """
     path = result_file(results, experiment, GROUPS)
     if not path.exists():
-        raise FileNotFoundError(f"expected the values of groups in {path}, got no file: {commands(experiment)[1]}")
+        command = commands(experiment)[1]
+        raise FileNotFoundError(f"expected the values of groups in {path}, got no file: make it with {command}")
     return _read(path)
 
 
