@@ -58,37 +58,33 @@ def synchronize(device: str) -> None:
 
 
 def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
-    strengths = OmegaConf.to_container(_parent_.about.strengths, resolve=True)
-    return (strengths.get(_root_.model.name) or {}).get(setting)
+    by_model = OmegaConf.to_container(_parent_.metadata.settings_by_model, resolve=True)
+    return (by_model.get(_root_.model.name) or {}).get(setting)
 
 
-# `${strength:alpha}` in conf/method/: the model's value in `about.strengths`, or null.
+# `${strength:alpha}` in conf/method/: the model's value in `metadata.settings_by_model`, or null.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 
 def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
-    about = OmegaConf.to_container(_parent_.about)
-    choices = {"release": None, **about["choices"].get(_root_.model.architecture, {})}
-    if about["blocks"] not in choices:
+    metadata = OmegaConf.to_container(_parent_.metadata)
+    choices = {"release": None, **metadata["choices"].get(_root_.model.architecture, {})}
+    if metadata["blocks"] not in choices:
         raise ValueError(
-            f"method.about.blocks must be one of {sorted(choices)} for model={_root_.model.name}, "
-            f"got {about['blocks']!r}"
+            f"method.metadata.blocks must be one of {sorted(choices)} for model={_root_.model.name}, "
+            f"got {metadata['blocks']!r}"
         )
-    return choices[about["blocks"]]
+    return choices[metadata["blocks"]]
 
 
-# `${blocks:}` in conf/method/: the choice of `about.choices` that `about.blocks` names; "release" is the library's own.
+# `${blocks:}` in conf/method/: the choice of `metadata.choices` that `metadata.blocks` names; "release" is the library's own.
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 
-def chosen_file(results: str | Path) -> Path:
-    """Return the file of the values that `experiments.rank` chose for each model and method."""
-    return project_path(results) / "peers_grid_chosen.yaml"
-
-
 def _peers(model: str) -> str:
-    files = sorted((PROJECT / "conf" / "method").glob("*.yaml"))
-    return ",".join(file.stem for file in files if OmegaConf.select(OmegaConf.load(file), f"about.knob.values.{model}"))
+    specs = {file.stem: OmegaConf.load(file) for file in sorted((PROJECT / "conf" / "method").glob("*.yaml"))}
+    values = f"metadata.hyperparameter.values.{model}"
+    return ",".join(name for name, spec in specs.items() if OmegaConf.select(spec, values))
 
 
 # `${peers:mini-sdxl}` in conf/experiment/: the methods that have a hyperparameter for a model, as choices of a sweep.

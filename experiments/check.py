@@ -1,12 +1,11 @@
-"""Compare an experiment's table, as made on this machine, with the published one, a line a primary value.
+"""Compare an experiment's table from this machine with the published one, one line per primary value.
 
     python -m experiments check experiment=diversity
 
-Made: outputs/results/<experiment>.csv, by generate, evaluate and tabulate. Published: results/<experiment>.csv, as
-committed. A value is confirmed where it lies inside the published 95 % interval, and its paired difference to the run
-without a method inside that of the difference: CPUs of other makes round differently, so that digits differ, findings
-must not. Exit code 1 where one does not; values that are not published are named and decide nothing. How many groups
-were withheld is said with each number.
+It compares outputs/results/<experiment>/table.csv with results/<experiment>/table.csv. A value is confirmed when it
+lies inside the published 95 % interval, and its paired difference to the baseline inside that of the difference:
+other CPUs round differently, so digits may differ, findings must not. The exit code is 1 when a value is not confirmed.
+Values without a published counterpart are listed and do not count.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -19,10 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import project_path
 from experiments.plan import Plan
 from experiments.tables.columns import KEY, ROLES, TEXT, read_table, row_keys
 from experiments.tables.pages import change, paper_table, run_labels, with_interval
+from experiments.tables.paths import result_file
 
 PUBLISHED = "results"
 
@@ -40,26 +39,26 @@ def compare_tables(made: Path, published: Path) -> pd.DataFrame:
         without one).
     """
     mine, theirs = (pd.read_csv(path, dtype=TEXT) for path in (made, published))
-    place = {key: row for key, (_, row) in zip(row_keys(published, KEY), theirs.iterrows(), strict=True)}
+    published_rows = {key: row for key, (_, row) in zip(row_keys(published, KEY), theirs.iterrows(), strict=True)}
     labels = run_labels(mine)
     rows = []
     for key, (_, row) in zip(row_keys(made, KEY), mine.iterrows(), strict=True):
         if row["primary"] not in ROLES:
             continue
-        found = {
+        entry = {
             "model": row["model"],
             "label": f"{row['model']} {labels[row['run_id']]}: {row['metric']}",
             "made": _printed(row),
         }
-        if (other := place.get(key)) is not None:
-            value, known = row["value"], other["value"]
-            inside = _within(value, known, other["ci_low"], other["ci_high"]) and (
+        if (other := published_rows.get(key)) is not None:
+            value, reference = row["value"], other["value"]
+            inside = _within(value, reference, other["ci_low"], other["ci_high"]) and (
                 pd.isna(other["difference"])
                 or _within(row["difference"], other["difference"], other["difference_low"], other["difference_high"])
             )
-            deviation = abs(value / known - 1) if known else float(value != known)
-            found |= {"published": _printed(other), "deviation": deviation, "inside": bool(inside)}
-        rows.append(found)
+            deviation = abs(value / reference - 1) if reference else float(value != reference)
+            entry |= {"published": _printed(other), "deviation": deviation, "inside": bool(inside)}
+        rows.append(entry)
     return pd.DataFrame(rows, columns=["model", "label", "made", "published", "deviation", "inside"])
 
 
@@ -103,7 +102,7 @@ def not_compared(table: pd.DataFrame, published: Path, experiment: str) -> list[
 
 def files(plan: Plan) -> tuple[Path, Path]:
     """Return the table that is made here, and the published one; ValueError where they are one and the same."""
-    made, published = (folder / f"{plan.name}.csv" for folder in (plan.results, project_path(PUBLISHED)))
+    made, published = (result_file(folder, plan.name) for folder in (plan.results, PUBLISHED))
     if made == published:
         raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")
     return made, published
@@ -124,12 +123,12 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
             print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
     for line in not_compared(table, published, plan.name):
         print(line)
-    known = table.dropna(subset="inside")
-    confirmed = int(known["inside"].sum())
-    if len(known):
+    compared = table.dropna(subset="inside")
+    confirmed = int(compared["inside"].sum())
+    if len(compared):
         print(
-            f"inside the published intervals: {confirmed} of {len(known)}, "
-            f"largest deviation {100 * known['deviation'].max():.1f} %"
+            f"inside the published intervals: {confirmed} of {len(compared)}, "
+            f"largest deviation {100 * compared['deviation'].max():.1f} %"
         )
-    print(f"table: {made.with_suffix('.md')}; figures: {made.with_name(made.stem)}_*.png; one page of all: make report")
-    return int(confirmed < len(known))
+    print(f"table: {made.with_suffix('.md')}; figures: {made.parent}/*.png; one page of all: make report")
+    return int(confirmed < len(compared))

@@ -1,16 +1,15 @@
-"""Gather all runs below a folder into one tidy table, for any analysis that no experiment here foresaw.
+"""Gather all runs below a folder into one tidy table, for analyses of your own.
 
     python -m experiments collect                       # outputs/ -> outputs/collected.csv (and .parquet with pyarrow)
     python -m experiments collect FOLDER --to TABLE     # any folder, or a run's -> TABLE.csv ...
 
-One row a group and metric: what was run (the experiments that asked for it, model, call, method with all settings,
-prompts, split), where it comes from (run id, weights, code, software, device, commit), what was measured (metric,
-encoder, unit, direction), of what (group, prompt, category, seed, number of images), and the value. A metric of the
-whole set has one row a run, without a group, and so has one whose groups have no number of their own, as an entropy.
-Groups that ended without images have no row; how many they are of a run and metric is in the last column, `n_withheld`.
+The table has one row per group and metric, with the run's settings, software, machine and commit, the metric and its
+encoder, the group, and the value. A metric of the whole set of images has one row per run, without a group; so has a
+metric whose groups have no numbers, such as an entropy. Groups without images have no row; the last column,
+`n_withheld`, counts them.
 
-What cannot be taken is in `<table>_problems.csv`, a line a file or folder with the reason: damaged, half-finished and
-foreign runs; scores of another version or of other images than there are now; runs that were not scored.
+`<table>_problems.csv` lists each file or folder that is left out, with the reason: damaged, half-finished and foreign
+runs; scores of another version or of other images; runs without scores.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -84,7 +83,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
     folder = project_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of runs, got {folder}, which does not exist; check the path")
-    versions, known = metric_versions(), functools.cache(experiments_of)
+    versions, names_of_experiments = metric_versions(), functools.cache(experiments_of)
     rows: list[dict[str, Any]] = []
     problems: list[dict[str, str]] = []
 
@@ -102,7 +101,7 @@ def collect(folder: str | Path = "outputs") -> tuple[pd.DataFrame, pd.DataFrame]
         with refused(place):
             if place != folder and place.is_symlink():
                 raise ValueError("a link, which is not followed: collect the folder that it links to")
-            run, images = _read_run(Run(place), known(place.parents[1]))
+            run, images = _read_run(Run(place), names_of_experiments(place.parents[1]))
             files = sorted((place / METRICS).glob("*.json"))
             if not files:
                 raise ValueError("not scored: run experiments.evaluate with its settings")
@@ -147,10 +146,10 @@ def _read_run(run: Run, experiments: dict[str, list[str]]) -> tuple[dict[str, An
     identity, environment = run.identity, {"cpu": None, **run.environment}  # an earlier version recorded none
     request = identity["request"]
     names = " ".join(experiments.get(run.id, ())) or None
-    found = _flat({"experiment": names, "run_id": run.id, "environment": environment, **identity})
-    columns = {column: found[path] for column, path in (HEAD | RUN).items()} | {"method": request["method"]["name"]}
+    values = _flat({"experiment": names, "run_id": run.id, "environment": environment, **identity})
+    columns = {column: values[path] for column, path in (HEAD | RUN).items()} | {"method": request["method"]["name"]}
     for prefix, path in SETTINGS.items():
-        columns |= {prefix + name.removeprefix(path): found[name] for name in found if name.startswith(path)}
+        columns |= {prefix + name.removeprefix(path): values[name] for name in values if name.startswith(path)}
     for setting in catalogue.settings():
         if len(setting.columns) == 2 and f"method.{setting.name}" in columns:
             cells = setting.cells({setting.name: columns.pop(f"method.{setting.name}")})
@@ -171,13 +170,13 @@ def _read_score(file: Path, images: ImageSet, versions: dict[str, set[int]]) -> 
     document = read_document(file)
     name, version = document["metric"], document["version"]
     if version not in versions.get(name, {version}):
-        known = " or ".join(map(str, sorted(versions[name])))
-        raise ValueError(f"of another version: expected {known}, got {version}; evaluate again")
+        expected = " or ".join(map(str, sorted(versions[name])))
+        raise ValueError(f"of another version: expected {expected}, got {version}; evaluate again")
     measured = images.only(document.get("only"))
     if measured.manifest_hash != document["manifest_sha256"]:
         raise ValueError("stale: the images are others than those that were scored; evaluate again")
-    found = _flat(document)
-    columns = {column: found[path] for column, path in DOCUMENT.items()}
+    values = _flat(document)
+    columns = {column: values[path] for column, path in DOCUMENT.items()}
     if withheld := document.get("withheld"):
         columns[N_WITHHELD] = len(withheld)
     rows = []
@@ -198,9 +197,9 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _typed(column: pd.Series) -> pd.Series:
     """Give a column one type: truth values, whole numbers, numbers, or text; a format with types takes no mixture."""
-    found = {type(value) for value in column.dropna()}
+    present = {type(value) for value in column.dropna()}
     for types, name in (({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")):
-        if found and found <= types:
+        if present and present <= types:
             return column.astype(name)
     text = column.map(
         lambda value: value if isinstance(value, str) else canonical_json(value, compact=True), na_action="ignore"
@@ -224,9 +223,9 @@ def main(argv: list[str]) -> None:
     table, problems = collect(arguments.folder)
     files = write(table, problems, arguments.to or project_path(arguments.folder) / "collected")
     withheld = table.groupby("run_id")[N_WITHHELD].max().sum() if N_WITHHELD in table else 0
-    told = f", {withheld} groups withheld" if withheld else ""
-    print(f"{len(table)} rows of {table['run_id'].nunique()} runs, {len(problems)} problems{told}")
+    note = f", {withheld} groups withheld" if withheld else ""
+    print(f"{len(table)} rows of {table['run_id'].nunique()} runs, {len(problems)} problems{note}")
     for problem in problems.itertuples():
-        print(f"not taken: {problem.path}: {problem.problem}")
+        print(f"left out: {problem.path}: {problem.problem}")
     for file in files:
         print(file)

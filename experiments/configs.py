@@ -9,6 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import project_path, select_device
 
+#: Keys of a method's configuration that describe it and are no settings of its class; the second is of earlier plans.
+METADATA = ("metadata", "about")
+
 
 def flag(cfg: DictConfig, name: str) -> bool:
     """Return a setting that is either true or false.
@@ -22,13 +25,12 @@ def flag(cfg: DictConfig, name: str) -> bool:
 
 
 def build(spec: DictConfig) -> Any:
-    """Instantiate what a configuration describes, on this machine's device, without what is said `about` it.
+    """Instantiate a configuration on this machine's device, without its `METADATA`.
 
     Raises:
-        FileNotFoundError, ValueError: those of the class itself, which say what to do, without Hydra's wrapping; or the
-            device is not there.
+        FileNotFoundError, ValueError: those of the class itself, without Hydra's wrapping; or there is no such device.
     """
-    settings = without(OmegaConf.to_container(spec, resolve=True), "about")
+    settings = without(OmegaConf.to_container(spec, resolve=True), *METADATA)
     try:
         return instantiate(with_device(settings, select_device))
     except InstantiationException as error:
@@ -56,38 +58,38 @@ def without(spec: Any, *keys: str) -> Any:
     return {k: without(v, *keys) for k, v in spec.items() if k not in keys} if isinstance(spec, dict) else spec
 
 
-def set_hyperparameter(cfg: DictConfig, given: Collection[str]) -> None:
-    """Set the hyperparameter by which a method is compared to the value that `knob` or `chosen` asks for.
+def set_hyperparameter(cfg: DictConfig, overridden: Collection[str]) -> None:
+    """Set the hyperparameter by which a method is compared to the value that `knob` or `chosen` selects.
 
     Args:
         cfg: a run's configuration, in which the value is set.
-        given: keys that the command line sets, which stay.
+        overridden: keys that the command line sets, which stay.
 
     Raises:
         ValueError: there is no such value.
-        FileNotFoundError: nothing was chosen for the method.
+        FileNotFoundError: no value was chosen for the method.
     """
     method, model = cfg.method.name, cfg.model
     if method == "none" or (cfg.knob is None and cfg.chosen is None):
         return
-    asked = f"chosen={cfg.chosen}" if cfg.knob is None else f"knob={cfg.knob}"
-    knob = OmegaConf.to_container(cfg.method.get("about") or OmegaConf.create()).get("knob")
-    if knob is None:
-        raise ValueError(f"{asked} is nothing for method={method}, which has none: leave it out")
-    key = f"method.{knob['setting']}"
-    if key in given:
+    hyperparameter = OmegaConf.select(cfg, "method.metadata.hyperparameter")
+    if hyperparameter is None:
+        override = f"chosen={cfg.chosen}" if cfg.knob is None else f"knob={cfg.knob}"
+        raise ValueError(f"{override} has no effect on method={method}, which has no hyperparameter: leave it out")
+    key = f"method.{hyperparameter.setting}"
+    if key in overridden:
         return
     if cfg.knob is None:
-        value = _chosen_value(cfg, knob["setting"])
-    else:
-        # A published checkpoint without values of its own has those of the small model of its architecture.
-        values = knob["values"].get(model.name) or knob["values"].get(f"mini-{model.architecture}")
-        if not values:
-            raise ValueError(f"expected values of about.knob for model={model.name} in method={method}, got none")
-        if not isinstance(cfg.knob, int) or not 0 <= cfg.knob < len(values):
-            raise ValueError(f"knob must be null or from 0 to {len(values) - 1}, got {cfg.knob!r}")
-        value = values[cfg.knob]
-    OmegaConf.update(cfg, key, value)
+        OmegaConf.update(cfg, key, _chosen_value(cfg, hyperparameter.setting))
+        return
+    # A published checkpoint without values of its own has those of the small model of its architecture.
+    by_model = OmegaConf.to_container(hyperparameter)["values"]
+    values = by_model.get(model.name) or by_model.get(f"mini-{model.architecture}")
+    if not values:
+        raise ValueError(f"expected metadata.hyperparameter.values for model={model.name} in method={method}, got none")
+    if not isinstance(cfg.knob, int) or not 0 <= cfg.knob < len(values):
+        raise ValueError(f"knob must be null or from 0 to {len(values) - 1}, got {cfg.knob!r}")
+    OmegaConf.update(cfg, key, values[cfg.knob])
 
 
 def _chosen_value(cfg: DictConfig, setting: str) -> Any:
@@ -107,7 +109,7 @@ def _chosen_value(cfg: DictConfig, setting: str) -> Any:
 def run_names(configs: list[DictConfig]) -> list[str]:
     """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
     parts = [[OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)] for cfg in configs]
-    settings = [dict(leaves(without(call | method, "about"))) for call, method in parts]
+    settings = [dict(leaves(without(call | method, *METADATA))) for call, method in parts]
     names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
     for name in dict.fromkeys(names):
         alike = [i for i, other in enumerate(names) if other == name]

@@ -1,4 +1,4 @@
-"""Act 2: a run folder becomes one JSON of per-group values for every metric.
+"""Score the images of runs: one JSON of per-group values for each metric.
 
     python -m experiments evaluate experiment=diversity
 

@@ -31,6 +31,7 @@ from experiments import PROJECT, project_path
 from experiments.configs import run_names, set_hyperparameter
 from experiments.runs.identity import config_digest, short_digest
 from experiments.runs.locks import locked
+from experiments.tables.paths import TABLE, result_file
 
 CONF = PROJECT / "conf"
 #: In an experiment's folder of outputs.
@@ -95,8 +96,12 @@ class Plan:
 
     @property
     def results(self) -> Path:
-        """Folder of tables and figures."""
+        """Folder of the results of all experiments."""
         return project_path(self.cfg.results)
+
+    def result_file(self, name: str = TABLE) -> Path:
+        """Return the path of a file of results, by default of the table: `<results>/<experiment>/<name>`."""
+        return result_file(self.results, self.name, name)
 
     @property
     def file(self) -> Path:
@@ -393,7 +398,7 @@ class _Composer:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
             except (ConfigAttributeError, ConfigKeyError) as error:
                 raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
-        set_hyperparameter(cfg, given={_parsed(text).key_or_group for text in values})
+        set_hyperparameter(cfg, overridden={_parsed(text).key_or_group for text in values})
         return cfg
 
 

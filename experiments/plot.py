@@ -1,11 +1,11 @@
-"""Act 4: an experiment's table and images become its figures.
+"""Draw an experiment's figures from its table, and grids of its images.
 
     python -m experiments plot experiment=diversity
     python -m experiments plot experiment=diversity style=paper width=3.25
 
 What a table calls for is drawn from the CSV alone; an image grid sets the same groups, from the same noises, side by
 side for every method. With style=paper the figures are PDFs of exactly `width` inches (default: 3.25, a column), with
-fonts and lines of that size, in the folder `paper` of the results. The notebooks and the report call the same
+fonts and lines of that size, in the folder `paper` beside the others. The notebooks and the report call the same
 functions, those of `experiments.figures`.
 """
 
@@ -15,30 +15,56 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
     run_module(__file__)
 
 from pathlib import Path
+from typing import Any
 
-from experiments.figures import called_for
-from experiments.figures.image_grid import image_grid, worth_showing
-from experiments.figures.style import save, using
+import pandas as pd
+
+from eval.files import content_hash
+from eval.images import MANIFEST, WITHHELD
+from experiments import PROJECT
+from experiments.figures import figures_for
+from experiments.figures.image_grid import ImageGrid, grid_of_runs, select_runs
+from experiments.figures.style import find_unchanged, save, using
 from experiments.methods.assets import read_assets
-from experiments.plan import Plan
+from experiments.plan import Plan, RunSpec
+from experiments.runs.identity import short_digest
 from experiments.runs.store import Run
 from experiments.tables.columns import read_table
 
+#: Files that decide how a figure looks.
+SOURCES = ("experiments/figures/*.py", "experiments/tables/*.py", "conf/method/*.yaml")
+
 
 def plot(plan: Plan) -> list[Path]:
-    """Write the experiment's figures into the results folder and return their paths."""
+    """Write the experiment's figures into its folder of results and return their paths.
+
+    A figure stays as it is where nothing changed that it depends on.
+    """
     frame = read_table(plan.name, plan.results)
+    sources = [content_hash(file) for pattern in SOURCES for file in sorted(PROJECT.glob(pattern))]
+    common = [sources, content_hash(plan.result_file())]
     files = []
-    for name, (figure, _) in called_for(frame).items():
-        files += save(figure, plan.results / f"{plan.name}_{name}")
+    for name, (figure, _) in figures_for(frame).items():
+        files.append(save(figure, plan.result_file(name), short_digest(common)))
     for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
         specs = [spec for spec in plan.runs if spec.cfg.model.name == model]
-        shown = worth_showing(list(dict.fromkeys(map(Run.of, specs))), frame)  # equal settings are one run
-        assets = read_assets(specs[0].cfg.model.copyright.guidance) if plan.cfg.primary.resemblance else None
-        leading = None if assets is None else {asset.name: asset.file for asset in reversed(assets)}
-        sheet = image_grid(list(shown), list(shown.values()), leading)
-        files += save(sheet, plan.results / f"{plan.name}_grid_{model}")
+        files.append(_plot_grid(plan, specs, frame, common))
     return files
+
+
+def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: list[Any]) -> Path:
+    """Write the image grid of a model's runs."""
+    model = specs[0].cfg.model
+    shown = select_runs(list(dict.fromkeys(map(Run.of, specs))), frame)  # equal settings are one run
+    leading = None
+    if plan.cfg.primary.resemblance:
+        leading = {asset.name: asset.file for asset in reversed(read_assets(model.copyright.guidance))}
+    manifests = [run.folder / name for run in shown for name in (MANIFEST, WITHHELD)]
+    shown_files = [content_hash(file) for file in (*manifests, *(leading or {}).values()) if file.exists()]
+    path, inputs = plan.result_file(f"grid_{model.name}"), short_digest([common, list(shown.values()), shown_files])
+    if unchanged := find_unchanged(path, ImageGrid.kind, inputs):
+        return unchanged
+    return save(grid_of_runs(list(shown), list(shown.values()), leading), path, inputs)
 
 
 def main(argv: list[str], plan: Plan | None = None) -> None:

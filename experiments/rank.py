@@ -1,14 +1,15 @@
-"""How the methods of an experiment compare at equal cost: gains, ranks, fronts, and how sure each of them is.
+"""Rank the methods of an experiment at equal cost: gains, ranks and Pareto fronts, each with its uncertainty.
 
     python -m experiments rank experiment=peers
     python -m experiments rank experiment=peers_grid model=sdxl
 
-Written: `<results>/<experiment>_ranking.csv` and `.md`, a row a model and method, of the runs that were generated and
-evaluated with the same overrides. A method with several settings is a path through them in the order of the sweep.
+It reads the table and the values of groups that tabulate wrote with the same overrides, and writes
+`<results>/<experiment>/ranking.csv` and `.md`, a row a model and method. A method with several settings is a path
+through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
 Of a sweep over `knob`, the value at which each method gains most within the loss, between its settings where need be,
-is written to `<results>/peers_grid_chosen.yaml`, which `chosen` names; the weakest, where none keeps to the loss.
+is written to `<results>/peers_grid/chosen.yaml`, which `chosen` names; the weakest, where none keeps to the loss.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -16,10 +17,8 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
     run_module(__file__)
 
-import functools
 from dataclasses import dataclass
 from math import ceil
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,17 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval import fronts
 from eval.files import write_text
-from eval.images import count_withheld, read_withheld
-from eval.imageset import ImageSet
-from eval.intervals import FEWEST, SUBSETS, GroupValue, clusters_of, limits, mean_of, paired_differences
-from experiments import chosen_file
-from experiments.evaluate import configured_metrics
+from eval.intervals import FEWEST, GroupValue, clusters_of, limits, mean_of, paired_differences
+from experiments import project_path
 from experiments.figures.style import TITLES
 from experiments.plan import Plan, RunSpec
-from experiments.runs.store import Run
-from experiments.tables.columns import markdown, printed, put_rows, words
+from experiments.runs.metrics import primary_metrics
+from experiments.tables.columns import direction, humanize, markdown, printed, put_rows, read_table
+from experiments.tables.groups import read_groups, values_of_run
 from experiments.tables.pages import printed_percent, with_interval
-from experiments.tabulate import find_document, primary_metrics
+from experiments.tables.paths import chosen_file
 
 #: The loss of quality, as a share of what it is without a method, that a method may cost: half of the margin within
 #: which quality counts as kept. Fronts and hypervolumes reach to the whole of that.
@@ -61,29 +58,29 @@ class Paths:
 
     Attributes:
         specs: of each method, in the order of the sweep.
-        runs: theirs.
-        gains, losses: of each method, [1 + R, S] of S settings: what was found, then R resamples. Where a method's knob
-            has a value that does nothing (`about.knob.nothing`), that is the first setting of its sweep.
-        claim, quality: the metrics.
+        rows: rows of the table of a method's runs, in the same order: of the primary metric.
+        gains, losses: of each method, [1 + R, S] of S settings: the estimate, then R resamples. Where a method's
+            hyperparameter has a value that does nothing (`metadata.hyperparameter.nothing`), that is the first setting.
+        primary_metric, quality: the metrics.
         worth: of quality without a method.
         n_units: clusters that are resampled.
     """
 
     specs: dict[str, list[RunSpec]]
-    runs: dict[str, list[Run]]
+    rows: dict[str, list[pd.Series]]
     gains: dict[str, np.ndarray]
     losses: dict[str, np.ndarray]
-    claim: str
+    primary_metric: str
     quality: str
     worth: float
     n_units: int
 
 
 def read_paths(specs: list[RunSpec]) -> Paths:
-    """Read an experiment's runs on one model.
+    """Read what an experiment's table and values of groups say of the runs on one model.
 
     Raises:
-        FileNotFoundError: a run was not generated or not scored; the message names the command.
+        FileNotFoundError: the table or the values of groups are missing, or a run is not in the table.
         ValueError: there is no method, a primary metric has no better direction or no values of groups, or groups of a
             run are withheld: methods are ranked over the same groups.
     """
@@ -94,55 +91,63 @@ def read_paths(specs: list[RunSpec]) -> Paths:
             by_method.setdefault(spec.cfg.method.name, []).append(spec)
     if not by_method:
         raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")
-    runs = {method: [Run.of(spec) for spec in settings] for method, settings in by_method.items()}
-    for run in (Run.of(baseline), *(run for settings in runs.values() for run in settings)):
-        if withheld := read_withheld(run.folder):
-            raise ValueError(
-                f"expected runs that show the same groups, to be ranked, got {run.folder}, which withheld "
-                f"{count_withheld(withheld)}: leave its method out"
-            )
-    tested, metrics = primary_metrics(cfg), dict(configured_metrics(specs[0]))
-    claim, quality = (next(name for name in tested if (tested[name] == "quality") == last) for last in (False, True))
-    images = functools.cache(lambda run: ImageSet.open(run.folder))
+    table, groups = read_table(cfg.name, project_path(cfg.results)), read_groups(cfg.results, cfg.name)
+    roles = primary_metrics(cfg)
+    primary_metric, quality = (next(name for name in roles if (roles[name] == "quality") == last) for last in (0, 1))
+    by_run = table[table["metric"] == primary_metric].drop_duplicates("run_id").set_index("run_id")
+    rows = {method: [_row_of(by_run, spec) for spec in settings] for method, settings in by_method.items()}
+    _row_of(by_run, baseline)
 
     def means(name: str) -> tuple[dict[str, np.ndarray], list[GroupValue]]:
-        """Return of each method the means of a metric's differences, more being better; and the baseline's values."""
-        metric = metrics[name]
-        if metric.higher_is_better is None or metric.aggregate == SUBSETS:
+        """Return the mean differences of each method, more being better, and the values of the baseline."""
+        base, higher = values_of_run(groups, baseline.id, name), direction(table, name)
+        if higher is None or not base:
             raise ValueError(f"expected primary metrics of groups with a better direction to rank by, got {name}")
-        base = find_document(images(Run.of(baseline)), name, metric)["groups"]
         resampling, found = (cfg.bootstrap.n_resamples, cfg.bootstrap.seed, cfg.bootstrap.cluster), {}
-        for method, settings in runs.items():
-            groups = [find_document(images(run), name, metric)["groups"] for run in settings]
-            differences = [paired_differences(values, base) for values in groups]
-            if len(settings) > 1 and _nothing(by_method[method][0].cfg) is not None:
+        for method, settings in by_method.items():
+            differences = [paired_differences(values_of_run(groups, spec.id, name), base) for spec in settings]
+            if len(settings) > 1 and _nothing(settings[0].cfg) is not None:
                 differences.insert(0, paired_differences(base, base))
-            found[method] = (1 if metric.higher_is_better else -1) * fronts.resampled_means(differences, *resampling)
+            found[method] = (1 if higher else -1) * fronts.resampled_means(differences, *resampling)
         return found, base
 
-    (gains, base), (kept, of_quality) = means(claim), means(quality)
-    losses, n_units = (
-        {method: -found for method, found in kept.items()},
-        len(set(clusters_of(base, cfg.bootstrap.cluster))),
-    )
-    return Paths(by_method, runs, gains, losses, claim, quality, abs(mean_of(of_quality)), n_units)
+    gains, base = means(primary_metric)
+    kept, of_quality = means(quality)
+    losses = {method: -values for method, values in kept.items()}
+    n_units = len(set(clusters_of(base, cfg.bootstrap.cluster)))
+    return Paths(by_method, rows, gains, losses, primary_metric, quality, abs(mean_of(of_quality)), n_units)
+
+
+def _row_of(table: pd.DataFrame, spec: RunSpec) -> pd.Series:
+    """Return the row of a run in the table, by its id; its groups must all have images."""
+    if spec.id not in table.index:
+        raise FileNotFoundError(
+            f"{spec.label} is not in the table of {spec.cfg.name}: run python -m experiments tabulate with the same "
+            "overrides"
+        )
+    row = table.loc[spec.id]
+    if row["n_withheld"] > 0:
+        raise ValueError(
+            f"expected runs that show the same groups, to be ranked, got {spec.id} of {spec.label}, which withheld "
+            f"{row['n_withheld']:.0f} groups: leave its method out"
+        )
+    return row
 
 
 def rows_of_model(paths: Paths) -> list[dict[str, Any]]:
     """Return one row for every method, and one of all that merge tokens."""
     cfg = next(iter(paths.specs.values()))[0].cfg
     common = {
-        "experiment": cfg.name, "model": cfg.model.name, "claim": paths.claim, "quality": paths.quality,
+        "experiment": cfg.name, "model": cfg.model.name, "claim": paths.primary_metric, "quality": paths.quality,
         "loss": LOSS * paths.worth, "n_units": paths.n_units,
     }  # fmt: skip
-    statistics = {method: [run.statistics() for run in runs] for method, runs in paths.runs.items()}
     rows, reached = _compared(paths)
-    for method, runs in paths.runs.items():
+    for method, runs in paths.rows.items():
         ahead = paths.gains[method].shape[-1] - len(runs)  # of what was run: nothing done
         at = len(runs) - 1 if np.isnan(reached[method]) else max(ceil(reached[method]) - ahead, 0)
-        seconds = median(group["seconds"] for group in statistics[method][at]) / cfg.prompts.images_per_prompt
-        rows[method] |= {"seconds": seconds, "settings": len(runs), "run_ids": " ".join(run.id for run in runs)}
-    merging = [method for method, of in statistics.items() if any(g.get("tokens_compared") for run in of for g in run)]
+        ids = " ".join(str(run.name) for run in runs)
+        rows[method] |= {"seconds": runs[at]["seconds"], "settings": len(runs), "run_ids": ids}
+    merging = [method for method, runs in paths.rows.items() if any(pd.notna(run["pushed_share"]) for run in runs)]
     if merging:
         rows[WITH_NEGTOME] = _share(
             "added", fronts.added_shares(paths.gains, paths.losses, MOST * paths.worth, merging)
@@ -192,13 +197,13 @@ def _share(name: str, estimates: np.ndarray) -> dict[str, float]:
 
 
 def chosen_values(paths: Paths) -> dict[str, Any]:
-    """Return which value of its knob each method of a sweep over `knob` gains most at within the loss."""
+    """Return the value of its hyperparameter at which each method of a sweep gains most within the loss."""
     chosen = {}
     for method, specs in paths.specs.items():
         configs = [spec.cfg for spec in specs]
         if not isinstance(configs[0].knob, int):
             continue
-        values = [OmegaConf.select(one.method, one.method.about.knob.setting) for one in configs]
+        values = [OmegaConf.select(one.method, one.method.metadata.hyperparameter.setting) for one in configs]
         if (nothing := _nothing(configs[0])) is not None and len(configs) > 1:
             values.insert(0, nothing)
         values = [OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for value in values]
@@ -210,8 +215,8 @@ def chosen_values(paths: Paths) -> dict[str, Any]:
 
 
 def _nothing(cfg: DictConfig) -> float | None:
-    """Return the value of a method's knob that does nothing, where it has one."""
-    return OmegaConf.select(cfg, "method.about.knob.nothing")
+    """Return the value of a method's hyperparameter that does nothing, where it has one."""
+    return OmegaConf.select(cfg, "method.metadata.hyperparameter.nothing")
 
 
 def _between(before: Any, after: Any, share: float) -> Any:
@@ -227,7 +232,7 @@ def render(frame: pd.DataFrame) -> str:
     parts = []
     for model, rows in frame.groupby("model", sort=False):
         first, swept = rows.iloc[0], bool(rows["rank"].notna().any())
-        claim, quality = words(first["claim"]), words(first["quality"])
+        claim, quality = humanize(first["claim"]), humanize(first["quality"])
         head = f"**{model}**, {first['n_units']} categories."
         if swept:
             head += f" Gain where {quality} falls by at most {first['loss']:.2f}, {LOSS:.1%} of what it is without."
@@ -264,11 +269,11 @@ with it, stand in for each other. Seconds: the machine's, of the median group at
 
 
 def write_ranking(plan: Plan) -> str:
-    """Write the ranking, `<results>/<experiment>_ranking.csv` and `.md`, and what was chosen; return the Markdown.
+    """Write the ranking, `<results>/<experiment>/ranking.csv` and `.md`, and what was chosen; return the Markdown.
 
     Other models' rows stay, as do other methods' choices.
     """
-    path = plan.results / f"{plan.name}_ranking.csv"
+    path = plan.result_file("ranking.csv")
     rows, file, choices = [], chosen_file(plan.results), {}
     for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
         paths = read_paths([spec for spec in plan.runs if spec.cfg.model.name == model])
@@ -278,7 +283,7 @@ def write_ranking(plan: Plan) -> str:
     write_text(path.with_suffix(".md"), page)
     if any(choices.values()):
         there = OmegaConf.load(file) if file.exists() else {}
-        head = f"# What experiment={plan.name} chose of each method's knob, by model: made by experiments.rank.\n"
+        head = f"# Hyperparameters that experiments.rank chose from experiment={plan.name}, by model and method.\n"
         write_text(file, head + OmegaConf.to_yaml(OmegaConf.merge(there, choices)))
     return page
 

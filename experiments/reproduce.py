@@ -1,11 +1,11 @@
-"""All acts of an experiment, one after the other: images, scores, table, figures, comparison with the published values.
+"""Run all stages of an experiment: images, scores, table, figures, comparison with the published values.
 
     python -m experiments reproduce experiment=diversity
     python -m experiments reproduce experiment=sweep launcher=joblib
 
-`make reproduce-diversity` calls it. The acts are experiments.generate, evaluate, tabulate, plot and check, with the
-same plan, in one process that imports what they share once. What is there already is not made again. All that
-would stop a later act is listed before the first image.
+`make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
+one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
+image.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -18,14 +18,14 @@ import importlib
 from experiments import check
 from experiments.plan import Plan
 
-ACTS = ("generate", "evaluate", "tabulate", "plot", "check")
+STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
 
 
 def main(argv: list[str]) -> int:
     plan = Plan.of(argv)
-    acts = [importlib.import_module(f"experiments.{name}") for name in ACTS]  # all before the first of them begins
+    stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one
-    for act in acts:
-        if code := act.main(argv, plan):
+    for stage in stages:
+        if code := stage.main(argv, plan):
             return code
     return 0

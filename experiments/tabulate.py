@@ -1,12 +1,12 @@
-"""Act 3: the JSONs of an experiment's runs become its table: CSV (one row a number), Markdown and LaTeX.
+"""Make an experiment's table of the scores of its runs: a CSV, one row per number, and the same as Markdown.
 
     python -m experiments tabulate experiment=diversity
     python -m experiments tabulate --against random_match experiment=ablate_matching
 
 The overrides are those of `experiments.generate`, or plan=FILE, which it wrote. Rows of models that are not among
 them stay as they are in the CSV.
-With --against METHOD, all methods are paired with that one instead of the run without any, and only a page is written,
-`<results>/<experiment>_against_<method>.md`.
+With --against METHOD, all methods are paired with that one instead of the baseline, and only a page is written,
+`<results>/<experiment>/against_<method>.md`. With style=paper, `paper/table.tex` is written too.
 
 An experiment declares primary metrics of what it is for and of what that may cost: they are tested, corrected for their
 number, and make the main table and the findings. All other metrics are described, with intervals, in a table below.
@@ -21,6 +21,7 @@ import argparse
 import functools
 import io
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,17 +43,46 @@ from experiments.runs.identity import code_digest
 from experiments.runs.metrics import check_table, primary_metrics
 from experiments.runs.store import Run
 from experiments.tables import columns
+from experiments.tables.groups import GROUPS, group_rows, put_groups
 from experiments.tables.pages import paper_table, render_against, render_latex, render_markdown
+from experiments.tables.paths import TABLE
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Score:
+    """A number of the table: what a metric found in a run, and in the run that it is paired with.
+
+    Attributes:
+        spec, run: whose images were measured.
+        metric: its name.
+        role: what the metric is primary for, or None.
+        document: what was found.
+        reference: the same of the run it is paired with; None: there is no such run.
+        statistics: what the method's log keeps of every group that has images.
+    """
+
+    spec: RunSpec
+    run: Run
+    metric: str
+    role: str | None
+    document: dict[str, Any]
+    reference: dict[str, Any] | None
+    statistics: list[dict[str, Any]]
+
+
 def rows_of_runs(plan: Plan, against: str | None = None) -> list[dict[str, Any]]:
-    """Return one row for every run and metric, each with its paired difference to the run without a method.
+    """Return one row for every run and metric, each with its paired difference to the baseline; see `read_scores`."""
+    return [row_of(score) for score in read_scores(plan, against)]
+
+
+def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
+    """Read the scores of a plan's runs.
 
     Args:
         plan: each of its runs is paired with its baseline.
-        against: name of the method whose run stands in that one's place; the rows are then of the primary metrics.
+        against: name of the method whose run takes the baseline's place; only primary metrics are then read.
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
@@ -63,27 +93,30 @@ def rows_of_runs(plan: Plan, against: str | None = None) -> list[dict[str, Any]]
         check_table(spec.cfg)  # before anything is read
     runs = {Run.of(spec): spec for spec in plan.runs}  # equal settings are one run
     others = _paired_with(plan, against, runs) if against else {}
-    rows = []
-    images = functools.cache(lambda run: ImageSet.open(run.folder))  # whose files are looked at once
+    images = functools.cache(lambda run: ImageSet.open(run.folder))  # which hashes the files once
+    scores = []
     for run, spec in runs.items():
         baseline = others.get(spec.baseline) if against else Run.of(spec.baseline)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {spec.label}")
-        for what in ("weights", "machine"):
-            ours, theirs = run.identity[what], baseline.identity[what]
-            if ours != theirs:
-                raise ValueError(
-                    f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {what}, got "
-                    f"{ours} and {theirs}: generate both on one machine"
-                )
-        tested = primary_metrics(spec.cfg)
+        _check_alike(run, baseline)
+        roles, statistics = primary_metrics(spec.cfg), run.statistics()
         for name, metric in configured_metrics(spec):
-            if name in tested or not against:
+            if name in roles or not against:
                 reference = None if baseline == run else find_document(images(baseline), name, metric)
                 document = find_document(images(run), name, metric)
-                code = code_digest(spec.settings, run.identity["weights"], document["version"])
-                rows.append({**row_of(spec.cfg, run, name, tested.get(name), document, reference), "code": code})
-    return rows
+                scores.append(Score(spec, run, name, roles.get(name), document, reference, statistics))
+    return scores
+
+
+def _check_alike(run: Run, baseline: Run) -> None:
+    for part in ("weights", "machine"):
+        ours, theirs = run.identity[part], baseline.identity[part]
+        if ours != theirs:
+            raise ValueError(
+                f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {part}, got "
+                f"{ours} and {theirs}: generate both on one machine"
+            )
 
 
 def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[RunSpec, Run]:
@@ -99,14 +132,9 @@ def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[Run
     return others
 
 
-def row_of(
-    cfg: DictConfig, run: Run, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return a run's row of the metric `name`, compared with `reference`, the document of the run it is paired with.
-
-    Args:
-        role: what the metric is primary for, if anything.
-    """
+def row_of(score: Score) -> dict[str, Any]:
+    """Return the row of a score in the table."""
+    cfg, run, document = score.spec.cfg, score.run, score.document
     value, low, high = interval_of(document, **cfg.bootstrap)
     settings = run.identity["request"]["method"]["settings"]
     call = {
@@ -115,35 +143,37 @@ def row_of(
         "steps": cfg.model.call.num_inference_steps,
     }
     call |= {name: settings[name] for name in call if name in settings}  # a method's own goes before
-    own = {name: cell for setting in catalogue.settings() for name, cell in setting.cells(settings).items()}
-    statistics = run.statistics()
-    compared = sum(group.get("tokens_compared", 0) for group in statistics)
+    cells = {name: cell for setting in catalogue.settings() for name, cell in setting.cells(settings).items()}
+    compared = sum(group.get("tokens_compared", 0) for group in score.statistics)
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
         "method": cfg.method.name,
-        **own,
+        **cells,
         **call,
-        "metric": name,
+        "metric": score.metric,
         "encoder": document["encoder"]["id"],
-        "primary": role,
+        "primary": score.role,
         "higher_is_better": document["higher_is_better"],
         "value": value,
         "ci_low": low,
         "ci_high": high,
-        **({} if reference is None else comparison(cfg, name, role, document, reference)),
+        **({} if score.reference is None else comparison(cfg, score.metric, score.role, document, score.reference)),
         "n_units": n_units(document, cfg.bootstrap.cluster),
         "n_groups": document["n_groups"],
         "n_images": document["n_images"],
         "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
-        "pushed_share": sum(group.get("tokens_pushed", 0) for group in statistics) / compared if compared else None,
+        "pushed_share": sum(group.get("tokens_pushed", 0) for group in score.statistics) / compared
+        if compared
+        else None,
         # Only where asked for: a rerun gives every other number again, to the last digit.
         "seconds": (
-            median(group["seconds"] for group in statistics) / cfg.prompts.images_per_prompt
-            if flag(cfg, "report_seconds") and statistics
+            median(group["seconds"] for group in score.statistics) / cfg.prompts.images_per_prompt
+            if flag(cfg, "report_seconds") and score.statistics
             else None
         ),
         "run_id": run.id,
+        "code": code_digest(score.spec.settings, run.identity["weights"], document["version"]),
         "commit": run.environment["commit"],
         "device": run.identity["machine"]["device"],
     }
@@ -235,23 +265,29 @@ def _correct(frame: pd.DataFrame) -> None:
 
 
 def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>.csv`, `.md` and `.tex` for the runs of a plan.
+    """Write `table.csv`, `table.md` and `groups.csv.gz` of a plan's runs into `<results>/<experiment>/`.
+
+    With style=paper, `paper/table.tex` too.
 
     Returns:
         The table with all rows that were in it before, and the Markdown.
     """
-    path = plan.results / f"{plan.name}.csv"
-    merge_rows(path, rows_of_runs(plan))
+    path, scores = plan.result_file(), read_scores(plan)
+    rows = [row_of(score) for score in scores]
+    merge_rows(path, rows)
+    groups = [entry for row, score in zip(rows, scores, strict=True) for entry in group_rows(row, score.document)]
     with columns.lock(path):
         frame = columns.whole(columns.read_csv(path))  # another process may have merged its rows meanwhile
+        put_groups(plan.result_file(GROUPS), groups, frame)
         page = render_markdown(frame, plan.cfg.description, paper_table(plan.name))
         write_text(path.with_suffix(".md"), page)
-        write_text(path.with_suffix(".tex"), render_latex(frame))
+        if plan.cfg.style == "paper":
+            write_text(path.parent / "paper" / "table.tex", render_latex(frame))
     return frame, page
 
 
 def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
-    """Write `<results>/<experiment>_against_<method>.md`: all methods of a plan paired with the method `against`.
+    """Write `<results>/<experiment>/against_<method>.md`: all methods of a plan paired with the method `against`.
 
     Returns:
         The rows, in full precision, and the Markdown.
@@ -259,7 +295,7 @@ def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
     frame = pd.DataFrame(rows_of_runs(plan, against), columns=columns.COLUMNS)
     _correct(frame)
     page = render_against(frame, against)
-    write_text(plan.results / f"{plan.name}_against_{against}.md", page)
+    write_text(plan.result_file(f"against_{against}.md"), page)
     return frame, page
 
 
@@ -269,5 +305,5 @@ def main(argv: list[str], plan: Plan | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     plan, against = plan or Plan.of(overrides), arguments.against
     print((write_comparison(plan, against) if against else write_table(plan))[1])
-    for ending in (f"_against_{against}.md",) if against else (".csv", ".md", ".tex"):
-        print(plan.results / f"{plan.name}{ending}")
+    for name in [f"against_{against}.md"] if against else [TABLE, "table.md", GROUPS]:
+        print(plan.result_file(name))

@@ -130,7 +130,10 @@ def tabulated():
         runs = [Run.of(spec) for spec in plan.runs]
         # Whoever commits while this runs changes nothing that is tested here.
         commits = "|".join(re.escape(run.environment["commit"]) for run in runs)
-        files = {path.name: re.sub(commits, "commit", path.read_text()) for path in sorted(plan.results.iterdir())}
+        files = {
+            path.name: re.sub(commits, "commit", path.read_text())
+            for path in sorted(plan.result_file().parent.glob("table.*"))
+        }
         images = [(run.folder / row.path).read_bytes() for run in runs for row in read_manifest(run.folder)]
         return files, images
 

@@ -111,7 +111,7 @@ def test_what_is_added_runs_and_stands_in_the_table(tmp_path, tiny_overrides):
     assert named == [[model, method] for model in models for method in names]
     first, second, third, fourth = apart  # two images of both mini models, and their first is that without a method
     assert max(first, third) < 1 and min(second, fourth) > 2, "the first is off by rounding at most"
-    frame = pd.read_csv(folder / "results" / "candidates.csv").set_index(["method", "metric"])
+    frame = pd.read_csv(folder / "results" / "candidates" / "table.csv").set_index(["method", "metric"])
     assert (frame.loc["farthest_first", "candidates"] == 3).all() and frame.loc["none", "candidates"].isna().all()
     values, images = {}, {}
     for method in ("none", "farthest_first"):

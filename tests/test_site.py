@@ -64,7 +64,7 @@ def test_the_site_is_built_without_a_warning_and_is_all_there(tmp_path):
         assert [url for url in near if not (page.parent / url).exists()] == [], page
     sheets = "".join(sheet.read_text(encoding="utf-8") for sheet in tmp_path.rglob("*.css"))
     assert re.findall(r"url\(['\"]?(https?:[^)]*)", sheets) == []
-    table = tmp_path / "results" / "diversity.csv"
-    assert table.read_bytes() == (ROOT / "results" / "diversity.csv").read_bytes()
+    table = tmp_path / "results" / "diversity" / "table.csv"
+    assert table.read_bytes() == (ROOT / "results" / "diversity" / "table.csv").read_bytes()
     found = {entry["title"] for entry in json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]}
     assert any("negative_merge" in title for title in found) and "The first ten minutes" in found

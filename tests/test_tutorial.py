@@ -70,8 +70,8 @@ def test_its_sweep_makes_its_table(folder):
     (sweep,) = [line for line in COMMANDS if "experiments reproduce" in line]
     done = run(sweep, folder, f"outputs={folder / 'outputs'}", "device=cpu")
     assert done.returncode == 0, done.stderr
-    assert (folder / "outputs" / "results" / "first.md").is_file()
-    table = pd.read_csv(folder / "outputs" / "results" / "first.csv")
+    assert (folder / "outputs" / "results" / "first" / "table.md").is_file()
+    table = pd.read_csv(folder / "outputs" / "results" / "first" / "table.csv")
     table = table[table["metric"] == "pairwise_distance"]
     assert sorted(table["alpha"].dropna()) == [0.9, 1.8] and list(table["method"]).count("none") == 1
     assert (table["n_images"] == 8).all() and table["difference"].notna().sum() == 2

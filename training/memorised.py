@@ -33,7 +33,7 @@ from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import project_path
-from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
 from experiments.plan import expand
@@ -175,11 +175,11 @@ def render_page(table: pd.DataFrame, values: pd.DataFrame, picture: str) -> str:
 Drawn = dict[str, list[tuple[Request, Image.Image, Path]]]
 
 
-def draw_sheet(drawn: Drawn) -> Sheet:
+def draw_sheet(drawn: Drawn) -> ImageGrid:
     """Return a sheet of the characters: for each model and sort an image and its nearest artwork."""
     pairs = {(column, request.name): [image, path] for column, rows in drawn.items() for request, image, path in rows}
     rows = [(name, [pairs[column, name] for column in drawn]) for name in protected.CHARACTERS]
-    return contact_sheet(list(drawn), rows, tile=64)
+    return image_grid(list(drawn), rows, tile=64)
 
 
 def draw_with(model: str) -> tuple[list[dict], Drawn]:
@@ -215,11 +215,11 @@ def measure_models(out: Path) -> None:
         results = list(pool.map(draw_with, MODELS))
     values = pd.DataFrame([row for rows, _ in results for row in rows])
     drawn = {column: entries for _, columns in results for column, entries in columns.items()}
-    table, out = tabulate(values), project_path(out)
-    write_text(out / "memorised.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "memorised_by_character.csv", by_character(values).to_csv(index=False, lineterminator="\n"))
-    picture, _ = save(draw_sheet(drawn), out / "memorised")
+    table, out = tabulate(values), project_path(out) / "memorised"
+    write_text(out / "table.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(out / "by_character.csv", by_character(values).to_csv(index=False, lineterminator="\n"))
+    picture, _ = save(draw_sheet(drawn), out / "images")
     page = render_page(table, values, picture.name)
-    print(page, write_text(out / "memorised.md", page), sep="\n")
+    print(page, write_text(out / "table.md", page), sep="\n")
     if strangers := unknown(values):
         print(f"not known by heart, to be taken out of conf/characters/: {', '.join(strangers)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import pixels
 from training import taxonomy
 
@@ -24,7 +24,7 @@ def sheet(
     categories: Sequence[str],
     scales: Sequence[float] = SCALES,
     images: int = 4,
-) -> Sheet:
+) -> ImageGrid:
     """Draw every category at every scale of guidance, from the seeds 0, 1, ...: nothing is chosen."""
     rows = []
     for name in categories:
@@ -34,7 +34,7 @@ def sheet(
             call = settings | {"guidance_scale": scale, "num_images_per_prompt": images, "generator": generators}
             blocks.append(pipe(f"{taxonomy.TEMPLATES[0]} {name}", **call).images)
         rows.append((name, blocks))
-    return contact_sheet([f"guidance scale {scale:g}" for scale in scales], rows)
+    return image_grid([f"guidance scale {scale:g}" for scale in scales], rows)
 
 
 def draw_samples(models: Path) -> None:

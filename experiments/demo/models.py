@@ -14,11 +14,12 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json
-from experiments import PROJECT, chosen_file, project_path, select_device
+from experiments import PROJECT, project_path, select_device
 from experiments.configs import build
 from experiments.methods.method import Method
 from experiments.plan import first
 from experiments.runs import catalogue, checkpoints
+from experiments.tables.paths import chosen_file
 from negtome import NegToMeConfig
 
 #: In every checkout; replaces a model whose weights are missing.
@@ -98,7 +99,7 @@ class Model:
         titles = {}
         for name, entry in catalogue.entries().items():
             spec = OmegaConf.load(PROJECT / "conf" / "method" / f"{name}.yaml")
-            grid = OmegaConf.select(spec, "about.knob.values") or {}
+            grid = OmegaConf.select(spec, "metadata.hyperparameter.values") or {}
             if {self.base, f"mini-{self.cfg.architecture}"} & grid.keys() or name == "negtome_released":
                 titles[name] = entry.title
         return {"negtome": catalogue.entries()["negtome"].title} | titles
@@ -108,7 +109,7 @@ class Model:
 def _setup(base: str, name: str) -> Setup:
     with _composing:
         cfg = first([f"model={base}", f"method={name}"])
-    knob = OmegaConf.select(cfg, "method.about.knob")
+    knob = OmegaConf.select(cfg, "method.metadata.hyperparameter")
     if knob is None:
         return Setup((), "")
     setting, without_effect = knob.setting, knob.get("nothing")

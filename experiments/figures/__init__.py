@@ -1,7 +1,7 @@
 """Figures, each from an experiment's CSV alone, and sheets of images.
 
 `tradeoff` and `forest` are for single settings, `ablation` for one that was swept, `heat_map` and `pareto` for a grid;
-`fronts` for many methods. `called_for` chooses among them. `contact_sheet` sets images side by side.
+`fronts` for many methods. `figures_for` chooses among them. `image_grid` sets images side by side.
 """
 
 import pandas as pd
@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 
 from experiments.figures.comparisons import ablation, forest, heat_map, pareto, tradeoff
 from experiments.figures.fronts import fronts
-from experiments.figures.sheet import contact_sheet
-from experiments.tables.columns import of_model, primary_pair, swept_settings, with_window, words
+from experiments.figures.image_grid import image_grid
+from experiments.tables.columns import filter_model, humanize, primary_pair, swept_settings, with_window
 
-__all__ = ["ablation", "called_for", "contact_sheet", "forest", "fronts", "heat_map", "pareto", "tradeoff"]
+__all__ = ["ablation", "figures_for", "forest", "fronts", "heat_map", "image_grid", "pareto", "tradeoff"]
 
 #: More methods than these are drawn together, and not setting by setting.
 MANY = 6
 
 
-def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
+def figures_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     """Draw what an experiment's table calls for.
 
     Many methods give their fronts. A grid of two settings gives heat maps and Pareto fronts, one swept setting curves
@@ -34,38 +34,39 @@ def called_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     Raises:
         ValueError: no metrics are marked.
     """
-    claim, quality = pair = primary_pair(frame)
+    primary_metric, quality = pair = primary_pair(frame)
     methods = frame[frame["method"] != "none"]
     swept = {model: swept_settings(methods[methods["model"] == model]) for model in frame["model"].unique()}
     drawn: dict[str, tuple[Figure, str]] = {}
     many = {model for model in swept if methods.loc[methods["model"] == model, "method"].nunique() > MANY}
     if not any(swept.values()) and not many:
-        what = f"{words(claim)} against {words(quality)} of every method, one panel a model, with 95 % intervals"
+        names = f"{humanize(primary_metric)} against {humanize(quality)}"
+        what = f"{names} of every method, one panel a model, with 95 % intervals"
         drawn["tradeoff"] = (tradeoff(frame, *pair), what)
     for model, names in swept.items():
-        part = of_model(frame, model)
+        part = filter_model(frame, model)
         if not part["difference"].notna().any():
             continue
         if model in many:
             what = (
-                f"{model}: every method's paired differences in {words(claim)} against what they cost, each over its "
-                "own setting, with 95 % intervals of those on the front"
+                f"{model}: every method's paired differences in {humanize(primary_metric)} against what they cost, "
+                "each over its own setting, with 95 % intervals of those on the front"
             )
             drawn[f"fronts_{model}"] = (fronts(frame, *pair, model), what)
             continue
-        over = _grid(part[part["metric"] == claim], names)
+        over = _grid(part[part["metric"] == primary_metric], names)
         for metric in pair if over else ():
-            what = f"{model}: paired difference in {words(metric)} over {' and '.join(over)}, one panel a window"
+            what = f"{model}: paired difference in {humanize(metric)} over {' and '.join(over)}, one panel a window"
             drawn[f"heat_map_{metric}_{model}"] = (heat_map(frame, metric, model, over), what)
         for metric in pair if len(names) == 1 else ():
-            what = f"{model}: paired difference in {words(metric)} over {words(names[0])}, with 95 % intervals"
+            what = f"{model}: paired difference in {humanize(metric)} over {humanize(names[0])}, with 95 % intervals"
             drawn[f"ablation_{metric}_{model}"] = (ablation(frame, metric, names[0], model), what)
             if part.loc[part["method"] == "none", "run_id"].nunique() > 1:
-                what = f"{model}: {words(metric)} over {words(names[0])} of every method, with 95 % intervals"
+                what = f"{model}: {humanize(metric)} over {humanize(names[0])} of every method, with 95 % intervals"
                 drawn[f"values_{metric}_{model}"] = (ablation(frame, metric, names[0], model, paired=False), what)
         if len(names) > 1:
             what = (
-                f"{model}: every setting's paired differences in {words(claim)} and {words(quality)}, "
+                f"{model}: every setting's paired differences in {humanize(primary_metric)} and {humanize(quality)}, "
                 "and the front of those that are never beaten"
             )
             drawn[f"pareto_{model}"] = (pareto(frame, *pair, model), what)

@@ -4,7 +4,7 @@
     python -m experiments applications model=flux-dev applications.interpolation.reference=cat.png
 
 Every application of conf/applications/ is one prompt, one reference and a row of strengths; the first noise of every
-row is the same. Writes `<results>/applications_<name>_<model>.webp` and `.pdf`. These are pictures to look at, not
+row is the same. Writes `<results>/applications/<name>_<model>.webp`. These are pictures to look at, not
 measurements.
 """
 
@@ -26,11 +26,12 @@ import negtome
 from eval.images import blurred, load_picture
 from experiments import project_path, select_device
 from experiments.configs import build, flag
-from experiments.figures.sheet import Sheet, contact_sheet
+from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
 from experiments.plan import expand
 from experiments.runs import checkpoints
+from experiments.tables.paths import result_file
 
 #: Sides of an image from which a mask may take its half.
 HALVES = ("left", "right", "top", "bottom")
@@ -48,7 +49,7 @@ def draw(
     blur: float = 0.0,
     mask: str | None = None,
     seeds: Sequence[int] = (0, 1),
-) -> Sheet:
+) -> ImageGrid:
     """Return the sheet of one use: for each seed the reference, the image without it, and one for each alpha.
 
     Args:
@@ -88,7 +89,7 @@ def draw(
             with negtome.attach(pipe, config.replace(alpha=alpha), references=given):
                 images.append(generated(seed))
         rows.append((f"{description}; seed {seed}", [[image] for image in images]))
-    return contact_sheet(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
+    return image_grid(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
 
 
 def _half(side: str, width: int, height: int) -> torch.Tensor:
@@ -115,7 +116,7 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
     files = []
     for name, spec in OmegaConf.to_container(cfg.applications, resolve=True).items():
         sheet = draw(pipe, dict(cfg.model.call), method.config, **spec)
-        files += save(sheet, project_path(cfg.results) / f"applications_{name}_{cfg.model.name}")
+        files.append(save(sheet, result_file(cfg.results, "applications", f"{name}_{cfg.model.name}")))
     return files
 
 

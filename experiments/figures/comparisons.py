@@ -18,51 +18,51 @@ from experiments.tables.columns import (
     SETTING,
     UNSET,
     direction,
-    of_model,
-    some_of,
-    spelled,
+    filter_model,
+    format_setting,
+    humanize,
+    require_rows,
     swept_settings,
     with_window,
-    words,
 )
 from experiments.tables.pages import arrow, change, is_clear, run_labels
-from experiments.tables.selection import chosen_run, differences, pareto_front
+from experiments.tables.selection import differences, pareto_front, select_run
 
 #: Better and worse: blue and red, white where nothing changed.
 DIVERGING = "RdBu"
 
 
 @style.styled
-def tradeoff(frame: pd.DataFrame, claim: str = "pairwise_distance", quality: str = "clip_score") -> Figure:
+def tradeoff(frame: pd.DataFrame, primary_metric: str = "pairwise_distance", quality: str = "clip_score") -> Figure:
     """Draw what a method is for against quality, one panel a model, crosses for the 95 % intervals.
 
     Args:
-        claim: metric on the x axis, such as the experiment's primary one of diversity.
+        primary_metric: metric on the x axis, such as the experiment's primary one of diversity.
         quality: metric on the y axis.
 
     Raises:
         ValueError: the table has no such metric.
     """
-    for metric in (claim, quality):
+    for metric in (primary_metric, quality):
         direction(frame, metric)
     # The suites hold more metrics, by other encoders and of other units; none of that belongs to this figure.
-    frame = frame[frame["metric"].isin([claim, quality]) & frame["value"].notna()]
+    frame = frame[frame["metric"].isin([primary_metric, quality]) & frame["value"].notna()]
     models, methods = list(frame["model"].unique()), list(frame["method"].unique())
     figure, axes = style.panels(len(models), 4.2, 3.6)
     for axis, model in zip(axes, models, strict=True):
         part = frame[frame["model"] == model]
         for _, rows in part.groupby("run_id", sort=False):
             points = rows.drop_duplicates("metric").set_index("metric")  # the first encoder's
-            if claim not in points.index or quality not in points.index:
+            if primary_metric not in points.index or quality not in points.index:
                 continue
-            x, y, method = points.loc[claim], points.loc[quality], rows["method"].iloc[0]
+            x, y, method = points.loc[primary_metric], points.loc[quality], rows["method"].iloc[0]
             axis.errorbar(
                 x["value"], y["value"], xerr=style.errors(x, "value"), yerr=style.errors(y, "value"), linestyle="none",
                 label=style.title(method, method), **style.look(method, methods),
             )  # fmt: skip
         count = f"n = {part['n_groups'].iloc[0]} groups"
         axis.set_title(f"{model} ({count})")
-        style.name_axes(axis, style.named(frame, claim), style.named(frame, quality))
+        style.name_axes(axis, style.named(frame, primary_metric), style.named(frame, quality))
         axis.grid()
     style.legend_below(figure, *axes)
     style.head(figure, f"Scored by {', '.join(frame['encoder'].unique())}; bars: 95 % intervals")
@@ -75,8 +75,8 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
 
     Right is better. Every metric has its own scale, that of its largest interval: the numbers stand beside.
     """
-    part = of_model(frame, model)
-    part = some_of(part[part["difference"].notna()], model, "a paired difference")
+    part = filter_model(frame, model)
+    part = require_rows(part[part["difference"].notna()], model, "a paired difference")
     labels, methods = run_labels(frame), list(frame["method"].unique())
     runs = part.drop_duplicates("run_id").set_index("run_id")["method"]
     metrics = list(part["metric"].unique())
@@ -92,7 +92,7 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
         scale = rows[DIFFERENCE].abs().max(axis=None) or 1.0
         spare = max(least - len(rows), 0) / 2
         place += spare
-        name = f"{words(metric)} ({arrow(rows.iloc[0])})"
+        name = f"{humanize(metric)} ({arrow(rows.iloc[0])})"
         name = style.wrapped(name, figure.get_figwidth() / 3)
         ticks.append((place + (len(rows) - 1) / 2, name, "bold" if rows["primary"].notna().any() else "normal"))
         for _, row in rows.iterrows():
@@ -131,7 +131,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
             or `window` for t_high and t_low together. Numbers make curves, anything else points side by side.
         paired: whether the paired difference to the run without a method is drawn, or the value itself.
     """
-    part = with_window(of_model(frame, model, metric))
+    part = with_window(filter_model(frame, model, metric))
     part = part.sort_values(["t_high", "t_low"], ascending=False, kind="stable", na_position="first")
     if over not in part:
         raise ValueError(f"expected a setting of the table ({', '.join(SETTING)}) or window, got {over!r}")
@@ -141,7 +141,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     # Without a method there is no choice of the method's settings: the value is one level under all of them.
     level = part[without & (part[over].isna() | (over == "window"))]
     moved = part[part[value].notna() & ~(without & paired) & ~part.index.isin(level.index)]
-    some_of(moved, model, f"a {value} of {metric}")
+    require_rows(moved, model, f"a {value} of {metric}")
     others = [name for name in swept_settings(moved) if name != over]
     if over not in ("method", "matching") and moved["method"].nunique() > 1:
         others.insert(0, "method")
@@ -158,7 +158,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
             axis.fill_between(rows[over], rows[low], rows[high], alpha=0.15, linewidth=0, color=drawn["color"])
         else:
             shift = (number - (len(groups) - 1) / 2) * min(0.5 / len(groups), 0.15) if others else 0
-            x = rows[over].map(lambda choice: places[spelled(choice, UNSET)]) + shift
+            x = rows[over].map(lambda choice: places[format_setting(choice, UNSET)]) + shift
             axis.errorbar(x, rows[value], yerr=style.errors(rows, value), linestyle="none", **drawn)
     if paired:
         axis.axhline(0, color="black", linewidth=0.8)
@@ -167,7 +167,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
         axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
     noun = "paired differences to the same noises without" if paired else "values"
     style.entitle(axis, f"{model}: {noun}; 95 % intervals", figure.get_figwidth())
-    axis.set(xlabel=words(over), ylabel=style.named(frame, metric, paired, separator="\n"))
+    axis.set(xlabel=humanize(over), ylabel=style.named(frame, metric, paired, separator="\n"))
     if handles := style.labelled(axis):
         if others and style.fixed_width() is None:
             figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
@@ -183,9 +183,11 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
         figure, (axis,) = style.panels(1, 5.2 + room, 3.4)
         measured = sorted(choices.unique())
         if len(measured) <= 8:
-            axis.set_xticks(measured, map(spelled, measured))  # where it was measured, and nowhere else
+            axis.set_xticks(measured, map(format_setting, measured))  # where it was measured, and nowhere else
     else:
-        places = {name: place for place, name in enumerate(dict.fromkeys(spelled(choice, UNSET) for choice in choices))}
+        places = {
+            name: place for place, name in enumerate(dict.fromkeys(format_setting(choice, UNSET) for choice in choices))
+        }
         lines = [style.TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in places]
         letters = max(len(line) for text in lines for line in text.split("\n"))
         figure, (axis,) = style.panels(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
@@ -201,7 +203,9 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
 
 
 def _choice(setting: str, value: Any) -> str:
-    return style.TITLES.get(value, value) if setting == "method" else f"{words(setting)} {spelled(value, UNSET)}"
+    return (
+        style.TITLES.get(value, value) if setting == "method" else f"{humanize(setting)} {format_setting(value, UNSET)}"
+    )
 
 
 @style.styled
@@ -217,11 +221,11 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
         over: the settings of the rows and of the columns: columns of the CSV, or `window` for t_high and t_low
             together, which makes one panel.
     """
-    rows = with_window(of_model(frame, model, metric))
+    rows = with_window(filter_model(frame, model, metric))
     if missing := set(over) - set(rows):
         raise ValueError(f"expected two settings of the table or window, got {over}: it lacks {sorted(missing)}")
     rows = rows[rows[[*over]].notna().all(axis=1) & rows["difference"].notna()]
-    some_of(rows, model, f"a paired difference over {' and '.join(over)}")
+    require_rows(rows, model, f"a paired difference over {' and '.join(over)}")
     if rows.duplicated([*over, "window"]).any():
         raise ValueError(
             f"expected one run for every {', '.join(dict.fromkeys([*over, 'window']))}, got several: choose one method "
@@ -234,7 +238,7 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     down = down[::-1] if over[0] != "window" else down
     higher = direction(frame, metric)
     limit = rows["difference"].abs().max() or 1.0
-    names = [style.wrapped(name, 1.1) if style.fixed_width() else name for name in map(spelled, down)]
+    names = [style.wrapped(name, 1.1) if style.fixed_width() else name for name in map(format_setting, down)]
     figure, axes, broken = _heated(len(windows), len(across), names)
     for axis, window in zip(axes, windows, strict=True):
         here = rows[(rows["window"] == window) | (window is None)]
@@ -248,12 +252,12 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
                 ha="center", va="center", fontsize="small", fontweight="bold" if is_clear(row) else "normal",
                 color="white" if abs(row["difference"]) > 0.62 * limit else "black",
             )  # fmt: skip
-        axis.set_xticks(range(len(across)), map(spelled, across))
+        axis.set_xticks(range(len(across)), map(format_setting, across))
         axis.set_yticks(range(len(down)), names)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        axis.set(title=f"timesteps {window}" if window else "", xlabel=words(over[1]))
-        axis.set_ylabel(words(over[0]) if axis.get_subplotspec().is_first_col() else "")
+        axis.set(title=f"timesteps {window}" if window else "", xlabel=humanize(over[1]))
+        axis.set_ylabel(humanize(over[0]) if axis.get_subplotspec().is_first_col() else "")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("" if higher is None else "blue: better")
@@ -287,14 +291,17 @@ def _heated(windows: int, cells: int, names: list[str]) -> tuple[Figure, list[Ax
 
 
 @style.styled
-def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
-    """Draw what every setting does for a claim against what it costs in quality, and the front of those never beaten.
+def pareto(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> Figure:
+    """Draw the gain of every setting against its loss of quality, and the Pareto front.
 
     Both as paired differences to the run without a method, which is the origin; crosses for the 95 % intervals; a star
-    for the setting that `experiments.tables.selection.chosen_run` names.
+    for the setting that `experiments.tables.selection.select_run` names.
     """
-    points = differences(frame, claim, quality, model)
-    front, chosen = pareto_front(frame, claim, quality, model), chosen_run(frame, claim, quality, model)
+    points = differences(frame, primary_metric, quality, model)
+    front, chosen = (
+        pareto_front(frame, primary_metric, quality, model),
+        select_run(frame, primary_metric, quality, model),
+    )
     labels, without = run_labels(frame), points["method"] == "none"
     mark = rcParams["lines.markersize"]
     # The legend names all of the front, beside it where there is room.
@@ -332,7 +339,7 @@ def pareto(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
             point["x"], point["y"], "*", color=style.COLOURS[2], markersize=2.8 * mark, markeredgecolor="black",
             markeredgewidth=0.5, zorder=3, label=f"chosen: {style.title(labels[chosen], point['method'], brief=True)}",
         )  # fmt: skip
-    style.name_axes(axis, style.named(frame, claim, paired=True), style.named(frame, quality, paired=True))
+    style.name_axes(axis, style.named(frame, primary_metric, paired=True), style.named(frame, quality, paired=True))
     axis.grid()
     labels_of_front = []
     for number, (run, point) in enumerate(named.iterrows(), start=1):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments.figures import style
 from experiments.figures.labels import Label, put_beside
-from experiments.tables.columns import of_model
+from experiments.tables.columns import filter_model
 from experiments.tables.selection import differences, pareto_front
 
 #: Beginnings of the names of metrics of whole sets of images, one of which gets a panel beside the primary one.
@@ -16,39 +16,41 @@ OF_SETS = ("frechet", "fid")
 
 
 @style.styled
-def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
-    """Draw what methods do for a claim against quality, a Frechet distance and seconds, as far as the table has them.
+def fronts(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> Figure:
+    """Draw the gain of many methods against quality, a Frechet distance and seconds, as far as the table has them.
 
     Every method is a path from nothing done through its settings, weakest first, with a number at its strongest and
     crosses for the 95 % intervals of what is on the front. A method keeps its number, colour and shape in all panels.
 
     Args:
         frame: an experiment's CSV, the runs of a method in the order of its settings.
-        claim: metric that the methods are to improve, on all x axes.
+        primary_metric: metric that the methods are to improve, on all x axes.
         quality: metric on the first panel's y axis.
         model: one of the CSV's models.
     """
-    part = of_model(frame, model)
+    part = filter_model(frame, model)
     compared = part[part["difference"].notna()]
     names = [name for name in compared["method"].unique() if name != "none"]
     of_sets = [name for name in compared["metric"].unique() if name.startswith(OF_SETS)][:1]
     costs = [quality, *of_sets, *(["seconds"] if part["seconds"].notna().any() else [])]
     # In colours: what is on the front, and what merges tokens.
-    shown = {*_front(frame, claim, quality, model), *part.loc[part["pushed_share"].notna(), "run_id"]}
+    shown = {*_front(frame, primary_metric, quality, model), *part.loc[part["pushed_share"].notna(), "run_id"]}
     looks = _looks(names, set(part.loc[part["run_id"].isin(shown), "method"]))
     figure, axes = style.panels(len(costs), 4.6, 4.0)
     ends = []
     for axis, cost in zip(axes, costs, strict=True):
         points = (
-            _with_seconds(frame, claim, quality, model) if cost == "seconds" else differences(frame, claim, cost, model)
+            _with_seconds(frame, primary_metric, quality, model)
+            if cost == "seconds"
+            else differences(frame, primary_metric, cost, model)
         )
-        front = _front(frame, claim, cost, model) if cost != "seconds" else []
+        front = _front(frame, primary_metric, cost, model) if cost != "seconds" else []
         ends.append(_paths(axis, points, front, names, looks))
         if cost != "seconds" and points["margin"].notna().any():
             bound = -points["margin"].max() * points["y_sign"].iloc[0]
             axis.axhline(bound, color="black", linestyle="--", linewidth=0.8, label="the margin of quality")
         y = "seconds an image, of this machine" if cost == "seconds" else style.named(frame, cost, True)
-        style.name_axes(axis, style.named(frame, claim, True), y)
+        style.name_axes(axis, style.named(frame, primary_metric, True), y)
         axis.grid()
     style.legend_below(figure, *axes[:1], size=7.5 / style.TEXT)
     style.head(figure, f"{model}: each method over its own setting")
@@ -57,11 +59,11 @@ def fronts(frame: pd.DataFrame, claim: str, quality: str, model: str) -> Figure:
     return figure
 
 
-def _front(frame: pd.DataFrame, claim: str, cost: str, model: str) -> list[str]:
+def _front(frame: pd.DataFrame, primary_metric: str, cost: str, model: str) -> list[str]:
     """Return the runs that no other one beats, without those that lose more than the cost's margin."""
-    points = differences(frame, claim, cost, model)
+    points = differences(frame, primary_metric, cost, model)
     lost = -points["y"] * points["y_sign"]
-    return [run for run in pareto_front(frame, claim, cost, model) if not lost[run] > points["margin"].max()]
+    return [run for run in pareto_front(frame, primary_metric, cost, model) if not lost[run] > points["margin"].max()]
 
 
 def _looks(names: list[str], best: set[str]) -> dict[str, dict]:
@@ -103,8 +105,8 @@ def _paths(axis: Axes, points: pd.DataFrame, front: list[str], names: list[str],
             if len(rows)]  # fmt: skip
 
 
-def _with_seconds(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd.DataFrame:
-    """Return the points of a claim with the runs' seconds an image as y."""
-    points = differences(frame, claim, quality, model)
-    seconds = of_model(frame, model, claim).drop_duplicates("run_id").set_index("run_id")["seconds"]
+def _with_seconds(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> pd.DataFrame:
+    """Return the points of the primary metric with the runs' seconds an image as y."""
+    points = differences(frame, primary_metric, quality, model)
+    seconds = filter_model(frame, model, primary_metric).drop_duplicates("run_id").set_index("run_id")["seconds"]
     return points.assign(y=seconds.reindex(points.index), y_low=np.nan, y_high=np.nan)

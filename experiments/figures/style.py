@@ -10,16 +10,18 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from eval.files import write_bytes
 from experiments.runs import catalogue
-from experiments.tables.columns import direction, words
+from experiments.tables.columns import direction, humanize
 
 #: How a method is called in figures where its name in tables is too terse.
 TITLES = {name: entry.title for name, entry in catalogue.entries().items()}
@@ -72,6 +74,8 @@ WIDTHS = (3.0, 20.0)
 KEPT = 0.6
 #: Kinds of files that figures are written as, and what would make them differ from day to day.
 METADATA: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+#: Key of the digest of a figure's inputs in a PNG.
+INPUTS = "inputs"
 #: How pictures are compressed: WebP without a visible loss, JPEG where WebP is not read.
 PICTURES: dict[str, dict[str, Any]] = {
     "png": {"optimize": True},
@@ -133,9 +137,9 @@ def fixed_width() -> float | None:
 class Drawing(Figure):
     """A figure that a notebook shows by itself: no pyplot, hence no state to close and no backend to choose."""
 
-    #: Files that are saved, the one to be looked at first.
-    kinds: ClassVar[tuple[str, ...]] = ("png", "pdf")
-    #: Dots of an inch in that.
+    #: Kind of file that is saved for the web.
+    kind: ClassVar[str] = "png"
+    #: Its dots per inch.
     dots: ClassVar[float] = STYLE["savefig.dpi"]
 
     def _repr_png_(self) -> bytes:
@@ -143,11 +147,12 @@ class Drawing(Figure):
 
 
 @styled
-def encode(figure: Drawing, kind: str, dots: float | None = None) -> bytes:
+def encode(figure: Drawing, kind: str, dots: float | None = None, inputs: str | None = None) -> bytes:
     """Return the figure as a file of `kind`, one of png, webp, jpeg, pdf and svg; equal figures give equal bytes.
 
     Args:
         dots: of an inch; None: the figure's own.
+        inputs: text that stands for what the figure shows, kept in the metadata of a PNG or WebP; see `save`.
     """
     file = io.BytesIO()
     if kind in METADATA and kind != "png":
@@ -156,8 +161,31 @@ def encode(figure: Drawing, kind: str, dots: float | None = None) -> bytes:
     drawn, picture = pixels(figure, dots), io.BytesIO()
     if kind == "png":  # of few colours, in half the bytes
         drawn = drawn.quantize(128)
-    drawn.save(picture, format=kind, **PICTURES[kind])
+    metadata = {}
+    if inputs is not None:
+        metadata = {"xmp": inputs.encode()} if kind == "webp" else {"pnginfo": PngInfo()}
+        if kind == "png":
+            metadata["pnginfo"].add_text(INPUTS, inputs)
+    drawn.save(picture, format=kind, **PICTURES[kind], **metadata)
     return picture.getvalue()
+
+
+def find_unchanged(path: Path, kind: str, inputs: str) -> Path | None:
+    """Return the file of a figure that was saved with the same `inputs` in this style, or None; see `save`."""
+    if _CURRENT.get()[0] != "web":
+        return None
+    file = path.with_name(f"{path.name}.{kind}")
+    try:
+        with Image.open(file) as image:
+            found = image.info.get(INPUTS, image.info.get("xmp"))
+    except (OSError, ValueError):  # no file, or no picture
+        return None
+    text = found.decode(errors="replace") if isinstance(found, bytes) else found
+    return file if text == _in_this_style(inputs) else None
+
+
+def _in_this_style(inputs: str) -> str:
+    return f"{inputs} {_CURRENT.get()[1]} {matplotlib.__version__}"
 
 
 @styled
@@ -168,18 +196,21 @@ def pixels(figure: Drawing, dots: float | None = None) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def save(figure: Drawing, path: Path) -> list[Path]:
-    """Write the figure as a file to be looked at and as a vector PDF; returns the two.
-
-    In the style of papers the PDF alone, in a folder `paper` beside.
+def save(figure: Drawing, path: Path, inputs: str | None = None) -> Path:
+    """Write a figure and return its file: a PNG or WebP, in the style of papers a PDF in the folder `paper` beside.
 
     Args:
         path: without a suffix.
+        inputs: digest of what the figure shows. A PNG or WebP with the same digest stays as it is.
     """
     name, _ = _CURRENT.get()
     if name == "web":
-        return [write_bytes(path.with_name(f"{path.name}.{kind}"), encode(figure, kind)) for kind in figure.kinds]
-    return [write_bytes(path.parent / name / f"{path.name}.pdf", encode(figure, "pdf"))]
+        file = path.with_name(f"{path.name}.{figure.kind}")
+        if inputs is None:
+            return write_bytes(file, encode(figure, figure.kind))
+        unchanged = find_unchanged(path, figure.kind, inputs)
+        return unchanged or write_bytes(file, encode(figure, figure.kind, inputs=_in_this_style(inputs)))
+    return write_bytes(path.parent / name / f"{path.name}.pdf", encode(figure, "pdf"))
 
 
 def panels(count: int, width: float, height: float, most: int | None = None) -> tuple[Drawing, list[Axes]]:
@@ -279,7 +310,7 @@ def name_axes(axis: Axes, x: str, y: str) -> None:
 def named(frame: pd.DataFrame, metric: str, paired: bool = False, separator: str = ", ") -> str:
     """Return what an axis says of a metric, or of its paired differences: its name, and which direction is better."""
     which = {True: "higher", False: "lower"}.get(direction(frame, metric), "neither")
-    return f"{'difference in ' if paired else ''}{words(metric)}{separator}{which} is better"
+    return f"{'difference in ' if paired else ''}{humanize(metric)}{separator}{which} is better"
 
 
 def errors(rows: pd.Series | pd.DataFrame, value: str) -> np.ndarray:

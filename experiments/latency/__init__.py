@@ -4,9 +4,9 @@
     python -m experiments latency experiment=latency latency.only=[sdxl-1024] force=true
 
 The configuration says what is measured (conf/experiment/latency.yaml), this folder how. Each case is one row a variant
-and window in `<results>/latency.csv`, written when the case is done; a case that is there already, of this device and
-these versions, is skipped. Tables and figures are made of the CSV; of the CSV as it is with latency.cases=false
-latency.curves=false.
+and window in `<results>/latency/table.csv`, written when the case is done; a case that is there already, of this
+device and these versions, is skipped. Tables and figures are made of the CSV; of the CSV as it is with
+latency.cases=false latency.curves=false.
 """
 
 import importlib

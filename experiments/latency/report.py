@@ -195,10 +195,11 @@ def pages(frame: pd.DataFrame, cfg: DictConfig) -> tuple[str, str]:
 
 
 def write(frame: pd.DataFrame, cfg: DictConfig, folder: Path) -> str:
-    """Write `<folder>/<name>.md`, `.tex` and the figures of the curves; return the Markdown, see `pages`."""
+    """Write `table.md` and the figures of the curves, with style=paper also LaTeX; return the Markdown of `pages`."""
     page, tex = pages(frame, cfg)
-    write_text(folder / f"{cfg.name}.md", page)
-    write_text(folder / f"{cfg.name}.tex", tex)
+    write_text(folder / "table.md", page)
+    if cfg.style == "paper":
+        write_text(folder / "paper" / "table.tex", tex)
     for model in curve_models(frame):
-        save(scaling(frame, model, cfg.latency.titles), folder / f"{cfg.name}_{model}")
+        save(scaling(frame, model, cfg.latency.titles), folder / model)
     return page

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import project_path, select_device, start_log
+from experiments import select_device, start_log
 from experiments.configs import flag
 from experiments.figures.style import using
 from experiments.latency import report
@@ -14,6 +14,7 @@ from experiments.latency.cases import composed, configured_cases
 from experiments.latency.measure import find_weights, measure, origin
 from experiments.latency.rows import COLUMNS, CONFIGURATION, SAME_CASE
 from experiments.tables.columns import put_rows, read_csv
+from experiments.tables.paths import result_file
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ def run(overrides: Sequence[str]) -> str:
     force = flag(cfg, "force")
     if flag(cfg, "offload"):
         raise ValueError("expected offload=false: transfers would be measured, not the method; choose a smaller batch.")
-    device, folder = select_device(cfg.device), project_path(cfg.results)
-    path = folder / f"{cfg.name}.csv"
+    device, path = select_device(cfg.device), result_file(cfg.results, cfg.name)
     for case in configured_cases(overrides):
         weights = find_weights(case.model, cfg.latency.weights)
         common, rows = origin(case, cfg, device, weights), read_rows(path)
@@ -46,7 +46,7 @@ def run(overrides: Sequence[str]) -> str:
         put_rows(path, measured, COLUMNS, CONFIGURATION, SAME_CASE)
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: let latency.cases or latency.curves be true.")
-    return report.write(read_rows(path), cfg, folder)
+    return report.write(read_rows(path), cfg, path.parent)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,4 +55,4 @@ def main(argv: Sequence[str]) -> None:
     cfg = composed(*argv)
     with using(cfg.style, cfg.width):
         print(run(argv))
-    print(*sorted(project_path(cfg.results).glob(f"{cfg.name}[._]*")), sep="\n")
+    print(*sorted(result_file(cfg.results, cfg.name).parent.glob("[!.]*")), sep="\n")

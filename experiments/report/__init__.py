@@ -80,8 +80,8 @@ def _sheet(models: list[str], results: Path, pictures: Pictures) -> dict[str, ob
     """Return an image grid of diversity, of the table's models or else as it is published."""
     grids = result_files(PROJECT / "results", "webp") | result_files(results, "png", "webp")
     for model in (*models, "mini-sdxl"):
-        if file := grids.get(f"diversity_grid_{model}"):
-            origin = "kept with the table" if file.parent == results else "published with this project"
+        if file := grids.get(f"diversity/grid_{model}"):
+            origin = "kept with the table" if results in file.parents else "published with this project"
             return pictures.copy(file, f"{model}: the same seeds without and with NegToMe, as {origin}")
     return None
 

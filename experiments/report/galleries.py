@@ -28,7 +28,7 @@ from experiments.report.pictures import Pictures, is_link, reduced
 from experiments.runs import catalogue
 from experiments.runs.store import RUNS, Run
 from experiments.tables import pages
-from experiments.tables.columns import CALL, ROLES, spelled, words
+from experiments.tables.columns import CALL, ROLES, format_setting, humanize
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def read_runs(frame: pd.DataFrame, outputs: Path) -> list[dict[str, Any]]:
         label = title(labels[run_id], row["method"])
         settings = {"model": model, "method": label, "run": run_id}
         settings |= {one.heading: one.text(row) for one in dict.fromkeys((*CALL, *catalogue.settings()))}
-        settings |= {column: spelled(row[column]) for column in ("device", "commit")}
+        settings |= {column: format_setting(row[column]) for column in ("device", "commit")}
         settings |= {package: environment.get(package, "") for package in PACKAGES}
         settings["folder of its images"] = state
         runs.append(
@@ -76,7 +76,7 @@ def _baseline(frame: pd.DataFrame, row: pd.Series) -> str | None:
         return None
     columns = ["model", *(column for setting in CALL for column in setting.columns)]
     baselines = frame[frame["method"] == "none"]
-    alike = baselines[columns].map(spelled).eq(row[columns].map(spelled)).all(axis=1)
+    alike = baselines[columns].map(format_setting).eq(row[columns].map(format_setting)).all(axis=1)
     return next(iter(baselines.loc[alike, "run_id"]), None)
 
 
@@ -169,7 +169,7 @@ def _strip(run: dict[str, Any], group: str, here: list[dict[str, Any]], pictures
         if before is not None:
             changes[metric] = values[group] - before
             text += f" ({changes[metric]:+.2g})"
-        scores.append({"label": words(metric), "text": text})
+        scores.append({"label": humanize(metric), "text": text})
     return {
         "title": run["title"], "method": run["method"], "baseline": baseline,
         "images": [pictures.tile(run["folder"] / row.path) for row in images],

@@ -7,7 +7,7 @@ import pandas as pd
 from experiments import PROJECT
 from experiments.safety.gate import read_gate
 from experiments.tables import pages
-from experiments.tables.columns import DIFFERENCE, ROLES, direction, primary_pair, words
+from experiments.tables.columns import DIFFERENCE, ROLES, direction, primary_pair, humanize
 
 #: Headlines by the experiment that they are read from: a title and the method; None: the released system of the gate.
 HEADLINES = {
@@ -74,7 +74,7 @@ def effect(row: pd.Series) -> dict[str, Any]:
     kind = {"more": "better" if is_better else "worse", "less": "better" if is_better else "worse"}.get(verdict, "")
     bounds = "" if verdict == "not estimable" else f"[{low:+.1f}, {high:+.1f}]"
     return {
-        "label": LABELS.get(row["metric"], words(row["metric"])), "middle": middle, "low": low, "high": high,
+        "label": LABELS.get(row["metric"], humanize(row["metric"])), "middle": middle, "low": low, "high": high,
         "text": f"{middle:+.1f} %", "bounds": bounds, "verdict": verdict, "kind": kind,
     }  # fmt: skip
 
@@ -111,5 +111,5 @@ def clearest(section: dict[str, Any]) -> dict[str, Any] | None:
     if not gains:
         return None
     best = max(gains, key=lambda one: one[gain_metric])
-    rule = f"the largest gain in {words(gain_metric)} at no loss of {words(quality_metric)}"
+    rule = f"the largest gain in {humanize(gain_metric)} at no loss of {humanize(quality_metric)}"
     return best | {"rule": rule, "n": len(candidates), "without": best["group"]["runs"][best["run"]["baseline"]]}

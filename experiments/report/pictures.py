@@ -22,7 +22,7 @@ TYPES = {"svg": "svg+xml"}
 
 
 def result_files(results: Path, *endings: str) -> dict[str, Path]:
-    """Return the files of a folder of results by name, such as diversity or diversity_grid_mini-flux.
+    """Return the files of a folder of results by name: `diversity` for a table or its page, `diversity/grid_mini-flux`.
 
     Links are left out and logged. All reading of paths in results/ goes through this function.
 
@@ -30,7 +30,11 @@ def result_files(results: Path, *endings: str) -> dict[str, Path]:
         results: the folder.
         endings: of the files' names, such as csv; of two files with one name, that with the later ending is taken.
     """
-    files = {file.stem: file for ending in endings for file in results.glob(f"*.{ending}")}
+    files = {}
+    for ending in endings:
+        for file in [*results.glob(f"*.{ending}"), *results.glob(f"*/*.{ending}")]:
+            name = file.relative_to(results).with_suffix("").as_posix().removesuffix("/table")
+            files[name] = file
     return {name: files[name] for name in sorted(files) if not is_link(files[name], results)}
 
 

@@ -1,7 +1,7 @@
-"""The sections of a page: one for each table of results, with the pages and figures whose names begin with its name."""
+"""The sections of a page: one for each table of results, with the pages and figures of its folder."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from experiments import PROJECT
-from experiments.figures import called_for
+from experiments.figures import figures_for
 from experiments.figures.style import encode
 from experiments.report.galleries import gallery, read_runs
 from experiments.report.markdown import read_page
 from experiments.report.pictures import Pictures, result_files
-from experiments.tables.columns import REQUIRED, commands, printed, read_csv, read_table, spelled
+from experiments.tables.columns import REQUIRED, commands, printed, read_csv, read_table, format_setting
 
 #: Chapters of the page and patterns of their sections' names; a section is in the first chapter that it fits.
 CHAPTERS = {
@@ -48,40 +48,32 @@ def read_sections(results: Path, outputs: Path, pictures: Pictures, groups: int)
     texts = {name: path for name, path in result_files(results, "md").items() if name not in APART}
     images = result_files(results, "png", "webp")
     experiments = {name for name, frame in tables.items() if is_experiment(name, frame)}
-    names = _section_names(tables.keys(), texts.keys(), experiments)
+    names = {_owner(name) for name in (*tables, *texts, *images)}
     sections = {name: new_section(name, tables.get(name)) for name in sorted(names)}
     shown = set()
     for name in sorted(experiments):
         _add_experiment(sections[name], results, outputs, images, pictures, groups)
-        shown |= {f"{name}_{figure['name']}" for figure in sections[name]["figures"]}
-        shown |= {f"{name}_grid_{model}" for model in sections[name]["models"]}
+        shown |= {f"{name}/{figure['name']}" for figure in sections[name]["figures"]}
+        shown |= {f"{name}/grid_{model}" for model in sections[name]["models"]}
     for name in texts.keys() - experiments:  # the page of an experiment repeats its table
         if page := read_page(texts[name]):
-            sections[_owner(name, names)]["pages"].append((name, page))
+            sections[_owner(name)]["pages"].append((name, page))
     for name in sorted(tables.keys() - experiments):
-        rows = tables[name].dropna(axis="columns", how="all").map(spelled)
+        rows = tables[name].dropna(axis="columns", how="all").map(format_setting)
         if not rows.empty:
-            sections[_owner(name, names)]["tables"].append((name, rows))
+            sections[_owner(name)]["tables"].append((name, rows))
     for name in images.keys() - shown:
-        owner = _owner(name, names) or name.partition("_")[0]
         figure = pictures.copy(images[name], f"{name}: an image that was kept with the table")
-        sections.setdefault(owner, new_section(owner))["figures"].append(figure)
+        sections[_owner(name)]["figures"].append(figure)
     for section in sections.values():
         section["pages"].sort()
         section["figures"].sort(key=lambda figure: (not figure["name"], figure["alt"] if not figure["name"] else ""))
     return {name: section for name, section in sections.items() if has_content(section)}
 
 
-def _section_names(tables: Iterable[str], texts: Iterable[str], experiments: set[str]) -> set[str]:
-    """Return the names of sections: a table or page whose name begins with another section's belongs to that."""
-    independent = experiments | set(texts)
-    names = {name for name in tables if name in independent or not _owner(name, independent - {name})}
-    return names | {name for name in texts if not _owner(name, names - {name})}
-
-
-def _owner(name: str, names: Iterable[str]) -> str:
-    """Return the section of a file: its own name, else the longest one that its name begins with, else ""."""
-    return max((one for one in names if name == one or name.startswith(f"{one}_")), key=len, default="")
+def _owner(name: str) -> str:
+    """Return the section of a file: the name of its folder, or its own where it lies in none."""
+    return name.partition("/")[0]
 
 
 def is_experiment(name: str, frame: pd.DataFrame) -> bool:
@@ -115,13 +107,13 @@ def _add_experiment(
     runs = read_runs(frame, outputs)
     section["runs_here"] = f"{sum(run['manifest'] is not None for run in runs)} of {len(runs)}"
     section["settings"] = printed(run["settings"] for run in runs)
-    for key, (figure, alt) in called_for(frame).items():
+    for key, (figure, alt) in figures_for(frame).items():
         size = 96 * figure.get_size_inches()
         section["figures"].append(pictures.figure(encode(figure, "svg"), "svg", size, alt, key))
     section["galleries"] = []
     for model in section["models"]:
         of_model = [run for run in runs if run["model"] == model]
-        sheet = images.get(f"{name}_grid_{model}")
+        sheet = images.get(f"{name}/grid_{model}")
         section["galleries"].append(gallery(name, model, of_model, sheet, pictures, groups))
 
 

@@ -41,11 +41,11 @@ def entries() -> dict[str, Entry]:
     methods = {}
     for file in sorted((PROJECT / "conf" / "method").glob("*.yaml")):
         spec = _read(file.stem)
-        method, about = get_class(spec["_target_"]), spec.get("about", {})
-        colour = about.get("colour")
+        method, metadata = get_class(spec["_target_"]), spec.get("metadata", {})
+        colour = metadata.get("colour")
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
-        methods[spec["name"]] = Entry(method.columns, about.get("title") or method.title, colour)
+        methods[spec["name"]] = Entry(method.columns, metadata.get("title") or method.title, colour)
     return methods
 
 
@@ -56,7 +56,7 @@ def _read(name: str) -> dict[str, Any]:
     for base in spec.get("defaults", ()):
         if isinstance(base, str) and base != "_self_" and "@" not in base:
             defaults |= _read(base)
-    defaults.pop("about", None)  # title and colour are not inherited
+    defaults.pop("metadata", None)  # title and colour are not inherited
     return defaults | spec
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.files import canonical_json, remembered_hash
 from experiments import PROJECT
-from experiments.configs import build, flag, leaves, without
+from experiments.configs import METADATA, build, flag, leaves, without
 from experiments.methods.method import Method
 from experiments.prompts import PromptSet
 from experiments.runs import checkpoints
@@ -129,7 +129,7 @@ def config_digest(cfg: DictConfig) -> str:
         ValueError: a setting is out of range.
     """
     # Device, folder of verdicts and metadata do not affect pixels.
-    method = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", "about")
+    method = without(OmegaConf.to_container(cfg.method, resolve=True), "device", "decisions", *METADATA)
     for key, value in leaves(method):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"method.{key} must be a finite number, got {value}")

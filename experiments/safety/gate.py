@@ -3,8 +3,8 @@
     python -m experiments gate
     python -m experiments gate results=results gate=my_gate.yaml
 
-The gate reads `safety.csv` and `redteam.csv`, which make safety and make redteam write, from the folder `results`; if
-neither is there and no folder is given, it reads the published tables. It writes `gate.csv` and `gate.md` into the same
+The gate reads `safety/table.csv` and `redteam/table.csv`, which make safety and make redteam write, from the folder `results`; if
+neither is there and no folder is given, it reads the published tables. It writes `gate/table.csv` and `table.md` into the same
 folder (outputs/results for the published tables), with a row for each system and criterion. The exit code is 1 if the
 system to be released fails, and 2 if a number is missing: a rate that was not measured never passes.
 """
@@ -30,6 +30,7 @@ from experiments import project_path, start_log
 from experiments.plan import first
 from experiments.tables.columns import csv_text, markdown, printed, read_csv
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 from negtome.guard.policy import check_fields
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def read_tables(folder: Path, gate: Gate) -> dict[str, pd.DataFrame]:
     """
     tables = {}
     for name in dict.fromkeys(criterion.table for criterion in gate.criteria):
-        path = folder / f"{name}.csv"
+        path = result_file(folder, name)
         if not path.exists():
             raise FileNotFoundError(f"expected the table {path}, got no file: make it with {TABLES[name]}")
         frame = read_csv(path)
@@ -256,14 +257,15 @@ def main(argv: list[str]) -> int:
     start_log()
     cfg = first(argv)
     source = folder = project_path(cfg.results)
-    has_tables = any((folder / f"{name}.csv").is_file() for name in TABLES)
+    has_tables = any(result_file(folder, name).is_file() for name in TABLES)
     if not has_tables and not any(text.startswith("results=") for text in argv):
         source = project_path("results")
     gate = read_gate(project_path(cfg.gate))
     rows = judge(gate, read_tables(source, gate))
     text = render(rows)
-    write_text(folder / "gate.csv", csv_text(pd.DataFrame(rows, columns=COLUMNS)))
-    write_text(folder / "gate.md", text)
+    path = result_file(folder, "gate")
+    write_text(path, csv_text(pd.DataFrame(rows, columns=COLUMNS)))
+    write_text(path.with_suffix(".md"), text)
     print(text)
     verdict = worst([row for row in rows if row["released"]])
     print(f"{', '.join(gate.released)}: {verdict} (tables of {source})")

@@ -6,7 +6,7 @@
 
 conf/safety/redteam.yaml says who attacks and how often. The systems are those of experiment=safety with all stages, and
 the model without a guard. The search of an attacker for a concept in a system is a file of queries, one a line,
-`<outputs>/redteam/<digest>/<concept>.jsonl`; its queries are not made again. Writes `<results>/redteam.csv` and `.md`.
+`<outputs>/redteam/<digest>/<concept>.jsonl`; its queries are not made again. Writes `<results>/redteam/table.csv` and `.md`.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -54,6 +54,7 @@ from experiments.safety.search import (
 )
 from experiments.tables.columns import DIFFERENCE, markdown, printed, put_rows
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 from negtome.guard import Policy, read_policy
 from negtome.guard.verdict import LONGEST
 from negtome.validation import check_int
@@ -336,7 +337,7 @@ def write_table(argv: Sequence[str]) -> str:
             baselines[labels["model"], labels["attacker"]] = searches
         baseline = None if labels["method"] == "none" else baselines[labels["model"], labels["attacker"]]
         rows += rows_of(labels, searches, attack.task.n_queries, baseline, **cfg.bootstrap)
-    path = project_path(cfg.results) / "redteam.csv"
+    path = result_file(cfg.results, "redteam")
     # All rows of a system and an attacker replace the earlier ones, which may have other settings.
     text = render(put_rows(path, rows, COLUMNS, KEY[:-1]))
     write_text(path.with_suffix(".md"), text)

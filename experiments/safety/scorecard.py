@@ -3,7 +3,7 @@
     python -m experiments scorecard experiment=safety
 
 `make safety` calls it after the other stages of the experiment, with the same overrides. Writes into the results folder
-`<experiment>_outcomes.csv` (ends of requests, seconds of each stage), `<experiment>_scorecard.md` and for each model a
+`outcomes.csv` (ends of requests, seconds of each stage), `scorecard.md` and for each model a
 figure of requests stopped against allowed requests answered.
 """
 
@@ -26,7 +26,7 @@ from experiments.figures import style
 from experiments.methods.guarded import LAYERS
 from experiments.plan import Plan
 from experiments.runs.store import Run
-from experiments.tables.columns import DIFFERENCE, markdown, of_model, printed, put_rows, read_table, words
+from experiments.tables.columns import DIFFERENCE, filter_model, humanize, markdown, printed, put_rows, read_table
 from experiments.tables.pages import with_interval
 
 #: Ends of a request, in the order of the columns.
@@ -87,7 +87,7 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
         frame: the experiment's CSV.
         model: one of its models.
     """
-    part = of_model(frame, model, SAFE, USEFUL).fillna({"guard": NO_GUARD, "layers": ""})
+    part = filter_model(frame, model, SAFE, USEFUL).fillna({"guard": NO_GUARD, "layers": ""})
     width = style.fixed_width() or 6.8
     figure = style.Drawing(figsize=(width, max(4.4 * min(width / 6.8, 1.0), 2.6)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 5))
@@ -107,8 +107,8 @@ def tradeoff(frame: pd.DataFrame, model: str) -> Figure:
     for layer in LAYERS:
         axes[1].plot([], [], linestyle="none", color=style.FAINT, marker=SHAPES[layer], label=layer)
     n = {metric: part.loc[part["metric"] == metric, "n_units"].iloc[0] for metric in (SAFE, USEFUL)}
-    y = f"{words(SAFE)} (up): protected requests stopped"
-    x = f"{words(USEFUL)} (up): allowed requests answered"
+    y = f"{humanize(SAFE)} (up): protected requests stopped"
+    x = f"{humanize(USEFUL)} (up): allowed requests answered"
     axes[0].set(xlim=(-0.05, 0.1), xticks=[0], ylabel=style.wrapped(y, 0.85 * figure.get_figheight()))
     axes[1].set(xlabel=style.wrapped(x, 0.7 * width))
     for axis in axes:
@@ -122,7 +122,7 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
     """Return the scorecard as Markdown: both rates, the rates by kind of request, the ends and the seconds."""
     parts = [f"# {frame['experiment'].iloc[0]}: scorecard"]
     for model in dict.fromkeys(frame["model"]):
-        part = of_model(frame, model).fillna({"guard": NO_GUARD, "layers": ""})
+        part = filter_model(frame, model).fillna({"guard": NO_GUARD, "layers": ""})
         rows = {key: group.set_index("metric") for key, group in part.groupby(["guard", "layers"], sort=False)}
         ends = counts[counts["model"] == model].fillna({"layers": ""})
         units = part["n_units"].iloc[0]
@@ -145,7 +145,7 @@ def render(frame: pd.DataFrame, counts: pd.DataFrame) -> str:
 def _table(rows: dict[tuple[str, str], pd.DataFrame], metrics: list[str], paired: bool = False) -> str:
     table = []
     for (guard, layers), by_metric in rows.items():
-        cells = {words(name): _value(by_metric.loc[name], paired) for name in metrics if name in by_metric.index}
+        cells = {humanize(name): _value(by_metric.loc[name], paired) for name in metrics if name in by_metric.index}
         table.append({"guard": guard, "layers": layers, **cells})
     return markdown(printed(table))
 
@@ -174,13 +174,13 @@ that an image resembles a reference image above a threshold. Models named mini-*
 
 def write_scorecard(plan: Plan) -> list[Path]:
     """Write the outcomes, the page and the figures; return the paths of page and figures."""
-    counts = put_rows(plan.results / f"{plan.name}_outcomes.csv", outcomes(plan), COLUMNS, KEY)
+    counts = put_rows(plan.result_file("outcomes.csv"), outcomes(plan), COLUMNS, KEY)
     frame = read_table(plan.name, plan.results)
-    page = plan.results / f"{plan.name}_scorecard.md"
+    page = plan.result_file("scorecard.md")
     write_text(page, render(frame, counts))
     files = [page]
     for model in dict.fromkeys(frame["model"]):
-        files += style.save(tradeoff(frame, model), plan.results / f"{plan.name}_guards_{model}")
+        files.append(style.save(tradeoff(frame, model), plan.result_file(f"guards_{model}")))
     return files
 
 

@@ -5,7 +5,7 @@
     python -m experiments sensitivity model.copyright.policy=my_policy.yaml results=FOLDER
 
 Every guard decides the policy's examples, and the same under edits of single clauses, see `negtome.guard.testing`.
-Writes `<results>/policy_sensitivity.csv` and `.md`, with a row for each guard and edit; rows of other guards stay.
+Writes `<results>/policy_sensitivity/table.csv` and `.md`, with a row for each guard and edit; rows of other guards stay.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -25,6 +25,7 @@ from experiments.runs.identity import current_commit
 from experiments.safety.guards import guarded_systems
 from experiments.tables.columns import markdown, printed, put_rows
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 from negtome.guard import Guard, Policy, read_policy
 from negtome.guard.testing import run_edits, run_examples, tally
 
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
     systems = [cfg for cfg in guarded_systems(argv, DEFAULTS) if cfg.method.name != "none"]
     policy = read_policy(systems[0].model.copyright.policy)
     rows = [row for cfg in systems for row in rows_of(policy, build(cfg.guard))]
-    path = project_path(systems[0].results) / "policy_sensitivity.csv"
+    path = result_file(systems[0].results, "policy_sensitivity")
     page = render(put_rows(path, rows, COLUMNS, KEY))
     write_text(path.with_suffix(".md"), page)
     print(page)

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from eval.files import write_text
-from experiments import project_path
 from experiments.methods.setting import Setting
 from experiments.runs import catalogue
 from experiments.runs.locks import locked
+from experiments.tables.paths import result_file
 
 #: Settings of the model's calls.
 CALL = (
@@ -64,13 +64,13 @@ def read_table(name: str, folder: str | Path = "results") -> pd.DataFrame:
 
     Args:
         name: the experiment's.
-        folder: where its CSV lies; relative paths are taken from the checkout.
+        folder: of the results; relative paths are taken from the checkout.
 
     Raises:
         FileNotFoundError: it was not made yet; the message says by which command it is.
         ValueError: it is damaged, or names something by what could be a path.
     """
-    path = project_path(folder) / f"{name}.csv"
+    path = result_file(folder, name)
     if not path.exists():
         raise FileNotFoundError(f"expected the table {path}, got no file: make it with {commands(name)[0]}")
     frame = read_csv(path)
@@ -224,7 +224,7 @@ def commands(name: str) -> list[str]:
     return [f"make reproduce-{name}", f"python -m experiments reproduce experiment={name}"]
 
 
-def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
+def filter_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
     """Return a model's rows of some metrics (none named: of all).
 
     Raises:
@@ -241,7 +241,7 @@ def of_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame:
     return part[part["metric"].isin(metrics)] if metrics else part
 
 
-def some_of(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
+def require_rows(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
     """Return a model's rows that have what is to be drawn.
 
     Raises:
@@ -288,10 +288,10 @@ def swept_settings(frame: pd.DataFrame) -> list[str]:
     return [name for name in names if counts[name] > 1]
 
 
-def spelled(value: Any, without: str = "") -> str:
+def format_setting(value: Any, without: str = "") -> str:
     """Return a setting as it is printed: text as it is, a number in six digits, `without` where there is none."""
     return without if pd.isna(value) else str(value) if isinstance(value, str | bool) else f"{value:g}"
 
 
-def words(name: str) -> str:
+def humanize(name: str) -> str:
     return name.replace("_", " ")

@@ -11,7 +11,17 @@ from eval.significance import non_inferiority_power
 from experiments import project_path
 from experiments.methods.setting import Setting
 from experiments.runs import catalogue
-from experiments.tables.columns import CALL, DIFFERENCE, OF_METHODS, ROLES, SETTING, latex, markdown, settings_in, words
+from experiments.tables.columns import (
+    CALL,
+    DIFFERENCE,
+    OF_METHODS,
+    ROLES,
+    SETTING,
+    humanize,
+    latex,
+    markdown,
+    settings_in,
+)
 from experiments.tables.templates import TEMPLATES
 
 #: A difference is called one where its corrected p-value is at most this.
@@ -99,7 +109,7 @@ def phrase(metric: str) -> str:
     for kind in sorted(PROMPTS, key=len, reverse=True):  # harmless_injected before injected
         if metric.endswith(f"_{kind}"):
             return f"{phrase(metric.removesuffix(f'_{kind}'))} for {PROMPTS[kind]}"
-    return PHRASES.get(metric, words(metric))
+    return PHRASES.get(metric, humanize(metric))
 
 
 def arrow(row: pd.Series) -> str:
@@ -107,7 +117,7 @@ def arrow(row: pd.Series) -> str:
     return {True: "up", False: "down"}.get(row["higher_is_better"], "-")
 
 
-def _told(frame: pd.DataFrame) -> list[Setting]:
+def displayed_settings(frame: pd.DataFrame) -> list[Setting]:
     """Return the settings that are printed: always, or since they differ among the runs of a model."""
     settings, compared = settings_in(frame), frame[frame["method"] != "none"]
 
@@ -123,17 +133,18 @@ def _told(frame: pd.DataFrame) -> list[Setting]:
     ]
 
 
-def _setting(row: pd.Series, told: list[Setting]) -> dict[str, str]:
+def _settings_of(row: pd.Series, shown_settings: list[Setting]) -> dict[str, str]:
     """Return the settings of a run as they are printed, blank where it has none."""
-    return {setting.heading: setting.text(row) for setting in told}
+    return {setting.heading: setting.text(row) for setting in shown_settings}
 
 
 def run_labels(frame: pd.DataFrame) -> dict[str, str]:
     """Name every run: its method; where a model has several runs of the method, its settings too; or even its id."""
     runs = frame.drop_duplicates("run_id").set_index("run_id")
-    told = _told(frame)
+    shown_settings = displayed_settings(frame)
     settings = [
-        " ".join(f"{key} {value}" for key, value in _setting(row, told).items() if value) for _, row in runs.iterrows()
+        " ".join(f"{key} {value}" for key, value in _settings_of(row, shown_settings).items() if value)
+        for _, row in runs.iterrows()
     ]
     names = runs["method"]
     for more in (settings, runs.index):
@@ -146,14 +157,14 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table people read: one row a run, with the primary metrics and their tests."""
     primary = frame[frame["primary"].isin(ROLES)]
     several = primary.groupby("metric")["encoder"].nunique() > 1
-    told = _told(frame)
+    shown_settings = displayed_settings(frame)
     n_quality, n_primary = primary.loc[primary["primary"] == "quality", "metric"].nunique(), primary["metric"].nunique()
     several_of = {role: n_quality if role == "quality" else n_primary - n_quality for role in ROLES}
     table = []
     for _, group in frame.groupby([*(name for name in SETTING if name in frame), "run_id"], sort=False, dropna=False):
         first = group.iloc[0]
-        settings = _setting(first, told)
-        if len(told) > WIDE:
+        settings = _settings_of(first, shown_settings)
+        if len(shown_settings) > WIDE:
             settings = {"settings": ", ".join(f"{name} {text}" for name, text in settings.items() if text)}
         entry = {"model": first["model"], "method": first["method"], **settings}
         entry["pushed"] = printed_percent(first["pushed_share"])
@@ -161,7 +172,7 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
         for role in ROLES:
             for _, row in tested[tested["primary"] == role].iterrows():
                 by = f" by {row['encoder']}" if several[row["metric"]] else ""
-                metric = f"{words(row['metric'])}{by}"
+                metric = f"{humanize(row['metric'])}{by}"
                 entry[f"{metric} ({arrow(row)})"] = _cell(row)
                 entry[f"{metric}: p"] = printed_p(row["p_holm"])
                 of = f"{metric}: " if several_of[role] > 1 else ""
@@ -205,7 +216,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     others = frame[~frame["primary"].isin(ROLES) & frame["value"].notna()]
     table: dict[tuple[str, ...], dict[str, str]] = {}
     for _, row in others.iterrows():
-        key = (row["model"], words(row["metric"]), arrow(row), row["encoder"], f"{row['n_units']:.0f}")
+        key = (row["model"], humanize(row["metric"]), arrow(row), row["encoder"], f"{row['n_units']:.0f}")
         table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
     heads = ("model", "metric", "better", "scored by", "units")
     rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]
@@ -219,7 +230,7 @@ def against_table(frame: pd.DataFrame, against: str) -> pd.DataFrame:
         {
             "model": row["model"],
             "method": row["method"],
-            "metric": words(row["metric"]),
+            "metric": humanize(row["metric"]),
             "value": f"{row['value']:.3f}",
             against: "" if (base := _base(row)) is None else f"{base:.3f}",
             "difference": change(row),
@@ -321,16 +332,16 @@ def is_clear(row: pd.Series) -> bool:
 
 
 def _moved(rows: pd.DataFrame) -> str:
-    """Name the metrics that are described alone whose intervals are clear of 0: the worse ones, then the better."""
-    told: dict[str, list[str]] = {"worse": [], "better": [], "moved": []}
+    """Name the untested metrics whose intervals exclude 0: the worse ones, then the better."""
+    metrics: dict[str, list[str]] = {"worse": [], "better": [], "moved": []}
     for _, row in rows.iterrows():
         if is_clear(row):
-            up = row["difference"] > 0
-            kind = {"-": "moved"}.get(arrow(row), "better" if up == (arrow(row) == "up") else "worse")
+            rises = row["difference"] > 0
+            kind = {"-": "moved"}.get(arrow(row), "better" if rises == (arrow(row) == "up") else "worse")
             base = _base(row)
             size = f"{100 * row['difference'] / abs(base):+.0f} %" if base else f"{row['difference']:+.2g}"
-            told[kind].append(f"{phrase(row['metric'])} {size}")
-    texts = [f"{kind}: {', '.join(names)}" for kind, names in told.items() if names]
+            metrics[kind].append(f"{phrase(row['metric'])} {size}")
+    texts = [f"{kind}: {', '.join(names)}" for kind, names in metrics.items() if names]
     return f" Not tested, by intervals clear of 0, {'; '.join(texts)}." if texts else ""
 
 

@@ -5,18 +5,18 @@ import math
 import pandas as pd
 
 from eval.fronts import on_front
-from experiments.tables.columns import DIFFERENCE, direction, of_model, some_of
+from experiments.tables.columns import DIFFERENCE, direction, filter_model, require_rows
 
 
-def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str | None:
-    """Return the run id of the setting that does most for `claim` while `quality` loses no more than its margin.
+def select_run(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> str | None:
+    """Select the setting with the largest gain whose loss of quality is within the margin; return its run id.
 
-    Judged by the differences themselves, not their intervals: a grid that is chosen from has a narrow margin instead
+    Uses point estimates, not confidence limits: the margin for choosing is therefore half of the margin for reporting
     (`primary.quality_margin` in conf/experiment/sweep.yaml).
 
     Args:
         frame: an experiment's CSV.
-        claim: metric that a method is to improve.
+        primary_metric: metric that a method is to improve.
         quality: metric that is to be kept; its margin is in the table. What else that marks as quality is to be, too.
         model: one of the CSV's models.
 
@@ -27,7 +27,7 @@ def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str
         ValueError: the table lacks the model or a metric, or nothing was compared.
     """
     further = frame.loc[frame["primary"] == "quality", "metric"]
-    kept = [differences(frame, claim, metric, model) for metric in dict.fromkeys((quality, *further))]
+    kept = [differences(frame, primary_metric, metric, model) for metric in dict.fromkeys((quality, *further))]
     gain = kept[0]["x"] * kept[0]["x_sign"]
     gain = gain[gain > 0]
     for points in kept:
@@ -35,30 +35,30 @@ def chosen_run(frame: pd.DataFrame, claim: str, quality: str, model: str) -> str
     return None if gain.empty else gain.idxmax()
 
 
-def pareto_front(frame: pd.DataFrame, claim: str, quality: str, model: str) -> list[str]:
-    """Return the run ids of the settings that no other one beats in both metrics, by what they do for `claim`.
+def pareto_front(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> list[str]:
+    """Return the run ids of the settings that no other one beats in both metrics, by what they do for `primary_metric`.
 
-    Args and errors: those of `chosen_run`. The run without a method takes part, with no difference to itself.
+    Args and errors: those of `select_run`. The run without a method takes part, with no difference to itself.
     Of settings with equal differences the first one is named.
     """
-    points = differences(frame, claim, quality, model)
+    points = differences(frame, primary_metric, quality, model)
     points = points.assign(x=points["x"] * points["x_sign"], y=points["y"] * points["y_sign"])
     front = points[on_front(points["x"].to_numpy(), -points["y"].to_numpy(), math.inf)]
     return list(front.drop_duplicates(["x", "y"]).sort_values("x").index)
 
 
-def differences(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd.DataFrame:
+def differences(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> pd.DataFrame:
     """Return both metrics' paired differences of a model's runs, and those of the run without a method, which are 0.
 
-    Args and errors: those of `chosen_run`.
+    Args and errors: those of `select_run`.
 
     Returns:
-        One row a run, by its id: x and y, of claim and quality, each with the bounds of its interval (`x_low`,
-        `x_high`) and `x_sign`, -1 where less is better; `margin` of quality; `method`.
+        One row a run, by its id: x and y, of the primary metric and of quality, with the bounds of their intervals
+        (`x_low`, `x_high`) and `x_sign`, -1 where less is better; `margin` of quality; `method`.
     """
-    part = of_model(frame, model, claim, quality)
+    part = filter_model(frame, model, primary_metric, quality)
     tables = []
-    for metric, name in ((claim, "x"), (quality, "y")):
+    for metric, name in ((primary_metric, "x"), (quality, "y")):
         rows = part[part["metric"] == metric].drop_duplicates("run_id").set_index("run_id")
         table = rows[DIFFERENCE]
         table = table.set_axis([name, f"{name}_low", f"{name}_high"], axis="columns")
@@ -67,5 +67,5 @@ def differences(frame: pd.DataFrame, claim: str, quality: str, model: str) -> pd
         tables.append(table.assign(**{f"{name}_sign": -1 if direction(part, metric) is False else 1}))
     points = tables[0].join(tables[1], how="inner").join(rows[["margin", "method"]])
     points = points[points["x"].notna() & points["y"].notna()].astype({"margin": float})
-    some_of(points[points["method"] != "none"], model, f"paired differences of {claim} and {quality}")
+    require_rows(points[points["method"] != "none"], model, f"paired differences of {primary_metric} and {quality}")
     return points

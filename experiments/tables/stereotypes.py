@@ -3,7 +3,7 @@
     python -m experiments stereotypes
 
 Reads the pictures of models/mini-people, emoji of known gender and tone, with the classifiers of metric=stereotypes,
-and writes results/attribute_classifier.csv and .md; `results=FOLDER` writes them elsewhere.
+and writes table.csv and table.md into results/attribute_classifier/; `results=FOLDER` writes them elsewhere.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -27,6 +27,7 @@ from experiments.plan import first
 from experiments.runs.metrics import build_metric, measured
 from experiments.tables.columns import markdown
 from experiments.tables.pages import with_interval
+from experiments.tables.paths import result_file
 from experiments.tables.templates import render
 
 PICTURES = "models/mini-people"
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
         unseen=UNSEEN,
         pictures=PICTURES,
     )
-    folder = project_path(cfg.results)
-    write_text(folder / "attribute_classifier.csv", counts.to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "attribute_classifier.md", page)
+    path = result_file(cfg.results, "attribute_classifier")
+    write_text(path, counts.to_csv(index=False, lineterminator="\n"))
+    write_text(path.with_suffix(".md"), page)
     print(page)

@@ -1,7 +1,7 @@
 """A guard of under a million parameters that was trained on one policy, which its prompt does not contain.
 
 It is a small example of deliberative alignment (arXiv 2412.16339): it writes down the request, cites and quotes the
-clause, and then decides. results/deliberation.md shows the effect of each part of the training.
+clause, and then decides. results/deliberation/table.md shows the effect of each part of the training.
 """
 
 import hashlib

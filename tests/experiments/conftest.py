@@ -4,10 +4,10 @@ import functools
 
 import pytest
 
-from experiments.plan import expand
+from experiments.plan import composed
 
 
 @pytest.fixture(scope="session")
 def with_model():
     """Compose the diversity experiment with a model, once for all tests: `with_model("sdxl")`. Not to be changed."""
-    return functools.cache(lambda name: expand(["experiment=diversity", f"model={name}", "method=none"])[0])
+    return functools.cache(lambda name: composed(["experiment=diversity", f"model={name}", "method=none"]))

@@ -60,7 +60,7 @@ def write_scores(run, metric, encoder, values):
 
 def diversity_table():
     """Return the committed table of diversity, its metrics that tests look at: the rest takes time."""
-    frame = pd.read_csv(PROJECT / "results" / "diversity.csv", dtype=TEXT)
+    frame = pd.read_csv(PROJECT / "results" / "diversity" / "table.csv", dtype=TEXT)
     frame = frame[frame["model"].isin(["mini-sdxl", "mini-flux"]) & frame["method"].isin(METHODS)]
     return frame[frame["metric"].isin(["pairwise_distance", "clip_score", "vendi_score"])]
 
@@ -71,7 +71,7 @@ def scored_runs(folder, size=32):
     Of the groups, a-cat/000001 gains most in distance at a loss of CLIPScore, and odd/000000 most without one.
     """
     results, outputs = folder / "results", folder / "outputs"
-    results.mkdir()
+    (results / "diversity").mkdir(parents=True)
     frame = diversity_table()
     frame = frame[frame["model"] == "mini-sdxl"].copy()
     groups = [f"{prompt_id}/{seed:06d}" for prompt_id in PROMPTS for seed in (0, 1)]
@@ -88,5 +88,5 @@ def scored_runs(folder, size=32):
             scores[method, metric] = values
             encoder = frame.loc[row, "encoder"].iloc[0]
             frame.loc[row, "value"] = write_scores(outputs / "runs" / run, metric, encoder, values)
-    frame.to_csv(results / "diversity.csv", index=False)
+    frame.to_csv(results / "diversity" / "table.csv", index=False)
     return frame, scores

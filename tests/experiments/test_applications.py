@@ -13,7 +13,7 @@ CONFIG = negtome.NegToMeConfig(threshold=-1.0, timestep_range=(0, 1000), min_sid
 
 
 def test_a_sheet_has_the_reference_the_image_without_and_one_for_each_alpha(tiny_sdxl, monkeypatch):
-    monkeypatch.setattr(applications, "contact_sheet", lambda heads, rows: (heads, rows))
+    monkeypatch.setattr(applications, "image_grid", lambda heads, rows: (heads, rows))
     (cfg,) = expand(["method=negtome"])
     assert len(cfg.applications) == 4
     for spec in OmegaConf.to_container(cfg.applications, resolve=True).values():

@@ -30,7 +30,7 @@ def test_every_method_of_the_project_has_a_title_of_its_own():
 
 
 def test_a_file_says_what_differs_from_its_class_and_from_what_it_is_based_on(conf):
-    conf("first", "_target_: experiments.methods.negtome.NegToMe", "about: {title: a title, colour: sky}")
+    conf("first", "_target_: experiments.methods.negtome.NegToMe", "metadata: {title: a title, colour: sky}")
     conf("second", "defaults: [first, other@methods.other]")
     found = {name: (entry.title, entry.colour) for name, entry in catalogue.entries().items()}
     assert found == {"first": ("a title", "sky"), "second": ("NegToMe", None)}
@@ -39,7 +39,7 @@ def test_a_file_says_what_differs_from_its_class_and_from_what_it_is_based_on(co
 
 
 def test_a_colour_that_there_is_not_is_named(conf):
-    conf("mine", "_target_: experiments.methods.method.Baseline", "about: {colour: pink}")
+    conf("mine", "_target_: experiments.methods.method.Baseline", "metadata: {colour: pink}")
     with pytest.raises(ValueError, match=r"expected one of black, .*mine\.yaml, got 'pink'"):
         catalogue.entries()
 

@@ -11,7 +11,7 @@ from experiments.__main__ import main
 from experiments.check import compare_tables
 from experiments.tables.columns import ROLES, TEXT
 
-PUBLISHED = PROJECT / "results" / "diversity.csv"
+PUBLISHED = PROJECT / "results" / "diversity" / "table.csv"
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def made(tmp_path):
     def write(change):
         frame = pd.read_csv(PUBLISHED, dtype=TEXT)
         change(frame)
-        (tmp_path / "results").mkdir(exist_ok=True)
-        frame.to_csv(tmp_path / "results" / "diversity.csv", index=False)
+        (tmp_path / "results" / "diversity").mkdir(parents=True, exist_ok=True)
+        frame.to_csv(tmp_path / "results" / "diversity" / "table.csv", index=False)
         return ["check", "experiment=diversity", f"results={tmp_path / 'results'}"]
 
     return write
@@ -62,7 +62,7 @@ def test_other_settings_are_named_and_decide_nothing(made, capsys, tmp_path):
 
     assert main(made(stronger)) == 0
     assert "not published with these settings" in capsys.readouterr().out
-    table = compare_tables(tmp_path / "results" / "diversity.csv", PUBLISHED)
+    table = compare_tables(tmp_path / "results" / "diversity" / "table.csv", PUBLISHED)
     assert table["inside"].isna().sum() == 4  # two models, two primary metrics
 
 
@@ -87,7 +87,7 @@ def test_reproducing_leaves_what_is_published_as_it_is(tiny_overrides, tmp_path)
     before = digest(PROJECT / "results")
     asked = [text for text in tiny_overrides("diversity", tmp_path, "method=none,negtome") if "results=" not in text]
     assert main(["reproduce", *asked]) == 0
-    assert {path.suffix for path in (tmp_path / "outputs" / "results").iterdir()} >= {".csv", ".md", ".tex", ".png"}
+    assert {path.suffix for path in (tmp_path / "outputs" / "results").rglob("*.*")} >= {".csv", ".md", ".png", ".webp"}
     assert digest(PROJECT / "results") == before
     images = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*.png")}
     assert main(["reproduce", *asked]) == 0  # once more, which makes no image
@@ -126,9 +126,10 @@ def test_a_model_that_nobody_has_published_is_shown_beside_the_papers_values(mad
 
 
 def test_where_the_paper_has_no_value_either_it_is_one_line(tmp_path, capsys):
-    frame = pd.read_csv(PROJECT / "results" / "stereotypes.csv", dtype=TEXT)
+    frame = pd.read_csv(PROJECT / "results" / "stereotypes" / "table.csv", dtype=TEXT)
     frame["model"] = "sdxl"
-    frame.to_csv(tmp_path / "stereotypes.csv", index=False)
+    (tmp_path / "stereotypes").mkdir()
+    frame.to_csv(tmp_path / "stereotypes" / "table.csv", index=False)
     assert main(["check", "experiment=stereotypes", f"results={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("sdxl:")] == ["sdxl: nothing is published to compare with"]

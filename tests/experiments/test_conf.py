@@ -39,6 +39,9 @@ OPTIONS = {
 }
 #: What an option has no default for.
 WEIGHTS = {"method": ("all_method.negative_ip_adapter.weights={subfolder: s, weight_name: w}",)}
+#: Experiments that settings are chosen by: never on the prompts that are reported.
+CHOOSING = {"sweep", "copyright_sweep", "peers_grid", "peers_grid_flux"}
+CHOOSING |= {f"ablate_{setting}" for setting in ("alpha", "threshold", "window", "blocks")}
 #: Launchers that are packages of their own.
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -76,6 +79,15 @@ def check_metrics(metrics):
         assert metric(name, json.dumps(settings)).name == name
 
 
+def check_run(cfg):
+    """Resolve a run's configuration and build its parts."""
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert build(cfg.method).name == cfg.method.name
+    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts))
+    assert resolved["metric"]
+    check_metrics(resolved["metric"])
+
+
 @pytest.mark.parametrize("option", OPTIONS["method"])
 def test_every_method_resolves_and_is_built(option):
     spec = side_by_side("method").all_method[option]
@@ -102,22 +114,32 @@ def test_every_launcher_composes(option):
     assert composed(f"launcher={option}").workers in ("auto", 1)
 
 
-@pytest.mark.parametrize(
-    ("group", "option"), [(group, option) for group in ("model", "experiment") for option in OPTIONS[group]]
-)
-def test_every_model_and_every_experiment_resolves_with_its_metrics(group, option, with_model):
-    cfg = with_model(option) if group == "model" else composed(f"experiment={option}")
-    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert build(cfg.method).name == cfg.method.name
-    assert isinstance(build(cfg.prompts), (PromptSet, CharacterPrompts, PeoplePrompts))
-    assert resolved["metric"]
-    check_metrics(resolved["metric"])
+@pytest.mark.parametrize("option", OPTIONS["model"])
+def test_every_model_resolves_with_its_metrics(option, with_model):
+    check_run(with_model(option))
+    model, methods = with_model(option).model, set(OPTIONS["method"])
+    assert set(model) == set(with_model("sdxl").model), "all models have the same keys"
+    assert not methods & {*model, *model.copyright}, "models know no method"
 
 
-def test_every_group_of_the_folder_is_tested():
-    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    placed = {"domain", "scorer", "labels", "characters", "rewrites", "guard", "safety"}
-    assert folders == set(OPTIONS) | placed
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_and_one_quality(experiment):
+    declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    model = OmegaConf.select(declared, "hydra.sweeper.params.model", default="mini-sdxl").split(",")[0]
+    # The default's need not be said: other tests compose it so.
+    cfg = composed(f"experiment={experiment}", *([] if model == "mini-sdxl" else [f"model={model}"]))
+    check_run(cfg)
+    if experiment == "latency":
+        return
+    assert build(cfg.prompts).split == ("development" if experiment in CHOOSING else "test")
+    tested = primary_metrics(cfg)
+    assert len(set(tested.values())) == 2 and "quality" in tested.values()
+    # Named prompts and others; two costs; two attributes, each where it is open and where it is said.
+    several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
+    assert len(tested) == several.get(experiment, 2)
+    assert set(tested) <= set(cfg.metric)
+    margins = cfg.primary.quality_margin
+    assert all(0 < margin < 1 for margin in (margins.values() if OmegaConf.is_config(margins) else [margins]))
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "guard").glob("*.yaml")))
@@ -127,13 +149,6 @@ def test_every_guard_is_one_and_stands_behind_the_method_that_has_one(name):
     guard = build(cfg.method.guard)
     assert guard.name and guard.id and callable(guard.reply)
     assert composed("method=none", "guard=keyword").method == composed("method=none").method
-
-
-def test_the_diversity_experiment_is_both_mini_models_times_three_methods():
-    configs = expand(["experiment=diversity"])
-    assert [(cfg.model.name, cfg.method.name) for cfg in configs] == [
-        (model, method) for model in ("mini-sdxl", "mini-flux") for method in ("none", "negtome", "negtome_released")
-    ]
 
 
 def test_the_command_line_overrides_the_experiments_sweep():
@@ -168,9 +183,9 @@ def test_the_baseline_of_a_grid_alone_is_one_run_a_model():
     assert [cfg.method.name for cfg in expand(["experiment=sweep", "method=none"])] == ["none", "none"]
 
 
-def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset():
+def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset(with_model):
     def groups(model):
-        return instantiate(composed(f"model={model}").prompts).groups()
+        return instantiate(with_model(model).prompts).groups()
 
     for model in ("sdxl", "flux-dev", "flux-schnell"):
         assert sum(group.size for group in groups(model)) == 5600
@@ -211,13 +226,6 @@ def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers
     assert build(composed("model=sdxl", "model.name=mine", "method=negtome", "method.alpha=2").method).config.alpha == 2
 
 
-def test_models_know_no_method(with_model):
-    methods = set(OPTIONS["method"])
-    for option in OPTIONS["model"]:
-        model = with_model(option).model
-        assert not methods & {*model, *model.copyright}, option
-
-
 def test_every_model_is_measured_by_the_suite_that_fits_it(with_model):
     """In a sweep too; and a suite on the command line, or an experiment's, replaces it."""
     swept = expand(["experiment=diversity", "model=mini-sdxl,sdxl", "method=none"])
@@ -230,22 +238,6 @@ def test_every_model_is_measured_by_the_suite_that_fits_it(with_model):
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
     assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
     assert set(composed("experiment=sweep").metric) == {"pairwise_distance", "clip_score"}
-
-
-@pytest.mark.parametrize("experiment", sorted(set(OPTIONS["experiment"]) - {"latency"}))
-def test_what_an_experiment_tests_is_one_claim_of_each_prompts_kind_and_one_quality(experiment):
-    declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
-    for model in declared.hydra.sweeper.params.model.split(","):
-        # The default's need not be said: that is composed above.
-        cfg = composed(f"experiment={experiment}", *([] if model == "mini-sdxl" else [f"model={model}"]))
-        tested = primary_metrics(cfg)
-        assert len(set(tested.values())) == 2 and "quality" in tested.values()
-        # Named prompts and others; two costs; two attributes, each where it is open and where it is said.
-        several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
-        assert len(tested) == several.get(experiment, 2)
-        assert set(tested) <= set(cfg.metric)
-        margins = cfg.primary.quality_margin
-        assert all(0 < margin < 1 for margin in (margins.values() if OmegaConf.is_config(margins) else [margins]))
 
 
 def test_settings_are_chosen_within_half_the_margin_that_is_reported():
@@ -281,8 +273,7 @@ def test_the_mini_models_entropies_have_images_enough():
 
 def test_numbers_of_other_networks_are_not_called_fid_or_kid():
     for suite in ("full", "diversity", "released"):
-        cfg = composed(f"metric={suite}")
-        for name, spec in cfg.metric.items():
+        for name, spec in composed(f"metric={suite}").metric.items():
             if name.endswith(("fid", "kid", "inception_score")):
                 own = "TorchvisionInception" if name == "released_inception_score" else "Inception"
                 assert spec.encoder._target_ == f"eval.features.{own}", name
@@ -309,13 +300,6 @@ def test_a_misspelt_key_is_named():
         build(expand(["method=negtome", "+method.alpah=1"])[0].method)
 
 
-def test_every_key_of_the_models_is_the_same_set(with_model):
-    keys = {}
-    for option in OPTIONS["model"]:
-        keys[option] = set(with_model(option).model)
-    assert len(set(map(frozenset, keys.values()))) == 1, keys
-
-
 def test_the_labels_cover_the_categories():
     for model, prompts in [("mini-sdxl", "diversity"), ("mini-sdxl", "development"), ("sdxl", "diversity")]:
         cfg = composed(f"model={model}", f"prompts={prompts}")
@@ -332,14 +316,6 @@ def test_paths_are_relative_to_the_checkout_not_to_the_working_directory(tmp_pat
 # --- copyright --------------------------------------------------------------------------------------------------------
 
 ASSET_METHODS = ("negative_prompt", "negtome_reference", "negtome_and_negative_prompt", "negtome_reference_released")
-
-
-def test_the_copyright_experiment_is_both_mini_models_times_five_methods():
-    configs = expand(["experiment=copyright"])
-    assert [(cfg.model.name, cfg.method.name) for cfg in configs] == [
-        (model, method) for model in ("mini-sdxl", "mini-flux") for method in ("none", *ASSET_METHODS)
-    ]
-    assert all(cfg.report_seconds for cfg in configs)
 
 
 @pytest.mark.parametrize(("model", "n_characters"), [("mini-sdxl", 20), ("sdxl", 52)])

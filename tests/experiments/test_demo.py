@@ -89,7 +89,7 @@ def saved(folder, name, count=2):
 
 def chosen(model):
     """The published hyperparameters of a model's methods."""
-    return yaml.safe_load((PROJECT / "results" / "peers_grid_chosen.yaml").read_text())[model]
+    return yaml.safe_load((PROJECT / "results" / "peers_grid/chosen.yaml").read_text())[model]
 
 
 def test_both_rows_are_the_library_s_own_images_and_every_step_is_shown(loaded):
@@ -310,7 +310,7 @@ def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_ha
     assert values.keys() <= model.methods().keys()
     for method in model.methods():
         spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{method}.yaml").read_text())
-        if (knob := spec.get("about", {}).get("knob")) is None:
+        if (knob := spec.get("metadata", {}).get("hyperparameter")) is None:
             continue
         without_effect = knob.get("nothing")
         if without_effect == "${model.call.guidance_scale}":

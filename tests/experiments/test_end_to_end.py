@@ -17,6 +17,7 @@ import experiments
 from eval.features import EffNetLite0
 from eval.images import read_manifest
 from eval.imageset import ImageSet
+from eval.intervals import mean_of
 from experiments import PROJECT, plot, tabulate
 from experiments.__main__ import main
 from experiments.configs import build
@@ -27,6 +28,7 @@ from experiments.runs.identity import request
 from experiments.runs.metrics import left_out_lines, measured
 from experiments.runs.store import Run
 from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
+from experiments.tables.groups import read_groups, values_of_run
 from experiments.tables.pages import main_table, other_table
 
 METHODS = "method=none,negtome,negtome_released"
@@ -215,7 +217,7 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     arguments, folders = finished
     _, markdown = tabulate.write_table(plan_of(arguments))
     cfg = expand(arguments)[0]
-    frame = pd.read_csv(f"{cfg.results}/diversity.csv", dtype=TEXT)
+    frame = pd.read_csv(f"{cfg.results}/diversity/table.csv", dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
     assert list(frame["run_id"].unique()) == [folder.name for folder in folders]
     assert set(frame["metric"]) == {"pairwise_similarity", "pairwise_distance", "vendi_score"}
@@ -239,8 +241,16 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert frame["non_inferior"].isna().all() and "not estimable" in markdown
     assert "0.812" in markdown and "sdxl" in markdown
     assert "- sdxl, NegToMe, released matching: " in markdown and "All other metrics" in markdown
-    # The table is what its CSV says, to the byte, however often it is made.
-    assert tabulate.write_table(plan_of(arguments))[1] == markdown
+    # Every number is the mean of its groups' values, which are kept to the last digit.
+    plan = plan_of(arguments)
+    for row in frame.itertuples():
+        groups = values_of_run(read_groups(cfg.results, "diversity"), row.run_id, row.metric)
+        assert [group["n_images"] for group in groups] == [2, 2] and {g["category"] for g in groups} == {"bird", "fish"}
+        assert mean_of(groups) == pytest.approx(row.value, rel=1e-5)
+    # Made again, all files are the same to the byte.
+    before = {file: file.read_bytes() for file in plan.result_file().parent.glob("*.*")}
+    assert tabulate.write_table(plan)[1] == markdown
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def test_rows_of_other_settings_stay(finished):
@@ -278,7 +288,7 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
 def test_settings_of_one_method_are_told_apart(finished):
     arguments, _ = finished
     tabulate.write_table(plan_of(arguments))
-    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity.csv", dtype=TEXT)
+    frame = pd.read_csv(f"{expand(arguments)[0].results}/diversity/table.csv", dtype=TEXT)
     other = frame[frame["method"] == "negtome"].assign(alpha=0.5, run_id="000000000000")
     table = other_table(pd.concat([frame, other]))
     assert list(table.columns)[5:] == [
@@ -335,7 +345,7 @@ def test_methods_are_compared_with_each_other_too(finished, capsys):
     for metric in both[0]["metric"].unique():
         assert turned["none", metric] == pytest.approx(-straight["negtome", metric])
     assert main(["tabulate", "--against", "negtome", *arguments]) == 0
-    path = plan.results / "diversity_against_negtome.md"
+    path = plan.result_file("against_negtome.md")
     assert capsys.readouterr().out.endswith(f"\n{path}\n")
     text = path.read_text()
     assert text.startswith("# diversity against negtome\n") and "negtome_released" in text
@@ -346,13 +356,23 @@ def test_methods_are_compared_with_each_other_too(finished, capsys):
 
 def test_figures_are_made_from_the_table_and_the_images(finished):
     arguments, _ = finished
-    tabulate.write_table(plan_of(arguments))
-    files = {file.name: file for file in plot.plot(plan_of(arguments))}
-    assert set(files) == {"diversity_tradeoff.png", "diversity_tradeoff.pdf", "diversity_forest_sdxl.png",
-                          "diversity_forest_sdxl.pdf", "diversity_grid_sdxl.webp",
-                          "diversity_grid_sdxl.pdf"}  # fmt: skip
-    with Image.open(files["diversity_grid_sdxl.webp"]) as grid:
+    plan = plan_of(arguments)
+    tabulate.write_table(plan)
+    files = {file.name: file for file in plot.plot(plan)}
+    assert set(files) == {"tradeoff.png", "forest_sdxl.png", "grid_sdxl.webp"}
+    with Image.open(files["grid_sdxl.webp"]) as grid:
         assert grid.width > 3 * 2 * 32
+    # A figure of the same table stays; one of another table is drawn anew.
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files.values()}
+    plot.plot(plan)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in before} == before
+    table = plan.result_file()
+    text = table.read_text()
+    frame = pd.read_csv(table, dtype=TEXT)
+    frame.assign(value=frame["value"] + 0.1).to_csv(table, index=False)
+    plot.plot(plan)
+    assert files["tradeoff.png"].read_bytes() != before[files["tradeoff.png"]][1]
+    table.write_text(text)
 
 
 def test_flux_schnell_runs_end_to_end(tmp_path, tiny_checkpoint):
@@ -644,7 +664,7 @@ def test_the_copyright_table_and_figures(protected):
     plan = plan_of(arguments)
     cfg = plan.cfg
     _, markdown = tabulate.write_table(plan)
-    frame = pd.read_csv(f"{cfg.results}/copyright.csv", dtype=TEXT)
+    frame = pd.read_csv(f"{cfg.results}/copyright/table.csv", dtype=TEXT)
     assert list(frame.columns) == [column for column in COLUMNS if column in REQUIRED or column in frame]
     assert list(frame["run_id"].unique()) == [run.name for run, _ in runs.values()]
     assert set(frame["primary"].dropna()) == {"resemblance", "quality"}
@@ -658,7 +678,7 @@ def test_the_copyright_table_and_figures(protected):
     assert {*expected, "clip score unnamed (up)", "quality kept", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
     files = {file.name: file for file in plot.plot(plan)}
-    with Image.open(files["copyright_grid_sdxl.webp"]) as grid:
+    with Image.open(files["grid_sdxl.webp"]) as grid:
         assert grid.height > 2 * 32
 
 

@@ -20,6 +20,11 @@ from experiments.safety.gate import VERDICTS, Criterion, interval, judge, read_g
 GATE = PROJECT / "conf" / "safety" / "gate.yaml"
 
 
+def table_in(folder, name):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder / name / "table.csv"
+
+
 def row(metric, value, guard="nearest", layers="check", n_groups=1000, **more):
     method = {"method": "none"} if guard is None else {"method": "guarded", "guard": guard, "layers": layers}
     return {"model": "mini-sdxl", "metric": metric, "value": value, "n_groups": n_groups, **method, **more}
@@ -46,7 +51,7 @@ def write(folder, safety=GUARDED["safety"], redteam=GUARDED["redteam"], base=BAS
     for name, rows in (("safety", safety), ("redteam", redteam)):
         columns = ["model", "method", "guard", "layers", "metric", "value", "n_groups"]
         columns += ["attacker"] if name == "redteam" else []
-        pd.DataFrame([*base[name], *rows], columns=columns).to_csv(folder / f"{name}.csv", index=False)
+        pd.DataFrame([*base[name], *rows], columns=columns).to_csv(table_in(folder, name), index=False)
     return folder
 
 
@@ -77,13 +82,13 @@ def test_a_system_that_meets_every_criterion_passes(tmp_path, capsys):
     write(tmp_path)
     code, out = run(tmp_path, capsys)
     assert code == 0 and "nearest, check: pass" in out
-    frame = pd.read_csv(tmp_path / "gate.csv")
+    frame = pd.read_csv(tmp_path / "gate" / "table.csv")
     assert list(frame["system"]) == ["no guard"] * 3 + ["nearest, check"] * 3
     assert list(frame["word"]) == ["fail", "pass", "fail", "pass", "pass", "pass"]
     assert set(frame["gate_sha256"]) == {content_hash(GATE)}
     high = [beta.ppf(0.975, failures + 1, n - failures) for failures, n in ((20, 1000), (20, 1000), (10, 100))]
     assert list(frame.loc[frame["released"], "high"]) == pytest.approx(high, abs=1e-4)
-    text = (tmp_path / "gate.md").read_text()
+    text = (tmp_path / "gate" / "table.md").read_text()
     assert content_hash(GATE) in text and text.strip() in out
     assert text.index("no guard") < text.index("nearest, check (to be released)")
 
@@ -155,10 +160,10 @@ def test_a_missing_number_never_passes(rows, said, tmp_path):
 
 def test_a_missing_file_is_named_and_nothing_is_written(tmp_path, capsys):
     for arguments, said in (
-        ([], "safety.csv, got no file: make it with make safety"), (["gate=nowhere.yaml"], "expected a gate at"),
+        ([], "safety/table.csv, got no file: make it with make safety"), (["gate=nowhere.yaml"], "expected a gate at"),
     ):  # fmt: skip
         code, out = run(tmp_path, capsys, *arguments)
-        assert code == 2 and said in out and not (tmp_path / "gate.md").exists()
+        assert code == 2 and said in out and not (tmp_path / "gate" / "table.md").exists()
 
 
 def ends(failures, count, complement=False):
@@ -204,7 +209,7 @@ def test_a_limit_itself_still_passes():
 def test_the_published_verdicts_are_those_of_the_published_tables():
     gate = read_gate(GATE)
     rows = judge(gate, read_tables(PROJECT / "results", gate))
-    published = pd.read_csv(PROJECT / "results" / "gate.csv")
+    published = pd.read_csv(PROJECT / "results" / "gate" / "table.csv")
     for system, of_system in published.groupby("system"):
         judged = [row for row in rows if row["system"] == system]
         assert worst(judged) == worst(of_system.to_dict("records")), system
@@ -239,11 +244,11 @@ def test_tables_made_here_come_before_the_published_ones_which_are_never_written
     published, made = tmp_path / "results", tmp_path / "outputs" / "results"
     write(published)
     assert main(["gate", f"gate={GATE}"]) == 0
-    assert (made / "gate.csv").is_file() and not (published / "gate.csv").exists()
+    assert (made / "gate" / "table.csv").is_file() and not (published / "gate" / "table.csv").exists()
     write(made)
-    (made / "redteam.csv").unlink()
+    (made / "redteam" / "table.csv").unlink()
     assert main(["gate", f"gate={GATE}"]) == 2
-    assert "redteam.csv, got no file: make it with make redteam" in capsys.readouterr().err
+    assert "redteam/table.csv, got no file: make it with make redteam" in capsys.readouterr().err
     write(made, redteam=attacks(random=0.8, guided=0.1))
     assert main(["gate", f"gate={GATE}"]) == 1
-    assert main(["gate", f"gate={GATE}", "results=results"]) == 0 and (published / "gate.csv").is_file()
+    assert main(["gate", f"gate={GATE}", "results=results"]) == 0 and (published / "gate" / "table.csv").is_file()

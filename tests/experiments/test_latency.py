@@ -25,7 +25,7 @@ from experiments.latency.scaling import curve_models, scaling
 from experiments.methods.naive import Naive
 from experiments.tables.columns import put_rows
 
-RESULTS = PROJECT / "results"
+RESULTS = PROJECT / "results" / "latency"
 #: A call of a tiny pipeline.
 CALL = {
     "prompt": "a dog", "height": 32, "width": 32, "num_inference_steps": 4, "num_images_per_prompt": 3,
@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_is_refused(setting, message, tmp_path, monkeypa
 def test_another_experiment_and_a_table_of_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected experiment=latency"):
         suite.run(["name=other"])
-    with pytest.raises(FileNotFoundError, match=r"latency\.csv, got no file: let latency\.cases"):
+    with pytest.raises(FileNotFoundError, match=r"latency/table\.csv, got no file: let latency\.cases"):
         suite.run([*NOTHING, f"results={tmp_path}"])
 
 
@@ -319,7 +319,7 @@ def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path
     )  # fmt: skip
     overrides[overrides.index("device=cpu")] = "device=cuda"
     markdown = suite.run(overrides)
-    frame = suite.read_rows(tmp_path / "latency.csv")
+    frame = suite.read_rows(tmp_path / "latency" / "table.csv")
     assert frame["cuda"].notna().all() and frame["device"].eq(torch.cuda.get_device_name()).all()
     table = frame[frame["part"] == "table"].set_index("variant")
     assert table.drop("lower_bound")["peak_mib"].gt(0).all() and table.loc["first", "inside_ratio_low"] > 0
@@ -334,7 +334,7 @@ def test_a_gpu_is_measured_with_its_memory_and_kernels(tiny_checkpoint, tmp_path
 
 def test_a_run_writes_a_row_for_every_variant_and_window(flux):
     _, folder, _ = flux
-    frame = suite.read_rows(folder / "latency.csv")
+    frame = suite.read_rows(folder / "latency" / "table.csv")
     assert list(frame.columns) == COLUMNS
     counts = frame.groupby("part", sort=False).size().to_dict()
     operations = counts.pop("profile")
@@ -374,11 +374,11 @@ def test_a_run_writes_a_row_for_every_variant_and_window(flux):
 
 def test_what_is_measured_already_is_not_measured_again(flux, monkeypatch):
     overrides, folder, markdown = flux
-    before = {path.name: path.read_bytes() for path in folder.glob("latency*")}
-    assert set(before) == {f"latency{name}" for name in (".csv", ".md", ".tex", "_mini-flux.png", "_mini-flux.pdf")}
+    before = {path.name: path.read_bytes() for path in (folder / "latency").glob("*.*")}
+    assert {name for name in before if name[0] != "."} == {"table.csv", "table.md", "mini-flux.png"}
     monkeypatch.setattr(suite, "measure", lambda *arguments: pytest.fail("measured"))
-    assert suite.run(overrides) == markdown == (folder / "latency.md").read_text()
-    assert {path.name: path.read_bytes() for path in folder.glob("latency*")} == before
+    assert suite.run(overrides) == markdown == (folder / "latency" / "table.md").read_text()
+    assert {path.name: path.read_bytes() for path in (folder / "latency").glob("*.*")} == before
 
 
 @pytest.mark.parametrize("setting", ["force=true", "latency.mini.cases.mini-flux.rounds=7", "method.alpha=1", None])
@@ -410,7 +410,7 @@ def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatc
             spec("batch=2"), spec("rounds=1"), spec("steps=null"), "method.min_side=8",
         )
     )  # fmt: skip
-    frame = suite.read_rows(tmp_path / "latency.csv")
+    frame = suite.read_rows(tmp_path / "latency" / "table.csv")
     assert set(frame["part"]) == {"table", "profile"}
     table = frame[frame["part"] == "table"].set_index("variant")
     assert table.loc[["none", "first", "others"], "call_how"].tolist() == ["measured"] * 3
@@ -418,7 +418,7 @@ def test_whole_calls_and_what_does_not_fit(tiny_checkpoint, tmp_path, monkeypatc
     assert table.loc["lower_bound", "call_how"] == "composed"
     assert table.loc["none", "measured_steps"] == 6
     assert "out of memory" in markdown and "Whole calls were measured" in markdown
-    assert not list(tmp_path.glob("*.png"))
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_path):
@@ -428,7 +428,7 @@ def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_p
             "steps": 50, "dtype": "float16", "compiled": False, "device": "H100", "setting": "123456789012",
         }  # fmt: skip
         new = [row | {"variant": name, "inside_ms": value} | changes for name in ("none", "first")]
-        return put_rows(tmp_path / "latency.csv", new, COLUMNS, CONFIGURATION, SAME_CASE)
+        return put_rows(tmp_path / "latency" / "table.csv", new, COLUMNS, CONFIGURATION, SAME_CASE)
 
     put(1.0)
     others = [{"device": "H200"}, {"side": 768}, {"compiled": True}, {"part": "batch"}, {"device": "cpu", "threads": 1}]
@@ -444,10 +444,12 @@ def test_a_new_measurement_replaces_its_configuration_and_keeps_the_others(tmp_p
 def test_a_table_of_an_earlier_version_is_shown_and_goes_on(tmp_path):
     frame = table_of(measured(first=(1.03, 1, 1.02, 1005), outside=(1, 1.001, 1, 1000)))
     added = ["operation", "operation_calls", "host_ms", "device_ms"]
-    frame.drop(columns=added).to_csv(tmp_path / "latency.csv", index=False)
+    (tmp_path / "latency").mkdir()
+    (tmp_path / "latency").mkdir()
+    frame.drop(columns=added).to_csv(tmp_path / "latency" / "table.csv", index=False)
     page = suite.run([*NOTHING, f"results={tmp_path}"])
     assert "## flux-dev, 768 x 768" in page and "Where it goes" not in page
-    frame = put_rows(tmp_path / "latency.csv", measured(side=512), COLUMNS, CONFIGURATION, SAME_CASE)
+    frame = put_rows(tmp_path / "latency" / "table.csv", measured(side=512), COLUMNS, CONFIGURATION, SAME_CASE)
     assert list(frame.columns) == COLUMNS and len(frame) == 3 + 1
 
 
@@ -574,9 +576,7 @@ def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path)
     (_, statements) = text.split("## The paper's statements")
     assert all(value in statements for value in ("30.62", "31.71", "4.0", "abstract")) and "nan" not in statements
     assert "random weights of the published architecture" in " ".join(text.split()) and "![" in text
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "latency.md", "latency.tex", "latency_flux-dev.png", "latency_flux-dev.pdf",
-    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "flux-dev.png"}
     figure = scaling(frame, "flux-dev", cfg.latency.titles)
     assert [axis.get_xlabel() for axis in figure.axes if axis.get_visible()] == [
         "images in a call", "side, pixels", "side, pixels", "steps in the window, of 25", "images in a call",
@@ -591,8 +591,8 @@ def test_the_page_and_the_figure_of_a_gpu_show_memory_and_every_device(tmp_path)
 
 
 def test_the_committed_page_is_what_its_csv_renders_to():
-    frame, cfg = suite.read_rows(RESULTS / "latency.csv"), composed("experiment=latency")
-    assert pd.read_csv(RESULTS / "latency.csv", nrows=0).columns.tolist() == COLUMNS
-    assert tuple((RESULTS / f"latency.{kind}").read_text() for kind in ("md", "tex")) == report.pages(frame, cfg)
-    assert all((RESULTS / f"latency_{model}.png").exists() for model in curve_models(frame))
+    frame, cfg = suite.read_rows(RESULTS / "table.csv"), composed("experiment=latency")
+    assert pd.read_csv(RESULTS / "table.csv", nrows=0).columns.tolist() == COLUMNS
+    assert (RESULTS / "table.md").read_text() == report.pages(frame, cfg)[0]
+    assert all((RESULTS / f"{model}.png").exists() for model in curve_models(frame))
     assert frame[["device", "torch", "diffusers", "weights", "setting", "commit"]].notna().all(axis=None)

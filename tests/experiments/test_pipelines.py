@@ -172,7 +172,7 @@ def method_of(methods, with_model):
     def of(model, method, **about):
         cfg = {"model": {key: with_model(model).model[key] for key in ("name", "architecture")}, "retriever": {}}
         cfg = OmegaConf.create(cfg | {"method": methods[method]})
-        cfg.method.about.update(about)
+        cfg.method.metadata.update(about)
         return cfg.method
 
     return of

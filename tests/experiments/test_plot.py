@@ -18,9 +18,8 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, figures
 from experiments.__main__ import main as command
-from experiments.figures.image_grid import image_grid
+from experiments.figures.image_grid import LABELS, LINE, SPACE, grid_of_runs, image_grid
 from experiments.figures.labels import Label, put_beside
-from experiments.figures.sheet import LABELS, LINE, SPACE, contact_sheet
 from experiments.figures.style import LOOKS, TITLES, Drawing, encode, look, pixels, save, using
 from experiments.plan import expand
 from experiments.runs.identity import config_digest, request
@@ -93,7 +92,7 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", ["web", "paper"])
 def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(name, kind):
     with using(kind):
-        drawn = figures.called_for(table(*TABLES[name]))
+        drawn = figures.figures_for(table(*TABLES[name]))
     assert set(drawn) == EXPECTED[name]
     for figure_name, (figure, words) in drawn.items():
         assert len(words) > 30 and "_" not in words.replace("my_own", ""), figure_name
@@ -149,7 +148,7 @@ def test_no_label_of_a_published_front_hides_another_or_a_point_and_the_star_is_
             assert all(room.x0 <= box.x0 and box.x1 <= room.x1 for box in boxes)
         if not name.startswith("peers"):
             (star,) = [line for line in axis.lines if line.get_marker() == "*"]
-            chosen = selection.differences(frame, *pair, model).loc[selection.chosen_run(frame, *pair, model)]
+            chosen = selection.differences(frame, *pair, model).loc[selection.select_run(frame, *pair, model)]
             assert star.get_xydata().tolist() == [[chosen["x"], chosen["y"]]]
     assert counted > 2
 
@@ -171,10 +170,10 @@ def test_labels_of_equal_points_stand_apart_and_the_same_each_time():
 @pytest.mark.parametrize("width", [3.25, 6.75])
 def test_a_pdf_in_a_papers_style_has_exactly_the_width_and_type_of_readable_size(width, tmp_path):
     with using("paper", width):
-        drawn = figures.called_for(table(*TABLES["grid"])) | figures.called_for(table(*TABLES["methods"]))
-        drawn["sheet"] = (figures.contact_sheet(["head"], [("label", [[Image.new("RGB", (32, 32), "red")] * 3])]), "")
+        drawn = figures.figures_for(table(*TABLES["grid"])) | figures.figures_for(table(*TABLES["methods"]))
+        drawn["sheet"] = (figures.image_grid(["head"], [("label", [[Image.new("RGB", (32, 32), "red")] * 3])]), "")
         for name, (figure, _) in drawn.items():
-            (file,) = save(figure, tmp_path / name)
+            file = save(figure, tmp_path / name)
             assert file == tmp_path / "paper" / f"{name}.pdf"
             content = file.read_bytes()
             (box,) = re.findall(rb"/MediaBox \[ ?([\d. ]+?) ?\]", content)
@@ -241,7 +240,7 @@ def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
         front = selection.pareto_front(frame, claim, quality, "m")
         assert [points[run] for run in front] == sorted(best)
         allowed = [point[0] for point in points.values() if point[0] > 0 and point[1] >= -0.4]
-        found = selection.chosen_run(frame, claim, quality, "m")
+        found = selection.select_run(frame, claim, quality, "m")
         assert (points[found][0] if found else None) == max(allowed, default=None)
         assert found is None or points[found][1] >= -0.4
         chosen += found is not None
@@ -251,10 +250,10 @@ def test_the_front_and_the_choice_are_what_a_plain_search_finds(directions):
 def test_nothing_is_chosen_without_a_margin_or_a_gain():
     frame = table(*TABLES["alphas"])
     frame["margin"] = float("nan")
-    assert selection.chosen_run(frame, *tuple(METRICS)[:2], "m") is None
+    assert selection.select_run(frame, *tuple(METRICS)[:2], "m") is None
     worse = table(*TABLES["alphas"])
     worse.loc[worse["metric"] == "pairwise_distance", "difference"] *= 0
-    assert selection.chosen_run(worse, *tuple(METRICS)[:2], "m") is None
+    assert selection.select_run(worse, *tuple(METRICS)[:2], "m") is None
 
 
 @pytest.mark.parametrize("experiment", ["diversity", "copyright", "ablate_matching"])
@@ -278,7 +277,7 @@ def test_methods_of_one_experiment_never_look_alike(experiment):
         (lambda frame: figures.pareto(frame[frame["method"] == "none"], *tuple(METRICS)[:2], "m"), "with method=none"),
         (lambda frame: figures.ablation(frame[frame["alpha"].isna()], "clip_score", "alpha", "m"), "with method=none"),
         (lambda frame: figures.heat_map(frame.assign(alpha=1.0), "clip_score", "m"), "got several: choose one method"),
-        (lambda frame: figures.called_for(frame.assign(primary=None)), "expected a primary metric of quality"),
+        (lambda frame: figures.figures_for(frame.assign(primary=None)), "expected a primary metric of quality"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(draw, message):
@@ -290,7 +289,7 @@ def test_a_heat_map_is_over_any_two_settings():
     scales = itertools.product((2.0, 5.0), (0.3, 0.9, 1.8))
     runs = [{"guidance_scale": scale, "alpha": alpha} for scale, alpha in scales]
     baselines = [NOTHING | {"guidance_scale": scale} for scale in (2.0, 5.0)]
-    drawn = figures.called_for(table(*baselines, *runs))
+    drawn = figures.figures_for(table(*baselines, *runs))
     assert set(drawn) == {"heat_map_pairwise_distance_m", "heat_map_clip_score_m", "pareto_m"}
     figure, words = drawn["heat_map_clip_score_m"]
     assert "over guidance_scale and alpha" in words.replace("guidance scale", "guidance_scale")
@@ -313,7 +312,7 @@ def noise(seed, side=32):
 def test_a_contact_sheet_has_every_pixel_of_every_image_in_its_place():
     """Blocks side by side, each as wide as its longest row; rows below each other; what is not there is white."""
     one, two, three, four = map(noise, range(4))
-    sheet = pixels(contact_sheet(["one", "two"], [("a", [[one], [two, three]]), ("b", [[four], []])]))
+    sheet = pixels(image_grid(["one", "two"], [("a", [[one], [two, three]]), ("b", [[four], []])]))
     found = np.array(sheet)
     left, height = round(128 * LABELS), round(128 * LINE * 1.5)
     step = 32 + round(128 * SPACE)
@@ -327,23 +326,25 @@ def test_a_contact_sheet_has_every_pixel_of_every_image_in_its_place():
 
 def test_a_tile_has_the_size_of_what_was_generated_up_to_a_limit_and_the_shape_of_its_image():
     asset, small, large = noise(0, 200), noise(1, 96), Image.new("RGB", (1024, 512), "red")
-    assert pixels(contact_sheet(["asset", "m"], [("a", [[asset], [small]])])).width == 192 + 96 + 12 + 96
-    found = np.array(pixels(contact_sheet(["m"], [("a", [[large, large]])])))
+    assert pixels(image_grid(["asset", "m"], [("a", [[asset], [small]])])).width == 192 + 96 + 12 + 96
+    found = np.array(pixels(image_grid(["m"], [("a", [[large, large]])])))
     assert found.shape[1] == 192 + 2 * 256
     assert ((found == (255, 0, 0)).all(axis=2)).sum() == 2 * 256 * 128
 
 
 def test_a_sheet_is_a_small_picture_close_to_the_images_and_a_pdf_with_text_and_lossless_tiles(tmp_path):
     file = PROJECT / "models" / "mini-protected" / "guidance" / "panda" / "noto-panda.png"
-    sheet = contact_sheet(["a head"], [("a label", [[file, file]])])
-    picture, pdf = save(sheet, tmp_path / "sheet")
-    assert (picture.name, pdf.name) == ("sheet.webp", "sheet.pdf")
+    sheet = image_grid(["a head"], [("a label", [[file, file]])])
+    picture = save(sheet, tmp_path / "sheet")
+    with using("paper"):
+        pdf = save(sheet, tmp_path / "sheet")
+    assert (picture, pdf) == (tmp_path / "sheet.webp", tmp_path / "paper" / "sheet.pdf")
     with Image.open(picture) as opened:
         lost = np.array(opened.convert("RGB"), float) - np.array(pixels(sheet), float)
     assert 10 * np.log10(255**2 / (lost**2).mean()) > 35, "decibels: no loss that is seen"
     assert picture.stat().st_size < 8000 * 2
     assert [written.read_bytes() for written in (picture, pdf)] == [
-        encode(contact_sheet(["a head"], [("a label", [[file, file]])]), kind) for kind in ("webp", "pdf")
+        encode(image_grid(["a head"], [("a label", [[file, file]])]), kind) for kind in ("webp", "pdf")
     ]
     content = pdf.read_bytes()
     streams = [zlib.decompress(part) for part in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
@@ -364,21 +365,21 @@ def test_an_image_grid_shows_every_category_once(tmp_path):
             rows.append(ManifestRow(path, category, f"a {category}", category, seed, 0, 0))
     write_manifest(tmp_path, rows)
     run = Run(tmp_path)
-    colours = {tuple(pixel) for pixel in np.array(pixels(image_grid([run], ["m: method"]))).reshape(-1, 3)}
+    colours = {tuple(pixel) for pixel in np.array(pixels(grid_of_runs([run], ["m: method"]))).reshape(-1, 3)}
     assert {(80 * number, 10, 0) for number in range(3)} <= colours and (0, 11, 0) not in colours
     leading = {"ogre": tmp_path / rows[0].path}
-    fewer, every = (image_grid([run], ["m: method"], some).get_figheight() for some in (leading, None))
+    fewer, every = (grid_of_runs([run], ["m: method"], some).get_figheight() for some in (leading, None))
     assert fewer < every
     with pytest.raises(ValueError, match="share no group"):
-        image_grid([run], ["m: method"], {"dragon": tmp_path})
+        grid_of_runs([run], ["m: method"], {"dragon": tmp_path})
 
 
 def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch):
     """Killed at any moment, a figure is the old one or the new one; what a killed process left is swept a day later."""
     figure = Drawing()
-    files = save(figure, tmp_path / "figure")
-    before = {file: file.read_bytes() for file in files}
-    assert {file.name for file in files} == {"figure.png", "figure.pdf"} and all(before.values())
+    file = save(figure, tmp_path / "figure")
+    before = file.read_bytes()
+    assert file.name == "figure.png" and before
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -388,35 +389,33 @@ def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch
         patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process sweeps nothing
         with pytest.raises(KeyboardInterrupt):
             save(figure, tmp_path / "figure")
-    assert {file: file.read_bytes() for file in files} == before
-    left = set(tmp_path.iterdir()) - set(files)
-    assert len(left) == 1
+    assert file.read_bytes() == before
+    (left,) = set(tmp_path.iterdir()) - {file}
     save(figure, tmp_path / "figure")
-    assert set(tmp_path.iterdir()) - set(files) == left, "it may be another process's"
-    for file in left:
-        os.utime(file, (0, 0))
+    assert set(tmp_path.iterdir()) == {file, left}, "it may be another process's"
+    os.utime(left, (0, 0))
     save(figure, tmp_path / "figure")
-    assert set(tmp_path.iterdir()) == set(files)
+    assert set(tmp_path.iterdir()) == {file}
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_a_corrupt_picture_is_named_in_one_line(content, tmp_path):
     (tmp_path / "00.png").write_bytes(content)
     with pytest.raises(ValueError, match=rf"got a damaged or foreign file: {tmp_path}/00\.png") as error:
-        contact_sheet(["one"], [("", [[tmp_path / "00.png"]])])
+        image_grid(["one"], [("", [[tmp_path / "00.png"]])])
     assert "\n" not in str(error.value)
 
 
 def test_what_is_chosen_keeps_every_quality():
     frame = table(NOTHING, *GRID)
-    chosen = selection.chosen_run(frame, "pairwise_distance", "clip_score", "m")
+    chosen = selection.select_run(frame, "pairwise_distance", "clip_score", "m")
     assert chosen is not None
     further = frame["metric"] == "gender_entropy"
     frame.loc[further, "primary"], frame.loc[further, "margin"] = "quality", 1.0
     frame.loc[further & (frame["method"] != "none"), "difference"] = 0.0
-    assert selection.chosen_run(frame, "pairwise_distance", "clip_score", "m") == chosen
+    assert selection.select_run(frame, "pairwise_distance", "clip_score", "m") == chosen
     frame.loc[further & (frame["run_id"] == chosen), "difference"] = -1.5
-    assert selection.chosen_run(frame, "pairwise_distance", "clip_score", "m") not in (chosen, None)
+    assert selection.select_run(frame, "pairwise_distance", "clip_score", "m") not in (chosen, None)
 
 
 def test_a_figure_of_a_metric_that_the_table_lacks_says_which_there_are():

@@ -256,13 +256,13 @@ def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(asked, certa
     assert len(rows) == 4 * 4 and {row["outcome"] for row in rows} >= {"shown", "refused"}
     assert all((row["score"] is None) == (row["outcome"] != "shown") for row in rows)
     assert not any("parody" in row["prompt"] for row in rows)
-    frame = pd.read_csv(tmp_path / "results" / "redteam.csv")
+    frame = pd.read_csv(tmp_path / "results" / "redteam" / "table.csv")
     assert list(frame.columns) == redteam.COLUMNS
     assert list(frame["metric"].unique()) == ["attack_success_1", "attack_success_4"] and (frame["value"] == 0).all()
     assert frame.loc[frame["method"] == "none", ["refused", "escalated", "blocked"]].sum(axis=None) == 0
     assert frame.loc[frame["method"] != "none", "refused"].sum() > 0
     assert set(frame["layers"].dropna()) == {"check"} and set(frame["guard"].dropna()) == {"keyword"}
-    assert text == redteam.render(frame) == (tmp_path / "results" / "redteam.md").read_text()
+    assert text == redteam.render(frame) == (tmp_path / "results" / "redteam" / "table.md").read_text()
     # Asked again, nothing is drawn; a search that was cut short ends as it did.
     monkeypatch.setattr("experiments.generate._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
     assert redteam.write_table(asked) == text and "0 of 4 searches" in caplog.text

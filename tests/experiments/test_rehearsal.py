@@ -232,7 +232,7 @@ def test_sdxl_goes_from_nothing_to_a_table_and_a_page(command, scoring, tmp_path
     assert len(set(lines)) == len(lines), [line for line, number in Counter(lines).items() if number > 1]
     images = pngs(outputs / "runs")
     assert len(images) == 12 and {Image.open(path).size for path in images} == {(64, 64)}
-    table = outputs / "results" / "diversity.csv"
+    table = outputs / "results" / "diversity" / "table.csv"
     frame = scored(table)
     assert set(frame.index.get_level_values("method")) == {"none", "negtome", "negtome_released"}
     distances = frame.xs("pairwise_distance", level="metric")
@@ -260,7 +260,7 @@ def test_flux_goes_from_nothing_to_a_table(command, scoring, tmp_path):
     done = command("reproduce", *arguments, f"outputs={outputs}")
     assert done.returncode == 0, done.stderr
     assert len(pngs(outputs / "runs")) == 12
-    assert len(scored(outputs / "results" / "diversity.csv")) >= 3 * 4
+    assert len(scored(outputs / "results" / "diversity" / "table.csv")) >= 3 * 4
     downloads = scoring.downloads()
     assert len(set(downloads)) == len(downloads)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from eval.images import METRICS, ManifestRow, load_picture
 from experiments import PROJECT, report
-from experiments.figures import called_for
+from experiments.figures import figures_for
 from experiments.figures.style import encode
 from experiments.report import sections
 from experiments.report.galleries import spread
@@ -68,7 +68,8 @@ def full(tmp_path_factory):
     """The page of the committed diversity table: mini-sdxl's runs are here, mini-flux's are absent or damaged."""
     folder = tmp_path_factory.mktemp("full")
     results, outputs = folder / "results", folder / "outputs"
-    results.mkdir()
+    for name in ("diversity", "memorised"):
+        (results / name).mkdir(parents=True)
     frame = diversity_table()
     frame["encoder"] = frame["encoder"] + "<b>&"
     for method in METHODS:
@@ -78,26 +79,27 @@ def full(tmp_path_factory):
     frame.loc[damaged, "run_id"] = run = write_run(outputs, "mini-flux", "negtome")
     manifest = outputs / "runs" / run / "manifest.jsonl"
     manifest.write_text(manifest.read_text()[:-40])
-    frame.to_csv(results / "diversity.csv", index=False)
-    (results / "memorised.csv").write_text("what,value\nown - other,0.25\n")
-    Image.new("RGB", (8, 8)).save(results / "memorised.png")
-    Image.new("RGB", (64, 32)).save(results / "diversity_grid_mini-flux.png")
+    frame.to_csv(results / "diversity" / "table.csv", index=False)
+    (results / "memorised" / "table.csv").write_text("what,value\nown - other,0.25\n")
+    Image.new("RGB", (8, 8)).save(results / "memorised" / "image.png")
+    Image.new("RGB", (64, 32)).save(results / "diversity" / "grid_mini-flux.png")
     page = report.report(results, outputs, folder / "report")
     return folder, frame, page, Page(page)
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(sections, "called_for", lambda frame: {})
+    monkeypatch.setattr(sections, "figures_for", lambda frame: {})
 
 
 @pytest.fixture
 def small(full, tmp_path, no_figures):
     """A table and two runs to be changed: results, outputs and the table."""
     results, outputs = tmp_path / "results", tmp_path / "outputs"
-    results.mkdir()
+    for name in ("diversity", "memorised"):
+        (results / name).mkdir(parents=True)
     frame = full[1][(full[1]["model"] == "mini-sdxl") & (full[1]["method"] != "negtome_released")]
-    frame.to_csv(results / "diversity.csv", index=False)
+    frame.to_csv(results / "diversity" / "table.csv", index=False)
     shutil.copytree(full[0] / "outputs", outputs)
     return results, outputs, frame
 
@@ -117,7 +119,7 @@ def pictures(page):
 
 def tiles(files):
     """The images of groups among a page's files: all but the published image grid."""
-    grids = [file.read_bytes() for file in (PROJECT / "results").glob("diversity_grid_*.webp")]
+    grids = [file.read_bytes() for file in (PROJECT / "results" / "diversity").glob("grid_*.webp")]
     return [file for file, content in files.items() if file.suffix == ".webp" and content not in grids]
 
 
@@ -159,8 +161,8 @@ def test_tables_figures_and_commands_are_those_of_the_results(full):
         assert str(cell).replace("; ", "").replace(" ", "") in cells
     assert {"0.812", "own-other", "0.25", "2.9.0", "0.42.1", "3.11.7", "cpu", *frame["commit"].unique()} <= cells
     assert all(command in page.all("pre")[0]["text"] for command in commands("diversity"))
-    figures = {encode(figure, "svg") for figure, _ in called_for(whole(frame)).values()}
-    assert figures | {(folder / "results" / "memorised.png").read_bytes()} <= pictures(path)
+    figures = {encode(figure, "svg") for figure, _ in figures_for(whole(frame)).values()}
+    assert figures | {(folder / "results" / "memorised" / "image.png").read_bytes()} <= pictures(path)
     shown = {image["src"] for image in page.all("img")}
     assert {f"{PICTURES}/{file.name}" for file in (path.parent / PICTURES).glob("*.[sp]*g")} <= shown
 
@@ -201,18 +203,19 @@ def test_runs_whose_images_are_not_here_are_named(full, tmp_path, no_figures):
     text = " ".join(page.all("main")[0]["text"].split())
     assert "Not on this machine: the images of all 3 runs" in text and "3 of 6" in text
     assert {"not on this machine", "cannot be read"} <= {cell["text"] for cell in page.all("td")}
-    grid = folder / "results" / "diversity_grid_mini-flux.png"
+    grid = folder / "results" / "diversity" / "grid_mini-flux.png"
     assert grid.read_bytes() in pictures(path), "the image grid that was kept with the table"
     results = tmp_path / "results"
-    results.mkdir()
-    for file in (folder / "results" / "diversity.csv", grid):
-        shutil.copyfile(file, results / file.name)
-    Image.new("RGB", (64, 32), "red").save(results / "diversity_grid_mini-flux.webp")
+    for name in ("diversity", "memorised"):
+        (results / name).mkdir(parents=True)
+    for file in (folder / "results" / "diversity" / "table.csv", grid):
+        shutil.copyfile(file, results / "diversity" / file.name)
+    Image.new("RGB", (64, 32), "red").save(results / "diversity" / "grid_mini-flux.webp")
     other = report.report(results, tmp_path / "nothing", tmp_path / "report")
-    assert (results / "diversity_grid_mini-flux.webp").read_bytes() in pictures(other)
+    assert (results / "diversity" / "grid_mini-flux.webp").read_bytes() in pictures(other)
     assert grid.read_bytes() not in pictures(other), "the older of two image grids"
-    (results / "diversity_grid_mini-flux.webp").unlink()
-    (results / "diversity_grid_mini-flux.png").unlink()
+    (results / "diversity" / "grid_mini-flux.webp").unlink()
+    (results / "diversity" / "grid_mini-flux.png").unlink()
     page = Page(report.report(results, tmp_path / "nothing", tmp_path / "report"))
     assert "Images" not in [one["text"] for one in page.all("h4")] and not page.all("h5")
 
@@ -258,7 +261,8 @@ def test_scores_that_are_not_those_of_the_table_are_left_out(damage, scored, tmp
     folder, frame, *_ = scored
     shutil.copytree(folder / "outputs", tmp_path / "outputs")
     results = tmp_path / "results"
-    results.mkdir()
+    for name in ("diversity", "memorised"):
+        (results / name).mkdir(parents=True)
     rows = (frame["method"] == "negtome") & (frame["metric"] == "pairwise_distance")
     run = tmp_path / "outputs" / "runs" / frame.loc[rows, "run_id"].iloc[0]
     (file,) = (run / METRICS).glob("pairwise_distance-*")
@@ -271,7 +275,7 @@ def test_scores_that_are_not_those_of_the_table_are_left_out(damage, scored, tmp
     else:
         shutil.move(file, tmp_path / "private.json")
         file.symlink_to(tmp_path / "private.json")
-    frame.to_csv(results / "diversity.csv", index=False)
+    frame.to_csv(results / "diversity" / "table.csv", index=False)
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report"))
     strips = [one for one in page.of_class("strip") if one["data-title"] == "NegToMe"]
     assert len(strips) == 6 and all("pairwise distance" not in one["text"] for one in strips)
@@ -342,28 +346,28 @@ def test_large_images_are_reduced_and_kept_in_full_too(tmp_path, no_figures):
         assert image.size == (256, 128)
 
 
-def test_every_file_of_results_is_shown_once_with_the_table_that_its_name_begins_with(tmp_path):
+def test_every_file_of_results_is_shown_once_in_the_section_of_its_folder(tmp_path):
+    """A table beside the folders has a section of its own."""
     results = tmp_path / "results"
-    results.mkdir()
-    for stem in ("judged", "judged_more", "judged_most", "other", "other_more"):
-        (results / f"{stem}.csv").write_text(f"what,value\ncell of {stem}.,1\n")
-    for stem in ("judged", "judged_most", "judged_most_extra", "alone", "README"):
-        (results / f"{stem}.md").write_text(
-            f"# {stem}\n\nWords of {stem}, **so** `much`.\n\n| a |\n|:--|\n| row of {stem} |\n"
+    for name in ("judged", "other", "lonely", "headed", "titled"):
+        (results / name).mkdir(parents=True)
+    for path in ("judged/table", "judged/more", "other/table", "flat"):
+        (results / f"{path}.csv").write_text(f"what,value\ncell of {path}.,1\n")
+    for path in ("judged/table", "judged/extra", "README"):
+        (results / f"{path}.md").write_text(
+            f"# {path}\n\nWords of {path}, **so** `much`.\n\n| a |\n|:--|\n| row of {path} |\n"
         )
-    for stem in ("judged_picture", "lonely_picture", "alone"):
-        Image.new("RGB", (8, 8)).save(results / f"{stem}.png")
-    (results / "headed.csv").write_text("what,value\n")
-    (results / "titled.md").write_text("# titled\n")
+    for path in ("judged/picture", "lonely/picture"):
+        Image.new("RGB", (8, 8)).save(results / f"{path}.png")
+    (results / "headed" / "table.csv").write_text("what,value\n")
+    (results / "titled" / "table.md").write_text("# titled\n")
     page = Page(report.report(results, tmp_path / "outputs", tmp_path / "report"))
     texts = {one["id"]: one["text"] for one in page.of_class("section")}
-    assert list(texts) == ["alone", "judged", "judged_most", "lonely", "other", "other_more"]
+    assert list(texts) == ["flat", "judged", "lonely", "other"]
     owners = {
-        "cell of judged.": "judged", "cell of judged_more.": "judged", "cell of judged_most": "judged_most",
-        "cell of other.": "other", "cell of other_more.": "other_more",
-        "Words of judged, so much.": "judged", "row of judged_most_extra": "judged_most",
-        "Words of judged_most, so": "judged_most", "row of alone": "alone", "judged_picture: an": "judged",
-        "lonely_picture: an": "lonely", "alone: an image": "alone",
+        "cell of judged/table.": "judged", "cell of judged/more.": "judged", "cell of other/table.": "other",
+        "cell of flat.": "flat", "Words of judged/table, so much.": "judged", "row of judged/extra": "judged",
+        "judged/picture: an": "judged", "lonely/picture: an": "lonely",
     }  # fmt: skip
     for text, owner in owners.items():
         assert [name for name, content in texts.items() if text in content] == [owner], text
@@ -392,14 +396,14 @@ def test_an_earlier_page_is_replaced_and_other_files_stay(small, tmp_path):
     (page.parent / "notes.txt").write_text("mine")
     (page.parent / "figures").mkdir()
     (page.parent / "figures" / "mine.png").write_text("mine")
-    frame.assign(value=0.5).to_csv(results / "diversity.csv", index=False)
+    frame.assign(value=0.5).to_csv(results / "diversity" / "table.csv", index=False)
     report.report(results, outputs, page.parent, groups=2)
     after = contents(page.parent)
     assert {file for file in after if after[file] == b"mine"} == {Path("notes.txt"), Path("figures/mine.png")}
     assert len(tiles(after)) == 2 * 2 * 4
     (page.parent / "notes.txt").unlink()
     shutil.rmtree(page.parent / "figures")
-    frame.to_csv(results / "diversity.csv", index=False)
+    frame.to_csv(results / "diversity" / "table.csv", index=False)
     gone, torn, *_ = (page.parent / PICTURES).glob("*.webp")
     gone.unlink()
     torn.write_bytes(torn.read_bytes()[:40])  # as a command leaves it that is killed while it writes
@@ -412,7 +416,7 @@ def test_killed_anywhere_there_is_a_complete_page_and_the_next_one_is_made(small
     """Stop before some changes of a folder in turn, of the first page and of one that replaces it."""
     results, outputs, frame = small
     for number, steps in itertools.product((1, 2), range(0, 20, 4)):
-        frame.assign(value=number / 10).to_csv(results / "diversity.csv", index=False)
+        frame.assign(value=number / 10).to_csv(results / "diversity" / "table.csv", index=False)
         left = iter(range(steps))
 
         def killing(function, left=left):
@@ -458,9 +462,9 @@ def test_several_at_once_leave_one_complete_page(small, tmp_path):
 )
 def test_a_table_cannot_name_other_folders(column, value, small, tmp_path):
     results, outputs, frame = small
-    frame.assign(**{column: value}).to_csv(results / "diversity.csv", index=False)
+    frame.assign(**{column: value}).to_csv(results / "diversity" / "table.csv", index=False)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=rf"for {column} in .*diversity\.csv, got '{value}'"):
+    with pytest.raises(ValueError, match=rf"for {column} in .*diversity/table\.csv, got '{value}'"):
         report.report(results, outputs, tmp_path / "report")
     with pytest.raises(ValueError, match=f"for {column} in"):
         read_table("diversity", results)
@@ -469,7 +473,7 @@ def test_a_table_cannot_name_other_folders(column, value, small, tmp_path):
 
 def negtome_images(results, outputs):
     """The images of mini-sdxl's run of NegToMe."""
-    rows = pd.read_csv(results / "diversity.csv", dtype=TEXT)
+    rows = pd.read_csv(results / "diversity" / "table.csv", dtype=TEXT)
     run = rows.loc[(rows["model"] == "mini-sdxl") & (rows["method"] == "negtome"), "run_id"].iloc[0]
     return sorted((outputs / "runs" / run).rglob("*.png"))
 
@@ -480,12 +484,12 @@ def test_links_are_left_out(small, tmp_path, caplog):
     (tmp_path / "private.csv").write_text("who,what\nsomebody,something private\n")
     image = negtome_images(results, outputs)[0]
     image.unlink()
-    for link, target in ((image, "png"), (results / "memorised.png", "png"), (results / "linked.csv", "csv")):
+    for link, target in ((image, "png"), (results / "memorised" / "image.png", "png"), (results / "memorised" / "linked.csv", "csv")):
         link.symlink_to(tmp_path / f"private.{target}")
     page = report.report(results, outputs, tmp_path / "report", groups=9)
     assert "something private" not in page.read_text()
     assert "the images of 1 of 2 runs (NegToMe)" in page.read_text()
-    assert f"{image} is left out: it is a link" in caplog.text and "memorised.png is left out" in caplog.text
+    assert f"{image} is left out: it is a link" in caplog.text and "image.png is left out" in caplog.text
     for file in page.parent.rglob("*.[pw]*"):
         with Image.open(file) as opened:
             assert np.abs(np.array(opened.convert("RGB"))[0, 0].astype(int) - (1, 2, 3)).max() > 8, file
@@ -494,7 +498,7 @@ def test_links_are_left_out(small, tmp_path, caplog):
 @pytest.mark.parametrize("damage", ["empty", "bytes", "words", "ragged"])
 def test_a_damaged_table_is_named_in_one_line_and_neither_merged_nor_lost(damage, small, tmp_path):
     results, outputs, frame = small
-    table = results / "diversity.csv"
+    table = results / "diversity" / "table.csv"
     damaged = {"empty": b"", "bytes": table.read_bytes() + b"\xff\xfe", "ragged": b'a,b\n1,2,3,4\n1\n"no end',
                "words": frame.assign(value="a lot").to_csv(index=False).encode()}[damage]  # fmt: skip
     table.write_bytes(damaged)
@@ -503,7 +507,7 @@ def test_a_damaged_table_is_named_in_one_line_and_neither_merged_nor_lost(damage
         lambda: read_table("diversity", results),
         lambda: merge_rows(table, frame.to_dict("records")),
     ):
-        with pytest.raises(ValueError, match=r"expected a table in .*diversity\.csv, got a damaged file") as error:
+        with pytest.raises(ValueError, match=r"expected a table in .*table\.csv, got a damaged file") as error:
             read()
         assert "\n" not in str(error.value) and table.read_bytes() == damaged
 

@@ -10,13 +10,14 @@ from experiments.plan import expand, first
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.identity import code_digest, config_digest
 from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
-from experiments.tables.pages import main_table, paper_table, render_latex, render_markdown
+from experiments.tables.pages import paper_table, render_markdown
+from experiments.tables.paths import find_tables
 
 RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py
-TABLES = sorted(path for path in RESULTS.glob("*.csv") if path.stem in EXPERIMENTS)
+TABLES = {name: path for name, path in find_tables(RESULTS).items() if name in EXPERIMENTS}
 #: The large ones are read in full among the slow tests.
-READ = [pytest.param(path, marks=[pytest.mark.slow] * path.stem.startswith("peers")) for path in TABLES]
+READ = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("peers")) for name in TABLES]
 
 
 def table_of(name):
@@ -29,14 +30,12 @@ def table_of(name):
     )
 
 
-def test_the_diversity_table_compares_three_methods_on_both_mini_models():
-    frame = pd.read_csv(RESULTS / "diversity.csv")
-    mini = frame[frame["model"].str.startswith("mini")]
-    metrics = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
-    for model in ("mini-sdxl", "mini-flux"):
-        for method in ("none", "negtome", "negtome_released"):
-            rows = mini[(mini["model"] == model) & (mini["method"] == method)]
-            assert metrics <= set(rows["metric"]), (model, method)
+@pytest.mark.parametrize("name", READ)
+def test_a_table_is_what_its_csv_renders_to(name):
+    frame = pd.read_csv(TABLES[name], dtype=TEXT)
+    cfg = first([f"experiment={name}"])
+    markdown = render_markdown(frame, cfg.description, paper_table(name, RESULTS / "paper.csv"))
+    assert TABLES[name].with_suffix(".md").read_text() == markdown
 
 
 @pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
@@ -99,21 +98,20 @@ def test_every_number_can_be_traced(path):
     assert (compared["difference_low"] <= compared["difference_high"])[estimated].all()
 
 
-@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
-def test_a_table_is_of_todays_settings_weights_and_versions(path):
+@pytest.mark.parametrize("table", READ)
+def test_a_table_is_of_todays_settings_weights_and_versions(table):
     """Whoever changes what a number depends on, or its declared version, makes the table anew."""
-    table = path.stem
     today = set()
     for name in (name for name in EXPERIMENTS if table_of(name) == table):  # which make one table
         for cfg in expand([f"experiment={name}", "results=results"], baselines=True):
             asked, weights = config_digest(cfg), find_checkpoint(cfg.model).fingerprint
             for spec in cfg.metric.values():
                 today.add(code_digest(asked, weights, get_object(spec._target_).version))
-    assert today == set(pd.read_csv(path, dtype=TEXT)["code"])
+    assert today == set(pd.read_csv(TABLES[table], dtype=TEXT)["code"])
 
 
 def test_every_experiment_has_a_table():
-    assert {table_of(name) for name in EXPERIMENTS} == {path.stem for path in TABLES}
+    assert {table_of(name) for name in EXPERIMENTS} == set(TABLES)
 
 
 def test_the_papers_numbers_are_labelled_and_never_of_our_models():

@@ -46,8 +46,8 @@ def test_rows_are_counted_and_rows_of_other_guards_stay(file, tmp_path, monkeypa
     def measure(name):
         guard = ["guard=own", f"guard.name={name}"]
         sensitivity.main([*guard, f"model.copyright.policy={file}", f"results={tmp_path / 'out'}"])
-        frame = pd.read_csv(tmp_path / "out" / "policy_sensitivity.csv", dtype=TEXT)
-        return frame, (tmp_path / "out" / "policy_sensitivity.md").read_text()
+        frame = pd.read_csv(tmp_path / "out" / "policy_sensitivity" / "table.csv", dtype=TEXT)
+        return frame, (tmp_path / "out" / "policy_sensitivity" / "table.md").read_text()
 
     try:
         first, page = measure("partial_guard:Partial")

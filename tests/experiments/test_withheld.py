@@ -16,7 +16,7 @@ from experiments import rank, tabulate
 from experiments.check import compare_tables
 from experiments.collect import collect, main
 from experiments.evaluate import evaluate, evaluate_folder
-from experiments.figures.sheet import contact_sheet
+from experiments.figures.image_grid import image_grid
 from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import GroupResult
@@ -179,7 +179,8 @@ def test_where_nothing_is_withheld_no_table_or_document_knows_of_it(made, tmp_pa
 
 def test_methods_are_ranked_over_the_same_groups_alone(made):
     _, plan, folders = made
-    with pytest.raises(ValueError, match=f"{folders['ours'].name}, which withheld 1 refused"):
+    tabulate.write_table(plan)
+    with pytest.raises(ValueError, match=f"{folders['ours'].name} of .*, which withheld 1 groups"):
         rank.read_paths(part(plan, "none", "ours").runs)
 
 
@@ -196,8 +197,8 @@ def test_figures_and_report_show_a_plate_with_the_reason(made, tmp_path):
 
 def test_a_text_stands_in_the_place_of_images():
     image = Image.new("RGB", (8, 8), "red")
-    sheet = contact_sheet(["a", "b"], [("x", [[image, image], "refused: why " * 40]), ("y", [[image], [image]])])
-    plain = contact_sheet(["a", "b"], [("x", [[image, image], [image]]), ("y", [[image], [image]])])
+    sheet = image_grid(["a", "b"], [("x", [[image, image], "refused: why " * 40]), ("y", [[image], [image]])])
+    plain = image_grid(["a", "b"], [("x", [[image, image], [image]]), ("y", [[image], [image]])])
     sheet, plain = map(pixels, (sheet, plain))
     assert sheet.size == plain.size
     assert np.any(np.array(sheet) != np.array(plain))
@@ -213,7 +214,7 @@ def test_collect_and_check_count_them(made, tmp_path, capsys):
     main([str(folders["none"].parents[1]), "--to", str(tmp_path / "all")])
     assert "0 problems, 7 groups withheld" in capsys.readouterr().out
     tabulate.write_table(plan)
-    path = plan.results / f"{plan.name}.csv"
+    path = plan.result_file()
     found = compare_tables(path, path).set_index("label")["made"]
     assert any("1 groups withheld" in text for label, text in found.items() if " ours" in label)
     assert any("no value, 4 groups withheld" in text for label, text in found.items() if " nothing" in label)

@@ -57,7 +57,7 @@ def test_every_character_has_artwork_and_prompts_and_is_in_one_split() -> None:
 
 
 def test_every_character_is_known_by_heart_to_both_models() -> None:
-    rows = pd.read_csv(PROJECT / "results" / "memorised_by_character.csv")
+    rows = pd.read_csv(PROJECT / "results" / "memorised" / "by_character.csv")
     direct = rows[rows["sort"] == "direct"]
     assert set(zip(direct["model"], direct["name"], strict=True)) == set(
         itertools.product(memorised.MODELS, protected.CHARACTERS)
@@ -121,8 +121,8 @@ def test_requests_cover_all_sorts_once() -> None:
 
 
 def test_the_published_page_is_of_the_published_tables_and_links_their_picture():
-    table, named = (pd.read_csv(PROJECT / "results" / f"memorised{name}.csv") for name in ("", "_by_character"))
-    published = (PROJECT / "results" / "memorised.md").read_text()
-    picture = re.search(r"\]\((memorised\..*?)\)", published)[1]
-    assert (PROJECT / "results" / picture).exists()
+    table, named = (pd.read_csv(PROJECT / "results" / "memorised" / f"{name}.csv") for name in ("table", "by_character"))
+    published = (PROJECT / "results" / "memorised" / "table.md").read_text()
+    picture = re.search(r"\]\((images\..*?)\)", published)[1]
+    assert (PROJECT / "results" / "memorised" / picture).exists()
     assert memorised.render_page(table, named.assign(scorer="mini-clip"), picture) == published

@@ -193,7 +193,7 @@ def _verdict(row: tuple) -> str:
 def compare_stages(
     out: Path, work: Path, seeds: int, workers: int, development: bool, **sizes: int | float | None
 ) -> None:
-    """Train and evaluate all cells, and write deliberation.csv and .md.
+    """Train and evaluate all cells, and write deliberation/table.csv and .md.
 
     Args:
         out: folder of the table.
@@ -212,8 +212,8 @@ def compare_stages(
     for cell, judged in evaluate_all(all_cells(seeds), chosen, root, False, workers).items():
         outcomes.setdefault((cell.stage, cell.trace), {})[cell.seed] = judged
     frame, folder = tabulate(policy, outcomes), project_path(out)
-    write_text(folder / "deliberation.csv", frame.to_csv(index=False, float_format="%.6g"))
-    print(write_text(folder / "deliberation.md", render_page(frame, chosen)))
+    write_text(folder / "deliberation" / "table.csv", frame.to_csv(index=False, float_format="%.6g"))
+    print(write_text(folder / "deliberation" / "table.md", render_page(frame, chosen)))
 
 
 def count_by_kind(outcomes: Sequence[Outcome]) -> str:

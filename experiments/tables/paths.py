@@ -1,0 +1,23 @@
+"""Where results lie: each experiment has a folder, `<results>/<experiment>/`, with its tables, pages and figures."""
+
+from pathlib import Path
+
+from experiments import project_path
+
+#: Name of an experiment's table in its folder; the page beside it has the same name and the ending .md.
+TABLE = "table.csv"
+
+
+def result_file(results: str | Path, experiment: str, name: str = TABLE) -> Path:
+    """Return the path of a file of an experiment, by default of its table; relative paths start at the checkout."""
+    return project_path(results) / experiment / name
+
+
+def find_tables(results: str | Path) -> dict[str, Path]:
+    """Return the table of each experiment in a folder of results, by the experiment's name."""
+    return {path.parent.name: path for path in sorted(project_path(results).glob(f"*/{TABLE}"))}
+
+
+def chosen_file(results: str | Path) -> Path:
+    """Return the file of the hyperparameters that `experiments.rank` chose, by model and method."""
+    return result_file(results, "peers_grid", "chosen.yaml")
