@@ -147,8 +147,8 @@ def _chosen_value(results: str, base: str, name: str) -> Any:
 @functools.cache
 def names() -> tuple[str, ...]:
     """Return the names of conf/model/, the embedded models last: a visitor who types "sdxl" means that one."""
-    found = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
-    return tuple(sorted(found, key=lambda name: (name.startswith("mini-"), name)))
+    stems = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
+    return tuple(sorted(stems, key=lambda name: (name.startswith("mini-"), name)))
 
 
 def is_linkable(name: str) -> bool:
@@ -182,8 +182,8 @@ def find(name: str) -> Model:
     kinds = {key for key, architecture in checkpoints.ARCHITECTURES.items() if architecture.pipeline == pipeline}
     base = next((name for name, kind in _architectures().items() if kind in kinds), None)
     if base is None:
-        known = ", ".join(sorted(architecture.pipeline for architecture in checkpoints.ARCHITECTURES.values()))
-        raise ValueError(f"expected a model of one of {known}, got a {pipeline} in {folder}: choose another one")
+        supported = ", ".join(sorted(architecture.pipeline for architecture in checkpoints.ARCHITECTURES.values()))
+        raise ValueError(f"expected a model of one of {supported}, got a {pipeline} in {folder}: choose another one")
     variant = "fp16" if any(folder.glob("*/*.fp16.*")) else None
     return _compose(name, base, source=str(folder), revision=None, variant=variant)
 
