@@ -7,7 +7,7 @@ import pandas as pd
 from experiments import PROJECT
 from experiments.safety.gate import read_gate
 from experiments.tables import pages
-from experiments.tables.columns import DIFFERENCE, ROLES, direction, primary_pair, humanize
+from experiments.tables.columns import DIFFERENCE, ROLES, direction, humanize, primary_pair
 
 #: Headlines by the experiment that they are read from: a title and the method; None: the released system of the gate.
 HEADLINES = {

@@ -15,7 +15,7 @@ from experiments.figures.style import encode
 from experiments.report.galleries import gallery, read_runs
 from experiments.report.markdown import read_page
 from experiments.report.pictures import Pictures, result_files
-from experiments.tables.columns import REQUIRED, commands, printed, read_csv, read_table, format_setting
+from experiments.tables.columns import REQUIRED, commands, format_setting, printed, read_csv, read_table
 
 #: Chapters of the page and patterns of their sections' names; a section is in the first chapter that it fits.
 CHAPTERS = {

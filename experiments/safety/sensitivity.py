@@ -19,7 +19,6 @@ import pandas as pd
 
 from eval.files import write_text
 from eval.intervals import GroupValue, bootstrap_interval
-from experiments import project_path
 from experiments.configs import build
 from experiments.runs.identity import current_commit
 from experiments.safety.guards import guarded_systems

@@ -484,7 +484,11 @@ def test_links_are_left_out(small, tmp_path, caplog):
     (tmp_path / "private.csv").write_text("who,what\nsomebody,something private\n")
     image = negtome_images(results, outputs)[0]
     image.unlink()
-    for link, target in ((image, "png"), (results / "memorised" / "image.png", "png"), (results / "memorised" / "linked.csv", "csv")):
+    for link, target in (
+        (image, "png"),
+        (results / "memorised" / "image.png", "png"),
+        (results / "memorised" / "linked.csv", "csv"),
+    ):
         link.symlink_to(tmp_path / f"private.{target}")
     page = report.report(results, outputs, tmp_path / "report", groups=9)
     assert "something private" not in page.read_text()

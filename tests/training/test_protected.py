@@ -121,7 +121,9 @@ def test_requests_cover_all_sorts_once() -> None:
 
 
 def test_the_published_page_is_of_the_published_tables_and_links_their_picture():
-    table, named = (pd.read_csv(PROJECT / "results" / "memorised" / f"{name}.csv") for name in ("table", "by_character"))
+    table, named = (
+        pd.read_csv(PROJECT / "results" / "memorised" / f"{name}.csv") for name in ("table", "by_character")
+    )
     published = (PROJECT / "results" / "memorised" / "table.md").read_text()
     picture = re.search(r"\]\((images\..*?)\)", published)[1]
     assert (PROJECT / "results" / "memorised" / picture).exists()
