@@ -58,16 +58,16 @@ def canonical_json(document: Any, indent: int | None = None, compact: bool = Fal
     )
 
 
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON document with the key `sha256`: a digest of all other keys, which `check_seal` verifies."""
+def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON document with the key `sha256`: a digest of all other keys, which `verify_checksum` verifies."""
     values = {key: value for key, value in document.items() if key != "sha256"}
     return {**values, "sha256": hashlib.sha256(canonical_json(values).encode()).hexdigest()}
 
 
-def check_seal(document: Mapping[str, Any], path: str | Path) -> None:
+def verify_checksum(document: Mapping[str, Any], path: str | Path) -> None:
     """Raise a ValueError that names the file if a document no longer agrees with its `sha256`."""
     try:
-        intact = sealed(document)["sha256"] == document.get("sha256")
+        intact = with_checksum(document)["sha256"] == document.get("sha256")
     except ValueError:  # NaN or a lone surrogate, which are never written
         intact = False
     if not intact:
@@ -82,7 +82,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     document = read_json(path)
     if not isinstance(document, dict) or not {"metric", "groups"} <= document.keys():
         raise ValueError(f"expected a metric's document in {path}, got other JSON; delete it and measure again")
-    check_seal(document, path)
+    verify_checksum(document, path)
     return document
 
 
@@ -138,7 +138,7 @@ def settled_status(path: str | Path) -> tuple[int, int, int] | None:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def remembered_hash(path: str | Path) -> str:
+def cached_hash(path: str | Path) -> str:
     """Return `content_hash(path)`; the file is read again only after its size or times changed."""
     status = settled_status(path)
     return content_hash(path) if status is None else _hash(os.path.abspath(path), *status)

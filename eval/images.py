@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from eval.files import canonical_json, read_json, read_regular, remembered_hash, write_text
+from eval.files import cached_hash, canonical_json, read_json, read_regular, write_text
 
 MANIFEST = "manifest.jsonl"
 WITHHELD = "withheld.jsonl"
@@ -354,7 +354,7 @@ def rows_hash(folder: str | Path, rows: Iterable[ManifestRow]) -> str:
         path = Path(folder) / row.path
         if not path.is_file():
             raise FileNotFoundError(f"expected an image at {path}, got no file; generate the run again")
-        sha256 = remembered_hash(path)
+        sha256 = cached_hash(path)
         if row.sha256 not in (None, sha256):
             raise ValueError(
                 f"expected the image that was generated, got another file at {path}: it was replaced or is damaged; "

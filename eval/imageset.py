@@ -19,7 +19,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from eval.encoders import Encoder
-from eval.files import remembered_hash, sweep, write_bytes
+from eval.files import cached_hash, sweep, write_bytes
 from eval.images import (
     ManifestRow,
     WithheldRow,
@@ -179,7 +179,7 @@ class ImageSet:
     @functools.cached_property
     def hashes(self) -> list[str]:
         """The content hash of each image."""
-        return [remembered_hash(self.folder / row.path) for row in self.rows]
+        return [cached_hash(self.folder / row.path) for row in self.rows]
 
     def embeddings(self, encoder: Encoder) -> torch.Tensor:
         """Return the images' embeddings, float32 [N, D], in the order of `rows`, from the cache where possible.

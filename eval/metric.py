@@ -20,7 +20,7 @@ import torchmetrics
 from torchmetrics.utilities import dim_zero_cat
 
 from eval.encoders import Encoder, PrecomputedFeatures, Scorer
-from eval.files import canonical_json, sealed, write_json
+from eval.files import canonical_json, with_checksum, write_json
 from eval.images import METRICS
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
@@ -305,7 +305,7 @@ def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | No
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     images = images.only(metric.only)
     measurable = not images.withheld or metric.of_withheld is not None or bool(metric.part(images).rows)
-    document = sealed(
+    document = with_checksum(
         {
             **_identity(metric, images),
             "description": metric.description,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from eval.files import remembered_hash
+from eval.files import cached_hash
 
 FACTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
@@ -111,10 +111,10 @@ class WeightsFacts:
     def sha256(self) -> str | None:
         """Hash of the file, or of several files and their names; None without files. Takes a second per gigabyte."""
         if len(self.files) <= 1:
-            return remembered_hash(self.files[0]) if self.files else None
+            return cached_hash(self.files[0]) if self.files else None
         digest = hashlib.sha256()
         for file in sorted(self.files, key=lambda path: path.name):
-            digest.update(f"{file.name} {remembered_hash(file)}\n".encode())
+            digest.update(f"{file.name} {cached_hash(file)}\n".encode())
         return digest.hexdigest()
 
     @property

@@ -77,7 +77,8 @@ def _blocks(*, _parent_: Any, _root_: Any) -> list[str] | None:
     return choices[metadata["blocks"]]
 
 
-# `${blocks:}` in conf/method/: the choice of `metadata.choices` that `metadata.blocks` names; "release" is the library's own.
+# `${blocks:}` in conf/method/: the choice of `metadata.choices` that `metadata.blocks` names; "release" is the
+# library's own.
 OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 
 

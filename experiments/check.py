@@ -109,6 +109,7 @@ def files(plan: Plan) -> tuple[Path, Path]:
 
 
 def main(argv: list[str], plan: Plan | None = None) -> int:
+    """Run the command and return its exit code."""
     plan = plan or Plan.of(argv)
     made, published = files(plan)
     read_table(plan.name, plan.results)  # says what makes it where it is not there

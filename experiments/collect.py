@@ -216,6 +216,7 @@ def write(table: pd.DataFrame, problems: pd.DataFrame, to: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser("collect", usage="python -m experiments collect [FOLDER] [--to TABLE] [--help]")
     parser.add_argument("folder", nargs="?", default="outputs")
     parser.add_argument("--to", type=Path)

@@ -195,6 +195,7 @@ def diagnose(overrides: list[str], fetch: bool = False) -> int:
 
 
 def main(argv: list[str]) -> int | None:
+    """Run the command and return its exit code."""
     fetch = "--fetch" in argv
     names = [argument for argument in argv if argument not in ("--details", "--fetch")]
     overrides = [argument for argument in names if "=" in argument]

@@ -68,6 +68,7 @@ def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: li
 
 
 def main(argv: list[str], plan: Plan | None = None) -> None:
+    """Run the command."""
     plan = plan or Plan.of(argv)
     with using(plan.cfg.style, plan.cfg.width):
         files = plot(plan)

@@ -289,4 +289,5 @@ def write_ranking(plan: Plan) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     print(write_ranking(Plan.of(argv)))

@@ -22,6 +22,7 @@ STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
 
 
 def main(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
     check.files(plan)  # no table is made in the place of the published one

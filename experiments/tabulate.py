@@ -300,6 +300,7 @@ def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
 
 
 def main(argv: list[str], plan: Plan | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser("tabulate", add_help=False)
     parser.add_argument("--against", metavar="METHOD")
     arguments, overrides = parser.parse_known_args(argv)

@@ -1,3 +1,5 @@
+"""Run `python -m experiments demo`."""
+
 import experiments.demo
 from experiments.__main__ import run_module
 

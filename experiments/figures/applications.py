@@ -121,6 +121,7 @@ def make_pictures(cfg: DictConfig) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     for cfg in expand(["method=negtome", *argv]):
         for file in make_pictures(cfg):
             print(file)

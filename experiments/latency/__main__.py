@@ -1,3 +1,5 @@
+"""Run `python -m experiments latency`."""
+
 import experiments.latency
 from experiments.__main__ import run_module
 

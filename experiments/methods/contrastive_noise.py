@@ -24,7 +24,9 @@ EPSILON = 1e-8 / 14.6
 
 
 def contrast(latents: torch.Tensor, first: torch.Tensor, temperature: float, gamma: float, loss: Loss) -> torch.Tensor:
-    """Return the InfoNCE loss, which holds each of B latents to its first value and apart from the others: the mean of
+    """Return the InfoNCE loss, which holds each of B latents to its first value and apart from the others.
+
+    It is the mean of
 
         -log(exp(cos(x_i, first_i) / (gamma T)) / sum_j exp(cos(x_i, x_j) / T))
 

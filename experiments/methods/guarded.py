@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from eval.encoders import Encoder
-from eval.files import canonical_json, check_seal, content_hash, read_json, sealed, write_json
+from eval.files import canonical_json, content_hash, read_json, verify_checksum, with_checksum, write_json
 from eval.images import Withheld, load_image
 from experiments.methods.assets import AssetIndex
 from experiments.methods.method import GroupResult, Method, Setting, sample
@@ -252,7 +252,7 @@ class Guarded(Method):
         if stored is not None:
             return stored
         verdict = decide(self._policy, self.guard, prompt)
-        write_json(path, sealed({"key": key, **dataclasses.asdict(verdict)}))
+        write_json(path, with_checksum({"key": key, **dataclasses.asdict(verdict)}))
         return verdict
 
     def _stored(self, path: Path, key: str) -> Verdict | None:
@@ -262,7 +262,7 @@ class Guarded(Method):
         """
         try:
             fields = read_json(path)
-            check_seal(fields, path)
+            verify_checksum(fields, path)
             if fields["key"] != key:
                 return None
             entry, replies = fields["decision"], tuple(map(str, fields["replies"]))

@@ -66,7 +66,7 @@ class Selection(Method):
                 f"method={self.name} chooses the {group.size} images of a group among {self.candidates}: set "
                 "method.candidates to at least as many"
             )
-        if group.size == 1 or self.candidates == group.size:  # there is nothing to choose
+        if group.size in (1, self.candidates):  # there is nothing to choose
             return super().generate(pipe, group, call)
         seeds = dataclasses.replace(group, size=self.candidates).image_seeds()
         images, chosen = self.choose(pipe, group, call, seeds)

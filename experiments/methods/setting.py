@@ -1,5 +1,6 @@
 """A setting of a method, as a column of tables."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class Setting:
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the setting of a CSV's row as text, a range from its upper end; empty if the row lacks it."""
         values = [row[column] for column in reversed(self.columns)]
-        if any(value is None or value != value for value in values):
+        if any(value is None or (isinstance(value, float) and math.isnan(value)) for value in values):
             return ""
         return " to ".join(value if isinstance(value, str) else f"{value:g}" for value in values)
 

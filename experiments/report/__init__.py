@@ -103,6 +103,7 @@ def _write(page: Path, text: str, pictures: Pictures) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser("report", usage="python -m experiments report [--help]")
     parser.add_argument("--results", help="folder of the tables (default: outputs/results if it has any, else results)")
     parser.add_argument("--outputs", default="outputs", help="folder of the runs (default: %(default)s)")

@@ -18,7 +18,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from eval.files import canonical_json, remembered_hash
+from eval.files import cached_hash, canonical_json
 from experiments import PROJECT
 from experiments.configs import METADATA, build, flag, leaves, without
 from experiments.methods.method import Method
@@ -154,7 +154,7 @@ def _by_content(spec: Any) -> Any:
         return [_by_content(value) for value in spec]
     if isinstance(spec, str) and "/" in spec and os.path.isdir(folder := PROJECT / spec):
         files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")  # cards
-        return [[path.relative_to(folder).as_posix(), remembered_hash(path)] for path in files]
+        return [[path.relative_to(folder).as_posix(), cached_hash(path)] for path in files]
     if isinstance(spec, str) and "/" in spec and os.path.isfile(file := PROJECT / spec):
-        return remembered_hash(file)
+        return cached_hash(file)
     return EARLIER_TARGETS.get(spec, spec) if isinstance(spec, str) else spec

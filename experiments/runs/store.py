@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from eval import files
-from eval.files import content_hash, read_json, read_regular, remembered_hash, sealed, write_text
+from eval.files import cached_hash, content_hash, read_json, read_regular, with_checksum, write_text
 from eval.images import MANIFEST, WITHHELD, ManifestRow, Withheld, WithheldRow, write_manifest, write_withheld
 from experiments import project_path
 from experiments.configs import build
@@ -188,7 +188,7 @@ class Run:
             if is_other or (withheld is None) != bool(images):
                 return f"{path} is of another group, or says neither which images there are nor why there are none"
             for image, sha256 in images:
-                if remembered_hash(image) != sha256:
+                if cached_hash(image) != sha256:
                     return f"{image} is not the image that was generated"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             return str(error)
@@ -232,7 +232,7 @@ class Run:
                     sha256=content_hash(file),
                 )
                 record["rows"].append(row.to_dict())
-            (temporary / RECORD).write_text(json.dumps(sealed(record), indent=1) + "\n")
+            (temporary / RECORD).write_text(json.dumps(with_checksum(record), indent=1) + "\n")
             if folder.exists() and not self.has(group):
                 shutil.rmtree(folder)  # see `fault`
             os.rename(temporary, folder)
@@ -307,5 +307,5 @@ def _read_identity(path: Path, size: int, changed: int) -> dict[str, Any]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
-    files.check_seal(record, path)
+    files.verify_checksum(record, path)
     return record

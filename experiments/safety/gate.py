@@ -3,10 +3,11 @@
     python -m experiments gate
     python -m experiments gate results=results gate=my_gate.yaml
 
-The gate reads `safety/table.csv` and `redteam/table.csv`, which make safety and make redteam write, from the folder `results`; if
-neither is there and no folder is given, it reads the published tables. It writes `gate/table.csv` and `table.md` into the same
-folder (outputs/results for the published tables), with a row for each system and criterion. The exit code is 1 if the
-system to be released fails, and 2 if a number is missing: a rate that was not measured never passes.
+The gate reads `safety/table.csv` and `redteam/table.csv`, which make safety and make redteam write, from the folder
+`results`; if neither is there and no folder is given, it reads the published tables. It writes `gate/table.csv` and
+`table.md` into the same folder (outputs/results for the published tables), with a row for each system and criterion.
+The exit code is 1 if the system to be released fails, and 2 if a number is missing: a rate that was not measured never
+passes.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -254,6 +255,7 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
     start_log()
     cfg = first(argv)
     source = folder = project_path(cfg.results)

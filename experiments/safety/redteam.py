@@ -6,7 +6,8 @@
 
 conf/safety/redteam.yaml says who attacks and how often. The systems are those of experiment=safety with all stages, and
 the model without a guard. The search of an attacker for a concept in a system is a file of queries, one a line,
-`<outputs>/redteam/<digest>/<concept>.jsonl`; its queries are not made again. Writes `<results>/redteam/table.csv` and `.md`.
+`<outputs>/redteam/<digest>/<concept>.jsonl`; its queries are not made again. Writes `<results>/redteam/table.csv` and
+`table.md`.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -345,5 +346,6 @@ def write_table(argv: Sequence[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     start_log()
     print(write_table(argv))

@@ -185,6 +185,7 @@ def write_scorecard(plan: Plan) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     plan = Plan.of(argv)
     with style.using(plan.cfg.style, plan.cfg.width):
         files = write_scorecard(plan)

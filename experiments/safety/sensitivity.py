@@ -5,7 +5,8 @@
     python -m experiments sensitivity model.copyright.policy=my_policy.yaml results=FOLDER
 
 Every guard decides the policy's examples, and the same under edits of single clauses, see `negtome.guard.testing`.
-Writes `<results>/policy_sensitivity/table.csv` and `.md`, with a row for each guard and edit; rows of other guards stay.
+Writes `<results>/policy_sensitivity/table.csv` and `.md`, with a row for each guard and edit; rows of other guards
+stay.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -87,6 +88,7 @@ def _cell(row: pd.Series) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     systems = [cfg for cfg in guarded_systems(argv, DEFAULTS) if cfg.method.name != "none"]
     policy = read_policy(systems[0].model.copyright.policy)
     rows = [row for cfg in systems for row in rows_of(policy, build(cfg.guard))]

@@ -123,6 +123,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def csv_text(frame: pd.DataFrame) -> str:
+    """Return a table as CSV with six significant digits."""
     return frame.to_csv(index=False, float_format="%.6g")
 
 
@@ -294,4 +295,5 @@ def format_setting(value: Any, without: str = "") -> str:
 
 
 def humanize(name: str) -> str:
+    """Return a name from code as words."""
     return name.replace("_", " ")

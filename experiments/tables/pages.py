@@ -62,14 +62,17 @@ def change(row: Mapping[str, Any], sign: str = "+") -> str:
 
 
 def printed_p(value: float) -> str:
+    """Return a p-value as printed; "" if there is none."""
     return "" if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def printed_effect(size: float) -> str:
+    """Return an effect size as printed; "" if there is none."""
     return "" if pd.isna(size) else f"{size:+.2f}"
 
 
 def printed_percent(share: float) -> str:
+    """Return a share as a percentage; "" if there is none."""
     return "" if pd.isna(share) else f"{100 * share:.0f} %"
 
 

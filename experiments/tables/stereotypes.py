@@ -110,6 +110,7 @@ def tables(cfg: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.Da
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     cfg = first(["experiment=stereotypes", "results=results", *argv])
     counts, lines, matrices = tables(cfg)
     page = render(

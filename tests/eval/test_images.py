@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.files import canonical_json, content_hash, remembered_hash, write_json
+from eval.files import cached_hash, canonical_json, content_hash, write_json
 from eval.images import UNKNOWN_SEED, ManifestRow, group_rows, load_image, read_manifest, write_manifest
 from eval.imageset import ImageSet
 
@@ -34,14 +34,14 @@ def test_hashes_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     image.write_bytes(b"pixels")
     digest = content_hash(image)
     # a new file may be written again within the same tick of the clock
-    assert remembered_hash(image) == remembered_hash(image) == digest and len(read) == 2
+    assert cached_hash(image) == cached_hash(image) == digest and len(read) == 2
     monkeypatch.setattr("eval.files.SETTLED", 0)
-    assert remembered_hash(image) == remembered_hash(image) == digest and len(read) == 3
+    assert cached_hash(image) == cached_hash(image) == digest and len(read) == 3
     # other content of the same size and with the same time
     status = os.stat(image)
     image.write_bytes(image.read_bytes()[::-1])
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert remembered_hash(image) == content_hash(image) != digest
+    assert cached_hash(image) == content_hash(image) != digest
 
 
 def test_equal_documents_are_equal_text_written_in_one_step(tmp_path, monkeypatch):

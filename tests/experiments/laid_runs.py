@@ -5,7 +5,7 @@ import json
 import pandas as pd
 from PIL import Image
 
-from eval.files import sealed
+from eval.files import with_checksum
 from eval.images import METRICS, ManifestRow, scores_path, write_manifest
 from experiments import PROJECT
 from experiments.runs.identity import short_digest
@@ -51,7 +51,7 @@ def write_scores(run, metric, encoder, values):
     """Lay down what a metric found in each group of a run's folder, and return the mean."""
     groups = [{"group": group, "category": "c", "n_images": 4, "value": value} for group, value in values.items()]
     mean = sum(values.values()) / len(values)
-    document = sealed({"metric": metric, "aggregate": "mean", "value": mean, "groups": groups})
+    document = with_checksum({"metric": metric, "aggregate": "mean", "value": mean, "groups": groups})
     path = scores_path(run / METRICS, metric, encoder)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(document))

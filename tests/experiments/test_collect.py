@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from plans import plan_of
 
-from eval.files import read_document, sealed
+from eval.files import read_document, with_checksum
 from experiments import collect as module
 from experiments.collect import collect, write
 from experiments.evaluate import evaluate
@@ -115,10 +115,10 @@ def test_scores_that_do_not_belong_to_the_images_are_stale(copy):
     one, two, three = sorted((none / "metrics").iterdir())
     one.write_text(one.read_text()[:40])
     document = json.loads(two.read_text())
-    two.write_text(json.dumps(sealed(document | {"version": document["version"] - 1})))
-    three.write_text(json.dumps(sealed({"metric": "mine", "groups": []})))
+    two.write_text(json.dumps(with_checksum(document | {"version": document["version"] - 1})))
+    three.write_text(json.dumps(with_checksum({"metric": "mine", "groups": []})))
     for file in (pushed / "metrics").iterdir():
-        file.write_text(json.dumps(sealed(read_document(file) | {"manifest_sha256": "of other images"})))
+        file.write_text(json.dumps(with_checksum(read_document(file) | {"manifest_sha256": "of other images"})))
     table, problems = reasons(outputs)
     assert len(table) == 0 and whole == 12
     assert len(problems) == 6
@@ -210,7 +210,7 @@ def test_a_number_of_the_whole_set_has_no_group(copy):
     outputs, (none, _) = copy
     file = next((none / "metrics").glob("vendi_score*"))
     document = json.loads(file.read_text()) | {"metric": "set_metric", "groups": [], "value": 3.5}
-    file.write_text(json.dumps(sealed(document)))
+    file.write_text(json.dumps(with_checksum(document)))
     table, problems = collect(outputs)
     (row,) = table[table["metric"] == "set_metric"].to_dict("records")
     assert (row["value"], row["n_images"]) == (3.5, 4)

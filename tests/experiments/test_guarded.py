@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from stand_ins import Colours
 
-from eval.files import sealed, write_json
+from eval.files import with_checksum, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
 from experiments.methods.guarded import LAYERS, Guarded, ImageCache, OutputCheck
@@ -282,13 +282,13 @@ def test_the_nearest_neighbour_guard_does_not_start_without_images_of_every_asse
 
 
 def reseal(change):
-    """Change a kept verdict as somebody would who knows how it is sealed."""
+    """Change a kept verdict as somebody would who knows how its checksum is made."""
 
     def edit(file):
         document = json.loads(file.read_text())
         document.pop("sha256")
         change(document)
-        write_json(file, sealed(document))
+        write_json(file, with_checksum(document))
 
     return edit
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from plans import plan_of
 
-from eval.files import read_document, sealed
+from eval.files import read_document, with_checksum
 from eval.images import read_manifest
 from experiments import tabulate
 from experiments.collect import collect
@@ -159,6 +159,8 @@ def test_a_score_that_came_with_the_images_is_not_used(tmp_path):
     table, _ = evaluate_folder(cfg)
     (file,) = (tmp_path / "theirs" / "metrics").iterdir()
     document = read_document(file)
-    file.write_text(json.dumps(sealed(document | {"value": 0.99, "groups": [document["groups"][0] | {"value": 0.99}]})))
+    file.write_text(
+        json.dumps(with_checksum(document | {"value": 0.99, "groups": [document["groups"][0] | {"value": 0.99}]}))
+    )
     assert evaluate_folder(cfg)[0].equals(table)
     assert read_document(file) == document
