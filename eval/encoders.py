@@ -23,7 +23,7 @@ from eval.weights import WeightsFacts
 
 
 class Scorer:
-    """Whatever embeds, compares or scores the images of a metric.
+    """A component that embeds, compares or scores the images of a metric.
 
     Attributes:
         name: name in tables.

@@ -1,4 +1,4 @@
-"""What the paper's evaluation scripts compute differently; see docs/metrics.md, "The authors' printed numbers"."""
+"""Measures that the paper's scripts compute differently; see docs/metrics.md, "The authors' printed numbers"."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What happened to a request: metrics of groups with and without images, named as in OpenAI's system cards.
+"""Outcomes of requests: metrics of groups with and without images, named as in OpenAI's system cards.
 
 A guard that refuses everything scores 1 and 0. A guard that allows everything scores 1 minus the share of requests that
 the model answers with a protected concept, and 1.

@@ -102,26 +102,26 @@ def not_compared(table: pd.DataFrame, published: Path, experiment: str) -> list[
 
 def files(plan: Plan) -> tuple[Path, Path]:
     """Return the table that is made here, and the published one; ValueError where they are one and the same."""
-    made, published = (result_file(folder, plan.name) for folder in (plan.results, PUBLISHED))
-    if made == published:
-        raise ValueError(f"expected a table made here, got the published one itself ({made}): leave out results=")
-    return made, published
+    table_file, published = (result_file(folder, plan.name) for folder in (plan.results, PUBLISHED))
+    if table_file == published:
+        raise ValueError(f"expected a table made here, got the published one itself ({table_file}): leave out results=")
+    return table_file, published
 
 
 def main(argv: list[str], plan: Plan | None = None) -> int:
     """Run the command and return its exit code."""
     plan = plan or Plan.of(argv)
-    made, published = files(plan)
+    table_file, published = files(plan)
     read_table(plan.name, plan.results)  # says what makes it where it is not there
     if not published.exists():
-        print(f"{plan.name} is not published: there is nothing to compare {made} with")
+        print(f"{plan.name} is not published: there is nothing to compare {table_file} with")
         return 0
-    table = compare_tables(made, published)
+    table = compare_tables(table_file, published)
     for row in table.itertuples():
         if pd.isna(row.published):
-            print(f"{row.label}: {row.made}")
+            print(f"{row.label}: {row.table_file}")
         else:
-            print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
+            print(f"{row.label}: {row.table_file}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
     for line in not_compared(table, published, plan.name):
         print(line)
     compared = table.dropna(subset="inside")
@@ -131,5 +131,5 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
             f"inside the published intervals: {confirmed} of {len(compared)}, "
             f"largest deviation {100 * compared['deviation'].max():.1f} %"
         )
-    print(f"table: {made.with_suffix('.md')}; figures: {made.parent}/*.png; one page of all: make report")
+    print(f"table: {table_file.with_suffix('.md')}; figures: {table_file.parent}/*.png; one page of all: make report")
     return int(confirmed < len(compared))

@@ -59,7 +59,7 @@ def without(spec: Any, *keys: str) -> Any:
 
 
 def set_hyperparameter(cfg: DictConfig, overridden: Collection[str]) -> None:
-    """Set the hyperparameter by which a method is compared to the value that `knob` or `chosen` selects.
+    """Set the hyperparameter by which a method is compared to the value that `hyperparameter` or `chosen` selects.
 
     Args:
         cfg: a run's configuration, in which the value is set.
@@ -70,16 +70,16 @@ def set_hyperparameter(cfg: DictConfig, overridden: Collection[str]) -> None:
         FileNotFoundError: no value was chosen for the method.
     """
     method, model = cfg.method.name, cfg.model
-    if method == "none" or (cfg.knob is None and cfg.chosen is None):
+    if method == "none" or (cfg.hyperparameter is None and cfg.chosen is None):
         return
     hyperparameter = OmegaConf.select(cfg, "method.metadata.hyperparameter")
     if hyperparameter is None:
-        override = f"chosen={cfg.chosen}" if cfg.knob is None else f"knob={cfg.knob}"
+        override = f"chosen={cfg.chosen}" if cfg.hyperparameter is None else f"hyperparameter={cfg.hyperparameter}"
         raise ValueError(f"{override} has no effect on method={method}, which has no hyperparameter: leave it out")
     key = f"method.{hyperparameter.setting}"
     if key in overridden:
         return
-    if cfg.knob is None:
+    if cfg.hyperparameter is None:
         OmegaConf.update(cfg, key, _chosen_value(cfg, hyperparameter.setting))
         return
     # A published checkpoint without values of its own has those of the small model of its architecture.
@@ -87,9 +87,9 @@ def set_hyperparameter(cfg: DictConfig, overridden: Collection[str]) -> None:
     values = by_model.get(model.name) or by_model.get(f"mini-{model.architecture}")
     if not values:
         raise ValueError(f"expected metadata.hyperparameter.values for model={model.name} in method={method}, got none")
-    if not isinstance(cfg.knob, int) or not 0 <= cfg.knob < len(values):
-        raise ValueError(f"knob must be null or from 0 to {len(values) - 1}, got {cfg.knob!r}")
-    OmegaConf.update(cfg, key, values[cfg.knob])
+    if not isinstance(cfg.hyperparameter, int) or not 0 <= cfg.hyperparameter < len(values):
+        raise ValueError(f"hyperparameter must be null or from 0 to {len(values) - 1}, got {cfg.hyperparameter!r}")
+    OmegaConf.update(cfg, key, values[cfg.hyperparameter])
 
 
 def _chosen_value(cfg: DictConfig, setting: str) -> Any:

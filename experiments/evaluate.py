@@ -120,7 +120,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         log.warning(text, cfg.model.name, cfg.model.scorer.get("name", cfg.model.scorer._target_))
     images = _open(cfg, Path(cfg.images).expanduser().resolve())
     scores = images.folder / METRICS if cfg.scores is None else Path(cfg.scores).expanduser().resolve()
-    # Whoever made the images may have made the numbers beside them, too.
+    # The author of the images may have written the numbers in their folder, too.
     trusted = not scores.is_relative_to(images.folder)
     rows, refused = [], {}
     for name in measured(cfg):

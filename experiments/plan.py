@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -325,18 +326,23 @@ def _compose_runs(
 
 
 def check_overrides(arguments: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line; -m need not be said, since an experiment's own sweep counts anyway.
+    """Return the overrides of a command line; -m is optional, since an experiment's own sweep counts anyway.
+
+    The former name of hyperparameter=, knob=, is replaced with a warning.
 
     Raises:
         ValueError: an argument begins with a dash.
     """
     overrides = [text for text in arguments if text not in ("-m", "--multirun")]
-    for place, text in enumerate(overrides):
+    for position, text in enumerate(overrides):
         if text.startswith("-"):
-            following = "".join(overrides[place + 1 : place + 2])
-            plain = text.lstrip("-")
-            meant = plain if "=" in plain or "=" in following or not following else f"{plain}={following}"
+            following = "".join(overrides[position + 1 : position + 2])
+            bare = text.lstrip("-")
+            meant = bare if "=" in bare or "=" in following or not following else f"{bare}={following}"
             raise ValueError(f"expected settings such as model=sdxl, got {text}: use {meant}, without dashes")
+        if text.startswith("knob="):
+            warnings.warn("knob= is called hyperparameter= now", DeprecationWarning, stacklevel=2)
+            overrides[position] = text.replace("knob", "hyperparameter", 1)
     return overrides
 
 
@@ -364,7 +370,7 @@ def _names_sweep(override: Override) -> bool:
 
 def _baseline(job: Iterable[str]) -> tuple[str, ...]:
     """Return the overrides of the run without a method: those of methods and their settings are not for it."""
-    of_methods = {"method", "knob", "chosen", "guard"}
+    of_methods = {"method", "hyperparameter", "chosen", "guard"}
     return (*(text for text in job if not _roots(text) & of_methods), "method=none")
 
 
@@ -408,7 +414,9 @@ def _is_value(override: Override) -> bool:
     Groups of files have no dots in their names.
     """
     key = override.key_or_group
-    names_no_file = ("." in key or key == "knob") and override.package is None and not override.is_hydra_override()
+    names_no_file = (
+        ("." in key or key == "hyperparameter") and override.package is None and not override.is_hydra_override()
+    )
     return override.type is OverrideType.CHANGE and names_no_file
 
 

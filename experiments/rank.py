@@ -8,8 +8,8 @@ It reads the table and the values of groups that tabulate wrote with the same ov
 through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
-Of a sweep over `knob`, the value at which each method gains most within the loss, between its settings where need be,
-is written to `<results>/peers_grid/chosen.yaml`, which `chosen` names; the weakest, where none keeps to the loss.
+A sweep over `hyperparameter` writes the value at which each method gains most within the loss, if need be between two
+settings, to `<results>/peers_grid/chosen.yaml`, which `chosen` names; the weakest value if none keeps to the loss.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -54,7 +54,7 @@ KEY = ["experiment", "model", "method"]
 
 @dataclass(frozen=True)
 class Paths:
-    """What the methods of an experiment do on one model.
+    """Gains and losses of an experiment's methods on one model.
 
     Attributes:
         specs: of each method, in the order of the sweep.
@@ -201,7 +201,7 @@ def chosen_values(paths: Paths) -> dict[str, Any]:
     chosen = {}
     for method, specs in paths.specs.items():
         configs = [spec.cfg for spec in specs]
-        if not isinstance(configs[0].knob, int):
+        if not isinstance(configs[0].hyperparameter, int):
             continue
         values = [OmegaConf.select(one.method, one.method.metadata.hyperparameter.setting) for one in configs]
         if (nothing := _nothing(configs[0])) is not None and len(configs) > 1:
@@ -282,9 +282,9 @@ def write_ranking(plan: Plan) -> str:
     page = render(put_rows(path, rows, COLUMNS, KEY))
     write_text(path.with_suffix(".md"), page)
     if any(choices.values()):
-        there = OmegaConf.load(file) if file.exists() else {}
+        earlier = OmegaConf.load(file) if file.exists() else {}
         head = f"# Hyperparameters that experiments.rank chose from experiment={plan.name}, by model and method.\n"
-        write_text(file, head + OmegaConf.to_yaml(OmegaConf.merge(there, choices)))
+        write_text(file, head + OmegaConf.to_yaml(OmegaConf.merge(earlier, choices)))
     return page
 
 

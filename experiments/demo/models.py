@@ -109,11 +109,13 @@ class Model:
 def _setup(base: str, name: str) -> Setup:
     with _composing:
         cfg = first([f"model={base}", f"method={name}"])
-    knob = OmegaConf.select(cfg, "method.metadata.hyperparameter")
-    if knob is None:
+    hyperparameter = OmegaConf.select(cfg, "method.metadata.hyperparameter")
+    if hyperparameter is None:
         return Setup((), "")
-    setting, without_effect = knob.setting, knob.get("nothing")
-    grid = knob["values"].get(base) or knob["values"].get(f"mini-{cfg.model.architecture}") or [None]
+    setting, without_effect = hyperparameter.setting, hyperparameter.get("nothing")
+    grid = (
+        hyperparameter["values"].get(base) or hyperparameter["values"].get(f"mini-{cfg.model.architecture}") or [None]
+    )
     values = {
         "chosen on development prompts": _chosen_value(cfg.results, base, name),
         "the default of its file": OmegaConf.select(cfg, f"method.{setting}"),

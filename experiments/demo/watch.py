@@ -1,4 +1,4 @@
-"""What can be seen of a call of a pipeline while it runs: its steps, what they predict, and where tokens are pushed."""
+"""Watch a pipeline's call while it runs: its steps, their predictions, and the pushed tokens."""
 
 import contextlib
 import math
@@ -21,11 +21,11 @@ PREVIEW = 32
 
 
 class Stopped(Exception):
-    """Somebody wants no more of it."""
+    """The user stopped the run."""
 
 
 class StepCount(NamedTuple):
-    """What happened in a step: its timestep, whether it is in the window, tokens compared and tokens pushed."""
+    """A step: its timestep, whether it is in the timestep range, and the numbers of compared and pushed tokens."""
 
     timestep: float
     active: bool
@@ -98,8 +98,10 @@ class Steps:
         schedule, number, ended = None, 0, self.clock()
         self._began = ended if self._began is None else self._began
         architecture = find_architecture(pipe)
-        plain = not (architecture.list_inputs or architecture.frames or architecture.scale or architecture.video)
-        previews = previews and plain and _known(scheduler)
+        can_be_decoded = not (
+            architecture.list_inputs or architecture.frames or architecture.scale or architecture.video
+        )
+        previews = previews and can_be_decoded and _known(scheduler)
 
         def predicted(prediction: Any) -> torch.Tensor:
             nonlocal clean

@@ -71,7 +71,7 @@ def figures_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
             )
             drawn[f"pareto_{model}"] = (pareto(frame, *pair, model), what)
         if not names:
-            what = f"{model}: paired differences of all metrics to the same noises without, with 95 % intervals"
+            what = f"{model}: paired differences of all metrics to the baseline, with 95 % intervals"
             drawn[f"forest_{model}"] = (forest(frame, model), what)
     return drawn
 

@@ -1,11 +1,10 @@
-"""What else a reference is good for, a picture each: style, quality, masks, interpolation and extrapolation.
+"""Draw further uses of a reference image: style, quality, masks, interpolation and extrapolation.
 
     python -m experiments applications
     python -m experiments applications model=flux-dev applications.interpolation.reference=cat.png
 
-Every application of conf/applications/ is one prompt, one reference and a row of strengths; the first noise of every
-row is the same. Writes `<results>/applications/<name>_<model>.webp`. These are pictures to look at, not
-measurements.
+Every application of conf/applications/ is one prompt, one reference and a row of strengths from the same seed. Writes
+`<results>/applications/<name>_<model>.webp`: images to look at, not measurements.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -79,17 +78,17 @@ def draw(
 
     rows = []
     for seed in tqdm(seeds, desc=prompt, unit="row", dynamic_ncols=True):
-        plain = generated(seed)
-        shown = plain if reference is None else load_picture(project_path(reference))
+        baseline = generated(seed)
+        source = baseline if reference is None else load_picture(project_path(reference))
         if blur:
-            shown = blurred(shown, blur)
-        images = [shown, plain]
+            source = blurred(source, blur)
+        images = [source, baseline]
         for alpha in alphas:
-            given = negtome.Reference(shown, mask=None if mask is None else _half(mask, *shown.size))
-            with negtome.attach(pipe, config.replace(alpha=alpha), references=given):
+            away = negtome.Reference(source, mask=None if mask is None else _half(mask, *source.size))
+            with negtome.attach(pipe, config.replace(alpha=alpha), references=away):
                 images.append(generated(seed))
         rows.append((f"{description}; seed {seed}", [[image] for image in images]))
-    return image_grid(["reference", "without", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
+    return image_grid(["reference", "baseline", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
 
 
 def _half(side: str, width: int, height: int) -> torch.Tensor:

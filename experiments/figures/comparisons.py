@@ -1,7 +1,7 @@
-"""What methods and their settings do to metrics: figures of an experiment's table.
+"""Figures of an experiment's table: how methods and their settings change metrics.
 
-Of each, `frame` is the experiment's CSV and `model` one of its models; ValueError where the table lacks what is to be
-drawn, with the names that it has.
+In each function, `frame` is the experiment's CSV and `model` one of its models. A ValueError names the models and
+metrics of the table if it lacks the requested ones.
 """
 
 from typing import Any
@@ -110,7 +110,7 @@ def forest(frame: pd.DataFrame, model: str) -> Figure:
     for label, weight in zip(axis.get_yticklabels(), weights, strict=True):
         label.set_fontweight(weight)
     axis.tick_params(axis="y", length=0)
-    meaning = "worse  ←  paired difference to the same noises without, every metric on its own scale  →  better"
+    meaning = "worse  ←  paired difference to the baseline, every metric on its own scale  →  better"
     meaning = style.wrapped(meaning, 0.7 * figure.get_figwidth())
     axis.set(xlim=(-1.05, 1.05), ylim=(place - 0.4, -0.8), xticks=[], xlabel=meaning)
     axis.spines["left"].set_visible(False)
@@ -165,7 +165,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     elif len(level):
         axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=style.TITLES["none"])
         axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
-    noun = "paired differences to the same noises without" if paired else "values"
+    noun = "paired differences to the baseline" if paired else "values"
     style.entitle(axis, f"{model}: {noun}; 95 % intervals", figure.get_figwidth())
     axis.set(xlabel=humanize(over), ylabel=style.named(frame, metric, paired, separator="\n"))
     if handles := style.labelled(axis):
@@ -261,11 +261,11 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("" if higher is None else "blue: better")
-    said = (
+    title = (
         f"{model}: paired {style.named(frame, metric, paired=True)}",
         "with its 95 % interval; bold where that excludes 0",
     )
-    figure.suptitle("\n".join(style.wrapped(line, figure.get_figwidth()) for line in said))
+    figure.suptitle("\n".join(style.wrapped(line, figure.get_figwidth()) for line in title))
     return figure
 
 
@@ -280,13 +280,13 @@ def _heated(windows: int, cells: int, names: list[str]) -> tuple[Figure, list[Ax
     inch = style.scale()
     beside = inch * (0.2 + 0.075 * max(len(line) for name in names for line in name.split("\n")))
     bar, width, broken = inch * 1.1, inch * 1.15, False
-    whole = style.fixed_width() or max(bar + windows * (beside + cells * width), 4.6)  # the title's width
-    if bar + beside + cells * width > whole:
-        width, broken = (whole - bar - beside) / cells, True
-    columns = max(1, min(windows, int((whole - bar) / (beside + cells * width) + 1e-6)))
+    total = style.fixed_width() or max(bar + windows * (beside + cells * width), 4.6)  # the title's width
+    if bar + beside + cells * width > total:
+        width, broken = (total - bar - beside) / cells, True
+    columns = max(1, min(windows, int((total - bar) / (beside + cells * width) + 1e-6)))
     lines = -(-windows // columns)
     height = 0.5 * inch + lines * inch * (0.9 + (0.7 if broken else 0.55) * len(names))
-    figure = style.Drawing(figsize=(whole, height), layout="constrained")
+    figure = style.Drawing(figsize=(total, height), layout="constrained")
     return figure, style.subplots(figure, lines, columns, windows), broken
 
 
@@ -349,6 +349,6 @@ def pareto(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -
         figure.legend(loc="outside right upper", fontsize="small", handlelength=1.4)
     else:
         style.legend_below(figure, axis, size=7.5 / style.TEXT)
-    style.entitle(axis, f"{model}: paired differences to the same noises without; bars: 95 % intervals", 5.4)
+    style.entitle(axis, f"{model}: paired differences to the baseline; bars: 95 % intervals", 5.4)
     put_beside(axis, labels_of_front, "medium")
     return figure

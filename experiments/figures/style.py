@@ -50,7 +50,7 @@ TEXT = 9.0
 
 
 class Style(NamedTuple):
-    """What a figure is for: its width in inches, None where each has its own, and its sizes in points."""
+    """A use of figures: their width in inches, None if each has its own, and their sizes in points."""
 
     width: float | None
     sizes: dict[str, float]
@@ -177,10 +177,10 @@ def find_unchanged(path: Path, kind: str, inputs: str) -> Path | None:
     file = path.with_name(f"{path.name}.{kind}")
     try:
         with Image.open(file) as image:
-            found = image.info.get(INPUTS, image.info.get("xmp"))
+            stored = image.info.get(INPUTS, image.info.get("xmp"))
     except (OSError, ValueError):  # no file, or no picture
         return None
-    text = found.decode(errors="replace") if isinstance(found, bytes) else found
+    text = stored.decode(errors="replace") if isinstance(stored, bytes) else stored
     return file if text == _in_this_style(inputs) else None
 
 
@@ -222,10 +222,10 @@ def panels(count: int, width: float, height: float, most: int | None = None) -> 
         most: of panels side by side; None: all.
     """
     columns = most or count
-    whole = fixed_width() or columns * width
-    columns = max(1, min(columns, int(whole / (KEPT * scale() * width))))
+    total = fixed_width() or columns * width
+    columns = max(1, min(columns, int(total / (KEPT * scale() * width))))
     lines = -(-count // columns)
-    figure = Drawing(figsize=(whole, lines * height * min(1.0, whole / columns / width)), layout="constrained")
+    figure = Drawing(figsize=(total, lines * height * min(1.0, total / columns / width)), layout="constrained")
     return figure, subplots(figure, lines, columns, count)
 
 

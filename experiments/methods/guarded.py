@@ -153,7 +153,7 @@ class Guarded(Method):
         tries: how often images in which the check detects a concept are made again from other seeds before they are
             blocked.
         decisions: folder of verdicts, so that all stages, and runs that are resumed, use the same ones; None asks the
-            guard each time. A stored decision is verified again, but whoever may write there can decide.
+            guard each time. A stored decision is verified again, but anybody who can write there can decide.
     """
 
     title: ClassVar[str] = "guarded"

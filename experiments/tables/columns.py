@@ -257,8 +257,8 @@ def direction(frame: pd.DataFrame, metric: str) -> bool | None:
     """Return whether higher values of a metric are better; None where neither is."""
     rows = frame.loc[frame["metric"] == metric, "higher_is_better"]
     if rows.empty:
-        there = ", ".join(frame["metric"].unique())
-        raise ValueError(f"expected a metric of the table, got {metric!r}: it has {there}")
+        metrics = ", ".join(frame["metric"].unique())
+        raise ValueError(f"expected a metric of the table, got {metric!r}: it has {metrics}")
     higher = rows.iloc[0]
     return None if pd.isna(higher) else str(higher) == "True"
 

@@ -268,7 +268,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
         return f"{title_of(method)} {labels[run].removeprefix(method).strip()}".strip()
 
     compared = frame[frame["difference"].notna()]
-    found = []
+    lines = []
     for (model, run), rows in compared.groupby(["model", "run_id"], sort=False):
         tested = rows[rows["primary"].isin(ROLES)]
         if tested.empty:
@@ -276,13 +276,13 @@ def findings(frame: pd.DataFrame) -> list[str]:
         name = named(run, rows["method"].iloc[0])
         others = _moved(rows[~rows["primary"].isin(ROLES)])
         text = "; ".join(finding(row) for _, row in tested.iterrows())
-        found.append(f"- {model}, {name}: {text} ({counts(tested.iloc[0])}).{others}")
+        lines.append(f"- {model}, {name}: {text} ({counts(tested.iloc[0])}).{others}")
     missing = frame[frame["primary"].isin(ROLES) & frame["value"].isna()]
     for (model, run), rows in missing.groupby(["model", "run_id"], sort=False):
         metrics, n_withheld = " and the ".join(map(phrase, rows["metric"])), _count(rows.iloc[0], "n_withheld")
         name = named(run, rows["method"].iloc[0])
-        found.append(f"- {model}, {name}: no images to measure the {metrics} of: {n_withheld} groups withheld.")
-    return found
+        lines.append(f"- {model}, {name}: no images to measure the {metrics} of: {n_withheld} groups withheld.")
+    return lines
 
 
 def title_of(method: str) -> str:

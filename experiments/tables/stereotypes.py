@@ -97,13 +97,13 @@ def tables(cfg: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, pd.Da
             continue
         attribute = name.removesuffix("_as_said").replace("_", " ")
         labels = metric.labels_of("person")  # what a girl and a boy are called by, too
-        found = classified(metric, images)
-        matrix = confusion(found["true"], found["found"], len(labels))
+        labelled = classified(metric, images)
+        matrix = confusion(labelled["true"], labelled["found"], len(labels))
         counts += [
             {"attribute": attribute, "true": labels[i], "found": labels[j], "n_images": n, "encoder": metric.encoder.id}
             for (i, j), n in np.ndenumerate(matrix)
         ]
-        lines.append(summarised(attribute, labels, found))
+        lines.append(summarised(attribute, labels, labelled))
         matrices[attribute] = pd.DataFrame(matrix.astype(str), columns=labels)
         matrices[attribute].insert(0, "shown, found", labels)
     return pd.DataFrame(counts), pd.DataFrame(lines), matrices

@@ -310,14 +310,14 @@ def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_ha
     assert values.keys() <= model.methods().keys()
     for method in model.methods():
         spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{method}.yaml").read_text())
-        if (knob := spec.get("metadata", {}).get("hyperparameter")) is None:
+        if (hyperparameter := spec.get("metadata", {}).get("hyperparameter")) is None:
             continue
-        without_effect = knob.get("nothing")
+        without_effect = hyperparameter.get("nothing")
         if without_effect == "${model.call.guidance_scale}":
             without_effect = model.call["guidance_scale"]
         (override,) = model.setup(method).overrides
         setting, _, value = override.partition("=")
-        assert setting == f"method.{knob['setting']}" and yaml.safe_load(value) != without_effect, method
+        assert setting == f"method.{hyperparameter['setting']}" and yaml.safe_load(value) != without_effect, method
         assert yaml.safe_load(value) == values.get(method, yaml.safe_load(value)), method
 
 

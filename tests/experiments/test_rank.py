@@ -1,4 +1,4 @@
-"""Experiments over every method's knob: the values asked for and chosen, and the ranking of what was made with them."""
+"""Experiments over every method's hyperparameter: its values, the chosen ones, and the ranking."""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,11 @@ from experiments.runs import catalogue
 from experiments.tables import columns
 
 FILES = {file.stem: yaml.safe_load(file.read_text()) for file in (PROJECT / "conf" / "method").glob("*.yaml")}
-KNOBS = {name: knob for name, spec in FILES.items() if (knob := (spec.get("metadata") or {}).get("hyperparameter"))}
+HYPERPARAMETERS = {
+    name: hyperparameter
+    for name, spec in FILES.items()
+    if (hyperparameter := (spec.get("metadata") or {}).get("hyperparameter"))
+}
 METHODS = "method=none,lower_guidance,limited_interval"
 
 
@@ -34,26 +38,28 @@ def at(spec, path):
     ("experiment", "model"),
     [("peers_grid", "mini-sdxl"), pytest.param("peers_grid_flux", "mini-flux", marks=pytest.mark.slow)],
 )
-def test_every_method_that_has_a_knob_is_swept_over_as_many_settings_each_of_them_its_own(experiment, model):
-    having = [name for name in sorted(KNOBS) if model in KNOBS[name]["values"]]
+def test_every_method_with_a_hyperparameter_is_swept_over_four_values(experiment, model):
+    having = [name for name in sorted(HYPERPARAMETERS) if model in HYPERPARAMETERS[name]["values"]]
     configs = expand([f"experiment={experiment}"])
     assert [cfg.method.name for cfg in configs] == ["none", *(name for name in having for _ in range(4))]
     for number, method in enumerate(having):
-        knob, own = KNOBS[method], configs[1 + 4 * number : 5 + 4 * number]
-        assert [at(cfg.method, knob["setting"]) for cfg in own] == knob["values"][model]
-        assert len({str(value) for value in knob["values"][model]}) == 4
+        hyperparameter, own = HYPERPARAMETERS[method], configs[1 + 4 * number : 5 + 4 * number]
+        assert [at(cfg.method, hyperparameter["setting"]) for cfg in own] == hyperparameter["values"][model]
+        assert len({str(value) for value in hyperparameter["values"][model]}) == 4
         assert len({str(build(cfg.method).settings()) for cfg in own[:2]}) == 2, "which the run's identity knows"
-        assert knob["setting"].rpartition(".")[2] in {setting.name for setting in catalogue.settings()}, "as do tables"
+        assert hyperparameter["setting"].rpartition(".")[2] in {setting.name for setting in catalogue.settings()}, (
+            "as do tables"
+        )
 
 
 def test_a_published_checkpoint_has_the_values_of_its_architectures_small_model():
-    assert [cfg.method.scale for cfg in asked_for("lower_guidance", "sdxl")] == KNOBS["lower_guidance"]["values"][
-        "mini-sdxl"
-    ]
+    assert [cfg.method.scale for cfg in asked_for("lower_guidance", "sdxl")] == HYPERPARAMETERS["lower_guidance"][
+        "values"
+    ]["mini-sdxl"]
     with pytest.raises(ValueError, match=r"metadata.hyperparameter.values for model=sd15 in method=lower_guidance"):
         asked_for("lower_guidance", "sd15")
-    with pytest.raises(ValueError, match=r"knob must be null or from 0 to 3, got 4"):
-        asked_for("lower_guidance", "mini-sdxl", knob=4)
+    with pytest.raises(ValueError, match=r"hyperparameter must be null or from 0 to 3, got 4"):
+        asked_for("lower_guidance", "mini-sdxl", hyperparameter=4)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +97,9 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         gains, kept = (
             rows.loc[rows["metric"] == name, "difference"].to_numpy() for name in (row["claim"], row["quality"])
         )
-        values = KNOBS[row["method"]]["values"]
+        values = HYPERPARAMETERS[row["method"]]["values"]
         values = np.array(values.get("sdxl", values["mini-sdxl"]))
-        if "nothing" in KNOBS[row["method"]]:  # from which the path begins
+        if "nothing" in HYPERPARAMETERS[row["method"]]:  # from which the path begins
             gains, kept, values = (np.insert(of, 0, zero) for of, zero in ((gains, 0), (kept, 0), (values, 5.0)))
         n, value = len(values), np.array(chosen["sdxl"][row["method"]])
         steps = np.linspace(0, n - 1, 1000 * (n - 1) + 1)
@@ -109,7 +115,7 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
         assert value.ravel() == pytest.approx([np.interp(place, range(n), path) for path in paths], rel=1e-2)
     peers = {cfg.method.name: cfg for cfg in expand(["experiment=peers", *small])}
     for method, value in chosen["sdxl"].items():
-        assert at(peers[method].method, KNOBS[method]["setting"]) == value
+        assert at(peers[method].method, HYPERPARAMETERS[method]["setting"]) == value
 
 
 def test_other_choices_stay(grid):
@@ -141,9 +147,9 @@ def test_what_cannot_be_ranked_is_refused_in_one_line(grid):
         rank.read_paths([spec for spec in plan.runs if spec is spec.baseline])
 
 
-def test_a_knob_that_a_method_has_not_is_refused():
-    with pytest.raises(ValueError, match=r"knob=2 has no effect on method=negtome_released"):
-        expand(["experiment=diversity", "model=mini-sdxl", "method=negtome_released", "knob=2"])
+def test_a_hyperparameter_that_a_method_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"hyperparameter=2 has no effect on method=negtome_released"):
+        expand(["experiment=diversity", "model=mini-sdxl", "method=negtome_released", "hyperparameter=2"])
 
 
 def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(tmp_path):
@@ -156,3 +162,10 @@ def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(t
     assert [cfg.method.scale for cfg in expand([*asked, "method.scale=4"])] == [4]
     assert [cfg.method.scale for cfg in expand([*asked, f"chosen=[{tmp_path}/none.yaml,{file}]"])] == [2.5]
     assert [cfg.method.scale for cfg in expand([*asked, "chosen=null"])] == [None]
+
+
+def test_the_former_name_of_the_hyperparameter_works_and_warns():
+    overrides = ["model=mini-sdxl", "method=lower_guidance"]
+    with pytest.warns(DeprecationWarning, match="hyperparameter="):
+        (former,) = expand([*overrides, "knob=2"])
+    assert former == expand([*overrides, "hyperparameter=2"])[0]
