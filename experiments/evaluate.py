@@ -140,7 +140,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
                 f"{100 * cfg.bootstrap.level:g} % interval": "" if low is None else f"{low:.4g} to {high:.4g}",
                 "better": {True: "higher", False: "lower", None: "-"}[document["higher_is_better"]],
                 "scored by": document["encoder"]["id"],
-                "units": str(n_units(document, cfg.bootstrap.cluster)),
+                "clusters": str(n_units(document, cfg.bootstrap.cluster)),
                 "images": str(document["n_images"]),
             }
         )

@@ -180,14 +180,15 @@ def main_table(frame: pd.DataFrame) -> pd.DataFrame:
                 entry[f"{metric}: p"] = printed_p(row["p_holm"])
                 of = f"{metric}: " if several_of[role] > 1 else ""
                 if role == "quality":
-                    entry[f"{of}quality kept"] = _kept(row)
+                    entry[f"{of}non-inferior"] = _kept(row)
                 else:
                     entry[f"{of}d_z"] = printed_effect(row["effect_size"])
-                    entry[f"{of}wins"] = printed_percent(row["win_rate"])
+                    entry[f"{of}win rate"] = printed_percent(row["win_rate"])
         if not pd.isna(first["seconds"]):
             entry["seconds"] = f"{first['seconds']:.2f}"
         counted = first if tested.empty else tested.iloc[0]
-        entry |= {count: int(counted[f"n_{count}"]) for count in ("units", "groups", "images")}
+        counts_of = {"clusters": "n_units", "groups": "n_groups", "images": "n_images"}
+        entry |= {heading: int(counted[column]) for heading, column in counts_of.items()}
         if has_withheld(frame):
             entry["withheld"] = _count(counted, "n_withheld")
             entry["paired"] = "" if pd.isna(counted["n_paired"]) else int(counted["n_paired"])
@@ -221,7 +222,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     for _, row in others.iterrows():
         key = (row["model"], humanize(row["metric"]), arrow(row), row["encoder"], f"{row['n_units']:.0f}")
         table.setdefault(key, {})[labels[row["run_id"]]] = _cell(row)
-    heads = ("model", "metric", "better", "scored by", "units")
+    heads = ("model", "metric", "better", "scored by", "clusters")
     rows = [dict(zip(heads, key, strict=True)) | cells for key, cells in table.items()]
     return pd.DataFrame(rows, columns=[*heads, *dict.fromkeys(labels.values())], dtype=object).fillna("")
 
@@ -239,8 +240,8 @@ def against_table(frame: pd.DataFrame, against: str) -> pd.DataFrame:
             "difference": change(row),
             "p": printed_p(row["p_holm"]),
             "d_z": printed_effect(row["effect_size"]),
-            "wins": printed_percent(row["win_rate"]),
-            "units": f"{row['n_units']:.0f}",
+            "win rate": printed_percent(row["win_rate"]),
+            "clusters": f"{row['n_units']:.0f}",
             "groups": f"{_count(row, 'n_paired') or row['n_groups']:.0f}",
         }
         for _, row in rows.iterrows()
@@ -292,40 +293,30 @@ def title_of(method: str) -> str:
 
 
 def counts(row: pd.Series) -> str:
-    """Say of how many groups and independent units a row's difference is."""
+    """Return the numbers of groups and clusters of a row's difference."""
     n_groups, n_withheld = _count(row, "n_paired") or int(row["n_groups"]), _count(row, "n_withheld")
     withheld = f"; {n_withheld} withheld" if n_withheld else ""
-    return f"{n_groups} groups in {int(row['n_units'])} independent units{withheld}"
+    return f"{n_groups} groups in {int(row['n_units'])} clusters{withheld}"
 
 
 def finding(row: pd.Series) -> str:
-    """Say in words what a method did to one metric, from its row alone; no more than the interval does."""
-    base, metric = _base(row), phrase(row["metric"])
-    moved, sign = ("raised", 1) if row["difference"] > 0 else ("lowered", -1)
-    clear, lowest, highest = is_clear(row), row["difference_low"], row["difference_high"]
-    facts = []
+    """State the effect of a method on one metric, and whether it is significant, from its row alone."""
+    base, facts = _base(row), []
+    if base:
+        facts.append(f"{100 * row['difference'] / abs(base):+.1f} %")
     if not pd.isna(row["p_holm"]):
         facts.append(f"p {'' if row['p_holm'] < 0.001 else '= '}{printed_p(row['p_holm'])}")
     if not pd.isna(row["win_rate"]):
-        facts.append(f"better in {printed_percent(row['win_rate'])} of the units")
-    if row["p_holm"] <= LEVEL or clear:
-        bounds = (lowest, highest) if sign > 0 else (-highest, -lowest)
-        size = dict(row) | dict(zip(DIFFERENCE, (sign * row["difference"], *bounds), strict=True))
-        share = [f"{100 * abs(row['difference'] / base):.1f} %"] if base else []
-        verb = moved if row["p_holm"] <= LEVEL else f"may have {moved}"
-        text = f"{verb} the {metric} by {change(size, '')} ({', '.join(share + facts)})"
-    elif row["difference"] and pd.isna(lowest):
-        few = row["n_units"] < FEWEST  # else the difference is the same everywhere, which nothing resampled changes
-        reason = "too few units for an interval" if few else "no interval could be estimated"
-        text = f"{moved} the {metric} by {abs(row['difference']):g} ({', '.join([*facts, reason])})"
-    else:
-        text = f"did not measurably change the {metric} ({', '.join([change(row), *facts])})"
-        if base and not pd.isna(lowest):
-            text += f", which excludes a fall of more than {-100 * lowest / abs(base):.1f} % and a rise of more than "
-            text += f"{100 * highest / abs(base):.1f} %"
+        facts.append(f"better in {printed_percent(row['win_rate'])} of the clusters")
+    if pd.isna(row["difference_low"]):
+        # With enough clusters, the difference is the same in all, and no resample changes it.
+        facts.append("too few clusters for an interval" if row["n_units"] < FEWEST else "no interval can be estimated")
+    elif not row["p_holm"] <= LEVEL:
+        facts.append("not significant")
+    text = f"{phrase(row['metric'])} {change(row)} ({', '.join(facts)})"
     if not pd.isna(row["non_inferior"]):
-        loss = f"{100 * row['margin'] / abs(base):.2g} %" if base else f"{row['margin']:g}"
-        text += f"; a loss of more than {loss} is {'' if row['non_inferior'] else 'not '}excluded"
+        margin = f"{100 * row['margin'] / abs(base):.2g} %" if base else f"{row['margin']:g}"
+        text += f", {'' if row['non_inferior'] else 'not shown to be '}non-inferior (margin {margin})"
     return text
 
 

@@ -134,9 +134,9 @@ def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds, tmp_path):
     unknown = {"margin": None, "non_inferior": None}
     baseline = ROW | unknown | {"method": "none", "run_id": "4567", "difference": None, "p_value": None}
     frame = tabulate.merge_rows(tmp_path / "e.csv", [baseline, ROW | unknown | columns])
-    assert pages.main_table(frame)["quality kept"].tolist() == ["", "not estimable"], "the first is the baseline"
+    assert pages.main_table(frame)["non-inferior"].tolist() == ["", "not estimable"], "the first is the baseline"
     (finding,) = pages.findings(frame)
-    assert "excluded" not in finding
+    assert "non-inferior" not in finding
 
 
 def test_differences_and_tests_go_by_category():
@@ -161,7 +161,7 @@ def test_what_has_no_test_and_no_spread_is_blank():
     """As in a comparison of two methods on prompts of one category."""
     untested = ROW | {"p_holm": None, "effect_size": None, "difference_low": None}
     (cells,) = pages.against_table(pd.DataFrame([untested]), "random_match").to_dict("records")
-    assert (cells["p"], cells["d_z"], cells["wins"]) == ("", "", "100 %")
+    assert (cells["p"], cells["d_z"], cells["win rate"]) == ("", "", "100 %")
 
 
 def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
@@ -198,12 +198,11 @@ def test_the_page_says_what_was_resampled_and_what_is_not_corrected():
         ]
     )
     table = pages.main_table(frame)
-    assert table["units"].tolist() == [20, 20] and table["groups"].tolist() == [40, 40]
-    assert table["quality kept"].tolist() == ["", "not estimable"]
-    assert pages.other_table(frame)["units"].tolist() == ["2"]
+    assert table["clusters"].tolist() == [20, 20] and table["groups"].tolist() == [40, 40]
+    assert table["non-inferior"].tolist() == ["", "not estimable"]
+    assert pages.other_table(frame)["clusters"].tolist() == ["2"]
     page = pages.render_markdown(frame, None, pd.DataFrame())
-    assert "40 groups in 20 independent units" in page
-    assert "very method is judged by itself" in page and "intervals and p of fewer than four are not" in page
+    assert "40 groups in 20 clusters" in page
 
 
 def copyright_row(method, run, metric, role, **more):
@@ -239,23 +238,23 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
     table = pages.main_table(frame)
     assert list(table.columns) == [
         "model", "method", "alpha", "threshold", "window", "pushed", "maximum resemblance (down)",
-        "maximum resemblance: p", "d_z", "wins", "clip score (up)", "clip score: p", "quality kept", "seconds", "units",
+        "maximum resemblance: p", "d_z", "win rate", "clip score (up)", "clip score: p", "non-inferior", "seconds", "clusters",
         "groups", "images",
     ]  # fmt: skip
     none, pushed = table.to_dict("records")
     assert pushed["maximum resemblance (down)"] == "0.600; -0.200 [-0.250, -0.150]"
-    assert (pushed["d_z"], pushed["wins"], pushed["quality kept"]) == ("-1.50", "88 %", "yes (margin 2, power 98 %)")
-    assert (none["maximum resemblance (down)"], none["d_z"], none["quality kept"]) == ("0.800 [0.700, 0.900]", "", "")
+    assert (pushed["d_z"], pushed["win rate"], pushed["non-inferior"]) == ("-1.50", "88 %", "yes (margin 2, power 98 %)")
+    assert (none["maximum resemblance (down)"], none["d_z"], none["non-inferior"]) == ("0.800 [0.700, 0.900]", "", "")
     # One family of two tests, in which the smaller p-value counts double.
     assert frame.set_index(["method", "metric"]).loc[
         ("negtome_reference", "maximum_resemblance"), "p_holm"
     ] == pytest.approx(0.002)
     (finding,) = pages.findings(frame)
-    assert finding.startswith("- m, NegToMe from the asset: lowered the maximum resemblance by 0.200 [0.150, 0.250]")
-    assert "(25.0 %, p = 0.002, better in 88 % of the units)" in finding
-    assert "did not measurably change the clip score (-0.50 [-1.50, +0.50], p = 0.300" in finding
-    assert "excludes a fall of more than 3.8 % and a rise of more than 1.2 %" in finding
-    assert "24 groups in 11 independent units" in finding
+    significant, other = finding.split("; ")
+    assert all(text in significant for text in ("-0.200 [-0.250, -0.150]", "-25.0 %", "p = 0.002", "88 %"))
+    assert all(text in other for text in ("-0.50 [-1.50, +0.50]", "p = 0.300", "not significant", ", non-inferior"))
+    assert "not significant" not in significant
+    assert "24 groups in 11 clusters" in finding
     assert pages.other_table(frame)["metric"].tolist() == ["change benign"]
     page = pages.render_markdown(frame, "What it costs.", pd.DataFrame())
     assert "maximum resemblance (down)" in page and "2.53" in page

@@ -153,7 +153,7 @@ def test_a_table_pairs_what_both_show_and_counts_the_rest(made, caplog, tmp_path
     assert table["paired"].to_dict() == {"none": "", "ours": 3, "theirs": 2, "nothing": 0}
     assert "withheld: groups that a method refused" in page
     assert any("nothing: no images to measure" in text and "4 groups withheld" in text for text in findings(frame))
-    assert any("ours: " in text and "(3 groups in 2 independent units; 1 withheld)" in text for text in findings(frame))
+    assert any("ours: " in text and "(3 groups in 2 clusters; 1 withheld)" in text for text in findings(frame))
 
 
 def test_two_methods_that_withhold_other_groups_are_paired_over_the_rest(made):
