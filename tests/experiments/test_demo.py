@@ -117,7 +117,7 @@ def test_both_rows_are_the_library_s_own_images_and_every_step_is_shown(loaded):
 def test_a_baseline_is_made_once_for_all_settings_that_it_does_not_depend_on(loaded, monkeypatch):
     calls, blank = [], [Image.new("RGB", (8, 8))]
 
-    def painted(pipe, recipe):
+    def painted(pipe, recipe, on_step=None):
         calls.append(recipe)
         return GenerationResult(blank * recipe.images, SimpleNamespace(steps=[]))
 

@@ -445,7 +445,6 @@ def test_a_table_of_an_earlier_version_is_shown_and_goes_on(tmp_path):
     frame = table_of(measured(first=(1.03, 1, 1.02, 1005), outside=(1, 1.001, 1, 1000)))
     added = ["operation", "operation_calls", "host_ms", "device_ms"]
     (tmp_path / "latency").mkdir()
-    (tmp_path / "latency").mkdir()
     frame.drop(columns=added).to_csv(tmp_path / "latency" / "table.csv", index=False)
     page = suite.run([*NOTHING, f"results={tmp_path}"])
     assert "## flux-dev, 768 x 768" in page and "Where it goes" not in page
