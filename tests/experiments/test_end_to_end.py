@@ -674,7 +674,7 @@ def test_the_copyright_table_and_figures(protected):
     assert set(references["reference"]) == {"assets"} and (references["pushed_share"] > 0).all()
     table = main_table(frame)
     claims = [f"maximum resemblance {kind}" for kind in ("direct", "indirect")]
-    expected = [f"{claim}{column}" for claim in claims for column in (" (down)", ": p", ": d_z", ": wins")]
+    expected = [f"{claim}{column}" for claim in claims for column in (" (down)", ": p", ": d_z", ": win rate")]
     assert {*expected, "clip score unnamed (up)", "non-inferior", "seconds"} <= set(table.columns)
     assert "34.57" in markdown and f"| {cfg.model.name} " in markdown
     files = {file.name: file for file in plot.plot(plan)}

@@ -238,12 +238,16 @@ def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_redu
     table = pages.main_table(frame)
     assert list(table.columns) == [
         "model", "method", "alpha", "threshold", "window", "pushed", "maximum resemblance (down)",
-        "maximum resemblance: p", "d_z", "win rate", "clip score (up)", "clip score: p", "non-inferior", "seconds", "clusters",
-        "groups", "images",
+        "maximum resemblance: p", "d_z", "win rate", "clip score (up)", "clip score: p", "non-inferior",
+        "seconds", "clusters", "groups", "images",
     ]  # fmt: skip
     none, pushed = table.to_dict("records")
     assert pushed["maximum resemblance (down)"] == "0.600; -0.200 [-0.250, -0.150]"
-    assert (pushed["d_z"], pushed["win rate"], pushed["non-inferior"]) == ("-1.50", "88 %", "yes (margin 2, power 98 %)")
+    assert (pushed["d_z"], pushed["win rate"], pushed["non-inferior"]) == (
+        "-1.50",
+        "88 %",
+        "yes (margin 2, power 98 %)",
+    )
     assert (none["maximum resemblance (down)"], none["d_z"], none["non-inferior"]) == ("0.800 [0.700, 0.900]", "", "")
     # One family of two tests, in which the smaller p-value counts double.
     assert frame.set_index(["method", "metric"]).loc[
