@@ -119,9 +119,9 @@ def main(argv: list[str], plan: Plan | None = None) -> int:
     table = compare_tables(table_file, published)
     for row in table.itertuples():
         if pd.isna(row.published):
-            print(f"{row.label}: {row.table_file}")
+            print(f"{row.label}: {row.made}")
         else:
-            print(f"{row.label}: {row.table_file}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
+            print(f"{row.label}: {row.made}; published {row.published}: {'inside' if row.inside else 'OUTSIDE'}")
     for line in not_compared(table, published, plan.name):
         print(line)
     compared = table.dropna(subset="inside")
