@@ -19,7 +19,7 @@ def test_a_sheet_has_the_reference_the_image_without_and_one_for_each_alpha(tiny
     for spec in OmegaConf.to_container(cfg.applications, resolve=True).values():
         spec |= {"alphas": spec["alphas"][:2], "seeds": [3]}
         heads, rows = applications.draw(tiny_sdxl, CALL, CONFIG, **spec)
-        assert heads == ["reference", "without", *(f"alpha {alpha:g}" for alpha in spec["alphas"])]
+        assert heads == ["reference", "baseline", *(f"alpha {alpha:g}" for alpha in spec["alphas"])]
         for seed, (label, ((shown,), (plain,), *pushed)) in zip(spec["seeds"], rows, strict=True):
             assert label == f"{spec['description']}; seed {seed}"
             alone = tiny_sdxl(spec["prompt"], generator=torch.Generator().manual_seed(seed), **CALL).images[0]
