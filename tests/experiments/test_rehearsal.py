@@ -205,7 +205,7 @@ def command(scoring, tmp_path):
     home = tmp_path / "home"
 
     def call(name, *arguments):
-        words = [sys.executable, "-m", f"experiments.{name}", *arguments]
+        words = [sys.executable, "-m", "experiments", name, *arguments]
         return subprocess.run(words, cwd=PROJECT, env=environment(scoring, home), capture_output=True, text=True)
 
     yield call
