@@ -6,7 +6,8 @@ The overrides are those of `experiments.generate`, or plan=FILE, which it wrote.
 
     python -m experiments evaluate images=FOLDER metric=core model=sdxl
 
-scores any folder of images, one subfolder a prompt (see `eval.images.read_manifest`), and prints the numbers. Which
+scores any folder of images, one subfolder a prompt (see `eval.images.read_manifest`), and prints the numbers;
+controls=true adds how far edits that add nothing (mirrored, shifted, blurred, noisy images) change each. Which
 CLIP model, labels and reference images are used follows from `model`, here as there; those of a mini model, the
 default, are for emoji artwork alone, and the log says so.
 """
@@ -20,21 +21,26 @@ import contextlib
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
+from eval.controls import CONTROLS, write_control
 from eval.files import read_document
 from eval.images import METRICS, count_withheld, scores_path
 from eval.imageset import EmbeddingCache, ImageSet
-from eval.intervals import has_value, interval_of, n_units
+from eval.intervals import difference_of, has_value, interval_of, n_units
 from eval.metric import Metric, is_current, measure
 from experiments import project_path, start_log
+from experiments.configs import flag
 from experiments.plan import Plan, RunSpec, launch, launched_run
 from experiments.runs.metrics import build_metric, left_out_lines, measured
 from experiments.runs.store import Run
+from experiments.tables.pages import with_interval
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +108,12 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     """Score the folder `cfg.images` with every configured metric.
 
     A metric that cannot measure this folder (too few images, no weights) does not keep the others from it. The JSONs go
-    into `cfg.scores`, or `metrics` in the folder, where those that are there are replaced and never read.
+    into `cfg.scores`, or `metrics` in the folder, where existing ones are replaced and never read.
 
     Returns:
-        A table, one row a metric: value, interval, direction, what it was scored by, how many units and images; and for
-        each metric without a number, why.
+        A table, one row a metric: value, interval, direction, encoder, numbers of clusters and images, and with
+        `cfg.controls` the paired change that each of `eval.controls.CONTROLS` makes; and for each metric without a
+        number, why.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -123,30 +130,46 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
     # The author of the images may have written the numbers in their folder, too.
     trusted = not scores.is_relative_to(images.folder)
     rows, refused = [], {}
-    for name in measured(cfg):
-        try:
-            metric = build_metric(cfg, name)
-            document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
-            if not has_value(document):
-                raise ValueError(f"too few images: of its groups are withheld {count_withheld(images.withheld)}")
-        except REFUSALS as error:
-            refused[name] = str(error)
-            continue
-        value, low, high = interval_of(document, **cfg.bootstrap)
-        rows.append(
-            {
-                "metric": name,
-                "value": f"{value:.4g}",
-                f"{100 * cfg.bootstrap.level:g} % interval": "" if low is None else f"{low:.4g} to {high:.4g}",
-                "better": {True: "higher", False: "lower", None: "-"}[document["higher_is_better"]],
-                "scored by": document["encoder"]["id"],
-                "clusters": str(n_units(document, cfg.bootstrap.cluster)),
-                "images": str(document["n_images"]),
-            }
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        names = CONTROLS if flag(cfg, "controls") else ()
+        controls = {name: write_control(images, name, Path(scratch) / name) for name in names}
+        for name in measured(cfg):
+            try:
+                metric = build_metric(cfg, name)
+                document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
+                if not has_value(document):
+                    raise ValueError(f"too few images: of its groups are withheld {count_withheld(images.withheld)}")
+                changes = _changes_by_controls(cfg, metric, document, controls)
+            except REFUSALS as error:
+                refused[name] = str(error)
+                continue
+            value, low, high = interval_of(document, **cfg.bootstrap)
+            rows.append(
+                {
+                    "metric": name,
+                    "value": f"{value:.4g}",
+                    f"{100 * cfg.bootstrap.level:g} % interval": "" if low is None else f"{low:.4g} to {high:.4g}",
+                    "better": {True: "higher", False: "lower", None: "-"}[document["higher_is_better"]],
+                    "scored by": document["encoder"]["id"],
+                    "clusters": str(n_units(document, cfg.bootstrap.cluster)),
+                    "images": str(document["n_images"]),
+                    **changes,
+                }
+            )
     if not rows:
         raise ValueError(f"No configured metric could measure {images.folder}.\n{_reasons({'': refused})}")
     return pd.DataFrame(rows), refused
+
+
+def _changes_by_controls(
+    cfg: DictConfig, metric: Metric, document: Mapping[str, Any], controls: Mapping[str, ImageSet]
+) -> dict[str, str]:
+    """Return for each control its paired change of a metric, as printed: a fair measure of diversity has none."""
+    changes = {}
+    for name, images in controls.items():
+        change = difference_of(measure(metric, images), document, **cfg.bootstrap)
+        changes[name] = with_interval("{:+.3g}".format, change.difference, change.low, change.high)
+    return changes
 
 
 def _reasons(refused: dict[str, dict[str, str]]) -> str:

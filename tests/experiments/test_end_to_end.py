@@ -442,6 +442,24 @@ def test_any_folder_of_images_is_scored(tmp_path, monkeypatch, capsys, caplog):
     assert "model=mini-sdxl" in said + caplog.text and "emoji artwork alone" in said + caplog.text
 
 
+def test_controls_of_a_folder_show_that_mirroring_counts_as_diversity_unless_it_is_averaged(tmp_path):
+    rng = np.random.default_rng(0)
+    for prompt in ("bird", "fish", "boat", "tree"):
+        (tmp_path / "mine" / prompt).mkdir(parents=True)
+        for index in range(4):
+            pixels = rng.integers(0, 255, (4, 4, 3)).astype(np.uint8)
+            Image.fromarray(pixels).resize((32, 32), 0).save(tmp_path / "mine" / prompt / f"{index}.png")
+    changes = ["metric=fair", "~metric.clip_score", "~metric.realism_efflite0_40", "scorer@model.scorer=pixel"]
+    settings = [f"images={tmp_path / 'mine'}", f"outputs={tmp_path / 'outputs'}", "bootstrap.n_resamples=100"]
+    (cfg,) = expand([*settings, *changes, "controls=true"])
+    table = evaluate_folder(cfg)[0].set_index("metric")
+    mirrored = {name: float(text.split()[0]) for name, text in table["mirrored"].items()}
+    assert mirrored["pairwise_distance"] != 0
+    assert mirrored["pairwise_distance_averaged"] == pytest.approx(0, abs=1e-6)
+    assert table[["shifted", "blurred", "noisy"]].map(lambda text: text.endswith("]")).all(axis=None)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["bird", "boat", "fish", "metrics", "tree"]
+
+
 def test_the_scores_of_a_folder_go_where_they_are_sent(tmp_path):
     folder = plain_folder(tmp_path / "mine")
     changes = ["metric=tune", "scorer@model.scorer=pixel", f"outputs={tmp_path / 'outputs'}"]

@@ -1,0 +1,70 @@
+"""An encoder averaged over mirror images and shifts, so that neither counts as diversity.
+
+A small encoder tells an image from its mirror image: mirroring half of a group's images raises their mean pairwise
+distance as much as a method does. The mean over a set of views that mirroring maps onto itself is the same for both.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from eval.encoders import Encoder, Scorer, checked
+from eval.weights import WeightsFacts
+
+
+def shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
+    """Move an image [3, H, W] by whole pixels; the pixels of its edge fill what comes into view."""
+    height, width = image.shape[-2:]
+    rows = (torch.arange(height) - down).clamp(0, height - 1)
+    columns = (torch.arange(width) - right).clamp(0, width - 1)
+    return image[..., rows[:, None], columns]
+
+
+def views(image: torch.Tensor, shift: float) -> list[torch.Tensor]:
+    """Return the image [3, H, W], its shifts to four sides, and the mirror images of these five.
+
+    Args:
+        shift: share of the shorter side, in (0, 1).
+    """
+    pixels = max(1, round(shift * min(image.shape[-2:])))
+    moves = ((0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels))
+    moved = [shifted(image, *move) for move in moves]
+    return moved + [view.flip(-1) for view in moved]
+
+
+class AveragedEncoder(Encoder):
+    """The mean direction of an encoder's embeddings of ten `views` of an image.
+
+    Args:
+        encoder: gives embeddings of length 1.
+        shift: length of the shifts as a share of the shorter side, in (0, 0.5]; the default is 6 of 128 pixels.
+    """
+
+    def __init__(self, encoder: Encoder, shift: float = 3 / 64) -> None:
+        if not 0 < shift <= 0.5:
+            raise ValueError(f"shift must be in (0, 0.5], got {shift}")
+        if not encoder.normalised:
+            raise ValueError(f"expected an encoder of embeddings of length 1, got {encoder.name}")
+        self.encoder = encoder
+        self.shift = float(shift)
+        self.name = f"{encoder.name}, averaged over mirror and shifts"
+        self.dimension = encoder.dimension
+
+    @property
+    def id(self) -> str:
+        return f"{self.encoder.id}-averaged-{self.shift:g}"
+
+    def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        every = [view for image in images for view in views(checked(image), self.shift)]
+        embeddings = self.encoder.embed_images(every).unflatten(0, (len(images), -1))
+        return F.normalize(embeddings.mean(dim=1), dim=-1)
+
+    def prepare(self) -> None:
+        self.encoder.prepare()
+
+    def parts(self) -> list[Scorer]:
+        return self.encoder.parts()
+
+    def weights(self) -> WeightsFacts:
+        return self.encoder.weights()
