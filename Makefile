@@ -8,8 +8,17 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report demo doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
 
+# The groups of the list, each with its targets in order; what is in none is for development.
+USE := demo report doctor
+REPRODUCE := reproduce-% sweep cfg-scale peers safety redteam gate latency reproduce-deliberation publish
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' -v use="$(USE)" -v reproduce="$(REPRODUCE)" ' \
+	  /^[a-z%-]+:.*## / {text[$$1] = $$2; order[++n] = $$1} \
+	  function show(title, names,   i, count, list) { \
+	    print title; count = split(names, list, " "); \
+	    for (i = 1; i <= count; i++) {printf "  make %-22s %s\n", list[i], text[list[i]]; delete text[list[i]]} } \
+	  END {show("Use", use); show("Reproduce", reproduce); names = ""; \
+	    for (i = 1; i <= n; i++) if (order[i] in text) names = names " " order[i]; show("Develop", names)}' $(MAKEFILE_LIST)
 
 # One stamp an extra; a changed pyproject.toml installs again.
 $(VENV)/bin/python:
@@ -22,26 +31,26 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-install: $(VENV)/.installed-dev  ## what the benchmark, its tests and its pages need, into .venv
+install: $(VENV)/.installed-dev  ## install the benchmark, its tests and its pages into .venv
 
 # reproduce-NAME: images, scores, table and figures of conf/experiment/NAME.yaml, and its values beside the published ones.
 reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduce-diversity, reproduce-copyright, reproduce-sweep
 	$(PY) -m experiments reproduce experiment=$* $(ARGS)
 FORCE:
 
-sweep: reproduce-sweep  ## alpha x threshold x window on the development prompts: tables, heat maps, Pareto front
+sweep: reproduce-sweep  ## alpha x threshold x timestep range on the development prompts: table, heat maps, Pareto front
 
-cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## without and with NegToMe at every scale of guidance (15 minutes)
+cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## baseline and NegToMe at every guidance scale (15 minutes)
 
 # What all the following acts are of: the grid first, by which the settings of the table are chosen.
 PEERS := peers_grid peers_grid_flux peers peers_flux
-peers: $(VENV)/.installed-experiments  ## NegToMe beside every other method: settings, tables, fronts, ranking (45 minutes)
+peers: $(VENV)/.installed-experiments  ## NegToMe and every other method: settings, tables, Pareto fronts, ranking (45 minutes)
 	status=0; for name in $(PEERS); do \
 	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
 	  $(PY) -m experiments rank experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status
 
-safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, and the scorecard (16 minutes)
+safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (16 minutes)
 	status=0; for name in safety safety_controls; do \
 	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
 	  $(PY) -m experiments scorecard experiment=$$name $(ARGS) || exit 1; \
@@ -51,26 +60,26 @@ publish: $(VENV)/.installed-experiments  ## EXPERIMENT=diversity: its table and 
 	$(PY) -m experiments tabulate experiment=$(EXPERIMENT) results=results $(ARGS)
 	$(PY) -m experiments plot experiment=$(EXPERIMENT) results=results $(ARGS)
 
-latency: $(VENV)/.installed-experiments  ## what the method costs: time, memory, tables and curves (6 minutes on a CPU)
+latency: $(VENV)/.installed-experiments  ## time and memory of the method: tables and curves (6 minutes on a CPU)
 	$(PY) -m experiments latency experiment=latency $(ARGS)
 
 .PHONY: reproduce-latency
 reproduce-latency: latency
 
 # The default budget is chosen for two cores; redteam.queries=64 takes four times as long at most.
-redteam: $(VENV)/.installed-experiments  ## prompts that get a protected design through are searched for (25 minutes)
+redteam: $(VENV)/.installed-experiments  ## search for prompts that obtain a protected concept (25 minutes)
 	$(PY) -m experiments redteam $(ARGS)
 
-gate: $(VENV)/.installed-experiments  ## tables of safety and redteam against conf/safety/gate.yaml: pass, review, fail (ARGS=results=results publishes)
+gate: $(VENV)/.installed-experiments  ## judge the tables of safety and redteam by conf/safety/gate.yaml: pass, review, fail
 	$(PY) -m experiments gate $(ARGS)
 
-report: $(VENV)/.installed-experiments  ## one page of all tables, figures and images: outputs/report/index.html
+report: $(VENV)/.installed-experiments  ## make a page of all tables, figures and images: outputs/report/index.html
 	$(PY) -m experiments report $(ARGS)
 
-demo: $(VENV)/.installed-demo  ## the method in the browser, on this machine alone: http://127.0.0.1:7860
+demo: $(VENV)/.installed-demo  ## try the method in the browser, on this machine only: http://127.0.0.1:7860
 	$(PY) -m experiments demo $(ARGS)
 
-doctor: $(VENV)/.installed-experiments  ## which encoders and models have their weights here, and what to do for the others
+doctor: $(VENV)/.installed-experiments  ## list which encoders and models have their weights here, and how to get the others
 	@$(PY) -m experiments doctor
 
 notebooks: $(VENV)/.installed-notebooks  ## run the notebooks and keep in them what they show (2 minutes)
@@ -85,13 +94,13 @@ mini-models: $(VENV)/.installed-training  ## retrain the embedded models from pu
 	$(PY) -m training memorised
 
 .PHONY: reproduce-deliberation mini-guard
-reproduce-deliberation: $(VENV)/.installed-training  ## what examples and rewards teach a guard without its policy (5 minutes)
+reproduce-deliberation: $(VENV)/.installed-training  ## train small guards by examples and rewards, and compare them (5 minutes)
 	$(PY) -m training deliberation $(ARGS)
 
 mini-guard: $(VENV)/.installed-training  ## retrain the embedded guard on conf/safety/policy.yaml (3 minutes)
 	$(PY) -m training guard $(ARGS)
 
-test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (5 minutes on two cores)
+test: $(VENV)/.installed-dev  ## the tests, offline, on a CPU (12 minutes on two AMD EPYC cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## what `make test` leaves out: compilers, launchers, notebooks, sibling pipelines (5 minutes)
