@@ -22,19 +22,19 @@ def shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
 
 
 def views(image: torch.Tensor, shift: float) -> list[torch.Tensor]:
-    """Return the image [3, H, W], its shifts to four sides, and the mirror images of these five.
+    """Return the image [3, H, W], its shifts to four sides and four corners, and the mirror images of these nine.
 
     Args:
         shift: share of the shorter side, in (0, 1).
     """
     pixels = max(1, round(shift * min(image.shape[-2:])))
-    moves = ((0, 0), (pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels))
-    moved = [shifted(image, *move) for move in moves]
+    offsets = (-pixels, 0, pixels)
+    moved = [shifted(image, right, down) for right in offsets for down in offsets]
     return moved + [view.flip(-1) for view in moved]
 
 
 class AveragedEncoder(Encoder):
-    """The mean direction of an encoder's embeddings of ten `views` of an image.
+    """The mean direction of an encoder's embeddings of 18 `views` of an image.
 
     Args:
         encoder: gives embeddings of length 1.
@@ -53,7 +53,8 @@ class AveragedEncoder(Encoder):
 
     @property
     def id(self) -> str:
-        return f"{self.encoder.id}-averaged-{self.shift:g}"
+        # Raise the number when `views` changes: embeddings are cached under this name.
+        return f"{self.encoder.id}-averaged-2-{self.shift:g}"
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         every = [view for image in images for view in views(checked(image), self.shift)]
