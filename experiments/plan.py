@@ -189,12 +189,11 @@ class Plan:
         """
         file = self.file if file is None else file
         with locked(file.with_name(f".{file.name}.lock")):
-            data = self.as_json()
-            data["earlier"] = {
-                settings: run
-                for settings, run in complete_runs(file).items()
-                if settings not in {run["settings"] for run in data["runs"]}
-            }
+            data, ids = self.as_json(), complete_runs(file)
+            for entry in data["runs"]:  # another command may have completed a run since this plan was made
+                entry["id"] = entry["id"] or ids.get(entry["settings"])
+            planned = {entry["settings"] for entry in data["runs"]}
+            data["earlier"] = {settings: run for settings, run in ids.items() if settings not in planned}
             write_text(file, json.dumps(data, indent=1) + "\n")
         return file
 
@@ -481,6 +480,9 @@ def launch(task: Callable[[DictConfig], Any], plan: Plan) -> None:
     own = [f"outputs='{plan.cfg.outputs}'", f"plan='{file}'", f"run={numbers}"]
     sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *plan.launcher, *own]
     main()
+    ids = complete_runs(plan.file)  # the jobs wrote them
+    for spec in (one for run in plan.runs for one in (run.baseline, run)):
+        spec.id = spec.id or ids.get(spec.settings)
 
 
 def launched_run(cfg: DictConfig) -> tuple[Plan, RunSpec]:
