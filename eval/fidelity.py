@@ -20,7 +20,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from eval.encoders import Encoder, Scorer
 from eval.images import read_manifest
 from eval.imageset import ImageSet
-from eval.metric import Folder, SetMetric
+from eval.metric import Folder, Metric, SetMetric
 
 CMMD_SIGMA = 10.0
 # rows of a matrix of kernel values or distances that are in memory at once
@@ -72,20 +72,39 @@ def kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) 
     return total / (len(x) * (len(x) - 1 if y is None else len(y)))
 
 
-class FidelityMetric(SetMetric):
-    """A metric of a set of images and a set of real images.
+class ReferenceMetric(Metric):
+    """A metric that compares images with real images.
 
     Args:
-        encoder: embeds the images.
+        encoder: embeds the images and the real images.
         reference: folder of the real images: a run, a subfolder per category, or images without subfolders.
     """
-
-    version = 2
 
     def __init__(self, encoder: Scorer | None = None, reference: Folder = None, **options: Any) -> None:
         super().__init__(encoder, **options)
         self.reference = reference
         self._embeddings: torch.Tensor | None = None
+
+    @cached_property
+    def real(self) -> ImageSet:
+        folder = Path(self.folder("reference"))
+        return ImageSet(folder, read_manifest(folder, flat=True))
+
+    def embed_real(self, images: ImageSet) -> torch.Tensor:
+        """Return the features [M, D] of the real images, embedded once with the cache of `images`."""
+        if self._embeddings is None:
+            self._embeddings = images.with_images_of(self.real).embeddings(self.encoder)
+        return self._embeddings
+
+    def settings(self) -> dict[str, Any]:
+        """Identify the reference by its content."""
+        return {**super().settings(), "reference_sha256": self.real.manifest_hash}
+
+
+class FidelityMetric(ReferenceMetric, SetMetric):
+    """A metric of a set of images and a set of real images; arguments are those of `ReferenceMetric`."""
+
+    version = 2
 
     @abstractmethod
     def score(self, features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -93,11 +112,6 @@ class FidelityMetric(SetMetric):
 
     def compute(self) -> torch.Tensor:
         return torch.tensor(self.score(*checked_pair(*map(self._all, self.STATES))), dtype=torch.float64)
-
-    @cached_property
-    def real(self) -> ImageSet:
-        folder = Path(self.folder("reference"))
-        return ImageSet(folder, read_manifest(folder, flat=True))
 
     def require(self, images: ImageSet) -> None:
         super().require(images)
@@ -132,14 +146,10 @@ class FidelityMetric(SetMetric):
     def inputs(
         self, images: ImageSet, positions: Sequence[int], real: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._embeddings is None:  # once for all halves
-            self._embeddings = images.with_images_of(self.real).embeddings(self.encoder)
-        reference = self._embeddings if real is None else self._embeddings[real]
+        reference = self.embed_real(images)
+        if real is not None:
+            reference = reference[real]
         return self.encoder.of(images, positions).double(), reference.double()
-
-    def settings(self) -> dict[str, Any]:
-        """Identify the reference by its content."""
-        return {**super().settings(), "reference_sha256": self.real.manifest_hash}
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         return {

@@ -1,19 +1,17 @@
 """How much does a single image look like real ones? The realism score of Kynkaanniemi et al. (NeurIPS 2019)."""
 
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from eval.encoders import Scorer
-from eval.fidelity import Manifold
-from eval.images import read_manifest
+from eval.fidelity import Manifold, ReferenceMetric
 from eval.imageset import ImageSet
-from eval.metric import Folder, Metric
+from eval.metric import Folder
 
 
-class Realism(Metric):
+class Realism(ReferenceMetric):
     """Realism score: the largest ratio, over real images, of a real image's radius to its distance from the image.
 
     The radius of a real image is the distance to its k-th real neighbour. As in the paper, the half of the real images
@@ -36,16 +34,11 @@ class Realism(Metric):
     SETTINGS = ("k",)
 
     def __init__(self, encoder: Scorer | None = None, reference: Folder = None, k: int = 3, **options: Any) -> None:
-        super().__init__(encoder, **options)
+        super().__init__(encoder, reference, **options)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        self.reference = reference
         self.k = k
-
-    @cached_property
-    def real(self) -> ImageSet:
-        folder = Path(self.folder("reference"))
-        return ImageSet(folder, read_manifest(folder, flat=True))
+        self._manifold: Manifold | None = None
 
     def require(self, images: ImageSet) -> None:
         super().require(images)
@@ -54,20 +47,14 @@ class Realism(Metric):
                 f"{self.name} needs more than {self.k} reference images, got {n_real} in {self.real.folder}; give more"
             )
 
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "reference_sha256": self.real.manifest_hash}
+    def inputs(self, images: ImageSet, positions: Sequence[int]) -> tuple[torch.Tensor, Manifold]:
+        if self._manifold is None:  # once for all groups
+            self._manifold = Manifold(self.embed_real(images), self.k)
+        return self.encoder.of(images, positions), self._manifold
 
-    def per_group(self, images: ImageSet) -> list[Any]:
-        self.require(images)
-        self._reference_features = images.with_images_of(self.real).embeddings(self.encoder)
-        return super().per_group(images)
-
-    def inputs(self, images: ImageSet, positions: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.encoder.of(images, positions), self._reference_features
-
-    def score(self, features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Score N images, [N, D], by M real ones, [M, D]: float64 [N]."""
-        manifold = Manifold(reference, self.k)
+    def score(self, features: torch.Tensor, reference: torch.Tensor | Manifold) -> torch.Tensor:
+        """Score N images, [N, D], by M real ones, [M, D] or their manifold: float64 [N]."""
+        manifold = reference if isinstance(reference, Manifold) else Manifold(reference, self.k)
         dense = manifold.radii <= manifold.radii.median()
         squared = torch.cat([distances.clamp(min=tie.max()) for distances, tie in manifold.distances(features)])
         return (manifold.radii / squared)[:, dense].amax(dim=1).sqrt()
