@@ -45,7 +45,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.images import count_withheld, read_withheld
 from experiments import project_path, select_device, start_log
-from experiments.configs import build, flag, with_device
+from experiments.configs import build, flag, run_names, with_device
 from experiments.methods.method import Method
 from experiments.plan import Plan, RunSpec, launch, launched_run
 from experiments.prompts import Group
@@ -220,7 +220,7 @@ def generate_jobs(plan: Plan, jobs: list[RunJob]) -> None:
     for job in jobs:
         job.task.run.begin(job.identity, job.task.device)
     by_run = {job.task.run: job for job in jobs}  # a run that is named twice is generated once
-    names = Plan([job.spec for job in by_run.values()]).names()
+    names = run_names([job.spec.cfg for job in by_run.values()])
     titles = {}
     remaining = {run: len(job.missing) for run, job in by_run.items()}
     total = sum(remaining.values())

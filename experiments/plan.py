@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -92,6 +92,11 @@ class Plan:
         return self.runs[0].cfg
 
     @property
+    def specs(self) -> list[RunSpec]:
+        """The runs and their baselines, each once and after its baseline."""
+        return list(dict.fromkeys(spec for run in self.runs for spec in (run.baseline, run)))
+
+    @property
     def name(self) -> str:
         return self.cfg.name
 
@@ -151,10 +156,13 @@ class Plan:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed, launcher = _compose_runs(overrides, baselines=True)
         ids = complete_runs(plan_file(composed[0][0]))
-        specs, by_job = [], {}
+        specs, baselines = [], {}
         for cfg, job, baseline in composed:
             spec = RunSpec(cfg, settings := config_digest(cfg), ids.get(settings))
-            spec.baseline = by_job.setdefault(job, spec) if job == baseline else by_job[baseline]
+            if job == baseline:
+                baselines[job] = spec
+            else:
+                spec.baseline = baselines[baseline]
             specs.append(spec)
         return cls(specs, tuple(launcher))
 
@@ -170,9 +178,9 @@ class Plan:
         try:
             specs = []
             for run in data["runs"]:
-                own = run["config"]
-                named = {key: data["parts"][key][own[key]] for key in own if isinstance(own[key], str)}
-                cfg = OmegaConf.create({**data["experiment"], **data["shared"], **own, **named})
+                config = run["config"]
+                parts = {key: data["parts"][key][label] for key, label in config.items() if isinstance(label, str)}
+                cfg = OmegaConf.create({**data["experiment"], **data["shared"], **config, **parts})
                 OmegaConf.set_struct(cfg, True)  # as Hydra does: an unknown key is an error
                 specs.append(RunSpec(cfg, run["settings"], run["id"]))
             for spec, run in zip(specs, data["runs"], strict=True):
@@ -189,13 +197,18 @@ class Plan:
         """
         file = self.file if file is None else file
         with locked(file.with_name(f".{file.name}.lock")):
-            data, ids = self.as_json(), complete_runs(file)
-            for entry in data["runs"]:  # another command may have completed a run since this plan was made
-                entry["id"] = entry["id"] or ids.get(entry["settings"])
+            ids = complete_runs(file)
+            self.add_ids(ids)  # another command may have completed a run since this plan was made
+            data = self.as_json()
             planned = {entry["settings"] for entry in data["runs"]}
             data["earlier"] = {settings: run for settings, run in ids.items() if settings not in planned}
             write_text(file, json.dumps(data, indent=1) + "\n")
         return file
+
+    def add_ids(self, ids: Mapping[str, str]) -> None:
+        """Give the runs that have no id yet theirs, by the digests of their settings; see `complete_runs`."""
+        for spec in self.specs:
+            spec.id = spec.id or ids.get(spec.settings)
 
     def complete(self, spec: RunSpec, run: str) -> None:
         """Note in the file that a run of the plan is complete, and which one it is."""
@@ -215,7 +228,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON: what all runs share is in it once, and so is what several share."""
-        specs = list(dict.fromkeys(spec for run in self.runs for spec in (run.baseline, run)))
+        specs = self.specs
         configs = [OmegaConf.to_container(spec.cfg, resolve=True) for spec in specs]
         texts = [{key: canonical_json(value, compact=True) for key, value in config.items()} for config in configs]
         is_shared = {key: all(text.get(key) == texts[0][key] for text in texts) for key in texts[0]}
@@ -224,16 +237,18 @@ class Plan:
         parts: dict[str, dict[str, Any]] = {}
         labels: dict[tuple[str, str], str] = {}
         runs = []
-        for spec, name, config, text in zip(specs, Plan(specs).names(), configs, texts, strict=True):
-            own = {key: value for key, value in config.items() if not is_shared.get(key)}
-            for key, value in own.items():
+        for spec, name, config, text in zip(
+            specs, run_names([spec.cfg for spec in specs]), configs, texts, strict=True
+        ):
+            distinct = {key: value for key, value in config.items() if not is_shared.get(key)}
+            for key, value in distinct.items():
                 if key == "method" or not isinstance(value, dict | str):
                     continue  # stands with the run
                 place = parts.setdefault(key, {})
                 label = labels.setdefault((key, text[key]), f"{config['model']['name']} {len(place) + 1}")
-                place[label], own[key] = value, label
+                place[label], distinct[key] = value, label
             entry = {"name": name, "id": spec.id, "baseline": specs.index(spec.baseline), "settings": spec.settings}
-            runs.append(entry | {"config": own})
+            runs.append(entry | {"config": distinct})
         return {"experiment": experiment, "runs": runs, "shared": shared, "parts": parts}
 
 
@@ -480,9 +495,7 @@ def launch(task: Callable[[DictConfig], Any], plan: Plan) -> None:
     own = [f"outputs='{plan.cfg.outputs}'", f"plan='{file}'", f"run={numbers}"]
     sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *plan.launcher, *own]
     main()
-    ids = complete_runs(plan.file)  # the jobs wrote them
-    for spec in (one for run in plan.runs for one in (run.baseline, run)):
-        spec.id = spec.id or ids.get(spec.settings)
+    plan.add_ids(complete_runs(plan.file))  # which the jobs wrote
 
 
 def launched_run(cfg: DictConfig) -> tuple[Plan, RunSpec]:
