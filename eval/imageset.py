@@ -200,8 +200,8 @@ class ImageSet:
 
     def _outputs(self, encoder: Encoder) -> torch.Tensor:
         paths = [self.folder / row.path for row in self.rows]
-        known = self.cache.get(encoder.cache_id, self.hashes) if self.cache else {}
-        todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in known}
+        cached = self.cache.get(encoder.cache_id, self.hashes) if self.cache else {}
+        todo = {key: path for key, path in zip(self.hashes, paths, strict=True) if key not in cached}
         self._check_readable(todo)
         keys = list(todo)
         fresh: dict[str, torch.Tensor] = {}
@@ -219,13 +219,13 @@ class ImageSet:
                     fresh |= zip(batch, outputs, strict=True)
                     if self.cache and len(fresh) >= IMAGES_PER_SHARD:
                         self.cache.put(encoder.cache_id, fresh)
-                        known, fresh = known | fresh, {}
+                        cached, fresh = cached | fresh, {}
                     bar.update(len(batch))
         finally:
             if self.cache:
                 self.cache.put(encoder.cache_id, fresh)
-        known |= fresh
-        return torch.stack([known[key] for key in self.hashes])
+        cached |= fresh
+        return torch.stack([cached[key] for key in self.hashes])
 
     def _check_readable(self, images: Mapping[str, Path]) -> None:
         """Decode images, given by content hash, except those whose hash the manifest has recorded."""

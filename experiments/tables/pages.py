@@ -51,7 +51,7 @@ PROMPTS = {
 #: Of more settings than these a table has one column, not one each.
 WIDE = 10
 #: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
-LEGENDS = TEMPLATES.get_template("legends.j2").module
+LEGENDS = TEMPLATES.get_template("experiments/tables/legends.j2").module
 
 
 def change(row: Mapping[str, Any], sign: str = "+") -> str:

@@ -13,11 +13,6 @@ def result_file(results: str | Path, experiment: str, name: str = TABLE) -> Path
     return project_path(results) / experiment / name
 
 
-def find_tables(results: str | Path) -> dict[str, Path]:
-    """Return the table of each experiment in a folder of results, by the experiment's name."""
-    return {path.parent.name: path for path in sorted(project_path(results).glob(f"*/{TABLE}"))}
-
-
 def chosen_file(results: str | Path) -> Path:
     """Return the file of the hyperparameters that `experiments.rank` chose, by model and method."""
     return result_file(results, "peers_grid", "chosen.yaml")

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     cfg = first(["experiment=stereotypes", "results=results", *argv])
     counts, lines, matrices = tables(cfg)
     page = render(
-        "attribute_classifier.md.j2",
+        "experiments/tables/attribute_classifier.md.j2",
         lines=markdown(lines),
         matrices={k: markdown(m) for k, m in matrices.items()},
         unseen=UNSEEN,

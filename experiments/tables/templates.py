@@ -1,6 +1,5 @@
 """Texts of many lines from templates: the report, the page of latency and the cards of models."""
 
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
@@ -8,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from experiments import PROJECT
 
 TEMPLATES = Environment(
-    loader=FileSystemLoader([PROJECT / "experiments", Path(__file__).parent, PROJECT]),
+    loader=FileSystemLoader(PROJECT),
     autoescape=select_autoescape(["html"]),
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -18,5 +17,5 @@ TEMPLATES = Environment(
 
 
 def render(template: str, **facts: Any) -> str:
-    """Return a template, named by its path in experiments/, in this folder or in the checkout, with its facts."""
+    """Return a template, named by its path in the checkout, with its facts."""
     return TEMPLATES.get_template(template).render(facts)

@@ -11,11 +11,11 @@ from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.identity import code_digest, config_digest
 from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
 from experiments.tables.pages import paper_table, render_markdown
-from experiments.tables.paths import find_tables
+from experiments.tables.paths import TABLE
 
 RESULTS = PROJECT / "results"
 EXPERIMENTS = {path.stem for path in (PROJECT / "conf" / "experiment").glob("*.yaml")} - {"latency"}  # test_latency.py
-TABLES = {name: path for name, path in find_tables(RESULTS).items() if name in EXPERIMENTS}
+TABLES = {path.parent.name: path for path in sorted(RESULTS.glob(f"*/{TABLE}")) if path.parent.name in EXPERIMENTS}
 #: The large ones are read in full among the slow tests.
 READ = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("peers")) for name in TABLES]
 
