@@ -327,6 +327,9 @@ def load(
         checkpoint.folder, dtype=dtype, variant=variant, local_files_only=True, **architecture.options
     )
     pipe.set_progress_bar_config(disable=True)
+    if architecture.denoiser == "unet":  # whose convolutions take a seventh less time with channels last, on a CPU too
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
     # Where SDXL's autoencoder needs float32, its pipeline calls a deprecated method of its own, and each cast warns of
     # an empty list of modules: two lines a group.
     warnings.filterwarnings("ignore", message="`upcast_vae` is deprecated", category=FutureWarning)
