@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIGS, denoiser, generate, hook_attentions
+from tiny import CONFIGS, ONE_KIND, denoiser, generate, hook_attentions
 from torch.nn.functional import normalize
 
 import negtome
@@ -136,6 +136,7 @@ def test_groups_do_not_influence_each_other(pipe, config, options):
     torch.testing.assert_close(result, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
+@ONE_KIND
 def test_features_that_a_hook_keeps_are_not_written_to(pipe, config):
     """A hook, such as a cache's, that keeps what an attention returned keeps that."""
     with negtome.attach(pipe, config):
@@ -230,6 +231,7 @@ def test_compared_tokens_are_counted_exactly(pipe, config, kind):
     assert len(attached.steps) == 8
 
 
+@ONE_KIND
 def test_calls_in_one_block_do_not_influence_each_other(pipe, config):
     with negtome.attach(pipe, config):
         first = generate(pipe)
@@ -292,6 +294,7 @@ def test_sites_that_are_not_reached_are_an_error(tiny_flux, monkeypatch):
         generate(tiny_flux)
 
 
+@ONE_KIND
 def test_a_threshold_that_no_token_exceeds_warns_with_the_highest_similarity(pipe, config):
     base = generate(pipe)
     attachment = negtome.attach(pipe, config.replace(threshold=0.9999))
@@ -307,6 +310,7 @@ def test_a_threshold_that_no_token_exceeds_warns_with_the_highest_similarity(pip
         assert attached.summary()["tokens_pushed"] == 0
 
 
+@ONE_KIND
 def test_group_sizes_that_do_not_fit_are_refused(pipe, config):
     with pytest.raises(ValueError, match="num_images_per_prompt=2 or more"), negtome.attach(pipe, config):
         generate(pipe, (0,))
@@ -426,6 +430,7 @@ def test_images_that_a_derived_pipeline_adds_are_noticed(tiny_sdxl, guidance_sca
         other("a dog", num_images_per_prompt=2, guidance_scale=guidance_scale, height=32, width=32)
 
 
+@ONE_KIND
 def test_a_bad_prompt_is_refused_by_the_pipeline_as_without_negtome(pipe, config):
     for prompt in (5, {}, None):
         with pytest.raises(ValueError, match="prompt"), negtome.attach(pipe, config):
@@ -435,6 +440,7 @@ def test_a_bad_prompt_is_refused_by_the_pipeline_as_without_negtome(pipe, config
 # Something else in the place of the push
 
 
+@ONE_KIND
 def test_a_custom_push_replaces_the_result(pipe, config):
     plain, called = generate(pipe), []
 

@@ -16,7 +16,6 @@ from packaging.version import Version
 from tiny import CONFIGS, denoiser, generate, state
 
 import negtome
-from negtome import NegToMeConfig
 
 
 @pytest.fixture(params=["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
@@ -172,18 +171,6 @@ def test_an_exception_in_the_block_arrives_and_everything_is_restored(pipe, conf
         result = generate(pipe)
     with negtome.attach(pipe, config):
         assert torch.equal(generate(pipe), result)
-
-
-def test_settings_default_to_the_published_ones(pipe, kind):
-    def settled(*config):
-        attached = negtome.attach(pipe, *config)
-        attached.remove()
-        return attached.config
-
-    assert settled() == settled(None) == NegToMeConfig.preset(kind)
-    assert settled(NegToMeConfig(alpha=1.5, min_side=8)) == NegToMeConfig.preset(kind, alpha=1.5, min_side=8)
-    assert settled(NegToMeConfig(threshold=0.1)).threshold == 0.1
-    assert settled(NegToMeConfig(timestep_range=(0, 1))).timestep_range == (0, 1)
 
 
 def test_a_refused_attachment_leaves_the_pipeline_as_it_was(pipe, config):

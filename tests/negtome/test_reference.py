@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from tiny import denoiser, hook_attentions, state
+from tiny import ONE_KIND, denoiser, hook_attentions, state
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import negtome
@@ -248,6 +248,7 @@ def test_outside_the_timestep_range_no_row_is_added(pipe, config, monkeypatch):
     assert len(set(rows)) == 2
 
 
+@ONE_KIND
 def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatch):
     calls = []
     encode = pipe.vae.encode
@@ -262,6 +263,7 @@ def test_it_is_encoded_once_and_removed_without_a_trace(pipe, config, monkeypatc
     assert torch.equal(generate(pipe), base)
 
 
+@ONE_KIND
 def test_another_autoencoder_encodes_again(pipe, config):
     other = copy.deepcopy(pipe.vae)
     for parameter in other.encoder.parameters():
@@ -274,7 +276,8 @@ def test_another_autoencoder_encodes_again(pipe, config):
         assert torch.equal(generate(pipe), swapped)
 
 
-def test_half_precision_autoencoders_come_back_unchanged_also_after_an_error(pipe, config, monkeypatch):
+def test_half_precision_autoencoders_come_back_unchanged_also_after_an_error(tiny_sdxl, monkeypatch):
+    pipe, config = tiny_sdxl, CONFIGS["sdxl"]
     pipe.vae.register_to_config(force_upcast=True)
     pipe.vae.to(torch.float16)
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
@@ -467,6 +470,7 @@ def test_bad_input_is_refused(tmp_path):
             Reference(PICTURE, **setting)
 
 
+@ONE_KIND
 def test_references_that_do_not_fit_the_call_are_refused(pipe, config):
     with pytest.raises(TypeError, match=r"negtome\.Reference\(image\)"):
         negtome.attach(pipe, config, references=PICTURE)
@@ -513,6 +517,7 @@ def test_embeddings_with_other_rows_are_refused(tiny_flux):
         generate(tiny_flux, (0, 1, 2), **embedded(tiny_flux, 2) | {"latents": torch.zeros(3, 64, 4)})
 
 
+@ONE_KIND
 def test_missing_encoders_are_refused(pipe, config):
     options = embedded(pipe, 1)
     pipe.text_encoder = pipe.text_encoder_2 = None
@@ -533,6 +538,7 @@ def test_missing_encoders_are_refused(pipe, config):
         assert len(generate(pipe, **options)) == 2
 
 
+@ONE_KIND
 def test_a_tiny_autoencoder_has_a_mode_and_no_posterior(pipe, kind, config):
     blocks = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
     blocks |= {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}

@@ -19,6 +19,9 @@ CONFIGS = {
     "flux": NegToMeConfig(alpha=0.9, threshold=0.9, timestep_range=(600, 1000)),
 }
 
+#: For a test of what does not depend on the architecture: SDXL is among the slow tests.
+ONE_KIND = pytest.mark.parametrize("kind", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+
 
 def _picture(seed):
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
