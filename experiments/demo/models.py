@@ -51,15 +51,13 @@ class Model:
     Attributes:
         name: as the visitor wrote it.
         base: its name in conf/model/, or the name of a model with the same architecture.
-        cfg: as in conf/model/.
-        configured_dtype: the dtype in conf/model/; `cfg.dtype` differs from it if the CPU lacks that dtype.
+        cfg: as in conf/model/, but for a dtype that the CPU lacks.
         group_config, reference_config: settings of NegToMe within a group, and away from a reference image.
     """
 
     name: str
     base: str
     cfg: DictConfig
-    configured_dtype: str
     group_config: NegToMeConfig
     reference_config: NegToMeConfig
 
@@ -223,15 +221,14 @@ def _compose(name: str, base: str, **changes: Any) -> Model:
         # The size comes from the checkpoint's own configuration.
         size = {side: None for side in ("height", "width") if side in model.call}
         model.merge_with(changes, {"call": size})
-    dtype = str(model.dtype)
-    if select_device("auto") == "cpu" and dtype == "float16":
+    if select_device("auto") == "cpu" and model.dtype == "float16":
         model.dtype = "float32"  # the CPU lacks half of the operations
     configs = []
     for method in (cfg.method, reference.method):
         values = {field: method.get(field) for field in NegToMeConfig.__dataclass_fields__}
         config = NegToMeConfig(**{field: value for field, value in values.items() if value is not None})
         configs.append(config.published_for(model.architecture))
-    return Model(name, base, model, dtype, *configs)
+    return Model(name, base, model, *configs)
 
 
 class MemoryPlan(NamedTuple):

@@ -96,8 +96,9 @@ def _steps(pushed: Pushed | None) -> list[dict[str, Any]]:
     """Return each step's share of pushed tokens in percent, and a line about it."""
     bars = []
     for number, step in enumerate(pushed.steps if pushed else (), 1):
-        text = f"{step.pushed} of {step.compared} tokens pushed" if step.active else "outside the timestep range"
-        share = 100 * step.pushed / step.compared if step.compared else 0.0
+        counts = f"{step.tokens_pushed} of {step.tokens_compared} tokens pushed"
+        text = counts if step.active else "outside the timestep range"
+        share = 100 * step.tokens_pushed / step.tokens_compared if step.tokens_compared else 0.0
         text = f"Step {number}, timestep {step.timestep:.0f}: {text}"
         bars.append({"share": share, "active": step.active, "text": text})
     return bars
