@@ -35,13 +35,14 @@ from eval.resemblance import DetectionRate
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
 from experiments.generate import count_workers, load_pipeline_and_method, parallel_map
+from experiments.methods.assets import AssetIndex
 from experiments.methods.method import Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
 from experiments.runs.identity import provenance, request_without_method, short_digest
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.guards import guarded_systems
-from experiments.safety.judge import AttackObjective, Judge
+from experiments.safety.judge import Judge, similarity
 from experiments.safety.search import (
     BUDGETS,
     OUTCOMES,
@@ -156,11 +157,11 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
     return Attack(checkpoint, device, model, spec, config, attacker, folder, n_queries, tuple(concepts), labels)
 
 
-def _objective_and_judge(cfg: DictConfig) -> tuple[AttackObjective, Judge]:
+def _objective_and_judge(cfg: DictConfig) -> tuple[AssetIndex, Judge]:
     pictures = cfg.model.copyright
     encoder = build(pictures.encoder)
     judge = Judge(DetectionRate(encoder, pictures.scoring, pictures.held_out))
-    return AttackObjective(pictures.guidance, encoder, pictures.scoring), judge
+    return AssetIndex(pictures.guidance, encoder, pictures.scoring), judge
 
 
 def grammar_of(cfg: DictConfig, policy: Policy, concept: str) -> Grammar:
@@ -222,15 +223,14 @@ def run_search(attack: Attack, concept: str) -> None:
         return (drawn.withheld.status, None) if drawn.withheld else ("shown", drawn.images)
 
     attacker = _attacker(cfg, policy, attack.attacker, concept)
-    similarity = functools.partial(objective.similarity, concept)
-    resembles = functools.partial(judge.resembles, concept)
-    for query in search(attacker, answer, similarity, resembles, attack.n_queries, queries):
+    nearness, resembles = functools.partial(similarity, objective, concept), functools.partial(judge.resembles, concept)
+    for query in search(attacker, answer, nearness, resembles, attack.n_queries, queries):
         queries.append(query)
         write_text(attack.file(concept), "".join(f"{one.to_json()}\n" for one in queries))
 
 
 @functools.lru_cache(maxsize=1)
-def _setting(config: str) -> tuple[DictConfig, Policy, AttackObjective, Judge]:
+def _setting(config: str) -> tuple[DictConfig, Policy, AssetIndex, Judge]:
     cfg = OmegaConf.create(config)
     return cfg, read_policy(cfg.model.copyright.policy), *_objective_and_judge(cfg)
 
