@@ -72,8 +72,8 @@ STYLES = {
 WIDTHS = (3.0, 20.0)
 #: Share of its width that a panel keeps beside others; where that is not there, panels go below each other.
 KEPT = 0.6
-#: Kinds of files that figures are written as, and what would make them differ from day to day.
-METADATA: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+#: Kinds of files that are no pictures, and what would make them differ from day to day.
+METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 #: Key of the digest of a figure's inputs in a PNG.
 INPUTS = "inputs"
 #: How pictures are compressed: WebP without a visible loss, JPEG where WebP is not read.
@@ -155,7 +155,7 @@ def encode(figure: Drawing, kind: str, dots: float | None = None, inputs: str | 
         inputs: text that stands for what the figure shows, kept in the metadata of a PNG or WebP; see `save`.
     """
     file = io.BytesIO()
-    if kind in METADATA and kind != "png":
+    if kind in METADATA:
         figure.savefig(file, format=kind, metadata=METADATA[kind])
         return file.getvalue()
     drawn, picture = pixels(figure, dots), io.BytesIO()
