@@ -22,9 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from eval.files import write_bytes
 from experiments.runs import catalogue
 from experiments.tables.columns import direction, humanize
+from experiments.tables.pages import title_of
 
-#: How a method is called in figures where its name in tables is too terse.
-TITLES = {name: entry.title for name, entry in catalogue.entries().items()}
 COLOURS, MARKERS = zip(*catalogue.PALETTE.values(), strict=True)
 #: The number of the colour and the shape that a method keeps in every figure.
 LOOKS = {name: [*catalogue.PALETTE].index(entry.colour) for name, entry in catalogue.entries().items() if entry.colour}
@@ -269,7 +268,7 @@ def title(label: str, method: str, brief: bool = False) -> str:
         brief: leave out the method where settings follow, as where all runs are of one.
     """
     settings = label.removeprefix(method).strip()
-    return settings if brief and settings and method != "none" else f"{TITLES.get(method, method)} {settings}".strip()
+    return settings if brief and settings and method != "none" else f"{title_of(method)} {settings}".strip()
 
 
 def labelled(*axes: Axes) -> dict[str, Any]:
