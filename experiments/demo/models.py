@@ -38,10 +38,12 @@ class Setup(NamedTuple):
     Attributes:
         overrides: for Hydra; () if the method's file has all settings.
         text: the value and its origin; "" for a method without a hyperparameter.
+        spec: the method's configuration with that value.
     """
 
     overrides: tuple[str, ...]
     text: str
+    spec: DictConfig
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,7 @@ class Model:
         Raises:
             ValueError, FileNotFoundError: it has no settings for the model, or needs a file that is not here.
         """
-        with _composing:
-            cfg = first([f"model={self.base}", f"method={name}", *self.setup(name).overrides]).method
-        return build(cfg)
+        return build(self.setup(name).spec)
 
     def setup(self, name: str) -> Setup:
         """Return the hyperparameter that a method of conf/method/ is shown with.
@@ -109,7 +109,7 @@ def _setup(base: str, name: str) -> Setup:
         cfg = first([f"model={base}", f"method={name}"])
     hyperparameter = OmegaConf.select(cfg, "method.metadata.hyperparameter")
     if hyperparameter is None:
-        return Setup((), "")
+        return Setup((), "", cfg.method)
     setting, without_effect = hyperparameter.setting, hyperparameter.get("nothing")
     grid = (
         hyperparameter["values"].get(base) or hyperparameter["values"].get(f"mini-{cfg.model.architecture}") or [None]
@@ -127,12 +127,13 @@ def _setup(base: str, name: str) -> Setup:
             value = OmegaConf.to_container(value)
         text = " to ".join(f"{end:g}" for end in value) if isinstance(value, list) else f"{value:g}"
         override = f"method.{setting}={str(value).replace(' ', '')}"
-        return Setup((override,), f"{setting.rpartition('.')[2].replace('_', ' ')} {text}, {origin}")
+        OmegaConf.update(cfg, f"method.{setting}", value)
+        return Setup((override,), f"{setting.rpartition('.')[2].replace('_', ' ')} {text}, {origin}", cfg.method)
     if values:
         raise ValueError(
             f"expected a value of {setting} that changes images of {base}, got {without_effect}: leave {name} out"
         )
-    return Setup((), "")  # the library's default for models without settings of their own
+    return Setup((), "", cfg.method)  # the library's default for models without settings of their own
 
 
 def _chosen_value(results: str, base: str, name: str) -> Any:
