@@ -8,11 +8,6 @@ beside the page, whose folder (default: outputs/report) can be moved or sent; wi
 Equal inputs give equal bytes.
 """
 
-if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
-    from experiments.__main__ import run_module
-
-    run_module(__file__)
-
 import argparse
 import logging
 import re
