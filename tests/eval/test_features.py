@@ -178,7 +178,12 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+SLOW = ("torchvision", "inception-released")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in ENCODERS]
+)
 def test_a_network_is_loaded_from_its_default_place_and_images_do_not_depend_on_their_batch(kind, home):
     encoder, state = ENCODERS[kind](), (torch.hub.get_dir(), torch.hub.load, torch.hub.set_dir)
     facts = encoder.weights()
