@@ -169,7 +169,7 @@ def test_evaluation_and_table_are_killed(undisturbed, overrides, tmp_path, tabul
     [
         (".png", Image.Image, "save", 3),
         pytest.param(".jsonl", os, "replace", 0, marks=pytest.mark.slow),
-        pytest.param("group.json", Path, "write_text", 2, marks=pytest.mark.slow),
+        pytest.param("group.json", Path, "write_text", 1, marks=pytest.mark.slow),
         pytest.param("config.yaml", os, "replace", 0, marks=pytest.mark.slow),
     ],
 )
