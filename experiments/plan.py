@@ -284,7 +284,8 @@ def complete_runs(file: Path) -> dict[str, str]:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
-            f"expected a plan in {file}, got no file: run python -m experiments generate with the experiment's overrides"
+            f"expected a plan in {file}, got no file: run python -m experiments generate with the experiment's "
+            "overrides"
         )
     data = read_json(file)
     if not isinstance(data, dict) or set(data) != {"experiment", "runs", "shared", "parts", "earlier"}:

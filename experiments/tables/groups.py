@@ -1,7 +1,7 @@
 """Values of single groups: one row per run, metric and group, in `<results>/<experiment>/groups.csv.gz`.
 
-A metric of label counts has a row per category instead, and a metric of the whole set of images has none. Values have
-six significant digits, as in tables: 200 groups of 24 runs with 10 metrics take 400 kB.
+A metric of label counts has a row per category instead, and a metric of the whole set of images has none. 200
+groups of 24 runs with 10 metrics take half a megabyte.
 """
 
 import gzip
@@ -15,11 +15,14 @@ import pandas as pd
 
 from eval.files import read_regular, write_bytes
 from eval.intervals import SUBSETS, GroupValue, has_value, values_of
-from experiments.tables.columns import commands, csv_text
+from experiments.tables.columns import commands
 from experiments.tables.paths import result_file
 
 #: Name of the file in the folder of an experiment.
 GROUPS = "groups.csv.gz"
+#: Significant digits of the values. Tables have six, and `experiments.rank` makes six of differences of these values,
+#: which may be a thousandth of them.
+DIGITS = 9
 COLUMNS = [
     "run_id", "model", "method", "metric", "encoder", "category", "prompt_id", "group_seed", "n_images", "value",
 ]  # fmt: skip
@@ -57,7 +60,7 @@ def put_groups(path: Path, rows: Sequence[Mapping[str, Any]], table: pd.DataFram
     order = {number: place for place, number in enumerate(zip(table["run_id"], table["metric"], strict=True))}
     places = pd.Series([order.get(number, -1) for number in zip(frame["run_id"], frame["metric"], strict=True)])
     frame = frame.set_axis(places).sort_index(kind="stable")
-    text = csv_text(frame[frame.index >= 0])
+    text = frame[frame.index >= 0].to_csv(index=False, float_format=f"%.{DIGITS}g")
     # Without a time stamp, so that equal values give equal bytes.
     write_bytes(path, gzip.compress(text.encode(), mtime=0))
 
