@@ -241,7 +241,7 @@ def test_the_table_holds_every_run_and_metric_with_n_and_paired_intervals(finish
     assert frame["non_inferior"].isna().all() and "not estimable" in markdown
     assert "0.812" in markdown and "sdxl" in markdown
     assert "- sdxl, NegToMe, released matching: " in markdown and "All other metrics" in markdown
-    # Every number is the mean of its groups' values, which are kept to nine digits.
+    # Every number is the mean of its groups' values, which are kept to the last digit.
     plan = plan_of(arguments)
     for row in frame.itertuples():
         groups = values_of_run(read_groups(cfg.results, "diversity"), row.run_id, row.metric)
