@@ -283,7 +283,10 @@ def complete_runs(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"expected a plan in {file}, got no file: {CURE}")
+        raise FileNotFoundError(
+            f"expected a plan in {file}, got no file: run python -m experiments generate with the experiment's "
+            "overrides"
+        )
     data = read_json(file)
     if not isinstance(data, dict) or set(data) != {"experiment", "runs", "shared", "parts", "earlier"}:
         raise ValueError(f"expected a plan in {file}, got other JSON: {CURE}")
@@ -312,7 +315,10 @@ def expand(overrides: Sequence[str], baselines: bool = False) -> list[DictConfig
 
 
 def first(overrides: Sequence[str]) -> DictConfig:
-    """Compose the first configuration of `expand` alone: its settings of the experiment are those of all runs."""
+    """Compose the first configuration of `expand` alone, which takes less time; errors are those of `expand`.
+
+    The settings of the experiment, such as `primary` and `results`, are the same in all runs.
+    """
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return _compose_run(_jobs(overrides)[0][0])
 
