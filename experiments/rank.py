@@ -8,8 +8,9 @@ It reads the table and the values of groups that tabulate wrote with the same ov
 through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
-A sweep over `hyperparameter` writes the value at which each method gains most within the loss, if need be between two
-settings, to `<results>/peers_grid/chosen.yaml`, which `chosen` names; the weakest value if none keeps to the loss.
+A sweep over `hyperparameter` writes a value for each method to `<results>/peers_grid/chosen.yaml`, which `chosen`
+names. It is the value with the largest gain within the allowed loss, which may lie between two settings. If no value
+keeps within the loss, it is the weakest.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
