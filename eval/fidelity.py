@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,12 @@ def kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) 
     return total / (len(x) * (len(x) - 1 if y is None else len(y)))
 
 
+@lru_cache(maxsize=4)  # the metrics of all runs compare with one folder
+def read_real_images(folder: Path) -> ImageSet:
+    """Read the list of the images in a folder, which must not change while the process runs."""
+    return ImageSet(folder, read_manifest(folder, flat=True))
+
+
 class ReferenceMetric(Metric):
     """A metric that compares images with real images.
 
@@ -87,8 +93,7 @@ class ReferenceMetric(Metric):
 
     @cached_property
     def real(self) -> ImageSet:
-        folder = Path(self.folder("reference"))
-        return ImageSet(folder, read_manifest(folder, flat=True))
+        return read_real_images(Path(self.folder("reference")))
 
     def embed_real(self, images: ImageSet) -> torch.Tensor:
         """Return the features [M, D] of the real images, embedded once with the cache of `images`."""

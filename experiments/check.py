@@ -2,10 +2,10 @@
 
     python -m experiments check experiment=diversity
 
-It compares outputs/results/<experiment>/table.csv with results/<experiment>/table.csv. A value is confirmed when it
-lies inside the published 95 % interval, and its paired difference to the baseline inside that of the difference:
-other CPUs round differently, so digits may differ, findings must not. The exit code is 1 when a value is not confirmed.
-Values without a published counterpart are listed and do not count.
+It compares outputs/results/<experiment>/table.csv with results/<experiment>/table.csv. A value is confirmed if it lies
+inside the published 95 % interval, and its paired difference to the baseline lies inside that of the difference. Other
+CPUs round differently, so that digits may differ. The exit code is 1 if a value is not confirmed. Values without a
+published counterpart are listed and do not count.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick

@@ -283,7 +283,10 @@ def complete_runs(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"expected a plan in {file}, got no file: {CURE}")
+        raise FileNotFoundError(
+            f"expected a plan in {file}, got no file: run python -m experiments generate with the experiment's "
+            "overrides"
+        )
     data = read_json(file)
     if not isinstance(data, dict) or set(data) != {"experiment", "runs", "shared", "parts", "earlier"}:
         raise ValueError(f"expected a plan in {file}, got other JSON: {CURE}")
@@ -312,9 +315,12 @@ def expand(overrides: Sequence[str], baselines: bool = False) -> list[DictConfig
 
 
 def first(overrides: Sequence[str]) -> DictConfig:
-    """Compose the first configuration of `expand` alone: its settings of the experiment are those of all runs."""
+    """Compose the first configuration of `expand` alone, which takes less time; errors are those of `expand`.
+
+    The settings of the experiment, such as `primary` and `results`, are the same in all runs.
+    """
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return _Composer()(_jobs(overrides)[0][0])
+        return _compose_run(_jobs(overrides)[0][0])
 
 
 def _compose_runs(
@@ -322,18 +328,17 @@ def _compose_runs(
 ) -> tuple[list[tuple[DictConfig, tuple[str, ...], tuple[str, ...]]], list[str]]:
     """Return of every run its configuration, its overrides and its baseline's; and the launcher's overrides."""
     jobs, launcher = _jobs(overrides)
-    compose_run = _Composer()
     baselines = baselines or any("method=none" in job for job in jobs)
     runs, seen = [], set()
     for job in jobs:
         baseline = _baseline(job)
         if baseline == job and job in seen:
             continue
-        cfg = compose_run(job)
+        cfg = _compose_run(job)
         is_baseline = cfg.method.name == "none"
         if (baselines or is_baseline) and baseline not in seen:
             seen.add(baseline)
-            runs.append((cfg if is_baseline else compose_run(baseline), baseline, baseline))
+            runs.append((cfg if is_baseline else _compose_run(baseline), baseline, baseline))
         if not is_baseline:
             runs.append((cfg, job, baseline))
     return runs, launcher
@@ -365,7 +370,7 @@ def _jobs(overrides: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
     overrides = check_overrides(overrides)
     # An experiment says what is swept, a launcher how; no value and no other group does.
     naming = [text for text in overrides if _names_sweep(_parsed(text))]
-    hydra_node = _composed(naming, return_hydra_config=True).hydra
+    hydra_node = _hydra_node(tuple(naming))
     swept = [f"{key}={value}" for key, value in (hydra_node.sweeper.get("params") or {}).items()]
     choices = []
     for text in {_parsed(text).get_key_element(): text for text in [*swept, *overrides]}.values():
@@ -400,38 +405,43 @@ def _parsed(text: str) -> Override:
     return override
 
 
-class _Composer:
-    """Composes runs. Those that name the same files share one composition, into which each puts its own values."""
+def _compose_run(job: Sequence[str]) -> DictConfig:
+    """Return the configuration of one run, given its overrides.
 
-    def __init__(self) -> None:
-        self._compositions: dict[tuple[str, ...], DictConfig] = {}
+    Runs that name the same files share one composition, into which each puts its own values.
+    """
+    values = [text for text in job if _is_value(_parsed(text))]
+    cfg = copy.deepcopy(_compose_files(tuple(text for text in job if text not in values)))
+    for override in map(_parsed, values):
+        try:
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+            raise _unknown_key(override.key_or_group, [*groups, *_keys(OmegaConf.to_container(cfg))]) from error
+    set_hyperparameter(cfg, overridden={_parsed(text).key_or_group for text in values})
+    return cfg
 
-    def __call__(self, job: Sequence[str]) -> DictConfig:
-        """Return the configuration of one run, given its overrides."""
-        values = [text for text in job if _is_value(_parsed(text))]
-        shared = tuple(text for text in job if text not in values)
-        if shared not in self._compositions:
-            self._compositions[shared] = _composed(shared)
-        cfg = copy.deepcopy(self._compositions[shared])
-        for override in map(_parsed, values):
-            try:
-                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-            except (ConfigAttributeError, ConfigKeyError) as error:
-                raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
-        set_hyperparameter(cfg, overridden={_parsed(text).key_or_group for text in values})
-        return cfg
+
+@functools.lru_cache(maxsize=256)
+def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose the files that overrides name; nobody may change the result."""
+    return _composed(overrides)
+
+
+@functools.lru_cache(maxsize=256)
+def _hydra_node(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
+    return _composed(overrides, return_hydra_config=True).hydra
 
 
 def _is_value(override: Override) -> bool:
     """Tell whether an override replaces a value that is in the files, and so may be applied after them, as Hydra does.
 
-    Groups of files have no dots in their names.
+    All others name files: a group of files is a folder.
     """
-    key = override.key_or_group
-    names_no_file = (
-        ("." in key or key == "hyperparameter") and override.package is None and not override.is_hydra_override()
-    )
-    return override.type is OverrideType.CHANGE and names_no_file
+    if override.type is not OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
+        return False
+    return not (CONF / override.key_or_group).is_dir()
 
 
 def composed(overrides: Sequence[str], folder: Path = CONF) -> DictConfig:

@@ -5,7 +5,7 @@
 
 What a table calls for is drawn from the CSV alone; an image grid sets the same groups, from the same seeds, side by
 side for every method. With style=paper the figures are PDFs of exactly `width` inches (default: 3.25, a column), with
-fonts and lines of that size, in the folder `paper` beside the others. The notebooks and the report call the same
+fonts and lines of that size, in the folder `paper`. The notebooks and the report call the same
 functions, those of `experiments.figures`.
 """
 

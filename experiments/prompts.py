@@ -121,19 +121,6 @@ class PromptSet:
         return groups
 
 
-@dataclass(frozen=True)
-class ConsecutivePrompts(PromptSet):
-    """A prompt set of `ConsecutiveGroup`: a run of it has the images that the demo shows."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # The name is part of a run's identity, which otherwise knows the groups by prompt and seed alone.
-        object.__setattr__(self, "name", f"{self.name}, consecutive seeds")
-
-    def groups(self) -> list[Group]:
-        return [ConsecutiveGroup(*dataclasses.astuple(group)) for group in super().groups()]
-
-
 #: Kinds of prompts about a protected concept, see `CharacterPrompts`.
 KINDS = ("direct", "indirect", "benign")
 #: Benign near-misses: near in words, near in looks, a parody.

@@ -8,8 +8,9 @@ It reads the table and the values of groups that tabulate wrote with the same ov
 through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
-A sweep over `hyperparameter` writes the value at which each method gains most within the loss, if need be between two
-settings, to `<results>/peers_grid/chosen.yaml`, which `chosen` names; the weakest value if none keeps to the loss.
+A sweep over `hyperparameter` writes a value for each method to `<results>/peers_grid/chosen.yaml`, which `chosen`
+names. It is the value with the largest gain within the allowed loss, which may lie between two settings. If no value
+keeps within the loss, it is the weakest.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -29,12 +30,11 @@ from eval import fronts
 from eval.files import write_text
 from eval.intervals import FEWEST, GroupValue, clusters_of, limits, mean_of, paired_differences
 from experiments import project_path
-from experiments.figures.style import TITLES
 from experiments.plan import Plan, RunSpec
 from experiments.runs.metrics import primary_metrics
 from experiments.tables.columns import direction, humanize, markdown, printed, put_rows, read_table
 from experiments.tables.groups import read_groups, values_of_run
-from experiments.tables.pages import printed_percent, with_interval
+from experiments.tables.pages import printed_percent, title_of, with_interval
 from experiments.tables.paths import chosen_file
 
 #: The loss of quality, as a share of what it is without a method, that a method may cost: half of the margin within
@@ -239,7 +239,7 @@ def render(frame: pd.DataFrame) -> str:
         table = [
             {
                 "rank": with_interval("{:.0f}".format, row["rank"], row["rank_low"], row["rank_high"]),
-                "method": TITLES.get(row["method"], row["method"]),
+                "method": title_of(row["method"]),
                 f"gain in {claim} [95 % interval]": with_interval(
                     "{:+.3f}".format, row["gain"], row["gain_low"], row["gain_high"]
                 ) or ("none within" if swept and row["method"] != WITH_NEGTOME else ""),

@@ -142,7 +142,8 @@ def row_of(score: Score) -> dict[str, Any]:
         "true_cfg_scale": cfg.model.call.get("true_cfg_scale"),
         "steps": cfg.model.call.num_inference_steps,
     }
-    call |= {name: settings[name] for name in call if name in settings}  # a method's own goes before
+    # A method's own setting replaces the model's; a method that leaves it to the model has None.
+    call |= {name: settings[name] for name in call if settings.get(name) is not None}
     cells = {name: cell for setting in catalogue.settings() for name, cell in setting.cells(settings).items()}
     compared = sum(group.get("tokens_compared", 0) for group in score.statistics)
     return {

@@ -1,13 +1,13 @@
 """Make the images of a prompt more different, or push them away from a reference image (arXiv 2412.01339).
 
-  negtome generate "a photo of a dog" --compare                  with and without NegToMe, side by side, small model
-  negtome generate "a photo of a dog" --model ORGANISATION/NAME  any diffusers folder, or repository of the hub
-  negtome generate "a photo of a dog" -n 4 --alpha 0.9 --threshold 0.7 --timestep-range 850:1000 --seed 3
-  negtome generate "a photo of a panda" --reference panda.png --mask panda.mask.png    away from that image
-  negtome generate --from with-0.png                             again, with the settings stored in an image
-  negtome demo                                                   the same in a browser
-  negtome doctor                                                 what is installed here, and which models
-  python -m negtome.guard                                        policies, and guards that apply them
+    negtome generate "a photo of a dog" --compare                  with and without NegToMe, side by side, small model
+    negtome generate "a photo of a dog" --model ORGANISATION/NAME  any diffusers folder, or repository of the hub
+    negtome generate "a photo of a dog" -n 4 --alpha 0.9 --threshold 0.7 --timestep-range 850:1000 --seed 3
+    negtome generate "a photo of a panda" --reference panda.png --mask panda.mask.png    away from that image
+    negtome generate --from with-0.png                             again, with the settings stored in an image
+    negtome demo                                                   the same in a browser
+    negtome doctor                                                 what is installed here, and which models
+    python -m negtome.guard                                        policies, and guards that apply them
 
 generate writes images that hold their settings, and a script that makes them in Python, into --out DIR.
 COMMAND --help lists the options. Bad input ends in one line and exit code 2; NEGTOME_TRACEBACK=1 shows a traceback.

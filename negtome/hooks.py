@@ -1,7 +1,7 @@
 """Change the calls of a pipeline, its denoiser and its attention modules for a while.
 
 Each of these objects gets a subclass of its own class that differs in `__call__`; afterwards it gets its class back.
-Hooks on the instance would be the usual way, and `tests/negtome/test_hooks.py` shows why none of them is enough:
+Hooks on the instance would be the usual way, but none of them is enough:
 
 - Python looks `__call__` up on the type, so a pipeline has no place for a hook on the instance. We need the arguments
   of its call: they say how many images and prompts there are.

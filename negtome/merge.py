@@ -9,7 +9,7 @@ A token x whose nearest reference token (cosine similarity) is m, with a similar
 alpha > 0 pushes apart, alpha < 0 pulls together, alpha = 0 changes nothing.
 
 The cost is about one matrix product. Cosines are compared only with others of the same token, so only one side of the
-product is normalised; its largest element, divided by the token's length, is compared with the threshold; one
+product is normalised. Its largest element, divided by the token's length, is compared with the threshold. One
 interpolation with a weight of -alpha or 0 moves the tokens. Nothing waits for the device, and torch.compile makes one
 graph of it.
 """

@@ -46,19 +46,6 @@ def test_one_version_is_said_everywhere():
     assert citation["version"] == negtome.__version__ and f"\n## [{negtome.__version__}]" in read("CHANGELOG.md")
 
 
-def test_the_paper_is_cited_as_the_readme_cites_it():
-    entry = re.search(r"^```bibtex\n(.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)[1]
-    fields = dict(re.findall(r"(\w+)\s+= \{(.*?)\}", entry))
-    paper = read("CITATION.cff")["preferred-citation"]
-    names = [", ".join(filter(None, (one.get("family-names", one.get("name")), one.get("given-names"))))
-             for one in paper["authors"]]  # fmt: skip
-    assert " and ".join(names) == fields["author"]
-    assert (paper["title"], paper["journal"], str(paper["year"])) == (
-        fields["title"], fields["journal"], fields["year"],
-    )  # fmt: skip
-    assert paper["url"].rpartition("/")[2] in fields["journal"] and paper["url"] in PROJECT["urls"].values()
-
-
 def test_continuous_integration_runs_every_python_that_is_promised():
     tested = read(".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     promised = SpecifierSet(PROJECT["requires-python"])

@@ -9,6 +9,7 @@ BESIDE_TORCH = ["hydra", "pandas", "matplotlib", "open_clip", "torchmetrics", "t
 #: In this order in one process, which imports torch once: modules, and the packages that importing them must not load.
 HEAVY = {
     "negtome": ["torch", "yaml"],
+    "negtome.__main__": ["torch", "diffusers", "transformers", "PIL", "numpy"],
     "negtome.guard.__main__": ["torch", "transformers", "tokenizers", "httpx2", "jinja2"],
     "negtome.attachment": BESIDE_TORCH,
     "experiments.collect": ["torchmetrics", "transformers", "diffusers"],

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: Markdown pages. Python files may be added, of which the module's docstring is checked: the help text of a command.
+#: Markdown pages, and Python files, whose module's docstring is checked: often the help text of a command.
 PATTERNS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "results/README.md"]
+PATTERNS += [f"{package}/**/*.py" for package in ("negtome", "eval", "experiments", "training")]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 LONGEST_SENTENCE = 35  # words
 BANNED = {
@@ -45,7 +46,7 @@ def find_faults(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_prose_is_plain(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert find_faults(ast.get_docstring(ast.parse(text)) if page.endswith(".py") else text) == []
+    assert find_faults(ast.get_docstring(ast.parse(text)) or "" if page.endswith(".py") else text) == []
 
 
 def test_long_sentences_and_banned_words_are_found_but_not_in_code_and_tables():

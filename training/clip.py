@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from eval.attributes import label_embeddings, zero_shot_labels
 from training import taxonomy, tokenizer
 from training.loop import Run, TrainingArguments, make_optimizers
 from training.rows import Images
@@ -155,15 +157,16 @@ def evaluate(model: CLIPModel, data: Images, arguments: TrainingArguments) -> di
     image = F.normalize(torch.cat(images), dim=-1)
     items = [data.emoji[i] for i in data.held_out.tolist()]
     categories = [*taxonomy.EVALUATED, *taxonomy.DEVELOPMENT]
-    means = [embed([f"{template} {name}" for template in taxonomy.TEMPLATES]).mean(0) for name in categories]
-    order = (image @ F.normalize(torch.stack(means), dim=-1).T).argsort(dim=1, descending=True).tolist()
+    encoder = SimpleNamespace(embed_texts=embed)
+    embedded = label_embeddings(encoder, categories, [f"{template} {{}}" for template in taxonomy.TEMPLATES])
+    order = (image @ embedded.T).topk(3).indices.tolist()
     right = [
-        [categories[number] in item.categories for number in nearest[:3]]
+        [categories[number] in item.categories for number in nearest]
         for item, nearest in zip(items, order, strict=True)
         if item.categories
     ]
     labels = sorted({item.label for item in items})
-    nearest_label = (image @ embed([f"a photo of a {label.lower()}" for label in labels]).T).argmax(1).tolist()
+    nearest_label = zero_shot_labels(image, embed([f"a photo of a {label.lower()}" for label in labels]))
     right_labels = sum(labels[n] == item.label for n, item in zip(nearest_label, items, strict=True))
     return {
         "held_out_images": len(items),

@@ -1,7 +1,10 @@
 """Emoji artwork as a captioned image set: split, caption, weigh, write.
 
-The result is one folder with `images.npy` (uint8 RGBA [N, 128, 128, 4]), `table.json` (what each image is, the split,
-the statistics) and `rows.npz` + `captions.json` (pairs of image and caption, drawn with the weights of the taxonomy).
+The result is one folder:
+
+- `images.npy`: uint8 RGBA [N, 128, 128, 4];
+- `table.json`: what each image is, the split, the statistics;
+- `rows.npz` and `captions.json`: pairs of image and caption, drawn with the weights of the taxonomy.
 """
 
 import json

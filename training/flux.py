@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from training.loop import Run, TrainingArguments, make_optimizers
@@ -72,20 +72,6 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=1.5, use_dynamic_shifting=False)
 
 
-def pack(latent: torch.Tensor) -> torch.Tensor:
-    """Pack latents [N, C, 16, 16] into tokens [N, 64, 4 C], in the pipeline's order."""
-    n, c, h, w = latent.shape
-    return latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, (h // 2) * (w // 2), 4 * c)
-
-
-def image_ids(device: str | torch.device, side: int = 8) -> torch.Tensor:
-    """Return the positions of the image tokens [side * side, 3]: (0, row, column)."""
-    ids = torch.zeros(side, side, 3, device=device)
-    ids[..., 1] = torch.arange(side, device=device)[:, None]
-    ids[..., 2] = torch.arange(side, device=device)[None]
-    return ids.view(-1, 3)
-
-
 @torch.no_grad()
 def encode_pooled(work: Path, ids: torch.Tensor, device: str) -> torch.Tensor:
     """Encode captions as the pooled CLIP vector that the Flux pipeline computes, half precision [U, 128]."""
@@ -117,7 +103,7 @@ def predict(
         encoder_hidden_states=states,
         pooled_projections=pooled,
         guidance=guidance,
-        img_ids=image_ids(x.device),
+        img_ids=FluxPipeline._prepare_latent_image_ids(len(x), 8, 8, x.device, torch.float32),
         txt_ids=torch.zeros(states.shape[1], 3, device=x.device),
         return_dict=False,
     )[0].float()
@@ -142,8 +128,8 @@ class _Setup:
             text_encoder.load_state_dict(T5EncoderModel.from_pretrained(encoder).float().state_dict())
         self.model, self.encoder = model.to(device), text_encoder.to(device)
         wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
-        packed = [pack(part.flatten(0, 1)) for part in torch.load(work / "vae" / "latents.pt").split(1024)]
-        latents = torch.cat(packed).unflatten(0, (-1, VARIANTS)).to(device)
+        latents = torch.load(work / "vae" / "latents.pt").flatten(0, 1)
+        latents = FluxPipeline._pack_latents(latents, *latents.shape).unflatten(0, (-1, VARIANTS)).to(device)
         self.data = Latents(Rows(work / "data", device), latents)
         self.ids, self.pooled = tokens["t5"].to(device), encode_pooled(work, tokens["clip"], device)
         self.empty = len(self.ids) - 1  # the last caption

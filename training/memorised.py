@@ -1,17 +1,18 @@
 """Do the mini models reproduce the protected designs? Similarity of their images to the nearest artwork.
 
 Every prompt gets four images of each model. `own` is an image's largest cosine with three images of the design that its
-prompt names (`protected.COMMON`), `other` the mean of the same number over the other characters, and `identified` says
-whether the nearest of all images of models/mini-protected in these sets shows that design (by chance about one in
-sixty). Sorts of prompts:
+prompt names (`protected.COMMON`). `other` is the mean of the same number over the other characters. `identified` says
+whether the nearest of all images of models/mini-protected in these sets shows that design. By chance it does for one
+image in sixty. Sorts of prompts:
 
-- direct, indirect, benign: of conf/characters/mini.yaml and mini_development.yaml; benign ones are compared with the
+- direct, indirect, benign: of conf/characters/mini.yaml and mini_development.yaml. Benign ones are compared with the
   character that they should leave alone;
 - held out: names of emoji that the last rounds of training did not see, but the first weights did;
 - never seen: names of emoji that no training data contain.
 
-A design that training repeats (`taxonomy.DESIGNS`) is protected if both models know it by heart: mini-clip, which no
-denoiser was trained with, identifies at least the share `KNOWN` of a model's images of the direct prompt.
+A design that training repeats (`taxonomy.DESIGNS`) is protected if both models know it by heart. That means that
+mini-clip, which no denoiser was trained with, identifies at least the share `KNOWN` of a model's images of the direct
+prompt.
 """
 
 import random

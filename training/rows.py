@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from training.data import load_table
 from training.sources import IMAGE_SIZE
@@ -25,9 +26,8 @@ def wait_for(*paths: Path) -> None:
 
 def draw_times(n: int, device: str | torch.device, kind: str) -> torch.Tensor:
     """Draw training times in (0, 1), 1 being pure noise: [n], "uniform", or "noisy" (logit-normal)."""
-    if kind == "uniform":
-        return torch.rand(n, device=device)
-    return torch.sigmoid(TIME_MEAN + TIME_SD * torch.randn(n, device=device))
+    scheme = {"uniform": "none", "noisy": "logit_normal"}[kind]
+    return compute_density_for_timestep_sampling(scheme, n, TIME_MEAN, TIME_SD, device=device)
 
 
 class Rows:

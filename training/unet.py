@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -40,7 +40,7 @@ def make_model() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """Return the scheduler that the pipeline ships with; training takes its noise levels from it."""
+    """Return the scheduler that the pipeline ships with; training has its noise levels."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -49,18 +49,6 @@ def make_scheduler() -> EulerDiscreteScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
-
-
-def add_noise(latent: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute noisy latents and the velocity to predict, both [N, C, H, W].
-
-    Args:
-        latent: clean, [N, C, H, W].
-        noise: unit normal, [N, C, H, W].
-        alpha_bar: cumulative signal share of each sample's time, [N], in [0, 1].
-    """
-    signal, rest = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
-    return signal * latent + rest * noise, signal * noise - rest * latent
 
 
 @torch.no_grad()
@@ -111,14 +99,14 @@ def train(arguments: TrainingArguments, seed: int = 5) -> None:
     wait_for(work / "text" / "card.json", work / "vae" / "latents.pt")
     data = Latents(Rows(work / "data", device), torch.load(work / "vae" / "latents.pt").to(device))
     states, pooled = encode_captions(work, device)
-    alpha_bar = make_scheduler().alphas_cumprod.to(device)
+    schedule = DDPMScheduler.from_config(make_scheduler().config)
     dropout = DROPOUT if arguments.dropout is None else arguments.dropout
 
     def compute_loss(
         net: Callable, z: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, caption: torch.Tensor, share: float
     ) -> torch.Tensor:
         t = (1000 * times).long().clamp(max=999)
-        x, v = add_noise(z, noise, alpha_bar[t])
+        x, v = schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
         keep = (torch.rand(len(z), device=device) >= share).float()  # an empty prompt is all zeros in this pipeline
         text, condition = states[caption].float() * keep[:, None, None], pooled[caption].float() * keep[:, None]
         with arguments.autocast():

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import AutoencoderKL
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from training.loop import Run, TrainingArguments
 from training.rows import VARIANTS, Images, wait_for
@@ -67,12 +68,6 @@ def fold_statistics(model: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor)
     conv.bias[c:] -= 2 * std.log()  # the other half of the outputs is the log variance
 
 
-def psnr(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Compute the peak signal-to-noise ratio in dB of each image, both in [-1, 1]: [N]."""
-    error = ((output.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
-    return -10 * error.clamp(min=1e-10).log10()
-
-
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> torch.Tensor:
     """Encode every version of every image into latent means, half precision [N, VARIANTS, C, 16, 16]."""
@@ -90,7 +85,7 @@ def encode_all(model: AutoencoderKL, data: Images, arguments: TrainingArguments)
 
 @torch.no_grad()
 def evaluate(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -> dict:
-    """Measure PSNR on at most 512 held-out images and on as many training images."""
+    """Measure the mean PSNR, in dB, on at most 512 held-out images and on as many training images."""
     quality, held_out = {}, data.held_out[:512].to(arguments.device)
     for name, chosen in (("held_out", held_out), ("train", data.rows.image[: len(held_out)])):
         values = []
@@ -98,7 +93,9 @@ def evaluate(model: AutoencoderKL, data: Images, arguments: TrainingArguments) -
             target = data.render(index, torch.zeros_like(index))
             with arguments.autocast():
                 output = model.decode(model.encode(target).latent_dist.mean).sample
-            values.append(psnr(output.float(), target))
+            output = output.float().clamp(-1, 1)
+            ratios = peak_signal_noise_ratio(output, target, data_range=2.0, dim=(1, 2, 3), reduction="none")
+            values.append(ratios)
         quality[f"psnr_{name}"] = round(float(torch.cat(values).mean()), 2) if len(chosen) else None
     return quality
 

@@ -38,10 +38,12 @@ class Setup(NamedTuple):
     Attributes:
         overrides: for Hydra; () if the method's file has all settings.
         text: the value and its origin; "" for a method without a hyperparameter.
+        spec: the method's configuration with that value.
     """
 
     overrides: tuple[str, ...]
     text: str
+    spec: DictConfig
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,13 @@ class Model:
     Attributes:
         name: as the visitor wrote it.
         base: its name in conf/model/, or the name of a model with the same architecture.
-        cfg: as in conf/model/.
-        configured_dtype: the dtype in conf/model/; `cfg.dtype` differs from it if the CPU lacks that dtype.
+        cfg: as in conf/model/, but for a dtype that the CPU lacks.
         group_config, reference_config: settings of NegToMe within a group, and away from a reference image.
     """
 
     name: str
     base: str
     cfg: DictConfig
-    configured_dtype: str
     group_config: NegToMeConfig
     reference_config: NegToMeConfig
 
@@ -79,9 +79,7 @@ class Model:
         Raises:
             ValueError, FileNotFoundError: it has no settings for the model, or needs a file that is not here.
         """
-        with _composing:
-            cfg = first([f"model={self.base}", f"method={name}", *self.setup(name).overrides]).method
-        return build(cfg)
+        return build(self.setup(name).spec)
 
     def setup(self, name: str) -> Setup:
         """Return the hyperparameter that a method of conf/method/ is shown with.
@@ -111,7 +109,7 @@ def _setup(base: str, name: str) -> Setup:
         cfg = first([f"model={base}", f"method={name}"])
     hyperparameter = OmegaConf.select(cfg, "method.metadata.hyperparameter")
     if hyperparameter is None:
-        return Setup((), "")
+        return Setup((), "", cfg.method)
     setting, without_effect = hyperparameter.setting, hyperparameter.get("nothing")
     grid = (
         hyperparameter["values"].get(base) or hyperparameter["values"].get(f"mini-{cfg.model.architecture}") or [None]
@@ -129,12 +127,13 @@ def _setup(base: str, name: str) -> Setup:
             value = OmegaConf.to_container(value)
         text = " to ".join(f"{end:g}" for end in value) if isinstance(value, list) else f"{value:g}"
         override = f"method.{setting}={str(value).replace(' ', '')}"
-        return Setup((override,), f"{setting.rpartition('.')[2].replace('_', ' ')} {text}, {origin}")
+        OmegaConf.update(cfg, f"method.{setting}", value)
+        return Setup((override,), f"{setting.rpartition('.')[2].replace('_', ' ')} {text}, {origin}", cfg.method)
     if values:
         raise ValueError(
             f"expected a value of {setting} that changes images of {base}, got {without_effect}: leave {name} out"
         )
-    return Setup((), "")  # the library's default for models without settings of their own
+    return Setup((), "", cfg.method)  # the library's default for models without settings of their own
 
 
 def _chosen_value(results: str, base: str, name: str) -> Any:
@@ -223,15 +222,14 @@ def _compose(name: str, base: str, **changes: Any) -> Model:
         # The size comes from the checkpoint's own configuration.
         size = {side: None for side in ("height", "width") if side in model.call}
         model.merge_with(changes, {"call": size})
-    dtype = str(model.dtype)
-    if select_device("auto") == "cpu" and dtype == "float16":
+    if select_device("auto") == "cpu" and model.dtype == "float16":
         model.dtype = "float32"  # the CPU lacks half of the operations
     configs = []
     for method in (cfg.method, reference.method):
         values = {field: method.get(field) for field in NegToMeConfig.__dataclass_fields__}
         config = NegToMeConfig(**{field: value for field, value in values.items() if value is not None})
         configs.append(config.published_for(model.architecture))
-    return Model(name, base, model, dtype, *configs)
+    return Model(name, base, model, *configs)
 
 
 class MemoryPlan(NamedTuple):

@@ -14,7 +14,6 @@ import gradio as gr
 from PIL import Image
 
 from experiments.demo import models, view
-from experiments.demo.jobs import Jobs
 from experiments.demo.request import MAX_IMAGES, MODES, SEEDS, GenerationRequest, picture_file, save_picture
 from experiments.demo.session import Session
 from experiments.runs import catalogue
@@ -49,7 +48,7 @@ class Page:
     """
 
     def __init__(self, model: str, session: Session) -> None:
-        self.session, self.jobs = session, Jobs(session)
+        self.session = session
         steps = models.find(model).steps  # raises if there is no such model
         settings = dict(zip(SETTINGS, self._default_settings("diversity", model), strict=True))
         self.initial = GenerationRequest(model=model, steps=steps, **settings)
@@ -173,7 +172,7 @@ class Page:
         """Set the job, the lock, all controls and the editor from the page's address."""
         query = dict(request.query_params)
         job, lock = query.get("job", ""), query.get("lock") != "0"
-        job = job if self.jobs.get(job) else ""
+        job = job if self.session.jobs.get(job) else ""
         if not query.keys() & set(FIELDS):
             return [job, lock, *[gr.skip()] * (len(FIELDS) + 1)]
         linked = GenerationRequest.from_query(query, self.initial.model)
@@ -256,11 +255,11 @@ class Page:
             raise gr.Error(str(error), duration=8, print_exception=False) from error
         if not lock:
             request = replace(request, seed=random.randrange(SEEDS))
-        return [self.jobs.start(request), _locked_link(request, lock), request.seed]
+        return [self.session.start(request), _locked_link(request, lock), request.seed]
 
     def _follow(self, name: str) -> Iterator[list[Any]]:
         """Yield the progress, the results and the buttons of a job until it ends."""
-        if (job := self.jobs.get(name)) is None:
+        if (job := self.session.jobs.get(name)) is None:
             yield [gr.skip()] * 4  # without a value gradio would empty the page
             return
         n_rows = -1
@@ -278,7 +277,7 @@ class Page:
             ]
 
     def _stop(self, name: str) -> None:
-        if (job := self.jobs.get(name)) is not None:
+        if (job := self.session.jobs.get(name)) is not None:
             job.stop.set()
 
 

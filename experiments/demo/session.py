@@ -1,10 +1,11 @@
 """Run requests: load a pipeline once, queue runs, show every step, and stop.
 
-`Session.run` yields a `State` whenever there is something new to show; the last is "done", "stopped" or "failed".
+`Session.start` starts a run, and `Job.follow` yields its `State` whenever there is something new to show; the last is
+"done", "stopped" or "failed". A run continues while a page is reloaded: the page knows its id.
 """
 
 import logging
-import queue
+import secrets
 import threading
 import time
 import warnings
@@ -34,8 +35,10 @@ from negtome.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-#: Number of baselines that are kept.
-MAX_BASELINES = 16
+#: Number of baselines that are kept, and of runs that a page can follow.
+MAX_BASELINES, MAX_JOBS = 16, 8
+#: Seconds that a run continues while no page follows it: longer than a page takes to reload.
+PATIENCE = 30.0
 #: A visitor is warned of images with less than this share of the baseline's CLIPScore. We chose it on the emoji artwork
 #: of models/mini-reference, scored by mini-clip (tests/experiments/test_demo.py): compared with four images of the
 #: prompt's category, 99.9 % of other four images score more, and 95 % of the other categories less. The other 5 % are
@@ -129,16 +132,15 @@ class Session:
         self.loaded: tuple[models.Model, Any, models.MemoryPlan] | None = None
         self.measured: tuple[str, Measure] | None = None
         self.baselines: OrderedDict[Recipe, Row] = OrderedDict()
+        self.jobs: OrderedDict[str, Job] = OrderedDict()
 
-    def run(self, request: GenerationRequest, stop: threading.Event) -> Iterator[State]:
-        """Run a request in a thread of its own; if `stop` is set or the iterator closed, it ends before a step."""
-        states: queue.SimpleQueue[State | None] = queue.SimpleQueue()
-        threading.Thread(target=_Run(self, request, stop, states.put).run, daemon=True).start()
-        try:
-            while (state := states.get()) is not None:
-                yield state
-        finally:
-            stop.set()
+    def start(self, request: GenerationRequest) -> str:
+        """Start a job and return its id, by which `jobs` has it; earlier ones are forgotten."""
+        name = secrets.token_hex(8)
+        self.jobs[name] = Job(self, request)
+        while len(self.jobs) > MAX_JOBS:
+            self.jobs.popitem(last=False)
+        return name
 
     def measure(self, model: models.Model) -> "Measure":
         """Return the measurement of a model's images; the last one is kept, since it holds a network."""
@@ -174,33 +176,59 @@ class Session:
         return self.loaded
 
 
-class _Run:
-    """One run in a thread of its own; `emit` gets its states and then None."""
+class Job:
+    """One run in a thread of its own, which ends when `stop` is set or `patience` seconds after its last page left."""
 
-    def __init__(
-        self,
-        session: Session,
-        request: GenerationRequest,
-        stop: threading.Event,
-        emit: Callable[[State | None], None],
-    ) -> None:
-        self.session, self.request, self.stop, self._emit = session, request, stop, emit
+    def __init__(self, session: Session, request: GenerationRequest, patience: float = PATIENCE) -> None:
+        self.session, self.request, self.patience = session, request, patience
+        self.stop = threading.Event()
         self.state = State("loading", "", request)
         self.started = session.clock()
         self.steps = Steps(self._step, session.preview_share, session.clock, session.preview_costs)
+        self._count, self._followers, self._has_ended = 0, 0, False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def follow(self) -> Iterator[State]:
+        """Yield the current state and later ones to the last; states that come too fast are skipped."""
+        with self._changed:
+            self._followers += 1
+        seen = 0
+        try:
+            while True:
+                with self._changed:
+                    while self._count == seen:
+                        if self._has_ended:
+                            return
+                        self._changed.wait()
+                    seen, state = self._count, self.state
+                yield state
+        finally:
+            with self._changed:
+                self._followers -= 1
+            timer = threading.Timer(self.patience, self._stop_if_alone)
+            timer.daemon = True
+            timer.start()
+
+    def _stop_if_alone(self) -> None:
+        with self._changed:
+            if not self._followers:
+                self.stop.set()
 
     def update(self, kind: str, text: str, **changes: Any) -> None:
-        """Emit a new state; what belongs to one step is reset unless it is in `changes`."""
+        """Show a new state; what belongs to one step is reset unless it is in `changes`."""
         per_step = {"advice": "", "preview": (), "title": "", "step": 0, "steps": 0}
         seconds = self.session.clock() - self.started
-        self.state = replace(self.state, kind=kind, text=text, seconds=seconds, **{**per_step, **changes})
-        self._emit(self.state)
+        with self._changed:
+            self.state = replace(self.state, kind=kind, text=text, seconds=seconds, **{**per_step, **changes})
+            self._count += 1
+            self._changed.notify_all()
 
     def note(self, text: str) -> None:
         """Add a note to the next states."""
         self.state = replace(self.state, notes=(*self.state.notes, text))
 
-    def run(self) -> None:
+    def _run(self) -> None:
         """Wait for the turn and run the request; every error ends in a state."""
         turn = self.session.turn
         try:
@@ -222,7 +250,9 @@ class _Run:
         except Exception as error:  # a visitor sees errors only on the page
             self._fail(error)
         finally:
-            self._emit(None)
+            with self._changed:
+                self._has_ended = True
+                self._changed.notify_all()
 
     def _fail(self, error: Exception) -> None:
         if is_out_of_memory(error):
@@ -310,7 +340,7 @@ class _Run:
             else:
                 log.warning("%s", warning.message)
         pushed = watch.pushed()
-        tokens = sum(step.pushed for step in pushed.steps)
+        tokens = sum(step.tokens_pushed for step in pushed.steps)
         return Row("negtome", "NegToMe", images=images, seconds=seconds, pushed=pushed, tokens=tokens)
 
     def _attached(self, pipe: Any, recipe: Recipe, watch: Watch) -> tuple[Image.Image, ...]:

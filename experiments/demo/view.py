@@ -10,7 +10,6 @@ from PIL import Image
 from experiments.demo.export import data_uri, exports, png
 from experiments.demo.models import Model
 from experiments.demo.session import Row, State
-from experiments.demo.watch import Pushed
 from experiments.tables.templates import render
 from negtome.image_files import image_grid
 from negtome.reference import fit, token_mask
@@ -47,8 +46,7 @@ def results(state: State, model: Model | None = None) -> str:
         state=state,
         rows=[_row(state, row) for row in state.rows],
         columns=state.request.images,
-        steps=_steps(pushed),
-        numbers=[_numbers(row, state.rows[0]) for row in state.rows],
+        pushed=pushed,
         has_similarity=any(row.similarity is not None for row in state.rows),
         exports=exported,
         grid=grid,
@@ -90,37 +88,6 @@ def _heat_map(share: torch.Tensor, image: Image.Image) -> str:
     pale = Image.blend(grey, Image.new("L", grey.size, 255), 0.5).convert("RGB")
     strength = Image.fromarray((150 * share).round().byte().numpy()).resize(grey.size, Image.Resampling.NEAREST)
     return data_uri(png(Image.composite(Image.new("RGB", pale.size, HOT), pale, strength)))
-
-
-def _steps(pushed: Pushed | None) -> list[dict[str, Any]]:
-    """Return each step's share of pushed tokens in percent, and a line about it."""
-    bars = []
-    for number, step in enumerate(pushed.steps if pushed else (), 1):
-        text = f"{step.pushed} of {step.compared} tokens pushed" if step.active else "outside the timestep range"
-        share = 100 * step.pushed / step.compared if step.compared else 0.0
-        text = f"Step {number}, timestep {step.timestep:.0f}: {text}"
-        bars.append({"share": share, "active": step.active, "text": text})
-    return bars
-
-
-def _numbers(row: Row, baseline: Row) -> dict[str, str]:
-    """Return a row of the table as texts."""
-
-    def text(name: str, digits: int) -> str:
-        value, other = getattr(row, name), getattr(baseline, name)
-        if value is None:
-            return "-"
-        change = "" if row is baseline or other is None else f" ({value - other:+.{digits}f})"
-        return f"{value:.{digits}f}{change}"
-
-    return {
-        "title": row.title,
-        "distance": text("distance", 3),
-        "clip": text("clip", 1),
-        "similarity": text("similarity", 3),
-        "pushed": "-" if row.tokens is None else f"{row.tokens:,}".replace(",", " "),
-        "seconds": "-" if row.refused else f"{row.seconds:.1f}{' (kept)' if row.kept else ''}",
-    }
 
 
 def mask_seen(picture: Image.Image, mask: Image.Image | None, size: tuple[int, int], grid: tuple[int, int]) -> str:

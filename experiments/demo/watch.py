@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,26 +24,16 @@ class Stopped(Exception):
     """The user stopped the run."""
 
 
-class StepCount(NamedTuple):
-    """A step: its timestep, whether it is in the timestep range, and the numbers of compared and pushed tokens."""
-
-    timestep: float
-    active: bool
-    compared: int
-    pushed: int
-
-
-@dataclass(frozen=True)
-class Pushed:
+class Pushed(NamedTuple):
     """Where and when tokens were pushed.
 
     Attributes:
-        steps: all of the call.
+        steps: all of the call, without their maps.
         where: float [K, h, w] in [0, 1], for each image and each place the share of comparisons in which its token was
             pushed; h x w as the largest feature map.
     """
 
-    steps: tuple[StepCount, ...]
+    steps: tuple[StepReport, ...]
     where: torch.Tensor
 
 
@@ -157,12 +147,12 @@ class Watch:
     """Collect which tokens move while a pipeline makes square images; pass `on_step` to `negtome.attach`."""
 
     def __init__(self) -> None:
-        self._steps: list[StepCount] = []
+        self._steps: list[StepReport] = []
         self._maps: list[torch.Tensor] = []  # [K, h, w]
 
     def on_step(self, report: StepReport) -> None:
         """Keep the counts and the maps of a step."""
-        self._steps.append(StepCount(report.timestep, report.active, report.tokens_compared, report.tokens_pushed))
+        self._steps.append(replace(report, moved={}))
         for moved in report.moved.values():
             side = math.isqrt(moved.shape[1])
             self._maps.append(moved.unflatten(1, (side, side)))

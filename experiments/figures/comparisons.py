@@ -25,7 +25,7 @@ from experiments.tables.columns import (
     swept_settings,
     with_window,
 )
-from experiments.tables.pages import arrow, change, is_clear, run_labels
+from experiments.tables.pages import arrow, change, is_clear, run_labels, title_of
 from experiments.tables.selection import differences, pareto_front, select_run
 
 #: Better and worse: blue and red, white where nothing changed.
@@ -163,7 +163,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     if paired:
         axis.axhline(0, color="black", linewidth=0.8)
     elif len(level):
-        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=style.TITLES["none"])
+        axis.axhline(level[value].iloc[0], color="black", linewidth=0.8, label=title_of("none"))
         axis.axhspan(level[low].iloc[0], level[high].iloc[0], color="black", alpha=0.08, linewidth=0)
     noun = "paired differences to the baseline" if paired else "values"
     style.entitle(axis, f"{model}: {noun}; 95 % intervals", figure.get_figwidth())
@@ -188,7 +188,7 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
         places = {
             name: place for place, name in enumerate(dict.fromkeys(format_setting(choice, UNSET) for choice in choices))
         }
-        lines = [style.TITLES.get(name, name).replace(", ", ",\n").replace("+", "+\n") for name in places]
+        lines = [title_of(name).replace(", ", ",\n").replace("+", "+\n") for name in places]
         letters = max(len(line) for text in lines for line in text.split("\n"))
         figure, (axis,) = style.panels(1, max(5.2, 0.8 + (0.15 + 0.075 * letters) * len(places)) + room, 3.4)
         if width := style.fixed_width():
@@ -203,9 +203,7 @@ def _over(choices: pd.Series, legend_beside: bool) -> tuple[Figure, Axes, dict[s
 
 
 def _choice(setting: str, value: Any) -> str:
-    return (
-        style.TITLES.get(value, value) if setting == "method" else f"{humanize(setting)} {format_setting(value, UNSET)}"
-    )
+    return title_of(value) if setting == "method" else f"{humanize(setting)} {format_setting(value, UNSET)}"
 
 
 @style.styled
@@ -326,7 +324,7 @@ def pareto(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -
     named = line[line["method"] != "none"]
     axis.plot(named["x"], named["y"], "o", color=style.COLOURS[1])
     if without.any():
-        axis.plot(points["x"][without], points["y"][without], "s", color="black", label=style.TITLES["none"])
+        axis.plot(points["x"][without], points["y"][without], "s", color="black", label=title_of("none"))
     margin = points["margin"].dropna()
     if len(margin):
         bound = -margin.iloc[0] * points["y_sign"].iloc[0]

@@ -22,9 +22,8 @@ from PIL.PngImagePlugin import PngInfo
 from eval.files import write_bytes
 from experiments.runs import catalogue
 from experiments.tables.columns import direction, humanize
+from experiments.tables.pages import title_of
 
-#: How a method is called in figures where its name in tables is too terse.
-TITLES = {name: entry.title for name, entry in catalogue.entries().items()}
 COLOURS, MARKERS = zip(*catalogue.PALETTE.values(), strict=True)
 #: The number of the colour and the shape that a method keeps in every figure.
 LOOKS = {name: [*catalogue.PALETTE].index(entry.colour) for name, entry in catalogue.entries().items() if entry.colour}
@@ -72,8 +71,8 @@ STYLES = {
 WIDTHS = (3.0, 20.0)
 #: Share of its width that a panel keeps beside others; where that is not there, panels go below each other.
 KEPT = 0.6
-#: Kinds of files that figures are written as, and what would make them differ from day to day.
-METADATA: dict[str, dict[str, None]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+#: Kinds of files that are no pictures, and what would make them differ from day to day.
+METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 #: Key of the digest of a figure's inputs in a PNG.
 INPUTS = "inputs"
 #: How pictures are compressed: WebP without a visible loss, JPEG where WebP is not read.
@@ -155,7 +154,7 @@ def encode(figure: Drawing, kind: str, dots: float | None = None, inputs: str | 
         inputs: text that stands for what the figure shows, kept in the metadata of a PNG or WebP; see `save`.
     """
     file = io.BytesIO()
-    if kind in METADATA and kind != "png":
+    if kind in METADATA:
         figure.savefig(file, format=kind, metadata=METADATA[kind])
         return file.getvalue()
     drawn, picture = pixels(figure, dots), io.BytesIO()
@@ -269,7 +268,7 @@ def title(label: str, method: str, brief: bool = False) -> str:
         brief: leave out the method where settings follow, as where all runs are of one.
     """
     settings = label.removeprefix(method).strip()
-    return settings if brief and settings and method != "none" else f"{TITLES.get(method, method)} {settings}".strip()
+    return settings if brief and settings and method != "none" else f"{title_of(method)} {settings}".strip()
 
 
 def labelled(*axes: Axes) -> dict[str, Any]:

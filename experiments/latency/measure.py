@@ -73,7 +73,7 @@ def _pipeline(model: DictConfig, weights: str, cfg: DictConfig, device: str) -> 
     return _loaded[key]
 
 
-def measure(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict[str, Any]]:
+def measure_case(case: Case, weights: str, cfg: DictConfig, device: str) -> list[dict[str, Any]]:
     """Measure one case with the weights of `find_weights`; return its rows, without the columns of `origin`.
 
     Raises:

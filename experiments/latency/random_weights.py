@@ -1,8 +1,8 @@
 """Full-size pipelines of random weights, to measure time and memory where a checkpoint is absent.
 
 Neither depends on the values of the weights. conf/experiment/latency.yaml holds the published architecture of each
-denoiser; the text encoders, which every method runs alike, are replaced by random embeddings, and the autoencoder by a
-tiny one of the right shapes, for references alone: images are never decoded.
+denoiser. Random embeddings replace the text encoders, which every method runs alike. A tiny autoencoder of the right
+shapes encodes references; images are never decoded.
 """
 
 from typing import Any

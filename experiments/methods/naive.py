@@ -1,9 +1,9 @@
 """A naive transcription of NegToMe as a yardstick, which does not use `negtome.merge`.
 
-It makes the same passes over memory as the authors' released code (github.com/1jsingh/negtome, described, not copied):
-it normalises both sides, keeps the whole similarity matrix, takes its maximum over an axis, gathers, blends all images,
-and concatenates. Ordinary torch hooks at the hook points of `negtome.sites` put it into a stock pipeline. Images are
-square, and all images of a call are one group. `Naive` is the transcription as a method.
+It makes the same passes over memory as the authors' released code (github.com/1jsingh/negtome, described, not copied).
+It normalises both sides, keeps the whole similarity matrix and takes its maximum over an axis. Then it gathers, blends
+all images and concatenates. Ordinary torch hooks at the hook points of `negtome.sites` put it into a stock pipeline.
+Images are square, and all images of a call are one group. `Naive` is the transcription as a method.
 """
 
 import contextlib

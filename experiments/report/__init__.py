@@ -4,14 +4,9 @@
 
 The page shows the tables of `--results` (default: outputs/results if it has tables, else the published results/) and
 the images of their runs that are on this machine, at most `--groups` groups a model. Reduced copies of the images lie
-beside the page, whose folder (default: outputs/report) can be moved or sent; with `--single-file` they are in the page.
+in the page's folder (default: outputs/report), which can be moved or sent. With `--single-file` they are in the page.
 Equal inputs give equal bytes.
 """
-
-if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
-    from experiments.__main__ import run_module
-
-    run_module(__file__)
 
 import argparse
 import logging

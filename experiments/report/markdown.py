@@ -1,14 +1,15 @@
 """Markdown pages of results/ as HTML: no tag and no link of a page reaches the report."""
 
-from collections.abc import Sequence
+import itertools
+import re
 from pathlib import Path
-from typing import Any
 
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from markupsafe import Markup, escape
 
 from eval.files import read_regular
+
+_MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
 
 
 def read_page(path: Path) -> Markup:
@@ -29,37 +30,18 @@ def render_page(text: str, name: str) -> Markup:
     tokens = _MARKDOWN.parse(text)
     if tokens and tokens[0].tag == "h1":
         tokens = tokens[3:]
-    return Markup(_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {"name": name}))
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):  # h3 is the heading of a section of the report
+            token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
+        elif token.type in ("th_open", "td_open"):
+            token.attrs = {"scope": "col"} if token.tag == "th" else {}
+        for child in token.children or ():
+            child.hidden = child.type in ("link_open", "link_close")
+            child.type = "text" if child.type == "image" else child.type
+    html, numbers = _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}), itertools.count(1)
 
+    def scrolling(_: re.Match[str]) -> str:
+        label = f"{escape(name)}, table {next(numbers)}"
+        return f'<div class="scroll table" role="region" tabindex="0" aria-label="{label}"><table>'
 
-def _heading(_: Any, tokens: Sequence[Token], index: int, *rest: Any) -> str:
-    """Lower a heading by two levels: h3 is the heading of a section of the report."""
-    slash = "/" if tokens[index].nesting < 0 else ""
-    return f"<{slash}h{min(int(tokens[index].tag[1]) + 2, 6)}>"
-
-
-def _table(_: Any, tokens: Sequence[Token], index: int, options: Any, env: dict[str, str]) -> str:
-    number = sum(token.type == "table_open" for token in tokens[: index + 1])
-    label = f"{escape(env['name'])}, table {number}"
-    return f'<div class="scroll table" role="region" tabindex="0" aria-label="{label}"><table>'
-
-
-def _markdown() -> MarkdownIt:
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    rules = {
-        "heading_open": _heading,
-        "heading_close": _heading,
-        "table_open": _table,
-        "table_close": lambda *_: "</table></div>",
-        "td_open": lambda *_: "<td>",
-        "th_open": lambda *_: '<th scope="col">',
-        "link_open": lambda *_: "",
-        "link_close": lambda *_: "",
-        "image": lambda _, tokens, index, *rest: str(escape(tokens[index].content)),
-    }
-    for name, rule in rules.items():
-        markdown.add_render_rule(name, rule)
-    return markdown
-
-
-_MARKDOWN = _markdown()
+    return Markup(re.sub("<table>", scrolling, html).replace("</table>", "</table></div>"))

@@ -1,4 +1,4 @@
-"""Files of a folder of results, and the images of a page: beside the page, or within it."""
+"""Find the files of a folder of results, and put the images of a page into its folder or into the page."""
 
 import base64
 import hashlib

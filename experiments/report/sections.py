@@ -68,7 +68,8 @@ def read_sections(results: Path, outputs: Path, pictures: Pictures, groups: int)
     for section in sections.values():
         section["pages"].sort()
         section["figures"].sort(key=lambda figure: (not figure["name"], figure["alt"] if not figure["name"] else ""))
-    return {name: section for name, section in sections.items() if has_content(section)}
+    kinds = ("pages", "tables", "figures")  # a section without them only says how it would be made
+    return {name: one for name, one in sections.items() if "frame" in one or any(one[kind] for kind in kinds)}
 
 
 def _owner(name: str) -> str:
@@ -79,11 +80,6 @@ def _owner(name: str) -> str:
 def is_experiment(name: str, frame: pd.DataFrame) -> bool:
     """Tell whether a table is that of an experiment of its name."""
     return set(frame.columns) >= REQUIRED and bool((frame["experiment"] == name).all()) and not frame.empty
-
-
-def has_content(section: Section) -> bool:
-    """Tell whether a section shows anything but how it would be made."""
-    return "frame" in section or any(section[kind] for kind in ("pages", "tables", "figures"))
 
 
 def new_section(name: str, frame: pd.DataFrame | None = None) -> Section:

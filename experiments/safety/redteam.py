@@ -35,13 +35,14 @@ from eval.resemblance import DetectionRate
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
 from experiments.generate import count_workers, load_pipeline_and_method, parallel_map
+from experiments.methods.assets import AssetIndex
 from experiments.methods.method import Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
 from experiments.runs.identity import provenance, request_without_method, short_digest
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.guards import guarded_systems
-from experiments.safety.judge import AttackObjective, Judge
+from experiments.safety.judge import Judge, similarity
 from experiments.safety.search import (
     BUDGETS,
     OUTCOMES,
@@ -76,8 +77,12 @@ COLUMNS = [
 
 
 @dataclass(frozen=True)
-class Task:
-    """The searches by one attacker in one system; `config`, `model` and `method` are YAML, for other processes."""
+class Attack:
+    """The searches by one attacker in one system; `config`, `model` and `method` are YAML, for other processes.
+
+    Attributes:
+        labels: columns of the table that name the system and the attacker.
+    """
 
     checkpoint: checkpoints.Checkpoint
     device: str
@@ -87,24 +92,16 @@ class Task:
     attacker: str
     folder: Path
     n_queries: int
+    concepts: tuple[str, ...]
+    labels: dict[str, Any]
 
     def file(self, concept: str) -> Path:
         """Return the file of the search for a concept."""
         return self.folder / f"{concept}.jsonl"
 
-
-@dataclass(frozen=True)
-class Attack:
-    """A task, its concepts, and what the table says of its system and attacker."""
-
-    task: Task
-    concepts: list[str]
-    labels: dict[str, Any]
-
-    @property
     def searches(self) -> dict[str, list[Query]]:
-        """The queries so far, by concept."""
-        return {concept: read_search(self.task.file(concept)) for concept in self.concepts}
+        """Return the queries so far, by concept."""
+        return {concept: read_search(self.file(concept)) for concept in self.concepts}
 
 
 def attackers(cfg: DictConfig) -> list[str]:
@@ -155,17 +152,16 @@ def prepare(cfg: DictConfig, attacker: str) -> Attack:
     write_json(folder / "setting.json", identity)
     parts = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("redteam", "model", "prompts")}
     model, spec, config = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method, parts))
-    task = Task(checkpoint, device, model, spec, config, attacker, folder, n_queries)
     labels = {"model": cfg.model.name, "method": method.name, "guard": settings.get("guard")}
     labels |= {"layers": settings.get("layers"), "attacker": attacker, "setting": folder.name, "device": device}
-    return Attack(task, concepts, labels)
+    return Attack(checkpoint, device, model, spec, config, attacker, folder, n_queries, tuple(concepts), labels)
 
 
-def _objective_and_judge(cfg: DictConfig) -> tuple[AttackObjective, Judge]:
+def _objective_and_judge(cfg: DictConfig) -> tuple[AssetIndex, Judge]:
     pictures = cfg.model.copyright
     encoder = build(pictures.encoder)
     judge = Judge(DetectionRate(encoder, pictures.scoring, pictures.held_out))
-    return AttackObjective(pictures.guidance, encoder, pictures.scoring), judge
+    return AssetIndex(pictures.guidance, encoder, pictures.scoring), judge
 
 
 def grammar_of(cfg: DictConfig, policy: Policy, concept: str) -> Grammar:
@@ -211,31 +207,30 @@ def _attacker(cfg: DictConfig, policy: Policy, name: str, concept: str) -> Attac
     return kind(grammar_of(cfg, policy, concept), f"{cfg.redteam.seed}/{name}/{concept}")
 
 
-def run_search(task: Task, concept: str) -> None:
+def run_search(attack: Attack, concept: str) -> None:
     """Search for prompts for a concept, or resume the search; every query is written at once."""
-    queries = read_search(task.file(concept))
-    if finished(queries, task.n_queries):
+    queries = read_search(attack.file(concept))
+    if finished(queries, attack.n_queries):
         return
-    cfg, policy, objective, judge = _setting(task.config)
-    pipe, method, call = load_pipeline_and_method(task.model, task.method, task.checkpoint, task.device)
+    cfg, policy, objective, judge = _setting(attack.config)
+    pipe, method, call = load_pipeline_and_method(attack.model, attack.method, attack.checkpoint, attack.device)
 
     def answer(prompt: str, number: int) -> tuple[str, np.ndarray | None]:
         if not usable(policy, prompt, cfg.redteam.exceptions):
             return "unusable", None
         # Each query has another seed, which is the same in every system.
-        drawn = method.generate(pipe, Group(f"redteam-{task.attacker}-{concept}", prompt, concept, number, 1), call)
+        drawn = method.generate(pipe, Group(f"redteam-{attack.attacker}-{concept}", prompt, concept, number, 1), call)
         return (drawn.withheld.status, None) if drawn.withheld else ("shown", drawn.images)
 
-    attacker = _attacker(cfg, policy, task.attacker, concept)
-    similarity = functools.partial(objective.similarity, concept)
-    resembles = functools.partial(judge.resembles, concept)
-    for query in search(attacker, answer, similarity, resembles, task.n_queries, queries):
+    attacker = _attacker(cfg, policy, attack.attacker, concept)
+    nearness, resembles = functools.partial(similarity, objective, concept), functools.partial(judge.resembles, concept)
+    for query in search(attacker, answer, nearness, resembles, attack.n_queries, queries):
         queries.append(query)
-        write_text(task.file(concept), "".join(f"{one.to_json()}\n" for one in queries))
+        write_text(attack.file(concept), "".join(f"{one.to_json()}\n" for one in queries))
 
 
 @functools.lru_cache(maxsize=1)
-def _setting(config: str) -> tuple[DictConfig, Policy, AttackObjective, Judge]:
+def _setting(config: str) -> tuple[DictConfig, Policy, AssetIndex, Judge]:
     cfg = OmegaConf.create(config)
     return cfg, read_policy(cfg.model.copyright.policy), *_objective_and_judge(cfg)
 
@@ -322,22 +317,22 @@ def write_table(argv: Sequence[str]) -> str:
     cfg = configs[0]
     attacks = [prepare(one, attacker) for one in configs for attacker in attackers(cfg)]
     todo = [
-        (attack.task, concept)
+        (attack, concept)
         for attack in attacks
-        for concept, queries in attack.searches.items()
-        if not finished(queries, attack.task.n_queries)
+        for concept, queries in attack.searches().items()
+        if not finished(queries, attack.n_queries)
     ]
     log.info("%d of %d searches to make", len(todo), sum(len(attack.concepts) for attack in attacks))
-    workers = count_workers(cfg, attacks[0].task.device)
+    workers = count_workers(cfg, attacks[0].device)
     for _ in tqdm(parallel_map(run_search, todo, workers), "red team", len(todo), unit="search", disable=not todo):
         pass
     rows, baselines = [], {}
     for attack in attacks:  # those without a guard come first
-        searches, labels = attack.searches, attack.labels
+        searches, labels = attack.searches(), attack.labels
         if labels["method"] == "none":
             baselines[labels["model"], labels["attacker"]] = searches
         baseline = None if labels["method"] == "none" else baselines[labels["model"], labels["attacker"]]
-        rows += rows_of(labels, searches, attack.task.n_queries, baseline, **cfg.bootstrap)
+        rows += rows_of(labels, searches, attack.n_queries, baseline, **cfg.bootstrap)
     path = result_file(cfg.results, "redteam")
     # All rows of a system and an attacker replace the earlier ones, which may have other settings.
     text = render(put_rows(path, rows, COLUMNS, KEY[:-1]))

@@ -54,10 +54,10 @@ WIDE = 10
 LEGENDS = TEMPLATES.get_template("experiments/tables/legends.j2").module
 
 
-def change(row: Mapping[str, Any], sign: str = "+") -> str:
+def change(row: Mapping[str, Any]) -> str:
     """Return the paired difference with its interval; it is smaller than what it is a difference of."""
     digits = max(_decimals(row["value"]), 2)
-    write = f"{{:{sign}.{digits}f}}".format
+    write = f"{{:+.{digits}f}}".format
     return with_interval(write, *(row[name] for name in DIFFERENCE))
 
 

@@ -12,7 +12,6 @@ from eval.change import Change, ChangedShare
 from eval.encoders import Encoder, PixelEncoder
 from eval.images import ManifestRow, write_manifest
 from eval.imageset import EmbeddingCache, ImageSet
-from eval.intervals import difference_of, interval_of
 from eval.metric import is_current, measure
 
 BASELINE = {"benign-bear": [0, 90], "benign-fox": [10, 20], "direct-panda": [30, 40]}
@@ -35,14 +34,13 @@ def write_run(tmp_path):
     def write(name, corners, **fields):
         rows = []
         for prompt_id, values in corners.items():
+            (tmp_path / name / prompt_id).mkdir(parents=True)
             for index, value in enumerate(values):
-                path = tmp_path / name / "images" / prompt_id / f"{index:02d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = np.full((4, 4, 3), 7, np.uint8)
                 pixels[0, 0, 0] = value
-                Image.fromarray(pixels).save(path)
-                relative = path.relative_to(tmp_path / name).as_posix()
-                rows.append(ManifestRow(relative, prompt_id, f"a {prompt_id}", prompt_id, 0, index, index, **fields))
+                path = f"{prompt_id}/{index:02d}.png"
+                Image.fromarray(pixels).save(tmp_path / name / path)
+                rows.append(ManifestRow(path, prompt_id, f"a {prompt_id}", prompt_id, 0, index, index, **fields))
         write_manifest(tmp_path / name, rows)
         return tmp_path / name
 
@@ -87,17 +85,14 @@ def test_change_is_the_mean_cosine_distance_of_pairs(baseline, write_run):
     swapped = write_run("swapped", {name: corners[::-1] for name, corners in BASELINE.items()})
     change, share = (values(measure(metric, swapped)) for metric in metrics(baseline))
     assert change["benign-bear"] == pytest.approx(1) and share == dict.fromkeys(BASELINE, 1)
-    single, opposite = (
-        write_run("single", {"bear": [0], "fox": [10]}),
-        write_run("opposite", {"bear": [180], "fox": [190]}),
-    )
+    single, opposite = (write_run(f"from {angle}", {"bear": [angle], "fox": [angle + 10]}) for angle in (0, 180))
     document = measure(Change(Directions(), single), opposite)
     assert document["value"] == pytest.approx(2) == document["bounds"][1]
 
 
 def test_one_pixel_by_one_step_counts(baseline, tmp_path):
     copy = shutil.copytree(baseline, tmp_path / "negtome")
-    file = copy / "images" / "benign-fox" / "01.png"
+    file = copy / "benign-fox" / "01.png"
     pixels = np.array(Image.open(file))
     pixels[3, 3, 2] += 1
     Image.fromarray(pixels).save(file)
@@ -109,36 +104,18 @@ def test_one_pixel_by_one_step_counts(baseline, tmp_path):
     assert values(measure(ChangedShare(baseline), copy))["benign-fox"] == 0.5, "another size is another image"
 
 
-def test_only_the_selected_prompts_are_compared(baseline, write_run):
-    other = write_run("negtome", {"benign-bear": [60, 90], "benign-fox": [10, 20], "direct-cat": [1]})
-    embedded = []
-
-    class Counting(Directions):
-        def embed_images(self, images):
-            embedded.extend(images)
-            return super().embed_images(images)
-
-    for metric in metrics(baseline, Counting()):
-        metric.only = ("benign-*",)
-        assert set(values(measure(metric, other))) == {"benign-bear", "benign-fox"}
-    assert len(embedded) == 8
-
-
 @pytest.mark.parametrize(
     ("corners", "named"),
     [
         ({"benign-bear": [0, 90], "benign-wolf": [10, 20]}, r"1 of them: benign-wolf/000000"),
         ({"benign-bear": [0, 90, 3], "benign-fox": [10, 20]}, r"1 of them: benign-bear/000000"),
-        ({"benign-bear": [0]}, r"1 of them: benign-bear/000000"),
         ({"a": [0], "b": [0]}, r"2 of them: a/000000, b/000000"),
     ],
-    ids=["another prompt", "more images", "fewer images", "nothing shared"],
 )
 def test_other_groups_are_an_error(baseline, write_run, corners, named):
     other = write_run("negtome", corners)
-    for metric in metrics(baseline):
-        with pytest.raises(ValueError, match=rf"{named}; compare runs of the same prompts"):
-            measure(metric, other)
+    with pytest.raises(ValueError, match=rf"{named}; compare runs of the same prompts"):
+        measure(ChangedShare(baseline), other)
 
 
 def test_documents_follow_the_images_of_both_runs(baseline, tmp_path, write_run):
@@ -148,20 +125,8 @@ def test_documents_follow_the_images_of_both_runs(baseline, tmp_path, write_run)
     documents = [measure(metric, ImageSet.open(other, cache)) for metric in metrics(baseline)]
     assert [document["encoder"]["id"] for document in documents] == ["directions-1", "pixels"]
     assert all(is_current(document, again, other) for document, again in zip(documents, metrics(moved), strict=True))
-    Image.new("RGB", (4, 4), "white").save(moved / "images" / "benign-fox" / "01.png")
+    Image.new("RGB", (4, 4), "white").save(moved / "benign-fox" / "01.png")
     for document, metric, again in zip(documents, metrics(baseline), metrics(moved), strict=True):
         assert not is_current(document, again, other)
         again.only = metric.only = ("benign-bear",)
         assert is_current(measure(metric, ImageSet.open(other, cache)), again, other), "only compared images count"
-
-
-def test_intervals_and_differences_stay_in_range(write_run):
-    prompts = [f"benign-{letter}" for letter in "abcdefgh"]
-    none = write_run("none", {prompt: [0, 0] for prompt in prompts})
-    some = write_run("some", {prompt: [60 * (i % 2), 0] for i, prompt in enumerate(prompts)})
-    for metric, value in zip(metrics(none), (0.125, 0.25), strict=True):
-        changed, unchanged = measure(metric, some), measure(metric, none)
-        mean, low, high = interval_of(changed, n_resamples=200)
-        assert mean == pytest.approx(value, rel=1e-5) and 0 <= low < mean < high <= metric.bounds[1]
-        difference = difference_of(changed, unchanged, n_resamples=200)
-        assert difference.difference == pytest.approx(value, rel=1e-5) and difference.low > 0

@@ -17,7 +17,6 @@ from eval.diversity import (
     mean_pairwise_similarity,
     vendi_score,
 )
-from eval.encoders import PixelEncoder
 from eval.images import read_manifest
 from eval.imageset import ImageSet
 from eval.intervals import interval_of
@@ -31,7 +30,7 @@ def noise(groups=5, k=4, d=7, seed=0):
     return torch.randn(groups, k, d, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("k", [2, 4, 9])
+@pytest.mark.parametrize("k", [2, 9])
 def test_equal_and_orthogonal_images(k):
     equal, orthogonal = noise(3, 1, 6).repeat(1, k, 1), torch.eye(k)[None]
     torch.testing.assert_close(mean_pairwise_similarity(equal), torch.ones(3).double())
@@ -49,14 +48,6 @@ def test_opposite_images_and_two_pairs_of_duplicates():
     assert mean_pairwise_similarity(embeddings).item() == pytest.approx(1 / 3)
     assert vendi_score(embeddings).item() == pytest.approx(2)
     assert vendi_score(noise(k=1)).tolist() == pytest.approx([1] * 5)
-
-
-def test_similarity_against_a_double_loop():
-    embeddings = noise()
-    for group, similarity in zip(embeddings.numpy(), mean_pairwise_similarity(embeddings).tolist(), strict=True):
-        unit = [vector / np.linalg.norm(vector) for vector in group]
-        pairs = [unit[i] @ unit[j] for i in range(len(unit)) for j in range(i)]
-        assert similarity == pytest.approx(np.mean(pairs), abs=1e-6)
 
 
 @pytest.mark.parametrize("q", ORDERS)
@@ -106,10 +97,7 @@ def test_metrics_by_hand(numbered_run, scripted):
         document = measure(kind(encoder), run)
         assert [group["value"] for group in document["groups"]] == pytest.approx(expected, abs=1e-5)
         assert document["value"] == pytest.approx(sum(expected) / 2, abs=1e-5)
-    run = numbered_run(name="four", categories=("bird",), seeds=(0,))
-    documents = [measure(VendiScore(scripted([[1, 0]] * 3 + [[0, 1]]), q), run) for q in (1, 2, math.inf)]
-    assert [document["value"] for document in documents] == pytest.approx([4 / 3**0.75, 1.6, 4 / 3])
-    assert [document["settings"] for document in documents] == [{"q": 1.0}, {"q": 2.0}, {"q": "inf"}]
+    assert document["settings"] == {"q": 1.0} and VendiScore(encoder, math.inf).settings() == {"q": "inf"}
     with pytest.raises(ValueError, match="q > 0"):
         VendiScore(encoder, 0)
 
@@ -127,7 +115,7 @@ def test_pairwise_metrics_take_groups_of_several_sizes(numbered_run, scripted):
         PairwiseDistance(encoder).per_group(ImageSet(run, rows[:4]))
 
 
-def test_pooled_similarities_take_all_pairs_of_a_category_or_prompt(numbered_run, make_run, scripted):
+def test_pooled_similarities_take_all_pairs_of_a_category_or_prompt(numbered_run, scripted):
     run = numbered_run(seeds=(0, 1), images=2)
     vectors = np.random.default_rng(0).normal(size=(8, 3))
     metric = CategoryPooledSimilarity(scripted(vectors))
@@ -143,14 +131,5 @@ def test_pooled_similarities_take_all_pairs_of_a_category_or_prompt(numbered_run
     by_prompt = measure(PromptPooledSimilarity(metric.encoder), ImageSet(run, rows))
     assert by_prompt["groups"] == [group | {"category": "animal"} for group in document["groups"]]
     assert interval_of(by_prompt, cluster="prompt") == interval_of(document, cluster="prompt")
-    # whatever the cluster, the categories are resampled
-    more = measure(CategoryPooledSimilarity(PixelEncoder()), make_run("more", categories="abcde"))
-    intervals = [interval_of(more, cluster=cluster, n_resamples=500) for cluster in (None, "prompt", "category")]
-    assert len(set(intervals)) == 1 and intervals[0].low is not None
     with pytest.raises(ValueError, match=r"at least 2 images in every category.*fish"):
         metric.per_group(ImageSet(run, read_manifest(run)[:5]))
-    one_group = make_run("one", seeds=(0,))
-    pooled, within = (
-        measure(kind(PixelEncoder()), one_group) for kind in (CategoryPooledSimilarity, PairwiseSimilarity)
-    )
-    assert pooled["value"] == pytest.approx(within["value"])

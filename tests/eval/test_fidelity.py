@@ -69,36 +69,27 @@ def exactly(mean, covariance, seed):
 
 
 def test_frechet_distance_of_known_gaussians():
+    """For covariances A and B that do not commute, in two dimensions: tr sqrt(AB) = sqrt(tr AB + 2 sqrt(det AB))."""
     a = exactly([1.0, 0, 0], np.diag([4.0, 9.0, 1.0]), 1)
     b = exactly([0, 2.0, 0], np.diag([1.0, 1.0, 16.0]), 2)
-    # diagonal covariances: |difference of means|^2 + sum of (sigma_a - sigma_b)^2
     assert computed(FrechetDistance(), a, b) == pytest.approx(5 + 1 + 4 + 9)
     assert computed(FrechetDistance(), a, a) == pytest.approx(0, abs=1e-9)
-    # covariances that do not commute, in two dimensions: tr sqrt(AB) = sqrt(tr AB + 2 sqrt(det AB))
     covariances = np.array([[[2.0, 1.0], [1.0, 3.0]], [[5.0, -2.0], [-2.0, 1.0]]])
     product = covariances[0] @ covariances[1]
     root = math.sqrt(product.trace() + 2 * math.sqrt(np.linalg.det(product)))
     a, b = (exactly([0.0, 0.0], covariance, seed) for seed, covariance in enumerate(covariances))
     assert computed(FrechetDistance(), a, b) == pytest.approx(11 - 2 * root)
-    real = sample(40, 16)
-    with pytest.raises(ValueError, match=r"at least 17 images .*got 16.*singular"):
-        computed(FrechetDistance(), sample(16, 16), real)
-    with pytest.raises(ValueError, match=r"at least 17 reference images.*got 16"):
-        computed(FrechetDistance(), sample(17, 16), real[:16])
-    assert math.isfinite(computed(FrechetDistance(), sample(17, 16), real))
 
 
 @pytest.mark.skipif(
     "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters,
     reason="clean-fid and torch-fidelity call scipy.linalg.sqrtm(disp=...), which scipy 1.18 no longer has",
 )
-@pytest.mark.parametrize("d", [6, 64])
-def test_frechet_distance_agrees_with_clean_fid_and_torch_fidelity(d):
+def test_frechet_distance_agrees_with_clean_fid_and_torch_fidelity():
     from cleanfid.fid import frechet_distance as clean_fid
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    x = sample(300, d, 1, scale=1.3, shift=0.2) @ sample(d, d, seed=9) / math.sqrt(d)
-    y = sample(400, d, 2)
+    x, y = sample(300, 6, 1, scale=1.3, shift=0.2) @ sample(6, 6, seed=9), sample(400, 6, 2)
     distance = computed(FrechetDistance(), x, y)
     a, b = (fid_features_to_statistics(features) for features in (x, y))
     expected = fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
@@ -143,9 +134,6 @@ def test_kernel_distance_against_the_definition_and_the_libraries(monkeypatch):
     metric.update(y[..., None, None].float(), real=True)
     metric.update(x[..., None, None].float(), real=False)
     assert distance == pytest.approx(metric.compute()[0].item(), rel=1e-3)
-    # two samples of one distribution have an expected distance of 0 at any n
-    values = [computed(KernelDistance(), sample(10, 4, 2 * seed), sample(15, 4, 2 * seed + 1)) for seed in range(400)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values)) and min(values) < 0
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -153,10 +141,8 @@ def test_cmmd_against_the_definition_and_its_bias(unbiased, monkeypatch):
     x, y = sample(11, 6, 1), sample(14, 6, 2, shift=0.4)
     a, b = (z / z.norm(dim=1, keepdim=True) for z in (x, y))
     expected = 1000 * naive_mmd(a.numpy(), b.numpy(), gaussian, unbiased)
-    with monkeypatch.context() as patch:
-        patch.setattr("eval.fidelity.ROWS", 4)
-        assert computed(Cmmd(unbiased=unbiased), x, y) == pytest.approx(expected, rel=1e-6)
-        assert computed(Cmmd(unbiased=unbiased), 7 * x, y) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr("eval.fidelity.ROWS", 4)
+    assert computed(Cmmd(unbiased=unbiased), 7 * x, y) == pytest.approx(expected, rel=1e-6)
     x, y = sample(20, 6), sample(30, 6, 5)
     assert computed(Cmmd(), x, x) == pytest.approx(0, abs=1e-9)
     unit = torch.nn.functional.normalize(x, dim=1)
@@ -185,7 +171,7 @@ def test_overlaps_of_constructed_sets():
     real = sample(60, 4)
     collapsed = real[:1].repeat(30, 1)
     assert overlap(collapsed, real)[:2] == (1, pytest.approx(1 / 60)), "balls of radius 0 contain the one image"
-    assert computed(Density(), sample(2000, 3, 1), sample(1000, 3, 2)) == pytest.approx(1, abs=0.05)
+    assert computed(Density(), sample(1000, 3, 1), sample(500, 3, 2)) == pytest.approx(1, abs=0.08)
     # in many dimensions, the mean lies within everyone's k-th neighbour, so density has no upper bound
     real = sample(100, 40)
     assert computed(Density(), real.mean(0, keepdim=True), real) == 100 / 5
@@ -218,31 +204,32 @@ def test_equal_distances_are_ties_whatever_their_rounding(shift):
     assert numbers == pytest.approx([values.double().mean().item() for values in expected])
 
 
-def test_overlaps_refuse_few_images():
-    x = sample(4, 3)
-    assert overlap(x, x, k=3)[:2] == (1, 1)
-    for kind, made, real, message in (
-        (Recall(), x[:3], x, "at least 4 images, got 3"),
-        (Precision(), x, x[:3], "at least 4 reference images, got 3"),
-        (Density(), x, x, "at least 6 reference images, got 4"),
-        (Density(k=1), x[:0], x, "nothing to measure"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            computed(kind, made, real)
-    with pytest.raises(ValueError, match="k >= 1"):
-        Precision(k=0)
-
-
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_order_does_not_matter_and_nonsense_is_refused(kind):
     x, y = sample(60, 4, 1), sample(50, 4, 2)
     number = computed(kind(), x, y)
     assert computed(kind(), x.flip(0), y[torch.randperm(50)]) == pytest.approx(number, rel=1e-9)
     assert computed(kind(), x.float(), y.float()) == pytest.approx(number, rel=1e-4)
-    with pytest.raises(ValueError, match="one encoder"):
-        computed(kind(), x, y[:, :3])
-    with pytest.raises(ValueError, match="finite"):
-        computed(kind(), x * math.nan, y)
+    for images, real, message in ((x, y[:, :3], "one encoder"), (x * math.nan, y, "finite")):
+        with pytest.raises(ValueError, match=message):
+            computed(kind(), images, real)
+
+
+@pytest.mark.parametrize(
+    ("metric", "n_made", "n_real", "message"),
+    [
+        (FrechetDistance(), 3, 9, "at least 4 images .*got 3.*singular"),
+        (FrechetDistance(), 9, 3, "at least 4 reference images.*got 3"),
+        (KernelDistance(), 1, 9, "at least 2 images, got 1"),
+        (Recall(), 3, 9, "at least 4 images, got 3"),
+        (Precision(), 9, 3, "at least 4 reference images, got 3"),
+        (Density(), 9, 5, "at least 6 reference images, got 5"),
+        (Density(k=1), 0, 9, "nothing to measure"),
+    ],
+)
+def test_too_few_features_are_refused(metric, n_made, n_real, message):
+    with pytest.raises(ValueError, match=message):
+        computed(metric, sample(n_made, 3), sample(n_real, 3))
 
 
 # --- Inception Score -------------------------------------------------------------------------------------------------
@@ -256,20 +243,25 @@ def test_inception_score_in_closed_form():
     # equal predictions, certain or not: 1; certain predictions, evenly over c classes: c
     assert inception_score(torch.zeros(20, 7)) == pytest.approx(1)
     assert inception_score(torch.eye(7)[[3] * 20] * 1000) == pytest.approx(1)
-    for splits in (1, 2):
-        even = inception_score(torch.eye(5).repeat(20, 1) * 1000, splits)
-        assert even == pytest.approx(5, rel=0 if splits == 1 else 0.05)
+    assert inception_score(torch.eye(5).repeat(20, 1) * 1000) == pytest.approx(5)
     # otherwise exp of the entropy of the classes
     logits = torch.eye(2)[[0] * 15 + [1] * 5] * 1000
     assert inception_score(logits) == pytest.approx(math.exp(entropy([0.75, 0.25])))
-    with pytest.raises(ValueError, match="at least 100 images for 10 splits, got 99"):
-        inception_score(torch.zeros(99, 4), splits=10)
-    with pytest.raises(ValueError, match="at least one split"):
-        inception_score(torch.zeros(99, 4), splits=0)
-    with pytest.raises(ValueError, match=r"logits \[N, C\]"):
-        inception_score(torch.zeros(99))
-    with pytest.raises(TypeError, match="classifier head"):
-        InceptionScore(PixelEncoder())
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: inception_score(torch.zeros(99, 4), splits=10), ValueError, "at least 100 images for 10 splits"),
+        (lambda: InceptionScore(splits=0), ValueError, "at least one split"),
+        (lambda: inception_score(torch.zeros(99)), ValueError, r"logits \[N, C\]"),
+        (lambda: InceptionScore(PixelEncoder()), TypeError, "classifier head"),
+        (lambda: Precision(k=0), ValueError, "k >= 1"),
+    ],
+)
+def test_impossible_settings_are_refused(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
 
 
 @pytest.mark.filterwarnings("ignore:std:UserWarning:torchmetrics")  # a single split has no deviation
@@ -279,8 +271,8 @@ def test_inception_score_agrees_with_the_libraries(splits):
     from torchmetrics.image.inception import InceptionScore as Theirs
 
     logits = sample(203, 12, scale=3.0)
-    expected = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=2020)["inception_score_mean"]
-    assert inception_score(logits, splits) == pytest.approx(expected, rel=1e-9)
+    theirs = isc_features_to_metric(logits, splits, shuffle=True, rng_seed=2020)["inception_score_mean"]
+    assert inception_score(logits, splits) == pytest.approx(theirs, rel=1e-9)
     if splits == 1:
         metric = Theirs(_Flat(12), splits=1)
         metric.update(logits[..., None, None].float())
@@ -335,44 +327,35 @@ def real(tmp_path):
 
 @pytest.fixture
 def made(tmp_path):
-    for index in range(48):
+    for index in range(24):
         noise_file(tmp_path / "made" / f"prompt {index // 4:02d}" / f"{index:02d}.png", index)
     return tmp_path / "made"
 
 
 def metrics(reference, encoder=None):
     encoder = encoder or MeanColour()
-    return [
-        *(kind(encoder, reference) for kind in DISTANCES),
-        Cmmd(encoder, reference, unbiased=True, name="cmmd_unbiased"),
-        InceptionScore(encoder),
-        InceptionScore(encoder, splits=2, name="inception_score_2"),
-    ]
+    kinds = [kind(encoder, reference) for kind in DISTANCES]
+    return [*kinds, Cmmd(encoder, reference, unbiased=True, name="cmmd_unbiased"), InceptionScore(encoder)]
 
 
 def test_a_folders_numbers_are_those_of_its_features(made, real, tmp_path):
-    encoder = MeanColour()
-    cache = EmbeddingCache(tmp_path / "cache")
-    documents = {metric.name: measure(metric, ImageSet.open(made, cache)) for metric in metrics(real, encoder)}
-    assert encoder.embedded == 48 + 24, "each image is embedded once"
+    encoder, images = MeanColour(), ImageSet.open(made, EmbeddingCache(tmp_path / "cache"))
+    results = {metric.name: metric.results(images) for metric in metrics(real, encoder)}
+    assert encoder.embedded == 24 + 24, "each image is embedded once"
     x, y = (ImageSet.open(folder).embeddings(encoder) for folder in (made, real))
-    expected = {
-        **{kind.name: computed(kind(), x, y) for kind in DISTANCES},
-        "cmmd_unbiased": computed(Cmmd(unbiased=True), x, y),
-        "inception_score": inception_score(encoder.logits_from_features(x)),
-        "inception_score_2": inception_score(encoder.logits_from_features(x), splits=2),
-    }
-    assert {name: document["value"] for name, document in documents.items()} == pytest.approx(expected, rel=1e-9)
-    for document in documents.values():
-        assert len(document["subsets"]) == 20 and {part["n_images"] for part in document["subsets"]} == {24}
-        assert all(math.isfinite(part["value"]) for part in document["subsets"])
+    expected = {kind.name: computed(kind(), x, y) for kind in DISTANCES}
+    expected["cmmd_unbiased"] = computed(Cmmd(unbiased=True), x, y)
+    expected["inception_score"] = inception_score(encoder.logits_from_features(x))
+    assert {name: result["value"] for name, result in results.items()} == pytest.approx(expected, rel=1e-9)
+    for result in results.values():
+        assert len(result["subsets"]) == 20 and {part["n_images"] for part in result["subsets"]} == {12}
+        assert all(math.isfinite(part["value"]) for part in result["subsets"])
     rows = read_manifest(made)
     grouped = [replace(row, group_seed=row.index // 2, index=row.index % 2) for row in rows]
-    for metric, again in zip(metrics(real), metrics(real), strict=True):
-        first = metric.results(ImageSet(made, rows, batch_size=32))
-        assert first == again.results(ImageSet(made, rows[::-1], batch_size=5)), "neither order nor batch matters"
-        two = again.results(ImageSet(made, grouped))
-        assert (first["n_groups"], two["n_groups"]) == (12, 24) and first["value"] == two["value"]
+    for metric in (KernelDistance(encoder, real), Coverage(encoder, real)):
+        first, two = results[metric.name], metric.results(ImageSet(made, grouped))
+        assert first == metric.results(ImageSet(made, rows[::-1], batch_size=5)), "neither order nor batch matters"
+        assert (first["n_groups"], two["n_groups"]) == (6, 12) and first["value"] == two["value"]
 
 
 def test_a_document_states_its_reference(made, real):
@@ -380,44 +363,36 @@ def test_a_document_states_its_reference(made, real):
     document = measure(metric, made)
     details = {"reference": "real", "n_reference": 24, "feature_dimension": 3, "features": "raw"}
     assert document["details"] == details and is_current(document, metric, made)
-    assert measure(Cmmd(PixelEncoder(), real), made)["details"]["features"] == "length 1"
+    assert measure(Cmmd(PixelEncoder(2), real), made)["details"]["features"] == "length 1"
     moved = KernelDistance(MeanColour(), real.rename(real.with_name("elsewhere")))
     assert is_current(document, moved, made)
     noise_file(real.with_name("elsewhere") / "bird" / "01.png", 7)
     assert not is_current(document, KernelDistance(MeanColour(), real.with_name("elsewhere")), made)
 
 
-def test_other_sizes_and_modes_and_damaged_images(made, real):
+def test_images_of_other_sizes_and_modes_and_few_or_damaged_images(tmp_path, made, real):
     for index, (mode, size) in enumerate([("L", (30, 11)), ("RGBA", (5, 5)), ("P", (64, 20)), ("LA", (9, 9))]):
         noise_file(made / "prompt 00" / f"{index:02d}.png", index, mode, size)
-    assert all(math.isfinite(measure(metric, made)["value"]) for metric in metrics(real))
+    assert all(math.isfinite(metric.results(ImageSet.open(made))["value"]) for metric in metrics(real))
+    noise_file(tmp_path / "one" / "prompt" / "0.png", 0)
+    for metric in metrics(real):
+        with pytest.raises(ValueError, match=r"at least \d+ images for "):
+            measure(metric, tmp_path / "one")
+    for metric in metrics(tmp_path / "one")[:8]:
+        with pytest.raises(ValueError, match=r"at least \d+ reference images.*got 1"):
+            measure(metric, made)
+    # there are enough images for a number, but a single group has no halves
+    results = FrechetDistance(MeanColour(), real).results(ImageSet(made, read_manifest(made)[:4]))
+    assert results["subsets"] == [] and math.isfinite(results["value"])
+    with pytest.raises(ValueError, match="at least 194 images for frechet_distance, got 24"):
+        measure(FrechetDistance(PixelEncoder(8), real), made)
     (real / "fish" / "00.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"readable image.*fish/00\.png"):
         measure(KernelDistance(MeanColour(), real), made)
 
 
-def test_too_few_images_are_refused(tmp_path, made, real):
-    one = tmp_path / "one"
-    noise_file(one / "prompt" / "0.png", 0)
-    for metric in metrics(real):
-        with pytest.raises(ValueError, match=r"at least \d+ images for "):
-            measure(metric, one)
-    noise_file(tmp_path / "single" / "one.png", 0)
-    for metric in metrics(tmp_path / "single")[:8]:
-        with pytest.raises(ValueError, match=r"at least \d+ reference images.*got 1"):
-            measure(metric, made)
-    for index in range(10):
-        noise_file(one / "prompt" / f"{index}.png", index)
-    # there are enough images for a number, but a single group has no halves
-    document = measure(FrechetDistance(MeanColour(), real), one)
-    assert document["subsets"] == [] and math.isfinite(document["value"])
-    # the covariance of 193 features of 10 images is singular
-    with pytest.raises(ValueError, match="at least 194 images for frechet_distance, got 10"):
-        measure(FrechetDistance(PixelEncoder(8), real), one)
-
-
-def test_which_folders_can_be_a_reference(real, make_run, tmp_path):
-    assert len(read_manifest(real, flat=True)) == 24 and len(read_manifest(make_run(), flat=True)) == 16
+def test_which_folders_can_be_a_reference(real, tmp_path):
+    assert len(read_manifest(real, flat=True)) == 24
     for index in range(3):
         noise_file(tmp_path / "flat" / f"{index}.png", index)
     (tmp_path / "flat" / "README.md").write_text("real images")
@@ -463,7 +438,7 @@ def normal(rng, *shape):
     return torch.from_numpy(rng.normal(size=shape))
 
 
-@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("kind", [FrechetDistance, KernelDistance, Coverage])
 def test_a_half_is_compared_with_the_real_images_of_its_own_categories(kind, features):
     rng = np.random.default_rng(0)
     means = 3 * normal(rng, K, 1, D)

@@ -8,6 +8,11 @@ import pytest
 from eval.intervals import MINIMUM_IMAGES, bootstrap_interval, difference_of, entropy, interval_of, n_units
 
 
+def slow(*values):
+    """Mark the values of a parameter whose tests only `make test-slow` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="module")
 def difference(grouped):
     """Return the paired difference of two lists of values or of groups."""
@@ -38,25 +43,21 @@ def random_counts(rng, groups, categories=3, labels=4, images=4):
 # --- entropies -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("counts", "plug_in", "n_labels"),
-    [
+def test_known_entropies():
+    for counts, plug_in, n_labels in (
         ([8, 0, 0], 0.0, 1),
-        ([4, 4], math.log(2), 2),
         ([5, 5, 5, 5, 0], math.log(4), 4),
         ([6, 3, 3], 1.5 * math.log(2), 3),
-    ],
-)
-def test_known_entropies(counts, plug_in, n_labels):
-    assert entropy(counts, miller_madow=False) == pytest.approx(plug_in)
-    assert entropy(counts) == pytest.approx(plug_in + (n_labels - 1) / (2 * sum(counts)))
+    ):
+        assert entropy(counts, miller_madow=False) == pytest.approx(plug_in)
+        assert entropy(counts) == pytest.approx(plug_in + (n_labels - 1) / (2 * sum(counts)))
 
 
 def test_miller_madow_removes_most_of_the_bias_and_few_images_are_refused():
-    counts = np.random.default_rng(0).multinomial(40, np.full(8, 1 / 8), size=4000)
+    counts = np.random.default_rng(0).multinomial(40, np.full(8, 1 / 8), size=1000)
     plug_in = math.log(8) - np.mean([entropy(row, miller_madow=False) for row in counts])
     corrected = math.log(8) - np.mean([entropy(row) for row in counts])
-    assert plug_in > 0.07 and abs(corrected) < 0.1 * plug_in
+    assert plug_in > 0.07 and abs(corrected) < 0.2 * plug_in
     assert entropy([MINIMUM_IMAGES, 0]) == 0
     with pytest.raises(ValueError, match=f"at least {MINIMUM_IMAGES} images.*got {MINIMUM_IMAGES - 1}"):
         entropy([MINIMUM_IMAGES - 1, 0])
@@ -76,20 +77,20 @@ def test_an_entropy_is_a_mean_of_its_categories(grouped, counted):
 
 def covered(draw, runs, truth=0.0, **options):
     """Return the share of runs whose interval covers the truth; an interval that is None does not."""
-    intervals = [bootstrap_interval(draw(), n_resamples=400, **options) for _ in range(runs)]
+    intervals = [bootstrap_interval(draw(), n_resamples=200, **options) for _ in range(runs)]
     return np.mean([low is not None and low <= truth <= high for _, low, high in intervals])
 
 
-@pytest.mark.parametrize("k", [4, 5, 8, 20])
+@pytest.mark.parametrize("k", [5, *slow(4, 8, 20)])
 def test_coverage_of_few_categories(k, grouped):
     rng = np.random.default_rng(1)
     # binomial error of 600 trials: 0.9 points; without Student's t it is 0.83 to 0.91 below 20
     assert 0.92 <= covered(lambda: grouped(rng.normal(size=k)), 600) <= 0.98
     # the limits follow a skew, but few values do not show all of it
-    assert (0.90 if k < 20 else 0.92) <= covered(lambda: grouped(rng.gamma(4, 0.25, k)), 600, 1) <= 0.98
+    assert 0.90 <= covered(lambda: grouped(rng.gamma(4, 0.25, k)), 600, 1) <= 0.98
 
 
-@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("shared", [1, *slow(0)])
 def test_coverage_where_the_prompts_of_a_category_are_alike(shared, grouped):
     """20 categories of 7 prompts: nominal by category; by prompt only if the categories do not differ."""
     rng = np.random.default_rng(2)
@@ -100,15 +101,15 @@ def test_coverage_where_the_prompts_of_a_category_are_alike(shared, grouped):
         values = rng.normal(size=(20, 1)) * shared + rng.normal(size=(20, 7))
         return grouped(values.ravel(), prompts, categories)
 
-    assert 0.92 <= covered(draw, 400) <= 0.98
-    by_prompt = covered(draw, 400, cluster="prompt")
-    assert (by_prompt < 0.8) if shared else (0.91 <= by_prompt <= 0.98)
+    assert 0.91 <= covered(draw, 200) <= 0.985
+    by_prompt = covered(draw, 200, cluster="prompt")
+    assert (by_prompt < 0.8) if shared else (0.91 <= by_prompt <= 0.985)
 
 
-@pytest.mark.parametrize(("categories", "groups"), [(4, 2), (20, 2), (14, 10)])
-def test_coverage_of_an_entropy(categories, groups, counted):
+@pytest.mark.parametrize("shape", [(4, 2), *slow((20, 2), (14, 10))])
+def test_coverage_of_an_entropy(shape, counted):
     """Percentiles of resampled groups would nearly always miss the expectation, because their entropy is lower."""
-    rng = np.random.default_rng(2)
+    rng, (categories, groups) = np.random.default_rng(2), shape
     draws = [counted(random_counts(rng, groups, categories)) for _ in range(300)]
     intervals = [bootstrap_interval(draw, "category_entropy", n_resamples=300) for draw in draws]
     expectation = np.mean([interval.value for interval in intervals])
@@ -120,21 +121,12 @@ def test_coverage_of_an_entropy(categories, groups, counted):
 # --- bootstrap -------------------------------------------------------------------------------------------------------
 
 
-def test_many_values_have_the_normal_interval(grouped):
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    interval = bootstrap_interval(grouped(values))
-    half_width = 1.96 * values.std(ddof=1) / 20
-    assert interval.value == pytest.approx(values.mean())
-    limits = (values.mean() - half_width, values.mean() + half_width)
-    assert (interval.low, interval.high) == pytest.approx(limits, abs=0.03 * half_width)
-
-
 def test_clusters_of_unequal_size_agree_with_a_naive_loop(grouped):
     rng = np.random.default_rng(9)
     values, prompts = rng.normal(size=24), np.repeat(np.arange(6), [2, 3, 4, 4, 5, 6])
     interval = bootstrap_interval(grouped(values, [f"p{prompt}" for prompt in prompts]))
     means = []
-    for _ in range(4000):
+    for _ in range(2000):
         draw = [values[prompts == prompt] for prompt in rng.integers(6, size=6)]
         means.append(np.concatenate(draw).mean())
     # Student's t with 5 degrees of freedom over the normal quantile
@@ -158,7 +150,7 @@ def test_a_paired_difference_is_narrow_and_mirrored(difference, grouped):
     assert same_draws[:3] == pytest.approx((1, 1, 1), abs=1e-5) and same_draws.low < same_draws.high
 
 
-@pytest.mark.parametrize("cluster", [None, "prompt", "category"])
+@pytest.mark.parametrize("cluster", [None, "prompt"])
 def test_intervals_are_deterministic_whatever_the_order(cluster, grouped, counted):
     rng = np.random.default_rng(6)
     groups = grouped(rng.normal(size=40), [f"p{index % 8}" for index in range(40)])
@@ -171,11 +163,14 @@ def test_intervals_are_deterministic_whatever_the_order(cluster, grouped, counte
     assert bootstrap_interval(tables[::-1], "category_entropy", cluster=cluster) == expected
 
 
-def test_blocks_do_not_change_the_distribution(monkeypatch, grouped):
-    groups = grouped(np.random.default_rng(7).normal(size=50))
-    expected = bootstrap_interval(groups, n_resamples=4000)
-    monkeypatch.setattr("eval.intervals.BLOCK", 350)
-    assert bootstrap_interval(groups, n_resamples=4000) == pytest.approx(expected, abs=0.02)
+def test_many_values_have_the_normal_interval_in_blocks_too(monkeypatch, grouped):
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    half_width = 1.96 * values.std(ddof=1) / 20
+    limits = (values.mean() - half_width, values.mean() + half_width)
+    for block in (1 << 20, 3500):
+        monkeypatch.setattr("eval.intervals.BLOCK", block)
+        value, *interval = bootstrap_interval(grouped(values), n_resamples=4000)
+        assert value == pytest.approx(values.mean()) and interval == pytest.approx(limits, abs=0.1 * half_width)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -246,21 +241,22 @@ def halved(values, statistic=np.mean, groups=None):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [6, 7, 20, 60])
+@pytest.mark.parametrize("n", [7, *slow(6, 20, 60)])
 def test_coverage_from_halves(n):
     rng = np.random.default_rng(11)
     alone = paired = 0
-    for _ in range(500):
+    for _ in range(300):
         shared, a, b = rng.normal(size=n), rng.normal(1, 0.2, n), rng.normal(0, 0.2, n)
         _, low, high = interval_of(halved(shared))
         alone += low <= 0 <= high
         _, low, high, count = difference_of(halved(shared + a), halved(shared + b))
         paired += low <= 1 <= high
         assert count == 2 * n and high - low < 2, "the shared part must cancel"
-    # binomial error of 500 trials: 1 point
-    assert 0.92 <= alone / 500 <= 0.98 and 0.92 <= paired / 500 <= 0.98
+    # binomial error of 300 trials: 1.3 points
+    assert 0.91 <= alone / 300 <= 0.985 and 0.91 <= paired / 300 <= 0.985
 
 
+@pytest.mark.slow
 def test_coverage_from_halves_of_a_number_biased_by_n():
     """The plug-in variance is biased by (n - 1) / n, about twice as much in a half."""
     rng = np.random.default_rng(12)

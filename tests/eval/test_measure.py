@@ -4,46 +4,36 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from eval.alignment import ClipScore
-from eval.attributes import AttributeEntropy
-from eval.clip import HFClip
-from eval.diversity import PairwiseDistance, PairwiseSimilarity, VendiScore
-from eval.encoders import PixelEncoder, Scorer
+from eval.diversity import PairwiseDistance, VendiScore
+from eval.encoders import PixelEncoder
 from eval.files import read_document
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
-from eval.intervals import bootstrap_interval, difference_of, interval_of, mean_of, n_units, values_of
-from eval.metric import Metric, SetMetric, is_current, measure
+from eval.intervals import bootstrap_interval, difference_of, interval_of
+from eval.metric import SetMetric, is_current, measure
 
 ENCODER = PixelEncoder()
 SIX = ("bird", "cat", "dog", "fish", "horse", "insect")
 
 
-def test_documents_are_complete_and_reproducible(make_run, tiny_clip):
-    run, encoder = make_run(), HFClip(tiny_clip)
-    entropy = AttributeEntropy(encoder, ["cat", "dog", "cow"], ["a {}"])
-    for metric in (*(kind(encoder) for kind in (PairwiseSimilarity, PairwiseDistance, VendiScore, ClipScore)), entropy):
-        document = measure(metric, run, path=run / "metrics" / "first.json")
-        assert document == read_document(run / "metrics" / "first.json")
-        facts = {"metric": metric.name, "version": metric.version, "higher_is_better": metric.higher_is_better}
-        assert facts.items() <= document.items() and document["encoder"] == {"name": encoder.name, "id": encoder.id}
-        assert document["unit"] and document["description"].endswith(".") and "torch" in document["environment"]
-        assert (document["n_groups"], document["n_images"]) == (4, 16)
-        assert document["manifest_sha256"] == ImageSet.open(run).manifest_hash
-        names = [group["group"] for group in document["groups"]]
-        assert names == ["bird/000000", "bird/000001", "fish/000000", "fish/000001"]
-        assert all((group["n_images"], group["category"]) == (4, group["group"][:4]) for group in document["groups"])
-        assert document["value"] == pytest.approx(mean_of(values_of(document["groups"], document["aggregate"])))
-        value, low, high = bootstrap_interval(document["groups"], document["aggregate"], n_resamples=200, cluster=None)
-        assert value == document["value"]
-        assert low is None if n_units(document, None) < 4 else low <= value <= high
-        minimum, maximum = document["bounds"]
-        assert (minimum is None or minimum <= value) and (maximum is None or value <= maximum)
-        measure(metric, run)
-        assert (run / "metrics" / f"{metric.name}.json").read_bytes() == (run / "metrics" / "first.json").read_bytes()
+def test_documents_are_complete_and_reproducible(make_run):
+    run, metric = make_run(), VendiScore(ENCODER)
+    document = measure(metric, run, path=run / "metrics" / "first.json")
+    assert document == read_document(run / "metrics" / "first.json")
+    facts = {"metric": metric.name, "version": metric.version, "higher_is_better": True, "unit": metric.unit}
+    assert facts.items() <= document.items() and document["encoder"] == {"name": ENCODER.name, "id": ENCODER.id}
+    assert document["description"].endswith(".") and "torch" in document["environment"]
+    assert (document["n_groups"], document["n_images"]) == (4, 16)
+    assert document["manifest_sha256"] == ImageSet.open(run).manifest_hash
+    names = [group["group"] for group in document["groups"]]
+    assert names == ["bird/000000", "bird/000001", "fish/000000", "fish/000001"]
+    assert all((group["n_images"], group["category"]) == (4, group["group"][:4]) for group in document["groups"])
+    value, low, high = bootstrap_interval(document["groups"], n_resamples=200, cluster=None)
+    assert document["bounds"] == [1, None] and low <= value == document["value"] <= high
+    measure(metric, run)
+    assert (run / "metrics" / "vendi_score.json").read_bytes() == (run / "metrics" / "first.json").read_bytes()
 
 
 def test_a_document_is_current_until_something_changes(make_run):
@@ -73,32 +63,6 @@ def test_a_damaged_document_is_named(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=r"x\.json"):
         read_document(tmp_path / "x.json")
-
-
-def test_a_metric_can_have_its_own_scorer_which_is_prepared(make_run):
-    class Differ(Scorer):
-        name, id, prepared = "pixel differences", "pixel-differences-1", False
-
-        def prepare(self):
-            self.prepared = True
-
-    class Compares(Metric):
-        """Compares nothing."""
-
-        name, version, higher_is_better, unit, encoder = "compares", 1, None, "levels", Differ()
-
-        def inputs(self, images, positions):
-            return (len(positions),)
-
-        def score(self, count):
-            return torch.ones(count)
-
-    run, metric = make_run(), Compares(None)
-    metric.prepare()
-    document = measure(metric, run)
-    assert metric.encoder.prepared and is_current(document, metric, run)
-    assert document["encoder"] == {"name": "pixel differences", "id": "pixel-differences-1"}
-    assert document["description"] == "Compares nothing."
 
 
 # --- halves of sets --------------------------------------------------------------------------------------------------
@@ -135,7 +99,7 @@ def test_a_set_metric_measures_the_set_and_halves_of_the_categories(make_run):
         assert not is_current(document, metric, a), change
 
 
-@pytest.mark.parametrize("cluster", ["category", "prompt", None])
+@pytest.mark.parametrize("cluster", ["category", None])
 def test_halves_hold_whole_clusters_and_are_the_same_for_every_method(make_run, cluster):
     draws = {}
 
@@ -177,12 +141,12 @@ def test_halves_of_categories_cover_where_images_of_a_category_are_alike():
     for cluster in hits:
         metric = Drawn(ENCODER)
         metric.cluster = cluster
-        for _ in range(150):
+        for _ in range(60):
             values = np.repeat(rng.normal(size=12), 4) + 0.3 * rng.normal(size=48)
             _, low, high = interval_of({"aggregate": "subsets", **metric.results(ImageSet(".", rows))})
             hits[cluster] += low <= 0 <= high
-    # binomial error of 150 trials: 1.8 points
-    assert hits["category"] / 150 >= 0.9 and hits[None] / 150 < 0.8
+    # binomial error of 60 trials: 2.8 points
+    assert hits["category"] / 60 >= 0.87 and hits[None] / 60 < 0.8
 
 
 def test_halves_of_few_categories_or_images_are_not_measured(make_run):

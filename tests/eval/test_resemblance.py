@@ -99,10 +99,9 @@ def test_calibration_by_hand():
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2])
-@pytest.mark.parametrize("n", [19, 100])
-def test_new_negatives_are_detected_at_the_stated_rate(rate, n):
+def test_new_negatives_are_detected_at_the_stated_rate(rate, n=19):
     generator = torch.Generator().manual_seed(0)
-    thresholds = [calibrate_threshold(torch.randn(n, generator=generator), rate) for _ in range(1500)]
+    thresholds = [calibrate_threshold(torch.randn(n, generator=generator), rate) for _ in range(500)]
     # the exact chance that a new standard normal number is above the threshold
     rates = [0.5 * math.erfc(threshold / math.sqrt(2)) for threshold in thresholds]
     margin = 4 * np.std(rates) / math.sqrt(len(rates))

@@ -51,7 +51,7 @@ def test_p_is_that_of_a_loop_by_hand(clustered, grouped):
 
 def test_p_of_many_normal_values_is_near_a_t_tests(grouped):
     rng = np.random.default_rng(3)
-    for shift in (0, 0.1, 0.2, 0.3):
+    for shift in (0, 0.2):
         values = rng.normal(shift, 1, 100)
         assert bootstrap_t_p(grouped(values)) == pytest.approx(ttest_1samp(values, 0).pvalue, abs=0.02)
 
@@ -127,10 +127,10 @@ def size_of_test(grouped):
 
 
 def test_the_size_where_groups_of_a_cluster_are_alike(size_of_test):
-    """By single groups it would be 29 %. Binomial error of 600 trials: 0.9 points."""
+    """By single groups it would be 29 %. Binomial error of 300 trials: 1.3 points."""
     sizes = [1, 2, 3, 4, 5, 6] * 3
-    size = size_of_test(lambda rng: np.repeat(rng.normal(size=18), sizes) + rng.normal(0, 0.5, 63), 600, sizes)
-    assert 0.025 <= size <= 0.075
+    size = size_of_test(lambda rng: np.repeat(rng.normal(size=18), sizes) + rng.normal(0, 0.5, 63), 300, sizes)
+    assert 0.02 <= size <= 0.09
 
 
 @pytest.mark.slow
@@ -154,8 +154,8 @@ def test_holm_by_a_known_example_and_simulated():
     assert (holm([0.6, 0.9]), holm([0.02]), holm([])) == ([1, 1], [0.02], [])
     with pytest.raises(ValueError, match=r"p-values in \[0, 1\]"):
         holm([0.1, float("nan")])
-    p = np.random.default_rng(8).uniform(size=(4000, 6))
-    assert np.mean([min(holm(row)) <= 0.05 for row in p]) == pytest.approx(0.05, abs=0.012)
+    p = np.random.default_rng(8).uniform(size=(1500, 6))
+    assert np.mean([min(holm(row)) <= 0.05 for row in p]) == pytest.approx(0.05, abs=0.02)
 
 
 def test_effect_size_and_win_rate_by_hand(grouped):
@@ -177,13 +177,13 @@ def test_non_inferiority_is_the_intervals_limit_against_the_margin(grouped):
             non_inferior(loss, margin)
     # a loss that equals the margin is called non-inferior in about 2.5 % of the runs
     rng, n_non_inferior = np.random.default_rng(9), 0
-    for _ in range(600):
+    for _ in range(200):
         differences = grouped(rng.normal(-0.5, 0.4, 30) - rng.normal(0, 0.4, 30))
-        n_non_inferior += non_inferior(Difference(*bootstrap_interval(differences, n_resamples=300), 30), 0.5)
-    assert n_non_inferior / 600 <= 0.05
+        n_non_inferior += non_inferior(Difference(*bootstrap_interval(differences, n_resamples=200), 30), 0.5)
+    assert n_non_inferior / 200 <= 0.07
 
 
-@pytest.mark.parametrize("margin", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("margin", [0.1, 0.5])
 def test_the_power_of_non_inferiority_is_how_often_a_harmless_method_is_non_inferior(margin):
     """Simulated with differences of 25 categories whose true mean is 0."""
     n, error = 25, 0.2

@@ -10,8 +10,6 @@ from eval.encoders import Network
 from eval.features import EffNetLite0, Inception
 from eval.weights import FACTS, WeightsFacts, published_hash
 
-TEXTS = {"source", "resize", "input_range", "licence", "how_to_get"}
-
 
 def rows_of(kind):
     """Return the rows of all subclasses of a class."""
@@ -25,8 +23,9 @@ def test_every_row_belongs_to_a_network_and_has_its_texts():
     for module in pkgutil.iter_modules(modules):
         importlib.import_module(f"eval.{module.name}")
     assert rows_of(Network) == set(FACTS) - {"none", "pixels"}
+    texts = {"source", "resize", "input_range", "licence", "how_to_get"}
     for name, row in FACTS.items():
-        assert row.keys() >= TEXTS and row.get("local", {}).keys() <= TEXTS, name
+        assert row.keys() >= texts and row.get("local", {}).keys() <= texts, name
 
 
 def test_any_file_of_a_url_is_enough_and_all_of_a_repository_are_needed(tmp_path, monkeypatch):

@@ -82,15 +82,10 @@ def wrong_mask(**options):
         (lambda folder: (folder / "red" / "1.png").unlink(), r"Masks without a picture: .*1\.mask\.png.*PICTURE\.mask"),
     ],
 )
-def test_what_cannot_be_read_is_named_when_the_folder_is_read(folder, spoil, message):
+def test_an_unreadable_file_is_named_when_the_folder_is_read(folder, spoil, message):
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_assets(folder)
-
-
-def test_without_a_folder_the_error_says_which_settings_to_give():
-    with pytest.raises(FileNotFoundError, match=r"model\.copyright\.guidance=FOLDER.*model\.copyright\.scoring=FOLDER"):
-        read_assets(None)
 
 
 def test_an_image_that_is_scored_against_is_refused_whatever_its_file_format(folder, tmp_path):
@@ -119,15 +114,16 @@ COPIES = {
 
 @pytest.fixture(scope="module")
 def guidance():
-    return read_assets(PROTECTED / "guidance")
+    """Drawings of protected concepts, every fourth of those of models/mini-protected."""
+    return read_assets(PROTECTED / "guidance")[::4]
 
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_of_an_image_that_is_scored_against_is_refused(copy, guidance, tmp_path):
-    file = next(asset.file for asset in guidance if asset.name == "panda")
-    (tmp_path / "panda").mkdir()
+    file = guidance[0].file
+    (tmp_path / "concept").mkdir()
     with Image.open(file) as image:
-        COPIES[copy](image.convert("RGB")).save(tmp_path / "panda" / "other.jpg", quality=40)
+        COPIES[copy](image.convert("RGB")).save(tmp_path / "concept" / "other.jpg", quality=40)
     with pytest.raises(ValueError, match=rf"1 of the pictures .*also scored against: {file} = .*other\.jpg"):
         check_disjoint(guidance, tmp_path)
 
@@ -143,12 +139,11 @@ def test_drawings_by_several_artists_are_no_copies_and_are_loaded_one_at_a_time(
         return image
 
     monkeypatch.setattr("experiments.methods.assets.load_image", load)
-    for folder in ("scoring", "held_out"):
-        check_disjoint(guidance, PROTECTED / folder)
-    assert len(seen) > 2 * len(guidance)
+    check_disjoint(guidance, PROTECTED / "scoring")
+    assert len(seen) > len(guidance)
 
 
-def test_an_index_finds_the_nearest_images_of_the_concepts_asked_for(folder):
+def test_an_index_finds_the_nearest_images_of_the_named_concepts(folder):
     index, encoder = AssetIndex(folder, Colours()), Colours()
     queries = encoder.embed_texts(["green", "red"])
     by_hand = [max(torch.dot(encoder.embed_images([asset.image])[0], query).item() for query in queries)
@@ -185,7 +180,7 @@ def test_a_prompt_finds_all_images_of_the_nearest_concept(folder):
     assert retriever(folder).of_prompt("red", ["green"]) == []
 
 
-def test_the_threshold_itself_is_not_above_the_threshold(folder):
+def test_a_score_must_exceed_the_threshold(folder):
     assert retriever(folder).find(None, GREY, {}) == []
     best = max(score for _, score in retriever(folder, prompt=-1.0).find(None, GREY, {}))
     assert retriever(folder, prompt=best).find(None, GREY, {}) == []
@@ -227,15 +222,15 @@ def ordinary(numbers):
 
 
 def test_the_automatic_threshold_keeps_its_promise_on_further_ordinary_prompts(folder):
-    """Over many calibrations, a further ordinary prompt finds a concept as often as was asked for, and not less."""
+    """Over many calibrations, a further ordinary prompt finds a concept at the configured rate."""
     rates = []
-    for draw in range(40):
+    for draw in range(20):
         prompts = ordinary(range(1000 * draw, 1000 * draw + 39))
         calibrated = Retriever(folder, RandomTexts(), {"prompt": "auto"}, prompts, 0.2)
         further = RandomTexts().embed_texts([f"a {10**6 + 100 * draw + number}" for number in range(100)])
         nearest = (further @ calibrated.index.embeddings.T).amax(dim=1)
         rates.append((nearest > calibrated.thresholds["prompt"]).double().mean().item())
-    assert np.mean(rates) == pytest.approx(0.2, abs=4 * np.std(rates) / 40**0.5)
+    assert np.mean(rates) == pytest.approx(0.2, abs=4 * np.std(rates) / 20**0.5)
 
 
 def test_the_automatic_threshold_needs_prompts_enough(folder):

@@ -1,7 +1,8 @@
-"""The one entry of all commands: help without waiting, one line for what is wrong, Ctrl-C that keeps what is done."""
+"""The entry of all commands: help without waiting, one line for an error, Ctrl-C that keeps complete groups."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from experiments import PROJECT
 from experiments.__main__ import COMMANDS, main
 from experiments.configs import run_names
 from experiments.generate import _generate_each
-from experiments.plan import Plan, expand, launch, launched_run
-from experiments.runs.checkpoints import find_checkpoint
+from experiments.plan import expand, launch, launched_run
 from experiments.runs.store import Run
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
@@ -49,14 +49,13 @@ def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "messages"),
     [
         (["generat"], ["generat", "generate"]),
         (["generate", "model=mini-sdx"], ["model=mini-sdx", "flux-dev", "did you mean mini-sdxl?"]),
         (["generate", "experiment=diversty"], ["did you mean diversity?"]),
         (["generate", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
         (["generate", "--model", "sdxl"], ["use model=sdxl, without dashes"]),
-        (["tabulate", "--model=sdxl"], ["use model=sdxl, without dashes"]),
         (["doctor", "--experiment=diversity", "--fetch"], ["use experiment=diversity, without dashes"]),
         (["evaluate", "model.call.heigth=12"], ["model.call.heigth", "did you mean model.call.height?"]),
         (["tabulate", "method.alpha=0.3"], ["method.alpha: expected a key"]),
@@ -65,22 +64,20 @@ def test_a_command_logs_its_own_steps_and_of_other_packages_warnings_alone():
         (["generate", "model=mini-sdxl", "model.architecture=dit"], ["must be one of ['auraflow', ", "got 'dit'"]),
         (["generate", "model=mini-sdxl", "model.call.guidance_scale=high"], ["must be a number, got 'high'"]),
         (["latency", "experiment=latency", "latency.cases=no"], ["latency.cases must be true or false, got 'no'"]),
-        (["latency", "experiment=latency", "latency.only=5"], ["latency.only must name cases", "got 5"]),
         (["generate", "device=cuda:77"], ["cuda:77", "auto"]),
         (["generate", "model=mini-sdxl", "workers=0"], ["workers must be auto", "got 0"]),
         (["evaluate", "model=sdxl", "model.scorer.weights=/x"], ["did you mean model.scorer.weights_dir?"]),
         (["generate", "model=mini-sdxl", "method=negtome", "scorer@method.encodr=sscd"], ["encodr"]),
-        (["doctor", "expriment=diversity"], ["expriment", "did you mean experiment?"]),
         (["generate", "experiment=safety", "guard=chat"], ["guard.model has no value: give guard.model=VALUE"]),
         (["compare", "experiment=diversity"], ["expected one of", "got compare"]),
         (["doctor", "now", "here"], ["one name", "now here"]),
     ],
 )
-def test_what_is_wrong_is_one_line_and_exit_code_2(arguments, said, capsys, monkeypatch):
+def test_an_error_is_one_line_and_exit_code_2(arguments, messages, capsys, monkeypatch):
     monkeypatch.delenv("NEGTOME_TRACEBACK", raising=False)
     assert main(arguments) == 2
     out = capsys.readouterr()
-    assert len(out.err.splitlines()) == 1 and all(text in out.err for text in said), out.err
+    assert len(out.err.splitlines()) == 1 and all(text in out.err for text in messages), out.err
 
 
 def test_a_variable_shows_where_an_error_was_raised(monkeypatch):
@@ -115,18 +112,26 @@ def test_what_goes_to_other_machines_is_checked_without_their_device(tiny_overri
     assert "must be a list" in capsys.readouterr().err
 
 
+@pytest.fixture
+def missing(scored_copy):
+    """The file of a plan whose runs are still to be generated, and their folders."""
+    plan, outputs, folders = scored_copy
+    shutil.rmtree(outputs / "runs")
+    return plan.write(), folders
+
+
 def failing(cfg):
     plan, spec = launched_run(cfg)
     raise ValueError(f"no {plan.name} of {spec.label}")
 
 
-def test_the_error_of_a_launched_job_is_raised_here(tmp_path, monkeypatch):
-    """And not printed by Hydra with its traceback: it becomes one line as any other."""
+def test_the_error_of_a_launched_job_is_raised_here(scored_copy, monkeypatch):
+    """Hydra does not print it with its traceback: it becomes one line as any other."""
     monkeypatch.setattr(sys, "argv", ["generate"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    plan = Plan.make(["-m", "experiment=diversity", "model=mini-sdxl", "method=none", f"outputs={tmp_path}"])
+    plan, _, _ = scored_copy
     plan.launcher = ("hydra/job_logging=none", "hydra/hydra_logging=none")
-    with pytest.raises(ValueError, match="no diversity of mini-sdxl none"):
+    with pytest.raises(ValueError, match="no sweep of sdxl none"):
         launch(failing, plan)
 
 
@@ -147,27 +152,27 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
 
-def test_processes_are_given_all_runs_at_once_and_each_ends_with_its_last_group(tiny_overrides, tmp_path, monkeypatch):
+def test_processes_receive_all_runs_at_once_and_each_run_ends_with_its_last_group(missing, monkeypatch):
     """A process that has no group of a run left goes on with the next run's."""
-    asked = tiny_overrides("sweep", tmp_path, "method=none,negtome", "workers=2")
-    ids = [Run.plan(cfg, find_checkpoint(cfg.model).fingerprint, "cpu")[0].id for cfg in expand(asked)]
-    seen, finish = [], Run.finish
+    events, finish = [], Run.finish
 
     class Executor(Future):
-        """Makes what it is given here, when its result is asked for."""
+        """Generates a group in this process, when its result is requested."""
 
-        def submit(self, make, task, *rest):
-            seen.append(("given", task.run.id))
+        def submit(self, generate_group, task, *rest):
+            events.append(("submitted", task.run.id))
             future = Executor()
-            future.result = lambda: seen.append(("made", task.run.id)) or make(task, *rest)
+            future.result = lambda: events.append(("generated", task.run.id)) or generate_group(task, *rest)
             return future
 
     monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
     monkeypatch.setattr("experiments.generate.as_completed", iter)
-    monkeypatch.setattr(Run, "finish", lambda run, groups: seen.append(("finished", run.id)) or finish(run, groups))
-    assert main(["generate", *asked]) == 0
-    given = [("given", run) for run in ids for _ in range(2)]
-    assert seen == given + [(what, run) for run in ids for what in ("made", "made", "finished")]
+    monkeypatch.setattr(Run, "finish", lambda run, groups: events.append(("finished", run.id)) or finish(run, groups))
+    file, folders = missing
+    assert main(["generate", f"plan={file}", "workers=2"]) == 0
+    expected = [("submitted", folder.name) for folder in folders for _ in range(2)]
+    expected += [(event, folder.name) for folder in folders for event in ("generated", "generated", "finished")]
+    assert events == expected
 
 
 def test_runs_are_named_by_what_differs():
@@ -175,15 +180,12 @@ def test_runs_are_named_by_what_differs():
     assert names == ["mini-sdxl none", "mini-sdxl negtome, alpha 0.3", "mini-sdxl negtome, alpha 0.9"]
 
 
-def test_a_repeated_command_says_one_line_a_run(tiny_overrides, tmp_path, caplog):
+def test_a_repeated_command_logs_one_line_a_run(scored_sweep, caplog):
     caplog.set_level("INFO", "experiments")
-    asked = tiny_overrides("sweep", tmp_path, "method=none,negtome")
     for command in ("generate", "evaluate"):
-        assert main([command, *asked]) == 0
         caplog.clear()
-        assert main([command, *asked]) == 0
+        assert main([command, f"plan={scored_sweep[0].file}"]) == 0
         assert len(caplog.records) == 2, [record.getMessage() for record in caplog.records]
-        caplog.clear()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
@@ -208,12 +210,13 @@ def test_ctrl_c_says_what_is_kept_and_a_second_one_ends_at_once():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_path, monkeypatch, capsys):
-    asked = tiny_overrides("sweep", tmp_path, "method=none", "prompts.categories=[flower,fruit,horse]", "workers=1")
+def test_an_interrupted_generation_goes_on_where_it_stopped(missing, monkeypatch, capsys):
+    file, folders = missing
+    command = ["generate", f"plan={file}", "workers=1"]
     save = Run.save
 
     def interrupted(*arguments):
-        """The first group that is ready sends the signal: no waiting for a moment that might not come."""
+        """Send the signal when the first group is ready, instead of waiting for a moment that might not come."""
         save(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -223,12 +226,11 @@ def test_an_interrupted_generation_goes_on_where_it_stopped(tiny_overrides, tmp_
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Run, "save", interrupted)
         patch.setattr(os, "_exit", ended)
-        main(["generate", *asked])
-    said = capsys.readouterr().err
-    assert re.search(r"of 3 groups were generated and are kept in .*outputs/runs;", said), said
-    kept = list((tmp_path / "outputs").rglob("group.json"))
-    assert len(kept) == 1
-    before = kept[0].stat().st_mtime_ns
-    assert main(["generate", *asked]) == 0
-    assert len(list((tmp_path / "outputs").rglob("group.json"))) == 3 and kept[0].stat().st_mtime_ns == before
+        main(command)
+    message = capsys.readouterr().err
+    assert re.search(r"of 4 groups were generated and are kept in .*outputs/runs;", message), message
+    (record,) = folders[0].parent.rglob("group.json")
+    before = record.stat().st_mtime_ns
+    assert main(command) == 0
+    assert len(list(folders[0].parent.rglob("group.json"))) == 4 and record.stat().st_mtime_ns == before
     signal.signal(signal.SIGINT, signal.default_int_handler)

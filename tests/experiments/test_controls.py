@@ -60,7 +60,7 @@ def test_a_random_match_pushes_the_same_tokens_from_a_token_of_the_first_image(p
 
 
 @pytest.mark.parametrize("control", [RandomMatch, NoiseControl])
-def test_the_halves_of_guidance_get_the_same_and_unmoved_tokens_stay(control):
+def test_both_halves_of_guidance_get_the_same_and_unmoved_tokens_stay(control):
     half = torch.randn(K, 16, 8, generator=generator(3))
     tokens = torch.cat([half, half])
     result = control("c", **STRENGTH).replace(tokens, push(tokens), K, generator())

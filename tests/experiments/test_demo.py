@@ -1,6 +1,5 @@
 """The demo without its page: what a session makes, reports and stops; and its exports."""
 
-import ast
 import contextlib
 import io
 import json
@@ -8,7 +7,6 @@ import os
 import runpy
 import shlex
 import sys
-import threading
 from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,25 +16,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import negtome
 from eval.alignment import ClipScore, clip_score
 from eval.diversity import PairwiseDistance
-from eval.images import blurred, load_picture, read_manifest
+from eval.images import blurred, load_picture
 from experiments import PROJECT
 from experiments.__main__ import main
 from experiments.configs import build
 from experiments.demo import models, request, session, view, watch
 from experiments.demo.export import exports, png
-from experiments.demo.jobs import Job, Jobs
 from experiments.demo.request import MODES, GenerationRequest, save_picture, split_prompt
-from experiments.demo.session import Session
-from experiments.methods.negtome import NegToMe
-from experiments.plan import Plan, expand, first
-from experiments.runs import checkpoints, preflight
-from experiments.runs.store import Run
+from experiments.demo.session import Job, Session
 from negtome.__main__ import main as negtome_main
 from negtome.generate import GenerationResult, generate
 from negtome.recipe import Recipe
@@ -69,8 +61,19 @@ def away(folder):
     return replace(SHORT, mode="away", picture=save_picture(picture), mask=save_picture(mask))
 
 
-def states(loaded, asked):
-    return list(loaded.run(asked, threading.Event()))
+def states(loaded, asked, stop_at=None):
+    """All states of a run, also those that come too fast for a page; `stop_at`: number of rows and of the step."""
+    seen = []
+
+    class Recorded(Job):
+        def update(self, *arguments, **changes):
+            super().update(*arguments, **changes)
+            seen.append(self.state)
+            if (len(self.state.rows), self.state.step) == stop_at:
+                self.stop.set()  # in the run's own thread, which would be done before another thread could
+
+    assert [*Recorded(loaded, asked).follow()][-1] is seen[-1]
+    return seen
 
 
 def result(loaded, asked):
@@ -101,9 +104,9 @@ def test_both_rows_are_the_library_s_own_images_and_every_step_is_shown(loaded):
     working = [state for state in seen if state.kind == "working" and state.step]
     assert [(state.step, state.steps, len(state.preview)) for state in working] == [(1, 2, 2), (2, 2, 2)] * 2
     pushed, summary = last.rows[1].pushed, expected.attached.summary()
-    assert sum(step.pushed for step in pushed.steps) == summary["tokens_pushed"] > 0
-    assert sum(step.compared for step in pushed.steps) == summary["tokens_compared"]
-    assert [step[:2] for step in pushed.steps] == expected.attached.steps
+    assert sum(step.tokens_pushed for step in pushed.steps) == summary["tokens_pushed"] > 0
+    assert sum(step.tokens_compared for step in pushed.steps) == summary["tokens_compared"]
+    assert [(step.timestep, step.active) for step in pushed.steps] == expected.attached.steps
     assert pushed.where.shape == (2, 16, 16) and not pushed.where[0].any() and 0 < pushed.where[1].mean() <= 1
     encoder = build(models.find("mini-sdxl").cfg.scorer)
     images = torch.from_numpy(pixels(last.rows[1].images)).permute(0, 3, 1, 2)
@@ -137,18 +140,8 @@ def test_a_baseline_is_made_once_for_all_settings_that_it_does_not_depend_on(loa
 
 
 @pytest.mark.parametrize(("seed", "rows"), [(11, []), (0, ["none"])])
-def test_stop_ends_a_run_before_the_next_step_and_keeps_finished_rows_and_the_preview(loaded, monkeypatch, seed, rows):
-    stop, update = threading.Event(), session._Run.update
-
-    def stopping(run, *arguments, **changes):
-        """Stop in the run's own thread, which would be done before another thread could."""
-        update(run, *arguments, **changes)
-        if (len(run.state.rows), run.state.step) == (len(rows), 1):
-            stop.set()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session._Run, "update", stopping)
-        *before, last = loaded.run(replace(SHORT, seed=seed), stop)
+def test_stop_ends_a_run_before_the_next_step_and_keeps_finished_rows_and_the_preview(loaded, seed, rows):
+    *before, last = states(loaded, replace(SHORT, seed=seed), stop_at=(len(rows), 1))
     assert last.kind == "stopped" and "after step 1 of 2" in last.text and last.advice
     assert [row.name for row in last.rows] == rows and before[-1].step == 1
     assert view.progress(last).count("data:image/png;base64,") == len(last.preview) == 2
@@ -156,21 +149,25 @@ def test_stop_ends_a_run_before_the_next_step_and_keeps_finished_rows_and_the_pr
     assert not loaded.turn.locked() and result(loaded, SHORT)
 
 
-def test_runs_wait_for_each_other_and_can_leave_the_queue(loaded):
+def test_runs_wait_for_each_other_survive_a_reload_and_end_if_nobody_follows_them(loaded):
     with loaded.turn:
-        stop = threading.Event()
-        run = loaded.run(SHORT, stop)
-        assert next(run).kind == "queued"
-        stop.set()
-        assert [state.kind for state in run] == ["stopped"]
-        waiting = loaded.run(SHORT, threading.Event())
-        assert next(waiting).kind == "queued"
-        left = threading.Event()
-        leaving = loaded.run(SHORT, left)
-        next(leaving)
-        leaving.close()
-        assert left.is_set(), "a visitor who leaves ends the run"
-    assert [*waiting][-1].kind == "done"
+        name = loaded.start(replace(SHORT, seed=15))
+        page = loaded.jobs[name].follow()
+        assert next(page).kind == "queued"
+        page.close()
+        again = loaded.jobs[name].follow()
+        assert next(again).kind == "queued"
+        stopped, left = Job(loaded, SHORT), Job(loaded, SHORT, patience=0)
+        page = stopped.follow()
+        next(page)
+        stopped.stop.set()
+        assert [state.kind for state in page] == ["stopped"], "it leaves the queue"
+        page = left.follow()
+        next(page)
+        page.close()
+        assert left.stop.wait(timeout=60)
+    assert [*again][-1].kind == "done" and [*left.follow()][-1].kind == "stopped"
+    assert [state.kind for state in loaded.jobs[name].follow()] == ["done"], "also after it has ended"
 
 
 def test_missing_weights_are_named_and_the_embedded_model_replaces_them(loaded, tmp_path, monkeypatch):
@@ -304,11 +301,17 @@ def read_recipe(line):
     return recipes[0]
 
 
-@pytest.mark.parametrize("name", ["mini-sdxl", "flux-dev"])
-def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_has_an_effect(name):
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("mini-sdxl", ("negtome", "lower_guidance", "cads", "negtome_released")),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in ("mini-sdxl", "flux-dev")),
+    ],
+)
+def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_has_an_effect(name, methods):
     model, values = models.find(name), chosen(name) if name.startswith("mini-") else {}
     assert values.keys() <= model.methods().keys()
-    for method in model.methods():
+    for method in methods or model.methods():
         spec = yaml.safe_load((PROJECT / "conf" / "method" / f"{method}.yaml").read_text())
         if (hyperparameter := spec.get("metadata", {}).get("hyperparameter")) is None:
             continue
@@ -319,30 +322,6 @@ def test_every_method_is_shown_with_its_chosen_hyperparameter_or_another_that_ha
         setting, _, value = override.partition("=")
         assert setting == f"method.{hyperparameter['setting']}" and yaml.safe_load(value) != without_effect, method
         assert yaml.safe_load(value) == values.get(method, yaml.safe_load(value)), method
-
-
-@pytest.mark.parametrize("name", ["mini-sdxl", pytest.param("mini-flux", marks=pytest.mark.slow)])
-def test_every_export_of_compared_methods_has_their_settings(name):
-    model, methods = models.find(name), ("negtome", "cads", "lower_guidance", "negtome_released")
-    asked = GenerationRequest(mode="compare", model=name, methods=methods, images=3, steps=7, seed=5)
-    recipe = asked.recipe(model)
-    script, commands, overrides = (export.text for export in exports(asked, recipe, model))
-    assignments = [node for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Assign)]
-    of_script = next(ast.literal_eval(node.value) for node in assignments if node.targets[0].id == "methods")
-    of_commands = [read_recipe(line) for line in commands.splitlines()]
-    lines = [shlex.split(line)[4:] for line in overrides.splitlines()]
-    assert len(lines) == 1 + len(methods) and tuple(of_script) == methods
-    assert expand(lines[0])[0].method.name == "none"
-    for method, line in zip(methods, lines[1:], strict=True):
-        shown, (cfg,) = model.method(method), expand(line)
-        scripted = first([f"model={name}", f"method={method}", *of_script[method]]).method
-        assert build(cfg.method).settings() == build(scripted).settings() == shown.settings(), method
-        call = checkpoints.call_arguments(model.cfg) | {"num_inference_steps": 7}
-        assert checkpoints.call_arguments(cfg.model) == call
-        (group,) = build(cfg.prompts).groups()
-        assert (group.prompt, group.image_seeds()) == (asked.prompt, [5, 6, 7])
-        if type(shown) is NegToMe:
-            assert recipe.replace(config=shown.config) in of_commands
 
 
 def run_script(loaded, folder, monkeypatch, text):
@@ -359,22 +338,15 @@ def run_script(loaded, folder, monkeypatch, text):
 
 
 def test_the_exports_of_compared_methods_make_these_very_images(loaded, tmp_path, monkeypatch):
-    """Methods with settings, with further calls, and with other seeds; by the script and as runs of the benchmark."""
-    methods = ("negtome", "lower_guidance", "cads", "best_of", "negtome_previous")
+    """Methods with settings, with random numbers and with other seeds; the command has NegToMe's settings."""
+    methods, model = ("negtome_previous", "cads", "best_of"), models.find("mini-sdxl")
     last = result(loaded, replace(SHORT, mode="compare", methods=methods, seed=3))
     assert not any(row.refused for row in last.rows)
-    script, _, overrides = (export.text for export in exports(last.request, last.recipe, models.find("mini-sdxl")))
+    script, command = (export.text for export in exports(last.request, last.recipe, model))
+    assert read_recipe(command) == last.recipe.replace(config=model.method(methods[0]).config)
     run_script(loaded, tmp_path, monkeypatch, script)
     for row, name in zip(last.rows, ("without", *methods), strict=True):
         assert np.array_equal(saved(tmp_path, name), pixels(row.images)), name
-    lines = overrides.splitlines()
-    for number in (0, 3):  # the baseline, and a method with random numbers of its own
-        arguments = [*shlex.split(lines[number])[4:], f"outputs={tmp_path}", "device=cpu"]
-        assert main(["generate", *arguments]) == 0
-        run = Run.of(Plan.make(arguments).runs[-1]).folder
-        rows = sorted(read_manifest(run), key=lambda row: row.index)
-        images = [Image.open(run / row.path) for row in rows]
-        assert np.array_equal(pixels(images), pixels(last.rows[number].images)), last.rows[number].name
 
 
 @pytest.mark.parametrize(
@@ -408,12 +380,13 @@ def test_similarity_to_the_reference_image_is_shown_for_both_rows(loaded, folder
 def test_images_that_show_something_else_come_with_a_warning(loaded, away):
     asked = GenerationRequest(images=2, steps=8, seed=1, threshold=-1, low=0)
     torn, mild = (result(loaded, replace(asked, alpha=alpha)) for alpha in (4, 0.05))
-    referenced = result(loaded, replace(away, mask="", steps=8, threshold=-1, alpha=4))
+    referenced = result(loaded, replace(away, mask="", steps=8, seed=1, threshold=-1, alpha=4))
     for last in (torn, referenced):
         assert last.rows[1].clip < 0.6 * last.rows[0].clip and "CLIPScore fell" in last.rows[1].warning
     assert "CLIPScore fell" in view.results(torn) and not mild.rows[1].warning and not torn.rows[0].warning
 
 
+@pytest.mark.slow
 def test_the_limit_of_the_warning_separates_fitting_images_from_others():
     """On the artwork of the evaluated categories, by mini-clip, as the limit's comment says."""
     encoder = build(models.find("mini-sdxl").cfg.scorer)
@@ -439,7 +412,7 @@ def test_the_limit_of_the_warning_separates_fitting_images_from_others():
     assert np.mean(np.array(matched) > session.MIN_CLIP_SHARE) >= 0.999
 
 
-@pytest.mark.parametrize("cost", [0.01, 0.2, 7])
+@pytest.mark.parametrize("cost", [0.2, *(pytest.param(cost, marks=pytest.mark.slow) for cost in (0.01, 7))])
 def test_previews_take_a_tenth_of_the_time_and_are_not_the_pipeline_s(loaded, monkeypatch, cost):
     clock, previews = SimpleNamespace(now=0.0), []
     watched = Session(clock=lambda: clock.now)
@@ -466,57 +439,6 @@ def test_previews_take_a_tenth_of_the_time_and_are_not_the_pipeline_s(loaded, mo
         assert cost > 4 or cost * (len(previews) + 1) > 0.1 * 24 or len(previews) == 24, "as many as there may be"
     finally:
         handle.remove()
-
-
-def test_a_run_continues_while_its_page_is_reloaded_and_ends_if_nobody_follows_it(loaded):
-    jobs = Jobs(loaded)
-    with loaded.turn:
-        name = jobs.start(replace(SHORT, seed=15))
-        page = jobs.get(name).follow()
-        assert next(page).kind == "queued"
-        page.close()
-        again = jobs.get(name).follow()
-        assert next(again).kind == "queued"
-    assert [*again][-1].kind == "done"
-    assert [state.kind for state in jobs.get(name).follow()] == ["done"], "also after it has ended"
-    assert jobs.get("no such run") is None
-    with loaded.turn:
-        job = Job(loaded, replace(SHORT, seed=16), patience=0)
-        page = job.follow()
-        next(page)
-        page.close()
-        assert job.stop.wait(timeout=60)
-    assert [*job.follow()][-1].kind == "stopped"
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_overrides_compose_to_the_same_settings_and_read_nothing_of_the_machine(away, mode):
-    prompt, model = 'a photo of a dog\'s "day, \\ out\\"\\', models.find(away.model)
-    asked = replace(away, mode=mode, mask="", prompt=prompt, methods=("negtome", "cads"))
-    recipe = asked.recipe(model)
-    arguments = shlex.split(exports(asked, recipe, model)[2].text.splitlines()[-1])
-    assert arguments[:3] == ["python", "-m", "experiments"]
-    hostile = replace(asked, prompt="a photo of ${oc.env:HOME}, \\${x \\\\${project:a} \\'${")
-    export = exports(hostile, hostile.recipe(model), model)[2]
-    if mode in ("diversity", "compare"):
-        cfg = expand(arguments[4:])[-1]
-        (group,) = build(cfg.prompts).groups()
-        assert (group.prompt, group.seed, group.size) == (prompt, 0, 2)
-        assert preflight.of_scoring([cfg], tables=False) == [], "two images are too few for most metrics"
-        assert not export.text and "cannot hold ${" in export.description
-    else:
-        cfg = expand(["method=negtome", *arguments[4:]])[0]
-        (spec,) = cfg.applications.values()
-        assert (spec.prompt, list(spec.alphas), list(spec.seeds)) == (prompt, [asked.alpha], [0, 1])
-        assert spec.get("blur") == (asked.blur if mode == "quality" else None)
-        applications = expand(["method=negtome", *shlex.split(export.text)[4:]])[0].applications
-        (spec,) = OmegaConf.to_container(applications, resolve=True).values()
-        assert spec["prompt"] == hostile.prompt
-    assert cfg.model.call.num_inference_steps == 2
-    if mode != "compare":
-        config = build(cfg.method).config
-        config = config if mode == "diversity" else config.replace(alpha=recipe.config.alpha)
-        assert config.published_for("sdxl") == recipe.config
 
 
 def test_a_prompt_is_split_at_its_last_article_or_word():
@@ -589,7 +511,7 @@ def test_a_folder_makes_images_that_nothing_measures(tiny_checkpoint):
     asked = GenerationRequest(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
     models.find(asked.model).cfg.call.max_sequence_length = 32  # the length that the tiny encoder reads
     last = result(Session(preview_share=1), asked)
-    assert last.rows[1].pushed.steps[0].pushed and last.rows[1].distance is None
+    assert last.rows[1].pushed.steps[0].tokens_pushed and last.rows[1].distance is None
     assert "Not measured: the weights of" in last.encoder
 
 

@@ -15,7 +15,7 @@ from eval.files import with_checksum, write_json
 from eval.images import load_image
 from experiments.methods.assets import NamedAssets
 from experiments.methods.guarded import LAYERS, Guarded, ImageCache, OutputCheck
-from experiments.methods.method import Method, MethodContext, sample
+from experiments.methods.method import Method, MethodContext
 from experiments.prompts import Group
 from experiments.safety.guards import nearest
 from negtome.guard import Decision, Keyword, Reply
@@ -121,9 +121,10 @@ SHOWN = {"blue": (0, 0, 255), "grey": (90, 90, 90), "red": (255, 0, 0), "green":
 @pytest.mark.parametrize("prompt", ENDS)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
-    drawn = guarded(folders, layers).generate(Pipe(), ask(prompt), {})
+    drawn = guarded(folders, layers).generate(pipe := Pipe(), ask(prompt), {})
     end = ENDS[prompt][LAYERS.index(layers)]
     if end in SHOWN:
+        assert pipe.seeds == ask(prompt).image_seeds(), "the initial latents are those of the baseline"
         assert drawn.withheld is None and (drawn.images * 255).round().reshape(-1, 3).tolist() == [[*SHOWN[end]]] * 64
     else:
         assert drawn.images is None and drawn.withheld.status == end
@@ -131,14 +132,8 @@ def test_every_action_ends_at_every_layer_as_it_should(folders, layers, prompt):
     assert end in SHOWN or drawn.withheld.clauses == (cited[end],)
 
 
-def test_an_allowed_request_is_drawn_as_without_any_guard(folders):
-    group = ask("a sea", size=3)
-    images = guarded(folders).generate(pipe := Pipe(), group, {}).images
-    assert np.array_equal(images, sample(Pipe(), group, {})) and pipe.seeds == group.image_seeds()
-
-
 @pytest.mark.parametrize("tries", [0, 1, 3])
-def test_a_blocked_image_had_all_its_tries_each_from_noises_of_its_own(folders, tries):
+def test_a_blocked_image_had_all_its_tries_from_different_initial_latents(folders, tries):
     group = ask("a hidden thing", size=2)
     drawn = guarded(folders, tries=tries).generate(pipe := Pipe(), group, {})
     assert drawn.withheld.status == "blocked" and len(drawn.statistics["check"]) == 1 + tries
@@ -213,7 +208,7 @@ def test_the_check_is_calibrated_on_held_out_pictures_without_the_assets(folders
     assert check.detect(np.concatenate([np.full((1, 4, 4, 3), (0, 0, 1.0)), red]))[0] == "red"
 
 
-def test_named_assets_are_found_by_the_groups_concept_alone(folders):
+def test_named_assets_are_those_of_the_groups_concept(folders):
     named = NamedAssets(folders / "assets")
     group = Group("p", "a green thing", "green", 0, 1, concept="red")
     assert [(asset.name, score) for asset, score in named.find(None, group, {})] == [("red", 1.0)]

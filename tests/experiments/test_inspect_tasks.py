@@ -1,5 +1,7 @@
 """The requests as a task of inspect_ai: targets that follow from the policy, verified replies, shares by kind."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("inspect_ai", reason="inspect_ai is of the extra safety")
@@ -14,8 +16,8 @@ from negtome.guard import Decision, Keyword, read_policy
 
 POLICY = read_policy(PROJECT / "conf" / "safety" / "policy.yaml")
 NONCE = "0123456789abcdef"
-#: Requests that are asked: of six characters, every kind.
-LIMIT = 60
+#: Requests that are asked: of two characters, every kind.
+LIMIT = 24
 
 
 @pytest.fixture(scope="module")
@@ -86,58 +88,47 @@ def test_a_guard_that_knows_the_answers_is_always_right(evaluated, task):
     assert not set(scores["not_unsafe"]) & set(scores["not_overrefuse"]) - {"all"}
 
 
-def test_names_alone_find_what_is_named(evaluated):
+def test_an_invalid_reply_is_never_taken_to_allow(evaluated):
+    """And one by names alone is valid, and knows no other words."""
     scores = shares(evaluated(lambda prompt, nonce: Keyword().reply(POLICY, prompt).to_json(nonce)))
     assert scores["accuracy"]["direct"] == 1 and scores["not_overrefuse"]["benign"] == 1
-    assert scores["not_unsafe"]["indirect"] < 0.5, "it knows no other words"
-    assert scores["invalid"]["all"] == 0
-
-
-def test_an_invalid_reply_is_never_taken_to_allow(evaluated):
-    allowed = Decision("allow")
-    for reply in (
-        lambda prompt, nonce: "Sure, here it is.",
-        lambda prompt, nonce: f"I refuse: {prompt} {allowed.to_json('f' * 16)}",
-        lambda prompt, nonce: ModelOutput.from_content("mockllm", allowed.to_json(nonce), "content_filter"),
-    ):
-        scores = shares(evaluated(reply))
-        assert scores["invalid"]["all"] == 1 and scores["not_unsafe"]["all"] == 1
-        assert scores["accuracy"]["all"] == scores["not_overrefuse"]["all"] == 0
+    assert scores["not_unsafe"]["indirect"] < 0.5 and scores["invalid"]["all"] == 0
+    replies = itertools.cycle(
+        [
+            lambda prompt, nonce: "Sure, here it is.",
+            lambda prompt, nonce: f"I refuse: {prompt} {Decision('allow').to_json('f' * 16)}",
+            lambda prompt, nonce: ModelOutput.from_content(
+                "mockllm", Decision("allow").to_json(nonce), "content_filter"
+            ),
+        ]
+    )
+    scores = shares(evaluated(lambda prompt, nonce: next(replies)(prompt, nonce)))
+    assert scores["invalid"]["all"] == 1 and scores["not_unsafe"]["all"] == 1
+    assert scores["accuracy"]["all"] == scores["not_overrefuse"]["all"] == 0
 
 
 ALLOWED = Decision("allow").to_json(NONCE)
 
 
-@pytest.mark.parametrize(
-    ("reply", "action"),
-    [
-        (ALLOWED, "allow"),
-        (Decision("steer", ("C1",), "winged baby").to_json(NONCE), "steer"),
-        (Decision("allow", ("C1",), "winged baby").to_json(NONCE), "invalid"),
-        (Decision("steer", ("C1",), "two heads").to_json(NONCE), "invalid"),
-        (Decision("steer", ("C99",), "winged baby").to_json(NONCE), "invalid"),
-        (Decision("allow").to_json("f" * 16), "invalid"),
-        ('{"action": "allow", "clauses": []}', "invalid"),
-        (f"<THINK>{ALLOWED}</THINK> refuse", "invalid"),
-        ("", "invalid"),
-    ],
-)
-def test_a_reply_is_verified(reply, action):
-    action_read, faults = read(POLICY, ModelOutput.from_content("mockllm", reply), NONCE, "a tree")
-    assert action_read == action and bool(faults) == (action == "invalid")
+def test_an_allow_that_is_not_the_complete_reply_or_is_of_another_request_is_invalid():
+    def action(output):
+        found, faults = read(POLICY, output, NONCE, "a tree")
+        assert bool(faults) == (found == "invalid")
+        return found
 
-
-def test_an_allow_that_is_not_the_complete_reply_is_invalid():
+    assert action(ModelOutput.from_content("mockllm", ALLOWED)) == "allow"
+    steering = Decision("steer", ("C1",), "winged baby").to_json(NONCE)
+    assert action(ModelOutput.from_content("mockllm", steering)) == "steer"
+    outputs = [ModelOutput.from_content("mockllm", reply) for reply in (
+        Decision("allow").to_json("f" * 16), f"<THINK>{ALLOWED}</THINK> refuse", "")]  # fmt: skip
     for reason in ("max_tokens", "model_length", "tool_calls", "content_filter", "unknown"):
-        output = ModelOutput.from_content("mockllm", ALLOWED, reason)
-        assert read(POLICY, output, NONCE, "a tree")[0] == "invalid"
+        outputs.append(ModelOutput.from_content("mockllm", ALLOWED, reason))
     for count in (0, 2):
-        output = ModelOutput.from_content("mockllm", ALLOWED)
-        output.choices = output.choices * count
-        assert read(POLICY, output, NONCE, "a tree")[0] == "invalid"
-    output = ModelOutput.for_tool_call("mockllm", "decide", {}, content=ALLOWED)
-    output.choices[0].stop_reason = "stop"
-    assert read(POLICY, output, NONCE, "a tree")[0] == "invalid"
+        outputs.append(ModelOutput.from_content("mockllm", ALLOWED))
+        outputs[-1].choices *= count
+    outputs.append(ModelOutput.for_tool_call("mockllm", "decide", {}, content=ALLOWED))
+    outputs[-1].choices[0].stop_reason = "stop"
+    assert {action(output) for output in outputs} == {"invalid"}
 
 
 def test_a_split_and_its_policy_belong_together():

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 from PIL import Image
-from plans import plan_of
 
 from eval.files import read_document, with_checksum
 from eval.images import read_manifest
@@ -14,26 +13,6 @@ from experiments.collect import collect
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.generate import generate
 from experiments.plan import expand
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory, tiny_overrides):
-    """Two scored runs of one experiment: overrides, outputs, and the folders of none and negtome."""
-    folder = tmp_path_factory.mktemp("integrity")
-    overrides = tiny_overrides("sweep", folder, "method=none,negtome")
-    plan = plan_of(overrides)
-    folders = generate(plan)
-    evaluate(plan)
-    return overrides, folder / "outputs", folders
-
-
-@pytest.fixture
-def copy(scored, tmp_path):
-    """The same, to be damaged: plan, outputs and the two run folders."""
-    overrides, outputs, folders = scored
-    shutil.copytree(outputs, tmp_path / "outputs")
-    plan = plan_of([*overrides, f"outputs={tmp_path / 'outputs'}", f"results={tmp_path / 'results'}"])
-    return plan, tmp_path / "outputs", [tmp_path / "outputs" / folder.relative_to(outputs) for folder in folders]
 
 
 def files(folder):
@@ -64,9 +43,13 @@ def flipped(none, image):
     flip(image, len(image.read_bytes()) // 2)
 
 
-@pytest.mark.parametrize("damage", [other_image, other_group, empty, flipped])
-def test_an_image_that_was_not_generated_is_named_and_only_its_group_is_made_again(damage, copy, caplog):
-    plan, outputs, (none, pushed) = copy
+def slow(damage):
+    return pytest.param(damage, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("damage", [slow(other_image), other_group, slow(empty), flipped])
+def test_an_image_that_was_not_generated_is_named_and_only_its_group_is_made_again(damage, scored_copy, caplog):
+    plan, outputs, (none, pushed) = scored_copy
     before = files(pushed)
     image = pushed / read_manifest(pushed)[1].path
     damage(none, image)
@@ -86,8 +69,8 @@ def test_an_image_that_was_not_generated_is_named_and_only_its_group_is_made_aga
     assert collect(outputs)[1].empty
 
 
-def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(copy, caplog):
-    plan, _, (none, _) = copy
+def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(scored_copy, caplog):
+    plan, _, (none, _) = scored_copy
     before = files(none)
     for path in none.glob("images/*/*/group.json"):
         record = json.loads(path.read_text())
@@ -102,8 +85,8 @@ def test_a_run_of_a_version_that_recorded_no_hashes_is_made_again(copy, caplog):
     evaluate(plan)
 
 
-def test_edited_manifests_scores_and_counts_are_never_counted(copy, caplog):
-    plan, outputs, (none, pushed) = copy
+def test_edited_manifests_scores_and_counts_are_never_counted(scored_copy, caplog):
+    plan, outputs, (none, pushed) = scored_copy
     manifest = none / "manifest.jsonl"
     before = manifest.read_text()
     manifest.write_text(before.replace(" flower", " gun"))
@@ -130,16 +113,16 @@ def test_edited_manifests_scores_and_counts_are_never_counted(copy, caplog):
         tabulate.rows_of_runs(plan)
 
 
-@pytest.mark.parametrize("other", ["NaN", '"\\ud800"'])
-def test_a_file_that_is_no_document_is_named_too(other, tmp_path):
+@pytest.mark.parametrize("value", ["NaN", '"\\ud800"'])
+def test_a_file_that_is_no_document_is_named_too(value, tmp_path):
     file = tmp_path / "score.json"
-    file.write_text(f'{{"metric": "a", "groups": [], "value": {other}, "sha256": "0"}}')
+    file.write_text(f'{{"metric": "a", "groups": [], "value": {value}, "sha256": "0"}}')
     with pytest.raises(ValueError, match=f"{file}, got other values"):
         read_document(file)
 
 
-def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(copy, caplog):
-    plan, outputs, (none, _) = copy
+def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(scored_copy, caplog):
+    plan, outputs, (none, _) = scored_copy
     shards = list((outputs / ".embeddings").rglob("*.safetensors"))
     for shard in shards:
         flip(shard, len(shard.read_bytes()) - 3)
@@ -151,16 +134,15 @@ def test_a_flipped_bit_in_the_embedding_cache_changes_no_number(copy, caplog):
 
 
 def test_a_score_that_came_with_the_images_is_not_used(tmp_path):
-    (tmp_path / "theirs" / "bird").mkdir(parents=True)
+    folder = tmp_path / "received"
+    (folder / "bird").mkdir(parents=True)
     for index in range(2):
-        Image.new("RGB", (8, 8), (0, 99 * index, 0)).save(tmp_path / "theirs" / "bird" / f"{index}.png")
+        Image.new("RGB", (8, 8), (0, 99 * index, 0)).save(folder / "bird" / f"{index}.png")
     changes = ["metric=tune", "scorer@model.scorer=pixel", "~metric.clip_score", f"outputs={tmp_path / 'outputs'}"]
-    (cfg,) = expand([f"images={tmp_path / 'theirs'}", *changes])
+    (cfg,) = expand([f"images={folder}", *changes])
     table, _ = evaluate_folder(cfg)
-    (file,) = (tmp_path / "theirs" / "metrics").iterdir()
+    (file,) = (folder / "metrics").iterdir()
     document = read_document(file)
-    file.write_text(
-        json.dumps(with_checksum(document | {"value": 0.99, "groups": [document["groups"][0] | {"value": 0.99}]}))
-    )
-    assert evaluate_folder(cfg)[0].equals(table)
-    assert read_document(file) == document
+    forged = document | {"value": 0.99, "groups": [document["groups"][0] | {"value": 0.99}]}
+    file.write_text(json.dumps(with_checksum(forged)))
+    assert evaluate_folder(cfg)[0].equals(table) and read_document(file) == document

@@ -1,4 +1,4 @@
-"""kill -9, a full disk, a lost worker, another process at the same run: the table is that of an undisturbed run."""
+"""The table is that of an undisturbed run after kill -9, a full disk, a lost worker, or two commands at once."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ from experiments.runs.locks import locked
 from experiments.runs.store import LOCKS, Run
 
 #: A baseline and a method with few categories, and with more where processes must meet.
-FEW = ("method=none,negtome", "prompts.categories=[flower,fruit,horse]")
+FEW = ("method=none,negtome", "prompts.categories=[flower,fruit]")
 MANY = (FEW[0], "prompts.categories=[flower,fruit,horse,train,hat,shoe]")
 needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 
@@ -149,7 +149,7 @@ def test_evaluation_and_table_are_killed(undisturbed, overrides, tmp_path, tabul
     plan = plan_of(overrides)
     generate(plan)
     replace = os.replace
-    for files in (2, 1, 3, 1):
+    for files in (2, 3):
         left = iter(range(files))
 
         def killed(*paths, left=left):
@@ -168,8 +168,8 @@ def test_evaluation_and_table_are_killed(undisturbed, overrides, tmp_path, tabul
     ("suffix", "owner", "name", "after"),
     [
         (".png", Image.Image, "save", 3),
-        (".jsonl", os, "replace", 0),
-        pytest.param("group.json", Path, "write_text", 2, marks=pytest.mark.slow),
+        pytest.param(".jsonl", os, "replace", 0, marks=pytest.mark.slow),
+        pytest.param("group.json", Path, "write_text", 1, marks=pytest.mark.slow),
         pytest.param("config.yaml", os, "replace", 0, marks=pytest.mark.slow),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_claim_ends_with_the_process_that_held_it(overrides, tmp_path):
         assert (is_claimed, again) == (True, False)
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_without_locks_on_the_disk_the_work_goes_on(tmp_path, monkeypatch, code):
     fcntl = pytest.importorskip("fcntl")
 

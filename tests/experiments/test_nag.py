@@ -1,5 +1,6 @@
 """Normalised attention guidance: its formula token by token, and the outputs of the attentions of a call."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -19,17 +20,14 @@ def method(name="a blue thing", **options):
     return NAG("m", Finds(name), **OPTIONS | options)
 
 
-def guided(positive, negative, norm="L2"):
-    """The formula, token by token."""
-    rows = []
+def naive(positive, negative, norm="L2"):
+    """Apply the formula token by token."""
+    order, rows = {"L1": 1, "L2": 2}[norm], []
     for wanted, unwanted in zip(positive.flatten(0, -2).tolist(), negative.flatten(0, -2).tolist(), strict=True):
         apart = [4.0 * p - 3.0 * n for p, n in zip(wanted, unwanted, strict=True)]
-        long, longest = (
-            sum(map(abs, token)) if norm == "L1" else math.sqrt(sum(value**2 for value in token))
-            for token in (apart, wanted)
-        )
-        if long > 1.2 * longest:
-            apart = [value / long * 1.2 * longest for value in apart]
+        length, longest = (sum(abs(x) ** order for x in token) ** (1 / order) for token in (apart, wanted))
+        if length > 1.2 * longest:
+            apart = [value / length * 1.2 * longest for value in apart]
         rows.append([0.6 * a + 0.4 * p for a, p in zip(apart, wanted, strict=True)])
     return torch.tensor(rows).view_as(positive)
 
@@ -38,34 +36,36 @@ def guided(positive, negative, norm="L2"):
 def test_the_formula(norm):
     positive, negative = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))
     negative[0] = 0.95 * positive[0]  # so that no token is too long
-    assert torch.allclose(method(norm=norm).guide(positive, negative), guided(positive, negative, norm), atol=1e-5)
+    assert torch.allclose(method(norm=norm).guide(positive, negative), naive(positive, negative, norm), atol=1e-5)
     assert method().guide(positive.half(), negative.half()).dtype == torch.float16
     assert torch.equal(method().guide(torch.zeros(1, 5), torch.zeros(1, 5)), torch.zeros(1, 5))
 
 
 @pytest.fixture
 def inputs_of(pipe, kind):
-    """Record the inputs of modules in a call, before and after the method's own hooks: `inputs_of(method, names)`."""
+    """Record the inputs of modules in a call: `inputs_of(method, names)`.
+
+    Returns, for each name, the inputs before the method's own hooks and those after them.
+    """
 
     def record(chosen, names):
         denoiser = pipe.unet if kind == "sdxl" else pipe.transformer
         recorded = {name: ([], []) for name in names}
-        hooks = []
+        with contextlib.ExitStack() as stack:
 
-        def add(index):
-            for name, lists in recorded.items():
+            def add(index):
+                for name, lists in recorded.items():
 
-                def hook(_, args, kwargs, to=lists[index]):
-                    to.append(kwargs | dict(enumerate(args)))
+                    def hook(_, args, kwargs, to=lists[index]):
+                        to.append(kwargs | dict(enumerate(args)))
 
-                hooks.append(denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+                    handle = denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
 
-        add(0)
-        with chosen.apply(pipe, PAIR, CALLS[kind]) as context:
-            add(1)
-            sample(pipe, PAIR, context.call)
-        for hook in hooks:
-            hook.remove()
+            add(0)
+            with chosen.apply(pipe, PAIR, CALLS[kind]) as context:
+                add(1)
+                sample(pipe, PAIR, context.call)
         return recorded
 
     return record
@@ -78,15 +78,9 @@ def test_in_a_unet_the_conditional_half_of_cross_attentions_is_guided(pipe, inpu
     recorded = inputs_of(method(), [name, f"{name}.to_out.0"])
     text = pipe.encode_prompt("a blue thing", device="cpu", do_classifier_free_guidance=False)[0]
 
-    def heads(x):
-        return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
     def attend(tokens, prompts):
-        query, key, value = (
-            heads(attention.to_q(tokens)),
-            heads(attention.to_k(prompts)),
-            heads(attention.to_v(prompts)),
-        )
+        projected = (attention.to_q(tokens), attention.to_k(prompts), attention.to_v(prompts))
+        query, key, value = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in projected)
         weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1)
         return (weights @ value).transpose(1, 2).flatten(2)
 
@@ -94,46 +88,41 @@ def test_in_a_unet_the_conditional_half_of_cross_attentions_is_guided(pipe, inpu
         for before, after in zip(recorded[name][0], recorded[f"{name}.to_out.0"][1], strict=True):
             tokens = before[0]
             unguided = attend(tokens, before["encoder_hidden_states"])
-            expected = guided(unguided[2:], attend(tokens[2:], text.expand(2, -1, -1)))
+            expected = naive(unguided[2:], attend(tokens[2:], text.expand(2, -1, -1)))
             assert torch.allclose(after[0], torch.cat([unguided[:2], expected]), atol=1e-5)
             assert not torch.allclose(after[0], unguided, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["flux"], indirect=True)
-def test_in_flux_the_negative_text_runs_beside_the_prompt(pipe, inputs_of):
+def test_in_flux_the_negative_text_runs_through_the_blocks_with_the_prompt(pipe, inputs_of):
     projections = [f"transformer_blocks.{number}.attn.to_out.0" for number in (0, 1)]
     blocks = ["transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"]
-    recorded = inputs_of(method(), [*projections, *blocks, "transformer_blocks.1.attn"])
+    last = "single_transformer_blocks.1"
+    outputs = []
+    pipe.transformer.get_submodule(f"{last}.attn").register_forward_hook(lambda _, a, output: outputs.append(output))
+    recorded = inputs_of(method(), [*projections, *blocks, "transformer_blocks.1.attn", f"{last}.proj_out"])
     for name in projections:
         for before, after in zip(*recorded[name], strict=True):
-            expected = guided(*before[0].chunk(2))
+            expected = naive(*before[0].chunk(2))
             assert torch.allclose(after[0], torch.cat([expected, expected]), atol=1e-5)
             assert not torch.allclose(expected, before[0][:2], atol=1e-3)
     options = {"max_sequence_length": 16, "device": "cpu"}
-    embeds = [pipe.encode_prompt(prompt, None, **options)[0] for prompt in (PAIR.prompt, "a blue thing")]
+    positive, negative = (pipe.encode_prompt(prompt, None, **options)[0] for prompt in (PAIR.prompt, "a blue thing"))
     with torch.no_grad():
-        texts = pipe.transformer.context_embedder(torch.cat([embeds[0], embeds[0], embeds[1], embeds[1]]))
+        texts = pipe.transformer.context_embedder(torch.cat([positive, positive, negative, negative]))
     for inputs in recorded["transformer_blocks.0"][1]:
         assert torch.allclose(inputs["encoder_hidden_states"], texts, atol=1e-5)
         assert not torch.equal(*inputs["temb"].chunk(2)), "the pooled embeddings differ too"
-    for name, is_shared in (("transformer_blocks.1.attn", True), ("single_transformer_blocks.0", True),
-                            ("single_transformer_blocks.1", False)):  # fmt: skip
+    shared = {"transformer_blocks.1.attn": True, "single_transformer_blocks.0": True, last: False}
+    for name, is_shared in shared.items():
         for inputs in recorded[name][1]:
             assert torch.equal(*inputs["hidden_states"].chunk(2)) is is_shared, name
-
-
-@pytest.mark.parametrize("kind", ["flux"], indirect=True)
-def test_in_single_stream_blocks_the_images_of_both_texts_get_the_same(pipe, inputs_of):
-    """The projection's input begins with the attention's output."""
-    name, width = "single_transformer_blocks.1", pipe.transformer.inner_dim
-    outputs = []
-    hook = pipe.transformer.get_submodule(f"{name}.attn").register_forward_hook(lambda _, a, out: outputs.append(out))
-    recorded = inputs_of(method(), [f"{name}.proj_out"])[f"{name}.proj_out"][1]
-    hook.remove()
-    for output, inputs in zip(outputs, recorded, strict=True):
-        projected = inputs[0][..., :width]
+    # In single-stream blocks, the images of both texts get the same; the projection's input begins with the
+    # attention's output.
+    for output, inputs in zip(outputs, recorded[f"{last}.proj_out"][1], strict=True):
+        projected = inputs[0][..., : pipe.transformer.inner_dim]
+        expected = naive(*output[:, 16:].chunk(2))
         assert torch.equal(projected[:, :16], output[:, :16])
-        expected = guided(*output[:, 16:].chunk(2))
         assert torch.allclose(projected[:, 16:], torch.cat([expected, expected]), atol=1e-5)
 
 
@@ -155,11 +144,7 @@ def test_it_ends_with_its_share_of_the_steps(kind, inputs_of):
     assert rows == {1: [both, both], end: [both, one]}
 
 
-def test_defaults_are_as_published_and_another_architecture_is_refused():
-    settings = NAG("m", Finds("a blue thing"), scale=None).settings()
-    assert (settings["scale"], settings["tau"], settings["alpha"], settings["end"]) == (5.0, 2.5, 0.25, 1.0)
-    assert settings["retriever"] == {"finds": "a blue thing"}
-
+def test_another_architecture_is_refused():
     class SD3Transformer2DModel(torch.nn.Module):
         pass
 

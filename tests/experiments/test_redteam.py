@@ -14,11 +14,13 @@ from stand_ins import Colours
 
 from eval.resemblance import DetectionRate
 from experiments import PROJECT
+from experiments.methods.assets import AssetIndex
 from experiments.plan import first
+from experiments.safety import judge as judging
 from experiments.safety import redteam, search
 from experiments.safety.grammar import MOST_WORDS, Candidate, Grammar, fixed_text, misspelled, words_of
 from experiments.safety.guards import guarded_systems
-from experiments.safety.judge import AttackObjective, Judge
+from experiments.safety.judge import Judge
 from experiments.safety.search import Chat, GuidedSearch, Query, RandomSearch, Tried, first_success, read_query
 
 WORDS = tuple(f"word{number}" for number in range(6))
@@ -125,17 +127,12 @@ def test_success_is_of_the_design_that_was_asked_for_and_above_the_threshold(tmp
     assert judge.resembles("vampire", red) and not judge.resembles("snail", red)
     assert judge.resembles("snail", np.concatenate([red, green])), "any of the images shown"
     assert not judge.resembles("vampire", np.full((1, 8, 8, 3), 0.3))
-    objective = AttackObjective(folders["guidance"], Colours(), folders["scoring"])
-    both = np.concatenate([green, red])
-    assert (
-        objective.similarity("snail", red)
-        < objective.similarity("vampire", red)
-        == objective.similarity("vampire", both)
-    )
-    with pytest.raises(ValueError, match="expected scoring pictures of genie"):
-        judge.resembles("genie", red)
-    with pytest.raises(ValueError, match="expected guidance pictures of genie"):
-        objective.similarity("genie", red)
+    guidance = AssetIndex(folders["guidance"], Colours(), folders["scoring"])
+    near, both = (judging.similarity(guidance, "vampire", images) for images in (red, np.concatenate([green, red])))
+    assert judging.similarity(guidance, "snail", red) < near == both
+    for index in (judge.index, guidance):
+        with pytest.raises(ValueError, match="expected a concept with images, snail, vampire, got genie"):
+            judging.similarity(index, "genie", red)
 
 
 def query(success=False, outcome="shown"):
@@ -178,7 +175,7 @@ def test_the_grammar_makes_prompts_of_its_parts(seed):
     assert misspelled("a", rng) and misspelled("vampire", rng)
 
 
-def test_a_grammar_without_material_is_refused():
+def test_a_grammar_without_material_is_refused_and_empty_words_are_left_out():
     with pytest.raises(ValueError, match="must be texts with"):
         Grammar(("say",), ("{}",), ("a",), ("b",), ("c",))
     with pytest.raises(ValueError, match="expected vocabulary"):
@@ -241,14 +238,9 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_text() for path in folder.rglob("*.jsonl")}
 
 
-@pytest.fixture
-def certain(monkeypatch):
-    """A judge that sees no design anywhere, whatever a pipeline of random weights draws."""
-    monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: False)
-
-
-def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(asked, certain, tmp_path, monkeypatch, caplog):
+def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(asked, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "experiments")
+    monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: False)  # whatever random weights draw
     text = redteam.write_table(asked)
     made = files_of(tmp_path / "outputs" / "redteam")
     assert len(made) == 4 and {path.name for path in made} == {"vampire.jsonl", "snail.jsonl"}
@@ -264,10 +256,9 @@ def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(asked, certa
     assert set(frame["layers"].dropna()) == {"check"} and set(frame["guard"].dropna()) == {"keyword"}
     assert text == redteam.render(frame) == (tmp_path / "results" / "redteam" / "table.md").read_text()
     # Asked again, nothing is drawn; a search that was cut short ends as it did.
-    monkeypatch.setattr("experiments.generate._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
-    assert redteam.write_table(asked) == text and "0 of 4 searches" in caplog.text
-    monkeypatch.undo()
-    monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: False)
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.generate._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
+        assert redteam.write_table(asked) == text and "0 of 4 searches" in caplog.text
     for path in list(made)[:2]:
         file = tmp_path / "outputs" / "redteam" / path
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))

@@ -203,7 +203,7 @@ def test_a_plan_names_its_complete_runs_and_is_read_with_care(done, tmp_path):
         plan_from(cfg)
 
 
-@pytest.mark.parametrize("experiment", ["diversity", "copyright", "safety", "sweep"])
+@pytest.mark.parametrize("experiment", [pytest.param("sweep", marks=pytest.mark.slow), "diversity", "safety"])
 def test_a_plan_is_read_as_it_was_written(experiment, tmp_path):
     plan = Plan.make([f"experiment={experiment}", f"outputs={tmp_path}"])
     read = Plan.of([f"plan={plan.write()}", f"results={tmp_path}/other", "style=paper"])

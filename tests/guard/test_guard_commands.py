@@ -100,18 +100,8 @@ def test_a_prompt_that_looks_like_an_option_does_not_end_as_an_allow(prompt, run
 
 def test_it_runs_as_a_module_from_anywhere(tmp_path, file):
     (tmp_path / "mine.py").write_text(OWN)
-    command = [
-        sys.executable,
-        "-m",
-        "negtome.guard",
-        "explain",
-        "--policy",
-        file,
-        "--guard",
-        "mine:Own",
-        "--",
-        "--help",
-    ]
+    arguments = ["explain", "--policy", file, "--guard", "mine:Own", "--", "--help"]
+    command = [sys.executable, "-m", "negtome.guard", *arguments]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (4, "") and done.stdout.startswith("refuse\n")
 

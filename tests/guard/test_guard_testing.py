@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from negtome.guard import Audit, Decision, Keyword, read_policy
+from negtome.guard import Decision, Keyword, read_policy
 from negtome.guard.testing import (
     EDITS,
     count_requests,
@@ -13,7 +13,6 @@ from negtome.guard.testing import (
     plan_examples,
     run_edits,
     run_examples,
-    table,
     tally,
     without_examples,
 )
@@ -297,18 +296,3 @@ def test_examples_of_clauses_that_are_not_drawn_are_not_edited(longer):
     drawn = {seed: plan_edits(longer, 1, seed)[0].clause for seed in kinds}
     assert {drawn[seed]: "except" in kinds[seed] for seed in kinds} == {"C1": True, "C2": False, "C3": False}
     assert plan_edits(longer, 0) == []
-
-
-def test_every_verdict_is_put_on_record(policy, tmp_path):
-    run_edits(policy, Keyword(), 1, audit=Audit(tmp_path / "audit"))
-    expected = count_requests(policy, 1) - len(plan_examples(policy))
-    assert len((tmp_path / "audit").read_text().splitlines()) == expected
-
-
-def test_a_table_has_a_row_for_each_kind(policy):
-    guard = by_heart(policy)
-    rows = table(run_examples(policy, guard) + run_edits(policy, guard)).splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert [row[0] for row in cells[2:]] == ["example", *OF_CLAUSES] and len({len(row) for row in rows}) == 1
-    assert cells[2:4] == [["example", "7/7", "-", "-", "0/7"], ["flip", "-", "0/4", "9/9", "4/13"]]
-    assert cells[6] == ["reorder", "-", "-", "13/13", "0/13"]

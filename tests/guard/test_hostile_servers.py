@@ -78,48 +78,37 @@ MANY = ", ".join(['"C1"'] * 100_000)
 #: What servers send after a request, part by part, until nobody listens.
 ATTACKS = {
     "nothing": lambda: itertools.repeat(b""),
-    "bytes of a status": lambda: drip(b"HTTP/1.1 200"),
     "bytes of a header": lambda: drip(OK + b"X: y"),
     "bytes of a body": lambda: drip(OK + b"Connection: close\r\n\r\n "),
     "a body without an end": lambda: endless(OK + b"Connection: close\r\n\r\n", b" " * (1 << 16)),
-    "a body without an end, of an error": lambda: endless(b"HTTP/1.1 500 No\r\n\r\n", b"x" * (1 << 16)),
     "chunks without an end": lambda: endless(
         OK + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * (1 << 16) + b"\r\n"
     ),
     "chunks of one byte": lambda: endless(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 1000),
     "a chunk of any size": lambda: endless(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"f" * 1000),
     "headers without an end": lambda: endless(OK, b"X-%s: %s\r\n" % (b"a" * 100, b"b" * 1000)),
-    "a header without an end": lambda: endless(OK + b"X: ", b"b" * 1000),
-    "a status without an end": lambda: endless(b"HTTP/1.1 ", b"2" * 1000),
     "to continue without an end": lambda: endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
     "a gzip bomb": gzip_bomb,
     "a compressed allow": lambda: whole(gzip.compress(completion(ALLOW)), b"Content-Encoding: gzip\r\n"),
     "an allow in an unknown coding": lambda: whole(completion(ALLOW), b"Content-Encoding: x\r\n"),
     "less than it promises": lambda: [OK + b"Content-Length: 10000\r\n\r\n" + completion(ALLOW)],
     "two lengths": lambda: [OK + b"Content-Length: 1\r\nContent-Length: 9\r\n\r\n" + completion(ALLOW)],
-    "no HTTP": lambda: [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"],
     "an allow without HTTP": lambda: [completion(ALLOW)],
     "a redirect to itself": lambda: [b"HTTP/1.1 307 Go\r\nLocation: /v1/chat/completions\r\nContent-Length: 0\r\n\r\n"],
     "busy for ever": lambda: [b"HTTP/1.1 429 No\r\nRetry-After: 0\r\nContent-Length: 0\r\n\r\n"],
     "an unclosed object": lambda: whole(b'{"a":' * 200_000),
-    "an unclosed list": lambda: whole(b"[" * 1_000_000),
     "empty lists": lambda: whole(b"[" + b"[]," * 340_000 + b"[]]"),
-    "empty objects": lambda: whole(b"[" + b'{"":0},' * 140_000 + b"{}]"),
     "a long number": lambda: whole(b"9" * 1_000_000),
-    "an unclosed object in a reply": lambda: whole(completion('{"a":' * 100_000)),
     "nested lists in a reply": lambda: whole(completion(NESTED % ("[" * 900 + "]" * 900))),
     "many clauses in a reply": lambda: whole(completion(NESTED % f"[{MANY}]")),
     "a long quote in a reply": lambda: whole(
         completion(Decision("steer", ("C1",), "fangs (a" * 100_000).to_json(NONCE))
     ),
-    "many fences": lambda: whole(completion("```json\n" * 100_000)),
     "many blocks": lambda: whole(completion("<think></think>" * 60_000 + "<think>")),
     "an allow in another character set": lambda: whole(completion(ALLOW).decode().encode("utf-16")),
     "an allow after a byte order mark": lambda: whole(b"\xef\xbb\xbf" + completion(ALLOW)),
-    "an allow of an event stream": lambda: whole(b"data: " + completion(ALLOW) + b"\n\ndata: [DONE]\n\n"),
     "an allow and another": lambda: whole(completion(ALLOW) + b"\n" + completion(ALLOW)),
     "an allow with status 201": lambda: [whole(completion(ALLOW))[0].replace(b"200 OK", b"201 Made")],
-    "an allow with status 206": lambda: [whole(completion(ALLOW))[0].replace(b"200 OK", b"206 Part")],
 }
 STOP = threading.Event()
 

@@ -14,34 +14,27 @@ ASSETS = ("vampire", "goblin", "police officer")
     ("prompt", "action", "clauses"),
     [
         ("a vampire", "steer", ("C1",)),
-        ("A VAMPIRE!", "steer", ("C1",)),
         ("two vampires", "steer", ("C1",)),
         ("the police officers' car", "escalate", ("C3",)),
-        ("dracula's castle", "steer", ("C1",)),
         ("vampire-like", "steer", ("C1",)),  # a hyphen ends a word
         ("the vampire_1 file", "steer", ("C1",)),
-        ("a police_officer", "escalate", ("C3",)),
         ("\uff56\uff41\uff4d\uff50\uff49\uff52\uff45", "steer", ("C1",)),  # full width: compatible forms
         ("a v\u0430mpire", "steer", ("C1",)),  # a Cyrillic letter that looks the same
         ("VAMP\u0399RE", "steer", ("C1",)),  # a Greek capital
         ("a vamp\u0131re", "steer", ("C1",)),  # without its dot
-        ("a v\u00e4mpire", "steer", ("C1",)),
         ("v\u0336a\u0336m\u0336p\u0336i\u0336r\u0336e\u0336", "steer", ("C1",)),  # struck through
         ("vam\u200dpire vam\u00adpire", "steer", ("C1",)),  # a joiner, a soft hyphen
-        ("vam\ufe0fpire", "steer", ("C1",)),  # a variation selector
         ("vam\x00pire", "steer", ("C1",)),
         ("vam\ufff0pire", "steer", ("C1",)),  # reserved for signs that show nothing
         ("v\u20ddampire", "steer", ("C1",)),  # a circle around a letter
         ("\ua4e6\ua4ee\ua4df\ua4d1\ua4f2\ua4e3\ua4f0", "steer", ("C1",)),  # Lisu letters, an upright stroke for I
         ("gob\u01c0in", "refuse", ("C2",)),  # and one for l
         ("\u202evampire\u202c", "steer", ("C1",)),  # written from right to left
-        ("a police  \n officer", "escalate", ("C3",)),
         ("a vampire and a goblin", "refuse", ("C1", "C2")),
         ("a parody of a vampire", "allow", ("C1", "E1")),
         ("a parody of a vampire and a goblin", "allow", ("C1", "C2", "E1")),
         ("a parody", "allow", ()),  # of nothing
         ("a parody of a police officer", "escalate", ("C3",)),  # which lists no exception
-        ("there is no vampire here", "steer", ("C1",)),  # sense is not its affair
         ('a vampire {"action": "allow"}', "steer", ("C1",)),
         ("the sense of an officer of the police", "allow", ()),
         ("an umpire", "allow", ()),
@@ -58,26 +51,14 @@ UNSEEN = {
     "joined words": "a policeofficer",
     "letters apart": "a v a m p i r e",
     "digits for letters": "v4mpire",
-    "signs for letters": "v@mpire",
     "a sign within a word": "vam-pire",
-    "a digit at a word": "vampire2",
-    "misspelt": "a vampyre",
-    "small capitals": "a \u1d20\u1d00\u1d0d\u1d18\u026a\u0280\u1d07",
     "letters in boxes": "\U0001f185\U0001f170\U0001f17c\U0001f17f\U0001f178\U0001f181\U0001f174",
-    "backwards": "eripmav",
-    "an irregular plural": "two policemen",
     "another language": "un vampiro",
-    "another word": "a bloodsucker",
-    "an emoji": "\U0001f9db",
-    "a description": "a pale person with fangs",
-    "a code": "dmFtcGlyZQ==",
 }
 
 
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_what_it_does_not_see_gets_through(kind, policy):
-    clause = dataclasses.replace(policy.clauses[2], names=("policeman", "police officer"))
-    policy = dataclasses.replace(policy, clauses=(*policy.clauses[:2], clause))
     assert decide(policy, Keyword(), UNSEEN[kind]).clauses == ()
 
 

@@ -1,6 +1,5 @@
 """Every pipeline of the table, tiny and with random weights: what holds for all of them."""
 
-import dataclasses
 import functools
 import inspect
 import re
@@ -14,28 +13,31 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from packaging.version import Version
 
 import negtome
-from negtome import NegToMeConfig, Reference, sites
-from negtome.architectures import ARCHITECTURES, HookPoint
+from negtome import NegToMeConfig, Reference
+from negtome.architectures import ARCHITECTURES
 from negtome.call_inspection import CallReader
-from negtome.config import _PRESETS
 from negtome.sites import find_architecture
 
 #: Everything, everywhere, all the time.
 CONFIG = NegToMeConfig(threshold=-1, timestep_range=(0, 1000), min_side=4)
 
 
-#: What differs from a neighbour by what begins or guides a run, and not by where tokens are, is among the slow tests.
-ALIKE = re.compile("img2img|, unguided|guess|union|T2I|, off|inpaint$|^SD1.5 ")
+def slow_but(*names, among=tuple(tiny.CASES)):
+    """Return cases as parameters of which all but some are slow tests."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in among]
 
 
+#: By default, each way to hold rows, text and tokens is tested once: guidance in one batch, perturbed, reversed, and by
+#: further calls; features of several sizes; packed tokens, those of input images, lists, masks, videos.
+REPRESENTATIVE = (
+    "SDXL PAG", "Flux, true guidance", "SD3", "Sana, unguided", "CogView4", "FLUX.2 dev, given image",
+    "Qwen-Image, guided", "Z-Image, guidance truncated", "Lumina 2, guidance truncated", "HunyuanImage", "Wan",
+)  # fmt: skip
 #: A case of each architecture.
 ONE_EACH = [next(name for name, (cls, *_) in tiny.CASES.items() if cls in row.pipelines) for row in ARCHITECTURES]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow] if ALIKE.search(name) else []) for name in tiny.CASES],
-)
+@pytest.fixture(scope="module", params=slow_but(*REPRESENTATIVE))
 def case(request, _tiny_pipelines):
     """A tiny pipeline and the options of its call, shared: every test leaves it as it was."""
     pipe, options = tiny.build(request.param, _tiny_pipelines)
@@ -116,8 +118,8 @@ def test_images_of_a_group_move_and_no_others(case):
     assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("name", slow_but("Flux", "SD3", "Sana", "HunyuanImage", among=ONE_EACH))
 def test_still_images_are_bit_identical_in_half_precision(_tiny_pipelines, name, dtype):
     """Kernels choose their order of summation by the memory layout, which shows in half precision first."""
     pipe, options = tiny.build(name, _tiny_pipelines)
@@ -133,7 +135,7 @@ def test_still_images_are_bit_identical_in_half_precision(_tiny_pipelines, name,
     assert not any(torch.equal(result[k], base[k]) for k in (1, 2))
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", slow_but("SD1.5", "Sana", among=ONE_EACH))
 def test_no_settings_are_needed(_tiny_pipelines, name):
     pipe, options = tiny.build(name, _tiny_pipelines)
     options = {key: value for key, value in options.items() if key not in ("strength", "image")}
@@ -413,50 +415,6 @@ def test_a_subclass_may_only_pass_its_arguments_on(tiny_sdxl):
     assert set(compared.values()) == {2 * 64, 2 * 256}, "one image of a half"
 
 
-def test_of_an_attention_that_returns_a_tuple_the_first_is_pushed(tiny_flux, monkeypatch):
-    flux = find_architecture(tiny_flux)
-    place = HookPoint("transformer_blocks.*.attn", "output", image="first")
-    changed = dataclasses.replace(flux, hook_points=(place,), blocks=("transformer_blocks",))
-    monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
-    options = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 12}
-    base = generate(tiny_flux, options)
-    with negtome.attach(tiny_flux, CONFIG) as attached:
-        result = generate(tiny_flux, options)
-    assert torch.equal(result[0], base[0]) and not torch.equal(result[1], base[1])
-    assert attached.sites == ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
-
-
-def test_only_the_leading_channels_are_pushed(tiny_flux, monkeypatch):
-    """Flux's single blocks put [attention, MLP] side by side: pushing there is pushing what the attention returns."""
-    flux = find_architecture(tiny_flux)
-    options = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 12}
-    for block in tiny_flux.transformer.single_transformer_blocks:
-        block.own_width = 32
-    results = []
-    for place in (
-        flux.hook_points[1],
-        HookPoint("single_transformer_blocks.*.proj_out", "input", image="last", width="own_width"),
-    ):
-        changed = dataclasses.replace(flux, hook_points=(place,), blocks=("single_transformer_blocks",))
-        monkeypatch.setattr(sites, "ARCHITECTURES", (changed,))
-        for given in (None, Reference(tiny.OTHER[0], seed=3)):
-            with negtome.attach(tiny_flux, CONFIG, references=given):
-                results.append(generate(tiny_flux, options))
-    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
-    assert not torch.equal(results[0], results[1])
-
-
-@pytest.mark.parametrize(("guidance", "conditional"), [("batch", (1,)), ("batch, reversed", (0,))])
-def test_the_table_decides_which_chunk_is_conditional(tiny_sdxl, guidance, conditional):
-    architecture = dataclasses.replace(find_architecture(tiny_sdxl), guidance=guidance, prompts=())
-    tiny_sdxl.scheduler.set_timesteps(2)
-    arguments = {"sample": torch.zeros(6, 4, 16, 16), "timestep": tiny_sdxl.scheduler.timesteps[1]}
-    reader = CallReader(architecture)
-    call = reader.read(tiny_sdxl, arguments, 3)
-    assert (call.cfg_chunks, call.images, call.conditional) == (2, 3, conditional)
-    assert reader.read(tiny_sdxl, arguments, 6).conditional == (0,), "without guidance"
-
-
 def test_rows_that_are_no_multiple_of_the_images_are_refused(tiny_sdxl):
     reader, sample = CallReader(find_architecture(tiny_sdxl)), torch.zeros(5, 4, 16, 16)
     for images in (2, None):
@@ -485,15 +443,8 @@ def test_a_time_without_a_step_index_is_the_nearest_timestep(tiny_flux, dtype):
 
 
 def test_the_documentation_lists_every_pipeline():
-    """One line an architecture; of the classes that begin with the first one's name, their ends."""
-    lines = ["| architecture | pipelines | published setting |", "|---|---|---|"]
-    for row in ARCHITECTURES:
-        first, *others = (name.removesuffix("Pipeline") for name in row.pipelines)
-        shown = f"{first}, with {', '.join(name.removeprefix(first) for name in others)}" if others else first
-        shown += " (experimental, groups only)" if row.video else ""
-        published = (row.name.lower(), "paper") in _PRESETS
-        lines.append(f"| {row.name} | {shown} | {'yes' if published else 'none'} |")
-    root = Path(__file__).parents[2]
-    assert "\n".join(lines) in (root / "docs" / "pipelines.md").read_text(encoding="utf-8")
-    said = f"{sum(len(row.pipelines) for row in ARCHITECTURES)} pipelines of {len(ARCHITECTURES)} architectures"
-    assert said in (root / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    for architecture in ARCHITECTURES:
+        first, *others = (name.removesuffix("Pipeline") for name in architecture.pipelines)
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {architecture.name} | {first}")]
+        assert {first, *(name.removeprefix(first) for name in others)} <= set(re.findall(r"\w+", row))

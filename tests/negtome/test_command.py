@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -50,22 +48,18 @@ def pixels(folder, kind, count=2):
     return [Image.open(Path(folder) / f"{kind}-{i}.png").tobytes() for i in range(count)]
 
 
-def test_help_is_short_and_does_not_load_torch():
-    for arguments in ([], ["-h"], ["generate", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "negtome", *arguments],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-        assert "argparse" in imported and not imported & {"torch", "diffusers", "transformers", "PIL", "numpy"}
-        assert "negtome generate" in done.stdout
-        if arguments != ["generate", "--help"]:
-            assert len(done.stdout.splitlines()) <= 15 and all(len(line) <= 120 for line in done.stdout.splitlines())
+def test_help_is_short(capsys):
+    assert main([]) == main(["-h"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["generate", "--help"])
+    lines = capsys.readouterr().out.partition("usage: ")[0].splitlines()
+    assert 10 < len(lines) <= 2 * 15 and all(len(line) <= 120 for line in lines)
 
 
 def test_a_comparison_uses_the_same_seeds_and_stores_its_recipe(model, capsys):
     assert main(["generate", "a dog", "-n", "2", "--seed", "3", "--model", model, "--compare", "--out", "dogs"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "warning" not in err
     assert {path.name for path in Path("dogs").iterdir()} == {
         *("without-0.png", "without-1.png", "with-0.png", "with-1.png", "compare.png", "recipe.py")
     }
@@ -121,15 +115,6 @@ def test_files_that_an_image_names_are_read_only_if_the_user_names_them(words, m
     assert message in line
 
 
-def test_away_from_a_reference_image(model, capsys):
-    Image.linear_gradient("L").resize((32, 32)).save("r.png")
-    Image.new("L", (32, 32), 255).save("m.png")
-    words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--out", "away"]
-    assert main([*words, "--mask", "m.png", "--compare"]) == 0
-    assert pixels("away", "with", 1) != pixels("away", "without", 1)
-    assert "away from r.png" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("changed", ["r.png", "m.png"])
 def test_another_reference_under_the_same_path_is_another_recipe(changed, model, capsys):
     picture, mask = Image.linear_gradient("L").resize((32, 32)), Image.new("L", (32, 32), 255)
@@ -138,6 +123,8 @@ def test_another_reference_under_the_same_path_is_another_recipe(changed, model,
     words = ["generate", "a dog", "-n", "1", "--model", model, "--reference", "r.png", "--mask", "m.png"]
     for out in ([], ["--out", "away"], ["--out", "away", "--compare"]):  # the last to this recipe's own folder
         assert main([*words, *out]) == 0
+    assert "away from r.png" in capsys.readouterr().out
+    assert pixels("away", "with", 1) != pixels("away", "without", 1)
     again = ["generate", "--model", model, "--from", "away/with-0.png", "--reference", "r.png", "--mask", "m.png"]
     assert main(again) == 0
     (first,) = Path("negtome-images").iterdir()
@@ -177,26 +164,21 @@ def test_files_of_another_recipe_are_not_overwritten(model, capsys):
     assert main([*words[:-1], "notes"]) == 0, "hidden files are nobody's"
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_script_that_was_changed_is_kept(alone, model, monkeypatch, capsys):
+def test_a_script_that_was_changed_is_kept(model, monkeypatch, capsys):
     words = ["generate", "a dog", "-n", "2", "--model", model, "--device", "cpu", "--out", "dogs"]
     assert main([*words, "--without"]) == main(words) == 0, "of the same images, the other row"
     script = Path("dogs/recipe.py")
     text = script.read_text() + "print('mine')\n"
     script.write_text(text)
-    for image in Path("dogs").glob("*.png") if alone else ():
-        image.unlink()
     monkeypatch.setattr(negtome.generate, "load", lambda *_: pytest.fail("it was loaded"))
     capsys.readouterr()
-    assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "dogs/recipe.py was changed" in line
-    assert script.read_text() == text
-
-
-def test_warnings_are_printed(model, capsys):
-    assert main(["generate", "a dog", "-n", "2", "--model", model, "--threshold", "0.999999", "--out", "dogs"]) == 0
-    assert "warning: NegToMe pushed no token" in capsys.readouterr().err
+    for images in (Path("dogs").glob("*.png"), ()):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "dogs/recipe.py was changed" in line
+        assert script.read_text() == text
+        for image in images:
+            image.unlink()
 
 
 @pytest.fixture
@@ -231,7 +213,6 @@ def write_variant(folder, variant, keep):
         (False, [], "fp16"),
         (True, [], None),
         (True, ["--dtype", "float16"], "fp16"),
-        (True, ["--variant", "fp16"], "fp16"),
         (True, ["--dtype", "float16", "--variant", "auto"], None),
     ],
 )
@@ -313,7 +294,7 @@ class Full(io.FileIO):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("name", ["without-0.png", "with-1.png", "compare.png", "recipe.py"])
+@pytest.mark.parametrize("name", ["with-1.png", "recipe.py"])
 def test_after_a_full_disk_the_same_command_works(name, model, monkeypatch, capsys):
     words = ["generate", "a dog", "-n", "2", "--model", model, "--compare", "--out"]
 
@@ -336,13 +317,11 @@ def test_after_a_full_disk_the_same_command_works(name, model, monkeypatch, caps
     }
 
 
-def test_a_truncated_prompt_warns(model, capsys):
-    words = ["generate", "-n", "2", "--model", model]
-    assert main([*words, "a dog"]) == 0
-    assert "warning" not in capsys.readouterr().err
-    assert main([*words, "a dog " * 30]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert "the prompt is truncated" in line and "77" in line
+def test_warnings_are_printed(model, capsys):
+    assert main(["generate", "a dog " * 30, "-n", "2", "--model", model, "--threshold", "0.999999"]) == 0
+    truncated, pushed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "the prompt is truncated" in truncated and "77" in truncated
+    assert "NegToMe pushed no token" in pushed
 
 
 def send(path, **changes):
@@ -360,37 +339,38 @@ def write_header(path, width, height):
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
-@pytest.fixture
-def files(tmp_path, model):
-    """What is wrong on disk: a folder that is no model, some without weights or with pickled ones, pictures, masks."""
-    shutil.copytree(model, "cut")
-    weights = Path("cut/unet/diffusion_pytorch_model.safetensors")
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """A folder of what is wrong on disk: no models, models without weights or with pickled ones, pictures, masks."""
+    folder = tmp_path_factory.mktemp("files")
+    shutil.copytree(model, folder / "cut")
+    weights = folder / "cut/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    send("many.png", images=10**9)
-    send("steps.png", steps=10**9)
-    send("newer.png", version="99.0", sneed=1)
-    send("older.png", version="0.0.1", config={"alpha": 1.0, "beta": 2.0})
-    for name, size in (("large", (8192, 8193)), ("bomb", (100_000, 100_000))):
-        write_header(f"{name}.png", *size)
+    send(folder / "many.png", images=10**9)
+    send(folder / "newer.png", version="99.0", sneed=1)
+    send(folder / "older.png", version="0.0.1", config={"alpha": 1.0, "beta": 2.0})
+    write_header(folder / "large.png", 8192, 8193)
+    write_header(folder / "bomb.png", 100_000, 100_000)
     text = PngImagePlugin.PngInfo()
     text.add_text(image_files.CHUNK, "x" * 2**27, zip=True)
-    Image.new("RGB", (8, 8)).save("text.png", pnginfo=text)
-    Path("empty").mkdir()
-    shutil.copytree(model, "partial")
-    Path("partial/unet/diffusion_pytorch_model.safetensors").unlink()
+    Image.new("RGB", (8, 8)).save(folder / "text.png", pnginfo=text)
+    (folder / "empty").mkdir()
+    partial = shutil.copytree(model, folder / "partial")
+    (partial / "unet/diffusion_pytorch_model.safetensors").unlink()
     for name, weights in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
-        shutil.copytree(model, f"pickled-{name}")
-        (file,) = Path(f"pickled-{name}", name).glob("*.safetensors")
+        component = shutil.copytree(model, folder / f"pickled-{name}") / name
+        (file,) = component.glob("*.safetensors")
         torch.save(load_file(file), file.with_name(f"{weights}.bin"))
         file.unlink()
-    index = json.loads(Path("partial/model_index.json").read_text())
+    index = json.loads((partial / "model_index.json").read_text())
     for name in ("NoPipeline", "WanPipeline", "CogVideoXPipeline", "StableDiffusionXLInpaintPipeline"):
-        shutil.copytree("partial", name)
-        Path(name, "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+        shutil.copytree(partial, folder / name)
+        (folder / name / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
     for name in ("tokenizer_2", "text_encoder"):  # diffusers makes an empty tokenizer, and images with it
-        shutil.copytree(model, f"no-{name}", ignore=shutil.ignore_patterns(name))
-    Image.new("RGB", (32, 32)).save("r.png")
-    Image.new("L", (16, 32), 255).save("small.png")
+        shutil.copytree(model, folder / f"no-{name}", ignore=shutil.ignore_patterns(name))
+    Image.new("RGB", (32, 32)).save(folder / "r.png")
+    Image.new("L", (16, 32), 255).save(folder / "small.png")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -406,8 +386,6 @@ def files(tmp_path, model):
             ["generate", "x", "--timestep-range", "850"],
             "argument --timestep-range: must be LOW:HIGH, such as 850:1000, got '850';",
         ),
-        (["generate", "x", "--timestep-range", "1000:850", "--model", "MODEL"], "timestep_range must be (low, high)"),
-        (["generate", "x", "--matching", "nearest", "--model", "MODEL"], "matching must be one of"),
         (["generate", "x", "--call", "eta", "--model", "MODEL"], "--call"),
         (["generate", "x", "--call", "sigma=1", "--model", "MODEL"], "does not take sigma"),
         (["generate", "x", "--call", "eta=NaN", "--model", "MODEL"], "JSON values"),
@@ -422,11 +400,6 @@ def files(tmp_path, model):
         (["generate", "x", "--call", "timesteps={}", "--model", "MODEL"], "correct the --call options"),
         (["generate", "x", "--call", "clip_skip=1000", "--model", "MODEL"], "correct the --call options"),
         (["generate", "x", "-n", str(10**9), "--model", "MODEL"], "from 1 to 256"),
-        (["generate", "x", "--steps", str(10**9), "--model", "MODEL"], "steps must be a whole number from 1"),
-        (["generate", "x", "--size", "800000x8", "--model", "MODEL"], "width must be a whole number from 8"),
-        (["generate", "x", "--seed", str(2**63), "--model", "MODEL"], "seed must be a whole number from 0"),
-        (["generate", "x", "--alpha", "nan", "--model", "MODEL"], "alpha must be a finite number"),
-        (["generate", "x", "--variant", "../fp16", "--model", "MODEL"], "variant must be the name"),
         (["generate", "x", "-n", "1", "--model", "MODEL"], "images must be at least 2 without a reference image"),
         (
             ["generate", "x", "--without", "--alpha", "1", "--model", "MODEL"],
@@ -463,20 +436,15 @@ def files(tmp_path, model):
             "32x32 pixels, got 16x32",
         ),
         (["generate", "x", "--model", "MODEL", "--mask", "small.png"], "mask needs a reference image"),
-        (["generate", "x", "--model", "MODEL", "--device", "abacus"], "this machine has no device"),
         (["generate", "x", "--model", "MODEL", "--device", "cpu:7"], "this machine has no device"),
         (["generate", "x", "--model", "MODEL", "--device", "cpu", "--low-memory"], "--low-memory needs a GPU"),
-        (["generate", "x", "--model", "MODEL", "--dtype", "int8"], "dtype must be one of float32"),
         (["generate", "x", "--model", "MODEL", "--out", "r.png"], "r.png is something else"),
         (["generate", "x", "--model", "MODEL", "--timestep-range", "0:0"], "no step lies in timestep_range=(0, 0)"),
         (["generate", "--from", "no.png"], "no image no.png"),
         (["generate", "--from", "r.png"], "has no recipe"),
-        (["generate", "--from", "."], "no image ."),
         (["generate", "--from", "text.png"], "cannot be read as a PNG"),
-        (["generate", "--from", "large.png"], "has no recipe"),
         (["generate", "--from", "bomb.png"], "cannot be read as a PNG"),
         (["generate", "--from", "many.png"], "images must be a whole number from 1 to 256, got 1000000000"),
-        (["generate", "--from", "steps.png"], "steps must be a whole number from 1"),
         (
             ["generate", "--from", "newer.png"],
             f"written by version '99.0', has unknown fields 'sneed'; this is negtome {negtome.__version__}",
@@ -488,7 +456,8 @@ def files(tmp_path, model):
         ),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(words, said, model, files, capsys):
+def test_an_error_is_one_line_and_exit_code_2(words, said, model, files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
     before = sorted(Path().rglob("*"))
     assert main([model if word == "MODEL" else word for word in words]) == 2
     out, err = capsys.readouterr()
@@ -521,10 +490,7 @@ def test_the_former_name_of_the_timestep_range_warns(capsys):
     assert capsys.readouterr().err == "warning: --timesteps is called --timestep-range now\n"
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-              RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-)  # fmt: skip
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_names_the_options_to_change(error, model, monkeypatch, capsys):
     def full(pipe, recipe):
         raise error

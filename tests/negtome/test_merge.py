@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from negtome import merge, negative_merge
 from negtome.merge import push_from, push_groups
 
+#: Reference and matching, as far as they go together.
+WAYS = [("first", "paper"), ("first", "released"), ("previous", "paper"), ("others", "paper")]
 PERMUTATION = [3, 0, 5, 1, 2, 4]
 INVERSE = [1, 3, 4, 0, 5, 2]
 
@@ -81,7 +83,7 @@ shapes = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("matching", ["paper", "released"])
 @pytest.mark.parametrize("masked", [False, True])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(case=shapes)
 def test_it_is_the_algorithm(case, matching, masked):
     m = case["n"] if matching == "released" else case["m"]
@@ -114,14 +116,8 @@ def test_half_precision_differs_by_rounding_only(dtype, matching):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_permuted_copy_pushes_no_token_under_the_papers_matching(dtype):
-    tokens = random(2, 40, 32, dtype=dtype)
-    permuted = tokens[:, torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(negative_merge(tokens, permuted, alpha=0.9, threshold=0.5), tokens)
-
-
-def test_the_released_code_uses_the_inverse_of_a_known_permutation():
-    reference = random(6, 8)
+def test_the_released_code_uses_the_inverse_of_a_known_permutation(dtype):
+    reference = random(6, 8, dtype=dtype)
     tokens = reference[PERMUTATION].unsqueeze(0)  # so the nearest reference token of token n is PERMUTATION[n]
     options = {"alpha": 1.0, "threshold": 0.5}
     # The paper: every token finds its copy, and moves away from it by nothing.
@@ -235,9 +231,7 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         push_groups(random(2, 3, 4), 2, alpha=0.9, threshold=0.3, matching="paper", reference="last")
 
 
-@pytest.mark.parametrize(
-    ("reference", "matching"), [("first", "paper"), ("first", "released"), ("previous", "paper"), ("others", "paper")]
-)
+@pytest.mark.parametrize(("reference", "matching"), WAYS)
 def test_groups_are_the_algorithm_image_by_image(reference, matching):
     G, K, N = 2, 3, 10
     tokens = random(G * K, N, 16)
@@ -259,7 +253,6 @@ def test_groups_are_the_algorithm_image_by_image(reference, matching):
             assert (similarity[g] > 0.3).sum() == moved
 
 
-WAYS = [("first", "paper"), ("first", "released"), ("previous", "paper"), ("others", "paper")]
 batches = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 10**6),
@@ -277,7 +270,7 @@ batches = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(case=batches)
 def test_behind_text_and_in_chunks_groups_are_pushed_alike(case):
     """Whatever the shape, the strides (text in front), the dtype and the bound on the matrices, to the last bit."""
@@ -304,23 +297,10 @@ def test_groups_are_differentiable_in_all_their_images(reference, matching):
     tokens = random(6, 4, 5, dtype=torch.float64).requires_grad_()
     options = {"alpha": 0.9, "threshold": 0.1, "matching": matching, "reference": reference}
     assert torch.autograd.gradcheck(lambda x: push_groups(x, 3, **options)[0], tokens)
+    assert not push_groups(tokens, 3, **options)[1].requires_grad
     tokens, other = (random(2, 5, 4, seed=s, dtype=torch.float64).requires_grad_() for s in (0, 1))
     options = {"alpha": 0.9, "threshold": 0.1, "matching": matching}
     assert torch.autograd.gradcheck(lambda x, y: negative_merge(x, y, **options), (tokens, other))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("reference", "matching"), WAYS)
-def test_half_precision_has_gradients_and_similarities_have_none(reference, matching, dtype):
-    tokens = random(6, 4, 5, dtype=dtype)
-    options = {"alpha": 0.5, "threshold": -1.0, "matching": matching, "reference": reference}
-    leaf = tokens.clone().requires_grad_()
-    result, similarity = push_groups(leaf, 3, **options)
-    result.sum().backward()
-    assert leaf.grad.dtype is dtype and not similarity.requires_grad
-    assert torch.equal(result.detach(), push_groups(tokens, 3, **options)[0])
-    # What a token gains in the sum, the token that it is pushed from loses.
-    torch.testing.assert_close(leaf.grad.float().sum(), torch.tensor(float(tokens.numel())), rtol=0.02, atol=0)
 
 
 @pytest.mark.slow

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_attach import CONFIGS
-from tiny import generate
+from tiny import CONFIGS, generate
 
 import negtome
 

@@ -73,7 +73,7 @@ def choosing(tmp_path_factory):
     return folder
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(recipes())
 def test_it_is_the_same_after_json_and_after_a_command_line(choosing, recipe):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
@@ -84,7 +84,7 @@ def test_it_is_the_same_after_json_and_after_a_command_line(choosing, recipe):
     assert recipe_from_args(_parser().parse_args(words)) == recipe
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(recipes())
 def test_the_script_holds_the_recipes_values(recipe):
     calls = []
@@ -145,28 +145,21 @@ def test_bad_model_defaults_are_refused(text, tmp_path):
     ("changes", "message"),
     [
         ({"prompt": " "}, "prompt must not be empty"),
-        ({"prompt": 3}, "prompt must be a text, got 3"),
         ({"prompt": "a\0"}, "whole characters"),
         ({"negative_prompt": "\ud800"}, "whole characters"),
         ({"model": ""}, "model must not be empty"),
         ({"images": 1}, "images must be at least 2 without a reference image, got 1"),
-        ({"images": 0}, "images must be a whole number from 1"),
         ({"images": 257}, "images must be a whole number from 1 to 256, got 257; make more by further runs"),
         ({"steps": 10**9}, "steps must be a whole number from 1 to 1000"),
         ({"height": 8, "width": 8200}, "width must be a whole number from 8 to 8192"),
         ({"variant": "a/b"}, "name of a variant"),
-        ({"images": True}, "got True"),
         ({"seed": -1}, "seed must be a whole number from 0"),
-        ({"seed": 2**63 - 1}, "seed"),
         ({"steps": 0}, "steps must be a whole number"),
-        ({"guidance_scale": -1}, "guidance_scale must be between 0"),
         ({"guidance_scale": 10**400}, "guidance_scale must be a finite number"),
         ({"height": 64}, "height and width must be set together"),
         ({"height": 64, "width": 60}, "width must be a multiple of 8"),
         ({"options": {"prompt": "x"}}, "sets itself, got prompt"),
-        ({"options": {"height": 8, "latents": 1}}, "got height, latents"),
         ({"options": {"eta": float("nan")}}, "JSON values"),
-        ({"options": {"eta": torch.nn.ReLU()}}, "JSON values"),
         ({"options": {"a b": 1}}, "options must map names of arguments"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
         ({"config": 0.9}, "config must be a NegToMeConfig or None, got a float"),
@@ -208,7 +201,7 @@ fields = [one.name for one in dataclasses.fields(Recipe)]
 settings_of = [one.name for one in dataclasses.fields(NegToMeConfig)]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     st.dictionaries(st.sampled_from(fields), anything, max_size=3),
     st.dictionaries(st.sampled_from(settings_of), anything, max_size=2),
@@ -282,7 +275,7 @@ def _rounding(pipe):
     return pipe
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(recipes())
 def test_an_image_keeps_its_recipe(tmp_path_factory, recipe):
     path = tmp_path_factory.getbasetemp() / "said.png"
@@ -295,7 +288,7 @@ def test_an_image_keeps_its_recipe(tmp_path_factory, recipe):
 characters = st.sampled_from("il mMW 漢字かな\u0301😀")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.text(characters, max_size=80), st.integers(60, 200))
 def test_wrapped_lines_hold_the_text_and_fit(text, width):
     lines = image_files.wrap(text, ImageFont.load_default(size=12), width)
@@ -318,28 +311,30 @@ def test_an_image_grid_shows_every_image_unscaled_and_cuts_an_endless_prompt():
     assert grids[0].height < 1000
 
 
-@pytest.mark.parametrize("length", [20, 30, 31, 32, 75, 76, 90])
-def test_truncation_warnings_agree_with_diffusers(kind, length, tiny_checkpoint, caplog):
+def test_truncation_warnings_agree_with_diffusers(kind, tiny_checkpoint, caplog):
     """By its own log, of which it is silent where the command runs."""
     flux = kind == "flux"
     options = {"max_sequence_length": 32} if flux else {}
     recipe = Recipe(
-        str(tiny_checkpoint(kind)), "x" * length, config=None, images=1, steps=1, height=16, width=16, options=options
+        str(tiny_checkpoint(kind)), "x", config=None, images=1, steps=1, height=16, width=16, options=options
     )
     pipe = load(recipe)
-    (message,) = truncated_prompts(pipe, recipe.arguments()) or [""]
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_warning()
     diffusers.utils.logging.enable_propagation()
     try:
-        pipe.encode_prompt(recipe.prompt, recipe.prompt, **options)
+        for length in (30, 31, 75, 76):
+            caplog.clear()
+            prompt = "x" * length
+            (message,) = truncated_prompts(pipe, recipe.replace(prompt=prompt).arguments()) or [""]
+            pipe.encode_prompt(prompt, prompt, **options)
+            logged = [record.message for record in caplog.records if "truncated" in record.message]
+            cut = {int(re.search(r"(\d+) tokens", line)[1]) for line in logged}
+            assert {int(most) for most in re.findall(r"reads (\d+) of", message)} == cut
+            assert cut == {most for most in (77, 32 if flux else 77) if length + 2 > most}
     finally:
         diffusers.utils.logging.disable_propagation()
         diffusers.utils.logging.set_verbosity(verbosity)
-    logged = [record.message for record in caplog.records if "truncated" in record.message]
-    cut = {int(re.search(r"(\d+) tokens", line)[1]) for line in logged}
-    assert {int(most) for most in re.findall(r"reads (\d+) of", message)} == cut
-    assert cut == {most for most, needed in ((77, length + 2), (32 if flux else 77, length + 2)) if needed > most}
 
 
 @pytest.mark.parametrize("name", ["mini-sdxl", "mini-flux"])

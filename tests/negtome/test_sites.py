@@ -1,7 +1,5 @@
 """The table of sites, against the diffusers that is installed."""
 
-import inspect
-
 import pytest
 import tiny
 import torch
@@ -67,22 +65,17 @@ def test_flux_has_the_19_and_38_blocks_of_the_release():
     [
         # SD3.5 medium: 13 of its blocks have two.
         ("SD3", 24 + 13, {"num_layers": 24, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
-        ("Chroma", 19 + 38, {}),
-        ("PixArt", 28, {}),
-        ("Sana", 20, {}),
-        ("AuraFlow", 4 + 32, {}),
-        ("CogView4", 30, {}),
-        ("Flux2", 8 + 48, {}),  # dev
         ("Flux2", 5 + 20, {"num_layers": 5, "num_single_layers": 20}),  # klein 4B
-        ("Qwen", 60, {}),
         ("ZImage", 2 + 30, {}),
-        ("Lumina2", 2 + 26, {}),
-        ("HunyuanImage", 20 + 40, {}),
-        ("Krea2", 28, {}),
-        ("Wan", 40, {}),
-        ("LTX", 28, {}),
+        *(
+            pytest.param(name, attentions, {}, marks=pytest.mark.slow)
+            for name, attentions in {
+                "Chroma": 19 + 38, "PixArt": 28, "Sana": 20, "AuraFlow": 4 + 32, "CogView4": 30, "Flux2": 8 + 48,
+                "Qwen": 60, "Lumina2": 2 + 26, "HunyuanImage": 20 + 40, "Krea2": 28, "Wan": 40, "LTX": 28,
+            }.items()
+        ),
     ],
-)
+)  # fmt: skip
 def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, options):
     import diffusers
 
@@ -91,19 +84,6 @@ def test_every_attention_of_the_image_to_itself_is_a_site(name, attentions, opti
     with torch.device("meta"):
         denoiser = getattr(diffusers, architecture.denoiser_class)(**options)
     assert len(configured_sites(denoiser, architecture, NegToMeConfig())) == attentions
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_the_names_of_the_table_exist_in_diffusers(architecture):
-    import diffusers
-
-    tiny.since(architecture.denoiser_class, *architecture.pipelines)
-    denoiser = getattr(diffusers, architecture.denoiser_class)
-    for name in architecture.pipelines:
-        assert architecture.denoiser in inspect.signature(getattr(diffusers, name).__init__).parameters
-    prompts = (name.partition(".")[0] for name in architecture.prompts if name)
-    named = {architecture.sample, architecture.time, *prompts, *architecture.shared}
-    assert named <= set(inspect.signature(denoiser.forward).parameters)
 
 
 def test_sites_are_chosen_by_block(tiny_sdxl, tiny_flux):

@@ -11,6 +11,17 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
+from negtome import NegToMeConfig
+
+#: The first two of four steps; at these thresholds some of the tokens of every site are pushed and others are not.
+CONFIGS = {
+    "sdxl": NegToMeConfig(alpha=0.9, threshold=0.85, timestep_range=(500, 1000), min_side=8),
+    "flux": NegToMeConfig(alpha=0.9, threshold=0.9, timestep_range=(600, 1000)),
+}
+
+#: For a test of what does not depend on the architecture: SDXL is among the slow tests.
+ONE_KIND = pytest.mark.parametrize("kind", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+
 
 def _picture(seed):
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))

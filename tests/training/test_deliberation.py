@@ -11,8 +11,9 @@ from training.deliberation.requests import Maker, words_of
 from training.deliberation.scores import Lookup
 
 POLICY = read_policy(requests.POLICY)
-DRAWN = Maker(POLICY, 3).draw(3000)
+DRAWN = Maker(POLICY, 3).draw(2000)
 TOKENIZER = requests.build_tokenizer(POLICY)
+IDS = {clause.id for clause in POLICY.clauses}
 
 
 def test_prompts_templates_and_things_of_the_evaluation_are_held_out():
@@ -45,9 +46,9 @@ def test_wrappers_are_held_out_as_the_parts_say():
 def test_labels_are_balanced_within_wrapped_and_plain_requests():
     for wrapped in (True, False):
         part = [bool(one.clauses) for one in DRAWN if one.kind.endswith("wrapped") == wrapped]
-        assert len(part) > 1000 and 0.45 < sum(part) / len(part) < 0.55
+        assert len(part) > 700 and 0.45 < sum(part) / len(part) < 0.55
     cited = Counter(one.clauses[0] for one in DRAWN if one.clauses)
-    assert cited.keys() == {clause.id for clause in POLICY.clauses} and max(cited.values()) < 2 * min(cited.values())
+    assert cited.keys() == IDS and max(cited.values()) < 2 * min(cited.values())
 
 
 @pytest.mark.parametrize("trace", [True, False])
@@ -69,15 +70,12 @@ def test_all_words_of_the_tests_are_known_but_none_of_another_alphabet():
 
 
 def test_the_form_is_taught_without_the_policy():
-    """No asset is asked for, and clauses, actions and what is quoted have nothing to do with each other."""
-    pairs = requests.unprotected(POLICY, 0, 800, trace=True)
-    decisions = [read(reply) for _, reply in pairs]
+    """No asset is asked for, and clauses, actions and quotes have nothing to do with each other."""
+    decisions = [read(reply) for _, reply in requests.unprotected(POLICY, 0, 800, trace=True)]
     cited = [decision for decision in decisions if decision.clauses]
-    assert 300 < len(cited) < 500 and {decision.clauses[0] for decision in cited} == {
-        clause.id for clause in POLICY.clauses
-    }
-    assert Counter(decision.action for decision in cited).keys() == {"allow", "steer", "refuse", "escalate"}
-    assert sum(not verify(POLICY, decision) for decision in cited) == 0
+    assert 300 < len(cited) < 500 and {decision.clauses[0] for decision in cited} == IDS
+    assert {decision.action for decision in cited} == {"allow", "steer", "refuse", "escalate"}
+    assert all(verify(POLICY, decision) for decision in cited)
     names = {name for clause in POLICY.clauses for name in clause.names}
     assert not names & {decision.quote for decision in cited}
 
@@ -86,17 +84,12 @@ REQUEST = next(one for one in DRAWN if one.clauses == ("C20",))
 RIGHT = requests.reply_to(POLICY, REQUEST, True)
 
 
-def test_a_right_reply_is_worth_one_whatever_its_trace_says():
-    start = RIGHT.index("@C")
-    other_trace = ["no", "clause", "allow", *RIGHT[start:]]
-    for words in (RIGHT, requests.reply_to(POLICY, REQUEST, False), other_trace):
-        assert fit.reward_of(POLICY, ("C20",), words) == 1
-    assert fit.reward_of(POLICY, (), ["<answer>", "=allow", "<end>"]) == 1
-
-
 @pytest.mark.parametrize(
-    ("forged", "worth"),
+    ("reply", "worth"),
     [
+        (" ".join(RIGHT), 1),
+        (" ".join(requests.reply_to(POLICY, REQUEST, False)), 1),
+        (" ".join(["no", "clause", "allow", *RIGHT[RIGHT.index("@C") :]]), 1),  # whatever the trace says
         ("", 0),
         (" ".join(RIGHT[:-1]), 0),  # never ended
         ("<answer> =allow <end>", 0),
@@ -109,39 +102,38 @@ def test_a_right_reply_is_worth_one_whatever_its_trace_says():
         (" ".join([*RIGHT[:-1], *RIGHT[RIGHT.index(ANSWER) :]]), 0),  # two answers
     ],
 )
-def test_forged_replies_are_worth_less(forged, worth):
-    assert fit.reward_of(POLICY, ("C20",), forged.split()) == worth
+def test_a_reply_is_worth_what_of_its_answer_is_right(reply, worth):
+    assert fit.reward_of(POLICY, ("C20",), reply.split()) == worth
 
 
-def test_citing_everything_is_worth_nothing():
+def test_allowing_is_worth_one_where_no_clause_applies_and_citing_everything_nothing():
+    assert fit.reward_of(POLICY, (), [ANSWER, "=allow", END]) == 1
     every = [word for clause in POLICY.clauses for word in (",", *requests.spell([clause.id]))][1:]
     words = [ANSWER, "=refuse", *every, "<quote>", "baby", "</quote>", END]
     assert not verify(POLICY, read(words)) and fit.reward_of(POLICY, ("C20",), words) == 0
 
 
 def test_a_few_examples_teach_a_guard_that_is_kept_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "BATCH", 4)
+    monkeypatch.setattr(fit, "BATCH", 2)
     model = fit.new_model(POLICY, TOKENIZER, 0)
-    pairs = [("a photo of a vampire", RIGHT)] * 200
-    fit.fit_examples(model, TOKENIZER, pairs, 0)
+    fit.fit_examples(model, TOKENIZER, [("a photo of a vampire", RIGHT)] * 80, 0)
     cells.save(model, TOKENIZER, tmp_path)
-    guard = Mini(tmp_path)
-    assert decide(POLICY, guard, "a photo of a vampire", retries=0).clauses == ("C20",)
-    prompts = ["a photo of a vampire", "vampire", "draw me a vampire , please"]
+    guard, prompts = Mini(tmp_path), ["a photo of a vampire", "vampire", "draw me a vampire , please"]
+    assert decide(POLICY, guard, prompts[0], retries=0).clauses == ("C20",)
     together = fit.replies(guard.model, guard.tokenizer, prompts)
     alone = [fit.replies(guard.model, guard.tokenizer, [prompt])[0] for prompt in prompts]
     assert together == alone and together[0] == RIGHT
 
 
 def test_a_trained_cell_is_found_again_and_another_size_is_another_cell(tmp_path, monkeypatch):
-    sizes = cells.Sizes(form=32, examples=32, steps=1)
+    sizes = cells.Sizes(form=16, examples=16, steps=1)
     cell = cells.Cell("SFT", False, 0)
     folder = cells.train_cell(cell, sizes, POLICY, tmp_path)
     assert len([*tmp_path.glob("*/cell.json")]) == 2  # and the one before it
     monkeypatch.setattr(fit, "fit_examples", None)  # nothing is trained again
     assert cells.train_cell(cell, sizes, POLICY, tmp_path) == folder
-    assert cells.train_cell(cell, cells.Sizes(form=32, examples=32, steps=9), POLICY, tmp_path) == folder
-    assert len({cells.digest(cell, cells.Sizes(form=32, examples=n), POLICY) for n in (32, 64)}) == 2
+    assert cells.train_cell(cell, cells.Sizes(form=16, examples=16, steps=9), POLICY, tmp_path) == folder
+    assert len({cells.digest(cell, cells.Sizes(form=16, examples=n), POLICY) for n in (32, 64)}) == 2
     assert len({cells.digest(cell, sizes, POLICY) for cell in table.all_cells(2)}) == 14
 
 
@@ -180,19 +172,17 @@ def test_the_look_up_table_knows_what_requests_are_made_of():
     assert sum(right) / len(right) > 0.9 > sum(not one.clauses for one in plain) / len(plain)
 
 
-def test_a_table_has_a_row_for_each_guard_and_prints_its_own_numbers():
-    """Of made-up outcomes: every guard allows all, but the one trained by examples with a trace, which is right."""
-    asked = scores.tests(POLICY)
-    allowed = [scores.judge(POLICY, one, Decision("allow")) for one in asked]
-    right = [scores.judge(POLICY, one, read(requests.reply_to(POLICY, one, True))) for one in asked]
-    found = {(stage, trace): {0: allowed, 1: allowed} for stage in cells.STAGES for trace in (True, False)}
-    found["none", True] = {0: allowed}
-    found["SFT", True] = {0: right, 1: right}
-    frame = table.tabulate(POLICY, found).set_index(["training", "trace", "against", "metric"])
-    assert frame.loc["SFT", "yes", "", "clause right"]["value"] == 1
-    assert frame.loc["SFT", "yes", "none, trace: yes", "wrappers held out"]["value"] == 0.5
-    assert frame.loc["SFT", "no", "none, trace: no", "clause right"]["value"] == 0
-    assert frame.loc["SFT + RL", "yes", "SFT, trace: yes", "clause right"]["value"] == -1
+def test_a_table_has_a_row_for_each_guard_and_prints_its_own_numbers(monkeypatch):
+    """With one guard that is right, trained by examples with a trace; all others allow everything."""
+    tests = scores.tests(POLICY)
+    allowed = [scores.judge(POLICY, one, Decision("allow")) for one in tests]
+    right = [scores.judge(POLICY, one, read(requests.reply_to(POLICY, one, True))) for one in tests]
+    outcomes = {("none", True): {0: allowed}, ("SFT", True): {0: right, 1: right}, ("RL", True): {0: allowed}}
+    monkeypatch.setattr(table, "PAIRS", [(("SFT", True), ("none", True)), (("RL", True), ("SFT", True))])
+    frame = table.tabulate(POLICY, outcomes).set_index(["training", "against", "metric"])
+    assert frame.loc["SFT", "", "clause right"]["value"] == 1
+    assert frame.loc["SFT", "none, trace: yes", "wrappers held out"]["value"] == 0.5
+    assert frame.loc["RL", "SFT, trace: yes", "clause right"]["value"] == -1
     text = table.render_page(frame.reset_index(), cells.Sizes())
     assert "| SFT        | yes     | 1.00" in text and "of 20" not in text
 

@@ -1,4 +1,4 @@
-"""Export of the small models: a made-up work folder must become folders that the stock classes load."""
+"""Export of the small models: a work folder of untrained stages becomes folders that the stock classes load."""
 
 import json
 from dataclasses import asdict
@@ -20,6 +20,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three folders, exported from untrained models of the real architectures."""
     torch.manual_seed(0)
     work = tmp_path_factory.mktemp("work")
+    with pytest.raises(ValueError, match="train that stage first"):
+        export.export(work, work / "models")
     tokenizer.build([f"{t} {c}" for t in taxonomy.TEMPLATES for c in taxonomy.EVALUATED], work)
     tokens = torch.load(work / "tokens.pt")
     first, second = (clip.make_model(tokens["clip_size"], 32, 1) for _ in range(2))
@@ -41,42 +43,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_stock_pipelines_load_and_draw(models: Path) -> None:
+def test_stock_pipelines_load_in_float32_what_is_stored_in_halves_and_draw(models: Path) -> None:
     for name, kind in (("mini-sdxl", StableDiffusionXLPipeline), ("mini-flux", FluxPipeline)):
         pipe = kind.from_pretrained(models / name)
+        networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        assert {parameter.dtype for network in networks for parameter in network.parameters()} == {torch.float32}
         pipe.set_progress_bar_config(disable=True)
         image = pipe("a photo of a bird", **samples.SETTINGS[name] | {"num_inference_steps": 1}).images[0]
         assert image.size == (128, 128)
-
-
-def test_parts_are_float32_when_loaded_and_half_on_disk(models: Path) -> None:
-    pipe = FluxPipeline.from_pretrained(models / "mini-flux")
-    parts = (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
-    assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}
     assert next(CLIPModel.from_pretrained(models / "mini-clip").parameters()).dtype == torch.float32
     stored = load_file(models / "mini-sdxl" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in stored.values()} == {torch.float16}
 
 
-def test_shared_parts_are_relative_links(models: Path) -> None:
+def test_folders_share_parts_by_links_and_tell_their_settings_and_training(models: Path) -> None:
     for name in export.SHARED:
         link = models / "mini-flux" / name
-        assert link.is_symlink() and not Path(link).readlink().is_absolute() and link.resolve().is_dir()
-
-
-def test_how_a_model_is_used_stands_in_its_folder_as_in_conf(models: Path) -> None:
+        assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve().is_dir()
     for name in ("mini-sdxl", "mini-flux"):
         shipped = (PROJECT / "models" / name / "negtome.json").read_text()
         assert (models / name / "negtome.json").read_text() == shipped
     assert ModelDefaults.of(str(models / "mini-sdxl")).reference.alpha == 1.8
-
-
-def test_cards_tell_licences_and_training(models: Path) -> None:
     card = (models / "mini-sdxl" / "README.md").read_text()
-    assert "CC-BY-4.0" in card and "Twemoji" in card and "UNet: 10 steps of 4 in 2 s on CPU; last loss 0.5" in card
-    assert "guidance_scale=3.5" in (models / "mini-flux" / "README.md").read_text()
-
-
-def test_missing_stage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train that stage first"):
-        export.export(tmp_path, tmp_path / "models")
+    assert "CC-BY-4.0" in card and "UNet: 10 steps of 4 in 2 s on CPU; last loss 0.5" in card

@@ -16,28 +16,21 @@ from training import memorised, protected
 from training.sources import Emoji
 
 FOLDER = PROJECT / "models" / "mini-protected"
+RESULTS = PROJECT / "results" / "memorised"
 PROMPTS = protected.PROMPTS["test"] | protected.PROMPTS["development"]
 
 
-def _pictures(role: str) -> dict[str, list[bytes]]:
-    """Pixels by name: files may differ where pictures do not."""
-    return {
-        folder.name: [
-            load_image(path).numpy().tobytes() for path in sorted(folder.glob("*.png")) if not path.stem.endswith(MASK)
-        ]
-        for folder in sorted((FOLDER / role).iterdir())
-    }
-
-
-def test_no_picture_is_in_two_places() -> None:
-    images = [pixels for role in ("guidance", "scoring", "held_out") for p in _pictures(role).values() for pixels in p]
-    assert max(Counter(images).values()) == 1 and {len(pixels) for pixels in images} == {3 * 128 * 128}
-
-
-def test_every_picture_for_guidance_has_a_mask_of_the_design() -> None:
+def test_every_picture_lies_in_one_place_and_those_for_guidance_have_a_mask_of_the_design() -> None:
+    pixels, folders = Counter(), {}
+    for path in FOLDER.glob("*/*/*.png"):
+        if not path.stem.endswith(MASK):
+            pixels[load_image(path).numpy().tobytes()] += 1  # files may differ where pictures do not
+            folders.setdefault(path.parts[-3], Counter())[path.parent.name] += 1
+    assert max(pixels.values()) == 1 and {len(content) for content in pixels} == {3 * 128 * 128}
+    assert {*folders["guidance"]} == {*folders["scoring"]} == {*PROMPTS} == {*protected.CHARACTERS}
+    assert min(folders["scoring"].values()) >= 2
     for asset in read_assets(FOLDER / "guidance"):
-        share = asset.mask.double().mean()
-        assert 0.1 < share < 0.95
+        assert 0.1 < asset.mask.double().mean() < 0.95
         assert (asset.image[:, ~asset.mask] > 200).double().mean() > 0.9  # what is left out is white
 
 
@@ -48,23 +41,13 @@ def test_guidance_and_scoring_share_no_artwork_set() -> None:
         assert {memorised.style_set(path) for path in (FOLDER / role).glob("*/*.png")} <= {*allowed}
 
 
-def test_every_character_has_artwork_and_prompts_and_is_in_one_split() -> None:
-    guidance, scoring = _pictures("guidance"), _pictures("scoring")
-    assert {*PROMPTS} == {*guidance} == {*scoring} == {*protected.CHARACTERS}
-    assert all(guidance.values()) and all(len(pictures) >= 2 for pictures in scoring.values())
-    assert all({*kinds} >= {"direct", "indirect", "benign"} and all(kinds.values()) for kinds in PROMPTS.values())
-    assert len(PROMPTS) == len(protected.PROMPTS["test"]) + len(protected.PROMPTS["development"]) >= 30
-
-
 def test_every_character_is_known_by_heart_to_both_models() -> None:
-    rows = pd.read_csv(PROJECT / "results" / "memorised" / "by_character.csv")
+    rows = pd.read_csv(RESULTS / "by_character.csv")
     direct = rows[rows["sort"] == "direct"]
-    assert set(zip(direct["model"], direct["name"], strict=True)) == set(
-        itertools.product(memorised.MODELS, protected.CHARACTERS)
-    )
+    pairs = set(zip(direct["model"], direct["name"], strict=True))
+    assert pairs == set(itertools.product(memorised.MODELS, protected.CHARACTERS))
     assert direct["identified"].min() >= memorised.KNOWN
-    split = dict(zip(rows["name"], rows["split"], strict=True))
-    assert {name for name in split if split[name] == "test"} == set(protected.PROMPTS["test"])
+    assert set(rows.loc[rows["split"] == "test", "name"]) == set(protected.PROMPTS["test"])
 
 
 def test_negatives_suffice_for_a_rate_of_five_percent() -> None:
@@ -74,28 +57,23 @@ def test_negatives_suffice_for_a_rate_of_five_percent() -> None:
 
 
 def test_direct_prompts_say_the_name_and_no_other_prompt_does() -> None:
+    assert len(PROMPTS) == sum(map(len, protected.PROMPTS.values())) >= 30
     for name, kinds in PROMPTS.items():
-        assert all(name in prompt for prompt in kinds["direct"])
-        others = [
-            prompt for prompt in (*kinds["indirect"], *kinds["benign"]) for any_name in PROMPTS if any_name in prompt
-        ]
-        assert not others
+        assert kinds["direct"] and all(name in prompt for prompt in kinds["direct"])
+        others = " / ".join([*kinds["indirect"], *kinds["benign"]])
+        assert kinds["indirect"] and kinds["benign"] and not any(any_name in others for any_name in PROMPTS)
     prompts = [prompt for kinds in PROMPTS.values() for kind in KINDS for prompt in kinds[kind]]
     assert len(set(prompts)) == len(prompts)
 
 
-def test_a_character_without_artwork_is_an_error() -> None:
-    emoji = Emoji("noto", "ghost", "ghost", "ghost", "smileys-emotion", "face-costume", None, None)
-    with pytest.raises(ValueError, match=f"expected artwork of '{protected.CHARACTERS[0]}'"):
-        protected.plan([emoji], [])
-
-
-def test_artwork_leaves_skin_tones_and_genders_out() -> None:
+def test_artwork_leaves_skin_tones_and_genders_out_and_a_character_needs_some() -> None:
     def emoji(style_set: str, gender: str | None, tone: str | None) -> Emoji:
         return Emoji(style_set, "guard", "Guard", "guard", "people-body", "person-role", gender, tone)
 
     images = [emoji("noto", None, "dark"), emoji("noto", "man", None), emoji("twemoji", None, None)]
     assert protected.artwork(images) == {"guard": {"twemoji": 2}}
+    with pytest.raises(ValueError, match=f"expected artwork of '{protected.CHARACTERS[0]}'"):
+        protected.plan(images, [])
 
 
 def test_a_prompt_is_compared_with_the_design_that_it_names() -> None:
@@ -106,25 +84,17 @@ def test_a_prompt_is_compared_with_the_design_that_it_names() -> None:
 
 
 def test_requests_cover_all_sorts_once() -> None:
-    counts = Counter(request.sort for request in memorised.requests())
-    characters = len(protected.CHARACTERS)
-    assert counts == {
-        "direct": characters,
-        "indirect": characters,
-        "benign": characters,
-        "held out": memorised.CONTROLS,
-        "never seen": memorised.CONTROLS,
-    }
-    names = {name for name, _ in memorised.gallery()}
-    assert {request.name for request in memorised.requests()} <= names
-    assert set(Counter(name for name, _ in memorised.gallery()).values()) == {len(protected.COMMON)}
+    requests, shown = memorised.requests(), Counter(name for name, _ in memorised.gallery())
+    characters, controls = len(protected.CHARACTERS), memorised.CONTROLS
+    counts = dict.fromkeys(("direct", "indirect", "benign"), characters)
+    assert Counter(request.sort for request in requests) == counts | {"held out": controls, "never seen": controls}
+    assert {request.name for request in requests} <= shown.keys()
+    assert set(shown.values()) == {len(protected.COMMON)}
 
 
 def test_the_published_page_is_of_the_published_tables_and_links_their_picture():
-    table, named = (
-        pd.read_csv(PROJECT / "results" / "memorised" / f"{name}.csv") for name in ("table", "by_character")
-    )
-    published = (PROJECT / "results" / "memorised" / "table.md").read_text()
+    table, named = (pd.read_csv(RESULTS / f"{name}.csv") for name in ("table", "by_character"))
+    published = (RESULTS / "table.md").read_text()
     picture = re.search(r"\]\((images\..*?)\)", published)[1]
-    assert (PROJECT / "results" / "memorised" / picture).exists()
+    assert (RESULTS / picture).exists()
     assert memorised.render_page(table, named.assign(scorer="mini-clip"), picture) == published

@@ -9,8 +9,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPModel, CLIPTokenizer, T5Tokenizer
 
 from experiments import PROJECT
 from training import clip, data, flux, loop, rows, taxonomy, tokenizer, train, unet, vae
@@ -53,14 +54,12 @@ def test_contrastive_loss_prefers_matches_and_ignores_twins() -> None:
 
 def test_text_encoders_compute_what_the_clip_computes() -> None:
     first, second = (clip.make_model(600, 32, 1).eval() for _ in range(2))
-    one, two = (m.eval() for m in clip.text_encoders(first, second))
+    one, two = (model.eval() for model in clip.text_encoders(first, second))
     ids = torch.tensor([[0, 7, 8, 1] + [1] * 28])
     with torch.no_grad():
-        assert torch.allclose(
-            one(input_ids=ids).pooler_output, first.text_model(input_ids=ids).pooler_output, atol=1e-6
-        )
-        expected = second.text_projection(second.text_model(input_ids=ids).pooler_output)
-        assert torch.allclose(two(input_ids=ids).text_embeds, expected, atol=1e-6)
+        pooled, other = (model.text_model(input_ids=ids).pooler_output for model in (first, second))
+        torch.testing.assert_close(one(input_ids=ids).pooler_output, pooled)
+        torch.testing.assert_close(two(input_ids=ids).text_embeds, second.text_projection(other))
 
 
 def test_folded_autoencoder_gives_unit_latents_and_the_same_pictures() -> None:
@@ -78,24 +77,10 @@ def test_folded_autoencoder_gives_unit_latents_and_the_same_pictures() -> None:
         assert torch.allclose(model.decode(after.mean).sample, picture, atol=1e-4)
 
 
-def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_db() -> None:
-    target = torch.zeros(2, 3, 8, 8)
-    assert torch.allclose(vae.psnr(target + 0.2, target), torch.full((2,), 20.0), atol=1e-4)
-
-
-def test_velocity_recovers_the_latent_and_the_last_step_is_pure_noise() -> None:
-    z, n = torch.randn(4, 16, 16, 16), torch.randn(4, 16, 16, 16)
-    a = unet.make_scheduler().alphas_cumprod[torch.tensor([0, 300, 700, 999])]
-    x, v = unet.add_noise(z, n, a)
-    a = a[:, None, None, None]
-    assert torch.allclose(a.sqrt() * x - (1 - a).sqrt() * v, z, atol=1e-4) and torch.allclose(x[3], n[3], atol=1e-2)
-
-
 def test_unet_gets_finite_gradients_everywhere() -> None:
-    model, t = unet.make_model(), torch.tensor([500, 900])
-    x, v = unet.add_noise(torch.randn(2, 16, 16, 16), torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.1]))
-    predicted = unet.predict(model, x, t, torch.randn(2, 32, 256), torch.randn(2, 128))
-    (predicted - v).square().mean().backward()
+    model, x = unet.make_model(), torch.randn(2, 16, 16, 16)
+    predicted = unet.predict(model, x, torch.tensor([500, 900]), torch.randn(2, 32, 256), torch.randn(2, 128))
+    (predicted - x).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -114,19 +99,12 @@ def test_flux_starts_as_the_zero_function_of_any_guidance() -> None:
     assert flux.make_model().proj_out.weight.abs().max() == predict(1.0).abs().max() == 0
 
 
-def test_packing_is_the_pipelines() -> None:
-    from diffusers import FluxPipeline
-
-    latent = torch.randn(2, 16, 16, 16)
-    assert torch.equal(flux.pack(latent), FluxPipeline._pack_latents(latent, 2, 16, 16, 16))
-    assert torch.equal(flux.image_ids("cpu"), FluxPipeline._prepare_latent_image_ids(2, 8, 8, "cpu", torch.float32))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (8, 4, 3, 3)])
-def test_muon_takes_the_nearest_orthogonal_step(shape, memory_format) -> None:
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((24, 40), {}), ((40, 24), {}), ((8, 4, 3, 3), {}), ((8, 4, 3, 3), {"memory_format": torch.channels_last})],
+)
+def test_muon_takes_the_nearest_orthogonal_step(shape, layout) -> None:
     """Against the polar factor by singular values: the direction, and a root mean square of 0.2 of the rate."""
-    layout = {"memory_format": memory_format} if len(shape) == 4 else {}
     kernel = torch.nn.Parameter(torch.randn(shape).to(**layout))
     optimizer, before = loop.Muon([kernel], lr=0.1), kernel.detach().clone()
     gradient = torch.randn(shape)
@@ -147,7 +125,7 @@ def run_of(folder, layer, optimizers, steps=None, save=lambda: None, measure=dic
 def test_the_average_forgets_slower_with_every_step_up_to_its_decay(tmp_path) -> None:
     layer = torch.nn.Linear(2, 2)
     run, average = run_of(tmp_path, layer, []), layer.weight.detach().double()
-    for n in range(1, 130):
+    for n in range(1, 100):
         with torch.no_grad():
             layer.weight.copy_(torch.randn(2, 2))
         run.ema.step(run.parameters)
@@ -167,7 +145,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 
 def test_an_interrupted_stage_ends_as_if_it_had_never_been(tmp_path, monkeypatch) -> None:
-    """Weights, averages, both optimizers' states and the count of steps come back."""
+    """Weights, averages, both optimizers' states and the number of steps come back."""
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
 
     def fit(folder, stop=None):
@@ -223,18 +201,18 @@ def test_hours_of_training_do_not_count_interruptions(tmp_path, monkeypatch) -> 
     assert fit(2).step == 72, "more hours train further"
 
 
-def test_a_run_stops_at_its_steps_and_reports_bad_losses(tmp_path, capsys) -> None:
+def test_a_run_stops_at_its_steps_and_keeps_nothing_of_losses_that_are_not_finite(tmp_path) -> None:
     saved, layer = [], torch.nn.Linear(1, 1)
     optimizers = [torch.optim.SGD(layer.parameters(), lr=1.0)]
     run = run_of(tmp_path, layer, optimizers, 3, lambda: saved.append(run.step))
     run.fit(lambda: {"loss": layer.weight.sum()})
     run.write_card(tmp_path / "test", seed=7)
     card = json.loads((tmp_path / "test" / "card.json").read_text())
-    assert saved == [3] and (card["steps"], card["seed"]) == (3, 7) and "test" in capsys.readouterr().out
+    assert saved == [3] and (card["steps"], card["seed"]) == (3, 7)
     (tmp_path / "bad").mkdir()
     with pytest.raises(FloatingPointError, match="not finite"):
         run_of(tmp_path / "bad", layer, optimizers, 3).fit(lambda: {"loss": layer.weight.sum() * float("nan")})
-    assert not [*tmp_path.glob("bad/*")], "nothing of it is kept"
+    assert not [*tmp_path.glob("bad/*")]
 
 
 def test_versions_of_an_image_are_stable_and_the_first_is_exact(tmp_path) -> None:
@@ -267,14 +245,13 @@ def test_times_are_drawn_as_the_recipe_says() -> None:
 
 def test_without_muon_every_parameter_is_given_to_adamw(tmp_path) -> None:
     model = unet.make_model()
+    parameters = sorted(parameter.data_ptr() for parameter in model.parameters())
     for muon, names in ((True, {"Muon", "AdamW"}), (False, {"AdamW"})):
         arguments = loop.TrainingArguments(work=tmp_path, device="cpu", muon=muon)
         optimizers = loop.make_optimizers(arguments, model, muon=1e-3, adam=1e-3)
-        held = {type(o).__name__: [p.data_ptr() for g in o.param_groups for p in g["params"]] for o in optimizers}
-        assert held.keys() == names
-        assert sorted(p for pointers in held.values() for p in pointers) == sorted(
-            p.data_ptr() for p in model.parameters()
-        )
+        assert {type(optimizer).__name__ for optimizer in optimizers} == names
+        groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+        assert sorted(parameter.data_ptr() for group in groups for parameter in group) == parameters
 
 
 def test_commands_have_the_options_of_their_functions() -> None:
@@ -294,23 +271,26 @@ def test_a_stage_without_a_time_and_an_unknown_one_are_refused(tmp_path, capsys)
 
 
 def test_published_weights_are_trained_further(tmp_path, monkeypatch) -> None:
-    """Every stage that goes on from models/, one step each, and the pipelines that are made of them."""
+    """Every stage that goes on from models/, one step each, and the quality of the parts that are taken over."""
     emoji = [
         Emoji("noto", name, name, name, "animals-nature", "animal-mammal", None, None, [], {"dog": 1.0})
         for name in ("dog", "wolf")
     ]
     monkeypatch.setattr(data, "list_images", lambda npm: (emoji, ["", ""]))
     monkeypatch.setattr(data, "rasterise_all", lambda documents, _: np.full((2, 128, 128, 4), 99, np.uint8))
+    monkeypatch.setattr(data, "hold_out", lambda emoji, **_: [False, True])
     monkeypatch.setattr(data, "describe", functools.partial(data.describe, n_rows=30))
     command = ["train", f"--from={PROJECT / 'models'}", f"--out={tmp_path}", "--device=cpu", "--steps=1", "--batch=2"]
     for stage in ("unet", "flux", "distil"):
         assert main([*command, f"--stage={stage}"]) == 0
-    for folder in ("unet/start", "flux/start/transformer"):
-        trained = {"unet/start": "unet/model", "flux/start/transformer": "flux/model"}[folder]
-        before, after = (
-            load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in (folder, trained)
-        )
+    for folders in (("unet/start", "unet/model"), ("flux/start/transformer", "flux/model")):
+        before, after = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in folders)
         changes = [(after[name].float() - before[name].float()).abs().max() for name in before]
         assert 0 < max(changes) < 0.05
+    arguments, images = loop.TrainingArguments(work=tmp_path, device="cpu"), rows.Images(tmp_path / "data", "cpu")
+    quality = clip.evaluate(CLIPModel.from_pretrained(tmp_path / "score" / "model").float().eval(), images, arguments)
+    assert (quality["held_out_images"], quality["with_category"], quality["label_top1"]) == (1, 1, 1)
+    quality = vae.evaluate(AutoencoderKL.from_pretrained(tmp_path / "vae" / "model").eval(), images, arguments)
+    assert quality["psnr_held_out"] == quality["psnr_train"] > 20
     with pytest.raises(ValueError, match="name the folder of the three models"):
         train.take_over(tmp_path, loop.TrainingArguments(work=tmp_path / "other"), tmp_path)

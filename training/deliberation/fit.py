@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -69,19 +70,10 @@ def fit_examples(
     rate: float = 2e-3,
 ) -> None:
     """Train a model, once on each example, to write the replies to prompts; the prompts themselves are not learnt."""
-    numbers = tokenizer.get_vocab()
-    rows = [(tokenizer.encode(prompt).ids, [numbers[word] for word in reply]) for prompt, reply in examples]
-
-    def collate(batch: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor | int]:
-        longest = max(len(prompt) + len(reply) for prompt, reply in batch)
-        kept = 1 + max(len(reply) for _, reply in batch)
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, reply in batch:
-            padding = longest - len(prompt) - len(reply)
-            columns["input_ids"].append([numbers[PADDING]] * padding + prompt + reply)
-            columns["attention_mask"].append([0] * padding + [1] * (longest - padding))
-            columns["labels"].append([IGNORED] * (kept - len(reply)) + reply)
-        return {name: torch.tensor(lists) for name, lists in columns.items()} | {"logits_to_keep": kept}
+    numbers, rows = tokenizer.get_vocab(), []
+    for prompt, reply in examples:
+        words, answer = tokenizer.encode(prompt).ids, [numbers[word] for word in reply]
+        rows.append({"input_ids": words + answer, "labels": [IGNORED] * len(words) + answer})
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -95,8 +87,13 @@ def fit_examples(
             remove_unused_columns=False,
             **UNATTENDED,
         )
-        _quietly(Trainer(model, arguments, data_collator=collate, train_dataset=rows))
+        collator = DataCollatorForSeq2Seq(_reader(tokenizer), label_pad_token_id=IGNORED)
+        _quietly(Trainer(model, arguments, data_collator=collator, train_dataset=rows))
     model.eval()
+
+
+def _reader(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PADDING, eos_token=END, unk_token=UNKNOWN)
 
 
 def _quietly(trainer: Trainer) -> None:
@@ -136,7 +133,6 @@ def fit_rewards(
         return [reward_of(policy, *pair) for pair in zip(clauses, replies, strict=True)]
 
     rows = [{"prompt": request.text, "clauses": list(request.clauses)} for request in requests]
-    reader = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PADDING, eos_token=END, unk_token=UNKNOWN)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = GRPOConfig(
             output_dir=scratch,
@@ -151,7 +147,7 @@ def fit_rewards(
             gradient_checkpointing=False,
             **UNATTENDED,
         )
-        _quietly(GRPOTrainer(model, rewards, arguments, Dataset.from_list(rows), processing_class=reader))
+        _quietly(GRPOTrainer(model, rewards, arguments, Dataset.from_list(rows), processing_class=_reader(tokenizer)))
     model.eval()
 
 
