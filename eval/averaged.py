@@ -26,8 +26,8 @@ def views(image: torch.Tensor, shift: float) -> list[torch.Tensor]:
 
     A further shift changes the mean only by the views at the border of the grid, so a wider grid reacts less. A finer
     one hardly does: on the baseline's images of mini-sdxl, 25 shifts within 6 pixels react to shifts by 5, 8 and 10
-    pixels as much as 9 do. A step of 6 pixels does not divide 16, the side of the encoder's patches, so that the patches
-    lie on other pixels in every view.
+    pixels as much as 9 do. A step of 6 pixels does not divide 16, the side of the encoder's patches, so that the
+    patches lie on other pixels in every view.
 
     Args:
         shift: length of a step as a share of the shorter side, in (0, 1).
