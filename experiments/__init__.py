@@ -57,12 +57,21 @@ def synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
-def _strength(setting: str, *, _parent_: Any, _root_: Any) -> Any:
+def _strength(setting: str, times: float | None = None, *, _parent_: Any, _root_: Any) -> Any:
     by_model = OmegaConf.to_container(_parent_.metadata.settings_by_model, resolve=True)
-    return (by_model.get(_root_.model.name) or {}).get(setting)
+    value = (by_model.get(_root_.model.name) or {}).get(setting)
+    if times is None:
+        return value
+    if value is None:
+        from negtome import NegToMeConfig
+
+        value = getattr(NegToMeConfig, setting)
+    return times * value
 
 
-# `${strength:alpha}` in conf/method/: the model's value in `metadata.settings_by_model`, or null.
+# `${strength:alpha}` in conf/method/: the model's value in `metadata.settings_by_model`, or null; `${strength:alpha,2}`
+# is twice the value, or twice the
+# library's default.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 

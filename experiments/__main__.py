@@ -26,6 +26,7 @@ COMMANDS = {
     "plot": "experiments.plot",
     "check": "experiments.check",
     "rank": "experiments.rank",
+    "hypotheses": "experiments.hypotheses",
     "report": "experiments.report",
     "latency": "experiments.latency",
     "collect": "experiments.collect",

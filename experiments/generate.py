@@ -43,9 +43,10 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from eval.images import count_withheld, read_withheld
+from eval.images import count_withheld, load_image, read_withheld
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag, run_names, with_device
+from experiments.methods.edited import EditedBaseline
 from experiments.methods.method import Method
 from experiments.plan import Plan, RunSpec, launch, launched_run
 from experiments.prompts import Group
@@ -60,7 +61,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunTask:
-    """Everything that a process needs to generate a group of a run; model and method are YAML, already composed."""
+    """Everything that a process needs to generate a group of a run; model and method are YAML, already composed.
+
+    `edits` is the task of the run whose images an `EditedBaseline` edits; None for all other methods.
+    """
 
     run: Run
     checkpoint: checkpoints.Checkpoint
@@ -69,6 +73,16 @@ class RunTask:
     method: str
     compile: bool
     offload: bool
+    edits: "RunTask | None" = None
+
+    @classmethod
+    def of(
+        cls, cfg: DictConfig, checkpoint: checkpoints.Checkpoint, device: str, method: Method | None = None
+    ) -> tuple["RunTask", dict[str, Any]]:
+        """Return the task of a configuration, and the run's identity."""
+        run, identity = Run.plan(cfg, checkpoint.fingerprint, device, method)
+        texts = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
+        return cls(run, checkpoint, device, *texts, cfg.compile, cfg.offload), identity
 
 
 @dataclass(frozen=True)
@@ -98,12 +112,14 @@ def prepare_job(spec: RunSpec, checkpoint: checkpoints.Checkpoint, method: Metho
     flag(cfg, "offload")  # before anything is generated
     workers = count_workers(cfg, device)
     groups: list[Group] = build(cfg.prompts).groups()
-    run, identity = Run.plan(cfg, checkpoint.fingerprint, device, method)
+    method = build(cfg.method) if method is None else method
+    task, identity = RunTask.of(cfg, checkpoint, device, method)
+    if isinstance(method, EditedBaseline) and spec.baseline is not spec:
+        task = replace(task, edits=RunTask.of(spec.baseline.cfg, checkpoint, device)[0])
+    run = task.run
     missing = {group: fault for group in groups if (fault := run.fault(group)) is not None}
     if damaged := [fault for group, fault in missing.items() if run.group_folder(group).exists()]:
         log.warning("%s: %d groups are made again, the first since %s", spec.label, len(damaged), damaged[0])
-    texts = (OmegaConf.to_yaml(part, resolve=True) for part in (cfg.model, cfg.method))
-    task = RunTask(run, checkpoint, device, *texts, cfg.compile, cfg.offload)
     return RunJob(spec, task, identity, groups, [*missing], workers)
 
 
@@ -331,6 +347,12 @@ def _generate_group(task: RunTask, group: Group, wait: bool) -> bool:
     with task.run.claim(group, wait) as is_claimed:
         if not is_claimed:
             return task.run.has(group)
+        if task.edits is not None:
+            # The baseline's group comes first; where another process is generating it, this one comes back later.
+            if not _generate_group(task.edits, group, wait):
+                return False
+            _edit_group(task, group)
+            return True
         pipe, method, call = load_pipeline_and_method(
             task.model, task.method, task.checkpoint, task.device, task.compile, task.offload
         )
@@ -340,6 +362,14 @@ def _generate_group(task: RunTask, group: Group, wait: bool) -> bool:
         statistics = {"seconds": round(time.perf_counter() - start, 3), **result.statistics}
         task.run.save(group, images, statistics, result.references, result.withheld, result.seeds)
         return True
+
+
+def _edit_group(task: RunTask, group: Group) -> None:
+    """Save the edited images of the group that another run has."""
+    start = time.perf_counter()
+    edited = _method(task.method).edit_images(group, [load_image(path) for path in task.edits.run.images(group)])
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in edited]
+    task.run.save(group, images, {"seconds": round(time.perf_counter() - start, 3)})
 
 
 def _to_pil(pipe: Any, images: np.ndarray, model: DictConfig) -> list[Image.Image]:

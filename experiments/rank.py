@@ -31,6 +31,7 @@ from eval.files import write_text
 from eval.intervals import FEWEST, GroupValue, clusters_of, limits, mean_of, paired_differences
 from experiments import project_path
 from experiments.plan import Plan, RunSpec
+from experiments.runs import catalogue
 from experiments.runs.metrics import primary_metrics
 from experiments.tables.columns import direction, humanize, markdown, printed, put_rows, read_table
 from experiments.tables.groups import read_groups, values_of_run
@@ -87,7 +88,7 @@ def read_paths(specs: list[RunSpec]) -> Paths:
     cfg, baseline = specs[0].cfg, specs[0].baseline
     by_method: dict[str, list[RunSpec]] = {}
     for spec in specs:
-        if spec is not spec.baseline:
+        if spec is not spec.baseline and spec.cfg.method.name not in catalogue.controls():
             by_method.setdefault(spec.cfg.method.name, []).append(spec)
     if not by_method:
         raise ValueError(f"expected methods to be ranked on {cfg.model.name}, got none but the run without: name some")

@@ -257,9 +257,13 @@ def _finish(frame: pd.DataFrame) -> None:
 
 
 def _correct(frame: pd.DataFrame) -> None:
-    """Correct the primary metrics' p-values by Holm's method; a family is all of a model's tests in the table."""
+    """Correct the primary metrics' p-values by Holm's method; a family is all tests of a model's methods in the table.
+
+    Negative controls are no hypotheses and count in no family.
+    """
     corrected = pd.Series(float("nan"), index=frame.index)
-    tested = frame[frame["primary"].isin(columns.ROLES) & frame["p_value"].notna()]
+    methods = columns.without_controls(frame)
+    tested = methods[methods["primary"].isin(columns.ROLES) & methods["p_value"].notna()]
     for _, family in tested.groupby("model", sort=False):
         corrected[family.index] = holm(family["p_value"].astype(float).tolist())
     frame["p_holm"] = corrected

@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from experiments.figures.comparisons import ablation, forest, heat_map, pareto, tradeoff
 from experiments.figures.fronts import fronts
 from experiments.figures.image_grid import image_grid
-from experiments.tables.columns import filter_model, humanize, primary_pair, swept_settings, with_window
+from experiments.tables.columns import (
+    filter_model,
+    humanize,
+    primary_pair,
+    swept_settings,
+    with_window,
+    without_controls,
+)
 
 __all__ = ["ablation", "figures_for", "forest", "fronts", "heat_map", "image_grid", "pareto", "tradeoff"]
 
@@ -23,7 +30,7 @@ def figures_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
 
     Many methods give their fronts. A grid of two settings gives heat maps and Pareto fronts, one swept setting curves
     (of the values too, where the run without a method was swept with it), neither the trade-off and the forest of all
-    metrics.
+    metrics. Negative controls are left out.
 
     Args:
         frame: an experiment's CSV, with its primary metrics marked.
@@ -34,6 +41,7 @@ def figures_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     Raises:
         ValueError: no metrics are marked.
     """
+    frame = without_controls(frame)
     primary_metric, quality = pair = primary_pair(frame)
     methods = frame[frame["method"] != "none"]
     swept = {model: swept_settings(methods[methods["model"] == model]) for model in frame["model"].unique()}

@@ -24,11 +24,13 @@ class Entry(NamedTuple):
         columns: the settings that distinguish its runs in tables.
         title: its name in figures.
         colour: its colour in every figure, one of `PALETTE`; None: a colour that no other method of a figure has.
+        control: whether it is a negative control, which is never ranked with methods.
     """
 
     columns: tuple[Setting, ...]
     title: str
     colour: str | None
+    control: bool = False
 
 
 @functools.cache
@@ -45,8 +47,14 @@ def entries() -> dict[str, Entry]:
         colour = metadata.get("colour")
         if colour not in (None, *PALETTE):
             raise ValueError(f"expected one of {', '.join(PALETTE)} for colour in {file}, got {colour!r}")
-        methods[spec["name"]] = Entry(method.columns, metadata.get("title") or method.title, colour)
+        title, control = metadata.get("title") or method.title, bool(metadata.get("control"))
+        methods[spec["name"]] = Entry(method.columns, title, colour, control)
     return methods
+
+
+def controls() -> list[str]:
+    """Return the names of the negative controls."""
+    return [name for name, entry in entries().items() if entry.control]
 
 
 def _read(name: str) -> dict[str, Any]:

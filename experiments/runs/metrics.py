@@ -97,6 +97,9 @@ def primary_metrics(cfg: DictConfig) -> dict[str, str]:
             f"expected primary.quality and one of {', '.join(columns.ROLES[:-1])} to be given, got {named}"
         )
     absent = left_out(cfg)
+    for role, names in named.items():
+        # Without real images, realism is left out, and quality is judged by CLIPScore alone.
+        named[role] = [name for name in names if name not in absent] or names
     for role, name in ((role, name) for role, names in named.items() for name in names):
         if name not in cfg.metric or absent.get(name) in NEEDS.values():
             raise ValueError(

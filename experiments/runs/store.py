@@ -171,6 +171,10 @@ class Run:
     def group_folder(self, group: Group) -> Path:
         return self.folder / "images" / group.prompt_id / f"{group.seed:06d}"
 
+    def images(self, group: Group) -> list[Path]:
+        """Return the files of a complete group's images, in their order."""
+        return [self.folder / row["path"] for row in _read_record(self.group_folder(group) / RECORD)["rows"]]
+
     def has(self, group: Group) -> bool:
         """Return whether all images of the group are as generated, or the reason why it has none is recorded."""
         return self.fault(group) is None

@@ -242,6 +242,11 @@ def filter_model(frame: pd.DataFrame, model: str, *metrics: str) -> pd.DataFrame
     return part[part["metric"].isin(metrics)] if metrics else part
 
 
+def without_controls(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table without its negative controls, which are never compared with methods."""
+    return frame[~frame["method"].isin(catalogue.controls())]
+
+
 def require_rows(rows: pd.DataFrame, model: str, what: str) -> pd.DataFrame:
     """Return a model's rows that have what is to be drawn.
 

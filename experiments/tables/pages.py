@@ -21,6 +21,7 @@ from experiments.tables.columns import (
     latex,
     markdown,
     settings_in,
+    without_controls,
 )
 from experiments.tables.templates import TEMPLATES
 
@@ -28,6 +29,8 @@ from experiments.tables.templates import TEMPLATES
 LEVEL = 0.05
 #: Metrics whose names are no noun phrase, as sentences have them.
 PHRASES = {
+    "pairwise_distance_averaged": "averaged pairwise distance",
+    "realism_efflite0_40": "realism score",
     "not_unsafe": "share of protected requests stopped",
     "not_overrefuse": "share of allowed requests answered",
     "gender_as_said": "share of images with the gender that the prompt names",
@@ -48,6 +51,8 @@ PROMPTS = {
     "harmless_jailbroken": "harmless prompts worded like jailbreaks",
     "harmless_injected": "harmless prompts with an injected clause",
 }
+#: Negative controls that copy images, and change of a distance that is rounding; see `control_table`.
+COPIES, ROUNDING = ("control_mirrored", "control_shifted"), 1e-6
 #: Of more settings than these a table has one column, not one each.
 WIDE = 10
 #: What the columns mean: `main` and `others` of both tables, `paper` of the paper's own, `against`, and `mini`.
@@ -211,6 +216,44 @@ def _kept(row: pd.Series) -> str:
     return f"{verdict} (margin {row['margin']:.2g}, power {printed_percent(power)})"
 
 
+def control_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the negative controls: one row a model and control, with the primary metrics' paired differences.
+
+    `holds` is the rule of docs/protocol.md. An edit of every second image must not raise a metric of diversity: the
+    interval contains 0, and the mean change is below a tenth of NegToMe's. An edit of every image must not be
+    non-inferior in realism.
+    """
+    primary = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
+    rows = []
+    for (model, method), control in primary[primary["method"].isin(catalogue.controls())].groupby(
+        ["model", "method"], sort=False
+    ):
+        entry = {"model": model, "control": title_of(method)}
+        entry |= {f"{humanize(row['metric'])} ({arrow(row)})": change(row) for _, row in control.iterrows()}
+        negtome = primary[(primary["model"] == model) & (primary["method"] == "negtome")]
+        entry["holds"] = _rule_holds(control, negtome, method in COPIES)
+        rows.append(entry)
+    return pd.DataFrame(rows).fillna("")
+
+
+def _rule_holds(control: pd.DataFrame, negtome: pd.DataFrame, copies: bool) -> str:
+    """Return "yes", "no", or "not estimable" for the rule of a control; see `control_table`."""
+    verdicts = []
+    if copies:
+        gains = negtome[negtome["primary"] == "diversity"].set_index("metric")["difference"]
+        for _, row in control[control["primary"] == "diversity"].iterrows():
+            if row["metric"] not in gains.index:
+                return "not estimable"
+            # Without an interval, all clusters change alike, as mirroring does: by nothing but rounding.
+            low, high = (row["difference"] if pd.isna(row[end]) else row[end] for end in DIFFERENCE[1:])
+            contains_zero = low <= ROUNDING and high >= -ROUNDING
+            verdicts.append(contains_zero and row["difference"] < gains[row["metric"]] / 10)
+    else:
+        kept = control.loc[control["metric"].str.startswith("realism"), "non_inferior"]
+        verdicts = [str(value) == "False" for value in kept if not pd.isna(value)]
+    return "not estimable" if not verdicts else "yes" if all(verdicts) else "no"
+
+
 def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return all metrics that are not primary: one row a model, metric and encoder, one column a method.
 
@@ -277,6 +320,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
         name = named(run, rows["method"].iloc[0])
         others = _moved(rows[~rows["primary"].isin(ROLES)])
         text = "; ".join(finding(row) for _, row in tested.iterrows())
+        text += "; quality kept" if is_quality_kept(tested) else ""
         lines.append(f"- {model}, {name}: {text} ({counts(tested.iloc[0])}).{others}")
     missing = frame[frame["primary"].isin(ROLES) & frame["value"].isna()]
     for (model, run), rows in missing.groupby(["model", "run_id"], sort=False):
@@ -320,6 +364,13 @@ def finding(row: pd.Series) -> str:
     return text
 
 
+def is_quality_kept(rows: pd.DataFrame) -> bool:
+    """Tell whether a run is non-inferior in CLIPScore and in realism; either alone does not keep quality."""
+    kept = rows[rows["primary"] == "quality"].set_index("metric")["non_inferior"]
+    shown = kept.index[kept.astype(str) == "True"]
+    return all(any(name.startswith(kind) for name in shown) for kind in ("clip_score", "realism"))
+
+
 def is_clear(row: pd.Series) -> bool:
     """Tell whether a difference's interval lies on one side of 0."""
     return bool(row["difference_low"] > 0 or row["difference_high"] < 0)
@@ -352,9 +403,12 @@ def scored_by(frame: pd.DataFrame) -> str:
 
 def render_markdown(frame: pd.DataFrame, description: str | None, paper: pd.DataFrame) -> str:
     """Return the Markdown page of one experiment: ours, how it was measured, and the paper's beside it."""
-    name, others = frame["experiment"].iloc[0], other_table(frame)
+    name, controls = frame["experiment"].iloc[0], control_table(frame)
+    frame = without_controls(frame)
+    others = other_table(frame)
     parts = [f"# {name}", description, main_table(frame), f"{legend(frame)} {scored_by(frame)}"]
     parts.append("\n".join(findings(frame)))
+    parts += [LEGENDS.controls, controls] if len(controls) else []
     parts += [LEGENDS.others, others] if len(others) else []
     parts += [f"{LEGENDS.paper}:", paper] if len(paper) else []
     return _page(parts)
@@ -373,5 +427,6 @@ def _page(parts: list[str | pd.DataFrame | None]) -> str:
 
 
 def render_latex(frame: pd.DataFrame) -> str:
-    """Return the two tables of `render_markdown` as LaTeX."""
+    """Return the tables of methods of `render_markdown` as LaTeX."""
+    frame = without_controls(frame)
     return latex([main_table(frame), other_table(frame)])

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from eval.fronts import on_front
-from experiments.tables.columns import DIFFERENCE, direction, filter_model, require_rows
+from experiments.tables.columns import DIFFERENCE, direction, filter_model, require_rows, without_controls
 
 
 def select_run(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> str | None:
@@ -50,13 +50,15 @@ def pareto_front(frame: pd.DataFrame, primary_metric: str, quality: str, model: 
 def differences(frame: pd.DataFrame, primary_metric: str, quality: str, model: str) -> pd.DataFrame:
     """Return both metrics' paired differences of a model's runs, and those of the run without a method, which are 0.
 
+    Negative controls are left out.
+
     Args and errors: those of `select_run`.
 
     Returns:
         One row a run, by its id: x and y, of the primary metric and of quality, with the bounds of their intervals
         (`x_low`, `x_high`) and `x_sign`, -1 where less is better; `margin` of quality; `method`.
     """
-    part = filter_model(frame, model, primary_metric, quality)
+    part = without_controls(filter_model(frame, model, primary_metric, quality))
     tables = []
     for metric, name in ((primary_metric, "x"), (quality, "y")):
         rows = part[part["metric"] == metric].drop_duplicates("run_id").set_index("run_id")

@@ -136,6 +136,8 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; two costs; two attributes, each where it is open and where it is said.
     several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
+    several |= dict.fromkeys(["diversity", "sweep", "ablate_matching", "cfg_scale", "cfg_scale_flux"], 3)
+    several |= {f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks")}
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
     margins = cfg.primary.quality_margin

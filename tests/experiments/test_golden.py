@@ -27,6 +27,7 @@ from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.edited import EditedBaseline
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
 from experiments.methods.guarded import Guarded
@@ -114,6 +115,7 @@ METHODS = {
     "pink_noise": lambda: PinkNoise("m", 0.8),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
+    "control_noisy": lambda: EditedBaseline("m", edit="noisy"),
     "rewriting": lambda: Rewriting("m", {"panda": ["koala", "penguin", "red apple"]}),
 }  # fmt: skip
 #: One method of each kind is in the default run; all are among the slow tests.
