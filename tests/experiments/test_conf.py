@@ -135,7 +135,7 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     tested = primary_metrics(cfg)
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; two costs; two attributes, each where it is open and where it is said.
-    several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
+    several = {"copyright": 3, "copyright_sweep": 4, "peers_copyright": 3, "stereotypes": 4}
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
     margins = cfg.primary.quality_margin
@@ -244,7 +244,7 @@ def test_settings_are_chosen_within_half_the_margin_that_is_reported():
     names = ("sweep", "diversity", "copyright_sweep", "copyright")
     margins = {name: composed(f"experiment={name}").primary.quality_margin for name in names}
     assert margins["sweep"] == margins["diversity"] / 2
-    assert margins["copyright_sweep"].clip_score_unnamed == margins["copyright"] / 2
+    assert margins["copyright_sweep"] == margins["copyright"] / 2
 
 
 def test_the_labels_at_full_size_are_of_their_categories():
