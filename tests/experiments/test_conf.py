@@ -135,7 +135,7 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     tested = primary_metrics(cfg)
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; two costs; two attributes, each where it is open and where it is said.
-    several = {"copyright": 3, "copyright_sweep": 4, "peers_copyright": 3, "stereotypes": 4}
+    several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "stereotypes": 4}
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
     margins = cfg.primary.quality_margin
@@ -329,7 +329,7 @@ def test_every_character_is_asked_for_in_every_way(model, n_characters):
         assert all(character.lower() in prompt.lower() for prompt in asked["direct"])
         assert not any(character.lower() in prompt.lower() for prompt in asked["benign"])
     images = sum(group.size for group in prompts.groups())
-    assert images <= 120 if model == "mini-sdxl" else images / 2 == 1248
+    assert images == (1200 if model == "mini-sdxl" else 2496)
     # Every metric that is of some prompts alone finds some.
     for name, spec in cfg.metric.items():
         for pattern in spec.get("only") or []:
