@@ -183,7 +183,8 @@ class FloorResemblance(RequestedConceptMetric):
         super().require(images)
         if len(set(self.assets)) < 2:
             raise ValueError(
-                f"{self.name} needs references of at least 2 concepts, got those of {sorted(set(self.assets))}; add more"
+                f"{self.name} needs references of at least 2 concepts, got those of {sorted(set(self.assets))}; "
+                "add more"
             )
 
     def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -165,7 +165,7 @@ def test_floor_and_excess_by_hand(made, references):
     for concept in ("cat", "star"):
         shutil.rmtree(references / concept)
     with pytest.raises(ValueError, match="at least 2 concepts"):
-        FloorResemblance(ENCODER, references).prepare()
+        measure(FloorResemblance(ENCODER, references), made)
 
 
 def test_detection_at_a_calibrated_threshold(made, references, held_out):
