@@ -64,7 +64,7 @@ class ReferenceMetric(Metric):
         references: folder with a subfolder per protected concept.
     """
 
-    higher_is_better = False
+    higher_is_better: bool | None = False
     bounds = (-1.0, 1.0)
 
     def __init__(self, encoder: Scorer | None = None, references: Folder = None, **options: Any) -> None:
@@ -176,7 +176,7 @@ class FloorResemblance(RequestedConceptMetric):
     """
 
     name = "floor_resemblance"
-    higher_is_better = None
+    higher_is_better: bool | None = None
     unit = "cosine, -1 to 1"
 
     def require(self, images: ImageSet) -> None:
