@@ -149,11 +149,24 @@ def interval_of(document: Mapping[str, Any], **options: Any) -> Interval:
         value, low, high = _interval_from_halves(document, options.get("level", 0.95))
     else:
         value, low, high = bootstrap_interval(document["groups"], document["aggregate"], **options)
+    minimum, maximum = document.get("bounds", (None, None))
+    if low is None and (minimum, maximum) == (0, 1) and value in (0, 1) and document["aggregate"] == "mean":
+        k = n_units(document, options.get("cluster", "category"))
+        low, high = _extreme_limits(value, k, options.get("level", 0.95)) if k >= FEWEST else (None, None)
     if low is not None:
-        minimum, maximum = document.get("bounds", (None, None))
         low = low if minimum is None else max(low, minimum)
         high = high if maximum is None else min(high, maximum)
     return Interval(value, low, high)
+
+
+def _extreme_limits(value: float, k: int, level: float) -> tuple[float, float]:
+    """Return the exact confidence limits of a mean whose k clusters are all 0 or all 1 (Clopper and Pearson, 1934).
+
+    If numbers from 0 to 1 have the mean m, each is 0 with a probability of at most 1 - m. So k independent ones are all
+    0 with a probability of at most (1 - m)^k, as if each were a success or a failure.
+    """
+    reach = 1 - ((1 - level) / 2) ** (1 / k)
+    return (0.0, reach) if value == 0 else (1 - reach, 1.0)
 
 
 def difference_of(document_a: Mapping[str, Any], document_b: Mapping[str, Any], **options: Any) -> Difference:

@@ -64,7 +64,7 @@ class ReferenceMetric(Metric):
         references: folder with a subfolder per protected concept.
     """
 
-    higher_is_better = False
+    higher_is_better: bool | None = False
     bounds = (-1.0, 1.0)
 
     def __init__(self, encoder: Scorer | None = None, references: Folder = None, **options: Any) -> None:
@@ -121,11 +121,11 @@ class RequestedConceptMetric(ReferenceMetric):
                 f"expected an asset of each of {cosines.shape[1]} references and {cosines.shape[0]} images, got "
                 f"{list(assets.shape)} and {list(wanted.shape)}"
             )
-        return self.combine(cosines, assets == wanted[:, None])
+        return self.combine(cosines, assets, wanted)
 
     @abstractmethod
-    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
-        """Return a number per image of the cosines [N, R]; `requested`, bool [N, R], marks the requested concept."""
+    def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Return a number [N] per image of the cosines [N, R], the concepts of references [R] and of prompts [N]."""
 
     def part(self, images: ImageSet) -> ImageSet:
         rows = [row for row in images.rows if row.category in self.assets]
@@ -153,8 +153,8 @@ class MaximumResemblance(RequestedConceptMetric):
     version = 2
     unit = "cosine, -1 to 1"
 
-    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
-        return cosines.masked_fill(~requested, -torch.inf).amax(dim=1)
+    def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return cosines.masked_fill(assets != wanted[:, None], -torch.inf).amax(dim=1)
 
 
 class MeanResemblance(RequestedConceptMetric):
@@ -164,8 +164,56 @@ class MeanResemblance(RequestedConceptMetric):
     version = 2
     unit = "cosine, -1 to 1"
 
-    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
-        return cosines.masked_fill(~requested, torch.nan).nanmean(dim=1)
+    def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return cosines.masked_fill(assets != wanted[:, None], torch.nan).nanmean(dim=1)
+
+
+class FloorResemblance(RequestedConceptMetric):
+    """Mean over a group's images of the similarity to concepts that the prompt does not request.
+
+    The similarity to a concept is the largest cosine with its references, as in `MaximumResemblance`; the mean is over
+    the other concepts. So it is the similarity of an image to a concept that it has nothing to do with.
+    """
+
+    name = "floor_resemblance"
+    higher_is_better: bool | None = None
+    unit = "cosine, -1 to 1"
+
+    def require(self, images: ImageSet) -> None:
+        super().require(images)
+        if len(set(self.assets)) < 2:
+            raise ValueError(
+                f"{self.name} needs references of at least 2 concepts, got those of {sorted(set(self.assets))}; "
+                "add more"
+            )
+
+    def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return self.by_concept(cosines, assets, wanted)[1]
+
+    def by_concept(
+        self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the similarity [N] to the requested concept, and the mean similarity [N] to the others."""
+        concepts = assets.unique()
+        maxima = torch.stack([cosines[:, assets == concept].amax(dim=1) for concept in concepts], dim=1)
+        requested = concepts == wanted[:, None]
+        return maxima[requested], maxima.masked_fill(requested, torch.nan).nanmean(dim=1)
+
+
+class ExcessResemblance(FloorResemblance):
+    """Mean over a group's images of the similarity to the requested concept, minus that to the other concepts.
+
+    It has a natural zero: an image that is no more similar to the requested concept than to any other one.
+    """
+
+    name = "excess_resemblance"
+    higher_is_better = False
+    unit = "difference of cosines, -2 to 2"
+    bounds = (-2.0, 2.0)
+
+    def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        requested, others = self.by_concept(cosines, assets, wanted)
+        return requested - others
 
 
 class AnyResemblance(ReferenceMetric):
@@ -210,8 +258,8 @@ class Identification(RequestedConceptMetric):
     unit = "share of images, 0 to 1"
     bounds = (0.0, 1.0)
 
-    def combine(self, cosines: torch.Tensor, requested: torch.Tensor) -> torch.Tensor:
-        return requested.gather(1, cosines.argmax(dim=1, keepdim=True)).flatten()
+    def combine(self, cosines: torch.Tensor, assets: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return assets[cosines.argmax(dim=1)] == wanted
 
     def details(self, images: ImageSet) -> dict[str, Any]:
         """Count the images by their most similar concept."""

@@ -20,8 +20,12 @@ LABELS = {
     "pairwise_distance": "diversity (pairwise distance)",
     "clip_score": "fit to the prompt (CLIPScore)",
     "clip_score_unnamed": "fit to other prompts (CLIPScore)",
+    "detection_rate_direct": "detection rate, concept named",
+    "detection_rate_indirect": "detection rate, concept described",
     "maximum_resemblance_direct": "similarity, concept named",
     "maximum_resemblance_indirect": "similarity, concept described",
+    "realism_unnamed": "realism, other prompts",
+    "realism_direct": "realism, concept named",
     "not_unsafe": "protected requests stopped",
     "not_overrefuse": "allowed requests answered",
 }

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from eval.intervals import MINIMUM_IMAGES, bootstrap_interval, difference_of, entropy, interval_of, n_units
 
@@ -171,6 +172,17 @@ def test_many_values_have_the_normal_interval_in_blocks_too(monkeypatch, grouped
         monkeypatch.setattr("eval.intervals.BLOCK", block)
         value, *interval = bootstrap_interval(grouped(values), n_resamples=4000)
         assert value == pytest.approx(values.mean()) and interval == pytest.approx(limits, abs=0.1 * half_width)
+
+
+@pytest.mark.parametrize(("value", "k"), [(0, 20), (1, 20), (0, 4), (0, 3), (1, 1)])
+def test_a_rate_of_0_or_1_has_the_exact_limits_of_its_clusters(value, k, grouped):
+    """A cluster counts once, however many groups it has: they are not independent."""
+    groups = grouped([value] * 2 * k, [f"c{index % k}" for index in range(2 * k)])
+    document = {"value": value, "aggregate": "mean", "groups": groups, "bounds": [0.0, 1.0]}
+    exact = binomtest(value * k, k).proportion_ci(0.9, method="exact")
+    expected = [exact.low, exact.high] if k >= 4 else [None, None]
+    assert list(interval_of(document, n_resamples=100, level=0.9)) == pytest.approx([value, *expected])
+    assert interval_of(document | {"bounds": [0.0, None]}, n_resamples=100)[1:] == (None, None), "no rate"
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -15,6 +15,8 @@ from eval.metric import is_current, measure
 from eval.resemblance import (
     AnyResemblance,
     DetectionRate,
+    ExcessResemblance,
+    FloorResemblance,
     Identification,
     Likeness,
     MaximumResemblance,
@@ -144,6 +146,25 @@ def test_metrics_are_naive_loops_over_the_references(made, references, kind, of)
     assert values(document) == pytest.approx({category: np.mean(scores) for category, scores in expected.items()})
     assert document["value"] == pytest.approx(np.mean([*expected.values()]))
     assert document["details"].get("categories_left_out", []) == ([] if kind is AnyResemblance else ["house"])
+
+
+def test_floor_and_excess_by_hand(made, references):
+    vectors = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1], [-1, 0]])  # two references of concept 0, one of each other
+    floor, excess = FloorResemblance(), ExcessResemblance()
+    images, concepts, wanted = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1])
+    assert floor.score(images, vectors, concepts, wanted).tolist() == pytest.approx([(0 - 1) / 2, (0.8 + 0) / 2])
+    assert excess.score(images, vectors, concepts, wanted).tolist() == pytest.approx([1.5, 0.6])
+    documents = {
+        kind: values(measure(kind(ENCODER, references), made)) for kind in (FloorResemblance, ExcessResemblance)
+    }
+    maxima = values(measure(MaximumResemblance(ENCODER, references), made))
+    for category, maximum in maxima.items():
+        assert sum(document[category] for document in documents.values()) == pytest.approx(maximum)
+    assert documents[ExcessResemblance]["cat"] > documents[ExcessResemblance]["robot"], "half of these are stars"
+    for concept in ("cat", "star"):
+        shutil.rmtree(references / concept)
+    with pytest.raises(ValueError, match="at least 2 concepts"):
+        measure(FloorResemblance(ENCODER, references), made)
 
 
 def test_detection_at_a_calibrated_threshold(made, references, held_out):
