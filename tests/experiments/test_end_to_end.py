@@ -395,7 +395,9 @@ def test_the_copyright_table_has_every_configured_number(scored):
     assert set(references["reference"]) == {"assets"} and (references["pushed_share"] > 0).all()
     expected = {f"detection rate {kind} (down)" for kind in ("direct", "indirect")}
     expected |= {f"detection rate direct: {column}" for column in ("p", "d_z", "win rate")}
-    assert {*expected, "clip score unnamed (up)", "realism direct: non-inferior", "seconds"} <= set(main_table(frame).columns)
+    assert {*expected, "clip score unnamed (up)", "realism direct: non-inferior", "seconds"} <= set(
+        main_table(frame).columns
+    )
     assert f"| {plan.cfg.model.name} " in page
     with Image.open(next(file for file in plot.plot(plan) if file.name == "grid_sdxl.webp")) as grid:
         assert grid.height > 2 * 32
