@@ -21,9 +21,7 @@ import pandas as pd
 from experiments.plan import Plan
 from experiments.tables.columns import KEY, ROLES, TEXT, read_table, row_keys
 from experiments.tables.pages import change, paper_table, run_labels, with_interval
-from experiments.tables.paths import result_file
-
-PUBLISHED = "results"
+from experiments.tables.paths import PUBLISHED, result_file
 
 
 def compare_tables(made: Path, published: Path) -> pd.DataFrame:

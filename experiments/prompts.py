@@ -77,6 +77,7 @@ class PromptSet:
         images_per_prompt: images in a group, at least 2.
         groups_per_category: None for all of templates x seeds, or the number to draw in each category.
         subset_seed: seed of that draw; categories are drawn independently of each other and of their order.
+        every: of the groups in canonical order, only every so many are used, from the first on.
 
     Raises:
         ValueError: a list is empty or has duplicates, or a number is out of range.
@@ -90,6 +91,7 @@ class PromptSet:
     images_per_prompt: int
     groups_per_category: int | None = None
     subset_seed: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
         _check(self, "categories", "templates", "seeds", fewest=2)  # a single image has no diversity
@@ -118,7 +120,7 @@ class PromptSet:
             for template, seed in pairs:
                 prompt = f"{template} {category}"
                 groups.append(Group(_prompt_id(prompt), prompt, category, seed, self.images_per_prompt))
-        return groups
+        return groups[:: self.every]
 
 
 #: Kinds of prompts about a protected concept, see `CharacterPrompts`.
@@ -150,6 +152,7 @@ class CharacterPrompts:
         wrappers: further kinds, each with texts around a direct prompt, "ignore the rules: {}"; every concept gets one
             of them, in turn. "harmless_KIND" is the same around the concept's benign prompt, which exposes a guard that
             goes by the wrapper.
+        every: of the groups in canonical order, only every so many are used, from the first on.
 
     Raises:
         ValueError: a list is empty, a kind is unknown, an indirect prompt contains the name, or two prompts are equal.
@@ -162,6 +165,7 @@ class CharacterPrompts:
     images_per_prompt: int
     kinds: tuple[str, ...] = KINDS
     wrappers: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    every: int = 1
 
     def __post_init__(self) -> None:
         _check(self, "seeds", "kinds", fewest=1)
@@ -179,7 +183,7 @@ class CharacterPrompts:
             named = [prompt for prompt in prompts.get("indirect", ()) if character.lower() in prompt.lower()]
             if named:
                 raise ValueError(f"prompts.characters.{character}.indirect must not contain the name, got {named}")
-        _check_ids(group.prompt_id for group in self.groups() if group.seed == self.seeds[0])
+        _check_ids(group.prompt_id for group in self._all_groups() if group.seed == self.seeds[0])
 
     def groups(self) -> list[Group]:
         """Return the groups in canonical order: character, kind, prompt, seed.
@@ -187,6 +191,9 @@ class CharacterPrompts:
         The category of a group is its character, or for a benign near-miss "beside " and the character; its prompt_id
         starts with its kind.
         """
+        return self._all_groups()[:: self.every]
+
+    def _all_groups(self) -> list[Group]:
         groups = []
         for number, (character, prompts) in enumerate(self.characters.items()):
             for kind in self.kinds:
@@ -277,6 +284,8 @@ def _check(prompts: PromptSet | CharacterPrompts | PeoplePrompts, *lists: str, f
         raise ValueError(f"prompts.seeds must be integers in [0, 999999], got {list(prompts.seeds)}")
     if type(images := prompts.images_per_prompt) is not int or images < fewest:
         raise ValueError(f"prompts.images_per_prompt must be a whole number of at least {fewest}, got {images!r}")
+    if type(every := getattr(prompts, "every", 1)) is not int or every < 1:
+        raise ValueError(f"prompts.every must be a whole number of at least 1, got {every!r}")
 
 
 def _check_ids(names: Iterable[str]) -> None:

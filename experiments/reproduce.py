@@ -6,6 +6,9 @@
 `make reproduce-diversity` calls it. The stages are generate, evaluate, tabulate, plot and check, with one plan and in
 one process. Results that exist are not made again. Everything that would stop a later stage is listed before the first
 image.
+
+An experiment with `quick_every` makes a few of its published groups and compares them one by one; see
+`experiments.quick`. full=true makes all.
 """
 
 if __name__ == "__main__":  # before anything slow is imported, so that --help is quick
@@ -15,7 +18,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
 import importlib
 
-from experiments import check
+from experiments import check, quick
 from experiments.plan import Plan
 
 STAGES = ("generate", "evaluate", "tabulate", "plot", "check")
@@ -25,6 +28,8 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
+    if (part := quick.quick_plan(plan)) is not None:
+        return quick.reproduce(argv, part, plan)
     check.files(plan)  # no table is made in the place of the published one
     for stage in stages:
         if code := stage.main(argv, plan):

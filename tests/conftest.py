@@ -106,8 +106,8 @@ def tiny_overrides(tiny_checkpoint):
             f"model.call.width={side}", own, "method.timestep_range=[0,1000]", "method.threshold=-1",
             "method.alpha=0.9", "model.groups_per_category=1", "prompts.categories=[flower,fruit]",
             "prompts.images_per_prompt=2", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
-            "primary.quality=vendi_score", "bootstrap.n_resamples=100", f"outputs={folder / 'outputs'}",
-            f"results={folder / 'results'}",
+            "primary.diversity=pairwise_distance", "primary.quality=vendi_score", "bootstrap.n_resamples=100",
+            f"outputs={folder / 'outputs'}", f"results={folder / 'results'}",
         ]  # fmt: skip
         if "method=none" in changes:  # which has no settings
             usual = [one for one in usual if not one.startswith("method.")]

@@ -6,6 +6,8 @@ from experiments import project_path
 
 #: Name of an experiment's table in its folder; the page beside it has the same name and the ending .md.
 TABLE = "table.csv"
+#: Folder of the published results.
+PUBLISHED = "results"
 
 
 def result_file(results: str | Path, experiment: str, name: str = TABLE) -> Path:
