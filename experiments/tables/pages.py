@@ -29,7 +29,7 @@ from experiments.tables.templates import TEMPLATES
 LEVEL = 0.05
 #: Metrics whose names are no noun phrase, as sentences have them.
 PHRASES = {
-    "pairwise_distance_averaged": "averaged pairwise distance",
+    "pairwise_distance_aligned": "aligned pairwise distance",
     "realism_efflite0_40": "realism score",
     "not_unsafe": "share of protected requests stopped",
     "not_overrefuse": "share of allowed requests answered",

@@ -27,7 +27,7 @@ def test_a_shift_is_padding_and_cropping(right, down, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), shift=st.floats(0.01, 0.25))
+@given(seed=st.integers(0, 1000), shift=st.floats(0.01, 0.5))
 def test_a_mirror_image_has_the_same_embedding(seed, shift):
     encoder, image = AveragedEncoder(PixelEncoder(4), shift), picture(seed)
     one, other = encoder.embed_images([image, image.flip(-1)])
@@ -47,7 +47,7 @@ def test_mirroring_half_of_a_group_is_no_diversity_and_other_images_are():
 
 def test_the_embedding_is_the_mean_direction_of_its_views():
     encoder, image = PixelEncoder(4), picture(5, 64, 128)
-    moves = [(right, down) for right in (-6, -3, 0, 3, 6) for down in (-6, -3, 0, 3, 6)]
+    moves = [(right, down) for right in (-3, 0, 3) for down in (-3, 0, 3)]
     every = [view for move in moves for view in (shifted(image, *move), shifted(image.flip(-1), *move))]
     expected = F.normalize(torch.stack([encoder.embed_images([view])[0] for view in every]).mean(0), dim=-1)
     torch.testing.assert_close(AveragedEncoder(encoder).embed_images([picture(6), image])[1], expected)

@@ -9,7 +9,7 @@ from experiments.runs import catalogue
 from experiments.tables import pages, selection
 from experiments.tables.columns import COLUMNS
 
-DISTANCE, KEPT = "pairwise_distance_averaged", ("clip_score", "realism_efflite0_40")
+DISTANCE, KEPT = "pairwise_distance_aligned", ("clip_score", "realism_efflite0_40")
 
 
 def rows(method, gain, losses=(0.0, 0.0), kept=(True, True), width=0.01):
