@@ -28,29 +28,30 @@ def picture(seed=0, height=64, width=96):
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_an_edit_keeps_shape_and_type_and_repeats_itself(name, index):
     image = picture()
-    before, edited = image.clone(), CONTROLS[name](image, index)
+    before, edited = image.clone(), CONTROLS[name](image, index, 7)
     assert edited.dtype == torch.uint8 and edited.shape == image.shape
-    assert torch.equal(image, before) and torch.equal(CONTROLS[name](image, index), edited)
+    assert torch.equal(image, before) and torch.equal(CONTROLS[name](image, index, 7), edited)
     unchanged = name in ("mirrored", "shifted") and index % 2 == 0
     assert torch.equal(edited, image) == unchanged
 
 
 def test_mirroring_twice_changes_nothing_and_a_shift_moves_by_a_sixteenth():
     image = picture()
-    assert torch.equal(CONTROLS["mirrored"](CONTROLS["mirrored"](image, 1), 1), image)
-    assert torch.equal(CONTROLS["shifted"](image, 1)[:, :, 6:], image[:, :, :-6])
+    assert torch.equal(CONTROLS["mirrored"](CONTROLS["mirrored"](image, 1, 0), 1, 0), image)
+    assert torch.equal(CONTROLS["shifted"](image, 1, 0)[:, :, 6:], image[:, :, :-6])
 
 
 def test_the_blur_is_a_gaussian():
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[..., 32, 32] = 255
     expected = gaussian_filter(image[0].double().numpy(), 1.5, truncate=4)
-    assert np.abs(expected - CONTROLS["blurred"](image, 0)[0].numpy()).max() < 1
+    assert np.abs(expected - CONTROLS["blurred"](image, 0, 0)[0].numpy()).max() < 1
 
 
-def test_noise_has_a_tenth_of_the_range_and_differs_between_images():
+def test_noise_has_a_tenth_of_the_range_and_depends_on_the_seed_alone():
     grey = torch.full((3, 64, 64), 128, dtype=torch.uint8)
-    one, other = (CONTROLS["noisy"](grey, index).double().flatten() - 128 for index in (0, 1))
+    one, other = (CONTROLS["noisy"](grey, 0, seed).double().flatten() - 128 for seed in (0, 1))
+    assert torch.equal(CONTROLS["noisy"](grey, 3, 1).double().flatten() - 128, other)
     assert one.std().item() == pytest.approx(25.5, rel=0.03)
     assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.05
 

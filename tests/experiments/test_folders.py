@@ -60,7 +60,7 @@ def test_controls_show_that_mirroring_counts_as_diversity_unless_it_is_averaged(
     table = evaluate_folder(configured(folder, *changes))[0].set_index("metric")
     mirrored = {name: float(text.split()[0]) for name, text in table["mirrored"].items()}
     assert mirrored["pairwise_distance"] != 0
-    assert mirrored["pairwise_distance_averaged"] == pytest.approx(0, abs=1e-6)
+    assert mirrored["pairwise_distance_aligned"] == pytest.approx(0, abs=1e-6)
     assert table[["shifted", "blurred", "noisy"]].map(lambda text: text.endswith("]")).all(axis=None)
     assert sorted(path.name for path in folder.iterdir()) == ["bird", "boat", "fish", "metrics", "tree"]
 
