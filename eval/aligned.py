@@ -1,7 +1,7 @@
 """A pairwise distance that neither mirror images nor shifts raise.
 
 An encoder tells an image from its mirror image and from its shifted copy: editing half of a group's images so raises
-their mean pairwise distance as much as a method does. Here each image is embedded in many shifts, and the distance of two
+their mean pairwise distance as much as a method does. Here each image is embedded in many shifts. The distance of two
 images is that of the two shifts in which they are most alike. A mean over shifts reacts to a shift all the same, by the
 views at the border of the grid.
 """

@@ -73,9 +73,14 @@ def kernel_mean(kernel: Kernel, x: torch.Tensor, y: torch.Tensor | None = None) 
 
 
 @lru_cache(maxsize=4)  # the metrics of all runs compare with one folder
-def read_real_images(folder: Path) -> ImageSet:
-    """Read the list of the images in a folder, which must not change while the process runs."""
+def _read_real_images(folder: Path, state: tuple[tuple[str, int, int], ...]) -> ImageSet:
     return ImageSet(folder, read_manifest(folder, flat=True))
+
+
+def read_real_images(folder: Path) -> ImageSet:
+    """Read the list of the images in a folder, again only when a file in it has changed."""
+    files = ((path, path.stat()) for path in sorted(folder.rglob("*")))
+    return _read_real_images(folder, tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files))
 
 
 class ReferenceMetric(Metric):
