@@ -49,6 +49,7 @@ def test_the_reference_has_every_command():
     assert documented("commands.md") == [*COMMANDS.values(), "negtome.guard.__main__"]
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_is_all_there(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -11,6 +11,8 @@ from experiments.__main__ import main
 from experiments.check import compare_tables
 from experiments.tables.columns import ROLES, TEXT
 
+#: A comparison is of tables: one run is composed to know which.
+ONE_RUN = ("model=mini-sdxl", "method=none")
 PUBLISHED = PROJECT / "results" / "diversity" / "table.csv"
 
 
@@ -23,7 +25,7 @@ def made(tmp_path):
         change(frame)
         (tmp_path / "results" / "diversity").mkdir(parents=True, exist_ok=True)
         frame.to_csv(tmp_path / "results" / "diversity" / "table.csv", index=False)
-        return ["check", "experiment=diversity", f"results={tmp_path / 'results'}"]
+        return ["check", "experiment=diversity", *ONE_RUN, f"results={tmp_path / 'results'}"]
 
     return write
 
@@ -67,12 +69,12 @@ def test_other_settings_are_named_and_decide_nothing(made, capsys, tmp_path):
 
 
 def test_the_published_table_is_not_compared_with_itself(capsys):
-    assert main(["check", "experiment=diversity", "results=results"]) == 2
+    assert main(["check", "experiment=diversity", *ONE_RUN, "results=results"]) == 2
     assert "leave out results=" in capsys.readouterr().err
 
 
 def test_without_a_table_it_is_said_what_makes_one(tmp_path, capsys):
-    assert main(["check", "experiment=diversity", f"results={tmp_path}"]) == 2
+    assert main(["check", "experiment=diversity", *ONE_RUN, f"results={tmp_path}"]) == 2
     assert "make reproduce-diversity" in capsys.readouterr().err
 
 
@@ -130,11 +132,13 @@ def test_where_the_paper_has_no_value_either_it_is_one_line(tmp_path, capsys):
     frame["model"] = "sdxl"
     (tmp_path / "stereotypes").mkdir()
     frame.to_csv(tmp_path / "stereotypes" / "table.csv", index=False)
-    assert main(["check", "experiment=stereotypes", f"results={tmp_path}"]) == 0
+    assert main(["check", "experiment=stereotypes", *ONE_RUN, f"results={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("sdxl:")] == ["sdxl: nothing is published to compare with"]
 
 
 def test_reproduce_refuses_the_published_folder_before_it_makes_anything(tmp_path, capsys):
-    assert main(["reproduce", "experiment=diversity", "results=results", f"outputs={tmp_path / 'outputs'}"]) == 2
+    assert (
+        main(["reproduce", "experiment=diversity", *ONE_RUN, "results=results", f"outputs={tmp_path / 'outputs'}"]) == 2
+    )
     assert "leave out results=" in capsys.readouterr().err and not (tmp_path / "outputs").exists()

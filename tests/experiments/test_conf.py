@@ -25,7 +25,7 @@ from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.plan import composed as compose_once
-from experiments.plan import expand
+from experiments.plan import expand, first
 from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
 from experiments.runs.metrics import NEEDS
 from experiments.tabulate import primary_metrics
@@ -42,6 +42,14 @@ WEIGHTS = {"method": ("all_method.negative_ip_adapter.weights={subfolder: s, wei
 #: Experiments that settings are chosen by: never on the prompts that are reported.
 CHOOSING = {"sweep", "copyright_sweep", "peers_grid", "peers_grid_flux"}
 CHOOSING |= {f"ablate_{setting}" for setting in ("alpha", "threshold", "window", "blocks")}
+#: Options that stand for the others of their group by default.
+REPRESENTATIVE = {
+    "model": {"mini-sdxl", "mini-flux", "sdxl", "flux-dev", "flux-schnell"},
+    "experiment": {
+        "diversity", "sweep", "copyright", "copyright_sweep", "stereotypes", "safety", "cfg_scale", "latency",
+    },
+    "guard": {"keyword", "nearest"},
+}  # fmt: skip
 #: Launchers that are packages of their own.
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -56,11 +64,22 @@ def composed(*overrides):
     return compose_once(overrides)
 
 
+def experiment_of(name, model):
+    """Compose an experiment with a model; the default's is the one that other tests compose."""
+    return composed(f"experiment={name}", *([] if model == "mini-sdxl" else [f"model={model}"]))
+
+
 @functools.cache
-def side_by_side(group):
-    """Compose all options of a group into one configuration, each under its name in `all_<group>`."""
+def side_by_side(group, *overrides):
+    """Compose all options of a group into one configuration; return each by its name."""
     options = [f"+{group}@all_{group}.{option}={option}" for option in OPTIONS[group]]
-    return composed(*options, *WEIGHTS.get(group, ()))
+    return composed(*overrides, *options, *WEIGHTS.get(group, ()))[f"all_{group}"]
+
+
+def options_of(group):
+    """List the options of a group; those that others stand for are slow."""
+    names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    return [pytest.param(name, marks=[] if name in REPRESENTATIVE[group] else pytest.mark.slow) for name in names]
 
 
 @functools.cache
@@ -90,14 +109,14 @@ def check_run(cfg):
 
 @pytest.mark.parametrize("option", OPTIONS["method"])
 def test_every_method_resolves_and_is_built(option):
-    spec = side_by_side("method").all_method[option]
+    spec = side_by_side("method")[option]
     assert OmegaConf.to_container(spec, resolve=True, throw_on_missing=True)
     assert build(spec).name == spec.name
 
 
 @pytest.mark.parametrize("option", OPTIONS["prompts"])
 def test_every_set_of_prompts_is_built(option):
-    assert isinstance(build(side_by_side("prompts").all_prompts[option]), (PromptSet, CharacterPrompts, PeoplePrompts))
+    assert isinstance(build(side_by_side("prompts")[option]), (PromptSet, CharacterPrompts, PeoplePrompts))
 
 
 @pytest.mark.parametrize("option", OPTIONS["metric"])
@@ -114,20 +133,21 @@ def test_every_launcher_composes(option):
     assert composed(f"launcher={option}").workers in ("auto", 1)
 
 
-@pytest.mark.parametrize("option", OPTIONS["model"])
-def test_every_model_resolves_with_its_metrics(option, with_model):
-    check_run(with_model(option))
-    model, methods = with_model(option).model, set(OPTIONS["method"])
+@pytest.mark.parametrize("option", options_of("model"))
+def test_every_model_resolves_with_the_metrics_that_fit_it(option, with_model):
+    cfg = with_model(option)
+    check_run(cfg)
+    assert set(cfg.metric) == set(with_model("mini-sdxl" if cfg.model.kind == "mini" else "sdxl").metric)
+    model, methods = cfg.model, set(OPTIONS["method"])
     assert set(model) == set(with_model("sdxl").model), "all models have the same keys"
     assert not methods & {*model, *model.copyright}, "models know no method"
 
 
-@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+@pytest.mark.parametrize("experiment", options_of("experiment"))
 def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_and_one_quality(experiment):
     declared = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
     model = OmegaConf.select(declared, "hydra.sweeper.params.model", default="mini-sdxl").split(",")[0]
-    # The default's need not be said: other tests compose it so.
-    cfg = composed(f"experiment={experiment}", *([] if model == "mini-sdxl" else [f"model={model}"]))
+    cfg = experiment_of(experiment, model)
     check_run(cfg)
     if experiment == "latency":
         return
@@ -144,7 +164,7 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert all(0 < margin < 1 for margin in (margins.values() if OmegaConf.is_config(margins) else [margins]))
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "guard").glob("*.yaml")))
+@pytest.mark.parametrize("name", options_of("guard"))
 def test_every_guard_is_one_and_stands_behind_the_method_that_has_one(name):
     needed = {"chat": ["guard.model=m"], "own": ["guard.name=negtome.guard:Keyword"]}.get(name, [])
     cfg = composed("method=guarded", f"guard={name}", *needed)
@@ -197,18 +217,18 @@ def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset
 
 
 def test_no_category_is_both_tuned_and_reported():
-    test, development = (instantiate(composed(f"prompts={name}").prompts) for name in ("diversity", "development"))
+    test, development = (instantiate(side_by_side("prompts")[name]) for name in ("diversity", "development"))
     assert (test.split, development.split) == ("test", "development")
     assert not set(test.categories) & set(development.categories)
 
 
 def test_the_two_matchings_differ_in_the_matching_alone():
-    paper, released = (build(composed(f"method={name}").method) for name in ("negtome", "negtome_released"))
+    paper, released = (build(side_by_side("method")[name]) for name in ("negtome", "negtome_released"))
     assert isinstance(paper, NegToMe)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
     assert changed == {"matching"}
     assert (paper.config.matching, released.config.matching) == ("paper", "released")
-    assert isinstance(build(composed("method=none").method), Baseline)
+    assert isinstance(build(side_by_side("method")["none"]), Baseline)
 
 
 def test_the_real_models_strengths_are_the_librarys_presets():
@@ -216,25 +236,22 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         ("sdxl", ("sdxl", "evaluation"), {"matching", "cross_attention"}),
         ("flux-dev", ("flux", "paper"), set()),
     ):
-        configured = build(composed(f"model={model}", "method=negtome").method).config
+        configured = build(first([f"model={model}", "method=negtome"]).method).config
         published = NegToMeConfig.preset(*preset)
         changed = {f.name for f in fields(published) if getattr(published, f.name) != getattr(configured, f.name)}
         assert changed == differs, model
 
 
 def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers():
-    method = build(composed("model=sdxl", "model.name=mine", "method=negtome").method)
+    method = build(first(["model=sdxl", "model.name=mine", "method=negtome"]).method)
     assert method.config == NegToMeConfig() and method.config.published_for("sdxl") == NegToMeConfig.preset("sdxl")
-    assert build(composed("model=sdxl", "model.name=mine", "method=negtome", "method.alpha=2").method).config.alpha == 2
+    assert build(first(["model=sdxl", "model.name=mine", "method=negtome", "method.alpha=2"]).method).config.alpha == 2
 
 
-def test_every_model_is_measured_by_the_suite_that_fits_it(with_model):
+def test_a_suite_fits_its_model():
     """In a sweep too; and a suite on the command line, or an experiment's, replaces it."""
     swept = expand(["experiment=diversity", "model=mini-sdxl,sdxl", "method=none"])
     suites = {cfg.model.name: set(cfg.metric) for cfg in swept}
-    for option in OPTIONS["model"]:
-        cfg = with_model(option)
-        assert set(cfg.metric) == suites["mini-sdxl" if cfg.model.kind == "mini" else "sdxl"], option
     assert "fid" in suites["sdxl"] and not {"fid", "kid", "lpips_alex"} & suites["mini-sdxl"]
     core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
@@ -287,10 +304,10 @@ def test_the_documentation_names_every_metric():
     text = (PROJECT / "docs" / "metrics.md").read_text()
     named = re.findall(r"`([a-z_0-9*]+)`", text)
     links = set(re.findall(r"\]\(#([a-z0-9-]+)\)", text))
-    titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    titles = re.findall(r"^###? (.+)$", text, re.MULTILINE)
     headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     assert links <= headings
-    for suite in ("diversity", "full", "released", "stereotypes"):
+    for suite in ("diversity", "fair", "full", "released", "stereotypes"):
         for name, spec in composed(f"metric={suite}").metric.items():
             assert any(fnmatch(name, pattern) for pattern in named), f"{name} ({spec._target_})"
 
@@ -302,10 +319,10 @@ def test_a_misspelt_key_is_named():
         build(expand(["method=negtome", "+method.alpah=1"])[0].method)
 
 
-def test_the_labels_cover_the_categories():
+def test_the_labels_cover_the_categories(with_model):
     for model, prompts in [("mini-sdxl", "diversity"), ("mini-sdxl", "development"), ("sdxl", "diversity")]:
-        cfg = composed(f"model={model}", f"prompts={prompts}")
-        assert set(cfg.prompts.categories) <= set(cfg.model.labels)
+        categories = instantiate(side_by_side("prompts")[prompts]).categories
+        assert set(categories) <= set(with_model(model).model.labels)
 
 
 def test_paths_are_relative_to_the_checkout_not_to_the_working_directory(tmp_path, monkeypatch):
@@ -322,7 +339,7 @@ ASSET_METHODS = ("negative_prompt", "negtome_reference", "negtome_and_negative_p
 
 @pytest.mark.parametrize(("model", "n_characters"), [("mini-sdxl", 20), ("sdxl", 52)])
 def test_every_character_is_asked_for_in_every_way(model, n_characters):
-    cfg = composed("experiment=copyright", f"model={model}")
+    cfg = experiment_of("copyright", model)
     prompts = build(cfg.prompts)
     assert (len(prompts.characters), prompts.split) == (n_characters, "test")
     kinds = {character: set(asked) for character, asked in prompts.characters.items()}
@@ -340,11 +357,11 @@ def test_every_character_is_asked_for_in_every_way(model, n_characters):
 
 def test_the_mini_models_assets_are_the_characters_and_none_is_scored_against():
     """The retriever refuses shared pictures itself; what is scored against shows the same characters."""
+    development = composed("experiment=copyright_sweep").prompts.characters
     for model in ("mini-sdxl", "mini-flux"):
-        cfg = composed("experiment=copyright", f"model={model}")
+        cfg = experiment_of("copyright", model)
         retriever = build(cfg.retriever)
         assert isinstance(retriever, Retriever)
-        development = composed("experiment=copyright_sweep", f"model={model}").prompts.characters
         characters = set(cfg.prompts.characters) | set(development)
         assert len(characters) == len(cfg.prompts.characters) + len(development)
         assert {asset.name for asset in retriever.assets} == characters
@@ -362,29 +379,33 @@ def test_the_threshold_is_calibrated_on_prompts_that_are_not_reported():
     assert cfg.retriever.encoder == cfg.model.scorer
 
 
-def test_the_real_models_ask_for_the_users_pictures():
-    for model, method in zip(("sdxl", "flux-dev", "flux-schnell"), ASSET_METHODS[:3], strict=True):
+@pytest.mark.parametrize(
+    "model", ["sdxl", *(pytest.param(f"flux-{x}", marks=pytest.mark.slow) for x in ("dev", "schnell"))]
+)
+def test_the_real_models_ask_for_the_users_pictures(model):
+    methods = side_by_side("method", f"model={model}")
+    for method in ASSET_METHODS:
         with pytest.raises(FileNotFoundError, match=r"model\.copyright\.guidance=FOLDER"):
-            build(composed("experiment=copyright", f"model={model}", f"method={method}").method)
-    assert isinstance(build(composed("model=sdxl", "method=none").method), Baseline)
+            build(methods[method])
+    assert isinstance(build(methods["none"]), Baseline)
 
 
 def test_a_negative_ip_adapter_asks_for_weights():
     with pytest.raises(FileNotFoundError, match=r"method\.weights=\{"):
         build(composed("method=negative_ip_adapter").method)
-    method = build(composed("method=negative_ip_adapter", "method.weights={subfolder: s, weight_name: w}").method)
+    method = build(side_by_side("method")["negative_ip_adapter"])
     assert isinstance(method, NegativeIPAdapter) and method.weights == {"subfolder": "s", "weight_name": "w"}
 
 
 def test_the_methods_with_assets_differ_in_what_they_say():
     fixed = "model.copyright.thresholds.prompt=0.5"  # nothing to calibrate
-    method = {name: build(composed(f"method={name}", "model=mini-flux", fixed).method) for name in ASSET_METHODS}
+    method = {name: build(side_by_side("method", "model=mini-flux", fixed)[name]) for name in ASSET_METHODS}
     paper, released = method["negtome_reference"], method["negtome_reference_released"]
     assert isinstance(paper, NegToMeFromAssets) and isinstance(method["negative_prompt"], NegativePrompt)
     changed = {key for key, value in paper.settings().items() if released.settings()[key] != value}
     assert changed == {"matching", "noise", "posterior", "images"}
     assert method["negative_prompt"].true_cfg_scale == 2.0, "or Flux would not heed it"
-    assert build(composed("method=negative_prompt", "model=mini-sdxl").method).true_cfg_scale is None
+    assert build(side_by_side("method")["negative_prompt"]).true_cfg_scale is None
     both = method["negtome_and_negative_prompt"]
     assert isinstance(both, Combined)
     assert [part.settings() for part in both.methods] == [method["negative_prompt"].settings(), paper.settings()]
@@ -401,7 +422,8 @@ ALONE = [
     ["experiment=sweep", "model=mini-sdxl", "method=negtome", "method.alpha=0.9", "method.threshold=0.5",
      "method.timestep_range=[900,1000]", "model.groups_per_category=3", "prompts.categories=[a,b]",
      "~metric.clip_score", "+model.call.clip_skip=1", "scorer@model.scorer=pixel"],
-    ["experiment=copyright", "model=mini-flux", "method=negtome_reference", "hydra.job.name=mine"],
+    pytest.param(["experiment=copyright", "model=mini-flux", "method=negtome_reference", "hydra.job.name=mine"],
+                 marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

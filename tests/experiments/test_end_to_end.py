@@ -313,6 +313,9 @@ CHARACTERS = (
     " ogre: {direct: [a photo of a ogre], benign: [a photo of a shirt]}}"
 )
 PROTECTED = PROJECT / "models" / "mini-protected"
+#: The methods by kind of checkpoint: all of the experiment among the slow tests only.
+COPYRIGHT_METHODS = {"sdxl": ["none", "negtome_reference", "negtome_and_negative_prompt", "negtome_reference_released"]}
+COPYRIGHT_METHODS["flux"] = ["none", "negative_prompt", *COPYRIGHT_METHODS["sdxl"][1:]]
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +335,8 @@ def copyright_runs(tmp_path_factory, tiny_checkpoint):
                 for file in image.parent.glob(f"{image.stem}.*"):
                     shutil.copy(file, folder / use / character)
         plan = plan_of([
-            "experiment=copyright", *tiny(folder, tiny_checkpoint(kind), kind),
+            "experiment=copyright", *([f"method={','.join(COPYRIGHT_METHODS[kind])}"] if kind == "sdxl" else []),
+            *tiny(folder, tiny_checkpoint(kind), kind),
             f"model.copyright.guidance={folder / 'guidance'}", f"model.copyright.scoring={folder / 'scoring'}",
             f"model.copyright.held_out={PROTECTED / 'held_out'}", f"model.reference_images={PROTECTED / 'held_out'}",
             "model.copyright.seeds=[0]", "scorer@scorers.efflite0_40=pixel",
@@ -362,8 +366,7 @@ def of_method(plan, name, changes):
 @pytest.mark.parametrize("kind", ["sdxl", pytest.param("flux", marks=pytest.mark.slow)])
 def test_the_copyright_experiment_pushes_direct_prompts_and_leaves_benign_ones_alone(kind, copyright_runs):
     runs = dict(copyright_runs(kind)[1])
-    assert list(runs) == ["none", "negative_prompt", "negtome_reference", "negtome_and_negative_prompt",
-                          "negtome_reference_released"]  # fmt: skip
+    assert list(runs) == COPYRIGHT_METHODS[kind]
     none = runs.pop("none")
     assert all(row.references is None for row in read_manifest(none))
     for method, run in runs.items():
@@ -439,7 +442,7 @@ def test_a_method_with_references_is_built_once_for_all_runs_of_a_model(copyrigh
     cfg = changed(cfg, {"prompts.kinds": ["indirect"], "outputs": str(tmp_path)})
     built = []
     monkeypatch.setattr("experiments.generate.build", lambda spec: built.append(spec.get("name")) or build(spec))
-    generate(plan_from(*(changed(cfg, {"model.call.guidance_scale": scale}) for scale in (2, 3, 4))))
+    generate(plan_from(*(changed(cfg, {"model.call.guidance_scale": scale}) for scale in (2, 3))))
     assert built.count("negtome_reference") == 1
 
 

@@ -1,5 +1,6 @@
 """Checkpoints are found, identified by content, and their absence is explained in seconds."""
 
+import functools
 import inspect
 import json
 import re
@@ -13,31 +14,36 @@ from omegaconf.errors import InterpolationResolutionError
 
 from experiments import PROJECT
 from experiments.configs import build
-from experiments.plan import expand
+from experiments.plan import composed
 from experiments.runs import checkpoints
 
+MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
+REAL = [name for name in MODELS if not name.startswith("mini-")]
+METHODS = ("none", "negtome", "negtome_released", "negative_prompt", "negtome_reference", "random_match")
 
-@pytest.fixture
-def model(with_model):
-    """A copy of a model's configuration: `model("sdxl", source=folder)`."""
 
-    def configured(name, **changes):
-        cfg = with_model(name).model.copy()
-        cfg.update({key: str(value) for key, value in changes.items()})
-        return cfg
+@functools.cache
+def model_file(name):
+    """Read a model's file and the one that it extends, without the domain. Not to be changed."""
+    cfg = OmegaConf.load(PROJECT / "conf" / "model" / f"{name}.yaml")
+    extended = [model_file(parent) for parent in cfg.pop("defaults") if parent in MODELS]
+    return OmegaConf.merge(*extended, cfg)
 
-    return configured
+
+def model(name, **changes):
+    """Return a copy of a model's configuration: `model("sdxl", source=folder)`."""
+    return OmegaConf.merge(model_file(name), {key: str(value) for key, value in changes.items()})
 
 
 @pytest.mark.parametrize(("kind", "name"), [("sdxl", "sdxl"), ("flux", "flux-dev"), ("flux", "flux-schnell")])
-def test_a_folder_in_the_real_layout_loads_with_the_stock_pipeline(kind, name, tiny_checkpoint, model):
+def test_a_folder_in_the_real_layout_loads_with_the_stock_pipeline(kind, name, tiny_checkpoint):
     config = model(name, source=tiny_checkpoint(kind), dtype="float32")
     pipe = checkpoints.load(config, checkpoints.find_checkpoint(config), "cpu")
     assert type(pipe).__name__ == checkpoints.ARCHITECTURES[kind].pipeline
     assert next(pipe.vae.parameters()).dtype is torch.float32
 
 
-def test_every_missing_file_is_named(tiny_checkpoint, tmp_path, model):
+def test_every_missing_file_is_named(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint("sdxl"), tmp_path / "copy")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "tokenizer_2" / "tokenizer_config.json").unlink()
@@ -95,7 +101,7 @@ def outline(tmp_path):
     ("name", "autoencoder", "multiple"),
     [("sd15", "KL", 8), ("sd3.5-large", "KL", 16), ("sana", "DC", 32), ("qwen-image", "Qwen", 16)],
 )
-def test_a_size_that_the_pipeline_would_round_is_refused(name, autoencoder, multiple, outline, model):
+def test_a_size_that_the_pipeline_would_round_is_refused(name, autoencoder, multiple, outline):
     config = model(name)
     config.source = str(outline(checkpoints.ARCHITECTURES[config.architecture].denoiser, autoencoder))
     assert checkpoints.find_checkpoint(config).fingerprint
@@ -120,9 +126,9 @@ def test_only_the_components_of_an_index_that_are_loaded_are_needed(outline):
     assert checkpoints.fingerprint(folder) != before
 
 
-def test_every_call_is_one_that_its_pipeline_takes(with_model):
-    for name in (file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml")):
-        config = with_model(name).model
+def test_every_call_is_one_that_its_pipeline_takes():
+    for name in MODELS:
+        config = model(name)
         pipeline = getattr(diffusers, checkpoints.ARCHITECTURES[config.architecture].pipeline)
         inspect.signature(pipeline.__call__).bind(None, prompt="a cat", **checkpoints.call_arguments(config))
 
@@ -140,7 +146,7 @@ def test_the_fingerprint_identifies_the_content_and_not_the_place(tiny_checkpoin
     assert checkpoints.fingerprint(moved) != before
 
 
-def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint, model):
+def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint):
     config = model("sdxl", source=tiny_checkpoint("sdxl"), dtype="half_precision")
     with pytest.raises(ValueError, match="half_precision"):
         checkpoints.load(config, checkpoints.find_checkpoint(config), "cpu")
@@ -148,29 +154,25 @@ def test_an_unknown_dtype_or_architecture_is_refused(tiny_checkpoint, model):
         checkpoints.find_checkpoint(model("sdxl", architecture="dit"))
 
 
-def test_a_mistyped_folder_is_named(model):
+def test_a_mistyped_folder_is_named():
     with pytest.raises(FileNotFoundError, match=r"^no folder models/nope: "):
         checkpoints.find_checkpoint(model("sdxl", source="models/nope"))
 
 
 # --- models of conf/ --------------------------------------------------------------------------------------------------
 
-MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))
-REAL = [name for name in MODELS if not name.startswith("mini-")]
-METHODS = ("none", "negtome", "negtome_released", "negative_prompt", "negtome_reference", "random_match")
-
 
 @pytest.fixture(scope="module")
 def methods():
-    return {name: expand([f"method={name}"])[0].method for name in METHODS}
+    return composed([f"+method@methods.{name}={name}" for name in METHODS]).methods
 
 
 @pytest.fixture
-def method_of(methods, with_model):
+def method_of(methods):
     """A method's configuration for a model: `method_of("sdxl", "negtome", blocks="early")`."""
 
-    def of(model, method, **about):
-        cfg = {"model": {key: with_model(model).model[key] for key in ("name", "architecture")}, "retriever": {}}
+    def of(name, method, **about):
+        cfg = {"model": {key: model_file(name)[key] for key in ("name", "architecture")}, "retriever": {}}
         cfg = OmegaConf.create(cfg | {"method": methods[method]})
         cfg.method.metadata.update(about)
         return cfg.method
@@ -194,23 +196,28 @@ def test_an_unknown_choice_of_blocks_is_refused_and_the_known_ones_are_named(met
             _ = method_of(model, "negtome", blocks="erly").sites
 
 
-def test_without_weights_and_network_the_message_says_what_to_fetch(with_model, tmp_path, monkeypatch):
+def test_without_weights_and_network_the_message_says_what_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in REAL:
-        model = with_model(name).model
-        with pytest.raises(FileNotFoundError, match=f"hf download {model.source}") as error:
-            checkpoints.find_checkpoint(model)
+        config = model(name)
+        with pytest.raises(FileNotFoundError, match=f"hf download {config.source}") as error:
+            checkpoints.find_checkpoint(config)
         message = str(error.value)
-        assert "model_index.json" in message and ("gated" in message) == ("gated" in model.licence[model.source])
+        assert "model_index.json" in message and ("gated" in message) == ("gated" in config.licence[config.source])
 
 
-def test_the_documentation_lists_the_real_models_as_they_are_configured(with_model, method_of):
+def test_the_documentation_lists_the_real_models_as_they_are_configured(method_of):
     expected = []
     for name in REAL:
-        model, timesteps = with_model(name).model, method_of(name, "negtome").timestep_range
-        scale = model.call.true_cfg_scale if model.call.guidance_scale is None else model.call.guidance_scale
-        cells = [f"`{name}`", model.source, model.licence[model.source], f"{model.call.num_inference_steps}, {scale:g}"]
+        config, timesteps = model(name), method_of(name, "negtome").timestep_range
+        scale = config.call.true_cfg_scale if config.call.guidance_scale is None else config.call.guidance_scale
+        cells = [
+            f"`{name}`",
+            config.source,
+            config.licence[config.source],
+            f"{config.call.num_inference_steps}, {scale:g}",
+        ]
         expected.append(" | ".join([*cells, f"{timesteps[1]} to {timesteps[0]}" if timesteps else "none"]))
     lines = (PROJECT / "docs" / "running.md").read_text().splitlines()
     rows = [re.sub(" +", " ", line).strip("| ") for line in lines if line.startswith("| `") and "`model=`" not in line]

@@ -21,6 +21,11 @@ from experiments.runs import checkpoints, metrics, preflight
 from experiments.runs.store import Run
 
 
+def slow(*values):
+    """Mark values of a parameter as slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture
 def empty_home(tmp_path, monkeypatch):
     """A machine without any weights but those of the checkout, and without a network."""
@@ -45,7 +50,7 @@ def notes(block):
 
 def test_a_real_checkpoint_on_an_empty_machine_is_one_list_and_no_image(empty_home, capsys):
     """The overrides that it names compose; with them the fault is gone, or the weights are looked for elsewhere."""
-    overrides = ["experiment=diversity", "model=sdxl", f"outputs={empty_home / 'outputs'}"]
+    overrides = ["experiment=diversity", "model=sdxl", "method=none", f"outputs={empty_home / 'outputs'}"]
     codes = [main([command, *overrides]) for command in ("reproduce", "generate", "doctor")]
     assert codes == [2, 2, 1]
     assert not (empty_home / "outputs").exists()
@@ -57,14 +62,14 @@ def test_a_real_checkpoint_on_an_empty_machine_is_one_list_and_no_image(empty_ho
         needed = [name for block in blocks for name in notes(block).get("needed by", "").split(", ") if name]
         assert sorted(needed) == measured, "every metric once, whatever else is missing"
     assert "metric=none" in err and "fid" in out.splitlines()[0]
-    for block in blocks[1:]:
+    for block in blocks[1:4]:  # of each kind; every one composes anew
         note = notes(block)
-        (cfg, *_) = configs = expand([*overrides, *shlex.split(note["without it"])], baselines=True)
+        (cfg,) = configs = expand([*overrides, *shlex.split(note["without it"])])
         assert not {*note["needed by"].split(", ")} & {*cfg.metric}
         metrics.check_table(cfg)
         assert not [fault for fault in preflight.of_scoring(configs, True) if fault.problem in block[0]]
         key, _, _ = note["elsewhere"].partition("=")
-        elsewhere = expand([*overrides, f"{key}={empty_home / 'mine'}"], baselines=True)
+        elsewhere = expand([*overrides, f"{key}={empty_home / 'mine'}"])
         problems = [fault.problem for fault in preflight.of_scoring(elsewhere, True)]
         assert block[0] not in problems and any(str(empty_home / "mine") in problem for problem in problems)
 
@@ -89,7 +94,7 @@ def test_metric_none_generates_what_cannot_be_scored_here(tiny_overrides, empty_
 
 
 def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, capsys):
-    overrides = ["experiment=diversity", "model=mini-sdxl", f"outputs={tmp_path / 'outputs'}",
+    overrides = ["experiment=diversity", "model=mini-sdxl", "method=none", f"outputs={tmp_path / 'outputs'}",
                  "prompts.categories=[bird,fish]", "model.groups_per_category=1"]  # fmt: skip
     assert main(["reproduce", *overrides]) == 2
     blocks = entries(capsys.readouterr().err)
@@ -101,10 +106,17 @@ def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, cap
     assert generate.examine(plan_of(dropped), tables=True)[1] == []
 
 
-@pytest.mark.parametrize("experiment", ["diversity", "copyright", "peers_grid", "safety", "stereotypes", "sweep"])
-def test_the_default_path_has_no_faults_and_loads_no_network(experiment, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=diversity"],
+        ["experiment=copyright", "method=none"],
+        *slow(*([f"experiment={name}"] for name in ("copyright", "peers_grid", "safety", "stereotypes", "sweep"))),
+    ],
+)
+def test_the_default_path_has_no_faults_and_loads_no_network(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(Network, "prepare", lambda self: pytest.fail(f"{self.name} is loaded"))
-    configs = expand([f"experiment={experiment}", f"outputs={tmp_path}"], baselines=True)
+    configs = expand([*overrides, f"outputs={tmp_path}"], baselines=True)
     assert preflight.of_scoring(configs, tables=True) == []
     for cfg in configs[:2]:
         folder = checkpoints.find_checkpoint(cfg.model).folder
@@ -170,10 +182,7 @@ def test_a_disk_that_is_too_small_is_found_and_what_is_there_counts_nothing(
     assert main(["generate", *overrides]) == 0
 
 
-@pytest.mark.parametrize("by_doctor", [False, True])
-def test_missing_files_are_fetched_before_the_first_image_or_on_request(
-    by_doctor, empty_home, monkeypatch, tiny_overrides
-):
+def test_missing_files_are_fetched_on_request_or_before_the_first_image(empty_home, monkeypatch, tiny_overrides):
     overrides = tiny_overrides("sweep", empty_home, "method=none")
     overrides += ["+metric.lpips={_target_: eval.perceptual.LpipsDistance, net: squeeze}"]
     fetched = []
@@ -188,13 +197,14 @@ def test_missing_files_are_fetched_before_the_first_image_or_on_request(
     monkeypatch.setattr("eval.weights.network_answers", lambda _: True)
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     assert main(["doctor", *overrides]) == 1 and not fetched
-    command = ["doctor", *overrides, "--fetch"] if by_doctor else ["generate", *overrides]
-    assert main(command) == 0 and len(fetched) == 1
-    assert (empty_home / "outputs").exists() != by_doctor
-    assert main(["generate", *overrides]) == main(["evaluate", *overrides]) == 0
+    assert main(["doctor", *overrides, "--fetch"]) == 0 and len(fetched) == 1
+    assert main(["doctor", *overrides]) == 0 and not (empty_home / "outputs").exists()
+    shutil.rmtree(empty_home / "torch")
+    assert main(["generate", *overrides]) == 0 and len(fetched) == 2
+    assert (empty_home / "outputs").exists() and main(["evaluate", *overrides]) == 0 and len(fetched) == 2
 
 
-@pytest.mark.parametrize("suite", ["full", "released", "preference", "copyright", "stereotypes"])
+@pytest.mark.parametrize("suite", ["full", "preference", *slow("released", "copyright", "stereotypes")])
 def test_every_network_of_a_suite_takes_its_place_from_a_declared_key(suite):
     pictures = [f"model.{key}=anywhere" for key in ("reference_images", "copyright.scoring", "copyright.held_out")]
     (cfg,) = expand(["model=sdxl", f"metric={suite}", "method=none", *pictures])

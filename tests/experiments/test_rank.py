@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from plans import plan_of
 
 from experiments import PROJECT, rank, tabulate
@@ -20,12 +21,10 @@ HYPERPARAMETERS = {
     for name, spec in FILES.items()
     if (hyperparameter := (spec.get("metadata") or {}).get("hyperparameter"))
 }
-METHODS = "method=none,lower_guidance,limited_interval"
 
 
-def asked_for(method, model, **more):
-    overrides = ["experiment=peers_grid", f"model={model}", f"method={method}", *(f"{k}={v}" for k, v in more.items())]
-    return [cfg for cfg in expand(overrides) if cfg.method.name != "none"]
+def swept_methods(model):
+    return [name for name in sorted(HYPERPARAMETERS) if model in HYPERPARAMETERS[name]["values"]]
 
 
 def at(spec, path):
@@ -34,32 +33,48 @@ def at(spec, path):
     return spec
 
 
+@pytest.mark.parametrize("model", ["mini-sdxl", "mini-flux"])
+def test_every_hyperparameter_has_four_values_and_a_column_in_tables(model):
+    assert OmegaConf.create({"methods": f"${{peers:{model}}}"}).methods == ",".join(swept_methods(model))
+    in_tables = {setting.name for setting in catalogue.settings()}
+    for method in swept_methods(model):
+        assert len({str(value) for value in HYPERPARAMETERS[method]["values"][model]}) == 4
+        assert HYPERPARAMETERS[method]["setting"].rpartition(".")[2] in in_tables
+
+
 @pytest.mark.parametrize(
-    ("experiment", "model"),
-    [("peers_grid", "mini-sdxl"), pytest.param("peers_grid_flux", "mini-flux", marks=pytest.mark.slow)],
+    ("experiment", "model", "methods"),
+    [
+        ("peers_grid", "mini-sdxl", ["limited_interval_and_negtome", "negtome"]),
+        pytest.param("peers_grid", "mini-sdxl", None, marks=pytest.mark.slow),
+        pytest.param("peers_grid_flux", "mini-flux", None, marks=pytest.mark.slow),
+    ],
 )
-def test_every_method_with_a_hyperparameter_is_swept_over_four_values(experiment, model):
-    having = [name for name in sorted(HYPERPARAMETERS) if model in HYPERPARAMETERS[name]["values"]]
-    configs = expand([f"experiment={experiment}"])
-    assert [cfg.method.name for cfg in configs] == ["none", *(name for name in having for _ in range(4))]
-    for number, method in enumerate(having):
+def test_every_method_with_a_hyperparameter_is_swept_over_its_values(experiment, model, methods):
+    changes = [f"method=none,{','.join(methods)}"] if methods else []
+    methods = methods or swept_methods(model)
+    configs = expand([f"experiment={experiment}", *changes])
+    assert [cfg.method.name for cfg in configs] == ["none", *(name for name in methods for _ in range(4))]
+    for number, method in enumerate(methods):
         hyperparameter, own = HYPERPARAMETERS[method], configs[1 + 4 * number : 5 + 4 * number]
         assert [at(cfg.method, hyperparameter["setting"]) for cfg in own] == hyperparameter["values"][model]
-        assert len({str(value) for value in hyperparameter["values"][model]}) == 4
         assert len({str(build(cfg.method).settings()) for cfg in own[:2]}) == 2, "which the run's identity knows"
-        assert hyperparameter["setting"].rpartition(".")[2] in {setting.name for setting in catalogue.settings()}, (
-            "as do tables"
-        )
 
 
-def test_a_published_checkpoint_has_the_values_of_its_architectures_small_model():
-    assert [cfg.method.scale for cfg in asked_for("lower_guidance", "sdxl")] == HYPERPARAMETERS["lower_guidance"][
-        "values"
-    ]["mini-sdxl"]
+def test_a_hyperparameter_takes_the_values_of_its_method_and_architecture():
+    def scales(model, hyperparameter="hyperparameter=0,1,2,3"):
+        return [cfg.method.scale for cfg in expand([f"model={model}", "method=lower_guidance", hyperparameter])]
+
+    values = HYPERPARAMETERS["lower_guidance"]["values"]["mini-sdxl"]
+    assert scales("sdxl") == values, "those of the small model of the same architecture"
     with pytest.raises(ValueError, match=r"metadata.hyperparameter.values for model=sd15 in method=lower_guidance"):
-        asked_for("lower_guidance", "sd15")
+        scales("sd15")
     with pytest.raises(ValueError, match=r"hyperparameter must be null or from 0 to 3, got 4"):
-        asked_for("lower_guidance", "mini-sdxl", hyperparameter=4)
+        scales("sdxl", "hyperparameter=4")
+    with pytest.raises(ValueError, match=r"hyperparameter=2 has no effect on method=negtome_released"):
+        expand(["model=mini-sdxl", "method=negtome_released", "hyperparameter=2"])
+    with pytest.warns(DeprecationWarning, match="hyperparameter="):
+        assert scales("sdxl", "knob=2") == [values[2]]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +85,9 @@ def grid(tiny_checkpoint, tmp_path_factory):
         "model=sdxl", f"model.source={tiny_checkpoint('sdxl')}", "model.dtype=float32", "model.call.height=32",
         "model.call.width=32", "model.call.num_inference_steps=2", "prompts.categories=[flower,fruit,horse,truck]",
         "prompts.images_per_prompt=2", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
-        "primary.quality=vendi_score", "bootstrap.n_resamples=200", METHODS, f"outputs={folder}",
+        "primary.quality=vendi_score", "bootstrap.n_resamples=200", f"outputs={folder}",
     ]  # fmt: skip
-    plan = plan_of(["experiment=peers_grid", *small])
+    plan = plan_of(["experiment=peers_grid", "method=none,lower_guidance,limited_interval", *small])
     generate(plan)
     evaluate(plan)
     tabulate.write_table(plan)
@@ -113,7 +128,7 @@ def test_a_grid_is_ranked_and_what_gains_most_within_the_loss_is_chosen(grid):
             place = n - 4  # the weakest setting
         paths = values.reshape(n, -1).T
         assert value.ravel() == pytest.approx([np.interp(place, range(n), path) for path in paths], rel=1e-2)
-    peers = {cfg.method.name: cfg for cfg in expand(["experiment=peers", *small])}
+    peers = {cfg.method.name: cfg for cfg in expand(["experiment=peers", f"method={','.join(chosen['sdxl'])}", *small])}
     for method, value in chosen["sdxl"].items():
         assert at(peers[method].method, HYPERPARAMETERS[method]["setting"]) == value
 
@@ -128,7 +143,7 @@ def test_other_choices_stay(grid):
     assert written["sdxl"]["lower_guidance"] in np.arange(1, 5.001, 0.001).round(3)
 
 
-def test_single_settings_are_compared_as_they_are(grid):
+def test_single_settings_are_compared_as_they_are_and_a_baseline_alone_is_refused(grid):
     _, plan, results = grid
     one_each = list({spec.cfg.method.name: spec for spec in plan.runs}.values())
     frame = pd.DataFrame(rank.rows_of_model(rank.read_paths(one_each)))
@@ -139,33 +154,17 @@ def test_single_settings_are_compared_as_they_are(grid):
         assert row["lost"] == pytest.approx(-rows.loc[row["quality"], "difference"], rel=1e-4)
         assert row["gain_low"] == pytest.approx(rows.loc[row["claim"], "difference_low"], rel=1e-3)
     assert "rank" not in rank.render(frame.reindex(columns=rank.COLUMNS)).splitlines()[2]
-
-
-def test_what_cannot_be_ranked_is_refused_in_one_line(grid):
-    _, plan, _ = grid
     with pytest.raises(ValueError, match="expected methods to be ranked on sdxl, got none"):
         rank.read_paths([spec for spec in plan.runs if spec is spec.baseline])
 
 
-def test_a_hyperparameter_that_a_method_lacks_is_refused():
-    with pytest.raises(ValueError, match=r"hyperparameter=2 has no effect on method=negtome_released"):
-        expand(["experiment=diversity", "model=mini-sdxl", "method=negtome_released", "hyperparameter=2"])
-
-
 def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(tmp_path):
     file = tmp_path / "chosen.yaml"
-    asked = ["experiment=peers", "model=mini-sdxl", "method=lower_guidance", f"chosen={file}"]
-    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on mini-sdxl .* make peers"):
+    asked = ["model=sdxl", "method=lower_guidance", f"chosen={file}"]
+    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make peers"):
         expand(asked)
-    file.write_text("mini-sdxl: {lower_guidance: 2.5}\n")
+    file.write_text("sdxl: {lower_guidance: 2.5}\n")
     assert [cfg.method.scale for cfg in expand(asked)] == [2.5]
     assert [cfg.method.scale for cfg in expand([*asked, "method.scale=4"])] == [4]
     assert [cfg.method.scale for cfg in expand([*asked, f"chosen=[{tmp_path}/none.yaml,{file}]"])] == [2.5]
     assert [cfg.method.scale for cfg in expand([*asked, "chosen=null"])] == [None]
-
-
-def test_the_former_name_of_the_hyperparameter_works_and_warns():
-    overrides = ["model=mini-sdxl", "method=lower_guidance"]
-    with pytest.warns(DeprecationWarning, match="hyperparameter="):
-        (former,) = expand([*overrides, "knob=2"])
-    assert former == expand([*overrides, "hyperparameter=2"])[0]

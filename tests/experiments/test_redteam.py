@@ -225,7 +225,7 @@ def asked(tiny_checkpoint, tmp_path):
     folders = pictures(tmp_path / "pictures")
     return [
         "model=mini-sdxl", f"model.source={tiny_checkpoint('sdxl')}", "model.dtype=float32",
-        "model.call.num_inference_steps=1", "model.call.height=64", "model.call.width=64",
+        "model.call.num_inference_steps=1", "model.call.height=32", "model.call.width=32",
         f"model.copyright.policy={policy}",
         *(f"model.copyright.{name}={folder}" for name, folder in folders.items()),
         "scorer@model.scorer=pixel", "scorer@model.copyright.encoder=pixel", "guard=keyword",

@@ -95,21 +95,23 @@ def test_a_grid_gives_heat_maps_and_a_front(done):
     assert {"heat_map_pairwise_distance_sdxl.png", "pareto_sdxl.png"} <= names
 
 
-def test_experiments_share_what_they_have_in_common(done, monkeypatch):
+@pytest.mark.parametrize(
+    "experiments", [["sweep"], pytest.param(["ablate_alpha", "ablate_blocks"], marks=pytest.mark.slow)]
+)
+def test_experiments_share_what_they_have_in_common(experiments, done, monkeypatch):
     """The model's own strengths and the baseline are of every ablation: made once."""
-    plan, *_ = done("ablate_alpha")
-    done("ablate_blocks")
+    plan, *_ = (done(name)[0] for name in experiments)
     shared = plan.runs[0].baseline.id
-    assert {"ablate_alpha", "ablate_blocks"} <= set(experiments_of(Path(plan.cfg.outputs))[shared])
     # Nothing is loaded for what is there.
     monkeypatch.setattr("experiments.runs.checkpoints.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
     monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = plan.cfg.copy()
-    cfg.name = "another"
+    cfg.name = f"another_{experiments[0]}"
     other = plan_from(cfg)
-    with pytest.raises(FileNotFoundError, match=r"another/plan\.json: run python"):
+    with pytest.raises(FileNotFoundError, match=rf"{cfg.name}/plan\.json: run python"):
         Run.of(other.runs[0])
     assert [folder.name for folder in generate(other)] == [shared] == [other.runs[0].id]
+    assert {*experiments, cfg.name} <= set(experiments_of(Path(cfg.outputs))[shared])
 
 
 def test_an_image_grid_of_a_sweep_shows_some_that_stand_for_the_others():
@@ -173,12 +175,12 @@ def test_a_guarded_run_is_named_by_what_its_policy_says_and_not_by_where_verdict
 
 
 def test_a_plan_names_its_complete_runs_and_is_read_with_care(done, tmp_path):
-    cfg = done("ablate_alpha")[0].cfg.copy()
-    outputs, run = Path(cfg.outputs), done("ablate_alpha")[0].runs[0].id
+    cfg = done("sweep")[0].cfg.copy()
+    outputs, run = Path(cfg.outputs), done("sweep")[0].runs[0].id
     cfg.outputs = str(tmp_path)
     plan = plan_from(cfg)
     plan.complete(plan.runs[0], run)
-    assert plan_from(cfg).runs[0].id == run and experiments_of(tmp_path) == {run: ["ablate_alpha"]}
+    assert plan_from(cfg).runs[0].id == run and experiments_of(tmp_path) == {run: ["sweep"]}
     with pytest.raises(FileNotFoundError, match="is unfinished or gone: run python"):
         Run.of(plan.runs[0])
     shutil.copytree(outputs / "runs" / run, tmp_path / "runs" / run)
@@ -203,7 +205,9 @@ def test_a_plan_names_its_complete_runs_and_is_read_with_care(done, tmp_path):
         plan_from(cfg)
 
 
-@pytest.mark.parametrize("experiment", [pytest.param("sweep", marks=pytest.mark.slow), "diversity", "safety"])
+@pytest.mark.parametrize(
+    "experiment", ["diversity", *(pytest.param(name, marks=pytest.mark.slow) for name in ("safety", "sweep"))]
+)
 def test_a_plan_is_read_as_it_was_written(experiment, tmp_path):
     plan = Plan.make([f"experiment={experiment}", f"outputs={tmp_path}"])
     read = Plan.of([f"plan={plan.write()}", f"results={tmp_path}/other", "style=paper"])
@@ -232,7 +236,7 @@ def test_a_later_command_keeps_what_is_known_of_earlier_runs(tmp_path):
 
 
 def test_a_run_is_paired_with_one_of_its_own_machine_and_with_one_alone(done, monkeypatch):
-    plan = done("ablate_alpha")[0]
+    plan = done("sweep")[0]
     with pytest.raises(ValueError, match="one run of negtome on sdxl to pair with, got several"):
         tabulate.rows_of_runs(plan, "negtome")
     identity = Run.identity.fget

@@ -22,16 +22,17 @@ from negtome.guard import Endpoint, decide, read_policy
 policy, unit = read_policy(sys.argv[1]), 1 if sys.platform == "darwin" else 1024
 
 if os.environ.get("LONG_POLICY"):  # longer than the buffers of a connection
-    clause = dataclasses.replace(policy.clauses[0], description="fangs " * 2_000_000)
+    clause = dataclasses.replace(policy.clauses[0], description="fangs " * 1_000_000)
     policy = dataclasses.replace(policy, clauses=(clause, *policy.clauses[1:]))
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-for url in sys.argv[2:]:
+for argument in sys.argv[2:]:
     before = peak()
+    url, timeout = argument.split(",")
     try:
-        outcome = decide(policy, Endpoint("m", url, timeout=1.5), "a vampire").action
+        outcome = decide(policy, Endpoint("m", url, timeout=float(timeout)), "a vampire").action
     except (ConnectionError, ValueError) as error:
         outcome = f"{type(error).__name__}: {error}"
     print(json.dumps([outcome, peak() - before]), flush=True)
@@ -110,6 +111,10 @@ ATTACKS = {
     "an allow and another": lambda: whole(completion(ALLOW) + b"\n" + completion(ALLOW)),
     "an allow with status 201": lambda: [whole(completion(ALLOW))[0].replace(b"200 OK", b"201 Made")],
 }
+#: Seconds for a decision, and for one by a server that only the timeout stops.
+TIMEOUT, SHORT_TIMEOUT = 1.5, 0.3
+UNENDING = ("nothing", "bytes of a header", "bytes of a body", "chunks of one byte", "to continue without an end",
+            "busy for ever")  # fmt: skip
 STOP = threading.Event()
 
 
@@ -118,7 +123,10 @@ class Server:
 
     def __init__(self, attack, reads=True):
         self.attack, self.reads = attack, reads
+        self.timeout = SHORT_TIMEOUT if attack in map(ATTACKS.get, UNENDING) else TIMEOUT
         self.listener = socket.create_server(("127.0.0.1", 0))
+        if not reads:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # soon full
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -159,7 +167,8 @@ def decided(written, document, no_keys):
     def decide(*attacks, reads=True):
         STOP.clear()
         servers.extend(Server(attack, reads) for attack in attacks)
-        command = [sys.executable, "-c", CLIENT, str(written(document)), *(server.url for server in servers)]
+        command = [sys.executable, "-c", CLIENT, str(written(document))]
+        command += [f"{server.url},{server.timeout}" for server in servers]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -189,4 +198,4 @@ def test_no_server_holds_a_decision_fills_the_memory_or_has_its_allow(decided):
 def test_a_server_that_does_not_read_cannot_hold_a_decision(decided, monkeypatch):
     monkeypatch.setenv("LONG_POLICY", "1")
     ((outcome, _),) = decided(ATTACKS["nothing"], reads=False)
-    assert "got none in 1.5 s" in outcome
+    assert f"got none in {SHORT_TIMEOUT} s" in outcome
