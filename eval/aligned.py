@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eval.averaged import shifted
-from eval.encoders import Encoder, Scorer, checked, unit_vectors
+from eval.averaged import ViewsEncoder, views
+from eval.encoders import Encoder, checked, unit_vectors
 from eval.metric import Metric
-from eval.weights import WeightsFacts
 
 #: Number of steps to either side, along both axes.
 STEPS = 2
@@ -26,7 +25,7 @@ STEP = 3 / 64
 SHIFTS = (2 * STEPS + 1) ** 2
 
 
-class ShiftsEncoder(Encoder):
+class ShiftsEncoder(ViewsEncoder):
     """The embeddings of 25 shifts of an image in one vector of length 1.
 
     The embedding of a shift is the mean direction of the shifted image and of its mirror image, of length 1 / 5.
@@ -36,9 +35,7 @@ class ShiftsEncoder(Encoder):
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        if not encoder.normalised:
-            raise ValueError(f"expected an encoder of embeddings of length 1, got {encoder.name}")
-        self.encoder = encoder
+        super().__init__(encoder)
         self.name = f"{encoder.name}, {SHIFTS} shifts"
         # Raise the number when the shifts change: embeddings are cached under this name.
         self.id = f"{encoder.id}-shifts-1"
@@ -49,20 +46,8 @@ class ShiftsEncoder(Encoder):
         return torch.stack([self._embed(checked(image)) for image in images])
 
     def _embed(self, image: torch.Tensor) -> torch.Tensor:
-        pixels = max(1, round(STEP * min(image.shape[-2:])))
-        offsets = range(-STEPS * pixels, STEPS * pixels + 1, pixels)
-        views = [shifted(image, right, down) for right in offsets for down in offsets]
-        both = self.encoder.embed_images([*views, *(view.flip(-1) for view in views)]).unflatten(0, (2, SHIFTS))
+        both = self.encoder.embed_images(views(image, STEP, STEPS)).unflatten(0, (2, SHIFTS))
         return F.normalize(both.mean(dim=0), dim=-1).flatten() / SHIFTS**0.5
-
-    def prepare(self) -> None:
-        self.encoder.prepare()
-
-    def parts(self) -> list[Scorer]:
-        return self.encoder.parts()
-
-    def weights(self) -> WeightsFacts:
-        return self.encoder.weights()
 
 
 class AlignedDistance(Metric):
@@ -84,8 +69,8 @@ class AlignedDistance(Metric):
         super().__init__(None if encoder is None else ShiftsEncoder(encoder), **options)
 
     def score(self, embeddings: torch.Tensor) -> torch.Tensor:
-        views = unit_vectors(embeddings.unflatten(-1, (SHIFTS, -1)))
-        k = views.shape[-3]
+        shifts = unit_vectors(embeddings.unflatten(-1, (SHIFTS, -1)))
+        k = shifts.shape[-3]
         pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
-        largest = [(views[..., i, :, :] @ views[..., j, :, :].mT).amax(dim=(-2, -1)) for i, j in pairs]
+        largest = [(shifts[..., i, :, :] @ shifts[..., j, :, :].mT).amax(dim=(-2, -1)) for i, j in pairs]
         return 1 - torch.stack(largest, dim=-1).mean(dim=-1)

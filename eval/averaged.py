@@ -21,19 +21,48 @@ def shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
     return image[..., rows[:, None], columns]
 
 
-def views(image: torch.Tensor, shift: float) -> list[torch.Tensor]:
-    """Return the image [3, H, W], its shifts to four sides and four corners, and the mirror images of these nine.
+def views(image: torch.Tensor, step: float, steps: int = 1) -> list[torch.Tensor]:
+    """Return the shifts of an image [3, H, W] by -steps to `steps` steps along both axes, and their mirror images.
 
     Args:
-        shift: share of the shorter side, in (0, 1).
+        step: length of a step as a share of the shorter side, in (0, 1); at least one pixel is used.
+        steps: number of steps to either side, at least 1.
+
+    Returns:
+        2 (2 steps + 1)^2 images, the mirror images last and in the same order.
     """
-    pixels = max(1, round(shift * min(image.shape[-2:])))
-    offsets = (-pixels, 0, pixels)
+    pixels = max(1, round(step * min(image.shape[-2:])))
+    offsets = range(-steps * pixels, steps * pixels + 1, pixels)
     moved = [shifted(image, right, down) for right in offsets for down in offsets]
     return moved + [view.flip(-1) for view in moved]
 
 
-class AveragedEncoder(Encoder):
+class ViewsEncoder(Encoder):
+    """An encoder that embeds several views of an image by another encoder; a subclass puts them together.
+
+    Args:
+        encoder: gives embeddings of length 1.
+
+    Raises:
+        ValueError: embeddings of `encoder` have other lengths.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        if not encoder.normalised:
+            raise ValueError(f"expected an encoder of embeddings of length 1, got {encoder.name}")
+        self.encoder = encoder
+
+    def prepare(self) -> None:
+        self.encoder.prepare()
+
+    def parts(self) -> list[Scorer]:
+        return self.encoder.parts()
+
+    def weights(self) -> WeightsFacts:
+        return self.encoder.weights()
+
+
+class AveragedEncoder(ViewsEncoder):
     """The mean direction of an encoder's embeddings of 18 `views` of an image.
 
     Args:
@@ -42,11 +71,9 @@ class AveragedEncoder(Encoder):
     """
 
     def __init__(self, encoder: Encoder, shift: float = 3 / 64) -> None:
+        super().__init__(encoder)
         if not 0 < shift <= 0.5:
             raise ValueError(f"shift must be in (0, 0.5], got {shift}")
-        if not encoder.normalised:
-            raise ValueError(f"expected an encoder of embeddings of length 1, got {encoder.name}")
-        self.encoder = encoder
         self.shift = float(shift)
         self.name = f"{encoder.name}, averaged over mirror and shifts"
         self.dimension = encoder.dimension
@@ -60,12 +87,3 @@ class AveragedEncoder(Encoder):
         every = [view for image in images for view in views(checked(image), self.shift)]
         embeddings = self.encoder.embed_images(every).unflatten(0, (len(images), -1))
         return F.normalize(embeddings.mean(dim=1), dim=-1)
-
-    def prepare(self) -> None:
-        self.encoder.prepare()
-
-    def parts(self) -> list[Scorer]:
-        return self.encoder.parts()
-
-    def weights(self) -> WeightsFacts:
-        return self.encoder.weights()

@@ -416,8 +416,7 @@ def _compose_run(job: Sequence[str]) -> DictConfig:
         try:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
         except (ConfigAttributeError, ConfigKeyError) as error:
-            groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-            raise _unknown_key(override.key_or_group, [*groups, *_keys(OmegaConf.to_container(cfg))]) from error
+            raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
     set_hyperparameter(cfg, overridden={_parsed(text).key_or_group for text in values})
     return cfg
 
@@ -468,12 +467,12 @@ def _composed(overrides: Iterable[str], **options: Any) -> DictConfig:
         unknown = re.search("Could not override '(.+?)'", str(error))
         if not unknown:
             raise
-        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-        raise _unknown_key(unknown[1], [*groups, *OmegaConf.load(CONF / "config.yaml")]) from error
+        raise _unknown_key(unknown[1], OmegaConf.load(CONF / "config.yaml")) from error
 
 
-def _unknown_key(key: str, known: Iterable[str]) -> ValueError:
-    known = list(known)
+def _unknown_key(key: str, keys: Iterable[str]) -> ValueError:
+    """Return the error of a key that is neither among `keys` nor a group of files."""
+    known = [*(path.name for path in CONF.iterdir() if path.is_dir()), *keys]
     elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
     hint = _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))
     return ValueError(f"{key}: expected a key of the configuration, got none of this name{hint}")

@@ -64,18 +64,18 @@ def test_the_denoiser_receives_noise_of_unit_variance_that_differs_everywhere(pi
     assert len(unchanged[0][1]) == 2, "tokens and pooled"
     gammas = [share_of_prompt(t / 1000, 0.3, 0.8) for t, _ in unchanged]
     assert 1 in gammas and min(gammas) < 1
-    noises = []
+    samples = []
     for gamma, (_, before), (_, after) in zip(gammas, unchanged, noised, strict=True):
         for name, y in before.items():
             if gamma == 1:
                 assert torch.equal(after[name], y)
                 continue
             noise = (after[name] - math.sqrt(gamma) * y) / (0.5 * math.sqrt(1 - gamma))
-            noises += list(noise[-2:])
+            samples += list(noise[-2:])
             if kind == "sdxl":
                 assert torch.equal(after[name][:2], y[:2]) == (halves == "conditional")
-                noises += list(noise[:2]) if halves == "both" else []
-    for one in noises:
+                samples += list(noise[:2]) if halves == "both" else []
+    for one in samples:
         assert abs(one.mean()) < 6 / math.sqrt(one.numel()) and abs(one.std() - 1) < 6 / math.sqrt(one.numel())
-    for one, other in itertools.combinations(noises, 2):
+    for one, other in itertools.combinations(samples, 2):
         assert one.shape != other.shape or not torch.allclose(one, other, atol=1e-2)

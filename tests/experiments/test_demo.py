@@ -62,7 +62,7 @@ def away(folder):
     return replace(SHORTEST, mode="away", picture=save_picture(picture), mask=save_picture(mask))
 
 
-def states(loaded, asked, stop_at=None):
+def states(loaded, wanted, stop_at=None):
     """All states of a run, also those that come too fast for a page; `stop_at`: number of rows and of the step."""
     seen = []
 
@@ -73,12 +73,12 @@ def states(loaded, asked, stop_at=None):
             if (len(self.state.rows), self.state.step) == stop_at:
                 self.stop.set()  # in the run's own thread, which would be done before another thread could
 
-    assert [*Recorded(loaded, asked).follow()][-1] is seen[-1]
+    assert [*Recorded(loaded, wanted).follow()][-1] is seen[-1]
     return seen
 
 
-def result(loaded, asked):
-    last = states(loaded, asked)[-1]
+def result(loaded, wanted):
+    last = states(loaded, wanted)[-1]
     assert last.kind == "done", last
     return last
 
@@ -460,10 +460,10 @@ def test_a_prompt_is_split_at_its_last_article_or_word():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_link_restores_the_request(away, mode):
-    asked = replace(away, mode=mode, prompt="50 % of a dög & cat?", methods=("negtome", "cads"), blur=0.1)
-    back = GenerationRequest.from_query(dict(parse_qsl(asked.link()[1:])))
+    wanted = replace(away, mode=mode, prompt="50 % of a dög & cat?", methods=("negtome", "cads"), blur=0.1)
+    back = GenerationRequest.from_query(dict(parse_qsl(wanted.link()[1:])))
     fields = {"mode", "prompt", "model", "images", "seed", "steps", *MODES[mode].controls}
-    assert {name: getattr(back, name) for name in fields} == {name: getattr(asked, name) for name in fields}
+    assert {name: getattr(back, name) for name in fields} == {name: getattr(wanted, name) for name in fields}
 
 
 FOLDERS = ("/etc", "../x/y", "./x", "~", "~x/y", "models/mini-sdxl", "a" * 400, "a/" + "b" * 400)
@@ -486,15 +486,15 @@ def test_a_foreign_link_names_no_file_or_folder_and_no_invalid_value(folder):
 
 
 def test_the_page_is_escaped_and_complete_and_an_image_holds_its_settings(loaded):
-    asked = replace(SHORTEST, prompt="a photo of a <b onclick=x>${dog}")
-    last = result(loaded, asked)
-    html = view.results(last, models.find(asked.model))
+    wanted = replace(SHORTEST, prompt="a photo of a <b onclick=x>${dog}")
+    last = result(loaded, wanted)
+    html = view.results(last, models.find(wanted.model))
     assert "<b onclick" not in html and html.count("data:image/png;base64,") == 2 * 2 + 2 + 1
     assert "mini-clip" in html and "negtome generate" in html
     assert 'max="3"' in view.progress(replace(last, kind="working", step=1, steps=3))
-    with Image.open(io.BytesIO(png(last.rows[1].images[0], last.recipe, asked.link()))) as image:
+    with Image.open(io.BytesIO(png(last.rows[1].images[0], last.recipe, wanted.link()))) as image:
         assert Recipe.from_dict(json.loads(image.text["negtome"])) == last.recipe
-        assert GenerationRequest.from_query(dict(parse_qsl(image.text["negtome demo"][1:]))) == asked
+        assert GenerationRequest.from_query(dict(parse_qsl(image.text["negtome demo"][1:]))) == wanted
 
 
 def test_memory_is_saved_only_if_it_is_needed():
@@ -519,9 +519,9 @@ def test_a_folder_is_called_as_the_model_of_its_architecture(tiny_checkpoint, tm
 
 @pytest.mark.slow
 def test_a_folder_makes_images_that_nothing_measures(tiny_checkpoint):
-    asked = GenerationRequest(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
-    models.find(asked.model).cfg.call.max_sequence_length = 32  # the length that the tiny encoder reads
-    last = result(Session(preview_share=1), asked)
+    wanted = GenerationRequest(model=str(tiny_checkpoint("flux")), images=2, steps=2, low=0, threshold=-1)
+    models.find(wanted.model).cfg.call.max_sequence_length = 32  # the length that the tiny encoder reads
+    last = result(Session(preview_share=1), wanted)
     assert last.rows[1].pushed.steps[0].tokens_pushed and last.rows[1].distance is None
     assert "Not measured: the weights of" in last.encoder
 

@@ -112,9 +112,9 @@ ALLOWED = Decision("allow").to_json(NONCE)
 
 def test_an_allow_that_is_not_the_complete_reply_or_is_of_another_request_is_invalid():
     def action(output):
-        found, faults = read(POLICY, output, NONCE, "a tree")
-        assert bool(faults) == (found == "invalid")
-        return found
+        status, faults = read(POLICY, output, NONCE, "a tree")
+        assert bool(faults) == (status == "invalid")
+        return status
 
     assert action(ModelOutput.from_content("mockllm", ALLOWED)) == "allow"
     steering = Decision("steer", ("C1",), "winged baby").to_json(NONCE)

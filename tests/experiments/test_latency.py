@@ -495,10 +495,10 @@ def test_a_profile_of_a_gpu_says_what_share_of_a_step_each_part_has():
     row = measured()[0] | {"part": "profile", "operation_calls": 57}
     times = {"push": (5.0, 2.5), "push: view": (1.0, 0.0), "outside the window": (1.0, 0.2)}
     rows = [row | {"operation": name, "host_ms": host, "device_ms": gpu} for name, (host, gpu) in times.items()]
-    frame, plain = pd.DataFrame(rows), {"inside_ms": 100, "outside_ms": 200}
-    shares = report.profile_table(frame, plain)["on the device, of a step without"]
+    frame, baseline = pd.DataFrame(rows), {"inside_ms": 100, "outside_ms": 200}
+    shares = report.profile_table(frame, baseline)["on the device, of a step without"]
     assert shares.tolist() == ["2.50 %", "0.00 %", "0.10 %"]
-    shares = report.profile_table(frame.assign(device_ms=None), plain)["of a step without"]
+    shares = report.profile_table(frame.assign(device_ms=None), baseline)["of a step without"]
     assert shares.tolist() == ["5.00 %", "1.00 %", "0.50 %"]
 
 

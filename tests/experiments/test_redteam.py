@@ -213,7 +213,7 @@ def test_a_damaged_transcript_is_named(line, tmp_path):
 
 
 @pytest.fixture
-def asked(tiny_checkpoint, tmp_path):
+def overrides(tiny_checkpoint, tmp_path):
     """Overrides of a red team of two designs on a tiny pipeline, with encoders of no network."""
     policy = tmp_path / "policy.yaml"
     clause = "{{id: {}, asset: {}, names: [{}], description: {}, action: {}, exceptions: [E1]}}"
@@ -238,10 +238,10 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_text() for path in folder.rglob("*.jsonl")}
 
 
-def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(asked, tmp_path, monkeypatch, caplog):
+def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(overrides, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "experiments")
     monkeypatch.setattr(Judge, "resembles", lambda self, asset, images: False)  # whatever random weights draw
-    text = redteam.write_table(asked)
+    text = redteam.write_table(overrides)
     made = files_of(tmp_path / "outputs" / "redteam")
     assert len(made) == 4 and {path.name for path in made} == {"vampire.jsonl", "snail.jsonl"}
     rows = [json.loads(line) for lines in made.values() for line in lines.splitlines()]
@@ -258,26 +258,28 @@ def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(asked, tmp_p
     # Asked again, nothing is drawn; a search that was cut short ends as it did.
     with monkeypatch.context() as patch:
         patch.setattr("experiments.generate._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
-        assert redteam.write_table(asked) == text and "0 of 4 searches" in caplog.text
+        assert redteam.write_table(overrides) == text and "0 of 4 searches" in caplog.text
     for path in list(made)[:2]:
         file = tmp_path / "outputs" / "redteam" / path
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
-    assert redteam.write_table(asked) == text
+    assert redteam.write_table(overrides) == text
     assert files_of(tmp_path / "outputs" / "redteam") == made
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_changes_nothing(asked, tmp_path):
+def test_the_number_of_processes_changes_nothing(overrides, tmp_path):
     made = []
     for workers in (1, 2):
         outputs = tmp_path / f"outputs{workers}"
-        redteam.write_table([*asked[:-3], f"workers={workers}", *asked[-3:-2], f"outputs={outputs}", asked[-1]])
+        redteam.write_table(
+            [*overrides[:-3], f"workers={workers}", *overrides[-3:-2], f"outputs={outputs}", overrides[-1]]
+        )
         made.append(files_of(outputs))
     assert made[0] == made[1] and len(made[0]) == 4
 
 
-def test_bad_settings_are_refused_before_anything_is_drawn(asked, tmp_path):
-    cfg = first([*redteam.DEFAULTS[:2], *asked, "method.layers=check"])
+def test_bad_settings_are_refused_before_anything_is_drawn(overrides, tmp_path):
+    cfg = first([*redteam.DEFAULTS[:2], *overrides, "method.layers=check"])
     for change, said in (
         ({"attackers": ["random", "clever"]}, "redteam.attackers must be among random, guided, chat"),
         ({"attackers": ["chat"]}, "needs a model behind an address"),
