@@ -58,7 +58,9 @@ def synchronize(device: str) -> None:
 
 
 def _strength(setting: str, times: float | None = None, *, _parent_: Any, _root_: Any) -> Any:
-    by_model = OmegaConf.to_container(_parent_.metadata.settings_by_model, resolve=True)
+    metadata = OmegaConf.to_container(_parent_.metadata, resolve=True)
+    older = metadata.get("older_settings", {}) if _root_.older_protocol else {}
+    by_model = {**metadata["settings_by_model"], **older}
     value = (by_model.get(_root_.model.name) or {}).get(setting)
     if times is None:
         return value
