@@ -38,7 +38,7 @@ reproduce-%: $(VENV)/.installed-experiments FORCE  ## an experiment, as reproduc
 	$(PY) -m experiments reproduce experiment=$* $(ARGS)
 FORCE:
 
-sweep: reproduce-sweep  ## alpha x threshold x timestep range on the development prompts: table, heat maps, Pareto front
+sweep: reproduce-sweep reproduce-sweep_flux  ## alpha x threshold x timestep range on the development prompts: table, heat maps, Pareto front
 
 cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## baseline and NegToMe at every guidance scale (15 minutes)
 
