@@ -37,9 +37,12 @@ class ShiftsEncoder(ViewsEncoder):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder)
         self.name = f"{encoder.name}, {SHIFTS} shifts"
-        # Raise the number when the shifts change: embeddings are cached under this name.
-        self.id = f"{encoder.id}-shifts-1"
         self.dimension = None if encoder.dimension is None else SHIFTS * encoder.dimension
+
+    @property
+    def id(self) -> str:
+        # Raise the number when the shifts change: embeddings are cached under this name.
+        return f"{self.encoder.id}-shifts-1"
 
     def embed_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         # Image by image: 50 views of many large images would not fit into memory.
