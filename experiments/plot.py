@@ -29,7 +29,8 @@ from experiments.methods.assets import read_assets
 from experiments.plan import Plan, RunSpec
 from experiments.runs.identity import short_digest
 from experiments.runs.store import Run
-from experiments.tables.columns import read_table
+from experiments.tables.columns import primary_pair, read_table
+from experiments.tables.groups import read_groups, values_of_run
 
 #: Files that decide how a figure looks.
 SOURCES = ("experiments/figures/*.py", "experiments/tables/*.py", "conf/method/*.yaml")
@@ -54,9 +55,12 @@ def plot(plan: Plan) -> list[Path]:
 
 def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: list[Any]) -> Path:
     """Write the image grid of a model's runs."""
-    model = specs[0].cfg.model
+    model, chosen = specs[0].cfg.model, plan.cfg.grid
+    specs = [spec for name in chosen or [None] for spec in specs if name in (None, spec.cfg.method.name)]
     shown = select_runs(list(dict.fromkeys(map(Run.of, specs))), frame)  # equal settings are one run
-    leading = None
+    leading = values = None
+    if chosen and len(shown) > 1:
+        values = _values(plan, list(shown), primary_pair(frame)[0])
     if plan.cfg.primary.resemblance:
         leading = {asset.name: asset.file for asset in reversed(read_assets(model.copyright.guidance))}
     manifests = [run.folder / name for run in shown for name in (MANIFEST, WITHHELD)]
@@ -64,7 +68,13 @@ def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: li
     path, inputs = plan.result_file(f"grid_{model.name}"), short_digest([common, list(shown.values()), shown_files])
     if unchanged := find_unchanged(path, ImageGrid.kind, inputs):
         return unchanged
-    return save(grid_of_runs(list(shown), list(shown.values()), leading), path, inputs)
+    return save(grid_of_runs(list(shown), list(shown.values()), leading, values), path, inputs)
+
+
+def _values(plan: Plan, runs: list[Run], metric: str) -> list[dict[str, float]]:
+    """Return a metric's values of groups, of each run."""
+    groups = read_groups(plan.results, plan.name)
+    return [{value["group"]: value["value"] for value in values_of_run(groups, run.id, metric)} for run in runs]
 
 
 def main(argv: list[str], plan: Plan | None = None) -> None:

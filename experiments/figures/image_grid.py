@@ -135,6 +135,7 @@ def grid_of_runs(
     runs: Sequence[Run],
     titles: Sequence[str],
     leading: Mapping[str, Path] | None = None,
+    values: Sequence[Mapping[str, float]] | None = None,
     groups: int = 6,
 ) -> ImageGrid:
     """Set the same groups side by side: one row a group, one block of images a run, or why they are withheld.
@@ -144,7 +145,9 @@ def grid_of_runs(
         titles: what to call each.
         leading: category -> a picture to stand before the runs' images, such as a protected asset; only groups of
             these categories are shown. None: all, without such a picture.
-        groups: rows, each of another category, spread evenly over the groups' names.
+        values: of each run, group id -> value, which the labels show. The rows are then those of `median_groups`, by
+            the gain of the second run over the first. None: they are spread evenly over the groups' names.
+        groups: rows, each of another category.
 
     Raises:
         ValueError: the runs share no group, or an image is damaged.
@@ -159,13 +162,32 @@ def grid_of_runs(
     shared = [group for group in shared if leading is None or category[group] in leading]
     if not shared:
         raise ValueError("The runs share no group: generate them with the same prompts")
-    firsts = sorted({category[group]: group for group in reversed(shared)}.values())
+    if values:
+        gains = {group: values[1][group] - values[0][group] for group in shared}
+        chosen = median_groups(gains, category, groups)
+    else:
+        chosen = _spread(sorted({category[group]: group for group in reversed(shared)}.values()), groups)
     rows = []
-    for group in _spread(firsts, groups):
+    for group in chosen:
         blocks = [_block(run, manifest[group]) for run, manifest in zip(runs, manifests, strict=True)]
         blocks = blocks if leading is None else [[leading[category[group]]], *blocks]
-        rows.append((first[group].prompt, blocks))
+        numbers = ", ".join(f"{of_run[group]:.2f}" for of_run in values or [])
+        rows.append((f"{first[group].prompt}: {numbers}" if numbers else first[group].prompt, blocks))
     return image_grid([*titles] if leading is None else ["asset", *titles], rows)
+
+
+def median_groups(gains: Mapping[str, float], category: Mapping[str, str], most: int) -> list[str]:
+    """Return at most so many groups, each with the median gain of its category, from the smallest to the largest.
+
+    Args:
+        gains: of every group. Of an even number of groups, the lower of the two in the middle is the median.
+        category: of every group.
+    """
+    ordered: dict[str, list[str]] = {}
+    for group in sorted(gains, key=lambda group: (gains[group], group)):
+        ordered.setdefault(category[group], []).append(group)
+    medians = [groups[(len(groups) - 1) // 2] for groups in ordered.values()]
+    return _spread(sorted(medians, key=gains.__getitem__), most)
 
 
 def _block(run: Run, found: list[ManifestRow] | WithheldRow) -> list[Path] | str:

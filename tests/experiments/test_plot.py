@@ -18,7 +18,7 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, figures
 from experiments.__main__ import main as command
-from experiments.figures.image_grid import LABELS, LINE, SPACE, grid_of_runs, image_grid
+from experiments.figures.image_grid import LABELS, LINE, SPACE, grid_of_runs, image_grid, median_groups
 from experiments.figures.labels import Label, put_beside
 from experiments.figures.style import Drawing, encode, look, pixels, save, using
 from experiments.plan import expand
@@ -382,6 +382,20 @@ def test_an_image_grid_shows_every_category_once(tmp_path):
     assert fewer < every
     with pytest.raises(ValueError, match="share no group"):
         grid_of_runs([run], ["m: method"], {"dragon": tmp_path})
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_the_rows_of_a_grid_are_the_groups_of_median_gain(count):
+    rng = np.random.default_rng(count)
+    category = {f"{name}/{seed}": name for name in "abcde" for seed in range(count)}
+    gains = {group: rng.normal() for group in category}
+    medians = {}
+    for name in "abcde":
+        own = sorted(gains[group] for group in category if category[group] == name)
+        medians[name] = next(value for value in own if 2 * sum(other <= value for other in own) >= count)
+    shown = median_groups(gains, category, 3)
+    assert [gains[group] for group in shown] == [sorted(medians.values())[place] for place in (0, 2, 4)]
+    assert len(median_groups(gains, category, 9)) == 5
 
 
 def test_a_figure_that_was_there_is_never_half_overwritten(tmp_path, monkeypatch):
