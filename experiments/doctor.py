@@ -26,7 +26,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import PROJECT, generate, start_log
-from experiments.plan import Plan, composed
+from experiments.compose import composed
+from experiments.plan import Plan
 from experiments.runs.checkpoints import find_checkpoint, licence
 from experiments.runs.metrics import left_out_lines
 from experiments.runs.preflight import listing

@@ -45,10 +45,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.images import count_withheld, load_image, read_withheld
 from experiments import project_path, select_device, start_log
-from experiments.configs import build, flag, run_names, with_device
+from experiments.configs import build, flag, with_device
 from experiments.methods.edited import EditedBaseline
 from experiments.methods.method import Method
-from experiments.plan import Plan, RunSpec, launch, launched_run
+from experiments.plan import Plan, RunSpec, launch, launched_run, run_names
 from experiments.prompts import Group
 from experiments.runs import checkpoints, preflight
 from experiments.runs.identity import request

@@ -12,9 +12,9 @@ import pytest
 
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, main
-from experiments.configs import run_names
+from experiments.compose import expand
 from experiments.generate import _generate_each
-from experiments.plan import expand, launch, launched_run
+from experiments.plan import launch, launched_run, run_names
 from experiments.runs.store import Run
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}

@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from plans import plan_from
 
 from experiments import PROJECT, collect
+from experiments.compose import expand
 from experiments.evaluate import evaluate
 from experiments.generate import generate, generate_jobs, prepare_job
 from experiments.methods.negtome import NegToMe
-from experiments.plan import expand
 from experiments.runs import checkpoints
 from experiments.runs.identity import config_digest, request, short_digest
 from experiments.runs.store import Run

@@ -18,10 +18,10 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, figures
 from experiments.__main__ import main as command
+from experiments.compose import expand
 from experiments.figures.image_grid import LABELS, LINE, SPACE, grid_of_runs, image_grid
 from experiments.figures.labels import Label, put_beside
 from experiments.figures.style import Drawing, encode, look, pixels, save, using
-from experiments.plan import expand
 from experiments.runs.identity import config_digest, request
 from experiments.runs.store import Run
 from experiments.tables import selection

@@ -15,8 +15,8 @@ from eval.encoders import Network
 from eval.imageset import ImageSet
 from experiments import PROJECT, generate
 from experiments.__main__ import main
+from experiments.compose import expand
 from experiments.configs import build
-from experiments.plan import expand
 from experiments.runs import checkpoints, metrics, preflight
 from experiments.runs.store import Run
 

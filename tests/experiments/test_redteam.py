@@ -14,8 +14,8 @@ from stand_ins import Colours
 
 from eval.resemblance import DetectionRate
 from experiments import PROJECT
+from experiments.compose import first
 from experiments.methods.assets import AssetIndex
-from experiments.plan import first
 from experiments.safety import judge as judging
 from experiments.safety import redteam, search
 from experiments.safety.grammar import MOST_WORDS, Candidate, Grammar, fixed_text, misspelled, words_of

@@ -14,10 +14,11 @@ from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.encoders import PixelEncoder
 from experiments import PROJECT
+from experiments.compose import expand
 from experiments.configs import build
 from experiments.evaluate import configured_metrics
 from experiments.generate import _to_pil, generate
-from experiments.plan import RunSpec, expand
+from experiments.plan import RunSpec
 from experiments.prompts import CharacterPrompts
 from experiments.runs import checkpoints
 from experiments.runs.identity import request

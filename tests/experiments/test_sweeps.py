@@ -10,11 +10,12 @@ from PIL import Image
 from plans import plan_from, plan_of
 
 from experiments import PROJECT, plot, tabulate
+from experiments.compose import expand
 from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import select_runs
 from experiments.generate import generate
-from experiments.plan import Plan, expand, experiments_of
+from experiments.plan import Plan, experiments_of
 from experiments.runs.identity import config_digest
 from experiments.runs.store import Run
 from experiments.tables import columns

@@ -15,12 +15,13 @@ from eval.images import read_manifest, read_withheld
 from experiments import rank, tabulate
 from experiments.check import compare_tables
 from experiments.collect import collect, main
+from experiments.compose import expand
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.figures.image_grid import image_grid
 from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import GroupResult
-from experiments.plan import Plan, expand
+from experiments.plan import Plan
 from experiments.plot import plot
 from experiments.report import report
 from experiments.runs.store import Run
