@@ -24,6 +24,7 @@ from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.plan import Plan
 from experiments.runs.checkpoints import find_checkpoint
+from experiments.runs.jobs import prepare_job
 from experiments.runs.metrics import left_out_lines, measured
 from experiments.runs.store import Run
 from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
@@ -156,7 +157,7 @@ def test_every_setting_that_affects_pixels_makes_another_run(finished, tmp_path)
 
     def run_id(changes):
         cfg = changed(finished.cfg, changes)
-        return Run.plan(cfg, find_checkpoint(cfg.model).fingerprint, "cpu")[0].id
+        return prepare_job(plan_from(cfg).runs[0], find_checkpoint(cfg.model)).task.run.id
 
     changes = {
         "method.alpha": 0.5, "method.threshold": 0.1, "method.timestep_range": [500, 1000],
@@ -441,7 +442,7 @@ def test_a_method_with_references_is_built_once_for_all_runs_of_a_model(copyrigh
     (cfg,) = (spec.cfg for spec in plan.runs if spec.cfg.method.name == "negtome_reference")
     cfg = changed(cfg, {"prompts.kinds": ["indirect"], "outputs": str(tmp_path)})
     built = []
-    monkeypatch.setattr("experiments.generate.build", lambda spec: built.append(spec.get("name")) or build(spec))
+    monkeypatch.setattr("experiments.runs.workers.build", lambda spec: built.append(spec.get("name")) or build(spec))
     generate(plan_from(*(changed(cfg, {"model.call.guidance_scale": scale}) for scale in (2, 3))))
     assert built.count("negtome_reference") == 1
 

@@ -257,7 +257,7 @@ def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(overrides, t
     assert text == redteam.render(frame) == (tmp_path / "results" / "redteam" / "table.md").read_text()
     # Asked again, nothing is drawn; a search that was cut short ends as it did.
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.generate._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
+        patch.setattr("experiments.runs.workers._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
         assert redteam.write_table(overrides) == text and "0 of 4 searches" in caplog.text
     for path in list(made)[:2]:
         file = tmp_path / "outputs" / "redteam" / path

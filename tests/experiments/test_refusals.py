@@ -17,11 +17,12 @@ from experiments import PROJECT
 from experiments.compose import expand
 from experiments.configs import build
 from experiments.evaluate import configured_metrics
-from experiments.generate import _to_pil, generate
+from experiments.generate import generate
 from experiments.plan import RunSpec
 from experiments.prompts import CharacterPrompts
 from experiments.runs import checkpoints
 from experiments.runs.identity import request
+from experiments.runs.workers import _to_pil
 
 
 @pytest.fixture(scope="module")

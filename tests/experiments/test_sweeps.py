@@ -105,7 +105,7 @@ def test_experiments_share_what_they_have_in_common(experiments, done, monkeypat
     shared = plan.runs[0].baseline.id
     # Nothing is loaded for what is there.
     monkeypatch.setattr("experiments.runs.checkpoints.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
-    monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.runs.workers._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = plan.cfg.copy()
     cfg.name = f"another_{experiments[0]}"
     other = plan_from(cfg)
