@@ -126,6 +126,16 @@ class Run:
         run.check_manifest()
         return run
 
+    def check_alike(self, baseline: Self) -> None:
+        """Raise ValueError if a run and its baseline are of different weights or machines."""
+        for part in ("weights", "machine"):
+            ours, theirs = self.identity[part], baseline.identity[part]
+            if ours != theirs:
+                raise ValueError(
+                    f"expected {self.folder} and {baseline.folder}, with which it is paired, of the same {part}, got "
+                    f"{ours} and {theirs}: generate both on one machine"
+                )
+
     def records(self) -> dict[str, dict[str, Any]]:
         """Return the record of every group by its id, including groups without images.
 

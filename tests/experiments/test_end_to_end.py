@@ -27,7 +27,7 @@ from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.jobs import prepare_job
 from experiments.runs.metrics import left_out_lines, measured
 from experiments.runs.store import Run
-from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
+from experiments.tables.columns import COLUMNS, REQUIRED, TEXT, merge_rows
 from experiments.tables.groups import read_groups, values_of_run
 from experiments.tables.pages import main_table, other_table
 
@@ -230,12 +230,12 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
     for number, first in enumerate(([], rows[:1], rows)):
         path = tmp_path / f"{number}.csv"
         if first:
-            tabulate.merge_rows(path, [row | {"value": 2.0} for row in first])
-        frame = tabulate.merge_rows(path, rows).sort_values(["model", "alpha"])
+            merge_rows(path, [row | {"value": 2.0} for row in first])
+        frame = merge_rows(path, rows).sort_values(["model", "alpha"])
         assert frame["p_holm"].tolist() == pytest.approx([0.02, 0.02, np.nan, 0.04, np.nan], nan_ok=True)
         assert set(frame["run_id"]) == {"0123"} and set(frame["value"]) == {1.0}
     # Rows of other settings stay.
-    frame = tabulate.merge_rows(path, [rows[0] | {"alpha": 7}])
+    frame = merge_rows(path, [rows[0] | {"alpha": 7}])
     assert sorted(frame.loc[frame["model"] == "a", "alpha"]) == [1, 2, 3, 7]
 
 

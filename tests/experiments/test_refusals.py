@@ -16,12 +16,12 @@ from eval.encoders import PixelEncoder
 from experiments import PROJECT
 from experiments.compose import expand
 from experiments.configs import build
-from experiments.evaluate import configured_metrics
 from experiments.generate import generate
 from experiments.plan import RunSpec
 from experiments.prompts import CharacterPrompts
 from experiments.runs import checkpoints
 from experiments.runs.identity import request
+from experiments.runs.metrics import configured_metrics
 from experiments.runs.workers import _to_pil
 
 

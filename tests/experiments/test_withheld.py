@@ -25,7 +25,7 @@ from experiments.plan import Plan
 from experiments.plot import plot
 from experiments.report import report
 from experiments.runs.store import Run
-from experiments.tables.columns import OF_WITHHELD, read_table
+from experiments.tables.columns import OF_WITHHELD, merge_rows, read_table
 from experiments.tables.pages import against_table, findings, main_table
 
 #: Two categories with two groups each, which every method but the first withholds in part.
@@ -173,7 +173,7 @@ def test_where_nothing_is_withheld_no_table_or_document_knows_of_it(made, tmp_pa
     for file in (folders["none"] / "metrics").iterdir():
         assert "withheld" not in read_document(file)
     path = tmp_path / "t.csv"
-    tabulate.merge_rows(path, tabulate.rows_of_runs(part(plan, "none")))
+    merge_rows(path, tabulate.rows_of_runs(part(plan, "none")))
     assert not set(OF_WITHHELD) & set(pd.read_csv(path).columns)
     assert "withheld" not in main_table(pd.read_csv(path))
 
