@@ -66,7 +66,7 @@ def overrides(folder, source, kind="sdxl", name=None):
         "experiment=diversity", *tiny(folder, source, kind, name), "prompts.categories=[bird,fish]",
         "prompts.templates=[a photo of a]", "prompts.seeds=[0]", "prompts.images_per_prompt=2",
         "prompts.groups_per_category=null", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
-        "primary.quality=vendi_score",
+        "primary.diversity=pairwise_distance", "primary.quality=vendi_score",
     ]  # fmt: skip
 
 
@@ -464,7 +464,9 @@ def test_without_reference_images_the_errors_say_which_settings_to_add(scored, t
             generate(configured(key, value))
     # Without images to score, metrics that compare with them are left out, and so is the claim.
     cfg = configured("scoring", None, images=str(tmp_path)).cfg
-    assert measured(cfg) == [f"clip_score_{kind}" for kind in ("direct", "unnamed", "indirect", "benign")]
+    of_prompts = {f"clip_score_{kind}" for kind in ("direct", "unnamed", "indirect", "benign")}
+    of_looks = {"realism_unnamed", "realism_direct", "likeness_direct", "kernel_distance"}
+    assert set(measured(cfg)) == of_prompts | of_looks
     (line,) = [line for line in left_out_lines([cfg]) if "maximum_resemblance," in line]
     assert "model.copyright.scoring=FOLDER" in line
     with pytest.raises(ValueError, match=r"primary\.resemblance .*'detection_rate_direct'"):

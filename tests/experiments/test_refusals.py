@@ -141,7 +141,8 @@ def test_sizes_of_the_configured_models_are_supported(configure, with_model):
 )
 def test_a_value_of_another_type_is_refused(change, message, configure):
     with pytest.raises(ValueError, match=message):
-        request(configure(change))
+        cfg = configure(change)
+        request(cfg, build(cfg.method))
 
 
 def test_a_text_is_no_list_of_letters_and_no_truth(configure, tabulated):

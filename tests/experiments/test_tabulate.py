@@ -51,7 +51,10 @@ def document(values, bounds=(0, 100), **more):
         (["primary.resemblance=clip_score"], r"different primary metrics, got .*'resemblance': \['clip_score'\]"),
         (["~metric.clip_score"], r"primary.quality .*'clip_score'"),
         (["metric=tune", "primary.diversity=vendi_score"], r"primary.diversity .*'vendi_score'"),
-        (["primary.quality=pairwise_distance"], r"different primary metrics, got .*'quality': \['pairwise_distance'\]"),
+        (
+            ["primary.quality=pairwise_distance_aligned"],
+            r"different primary metrics, got .*'pairwise_distance_aligned'\]",
+        ),
         (
             ["primary.quality=kernel_distance_scorer", "model.reference_images=null"],
             "primary.quality .*one of the metrics",
