@@ -20,8 +20,8 @@ import torchmetrics
 from torchmetrics.utilities import dim_zero_cat
 
 from eval.encoders import Encoder, PrecomputedFeatures, Scorer
-from eval.files import canonical_json, with_checksum, write_json
-from eval.images import METRICS
+from eval.files import canonical_json, read_document, with_checksum, write_json
+from eval.images import METRICS, scores_path
 from eval.imageset import ImageSet
 from eval.intervals import Cluster, GroupValue, clusters_of, mean_of, values_of
 
@@ -292,6 +292,17 @@ def is_current(document: Mapping[str, Any], metric: Metric, folder: str | Path |
     images = folder if isinstance(folder, ImageSet) else ImageSet.open(folder)
     expected = _identity(metric, images.only(metric.only))
     return {key: document.get(key) for key in expected} == expected
+
+
+def current_document(metric: Metric, images: ImageSet, folder: Path) -> dict[str, Any] | None:
+    """Read a metric's document of some images from a folder of documents; None if there is none that `is_current`.
+
+    Raises:
+        ValueError: the document is damaged; the message names the file.
+    """
+    path = scores_path(folder, metric.name, metric.encoder.id)
+    document = read_document(path) if path.exists() else None
+    return document if document is not None and is_current(document, metric, images) else None
 
 
 def measure(metric: Metric, folder: str | Path | ImageSet, path: str | Path | None = None) -> dict[str, Any]:

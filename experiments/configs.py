@@ -1,13 +1,13 @@
-"""Parts of composed configurations: objects are built from them, and runs are named by them."""
+"""Parts of composed configurations, and the objects that are built from them."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import project_path, select_device
+from experiments import select_device
 
 #: Keys of a method's configuration that describe it and are no settings of its class; the second is of earlier plans.
 METADATA = ("metadata", "about")
@@ -56,67 +56,6 @@ def without(spec: Any, *keys: str) -> Any:
     if isinstance(spec, list):
         return [without(item, *keys) for item in spec]
     return {k: without(v, *keys) for k, v in spec.items() if k not in keys} if isinstance(spec, dict) else spec
-
-
-def set_hyperparameter(cfg: DictConfig, overridden: Collection[str]) -> None:
-    """Set the hyperparameter by which a method is compared to the value that `hyperparameter` or `chosen` selects.
-
-    Args:
-        cfg: a run's configuration, in which the value is set.
-        overridden: keys that the command line sets, which stay.
-
-    Raises:
-        ValueError: there is no such value.
-        FileNotFoundError: no value was chosen for the method.
-    """
-    method, model = cfg.method.name, cfg.model
-    if method == "none" or (cfg.hyperparameter is None and cfg.chosen is None):
-        return
-    hyperparameter = OmegaConf.select(cfg, "method.metadata.hyperparameter")
-    if hyperparameter is None:
-        override = f"chosen={cfg.chosen}" if cfg.hyperparameter is None else f"hyperparameter={cfg.hyperparameter}"
-        raise ValueError(f"{override} has no effect on method={method}, which has no hyperparameter: leave it out")
-    key = f"method.{hyperparameter.setting}"
-    if key in overridden:
-        return
-    if cfg.hyperparameter is None:
-        OmegaConf.update(cfg, key, _chosen_value(cfg, hyperparameter.setting))
-        return
-    # A published checkpoint without values of its own has those of the small model of its architecture.
-    by_model = OmegaConf.to_container(hyperparameter)["values"]
-    values = by_model.get(model.name) or by_model.get(f"mini-{model.architecture}")
-    if not values:
-        raise ValueError(f"expected metadata.hyperparameter.values for model={model.name} in method={method}, got none")
-    if not isinstance(cfg.hyperparameter, int) or not 0 <= cfg.hyperparameter < len(values):
-        raise ValueError(f"hyperparameter must be null or from 0 to {len(values) - 1}, got {cfg.hyperparameter!r}")
-    OmegaConf.update(cfg, key, values[cfg.hyperparameter])
-
-
-def _chosen_value(cfg: DictConfig, setting: str) -> Any:
-    """Return what the first file of `chosen` that exists has for a run's model and method."""
-    files = [cfg.chosen] if isinstance(cfg.chosen, str) else list(cfg.chosen)
-    file = next((path for path in map(project_path, files) if path.exists()), project_path(files[0]))
-    values = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
-    try:
-        return values[cfg.model.name][cfg.method.name]
-    except KeyError:
-        raise FileNotFoundError(
-            f"expected a value of {setting} for {cfg.method.name} on {cfg.model.name} in {file}, got none: make it "
-            "with make peers, or give chosen=null for the method's own setting"
-        ) from None
-
-
-def run_names(configs: list[DictConfig]) -> list[str]:
-    """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
-    parts = [[OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)] for cfg in configs]
-    settings = [dict(leaves(without(call | method, *METADATA))) for call, method in parts]
-    names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
-    for name in dict.fromkeys(names):
-        alike = [i for i, other in enumerate(names) if other == name]
-        keys = [key for key in settings[alike[0]] if len({str(settings[i].get(key)) for i in alike}) > 1]
-        for i in alike:
-            names[i] = ", ".join([name, *(f"{key} {settings[i].get(key)}" for key in keys)])
-    return names
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import PROJECT, generate, start_log
-from experiments.plan import Plan, composed
+from experiments import PROJECT, start_log
+from experiments.compose import composed
+from experiments.plan import Plan
+from experiments.runs import preflight
 from experiments.runs.checkpoints import find_checkpoint, licence
+from experiments.runs.faults import listing
 from experiments.runs.metrics import left_out_lines
-from experiments.runs.preflight import listing
 
 #: Columns of the table's lines.
 WIDTH = 100
@@ -179,10 +181,10 @@ def diagnose(overrides: list[str], fetch: bool = False) -> int:
         fetch: whether to fetch what can be fetched first.
     """
     plan = Plan.of(overrides)
-    faults = generate.examine(plan, tables=True)[1]
+    faults = preflight.examine(plan, tables=True)[1]
     if fetch and any(fault.fetch for fault in faults):
-        failed = {fault.needed_by: fault for fault in generate.fetch_all(faults) if fault.fetch}
-        faults = [failed.get(fault.needed_by, fault) for fault in generate.examine(plan, tables=True)[1]]
+        failed = {fault.needed_by: fault for fault in preflight.fetch_all(faults) if fault.fetch}
+        faults = [failed.get(fault.needed_by, fault) for fault in preflight.examine(plan, tables=True)[1]]
     for line in left_out_lines(spec.cfg for spec in plan.runs):
         print(line)
     if not faults:

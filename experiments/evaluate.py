@@ -22,7 +22,7 @@ import ctypes
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from eval.files import read_document
 from eval.images import METRICS, count_withheld, scores_path
 from eval.imageset import EmbeddingCache, ImageSet
 from eval.intervals import difference_of, has_value, interval_of, n_units
-from eval.metric import Metric, is_current, measure
+from eval.metric import Metric, current_document, measure
 from experiments import project_path, start_log
 from experiments.configs import flag
-from experiments.plan import Plan, RunSpec, launch, launched_run
-from experiments.runs.metrics import build_metric, left_out_lines, measured
+from experiments.plan import Plan, launch, launched_run
+from experiments.runs.metrics import build_metric, left_out_lines, measured, metric_of_run
 from experiments.runs.store import Run
 from experiments.tables.pages import with_interval
 
@@ -73,34 +73,27 @@ def score_runs(plan: Plan) -> tuple[list[Path], dict[str, dict[str, str]]]:
         FileNotFoundError: the images were not generated.
         ValueError: a run is not as it was generated.
     """
-    for spec in plan.runs:
-        Run.of(spec)  # what was not generated, before the first of them is scored
+    runs = [Run.of(spec) for spec in plan.runs]  # what was not generated, before the first of them is scored
     files, refused = [], {}
-    for name, spec in zip(plan.names(), plan.runs, strict=True):
-        scored, reasons = _score_run(spec)
+    for name, spec, run in zip(plan.names(), plan.runs, runs, strict=True):
+        images, label = _open(spec.cfg, run.folder), spec.label
+        if not images.rows:
+            withheld = f"{len(images.withheld)} groups are withheld ({count_withheld(images.withheld)})"
+            log.warning("%s: all %s: there are no images to measure: %s", label, withheld, run.folder)
+        scored, reasons, n_new = [], {}, 0
+        for metric in measured(spec.cfg):
+            try:
+                file, new = _score(images, metric_of_run(spec, metric), run.folder / METRICS, label)
+            except REFUSALS as error:
+                reasons[metric] = str(error)
+                continue
+            scored.append(file)
+            n_new += new
+        counts = f"{len(scored)} metrics are there, {n_new} of them measured now"
+        log.info("%s: %s%s: %s", label, counts, f", {len(reasons)} not measured" if reasons else "", run.folder)
         files += scored
         if reasons:
             refused[name] = reasons
-    return files, refused
-
-
-def _score_run(spec: RunSpec) -> tuple[list[Path], dict[str, str]]:
-    cfg, run, label = spec.cfg, Run.of(spec), spec.label
-    images = _open(cfg, run.folder)
-    if not images.rows:
-        withheld = f"{len(images.withheld)} groups are withheld ({count_withheld(images.withheld)})"
-        log.warning("%s: all %s: there are no images to measure: %s", label, withheld, run.folder)
-    files, refused, made = [], {}, 0
-    for name in measured(cfg):
-        try:
-            file, new = _score(images, name, _build(spec, name), run.folder / METRICS, label)
-        except REFUSALS as error:
-            refused[name] = str(error)
-            continue
-        files.append(file)
-        made += new
-    counts = f"{len(files)} metrics are there, {made} of them measured now"
-    log.info("%s: %s%s: %s", label, counts, f", {len(refused)} not measured" if refused else "", run.folder)
     return files, refused
 
 
@@ -136,7 +129,7 @@ def evaluate_folder(cfg: DictConfig) -> tuple[pd.DataFrame, dict[str, str]]:
         for name in measured(cfg):
             try:
                 metric = build_metric(cfg, name)
-                document = read_document(_score(images, name, metric, scores, images.folder.name, trusted)[0])
+                document = read_document(_score(images, metric, scores, images.folder.name, trusted)[0])
                 if not has_value(document):
                     raise ValueError(f"too few images: of its groups are withheld {count_withheld(images.withheld)}")
                 changes = _changes_by_controls(cfg, metric, document, controls)
@@ -192,34 +185,19 @@ def _reasons(refused: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _build(spec: RunSpec, name: str) -> Metric:
-    """Build a configured metric, which may compare with the run without a method."""
-    compares = "baseline" in spec.cfg.metric[name]
-    return build_metric(spec.cfg, name, str(Run.of(spec.baseline).folder) if compares else None)
-
-
-def configured_metrics(spec: RunSpec) -> Iterator[tuple[str, Metric]]:
-    """Build a run's metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
-    return ((name, _build(spec, name)) for name in measured(spec.cfg))
-
-
 def _open(cfg: DictConfig, folder: Path) -> ImageSet:
     return ImageSet.open(folder, EmbeddingCache(project_path(cfg.outputs) / ".embeddings"), progress=True)
 
 
-def _score(
-    images: ImageSet, name: str, metric: Metric, folder: Path, label: str, trusted: bool = True
-) -> tuple[Path, bool]:
+def _score(images: ImageSet, metric: Metric, folder: Path, label: str, trusted: bool = True) -> tuple[Path, bool]:
     """Return the file of a metric's values, and whether they were measured now; what is not trusted is not read."""
-    file = scores_path(folder, name, metric.encoder.id)
-    document = None
+    file = scores_path(folder, metric.name, metric.encoder.id)
     try:
-        document = read_document(file) if trusted and file.exists() else None
+        if trusted and current_document(metric, images, folder) is not None:
+            return file, False
     except ValueError as error:
         log.warning("measured anew: %s", error)
-    if document is not None and is_current(document, metric, images):
-        return file, False
-    label = f"{label}: {name} by {metric.encoder.name}"
+    label = f"{label}: {metric.name} by {metric.encoder.name}"
     log.info("%s", label)
     document = measure(metric, images, path=file)
     details = document["details"]

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from eval.files import write_text
 from eval.significance import holm
 from experiments import project_path
-from experiments.plan import CONF, first
+from experiments.compose import CONF, first
 from experiments.tables.columns import csv_text, humanize, markdown, read_table
 from experiments.tables.groups import read_groups
 from experiments.tables.pages import printed_p, title_of, with_interval

@@ -1,40 +1,25 @@
-"""The plan of an experiment: its runs, composed once by Hydra's public API and handed on as a file.
+"""The plan of an experiment: its runs, composed once and handed on as a file.
 
-No other module composes configurations. A plan is written to `<outputs>/<experiment>/plan.json`, and `plan=FILE` on the
-command line of a stage reads it back.
+A plan is written to `<outputs>/<experiment>/plan.json`, and `plan=FILE` on the command line of a stage reads it back.
 """
 
 import contextlib
-import copy
-import functools
-import itertools
 import json
-import os
 import re
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from eval.files import canonical_json, read_json, write_text
-from experiments import PROJECT, project_path
-from experiments.configs import run_names, set_hyperparameter
+from experiments import compose, project_path
+from experiments.configs import METADATA, leaves, without
 from experiments.runs.identity import config_digest, short_digest
 from experiments.runs.locks import locked
 from experiments.tables.paths import TABLE, result_file
 
-CONF = PROJECT / "conf"
 #: In an experiment's folder of outputs.
 PLAN = "plan.json"
 #: Settings that change no run, which a command line may add to a plan's.
@@ -126,13 +111,13 @@ class Plan:
             FileNotFoundError, ValueError, HydraException: see `make` and `read`; or an override would change the runs
                 of the file.
         """
-        overrides = check_overrides(arguments)
-        (file,) = [text.removeprefix("plan=") for text in overrides if text.startswith("plan=")][-1:] or [None]
-        if file is None:
+        overrides = compose.check_overrides(arguments)
+        files = [text.removeprefix("plan=") for text in overrides if text.startswith("plan=")]
+        if not files:
             return cls.make(overrides)
-        plan, naming = cls.read(Path(file).expanduser()), []
-        for override in (_parsed(text) for text in overrides if not text.startswith("plan=")):
-            if _names_sweep(override) and override.key_or_group != "experiment":
+        plan, naming = cls.read(Path(files[-1]).expanduser()), []
+        for override in (compose.parsed(text) for text in overrides if not text.startswith("plan=")):
+            if compose.names_sweep(override) and override.key_or_group != "experiment":
                 naming.append(override.input_line)
             elif override.key_or_group not in OF_STAGES:
                 raise ValueError(
@@ -142,8 +127,7 @@ class Plan:
             for spec in plan.runs if override.key_or_group in OF_STAGES else ():
                 OmegaConf.update(spec.cfg, override.key_or_group, override.value())
         if naming:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                plan.launcher = tuple(_jobs(naming)[1])
+            plan.launcher = compose.launcher(naming)
         return plan
 
     @classmethod
@@ -151,20 +135,17 @@ class Plan:
         """Compose the runs of `overrides` and their baselines; those that are complete have their ids.
 
         Raises:
-            ValueError, HydraException: see `expand`; or an earlier plan of the experiment is damaged.
+            ValueError, HydraException: see `compose.expand`; or an earlier plan of the experiment is damaged.
         """
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed, launcher = _compose_runs(overrides, baselines=True)
+        composed = compose.compose_runs(overrides, baselines=True)
         ids = complete_runs(plan_file(composed[0][0]))
-        specs, baselines = [], {}
-        for cfg, job, baseline in composed:
-            spec = RunSpec(cfg, settings := config_digest(cfg), ids.get(settings))
-            if job == baseline:
-                baselines[job] = spec
-            else:
-                spec.baseline = baselines[baseline]
-            specs.append(spec)
-        return cls(specs, tuple(launcher))
+        specs = []
+        for cfg, _ in composed:
+            settings = config_digest(cfg)
+            specs.append(RunSpec(cfg, settings, ids.get(settings)))
+        for spec, (_, baseline) in zip(specs, composed, strict=True):
+            spec.baseline = specs[baseline]
+        return cls(specs, compose.launcher(overrides))
 
     @classmethod
     def read(cls, file: Path) -> "Plan":
@@ -293,199 +274,17 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def expand(overrides: Sequence[str], baselines: bool = False) -> list[DictConfig]:
-    """Compose every configuration of `overrides`, the experiment's own sweep included.
-
-    Args:
-        overrides: as on the command line of `experiments.generate`, for example
-            `["experiment=diversity", "model=sdxl", "method.alpha=0.3,0.9"]`.
-        baselines: whether to add the runs without a method that the others are compared with.
-
-    Returns:
-        One configuration a run, in the order of Hydra's basic sweeper (the last axis varies fastest). Where
-        the sweep names `none` among other methods, or with `baselines`, each baseline stands once, before the runs that
-        are compared with it.
-
-    Raises:
-        ValueError: an unknown option or key, or a hyperparameter that the method does not have.
-        HydraException: an argument is no override.
-    """
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [cfg for cfg, *_ in _compose_runs(overrides, baselines)[0]]
-
-
-def first(overrides: Sequence[str]) -> DictConfig:
-    """Compose the first configuration of `expand` alone, which takes less time; errors are those of `expand`.
-
-    The settings of the experiment, such as `primary` and `results`, are the same in all runs.
-    """
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return _compose_run(_jobs(overrides)[0][0])
-
-
-def _compose_runs(
-    overrides: Sequence[str], baselines: bool
-) -> tuple[list[tuple[DictConfig, tuple[str, ...], tuple[str, ...]]], list[str]]:
-    """Return of every run its configuration, its overrides and its baseline's; and the launcher's overrides."""
-    jobs, launcher = _jobs(overrides)
-    baselines = baselines or any("method=none" in job for job in jobs)
-    runs, seen = [], set()
-    for job in jobs:
-        baseline = _baseline(job)
-        if baseline == job and job in seen:
-            continue
-        cfg = _compose_run(job)
-        is_baseline = cfg.method.name == "none"
-        if (baselines or is_baseline) and baseline not in seen:
-            seen.add(baseline)
-            runs.append((cfg if is_baseline else _compose_run(baseline), baseline, baseline))
-        if not is_baseline:
-            runs.append((cfg, job, baseline))
-    return runs, launcher
-
-
-def check_overrides(arguments: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line; -m is optional, since an experiment's own sweep counts anyway.
-
-    The former name of hyperparameter=, knob=, is replaced with a warning.
-
-    Raises:
-        ValueError: an argument begins with a dash.
-    """
-    overrides = [text for text in arguments if text not in ("-m", "--multirun")]
-    for position, text in enumerate(overrides):
-        if text.startswith("-"):
-            following = "".join(overrides[position + 1 : position + 2])
-            bare = text.lstrip("-")
-            meant = bare if "=" in bare or "=" in following or not following else f"{bare}={following}"
-            raise ValueError(f"expected settings such as model=sdxl, got {text}: use {meant}, without dashes")
-        if text.startswith("knob="):
-            warnings.warn("knob= is called hyperparameter= now", DeprecationWarning, stacklevel=2)
-            overrides[position] = text.replace("knob", "hyperparameter", 1)
-    return overrides
-
-
-def _jobs(overrides: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """List the overrides of each run, the product of all choices as in Hydra's basic sweeper; and the launcher's."""
-    overrides = check_overrides(overrides)
-    # An experiment says what is swept, a launcher how; no value and no other group does.
-    naming = [text for text in overrides if _names_sweep(_parsed(text))]
-    hydra_node = _hydra_node(tuple(naming))
-    swept = [f"{key}={value}" for key, value in (hydra_node.sweeper.get("params") or {}).items()]
-    choices = []
-    for text in {_parsed(text).get_key_element(): text for text in [*swept, *overrides]}.values():
-        override = _parsed(text)
-        if override.is_sweep_override():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([text])
-    jobs = [_baseline(job) if "method=none" in job else job for job in itertools.product(*choices)]
-    return jobs, [] if hydra_node.launcher._target_.endswith(".BasicLauncher") else naming
-
-
-def _names_sweep(override: Override) -> bool:
-    return override.key_or_group in ("experiment", "launcher") or override.is_hydra_override()
-
-
-def _baseline(job: Iterable[str]) -> tuple[str, ...]:
-    """Return the overrides of the run without a method: those of methods and their settings are not for it."""
-    of_methods = {"method", "hyperparameter", "chosen", "guard"}
-    return (*(text for text in job if not _roots(text) & of_methods), "method=none")
-
-
-def _roots(text: str) -> set[str]:
-    """Return the first parts of what an override is about: of scorer@method.encoder=NAME, scorer and method."""
-    override = _parsed(text)
-    return {part.split(".")[0] for part in (override.key_or_group, override.package or "")}
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(text: str) -> Override:
-    (override,) = OverridesParser.create().parse_overrides([text])
-    return override
-
-
-def _compose_run(job: Sequence[str]) -> DictConfig:
-    """Return the configuration of one run, given its overrides.
-
-    Runs that name the same files share one composition, into which each puts its own values.
-    """
-    values = [text for text in job if _is_value(_parsed(text))]
-    cfg = copy.deepcopy(_compose_files(tuple(text for text in job if text not in values)))
-    for override in map(_parsed, values):
-        try:
-            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-        except (ConfigAttributeError, ConfigKeyError) as error:
-            raise _unknown_key(override.key_or_group, _keys(OmegaConf.to_container(cfg))) from error
-    set_hyperparameter(cfg, overridden={_parsed(text).key_or_group for text in values})
-    return cfg
-
-
-@functools.lru_cache(maxsize=256)
-def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose the files that overrides name; nobody may change the result."""
-    return _composed(overrides)
-
-
-@functools.lru_cache(maxsize=256)
-def _hydra_node(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
-    return _composed(overrides, return_hydra_config=True).hydra
-
-
-def _is_value(override: Override) -> bool:
-    """Tell whether an override replaces a value that is in the files, and so may be applied after them, as Hydra does.
-
-    All others name files: a group of files is a folder.
-    """
-    if override.type is not OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
-        return False
-    return not (CONF / override.key_or_group).is_dir()
-
-
-def composed(overrides: Sequence[str], folder: Path = CONF) -> DictConfig:
-    """Compose one configuration as it is, without a sweep, from a folder that is like conf/.
-
-    Raises:
-        ValueError: an unknown option or key.
-    """
-    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-        return _composed(overrides)
-
-
-def _composed(overrides: Iterable[str], **options: Any) -> DictConfig:
-    """Compose what overrides stand for; say of an unknown one what was probably meant."""
-    try:
-        return compose("config", list(overrides), **options)
-    except MissingConfigException as error:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        if not (group and error.options):
-            raise
-        hint = _hint(get_close_matches(name, error.options, 1))
-        raise ValueError(f"{group}={name}: expected one of {', '.join(error.options)}{hint}") from error
-    except ConfigCompositionException as error:
-        unknown = re.search("Could not override '(.+?)'", str(error))
-        if not unknown:
-            raise
-        raise _unknown_key(unknown[1], OmegaConf.load(CONF / "config.yaml")) from error
-
-
-def _unknown_key(key: str, keys: Iterable[str]) -> ValueError:
-    """Return the error of a key that is neither among `keys` nor a group of files."""
-    known = [*(path.name for path in CONF.iterdir() if path.is_dir()), *keys]
-    elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
-    hint = _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))
-    return ValueError(f"{key}: expected a key of the configuration, got none of this name{hint}")
-
-
-def _hint(candidates: Sequence[str]) -> str:
-    return f"; did you mean {candidates[0]}?" if candidates else ""
-
-
-def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        yield f"{prefix}{key}"
-        yield from _keys(value, f"{prefix}{key}.")
+def run_names(configs: list[DictConfig]) -> list[str]:
+    """Name each run by its model and method, and by the settings in which it differs from others of the same names."""
+    parts = [[OmegaConf.to_container(part, resolve=True) for part in (cfg.model.call, cfg.method)] for cfg in configs]
+    settings = [dict(leaves(without(call | method, *METADATA))) for call, method in parts]
+    names = [f"{cfg.model.name} {cfg.method.name}" for cfg in configs]
+    for name in dict.fromkeys(names):
+        alike = [i for i, other in enumerate(names) if other == name]
+        keys = [key for key in settings[alike[0]] if len({str(settings[i].get(key)) for i in alike}) > 1]
+        for i in alike:
+            names[i] = ", ".join([name, *(f"{key} {settings[i].get(key)}" for key in keys)])
+    return names
 
 
 def launch(task: Callable[[DictConfig], Any], plan: Plan) -> None:
@@ -498,12 +297,7 @@ def launch(task: Callable[[DictConfig], Any], plan: Plan) -> None:
     content = plan.as_json()
     file = plan.write(plan.file.with_name(f"launched-{short_digest(content)}.json"))
     numbers = ",".join(map(str, range(len(content["runs"]))))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error of a job itself, and exits
-    # The folder is an absolute path: a job in another process finds no configuration beside its function.
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
-    own = [f"outputs='{plan.cfg.outputs}'", f"plan='{file}'", f"run={numbers}"]
-    sys.argv[1:] = ["--multirun", "hydra.sweeper.params=null", *plan.launcher, *own]
-    main()
+    compose.launch(task, [*plan.launcher, f"outputs='{plan.cfg.outputs}'", f"plan='{file}'", f"run={numbers}"])
     plan.add_ids(complete_runs(plan.file))  # which the jobs wrote
 
 

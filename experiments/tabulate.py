@@ -19,28 +19,25 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 
 import argparse
 import functools
-import io
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
-from eval.files import read_document, write_text
+from eval.files import write_text
 from eval.images import METRICS, scores_path
 from eval.imageset import ImageSet
 from eval.intervals import SUBSETS, difference_of, interval_of, n_shared, n_units, paired_differences, shared_groups
-from eval.metric import Metric, is_current
-from eval.significance import bootstrap_t_p, effect_size, holm, non_inferior, win_rate
+from eval.metric import Metric, current_document
+from eval.significance import bootstrap_t_p, effect_size, non_inferior, win_rate
 from experiments.configs import flag
-from experiments.evaluate import configured_metrics
 from experiments.plan import Plan, RunSpec
 from experiments.runs import catalogue
 from experiments.runs.identity import code_digest
-from experiments.runs.metrics import check_table, primary_metrics
+from experiments.runs.metrics import check_table, configured_metrics, primary_metrics
 from experiments.runs.store import Run
 from experiments.tables import columns
 from experiments.tables.groups import GROUPS, group_rows, put_groups
@@ -99,24 +96,14 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
         baseline = others.get(spec.baseline) if against else Run.of(spec.baseline)
         if baseline is None:
             raise ValueError(f"there is no run of {against} like the one of {spec.label}")
-        _check_alike(run, baseline)
+        run.check_alike(baseline)
         roles, statistics = primary_metrics(spec.cfg), run.statistics()
         for name, metric in configured_metrics(spec):
             if name in roles or not against:
-                reference = None if baseline == run else find_document(images(baseline), name, metric)
-                document = find_document(images(run), name, metric)
+                reference = None if baseline == run else find_document(images(baseline), metric)
+                document = find_document(images(run), metric)
                 scores.append(Score(spec, run, name, roles.get(name), document, reference, statistics))
     return scores
-
-
-def _check_alike(run: Run, baseline: Run) -> None:
-    for part in ("weights", "machine"):
-        ours, theirs = run.identity[part], baseline.identity[part]
-        if ours != theirs:
-            raise ValueError(
-                f"expected {run.folder} and {baseline.folder}, with which it is paired, of the same {part}, got "
-                f"{ours} and {theirs}: generate both on one machine"
-            )
 
 
 def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[RunSpec, Run]:
@@ -144,13 +131,12 @@ def row_of(score: Score) -> dict[str, Any]:
     }
     # A method's own setting replaces the model's; a method that leaves it to the model has None.
     call |= {name: settings[name] for name in call if settings.get(name) is not None}
-    cells = {name: cell for setting in catalogue.settings() for name, cell in setting.cells(settings).items()}
     compared = sum(group.get("tokens_compared", 0) for group in score.statistics)
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
         "method": cfg.method.name,
-        **cells,
+        **catalogue.cells(settings),
         **call,
         "metric": score.metric,
         "encoder": document["encoder"]["id"],
@@ -214,59 +200,19 @@ def comparison(
     return columns
 
 
-def find_document(images: ImageSet, name: str, metric: Metric) -> dict[str, Any]:
+def find_document(images: ImageSet, metric: Metric) -> dict[str, Any]:
     """Read the score of a run's images.
 
     Raises:
         FileNotFoundError: it was not measured, or by another version or of other images.
         ValueError: the file, or an image, is not as it was written; the message names it.
     """
-    path = scores_path(images.folder / METRICS, name, metric.encoder.id)
-    document = read_document(path) if path.exists() else None
-    if document is None or not is_current(document, metric, images):
-        state = "missing" if document is None else "of another version"
+    folder = images.folder / METRICS
+    if (document := current_document(metric, images, folder)) is None:
+        path = scores_path(folder, metric.name, metric.encoder.id)
+        state = "of another version" if path.exists() else "missing"
         raise FileNotFoundError(f"{path} is {state}: run python -m experiments evaluate with the same overrides")
     return document
-
-
-def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Put `rows` into the CSV at `path`, see `put_rows`.
-
-    Raises:
-        ValueError: two of the runs have the same key, and are to be told apart.
-    """
-    runs: dict[tuple[str, ...], str] = {}
-    keys = columns.row_keys(io.StringIO(columns.csv_text(pd.DataFrame(rows, columns=columns.COLUMNS))), columns.KEY)
-    for key, run in zip(keys, (row["run_id"] for row in rows), strict=True):
-        if runs.setdefault(key, run) != run:
-            raise ValueError(
-                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(columns.SETTING)}), so "
-                "that one would replace the other: give them names of their own (method.name=NAME), or tabulate them "
-                "into other folders (results=FOLDER)"
-            )
-    return columns.whole(columns.put_rows(path, rows, columns.COLUMNS, columns.KEY, finish=_finish))
-
-
-def _finish(frame: pd.DataFrame) -> None:
-    """Fill what depends on all rows of a table, and leave out the columns of what is not in it."""
-    _correct(frame)
-    declared = {column for setting in columns.settings_in(frame) for column in setting.columns}
-    declared |= set(columns.OF_WITHHELD) if frame["n_withheld"].any() or frame["n_paired"].notna().any() else set()
-    for name in set(frame.columns) - columns.REQUIRED - declared:
-        del frame[name]
-
-
-def _correct(frame: pd.DataFrame) -> None:
-    """Correct the primary metrics' p-values by Holm's method; a family is all tests of a model's methods in the table.
-
-    Negative controls are no hypotheses and count in no family.
-    """
-    corrected = pd.Series(float("nan"), index=frame.index)
-    methods = columns.without_controls(frame)
-    tested = methods[methods["primary"].isin(columns.ROLES) & methods["p_value"].notna()]
-    for _, family in tested.groupby("model", sort=False):
-        corrected[family.index] = holm(family["p_value"].astype(float).tolist())
-    frame["p_holm"] = corrected
 
 
 def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
@@ -279,7 +225,7 @@ def write_table(plan: Plan) -> tuple[pd.DataFrame, str]:
     """
     path, scores = plan.result_file(), read_scores(plan)
     rows = [row_of(score) for score in scores]
-    merge_rows(path, rows)
+    columns.merge_rows(path, rows)
     groups = [entry for row, score in zip(rows, scores, strict=True) for entry in group_rows(row, score.document)]
     with columns.lock(path):
         frame = columns.whole(columns.read_csv(path))  # another process may have merged its rows meanwhile
@@ -298,7 +244,7 @@ def write_comparison(plan: Plan, against: str) -> tuple[pd.DataFrame, str]:
         The rows, in full precision, and the Markdown.
     """
     frame = pd.DataFrame(rows_of_runs(plan, against), columns=columns.COLUMNS)
-    _correct(frame)
+    columns.correct_p_values(frame)
     page = render_against(frame, against)
     write_text(plan.result_file(f"against_{against}.md"), page)
     return frame, page

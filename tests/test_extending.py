@@ -24,7 +24,8 @@ import json, sys
 import numpy as np
 from PIL import Image
 from experiments import tabulate
-from experiments.plan import Plan, expand
+from experiments.compose import expand
+from experiments.plan import Plan
 from experiments.evaluate import evaluate
 from experiments.generate import generate
 

@@ -26,7 +26,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from experiments.plan import expand
+from experiments.compose import expand
 from experiments.runs.checkpoints import call_arguments
 from experiments.tables.templates import render
 from negtome import NegToMeConfig

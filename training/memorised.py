@@ -34,10 +34,10 @@ from eval.images import load_image
 from eval.intervals import bootstrap_interval
 from eval.resemblance import similarities
 from experiments import project_path
+from experiments.compose import expand
 from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import save
 from experiments.methods.assets import MASK
-from experiments.plan import expand
 from experiments.prompts import KINDS, Group
 from experiments.runs import checkpoints
 from experiments.tables.pages import with_interval

@@ -21,8 +21,8 @@ METHODS_SCRIPT = """
 # The methods are the benchmark's.
 from PIL import Image
 
+from experiments.compose import first
 from experiments.configs import build
-from experiments.plan import first
 from experiments.prompts import ConsecutiveGroup
 
 group = ConsecutiveGroup.of({prompt!r}, {category!r}, seed={seed}, size={images})

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.files import read_json
 from experiments import PROJECT, project_path, select_device
+from experiments.compose import first
 from experiments.configs import build
 from experiments.methods.method import Method
-from experiments.plan import first
 from experiments.runs import catalogue, checkpoints
 from experiments.tables.paths import chosen_file
 from negtome import NegToMeConfig

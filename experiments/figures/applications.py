@@ -24,11 +24,11 @@ from tqdm import tqdm
 import negtome
 from eval.images import blurred, load_picture
 from experiments import project_path, select_device
+from experiments.compose import expand
 from experiments.configs import build, flag
 from experiments.figures.image_grid import ImageGrid, image_grid
 from experiments.figures.style import save
 from experiments.methods.negtome import NegToMe
-from experiments.plan import expand
 from experiments.runs import checkpoints
 from experiments.tables.paths import result_file
 

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import select_device
+from experiments.compose import first
 from experiments.configs import build, flag
-from experiments.plan import first
 from negtome import NegToMeConfig
 
 #: The baseline, the method with its default settings, and the lower bound: steps of the baseline plus, in the timestep

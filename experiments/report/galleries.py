@@ -21,9 +21,9 @@ from eval.images import (
     read_withheld,
     scores_path,
 )
+from experiments.compose import first
 from experiments.figures.style import title
 from experiments.methods.assets import read_assets
-from experiments.plan import first
 from experiments.report.pictures import Pictures, is_link, reduced
 from experiments.runs import catalogue
 from experiments.runs.store import RUNS, Run

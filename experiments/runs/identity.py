@@ -42,16 +42,26 @@ def short_digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value, compact=True).encode()).hexdigest()[:12]
 
 
-def request(cfg: DictConfig, method: Method | None = None) -> dict[str, Any]:
-    """Return the settings of a configuration that affect pixels; they do not depend on weights or the machine.
+def run_identity(cfg: DictConfig, method: Method, weights: str, device: str) -> dict[str, Any]:
+    """Return everything that may change the pixels of a run; its `short_digest` is the run's id.
 
     Args:
-        method: the configured method, if it is built already.
+        method: the configured method.
+        weights: the checkpoint's fingerprint.
 
     Raises:
         ValueError: a setting is out of range.
     """
-    method = build(cfg.method) if method is None else method
+    conditions = provenance(method, weights, device)
+    return {"request": request(cfg, method), **conditions}
+
+
+def request(cfg: DictConfig, method: Method) -> dict[str, Any]:
+    """Return the settings of a configuration that affect pixels; they do not depend on weights or the machine.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
     return {
         **request_without_method(cfg),
         "method": {"name": method.name, "settings": json.loads(canonical_json(method.settings()))},

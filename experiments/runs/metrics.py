@@ -1,6 +1,6 @@
 """The metrics of a configuration: which of them can be measured, and which a table tests."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -9,6 +9,8 @@ from eval.encoders import Network, Scorer
 from eval.intervals import SUBSETS
 from eval.metric import Metric, SetMetric
 from experiments.configs import build
+from experiments.plan import RunSpec
+from experiments.runs.store import Run
 from experiments.tables import columns
 
 #: Images that a metric may need and a model's configuration may lack, and how to give them.
@@ -48,6 +50,17 @@ def measured(cfg: DictConfig) -> list[str]:
     """Return the names of the configured metrics that are not `left_out`."""
     absent = left_out(cfg)
     return [name for name in cfg.metric if name not in absent]
+
+
+def metric_of_run(spec: RunSpec, name: str) -> Metric:
+    """Build a configured metric of a run, which may compare the run with its baseline; errors as of `build_metric`."""
+    compares = "baseline" in spec.cfg.metric[name]
+    return build_metric(spec.cfg, name, str(Run.of(spec.baseline).folder) if compares else None)
+
+
+def configured_metrics(spec: RunSpec) -> Iterator[tuple[str, Metric]]:
+    """Build a run's metrics one by one, so that no two encoders need to be held at a time; see `left_out`."""
+    return ((name, metric_of_run(spec, name)) for name in measured(spec.cfg))
 
 
 def build_metric(cfg: DictConfig, name: str, baseline: str | None = None) -> Metric:

@@ -1,99 +1,123 @@
-"""Faults that would stop an experiment after hours, found before its first image: weights, settings, prompts, disk.
+"""Faults that would stop an experiment after hours, found before its first image: weights, settings, prompts, disk."""
 
-Nothing is loaded or fetched. Every fault says what to do and, where possible, names the override that goes on without
-the part that is missing.
-"""
-
+import contextlib
+import functools
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import negtome
-from eval.encoders import Network, Scorer
 from eval.images import ManifestRow
 from eval.imageset import ImageSet
+from experiments import project_path, select_device
 from experiments.configs import build, without
+from experiments.plan import Plan, RunSpec
 from experiments.prompts import Group
 from experiments.runs import checkpoints, metrics
+from experiments.runs.checkpoints import find_checkpoint, is_repository
+from experiments.runs.faults import Fault, of_method, of_weights
+from experiments.runs.identity import request
+from experiments.runs.jobs import RunJob, prepare_job
+
+log = logging.getLogger(__name__)
 
 #: Bytes of a pixel of a PNG of a photograph, rounded up.
 BYTES_PER_PIXEL = 2
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that would stop an experiment.
+def examine(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[RunJob], list[Fault]]:
+    """Find the missing groups of all runs, and every fault that would stop them or their scoring.
 
-    Attributes:
-        problem: what is wrong and what to do.
-        name: of the missing part, if it may be fetched.
-        needed_by: metrics that cannot be measured because of it.
-        elsewhere: the override that names another place of a missing file.
-        without: the overrides by which an experiment goes on without the part.
-        fetch: downloads the part, or raises FileNotFoundError; None if nothing can be downloaded.
-    """
-
-    problem: str
-    name: str = ""
-    needed_by: tuple[str, ...] = ()
-    elsewhere: str = ""
-    without: str = ""
-    fetch: Callable[[], Any] | None = field(default=None, compare=False)
-
-    def lines(self) -> list[str]:
-        notes = {"needed by": ", ".join(self.needed_by), "elsewhere": self.elsewhere, "without it": self.without}
-        problem = [line.rstrip() for line in self.problem.splitlines()]
-        return [*problem, *(f"{label + ':':<12}{note}" for label, note in notes.items() if note)]
-
-
-def listing(faults: Sequence[Fault]) -> str:
-    """Return the numbered list of faults."""
-    lines = []
-    for number, fault in enumerate(faults, 1):
-        first, *rest = fault.lines()
-        lines += [f"{number:>3}. {first}", *(f"     {line}" for line in rest)]
-    return "\n".join(lines)
-
-
-def of_weights(scorer: Scorer, elsewhere: str = "") -> list[Fault]:
-    """Find missing weights of a scorer and of its parts, and weights that are not their publishers'.
+    Nothing is written or fetched.
 
     Args:
-        elsewhere: the override that names another place of the weights.
+        tables: whether tables will be made, which need the primary metrics.
+        disk: whether the images go to a disk of this machine.
     """
-    faults = []
-    for part in scorer.parts():
-        facts = part.weights()
+    jobs: list[RunJob] = []
+    faults: list[Fault] = []
+    n_images: Counter[tuple[int, int]] = Counter()
+    configs = [spec.cfg for spec in plan.runs]
+    for cfg in configs:
+        select_device(cfg.device)  # everything else depends on it
+    faults_of_scoring = of_scoring(configs, tables)
+    for spec in plan.runs:
+        job, faults_of_run = _examine_run(spec, configs)
+        faults += faults_of_run
+        if job is not None:
+            jobs.append(job)
+        with contextlib.suppress(ValueError):  # invalid prompts are among the faults
+            groups = build(spec.cfg.prompts).groups() if job is None else job.missing
+            size = tuple(spec.cfg.model.call.get(side) or 1024 for side in ("height", "width"))
+            n_images[size] += sum(group.size for group in groups)
+    if disk:
+        faults += of_disk(n_images, project_path(configs[0].outputs))
+    distinct = {fault.problem: fault for fault in faults}
+    return jobs, [*distinct.values(), *faults_of_scoring]
+
+
+def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[RunJob | None, list[Fault]]:
+    """Return the job of a run, or None if the run cannot be generated; and the faults of the run."""
+    cfg, faults, checkpoint = spec.cfg, [], None
+    without_method = _others(cfg, configs, "method")
+    try:
+        checkpoint = find_checkpoint(cfg.model, fetch=False)
+    except FileNotFoundError as error:
+        fetch = functools.partial(find_checkpoint, cfg.model) if is_repository(cfg.model) else None
+        faults.append(Fault(str(error), f"model={cfg.model.name}", without=_others(cfg, configs, "model"), fetch=fetch))
+    except ValueError as error:
+        return None, [Fault(str(error))]
+    try:
+        method = build(cfg.method)
+        if missing := of_method(method):
+            return None, [*faults, *(replace(fault, without=without_method) for fault in missing)]
+        if checkpoint is None:
+            request(cfg, method)
+            return None, faults
+        job = prepare_job(spec, checkpoint, method)
+    except (FileNotFoundError, ValueError) as error:
+        return None, [*faults, Fault(str(error), without=without_method)]
+    settings = job.identity["request"]["method"]["settings"]
+    if job.missing and "timestep_range" in settings:  # a method without one acts on all steps
+        of_steps = of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings["timestep_range"])
+        faults = [replace(fault, without=without_method) for fault in of_steps]
+    return job, faults
+
+
+def _others(cfg: DictConfig, configs: list[DictConfig], group: str) -> str:
+    """Return the override that leaves a run's model or method out of several."""
+    others = dict.fromkeys(other[group].name for other in configs if other[group].name != cfg[group].name)
+    return f"{group}={','.join(others)}" if others else ""
+
+
+def examine_and_fetch(plan: Plan, tables: bool = False, disk: bool = True) -> tuple[list[RunJob], list[Fault]]:
+    """Call `examine`; if missing files are the only faults, fetch them and examine again."""
+    jobs, faults = examine(plan, tables, disk)
+    if not faults or not all(fault.fetch for fault in faults):
+        return jobs, faults
+    if failed := fetch_all(faults):
+        return jobs, failed
+    return examine(plan, tables, disk)
+
+
+def fetch_all(faults: list[Fault]) -> list[Fault]:
+    """Fetch everything that can be fetched, and return the faults that remain."""
+    remaining = []
+    log.info("Fetching: %s", ", ".join(fault.name for fault in faults if fault.fetch))
+    for fault in faults:
         try:
-            if facts.present:
-                _ = facts.fingerprint
-                continue
-        except ValueError as error:
-            faults.append(Fault(str(error), elsewhere=elsewhere))
-            continue
-        can_be_fetched = isinstance(part, Network) and part.can_be_fetched(facts)
-        fetch = part.obtain if can_be_fetched else None
-        faults.append(Fault(str(facts.missing()), facts.encoder, elsewhere=elsewhere, fetch=fetch))
-    return faults
-
-
-def of_method(method: Any) -> list[Fault]:
-    """Find faults in the weights of the networks that a method holds, at any depth."""
-    if isinstance(method, Scorer):
-        return of_weights(method)
-    if isinstance(method, Mapping):
-        parts = method.values()
-    elif isinstance(method, (list, tuple)):
-        parts = method
-    elif type(method).__module__.startswith("experiments."):
-        parts = getattr(method, "__dict__", {}).values()
-    else:
-        return []
-    return [fault for part in parts for fault in of_method(part)]
+            if fault.fetch is None:
+                remaining.append(fault)
+            else:
+                fault.fetch()
+        except (OSError, ValueError) as error:
+            remaining.append(replace(fault, problem=str(error)))
+    return remaining
 
 
 def of_scoring(configs: Sequence[DictConfig], tables: bool) -> list[Fault]:
@@ -198,17 +222,15 @@ def of_disk(n_images: dict[tuple[int, int], int], folder: Path) -> list[Fault]:
     ]
 
 
-def of_timesteps(model: DictConfig, folder: Path, method: str, settings: dict[str, Any]) -> list[Fault]:
+def of_timesteps(model: DictConfig, folder: Path, method: str, timestep_range: Sequence[float] | None) -> list[Fault]:
     """Return a fault if no step of a call lies in the method's timestep range.
 
     Args:
         folder: the model's checkpoint.
         method: the method's name.
-        settings: of the method; without a `timestep_range`, it acts on all steps.
+        timestep_range: low and high; None for the one that is published for the architecture.
     """
-    if "timestep_range" not in settings:
-        return []
-    config = negtome.NegToMeConfig(timestep_range=settings["timestep_range"]).published_for(model.architecture)
+    config = negtome.NegToMeConfig(timestep_range=timestep_range).published_for(model.architecture)
     steps = checkpoints.timesteps(model, folder)
     if not steps or any(map(config.is_active, steps)):
         return []

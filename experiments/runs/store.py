@@ -12,26 +12,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 from eval import files
 from eval.files import cached_hash, content_hash, read_json, read_regular, with_checksum, write_text
 from eval.images import MANIFEST, WITHHELD, ManifestRow, Withheld, WithheldRow, write_manifest, write_withheld
 from experiments import project_path
-from experiments.configs import build
-from experiments.methods.method import Method
 from experiments.plan import RunSpec, plan_file
 from experiments.prompts import Group
 from experiments.runs import checkpoints
-from experiments.runs.identity import environment, provenance, request, short_digest
-from experiments.runs.locks import locked
+from experiments.runs.identity import environment, short_digest
 
 #: In a group's folder: the manifest's rows, or the reason why there are no images, and the method's statistics.
 RECORD = "group.json"
@@ -96,20 +93,6 @@ class Run:
             raise ValueError(f"expected when and by what a run was made in {path}, got other JSON: delete it")
         return recorded
 
-    @classmethod
-    def plan(
-        cls, cfg: DictConfig, weights: str, device: str, method: Method | None = None
-    ) -> tuple[Self, dict[str, Any]]:
-        """Return the run of a configuration, and the identity for `begin`; nothing is written.
-
-        Args:
-            weights: the checkpoint's fingerprint.
-            method: the configured method, if it is built already.
-        """
-        method = build(cfg.method) if method is None else method
-        identity = {"request": request(cfg, method), **provenance(method, weights, device)}
-        return cls(project_path(cfg.outputs) / RUNS / short_digest(identity)), identity
-
     def begin(self, identity: Mapping[str, Any], device: str) -> None:
         """Create the folder of a planned run, unless it exists."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +112,8 @@ class Run:
         cfg, cure = spec.cfg, "run python -m experiments generate with the same overrides"
         if spec.id is None:
             raise FileNotFoundError(
-                f"no complete run of model={cfg.model.name} method={cfg.method.name} with these settings is named in "
-                f"{plan_file(cfg)}: {cure}, which keeps what is there"
+                f"expected a complete run of model={cfg.model.name} method={cfg.method.name} with these settings in "
+                f"{plan_file(cfg)}: {cure}; complete groups are kept"
             )
         run = cls(project_path(cfg.outputs) / RUNS / spec.id)
         if not run.complete:
@@ -142,6 +125,16 @@ class Run:
             )
         run.check_manifest()
         return run
+
+    def check_alike(self, baseline: Self) -> None:
+        """Raise ValueError if a run and its baseline are of different weights or machines."""
+        for part in ("weights", "machine"):
+            ours, theirs = self.identity[part], baseline.identity[part]
+            if ours != theirs:
+                raise ValueError(
+                    f"expected {self.folder} and {baseline.folder}, with which it is paired, of the same {part}, got "
+                    f"{ours} and {theirs}: generate both on one machine"
+                )
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Return the record of every group by its id, including groups without images.
@@ -246,22 +239,9 @@ class Run:
             if not (isinstance(error, OSError) and self.has(group)):
                 raise
 
-    @contextlib.contextmanager
-    def claim(self, group: Group, wait: bool) -> Iterator[bool]:
-        """Reserve a group for the length of a `with` block, so that no two processes generate it.
-
-        Args:
-            wait: whether to wait for another process that has reserved the group.
-
-        Yields:
-            Whether to generate the group: it is missing, and no other process has reserved it.
-        """
-        if self.has(group):
-            yield False
-            return
-        lock = f"{self.id}.{group.prompt_id}.{group.seed:06d}"
-        with locked(self.folder.parent / LOCKS / lock, wait) as is_locked:
-            yield is_locked and not self.has(group)
+    def lock(self, group: Group) -> Path:
+        """Return the file that a process locks while it generates a group, so that no other one does."""
+        return self.folder.parent / LOCKS / f"{self.id}.{group.prompt_id}.{group.seed:06d}"
 
     def finish(self, groups: list[Group]) -> bool:
         """Write the manifests and mark the run as complete, if all groups are there; return whether they are.

@@ -28,7 +28,7 @@ from scipy.stats import binomtest
 
 from eval.files import content_hash, write_text
 from experiments import project_path, start_log
-from experiments.plan import first
+from experiments.compose import first
 from experiments.tables.columns import csv_text, markdown, printed, read_csv
 from experiments.tables.pages import with_interval
 from experiments.tables.paths import result_file

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import project_path
+from experiments.compose import expand
 from experiments.methods.assets import Retriever
-from experiments.plan import expand
 from negtome.guard import Nearest
 
 log = logging.getLogger(__name__)

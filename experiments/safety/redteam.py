@@ -34,12 +34,13 @@ from eval.intervals import GroupValue, bootstrap_interval, interval_of, mean_of,
 from eval.resemblance import DetectionRate
 from experiments import project_path, select_device, start_log
 from experiments.configs import build, flag
-from experiments.generate import count_workers, load_pipeline_and_method, parallel_map
 from experiments.methods.assets import AssetIndex
 from experiments.methods.method import Method
 from experiments.prompts import Group
 from experiments.runs import checkpoints
 from experiments.runs.identity import provenance, request_without_method, short_digest
+from experiments.runs.jobs import count_workers
+from experiments.runs.workers import load_pipeline_and_method, parallel_map
 from experiments.safety.grammar import Grammar, words_of
 from experiments.safety.guards import guarded_systems
 from experiments.safety.judge import Judge, similarity

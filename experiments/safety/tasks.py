@@ -16,8 +16,8 @@ from inspect_ai.model import ChatMessageSystem, ModelOutput
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
+from experiments.compose import first
 from experiments.configs import build
-from experiments.plan import first
 from negtome.guard import Policy, new_nonce, read_policy, read_reply
 
 #: Overrides for the characters of each split.

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from eval.files import write_text
+from eval.significance import holm
 from experiments.methods.setting import Setting
 from experiments.runs import catalogue
 from experiments.runs.locks import locked
@@ -195,6 +196,46 @@ def put_rows(
             finish(frame)
         write_text(path, csv_text(frame))
         return read_csv(path)
+
+
+def merge_rows(path: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Put `rows` into the CSV of an experiment at `path`, see `put_rows`, and return the table.
+
+    Raises:
+        ValueError: two of the runs have the same key, and are to be told apart.
+    """
+    runs: dict[tuple[str, ...], str] = {}
+    keys = row_keys(io.StringIO(csv_text(pd.DataFrame(rows, columns=COLUMNS))), KEY)
+    for key, run in zip(keys, (row["run_id"] for row in rows), strict=True):
+        if runs.setdefault(key, run) != run:
+            raise ValueError(
+                f"Runs {runs[key]} and {run} differ in nothing that a table tells ({', '.join(SETTING)}), so "
+                "that one would replace the other: give them names of their own (method.name=NAME), or tabulate them "
+                "into other folders (results=FOLDER)"
+            )
+    return whole(put_rows(path, rows, COLUMNS, KEY, finish=_finish))
+
+
+def _finish(frame: pd.DataFrame) -> None:
+    """Fill the columns that depend on all rows of a table, and delete those of methods that are not in it."""
+    correct_p_values(frame)
+    declared = {column for setting in settings_in(frame) for column in setting.columns}
+    declared |= set(OF_WITHHELD) if frame["n_withheld"].any() or frame["n_paired"].notna().any() else set()
+    for name in set(frame.columns) - REQUIRED - declared:
+        del frame[name]
+
+
+def correct_p_values(frame: pd.DataFrame) -> None:
+    """Correct the primary metrics' p-values by Holm's method; a family is all tests of a model's methods in the table.
+
+    Negative controls are no hypotheses and count in no family.
+    """
+    corrected = pd.Series(float("nan"), index=frame.index)
+    methods = without_controls(frame)
+    tested = methods[methods["primary"].isin(ROLES) & methods["p_value"].notna()]
+    for _, family in tested.groupby("model", sort=False):
+        corrected[family.index] = holm(family["p_value"].astype(float).tolist())
+    frame["p_holm"] = corrected
 
 
 def lock(path: Path) -> contextlib.AbstractContextManager[bool]:

@@ -23,7 +23,7 @@ from eval.imageset import ImageSet
 from eval.intervals import bootstrap_interval
 from eval.stereotypes import AsSaid, confusion, evenness_found, label_in_prompt
 from experiments import project_path
-from experiments.plan import first
+from experiments.compose import first
 from experiments.runs.metrics import build_metric, measured
 from experiments.tables.columns import markdown
 from experiments.tables.pages import with_interval

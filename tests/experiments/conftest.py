@@ -6,9 +6,9 @@ import shutil
 import pytest
 from plans import plan_from, plan_of
 
+from experiments.compose import composed
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.plan import composed
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 import negtome
+from experiments.compose import expand
 from experiments.figures import applications
-from experiments.plan import expand
 
 CALL = {"num_inference_steps": 1, "height": 32, "width": 32}
 CONFIG = negtome.NegToMeConfig(threshold=-1.0, timestep_range=(0, 1000), min_side=1)

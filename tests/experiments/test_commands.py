@@ -12,10 +12,10 @@ import pytest
 
 from experiments import PROJECT
 from experiments.__main__ import COMMANDS, main
-from experiments.configs import run_names
-from experiments.generate import _generate_each
-from experiments.plan import expand, launch, launched_run
+from experiments.compose import expand
+from experiments.plan import launch, launched_run, run_names
 from experiments.runs.store import Run
+from experiments.runs.workers import _generate_each
 
 QUIET = {key: value for key, value in os.environ.items() if key != "NEGTOME_TRACEBACK"}
 
@@ -151,7 +151,7 @@ def test_processes_that_generate_never_hear_ctrl_c(monkeypatch):
             future.set_result(True)
             return future
 
-    monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
+    monkeypatch.setattr("experiments.runs.workers._executor", lambda _: Executor())
     assert set(_generate_each(todo, True, 2)) == set(todo)
     assert heard == [signal.SIG_IGN] * 2 and signal.getsignal(signal.SIGINT) is before
 
@@ -169,8 +169,8 @@ def test_processes_receive_all_runs_at_once_and_each_run_ends_with_its_last_grou
             future.result = lambda: events.append(("generated", task.run.id)) or generate_group(task, *rest)
             return future
 
-    monkeypatch.setattr("experiments.generate._executor", lambda _: Executor())
-    monkeypatch.setattr("experiments.generate.as_completed", iter)
+    monkeypatch.setattr("experiments.runs.workers._executor", lambda _: Executor())
+    monkeypatch.setattr("experiments.runs.workers.as_completed", iter)
     monkeypatch.setattr(Run, "finish", lambda run, groups: events.append(("finished", run.id)) or finish(run, groups))
     file, folders = missing
     assert main(["generate", f"plan={file}", "workers=2"]) == 0

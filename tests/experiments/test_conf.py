@@ -18,14 +18,14 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
+from experiments.compose import composed as compose_once
+from experiments.compose import expand, first
 from experiments.configs import build
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
 from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
-from experiments.plan import composed as compose_once
-from experiments.plan import expand, first
 from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
 from experiments.runs.metrics import NEEDS
 from experiments.tabulate import primary_metrics

@@ -3,11 +3,10 @@
 import pandas as pd
 import pytest
 
-from experiments import tabulate
 from experiments.figures import figures_for
 from experiments.runs import catalogue
 from experiments.tables import pages, selection
-from experiments.tables.columns import COLUMNS
+from experiments.tables.columns import COLUMNS, correct_p_values
 
 DISTANCE, KEPT = "pairwise_distance_aligned", ("clip_score", "realism_efflite0_40")
 
@@ -48,7 +47,7 @@ def test_a_control_that_gains_most_is_neither_chosen_nor_on_the_front(frame):
 
 
 def test_controls_are_in_no_family_of_tests(frame):
-    tabulate._correct(frame)
+    correct_p_values(frame)
     corrected = frame.set_index(["method", "metric"])["p_holm"]
     assert corrected["negtome", DISTANCE] == pytest.approx(0.03)  # of three tests
     assert corrected["control_mirrored"].isna().all()

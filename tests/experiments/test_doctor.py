@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 
 from eval.encoders import Encoder
 from experiments import PROJECT
+from experiments.compose import composed
 from experiments.doctor import WIDTH, details, examine, main, table
-from experiments.plan import composed
 
 CONF = PROJECT / "conf"
 

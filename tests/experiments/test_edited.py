@@ -8,10 +8,13 @@ from plans import plan_of
 from eval.controls import CONTROLS
 from eval.images import load_image
 from experiments.configs import build
-from experiments.generate import _generate_group, generate, load_pipeline_and_method, prepare_job
+from experiments.generate import generate
 from experiments.methods.edited import EditedBaseline
 from experiments.runs import checkpoints
+from experiments.runs.jobs import prepare_job
+from experiments.runs.locks import locked
 from experiments.runs.store import Run
+from experiments.runs.workers import _generate_group, load_pipeline_and_method
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def groups_of(plan, number):
 
 
 def forbid_pipelines(monkeypatch):
-    monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.runs.workers._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
 
 
 def test_controls_are_edits_of_the_baselines_images_and_load_no_pipeline(tmp_path, overrides, monkeypatch):
@@ -78,7 +81,7 @@ def test_a_group_that_another_process_generates_is_left_for_later(tmp_path, over
     plan = plan_of(overrides(tmp_path, "control_mirrored"))
     (control,) = [spec for spec in plan.runs if spec.cfg.method.name != "none"]
     job = prepare_job(control, checkpoints.find_checkpoint(control.cfg.model))
-    with job.task.edits.run.claim(job.groups[0], wait=False):
+    with locked(job.task.edits.run.lock(job.groups[0])):
         assert not _generate_group(job.task, job.groups[0], wait=False)
     assert not job.task.run.has(job.groups[0])
 

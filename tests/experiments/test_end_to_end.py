@@ -24,9 +24,10 @@ from experiments.evaluate import evaluate
 from experiments.generate import generate
 from experiments.plan import Plan
 from experiments.runs.checkpoints import find_checkpoint
+from experiments.runs.jobs import prepare_job
 from experiments.runs.metrics import left_out_lines, measured
 from experiments.runs.store import Run
-from experiments.tables.columns import COLUMNS, REQUIRED, TEXT
+from experiments.tables.columns import COLUMNS, REQUIRED, TEXT, merge_rows
 from experiments.tables.groups import read_groups, values_of_run
 from experiments.tables.pages import main_table, other_table
 
@@ -65,7 +66,7 @@ def overrides(folder, source, kind="sdxl", name=None):
         "experiment=diversity", *tiny(folder, source, kind, name), "prompts.categories=[bird,fish]",
         "prompts.templates=[a photo of a]", "prompts.seeds=[0]", "prompts.images_per_prompt=2",
         "prompts.groups_per_category=null", "metric=core", "scorer@model.scorer=pixel", "~metric.clip_score",
-        "primary.quality=vendi_score",
+        "primary.diversity=pairwise_distance", "primary.quality=vendi_score",
     ]  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def test_every_setting_that_affects_pixels_makes_another_run(finished, tmp_path)
 
     def run_id(changes):
         cfg = changed(finished.cfg, changes)
-        return Run.plan(cfg, find_checkpoint(cfg.model).fingerprint, "cpu")[0].id
+        return prepare_job(plan_from(cfg).runs[0], find_checkpoint(cfg.model)).task.run.id
 
     changes = {
         "method.alpha": 0.5, "method.threshold": 0.1, "method.timestep_range": [500, 1000],
@@ -229,12 +230,12 @@ def test_holm_counts_all_tests_of_a_model_in_the_table(tmp_path):
     for number, first in enumerate(([], rows[:1], rows)):
         path = tmp_path / f"{number}.csv"
         if first:
-            tabulate.merge_rows(path, [row | {"value": 2.0} for row in first])
-        frame = tabulate.merge_rows(path, rows).sort_values(["model", "alpha"])
+            merge_rows(path, [row | {"value": 2.0} for row in first])
+        frame = merge_rows(path, rows).sort_values(["model", "alpha"])
         assert frame["p_holm"].tolist() == pytest.approx([0.02, 0.02, np.nan, 0.04, np.nan], nan_ok=True)
         assert set(frame["run_id"]) == {"0123"} and set(frame["value"]) == {1.0}
     # Rows of other settings stay.
-    frame = tabulate.merge_rows(path, [rows[0] | {"alpha": 7}])
+    frame = merge_rows(path, [rows[0] | {"alpha": 7}])
     assert sorted(frame.loc[frame["model"] == "a", "alpha"]) == [1, 2, 3, 7]
 
 
@@ -441,7 +442,7 @@ def test_a_method_with_references_is_built_once_for_all_runs_of_a_model(copyrigh
     (cfg,) = (spec.cfg for spec in plan.runs if spec.cfg.method.name == "negtome_reference")
     cfg = changed(cfg, {"prompts.kinds": ["indirect"], "outputs": str(tmp_path)})
     built = []
-    monkeypatch.setattr("experiments.generate.build", lambda spec: built.append(spec.get("name")) or build(spec))
+    monkeypatch.setattr("experiments.runs.workers.build", lambda spec: built.append(spec.get("name")) or build(spec))
     generate(plan_from(*(changed(cfg, {"model.call.guidance_scale": scale}) for scale in (2, 3))))
     assert built.count("negtome_reference") == 1
 
@@ -463,7 +464,9 @@ def test_without_reference_images_the_errors_say_which_settings_to_add(scored, t
             generate(configured(key, value))
     # Without images to score, metrics that compare with them are left out, and so is the claim.
     cfg = configured("scoring", None, images=str(tmp_path)).cfg
-    assert measured(cfg) == [f"clip_score_{kind}" for kind in ("direct", "unnamed", "indirect", "benign")]
+    of_prompts = {f"clip_score_{kind}" for kind in ("direct", "unnamed", "indirect", "benign")}
+    of_looks = {"realism_unnamed", "realism_direct", "likeness_direct", "kernel_distance"}
+    assert set(measured(cfg)) == of_prompts | of_looks
     (line,) = [line for line in left_out_lines([cfg]) if "maximum_resemblance," in line]
     assert "model.copyright.scoring=FOLDER" in line
     with pytest.raises(ValueError, match=r"primary\.resemblance .*'detection_rate_direct'"):

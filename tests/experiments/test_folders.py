@@ -10,8 +10,8 @@ from PIL import Image
 from eval.features import EffNetLite0
 from eval.imageset import ImageSet
 from experiments.__main__ import main
+from experiments.compose import expand
 from experiments.evaluate import evaluate_folder
-from experiments.plan import expand
 from experiments.runs.metrics import left_out_lines, measured
 
 BY_PIXELS = ["scorer@model.scorer=pixel", "bootstrap.n_resamples=100"]

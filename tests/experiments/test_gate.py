@@ -14,7 +14,7 @@ from scipy.stats import beta, binom
 from eval.files import content_hash
 from experiments import PROJECT
 from experiments.__main__ import main
-from experiments.plan import first
+from experiments.compose import first
 from experiments.safety.gate import VERDICTS, Criterion, interval, judge, read_gate, read_tables, worst
 
 GATE = PROJECT / "conf" / "safety" / "gate.yaml"

@@ -10,9 +10,9 @@ from eval.files import read_document, with_checksum
 from eval.images import read_manifest
 from experiments import tabulate
 from experiments.collect import collect
+from experiments.compose import expand
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.generate import generate
-from experiments.plan import expand
 
 
 def files(folder):

@@ -18,12 +18,13 @@ import pytest
 from PIL import Image
 from plans import plan_of
 
-from experiments import PROJECT, select_device
-from experiments.configs import build
-from experiments.generate import RunJob, RunTask, _generate_groups, generate
+from experiments import PROJECT
+from experiments.generate import generate
 from experiments.runs import checkpoints
+from experiments.runs.jobs import RunJob, RunTask, prepare_job
 from experiments.runs.locks import locked
-from experiments.runs.store import LOCKS, Run
+from experiments.runs.store import Run
+from experiments.runs.workers import _generate_group, generate_groups
 
 #: A baseline and a method with few categories, and with more where processes must meet.
 FEW = ("method=none,negtome", "prompts.categories=[flower,fruit]")
@@ -86,16 +87,16 @@ def test_a_worker_and_then_the_whole_command_are_killed(undisturbed, overrides, 
     """A lost worker is replaced, a killed command takes its workers along, and called again it goes on."""
     plan = plan_of(overrides)
     cfg = plan.cfg
-    run, _ = Run.plan(cfg, checkpoints.find_checkpoint(cfg.model).fingerprint, select_device(cfg.device))
+    job = prepare_job(plan.runs[0], checkpoints.find_checkpoint(cfg.model))
 
     def groups():
         return list((tmp_path / "outputs").rglob("[0-9]*/group.json"))
 
     # It cannot be done before it is killed, however fast it is: some of its groups are claimed here meanwhile.
     with contextlib.ExitStack() as last, contextlib.ExitStack() as later:
-        for number, group in enumerate(build(cfg.prompts).groups()):
+        for number, group in enumerate(job.groups):
             if number > 1:
-                assert (last if number == 5 else later).enter_context(run.claim(group, wait=False))
+                assert (last if number == 5 else later).enter_context(locked(job.task.run.lock(group), wait=False))
         process = start(["-m", "experiments.generate"], *overrides, "workers=2")
         last.callback(process.kill)
         wait_for(groups, process)
@@ -137,11 +138,11 @@ def test_a_process_is_lost(done, ends, monkeypatch):
             self.left -= 1
             return future
 
-    monkeypatch.setattr("experiments.generate._executor", functools.cache(lambda _: Pool()))
-    monkeypatch.setattr("experiments.generate.as_completed", iter)
+    monkeypatch.setattr("experiments.runs.workers._executor", functools.cache(lambda _: Pool()))
+    monkeypatch.setattr("experiments.runs.workers.as_completed", iter)
     job = RunJob(None, RunTask("run", *[None] * 6), {}, [], ["a", "b", "c"], workers=2)
     with contextlib.nullcontext() if ends else pytest.raises(RuntimeError, match="workers=1"):
-        assert list(_generate_groups([job])) == ["run"] * 3
+        assert list(generate_groups([job])) == ["run"] * 3
 
 
 def test_evaluation_and_table_are_killed(undisturbed, overrides, tmp_path, tabulated, monkeypatch):
@@ -256,20 +257,18 @@ with locked(Path(sys.argv[1])) as is_locked:
 
 
 @needs_locks
-def test_a_claim_ends_with_the_process_that_held_it(overrides, tmp_path):
-    """A group that is claimed elsewhere is left alone; once its holder was killed, it is free."""
-    group = build(plan_of(overrides).cfg.prompts).groups()[0]
-    run = Run(tmp_path / "run")
-    lock = tmp_path / LOCKS / f"{run.id}.{group.prompt_id}.{group.seed:06d}"
-    with start(["-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+def test_a_lock_ends_with_the_process_that_held_it(overrides, tmp_path):
+    """A group that is locked elsewhere is left alone; once its holder was killed, it is free."""
+    plan = plan_of(overrides)
+    job = prepare_job(plan.runs[0], checkpoints.find_checkpoint(plan.cfg.model))
+    group, run = job.groups[0], job.task.run
+    with start(["-c", HOLD, str(run.lock(group))], stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline().strip() == "True"
-            with run.claim(group, wait=False) as is_claimed:
-                assert is_claimed is False
+            assert not _generate_group(job.task, group, wait=False) and not run.has(group)
         finally:
             holder.kill()
-    with run.claim(group, wait=True) as is_claimed, locked(lock, wait=False) as again:
-        assert (is_claimed, again) == (True, False)
+    assert _generate_group(job.task, group, wait=True) and run.has(group)
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])

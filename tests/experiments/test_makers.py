@@ -8,12 +8,14 @@ from omegaconf import OmegaConf
 from plans import plan_from
 
 from experiments import PROJECT, collect
+from experiments.compose import expand
+from experiments.configs import build
 from experiments.evaluate import evaluate
-from experiments.generate import generate, generate_jobs, prepare_job
+from experiments.generate import generate, generate_jobs
 from experiments.methods.negtome import NegToMe
-from experiments.plan import expand
 from experiments.runs import checkpoints
 from experiments.runs.identity import config_digest, request, short_digest
+from experiments.runs.jobs import prepare_job
 from experiments.runs.store import Run
 
 
@@ -116,7 +118,7 @@ def test_equal_settings_are_one_run(tiny_overrides, tmp_path):
             cfg = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
             for key, value in changes.items():
                 OmegaConf.update(cfg, key, value)
-            ids.append(short_digest(request(cfg)))
+            ids.append(short_digest(request(cfg, build(cfg.method))))
     assert ids[::2] == ids[1::2]
     assert len(set(ids)) == len(EQUAL) - 1, "two pairs are of the same source"
 
@@ -124,7 +126,8 @@ def test_equal_settings_are_one_run(tiny_overrides, tmp_path):
 def test_the_committed_spelling_keeps_its_ids(with_model):
     """The part that does not depend on weights, machine and code: the committed tables name runs by them."""
     expected = {"mini-sdxl": "abc876671e10", "mini-flux": "73617d507637", "flux-dev": "875f905ae089"}
-    assert {name: short_digest(request(with_model(name))) for name in expected} == expected
+    configs = {name: with_model(name) for name in expected}
+    assert {name: short_digest(request(cfg, build(cfg.method))) for name, cfg in configs.items()} == expected
 
 
 def test_numbers_that_mean_the_same_make_the_same_images(finished, tmp_path):

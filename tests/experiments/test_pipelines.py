@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from experiments import PROJECT
+from experiments.compose import composed
 from experiments.configs import build
-from experiments.plan import composed
 from experiments.runs import checkpoints
 
 MODELS = sorted(file.stem for file in (PROJECT / "conf" / "model").glob("*.yaml"))

@@ -18,10 +18,11 @@ from PIL import Image
 from eval.images import ManifestRow, write_manifest
 from experiments import PROJECT, figures
 from experiments.__main__ import main as command
+from experiments.compose import expand
 from experiments.figures.image_grid import LABELS, LINE, SPACE, grid_of_runs, image_grid, median_groups
 from experiments.figures.labels import Label, put_beside
 from experiments.figures.style import Drawing, encode, look, pixels, save, using
-from experiments.plan import expand
+from experiments.methods.method import Baseline
 from experiments.runs.catalogue import controls
 from experiments.runs.identity import config_digest, request
 from experiments.runs.store import Run
@@ -196,7 +197,7 @@ def test_a_style_and_a_width_change_no_run_and_others_are_refused(capsys):
     overrides = ["experiment=diversity", "model=mini-sdxl", "method=none"]
     plain, paper = (expand([*overrides, *more])[-1] for more in ([], ["style=paper", "width=3.25"]))
     assert (paper.style, paper.width) == ("paper", 3.25)
-    assert config_digest(plain) == config_digest(paper) and request(plain) == request(paper)
+    assert config_digest(plain) == config_digest(paper) and request(plain, Baseline()) == request(paper, Baseline())
     for width in (0, float("nan"), "wide", True):
         with pytest.raises(ValueError, match=r"width=.* expected inches from 3 to 20"), using("paper", width):
             pass

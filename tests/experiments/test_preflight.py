@@ -15,8 +15,8 @@ from eval.encoders import Network
 from eval.imageset import ImageSet
 from experiments import PROJECT, generate
 from experiments.__main__ import main
+from experiments.compose import expand
 from experiments.configs import build
-from experiments.plan import expand
 from experiments.runs import checkpoints, metrics, preflight
 from experiments.runs.store import Run
 
@@ -103,7 +103,7 @@ def test_too_few_images_for_metrics_are_all_named_before_the_first(tmp_path, cap
     }  # fmt: skip
     assert not list(tmp_path.rglob("*.png"))
     dropped = [*overrides, *(override for block in blocks for override in shlex.split(notes(block)["without it"]))]
-    assert generate.examine(plan_of(dropped), tables=True)[1] == []
+    assert preflight.examine(plan_of(dropped), tables=True)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_default_path_has_no_faults_and_loads_no_network(overrides, tmp_path
     assert preflight.of_scoring(configs, tables=True) == []
     for cfg in configs[:2]:
         folder = checkpoints.find_checkpoint(cfg.model).folder
-        assert preflight.of_timesteps(cfg.model, folder, cfg.method.name, {"timestep_range": [900, 1000]}) == []
+        assert preflight.of_timesteps(cfg.model, folder, cfg.method.name, [900, 1000]) == []
 
 
 def test_a_baseline_that_is_still_to_be_made_is_no_fault_and_its_encoders_weights_are(tmp_path):
@@ -242,6 +242,6 @@ def test_weights_that_a_method_itself_needs_are_found_and_its_baseline_needs_non
     overrides = ["experiment=diversity", "model=mini-sdxl", "method=best_of", f"outputs={empty_home / 'outputs'}"]
     plan = plan_of([*overrides, "scorer@method.encoder=sscd"])
     assert [spec.cfg.method.name for spec in plan.runs] == ["none", "best_of"]
-    jobs, (fault,) = generate.examine(plan, tables=True)
+    jobs, (fault,) = preflight.examine(plan, tables=True)
     assert [job.spec.cfg.method.name for job in jobs] == ["none"]
     assert "SSCD" in fault.problem and fault.fetch and fault.without == "method=none"

@@ -8,10 +8,11 @@ from omegaconf import OmegaConf
 from plans import plan_of
 
 from experiments import PROJECT, rank, tabulate
+from experiments.compose import expand
 from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.plan import Plan, expand
+from experiments.plan import Plan
 from experiments.runs import catalogue
 from experiments.tables import columns
 

@@ -14,8 +14,8 @@ from stand_ins import Colours
 
 from eval.resemblance import DetectionRate
 from experiments import PROJECT
+from experiments.compose import first
 from experiments.methods.assets import AssetIndex
-from experiments.plan import first
 from experiments.safety import judge as judging
 from experiments.safety import redteam, search
 from experiments.safety.grammar import MOST_WORDS, Candidate, Grammar, fixed_text, misspelled, words_of
@@ -257,7 +257,7 @@ def test_a_red_team_is_run_once_and_its_table_is_of_its_transcripts(overrides, t
     assert text == redteam.render(frame) == (tmp_path / "results" / "redteam" / "table.md").read_text()
     # Asked again, nothing is drawn; a search that was cut short ends as it did.
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.generate._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
+        patch.setattr("experiments.runs.workers._pipeline", lambda *_: pytest.fail("loaded a pipeline"))
         assert redteam.write_table(overrides) == text and "0 of 4 searches" in caplog.text
     for path in list(made)[:2]:
         file = tmp_path / "outputs" / "redteam" / path

@@ -14,13 +14,15 @@ from eval.attributes import AttributeEntropy
 from eval.clip import HFClip
 from eval.encoders import PixelEncoder
 from experiments import PROJECT
+from experiments.compose import expand
 from experiments.configs import build
-from experiments.evaluate import configured_metrics
-from experiments.generate import _to_pil, generate
-from experiments.plan import RunSpec, expand
+from experiments.generate import generate
+from experiments.plan import RunSpec
 from experiments.prompts import CharacterPrompts
 from experiments.runs import checkpoints
 from experiments.runs.identity import request
+from experiments.runs.metrics import configured_metrics
+from experiments.runs.workers import _to_pil
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,8 @@ def test_sizes_of_the_configured_models_are_supported(configure, with_model):
 )
 def test_a_value_of_another_type_is_refused(change, message, configure):
     with pytest.raises(ValueError, match=message):
-        request(configure(change))
+        cfg = configure(change)
+        request(cfg, build(cfg.method))
 
 
 def test_a_text_is_no_list_of_letters_and_no_truth(configure, tabulated):

@@ -25,7 +25,7 @@ from PIL import Image
 from eval.weights import FACTS
 from experiments import PROJECT
 from experiments.__main__ import main
-from experiments.plan import expand
+from experiments.compose import expand
 from experiments.runs import checkpoints
 from negtome.__main__ import main as negtome
 

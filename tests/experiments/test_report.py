@@ -27,9 +27,8 @@ from experiments.report.galleries import spread
 from experiments.report.headlines import effect
 from experiments.report.markdown import render_page
 from experiments.report.pictures import PICTURES, reduced
-from experiments.tables.columns import TEXT, commands, read_table, whole
+from experiments.tables.columns import TEXT, commands, merge_rows, read_table, whole
 from experiments.tables.pages import main_table
-from experiments.tabulate import merge_rows
 
 
 class Page(HTMLParser):

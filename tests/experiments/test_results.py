@@ -6,7 +6,7 @@ import yaml
 from hydra.utils import get_object
 
 from experiments import PROJECT
-from experiments.plan import expand
+from experiments.compose import expand
 from experiments.runs.checkpoints import find_checkpoint
 from experiments.runs.identity import code_digest, config_digest
 from experiments.tables.columns import COLUMNS, REQUIRED, TEXT

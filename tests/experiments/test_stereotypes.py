@@ -10,10 +10,10 @@ from plans import plan_from
 from eval.people import BINS, SIDE, TONES, log_likelihoods
 from eval.stereotypes import label_in_prompt
 from experiments import PROJECT, tabulate
+from experiments.compose import expand, first
 from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.generate import generate
-from experiments.plan import expand, first
 from experiments.tables import stereotypes
 from training import people
 from training.sources import SKIN_TONES, Emoji

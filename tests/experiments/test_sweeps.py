@@ -10,11 +10,12 @@ from PIL import Image
 from plans import plan_from, plan_of
 
 from experiments import PROJECT, plot, tabulate
+from experiments.compose import expand
 from experiments.configs import build
 from experiments.evaluate import evaluate
 from experiments.figures.image_grid import select_runs
 from experiments.generate import generate
-from experiments.plan import Plan, expand, experiments_of
+from experiments.plan import Plan, experiments_of
 from experiments.runs.identity import config_digest
 from experiments.runs.store import Run
 from experiments.tables import columns
@@ -104,7 +105,7 @@ def test_experiments_share_what_they_have_in_common(experiments, done, monkeypat
     shared = plan.runs[0].baseline.id
     # Nothing is loaded for what is there.
     monkeypatch.setattr("experiments.runs.checkpoints.load", lambda *a, **k: pytest.fail("loaded a pipeline"))
-    monkeypatch.setattr("experiments.generate._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
+    monkeypatch.setattr("experiments.runs.workers._pipeline", lambda *a: pytest.fail("loaded a pipeline"))
     cfg = plan.cfg.copy()
     cfg.name = f"another_{experiments[0]}"
     other = plan_from(cfg)

@@ -13,8 +13,9 @@ import pytest
 from plans import plan_of
 
 from experiments import PROJECT, tabulate
-from experiments.evaluate import configured_metrics
+from experiments.runs.metrics import configured_metrics
 from experiments.tables import columns, groups, pages
+from experiments.tables.columns import merge_rows
 
 OWN = {"matching", "reference", "alpha", "threshold", "t_low", "t_high", "sites"}
 ROW = dict.fromkeys(columns.REQUIRED | OWN, 1.0) | {
@@ -50,7 +51,10 @@ def document(values, bounds=(0, 100), **more):
         (["primary.resemblance=clip_score"], r"different primary metrics, got .*'resemblance': \['clip_score'\]"),
         (["~metric.clip_score"], r"primary.quality .*'clip_score'"),
         (["metric=tune", "primary.diversity=vendi_score"], r"primary.diversity .*'vendi_score'"),
-        (["primary.quality=pairwise_distance"], r"different primary metrics, got .*'quality': \['pairwise_distance'\]"),
+        (
+            ["primary.quality=pairwise_distance_aligned"],
+            r"different primary metrics, got .*'pairwise_distance_aligned'\]",
+        ),
         (
             ["primary.quality=kernel_distance_scorer", "model.reference_images=null"],
             "primary.quality .*one of the metrics",
@@ -70,10 +74,10 @@ def test_intervals_of_another_level_are_not_called_95_percent():
 
 def test_runs_that_a_table_cannot_tell_apart_are_refused(tmp_path):
     path = tmp_path / "e.csv"
-    tabulate.merge_rows(path, [ROW])
+    merge_rows(path, [ROW])
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"Runs 0123 and 4567 differ in nothing that a table tells .*results=FOLDER"):
-        tabulate.merge_rows(path, [ROW, ROW | {"run_id": "4567"}])
+        merge_rows(path, [ROW, ROW | {"run_id": "4567"}])
     assert path.read_bytes() == before
 
 
@@ -133,7 +137,7 @@ def test_a_share_of_what_may_be_0_or_less_is_no_margin(base, bounds, tmp_path):
     assert columns["difference_low"] > 0
     unknown = {"margin": None, "non_inferior": None}
     baseline = ROW | unknown | {"method": "none", "run_id": "4567", "difference": None, "p_value": None}
-    frame = tabulate.merge_rows(tmp_path / "e.csv", [baseline, ROW | unknown | columns])
+    frame = merge_rows(tmp_path / "e.csv", [baseline, ROW | unknown | columns])
     assert pages.main_table(frame)["non-inferior"].tolist() == ["", "not estimable"], "the first is the baseline"
     (finding,) = pages.findings(frame)
     assert "non-inferior" not in finding
@@ -166,10 +170,10 @@ def test_what_has_no_test_and_no_spread_is_blank():
 
 def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
     none = ROW | {"method": "none", "run_id": "a"} | dict.fromkeys(OWN)
-    frame = tabulate.merge_rows(tmp_path / "e.csv", [none])
+    frame = merge_rows(tmp_path / "e.csv", [none])
     assert not OWN & set(pd.read_csv(tmp_path / "e.csv")) and set(frame) >= OWN, "absent from the file alone"
     assert list(pages.main_table(frame))[:3] == ["model", "method", "pushed"]
-    frame = tabulate.merge_rows(tmp_path / "e.csv", [ROW | {"sites": None}])
+    frame = merge_rows(tmp_path / "e.csv", [ROW | {"sites": None}])
     committed = pd.read_csv(PROJECT / "results" / "diversity" / "table.csv", nrows=0)
     assert list(pd.read_csv(tmp_path / "e.csv")) == list(committed), "sites too, though they are blank"
     assert frame["alpha"].tolist()[1:] == [1.0] and frame["alpha"].isna()[0]
@@ -179,8 +183,8 @@ def test_a_table_has_the_columns_of_the_methods_that_are_in_it(tmp_path):
 def test_rows_by_an_earlier_encoder_are_replaced(tmp_path):
     path = tmp_path / "table.csv"
     others = [ROW | {"metric": "vendi_score", "primary": None}, ROW | {"model": "other"}, ROW | {"alpha": 0.5}]
-    tabulate.merge_rows(path, [ROW | {"p_value": 0.03}, *others])
-    frame = tabulate.merge_rows(path, [ROW | {"p_value": 0.03, "encoder": "clip-new"}])
+    merge_rows(path, [ROW | {"p_value": 0.03}, *others])
+    frame = merge_rows(path, [ROW | {"p_value": 0.03, "encoder": "clip-new"}])
     assert len(frame) == 4, "beside the new row its predecessor stands"
     key = (frame["metric"] == "clip_score") & (frame["model"] == "m") & (frame["alpha"] == 1)
     assert frame.loc[key, "encoder"].tolist() == ["clip-new"]
@@ -234,7 +238,7 @@ def copyright_rows(seconds):
 
 
 def test_resemblance_is_tested_beside_quality_and_described_by_its_relative_reduction(tmp_path):
-    frame = tabulate.merge_rows(tmp_path / "copyright.csv", copyright_rows(True))
+    frame = merge_rows(tmp_path / "copyright.csv", copyright_rows(True))
     table = pages.main_table(frame)
     assert list(table.columns) == [
         "model", "method", "alpha", "threshold", "window", "pushed", "maximum resemblance (down)",
@@ -274,21 +278,19 @@ def test_a_finding_names_the_other_metrics_that_moved(tmp_path):
                       difference_low=low, difference_high=-0.2 if metric == "skin_tone" else 6.0)
         for metric, up, value, difference, low in moved
     ]  # fmt: skip
-    (finding,) = pages.findings(tabulate.merge_rows(tmp_path / "copyright.csv", [*copyright_rows(None), *further]))
+    (finding,) = pages.findings(merge_rows(tmp_path / "copyright.csv", [*copyright_rows(None), *further]))
     assert finding.endswith(", fid +50 %; better: vendi score +25 %; moved: skin tone -33 %.")
 
 
 def test_seconds_are_a_column_only_where_they_were_asked_for(tmp_path):
     """They survive the CSV; and a table without them has no column of blanks."""
-    asked, not_asked = (
-        tabulate.merge_rows(tmp_path / f"{seconds}.csv", copyright_rows(seconds)) for seconds in (True, None)
-    )
+    asked, not_asked = (merge_rows(tmp_path / f"{seconds}.csv", copyright_rows(seconds)) for seconds in (True, None))
     assert asked["seconds"].tolist() == [2.0, 2.0, 2.53125, 2.53125, 2.53125]
     assert pages.main_table(asked)["seconds"].tolist() == ["2.00", "2.53"]
     assert not_asked["seconds"].isna().all() and "seconds" not in pages.main_table(not_asked)
     # Both in one CSV: a method that was not timed is blank.
     other = [row | {"model": "untimed"} for row in copyright_rows(None)]
-    both = pages.main_table(tabulate.merge_rows(tmp_path / "True.csv", other))
+    both = pages.main_table(merge_rows(tmp_path / "True.csv", other))
     assert both["seconds"].tolist() == ["2.00", "2.53", "", ""]
 
 
@@ -353,8 +355,7 @@ def test_rows_of_two_processes_at_once_are_all_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(columns, "write_text", slow)
     threads = [
-        threading.Thread(target=tabulate.merge_rows, args=(tmp_path / "e.csv", [row | {"model": model}]))
-        for model in "abc"
+        threading.Thread(target=merge_rows, args=(tmp_path / "e.csv", [row | {"model": model}])) for model in "abc"
     ]
     for thread in threads:
         thread.start()
@@ -369,5 +370,5 @@ def test_rows_are_not_put_into_a_table_of_another_kind(tmp_path):
     shutil.copy(PROJECT / "results" / "latency" / "table.csv", path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"a table of the same kind at .*latency\.csv, got one with the columns"):
-        tabulate.merge_rows(path, [ROW])
+        merge_rows(path, [ROW])
     assert path.read_bytes() == before

@@ -15,16 +15,17 @@ from eval.images import read_manifest, read_withheld
 from experiments import rank, tabulate
 from experiments.check import compare_tables
 from experiments.collect import collect, main
+from experiments.compose import expand
 from experiments.evaluate import evaluate, evaluate_folder
 from experiments.figures.image_grid import image_grid
 from experiments.figures.style import pixels
 from experiments.generate import generate
 from experiments.methods.method import GroupResult
-from experiments.plan import Plan, expand
+from experiments.plan import Plan
 from experiments.plot import plot
 from experiments.report import report
 from experiments.runs.store import Run
-from experiments.tables.columns import OF_WITHHELD, read_table
+from experiments.tables.columns import OF_WITHHELD, merge_rows, read_table
 from experiments.tables.pages import against_table, findings, main_table
 
 #: Two categories with two groups each, which every method but the first withholds in part.
@@ -172,7 +173,7 @@ def test_where_nothing_is_withheld_no_table_or_document_knows_of_it(made, tmp_pa
     for file in (folders["none"] / "metrics").iterdir():
         assert "withheld" not in read_document(file)
     path = tmp_path / "t.csv"
-    tabulate.merge_rows(path, tabulate.rows_of_runs(part(plan, "none")))
+    merge_rows(path, tabulate.rows_of_runs(part(plan, "none")))
     assert not set(OF_WITHHELD) & set(pd.read_csv(path).columns)
     assert "withheld" not in main_table(pd.read_csv(path))
 
