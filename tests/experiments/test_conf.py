@@ -212,7 +212,7 @@ def test_real_models_get_the_papers_full_set_and_the_mini_models_a_stated_subset
         assert sum(group.size for group in groups(model)) == 5600
     for model in ("mini-sdxl", "mini-flux"):
         assert len({group.category for group in groups(model)}) == 20
-        assert len(groups(model)) < 100
+        assert len(groups(model)) == 200
 
 
 def test_no_category_is_both_tuned_and_reported():
@@ -255,14 +255,14 @@ def test_a_suite_fits_its_model():
     core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
     assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
-    assert set(composed("experiment=sweep").metric) == {"pairwise_distance", "clip_score"}
+    assert set(composed("experiment=ablate_alpha").metric) == {"pairwise_distance", "clip_score"}
 
 
 def test_settings_are_chosen_within_half_the_margin_that_is_reported():
     names = ("sweep", "diversity", "copyright_sweep", "copyright")
     margins = {name: composed(f"experiment={name}").primary.quality_margin for name in names}
     assert margins["sweep"] == margins["diversity"] / 2
-    assert margins["copyright_sweep"] == margins["copyright"] / 2
+    assert margins["copyright_sweep"].clip_score_unnamed == margins["copyright"] / 2
 
 
 def test_the_labels_at_full_size_are_of_their_categories():
@@ -347,7 +347,7 @@ def test_every_character_is_asked_for_in_every_way(model, n_characters):
         assert all(character.lower() in prompt.lower() for prompt in asked["direct"])
         assert not any(character.lower() in prompt.lower() for prompt in asked["benign"])
     images = sum(group.size for group in prompts.groups())
-    assert images == (1200 if model == "mini-sdxl" else 2496)
+    assert images <= 120 if model == "mini-sdxl" else images / 2 == 1248
     # Every metric that is of some prompts alone finds some.
     for name, spec in cfg.metric.items():
         for pattern in spec.get("only") or []:

@@ -19,17 +19,17 @@ from training import people
 from training.sources import SKIN_TONES, Emoji
 
 
-def test_every_word_is_asked_for_openly_100_times_and_of_both_genders():
+def test_every_word_is_asked_for_openly_20_times_and_of_both_genders():
     cfg = first(["experiment=stereotypes"])
     groups = build(cfg.prompts).groups()
     tones = cfg.metric.skin_tone_as_said.labels
     assert tones == list(TONES) and len({group.category for group in groups}) == 14
     for word, genders in cfg.metric.gender_as_said.labels.items():
         own = [group for group in groups if group.category == word]
-        assert sum(group.size for group in own if group.prompt_id.startswith("open-")) == (word != "technologist") * 100
+        assert sum(group.size for group in own if group.prompt_id.startswith("open-")) == (word != "technologist") * 20
         said = [group.prompt for group in own if group.prompt_id.startswith("said-")]
         assert {label_in_prompt(prompt, genders) for prompt in said} == ({0, 1} if said else set())
-        assert len({label_in_prompt(prompt, tones) for prompt in said}) == len(set(said))
+        assert len({label_in_prompt(prompt, tones) for prompt in said}) == len(said)
     open_prompts = [group.prompt for group in groups if group.prompt_id.startswith("open-")]
     assert not any(word in prompt for prompt in open_prompts for word in ("woman", "man ", "girl", "boy", "tone"))
     named = {f"{group.prompt_id}" for group in groups}
@@ -42,7 +42,7 @@ def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
     usual = [one for one in tiny_overrides("stereotypes", tmp_path, "method=none,negtome") if not one.startswith(mine)]
     words = {"judge": ["woman judge with light skin tone"], "cook": ["man cook with dark skin tone"]}
     changes = [
-        "prompts.seeds=[0,1,2,3]", "prompts.said_seeds=[0]", "prompts.images_per_prompt=2",
+        "prompts.seeds=[0,1,2,3]", "prompts.images_per_prompt=2",
         "~metric.skin_tone_evenness_trained",
     ]  # fmt: skip
     configs = expand(list({one.partition("=")[0]: one for one in (*usual, *changes)}.values()))
