@@ -152,6 +152,6 @@ def reproduce(argv: list[str], quick: Plan, plan: Plan) -> int:
     every = plan.cfg.quick_every
     print(
         f"{plan.name}: {n_agree} of {len(comparisons)} numbers agree with the published ones group by group. This is "
-        f"every {every}th group; full=true makes all groups and the table (make reproduce-{plan.name} ARGS=full=true)."
+        f"1 group in {every}; full=true makes all groups and the table (make reproduce-{plan.name} ARGS=full=true)."
     )
     return int(n_agree < len(comparisons))
