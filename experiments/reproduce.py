@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     plan = Plan.of(argv)
     stages = [importlib.import_module(f"experiments.{name}") for name in STAGES]  # all before the first begins
+    check.files(plan)  # no table is made in the place of the published one
     if (part := quick.quick_plan(plan)) is not None:
         return quick.reproduce(argv, part, plan)
-    check.files(plan)  # no table is made in the place of the published one
     for stage in stages:
         if code := stage.main(argv, plan):
             return code
