@@ -18,12 +18,14 @@ HEADLINES = {
 #: Plain names of the primary metrics.
 LABELS = {
     "pairwise_distance": "diversity (pairwise distance)",
+    "pairwise_distance_aligned": "diversity (aligned distance)",
     "clip_score": "fit to the prompt (CLIPScore)",
     "clip_score_unnamed": "fit to other prompts (CLIPScore)",
     "detection_rate_direct": "detection rate, concept named",
     "detection_rate_indirect": "detection rate, concept described",
     "maximum_resemblance_direct": "similarity, concept named",
     "maximum_resemblance_indirect": "similarity, concept described",
+    "realism_efflite0_40": "realism",
     "realism_unnamed": "realism, other prompts",
     "realism_direct": "realism, concept named",
     "not_unsafe": "protected requests stopped",

@@ -62,7 +62,7 @@ def diversity_table():
     """Return the committed table of diversity, its metrics that tests look at: the rest takes time."""
     frame = pd.read_csv(PROJECT / "results" / "diversity" / "table.csv", dtype=TEXT)
     frame = frame[frame["model"].isin(["mini-sdxl", "mini-flux"]) & frame["method"].isin(METHODS)]
-    return frame[frame["metric"].isin(["pairwise_distance", "clip_score", "vendi_score"])]
+    return frame[frame["metric"].isin(["pairwise_distance_aligned", "clip_score", "vendi_score"])]
 
 
 def scored_runs(folder, size=32):
@@ -83,7 +83,7 @@ def scored_runs(folder, size=32):
         gains = {"a-cat/000001": 0.4, "odd/000000": 0.3, "bus/000000": 0.2}
         distances = {group: 0.2 + number * gains.get(group, 0.01 * place) for place, group in enumerate(groups)}
         kept = {group: 50.0 - number * (group == "a-cat/000001") for group in groups}
-        for metric, values in (("pairwise_distance", distances), ("clip_score", kept)):
+        for metric, values in (("pairwise_distance_aligned", distances), ("clip_score", kept)):
             row = mine & (frame["metric"] == metric)
             scores[method, metric] = values
             encoder = frame.loc[row, "encoder"].iloc[0]

@@ -65,7 +65,7 @@ def test_other_settings_are_named_and_decide_nothing(made, capsys, tmp_path):
     assert main(made(stronger)) == 0
     assert "not published with these settings" in capsys.readouterr().out
     table = compare_tables(tmp_path / "results" / "diversity" / "table.csv", PUBLISHED)
-    assert table["inside"].isna().sum() == 4  # two models, two primary metrics
+    assert table["inside"].isna().sum() == 6  # two models, three primary metrics
 
 
 def test_the_published_table_is_not_compared_with_itself(capsys):

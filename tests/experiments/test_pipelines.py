@@ -173,7 +173,7 @@ def method_of(methods):
 
     def of(name, method, **about):
         cfg = {"model": {key: model_file(name)[key] for key in ("name", "architecture")}, "retriever": {}}
-        cfg = OmegaConf.create(cfg | {"method": methods[method]})
+        cfg = OmegaConf.create(cfg | {"method": methods[method], "older_protocol": False})
         cfg.method.metadata.update(about)
         return cfg.method
 
@@ -185,7 +185,7 @@ def test_every_model_goes_with_every_method(method_of):
         for name in METHODS:
             assert OmegaConf.to_container(method_of(model, name), resolve=True)["name"] == name
         method = build(method_of(model, "negtome"))
-        assert method.config.sites is None and (method.config.alpha, method.config.reference) == (0.9, "first")
+        assert method.config.sites is None and method.config.reference == "first"
         assert build(method_of(model, "negtome_released")).config.matching == "released"
 
 

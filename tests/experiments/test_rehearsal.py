@@ -115,7 +115,8 @@ def test_a_checkpoint_is_fetched_once_and_in_no_other_form_than_it_is_loaded_in(
 def test_who_may_not_download_a_gated_checkpoint_reads_where_its_licence_is_accepted(status, online, tmp_path, capsys):
     online.repositories[FLUX].gated = status
     outputs = tmp_path / "outputs"
-    assert main(["generate", "experiment=diversity", "model=flux-dev", "metric=none", f"outputs={outputs}"]) == 2
+    overrides = ["experiment=diversity", "model=flux-dev", "method=none", "metric=none", f"outputs={outputs}"]
+    assert main(["generate", *overrides]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generate: ")]
     assert f" {online.url}/{FLUX} " in line and "hf auth login" in line and len(line) < 400
     assert not outputs.exists()

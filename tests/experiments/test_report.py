@@ -217,7 +217,7 @@ def test_the_clearest_group_gains_most_without_a_loss(scored):
     _, _, scores, path = scored
     gains, kept = (
         {group: value - scores["none", metric][group] for group, value in scores["negtome", metric].items()}
-        for metric in ("pairwise_distance", "clip_score")
+        for metric in ("pairwise_distance_aligned", "clip_score")
     )
     best = max((group for group in gains if kept[group] >= 0), key=gains.get)
     assert best == "odd/000000" and max(gains, key=gains.get) != best, "one that gains more loses quality"
@@ -241,21 +241,21 @@ def test_scores_stand_under_their_images(scored):
             strips.append((group, next(methods), element["data-changes"], " ".join(element["text"].split())))
     assert len(strips) == 6 * len(METHODS)
     for group, method, changes, text in strips:
-        value, base = (scores[name, "pairwise_distance"][group] for name in (method, "none"))
+        value, base = (scores[name, "pairwise_distance_aligned"][group] for name in (method, "none"))
         if method == "none":
-            assert changes == "," and f"pairwise distance {value:.3g} clip" in text
+            assert changes == "," and f"pairwise distance aligned {value:.3g}" in text and "clip score 50" in text
         else:
-            assert float(changes.split(",")[0]) == pytest.approx(value - base)
-            assert f"pairwise distance {value:.3g} ({value - base:+.2g})" in text
+            assert float(changes.split(",")[1]) == pytest.approx(value - base)
+            assert f"pairwise distance aligned {value:.3g} ({value - base:+.2g})" in text
 
 
 @pytest.mark.parametrize("damage", ["table", "link", "edited"])
 def test_scores_that_are_not_those_of_the_table_are_left_out(damage, scored, tmp_path, caplog):
     folder, frame, *_ = scored
     shutil.copytree(folder / "outputs", tmp_path / "outputs")
-    rows = (frame["method"] == "negtome") & (frame["metric"] == "pairwise_distance")
+    rows = (frame["method"] == "negtome") & (frame["metric"] == "pairwise_distance_aligned")
     run = tmp_path / "outputs" / "runs" / frame.loc[rows, "run_id"].iloc[0]
-    (file,) = (run / METRICS).glob("pairwise_distance-*")
+    (file,) = (run / METRICS).glob("pairwise_distance_aligned-*")
     if damage == "table":
         frame = frame.assign(value=frame["value"].where(~rows, 0.9))
     elif damage == "edited":
@@ -301,7 +301,7 @@ def test_headlines_show_the_effects_of_the_table(full):
         base = (row["value"] - row["difference"]) / 100
         low, high = (row[f"difference_{end}"] / base for end in ("low", "high"))
         assert f"{row['difference'] / base:+.1f} % [{low:+.1f}, {high:+.1f}]" in text
-    assert [cell["text"] for cell in page.of_class("verdict")] == ["more", "non-inferior", "more", "less"]
+    assert [cell["text"] for cell in page.of_class("verdict")] == ["not significant", "more", "non-inferior", "more"]
 
 
 def test_equal_inputs_give_equal_bytes_beside_the_page_and_in_one_file(scored, tmp_path):
