@@ -219,9 +219,9 @@ def _kept(row: pd.Series) -> str:
 def control_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the negative controls: one row a model and control, with the primary metrics' paired differences.
 
-    `holds` is the rule of docs/protocol.md. An edit of every second image must not raise a metric of diversity: the
-    interval contains 0, and the mean change is below a tenth of NegToMe's. An edit of every image must not be
-    non-inferior in realism.
+    `holds` is the rule of docs/protocol.md. An edit of every second image must not improve the first primary metric of
+    diversity or similarity: the interval contains 0, and the mean gain is below a tenth of NegToMe's. An edit of every
+    image must not be non-inferior in realism.
     """
     primary = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
     rows = []
@@ -230,7 +230,7 @@ def control_table(frame: pd.DataFrame) -> pd.DataFrame:
     ):
         entry = {"model": model, "control": title_of(method)}
         entry |= {f"{humanize(row['metric'])} ({arrow(row)})": change(row) for _, row in control.iterrows()}
-        negtome = primary[(primary["model"] == model) & (primary["method"] == "negtome")]
+        negtome = primary[(primary["model"] == model) & primary["method"].isin(["negtome", "negtome_reference"])]
         entry["holds"] = _rule_holds(control, negtome, method in COPIES)
         rows.append(entry)
     return pd.DataFrame(rows).fillna("")
@@ -240,14 +240,15 @@ def _rule_holds(control: pd.DataFrame, negtome: pd.DataFrame, copies: bool) -> s
     """Return "yes", "no", or "not estimable" for the rule of a control; see `control_table`."""
     verdicts = []
     if copies:
-        gains = negtome[negtome["primary"] == "diversity"].set_index("metric")["difference"]
-        for _, row in control[control["primary"] == "diversity"].iterrows():
-            if row["metric"] not in gains.index:
+        differences = negtome.set_index("metric")["difference"]
+        for _, row in control[control["primary"] != "quality"].head(1).iterrows():
+            if row["metric"] not in differences.index:
                 return "not estimable"
             # Without an interval, all clusters change alike, as mirroring does: by nothing but rounding.
             low, high = (row["difference"] if pd.isna(row[end]) else row[end] for end in DIFFERENCE[1:])
             contains_zero = low <= ROUNDING and high >= -ROUNDING
-            verdicts.append(contains_zero and row["difference"] < gains[row["metric"]] / 10)
+            sign = 1 if str(row["higher_is_better"]) == "True" else -1
+            verdicts.append(contains_zero and sign * row["difference"] < sign * differences[row["metric"]] / 10)
     else:
         kept = control.loc[control["metric"].str.startswith("realism"), "non_inferior"]
         verdicts = [str(value) == "False" for value in kept if not pd.isna(value)]

@@ -154,8 +154,8 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert build(cfg.prompts).split == ("development" if experiment in CHOOSING else "test")
     tested = primary_metrics(cfg)
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
-    # Named prompts and others; two measures of quality; two attributes, each where it is open and where it is said.
-    several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
+    # Named prompts and others; several measures of quality; two attributes, each where it is open and where it is said.
+    several = {"copyright": 5, "copyright_sweep": 4, "peers_copyright": 3, "stereotypes": 4}
     several |= dict.fromkeys(["diversity", "sweep", "sweep_flux"], 3)
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
@@ -262,7 +262,7 @@ def test_settings_are_chosen_within_half_the_margin_that_is_reported():
     names = ("sweep", "diversity", "copyright_sweep", "copyright")
     margins = {name: composed(f"experiment={name}").primary.quality_margin for name in names}
     assert margins["sweep"] == margins["diversity"] / 2
-    assert margins["copyright_sweep"].clip_score_unnamed == margins["copyright"] / 2
+    assert margins["copyright_sweep"] == margins["copyright"] / 2
 
 
 def test_the_labels_at_full_size_are_of_their_categories():
@@ -347,7 +347,7 @@ def test_every_character_is_asked_for_in_every_way(model, n_characters):
         assert all(character.lower() in prompt.lower() for prompt in asked["direct"])
         assert not any(character.lower() in prompt.lower() for prompt in asked["benign"])
     images = sum(group.size for group in prompts.groups())
-    assert images <= 120 if model == "mini-sdxl" else images / 2 == 1248
+    assert images == (1200 if model == "mini-sdxl" else 2496)
     # Every metric that is of some prompts alone finds some.
     for name, spec in cfg.metric.items():
         for pattern in spec.get("only") or []:

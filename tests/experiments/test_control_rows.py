@@ -69,6 +69,14 @@ def test_a_control_is_judged_by_the_rule_of_the_protocol(control, holds):
     assert pages.control_table(frame)["holds"].tolist() == [holds]
 
 
+@pytest.mark.parametrize(("change", "holds"), [(0.0, "yes"), (0.02, "yes"), (-0.011, "no")])
+def test_a_control_must_not_lower_a_detection_rate_either(change, holds):
+    frame = table(rows("none", 0), rows("negtome_reference", -0.1), rows("control_shifted", change, width=0.1))
+    tested = frame["metric"] == DISTANCE
+    frame.loc[tested, ["primary", "higher_is_better"]] = ["resemblance", False]
+    assert pages.control_table(frame)["holds"].tolist() == [holds]
+
+
 def test_quality_is_kept_only_if_both_measures_are():
     for kept in ((True, True), (True, False), (False, True)):
         (finding,) = pages.findings(table(rows("none", 0), rows("negtome", 0.1, kept=kept)))

@@ -339,7 +339,8 @@ def copyright_runs(tmp_path_factory, tiny_checkpoint):
             "experiment=copyright", *([f"method={','.join(COPYRIGHT_METHODS[kind])}"] if kind == "sdxl" else []),
             *tiny(folder, tiny_checkpoint(kind), kind),
             f"model.copyright.guidance={folder / 'guidance'}", f"model.copyright.scoring={folder / 'scoring'}",
-            f"model.copyright.held_out={PROTECTED / 'held_out'}", "model.copyright.seeds=[0]",
+            f"model.copyright.held_out={PROTECTED / 'held_out'}", f"model.reference_images={PROTECTED / 'held_out'}",
+            "model.copyright.seeds=[0]", "scorer@scorers.efflite0_40=pixel",
             "model.copyright.images_per_prompt=2", "model.copyright.thresholds.prompt=0.6",
             f"prompts.characters={CHARACTERS}", "scorer@model.scorer=mini-clip",
             "scorer@model.copyright.encoder=pixel", "scorer@model.copyright.second=pixel",
@@ -396,19 +397,21 @@ def test_the_copyright_table_has_every_configured_number(scored):
     assert (frame["seconds"] > 0).all() and (frame["difference"].notna() == (frame["method"] != "none")).all()
     references = frame[frame["method"] == "negtome_reference"]
     assert set(references["reference"]) == {"assets"} and (references["pushed_share"] > 0).all()
-    expected = {f"maximum resemblance {kind} (down)" for kind in ("direct", "indirect")}
-    expected |= {f"maximum resemblance direct: {column}" for column in ("p", "d_z", "win rate")}
-    assert {*expected, "clip score unnamed (up)", "non-inferior", "seconds"} <= set(main_table(frame).columns)
+    expected = {f"detection rate {kind} (down)" for kind in ("direct", "indirect")}
+    expected |= {f"detection rate direct: {column}" for column in ("p", "d_z", "win rate")}
+    assert {*expected, "clip score unnamed (up)", "realism direct: non-inferior", "seconds"} <= set(
+        main_table(frame).columns
+    )
     assert f"| {plan.cfg.model.name} " in page
     with Image.open(next(file for file in plot.plot(plan) if file.name == "grid_sdxl.webp")) as grid:
         assert grid.height > 2 * 32
     for run in runs.values():
         documents = [json.loads(path.read_text()) for path in (run / "metrics").iterdir()]
         by_name = {document["metric"]: document for document in documents}
-        assert set(by_name) == set(plan.cfg.metric) - {"kernel_distance", "likeness_direct"}, "without real images"
+        assert set(by_name) == set(plan.cfg.metric)
         assert (by_name["maximum_resemblance"]["n_groups"], by_name["clip_score_benign"]["n_groups"]) == (3, 2)
         assert by_name["identification"]["details"]["n_assets"] == 2
-        assert by_name["detection_rate"]["details"]["n_negative"] >= 19
+        assert by_name["detection_rate_direct"]["details"]["n_negative"] >= 19
         assert by_name["changed_share_benign"]["value"] == by_name["change_benign"]["value"] == 0
         assert by_name["changed_share_benign"]["encoder"]["id"] == "pixels"
         assert by_name["maximum_resemblance"]["encoder"]["id"] == "pixels-8x8"
@@ -464,5 +467,5 @@ def test_without_reference_images_the_errors_say_which_settings_to_add(scored, t
     assert measured(cfg) == [f"clip_score_{kind}" for kind in ("direct", "unnamed", "indirect", "benign")]
     (line,) = [line for line in left_out_lines([cfg]) if "maximum_resemblance," in line]
     assert "model.copyright.scoring=FOLDER" in line
-    with pytest.raises(ValueError, match=r"primary\.resemblance .*'maximum_resemblance_direct'"):
+    with pytest.raises(ValueError, match=r"primary\.resemblance .*'detection_rate_direct'"):
         tabulate.rows_of_runs(configured("scoring", None))
