@@ -102,7 +102,7 @@ def settings_in(frame: pd.DataFrame) -> list[Setting]:
         setting
         for setting in catalogue.settings()
         if set(setting.columns) <= set(frame.columns)
-        and (setting in declared or frame[list(setting.columns)].notna().any(axis=None))
+        and ((setting in declared and not setting.optional) or frame[list(setting.columns)].notna().any(axis=None))
     ]
 
 

@@ -241,6 +241,20 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         assert changed == differs, model
 
 
+def test_models_of_few_steps_have_the_librarys_settings_for_them():
+    def config(*overrides):
+        return build(first(["method=negtome", *overrides]).method).config
+
+    for model in ("flux-schnell", "sdxl-turbo"):
+        assert config(f"model={model}") == NegToMeConfig.few_step()
+    replaced = config("model=flux-schnell", "method.timestep_range=[900,1000]")
+    assert (replaced.step_range, replaced.timestep_range) == (None, (900, 1000))
+    replaced = config("model=mini-sdxl", "method.step_range=[0,0.25]")
+    assert (replaced.step_range, replaced.timestep_range) == ((0, 0.25), None)
+    with pytest.raises(ValueError, match="both choose the steps"):
+        config("method.step_range=[0,0]", "method.timestep_range=[900,1000]")
+
+
 def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers():
     method = build(first(["model=sdxl", "model.name=mine", "method=negtome"]).method)
     assert method.config == NegToMeConfig() and method.config.published_for("sdxl") == NegToMeConfig.preset("sdxl")
