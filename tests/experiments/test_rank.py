@@ -157,6 +157,9 @@ def test_single_settings_are_compared_as_they_are_and_a_baseline_alone_is_refuse
     assert "rank" not in rank.render(frame.reindex(columns=rank.COLUMNS)).splitlines()[2]
     with pytest.raises(ValueError, match="expected methods to be ranked on sdxl, got none"):
         rank.read_paths([spec for spec in plan.runs if spec is spec.baseline])
+    several = plan_of(["experiment=peers_grid", "method=none,lower_guidance", "model.call.num_inference_steps=4,2"])
+    with pytest.raises(ValueError, match=r"compared with one baseline.*got several"):
+        rank.read_paths(several.runs)
 
 
 def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(tmp_path):
