@@ -74,7 +74,9 @@ def _strength(setting: str, times: float | None = None, *, _parent_: Any, _root_
     metadata = OmegaConf.to_container(_parent_.metadata, resolve=True)
     older = metadata.get("older_settings", {}) if _root_.older_protocol else {}
     by_model = {**metadata["settings_by_model"], **older}
-    value = (by_model.get(_root_.model.name) or {}).get(setting)
+    by_steps = metadata.get("settings_by_steps", {}).get(_root_.model.name, {})
+    settings = by_steps.get(_root_.model.call.num_inference_steps) or by_model.get(_root_.model.name) or {}
+    value = settings.get(setting)
     if times is None:
         return value
     if value is None:
@@ -84,9 +86,8 @@ def _strength(setting: str, times: float | None = None, *, _parent_: Any, _root_
     return times * value
 
 
-# `${strength:alpha}` in conf/method/: the model's value in `metadata.settings_by_model`, or null; `${strength:alpha,2}`
-# is twice the value, or twice the
-# library's default.
+# `${strength:alpha}` in conf/method/: the value in `metadata.settings_by_steps` for the model at its number of steps, or
+# else in `metadata.settings_by_model`, or null; `${strength:alpha,2}` is twice the value, or twice the library's default.
 OmegaConf.register_new_resolver("strength", _strength, replace=True)
 
 
