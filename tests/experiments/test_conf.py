@@ -293,19 +293,6 @@ def test_baselines_of_20_steps_are_the_runs_of_diversity():
     assert [config_digest(cfg) for cfg in few] == [config_digest(cfg) for cfg in usual]
 
 
-def test_the_first_two_steps_are_tried_at_4_steps_alone():
-    ranges = {}
-    for cfg in expand(["experiment=few_steps_sweep"]):
-        if cfg.method.name == "negtome":
-            chosen = (cfg.model.name, cfg.model.call.num_inference_steps)
-            ranges.setdefault(chosen, Counter()).update([tuple(cfg.method.step_range)])
-    expected = {(model, steps): {(0, 0): 8} for model in ("mini-sdxl", "mini-flux") for steps in (4, 2)}
-    expected |= {("mini-flux", 1): {(0, 0): 8}}
-    for model in ("mini-sdxl", "mini-flux"):
-        expected[model, 4] = {(0, 0): 8, (0, 1): 8}
-    assert ranges == expected
-
-
 def test_a_further_sweep_is_left_out_where_the_command_line_sets_what_it_sets():
     def cells(*overrides):
         configs = expand(["experiment=few_steps", "method=none", *overrides])
