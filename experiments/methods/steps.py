@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from negtome.call_inspection import CallReader, DenoiserCall
+from negtome.call_inspection import CallReader, DenoiserCall, with_value
 from negtome.encoding import scale_latents
 from negtome.sites import find_architecture
 
@@ -83,6 +83,43 @@ def some_rows(
         return value[rows] if per_row else value
 
     return {name: pick(name, value) for name, value in arguments.items()}
+
+
+def check_text_is_one_tensor(pipe: Any, method: str) -> None:
+    """Raise ValueError for a pipeline whose denoiser takes its texts as a list; the message names `method`."""
+    if find_architecture(pipe).list_inputs:
+        raise ValueError(
+            f"method={method} is for models that take their texts as one tensor, got a {type(pipe).__name__}, "
+            "which takes a list: leave it out for this model"
+        )
+
+
+def with_tokens(
+    denoiser: DenoiserCall, arguments: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """Return the denoiser's arguments with other text tokens in the rows that are conditioned on the prompt.
+
+    Pooled embeddings stay.
+
+    Args:
+        denoiser: the call.
+        arguments: of the call, by name.
+        change: tokens [images, L, C] -> tokens of the same shape and dtype.
+    """
+    for name, prompt in denoiser.prompts.items():
+        if "mask" in name or prompt.dim() < 3:
+            continue
+        chunks = list(prompt.expand(denoiser.rows, *prompt.shape[1:]).chunk(denoiser.cfg_chunks))
+        for index in denoiser.conditional:
+            chunks[index] = change(chunks[index])
+        arguments = with_value(arguments, name, torch.cat(chunks))
+    return arguments
+
+
+def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert float32 values to a dtype; what is out of its range becomes its largest number instead of infinity."""
+    limits = torch.finfo(dtype)
+    return values.clamp(limits.min, limits.max).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
 from experiments.methods.rewriting import Rewriting
+from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
 from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
@@ -113,6 +114,7 @@ METHODS = {
     "group_inference": lambda: GroupInference("m", retriever().encoder, candidates=6),
     "cads": lambda: CADS("m"),
     "pink_noise": lambda: PinkNoise("m", 0.8),
+    "seed_variance": lambda: SeedVariance("m", strength=4.0),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "control_noisy": lambda: EditedBaseline("m", edit="noisy"),

@@ -28,6 +28,7 @@ from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
 from experiments.methods.rewriting import Rewriting
+from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
 from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
@@ -69,6 +70,7 @@ CASES = {
     "shield": Case(SPELL, {"radius": 8}, {"radius": 0}, alone=False),
     "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
     "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
+    "seed variance": Case(SeedVariance, {"strength": 3}, {"strength": 0}),
     "projected guidance": Case(
         APG,
         {"norm_threshold": 1},
@@ -195,6 +197,9 @@ BAD = [
     (ParticleGuidance, {"sigma_low": "one"}, "sigma_low"), (APG, {"eta": -1}, "eta"),
     (APG, {"momentum": 2}, "momentum"),
     (APG, {"norm_threshold": 0}, "above 0"), (APG, {"scale": 0.5}, "scale"), (APG, {"variant": "raw"}, "one of paper"),
+    (SeedVariance, {"strength": -1}, "method.strength must be between 0 and inf"),
+    (SeedVariance, {"strength": math.nan}, "method.strength must be a finite number, got nan"),
+    (SeedVariance, {"noised_share": 2}, "noised_share"), (SeedVariance, {"early_share": "all"}, "early_share"),
     (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
     (SPELLFromAssets, {"retriever": None, "images": 0}, "images"),
     (NegToMeFromAssets, {"retriever": None, "images": 0}, "images must be at least 1"),
