@@ -27,6 +27,7 @@ from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.diverse_flow import DiverseFlow
 from experiments.methods.edited import EditedBaseline
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
@@ -115,6 +116,7 @@ METHODS = {
     "cads": lambda: CADS("m"),
     "pink_noise": lambda: PinkNoise("m", 0.8),
     "seed_variance": lambda: SeedVariance("m", strength=4.0),
+    "diverse_flow": lambda: DiverseFlow("m"),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "control_noisy": lambda: EditedBaseline("m", edit="noisy"),

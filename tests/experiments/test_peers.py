@@ -18,6 +18,7 @@ from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl
+from experiments.methods.diverse_flow import DiverseFlow
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
 from experiments.methods.guidance import IntervalGuidance, LowerGuidance
@@ -71,6 +72,7 @@ CASES = {
     "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
     "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
     "seed variance": Case(SeedVariance, {"strength": 3}, {"strength": 0}),
+    "DiverseFlow": Case(DiverseFlow, {"dpp_scale": 0.5}, {"dpp_scale": 0}, alone=False),
     "projected guidance": Case(
         APG,
         {"norm_threshold": 1},
@@ -200,6 +202,8 @@ BAD = [
     (SeedVariance, {"strength": -1}, "method.strength must be between 0 and inf"),
     (SeedVariance, {"strength": math.nan}, "method.strength must be a finite number, got nan"),
     (SeedVariance, {"noised_share": 2}, "noised_share"), (SeedVariance, {"early_share": "all"}, "early_share"),
+    (DiverseFlow, {"dpp_scale": -1}, "method.dpp_scale must be between"), (DiverseFlow, {"spread": -1}, "spread"),
+    (DiverseFlow, {"percentile": 0.4}, "between 0.5 and 1"), (DiverseFlow, {"least_quality": 0}, "least_quality"),
     (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
     (SPELLFromAssets, {"retriever": None, "images": 0}, "images"),
     (NegToMeFromAssets, {"retriever": None, "images": 0}, "images must be at least 1"),
