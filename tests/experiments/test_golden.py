@@ -43,6 +43,7 @@ from experiments.methods.pink_noise import PinkNoise
 from experiments.methods.rewriting import Rewriting
 from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
+from experiments.methods.sparke import SPARKE
 from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
 from negtome.guard import Keyword
@@ -116,6 +117,7 @@ METHODS = {
     "cads": lambda: CADS("m"),
     "pink_noise": lambda: PinkNoise("m", 0.8),
     "seed_variance": lambda: SeedVariance("m", strength=4.0),
+    "sparke": lambda: SPARKE("m", entropy_scale=0.4),
     "diverse_flow": lambda: DiverseFlow("m"),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,

@@ -31,6 +31,7 @@ from experiments.methods.pink_noise import PinkNoise
 from experiments.methods.rewriting import Rewriting
 from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
+from experiments.methods.sparke import SPARKE
 from experiments.methods.spell import SPELL, SPELLFromAssets
 from experiments.prompts import Group
 
@@ -72,6 +73,7 @@ CASES = {
     "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
     "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
     "seed variance": Case(SeedVariance, {"strength": 3}, {"strength": 0}),
+    "SPARKE": Case(SPARKE, {"entropy_scale": 0.5}, {"entropy_scale": 0}, alone=False),
     "DiverseFlow": Case(DiverseFlow, {"dpp_scale": 0.5}, {"dpp_scale": 0}, alone=False),
     "projected guidance": Case(
         APG,
@@ -202,6 +204,8 @@ BAD = [
     (SeedVariance, {"strength": -1}, "method.strength must be between 0 and inf"),
     (SeedVariance, {"strength": math.nan}, "method.strength must be a finite number, got nan"),
     (SeedVariance, {"noised_share": 2}, "noised_share"), (SeedVariance, {"early_share": "all"}, "early_share"),
+    (SPARKE, {"entropy_scale": -1}, "entropy_scale"), (SPARKE, {"interval": 0}, "interval must be a whole number"),
+    (SPARKE, {"sigma": 0}, "method.sigma must be"), (SPARKE, {"sigma_text": math.inf}, "sigma_text"),
     (DiverseFlow, {"dpp_scale": -1}, "method.dpp_scale must be between"), (DiverseFlow, {"spread": -1}, "spread"),
     (DiverseFlow, {"percentile": 0.4}, "between 0.5 and 1"), (DiverseFlow, {"least_quality": 0}, "least_quality"),
     (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
