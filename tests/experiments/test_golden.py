@@ -40,6 +40,7 @@ from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
+from experiments.methods.prompt_mog import PromptMoG
 from experiments.methods.rewriting import Rewriting
 from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
@@ -119,6 +120,7 @@ METHODS = {
     "seed_variance": lambda: SeedVariance("m", strength=4.0),
     "sparke": lambda: SPARKE("m", entropy_scale=0.4),
     "diverse_flow": lambda: DiverseFlow("m"),
+    "prompt_mog": lambda: PromptMoG("m", gamma=0.8, relative=True),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "control_noisy": lambda: EditedBaseline("m", edit="noisy"),

@@ -28,6 +28,7 @@ from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
+from experiments.methods.prompt_mog import PromptMoG
 from experiments.methods.rewriting import Rewriting
 from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
@@ -75,6 +76,7 @@ CASES = {
     "seed variance": Case(SeedVariance, {"strength": 3}, {"strength": 0}),
     "SPARKE": Case(SPARKE, {"entropy_scale": 0.5}, {"entropy_scale": 0}, alone=False),
     "DiverseFlow": Case(DiverseFlow, {"dpp_scale": 0.5}, {"dpp_scale": 0}, alone=False),
+    "PromptMoG": Case(PromptMoG, {"gamma": 2, "modes": 8}, {"gamma": 0, "sigma": 0, "modes": 8}),
     "projected guidance": Case(
         APG,
         {"norm_threshold": 1},
@@ -208,6 +210,8 @@ BAD = [
     (SPARKE, {"sigma": 0}, "method.sigma must be"), (SPARKE, {"sigma_text": math.inf}, "sigma_text"),
     (DiverseFlow, {"dpp_scale": -1}, "method.dpp_scale must be between"), (DiverseFlow, {"spread": -1}, "spread"),
     (DiverseFlow, {"percentile": 0.4}, "between 0.5 and 1"), (DiverseFlow, {"least_quality": 0}, "least_quality"),
+    (PromptMoG, {"gamma": -1}, "method.gamma must be between"), (PromptMoG, {"sigma": math.inf}, "finite number"),
+    (PromptMoG, {"modes": 1}, "modes must be a whole number from 2"),
     (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
     (SPELLFromAssets, {"retriever": None, "images": 0}, "images"),
     (NegToMeFromAssets, {"retriever": None, "images": 0}, "images must be at least 1"),
