@@ -28,6 +28,7 @@ from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl, RandomMatch
 from experiments.methods.diverse_flow import DiverseFlow
+from experiments.methods.diversity_distillation import DiversityDistillation
 from experiments.methods.edited import EditedBaseline
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
@@ -121,6 +122,7 @@ METHODS = {
     "sparke": lambda: SPARKE("m", entropy_scale=0.4),
     "diverse_flow": lambda: DiverseFlow("m"),
     "prompt_mog": lambda: PromptMoG("m", gamma=0.8, relative=True),
+    "diversity_distillation": lambda: DiversityDistillation("m", base_guidance=1.0),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "control_noisy": lambda: EditedBaseline("m", edit="noisy"),
