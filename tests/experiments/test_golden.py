@@ -47,6 +47,7 @@ from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
 from experiments.methods.sparke import SPARKE
 from experiments.methods.spell import SPELL, SPELLFromAssets
+from experiments.methods.stride import STRIDE
 from experiments.prompts import Group
 from negtome.guard import Keyword
 
@@ -122,6 +123,7 @@ METHODS = {
     "sparke": lambda: SPARKE("m", entropy_scale=0.4),
     "diverse_flow": lambda: DiverseFlow("m"),
     "prompt_mog": lambda: PromptMoG("m", gamma=0.8, relative=True),
+    "stride": lambda: STRIDE("m", noise_length=1.0),
     "diversity_distillation": lambda: DiversityDistillation("m", base_guidance=1.0),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,

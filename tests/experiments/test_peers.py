@@ -34,6 +34,7 @@ from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
 from experiments.methods.sparke import SPARKE
 from experiments.methods.spell import SPELL, SPELLFromAssets
+from experiments.methods.stride import STRIDE
 from experiments.prompts import Group
 
 REWRITES = {"red": ["scarlet", "crimson", "ruby"], "blue": ["azure", "navy"]}
@@ -77,6 +78,7 @@ CASES = {
     "SPARKE": Case(SPARKE, {"entropy_scale": 0.5}, {"entropy_scale": 0}, alone=False),
     "DiverseFlow": Case(DiverseFlow, {"dpp_scale": 0.5}, {"dpp_scale": 0}, alone=False),
     "PromptMoG": Case(PromptMoG, {"gamma": 2, "modes": 8}, {"gamma": 0, "sigma": 0, "modes": 8}),
+    "STRIDE": Case(STRIDE, {"noise_length": 1}, {"noise_length": 0}),
     "projected guidance": Case(
         APG,
         {"norm_threshold": 1},
@@ -212,6 +214,9 @@ BAD = [
     (DiverseFlow, {"percentile": 0.4}, "between 0.5 and 1"), (DiverseFlow, {"least_quality": 0}, "least_quality"),
     (PromptMoG, {"gamma": -1}, "method.gamma must be between"), (PromptMoG, {"sigma": math.inf}, "finite number"),
     (PromptMoG, {"modes": 1}, "modes must be a whole number from 2"),
+    (STRIDE, {"noise_length": -1}, "method.noise_length must be"), (STRIDE, {"components": 0}, "components must be a"),
+    (STRIDE, {"block": 0}, "method.block"), (STRIDE, {"first_steps": 1.5}, "first_steps"),
+    (STRIDE, {"exponent": math.nan}, "exponent must be a finite number"),
     (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
     (SPELLFromAssets, {"retriever": None, "images": 0}, "images"),
     (NegToMeFromAssets, {"retriever": None, "images": 0}, "images must be at least 1"),
