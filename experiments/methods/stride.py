@@ -97,7 +97,7 @@ class STRIDE(Method):
     version = 1
 
     name: str
-    noise_length: float = 0.5
+    noise_length: float = 0.2
     components: int = 16
     block: int = 1
     first_steps: int = 4
