@@ -276,9 +276,9 @@ def _composed(overrides: Iterable[str], **options: Any) -> DictConfig:
 
 def _unknown_key(key: str, keys: Iterable[str]) -> ValueError:
     """Return the error of a key that is neither among `keys` nor a group of files."""
-    known = [*(path.name for path in CONF.iterdir() if path.is_dir()), *keys]
-    elsewhere = [other for other in known if other.endswith(f".{key.rpartition('.')[2]}")]
-    hint = _hint(get_close_matches(key, known, 1, cutoff=0.8) or sorted(elsewhere, key=len))
+    existing = [*(path.name for path in CONF.iterdir() if path.is_dir()), *keys]
+    elsewhere = [other for other in existing if other.endswith(f".{key.rpartition('.')[2]}")]
+    hint = _hint(get_close_matches(key, existing, 1, cutoff=0.8) or sorted(elsewhere, key=len))
     return ValueError(f"{key}: expected a key of the configuration, got none of this name{hint}")
 
 

@@ -52,8 +52,7 @@ def run_identity(cfg: DictConfig, method: Method, weights: str, device: str) -> 
     Raises:
         ValueError: a setting is out of range.
     """
-    conditions = provenance(method, weights, device)
-    return {"request": request(cfg, method), **conditions}
+    return {"request": request(cfg, method), **provenance(method, weights, device)}
 
 
 def request(cfg: DictConfig, method: Method) -> dict[str, Any]:

@@ -185,7 +185,9 @@ def test_every_model_goes_with_every_method(method_of):
         for name in METHODS:
             assert OmegaConf.to_container(method_of(model, name), resolve=True)["name"] == name
         method = build(method_of(model, "negtome"))
-        assert method.config.sites is None and method.config.reference == "first"
+        assert method.config.sites is None
+        strength = (1.35 if model == "mini-sdxl" else 0.9, "first")
+        assert (method.config.alpha, method.config.reference) == strength
         assert build(method_of(model, "negtome_released")).config.matching == "released"
 
 
