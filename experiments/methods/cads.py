@@ -10,9 +10,10 @@ import torch
 
 from experiments.methods.method import Method, MethodContext, generator_of
 from experiments.methods.setting import Setting, numbers
-from experiments.methods.steps import check_text_is_one_tensor, denoiser_calls
+from experiments.methods.steps import denoiser_calls
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall, with_value
+from negtome.sites import find_architecture
 from negtome.validation import check_float
 
 RESCALES, HALVES = ("sample", "token", "none"), ("conditional", "both")
@@ -94,7 +95,11 @@ class CADS(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
-        check_text_is_one_tensor(pipe, self.name)
+        if find_architecture(pipe).list_inputs:
+            raise ValueError(
+                f"method={self.name} is for models that take their texts as one tensor, got a {type(pipe).__name__}, "
+                "which takes a list: leave it out for this model"
+            )
         generators: dict[torch.device, torch.Generator] = {}
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from experiments.methods.method import Method, MethodContext, generator_of
+from experiments.methods.method import Method, MethodContext
 from experiments.methods.setting import numbers
-from experiments.methods.steps import check_text_is_one_tensor, denoiser_calls, saturated, with_tokens
+from experiments.methods.steps import denoiser_calls, drawn_once, saturated, with_tokens
 from experiments.prompts import Group
 from negtome.call_inspection import DenoiserCall
 from negtome.validation import check_float
@@ -51,9 +51,10 @@ class SeedVariance(Method):
     tokens, once for each image, and the denoiser gets the result in the first steps; after that it gets the prompt.
     Pooled embeddings and the unconditional half stay. There is no paper.
 
-    Ours: the node's strength is an absolute number, 20 for Z-Image Turbo, and its log suggests a tenth to ten times the
-    embedding's standard deviation; `relative` makes that deviation the unit. The node noises all images of a batch
-    alike, and its users change the seed for each image; here every image has noise of its own.
+    The node's strength is an absolute number, 20 for Z-Image Turbo, and its log suggests a tenth to ten times the
+    embedding's standard deviation; here `relative` makes that deviation the unit. The node noises all images of a batch
+    alike, and its users change the seed for each image; here every image has its noise. The node can also protect a
+    part of the prompt or noise the last steps, which is left out.
 
     Attributes:
         strength: at least 0, which is off.
@@ -80,25 +81,23 @@ class SeedVariance(Method):
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:
-        check_text_is_one_tensor(pipe, self.name)
         step = -1
-        drawn: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def draw(shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            noise = 2 * torch.rand(shape, generator=generator) - 1
+            return noise, torch.rand(shape, generator=generator) < self.noised_share
+
+        noise_for = drawn_once(group, "seed variance", draw)
 
         def change(tokens: torch.Tensor) -> torch.Tensor:
-            shape = (group.size, *tokens.shape[1:])
-            if shape not in drawn:
-                generator = generator_of(group, f"seed variance {len(drawn)}")
-                noise = 2 * torch.rand(shape, generator=generator) - 1
-                drawn[shape] = noise, torch.rand(shape, generator=generator) < self.noised_share
-            groups = len(tokens) // group.size
-            noise, chosen = (values.repeat(groups, 1, 1).to(tokens.device) for values in drawn[shape])
-            return disturb(tokens, noise, chosen, self.strength, self.relative)
+            return disturb(tokens, *noise_for(tokens), self.strength, self.relative)
 
         def before(denoiser: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
             nonlocal step
             step += not denoiser.again
             steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-            return with_tokens(denoiser, arguments, change) if step < self.early_share * steps else arguments
+            early = round(self.early_share * steps, 6)  # 0.28 * 25 is above 7 in floating point
+            return with_tokens(denoiser, arguments, change) if step < early else arguments
 
         is_on = self.strength and self.noised_share and self.early_share
         with denoiser_calls(pipe, before) if is_on else contextlib.nullcontext():

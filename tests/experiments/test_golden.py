@@ -122,7 +122,7 @@ METHODS = {
     "seed_variance": lambda: SeedVariance("m", strength=4.0),
     "sparke": lambda: SPARKE("m", entropy_scale=0.4),
     "diverse_flow": lambda: DiverseFlow("m"),
-    "prompt_mog": lambda: PromptMoG("m", gamma=0.8, relative=True),
+    "prompt_mog": lambda: PromptMoG("m", distance=0.8),
     "stride": lambda: STRIDE("m", noise_length=1.0),
     "diversity_distillation": lambda: DiversityDistillation("m", base_guidance=1.0),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),

@@ -77,7 +77,7 @@ CASES = {
     "seed variance": Case(SeedVariance, {"strength": 3}, {"strength": 0}),
     "SPARKE": Case(SPARKE, {"entropy_scale": 0.5}, {"entropy_scale": 0}, alone=False),
     "DiverseFlow": Case(DiverseFlow, {"dpp_scale": 0.5}, {"dpp_scale": 0}, alone=False),
-    "PromptMoG": Case(PromptMoG, {"gamma": 2, "modes": 8}, {"gamma": 0, "sigma": 0, "modes": 8}),
+    "PromptMoG": Case(PromptMoG, {"distance": 2, "modes": 8}, {"distance": 0, "modes": 8}),
     "STRIDE": Case(STRIDE, {"noise_length": 1}, {"noise_length": 0}),
     "projected guidance": Case(
         APG,
@@ -212,7 +212,7 @@ BAD = [
     (SPARKE, {"sigma": 0}, "method.sigma must be"), (SPARKE, {"sigma_text": math.inf}, "sigma_text"),
     (DiverseFlow, {"dpp_scale": -1}, "method.dpp_scale must be between"), (DiverseFlow, {"spread": -1}, "spread"),
     (DiverseFlow, {"percentile": 0.4}, "between 0.5 and 1"), (DiverseFlow, {"least_quality": 0}, "least_quality"),
-    (PromptMoG, {"gamma": -1}, "method.gamma must be between"), (PromptMoG, {"sigma": math.inf}, "finite number"),
+    (PromptMoG, {"distance": -1}, "method.distance must be between"), (PromptMoG, {"sigma": math.inf}, "finite number"),
     (PromptMoG, {"modes": 1}, "modes must be a whole number from 2"),
     (STRIDE, {"noise_length": -1}, "method.noise_length must be"), (STRIDE, {"components": 0}, "components must be a"),
     (STRIDE, {"block": 0}, "method.block"), (STRIDE, {"first_steps": 1.5}, "first_steps"),
