@@ -16,7 +16,7 @@ from experiments.methods.steps import Prediction, predictions
 from experiments.prompts import Group
 from negtome.validation import check_float
 
-#: The smallest eigenvalue of a kernel that counts: equal images have 0, where the likelihood has an infinite slope.
+#: The smallest eigenvalue that counts, as a share of the largest: equal images have 0, where the slope is infinite.
 SMALLEST = 1e-6
 
 
@@ -45,7 +45,7 @@ def process_gradient(clean: torch.Tensor, quality: torch.Tensor, spread: float) 
     q = quality.double().cpu()
     kernel = q[:, :, None] * q[:, None, :] * torch.exp(-spread * distances / 2)  # [G, K, K]
     values, vectors = torch.linalg.eigh(kernel)
-    values = values.clamp(min=SMALLEST)
+    values = values.maximum(SMALLEST * values[:, -1:])
     slope = (vectors * (1 / values - 1 / (1 + values)).unsqueeze(1)) @ vectors.mT  # of the likelihood in L
     weights = torch.where(median > 0, -2 * spread * slope * kernel / median, 0)
     weights.diagonal(dim1=1, dim2=2).zero_()  # x_i - x_i is 0, whatever the slope
@@ -82,10 +82,14 @@ class DiverseFlow(Method):
     with lengths over all images of a group, so that x moves by t^2 dpp_scale |v|. Other schedulers move x alike, with
     t = noise / (signal + noise) and v = n - x for predicted noise n.
 
-    The paper has published no code. The factor t |v| / |g| is that of its reimplementation in basiclab/prompt_mog
-    (Apache-2.0), as are the qualities' smallest value, and a gradient that is taken for x instead of through the
-    network. Ours: features are the latents themselves, where the paper prefers those of an image encoder; the median
-    is over all pairs, the mean of the middle two where their number is even.
+    The authors have published no code. The length of the step is that of a reimplementation, basiclab/prompt_mog
+    (Apache-2.0), as are the smallest quality, features that are the latents themselves, where the paper has an image
+    encoder's, and a gradient that is taken for x instead of through the network.
+
+    Ours: the kernel has the paper's factor of 1 / 2, which the reimplementation lacks: its spread of 1 is 2 here. The
+    median is the mean of the middle two where the number of pairs is even. The reimplementation multiplies each image's
+    gradient by its quality once more, and adds 1e-4 to the kernel's diagonal, as much as a kernel of qualities of 0.01
+    has there; here only eigenvalues near 0 are raised.
 
     Attributes:
         dpp_scale: at least 0, which is off; the reimplementation has 0.6.

@@ -43,6 +43,7 @@ def entropy_gradient(latents: torch.Tensor, texts: torch.Tensor, sigma: float, s
     weights = alike_texts * torch.exp(-squares / sigma**2)
     total = weights.sum(dim=(1, 2), keepdim=True)
     score = alike_texts.sum(dim=(1, 2), keepdim=True) / total
+    weights = torch.where(squares > 0, weights, 0)  # equal latents do not move by rounding
     gradient = 4 * score / (total * sigma**2) * (z * weights.sum(dim=2, keepdim=True) - weights @ z)
     return gradient - z * (z * gradient).sum(dim=2, keepdim=True)
 
@@ -56,12 +57,13 @@ class SPARKE(Method):
         x <- x + entropy_scale |x| g / |g|
 
     The authors' code (mjalali/sparke-diffusers, a fork of diffusers, Apache-2.0) has this length of the step, these
-    bandwidths, and unit vectors of latents.
+    bandwidths, and unit vectors of latents. As there, the model's prediction of the step is the one for the latents
+    before they move.
 
-    Ours: the entropy is of the images of one group, which are generated together, instead of all images that were
-    generated before, since groups of the benchmark are independent. The features of a text are the mean of the
-    denoiser's tokens instead of a CLIP's embedding, so that no network is added; images of one prompt have equal
-    features. The model's prediction of the step is the one for the latents before they move.
+    Ours: the entropy is of the noisy images of one group, which move together, since groups of the benchmark are
+    independent. The code generates images one after the other and compares each with the finished ones; beyond ten,
+    it compares only the last with the others. The features of a text are the mean of the denoiser's tokens instead of a
+    CLIP's embedding, so that no network is added; images of one prompt have equal features.
 
     Attributes:
         entropy_scale: at least 0, which is off; 0.02 to 0.14 in published uses.

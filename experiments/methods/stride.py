@@ -47,20 +47,22 @@ def perturb(features: torch.Tensor, noise: torch.Tensor, components: int, streng
 
 
 def image_blocks(pipe: Any, method: str) -> list[torch.nn.Module]:
-    """Return the denoiser's blocks that return image tokens: Flux's dual-stream ones, or a UNet's transformer blocks.
+    """Return the denoiser's blocks that return image tokens, in the order of its modules.
+
+    These are the dual-stream blocks of Flux and Stable Diffusion 3, or a UNet's transformer blocks.
 
     Raises:
         ValueError: the pipeline has neither; the message names `method`.
     """
     architecture = find_architecture(pipe)
     denoiser = getattr(pipe, architecture.denoiser)
-    if architecture.name == "Flux":
+    if architecture.name in ("Flux", "SD3"):
         return list(denoiser.transformer_blocks)
     blocks = [module for module in denoiser.modules() if type(module).__name__ == "BasicTransformerBlock"]
     if not architecture.levels or not blocks:
         raise ValueError(
-            f"method={method} is defined for Flux and for UNets with transformer blocks, such as SDXL's, got a "
-            f"{type(pipe).__name__}: leave it out for this model"
+            f"method={method} is defined for Flux, Stable Diffusion 3 and UNets with transformer blocks, such as "
+            f"SDXL's, got a {type(pipe).__name__}: leave it out for this model"
         )
     return blocks
 
@@ -77,16 +79,16 @@ class STRIDE(Method):
     """STRIDE, feature perturbation directed by principal components (Yadav et al., arXiv 2605.11494).
 
     In the first steps, `perturb` changes the image tokens that one block returns, with pink noise on their grid. The
-    paper is about models of 1 to 4 steps, FLUX.1-schnell and SD3.5 Turbo. It needs one forward pass a step, as usual.
+    paper is about models of 1 to 4 steps, FLUX.1-schnell and SD3.5 Turbo.
 
-    We had its abstract alone, and saw no code. It says that noise with spatial coherence (pink) is projected onto the
-    first principal components of the model's own activations, for each image. Ours are therefore: the block, the
-    number of components, the length of the noise, one noise an image that holds for all steps and both halves of
-    guidance, a power spectrum of 1 / f, and the place of the method in a UNet.
+    We had only the abstract, and saw no code. It says that noise with spatial coherence (pink) is projected onto the
+    principal components of the model's activations. We chose the rest: the block, the number of components, the length
+    of the noise, one noise for each image that holds for all steps and both halves of guidance, a power spectrum of
+    1 / f, and the place in a UNet. The components are those of one image, not of a group.
 
     Attributes:
         noise_length: length of the noise, at least 0, which is off, in lengths of the features' deviations.
-        components: number of principal components, at least 1; more than a token has numbers are all of them.
+        components: number of principal components, at least 1; at most all numbers of a token count.
         block: the number of the block, from 1, in the order of the denoiser's modules.
         first_steps: the number of steps that are changed, at least 1.
         exponent: a of the noise's power spectrum f^-a; 0 is white.

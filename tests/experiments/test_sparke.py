@@ -45,8 +45,8 @@ def test_images_of_other_texts_do_not_repel_and_equal_images_stay():
     assert entropy_gradient(latents, apart, 0.8, 0.05).abs().max() < 1e-6
     assert entropy_gradient(latents, torch.ones(1, 3, 3), 0.8, 0.05).abs().max() > 1e-3
     method = SPARKE("m", entropy_scale=0.5)
-    equal = torch.ones(3, 4, 2, 2, dtype=torch.float16)
-    assert torch.equal(method.moved(equal, torch.ones(3, 5), 3), equal)
+    equal = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half().expand(7, -1, -1, -1)
+    assert torch.equal(method.moved(equal, torch.ones(7, 5), 7), equal)
 
 
 def test_latents_move_by_a_share_of_their_length_and_the_score_rises():
