@@ -5,7 +5,7 @@ import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from experiments.methods.method import GroupResult, Method, sample
 from experiments.methods.setting import numbers
-from experiments.methods.steps import replaced
+from experiments.methods.steps import denoiser_calls, replaced
 from experiments.prompts import Group
 from negtome.sites import find_architecture
 from negtome.validation import check_float, check_int
@@ -44,8 +44,8 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Handed(Exception):
-    """Ends the base model's call where the other model takes over."""
+class _Stop(Exception):
+    """Ends a call of the pipeline whose images are not needed."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,15 +58,15 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> 
 class DiversityDistillation(Method):
     """Diversity distillation (Gandikota and Bau, arXiv 2503.10637): the base model decides the layout.
 
-    Of a call of n steps, the base model makes the first `base_steps`, each as `substeps` steps of a schedule of
-    substeps * n; its own guidance applies there. The model makes the others. In the authors' scripts (project page
-    distillation.baulab.info), SDXL takes the first of 4 steps as 5 of its 20, with a guidance scale of 7, and SDXL-DMD2
-    the other three without guidance.
+    Of a call of n steps, the model takes over at step `base_steps`. Before that, the base model makes the steps of a
+    schedule of substeps * n, up to the timestep that is closest to the model's; its guidance applies there. The
+    authors' code (rohitgandikota/distillation, MIT) takes the closest timestep too. Its function has a base of 20 steps
+    and a guidance scale of 7 for the first of 4 steps; its command line has a base of 4 steps.
 
-    Ours: the base model is a denoiser that uses the model's text encoders, autoencoder and scheduler. Without `base` it
-    is the model itself, as for the mini models, of which no distilled version exists: what is left of the method is a
-    weaker guidance and finer steps at the beginning. Both schedules must have the level of noise where the models
-    change, as flows do, and `timestep_spacing="trailing"`. The model's own first steps are computed and dropped.
+    Ours: the base model is a denoiser that uses the model's text encoders, autoencoder and scheduler, but DDIM where
+    the model has a scheduler for consistency models. Without `base` it is the model itself, as for the mini models, of
+    which no distilled version exists: what is left of the method is a weaker guidance and finer steps at the beginning.
+    The model's first steps are computed and dropped, which takes time; a multistep scheduler remembers them.
 
     Attributes:
         base_steps: k, at least 0, which is off; published 1. At most the steps of the call.
@@ -103,7 +103,7 @@ class DiversityDistillation(Method):
         return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "base_weights": weights_digest(self._folder) if self._folder else None}
+        return {**super().settings(), "base": weights_digest(self._folder) if self._folder else None}
 
     def generate(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> GroupResult:
         if not self.base_steps:
@@ -113,58 +113,38 @@ class DiversityDistillation(Method):
             steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
         if self.base_steps > steps:
             raise ValueError(f"method.base_steps must be at most {steps}, the steps of the call, got {self.base_steps}")
-        latents, timestep = self._begin(pipe, group, call, steps)
+        latents = self._begin(pipe, group, call, steps)
         taken = 0
-        original = pipe.scheduler.step
 
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def hand_over(output: torch.Tensor) -> torch.Tensor:
             nonlocal taken
-            output, *rest = original(*args, **kwargs)
             taken += 1
-            if taken != self.base_steps:
-                return (output, *rest)
-            self._check_level(pipe, timestep)
-            return (latents.to(output), *rest)
+            return latents.to(output) if taken == self.base_steps else output
 
-        with replaced(pipe.scheduler, "step", step):
-            return GroupResult(sample(pipe, group, call), {})
+        # The model's initial latents are dropped; other seeds keep its noise apart from the base model's.
+        seeds = [seed + (1 << 32) for seed in group.image_seeds()]
+        with _step_results(pipe, hand_over):
+            return GroupResult(sample(pipe, group, call, seeds), {})
 
-    def _begin(self, pipe: Any, group: Group, call: Mapping[str, Any], steps: int) -> tuple[torch.Tensor, float | None]:
-        """Return the base model's latents where the other model takes over, and their timestep; None: the end."""
+    def _begin(self, pipe: Any, group: Group, call: Mapping[str, Any], steps: int) -> torch.Tensor:
+        """Return the base model's latents where the other model takes over."""
         base_call = {**call, "num_inference_steps": self.substeps * steps}
         if self.base_guidance is not None:
             base_call["guidance_scale"] = self.base_guidance
-        last, taken, latents = self.substeps * self.base_steps, 0, torch.empty(0)
-        original = pipe.scheduler.step
+        coming = _timesteps(pipe, group, call)[self.base_steps :]
+        taken, latents = 0, torch.empty(0)
 
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def stop(output: torch.Tensor) -> torch.Tensor:
             nonlocal taken, latents
-            result = original(*args, **kwargs)
             taken += 1
-            if taken == last:
-                latents = result[0]
-                raise _Handed
-            return result
+            latents = output
+            if coming and taken == _closest(pipe.scheduler.timesteps, coming[0]):
+                raise _Stop
+            return output
 
-        with self._base_model(pipe), replaced(pipe.scheduler, "step", step), contextlib.suppress(_Handed):
+        with self._base_model(pipe), _base_scheduler(pipe), _step_results(pipe, stop), contextlib.suppress(_Stop):
             sample(pipe, group, base_call)
-        return latents, self._timestep(pipe, last)
-
-    @staticmethod
-    def _timestep(pipe: Any, taken: int) -> float | None:
-        timesteps = pipe.scheduler.timesteps.tolist()
-        return timesteps[taken] if taken < len(timesteps) else None
-
-    def _check_level(self, pipe: Any, timestep: float | None) -> None:
-        """Raise ValueError if the base model's latents have another level of noise than the model's next step."""
-        expected = self._timestep(pipe, self.base_steps)
-        if expected != timestep and (expected is None or timestep is None or abs(expected - timestep) > 1):
-            raise ValueError(
-                f"method={self.name} needs schedules that meet, got timesteps {timestep} and {expected} where the "
-                'models change: choose timestep_spacing="trailing" for the scheduler'
-            )
+        return latents
 
     @contextlib.contextmanager
     def _base_model(self, pipe: Any) -> Iterator[None]:
@@ -176,6 +156,8 @@ class DiversityDistillation(Method):
         denoiser = getattr(pipe, name)
         if self._folder.name != name:
             raise ValueError(f"method.base must fit the model, whose denoiser is a {name}, got a {self._folder.name}")
+        if hasattr(denoiser, "_hf_hook"):
+            raise ValueError("method.base needs both models on the device, got offload=true: set offload=false")
         other = _load(type(denoiser), self._folder, denoiser.dtype, denoiser.device)
         for setting in SHAPES:
             if (here := denoiser.config.get(setting)) != (there := other.config.get(setting)):
@@ -188,3 +170,47 @@ class DiversityDistillation(Method):
             yield
         finally:
             setattr(pipe, name, denoiser)
+
+
+@contextlib.contextmanager
+def _base_scheduler(pipe: Any) -> Iterator[None]:
+    """Replace a scheduler for consistency models, which sample no other model, by DDIM."""
+    from diffusers import DDIMScheduler  # not with the package, which is imported for a command's help
+
+    scheduler = pipe.scheduler
+    if type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler"):
+        pipe.scheduler = DDIMScheduler.from_config(scheduler.config)
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+
+
+@contextlib.contextmanager
+def _step_results(pipe: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Change the latents that each step of the scheduler returns."""
+    original = pipe.scheduler.step
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        latents, *rest = original(*args, **kwargs)
+        return (change(latents), *rest)
+
+    with replaced(pipe.scheduler, "step", step):
+        yield
+
+
+def _timesteps(pipe: Any, group: Group, call: Mapping[str, Any]) -> list[float]:
+    """Return the timesteps of a call, which ends before the denoiser is called."""
+
+    def stop(*_: Any) -> dict[str, Any]:
+        raise _Stop
+
+    with denoiser_calls(pipe, stop), contextlib.suppress(_Stop):
+        sample(pipe, group, call)
+    return [float(timestep) for timestep in pipe.scheduler.timesteps]
+
+
+def _closest(timesteps: torch.Tensor, timestep: float) -> int:
+    """Return how many steps lead to the timestep that is closest to another, at least 1."""
+    return max(1, int((timesteps - timestep).abs().argmin()))

@@ -1,11 +1,12 @@
 """Diversity distillation: where the models change, what each gets, and calls that are refused."""
 
 import functools
+import inspect
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
 from test_methods import CALLS, shape_of
 
 from experiments.methods.diversity_distillation import DiversityDistillation
@@ -90,7 +91,7 @@ def test_the_base_is_another_checkpoint(pipe, kind, call, tiny_checkpoint, tmp_p
     other = DiversityDistillation("m", base_steps=2, substeps=2, base=str(tmp_path))
     assert not np.array_equal(images_of(pipe, call, other), expected)
     assert getattr(pipe, name) is denoiser and np.array_equal(images_of(pipe, call, without), expected)
-    assert other.settings()["base_weights"] not in (None, same.settings()["base_weights"])
+    assert other.settings()["base"] not in (None, same.settings()["base"])
 
 
 def test_a_model_without_guidance_begins_with_one_that_has_it(tiny_schnell, tiny_checkpoint):
@@ -109,12 +110,58 @@ def test_a_base_of_another_architecture_is_refused(tiny_sdxl, tiny_checkpoint):
         images_of(tiny_sdxl, CALLS["sdxl"], method)
 
 
-def test_more_steps_than_the_call_has_and_schedules_that_do_not_meet_are_refused(tiny_sdxl):
+def test_more_steps_than_the_call_has_are_refused(tiny_sdxl):
     with pytest.raises(ValueError, match=r"method\.base_steps must be at most 2, the steps of the call, got 3"):
         images_of(tiny_sdxl, CALLS["sdxl"], DiversityDistillation("m", base_steps=3))
+
+
+def test_a_base_model_that_is_offloaded_is_refused(tiny_sdxl, tiny_checkpoint):
+    tiny_sdxl.unet._hf_hook = object()
+    with pytest.raises(ValueError, match="offload=false"):
+        images_of(tiny_sdxl, CALLS["sdxl"], DiversityDistillation("m", base=str(tiny_checkpoint("sdxl"))))
+
+
+def steps_of(pipe, call, method):
+    """Return (name of the scheduler, timestep, seeds of its noise) of each step."""
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in {type(pipe.scheduler), DDIMScheduler}:
+
+            def step(self, output, timestep, *args, original=cls.step, **kwargs):
+                seeds = {generator.initial_seed() for generator in kwargs.get("generator") or []}
+                steps.append((type(self).__name__, int(timestep), seeds))
+                return original(self, output, timestep, *args, **kwargs)
+
+            # The pipeline looks at the names of the arguments.
+            step.__signature__ = inspect.signature(cls.step)
+            patch.setattr(cls, "step", step)
+        images_of(pipe, call, method)
+    return steps
+
+
+def test_schedules_that_do_not_meet_change_at_the_closest_timestep(tiny_sdxl):
     tiny_sdxl.scheduler = EulerDiscreteScheduler.from_config(tiny_sdxl.scheduler.config, timestep_spacing="leading")
-    with pytest.raises(ValueError, match=r'schedules that meet.*timestep_spacing="trailing"'):
-        images_of(tiny_sdxl, CALLS["sdxl"], DiversityDistillation("m"))
+    call = CALLS["sdxl"] | {"num_inference_steps": 4}  # at 751, 501, 251, 1
+    steps = steps_of(tiny_sdxl, call, DiversityDistillation("m", substeps=3))
+    timesteps = [timestep for _, timestep, _ in steps]
+    assert timesteps[-4:] == [751, 501, 251, 1]
+    finer = [83 * number + 1 for number in reversed(range(12))]
+    assert timesteps[:-4] == finer[: finer.index(499)]
+
+
+def test_a_base_of_a_consistency_model_is_sampled_by_ddim(tiny_sdxl):
+    scheduler = tiny_sdxl.scheduler = LCMScheduler.from_config(tiny_sdxl.scheduler.config)
+    call = CALLS["sdxl"] | {"num_inference_steps": 4}
+    names = [name for name, *_ in steps_of(tiny_sdxl, call, DiversityDistillation("m"))]
+    assert names[-4:] == ["LCMScheduler"] * 4 and set(names[:-4]) == {"DDIMScheduler"}
+    assert tiny_sdxl.scheduler is scheduler
+
+
+def test_the_noise_of_the_two_models_differs(tiny_sdxl):
+    tiny_sdxl.scheduler = EulerAncestralDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
+    steps = steps_of(tiny_sdxl, CALLS["sdxl"] | {"num_inference_steps": 4}, DiversityDistillation("m", substeps=2))
+    base, others = ({seed for *_, seeds in part for seed in seeds} for part in (steps[:-4], steps[-4:]))
+    assert len(base) == len(others) == 2 and not base & others
 
 
 @pytest.mark.parametrize(
