@@ -40,7 +40,7 @@ FORCE:
 
 sweep: reproduce-sweep reproduce-sweep_flux  ## alpha x threshold x timestep range on the development prompts: table, heat maps, Pareto front
 
-cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## baseline and NegToMe at every guidance scale (15 minutes)
+cfg-scale: reproduce-cfg_scale reproduce-cfg_scale_flux  ## baseline and NegToMe at every guidance scale (50 minutes)
 
 # What all the following acts are of: the grid first, by which the settings of the table are chosen.
 PEERS := peers_grid peers_grid_flux peers peers_flux

@@ -156,7 +156,8 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; two measures of quality; two attributes, each where it is open and where it is said.
     several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
-    several |= dict.fromkeys(["diversity", "sweep", "sweep_flux"], 3)
+    several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux"], 3)
+    several |= {f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching")}
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
     margins = cfg.primary.quality_margin
@@ -255,7 +256,7 @@ def test_a_suite_fits_its_model():
     core = {"pairwise_similarity", "pairwise_distance", "vendi_score", "clip_score"}
     assert core < suites["sdxl"] and core < suites["mini-sdxl"]
     assert set(composed("experiment=diversity", "model=sdxl", "metric=core").metric) == core
-    assert set(composed("experiment=ablate_alpha").metric) == {"pairwise_distance", "clip_score"}
+    assert set(composed("experiment=peers_grid").metric) == {"pairwise_distance", "clip_score"}
 
 
 def test_settings_are_chosen_within_half_the_margin_that_is_reported():
