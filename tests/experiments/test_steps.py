@@ -159,3 +159,9 @@ def test_stride_acts_on_stable_diffusion_3(_tiny_pipelines):
     pipe, options = tiny.build("SD3", _tiny_pipelines)
     base, one = (m.generate(pipe, PAIR, options).images for m in (Baseline(), STRIDE("m", noise_length=1.0)))
     assert np.isfinite(one).all() and not np.array_equal(one, base)
+
+
+def test_stride_refuses_a_model_without_its_blocks(_tiny_pipelines):
+    pipe, options = tiny.build("PixArt", _tiny_pipelines)
+    with pytest.raises(ValueError, match=r"method=m is defined for Flux.*got a PixArtSigmaPipeline: leave it out"):
+        STRIDE("m").generate(pipe, PAIR, options)
