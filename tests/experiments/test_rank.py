@@ -24,8 +24,13 @@ HYPERPARAMETERS = {
 }
 
 
-def swept_methods(model):
-    return [name for name in sorted(HYPERPARAMETERS) if model in HYPERPARAMETERS[name]["values"]]
+def swept_methods(model, pending=False):
+    """Return the methods with values for a model that `make peers` tries, or all of them."""
+    return [
+        name
+        for name, hyperparameter in sorted(HYPERPARAMETERS.items())
+        if model in hyperparameter["values"] and (pending or not hyperparameter.get("pending"))
+    ]
 
 
 def at(spec, path):
@@ -38,7 +43,7 @@ def at(spec, path):
 def test_every_hyperparameter_has_four_values_and_a_column_in_tables(model):
     assert OmegaConf.create({"methods": f"${{peers:{model}}}"}).methods == ",".join(swept_methods(model))
     in_tables = {setting.name for setting in catalogue.settings()}
-    for method in swept_methods(model):
+    for method in swept_methods(model, pending=True):
         assert len({str(value) for value in HYPERPARAMETERS[method]["values"][model]}) == 4
         assert HYPERPARAMETERS[method]["setting"].rpartition(".")[2] in in_tables
 
