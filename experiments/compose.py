@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,20 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _jobs(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the overrides of each run: the product of all choices, as in Hydra's basic sweeper."""
+    """List the overrides of each run: those of the sweep, then those of the experiment's further sweeps.
+
+    A further sweep replaces some choices of the sweep. It is left out if the command line sets one of these itself.
+    """
     overrides = check_overrides(overrides)
-    params = _hydra_node(_naming(overrides)).sweeper.get("params") or {}
+    naming = _naming(overrides)
+    params = dict(_hydra_node(naming).sweeper.get("params") or {})
+    overridden = {parsed(text).get_key_element() for text in overrides}
+    further = [sweep for sweep in _compose_files(naming).further_sweeps or () if not overridden & set(sweep)]
+    return [job for sweep in ({}, *further) for job in _product({**params, **sweep}, overrides)]
+
+
+def _product(params: Mapping[str, Any], overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """List the product of all choices, as Hydra's basic sweeper does; overrides replace choices of the same key."""
     swept = [f"{key}={value}" for key, value in params.items()]
     choices = []
     for text in {parsed(text).get_key_element(): text for text in [*swept, *overrides]}.values():
