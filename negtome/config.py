@@ -134,20 +134,23 @@ class NegToMeConfig:
         return cls(**fields).replace(**changes)
 
     @classmethod
-    def few_step(cls, **changes: Any) -> NegToMeConfig:
+    def few_step(cls, denoiser: Literal["unet", "transformer"], **changes: Any) -> NegToMeConfig:
         """Make settings for checkpoints that need at most 8 steps: turbo, lightning, schnell, LCM.
 
-        alpha is 0.9, the threshold 0.5, and only the first step takes part: step_range is (0, 0). Nothing is published
-        for such checkpoints. The values are those of a trial on a small model (mini-sdxl with 4 and with 2 steps), so
-        they are a guess for others.
+        Only the first step takes part: step_range is (0, 0). alpha and the threshold are 0.9 and 0.5 for a UNet, 0.45
+        and 0.8 for a transformer. Nobody has published settings for such checkpoints. These come from mini-sdxl and
+        mini-flux with 4 and 2 steps (results/few_steps_sweep/), so they are a guess for others.
 
         Args:
+            denoiser: "unet" (SDXL, Stable Diffusion 1 and 2) or "transformer" (Flux and all others).
             changes: fields that differ; a timestep_range takes the place of the step_range.
 
         Raises:
-            ValueError: a field is out of range.
+            ValueError: for another denoiser, or a field is out of range.
         """
-        return cls(alpha=0.9, threshold=0.5, step_range=(0, 0)).replace(**changes)
+        if denoiser not in _FEW_STEPS:
+            raise ValueError(f'denoiser must be "unet" or "transformer", got {denoiser!r}.')
+        return cls(**_FEW_STEPS[denoiser]).replace(**changes)
 
     def replace(self, **changes: Any) -> NegToMeConfig:
         """Return a copy with some fields changed, validated again.
@@ -290,4 +293,8 @@ _PRESETS = {
     ("flux", "paper"): _FLUX,
     ("flux", "released"): _FLUX | {"matching": "released"},
     ("flux", "evaluation"): _FLUX | {"matching": "released", "alpha": 1.9},
+}
+_FEW_STEPS: dict[str, dict[str, Any]] = {
+    "unet": {"alpha": 0.9, "threshold": 0.5, "step_range": (0, 0)},
+    "transformer": {"alpha": 0.45, "threshold": 0.8, "step_range": (0, 0)},
 }

@@ -213,7 +213,7 @@ def check_active_steps(config: NegToMeConfig, timesteps: Sequence[float], active
             f"from 0 to {steps - 1}; widen the range or take more steps."
         )
     low, high = config.window()
-    advice = "" if steps > FEW_STEPS else "; for models of few steps there is negtome.NegToMeConfig.few_step()"
+    advice = "" if steps > FEW_STEPS else "; for models of few steps there is negtome.NegToMeConfig.few_step"
     raise RuntimeError(
         f"NegToMe has nothing to do: no step lies in timestep_range=({low:g}, {high:g}). The timesteps of this "
         f"call are {', '.join(f'{t:g}' for t in timesteps)}; widen the range or take more steps{advice}."

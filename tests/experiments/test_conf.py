@@ -249,8 +249,8 @@ def test_models_of_few_steps_have_the_librarys_settings_for_them():
     def config(*overrides):
         return build(first(["method=negtome", *overrides]).method).config
 
-    for model in ("flux-schnell", "sdxl-turbo"):
-        assert config(f"model={model}") == NegToMeConfig.few_step()
+    assert config("model=flux-schnell") == NegToMeConfig.few_step("transformer")
+    assert config("model=sdxl-turbo") == NegToMeConfig.few_step("unet")
     replaced = config("model=flux-schnell", "method.timestep_range=[900,1000]")
     assert (replaced.step_range, replaced.timestep_range) == (None, (900, 1000))
     replaced = config("model=mini-sdxl", "method.step_range=[0,0.25]")

@@ -24,8 +24,8 @@ READ = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("peers")) 
 COMPOSED = {"diversity", "copyright", "sweep", "stereotypes"}
 
 
-#: Experiments whose tables are not made yet (docs/protocol.md declares few_steps).
-UNMEASURED = {"few_steps", "few_steps_peers_grid", "few_steps_peers"}
+#: Experiments whose tables are not made yet.
+UNMEASURED = {"few_steps_peers_grid", "few_steps_peers"}
 
 
 def declared(name, key):

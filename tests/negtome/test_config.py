@@ -151,11 +151,16 @@ def test_steps_that_nobody_counted_are_refused():
 
 
 def test_few_steps_have_settings_of_their_own():
-    few = NegToMeConfig.few_step()
-    assert (few.alpha, few.threshold, few.step_range, few.timestep_range) == (0.9, 0.5, (0, 0), None)
-    for architecture in ("sdxl", "flux", "sd3"):
-        assert few.published_for(architecture) == few
-    assert NegToMeConfig.few_step(alpha=1.5, timestep_range=(0, 1000)) == NegToMeConfig(1.5, 0.5, (0, 1000))
+    unet, transformer = (NegToMeConfig.few_step(denoiser) for denoiser in ("unet", "transformer"))
+    assert unet.alpha > transformer.alpha and unet.threshold < transformer.threshold, "weaker for transformers"
+    for few in (unet, transformer):
+        assert (few.step_range, few.timestep_range) == ((0, 0), None)
+        for architecture in ("sdxl", "flux", "sd3"):
+            assert few.published_for(architecture) == few
+    changed = NegToMeConfig.few_step("unet", alpha=1.5, timestep_range=(0, 1000))
+    assert changed == NegToMeConfig(1.5, 0.5, (0, 1000))
+    with pytest.raises(ValueError, match=r'must be "unet" or "transformer", got \'mmdit\''):
+        NegToMeConfig.few_step("mmdit")
 
 
 def test_settings_without_numbers_are_refused():
