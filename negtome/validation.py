@@ -35,7 +35,7 @@ def read_step_range(text: str) -> tuple[int, int] | tuple[float, float]:
     """
     try:
         first, last = text.split(":")
-        if "." in text:
+        if "." in text or "e" in text.lower():
             return float(first), float(last)
         return int(first), int(last)
     except ValueError as error:

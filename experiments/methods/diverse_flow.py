@@ -38,11 +38,11 @@ def process_gradient(clean: torch.Tensor, quality: torch.Tensor, spread: float) 
         [G, K, N].
     """
     K = clean.shape[1]
-    squares = torch.cdist(clean, clean, compute_mode="donot_use_mm_for_euclid_dist").square().double().cpu()
+    squares = torch.cdist(clean, clean, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().double()
     above = torch.triu_indices(K, K, offset=1)
     median = squares[:, above[0], above[1]].quantile(0.5, dim=1)[:, None, None]
     distances = squares / median.clamp(min=torch.finfo(median.dtype).tiny)
-    q = quality.double().cpu()
+    q = quality.cpu().double()
     kernel = q[:, :, None] * q[:, None, :] * torch.exp(-spread * distances / 2)  # [G, K, K]
     values, vectors = torch.linalg.eigh(kernel)
     values = values.maximum(SMALLEST * values[:, -1:])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negtome import NegToMeConfig
-from negtome.validation import check_float, check_int
+from negtome.validation import check_float, check_int, read_step_range
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,12 @@ def test_steps_that_nobody_counted_are_refused():
     with pytest.raises(ValueError, match=r"does not say how many there are; pass the first and the last step"):
         NegToMeConfig(step_range=(0, 0.5)).is_active(1000, 0)
     assert NegToMeConfig(step_range=(1, 2)).is_active(1000, 2), "without the number of steps"
+
+
+def test_a_share_is_read_as_python_writes_it():
+    assert read_step_range("0:0.25") == (0.0, 0.25)
+    assert read_step_range(f"0:{1e-05!r}") == (0.0, 1e-05)
+    assert read_step_range("0:2") == (0, 2)
 
 
 def test_few_steps_have_settings_of_their_own():
