@@ -60,7 +60,8 @@ def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None 
 
     @functools.wraps(original)
     def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        nonlocal images
+        nonlocal images, reader
+        reader = CallReader(architecture)  # it counts the steps of one call
         prepared = original(*args, **kwargs)
         images = len(prepared[0] if isinstance(prepared, tuple) else prepared)
         return prepared
