@@ -65,7 +65,7 @@ class DiversityDistillation(Method):
 
     Ours: the base model is a denoiser that uses the model's text encoders, autoencoder and scheduler, but DDIM where
     the model has a scheduler for consistency models. Without `base` it is the model itself, as for the mini models, of
-    which no distilled version exists: what is left of the method is a weaker guidance and finer steps at the beginning.
+    which no distilled version exists. The method then reduces to weaker guidance and finer steps at the beginning.
     The model's first steps are computed and dropped, which takes time; a multistep scheduler remembers them.
 
     Attributes:
@@ -113,6 +113,11 @@ class DiversityDistillation(Method):
             steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
         if self.base_steps > steps:
             raise ValueError(f"method.base_steps must be at most {steps}, the steps of the call, got {self.base_steps}")
+        if pipe.scheduler.order != 1:  # the second half of a step would not begin at the base model's latents
+            raise ValueError(
+                f"method={self.name} needs a scheduler with one denoiser call in a step, such as "
+                f"EulerDiscreteScheduler, got a {type(pipe.scheduler).__name__}: choose another one for the model"
+            )
         latents = self._begin(pipe, group, call, steps)
         taken = 0
 

@@ -6,7 +6,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+)
 from test_methods import CALLS, shape_of
 
 from experiments.methods.diversity_distillation import DiversityDistillation
@@ -108,6 +114,12 @@ def test_a_base_of_another_architecture_is_refused(tiny_sdxl, tiny_checkpoint):
         ValueError, match=r"method\.base must fit the model, whose denoiser is a unet, got a transformer"
     ):
         images_of(tiny_sdxl, CALLS["sdxl"], method)
+
+
+def test_a_scheduler_with_two_denoiser_calls_in_a_step_is_refused(tiny_sdxl):
+    tiny_sdxl.scheduler = HeunDiscreteScheduler.from_config(tiny_sdxl.scheduler.config)
+    with pytest.raises(ValueError, match=r"one denoiser call in a step, .* got a HeunDiscreteScheduler"):
+        images_of(tiny_sdxl, CALLS["sdxl"], DiversityDistillation("m", base_steps=1))
 
 
 def test_more_steps_than_the_call_has_are_refused(tiny_sdxl):
