@@ -75,7 +75,8 @@ def _strength(setting: str, times: float | None = None, *, _parent_: Any, _root_
     older = metadata.get("older_settings", {}) if _root_.older_protocol else {}
     by_model = {**metadata["settings_by_model"], **older}
     by_steps = metadata.get("settings_by_steps", {}).get(_root_.model.name, {})
-    settings = by_steps.get(str(_root_.model.call.num_inference_steps)) or by_model.get(_root_.model.name) or {}
+    steps = str(OmegaConf.select(_root_, "model.call.num_inference_steps"))
+    settings = by_steps.get(steps) or by_model.get(_root_.model.name) or {}
     value = settings.get(setting)
     if times is None:
         return value
