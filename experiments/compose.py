@@ -102,10 +102,10 @@ def _jobs(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     A further sweep replaces some choices of the sweep. It is left out if the command line sets one of these itself.
     """
     overrides = check_overrides(overrides)
-    naming = _naming(overrides)
-    params = dict(_hydra_node(naming).sweeper.get("params") or {})
+    cfg = _compose_sweep(_naming(overrides))
+    params = dict(cfg.hydra.sweeper.get("params") or {})
     overridden = {parsed(text).get_key_element() for text in overrides}
-    further = [sweep for sweep in _compose_files(naming).further_sweeps or () if not overridden & set(sweep)]
+    further = [sweep for sweep in cfg.further_sweeps or () if not overridden & set(sweep)]
     return [job for sweep in ({}, *further) for job in _product({**params, **sweep}, overrides)]
 
 
@@ -126,7 +126,7 @@ def launcher(overrides: Sequence[str]) -> tuple[str, ...]:
     """Return those overrides that name a launcher or are its settings; () for none."""
     naming = _naming(check_overrides(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return () if _hydra_node(naming).launcher._target_.endswith(".BasicLauncher") else naming
+        return () if _compose_sweep(naming).hydra.launcher._target_.endswith(".BasicLauncher") else naming
 
 
 def launch(task: Callable[[DictConfig], Any], overrides: Sequence[str]) -> None:
@@ -243,9 +243,9 @@ def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def _hydra_node(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
-    return _composed(overrides, return_hydra_config=True).hydra
+def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose an experiment with Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
+    return _composed(overrides, return_hydra_config=True)
 
 
 def _is_value(override: Override) -> bool:
