@@ -112,10 +112,10 @@ OmegaConf.register_new_resolver("blocks", _blocks, replace=True)
 def _peers(model: str) -> str:
     specs = {file.stem: OmegaConf.load(file) for file in sorted((PROJECT / "conf" / "method").glob("*.yaml"))}
     values, pending = f"metadata.hyperparameter.values.{model}", "metadata.hyperparameter.pending"
-    swept = [name for name, spec in specs.items() if OmegaConf.select(spec, values)]
-    return ",".join(name for name in swept if not OmegaConf.select(specs[name], pending))
+    swept = {name: spec for name, spec in specs.items() if OmegaConf.select(spec, values)}
+    return ",".join(name for name, spec in swept.items() if not OmegaConf.select(spec, pending))
 
 
-# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a hyperparameter for a model, as choices of a sweep,
-# without those whose file says that the published tables do not have them yet.
+# `${peers:mini-sdxl}` in conf/experiment/: the methods that have a hyperparameter for a model, as choices of a sweep.
+# Methods marked `pending` are left out, since the published tables do not have them yet.
 OmegaConf.register_new_resolver("peers", _peers, replace=True)

@@ -33,7 +33,7 @@ def figures_for(frame: pd.DataFrame) -> dict[str, tuple[Figure, str]]:
     Many methods give their fronts. A grid of two settings gives heat maps and Pareto fronts, one swept setting curves
     (of the values too, where the run without a method was swept with it), neither the trade-off and the forest of all
     metrics. Negative controls are left out. A model with several numbers of steps has these figures for each of them,
-    and the values of what was run at all of them over the number of steps.
+    and a figure over the number of steps, with the values of the methods that have runs at each of them.
 
     Args:
         frame: an experiment's CSV, with its primary metrics marked.

@@ -165,10 +165,10 @@ class DiversityDistillation(Method):
             raise ValueError("method.base needs both models on the device, got offload=true: set offload=false")
         other = _load(type(denoiser), self._folder, denoiser.dtype, denoiser.device)
         for setting in SHAPES:
-            if (here := denoiser.config.get(setting)) != (there := other.config.get(setting)):
+            if (expected := denoiser.config.get(setting)) != (actual := other.config.get(setting)):
                 raise ValueError(
-                    f"method.base must fit the model, got {setting}={there} in {self.base}, expected {here}: choose "
-                    "the model from which this one was distilled"
+                    f"method.base must fit the model, got {setting}={actual} in {self.base}, expected {expected}: "
+                    "choose the model from which this one was distilled"
                 )
         setattr(pipe, name, other)
         try:

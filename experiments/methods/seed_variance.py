@@ -52,9 +52,9 @@ class SeedVariance(Method):
     Pooled embeddings and the unconditional half stay. There is no paper.
 
     The node's strength is an absolute number, 20 for Z-Image Turbo, and its log suggests a tenth to ten times the
-    embedding's standard deviation; here `relative` makes that deviation the unit. The node noises all images of a batch
-    alike, and its users change the seed for each image; here every image has its noise. The node can also protect a
-    part of the prompt or noise the last steps, which is left out.
+    embedding's standard deviation; here `relative` makes that deviation the unit. The node adds equal noise to all
+    images of a batch, and its users change the seed for each image; here each image has different noise. The node can
+    also protect a part of the prompt or add noise in the last steps, which is left out.
 
     Attributes:
         strength: at least 0, which is off.

@@ -149,7 +149,7 @@ def drawn_once(
 
 
 def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert float32 values to a dtype; what is out of its range becomes its largest number instead of infinity."""
+    """Convert float32 values to a dtype; values out of range become the largest finite number."""
     limits = torch.finfo(dtype)
     return values.clamp(limits.min, limits.max).to(dtype)
 

@@ -54,7 +54,7 @@ def tokens_of(pipe, kind, method, steps):
 def test_the_denoiser_gets_one_noise_an_image_in_the_first_steps_alone(pipe, kind, steps, early_share, early):
     unchanged = tokens_of(pipe, kind, SeedVariance("m", strength=0), steps)
     noised = tokens_of(pipe, kind, SeedVariance("m", strength=0.5, relative=False, early_share=early_share), steps)
-    noises = []
+    early_noise = []
     for number, (before, after) in enumerate(zip(unchanged, noised, strict=True)):
         tokens, pooled = before
         assert torch.equal(after[pooled], before[pooled])
@@ -63,10 +63,10 @@ def test_the_denoiser_gets_one_noise_an_image_in_the_first_steps_alone(pipe, kin
             assert not noise.any()
             continue
         assert kind == "flux" or not noise[:2].any(), "the unconditional half stays"
-        noises.append(noise[-2:])
-    assert len(noises) == early
-    assert all(torch.equal(noise, noises[0]) for noise in noises)
-    one, other = noises[0]
+        early_noise.append(noise[-2:])
+    assert len(early_noise) == early
+    assert all(torch.equal(noise, early_noise[0]) for noise in early_noise)
+    one, other = early_noise[0]
     assert not torch.equal(one, other)
     for noise in (one, other):
         assert noise.abs().max() <= 0.5 + 1e-5

@@ -174,9 +174,9 @@ def test_settings_without_numbers_are_refused():
     for ask, name in ((unset.strength, "threshold"), (unset.window, "timestep_range")):
         with pytest.raises(ValueError, match=f"expected a {name}, got None; published_for"):
             ask()
-    whole = unset.published_for("flux")
-    assert whole.window() == (900, 1000)
-    assert whole.strength() == {"alpha": 0.9, "threshold": 0.65, "matching": "paper"}
+    published = unset.published_for("flux")
+    assert published.window() == (900, 1000)
+    assert published.strength() == {"alpha": 0.9, "threshold": 0.65, "matching": "paper"}
 
 
 def test_presets_are_the_published_settings():
