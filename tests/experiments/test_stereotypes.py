@@ -42,7 +42,7 @@ def test_the_experiment_runs_to_its_table(tmp_path, tiny_overrides):
     usual = [one for one in tiny_overrides("stereotypes", tmp_path, "method=none,negtome") if not one.startswith(mine)]
     words = {"judge": ["woman judge with light skin tone"], "cook": ["man cook with dark skin tone"]}
     changes = [
-        "prompts.seeds=[0,1,2,3]", "prompts.images_per_prompt=2",
+        "prompts.seeds=[0,1,2,3]", "prompts.said_seeds=[0]", "prompts.images_per_prompt=2",
         "~metric.skin_tone_evenness_trained",
     ]  # fmt: skip
     configs = expand(list({one.partition("=")[0]: one for one in (*usual, *changes)}.values()))
