@@ -79,12 +79,14 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
 
     Args:
         plan: each of its runs is paired with its baseline.
-        against: name of the method whose run takes the baseline's place; only primary metrics are then read.
+        against: name of the method whose run takes the baseline's place. Only primary metrics are then read, and only
+            of runs whose baseline has a run of that method, with the same number of steps for example.
 
     Raises:
         FileNotFoundError: a run or its baseline was not generated or not scored; the message names the command.
         ValueError: the primary metrics are not two of the configured ones that can be tested; there is no run of
-            `against` to pair one with, or several; or a run and the one it is paired with are of two machines.
+            `against` on a model, or several with one baseline; or a run and the one it is paired with are of two
+            machines.
     """
     for spec in plan.runs:
         check_table(spec.cfg)  # before anything is read
@@ -95,7 +97,7 @@ def read_scores(plan: Plan, against: str | None = None) -> list[Score]:
     for run, spec in runs.items():
         baseline = others.get(spec.baseline) if against else Run.of(spec.baseline)
         if baseline is None:
-            raise ValueError(f"there is no run of {against} like the one of {spec.label}")
+            continue
         run.check_alike(baseline)
         roles, statistics = primary_metrics(spec.cfg), run.statistics()
         for name, metric in configured_metrics(spec):
@@ -116,6 +118,13 @@ def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[Run
     if not others:
         names = ", ".join(dict.fromkeys(spec.cfg.method.name for spec in plan.runs))
         raise ValueError(f"expected one of the experiment's methods ({names}), got {against!r}")
+    models = dict.fromkeys(spec.cfg.model.name for spec in plan.runs)
+    paired_models = {spec.cfg.model.name for spec in others}
+    if unpaired := [model for model in models if model not in paired_models]:
+        raise ValueError(
+            f"expected a run of {against} on every model, got none on {', '.join(unpaired)}: give "
+            f"model={','.join(model for model in models if model in paired_models)}"
+        )
     return others
 
 
