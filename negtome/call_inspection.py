@@ -1,6 +1,7 @@
 """Read the calls of a pipeline and of its denoiser: how many images, which step, which prompts and tokens."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class DenoiserCall:
         time: [1] the same, as the scheduler holds it.
         again: whether the previous call was of the same timestep of the schedule.
         index: number of the denoising step, from 0 for the first one that the pipeline runs. A step of a second-order
-            scheduler has two timesteps.
+            scheduler has two timesteps, and a timestep that PNDM repeats is one step.
         steps: number of denoising steps of the pipeline's call, None if unknown.
         rows: rows of the batch, all chunks included.
         cfg_chunks: parts of the batch that hold the same images, one after the other: 2 for unconditional and
@@ -94,8 +95,9 @@ class CallReader:
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
         self._padded: list[tuple[Snapshot, torch.Tensor]] = []
         self._timesteps_run = 0
-        self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known
+        self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known; a repeated one stands once
         self.order = 1  # timesteps in a step of the scheduler
+        self._merges_repeated = False
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
         """Read a call of the denoiser.
@@ -123,12 +125,15 @@ class CallReader:
                 f"{type(pipe).__name__}); give a prompt, or a row of embeddings, for each image."
             )
         chunks = rows // images
-        index, timestep, time = self._locate(pipe, arguments[architecture.time])
-        step = (index, timestep)
-        again, self._step = step == self._step, step
-        if not again:
-            self._timesteps_run += 1
         self.order = getattr(pipe.scheduler, "order", 1)
+        # PNDM repeats a timestep to evaluate a step again. A scheduler with sigmas may round two steps to one timestep.
+        self._merges_repeated = self.order == 1 and not hasattr(pipe.scheduler, "sigmas")
+        index, timestep, time = self._locate(pipe, arguments[architecture.time])
+        previous, self._step = self._step, (index, timestep)
+        again = self._step == previous
+        repeated = self._merges_repeated and previous is not None and timestep == previous[1]
+        if not again and not repeated:
+            self._timesteps_run += 1
         if shape not in self._grids:
             self._grids[shape] = architecture.grid(arguments)
         grid = self._grids[shape]
@@ -186,7 +191,8 @@ class CallReader:
                 _check_unit(scheduler, value)
                 return None, value, timesteps.new_tensor([value])
         if not self.schedule:  # an input image makes the loop begin later than the schedule, and it may end earlier
-            self.schedule = self._values[index:][: getattr(pipe, "num_timesteps", None)]
+            values = self._values[index:][: getattr(pipe, "num_timesteps", None)]
+            self.schedule = [value for value, _ in itertools.groupby(values)] if self._merges_repeated else values
         return index, float(self._values[index]), timesteps[index : index + 1]
 
 
