@@ -49,6 +49,17 @@ def test_every_hyperparameter_has_four_values_and_a_column_in_tables(model):
 
 
 @pytest.mark.parametrize(
+    ("experiment", "pending"),
+    [("peers_grid", False), ("peers", False), ("few_steps_peers_grid", True), ("few_steps_peers", True)],
+)
+def test_methods_that_are_pending_are_in_experiments_whose_tables_are_not_published(experiment, pending):
+    spec = OmegaConf.load(PROJECT / "conf" / "experiment" / f"{experiment}.yaml")
+    methods = swept_methods("mini-sdxl", pending)
+    assert spec.hydra.sweeper.params.method == ",".join(["none", *methods])
+    assert ("stride" in methods) == pending
+
+
+@pytest.mark.parametrize(
     ("experiment", "model", "methods"),
     [
         ("peers_grid", "mini-sdxl", ["limited_interval_and_negtome", "negtome"]),
