@@ -252,9 +252,10 @@ def _chosen_value(cfg: DictConfig, setting: str) -> Any:
     try:
         return values[cfg.model.name][cfg.method.name]
     except KeyError:
+        target = "few-steps-peers" if cfg.name == "few_steps_peers" else "peers"
         raise FileNotFoundError(
             f"expected a value of {setting} for {cfg.method.name} on {cfg.model.name} in {file}, got none: make it "
-            "with make peers, or give chosen=null for the method's own setting"
+            f"with make {target}, or give chosen=null for the method's own setting"
         ) from None
 
 

@@ -181,8 +181,10 @@ def test_single_settings_are_compared_as_they_are_and_a_baseline_alone_is_refuse
 def test_a_chosen_setting_needs_a_choice_and_stands_back_for_one_that_is_given(tmp_path):
     file = tmp_path / "chosen.yaml"
     arguments = ["model=sdxl", "method=lower_guidance", f"chosen={file}"]
-    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make peers"):
+    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make peers,"):
         expand(arguments)
+    with pytest.raises(FileNotFoundError, match=r"value of scale for lower_guidance on sdxl .* make few-steps-peers,"):
+        expand(["experiment=few_steps_peers", *arguments])
     file.write_text("sdxl: {lower_guidance: 2.5}\n")
     assert [cfg.method.scale for cfg in expand(arguments)] == [2.5]
     assert [cfg.method.scale for cfg in expand([*arguments, "method.scale=4"])] == [4]
