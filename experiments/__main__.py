@@ -29,6 +29,7 @@ COMMANDS = {
     "hypotheses": "experiments.hypotheses",
     "report": "experiments.report",
     "latency": "experiments.latency",
+    "roofline": "experiments.latency.roofline",
     "collect": "experiments.collect",
     "applications": "experiments.figures.applications",
     "stereotypes": "experiments.tables.stereotypes",
