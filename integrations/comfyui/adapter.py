@@ -317,13 +317,13 @@ class ReferencePush(_Push):
     ) -> None:
         super().__init__(*others, **named)
         if mask is not None:
+            if not mask.any():
+                raise ValueError("NegToMe got an empty mask; mark the area to avoid, or connect no mask.")
             if mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
                 raise ValueError(
                     f"NegToMe expected a mask of its image's size, {list(images.shape[1:3])}, got "
                     f"{list(mask.shape)}; draw it on that image."
                 )
-            if not mask.any():
-                raise ValueError("NegToMe got an empty mask; mark the area to avoid, or connect no mask.")
             mask = mask.expand(len(images), -1, -1)
         self._images, self._mask, self._encode, self._factor, self._seed = images, mask, encode, factor, seed
         self._encoded: dict[tuple[int, int], tuple[torch.Tensor, list[torch.Tensor | None]]] = {}
