@@ -132,6 +132,24 @@ def test_each_family_is_pushed_as_the_library_does(family, conditions):
     assert 0 < push.report.moved <= push.report.compared
 
 
+def test_tokens_of_an_image_to_edit_stay():
+    push = group("flux")
+    executor = Executor("flux", push)
+    original = executor.calls
+
+    def with_image_to_edit(x, options):
+        for name, tokens, extra in original(x, options):
+            longer = torch.cat([tokens, tokens[:, TEXT:]], dim=1)
+            yield name, longer, {**extra, "img_slice": [TEXT, longer.shape[1]]}
+
+    executor.calls = with_image_to_edit
+    call(push, executor, randn(2, 4, 16, 16), [0])
+    for name, before in executor.before.items():
+        columns = slice(TEXT, TEXT + 64)
+        assert not torch.equal(executor.after[name], before)
+        torch.testing.assert_close(executor.after[name], expected(before, 1, 2, columns), atol=1e-5, rtol=1e-5)
+
+
 def test_conditions_apart_equal_conditions_together():
     push = group("sdxl")
     x = randn(4, 4, 32, 32)
