@@ -22,7 +22,10 @@ class DenoiserCall:
     Attributes:
         timestep: training timestep, 1000 = pure noise.
         time: [1] the same, as the scheduler holds it.
-        again: whether the previous call was of the same step.
+        again: whether the previous call was of the same timestep of the schedule.
+        index: number of the denoising step, from 0 for the first one that the pipeline runs. A step of a second-order
+            scheduler has two timesteps.
+        steps: number of denoising steps of the pipeline's call, None if unknown.
         rows: rows of the batch, all chunks included.
         cfg_chunks: parts of the batch that hold the same images, one after the other: 2 for unconditional and
             conditional in one batch, 3 with a perturbed one, else 1.
@@ -36,6 +39,8 @@ class DenoiserCall:
     timestep: float
     time: torch.Tensor
     again: bool
+    index: int
+    steps: int | None
     rows: int
     cfg_chunks: int
     conditional: tuple[int, ...]
@@ -88,7 +93,9 @@ class CallReader:
         self._step: tuple[int | None, float] | None = None  # of the last call
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
         self._padded: list[tuple[Snapshot, torch.Tensor]] = []
+        self._timesteps_run = 0
         self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known
+        self.order = 1  # timesteps in a step of the scheduler
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
         """Read a call of the denoiser.
@@ -119,6 +126,9 @@ class CallReader:
         index, timestep, time = self._locate(pipe, arguments[architecture.time])
         step = (index, timestep)
         again, self._step = step == self._step, step
+        if not again:
+            self._timesteps_run += 1
+        self.order = getattr(pipe.scheduler, "order", 1)
         if shape not in self._grids:
             self._grids[shape] = architecture.grid(arguments)
         grid = self._grids[shape]
@@ -133,6 +143,8 @@ class CallReader:
             timestep=timestep,
             time=time,
             again=again,
+            index=(self._timesteps_run - 1) // self.order,
+            steps=math.ceil(len(self.schedule) / self.order) or None,
             rows=rows,
             cfg_chunks=chunks,
             conditional=tuple(conditional),
