@@ -5,6 +5,6 @@ from typing import Any
 
 async def comfy_entrypoint() -> Any:
     """Return the extension with its nodes; ComfyUI calls this when it starts."""
-    from .nodes import NegToMeExtension  # imports ComfyUI, which the adapter and its tests do without
+    from .nodes import NegToMeExtension  # imports ComfyUI
 
     return NegToMeExtension()

@@ -1,22 +1,19 @@
-"""The nodes: they read their inputs and register the adapter at ComfyUI's patches and wrappers."""
+"""The nodes: they read their inputs and register `negtome.patcher` at ComfyUI's patches and wrappers."""
 
-import math
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, io, ui
 
-from negtome.merge import REFERENCES, Strength
-
-from .adapter import KEY, GroupPush, ReferencePush, Schedule, attention_level
+from negtome.merge import REFERENCES
+from negtome.patcher import KEY, SETTINGS, GroupPush, PushSettings, ReferencePush, read_settings
 
 CATEGORY = "model/negtome"
-PUBLISHED, CUSTOM, FIRST_STEP = "published settings", "custom settings", "custom settings, first step only"
 ReportType = io.Custom("NEGTOME_REPORT")
 
 
-def _strength_inputs() -> list[Any]:
-    """Return the inputs that both nodes share, after those that are their own."""
+def _settings_inputs() -> list[Any]:
+    """Return the inputs that both nodes share; their names are arguments of `read_settings`."""
     return [
         io.Float.Input(
             "alpha",
@@ -24,13 +21,15 @@ def _strength_inputs() -> list[Any]:
             min=-5,
             max=5,
             step=0.05,
-            tooltip="Strength of the push. Negative values pull images together; 0 is off.",
+            tooltip="Strength of the push. Negative values pull images together; 0 is off. For few steps of the Flux "
+            "family, begin with 0.45.",
         ),
         io.Combo.Input(
             "settings",
-            options=[PUBLISHED, CUSTOM, FIRST_STEP],
+            options=list(SETTINGS),
             tooltip="Published: threshold 0.7 and timesteps 800 to 1000 for SDXL and SD1.5, 0.65 and 900 to 1000 for "
-            "the Flux family. Only the custom settings read the three values below.",
+            "the Flux family. Few steps, for turbo and lightning models: the first step, threshold 0.5 for SDXL and "
+            "SD1.5, 0.8 for the Flux family. Only the custom settings read the values below.",
         ),
         io.Float.Input(
             "threshold",
@@ -42,30 +41,20 @@ def _strength_inputs() -> list[Any]:
         ),
         io.Float.Input("start_percent", default=0, min=0, max=1, step=0.01, tooltip="Where the timestep range begins."),
         io.Float.Input("end_percent", default=0.2, min=0, max=1, step=0.01, tooltip="Where the timestep range ends."),
+        io.Int.Input(
+            "first_steps",
+            default=0,
+            min=0,
+            max=1000,
+            tooltip="Act in this many steps from the first one, whatever the percents. 0 uses the percents.",
+        ),
     ]
 
 
-def _base_arguments(
-    model: Any, alpha: float, settings: str, threshold: float, start_percent: float, end_percent: float
-) -> dict[str, Any]:
-    """Return the arguments that both pushes share."""
+def _read_settings(model: Any, **inputs: Any) -> PushSettings:
+    """Return the settings for a model; `inputs` are those of `_settings_inputs`."""
     denoiser = model.get_model_object("diffusion_model")
-    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-    is_unet = hasattr(denoiser, "output_blocks")
-    if settings == PUBLISHED:
-        threshold = 0.7 if is_unet else 0.65
-        schedule = Schedule(low=to_sigma(0.2) if is_unet else 0.9)  # a flow's sigma is its timestep / 1000
-    elif start_percent > end_percent:
-        raise ValueError(f"start_percent must be at most end_percent, got {start_percent} and {end_percent}.")
-    else:
-        high = math.inf if start_percent <= 0 else float(to_sigma(start_percent))
-        schedule = Schedule(float(to_sigma(end_percent)), high, first_step=settings == FIRST_STEP)
-    return {
-        "strength": Strength(alpha=alpha, threshold=threshold, matching="paper"),
-        "schedule": schedule,
-        "attention_level": attention_level(denoiser) if is_unet else None,
-        "patch_size": getattr(denoiser, "patch_size", 2),
-    }
+    return read_settings(denoiser, model.get_model_object("model_sampling").percent_to_sigma, **inputs)
 
 
 def _patched(model: Any, push: GroupPush | ReferencePush) -> Any:
@@ -98,15 +87,15 @@ class NegToMeGroup(io.ComfyNode):
                 io.Int.Input(
                     "group_size", default=0, min=0, max=4096, tooltip="Images of a group; 0 is the whole batch."
                 ),
-                *_strength_inputs(),
+                *_settings_inputs(),
             ],
             outputs=[io.Model.Output(), ReportType.Output(display_name="report")],
         )
 
     @classmethod
-    def execute(cls, model: Any, reference: Any, group_size: int, **strength: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, reference: Any, group_size: int, **settings: Any) -> io.NodeOutput:
         """Return the patched model and its report."""
-        push = GroupPush(**_base_arguments(model, **strength), group_size=group_size, reference=reference)
+        push = GroupPush(_read_settings(model, **settings), group_size=group_size, reference=reference)
         return io.NodeOutput(_patched(model, push), push.report)
 
 
@@ -125,17 +114,17 @@ class NegToMeReference(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Vae.Input("vae"),
                 io.Image.Input("image", tooltip="One image, or a batch of images of one size."),
-                *_strength_inputs(),
+                *_settings_inputs(),
                 io.Mask.Input("mask", optional=True, tooltip="Area to keep away from; none is the whole image."),
             ],
             outputs=[io.Model.Output(), ReportType.Output(display_name="report")],
         )
 
     @classmethod
-    def execute(cls, model: Any, vae: Any, image: Any, mask: Any = None, **strength: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, vae: Any, image: Any, mask: Any = None, **settings: Any) -> io.NodeOutput:
         """Return the patched model and its report."""
         push = ReferencePush(
-            **_base_arguments(model, **strength),
+            _read_settings(model, **settings),
             images=image[..., :3].float().cpu(),
             mask=None if mask is None else mask.cpu() > 0.5,
             encode=vae.encode,

@@ -1,346 +1,127 @@
-"""The ComfyUI adapter on the `extra_options` of each model family, compared with the library's push.
+"""The nodes with stand-ins for ComfyUI's modules: what they register on a model, and the example workflows."""
 
-`Executor` stands for ComfyUI: it calls a small model whose attention outputs pass through the patches.
-"""
-
+import asyncio
+import importlib
 import json
-import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from integrations.comfyui.adapter import GroupPush, ReferencePush, Schedule, attention_level
-from negtome.merge import negative_merge
-
 WORKFLOWS = sorted((Path(__file__).parents[2] / "integrations/comfyui/example_workflows").glob("*.json"))
-STRENGTH = {"alpha": 0.9, "threshold": 0.2, "matching": "paper"}
-ALWAYS = Schedule(low=0.0)
-TEXT = 5  # tokens
-WIDTH = 12
+SETTINGS = {"alpha": 0.9, "threshold": 0.7, "start_percent": 0.0, "end_percent": 0.2, "first_steps": 0}
 
 
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Executor:
-    """A model call as ComfyUI makes it: attention outputs of one family, patched in the order of `patches`.
-
-    Attributes:
-        class_obj: what the adapter reads of ComfyUI's BaseModel.
-        seen: arguments of the last call.
-        before, after: the attention outputs of the last call by hook point.
-    """
-
-    def __init__(self, family, *patches, dtype=torch.float32, scale=1.0):
-        self.family, self.patches, self.dtype, self.scale = family, patches, dtype, scale
-        sampling = SimpleNamespace(
-            noise_scaling=lambda sigma, noise, latent, _: latent + sigma.view(-1, 1, 1, 1) * noise
-        )
-        self.class_obj = SimpleNamespace(model_sampling=sampling, process_latent_in=lambda latent: 2 * latent)
-
-    def calls(self, x, options):
-        """List (hook point, tokens, extra options) of each attention."""
-        height, width = x.shape[-2:]
-        if self.family == "flux":
-            tokens = self.features(x, height // 2, width // 2)
-            both = torch.cat([randn(1, TEXT, WIDTH, seed=8).to(tokens).expand(len(x), -1, -1), tokens], dim=1)
-            image = {"img_slice": [TEXT, both.shape[1]]}
-            return [
-                (kind, both, {**options, "block_type": kind, "block_index": 0, **image})
-                for kind in ("double", "single")
-            ]
-        blocks = {"sdxl": [("input", 4, 2), ("middle", 0, 4), ("output", 2, 4), ("output", 5, 2)]}
-        blocks["sd15"] = [("input", 1, 1), ("output", 5, 2), ("output", 11, 1)]
-        return [
-            ((name, number), self.features(x, height // down, width // down), {**options, "block": (name, number)})
-            for name, number, down in blocks[self.family]
-        ]
-
-    def features(self, x, height, width):
-        """Make tokens [rows, N, C] that depend on each row of x, and are similar between rows."""
-        pooled = torch.nn.functional.adaptive_avg_pool2d(x, (height, width)).flatten(2).mT.float()
-        mixed = pooled @ randn(x.shape[1], WIDTH, seed=9) + 0.5
-        return (self.scale * mixed).to(self.dtype)
-
-    def __call__(self, x, sigma, c_concat, c_crossattn, control, options, **named):
-        self.seen = {"x": x, "sigma": sigma, "c_crossattn": c_crossattn, "control": control, **named}
-        self.before, self.after = {}, {}
-        for name, tokens, extra in self.calls(x, options):
-            self.before[name] = tokens
-            for patch in self.patches:
-                tokens = patch(tokens, extra)
-            self.after[name] = tokens
-        return x.clone()
-
-
-def call(push, executor, x, conditions=(1, 0), sigma=5.0, **named):
-    """Run a model call through the push's wrapper."""
-    options = {"cond_or_uncond": list(conditions), "sample_sigmas": torch.tensor([14.6, 5.0, 2.0, 0.0])}
-    return push.apply(
-        executor,
-        x,
-        torch.full((len(x),), sigma),
-        None,
-        named.pop("context", None),
-        named.pop("control", None),
-        options,
-        **named,
+def kind_of_value(kind):
+    return SimpleNamespace(
+        Input=lambda name, **options: SimpleNamespace(name=name, kind=kind, **options),
+        Output=lambda **options: SimpleNamespace(kind=kind, **options),
     )
 
 
-def group(family, **changes):
-    level = {"sdxl": 1, "sd15": 0, "flux": None}[family]
-    settings = {"strength": STRENGTH, "schedule": ALWAYS, "attention_level": level}
-    return GroupPush(**{**settings, **changes})
+@pytest.fixture
+def nodes(monkeypatch):
+    """Import the folder of nodes as ComfyUI does, and return its node classes by their id."""
+    kinds = ("Model", "Vae", "Image", "Mask", "Latent", "String", "Float", "Int", "Combo")
+    io = SimpleNamespace(
+        ComfyNode=object,
+        Schema=SimpleNamespace,
+        NodeOutput=lambda *args, ui=None: SimpleNamespace(args=args, ui=ui),
+        Custom=kind_of_value,
+        **{name: kind_of_value(name.upper()) for name in kinds},
+    )
+    latest = SimpleNamespace(ComfyExtension=object, io=io, ui=SimpleNamespace(PreviewText=str))
+    wrappers = SimpleNamespace(OUTER_SAMPLE="outer_sample", APPLY_MODEL="apply_model")
+    monkeypatch.setitem(sys.modules, "comfy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "comfy.patcher_extension", SimpleNamespace(WrappersMP=wrappers))
+    monkeypatch.setitem(sys.modules, "comfy_api", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
+    monkeypatch.delitem(sys.modules, "integrations.comfyui.nodes", raising=False)
+    extension = asyncio.run(importlib.import_module("integrations.comfyui").comfy_entrypoint())
+    classes = asyncio.run(extension.get_node_list())
+    yield {node.define_schema().node_id: node for node in classes}
+    sys.modules.pop("integrations.comfyui.nodes")
 
 
-def expected(tokens, chunks, images, columns=slice(None)):
-    """Push images 2, 3, ... of each chunk from its first, one by one."""
-    result = tokens.clone()
-    for chunk in range(chunks):
-        first = chunk * images
-        for row in range(first + 1, first + images):
-            one = negative_merge(tokens[row : row + 1, columns], tokens[first, columns], **STRENGTH)
-            result[row, columns] = one[0]
-    return result
+class Model:
+    """What the nodes use of ComfyUI's ModelPatcher."""
+
+    def __init__(self, denoiser, patches=(), wrappers=()):
+        self.denoiser, self.patches, self.wrappers = denoiser, list(patches), list(wrappers)
+
+    def clone(self):
+        return Model(self.denoiser, self.patches, self.wrappers)
+
+    def get_model_object(self, name):
+        sampling = SimpleNamespace(percent_to_sigma=lambda percent: 10 * (1 - percent))
+        return {"diffusion_model": self.denoiser, "model_sampling": sampling}[name]
+
+    def set_model_attn1_output_patch(self, patch):
+        self.patches.append(patch)
+
+    def add_wrapper_with_key(self, place, key, wrapper):
+        self.wrappers.append((place, wrapper))
 
 
-ACTIVE = {"sdxl": {("output", 5)}, "sd15": {("output", 11)}, "flux": {"double", "single"}}
+UNET = SimpleNamespace(input_blocks=[[SimpleNamespace(transformer_blocks=[])]], output_blocks=[])
 
 
-@pytest.mark.parametrize("family", ACTIVE)
-@pytest.mark.parametrize("conditions", [(0,), (1,), (1, 0), (0, 0, 1)])
-def test_each_family_is_pushed_as_the_library_does(family, conditions):
-    push = group(family)
-    executor = Executor(family, push)
-    output = call(push, executor, x := randn(3 * len(conditions), 4, 32, 32), conditions)
-    assert torch.equal(output, x)
-    columns = slice(TEXT, None) if family == "flux" else slice(None)
-    for name, before in executor.before.items():
-        after = executor.after[name]
-        if name not in ACTIVE[family]:
-            assert after is before
-            continue
-        assert not torch.equal(after, before)
-        torch.testing.assert_close(after, expected(before, len(conditions), 3, columns), atol=1e-5, rtol=1e-5)
-        assert torch.equal(after[0], before[0])  # the first image, and below the text
-        assert columns.start is None or torch.equal(after[:, :TEXT], before[:, :TEXT])
-    assert push.report.hook_points == len(ACTIVE[family])
-    assert 0 < push.report.moved <= push.report.compared
+def test_a_group_acts_in_a_copy_of_the_model_and_other_patches_stay(nodes):
+    model = Model(UNET, patches=["another node's"])
+    execute = nodes["NegToMeGroup"].execute
+    patched, report = execute(model, "first", 0, settings="published settings", **SETTINGS).args
+    assert (model.patches, model.wrappers) == (["another node's"], [])
+    _, push = patched.patches
+    assert patched.patches[0] == "another node's"
+    wrappers = dict(patched.wrappers)
+
+    tokens = torch.randn(2, 1024, 8, generator=torch.Generator().manual_seed(0)).abs()  # similar to each other
+
+    def call_model(x, sigma, c_concat, c_crossattn, control, options):
+        return push(tokens, {**options, "block": ("output", 3)})
+
+    def sample(noise):
+        options = {"cond_or_uncond": [0]}
+        return wrappers["apply_model"](call_model, noise, torch.full((2,), 9.0), transformer_options=options)
+
+    pushed = wrappers["outer_sample"](sample, torch.randn(2, 4, 32, 32))
+    assert torch.equal(pushed[0], tokens[0]) and not torch.equal(pushed[1], tokens[1])
+    latent = {"samples": pushed}
+    output = nodes["NegToMeReport"].execute(report, latent)
+    assert output.args == (latent, output.ui) and "1 hook points fired in 1 of 1 model calls" in output.ui
 
 
-def test_tokens_of_an_image_to_edit_stay():
-    push = group("flux")
-    executor = Executor("flux", push)
-    original = executor.calls
+def test_a_reference_image_is_encoded_at_the_size_of_the_pass(nodes):
+    sizes = []
 
-    def with_image_to_edit(x, options):
-        for name, tokens, extra in original(x, options):
-            longer = torch.cat([tokens, tokens[:, TEXT:]], dim=1)
-            yield name, longer, {**extra, "img_slice": [TEXT, longer.shape[1]]}
+    def encode(pixels):
+        sizes.append(tuple(pixels.shape))
+        return torch.zeros(1, 4, 32, 32)
 
-    executor.calls = with_image_to_edit
-    call(push, executor, randn(2, 4, 16, 16), [0])
-    for name, before in executor.before.items():
-        columns = slice(TEXT, TEXT + 64)
-        assert not torch.equal(executor.after[name], before)
-        torch.testing.assert_close(executor.after[name], expected(before, 1, 2, columns), atol=1e-5, rtol=1e-5)
-
-
-def test_conditions_apart_equal_conditions_together():
-    push = group("sdxl")
-    x = randn(4, 4, 32, 32)
-    call(push, together := Executor("sdxl", push), x)
-    moved = push.report.moved
-    push.report.start()
-    for chunk, condition in ((x[:2], 1), (x[2:], 0)):
-        call(push, apart := Executor("sdxl", push), chunk, [condition])
-        rows = slice(0, 2) if condition == 1 else slice(2, 4)
-        torch.testing.assert_close(apart.after["output", 5], together.after["output", 5][rows])
-    assert push.report.moved == moved
-    assert push.report.calls == 2
-
-
-def test_groups_never_see_each_other():
-    push = group("sdxl", group_size=2)
-    x = randn(4, 4, 32, 32)
-    call(push, four := Executor("sdxl", push), x, [0])
-    call(push, two := Executor("sdxl", push), x[2:], [0])
-    torch.testing.assert_close(four.after["output", 5][2:], two.after["output", 5])
-    with pytest.raises(ValueError, match="groups of 2 images, got 3"):
-        call(push, four, x[:3], [0])
-
-
-def test_a_second_pass_of_another_size_starts_a_new_report():
-    push = group("sdxl")
-    executor = Executor("sdxl", push)
-    for side in (32, 48):
-        push.sample(lambda noise: call(push, executor, noise, [0]), randn(2, 4, side, side))
-        after, before = executor.after["output", 5], executor.before["output", 5]
-        torch.testing.assert_close(after, expected(before, 1, 2), atol=1e-5, rtol=1e-5)
-        assert push.report.compared == (side // 2) ** 2
-
-
-def test_float16_with_large_activations_stays_finite_and_exact():
-    push = group("flux")
-    executor = Executor("flux", push, dtype=torch.float16, scale=12000.0)
-    call(push, executor, randn(2, 4, 16, 16), [0])
-    before, after = executor.before["double"], executor.after["double"]
-    assert before.isfinite().all() and before.abs().max() > 20000
-    assert after.dtype == torch.float16 and after.isfinite().all()
-    exact = expected(before.float(), 1, 2, slice(TEXT, None)).clamp(-65504, 65504).half()
-    torch.testing.assert_close(after, exact, rtol=1e-3, atol=1.0)
-
-
-def test_patches_of_other_nodes_stay_in_their_order():
-    push = group("sdxl")
-    double, add = (lambda n, _: 2 * n), (lambda n, _: n + 1)
-    call(push, executor := Executor("sdxl", double, push, add), randn(2, 4, 32, 32), [0])
-    before = executor.before["output", 5]
-    torch.testing.assert_close(executor.after["output", 5], expected(2 * before, 1, 2) + 1, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "sigmas"),
-    [
-        (Schedule(low=4.0), [14.6, 5.0]),
-        (Schedule(low=1.0, high=6.0), [5.0, 2.0]),
-        (Schedule(low=0.0, high=0.0, first_step=True), [14.6, 8.5]),  # 8.5: a second call within the first step
-    ],
-)
-def test_only_calls_in_the_timestep_range_are_pushed(schedule, sigmas):
-    push = group("sdxl", schedule=schedule)
-    executor = Executor("sdxl", push)
-    active = []
-    for sigma in (14.6, 8.5, 5.0, 2.0):
-        call(push, executor, randn(2, 4, 32, 32), [0], sigma=sigma)
-        if not torch.equal(executor.after["output", 5], executor.before["output", 5]):
-            active.append(sigma)
-    assert set(sigmas) <= set(active)
-    assert push.report.active_calls == len(active) < push.report.calls == 4
-
-
-@pytest.mark.parametrize(
-    ("change", "x", "problem"),
-    [
-        ({}, (1, 4, 32, 32), "batch size"),
-        ({"schedule": Schedule(low=math.inf)}, (2, 4, 32, 32), "timestep range"),
-        ({"strength": {**STRENGTH, "threshold": 1.0}}, (2, 4, 32, 32), "similar enough"),
-        ({"strength": {**STRENGTH, "alpha": 0.0}}, (2, 4, 32, 32), "similar enough"),
-        ({}, (2, 4, 1, 32, 32), "videos"),
-    ],
-)
-def test_a_pass_without_effect_warns_and_says_why(change, x, problem, caplog):
-    push = group("sdxl", **change)
-    executor = Executor("sdxl", push) if len(x) == 4 else lambda x, *_: x
-    push.sample(lambda noise: call(push, executor, noise, [0]), randn(*x))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert problem in push.report.problem and push.report.problem in push.report.text()
-
-
-def test_a_model_without_hook_points_and_tokens_merged_by_others_are_reported():
-    push = group("sdxl")
-    call(push, lambda x, *_: x, randn(2, 4, 32, 32), [0])
-    assert "no attention output" in push.report.problem
-    push.report.start()
-    call(push, Executor("sdxl", lambda n, _: n[:, ::3], push), randn(2, 4, 32, 32), [0])
-    assert "merges or splits tokens" in push.report.problem
-
-
-def reference(family, images, mask=None, **changes):
-    level = {"sdxl": 1, "flux": None}[family]
-    settings = {"strength": STRENGTH, "schedule": ALWAYS, "attention_level": level}
-
-    def encode(pixels):  # [R, H, W, 3] -> [R, 4, H / 8, W / 8]
-        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
-        return torch.cat([small, small[:, :1]], dim=1)
-
-    return ReferencePush(**{**settings, **changes}, images=images, mask=mask, encode=encode, factor=8)
-
-
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_reference_rows_are_added_pushed_from_and_dropped(family, masked):
-    images = torch.rand((2, 256, 256, 3), generator=torch.Generator().manual_seed(1))
-    mask = None
-    if masked:
-        mask = torch.zeros(1, 256, 256, dtype=torch.bool)
-        mask[:, :, :128] = True
-    push = reference(family, images, mask)
-    executor = Executor(family, push)
-    x, context = randn(6, 4, 32, 32), randn(6, 7, 3)
-    control = {"output": [randn(6, 2), None]}
-    output = push.sample(lambda noise: call(push, executor, x, context=context, control=control, y=x[:, 0]), x[:3])
-    assert torch.equal(output, x)
-    order = [0, 1, 2, 0, 0, 3, 4, 5, 3, 3]  # the first image of a chunk lends its conditioning
-    assert torch.equal(executor.seen["c_crossattn"], context[order])
-    assert torch.equal(executor.seen["control"]["output"][0], control["output"][0][order])
-    assert executor.seen["sigma"].shape == (10,) and executor.seen["y"].shape[0] == 10
-    rows = executor.seen["x"].unflatten(0, (2, 5))
-    assert torch.equal(rows[0, 3:], rows[1, 3:]) and not torch.equal(rows[0, 3], rows[0, 4])
-
-    name, columns, side = (("output", 5), slice(None), 16) if family == "sdxl" else ("double", slice(TEXT, None), 16)
-    before, after = executor.before[name][:, columns], executor.after[name][:, columns]
-    inside = torch.ones(side, side, dtype=torch.bool)
-    inside[:, side // 2 :] = not masked
-    for chunk in (0, 5):
-        targets = before[chunk + 3 : chunk + 5].flatten(0, 1)
-        one = negative_merge(before[chunk : chunk + 3], targets, mask=inside.flatten().repeat(2), **STRENGTH)
-        torch.testing.assert_close(after[chunk : chunk + 3], one, atol=1e-5, rtol=1e-5)
-        assert torch.equal(after[chunk + 3 : chunk + 5], before[chunk + 3 : chunk + 5])
-
-
-def test_a_reference_follows_each_size_and_adds_no_rows_out_of_range():
-    push = reference("sdxl", torch.rand(1, 300, 200, 3), schedule=Schedule(low=4.0))
-    executor = Executor("sdxl", push)
-    for height, width in ((32, 32), (96, 80)):
-        push.sample(lambda noise: call(push, executor, noise, [0]), x := randn(2, 4, height, width))
-        assert executor.seen["x"].shape == (3, 4, height, width)
-        assert push.report.moved > 0
-        call(push, executor, x, [0], sigma=2.0)
-        assert executor.seen["x"] is x
-
-
-def test_a_group_leaves_the_rows_of_a_reference_out():
-    outer, inner = reference("sdxl", torch.rand(1, 256, 256, 3), strength={**STRENGTH, "alpha": 0.0}), group("sdxl")
-    executor = Executor("sdxl", outer, inner)
-    outer.class_obj = executor.class_obj
-
-    def run(*arguments, **named):
-        return inner.apply(executor, *arguments, **named)
-
-    run.class_obj = executor.class_obj
-    outer.sample(lambda noise: call(outer, run, noise, [0]), randn(2, 4, 32, 32))
-    before, after = executor.before["output", 5], executor.after["output", 5]
-    torch.testing.assert_close(after[:2], expected(before[:2], 1, 2), atol=1e-5, rtol=1e-5)
-    assert torch.equal(after[2], before[2])
-
-
-def test_a_wrong_mask_is_refused():
-    images = torch.rand(1, 32, 32, 3)
-    with pytest.raises(ValueError, match="its image's size"):
-        reference("sdxl", images, torch.ones(1, 16, 16, dtype=torch.bool))
-    with pytest.raises(ValueError, match="empty mask"):
-        reference("sdxl", images, torch.zeros(1, 32, 32, dtype=torch.bool))
-
-
-def test_the_level_of_the_first_attention_is_read_from_the_unet():
-    plain, attention, down = SimpleNamespace(), SimpleNamespace(transformer_blocks=[]), type("Downsample", (), {})()
-    sdxl = SimpleNamespace(input_blocks=[[plain], [plain], [down], [plain, attention], [down], [plain, attention]])
-    assert attention_level(sdxl) == 1
-    assert attention_level(SimpleNamespace(input_blocks=[[plain], [plain, attention], [down]])) == 0
+    vae = SimpleNamespace(encode=encode, spacial_compression_encode=lambda: 8)
+    execute = nodes["NegToMeReference"].execute
+    image, mask = torch.rand(1, 100, 80, 4), torch.ones(1, 100, 80)
+    patched, report = execute(Model(UNET), vae, image, mask, settings="few steps", **SETTINGS).args
+    dict(patched.wrappers)["outer_sample"](lambda noise: noise, torch.randn(2, 4, 32, 32))
+    assert sizes == [(1, 256, 256, 3)] and report.calls == 0
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_links_of_the_example_workflows_join_inputs_and_outputs_of_one_type(path):
+def test_example_workflows_fit_the_nodes(path, nodes):
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    nodes = {node["id"]: node for node in workflow["nodes"]}
+    by_number = {node["id"]: node for node in workflow["nodes"]}
     for number, source, output, target, slot, kind in workflow["links"]:
-        outgoing, incoming = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
+        outgoing, incoming = by_number[source]["outputs"][output], by_number[target]["inputs"][slot]
         assert outgoing["type"] == incoming["type"] == kind
         assert number in outgoing["links"] and incoming["link"] == number
-    kinds = {node["type"] for node in nodes.values()}
-    assert "NegToMeReport" in kinds and kinds & {"NegToMeGroup", "NegToMeReference"}
+    ours = [node for node in workflow["nodes"] if node["type"] in nodes]
+    assert len(ours) == 2
+    for node in ours:
+        inputs = nodes[node["type"]].define_schema().inputs
+        widgets = [one for one in inputs if one.kind in ("FLOAT", "INT", "COMBO")]
+        defaults = [one.options[0] if one.kind == "COMBO" else one.default for one in widgets]
+        assert node["widgets_values"] == defaults
+        sockets = [one for one in inputs if one not in widgets]
+        assert sorted(one["name"] for one in node["inputs"]) == sorted(one.name for one in sockets)

@@ -1,29 +1,28 @@
-"""Apply `negtome.merge` to the attention outputs that ComfyUI shows to its patches.
+"""Push the attention outputs that a model patcher shows to its patches, by `negtome.merge`.
 
-This module imports torch and negtome only, so that it can be tested without ComfyUI; `nodes.py` registers it there.
 ComfyUI calls a `GroupPush` or `ReferencePush` at three places:
 
-- `sample` around each sampling pass: it starts a new report, and logs it at the end.
-- `apply` around each call of the model: it decides whether the call lies in the timestep range, adds the reference
-  images to the batch, and describes the batch in `transformer_options`.
+- `sample` around each sampling pass: it starts a new report, and logs it at the end. Forge has no such place, so its
+  script makes a new push for each pass.
+- `apply` around each call of the model: it decides whether the call takes part, adds the reference images to the batch,
+  and describes the batch in `transformer_options`.
 - the object itself at each attention (`attn1_output_patch`): it pushes the image tokens.
 
 A batch has one chunk for each entry of `cond_or_uncond`. A chunk has the images of the latent batch, and after them the
-rows that reference nodes added.
+rows that reference pushes added.
 """
 
-import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from negtome.config import RELEASED_SIDE
 from negtome.hooks import not_compiled
-from negtome.merge import GroupReference, Strength, cannot_move, push_from, push_groups
+from negtome.merge import GroupReference, cannot_move, push_from, push_groups
+from negtome.patcher.report import Report
+from negtome.patcher.settings import PushSettings
 from negtome.reference import fit, token_mask
 from negtome.sites import feature_maps, fewest_tokens
 
@@ -31,28 +30,8 @@ from negtome.sites import feature_maps, fewest_tokens
 KEY = "negtome"
 #: The blocks of a UNet that take part, those of the authors' release.
 UNET_BLOCKS = "output"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When the method acts.
-
-    Attributes:
-        low, high: bounds of sigma, both inclusive, in the model's unit.
-        first_step: act in the first step of each sampling pass instead, whatever its sigma.
-    """
-
-    low: float
-    high: float = math.inf
-    first_step: bool = False
-
-    def includes(self, sigma: float, sample_sigmas: torch.Tensor | None) -> bool:
-        """Tell whether a model call at `sigma` takes part; `sample_sigmas` are those of the pass, falling."""
-        if not self.first_step:
-            return self.low * (1 - 1e-4) <= sigma <= self.high
-        if sample_sigmas is None or len(sample_sigmas) < 2:
-            return True
-        return sigma > float(sample_sigmas[1]) * (1 + 1e-4)  # a solver may call the model twice within a step
+#: Relative difference of two sigmas that are the same up to rounding.
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,101 +43,59 @@ class Batch:
         images: images of the latent batch, in each chunk.
         added: reference rows after them, in each chunk.
         latent: (height, width) of the latent.
-        reference_rows: for every push that acts in this call, its rows (start, stop) in a chunk, or None for groups.
+        rows_by_push: for every push that acts in this call, its rows (start, stop) in a chunk, or None for groups.
     """
 
     chunks: int
     images: int
     added: int
     latent: tuple[int, int]
-    reference_rows: Mapping[int, tuple[int, int] | None] = field(default_factory=dict)
-
-
-class Report:
-    """What happened in the last sampling pass: hook points that fired, and tokens that moved.
-
-    Counts stay on the device until `text` reads them, so that counting does not wait for it.
-    """
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Forget the pass before."""
-        self.calls = self.active_calls = self.compared = 0
-        self.skipped: Counter[str] = Counter()
-        self._moved: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def add(self, hook_point: tuple[Any, ...], similarity: torch.Tensor, threshold: float) -> None:
-        """Count the tokens of one hook point by the similarity that met the threshold."""
-        limit = threshold if threshold < 1 else math.inf  # rounding may lift the similarity of a copy above 1
-        moved = (similarity > limit).sum()
-        self.compared += similarity.numel()
-        self._moved[hook_point] = self._moved[hook_point] + moved if hook_point in self._moved else moved
-
-    @property
-    def hook_points(self) -> int:
-        """Hook points that compared tokens."""
-        return len(self._moved)
-
-    @property
-    def moved(self) -> int:
-        """Tokens moved, over all hook points, model calls, conditions and images."""
-        return sum(int(count) for count in self._moved.values())
-
-    @property
-    def problem(self) -> str | None:
-        """Why no token moved, and what to do; None if some did, or if no pass has run."""
-        if self.calls == 0 or self.moved:
-            return None
-        if self.skipped and not self._moved:
-            return self.skipped.most_common(1)[0][0]
-        if self.active_calls == 0:
-            return "no model call was in the timestep range. Widen the range, or choose the first step."
-        if not self._moved:
-            return (
-                "the model showed no attention output to the patch. Z-Image, Qwen-Image and SD3 have no hook point, "
-                "and the Flux family needs a ComfyUI of February 2026 or later."
-            )
-        return "no token was similar enough. Lower the threshold, and check that alpha is not 0."
-
-    def text(self) -> str:
-        """Return the report in one or two lines."""
-        if self.calls == 0:
-            return "NegToMe: no sampling pass has run with this model."
-        moved = self.moved
-        share = 100 * moved / max(1, self.compared)
-        line = (
-            f"NegToMe: {self.hook_points} hook points fired in {self.active_calls} of {self.calls} model calls; "
-            f"{moved:,} of {self.compared:,} tokens moved ({share:.1f} %)."
-        )
-        return line if self.problem is None else f"{line}\nNo effect: {self.problem}"
+    rows_by_push: Mapping[int, tuple[int, int] | None] = field(default_factory=dict)
 
 
 class _Push:
     """The common part of the two pushes.
 
     Args:
-        strength: alpha, threshold and matching, as in `negtome.negative_merge`.
-        schedule: when to act.
-        attention_level: how often a UNet halves the latent before its first attention; None for the Flux family.
-        patch_size: side of a transformer's token in the latent; not used for a UNet.
+        settings: of the method and the model.
+
+    Attributes:
+        report: of the last sampling pass.
     """
 
-    def __init__(
-        self, strength: Strength, schedule: Schedule, attention_level: int | None = None, patch_size: int = 2
-    ) -> None:
-        self.strength, self.schedule = strength, schedule
-        self.attention_level, self.patch_size = attention_level, patch_size
+    def __init__(self, settings: PushSettings) -> None:
+        self.settings = settings
         self.report = Report()
+        self._sigmas: list[float] = []  # of the pass, each lower than the one before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the push itself: Forge and older ComfyUI copy it with the model, away from its report and wrappers."""
+        return self
 
     def sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run a sampling pass and log the report."""
         self.report.start()
+        self._sigmas = []
         output = executor(noise, *args, **kwargs)
-        problem = self.report.problem
-        logging.log(logging.INFO if problem is None else logging.WARNING, self.report.text())
+        self.report.log()
         return output
+
+    def _takes_part(self, sigma: float, sample_sigmas: torch.Tensor | None) -> bool:
+        """Tell whether a model call at `sigma` takes part; `sample_sigmas` are those of the pass, falling."""
+        schedule = self.settings.schedule
+        if schedule.step_range is None:
+            return schedule.low * (1 - ROUNDING) <= sigma <= schedule.high
+        first, last = schedule.step_range
+        return first <= self._step(sigma, sample_sigmas) <= last
+
+    def _step(self, sigma: float, sample_sigmas: torch.Tensor | None) -> int:
+        """Return the number of the step within the pass; a solver may call the model twice within a step."""
+        if sample_sigmas is not None and len(sample_sigmas) > 1:
+            return int((sigma <= sample_sigmas[1:] * (1 + ROUNDING)).sum())
+        # Forge does not tell the schedule: there, each lower sigma counts as a step.
+        if not self._sigmas or sigma < self._sigmas[-1] * (1 - ROUNDING):
+            self._sigmas.append(sigma)
+        return len(self._sigmas) - 1
 
     def apply(
         self,
@@ -176,9 +113,9 @@ class _Push:
         arguments = {"x": x, "c_concat": c_concat, "c_crossattn": c_crossattn, "control": control, **kwargs}
         self.report.calls += 1
         batch = options.get(KEY) or _describe(x, options)
-        acts = self.schedule.includes(float(sigma.max()), options.get("sample_sigmas"))
+        acts = self._takes_part(float(sigma.max()), options.get("sample_sigmas"))
         if acts and x.dim() != 4:
-            self.report.skipped["the model makes videos, which these nodes do not support."] += 1
+            self.report.skipped["the model makes videos or sound, which NegToMe does not support here."] += 1
             acts = False
         if acts and (acts := self._can_act(batch)):
             self.report.active_calls += 1
@@ -193,7 +130,7 @@ class _Push:
     def __call__(self, tokens: torch.Tensor, extra_options: Mapping[str, Any]) -> torch.Tensor:
         """Push the image tokens in an attention's output [rows, N, C]; return `tokens` itself where none can move."""
         batch = extra_options.get(KEY)
-        if batch is None or id(self) not in batch.reference_rows:
+        if batch is None or id(self) not in batch.rows_by_push:
             return tokens
         columns = self._image_tokens(tokens, extra_options, batch)
         if columns is None:
@@ -203,11 +140,13 @@ class _Push:
             before = before.float()
         chunked = before.unflatten(0, (batch.chunks, -1))  # [chunks, images + added, N, C]
         moved, similarity = self._push(chunked, batch)
+        strength = self.settings.strength
         names = ("block_type", "block", "block_index", "transformer_index")
         hook_point = tuple(extra_options.get(name) for name in names)
-        if cannot_move(self.strength["alpha"], self.strength["threshold"]):
-            similarity = torch.full_like(similarity, -torch.inf)
-        self.report.add(hook_point, similarity, self.strength["threshold"])
+        if cannot_move(strength["alpha"], strength["threshold"]):
+            self.report.add(hook_point, torch.zeros_like(similarity, dtype=torch.bool))
+            return tokens
+        self.report.add(hook_point, similarity > strength["threshold"])
         if tokens.dtype == torch.float16:
             largest = torch.finfo(tokens.dtype).max
             moved = moved.clamp(-largest, largest)
@@ -218,18 +157,18 @@ class _Push:
     def _image_tokens(self, tokens: torch.Tensor, extra_options: Mapping[str, Any], batch: Batch) -> slice | None:
         """Find the columns of the generated image's tokens; None where the attention takes no part."""
         if tokens.shape[0] != batch.chunks * (batch.images + batch.added):
-            self.report.skipped["another node splits the batch at the attention; remove it."] += 1
+            self.report.skipped["another node splits the batch at the attention; remove that node."] += 1
             return None
         if (image := extra_options.get("img_slice")) is not None:
-            height, width = (-(-side // self.patch_size) for side in batch.latent)
+            height, width = (-(-side // self.settings.patch_size) for side in batch.latent)
             start, stop = image
             # Tokens of images to edit follow those of the generated image.
             return slice(start, start + height * width) if stop - start >= height * width else None
         block = extra_options.get("block")
-        if self.attention_level is None or block is None or block[0] != UNET_BLOCKS:
+        if self.settings.attention_level is None or block is None or block[0] != UNET_BLOCKS:
             return None
         maps = feature_maps(batch.latent)
-        largest = maps[min(self.attention_level, len(maps) - 1)]
+        largest = maps[min(self.settings.attention_level, len(maps) - 1)]
         fewest = fewest_tokens(batch.latent, min(RELEASED_SIDE, *largest))
         count = tokens.shape[1]
         if count not in {height * width for height, width in maps}:
@@ -257,13 +196,13 @@ class GroupPush(_Push):
     """Push the images of a batch apart.
 
     Args:
+        settings: of the method and the model.
         group_size: images of a group, which are neighbours in the batch; 0 for all images.
         reference: which images of its group an image is pushed from; see `negtome.NegToMeConfig`.
-        others: as in the base class.
     """
 
-    def __init__(self, *others: Any, group_size: int = 0, reference: GroupReference = "first", **named: Any) -> None:
-        super().__init__(*others, **named)
+    def __init__(self, settings: PushSettings, *, group_size: int = 0, reference: GroupReference = "first") -> None:
+        super().__init__(settings)
         self.group_size, self.reference = group_size, reference
 
     def _can_act(self, batch: Batch) -> bool:
@@ -280,13 +219,13 @@ class GroupPush(_Push):
     def _extend(
         self, executor: Any, arguments: dict[str, Any], sigma: torch.Tensor, batch: Batch
     ) -> tuple[dict[str, Any], torch.Tensor, Batch]:
-        return arguments, sigma, replace(batch, reference_rows={**batch.reference_rows, id(self): None})
+        return arguments, sigma, replace(batch, rows_by_push={**batch.rows_by_push, id(self): None})
 
     def _push(self, chunked: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         images = chunked[:, : batch.images]
         size = self.group_size or batch.images
         tokens = images.flatten(0, 1)
-        moved, similarity = push_groups(tokens, size, reference=self.reference, **self.strength)
+        moved, similarity = push_groups(tokens, size, reference=self.reference, **self.settings.strength)
         return moved.view(images.shape), similarity
 
 
@@ -294,12 +233,12 @@ class ReferencePush(_Push):
     """Push the images of a batch away from reference images, which pass through the model as further rows.
 
     Args:
+        settings: of the method and the model.
         images: float [R, H, W, 3] in [0, 1].
         mask: bool [R, H, W], the pixels that may be matched, or None for all.
         encode: float [R, height, width, 3] in [0, 1] -> latents [R, c, h, w], as ComfyUI's VAE does.
         factor: pixels of a side for each element of the latent.
         seed: of the references' noise.
-        others: as in the base class.
 
     Raises:
         ValueError: the mask does not fit to the images, or is empty.
@@ -307,15 +246,15 @@ class ReferencePush(_Push):
 
     def __init__(
         self,
-        *others: Any,
+        settings: PushSettings,
+        *,
         images: torch.Tensor,
         mask: torch.Tensor | None,
         encode: Callable[[torch.Tensor], torch.Tensor],
         factor: int,
         seed: int = 0,
-        **named: Any,
     ) -> None:
-        super().__init__(*others, **named)
+        super().__init__(settings)
         if mask is not None:
             if not mask.any():
                 raise ValueError("NegToMe got an empty mask; mark the area to avoid, or connect no mask.")
@@ -365,42 +304,32 @@ class ReferencePush(_Push):
         order = torch.cat([chunks, chunks[:, :1].expand(-1, count)], dim=1).flatten()  # image 1 lends its conditioning
         extended = {name: _take_rows(value, batch.chunks * size, order) for name, value in arguments.items()}
         extended["x"].unflatten(0, (batch.chunks, -1))[:, size:] = references.to(x)
-        rows = {**batch.reference_rows, id(self): (size, size + count)}
-        return extended, sigma[order.to(sigma.device)], replace(batch, added=batch.added + count, reference_rows=rows)
+        rows = {**batch.rows_by_push, id(self): (size, size + count)}
+        return extended, sigma[order.to(sigma.device)], replace(batch, added=batch.added + count, rows_by_push=rows)
 
     def _shrink(self, output: torch.Tensor, batch: Batch) -> torch.Tensor:
         size = batch.images + batch.added
-        return output.unflatten(0, (batch.chunks, -1))[:, :size].flatten(0, 1)
+        images: torch.Tensor = output.unflatten(0, (batch.chunks, -1))[:, :size]
+        return images.flatten(0, 1)
 
     def _push(self, chunked: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = batch.reference_rows[id(self)]
+        rows = batch.rows_by_push[id(self)]
         assert rows is not None  # `_extend` set them
         mask = self._token_mask(batch.latent, chunked.shape[2])
         mask = None if mask is None else mask.to(chunked.device)
-        return push_from(chunked[:, : batch.images], chunked[:, slice(*rows)], mask=mask, **self.strength)
+        return push_from(chunked[:, : batch.images], chunked[:, slice(*rows)], mask=mask, **self.settings.strength)
 
     def _token_mask(self, latent: tuple[int, int], count: int) -> torch.Tensor | None:
         """Return which of the references' tokens may be matched, bool [R * count], or None for all."""
         shares = self._encoded[latent][1]
         if all(share is None for share in shares):
             return None
-        if self.attention_level is None:
-            height, width = (-(-side // self.patch_size) for side in latent)
+        if self.settings.attention_level is None:
+            height, width = (-(-side // self.settings.patch_size) for side in latent)
         else:
             height, width = next((h, w) for h, w in feature_maps(latent) if h * w == count)
         everything = torch.ones(count, dtype=torch.bool)
         return torch.cat([everything if share is None else token_mask(share, height, width) for share in shares])
-
-
-def attention_level(unet: Any) -> int:
-    """Count how often a UNet halves the latent before its first attention: 1 for SDXL, 0 for SD1.5."""
-    level = 0
-    for block in unet.input_blocks:
-        for layer in block:
-            if hasattr(layer, "transformer_blocks"):
-                return level
-            level += type(layer).__name__ == "Downsample"
-    return level
 
 
 def _describe(x: torch.Tensor, options: Mapping[str, Any]) -> Batch:
