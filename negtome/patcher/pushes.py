@@ -270,10 +270,10 @@ class ReferencePush(_Push):
     def sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Encode the images at the size of this pass before the model is loaded, then sample."""
         if noise.dim() == 4:
-            self._prepare((noise.shape[2], noise.shape[3]))
+            self.prepare((noise.shape[2], noise.shape[3]))
         return super().sample(executor, noise, *args, **kwargs)
 
-    def _prepare(self, latent: tuple[int, int]) -> None:
+    def prepare(self, latent: tuple[int, int]) -> None:
         """Encode the images for a size of the latent, at most once."""
         if latent in self._encoded:
             return
