@@ -56,7 +56,7 @@ class Report:
         if not self._moved:
             return (
                 "the model showed no attention output to the patch. Z-Image, Qwen-Image and SD3 have no hook point, "
-                "and the Flux family needs a ComfyUI of February 2026 or later."
+                "the Flux family needs a ComfyUI of February 2026 or later, and Forge shows SDXL and SD1.5 only."
             )
         return "no token was similar enough. Lower the threshold, and check that alpha is not 0."
 
