@@ -209,7 +209,7 @@ def record_step(pipe: Any, spec: DictConfig, config: NegToMeConfig | None, side:
         if images == 1:
             masks = dict.fromkeys(math.prod(grid) // 4**level for level in range(8))  # all tokens of every feature map
             layout = Layout(chunks, 1, 1, (Route(images=((0, 1),), rows=(1, 2), masks=masks, allowed={}),))
-    arguments = _arguments(pipe, spec, side, chunks * (1 + images if layout else images))
+    arguments = denoiser_arguments(pipe, spec, side, chunks * (1 + images if layout else images))
     context = StepContext(images, math.prod(grid), math.prod(grid), fewest, layout)
     try:
         for site, (name, module, _) in zip(sites, hooked, strict=True):
@@ -223,7 +223,7 @@ def record_step(pipe: Any, spec: DictConfig, config: NegToMeConfig | None, side:
     return Step(recorder.operations, [site.recorded for site in sites if site.recorded is not None])
 
 
-def _arguments(pipe: Any, spec: DictConfig, side: int, rows: int) -> dict[str, Any]:
+def denoiser_arguments(pipe: Any, spec: DictConfig, side: int, rows: int) -> dict[str, Any]:
     """Make the denoiser's arguments for so many rows, on the meta device."""
     text = embeddings(pipe, spec, rows)
     pooled, latent = text["pooled_prompt_embeds"], side // pipe.vae_scale_factor

@@ -52,9 +52,9 @@ PROJECTED = {width: f"matched in {width} channels" for width in PROJECTIONS}
 APPROXIMATIONS = [*REUSED.values(), *PROJECTED.values()]
 #: What a row is about.
 KEY = ["model", "side", "images", "dtype", "device"]
-#: sites: hook points whose operations are added up; tokens and channels: of each, where they are alike. ms: least time.
-#: share: ms, in those of the base step.
+#: What the operations of a part need; share: of the base step's ms.
 WORK = ["operations", "gflop", "gbyte", "ms", "share"]
+#: sites: hook points whose operations are added up; tokens and channels: of each, in rows of one kind of hook point.
 COLUMNS = [*KEY, "part", "tokens", "channels", "sites", *WORK]
 
 

@@ -14,7 +14,7 @@ import negtome
 from experiments import PROJECT
 from experiments.latency import roofline
 from experiments.latency.measure import products
-from experiments.latency.operations import FusedKernels, Operation, Push, Recorder, _arguments, record_step
+from experiments.latency.operations import FusedKernels, Operation, Push, Recorder, denoiser_arguments, record_step
 from experiments.latency.random_weights import build_pipeline, embeddings
 from experiments.latency.roofline import DEVICES, least_ms, render, variants
 from experiments.tables.columns import read_csv
@@ -119,7 +119,10 @@ def test_variants_add_up_their_hook_points():
 def test_the_flops_of_a_step_are_those_of_torchs_counter(tiny, record, images):
     pipe, spec = tiny
     chunks = 2 if hasattr(pipe, "unet") else 1
-    denoiser, arguments = getattr(pipe, "unet", None) or pipe.transformer, _arguments(pipe, spec, SIDE, chunks * images)
+    denoiser, arguments = (
+        getattr(pipe, "unet", None) or pipe.transformer,
+        denoiser_arguments(pipe, spec, SIDE, chunks * images),
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         denoiser(**arguments)
     baseline, attached = record(None, images), record(CONFIG, images)
