@@ -1,0 +1,245 @@
+"""NegToMe on ModularPipelines. Tiny pipelines with random weights, without decoding."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny
+import torch
+from packaging.version import Version
+from PIL import Image
+
+import negtome
+from negtome import NegToMeConfig, Reference
+
+pytestmark = pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="guiders were others before")
+
+#: Every token of every step.
+SETTINGS = {"threshold": -1, "timestep_range": (0, 1000), "min_side": 4}
+CONFIG = NegToMeConfig(**SETTINGS)
+_KONTEXT = {"image": Image.new("RGB", (32, 32), "red"), "max_area": 32 * 32, "_auto_resize": False}
+
+#: A case of `tiny.CASES` -> the ModularPipeline of the same components; its guidance, None where it has no guider; and
+#: further options of its call.
+CASES = {
+    "SDXL": ("StableDiffusionXLModularPipeline", {"guidance_scale": 5.0}, {}),
+    "SDXL unguided": ("StableDiffusionXLModularPipeline", {"guidance_scale": 1.0}, {}),
+    "SDXL img2img": ("StableDiffusionXLModularPipeline", {"guidance_scale": 5.0}, {}),
+    "Flux": ("FluxModularPipeline", None, {}),
+    "Flux Kontext": ("FluxKontextModularPipeline", None, _KONTEXT),
+    "SD3": ("StableDiffusion3ModularPipeline", {"guidance_scale": 7.0}, {}),
+    "FLUX.2 dev": ("Flux2ModularPipeline", None, {}),
+    "FLUX.2 klein": ("Flux2KleinBaseModularPipeline", {"guidance_scale": 4.0}, {}),
+    "FLUX.2 klein, unguided": ("Flux2KleinModularPipeline", None, {}),
+    "Qwen-Image, guided": ("QwenImageModularPipeline", {"guidance_scale": 3.0}, {}),
+    "Qwen-Image Edit": ("QwenImageEditModularPipeline", {"guidance_scale": 3.0}, {}),
+    "Qwen-Image Edit-Plus": ("QwenImageEditPlusModularPipeline", {"guidance_scale": 3.0}, {}),
+    "Z-Image": ("ZImageModularPipeline", {"guidance_scale": 5.0, "enabled": True}, {}),
+    "Krea 2": ("Krea2ModularPipeline", {"guidance_scale": 4.5}, {}),
+    "Krea 2, unguided": ("Krea2TurboModularPipeline", None, {}),
+    "Wan": ("WanModularPipeline", {"guidance_scale": 5.0}, {}),
+    "LTX": ("LTXModularPipeline", {"guidance_scale": 3.0}, {}),
+}
+VIDEOS = ("Wan", "LTX")
+PROMPTS = ["a dog", "a dog", "a cat", "a cat"]
+
+
+def cases(*default, among=tuple(CASES)):
+    """Return cases as parameters of which all but some are slow tests."""
+    return [pytest.param(name, marks=() if name in default else pytest.mark.slow) for name in among]
+
+
+class Tiny:
+    """A tiny ModularPipeline and the stock pipeline of the same components."""
+
+    def __init__(self, case, bases):
+        name, guidance, further = CASES[case]
+        tiny.since(name)
+        self.stock, self.stock_options = tiny.build(case, bases)
+        components = {part: value for part, value in self.stock.components.items() if value is not None}
+        if case == "Wan":  # without an autoencoder, latents have 16 channels
+            config = {**components["transformer"].config, "in_channels": 16, "out_channels": 16}
+            components["transformer"] = diffusers.WanTransformer3DModel.from_config(config).eval()
+        cls = getattr(diffusers, name)
+        blocks = getattr(diffusers, cls.default_blocks_name)()
+        blocks.sub_blocks.pop("decode")
+        self.pipe = cls(blocks)
+        expected = {spec.name for spec in blocks.expected_components}
+        self.components = {part: value for part, value in components.items() if part in expected}
+        self.pipe.update_components(**self.components)
+        if guidance is not None:
+            self.pipe.update_components(guider=self.pipe.guider.new(**guidance))
+        inputs = {parameter.name for parameter in blocks.inputs}
+        options = self.stock_options | further
+        self.options = {key: value for key, value in options.items() if key in inputs}
+        self.count = "num_videos_per_prompt" if case in VIDEOS else "num_images_per_prompt"
+
+    def __call__(self, seeds=(0, 1, 2), prompt="a dog", count=None, **options):
+        """Return the latents of one call."""
+        generator = generators(seeds)
+        if "strength" in self.options:  # the one input image is encoded with it
+            generator = generator[0]
+        options = {self.count: count or len(seeds), "generator": generator} | self.options | options
+        return self.pipe(prompt=prompt, output="latents", **options)
+
+    def call_stock(self, seeds=(0, 1, 2)):
+        """Return the latents of one call of the stock pipeline, packed in some of them."""
+        options = {self.count: len(seeds), "generator": generators(seeds)} | self.stock_options
+        return self.stock(prompt="a dog", output_type="latent", **options)[0]
+
+
+def generators(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Replace what diffusers has fixed for large checkpoints."""
+    krea2, qwen = (importlib.import_module(f"diffusers.modular_pipelines.{n}.encoders") for n in ("krea2", "qwenimage"))
+    monkeypatch.setattr(krea2, "KREA2_TEXT_ENCODER_SELECT_LAYERS", (0, 1))
+    monkeypatch.setattr(qwen, "calculate_dimensions", lambda area, ratio: (32, 32, None))
+    for name in ("QWENIMAGE_EDIT", "QWENIMAGE_EDIT_PLUS"):
+        monkeypatch.setattr(qwen, f"{name}_PROMPT_TEMPLATE", "{}")
+        monkeypatch.setattr(qwen, f"{name}_PROMPT_TEMPLATE_START_IDX", 0)
+
+
+@pytest.fixture
+def build(_tiny_pipelines):
+    return lambda case: Tiny(case, _tiny_pipelines)
+
+
+@pytest.mark.parametrize("case", cases("SDXL", "Flux", "Qwen-Image, guided", "Z-Image"))
+def test_attached_images_of_a_group_move_and_no_others(build, case):
+    made = build(case)
+    base, before = made(), tiny.state(made.pipe)
+    with negtome.attach(made.pipe, CONFIG) as attached:
+        result = made()
+    assert result.isfinite().all() and torch.equal(result[0], base[0])
+    assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 2))
+    summary = attached.summary()
+    assert summary["tokens_pushed"] == summary["tokens_compared"] > 0
+    steps = made.pipe.scheduler.timesteps.tolist()
+    assert summary["timesteps"] == steps[-len(summary["timesteps"]) :], "each once"
+    with negtome.attach(made.pipe, CONFIG.replace(alpha=0)):
+        assert torch.equal(made(), base)
+    assert tiny.state(made.pipe) == before
+    assert torch.equal(made(), base)
+
+
+def test_groups_do_not_influence_each_other(build):
+    made = build("SDXL")
+    with negtome.attach(made.pipe, CONFIG, group_size=2):
+        result, first, second = (made(seeds) for seeds in ((0, 1, 2, 3), (0, 1, 8, 9), (8, 9, 2, 3)))
+    assert torch.equal(result[:2], first[:2]) and torch.equal(result[2:], second[2:])
+    base = made((0, 1, 2, 3), PROMPTS, count=1)
+    with negtome.attach(made.pipe, CONFIG, group_size=2):
+        result = made((0, 1, 2, 3), PROMPTS, count=1)
+    assert torch.equal(result[::2], base[::2])
+    assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
+    with negtome.attach(made.pipe, CONFIG):
+        with pytest.raises(ValueError, match=r"got several prompts; pass num_images_per_prompt=2"):
+            made((0, 1), ["a dog", "a cat"], count=1)
+        with pytest.raises(ValueError, match=r"this ModularPipeline of diffusers mixes the prompts up"):
+            made((0, 1, 2, 3), ["a dog", "a cat"], count=2)  # it gives images the pooled text of others
+
+
+@pytest.mark.slow
+def test_prompts_are_groups_where_diffusers_keeps_them_apart(build):
+    made = build("Flux")
+    base = made((0, 1, 2, 3), ["a dog", "a cat"], count=2)
+    with negtome.attach(made.pipe, CONFIG):
+        result = made((0, 1, 2, 3), ["a dog", "a cat"], count=2)
+    assert torch.equal(result[::2], base[::2])
+    assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
+
+
+def equal_or_close(stock, modular):
+    """Tell how nearly two results agree: the largest difference, of elements in ascending order if one is packed."""
+    if stock.shape != modular.shape:
+        stock, modular = (rows.flatten(1).sort(dim=1).values for rows in (stock, modular))
+    return float((stock - modular).abs().max())
+
+
+@pytest.mark.parametrize("case", cases("SDXL unguided", "SDXL", among=("SDXL unguided", "SDXL", "Flux", "FLUX.2 dev")))
+@pytest.mark.parametrize("alone", [True, False])
+def test_attached_images_are_those_of_the_stock_pipeline(build, case, alone):
+    """They differ by no more than without NegToMe: guidance in one batch sums in another order than in two calls."""
+    made = build(case)
+    differs = equal_or_close(made.call_stock(), made())
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[:, 16:] = True
+    options = {} if alone else {"references": Reference(tiny.OTHER[0], mask=mask, seed=3, prompt="a cat")}
+    images, moves = [], []
+    for pipe, call in ((made.stock, made.call_stock), (made.pipe, made)):
+        base = call()
+        with negtome.attach(pipe, CONFIG, **options):
+            images.append(call())
+        moves += [float((image - other).abs().max()) for image, other in zip(images[-1][1:], base[1:], strict=True)]
+    assert min(moves) > 1e-3
+    if case in ("SDXL unguided", "FLUX.2 dev"):
+        assert differs == equal_or_close(*images) == 0
+    else:
+        assert differs < 1e-3 and equal_or_close(*images) < 0.05 * min(moves)
+
+
+@pytest.mark.slow
+def test_the_reference_replaces_the_prompt_in_conditional_calls_alone(build, monkeypatch):
+    made, rows = build("Qwen-Image, guided"), []
+    forward = type(made.pipe.transformer).forward
+
+    @functools.wraps(forward)
+    def spy(self, *args, encoder_hidden_states, **kwargs):
+        rows.append(encoder_hidden_states)
+        return forward(self, *args, encoder_hidden_states=encoder_hidden_states, **kwargs)
+
+    with negtome.attach(made.pipe, CONFIG, references=Reference(tiny.OTHER[0], prompt="a cow")):
+        monkeypatch.setattr(type(made.pipe.transformer), "forward", spy)
+        made()
+    for number, text in enumerate(rows):
+        assert len(text) == 4 and torch.equal(text[0], text[2])
+        assert torch.equal(text[3], text[0]) == bool(number % 2)
+
+
+def test_unsupported_modular_pipelines_are_refused(build):
+    for name in ("Wan22ModularPipeline", "StableDiffusionXLModularPipeline"):  # the second has no denoiser yet
+        with pytest.raises(TypeError, match=f"cannot be attached to a {name}.*supported") as caught:
+            negtome.attach(getattr(diffusers, name)())
+        assert "\n" not in str(caught.value)
+    video = build("LTX")
+    with pytest.raises(ValueError, match="whose output is a video; use groups"):
+        negtome.attach(video.pipe, references=Reference(tiny.OTHER[0]))
+
+
+def test_attach_works_with_other_guiders(build):
+    """Every condition is a call; a perturbed one is pushed too."""
+    made = build("SDXL")
+    made.pipe.update_components(guider=diffusers.AdaptiveProjectedGuidance(guidance_scale=5.0))
+    base = made()
+    with negtome.attach(made.pipe, CONFIG):
+        result = made()
+    assert torch.equal(result[0], base[0])
+    assert not any(torch.equal(result[k], base[k]) for k in (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_mini_sdxl(scale):
+    folder = Path(__file__).parents[2] / "models" / "mini-sdxl"
+    stock = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    pipe = diffusers.ModularPipeline.from_pretrained(folder)
+    pipe.update_components(**{name: stock.components[name] for name in pipe.components if name in stock.components})
+    pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=scale))
+    options = {"prompt": "a photo of a dog", "num_images_per_prompt": 3, "num_inference_steps": 4, "output_type": "pt"}
+    config = NegToMeConfig(threshold=0.5, timestep_range=(500, 1000))
+    with negtome.attach(stock, config):
+        expected = stock(**options, guidance_scale=scale, generator=generators((0, 1, 2))).images
+    with negtome.attach(pipe, config) as attached:
+        images = pipe(**options, generator=generators((0, 1, 2)), output="images")
+    assert attached.summary()["tokens_pushed"] > 0
+    if scale == 1:
+        assert torch.equal(images, expected)
+    else:
+        torch.testing.assert_close(images, expected, atol=0.02, rtol=0)
