@@ -181,6 +181,18 @@ class CallReader:
         return index, float(self._values[index]), timesteps[index : index + 1]
 
 
+class StepReader(CallReader):
+    """Reads the calls of the denoiser for a guider, which sees no scheduler but learns the timestep of each step."""
+
+    def set_step(self, index: int, timestep: torch.Tensor) -> None:
+        """Set the index and the timestep, as the scheduler holds it, of the calls that follow."""
+        self._current = (index, float(timestep), timestep.reshape(1))
+        _check_unit("scheduler", self._current[1])
+
+    def _locate(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
+        return self._current
+
+
 def _first(time: torch.Tensor | float) -> float:
     return float(time.flatten()[0] if isinstance(time, torch.Tensor) else time)
 

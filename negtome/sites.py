@@ -47,6 +47,20 @@ def _find_modular(pipe: Any) -> Architecture:
     )
 
 
+def find_architecture_of_denoiser(denoiser: torch.nn.Module) -> Architecture:
+    """Find the row for a denoiser that a ModularPipeline calls.
+
+    Raises:
+        TypeError: no ModularPipeline of the table has such a denoiser.
+    """
+    classes = {cls.__name__ for cls in type(unwrap(denoiser)).__mro__}
+    for architecture in ARCHITECTURES:
+        if architecture.modular and architecture.denoiser_class in classes:
+            return guided(architecture)
+    supported = ", ".join(a.denoiser_class for a in ARCHITECTURES if a.modular)
+    raise TypeError(f"NegToMe cannot guide a {type(unwrap(denoiser)).__name__}; supported are {supported}.")
+
+
 def guided(architecture: Architecture) -> Architecture:
     """Return the row as ModularPipelines use it: every condition is a call of the denoiser, as the guider decides."""
     return replace(architecture, guidance="guider")

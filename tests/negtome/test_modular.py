@@ -1,7 +1,8 @@
-"""NegToMe on ModularPipelines. Tiny pipelines with random weights, without decoding."""
+"""NegToMe on ModularPipelines: by `attach`, and by a guider. Tiny pipelines with random weights, without decoding."""
 
 import functools
 import importlib
+import json
 from pathlib import Path
 
 import diffusers
@@ -15,6 +16,8 @@ import negtome
 from negtome import NegToMeConfig, Reference
 
 pytestmark = pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="guiders were others before")
+guider = pytest.importorskip("negtome.guider", reason="this diffusers has other guiders", exc_type=ImportError)
+NegToMeGuidance = guider.NegToMeGuidance
 
 #: Every token of every step.
 SETTINGS = {"threshold": -1, "timestep_range": (0, 1000), "min_side": 4}
@@ -212,6 +215,83 @@ def test_unsupported_modular_pipelines_are_refused(build):
         negtome.attach(video.pipe, references=Reference(tiny.OTHER[0]))
 
 
+GUIDED = tuple(case for case, (_, guidance, _) in CASES.items() if guidance is not None)
+
+
+@pytest.mark.parametrize("case", cases("SDXL", "Qwen-Image, guided", "Z-Image", among=GUIDED))
+def test_a_guider_makes_the_images_of_attach(build, case):
+    made = build(case)
+    with negtome.attach(made.pipe, CONFIG) as attached:
+        expected = made()
+    before = tiny.state(made.pipe)
+    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **SETTINGS))
+    assert torch.equal(made(), expected)
+    assert made.pipe.guider.summary() == attached.summary()
+    assert made.pipe.guider.counts() == attached.counts()
+    assert tiny.state(made.pipe)[1:] == before[1:], "of all modules"
+    made.pipe.update_components(guider=made.pipe.guider.new(alpha=0))
+    still = made()
+    made.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(made.pipe.guider.config))
+    assert torch.equal(made(), still)
+
+
+def test_a_guider_takes_groups_and_refuses_mixed_prompts(build):
+    made = build("SDXL")
+    with negtome.attach(made.pipe, CONFIG, group_size=2):
+        expected = made((0, 1, 2, 3), PROMPTS, count=1)
+    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **SETTINGS))
+    before = tiny.state(made.pipe)
+    with pytest.raises(ValueError, match=r"share their prompt.*group_size"):
+        made((0, 1, 2, 3), PROMPTS, count=1)
+    assert tiny.state(made.pipe)[1:] == before[1:], "also after an error in the denoiser's call"
+    made.pipe.update_components(guider=made.pipe.guider.new(group_size=2))
+    assert torch.equal(made((0, 1, 2, 3), PROMPTS, count=1), expected)
+
+
+def test_a_guider_has_the_settings_of_the_architecture_and_warns_if_nothing_moves(build):
+    made = build("SDXL")
+    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, threshold=1 - 1e-6, min_side=4))
+    made.options["num_inference_steps"] = 5
+    assert made.pipe.guider.guidance_scale == 5.0
+    with pytest.warns(RuntimeWarning, match="pushed no token: the highest similarity"):
+        made()
+    active = made.pipe.guider.summary()["active_timesteps"]
+    assert active == [step for step in made.pipe.scheduler.timesteps.tolist() if step >= 800]
+    assert 0 < len(active) < len(made.pipe.guider.steps) == 5
+    made.pipe.update_components(guider=made.pipe.guider.new(timestep_range=(0, 0.5)))
+    with pytest.warns(RuntimeWarning, match="nothing to do: no step lies in timestep_range"):
+        made()
+
+
+def test_a_guider_is_saved_and_loaded(tmp_path):
+    made = NegToMeGuidance(
+        guidance_scale=3.0, alpha=1.5, timestep_range=(500, 900), sites=("up_blocks.1",), group_size=4
+    )
+    made.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "guider_config.json").read_text())["alpha"] == 1.5
+    loaded = NegToMeGuidance.from_pretrained(tmp_path)
+    assert (loaded.settings, loaded.group_size, loaded.guidance_scale) == (made.settings, 4, 3.0)
+    for settings in ({"threshold": 2}, {"group_size": 1}):
+        with pytest.raises(ValueError, match=r"threshold|group_size"):
+            NegToMeGuidance(**settings)
+
+
+def test_a_guider_refuses_what_it_cannot_do(build):
+    made = build("SDXL")
+    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **SETTINGS))
+    with negtome.attach(made.pipe, CONFIG), pytest.raises(RuntimeError, match=r"use either negtome[.]attach or"):
+        made()
+    made.pipe.update_components(guider=diffusers.AdaptiveProjectedGuidance())
+    with pytest.raises(TypeError, match=r"has a AdaptiveProjectedGuidance; use negtome[.]attach"):
+        NegToMeGuidance.for_pipeline(made.pipe)
+    with pytest.raises(TypeError, match=r"has no guider; use negtome[.]attach"):
+        NegToMeGuidance.for_pipeline(made.stock)
+    step = NegToMeGuidance()
+    step.set_state(0, 2, torch.tensor(900.0))
+    with pytest.raises(TypeError, match="cannot guide a Linear; supported are UNet2DConditionModel"):
+        step.prepare_models(torch.nn.Linear(2, 2))
+
+
 def test_attach_works_with_other_guiders(build):
     """Every condition is a call; a perturbed one is pushed too."""
     made = build("SDXL")
@@ -221,6 +301,16 @@ def test_attach_works_with_other_guiders(build):
         result = made()
     assert torch.equal(result[0], base[0])
     assert not any(torch.equal(result[k], base[k]) for k in (1, 2))
+
+
+def test_another_api_of_guiders_is_an_error():
+    class Other(diffusers.ClassifierFreeGuidance):
+        def prepare_models(self, denoiser_and_more):
+            pass
+
+    guider.check_api(diffusers.ClassifierFreeGuidance)
+    with pytest.raises(ImportError, match=r"expected Other.prepare_models to take denoiser.*negtome.attach\(pipe\)"):
+        guider.check_api(Other)
 
 
 @pytest.mark.slow
@@ -239,6 +329,8 @@ def test_mini_sdxl(scale):
     with negtome.attach(pipe, config) as attached:
         images = pipe(**options, generator=generators((0, 1, 2)), output="images")
     assert attached.summary()["tokens_pushed"] > 0
+    pipe.update_components(guider=NegToMeGuidance.for_pipeline(pipe, threshold=0.5, timestep_range=(500, 1000)))
+    assert torch.equal(pipe(**options, generator=generators((0, 1, 2)), output="images"), images)
     if scale == 1:
         assert torch.equal(images, expected)
     else:
