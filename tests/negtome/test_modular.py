@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from diffusers.utils import dynamic_modules_utils
 from packaging.version import Version
 from PIL import Image
 
@@ -335,3 +336,22 @@ def test_mini_sdxl(scale):
         assert torch.equal(images, expected)
     else:
         torch.testing.assert_close(images, expected, atol=0.02, rtol=0)
+
+
+def test_the_block_loads_without_a_network(build, tmp_path, monkeypatch):
+    """It puts the guider into the pipeline it is inserted into, with the guidance that was there."""
+    folder = Path(__file__).parents[2] / "integrations" / "diffusers"
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    block = diffusers.ModularPipelineBlocks.from_pretrained(str(folder), trust_remote_code=True)
+    made = build("SDXL")
+    with negtome.attach(made.pipe, CONFIG):
+        expected = made()
+    components = {**made.components, "guider": made.pipe.guider}
+    blocks = made.pipe.blocks
+    blocks.sub_blocks.insert("negtome", block, 0)
+    made.pipe = blocks.init_pipeline()
+    made.pipe.update_components(**components)
+    settings = {"negtome_threshold": -1, "negtome_timestep_range": (0, 1000), "negtome_min_side": 4}
+    assert torch.equal(made(**settings), expected)
+    assert made.pipe.guider.summary()["tokens_pushed"] > 0
