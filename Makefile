@@ -6,11 +6,11 @@ PY := $(VENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install sweep cfg-scale peers safety publish latency redteam gate report demo doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
+.PHONY: help install sweep cfg-scale peers few-steps-peers safety publish latency redteam gate report demo doctor notebooks mini-models test test-slow test-gpu test-browser test-versions docs dist types lint
 
 # The groups of the list, each with its targets in order; what is in none is for development.
 USE := demo report doctor
-REPRODUCE := reproduce-% sweep cfg-scale peers safety redteam gate latency reproduce-deliberation publish
+REPRODUCE := reproduce-% sweep cfg-scale peers few-steps-peers safety redteam gate latency reproduce-deliberation publish
 help:  ## this list
 	@awk -F ':.*## ' -v use="$(USE)" -v reproduce="$(REPRODUCE)" ' \
 	  /^[a-z%-]+:.*## / {text[$$1] = $$2; order[++n] = $$1} \
@@ -49,6 +49,9 @@ peers: $(VENV)/.installed-experiments  ## NegToMe and every other method: settin
 	  $(PY) -m experiments reproduce experiment=$$name $(ARGS) || status=1; \
 	  $(PY) -m experiments rank experiment=$$name $(ARGS) || exit 1; \
 	done; exit $$status
+
+few-steps-peers: $(VENV)/.installed-experiments  ## the same at 4 denoising steps on mini-sdxl
+	$(MAKE) peers PEERS="few_steps_peers_grid few_steps_peers"
 
 safety: $(VENV)/.installed-experiments  ## requests through a policy: guards, steering, output check, scorecard (16 minutes)
 	status=0; for name in safety safety_controls; do \

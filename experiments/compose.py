@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,20 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _jobs(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the overrides of each run: the product of all choices, as in Hydra's basic sweeper."""
+    """List the overrides of each run: those of the sweep, then those of the experiment's further sweeps.
+
+    A further sweep replaces some choices of the sweep. It is left out if the command line sets one of these itself.
+    """
     overrides = check_overrides(overrides)
-    params = _hydra_node(_naming(overrides)).sweeper.get("params") or {}
+    cfg = _compose_sweep(_naming(overrides))
+    params = dict(cfg.hydra.sweeper.get("params") or {})
+    overridden = {parsed(text).get_key_element() for text in overrides}
+    further = [sweep for sweep in cfg.further_sweeps or () if not overridden & set(sweep)]
+    return [job for sweep in ({}, *further) for job in _product({**params, **sweep}, overrides)]
+
+
+def _product(params: Mapping[str, Any], overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """List the product of all choices, as Hydra's basic sweeper does; overrides replace choices of the same key."""
     swept = [f"{key}={value}" for key, value in params.items()]
     choices = []
     for text in {parsed(text).get_key_element(): text for text in [*swept, *overrides]}.values():
@@ -115,7 +126,7 @@ def launcher(overrides: Sequence[str]) -> tuple[str, ...]:
     """Return those overrides that name a launcher or are its settings; () for none."""
     naming = _naming(check_overrides(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return () if _hydra_node(naming).launcher._target_.endswith(".BasicLauncher") else naming
+        return () if _compose_sweep(naming).hydra.launcher._target_.endswith(".BasicLauncher") else naming
 
 
 def launch(task: Callable[[DictConfig], Any], overrides: Sequence[str]) -> None:
@@ -232,9 +243,9 @@ def _compose_files(overrides: tuple[str, ...]) -> DictConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def _hydra_node(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
-    return _composed(overrides, return_hydra_config=True).hydra
+def _compose_sweep(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose an experiment with Hydra's own settings, of the sweep and the launcher; nobody may change the result."""
+    return _composed(overrides, return_hydra_config=True)
 
 
 def _is_value(override: Override) -> bool:

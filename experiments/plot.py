@@ -22,14 +22,14 @@ import pandas as pd
 from eval.files import content_hash
 from eval.images import MANIFEST, WITHHELD
 from experiments import PROJECT
-from experiments.figures import figures_for
+from experiments.figures import figures_for, file_name
 from experiments.figures.image_grid import ImageGrid, grid_of_runs, select_runs
 from experiments.figures.style import find_unchanged, save, using
 from experiments.methods.assets import read_assets
 from experiments.plan import Plan, RunSpec
 from experiments.runs.identity import short_digest
 from experiments.runs.store import Run
-from experiments.tables.columns import primary_pair, read_table
+from experiments.tables.columns import by_steps, primary_pair, read_table
 from experiments.tables.groups import read_groups, values_of_run
 
 #: Files that decide how a figure looks.
@@ -47,16 +47,20 @@ def plot(plan: Plan) -> list[Path]:
     files = []
     for name, (figure, _) in figures_for(frame).items():
         files.append(save(figure, plan.result_file(name), short_digest(common)))
-    for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
-        specs = [spec for spec in plan.runs if spec.cfg.model.name == model]
-        files.append(_plot_grid(plan, specs, frame, common))
+    frame = by_steps(frame)
+    models = frame.drop_duplicates("run_id").set_index("run_id")["model"]
+    specs_of: dict[str, list[RunSpec]] = {}
+    for spec in plan.runs:
+        specs_of.setdefault(models[Run.of(spec).id], []).append(spec)
+    for model, specs in specs_of.items():
+        files.append(_plot_grid(plan, specs, frame, common, file_name(model)))
     return files
 
 
-def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: list[Any]) -> Path:
-    """Write the image grid of a model's runs."""
+def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: list[Any], name: str) -> Path:
+    """Write the image grid of a model's runs, at one number of steps; `name` stands for both in the file's name."""
     model, chosen = specs[0].cfg.model, plan.cfg.grid
-    specs = [spec for name in chosen or [None] for spec in specs if name in (None, spec.cfg.method.name)]
+    specs = [spec for method in chosen or [None] for spec in specs if method in (None, spec.cfg.method.name)]
     shown = select_runs(list(dict.fromkeys(map(Run.of, specs))), frame)  # equal settings are one run
     leading = values = None
     if chosen and len(shown) > 1:
@@ -65,7 +69,7 @@ def _plot_grid(plan: Plan, specs: list[RunSpec], frame: pd.DataFrame, common: li
         leading = {asset.name: asset.file for asset in reversed(read_assets(model.copyright.guidance))}
     manifests = [run.folder / name for run in shown for name in (MANIFEST, WITHHELD)]
     shown_files = [content_hash(file) for file in (*manifests, *(leading or {}).values()) if file.exists()]
-    path, inputs = plan.result_file(f"grid_{model.name}"), short_digest([common, list(shown.values()), shown_files])
+    path, inputs = plan.result_file(f"grid_{name}"), short_digest([common, list(shown.values()), shown_files])
     if unchanged := find_unchanged(path, ImageGrid.kind, inputs):
         return unchanged
     return save(grid_of_runs(list(shown), list(shown.values()), leading, values), path, inputs)

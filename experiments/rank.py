@@ -8,7 +8,7 @@ It reads the table and the values of groups that tabulate wrote with the same ov
 through them in the order of the sweep.
 Resamples of the prompts' categories are the same for all methods.
 
-A sweep over `hyperparameter` writes a value for each method to `<results>/peers_grid/chosen.yaml`, which `chosen`
+A sweep over `hyperparameter` writes a value for each method to `<results>/<experiment>/chosen.yaml`, which `chosen`
 names. It is the value with the largest gain within the allowed loss, which may lie between two settings. If no value
 keeps within the loss, it is the weakest.
 """
@@ -82,10 +82,15 @@ def read_paths(specs: list[RunSpec]) -> Paths:
 
     Raises:
         FileNotFoundError: the table or the values of groups are missing, or a run is not in the table.
-        ValueError: there is no method, a primary metric has no better direction or no values of groups, or groups of a
-            run are withheld: methods are ranked over the same groups.
+        ValueError: there is no method, or there are several baselines; a primary metric has no better direction or no
+            values of groups; or groups of a run are withheld: methods are ranked over the same groups.
     """
     cfg, baseline = specs[0].cfg, specs[0].baseline
+    if any(spec.baseline is not baseline for spec in specs):
+        raise ValueError(
+            f"expected runs of {cfg.model.name} that are compared with one baseline, to be ranked, got several: give "
+            "one value of the model's settings, as model.call.num_inference_steps=4"
+        )
     by_method: dict[str, list[RunSpec]] = {}
     for spec in specs:
         if spec is not spec.baseline and spec.cfg.method.name not in catalogue.controls():
@@ -275,7 +280,7 @@ def write_ranking(plan: Plan) -> str:
     Other models' rows stay, as do other methods' choices.
     """
     path = plan.result_file("ranking.csv")
-    rows, file, choices = [], chosen_file(plan.results), {}
+    rows, file, choices = [], chosen_file(plan.results, plan.name), {}
     for model in dict.fromkeys(spec.cfg.model.name for spec in plan.runs):
         paths = read_paths([spec for spec in plan.runs if spec.cfg.model.name == model])
         rows += rows_of_model(paths)

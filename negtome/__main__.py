@@ -25,6 +25,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from negtome.validation import read_step_range
+
 COMMANDS = ("generate", "demo", "doctor")
 #: Value on the command line that means "as the pipeline or the published settings have it".
 AUTO = "auto"
@@ -178,6 +180,14 @@ def low_high(text: str) -> tuple[float, float]:
     return low, high
 
 
+def first_last(text: str) -> tuple[int, int] | tuple[float, float]:
+    """Read FIRST:LAST, steps from 0 or shares of the call's steps."""
+    try:
+        return read_step_range(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def names(text: str) -> tuple[str, ...]:
     """Read names between commas."""
     return tuple(text.split(","))
@@ -201,6 +211,7 @@ _SETTINGS: tuple[tuple[str, str, Callable[[str], Any], str, str], ...] = (
     ("--alpha", "alpha", float, "X", "strength; below 0 pulls together"),
     ("--threshold", "threshold", _or_auto(float), "X", "cosine similarity above which a token moves"),
     ("--timestep-range", "timestep_range", _or_auto(low_high), "LOW:HIGH", "steps that take part; 1000 is pure noise"),
+    ("--step-range", "step_range", _or_auto(first_last), "A:B", "steps A to B instead, from 0; or shares, as 0:0.25"),
     ("--matching", "matching", str, "M", "paper, or released for the authors' code"),
     ("--push-from", "reference", str, "R", "first image of the group, previous ones, or others"),
     ("--sites", "sites", _or_auto(names), "A,B", "blocks that take part"),

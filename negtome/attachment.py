@@ -52,13 +52,13 @@ def attach(
             with `references`.
         references: images to push away from, instead of the images of the group (`config.reference`): one Reference for
             all images of a call, or a list with one or None for each. Every reference image adds a row to the
-            denoiser's batch in the steps of the timestep range. The pipeline's latents, generators and output never
+            denoiser's batch in the steps that take part. The pipeline's latents, generators and output never
             hold it; hooks and processors inside the denoiser see it.
         push: replaces the push at every site, for controls of the method. It is called as `push(site, tokens, pushed,
             group_size)` with the site's name, the tokens [G * K, N, C] of G groups of K = group_size images, and the
             result of the method; it returns a tensor like them. Counts stay those of the method. Not with `references`.
         on_step: called with a `negtome.StepReport` when a denoising step has ended. Images do not change, but each
-            step of the timestep range waits for the device. The function may raise to end the pipeline's call.
+            step that takes part waits for the device. The function may raise to end the pipeline's call.
         given: the former name of `references`, deprecated.
 
     Returns:
@@ -240,14 +240,15 @@ class Attachment:
             )
         compared, pushed, highest = self._totals.add(run)
         timesteps = [step.timestep for step in run.steps]
-        if interrupted and not any(map(self.config.is_active, timesteps)):
+        active = [step.active for step in run.steps]
+        if interrupted and not any(active):
             warnings.warn(
-                "NegToMe pushed no token: the call was interrupted before a step of the timestep range.",
+                "NegToMe pushed no token: the call was interrupted before a step that takes part.",
                 RuntimeWarning,
                 stacklevel=4,
             )
             return
-        stats.check_timestep_range(self.config, timesteps)  # the schedule may be unknown
+        stats.check_active_steps(self.config, timesteps, active, run.reader.order)  # the schedule may be unknown
         stats.check_pushed(self.config, self.sites, compared, pushed, highest)
 
     @contextlib.contextmanager

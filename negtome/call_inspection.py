@@ -22,7 +22,10 @@ class DenoiserCall:
     Attributes:
         timestep: training timestep, 1000 = pure noise.
         time: [1] the same, as the scheduler holds it.
-        again: whether the previous call was of the same step.
+        again: whether the previous call was of the same timestep of the schedule.
+        index: number of the denoising step, from 0 for the first one that the pipeline runs. A step of a second-order
+            scheduler has two timesteps.
+        steps: number of denoising steps of the pipeline's call, None if unknown.
         rows: rows of the batch, all chunks included.
         cfg_chunks: parts of the batch that hold the same images, one after the other: 2 for unconditional and
             conditional in one batch, 3 with a perturbed one, else 1.
@@ -36,6 +39,8 @@ class DenoiserCall:
     timestep: float
     time: torch.Tensor
     again: bool
+    index: int
+    steps: int | None
     rows: int
     cfg_chunks: int
     conditional: tuple[int, ...]
@@ -88,7 +93,9 @@ class CallReader:
         self._step: tuple[int | None, float] | None = None  # of the last call
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
         self._padded: list[tuple[Snapshot, torch.Tensor]] = []
+        self._timesteps_run = 0
         self.schedule: list[float] = []  # timesteps of the pipeline's loop, if known
+        self.order = 1  # timesteps in a step of the scheduler
 
     def read(self, pipe: Any, arguments: Mapping[str, Any], images: int | None) -> DenoiserCall:
         """Read a call of the denoiser.
@@ -116,9 +123,12 @@ class CallReader:
                 f"{type(pipe).__name__}); give a prompt, or a row of embeddings, for each image."
             )
         chunks = rows // images
-        index, timestep, time = self._locate(pipe, arguments[architecture.time])
-        step = (index, timestep)
+        position, timestep, time = self._locate(pipe, arguments[architecture.time])
+        step = (position, timestep)
         again, self._step = step == self._step, step
+        if not again:
+            self._timesteps_run += 1
+        index, steps = self._count_steps()
         if shape not in self._grids:
             self._grids[shape] = architecture.grid(arguments)
         grid = self._grids[shape]
@@ -136,6 +146,8 @@ class CallReader:
             timestep=timestep,
             time=time,
             again=again,
+            index=index,
+            steps=steps,
             rows=rows,
             cfg_chunks=chunks,
             conditional=tuple(conditional),
@@ -153,9 +165,14 @@ class CallReader:
         self._padded.append((Snapshot(texts), padded))
         return padded
 
+    def _count_steps(self) -> tuple[int, int | None]:
+        """Return the index of the denoising step that a call belongs to, and how many there are, None if unknown."""
+        return (self._timesteps_run - 1) // self.order, math.ceil(len(self.schedule) / self.order) or None
+
     def _locate(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
         """Return the index of a call among the scheduler's timesteps, the timestep, and the same as a tensor [1]."""
         scheduler, to_timestep = pipe.scheduler, self._architecture.timestep_scale
+        self.order = getattr(scheduler, "order", 1)
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, torch.Tensor):
             value = to_timestep(_first(time))
@@ -177,17 +194,41 @@ class CallReader:
                 _check_unit(type(scheduler).__name__, value)
                 return None, value, timesteps.new_tensor([value])
         if not self.schedule:  # an input image makes the loop begin later than the schedule, and it may end earlier
-            self.schedule = self._values[index:][: getattr(pipe, "num_timesteps", None)]
+            self.schedule = self._values[index:][: self._count_timesteps(pipe)]
         return index, float(self._values[index]), timesteps[index : index + 1]
+
+    def _count_timesteps(self, pipe: Any) -> int | None:
+        """Return how many timesteps the pipeline's loop has, None if it does not say so."""
+        guider = getattr(pipe, "guider", None)
+        if self._architecture.guidance == "guider" and guider is not None and self.order == 1:
+            count: int | None = guider.get_state()["num_inference_steps"]
+            return count
+        return getattr(pipe, "num_timesteps", None)
 
 
 class StepReader(CallReader):
-    """Reads the calls of the denoiser for a guider, which sees no scheduler but learns the timestep of each step."""
+    """Reads the calls of the denoiser for a guider, which sees no scheduler but learns each step from the pipeline.
 
-    def set_step(self, index: int, timestep: torch.Tensor) -> None:
-        """Set the index and the timestep, as the scheduler holds it, of the calls that follow."""
+    It cannot know that a scheduler is of second order, so every timestep counts as a step.
+    """
+
+    def set_step(self, index: int, steps: int | None, timestep: torch.Tensor) -> None:
+        """Set the step of the calls that follow.
+
+        Args:
+            index: number of the step, from 0.
+            steps: number of steps of the pipeline's call, None if unknown.
+            timestep: as the scheduler holds it.
+
+        Raises:
+            ValueError: it is no training timestep.
+        """
         self._current = (index, float(timestep), timestep.reshape(1))
+        self._steps = steps
         _check_unit("scheduler", self._current[1])
+
+    def _count_steps(self) -> tuple[int, int | None]:
+        return self._current[0], self._steps
 
     def _locate(self, pipe: Any, time: torch.Tensor | float) -> tuple[int | None, float, torch.Tensor]:
         return self._current

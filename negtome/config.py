@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,13 @@ class NegToMeConfig:
         timestep_range: (low, high) in training timesteps, 0 to 1000 with 1000 = pure noise, both ends inclusive
             (to 0.001, for the rounding of 1000 * sigma). None: SDXL (800, 1000), which is 10 of 50 steps, and Flux
             (900, 1000), which is 6 of 25 steps at 768x768 [R]; (900, 1000) for others, unpublished. [S]: SDXL
-            (600, 1000), 20 of 50 steps.
+            (600, 1000), 20 of 50 steps. It stays None where step_range is set.
+        step_range: which steps of a call take part, in place of timestep_range; setting both is an error. Two whole
+            numbers, 0 to 999, are the first and the last step, both inclusive and counted from 0: (0, 0) is the first
+            step alone. If one is a fraction, both are shares of the call's steps, 0 to 1: step i of n takes part if
+            low <= i / n < high, so (0, 0.25) is the first quarter, rounded up. The count begins with the first step
+            that is run, also in a call that starts from an image. A second-order scheduler (Heun) calls the denoiser
+            twice in a step, and both calls take part.
         matching: "paper": the nearest reference token of every token [P]. "released": the axis of the released
             code [R], which is another method; see `negtome.negative_merge`. Only with reference="first".
         reference: which images of its group an image is pushed from, if `attach` gets no references. "first": the
@@ -52,6 +58,7 @@ class NegToMeConfig:
     sites: tuple[str, ...] | None = None
     cross_attention: bool = False
     min_side: int | None = None
+    step_range: tuple[int, int] | tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """Convert sequences to tuples and refuse values out of range."""
@@ -62,6 +69,13 @@ class NegToMeConfig:
             object.__setattr__(self, "threshold", check_float("threshold", self.threshold, -1, 1))
         if self.timestep_range is not None:
             object.__setattr__(self, "timestep_range", _check_timestep_range(self.timestep_range))
+        if self.step_range is not None:
+            object.__setattr__(self, "step_range", _check_step_range(self.step_range))
+            if self.timestep_range is not None:
+                raise ValueError(
+                    f"step_range and timestep_range both choose the steps, got {self.step_range} and "
+                    f"{self.timestep_range}; leave one of them out, or set it to None."
+                )
 
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {MATCHINGS}, got {self.matching!r}.")
@@ -74,12 +88,7 @@ class NegToMeConfig:
             )
 
         if self.sites is not None:
-            if isinstance(self.sites, str) or not isinstance(self.sites, Iterable):
-                raise ValueError(f"sites must be a list of module names or None, got {self.sites!r}.")
-            sites = tuple(self.sites)
-            if not sites or not all(isinstance(name, str) and name for name in sites):
-                raise ValueError(f"sites must be module names, at least one, or None for the default, got {sites}.")
-            object.__setattr__(self, "sites", sites)
+            object.__setattr__(self, "sites", _check_sites(self.sites))
 
         if not isinstance(self.cross_attention, bool):
             raise ValueError(f"cross_attention must be true or false, got {self.cross_attention!r}.")
@@ -122,17 +131,45 @@ class NegToMeConfig:
         except KeyError:
             presets = ", ".join(f"{a}/{v}" for a, v in _PRESETS)
             raise ValueError(f"there is no preset {architecture}/{variant}; the presets are {presets}.") from None
-        return cls(**{**fields, **changes})
+        return cls(**fields).replace(**changes)
+
+    @classmethod
+    def few_step(cls, denoiser: Literal["unet", "transformer"], **changes: Any) -> NegToMeConfig:
+        """Make settings for checkpoints that need at most 8 steps: turbo, lightning, schnell, LCM.
+
+        Only the first step takes part: step_range is (0, 0). alpha and the threshold are 0.9 and 0.5 for a UNet, 0.45
+        and 0.8 for a transformer. Nobody has published settings for such checkpoints. These come from mini-sdxl and
+        mini-flux with 4 and 2 steps (results/few_steps_sweep/), so they are a guess for others.
+
+        Args:
+            denoiser: "unet" (SDXL, Stable Diffusion 1 and 2) or "transformer" (Flux and all others).
+            changes: fields that differ; a timestep_range takes the place of the step_range.
+
+        Raises:
+            ValueError: for another denoiser, or a field is out of range.
+        """
+        if denoiser not in _FEW_STEPS:
+            raise ValueError(f'denoiser must be "unet" or "transformer", got {denoiser!r}.')
+        return cls(**_FEW_STEPS[denoiser]).replace(**changes)
 
     def replace(self, **changes: Any) -> NegToMeConfig:
-        """Return a copy with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again.
+
+        A new step_range takes the place of the timestep_range, and the reverse.
+        """
+        for name, other in (("step_range", "timestep_range"), ("timestep_range", "step_range")):
+            if changes.get(name) is not None:
+                changes.setdefault(other, None)
         return dataclasses.replace(self, **changes)
 
     def published_for(self, architecture: str) -> NegToMeConfig:
-        """Return a copy in which the numbers published for an architecture, or the defaults, replace None."""
+        """Return a copy in which the numbers published for an architecture, or the defaults, replace None.
+
+        With a step_range, timestep_range stays None.
+        """
         published = _PRESETS.get((architecture, "paper"), _UNPUBLISHED)
-        absent = [name for name in ("threshold", "timestep_range") if getattr(self, name) is None]
-        return self.replace(**{name: published[name] for name in absent})
+        names = ("threshold", "timestep_range") if self.step_range is None else ("threshold",)
+        return self.replace(**{name: published[name] for name in names if getattr(self, name) is None})
 
     def strength(self) -> Strength:
         """Return the settings of the arithmetic.
@@ -150,6 +187,8 @@ class NegToMeConfig:
         Raises:
             ValueError: it is None.
         """
+        if self.step_range is not None:
+            raise ValueError(f"expected a timestep_range, got step_range={self.step_range}; pass a timestep_range.")
         if self.timestep_range is None:
             raise ValueError("expected a timestep_range, got None; published_for puts one there.")
         return self.timestep_range
@@ -158,15 +197,79 @@ class NegToMeConfig:
         """Return `min_side` for a denoiser whose largest feature map has this (height, width), in tokens."""
         return min(RELEASED_SIDE, *largest) if self.min_side is None else self.min_side
 
-    def is_active(self, timestep: float) -> bool:
-        """Tell whether a training timestep lies in the timestep range; errors are those of `window`."""
-        low, high = self.window()
-        return low - 1e-3 <= timestep <= high + 1e-3
+    def is_active(self, timestep: float, index: int | None = None, steps: int | None = None) -> bool:
+        """Tell whether a step of a call takes part.
+
+        Args:
+            timestep: training timestep of the step, 0 to 1000; a timestep_range needs it.
+            index: number of the step in the call, from 0; a step_range needs it.
+            steps: number of steps of the call; shares of a step_range need it.
+
+        Raises:
+            ValueError: no range is set, or a number that it needs is None.
+        """
+        if self.step_range is None:
+            low, high = self.window()
+            return low - 1e-3 <= timestep <= high + 1e-3
+        first, last = self.step_range
+        if index is None:
+            raise ValueError(f"step_range={self.step_range} needs the index of a step, got None.")
+        if isinstance(first, int):
+            return first <= index <= last
+        if steps is None:
+            raise ValueError(
+                f"step_range={self.step_range} holds shares of the call's steps, but this scheduler does not say how "
+                "many there are; pass the first and the last step, such as (0, 0)."
+            )
+        return first <= index / steps < last
+
+    def active_steps(self, timesteps: Sequence[float], order: int = 1) -> list[bool]:
+        """Tell which entries of a schedule take part, a step having `order` entries; errors are those of `is_active`.
+
+        Args:
+            timesteps: training timesteps of a call, in the order in which they are run.
+            order: of the scheduler: 2 for Heun, whose steps but the last have two entries.
+        """
+        steps = math.ceil(len(timesteps) / order)
+        return [self.is_active(timestep, i // order, steps) for i, timestep in enumerate(timesteps)]
+
+
+def _check_sites(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"sites must be a list of module names or None, got {value!r}.")
+    sites = tuple(value)
+    if not sites or not all(isinstance(name, str) and name for name in sites):
+        raise ValueError(f"sites must be module names, at least one, or None for the default, got {sites}.")
+    return sites
+
+
+def _two_ends(name: str, words: str, value: object) -> tuple[Any, Any]:
+    """Return the two items of a range as Python numbers; `words` name them in the error."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or len(ends := tuple(value)) != 2:
+        raise ValueError(f"{name} must be two numbers ({words}), got {value!r}.")
+    return to_python_scalar(ends[0]), to_python_scalar(ends[1])
+
+
+def _check_step_range(value: object) -> tuple[int, int] | tuple[float, float]:
+    ends = _two_ends("step_range", "first, last", value)
+    if all(isinstance(end, int) for end in ends):
+        first, last = (check_int("each step of step_range", end, 0, _LAST_STEP) for end in ends)
+        if first > last:
+            raise ValueError(f"step_range must be (first, last) with first <= last, got ({first}, {last}).")
+        return first, last
+    low, high = (check_float("each share of step_range", end, 0, 1) for end in ends)
+    if low >= high:
+        raise ValueError(f"step_range must be shares (low, high) with low < high, got ({low}, {high}).")
+    if (low, high) == (0, 1):  # equal to the steps (0, 1) in Python, and written like them by some JSON libraries
+        raise ValueError(
+            "step_range=(0.0, 1.0) is easily taken for (0, 1), the first two steps; for every step, pass "
+            "timestep_range=(0, 1000)."
+        )
+    return low, high
 
 
 def _check_timestep_range(value: object) -> tuple[float, float]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or len(ends := tuple(value)) != 2:
-        raise ValueError(f"timestep_range must be two numbers (low, high), got {value!r}.")
+    ends = _two_ends("timestep_range", "low, high", value)
     low, high = (check_float("each end of timestep_range", end, 0, 1000) for end in ends)
     if low > high:
         raise ValueError(
@@ -176,6 +279,8 @@ def _check_timestep_range(value: object) -> tuple[float, float]:
     return low, high
 
 
+#: Largest index of a step: schedules have at most 1000.
+_LAST_STEP = 999
 #: Shortest side of the feature maps that take part in the authors' release for SDXL.
 RELEASED_SIDE = 32
 _SDXL: dict[str, Any] = {"alpha": 0.9, "threshold": 0.7, "timestep_range": (800, 1000)}
@@ -188,4 +293,8 @@ _PRESETS = {
     ("flux", "paper"): _FLUX,
     ("flux", "released"): _FLUX | {"matching": "released"},
     ("flux", "evaluation"): _FLUX | {"matching": "released", "alpha": 1.9},
+}
+_FEW_STEPS: dict[str, dict[str, Any]] = {
+    "unet": {"alpha": 0.9, "threshold": 0.5, "step_range": (0, 0)},
+    "transformer": {"alpha": 0.45, "threshold": 0.8, "step_range": (0, 0)},
 }

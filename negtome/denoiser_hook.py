@@ -98,7 +98,7 @@ class DenoiserHook:
     def call(
         self, run: PipelineRun, pipe: Any, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call the denoiser in a run, and push tokens if the step lies in the timestep range.
+        """Call the denoiser in a run, and push tokens if the step takes part.
 
         Args:
             run: counts the call.
@@ -124,8 +124,8 @@ class DenoiserHook:
         """Prepare the sites for one call of the denoiser.
 
         Returns:
-            The context of the sites, None outside the timestep range; and the call's arguments by name, with the
-            reference rows added inside it.
+            The context of the sites, None in a step that does not take part; and the call's arguments by name, with
+            the reference rows added in one that does.
         """
         if any(children.get(key) is not child for children, key, child in self._links):
             self.enter()
@@ -135,11 +135,12 @@ class DenoiserHook:
         self._check_text(run, call, group_size)
         if not run.steps:
             sites.check_denoiser(self._denoiser, adds_rows=self.references is not None)
-            if run.reader.schedule:
-                stats.check_timestep_range(self.config, run.reader.schedule)
+            schedule, order = run.reader.schedule, run.reader.order
+            if schedule:
+                stats.check_active_steps(self.config, schedule, self.config.active_steps(schedule, order), order)
         if call.grid != run.grid:
             run.grid, run.fewest_tokens = call.grid, self._fewest_tokens(call)
-        active = self.config.is_active(call.timestep)
+        active = self.config.is_active(call.timestep, call.index, call.steps)
         run.rows, run.images = call.rows, call.images
         if not call.again:
             run.report()

@@ -78,8 +78,10 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
     Args:
         guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled: as in
             `ClassifierFreeGuidance`. `enabled=False` turns off the guidance and not the push, which `alpha=0` does.
-        alpha, threshold, timestep_range, matching, reference, sites, cross_attention, min_side: as in
-            `negtome.NegToMeConfig`. None: the number published for the denoiser's architecture, or the default.
+        alpha, threshold, timestep_range, step_range, matching, reference, sites, cross_attention, min_side: as in
+            `negtome.NegToMeConfig`. None: the number published for the denoiser's architecture, or the default. A
+            guider cannot see the order of the scheduler, so a step_range counts the timesteps of Heun's two calls
+            in a step as two; then the call warns.
         group_size: how many consecutive images of a call form a group, at least 2; None for all of them.
 
     Raises:
@@ -104,6 +106,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         sites: tuple[str, ...] | None = None,
         cross_attention: bool = False,
         min_side: int | None = None,
+        step_range: tuple[int, int] | tuple[float, float] | None = None,
         group_size: int | None = None,
     ) -> None:
         super().__init__(
@@ -123,12 +126,12 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
             sites=sites,
             cross_attention=cross_attention,
             min_side=min_side,
+            step_range=step_range,
         )
         self.group_size = to_python_scalar(group_size)
         if self.group_size is not None:
             check_int("group_size", self.group_size, 2, advice="; use None for all images of a call.")
         self._patched: Any = None  # the denoiser, between prepare_models and the end of its call
-        self._last_step: int | None = None
         self._forwards = 0  # calls of the denoiser in this step
         self._call: _Call | None = None
         self._totals: Totals | None = None  # of the last finished call of the pipeline
@@ -162,8 +165,14 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         if step == 0:
             self._call = self._totals = None
         self._forwards = 0
-        self._last_step = None if num_inference_steps is None else num_inference_steps - 1
-        self._step_and_time = (step, torch.as_tensor(timestep))
+        self._current_step = (step, num_inference_steps, torch.as_tensor(timestep))
+        if step == num_inference_steps and self.settings.step_range is not None:
+            warnings.warn(
+                f"NegToMeGuidance counted every timestep of this second-order scheduler as a step of step_range="
+                f"{self.settings.step_range}; use timestep_range or negtome.attach, or another scheduler.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Hook the denoiser for its next call.
@@ -183,9 +192,9 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
                 "NegToMeGuidance, or else tokens would be pushed twice."
             )
         call = self._begin(module)
-        step, time = self._step_and_time
-        call.reader.set_step(step, time)
-        if call.hook.config.is_active(float(time)):
+        step, steps, time = self._current_step
+        call.reader.set_step(step, steps, time)
+        if call.hook.config.is_active(float(time), step, steps):
             call.hook.enter()
         patch_call(denoiser, self, patch_denoiser)
         self._patched = denoiser
@@ -194,8 +203,8 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         """Give the denoiser back as it was; warn after the last call of the last step if nothing was pushed."""
         super().cleanup_models(denoiser)
         self._release()
-        step, _ = self._step_and_time
-        if self._last_step is not None and step >= self._last_step and self._forwards >= self.num_conditions:
+        step, steps, _ = self._current_step
+        if steps is not None and step >= steps - 1 and self._forwards >= self.num_conditions:
             self._finish()
 
     def counts(self) -> dict[str, SiteCount]:
@@ -258,7 +267,8 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         if is_rest:
             return
         try:
-            stats.check_timestep_range(hook.config, [step.timestep for step in run.steps])
+            timesteps, active = [step.timestep for step in run.steps], [step.active for step in run.steps]
+            stats.check_active_steps(hook.config, timesteps, active, run.reader.order)
             stats.check_pushed(hook.config, hook.sites, compared, pushed, highest)
         except RuntimeError as error:  # the images are nearly complete, so the user gets them
             warnings.warn(str(error), RuntimeWarning, stacklevel=3)

@@ -49,8 +49,8 @@ _OPTIONS = {
     "--mask": "mask",
 }  # fmt: skip
 _SETTINGS = {
-    "--alpha": "alpha", "--threshold": "threshold", "--timestep-range": "timestep_range", "--matching": "matching",
-    "--push-from": "reference", "--sites": "sites", "--min-side": "min_side",
+    "--alpha": "alpha", "--threshold": "threshold", "--timestep-range": "timestep_range", "--step-range": "step_range",
+    "--matching": "matching", "--push-from": "reference", "--sites": "sites", "--min-side": "min_side",
 }  # fmt: skip
 _DEFAULTS = NegToMeConfig()
 #: Every autoencoder accepts sides of a multiple of this; some pipelines need a larger one and say so.
@@ -272,7 +272,10 @@ class Recipe:
         if self.config.timestep_range is not None:
             low, high = self.config.timestep_range
             parts.append(f"timesteps {low:g} to {high:g}")
-        rest = _changed_settings(self.config).keys() - {"alpha", "threshold", "timestep_range", "min_side"}
+        if self.config.step_range is not None:
+            parts.append(f"step range {_range_text(self.config.step_range)}")
+        printed = {"alpha", "threshold", "timestep_range", "step_range", "min_side"}
+        rest = _changed_settings(self.config).keys() - printed
         parts += [f"{name} {getattr(self.config, name)}" for name in sorted(rest)]
         if self.reference is not None:
             parts.append(f"away from {Path(self.reference).name}")
@@ -441,12 +444,15 @@ def _option(option: str, value: Any) -> list[str]:
     if value is None:
         text = AUTO
     elif isinstance(value, tuple):
-        separator = "," if isinstance(value[0], str) else ":"
-        text = separator.join(_number_text(item) for item in value)
+        text = ",".join(value) if isinstance(value[0], str) else _range_text(value)
     else:
         text = _number_text(value)
     # A value that begins with a dash would be taken for another option.
     return [f"{option}={text}"] if text.startswith("-") else [option, text]
+
+
+def _range_text(ends: tuple[float, float]) -> str:
+    return ":".join(map(_number_text, ends))
 
 
 def _number_text(value: Any) -> str:

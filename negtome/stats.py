@@ -16,9 +16,12 @@ from negtome.call_inspection import CallReader, PipelineCall, Snapshot
 from negtome.config import NegToMeConfig
 from negtome.hooks import Site, StepContext
 
+#: Most steps of a call whose error names `NegToMeConfig.few_step`.
+FEW_STEPS = 8
+
 
 class Step(NamedTuple):
-    """One denoising step: its training timestep, and whether it lies in the timestep range."""
+    """One denoising step: its training timestep, and whether tokens may move in it."""
 
     timestep: float
     active: bool
@@ -40,7 +43,7 @@ class StepReport:
     Attributes:
         index: number of the step in this call of the pipeline, from 0.
         timestep: its training timestep, 0 to 1000.
-        active: whether it lies in the timestep range. If not, `counts` and `moved` are empty.
+        active: whether it lies in the timestep range or step range. If not, `counts` and `moved` are empty.
         counts: tokens compared and pushed at every hook point that the step reached, by the module's name.
         moved: for each of these, float32 [images, tokens] on the CPU: the share of the comparisons of a token in this
             step (conditional and unconditional, for example) that moved it. Images that stay as they are have 0.
@@ -252,14 +255,29 @@ class Totals:
         }
 
 
-def check_timestep_range(config: NegToMeConfig, timesteps: Sequence[float]) -> None:
-    """Refuse a call of the pipeline without a timestep in the range."""
-    if not any(map(config.is_active, timesteps)):
-        low, high = config.window()
+def check_active_steps(config: NegToMeConfig, timesteps: Sequence[float], active: Sequence[bool], order: int) -> None:
+    """Refuse a call of the pipeline in which no step takes part.
+
+    Args:
+        config: the method's settings.
+        timesteps: training timesteps of the call.
+        active: whether each of them takes part.
+        order: timesteps in a step of the scheduler.
+    """
+    if any(active):
+        return
+    steps = math.ceil(len(timesteps) / order)
+    if config.step_range is not None:
         raise RuntimeError(
-            f"NegToMe has nothing to do: no step lies in timestep_range=({low:g}, {high:g}). The timesteps of this "
-            f"call are {', '.join(f'{t:g}' for t in timesteps)}; widen the range or take more steps."
+            f"NegToMe has nothing to do: no step lies in step_range={config.step_range}. This call has {steps} steps, "
+            f"from 0 to {steps - 1}; widen the range or take more steps."
         )
+    low, high = config.window()
+    advice = "" if steps > FEW_STEPS else "; for models of few steps there is negtome.NegToMeConfig.few_step"
+    raise RuntimeError(
+        f"NegToMe has nothing to do: no step lies in timestep_range=({low:g}, {high:g}). The timesteps of this "
+        f"call are {', '.join(f'{t:g}' for t in timesteps)}; widen the range or take more steps{advice}."
+    )
 
 
 def check_min_side(config: NegToMeConfig, largest: tuple[int, int]) -> None:
@@ -275,7 +293,7 @@ def check_pushed(config: NegToMeConfig, sites: Sequence[str], compared: int, pus
     """Raise if a finished call of the pipeline compared nothing; warn if it pushed nothing."""
     if not compared:
         raise RuntimeError(
-            f"NegToMe did nothing: none of its {len(sites)} sites was reached in the steps of the timestep range. The "
+            f"NegToMe did nothing: none of its {len(sites)} sites was reached in the steps that take part. The "
             f"first one is {sites[0]}; switch off whatever skips or caches blocks."
         )
     threshold = config.strength()["threshold"]

@@ -27,6 +27,21 @@ def check_float(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
+def read_step_range(text: str) -> tuple[int, int] | tuple[float, float]:
+    """Read FIRST:LAST: two steps, such as 0:2, or two shares if one is a fraction, such as 0:0.25.
+
+    Raises:
+        ValueError: the text is something else; `NegToMeConfig` checks the range.
+    """
+    try:
+        first, last = text.split(":")
+        if "." in text or "e" in text.lower():
+            return float(first), float(last)
+        return int(first), int(last)
+    except ValueError as error:
+        raise ValueError(f"must be FIRST:LAST, such as 0:0 for the first step or 0:0.25, got {text!r}") from error
+
+
 def check_int(name: str, value: object, low: int, high: float = math.inf, advice: str = "") -> int:
     """Return an integer in [low, high].
 

@@ -17,15 +17,16 @@ from experiments.demo import models, view
 from experiments.demo.request import MAX_IMAGES, MODES, SEEDS, GenerationRequest, picture_file, save_picture
 from experiments.demo.session import Session
 from experiments.runs import catalogue
+from negtome import NegToMeConfig
 
 FOLDER = Path(__file__).parent
 #: Fields of a request with a control of their own, in the order of the page.
 FIELDS = (
-    "mode", "prompt", "model", "images", "seed", "steps", "alpha", "threshold", "low", "high", "matching", "blur",
-    "methods",
+    "mode", "prompt", "model", "images", "seed", "steps", "alpha", "threshold", "low", "high", "step_range",
+    "matching", "blur", "methods",
 )  # fmt: skip
 #: Fields whose defaults depend on the model and the mode.
-SETTINGS = ("alpha", "threshold", "low", "high")
+SETTINGS = ("alpha", "threshold", "low", "high", "step_range")
 #: Colour of the brush that paints a mask.
 BRUSH = "#D55E00"
 #: Raised by `models.find` for a name that is no model on this machine.
@@ -108,6 +109,8 @@ class Page:
             self._add(gr.Slider, "high", "Timestep range from", info, minimum=0, maximum=1000, step=10)
             info = "Pushes end at this timestep; 0 is the final image. Higher: an earlier end."
             self._add(gr.Slider, "low", "Timestep range to", info, minimum=0, maximum=1000, step=10)
+            info = "In place of the timestep range: 0:0 is the first step, 0:0.25 the first quarter. Empty: not used."
+            self._add(gr.Textbox, "step_range", "Step range", info, max_lines=1)
             info = "paper: to the most similar token. released: as in the authors' code."
             self._add(gr.Radio, "matching", "Matching", info, choices=["paper", "released"])
 
@@ -213,7 +216,9 @@ class Page:
             return [gr.skip()] * len(SETTINGS)
         config = model.group_config if mode == "diversity" else model.reference_config
         alpha = MODES[mode].alpha
-        return [config.alpha if alpha is None else alpha, config.threshold, *config.timestep_range]
+        steps = "" if config.step_range is None else ":".join(map(str, config.step_range))
+        low, high = config.timestep_range or NegToMeConfig().published_for(model.cfg.architecture).window()
+        return [config.alpha if alpha is None else alpha, config.threshold, low, high, steps]
 
     def _default_steps(self, name: str) -> Any:
         try:

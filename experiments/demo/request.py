@@ -17,8 +17,10 @@ from eval.files import write_bytes
 from experiments import PROJECT
 from experiments.demo.models import DEFAULT_MODEL, Model, is_linkable
 from experiments.runs import catalogue
+from negtome import NegToMeConfig
 from negtome.merge import MATCHINGS
 from negtome.recipe import Recipe
+from negtome.validation import read_step_range
 
 #: Folder of the reference images and masks, where a script, a command and a link find them again.
 PICTURES = PROJECT / "outputs" / "demo"
@@ -46,7 +48,7 @@ class Mode(NamedTuple):
     controls: tuple[str, ...] = ()
 
 
-STRENGTH = ("alpha", "threshold", "low", "high", "matching")
+STRENGTH = ("alpha", "threshold", "low", "high", "step_range", "matching")
 MODES = {
     "diversity": Mode(
         "Diversity", "The images of a prompt are pushed apart from the first one, which stays as it is.", None, STRENGTH
@@ -89,6 +91,7 @@ class GenerationRequest:
         steps: None: the model's default.
         alpha, threshold, matching: settings of NegToMe.
         low, high: its timestep range.
+        step_range: replaces it, as on the command line, such as "0:0"; "" for none.
         picture, mask: names of saved reference images, see `save_picture`; "" for none.
         blur: radius of the blur as a share of the image's side.
         methods: names in conf/method/.
@@ -104,6 +107,7 @@ class GenerationRequest:
     threshold: float = 0.7
     low: float = 850
     high: float = 1000
+    step_range: str = ""
     matching: str = "paper"
     picture: str = ""
     mask: str = ""
@@ -128,7 +132,9 @@ class GenerationRequest:
             raise ValueError(f"expected a seed from 0 to {SEEDS - 1}, got {self.seed}")
         if self.steps is not None and not 1 <= self.steps <= 200:
             raise ValueError(f"expected 1 to 200 steps, got {self.steps}")
-        if self.low > self.high:
+        if self.step_range:
+            _read_step_range(self.step_range)
+        elif self.low > self.high:
             raise ValueError(f"The timestep range is empty, from {self.high:g} down to {self.low:g}: swap its ends.")
         if self.uses("picture") and not self.picture:
             raise ValueError("There is no reference image: upload or paste one, or choose another mode.")
@@ -151,9 +157,11 @@ class GenerationRequest:
         fields = {name: call.pop(name, None) for name in arguments}
         default_steps = call.pop("num_inference_steps", None)
         config = model.group_config if self.mode == "diversity" else model.reference_config
-        config = config.replace(
-            alpha=self.alpha, threshold=self.threshold, timestep_range=(self.low, self.high), matching=self.matching
-        )
+        config = config.replace(alpha=self.alpha, threshold=self.threshold, matching=self.matching)
+        if self.step_range:
+            config = config.replace(step_range=_read_step_range(self.step_range))
+        else:
+            config = config.replace(timestep_range=(self.low, self.high))
         reference = ITSELF if self.uses("blur") else None
         if self.uses("picture"):
             reference = _project_file(self.picture)
@@ -223,8 +231,26 @@ def _parse(name: str, text: str, page_model: str) -> Any:
         "model": lambda model: model == page_model or is_linkable(model),
         "mode": MODES.__contains__,
         "matching": MATCHINGS.__contains__,
+        "step_range": _is_step_range,
     }
     return text if name not in valid or valid[name](text) else None
+
+
+def _read_step_range(text: str) -> tuple[float, float]:
+    """Read a step range; raise ValueError with an advice if it is none."""
+    try:
+        ends = read_step_range(text.strip())
+    except ValueError as error:
+        raise ValueError(f"The step range {error}.") from error
+    return NegToMeConfig(step_range=ends).step_range
+
+
+def _is_step_range(text: str) -> bool:
+    try:
+        _read_step_range(text)
+    except ValueError:
+        return False
+    return True
 
 
 def save_picture(picture: Image.Image) -> str:

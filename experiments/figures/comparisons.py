@@ -142,7 +142,7 @@ def ablation(frame: pd.DataFrame, metric: str, over: str, model: str, paired: bo
     level = part[without & (part[over].isna() | (over == "window"))]
     moved = part[part[value].notna() & ~(without & paired) & ~part.index.isin(level.index)]
     require_rows(moved, model, f"a {value} of {metric}")
-    others = [name for name in swept_settings(moved) if name != over]
+    others = swept_settings(moved, along=over)
     if over not in ("method", "matching") and moved["method"].nunique() > 1:
         others.insert(0, "method")
     figure, axis, places = _over(moved[over], legend_beside=bool(others))
@@ -254,7 +254,7 @@ def heat_map(frame: pd.DataFrame, metric: str, model: str, over: tuple[str, str]
         axis.set_yticks(range(len(down)), names)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        axis.set(title=f"timesteps {window}" if window else "", xlabel=humanize(over[1]))
+        axis.set(title="" if window in (None, UNSET) else f"timesteps {window}", xlabel=humanize(over[1]))
         axis.set_ylabel(humanize(over[0]) if axis.get_subplotspec().is_first_col() else "")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.outline.set_visible(False)

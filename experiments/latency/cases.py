@@ -125,5 +125,5 @@ def _common(cfg: DictConfig, spec: DictConfig) -> dict[str, Any]:
         "strengths": strengths,
         "rounds": spec.rounds,
         "steps": None if spec.steps is None else (spec.steps.inside, spec.steps.outside),
-        "windows": tuple(tuple(window) for window in spec.get("windows") or [strengths.timestep_range]),
+        "windows": tuple(tuple(window) for window in spec.get("windows") or [strengths.window()]),
     }

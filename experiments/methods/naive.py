@@ -57,7 +57,7 @@ def attach(
     Args:
         pipe: the pipeline; its calls must generate square images of a single prompt.
         config: the settings; reference="first" only.
-        change: replaces an attention's image tokens in the steps of the timestep range, called as `push`.
+        change: replaces an attention's image tokens in the steps that take part, called as `push`.
 
     Raises:
         ValueError: a setting is not transcribed.
@@ -66,11 +66,12 @@ def attach(
         raise ValueError(f'the transcription is of reference="first", got {config.reference!r}; use negtome.attach.')
     architecture = find_architecture(pipe)
     denoiser = getattr(pipe, architecture.denoiser)
-    call: DenoiserCall | None = None  # the running call, if it is in the timestep range
+    call: DenoiserCall | None = None  # the running call, if its step takes part
 
     def begin(denoiser_call: DenoiserCall, arguments: dict[str, Any]) -> dict[str, Any]:
         nonlocal call
-        call = denoiser_call if config.is_active(denoiser_call.timestep) else None
+        active = config.is_active(denoiser_call.timestep, denoiser_call.index, denoiser_call.steps)
+        call = denoiser_call if active else None
         return arguments
 
     def changed(features: torch.Tensor, place: HookPoint) -> torch.Tensor:

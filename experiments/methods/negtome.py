@@ -26,6 +26,7 @@ class NegToMe(Method):
         Setting("alpha", printed="always", number=True),
         Setting("threshold", printed="always", number=True),
         Setting("timestep_range", ("t_low", "t_high"), "window", "always", number=True),
+        Setting("step_range", ("step_first", "step_last"), "step range", number=True, optional=True, upper_first=False),
         Setting("sites", heading="blocks"),
     )
     version = 1
@@ -37,7 +38,10 @@ class NegToMe(Method):
     def settings(self) -> dict[str, Any]:
         # None became the default later; both are the same setting.
         side = RELEASED_SIDE if self.config.min_side is None else self.config.min_side
-        return dataclasses.asdict(self.config.replace(min_side=side))
+        settings = dataclasses.asdict(self.config.replace(min_side=side))
+        if settings["step_range"] is None:  # a later field: runs of the others keep their ids
+            del settings["step_range"]
+        return settings
 
     @contextlib.contextmanager
     def apply(self, pipe: Any, group: Group, call: Mapping[str, Any]) -> Iterator[MethodContext]:

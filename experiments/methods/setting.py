@@ -16,6 +16,8 @@ class Setting:
         heading: of printed tables; the default is the name with spaces.
         printed: "always", "differing" (only if a model's runs differ in it) or "never".
         number: whether the columns hold only numbers.
+        optional: whether a CSV has the columns only if one of its rows has a value.
+        upper_first: whether a range is printed from its upper end.
     """
 
     name: str
@@ -23,6 +25,8 @@ class Setting:
     heading: str = ""
     printed: Literal["always", "differing", "never"] = "differing"
     number: bool = False
+    optional: bool = False
+    upper_first: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", self.columns or (self.name,))
@@ -36,8 +40,8 @@ class Setting:
         return {self.columns[0]: ("+".join(map(str, value)) or None) if isinstance(value, (list, tuple)) else value}
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return the setting of a CSV's row as text, a range from its upper end; empty if the row lacks it."""
-        values = [row[column] for column in reversed(self.columns)]
+        """Return the setting of a CSV's row as text; empty if the row lacks it."""
+        values = [row[column] for column in (reversed(self.columns) if self.upper_first else self.columns)]
         if any(value is None or (isinstance(value, float) and math.isnan(value)) for value in values):
             return ""
         return " to ".join(value if isinstance(value, str) else f"{value:g}" for value in values)

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from negtome.call_inspection import CallReader, DenoiserCall
+from experiments.methods.method import generator_of
+from experiments.prompts import Group
+from negtome.call_inspection import CallReader, DenoiserCall, value_at, with_value
 from negtome.encoding import scale_latents
 from negtome.sites import find_architecture
 
@@ -52,13 +54,22 @@ def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None 
     denoiser = getattr(pipe, architecture.denoiser)
     names = tuple(inspect.signature(denoiser.forward).parameters)
     reader = CallReader(architecture)
+    original = pipe.prepare_latents
+    images: int | None = None
     call: DenoiserCall
+
+    @functools.wraps(original)
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        nonlocal images, reader
+        reader = CallReader(architecture)  # it counts the steps of one call
+        prepared = original(*args, **kwargs)
+        images = len(prepared[0] if isinstance(prepared, tuple) else prepared)
+        return prepared
 
     def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         nonlocal call
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        halves = 2 if architecture.guidance == "batch" and pipe.do_classifier_free_guidance else 1
-        call = reader.read(pipe, arguments, len(arguments[architecture.sample]) // halves)
+        call = reader.read(pipe, arguments, images)
         return (), arguments if before is None else before(call, arguments)
 
     def leave(_: Any, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -67,6 +78,7 @@ def denoiser_calls(pipe: Any, before: Before | None = None, after: After | None 
     with contextlib.ExitStack() as stack:
         stack.callback(denoiser.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(leave).remove)
+        stack.enter_context(replaced(pipe, "prepare_latents", prepare_latents))  # its rows are the images
         yield
 
 
@@ -83,6 +95,63 @@ def some_rows(
         return value[rows] if per_row else value
 
     return {name: pick(name, value) for name, value in arguments.items()}
+
+
+def with_tokens(
+    denoiser: DenoiserCall, arguments: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """Return the denoiser's arguments with other text tokens in the rows that are conditioned on the prompt.
+
+    Pooled embeddings stay.
+
+    Args:
+        denoiser: the call.
+        arguments: of the call, by name.
+        change: tokens [images, L, C], padded with zeros -> tokens of the same shape and dtype.
+    """
+    for name, prompt in denoiser.prompts.items():
+        if "mask" in name or prompt.dim() < 3:
+            continue
+        # Krea 2 has several layers' features of each token.
+        tokens = prompt.expand(denoiser.rows, *prompt.shape[1:]).flatten(2)
+        chunks = list(tokens.chunk(denoiser.cfg_chunks))
+        for index in denoiser.conditional:
+            chunks[index] = change(chunks[index])
+        changed = torch.cat(chunks).unflatten(2, prompt.shape[2:])
+        texts = value_at(arguments, name)
+        if isinstance(texts, list):
+            changed = [row[: len(text)] for row, text in zip(changed, texts, strict=True)]
+        arguments = with_value(arguments, name, changed)
+    return arguments
+
+
+def drawn_once(
+    group: Group, name: str, draw: Callable[[torch.Size, torch.Generator], tuple[torch.Tensor, ...]]
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Return a function: tokens [groups * K, L, C] -> random tensors of their shape, the same in every step and group.
+
+    Args:
+        group: of K images.
+        name: of the random numbers.
+        draw: (shape [K, L, C], generator on the CPU) -> tensors of that shape.
+    """
+    drawn: dict[tuple[torch.Size, torch.device], tuple[torch.Tensor, ...]] = {}
+
+    def noise_for(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        key = tokens.shape, tokens.device
+        if key not in drawn:
+            shape = torch.Size((group.size, *tokens.shape[1:]))
+            parts = draw(shape, generator_of(group, f"{name} {len(drawn)}"))
+            drawn[key] = tuple(part.repeat(len(tokens) // group.size, 1, 1).to(tokens.device) for part in parts)
+        return drawn[key]
+
+    return noise_for
+
+
+def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert float32 values to a dtype; values out of range become the largest finite number."""
+    limits = torch.finfo(dtype)
+    return values.clamp(limits.min, limits.max).to(dtype)
 
 
 @dataclass(frozen=True)

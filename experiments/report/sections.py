@@ -20,7 +20,7 @@ from experiments.tables.columns import REQUIRED, commands, format_setting, print
 #: Chapters of the page and patterns of their sections' names; a section is in the first chapter that it fits.
 CHAPTERS = {
     "Claims": ("diversity", "copyright", "latency"),
-    "Compared with other methods": ("peers*", "published"),
+    "Compared with other methods": ("peers*", "few_steps*", "published"),
     "Requests, decided by a policy": (
         "safety*", "gate", "redteam*", "policy_sensitivity", "deliberation", "published_cards",
     ),

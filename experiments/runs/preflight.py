@@ -84,7 +84,10 @@ def _examine_run(spec: RunSpec, configs: list[DictConfig]) -> tuple[RunJob | Non
         return None, [*faults, Fault(str(error), without=without_method)]
     settings = job.identity["request"]["method"]["settings"]
     if job.missing and "timestep_range" in settings:  # a method without one acts on all steps
-        of_steps = of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings["timestep_range"])
+        if settings.get("step_range") is None:
+            of_steps = of_timesteps(cfg.model, checkpoint.folder, cfg.method.name, settings["timestep_range"])
+        else:
+            of_steps = of_step_range(cfg.model, cfg.method.name, settings["step_range"])
         faults = [replace(fault, without=without_method) for fault in of_steps]
     return job, faults
 
@@ -241,5 +244,26 @@ def of_timesteps(model: DictConfig, folder: Path, method: str, timestep_range: S
             f"model={model.name} method={method}: no step lies in timestep_range=[{low:g},{high:g}]: the "
             f"{len(steps)} steps of a call are at {first_steps}; widen method.timestep_range, or raise "
             "model.call.num_inference_steps"
+        )
+    ]
+
+
+def of_step_range(model: DictConfig, method: str, step_range: Sequence[float]) -> list[Fault]:
+    """Return a fault if no step of a call lies in the method's step range.
+
+    Args:
+        method: the method's name.
+        step_range: of `negtome.NegToMeConfig`.
+    """
+    call = checkpoints.call_arguments(model)
+    steps = call["num_inference_steps"]
+    config = negtome.NegToMeConfig(step_range=step_range)
+    if {"timesteps", "sigmas"} & call.keys() or any(config.active_steps([0.0] * steps)):
+        return []
+    first, last = step_range
+    return [
+        Fault(
+            f"model={model.name} method={method}: no step lies in step_range=[{first:g},{last:g}]: a call has {steps} "
+            f"steps, from 0 to {steps - 1}; widen method.step_range, or raise model.call.num_inference_steps"
         )
     ]

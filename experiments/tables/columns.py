@@ -102,7 +102,7 @@ def settings_in(frame: pd.DataFrame) -> list[Setting]:
         setting
         for setting in catalogue.settings()
         if set(setting.columns) <= set(frame.columns)
-        and (setting in declared or frame[list(setting.columns)].notna().any(axis=None))
+        and ((setting in declared and not setting.optional) or frame[list(setting.columns)].notna().any(axis=None))
     ]
 
 
@@ -328,11 +328,28 @@ def with_window(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(window=[window.text(row) or UNSET for _, row in frame.iterrows()])
 
 
-def swept_settings(frame: pd.DataFrame) -> list[str]:
-    """Return the settings that differ among the runs of one method; the bounds of the window count as one."""
+def by_steps(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in which a model with several numbers of steps counts as several, as "mini-sdxl, 4 steps".
+
+    A run is compared with the baseline of as many steps, so pages and figures keep the numbers of steps apart.
+    """
+    several = frame.groupby("model")["steps"].transform("nunique") > 1
+    counts = frame["steps"].map(lambda steps: "1 step" if steps == 1 else f"{steps:g} steps")
+    return frame.assign(model=frame["model"].where(~several, frame["model"] + ", " + counts))
+
+
+def swept_settings(frame: pd.DataFrame, along: str | None = None) -> list[str]:
+    """Return the settings that differ among the runs of one method; the bounds of the window count as one.
+
+    Args:
+        frame: an experiment's CSV.
+        along: a setting; those that follow from it, as alpha chosen for each number of steps, are left out.
+    """
     names = [name for name in SETTING if name not in ("model", "method", "t_low", "t_high")] + ["window"]
-    counts = with_window(frame).groupby("method")[names].nunique(dropna=False).max()
-    return [name for name in names if counts[name] > 1]
+    groups = ["method"] if along in (None, "method") else ["method", along]
+    counts = with_window(frame).groupby(groups, dropna=False)[[name for name in names if name != along]]
+    counts = counts.nunique(dropna=False).max()
+    return [name for name in names if name != along and counts[name] > 1]
 
 
 def format_setting(value: Any, without: str = "") -> str:

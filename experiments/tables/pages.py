@@ -17,6 +17,7 @@ from experiments.tables.columns import (
     OF_METHODS,
     ROLES,
     SETTING,
+    by_steps,
     humanize,
     latex,
     markdown,
@@ -223,6 +224,7 @@ def control_table(frame: pd.DataFrame) -> pd.DataFrame:
     interval contains 0, and the mean change is below a tenth of NegToMe's. An edit of every image must not be
     non-inferior in realism.
     """
+    frame = by_steps(frame)
     primary = frame[frame["primary"].isin(ROLES) & frame["difference"].notna()]
     rows = []
     for (model, method), control in primary[primary["method"].isin(catalogue.controls())].groupby(
@@ -257,8 +259,9 @@ def _rule_holds(control: pd.DataFrame, negtome: pd.DataFrame, copies: bool) -> s
 def other_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Return all metrics that are not primary: one row a model, metric and encoder, one column a method.
 
-    Where a model's runs of a method differ in their settings, each setting is a column.
+    Where a model's runs of a method differ in their settings, each setting is a column. Each number of steps is a row.
     """
+    frame = by_steps(frame)
     labels = run_labels(frame)
     others = frame[~frame["primary"].isin(ROLES) & frame["value"].notna()]
     table: dict[tuple[str, ...], dict[str, str]] = {}
@@ -272,6 +275,7 @@ def other_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def against_table(frame: pd.DataFrame, against: str) -> pd.DataFrame:
     """Return the table of methods that are compared with the method `against`: one row a run and primary metric."""
+    frame = by_steps(frame)
     rows = frame[frame["difference"].notna()]
     return pd.DataFrame(
         {
@@ -306,6 +310,7 @@ def paper_table(experiment: str, paper_csv: str | Path = "results/paper.csv") ->
 
 def findings(frame: pd.DataFrame) -> list[str]:
     """Say in words, from the numbers alone, what each method did to each primary metric, and which others moved."""
+    frame = by_steps(frame)
     labels = run_labels(frame)
 
     def named(run: str, method: str) -> str:

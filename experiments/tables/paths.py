@@ -15,6 +15,6 @@ def result_file(results: str | Path, experiment: str, name: str = TABLE) -> Path
     return project_path(results) / experiment / name
 
 
-def chosen_file(results: str | Path) -> Path:
-    """Return the file of the hyperparameters that `experiments.rank` chose, by model and method."""
-    return result_file(results, "peers_grid", "chosen.yaml")
+def chosen_file(results: str | Path, experiment: str = "peers_grid") -> Path:
+    """Return the file of the hyperparameters that `experiments.rank` chose from a sweep, by model and method."""
+    return result_file(results, experiment, "chosen.yaml")

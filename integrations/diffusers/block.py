@@ -11,6 +11,7 @@ SETTINGS = {
     "alpha": "strength of the push; 0 turns it off",
     "threshold": "cosine similarity that a token must exceed to be pushed",
     "timestep_range": "(low, high) in training timesteps, 1000 = pure noise",
+    "step_range": "(first, last) step from 0, or shares of the call's steps, instead of timestep_range",
     "matching": 'how tokens are matched: "paper" or "released"',
     "reference": 'images to be pushed from: "first", "previous" or "others"',
     "sites": "names of the denoiser's blocks that take part",

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from eval.attributes import minimum_images
 from experiments import PROJECT
+from experiments.compose import compose_runs, expand, first
 from experiments.compose import composed as compose_once
-from experiments.compose import expand, first
 from experiments.configs import build
 from experiments.methods.assets import Retriever, read_assets
 from experiments.methods.combined import Combined
@@ -27,6 +27,7 @@ from experiments.methods.method import Baseline
 from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.prompts import CharacterPrompts, PeoplePrompts, PromptSet
+from experiments.runs.identity import config_digest
 from experiments.runs.metrics import NEEDS
 from experiments.tabulate import primary_metrics
 from negtome import NegToMeConfig
@@ -41,6 +42,7 @@ OPTIONS = {
 WEIGHTS = {"method": ("all_method.negative_ip_adapter.weights={subfolder: s, weight_name: w}",)}
 #: Experiments that settings are chosen by: never on the prompts that are reported.
 CHOOSING = {"sweep", "sweep_flux", "copyright_sweep", "peers_grid", "peers_grid_flux"}
+CHOOSING |= {"few_steps_sweep", "few_steps_peers_grid"}
 CHOOSING |= {f"ablate_{setting}" for setting in ("alpha", "threshold", "window", "blocks")}
 #: Options that stand for the others of their group by default.
 REPRESENTATIVE = {
@@ -156,7 +158,8 @@ def test_every_experiment_resolves_and_tests_one_claim_of_each_kind_of_prompts_a
     assert len(set(tested.values())) == 2 and "quality" in tested.values()
     # Named prompts and others; two measures of quality; two attributes, each where it is open and where it is said.
     several = {"copyright": 3, "copyright_sweep": 3, "peers_copyright": 3, "stereotypes": 4}
-    several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux"], 3)
+    few_steps = ["few_steps", "few_steps_sweep", "few_steps_peers"]
+    several |= dict.fromkeys(["diversity", "sweep", "sweep_flux", "cfg_scale", "cfg_scale_flux", *few_steps], 3)
     several |= {f"ablate_{setting}": 3 for setting in ("alpha", "threshold", "window", "blocks", "matching")}
     assert len(tested) == several.get(experiment, 2)
     assert set(tested) <= set(cfg.metric)
@@ -240,6 +243,65 @@ def test_the_real_models_strengths_are_the_librarys_presets():
         published = NegToMeConfig.preset(*preset)
         changed = {f.name for f in fields(published) if getattr(published, f.name) != getattr(configured, f.name)}
         assert changed == differs, model
+
+
+def test_models_of_few_steps_have_the_librarys_settings_for_them():
+    def config(*overrides):
+        return build(first(["method=negtome", *overrides]).method).config
+
+    assert config("model=flux-schnell") == NegToMeConfig.few_step("transformer")
+    assert config("model=sdxl-turbo") == NegToMeConfig.few_step("unet")
+    replaced = config("model=flux-schnell", "method.timestep_range=[900,1000]")
+    assert (replaced.step_range, replaced.timestep_range) == (None, (900, 1000))
+    replaced = config("model=mini-sdxl", "method.step_range=[0,0.25]")
+    assert (replaced.step_range, replaced.timestep_range) == ((0, 0.25), None)
+    with pytest.raises(ValueError, match="both choose the steps"):
+        config("method.step_range=[0,0]", "method.timestep_range=[900,1000]")
+
+
+def test_settings_for_a_number_of_steps_replace_those_of_the_model():
+    def config(model, steps, *overrides):
+        call = f"model.call.num_inference_steps={steps}"
+        return build(first([f"model={model}", call, "method=negtome", *overrides]).method).config
+
+    for model, few in (("mini-sdxl", (4, 2)), ("mini-flux", (4, 2))):
+        usual = config(model, 20)
+        assert usual.timestep_range is not None and usual.step_range is None
+        assert config(model, 8) == usual, "no settings for this number"
+        for steps in few:
+            chosen = config(model, steps)
+            assert (chosen.step_range, chosen.timestep_range) == ((0, 0), None)
+            assert chosen.min_side == usual.min_side
+            assert config(model, steps, "method.alpha=7") == chosen.replace(alpha=7)
+            assert config(model, steps, "older_protocol=true") == chosen, "an older table has no few steps"
+
+
+def test_every_run_of_few_steps_is_compared_with_the_baseline_of_as_many_steps():
+    runs = compose_runs(["experiment=few_steps"], baselines=True)
+    cells = {(cfg.model.name, cfg.model.call.num_inference_steps, cfg.method.name) for cfg, _ in runs}
+    assert len(cells) == len(runs) == 34
+    for cfg, place in runs:
+        baseline = runs[place][0]
+        assert baseline.method.name == "none" and baseline.model == cfg.model
+    steps_of = {model: {steps for name, steps, _ in cells if name == model} for model in ("mini-sdxl", "mini-flux")}
+    assert steps_of == {"mini-sdxl": {20, 4, 2}, "mini-flux": {20, 4}}
+    assert {method for _, steps, method in cells if steps == 20} == {"none", "negtome"}
+
+
+def test_baselines_of_20_steps_are_the_runs_of_diversity():
+    few = expand(["experiment=few_steps", "method=none", "model.call.num_inference_steps=20"])
+    usual = expand(["experiment=diversity", "method=none"])
+    assert [config_digest(cfg) for cfg in few] == [config_digest(cfg) for cfg in usual]
+
+
+def test_a_further_sweep_is_left_out_where_the_command_line_sets_what_it_sets():
+    def cells(*overrides):
+        configs = expand(["experiment=few_steps", "method=none", *overrides])
+        return [(cfg.model.name, cfg.model.call.num_inference_steps) for cfg in configs]
+
+    assert cells() == [("mini-sdxl", 4), ("mini-flux", 4), ("mini-sdxl", 2)]
+    assert cells("model=mini-sdxl") == [("mini-sdxl", 4)]
+    assert cells("model.call.num_inference_steps=3") == [("mini-sdxl", 3), ("mini-flux", 3)]
 
 
 def test_a_model_that_no_method_knows_has_the_defaults_and_the_published_numbers():

@@ -73,3 +73,31 @@ def test_quality_is_kept_only_if_both_measures_are():
     for kept in ((True, True), (True, False), (False, True)):
         (finding,) = pages.findings(table(rows("none", 0), rows("negtome", 0.1, kept=kept)))
         assert ("quality kept" in finding) == all(kept)
+
+
+def at_steps(steps, of_methods):
+    """Return rows of methods with this number of steps."""
+    return [
+        row | {"steps": steps, "run_id": f"{row['run_id']}{steps}"} for of_method in of_methods for row in of_method
+    ]
+
+
+def test_numbers_of_steps_are_kept_apart():
+    """At 4 steps NegToMe gains so much that a shift passes; at 2 steps the same shift breaks the rule."""
+    shift = {"width": 0.05}
+    frame = table(
+        at_steps(4, [rows("none", 0), rows("negtome", 0.5), rows("control_shifted", 0.03, **shift)]),
+        at_steps(2, [rows("none", 0), rows("negtome", 0.1), rows("control_shifted", 0.03, **shift)]),
+    )
+    controls = pages.control_table(frame)
+    assert controls["model"].tolist() == ["mini-sdxl, 4 steps", "mini-sdxl, 2 steps"]
+    assert controls["holds"].tolist() == ["yes", "no"]
+    findings = pages.findings(frame[frame["method"] != "control_shifted"])
+    assert ["+0.50" in finding for finding in findings] == [True, False]
+    assert [finding.split(": ")[0] for finding in findings] == [
+        "- mini-sdxl, 4 steps, NegToMe", "- mini-sdxl, 2 steps, NegToMe"
+    ]  # fmt: skip
+    others = pages.other_table(frame.assign(primary=None))
+    assert {"none", "negtome"} <= set(others) and set(others["model"]) == set(controls["model"])
+    alone = pages.control_table(frame[frame["steps"] == 4])
+    assert alone["model"].tolist() == ["mini-sdxl"], "one number of steps needs no name"

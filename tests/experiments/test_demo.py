@@ -204,6 +204,17 @@ def test_warnings_and_errors_of_the_library_are_shown(loaded):
     assert last.kind == "failed" and "timestep" in last.text and [row.name for row in last.rows] == ["none"]
 
 
+@pytest.mark.parametrize(("text", "expected"), [("0:0", (0, 0)), ("0:0.25", (0.0, 0.25))])
+def test_a_step_range_takes_the_place_of_the_timestep_range(text, expected):
+    request = replace(SHORT, step_range=text, low=900, high=100)  # which is not looked at
+    request.check()
+    config = request.recipe(models.find("mini-sdxl")).config
+    assert (config.step_range, config.timestep_range) == (expected, None)
+    assert GenerationRequest.from_query(dict(parse_qsl(request.link()[1:]))) == request
+    hostile = GenerationRequest.from_query({"step_range": "0:1e9"})
+    assert hostile.step_range == "", "a link may come from anybody"
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -212,6 +223,8 @@ def test_warnings_and_errors_of_the_library_are_shown(loaded):
         ({"mode": "away"}, "upload or paste"),
         ({"mode": "compare", "methods": ()}, "tick at least one"),
         ({"low": 900, "high": 100}, "swap its ends"),
+        ({"step_range": "first"}, "step range must be FIRST:LAST"),
+        ({"step_range": "2:1"}, "first <= last"),
         ({"seed": -1}, "seed from 0"),
         ({"images": 99}, "1 to 8 images"),
         ({"steps": 0}, "1 to 200 steps"),

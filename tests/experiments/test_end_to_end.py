@@ -41,7 +41,7 @@ def _tiny_strengths():
             return experiments._strength(setting, _parent_=_parent_, _root_=_root_)
         flux = _root_.model.architecture == "flux"
         tiny = {"alpha": 0.9, "timestep_range": [0, 1000], "threshold": -1, "min_side": None if flux else 4,
-                "true_cfg_scale": 2.0 if flux else None}  # fmt: skip
+                "true_cfg_scale": 2.0 if flux else None, "step_range": None}  # fmt: skip
         return tiny[setting]
 
     OmegaConf.register_new_resolver("strength", strength, replace=True)

@@ -27,6 +27,8 @@ from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl, RandomMatch
+from experiments.methods.diverse_flow import DiverseFlow
+from experiments.methods.diversity_distillation import DiversityDistillation
 from experiments.methods.edited import EditedBaseline
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
@@ -39,9 +41,13 @@ from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
+from experiments.methods.prompt_mog import PromptMoG
 from experiments.methods.rewriting import Rewriting
+from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
+from experiments.methods.sparke import SPARKE
 from experiments.methods.spell import SPELL, SPELLFromAssets
+from experiments.methods.stride import STRIDE
 from experiments.prompts import Group
 from negtome.guard import Keyword
 
@@ -113,6 +119,12 @@ METHODS = {
     "group_inference": lambda: GroupInference("m", retriever().encoder, candidates=6),
     "cads": lambda: CADS("m"),
     "pink_noise": lambda: PinkNoise("m", 0.8),
+    "seed_variance": lambda: SeedVariance("m", strength=4.0),
+    "sparke": lambda: SPARKE("m", entropy_scale=0.4),
+    "diverse_flow": lambda: DiverseFlow("m"),
+    "prompt_mog": lambda: PromptMoG("m", distance=0.8),
+    "stride": lambda: STRIDE("m", noise_length=1.0),
+    "diversity_distillation": lambda: DiversityDistillation("m", base_guidance=1.0),
     "projected_guidance": lambda: APG("m", norm_threshold=4.0),
     "guarded": guarded,
     "control_noisy": lambda: EditedBaseline("m", edit="noisy"),

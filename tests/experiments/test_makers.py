@@ -130,6 +130,16 @@ def test_the_committed_spelling_keeps_its_ids(with_model):
     assert {name: short_digest(request(cfg, build(cfg.method))) for name, cfg in configs.items()} == expected
 
 
+def test_an_absent_step_range_is_in_no_digest(tiny_overrides, tmp_path):
+    (composed,) = expand(tiny_overrides("sweep", tmp_path, "method=negtome"))
+    cfg = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    before = config_digest(cfg), request(cfg, build(cfg.method))
+    del cfg.method.step_range
+    assert (config_digest(cfg), request(cfg, build(cfg.method))) == before
+    cfg.method.step_range, cfg.method.timestep_range = [0, 0], None
+    assert config_digest(cfg) != before[0] and request(cfg, build(cfg.method)) != before[1]
+
+
 def test_numbers_that_mean_the_same_make_the_same_images(finished, tmp_path):
     cfg, _ = finished
     before = Run.of(plan_from(cfg).runs[0])

@@ -44,6 +44,14 @@ def test_the_transcription_and_the_library_make_the_same_images(kind, pipe, matc
     assert torch.equal(images(pipe, kind, contextlib.nullcontext()), stock)
 
 
+def test_every_call_counts_its_own_steps(kind, pipe):
+    config = negtome.NegToMeConfig(alpha=2, threshold=-1, step_range=(0, 0), min_side=8)
+    stock = images(pipe, kind, contextlib.nullcontext())
+    with naive.attach(pipe, config):
+        first, second = (images(pipe, kind, contextlib.nullcontext()) for _ in range(2))
+    assert not torch.equal(first, stock) and torch.equal(second, first)
+
+
 def test_its_hooks_are_removed_and_other_references_are_refused(tiny_sdxl):
     with pytest.raises(ZeroDivisionError), naive.attach(tiny_sdxl, negtome.NegToMeConfig(min_side=8)):
         assert any(module._forward_hooks for module in tiny_sdxl.unet.modules())

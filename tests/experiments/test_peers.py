@@ -18,6 +18,7 @@ from experiments.methods.combined import Combined
 from experiments.methods.contextual_repulsion import ContextualRepulsion
 from experiments.methods.contrastive_noise import ContrastiveNoise
 from experiments.methods.controls import NoiseControl
+from experiments.methods.diverse_flow import DiverseFlow
 from experiments.methods.feature_guidance import FeatureGuidance
 from experiments.methods.group_inference import GroupInference
 from experiments.methods.guidance import IntervalGuidance, LowerGuidance
@@ -27,9 +28,13 @@ from experiments.methods.negative import NegativeIPAdapter, NegativePrompt
 from experiments.methods.negtome import NegToMe, NegToMeFromAssets
 from experiments.methods.particle_guidance import ParticleGuidance
 from experiments.methods.pink_noise import PinkNoise
+from experiments.methods.prompt_mog import PromptMoG
 from experiments.methods.rewriting import Rewriting
+from experiments.methods.seed_variance import SeedVariance
 from experiments.methods.selection import BestOf
+from experiments.methods.sparke import SPARKE
 from experiments.methods.spell import SPELL, SPELLFromAssets
+from experiments.methods.stride import STRIDE
 from experiments.prompts import Group
 
 REWRITES = {"red": ["scarlet", "crimson", "ruby"], "blue": ["azure", "navy"]}
@@ -69,6 +74,11 @@ CASES = {
     "shield": Case(SPELL, {"radius": 8}, {"radius": 0}, alone=False),
     "CADS": Case(CADS, {"noise_scale": 0.5, "tau1": 0.2, "halves": "both"}, {"noise_scale": 0}),
     "pink noise": Case(PinkNoise, {"exponent": 1}, {"exponent": 0}),
+    "seed variance": Case(SeedVariance, {"strength": 3}, {"strength": 0}),
+    "SPARKE": Case(SPARKE, {"entropy_scale": 0.5}, {"entropy_scale": 0}, alone=False),
+    "DiverseFlow": Case(DiverseFlow, {"dpp_scale": 0.5}, {"dpp_scale": 0}, alone=False),
+    "PromptMoG": Case(PromptMoG, {"distance": 2, "modes": 8}, {"distance": 0, "modes": 8}),
+    "STRIDE": Case(STRIDE, {"noise_length": 1}, {"noise_length": 0}),
     "projected guidance": Case(
         APG,
         {"norm_threshold": 1},
@@ -195,6 +205,18 @@ BAD = [
     (ParticleGuidance, {"sigma_low": "one"}, "sigma_low"), (APG, {"eta": -1}, "eta"),
     (APG, {"momentum": 2}, "momentum"),
     (APG, {"norm_threshold": 0}, "above 0"), (APG, {"scale": 0.5}, "scale"), (APG, {"variant": "raw"}, "one of paper"),
+    (SeedVariance, {"strength": -1}, "method.strength must be between 0 and inf"),
+    (SeedVariance, {"strength": math.nan}, "method.strength must be a finite number, got nan"),
+    (SeedVariance, {"noised_share": 2}, "noised_share"), (SeedVariance, {"early_share": "all"}, "early_share"),
+    (SPARKE, {"entropy_scale": -1}, "entropy_scale"), (SPARKE, {"interval": 0}, "interval must be a whole number"),
+    (SPARKE, {"sigma": 0}, "method.sigma must be"), (SPARKE, {"sigma_text": math.inf}, "sigma_text"),
+    (DiverseFlow, {"dpp_scale": -1}, "method.dpp_scale must be between"), (DiverseFlow, {"spread": -1}, "spread"),
+    (DiverseFlow, {"percentile": 0.4}, "between 0.5 and 1"), (DiverseFlow, {"least_quality": 0}, "least_quality"),
+    (PromptMoG, {"distance": -1}, "method.distance must be between"), (PromptMoG, {"sigma": math.inf}, "finite number"),
+    (PromptMoG, {"modes": 1}, "modes must be a whole number from 2"),
+    (STRIDE, {"noise_length": -1}, "method.noise_length must be"), (STRIDE, {"components": 0}, "components must be a"),
+    (STRIDE, {"block": 0}, "method.block"), (STRIDE, {"first_steps": 1.5}, "first_steps"),
+    (STRIDE, {"exponent": math.nan}, "exponent must be a finite number"),
     (SPELL, {"radius": -1}, "radius"), (SPELL, {"overcompensation": "much"}, "overcompensation"),
     (SPELLFromAssets, {"retriever": None, "images": 0}, "images"),
     (NegToMeFromAssets, {"retriever": None, "images": 0}, "images must be at least 1"),

@@ -186,8 +186,9 @@ def test_every_model_goes_with_every_method(method_of):
             assert OmegaConf.to_container(method_of(model, name), resolve=True)["name"] == name
         method = build(method_of(model, "negtome"))
         assert method.config.sites is None
-        strength = (1.35 if model == "mini-sdxl" else 0.9, "first")
-        assert (method.config.alpha, method.config.reference) == strength
+        few_steps = ("flux-schnell", "flux2-klein-4b", "krea2-turbo", "z-image-turbo")
+        alpha = dict.fromkeys(few_steps, 0.45) | {"mini-sdxl": 1.35}
+        assert (method.config.alpha, method.config.reference) == (alpha.get(model, 0.9), "first")
         assert build(method_of(model, "negtome_released")).config.matching == "released"
 
 
@@ -212,7 +213,11 @@ def test_without_weights_and_network_the_message_says_what_to_fetch(tmp_path, mo
 def test_the_documentation_lists_the_real_models_as_they_are_configured(method_of):
     expected = []
     for name in REAL:
-        config, timesteps = model(name), method_of(name, "negtome").timestep_range
+        config, method = model(name), method_of(name, "negtome")
+        timesteps = f"{method.timestep_range[1]} to {method.timestep_range[0]}" if method.timestep_range else "none"
+        if method.step_range is not None:
+            assert method.step_range == [0, 0]
+            timesteps = "none; first step"
         scale = config.call.true_cfg_scale if config.call.guidance_scale is None else config.call.guidance_scale
         cells = [
             f"`{name}`",
@@ -220,7 +225,7 @@ def test_the_documentation_lists_the_real_models_as_they_are_configured(method_o
             config.licence[config.source],
             f"{config.call.num_inference_steps}, {scale:g}",
         ]
-        expected.append(" | ".join([*cells, f"{timesteps[1]} to {timesteps[0]}" if timesteps else "none"]))
+        expected.append(" | ".join([*cells, timesteps]))
     lines = (PROJECT / "docs" / "running.md").read_text().splitlines()
     rows = [re.sub(" +", " ", line).strip("| ") for line in lines if line.startswith("| `") and "`model=`" not in line]
     assert sorted(rows) == sorted(expected)

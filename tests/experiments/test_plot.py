@@ -73,6 +73,9 @@ TABLES = {
         "transformer_blocks+single_transformer_blocks", "transformer_blocks", "single_transformer_blocks"))],
     "guidance": [setting | {"guidance_scale": scale} for scale in (2.0, 5.0, 8.0) for setting in (NOTHING, {})],
     "many": [NOTHING, *({"method": f"my_{m}", "alpha": 0.1 * s} for m in range(9) for s in (1, 2, 3))],
+    "steps": [*(NOTHING | {"steps": steps} for steps in (20.0, 4.0, 1.0)),
+              *({"steps": steps, "alpha": 0.1 * steps} for steps in (20.0, 4.0, 1.0)),
+              {"steps": 4.0, "method": "my_own"}],
     "scattered": [NOTHING, *({"alpha": 0.1 + 0.1 * n, "threshold": 0.5 + 0.03 * n} for n in range(9))],
 }  # fmt: skip
 EXPECTED = {
@@ -86,13 +89,17 @@ EXPECTED = {
     "guidance": {"ablation_pairwise_distance_m", "ablation_clip_score_m", "values_pairwise_distance_m",
                  "values_clip_score_m"},
     "many": {"fronts_m"},
+    "steps": {"steps_pairwise_distance_m", "steps_clip_score_m", "tradeoff", "forest_m_20_steps", "forest_m_4_steps",
+              "forest_m_1_step"},
     "scattered": {"pareto_m"},
 }  # fmt: skip
 
 
 #: Of each kind of figure one is drawn in both styles, and all are among the slow tests.
 DRAWN = [
-    pytest.param(name, kind, marks=[pytest.mark.slow] * (name not in ("methods", "one window", "guidance", "many")))
+    pytest.param(
+        name, kind, marks=[pytest.mark.slow] * (name not in ("methods", "one window", "guidance", "many", "steps"))
+    )
     for name, kind in itertools.product(TABLES, ("web", "paper"))
 ]
 
@@ -116,6 +123,13 @@ def test_a_table_gets_the_figures_it_calls_for_and_nothing_is_cut_off_or_hidden(
             assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels)), figure_name
             numbers = [text.get_window_extent() for text in axis.texts if text.get_text()]  # of a heat map's cells
             assert not any(overlap(*pair) for pair in itertools.combinations(numbers, 2)), figure_name
+
+
+def test_a_method_whose_settings_follow_from_the_steps_is_one_line_over_them():
+    figure, _ = figures.figures_for(table(*TABLES["steps"]))["steps_pairwise_distance_m"]
+    (axis,) = figure.axes
+    lines = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) > 1]
+    assert lines == [[1.0, 4.0, 20.0]] * 2, "the baseline and NegToMe, not the method of 4 steps alone"
 
 
 def overlap(one, other):

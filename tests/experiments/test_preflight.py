@@ -168,6 +168,17 @@ def test_a_range_without_a_step_is_found_before_the_baseline_is_made(tiny_overri
     assert main(["generate", *overrides, notes(block)["without it"]]) == 0
 
 
+def test_a_step_range_without_a_step_is_a_fault_of_any_architecture():
+    model = OmegaConf.create({"name": "any", "call": {"num_inference_steps": 4}})
+    for step_range in ((0, 0), (3, 9), (0.75, 0.8)):
+        assert preflight.of_step_range(model, "negtome", step_range) == []
+    for step_range in ((4, 4), (0.1, 0.2)):
+        (fault,) = preflight.of_step_range(model, "negtome", step_range)
+        assert "a call has 4 steps, from 0 to 3; widen method.step_range" in fault.problem
+    model.call.sigmas = [1.0, 0.5]
+    assert preflight.of_step_range(model, "negtome", (4, 4)) == [], "the call says how many steps there are"
+
+
 def test_a_disk_that_is_too_small_is_found_and_what_is_there_counts_nothing(
     tiny_overrides, tmp_path, monkeypatch, capsys
 ):

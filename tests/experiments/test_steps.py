@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -13,7 +15,15 @@ from diffusers import (
 )
 from test_methods import CALLS
 
-from experiments.methods.steps import denoiser_calls, initial_noise, levels, predictions
+from experiments.methods.method import Baseline
+from experiments.methods.prompt_mog import PromptMoG
+from experiments.methods.seed_variance import SeedVariance
+from experiments.methods.sparke import SPARKE
+from experiments.methods.steps import denoiser_calls, initial_noise, levels, predictions, with_tokens
+from experiments.methods.stride import STRIDE
+from experiments.prompts import Group
+from negtome.call_inspection import value_at
+from negtome.sites import find_architecture
 
 
 @pytest.mark.parametrize(
@@ -97,3 +107,61 @@ def test_what_steps_in_twice_is_taken_out_in_turn(pipe, kind):
         assert torch.equal(images_of(pipe, kind), one) and not torch.allclose(one, stock, atol=1e-2)
     assert torch.equal(images_of(pipe, kind), stock)
     assert "step" not in vars(pipe.scheduler) and "prepare_latents" not in vars(pipe)
+
+
+#: Ways to hold the rows of a batch and its texts, with the rows that are conditioned on the prompt, call by call of a
+#: step with two images.
+ROWS = {
+    "SDXL PAG": ["--++++"],
+    "PixArt": ["--++"],
+    "PixArt, unguided": ["++"],
+    "Z-Image": ["++--"],
+    "Z-Image, unguided": ["++"],
+    "CogView4": ["++", "--"],
+    "Krea 2": ["++", "--"],
+}
+PAIR = Group("one", "a red thing", "red", 0, 2)
+
+
+@pytest.fixture(params=ROWS)
+def laid_out(request, _tiny_pipelines):
+    pipe, options = tiny.build(request.param, _tiny_pipelines)
+    return pipe, options, ROWS[request.param]
+
+
+def test_texts_change_in_the_rows_of_the_prompt_alone(laid_out):
+    pipe, options, expected = laid_out
+    name = find_architecture(pipe).prompts[0]
+    rows = []
+
+    def before(call, arguments):
+        changed = with_tokens(call, arguments, lambda tokens: tokens + 1)
+        signs = ""
+        for old, new in zip(value_at(arguments, name), value_at(changed, name), strict=True):
+            signs += "-" if torch.equal(new, old) else "+"
+            assert signs[-1] == "-" or torch.equal(new, old + 1), "a list's texts keep their lengths"
+        rows.append(signs)
+        return changed
+
+    with denoiser_calls(pipe, before):
+        Baseline().generate(pipe, PAIR, options | {"num_inference_steps": 1})
+    assert rows == expected
+
+
+@pytest.mark.parametrize("method", [SeedVariance("m"), PromptMoG("m", modes=4), SPARKE("m", entropy_scale=0.5)])
+def test_methods_act_however_rows_are_laid_out(laid_out, method):
+    pipe, options, _ = laid_out
+    base, one, again = (m.generate(pipe, PAIR, options).images for m in (Baseline(), method, method))
+    assert np.isfinite(one).all() and np.array_equal(one, again) and not np.array_equal(one, base)
+
+
+def test_stride_acts_on_stable_diffusion_3(_tiny_pipelines):
+    pipe, options = tiny.build("SD3", _tiny_pipelines)
+    base, one = (m.generate(pipe, PAIR, options).images for m in (Baseline(), STRIDE("m", noise_length=1.0)))
+    assert np.isfinite(one).all() and not np.array_equal(one, base)
+
+
+def test_stride_refuses_a_model_without_its_blocks(_tiny_pipelines):
+    pipe, options = tiny.build("PixArt", _tiny_pipelines)
+    with pytest.raises(ValueError, match=r"method=m is defined for Flux.*got a PixArtSigmaPipeline: leave it out"):
+        STRIDE("m").generate(pipe, PAIR, options)

@@ -395,6 +395,20 @@ def test_img2img_that_begins_below_the_timestep_range_is_refused_before_its_firs
         generate(pipe, options)
 
 
+@pytest.mark.parametrize(("scheduler", "calls"), [("EulerDiscrete", 2), ("HeunDiscrete", 3)])
+def test_a_step_range_counts_from_the_first_step_that_img2img_runs(_tiny_pipelines, scheduler, calls):
+    pipe, options = tiny.build("SDXL img2img", _tiny_pipelines)  # the last two of four steps
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
+    for step_range in ((0, 0), (0, 0.5)):
+        with negtome.attach(pipe, CONFIG.replace(step_range=step_range)) as attached:
+            generate(pipe, options)
+        assert [step.active for step in attached.steps] == [True] * (calls - 1) + [False]
+    attachment = negtome.attach(pipe, CONFIG.replace(step_range=(2, 3)))
+    with pytest.raises(RuntimeError, match="This call has 2 steps, from 0 to 1;"), attachment:
+        pipe.unet.forward = None  # which is not called
+        generate(pipe, options)
+
+
 def test_a_second_denoiser_is_refused(_tiny_pipelines):
     pipe, _ = tiny.build("Wan", _tiny_pipelines)
     pipe.transformer_2 = pipe.transformer

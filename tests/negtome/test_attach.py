@@ -211,6 +211,30 @@ def test_the_timestep_range_is_exact_in_bfloat16(tiny_flux):
     assert [step.active for step in attached.steps] == [True, True, False, False]
 
 
+def test_the_first_step_alone_is_that_of_a_timestep_range(pipe, config, kind):
+    timestep_range = (700, 1000) if kind == "sdxl" else (999, 1000)
+    pipe.to(torch.float16)
+    with negtome.attach(pipe, config.replace(timestep_range=timestep_range)):
+        expected = generate(pipe)
+    for step_range in ((0, 0), (0, 0.25)):
+        with negtome.attach(pipe, config.replace(step_range=step_range)) as attached:
+            assert torch.equal(generate(pipe), expected)
+        assert [step.active for step in attached.steps] == [True, False, False, False]
+    assert not torch.equal(generate(pipe), expected)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "LCM"])
+def test_a_step_range_counts_the_steps_of_any_scheduler(tiny_sdxl, name):
+    scheduler = getattr(diffusers, f"{name}Scheduler")
+    tiny_sdxl.scheduler = scheduler.from_config(tiny_sdxl.scheduler.config)
+    for step_range, steps in (((1, 2), [False, True, True, False]), ((0.5, 0.99), [False, False, True, True])):
+        with negtome.attach(tiny_sdxl, CONFIGS["sdxl"].replace(step_range=step_range)) as attached:
+            generate(tiny_sdxl)
+        calls = [active for active in steps for _ in range(scheduler.order)]
+        assert [step.active for step in attached.steps] == calls[: len(attached.steps)]
+        assert len(attached.steps) == 4 * scheduler.order - (scheduler.order - 1)
+
+
 # What is counted
 
 
@@ -258,9 +282,12 @@ def test_a_range_without_a_step_is_an_error_that_names_both_before_the_first_ste
         cases.append(((0, 300), "751, 501", {"denoising_end": 0.5}))
     for (low, high), timesteps, options in cases:
         attachment = negtome.attach(pipe, config.replace(timestep_range=(low, high)))
-        message = rf"timestep_range=\({low}, {high}\).*are {timesteps}; widen"
+        message = rf"timestep_range=\({low}, {high}\).*are {timesteps}; widen.*few_step"
         with pytest.raises(RuntimeError, match=message), attachment:
             generate(pipe, **options)
+    attachment = negtome.attach(pipe, config.replace(step_range=(4, 9)))
+    with pytest.raises(RuntimeError, match=r"step_range=\(4, 9\).*has 4 steps, from 0 to 3; widen"), attachment:
+        generate(pipe)
     assert calls == []
 
 

@@ -440,6 +440,12 @@ def files(model, tmp_path_factory):
         (["generate", "x", "--model", "MODEL", "--device", "cpu", "--low-memory"], "--low-memory needs a GPU"),
         (["generate", "x", "--model", "MODEL", "--out", "r.png"], "r.png is something else"),
         (["generate", "x", "--model", "MODEL", "--timestep-range", "0:0"], "no step lies in timestep_range=(0, 0)"),
+        (["generate", "x", "--model", "MODEL", "--step-range", "2:9"], "no step lies in step_range=(2, 9)"),
+        (["generate", "x", "--model", "MODEL", "--step-range", "0-1"], "must be FIRST:LAST, such as 0:0"),
+        (
+            ["generate", "x", "--model", "MODEL", "--step-range", "0:0", "--timestep-range", "0:1000"],
+            "step_range and timestep_range both choose the steps",
+        ),
         (["generate", "--from", "no.png"], "no image no.png"),
         (["generate", "--from", "r.png"], "has no recipe"),
         (["generate", "--from", "text.png"], "cannot be read as a PNG"),
@@ -481,6 +487,12 @@ def test_errors_outside_of_the_table(monkeypatch, capsys):
     monkeypatch.setenv("NEGTOME_TRACEBACK", "1")
     with pytest.raises(ValueError, match="a prompt is missing"):
         main(["generate"])
+
+
+@pytest.mark.parametrize(("text", "ends"), [("0:0", (0, 0)), ("0:0.25", (0.0, 0.25)), ("auto", None)])
+def test_a_step_range_is_of_steps_or_of_shares(text, ends):
+    parsed = negtome.__main__._parser().parse_args(["x", "--step-range", text])
+    assert repr(vars(parsed)["config.step_range"]) == repr(ends)
 
 
 def test_the_former_name_of_the_timestep_range_warns(capsys):

@@ -216,6 +216,27 @@ def test_unsupported_modular_pipelines_are_refused(build):
         negtome.attach(video.pipe, references=Reference(tiny.OTHER[0]))
 
 
+#: A step_range, further options of a call with 4 steps, and the steps that are active.
+STEP_RANGES = (
+    ((0, 0), {}, [True, False, False, False]),
+    ((0.25, 0.75), {}, [False, True, True, False]),
+    ((0.5, 0.9), {"denoising_end": 0.5}, [False, True]),  # shares of the steps that are run
+)
+
+
+@pytest.mark.parametrize("case", cases("SDXL", among=("SDXL", "Flux", "Z-Image")))
+def test_attach_takes_a_step_range(build, case):
+    made = build(case)
+    made.options["num_inference_steps"] = 4
+    for step_range, options, active in STEP_RANGES if case == "SDXL" else STEP_RANGES[:2]:
+        with negtome.attach(made.pipe, CONFIG.replace(step_range=step_range)) as attached:
+            result = made(**options)
+        assert [step.active for step in attached.steps] == active
+        active_timesteps = attached.summary()["active_timesteps"]
+        with negtome.attach(made.pipe, CONFIG.replace(timestep_range=(active_timesteps[-1], active_timesteps[0]))):
+            assert torch.equal(made(**options), result)
+
+
 GUIDED = tuple(case for case, (_, guidance, _) in CASES.items() if guidance is not None)
 
 
@@ -264,10 +285,34 @@ def test_a_guider_has_the_settings_of_the_architecture_and_warns_if_nothing_move
         made()
 
 
-def test_a_guider_is_saved_and_loaded(tmp_path):
-    made = NegToMeGuidance(
-        guidance_scale=3.0, alpha=1.5, timestep_range=(500, 900), sites=("up_blocks.1",), group_size=4
+def test_a_guider_takes_a_step_range(build):
+    made = build("SDXL")
+    made.options["num_inference_steps"] = 4
+    settings = {"threshold": -1, "min_side": 4}
+    for step_range, options, active in STEP_RANGES:
+        with negtome.attach(made.pipe, NegToMeConfig(**settings, step_range=step_range)):
+            expected = made(**options)
+        replacement = NegToMeGuidance.for_pipeline(made.pipe, **settings, step_range=step_range)
+        made.pipe.update_components(guider=replacement)
+        assert torch.equal(made(**options), expected)
+        assert [step.active for step in made.pipe.guider.steps] == active
+        made.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(replacement.config))
+    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **settings, step_range=(4, 9)))
+    with pytest.warns(RuntimeWarning, match=r"step_range=\(4, 9\). This call has 4 steps, from 0 to 3"):
+        made()
+    made.pipe.update_components(
+        guider=made.pipe.guider.new(step_range=(0, 0)),
+        scheduler=diffusers.HeunDiscreteScheduler.from_config(made.pipe.scheduler.config),
     )
+    with pytest.warns(RuntimeWarning, match=r"counted every timestep of this second-order scheduler as a step"):
+        made()
+
+
+@pytest.mark.parametrize(
+    "steps", [{"timestep_range": (500, 900)}, {"step_range": (0, 1)}, {"step_range": (0.0, 0.25)}], ids=str
+)
+def test_a_guider_is_saved_and_loaded(tmp_path, steps):
+    made = NegToMeGuidance(guidance_scale=3.0, alpha=1.5, sites=("up_blocks.1",), group_size=4, **steps)
     made.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "guider_config.json").read_text())["alpha"] == 1.5
     loaded = NegToMeGuidance.from_pretrained(tmp_path)

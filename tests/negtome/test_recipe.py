@@ -30,6 +30,14 @@ numbers = st.floats(-100, 100)
 models = st.sampled_from(["owner/name", "-x", "FOLDER"])
 
 
+share = st.floats(0, 1)
+steps = (
+    st.none()
+    | st.lists(st.integers(0, 999), min_size=2, max_size=2).map(sorted)
+    | st.lists(share, min_size=2, max_size=2, unique=True).map(sorted).filter(lambda ends: ends != [0, 1])
+)
+
+
 @st.composite
 def recipes(draw):
     """Draw anything that a recipe may be."""
@@ -39,6 +47,7 @@ def recipes(draw):
         alpha=draw(numbers),
         threshold=draw(st.none() | st.floats(-1, 1)),
         timestep_range=window,
+        step_range=draw(steps) if window is None else None,
         matching=matching,
         reference="first" if matching == "released" else draw(st.sampled_from(["first", "previous", "others"])),
         sites=draw(st.none() | st.lists(names, min_size=1, max_size=2)),
