@@ -262,9 +262,8 @@ class Attachment:
     def call_denoiser(self, original: Call, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the denoiser as the pipeline's next step, or unchanged if another pipeline calls it."""
         with self._lock:
-            run = self._run
-            hook, is_open = self._hook, run is not None and not run.suspended
-            if run is not None and hook is not None and is_open and run.thread == threading.get_ident():
+            run, hook = self._run, self._hook
+            if run is not None and hook is not None and not run.suspended and run.thread == threading.get_ident():
                 return hook.call(run, self._pipe, original, owner, args, kwargs)
             self._warn_of_other_caller()
             return original(owner, *args, **kwargs)

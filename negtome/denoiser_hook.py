@@ -102,7 +102,7 @@ class DenoiserHook:
 
         Args:
             run: counts the call.
-            pipe: holds the scheduler and the guider, if any, that the call is read with.
+            pipe: holds the scheduler, and the guider of a ModularPipeline; None where the run's reader needs neither.
             original: the denoiser's own `__call__`.
             owner: the denoiser, compiled or not.
             args, kwargs: of the call.

@@ -58,7 +58,7 @@ def check_api(guidance: type) -> None:
 check_api(ClassifierFreeGuidance)
 
 
-class _Call(NamedTuple):
+class _RunningCall(NamedTuple):
     """A running call of the pipeline."""
 
     hook: DenoiserHook
@@ -133,7 +133,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
             check_int("group_size", self.group_size, 2, advice="; use None for all images of a call.")
         self._patched: Any = None  # the denoiser, between prepare_models and the end of its call
         self._forwards = 0  # calls of the denoiser in this step
-        self._call: _Call | None = None
+        self._call: _RunningCall | None = None
         self._totals: Totals | None = None  # of the last finished call of the pipeline
 
     @classmethod
@@ -226,7 +226,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         """Call the denoiser for one condition; its hooks end with the call, even if it fails."""
         call = self._begin(unwrap(owner))
         try:
-            output = call.hook.call(call.run, self, original, owner, args, kwargs)
+            output = call.hook.call(call.run, None, original, owner, args, kwargs)
         except BaseException:
             self._release()
             self._call = None  # it would keep the weights
@@ -234,7 +234,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         self._release()
         return output
 
-    def _begin(self, module: torch.nn.Module) -> _Call:
+    def _begin(self, module: torch.nn.Module) -> _RunningCall:
         """Return the running call of the pipeline, which begins with its first call of the denoiser."""
         if self._call is None:
             architecture = find_architecture_of_denoiser(module)
@@ -243,7 +243,7 @@ class NegToMeGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
             run = PipelineRun(architecture, PipelineCall(architecture, {}), reader=reader)
             # A guider cannot see whether prompts have several images, which is what mixes these masks up.
             run.masks = architecture.shuffles_text_mask
-            self._call = _Call(hook, run, reader)
+            self._call = _RunningCall(hook, run, reader)
         return self._call
 
     def _release(self) -> None:

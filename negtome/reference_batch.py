@@ -74,31 +74,35 @@ class ReferenceBatch:
         self._vae: Any = None  # that encoded them; another one encodes again
         self._encoder: Any = None  # the pipeline whose methods encode and pack
 
-    def check(self, pipe: Any) -> None:
-        """Raise ValueError if the pipeline cannot encode the references or their prompts, or generates videos."""
-        pipe = encoding_pipeline(self._architecture, pipe)
+    def check(self, pipe: Any) -> Any:
+        """Return the pipeline whose methods encode the references; see `encoding_pipeline`.
+
+        Raises:
+            ValueError: it cannot encode the references or their prompts, or it generates videos.
+        """
         if self._architecture.video:
             raise ValueError(
                 f"NegToMe takes no references for a {type(pipe).__name__}, whose output is a video; use groups."
             )
-        if pipe.vae is None:
+        encoder = encoding_pipeline(self._architecture, pipe)
+        if encoder.vae is None:
             raise ValueError("NegToMe expected an autoencoder, to encode a Reference, got vae=None; load it too.")
         prompted = any(reference.prompt is not None for reference in self._distinct)
-        if prompted and None in (getattr(pipe, name, ...) for name in ("text_encoder", "text_encoder_2")):
+        if prompted and None in (getattr(encoder, name, ...) for name in ("text_encoder", "text_encoder_2")):
             raise ValueError(
                 "NegToMe expected all text encoders, to embed a Reference's prompt, got None; load them too, or leave "
                 "the prompt out, and each image lends its own."
             )
-        if prompted and "image" in inspect.signature(pipe.encode_prompt).parameters:
+        if prompted and "image" in inspect.signature(encoder.encode_prompt).parameters:
             raise ValueError(
                 f"a {type(pipe).__name__} reads the prompt together with the image to edit, which a Reference's prompt "
                 "cannot be; leave that prompt out, and each image lends its own."
             )
+        return encoder
 
     def start(self, pipe: Any, pipeline_arguments: Mapping[str, Any]) -> None:
         """Begin a call of the pipeline; every call draws the same noise. Errors are those of `check`."""
-        self.check(pipe)
-        self._encoder = encoding_pipeline(self._architecture, pipe)
+        self._encoder = self.check(pipe)
         if self._encoder.vae is not self._vae:
             self._encoded.clear()
             self._vae = self._encoder.vae

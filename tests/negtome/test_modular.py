@@ -121,45 +121,45 @@ def build(_tiny_pipelines):
 
 @pytest.mark.parametrize("case", cases("SDXL", "Flux", "Qwen-Image, guided", "Z-Image"))
 def test_attached_images_of_a_group_move_and_no_others(build, case):
-    made = build(case)
-    base, before = made(), tiny.state(made.pipe)
-    with negtome.attach(made.pipe, CONFIG) as attached:
-        result = made()
+    pair = build(case)
+    base, before = pair(), tiny.state(pair.pipe)
+    with negtome.attach(pair.pipe, CONFIG) as attached:
+        result = pair()
     assert result.isfinite().all() and torch.equal(result[0], base[0])
     assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 2))
     summary = attached.summary()
     assert summary["tokens_pushed"] == summary["tokens_compared"] > 0
-    steps = made.pipe.scheduler.timesteps.tolist()
+    steps = pair.pipe.scheduler.timesteps.tolist()
     assert summary["timesteps"] == steps[-len(summary["timesteps"]) :], "each once"
-    with negtome.attach(made.pipe, CONFIG.replace(alpha=0)):
-        assert torch.equal(made(), base)
-    assert tiny.state(made.pipe) == before
-    assert torch.equal(made(), base)
+    with negtome.attach(pair.pipe, CONFIG.replace(alpha=0)):
+        assert torch.equal(pair(), base)
+    assert tiny.state(pair.pipe) == before
+    assert torch.equal(pair(), base)
 
 
 def test_groups_do_not_influence_each_other(build):
-    made = build("SDXL")
-    with negtome.attach(made.pipe, CONFIG, group_size=2):
-        result, first, second = (made(seeds) for seeds in ((0, 1, 2, 3), (0, 1, 8, 9), (8, 9, 2, 3)))
+    pair = build("SDXL")
+    with negtome.attach(pair.pipe, CONFIG, group_size=2):
+        result, first, second = (pair(seeds) for seeds in ((0, 1, 2, 3), (0, 1, 8, 9), (8, 9, 2, 3)))
     assert torch.equal(result[:2], first[:2]) and torch.equal(result[2:], second[2:])
-    base = made((0, 1, 2, 3), PROMPTS, count=1)
-    with negtome.attach(made.pipe, CONFIG, group_size=2):
-        result = made((0, 1, 2, 3), PROMPTS, count=1)
+    base = pair((0, 1, 2, 3), PROMPTS, count=1)
+    with negtome.attach(pair.pipe, CONFIG, group_size=2):
+        result = pair((0, 1, 2, 3), PROMPTS, count=1)
     assert torch.equal(result[::2], base[::2])
     assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
-    with negtome.attach(made.pipe, CONFIG):
+    with negtome.attach(pair.pipe, CONFIG):
         with pytest.raises(ValueError, match=r"got several prompts; pass num_images_per_prompt=2"):
-            made((0, 1), ["a dog", "a cat"], count=1)
+            pair((0, 1), ["a dog", "a cat"], count=1)
         with pytest.raises(ValueError, match=r"this ModularPipeline of diffusers mixes the prompts up"):
-            made((0, 1, 2, 3), ["a dog", "a cat"], count=2)  # it gives images the pooled text of others
+            pair((0, 1, 2, 3), ["a dog", "a cat"], count=2)  # it gives images the pooled text of others
 
 
 @pytest.mark.slow
 def test_prompts_are_groups_where_diffusers_keeps_them_apart(build):
-    made = build("Flux")
-    base = made((0, 1, 2, 3), ["a dog", "a cat"], count=2)
-    with negtome.attach(made.pipe, CONFIG):
-        result = made((0, 1, 2, 3), ["a dog", "a cat"], count=2)
+    pair = build("Flux")
+    base = pair((0, 1, 2, 3), ["a dog", "a cat"], count=2)
+    with negtome.attach(pair.pipe, CONFIG):
+        result = pair((0, 1, 2, 3), ["a dog", "a cat"], count=2)
     assert torch.equal(result[::2], base[::2])
     assert all((result[k] - base[k]).abs().max() > 1e-3 for k in (1, 3))
 
@@ -180,16 +180,16 @@ def equal_or_close(stock, modular):
 @pytest.mark.parametrize("alone", [True, False])
 def test_attached_images_are_those_of_the_stock_pipeline(build, case, alone):
     """They differ by no more than without NegToMe: guidance in one batch sums in another order than in two calls."""
-    made = build(case)
+    pair = build(case)
     if case == "FLUX.2 klein":  # the stock pipeline alone returns latents without the autoencoder's normalization
-        made.stock.vae.bn.running_mean.zero_()
-        made.stock.vae.bn.running_var.fill_(1 - made.stock.vae.config.batch_norm_eps)
-    differs = equal_or_close(made.call_stock(), made())
+        pair.stock.vae.bn.running_mean.zero_()
+        pair.stock.vae.bn.running_var.fill_(1 - pair.stock.vae.config.batch_norm_eps)
+    differs = equal_or_close(pair.call_stock(), pair())
     mask = torch.zeros(32, 32, dtype=torch.bool)
     mask[:, 16:] = True
     options = {} if alone else {"references": Reference(tiny.OTHER[0], mask=mask, seed=3, prompt="a cat")}
     images, moves = [], []
-    for pipe, call in ((made.stock, made.call_stock), (made.pipe, made)):
+    for pipe, call in ((pair.stock, pair.call_stock), (pair.pipe, pair)):
         base = call()
         with negtome.attach(pipe, CONFIG, **options):
             images.append(call())
@@ -203,17 +203,17 @@ def test_attached_images_are_those_of_the_stock_pipeline(build, case, alone):
 
 @pytest.mark.slow
 def test_the_reference_replaces_the_prompt_in_conditional_calls_alone(build, monkeypatch):
-    made, rows = build("Qwen-Image, guided"), []
-    forward = type(made.pipe.transformer).forward
+    pair, rows = build("Qwen-Image, guided"), []
+    forward = type(pair.pipe.transformer).forward
 
     @functools.wraps(forward)
     def spy(self, *args, encoder_hidden_states, **kwargs):
         rows.append(encoder_hidden_states)
         return forward(self, *args, encoder_hidden_states=encoder_hidden_states, **kwargs)
 
-    with negtome.attach(made.pipe, CONFIG, references=Reference(tiny.OTHER[0], prompt="a cow")):
-        monkeypatch.setattr(type(made.pipe.transformer), "forward", spy)
-        made()
+    with negtome.attach(pair.pipe, CONFIG, references=Reference(tiny.OTHER[0], prompt="a cow")):
+        monkeypatch.setattr(type(pair.pipe.transformer), "forward", spy)
+        pair()
     for number, text in enumerate(rows):
         assert len(text) == 4 and torch.equal(text[0], text[2])
         assert torch.equal(text[3], text[0]) == bool(number % 2)
@@ -239,15 +239,15 @@ STEP_RANGES = (
 
 @pytest.mark.parametrize("case", cases("SDXL", among=("SDXL", "Flux", "Z-Image")))
 def test_attach_takes_a_step_range(build, case):
-    made = build(case)
-    made.options["num_inference_steps"] = 4
+    pair = build(case)
+    pair.options["num_inference_steps"] = 4
     for step_range, options, active in STEP_RANGES if case == "SDXL" else STEP_RANGES[:2]:
-        with negtome.attach(made.pipe, CONFIG.replace(step_range=step_range)) as attached:
-            result = made(**options)
+        with negtome.attach(pair.pipe, CONFIG.replace(step_range=step_range)) as attached:
+            result = pair(**options)
         assert [step.active for step in attached.steps] == active
         active_timesteps = attached.summary()["active_timesteps"]
-        with negtome.attach(made.pipe, CONFIG.replace(timestep_range=(active_timesteps[-1], active_timesteps[0]))):
-            assert torch.equal(made(**options), result)
+        with negtome.attach(pair.pipe, CONFIG.replace(timestep_range=(active_timesteps[-1], active_timesteps[0]))):
+            assert torch.equal(pair(**options), result)
 
 
 GUIDED = tuple(case for case, (_, guidance, _) in CASES.items() if guidance is not None)
@@ -255,96 +255,96 @@ GUIDED = tuple(case for case, (_, guidance, _) in CASES.items() if guidance is n
 
 @pytest.mark.parametrize("case", cases("SDXL", "Qwen-Image, guided", "Z-Image", among=GUIDED))
 def test_a_guider_makes_the_images_of_attach(build, case):
-    made = build(case)
-    with negtome.attach(made.pipe, CONFIG) as attached:
-        expected = made()
-    before = tiny.state(made.pipe)
-    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **SETTINGS))
-    assert torch.equal(made(), expected)
-    assert made.pipe.guider.summary() == attached.summary()
-    assert made.pipe.guider.counts() == attached.counts()
-    assert tiny.state(made.pipe)[1:] == before[1:], "of all modules"
-    made.pipe.update_components(guider=made.pipe.guider.new(alpha=0))
-    still = made()
-    made.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(made.pipe.guider.config))
-    assert torch.equal(made(), still)
+    pair = build(case)
+    with negtome.attach(pair.pipe, CONFIG) as attached:
+        expected = pair()
+    before = tiny.state(pair.pipe)
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS))
+    assert torch.equal(pair(), expected)
+    assert pair.pipe.guider.summary() == attached.summary()
+    assert pair.pipe.guider.counts() == attached.counts()
+    assert tiny.state(pair.pipe)[1:] == before[1:], "of all modules"
+    pair.pipe.update_components(guider=pair.pipe.guider.new(alpha=0))
+    still = pair()
+    pair.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(pair.pipe.guider.config))
+    assert torch.equal(pair(), still)
 
 
 def test_a_guider_takes_groups_and_refuses_mixed_prompts(build):
-    made = build("SDXL")
-    with negtome.attach(made.pipe, CONFIG, group_size=2):
-        expected = made((0, 1, 2, 3), PROMPTS, count=1)
-    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **SETTINGS))
-    before = tiny.state(made.pipe)
+    pair = build("SDXL")
+    with negtome.attach(pair.pipe, CONFIG, group_size=2):
+        expected = pair((0, 1, 2, 3), PROMPTS, count=1)
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS))
+    before = tiny.state(pair.pipe)
     with pytest.raises(ValueError, match=r"share their prompt.*group_size"):
-        made((0, 1, 2, 3), PROMPTS, count=1)
-    assert tiny.state(made.pipe)[1:] == before[1:], "also after an error in the denoiser's call"
-    made.pipe.update_components(guider=made.pipe.guider.new(group_size=2))
-    assert torch.equal(made((0, 1, 2, 3), PROMPTS, count=1), expected)
+        pair((0, 1, 2, 3), PROMPTS, count=1)
+    assert tiny.state(pair.pipe)[1:] == before[1:], "also after an error in the denoiser's call"
+    pair.pipe.update_components(guider=pair.pipe.guider.new(group_size=2))
+    assert torch.equal(pair((0, 1, 2, 3), PROMPTS, count=1), expected)
 
 
 def test_a_guider_has_the_settings_of_the_architecture_and_warns_if_nothing_moves(build):
-    made = build("SDXL")
-    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, threshold=1 - 1e-6, min_side=4))
-    made.options["num_inference_steps"] = 5
-    assert made.pipe.guider.guidance_scale == 5.0
+    pair = build("SDXL")
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, threshold=1 - 1e-6, min_side=4))
+    pair.options["num_inference_steps"] = 5
+    assert pair.pipe.guider.guidance_scale == 5.0
     with pytest.warns(RuntimeWarning, match="pushed no token: the highest similarity"):
-        made()
-    active = made.pipe.guider.summary()["active_timesteps"]
-    assert active == [step for step in made.pipe.scheduler.timesteps.tolist() if step >= 800]
-    assert 0 < len(active) < len(made.pipe.guider.steps) == 5
-    made.pipe.update_components(guider=made.pipe.guider.new(timestep_range=(0, 0.5)))
+        pair()
+    active = pair.pipe.guider.summary()["active_timesteps"]
+    assert active == [step for step in pair.pipe.scheduler.timesteps.tolist() if step >= 800]
+    assert 0 < len(active) < len(pair.pipe.guider.steps) == 5
+    pair.pipe.update_components(guider=pair.pipe.guider.new(timestep_range=(0, 0.5)))
     with pytest.warns(RuntimeWarning, match="nothing to do: no step lies in timestep_range"):
-        made()
+        pair()
 
 
 def test_a_guider_takes_a_step_range(build):
-    made = build("SDXL")
-    made.options["num_inference_steps"] = 4
+    pair = build("SDXL")
+    pair.options["num_inference_steps"] = 4
     settings = {"threshold": -1, "min_side": 4}
     for step_range, options, active in STEP_RANGES:
-        with negtome.attach(made.pipe, NegToMeConfig(**settings, step_range=step_range)):
-            expected = made(**options)
-        replacement = NegToMeGuidance.for_pipeline(made.pipe, **settings, step_range=step_range)
-        made.pipe.update_components(guider=replacement)
-        assert torch.equal(made(**options), expected)
-        assert [step.active for step in made.pipe.guider.steps] == active
-        made.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(replacement.config))
-    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **settings, step_range=(4, 9)))
+        with negtome.attach(pair.pipe, NegToMeConfig(**settings, step_range=step_range)):
+            expected = pair(**options)
+        replacement = NegToMeGuidance.for_pipeline(pair.pipe, **settings, step_range=step_range)
+        pair.pipe.update_components(guider=replacement)
+        assert torch.equal(pair(**options), expected)
+        assert [step.active for step in pair.pipe.guider.steps] == active
+        pair.pipe.update_components(guider=diffusers.ClassifierFreeGuidance.from_config(replacement.config))
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **settings, step_range=(4, 9)))
     with pytest.warns(RuntimeWarning, match=r"step_range=\(4, 9\). This call has 4 steps, from 0 to 3"):
-        made()
-    made.pipe.update_components(
-        guider=made.pipe.guider.new(step_range=(0, 0)),
-        scheduler=diffusers.HeunDiscreteScheduler.from_config(made.pipe.scheduler.config),
+        pair()
+    pair.pipe.update_components(
+        guider=pair.pipe.guider.new(step_range=(0, 0)),
+        scheduler=diffusers.HeunDiscreteScheduler.from_config(pair.pipe.scheduler.config),
     )
     with pytest.warns(RuntimeWarning, match=r"counted every timestep of this second-order scheduler as a step"):
-        made()
+        pair()
 
 
 @pytest.mark.parametrize(
     "steps", [{"timestep_range": (500, 900)}, {"step_range": (0, 1)}, {"step_range": (0.0, 0.25)}], ids=str
 )
 def test_a_guider_is_saved_and_loaded(tmp_path, steps):
-    made = NegToMeGuidance(guidance_scale=3.0, alpha=1.5, sites=("up_blocks.1",), group_size=4, **steps)
-    made.save_pretrained(tmp_path)
+    saved = NegToMeGuidance(guidance_scale=3.0, alpha=1.5, sites=("up_blocks.1",), group_size=4, **steps)
+    saved.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "guider_config.json").read_text())["alpha"] == 1.5
     loaded = NegToMeGuidance.from_pretrained(tmp_path)
-    assert (loaded.settings, loaded.group_size, loaded.guidance_scale) == (made.settings, 4, 3.0)
+    assert (loaded.settings, loaded.group_size, loaded.guidance_scale) == (saved.settings, 4, 3.0)
     for settings in ({"threshold": 2}, {"group_size": 1}):
         with pytest.raises(ValueError, match=r"threshold|group_size"):
             NegToMeGuidance(**settings)
 
 
 def test_a_guider_refuses_what_it_cannot_do(build):
-    made = build("SDXL")
-    made.pipe.update_components(guider=NegToMeGuidance.for_pipeline(made.pipe, **SETTINGS))
-    with negtome.attach(made.pipe, CONFIG), pytest.raises(RuntimeError, match=r"use either negtome[.]attach or"):
-        made()
-    made.pipe.update_components(guider=diffusers.AdaptiveProjectedGuidance())
+    pair = build("SDXL")
+    pair.pipe.update_components(guider=NegToMeGuidance.for_pipeline(pair.pipe, **SETTINGS))
+    with negtome.attach(pair.pipe, CONFIG), pytest.raises(RuntimeError, match=r"use either negtome[.]attach or"):
+        pair()
+    pair.pipe.update_components(guider=diffusers.AdaptiveProjectedGuidance())
     with pytest.raises(TypeError, match=r"has a AdaptiveProjectedGuidance; use negtome[.]attach"):
-        NegToMeGuidance.for_pipeline(made.pipe)
+        NegToMeGuidance.for_pipeline(pair.pipe)
     with pytest.raises(TypeError, match=r"has no guider; use negtome[.]attach"):
-        NegToMeGuidance.for_pipeline(made.stock)
+        NegToMeGuidance.for_pipeline(pair.stock)
     step = NegToMeGuidance()
     step.set_state(0, 2, torch.tensor(900.0))
     with pytest.raises(TypeError, match="cannot guide a Linear; supported are UNet2DConditionModel"):
@@ -353,11 +353,11 @@ def test_a_guider_refuses_what_it_cannot_do(build):
 
 def test_attach_works_with_other_guiders(build):
     """Every condition is a call; a perturbed one is pushed too."""
-    made = build("SDXL")
-    made.pipe.update_components(guider=diffusers.AdaptiveProjectedGuidance(guidance_scale=5.0))
-    base = made()
-    with negtome.attach(made.pipe, CONFIG):
-        result = made()
+    pair = build("SDXL")
+    pair.pipe.update_components(guider=diffusers.AdaptiveProjectedGuidance(guidance_scale=5.0))
+    base = pair()
+    with negtome.attach(pair.pipe, CONFIG):
+        result = pair()
     assert torch.equal(result[0], base[0])
     assert not any(torch.equal(result[k], base[k]) for k in (1, 2))
 
@@ -402,14 +402,14 @@ def test_the_block_loads_without_a_network(build, tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     block = diffusers.ModularPipelineBlocks.from_pretrained(str(folder), trust_remote_code=True)
-    made = build("SDXL")
-    with negtome.attach(made.pipe, CONFIG):
-        expected = made()
-    components = {**made.components, "guider": made.pipe.guider}
-    blocks = made.pipe.blocks
+    pair = build("SDXL")
+    with negtome.attach(pair.pipe, CONFIG):
+        expected = pair()
+    components = {**pair.components, "guider": pair.pipe.guider}
+    blocks = pair.pipe.blocks
     blocks.sub_blocks.insert("negtome", block, 0)
-    made.pipe = blocks.init_pipeline()
-    made.pipe.update_components(**components)
+    pair.pipe = blocks.init_pipeline()
+    pair.pipe.update_components(**components)
     settings = {"negtome_threshold": -1, "negtome_timestep_range": (0, 1000), "negtome_min_side": 4}
-    assert torch.equal(made(**settings), expected)
-    assert made.pipe.guider.summary()["tokens_pushed"] > 0
+    assert torch.equal(pair(**settings), expected)
+    assert pair.pipe.guider.summary()["tokens_pushed"] > 0
