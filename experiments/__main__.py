@@ -30,6 +30,8 @@ COMMANDS = {
     "report": "experiments.report",
     "latency": "experiments.latency",
     "collect": "experiments.collect",
+    "submit": "experiments.community.submit",
+    "verify": "experiments.community.verify",
     "applications": "experiments.figures.applications",
     "stereotypes": "experiments.tables.stereotypes",
     "notebooks": "experiments.report.notebooks",
