@@ -194,20 +194,22 @@ def change(tree, path):
     elif isinstance(value, int | float):
         place[last] = value + 1
     elif isinstance(value, str):
-        digits = {"a": "b"} if set(value) <= set("0123456789abcdef") else {}
-        place[last] = f"{value[:-1]}{'0' if value[-1:] != '0' else '1'}" if digits else f"{value}x"
+        place[last] = value[:-1] + ("1" if value.endswith("0") else "0")  # a digest stays one for the schema
     else:
         place[last] = 1 if value is None else ["x"]
     return changed
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_changed_value_is_refused(laid, data):
     """By the digest; and, signed again, by what was recomputed, unless it is a fact that only the sender knows."""
     plan, folder = laid
     submission = read(folder / f"diversity-{plan.runs[1].id}.json")
-    path = data.draw(st.sampled_from(list(leaves(submission))))
+    part = data.draw(
+        st.sampled_from(sorted(submission))
+    )  # or images, which have most values, would be drawn most often
+    path = data.draw(st.sampled_from([path for path in leaves(submission) if path[0] == part]))
     changed = change(submission, path)
     file = folder.parent / "changed" / f"diversity-{submission['run_id']}.json"
     file.parent.mkdir(exist_ok=True)
@@ -240,7 +242,7 @@ def drop_images(submission):
     submission["images"] = submission["images"][4:]
 
 
-def drop_metric(submission):
+def repeat_metric(submission):
     submission["scores"].append(submission["scores"][0])
 
 
@@ -249,7 +251,7 @@ def without_value(submission):
     score["document"] |= {"value": None, "groups": [], "n_groups": 0, "n_images": 0}
 
 
-def hide_half(submission):
+def drop_count(submission):
     score_of(submission, "kernel_distance_scorer")["document"]["n_groups"] = 5
 
 
@@ -282,11 +284,11 @@ def set_in(*path):
         (lambda s: impossible(s, "pairwise_similarity", 1.2), "pairwise_similarity: expected values from -1 to 1, got"),
         (drop_group, "clip_score: expected a value of every group, missing: odd/000000 (1)"),
         (repeat_group, "clip_score: expected every group once, got [a-cat/000000] (1) repeatedly"),
-        (hide_half, "kernel_distance_scorer: expected 6 groups and 24 images, got other numbers"),
+        (drop_count, "kernel_distance_scorer: expected 6 groups and 24 images, got other numbers"),
         (drop_pool, "category_pooled_similarity: expected a value of every group, missing: bus/all (1)"),
         (invent_withheld, "expected a list of the withheld groups, got others: bus/000000 (1)"),
         (drop_images, "expected every requested group, missing: ('cat', 'a cat', 0) (1)"),
-        (drop_metric, "expected its score once, got 2"),
+        (repeat_metric, "expected its score once, got 2"),
         (without_value, "clip_score: expected a value, got none although no group is withheld"),
         (set_in("clip_score", "document", "value", 45.0), "clip_score: value: expected the mean of the groups"),
         (set_in("clip_score", "document", "version", 99), "clip_score: expected version"),
