@@ -31,6 +31,8 @@ COMMANDS = {
     "latency": "experiments.latency",
     "roofline": "experiments.latency.roofline",
     "collect": "experiments.collect",
+    "submit": "experiments.community.submit",
+    "verify": "experiments.community.verify",
     "applications": "experiments.figures.applications",
     "stereotypes": "experiments.tables.stereotypes",
     "notebooks": "experiments.report.notebooks",

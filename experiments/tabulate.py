@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before anything slow is imported, so that --help i
 import argparse
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -131,34 +132,18 @@ def _paired_with(plan: Plan, against: str, runs: dict[Run, RunSpec]) -> dict[Run
 def row_of(score: Score) -> dict[str, Any]:
     """Return the row of a score in the table."""
     cfg, run, document = score.spec.cfg, score.run, score.document
-    value, low, high = interval_of(document, **cfg.bootstrap)
     settings = run.identity["request"]["method"]["settings"]
-    call = {
-        "guidance_scale": cfg.model.call.guidance_scale,
-        "true_cfg_scale": cfg.model.call.get("true_cfg_scale"),
-        "steps": cfg.model.call.num_inference_steps,
-    }
-    # A method's own setting replaces the model's; a method that leaves it to the model has None.
-    call |= {name: settings[name] for name in call if settings.get(name) is not None}
     compared = sum(group.get("tokens_compared", 0) for group in score.statistics)
     return {
         "experiment": cfg.name,
         "model": cfg.model.name,
         "method": cfg.method.name,
-        **catalogue.cells(settings),
-        **call,
+        **setting_columns(cfg.model.call, settings),
         "metric": score.metric,
         "encoder": document["encoder"]["id"],
         "primary": score.role,
         "higher_is_better": document["higher_is_better"],
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        **({} if score.reference is None else comparison(cfg, score.metric, score.role, document, score.reference)),
-        "n_units": n_units(document, cfg.bootstrap.cluster),
-        "n_groups": document["n_groups"],
-        "n_images": document["n_images"],
-        "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
+        **statistics_of(cfg, score.metric, score.role, document, score.reference),
         "pushed_share": sum(group.get("tokens_pushed", 0) for group in score.statistics) / compared
         if compared
         else None,
@@ -172,6 +157,44 @@ def row_of(score: Score) -> dict[str, Any]:
         "code": code_digest(score.spec.settings, run.identity["weights"], document["version"]),
         "commit": run.environment["commit"],
         "device": run.identity["machine"]["device"],
+    }
+
+
+def setting_columns(call: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a run's settings.
+
+    Args:
+        call: arguments of the model's call.
+        settings: of the method. One of the call's arguments replaces the model's; None leaves it to the model.
+    """
+    columns = {
+        "guidance_scale": call.get("guidance_scale"),
+        "true_cfg_scale": call.get("true_cfg_scale"),
+        "steps": call.get("num_inference_steps"),
+    }
+    columns |= {name: settings[name] for name in columns if settings.get(name) is not None}
+    return {**catalogue.cells(settings), **columns}
+
+
+def statistics_of(
+    cfg: DictConfig, name: str, role: str | None, document: dict[str, Any], reference: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the columns that follow from a metric's document, and from that of the run it is paired with.
+
+    Args:
+        cfg: has `bootstrap`, `primary.quality_margin`, `model.name` and `method.name`.
+        name, role, document, reference: see `Score`.
+    """
+    value, low, high = interval_of(document, **cfg.bootstrap)
+    return {
+        "value": value,
+        "ci_low": low,
+        "ci_high": high,
+        **({} if reference is None else comparison(cfg, name, role, document, reference)),
+        "n_units": n_units(document, cfg.bootstrap.cluster),
+        "n_groups": document["n_groups"],
+        "n_images": document["n_images"],
+        "n_withheld": len(document.get("withheld", document.get("counted_without_images", ()))),
     }
 
 
